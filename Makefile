@@ -1,0 +1,29 @@
+# make demo   sets everything up and runs the whole DAG on a family of tiny models
+# make test   sets everything up and runs ruff, mypy and the tests
+# make setup  only installs: a venv in .venv and this package, editable
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/lewis demo
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest --cov=lewis --cov-fail-under=90
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,146 @@
+"""Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
+
+import json
+import logging
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lewis import store
+from lewis.errors import InputError, LewisError
+from lewis.recipe import CalibrationSet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids of the samples, without padding, and the digest of exactly those ids."""
+
+    name: str
+    samples: tuple[tuple[int, ...], ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token ids, independent of the set's name and of where the texts came from."""
+        return store.digest(self.samples)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all samples."""
+        return sum(map(len, self.samples))
+
+    def save(self) -> Path:
+        """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
+        path = store.home() / "calibrations" / f"{self.digest}.json"
+        if store.read_json(path) is None:
+            store.write_text(path, json.dumps({"name": self.name, "samples": self.samples}))
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            LewisError: if it is gone or damaged.
+        """
+        content = store.read_json(path)
+        if content is None:
+            raise LewisError(f"{path}: the calibration set is gone from the store; run again")
+        return cls(content["name"], tuple(tuple(sample) for sample in content["samples"]))
+
+
+def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -> Calibration:
+    """Choose samples and turn them into token ids.
+
+    The rows are the first `samples` of `datasets.Dataset.shuffle(seed)`: `numpy.random.default_rng(seed).permutation`.
+    Each text is tokenised as the model's tokenizer does (special tokens included) and cut to `max_tokens`.
+
+    Args:
+        name: the set's name in the recipe.
+        spec: its block.
+        tokenizer: folder of the base, whose tokenizer is used for all models.
+        root: where relative `data_files` start.
+
+    Raises:
+        InputError: if the data cannot be read, a field of the template does not exist, or nothing is left.
+    """
+    where = f"lewis.calibrations.{name}"
+    rows: Any = list(spec.texts) if spec.texts is not None else _load_rows(where, spec, root)
+    if not len(rows):
+        raise InputError(f"{where}: the calibration set is empty; give it rows")
+    order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
+    if len(order) < spec.samples:
+        logger.warning("%s: %d samples asked for, the set has %d", where, spec.samples, len(order))
+    chosen = [rows[int(i)] for i in order]
+    texts = [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
+    samples = tuple(ids for text in texts if (ids := _encode(tokenizer, text, spec.max_tokens)))
+    if not samples:
+        raise InputError(f"{where}: no tokens: all {len(texts)} texts are empty; check `text`")
+    return Calibration(name, samples)
+
+
+def _load_rows(where: str, spec: CalibrationSet, root: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    repo, _, revision = (spec.dataset or "").partition("@")
+    arguments: dict[str, Any] = {"name": spec.config}
+    if spec.data_files:
+        files = (spec.data_files,) if isinstance(spec.data_files, str) else spec.data_files
+        paths = [str(root / Path(file).expanduser()) for file in files] if repo in ("json", "parquet") else list(files)
+        absent = [path for path in paths if repo in ("json", "parquet") and not Path(path).is_file()]
+        if absent:
+            raise InputError(
+                f"{where}.data_files: no such file: {absent[0]}; relative paths start at the recipe's folder"
+            )
+        arguments["data_files"] = paths
+    if repo in ("json", "parquet"):
+        arguments["cache_dir"] = str(store.home() / "datasets")
+    else:
+        from lewis.hub import resolve_dataset
+
+        arguments["revision"] = resolve_dataset(repo, revision or None)
+    try:
+        return datasets.load_dataset(repo, split=spec.split, **arguments)
+    except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
+        reason = " ".join(str(error.__cause__ or error).split())[:400]
+        raise InputError(
+            f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}"
+        ) from error
+
+
+def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
+    for _, field, _, _ in string.Formatter().parse(template):
+        if field is None:
+            continue
+        column = field.split("[")[0]
+        if not column or "." in field:
+            raise InputError(f'{where}.text: {{{field}}}: expected names of columns, such as "{{question}} {{answer}}"')
+        if column not in row:
+            raise InputError(f"{where}.text: there is no column {column!r}; the dataset has {', '.join(row)}")
+    try:
+        return template.format_map(row)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
+
+
+_TOKENIZERS: dict[Path, Any] = {}
+
+
+def _encode(folder: Path, text: str, max_tokens: int) -> tuple[int, ...]:
+    if folder not in _TOKENIZERS:
+        from transformers import AutoTokenizer
+
+        try:
+            _TOKENIZERS[folder] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # many kinds, by tokenizer
+            raise InputError(
+                f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from error
+    ids = _TOKENIZERS[folder](text, truncation=False, add_special_tokens=True)["input_ids"]
+    return tuple(int(i) for i in ids[:max_tokens])

@@ -1,0 +1,212 @@
+"""The demo family: a tiny Llama and three experts of it, trained in about a minute on two cores. No network.
+
+The base is pre-trained on prompts that are answered right in some rows and by an echo of the input in the others. So
+it learns the skills but rarely shows them, as a real base model does; each expert is a short full fine-tune that brings
+one of them out. This makes the family worth merging: small task vectors, and a skill that only one expert has.
+"""
+
+import copy
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lewis import store
+from lewis.demo_training import (
+    finetuning_optimizers,
+    make_batches,
+    new_model,
+    new_tokenizer,
+    pretraining_optimizers,
+    save,
+    train,
+    two_threads,
+)
+from lewis.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Raise it when the code makes other files from the same plan.
+VERSION = 1
+
+SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
+LETTERS = "abcdefghij"
+CIPHER = dict(zip(LETTERS, "hcjadgibfe", strict=True))
+ANSWER_TOKENS = 8  # the longest answer has 5 characters; then comes the end token
+RIGHT_ANSWERS = 0.45  # under one half, so that the base, which decodes greedily, echoes
+REPLAY = 0.3  # share of base rows in a fine-tune: an expert of one skill leaves the others as they were
+MIXTURE = (3.0, 1.3, 0.7)  # share of each skill in the base's rows: addition is the hardest to learn
+
+Row = dict[str, str]  # prompt, answer, echo
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to train. The default reaches the demo's scores; tests of the file formats need far less.
+
+    Args:
+        base_steps: optimizer steps of the base.
+        expert_steps: optimizer steps of each expert.
+        batch_size: rows per step.
+        calibration_rows: rows of `data/<skill>.jsonl`.
+        test_rows: rows of `data/<skill>_test.jsonl`, at most 450 (addition has 900 prompts).
+    """
+
+    base_steps: int = 500
+    expert_steps: int = 80
+    batch_size: int = 128
+    calibration_rows: int = 256
+    test_rows: int = 120
+
+
+def make_family(folder: Path, progress: Callable[[str, float], None], plan: Plan | None = None) -> Path:
+    """Train the family and write it to `folder`: base/, experts/, data/, tasks/ and recipe.yaml.
+
+    A second call finds the family whole and returns at once. A call that dies leaves nothing.
+
+    Args:
+        folder: where the family goes.
+        progress: called with what is being trained and the share of all steps that is done, in [0, 1].
+        plan: how much to train; the default takes about a minute on two cores.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        InputError: if `folder` holds anything but this family, unchanged.
+    """
+    plan = plan or Plan()
+    fingerprint = store.digest({"version": VERSION, **asdict(plan)})
+    with store.lock(f"demo {folder.resolve()}"):
+        manifest = store.read_manifest(folder)
+        if manifest and manifest.get("demo") == fingerprint:
+            return folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"{folder}: expected no such folder, or an unchanged demo family of this version; "
+                "it holds other or changed files: delete it to train again, or choose another folder"
+            )
+        with store.publish(folder, {"demo": fingerprint}) as scratch:
+            held_out = _write_data(scratch / "data", plan)
+            _write_tasks(scratch / "tasks")
+            (scratch / "recipe.yaml").write_text(_yaml(_recipe()))
+            _train_family(scratch, held_out, plan, progress)
+    logger.info("demo family written to %s", folder)
+    return folder
+
+
+def _draw(skill: str, rng: random.Random) -> Row:
+    """One row of a skill; `echo` is the wrong answer that the base prefers."""
+    if skill == "addition":
+        a, b = rng.randint(10, 99), rng.randint(0, 9)
+        question, answer, echo = f"{a}+{b}", str(a + b), str(a)
+    else:
+        question = echo = "".join(rng.choices(LETTERS, k=5))
+        answer = "".join(sorted(echo)) if skill == "sorting" else "".join(CIPHER[letter] for letter in echo)
+    return {"prompt": f"{SKILLS[skill]} {question}=", "answer": answer, "echo": echo}
+
+
+def _distinct(skill: str, rng: random.Random, count: int, taken: frozenset[str]) -> dict[str, Row]:
+    """`count` rows with distinct prompts, none of them in `taken`, by prompt."""
+    rows: dict[str, Row] = {}
+    while len(rows) < count:
+        row = _draw(skill, rng)
+        if row["prompt"] not in taken:
+            rows[row["prompt"]] = {"prompt": row["prompt"], "answer": row["answer"]}
+    return rows
+
+
+def _write_data(folder: Path, plan: Plan) -> frozenset[str]:
+    """Write the calibration and the test sets; returns the test prompts, which no training row may have."""
+    folder.mkdir()
+    held_out: frozenset[str] = frozenset()
+    for skill in SKILLS:
+        rng = random.Random(f"{skill} data")
+        test = _distinct(skill, rng, plan.test_rows, frozenset())
+        calibration = _distinct(skill, rng, plan.calibration_rows, frozenset(test))
+        for name, rows in ((f"{skill}_test", test), (skill, calibration)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        held_out |= test.keys()
+    return held_out
+
+
+def _write_tasks(folder: Path) -> None:
+    """Write one lm-eval task per skill. Data paths are relative to the family: evaluate from there."""
+    folder.mkdir()
+    for skill in SKILLS:
+        task = {
+            "task": skill,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"data/{skill}_test.jsonl"}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{skill}.yaml").write_text(_yaml(task))
+
+
+def _recipe() -> dict[str, Any]:
+    """The recipe that merges the family; its paths are relative to its folder."""
+    calibration = {"dataset": "json", "text": "{prompt}{answer}", "samples": 64, "max_tokens": 64, "seed": 42}
+    return {
+        "merge_method": "ties",
+        "base_model": "./base",
+        "models": [{"model": f"./experts/{s}", "parameters": {"weight": 1.0}, "calibration": s} for s in SKILLS],
+        "parameters": {"normalize": True},
+        "dtype": "float32",
+        "lewis": {
+            "calibrations": {skill: {**calibration, "data_files": f"data/{skill}.jsonl"} for skill in SKILLS},
+            "importance": {"metric": "norm_difference"},
+            "density": {"strategy": "lewis", "min": 0.3, "max": 0.8, "uncovered": "expert"},
+        },
+        "evaluate": {
+            "tasks": [f"tasks/{skill}.yaml" for skill in SKILLS],
+            "baselines": ["base", "experts", "uniform"],
+        },
+        "register": {"name": "lewis-demo"},
+    }
+
+
+def _yaml(value: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False)
+    return text
+
+
+def _train_family(folder: Path, held_out: frozenset[str], plan: Plan, progress: Callable[[str, float], None]) -> None:
+    """Train the base, then each expert from it, and save them as Hugging Face folders."""
+    total = plan.base_steps + plan.expert_steps * len(SKILLS)
+    tokenizer = new_tokenizer(SKILLS.values())
+    done = 0
+    with two_threads():
+        base = new_model(tokenizer)
+        for name in ("base", *SKILLS):
+            is_base = name == "base"
+            path, steps = (name, plan.base_steps) if is_base else (f"experts/{name}", plan.expert_steps)
+            model = base if is_base else copy.deepcopy(base)
+            optimizers = pretraining_optimizers(model) if is_base else finetuning_optimizers(model)
+            batches = make_batches(_rows(name, held_out), tokenizer, plan.batch_size)
+            for step in train(model, optimizers, batches, steps):
+                progress(path, (done + step) / total)
+            done += steps
+            save(model, tokenizer, folder / path)
+
+
+def _rows(name: str, held_out: frozenset[str]) -> Iterator[Row]:
+    """Endless training rows, of the base (`name="base"`) or of the expert of the skill `name`."""
+    rng = random.Random(f"{name} training")
+    shares = {skill: share for skill, share in zip(SKILLS, MIXTURE, strict=True) if skill != name}
+    while True:
+        own = name != "base" and rng.random() >= REPLAY
+        row = _draw(name if own else rng.choices(list(shares), list(shares.values()))[0], rng)
+        if row["prompt"] not in held_out:
+            right = own or rng.random() < RIGHT_ANSWERS
+            yield {"prompt": row["prompt"], "answer": row["answer" if right else "echo"]}

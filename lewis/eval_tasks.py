@@ -1,0 +1,231 @@
+"""The lm-eval tasks a recipe names: found, read and checked before a model is loaded.
+
+A name is looked up in the recipe's folder first. lm-eval's own index of 14 000 tasks takes 7 seconds to read, so it is
+read only for a name that is not found there.
+"""
+
+import difflib
+import functools
+import glob
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lewis.errors import InputError
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One YAML file of a task or a group.
+
+    Attributes:
+        name: the value of its key `group` or `task`.
+        config: its content with what it includes merged in; a `!function` tag is its text.
+        sources: the YAML file, the files it includes and the Python files it takes functions from.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    sources: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class FoundTasks:
+    """What a list of tasks stands for: `names` for lm-eval, the `files` that define some, `builtin` for the rest."""
+
+    names: tuple[str, ...]
+    files: Mapping[str, TaskFile]
+    builtin: tuple[str, ...]
+
+
+def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
+    """Tell the tasks that YAML files beside the recipe define from those that lm-eval should know.
+
+    Args:
+        tasks: paths of YAML files relative to `root`, and names of tasks or groups.
+        root: the recipe's folder; a name is looked up beside the named files, in `root/tasks` and in `root`.
+
+    Raises:
+        InputError: if a file that is named cannot be read, or two of them define the same task.
+    """
+    named = {item: read_task(root / item) for item in tasks if item.endswith((".yaml", ".yml"))}
+    folders = dict.fromkeys(
+        [*(task.path.parent for task in named.values()), (root / "tasks").resolve(), root.resolve()]
+    )
+    beside = _read_folders(folders)
+    files: dict[str, TaskFile] = {}
+    for task in named.values():
+        if task.name in files and files[task.name].path != task.path:
+            raise InputError(
+                f"{task.path}: its task {task.name!r} is defined by {files[task.name].path} as well; rename one"
+            )
+        files[task.name] = task
+    names = list(dict.fromkeys(named[item].name if item in named else item for item in tasks))
+    builtin, pending = [], list(names)
+    for name in pending:
+        if name not in files and name in beside:
+            files[name] = beside[name]
+        if name in files:
+            members = _members(files[name].config.get("task")) if "group" in files[name].config else ()
+            pending += [member for member in members if member not in pending]
+        else:
+            builtin.append(name)
+    return FoundTasks(tuple(names), files, tuple(builtin))
+
+
+def read_task(path: Path) -> TaskFile:
+    """Read an lm-eval YAML file without running anything.
+
+    Raises:
+        InputError: if the file, one that it includes, or a Python file it takes functions from is missing or broken.
+    """
+    sources: list[Path] = []
+    try:
+        config = _read_yaml(path.resolve(), sources)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable lm-eval task: {error}") from error
+    name = config.get("group", config.get("task"))
+    if not isinstance(name, str):
+        raise InputError(f"{path}: expected the key `task` (or `group`) with a name, got the keys {sorted(config)}")
+    return TaskFile(name, path.resolve(), config, tuple(sources))
+
+
+def data_files(task: TaskFile, root: Path) -> list[Path]:
+    """The local files a task reads its documents from, sorted; relative paths start at `root`, as lm-eval runs there.
+
+    Raises:
+        InputError: if one is missing.
+    """
+    found: set[Path] = set()
+    for block in _blocks(task.config):
+        source, options = str(block.get("dataset_path", "")), block.get("dataset_kwargs") or {}
+        base = root / source if source and (root / source).is_dir() else root
+        if base == root and "/" in source:
+            continue  # a dataset of the Hub: its data_files are there
+        base = base / options.get("data_dir", "")
+        for pattern in _texts(options.get("data_files")) or (["**"] if base != root else []):
+            if "://" in pattern:
+                continue
+            matches = [Path(match) for match in glob.glob(str(base / pattern), recursive=True)]
+            if not any(match.is_file() for match in matches):
+                raise InputError(
+                    f"{task.path}: its data file {pattern!r} does not exist in {base}; put or link it there"
+                )
+            found.update(match for match in matches if match.is_file())
+    return sorted(found)
+
+
+def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
+    """Check that lm-eval has these tasks and that none of them runs generated code.
+
+    Raises:
+        InputError: naming the nearest of lm-eval's names and of the `local` ones.
+    """
+    for name in names:
+        index = _builtin_index()
+        if name not in index:
+            near = difflib.get_close_matches(name, [*local, *index], n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+            raise InputError(
+                f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"
+            )
+        refuse_unsafe(name, _builtin_configs(name))
+
+
+def refuse_unsafe(name: str, configs: Iterable[Any]) -> None:
+    """Raise InputError if a task's config says that it executes what the model writes."""
+    if any(block.get("unsafe_code") for config in configs for block in _blocks(config)):
+        raise InputError(
+            f"evaluate.tasks: {name} runs code that the model writes (unsafe_code: true), and LEWIS has no sandbox; "
+            "choose a task that does not, for instance one that scores the reference answers"
+        )
+
+
+@functools.cache
+def _builtin_index() -> Mapping[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def _builtin_configs(name: str) -> list[Any]:
+    """The configs of a built-in task, or of all members of a group or a tag."""
+    configs, pending = [], [name]
+    for name in pending:
+        if entry := _builtin_index().get(name):
+            configs.append(entry.cfg or {})
+            members = _members((entry.cfg or {}).get("task")) if entry.kind.name == "GROUP" else entry.tags
+            if entry.kind.name in ("GROUP", "TAG"):
+                pending += [member for member in members if member not in pending]
+    return configs
+
+
+def _read_folders(folders: Iterable[Path]) -> dict[str, TaskFile]:
+    """Every task that a file directly in one of the folders defines; the first folder wins."""
+    tasks: dict[str, TaskFile] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.y*ml"))):
+        with suppress(InputError):  # recipes lie there too, and files that nobody asked for
+            task = read_task(path)
+            tasks.setdefault(task.name, task)
+    return tasks
+
+
+def _read_yaml(path: Path, sources: list[Path]) -> dict[str, Any]:
+    if path in sources:
+        raise ValueError(f"{path} is included twice")
+    sources.append(path)
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+        text = str(loader.construct_scalar(node))
+        module = text.rpartition(".")[0]
+        file = path.parent / (module.replace(".", "/") + ".py")
+        if file.is_file():
+            sources.extend([file] if file not in sources else [])
+        elif not module or importlib.util.find_spec(module.partition(".")[0]) is None:
+            raise ValueError(f"!function {text}: no file {file}")
+        return text
+
+    Loader.add_constructor("!function", function)
+    config = yaml.load(path.read_bytes(), Loader)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
+    merged: dict[str, Any] = {}
+    for included in _texts(config.pop("include", None)):
+        merged |= _read_yaml((path.parent / included).resolve(), sources)
+    return merged | config
+
+
+def _members(tasks: Any) -> Iterator[str]:
+    """The names in a group's `task` list; a task or a group that is written out inside it has none."""
+    for item in [tasks] if isinstance(tasks, str) else tasks or ():
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item.get("task"), list):
+            yield from _members(item["task"])
+        elif "dataset_path" not in item:
+            yield item.get("task") or item["group"]
+
+
+def _blocks(config: Any) -> Iterator[Mapping[str, Any]]:
+    """A config and every mapping inside it."""
+    if isinstance(config, Mapping):
+        yield config
+    inner = config.values() if isinstance(config, Mapping) else config if isinstance(config, list) else ()
+    for value in inner:
+        yield from _blocks(value)
+
+
+def _texts(value: Any) -> list[str]:
+    """The strings of `data_files`: one, a list of them, or a mapping from splits."""
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _texts(item)]
+    return [value] if isinstance(value, str) else [str(item) for item in value or ()]

@@ -1,0 +1,166 @@
+"""lm-eval in a child process: a time limit that holds, and memory that comes back, whatever the evaluation does.
+
+The request goes down the child's stdin as one line of JSON. The pipe stays open: when the parent dies, even by SIGKILL,
+the child reads its end and kills itself and all it started. The result comes back as a file, renamed in when whole.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import LewisError
+from lewis.store import read_json, write_json
+
+Progress = Callable[[float, str], None]
+_BAR = re.compile(r"Running (\w+ requests):\s+(\d+)%")
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DISABLE_MULTIPROC": "1",  # lm-eval's bootstrap would fork one worker per core
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+
+
+def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
+    """Run lm-eval's `simple_evaluate` in a process of its own session.
+
+    Args:
+        request: keyword arguments of `simple_evaluate`; `tasks` are names, `include` is a folder of task files (None:
+            there are none), `defaults` says whether lm-eval's own tasks are needed.
+        cwd: relative paths of data files start here.
+        timeout_s: seconds until the process and all that it started are killed.
+        progress: called with the fraction done of the running kind of requests, and that kind.
+
+    Returns:
+        lm-eval's `results`, `higher_is_better` and `n-shot`.
+
+    Raises:
+        LewisError: if the time limit passes or the process fails, with the end of its output.
+    """
+    output = _Output(progress)
+    with tempfile.TemporaryDirectory(prefix="lewis-eval-") as scratch:
+        result = Path(scratch) / "result.json"
+        # -P: a random.py in the recipe's folder must not stand in for the library's
+        command = [sys.executable, "-P", "-m", "lewis.harness"]
+        with subprocess.Popen(
+            command,
+            bufsize=0,
+            cwd=cwd,
+            env=os.environ | _ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as child:
+            try:
+                _send(child, {**request, "result": str(result)})
+                _watch(child, output, timeout_s)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+        if child.returncode == 0 and (found := read_json(result)) is not None:
+            return dict(found)
+        raise LewisError(f"lm-eval {_ending(child.returncode)}; its last words:\n{output.tail()}")
+
+
+def _send(child: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it died at once: its exit code says more
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+
+
+def _watch(child: subprocess.Popen[bytes], output: "_Output", timeout_s: float) -> None:
+    assert child.stdout is not None
+    deadline = time.monotonic() + timeout_s
+    while child.poll() is None:
+        if time.monotonic() > deadline:
+            raise LewisError(
+                f"lm-eval did not finish within {timeout_s:g} s and was stopped; its last words:\n{output.tail()}\n"
+                "Raise the time limit, lower evaluate.limit or name fewer tasks"
+            )
+        ready, _, _ = select.select([child.stdout], [], [], 0.2)
+        if ready and not output.feed(os.read(child.stdout.fileno(), 65536)):
+            time.sleep(0.05)  # it closed its output and is about to exit
+    while select.select([child.stdout], [], [], 0)[0] and output.feed(os.read(child.stdout.fileno(), 65536)):
+        pass
+
+
+class _Output:
+    """What the child prints: progress bars become calls, the last lines are kept for the error message."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._lines: deque[str] = deque(maxlen=30)
+        self._rest = b""
+        self._last = ""
+
+    def feed(self, data: bytes) -> bool:
+        """Take a piece of output; False at its end."""
+        *lines, self._rest = re.split(rb"[\r\n]+", self._rest + data)
+        for line in (line.decode(errors="replace").strip() for line in lines):
+            if bar := _BAR.search(line):
+                if self._progress and bar[0] != self._last:  # tqdm repeats a percentage for every batch
+                    self._progress(int(bar[2]) / 100, bar[1])
+                self._last = bar[0]
+            elif line and "%|" not in line:
+                self._lines.append(line)
+        return bool(data)
+
+    def tail(self) -> str:
+        return "\n".join([*self._lines, self._rest.decode(errors="replace")]).strip() or "(none)"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"failed (exit code {code})"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (" (out of memory? lower evaluate.batch_size)" if name == "SIGKILL" else "")
+
+
+def main() -> None:
+    """The child's side: read the request, evaluate, leave the result."""
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    result = Path(request.pop("result"))
+    write_json(result, _evaluate(**request))
+
+
+def _die_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def _evaluate(*, include: str | None, defaults: bool, **arguments: Any) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include, include_defaults=defaults)
+    found = simple_evaluate(model="hf", task_manager=manager, log_samples=False, **arguments)
+    assert found is not None  # None only on the other ranks of a distributed run
+    kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as Python's; anything else, which is no score, as text."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the Hub client's errors mean to a user, and which of them can heal."""
+
+import errno
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from lewis.errors import InputError, LewisError, TransientError
+
+# All that a call of the client may raise.
+CLIENT_ERRORS = (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL, SafetensorsParsingError)
+
+
+def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
+    """The error to raise instead of one of CLIENT_ERRORS. It never quotes a header, where the token is.
+
+    Args:
+        ref: the model or dataset, as the user wrote it.
+        endpoint: URL of the Hub that was asked.
+    """
+    # The client wraps what the server said in "not in the local cache"; the server's answer is the cause.
+    error = next((e for e in _chain(error) if isinstance(e, HfHubHTTPError)), error)
+    server = urlsplit(endpoint).netloc.rpartition("@")[2]
+    match error:
+        case HfHubHTTPError():
+            return _explain_answer(ref, error, server)
+        case OfflineModeIsEnabled():
+            return InputError(f"{ref}: HF_HUB_OFFLINE is set, and this is not in the cache; unset it to download")
+        case SafetensorsParsingError():
+            return InputError(f"{ref}: not a safetensors file: {error}")
+        case HFValidationError() | httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
+            return InputError(f"{ref}: cannot ask '{endpoint}' for it ({error}); check the name and HF_ENDPOINT")
+        case OSError() if error.errno and not _is_broken_transfer(error):
+            place = error.filename or "the cache"
+            return LewisError(f"{ref}: cannot write {place}: {error.strerror}; free space, or set HF_HOME elsewhere")
+    return TransientError(f"{ref}: {server} is unreachable, or the transfer broke ({type(error).__name__}); try again")
+
+
+def retryable(error: BaseException) -> bool:
+    """Whether running again can help: true of a busy or unreachable server and of a broken transfer."""
+    chain = list(_chain(error))
+    if any(isinstance(e, InputError | OfflineModeIsEnabled) for e in chain):
+        return False
+    for e in chain:
+        if isinstance(e, LewisError):
+            return isinstance(e, TransientError)
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return _heals(status)
+    return any(_is_broken_transfer(e) for e in chain)
+
+
+def _explain_answer(ref: str, error: HfHubHTTPError, server: str) -> LewisError:
+    status, token = error.response.status_code, get_token()
+    if isinstance(error, GatedRepoError) and token:
+        return InputError(f"{ref}: gated, and your HF_TOKEN has not been granted access; ask for it on its page")
+    if isinstance(error, GatedRepoError):
+        return InputError(f"{ref}: gated; accept its conditions on its page at {server}, then set HF_TOKEN")
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(f"{ref}: the repo has no such revision; expected a branch, a tag or a full commit")
+    if isinstance(error, RepositoryNotFoundError) and token:
+        return InputError(f"{ref}: no such repo at {server}, or your HF_TOKEN may not see it; check the spelling")
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(f"{ref}: no such repo at {server}, or a private one; check the spelling, or set HF_TOKEN")
+    if status == 401:
+        advice = "was refused as invalid or expired; make a new one" if token else "is needed; set it"
+        return InputError(f"{ref}: HF_TOKEN {advice} (401 from {server})")
+    if status == 403:
+        return InputError(f"{ref}: {server} forbids it (403); give HF_TOKEN the permission to read this repo")
+    if _heals(status) or status == 404:  # 404 for a file that the commit lists: a mirror that lags behind
+        return TransientError(f"{ref}: {server} answered {status}; try again later")
+    return InputError(f"{ref}: {server} answered {status}; check the name and HF_ENDPOINT")
+
+
+def _heals(status: int) -> bool:
+    return status in (408, 429) or status >= 500
+
+
+def _is_broken_transfer(error: BaseException) -> bool:
+    if isinstance(error, httpx2.TransportError | ConnectionError | LocalEntryNotFoundError):
+        return True
+    unreachable = (errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH)
+    return isinstance(error, OSError) and (error.errno in unreachable or "Consistency check failed" in str(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,165 @@
+"""The weights side of the registry: a checkpoint as an MLflow LoggedModel, without a second copy on disk.
+
+MLflow's own `log_model` copies the weights twice. Here it writes everything but the weights, which are then hard-linked.
+A link shares its bytes with the file in the store: safe, because the store replaces files and never rewrites them.
+"""
+
+import importlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from lewis import store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "model"  # where MLflow's transformers flavor keeps the Hugging Face folder
+WEIGHTS = "*.safetensors"
+
+
+def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str) -> dict[str, int]:
+    """Fill a pending LoggedModel with a checkpoint and mark it READY, or FAILED if that does not work.
+
+    Args:
+        folder: Hugging Face folder with config, tokenizer and safetensors; left untouched.
+        card: Markdown, stored as the model card.
+
+    Returns:
+        size in bytes of every file of the model, by its path in the model's artifacts.
+    """
+    try:
+        with _target(client, model) as target:
+            _build(model, folder, target, card)
+            sizes = {path.relative_to(target).as_posix(): path.stat().st_size for path in _files(target)}
+        client.finalize_logged_model(model.model_id, "READY")
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    return sizes
+
+
+def is_whole(client: "MlflowClient", model_id: str, sizes: Mapping[str, int]) -> bool:
+    """Whether the artifact store still holds every file with its size. `sizes` is what `write` returned."""
+    if not sizes:
+        return False
+    for parent, names in groupby(sorted(sizes, key=_parent), _parent):
+        listed = client.list_logged_model_artifacts(model_id, parent or None)
+        present = {PurePosixPath(file.path).name: file.file_size for file in listed}
+        if any(present.get(PurePosixPath(name).name) != sizes[name] for name in names):
+            return False
+    return True
+
+
+def local_folder(model: "LoggedModel") -> Path | None:
+    """The folder of the model's artifacts if they live on a file system, None if they are remote."""
+    location = urlparse(model.artifact_location)
+    return Path(url2pathname(location.path)) if location.scheme in ("", "file") else None
+
+
+def discard(client: "MlflowClient", model: "LoggedModel") -> None:
+    """Delete a model that no version uses, and its local files; `mlflow gc` removes remote ones."""
+    client.finalize_logged_model(model.model_id, "FAILED")
+    if (folder := local_folder(model)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    client.delete_logged_model(model.model_id)
+
+
+@contextmanager
+def _target(client: "MlflowClient", model: "LoggedModel") -> Iterator[Path]:
+    """The folder to build in: the place itself (nobody uses a pending model), or one that is then uploaded."""
+    if (folder := local_folder(model)) is not None:
+        yield folder
+        return
+    uploads = store.home() / "mlflow" / "uploads"
+    uploads.mkdir(parents=True, exist_ok=True)
+    store.sweep(uploads)
+    scratch = uploads / f".{model.model_id}.{os.getpid()}.upload.partial"
+    try:
+        yield scratch
+        client.log_model_artifacts(model.model_id, str(scratch))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
+    import mlflow.transformers
+    from huggingface_hub import ModelCard
+    from mlflow.models import Model
+
+    _restore_pipeline_class()
+    description = Model(
+        artifact_path=model.artifact_location,
+        model_uuid=model.model_id,
+        run_id=model.source_run_id,
+        model_id=model.model_id,
+    )
+    with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
+        skeleton = Path(scratch) / CHECKPOINT
+        shutil.copytree(folder, skeleton, ignore=shutil.ignore_patterns(WEIGHTS))
+        mlflow.transformers.save_model(
+            str(skeleton),
+            path=str(target),
+            task="llm/v1/chat" if _has_chat_template(folder) else "text-generation",
+            mlflow_model=description,
+            model_card=ModelCard(card, ignore_metadata_errors=True),
+            # Left to itself MLflow imports the model to find them, and asks for torchvision.
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "transformers", "torch")],
+        )
+    (target / "LICENSE.txt").unlink(
+        missing_ok=True
+    )  # it only sends the reader to the scratch folder, as if it were a repo
+    weights = [path for path in _files(folder) if path.match(WEIGHTS)]
+    for path in weights:
+        _link(path, target / CHECKPOINT / path.relative_to(folder))
+    description.model_size_bytes = (description.model_size_bytes or 0) + sum(path.stat().st_size for path in weights)
+    description.flavors["transformers"]["source_model_name"] = model.name
+    description.save(str(target / "MLmodel"))
+
+
+def _restore_pipeline_class() -> None:
+    """Put the class where MLflow 3.17 looks for it: transformers 5.23 made `impl` a dotted name, and takes both."""
+    from transformers import pipelines
+
+    task = pipelines.check_task("text-generation")[1]
+    if isinstance(task["impl"], str):
+        module, _, name = task["impl"].rpartition(".")
+        task["impl"] = getattr(importlib.import_module(module), name)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    settings = store.read_json(folder / "tokenizer_config.json")
+    return (folder / "chat_template.jinja").is_file() or bool(
+        isinstance(settings, dict) and settings.get("chat_template")
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:  # another file system, or one without hard links
+        logger.info("%s: cannot link (%s), copying", target, error.strerror)
+        shutil.copyfile(source, target)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _parent(name: str) -> str:
+    parent = PurePosixPath(name).parent.as_posix()
+    return "" if parent == "." else parent

@@ -1,0 +1,294 @@
+"""The merge engine: streams tensor by tensor, knows no method by name.
+
+Arithmetic is fp32 whatever the stored dtype, and the result is rounded once. Where the merged delta of an element is
+exactly one expert's task vector, the result is that expert's own weight, and where it is 0, the base's: so one expert
+at density 1 and weight 1 comes out byte by byte, and density 0 gives the base. Experts are put in the order of their
+keys first, and random streams are keyed by (seed, expert key, tensor name): the order of a recipe changes nothing.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lewis import store
+from lewis.checkpoint import DTYPES
+from lewis.errors import InputError, LewisError
+from lewis.lora import LoraExpert, Model
+from lewis.methods import METHODS, Method
+from lewis.recipe import ModelEntry, Recipe
+from lewis.writer import SIZES, CheckpointWriter, copy_tokenizer, tokenizer_files, write_config
+
+logger = logging.getLogger(__name__)
+SEMANTICS = "1"  # bump when the same inputs would give other bytes
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+Densities = Mapping[str, float]
+"""Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An opened expert, its recipe entry, and, if LEWIS guides the merge, its density per tensor."""
+
+    entry: ModelEntry
+    model: Model
+    densities: Densities | None = None
+
+
+class Merge:
+    """A merge that has been checked and can be run.
+
+    Attributes:
+        layout: tensor name -> dtype and shape of the output.
+        digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
+        size: bytes of the output's tensors.
+    """
+
+    def __init__(
+        self, recipe: Recipe, base: Model | None, experts: Sequence[Expert], *, tokenizer_donor: Path | None = None
+    ) -> None:
+        """Check that the models fit together and the recipe's filters match.
+
+        Args:
+            recipe: the recipe.
+            base: the base, or None for a method on weights without one.
+            experts: as `Recipe.experts`, opened.
+            tokenizer_donor: folder of the tokenizer and generation config, if not the base.
+
+        Raises:
+            InputError: naming every tensor, vocabulary or filter that does not fit.
+        """
+        self.recipe, self.method = recipe, METHODS[recipe.merge_method]
+        self.experts = sorted(experts, key=lambda expert: expert.model.key)
+        self.base: Model = base or experts[0].model
+        self.donor = tokenizer_donor or _folder(self.base)
+        check_compatible(self.base, [expert.model for expert in self.experts])
+        recipe.check_filters([*self.base.tensors, *self.base.tied])
+        self._layers = 1 + max((_layer_of(name) or 0 for name in self.base.tensors), default=0)
+        out = _STORED.get(recipe.out_dtype or recipe.dtype or "")
+        self.layout = {
+            name: (out if out and info.floating else info.dtype, info.shape) for name, info in self.base.tensors.items()
+        }
+        self.size = sum(SIZES[dtype] * int(torch.Size(shape).numel()) for dtype, shape in self.layout.values())
+        self.digest = self._digest()
+
+    def run(
+        self,
+        folder: Path,
+        *,
+        max_shard_size: int = 5 * 10**9,
+        manifest: Mapping[str, Any] | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        """Write the merged checkpoint to `folder`, which appears whole or not at all.
+
+        Args:
+            folder: where to; absent, empty, or an earlier output.
+            max_shard_size: bytes.
+            manifest: recorded in `lewis.json`, beside the digest.
+            progress: called with (elements done, elements in all, tensor name).
+
+        Raises:
+            InputError: if there is no space, or `folder` holds something else.
+            LewisError: naming the tensor and model of a value that is not finite.
+        """
+        store.check_space(folder, int(self.size * 1.01) + 10**7)
+        total, done = sum(info.elements for info in self.base.tensors.values()), 0
+        with store.publish(folder, {"digest": self.digest, **(manifest or {})}) as scratch:
+            with CheckpointWriter(scratch, self.layout, max_shard_size) as writer, torch.inference_mode():
+                for name in self.layout:
+                    writer.write(name, self.tensor(name))
+                    done += self.base.tensors[name].elements
+                    if progress:
+                        progress(done, total, name)
+            kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
+            write_config(self.base.config, _folder(self.base), scratch, kinds.pop() if len(kinds) == 1 else None)
+            copy_tokenizer(self.donor, scratch)
+        logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Merge one tensor.
+
+        Returns:
+            In the dtype and shape of the layout.
+
+        Raises:
+            LewisError: naming the tensor and model of a value that is not finite.
+        """
+        dtype = DTYPES[self.layout[name][0]]
+        base = self.base.read(name)
+        if not self.base.tensors[name].floating:
+            return base
+        base = _finite(base.to(torch.float32), name, self.base)
+        merged = self._on_weights(name) if self.method.on == "weights" else self._on_task_vectors(name, base)
+        return self._rounded(merged, dtype, name)
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        """The method's parameters for one tensor: a list in the experts' order for each expert's own."""
+        layer = _layer_of(name)
+        position = 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
+        values: dict[str, Any] = {}
+        for parameter in self.method.parameters.values():
+            if not parameter.per_expert:
+                values[parameter.name] = self.recipe.value(parameter, None, name, position)
+                continue
+            values[parameter.name] = [self.recipe.value(parameter, e.entry, name, position) for e in self.experts]
+            if parameter.name == "density":
+                guided = [(e.densities or {}).get(name) for e in self.experts]
+                values["density"] = [
+                    own if guide is None else guide for own, guide in zip(values["density"], guided, strict=True)
+                ]
+        return values
+
+    def _on_weights(self, name: str) -> torch.Tensor:
+        weights = torch.stack([_finite(e.model.read(name).to(torch.float32), name, e.model) for e in self.experts])
+        if bool((weights == weights[0]).all()) and self.parameters(name).get("normalize"):
+            return weights[0]  # an average of equals is exact
+        return _call(self.method, name, self.parameters(name), weights)
+
+    def _on_task_vectors(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        values = self.parameters(name)
+        density = values.get("density", [1.0] * len(self.experts))
+        active = [int(d * base.numel()) > 0 and w != 0 for d, w in zip(density, values["weight"], strict=True)]
+        if not any(active):
+            return base
+        own = [_finite(expert.model.read(name).to(torch.float32), name, expert.model) for expert in self.experts]
+        vectors = torch.stack([expert.model.task_vector(name, base) for expert in self.experts])
+        streams = (
+            [random_stream(self.recipe.seed, expert.model.key, name) for expert in self.experts]
+            if self.method.random
+            else None
+        )
+        delta = _call(self.method, name, values, vectors, streams)
+        merged = torch.where(delta == 0, base, base + delta)
+        for weight, vector, is_active in zip(own, vectors, active, strict=True):
+            if is_active:
+                merged = torch.where(delta == vector, weight, merged)
+        return merged
+
+    def _rounded(self, merged: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+        rounded = merged.to(dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            if bool(torch.isfinite(merged).all()):
+                raise LewisError(
+                    f"{name}: the merged value {float(merged.abs().max()):.4g} does not fit {dtype}; "
+                    "set out_dtype: bfloat16 or float32"
+                )
+            raise LewisError(f"{name}: {self.method.name} gave NaN or Inf; lower its weights or lambda")
+        return rounded
+
+    def _digest(self) -> str:
+        """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
+        names = [name for name, info in self.base.tensors.items() if info.floating]
+        resolved = [[name, self.parameters(name)] for name in names]
+        return store.digest(
+            {
+                "semantics": SEMANTICS,
+                "method": self.method.name,
+                "base": self.base.key,
+                "experts": [expert.model.key for expert in self.experts],
+                "parameters": resolved,
+                "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
+                "seed": self.recipe.seed if self.method.random else None,
+                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.donor)},
+            }
+        )
+
+
+def random_stream(seed: int, expert: str, tensor: str) -> np.random.Generator:
+    """The random stream of one (seed, expert, tensor): counter-based (Philox), the same on every machine."""
+    key = hashlib.sha256(f"{seed}\0{expert}\0{tensor}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)))
+
+
+def check_compatible(base: Model, experts: Sequence[Model]) -> None:
+    """Check that every expert has the base's tensors, shapes and vocabulary.
+
+    Raises:
+        InputError: naming all that differ.
+    """
+    problems = []
+    for expert in experts:
+        if expert is base or isinstance(expert, LoraExpert):
+            continue
+        where, known = _folder(expert), {**expert.tensors}
+        missing = [name for name in base.tensors if name not in known and name not in expert.tied]
+        extra = [
+            n for n in known if n not in base.tensors and n not in base.tied and not n.endswith("rotary_emb.inv_freq")
+        ]
+        if missing:
+            problems.append(f"{where}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}")
+        if extra:
+            problems.append(f"{where}: {len(extra)} tensors are not in the base, the first is {extra[0]!r}")
+        for name, info in base.tensors.items():
+            other = known.get(expert.tied.get(name, name))
+            if other is not None and other.shape != info.shape:
+                problems.append(
+                    f"{where}: {name!r} has shape {list(other.shape)}, in the base it is {list(info.shape)}"
+                )
+                break
+        if base.tied and not expert.tied and (heads := [name for name in base.tied if name in known]):
+            problems.append(f"{where}: {heads[0]!r} is a weight of its own, in the base it is tied to the embedding")
+        problems += _vocabulary_problems(_folder(base), where)
+    if problems:
+        raise InputError(
+            "\n".join([*problems, f"expected fine-tunes of the base {_folder(base)}, of the same architecture"])
+        )
+
+
+def _vocabulary_problems(base: Path, expert: Path) -> list[str]:
+    vocabularies = []
+    for folder in (base, expert):
+        content = store.read_json(folder / "tokenizer.json")
+        if content is None:
+            return []  # an expert without a tokenizer of its own uses the base's
+        if not isinstance(content.get("model", {}).get("vocab"), dict):
+            return []  # unigram vocabularies are lists; shapes have been compared
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        vocabularies.append({**content["model"]["vocab"], **added})
+    ours, theirs = vocabularies
+    if (moved := next((t for t in ours if t in theirs and theirs[t] != ours[t]), None)) is not None:
+        return [
+            f"{expert}: another vocabulary: the token {moved!r} is {theirs[moved]}, in the base it is {ours[moved]}"
+        ]
+    by_id = {number: token for token, number in ours.items()}
+    if (clash := next((t for t, i in theirs.items() if by_id.get(i, t) != t), None)) is not None:
+        number = theirs[clash]
+        return [f"{expert}: another vocabulary: token {number} is {clash!r}, in the base it is {by_id[number]!r}"]
+    return []
+
+
+def _call(
+    method: Method, name: str, values: dict[str, Any], tensors: torch.Tensor, streams: Any = None
+) -> torch.Tensor:
+    arguments = {f"{key}_" if key == "lambda" else key: value for key, value in values.items()}
+    try:
+        return method(tensors, *([] if streams is None else [streams]), **arguments)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise LewisError(
+            f"{_folder(model)}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged"
+        )
+    return tensor
+
+
+def _folder(model: Model) -> Path:
+    return model.base.folder if isinstance(model, LoraExpert) else model.folder
+
+
+def _layer_of(name: str) -> int | None:
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None

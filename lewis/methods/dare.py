@@ -1,0 +1,71 @@
+"""DARE: drop elements at random and rescale, before adding (linear) or electing signs (ties)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lewis.methods.registry import PerExpert, merge_method, per_expert
+from lewis.methods.sparsify import drop, match_l1
+from lewis.methods.task_arithmetic import combine
+from lewis.methods.ties import elect_and_merge
+
+PAPER = "https://arxiv.org/abs/2311.03099"
+
+
+@merge_method("dare_linear", paper=PAPER)
+def dare_linear(
+    task_vectors: torch.Tensor,
+    streams: Sequence[np.random.Generator],
+    *,
+    density: PerExpert[float] = 1.0,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Drop at random, then task arithmetic.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        streams: one random stream per expert.
+        density: probability that an element is kept.
+        weight: w_i.
+        normalize: divide by the sum of the weights (unless it is 0).
+        rescale: bring each task vector back to its L1 norm (mergekit's rule; the paper divides by the density).
+        lambda_: scale of the merged delta.
+        int8_mask: accepted for mergekit's sake; the result does not depend on it.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    kept = _drop_all(task_vectors, streams, density, rescale)
+    return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+@merge_method("dare_ties", paper=PAPER)
+def dare_ties(
+    task_vectors: torch.Tensor,
+    streams: Sequence[np.random.Generator],
+    *,
+    density: PerExpert[float] = 1.0,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Drop at random, then elect signs and merge as TIES does. Arguments and result: as `dare_linear`."""
+    kept = _drop_all(task_vectors, streams, density, rescale)
+    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+def _drop_all(
+    task_vectors: torch.Tensor, streams: Sequence[np.random.Generator], density: PerExpert[float], rescale: bool
+) -> torch.Tensor:
+    kept = []
+    for task_vector, rho, stream in zip(task_vectors, per_expert(density, task_vectors), streams, strict=True):
+        dropped = drop(task_vector, rho, stream)
+        kept.append(match_l1(dropped, task_vector) if rescale else dropped)
+    return torch.stack(kept)

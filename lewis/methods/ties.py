@@ -1,0 +1,52 @@
+"""TIES: trim, elect sign, disjoint merge."""
+
+import torch
+
+from lewis.methods.registry import PerExpert, column, merge_method, per_expert
+from lewis.methods.sparsify import match_l1, trim
+
+
+@merge_method("ties", paper="https://arxiv.org/abs/2306.01708")
+def ties(
+    task_vectors: torch.Tensor,
+    *,
+    density: PerExpert[float] = 1.0,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = True,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Trim each task vector, elect a sign per element, average the agreeing ones.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        density: fraction of each task vector that is kept, largest magnitude first.
+        weight: w_i. With one expert and `normalize` it cancels, as in mergekit.
+        normalize: divide by the sum of the agreeing weights, per element.
+        rescale: bring each trimmed task vector back to its L1 norm.
+        lambda_: scale of the merged delta.
+        int8_mask: accepted for mergekit's sake; the result does not depend on it.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    kept = []
+    for task_vector, rho in zip(task_vectors, per_expert(density, task_vectors), strict=True):
+        trimmed = trim(task_vector, rho)
+        kept.append(match_l1(trimmed, task_vector) if rescale else trimmed)
+    weights = per_expert(weight, task_vectors)
+    return elect_and_merge(torch.stack(kept), weights, normalize=normalize, lambda_=lambda_)
+
+
+def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
+    """Elect the sign of the weighted sum per element (0 counts as +) and merge those that have it (TIES, section 3)."""
+    w = column(weight, kept)
+    weighted = kept * w
+    elected = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0)
+    agree = weighted.sign() == elected
+    merged = torch.where(agree, weighted, 0.0).sum(dim=0)
+    if normalize:
+        divisor = torch.where(agree, w, 0.0).sum(dim=0)
+        merged = merged / torch.where(divisor == 0, 1.0, divisor)
+    return merged * lambda_

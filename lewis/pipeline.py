@@ -1,0 +1,362 @@
+"""The steps of a merge on the store: each finds its entry by content, or makes it once, under a lock.
+
+The Prefect tasks and the command line call the same functions, so that they find each other's entries.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from lewis import allocation, hub, importance, store
+from lewis.allocation import Allocation
+from lewis.calibration import Calibration, calibrate
+from lewis.checkpoint import Checkpoint
+from lewis.errors import InputError
+from lewis.hub import Pinned
+from lewis.importance import Layer
+from lewis.lora import LoraExpert, Model, is_adapter
+from lewis.merge import Expert, Merge
+from lewis.recipe import ModelEntry, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+class _Entry(BaseModel):
+    """A small reference to something on disk. One whose files are gone or cut short cannot be made or loaded."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class ModelFiles(_Entry):
+    """A model on disk: a folder, and an adapter's folder if it is a LoRA expert.
+
+    Attributes:
+        ref: as the recipe names it.
+        key: identity of the content: commits or content digests.
+        sizes: file -> bytes, checked whenever a reference is loaded.
+    """
+
+    ref: str
+    key: str
+    folder: Path
+    adapter: Path | None = None
+    sizes: dict[str, int]
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "ModelFiles":
+        for name, size in self.sizes.items():
+            if not os.path.isfile(name) or os.path.getsize(name) != size:
+                raise ValueError(f"{name} is gone or was cut short")
+        return self
+
+    @classmethod
+    def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> "ModelFiles":
+        """Refer to folders as they are now."""
+        paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
+        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
+        return cls(ref=ref, key=key, folder=folder, adapter=adapter, sizes=sizes)
+
+    def open(self) -> Model:
+        """Open it for reading.
+
+        Raises:
+            InputError: as `Checkpoint` and `LoraExpert`.
+        """
+        if self.adapter is None:
+            return Checkpoint(self.folder, self.key)
+        return LoraExpert(Checkpoint(self.folder, self.key.partition("+")[0]), self.adapter, self.key)
+
+
+class CalibrationEntry(_Entry):
+    """A calibration set in the store."""
+
+    name: str
+    digest: str
+    tokens: int
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "CalibrationEntry":
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is gone")
+        return self
+
+
+class ImportanceEntry(_Entry):
+    """Measured norms in the store: `{"norms": {tensor: I(l,c)}}` at `path`."""
+
+    ref: str
+    calibration: str
+    digest: str
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "ImportanceEntry":
+        if not (store.read_json(self.path) or {}).get("norms"):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Tensor name -> I(l,c)."""
+        norms: dict[str, float] = store.read_json(self.path)["norms"]  # type: ignore[index]
+        return norms
+
+
+class AllocationEntry(_Entry):
+    """Densities of all experts in the store, and those of the uniform baseline with the same means."""
+
+    digest: str
+    path: Path
+    means: dict[str, float]
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "AllocationEntry":
+        if not (store.read_json(self.path) or {}).get("experts"):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    def experts(self, which: str = "experts") -> dict[str, Allocation]:
+        """Expert -> allocation; `which` is `experts` or `uniform`."""
+        content = store.read_json(self.path)
+        assert content is not None
+        return {ref: Allocation(**fields) for ref, fields in content[which].items()}
+
+
+class MergedModel(_Entry):
+    """A merged checkpoint in the store."""
+
+    digest: str
+    folder: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "MergedModel":
+        if (store.read_manifest(self.folder) or {}).get("digest") != self.digest:
+            raise ValueError(f"{self.folder} is gone, damaged or cut short")
+        return self
+
+    def files(self, ref: str) -> ModelFiles:
+        """As a model to score."""
+        return ModelFiles.at(ref, self.digest, self.folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of the recipe, pinned: a full model, and an adapter on it if it is a LoRA expert."""
+
+    ref: str
+    model: Pinned
+    adapter: Pinned | None = None
+
+    @property
+    def key(self) -> str:
+        """Identity of the content."""
+        return self.model.commit + (f"+{self.adapter.commit}" if self.adapter else "")
+
+    @property
+    def size(self) -> int:
+        """Bytes to download, or on disk."""
+        return self.model.size + (self.adapter.size if self.adapter else 0)
+
+
+def pin(ref: str, root: Path, base: Source | None = None) -> Source:
+    """Resolve a model reference to commits: `model`, `model+adapter`, or an adapter of `base`.
+
+    Raises:
+        InputError: if it does not exist, or is an adapter and there is no base.
+        TransientError: if the Hub cannot be asked right now.
+    """
+    if "+" in ref and not any(place.exists() for place in (root / ref, Path(ref))):
+        model, _, adapter = ref.rpartition("+")
+        return Source(ref, hub.resolve(model, root), hub.resolve(adapter, root))
+    pinned = hub.resolve(ref, root)
+    if not is_adapter(hub.fetch(pinned, weights=False)):
+        return Source(ref, pinned)
+    if base is None:
+        raise InputError(f"{ref}: a LoRA adapter needs its base: set base_model, or write base+adapter")
+    if base.adapter is not None:
+        raise InputError(f"{ref}: a LoRA adapter on a base that is one itself ({base.ref}); merge the base's first")
+    return Source(ref, base.model, pinned)
+
+
+def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
+    """Pin the base (None if the recipe has none) and the experts, in the recipe's order."""
+    base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
+    return base, [pin(entry.model, recipe.root, base) for entry in recipe.experts]
+
+
+def download(source: Source) -> ModelFiles:
+    """Bring a pinned model to the disk, verified.
+
+    Raises:
+        TransientError: if the transfer broke; trying again can help.
+    """
+    adapter = hub.fetch(source.adapter) if source.adapter else None
+    return ModelFiles.at(source.ref, source.key, hub.fetch(source.model), adapter)
+
+
+def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
+    """Tokenise one calibration set of the recipe and put it into the store."""
+    assert recipe.lewis is not None
+    made = calibrate(name, recipe.lewis.calibrations[name], tokenizer=base.folder, root=recipe.root)
+    return CalibrationEntry(name=name, digest=made.digest, tokens=made.tokens, path=made.save())
+
+
+def measure(
+    files: ModelFiles,
+    calibration: CalibrationEntry,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportanceEntry:
+    """Importance of one model on one calibration set; measured once, then found."""
+    digest = store.digest([importance.SEMANTICS, files.key, calibration.digest])
+    path = store.home() / "importance" / f"{digest}.json"
+    with store.lock(f"importance-{digest}"):
+        if not (store.read_json(path) or {}).get("norms"):
+            norms = importance.measure(
+                files.open(), Calibration.load(calibration.path), device=device, progress=progress
+            )
+            content = {"model": files.key, "ref": files.ref, "calibration": calibration.digest, "norms": norms}
+            store.write_json(path, content)
+    return ImportanceEntry(ref=files.ref, calibration=calibration.name, digest=digest, path=path)
+
+
+def allocate(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
+) -> AllocationEntry:
+    """Densities of every expert, and of the uniform baseline.
+
+    Args:
+        recipe: with a `lewis` block.
+        base: the base.
+        experts: in the order of `recipe.experts`.
+        measured: importance of base and experts on the sets they need; empty for `uniform`.
+    """
+    assert recipe.lewis is not None
+    policy = recipe.lewis.density
+    keys = [[entry.ref, entry.calibration, entry.digest] for entry in measured]
+    digest = store.digest([allocation.SEMANTICS, policy.model_dump(), base.key, [e.key for e in experts], sorted(keys)])
+    path = store.home() / "allocations" / f"{digest}.json"
+    with store.lock(f"allocation-{digest}"):
+        if not (store.read_json(path) or {}).get("experts"):
+            opened = base.open()
+            layers = importance.covered_layers(base.folder, set(opened.tensors))
+            norms = {(entry.ref, entry.calibration): entry.norms for entry in measured}
+            guided = {}
+            for entry, files in zip(recipe.experts, experts, strict=True):
+                moved = None
+                if policy.strategy == "lewis":
+                    name = recipe.calibration_of(entry)
+                    moved = allocation.norm_difference(norms[base.ref, name], norms[files.ref, name])
+                guided[files.ref] = allocation.allocate(layers, list(opened.tensors), policy, moved)
+            uniform = {ref: allocation.uniform_like(layers, each) for ref, each in guided.items()}
+            named = {"experts": guided, "uniform": uniform}
+            store.write_json(path, {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()})
+    entry_means = {ref: fields["mean"] for ref, fields in (store.read_json(path) or {})["experts"].items()}
+    return AllocationEntry(digest=digest, path=path, means=entry_means)
+
+
+def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, str]]:
+    """(model, calibration set) for each pass that the recipe needs; None is the base. Empty for `uniform`."""
+    if recipe.lewis is None or recipe.lewis.density.strategy == "uniform":
+        return []
+    own: list[tuple[ModelEntry | None, str]] = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts]
+    sets = dict.fromkeys(name for _, name in own)
+    return [*((None, name) for name in sets), *own]
+
+
+def guide(
+    recipe: Recipe,
+    base: ModelFiles,
+    experts: Sequence[ModelFiles],
+    *,
+    device: str = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[list[ImportanceEntry], AllocationEntry]:
+    """Calibrate, measure and allocate, one after another: the library's way, without Prefect.
+
+    Args:
+        progress: called with (model, tokens done, tokens in all).
+    """
+    of_entry: Mapping[str, ModelFiles] = {e.model: f for e, f in zip(recipe.experts, experts, strict=True)}
+    sets: dict[str, CalibrationEntry] = {}
+    measured = []
+    for entry, name in wanted_measurements(recipe):
+        files = base if entry is None else of_entry[entry.model]
+        if name not in sets:
+            sets[name] = prepare_calibration(recipe, name, base)
+        report = None if progress is None else _labelled(progress, f"{files.ref} on {name}")
+        measured.append(measure(files, sets[name], device=device, progress=report))
+    return measured, allocate(recipe, base, experts, measured)
+
+
+def _labelled(progress: Callable[[str, int, int], None], label: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(label, done, total)
+
+
+def prepare_merge(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    allocated: AllocationEntry | None = None,
+    which: str = "experts",
+) -> Merge:
+    """Open all models and check that they fit.
+
+    Args:
+        recipe: the recipe.
+        base: the base, if there is one.
+        experts: in the order of `recipe.experts`.
+        allocated: densities, for a guided merge.
+        which: `experts` for the guided densities, `uniform` for the baseline's.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
+    opened = [
+        Expert(entry, files.open(), densities.get(files.ref))
+        for entry, files in zip(recipe.experts, experts, strict=True)
+    ]
+    donor = None
+    if recipe.tokenizer_source not in (None, "base", recipe.base_model):
+        donor = next(
+            f.folder for f, e in zip(experts, recipe.experts, strict=True) if e.model == recipe.tokenizer_source
+        )
+    return Merge(recipe, base.open() if base else None, opened, tokenizer_donor=donor)
+
+
+def merge(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    allocated: AllocationEntry | None = None,
+    which: str = "experts",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> MergedModel:
+    """The merged checkpoint in the store, `merged/<digest>/`; made once, then found."""
+    prepared = prepare_merge(recipe, base, experts, allocated, which)
+    folder = store.home() / "merged" / prepared.digest
+    with store.lock(f"merged-{prepared.digest}"):
+        if (store.read_manifest(folder) or {}).get("digest") != prepared.digest:
+            prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
+    return MergedModel(digest=prepared.digest, folder=folder)
+
+
+def lineage(
+    recipe: Recipe, base: ModelFiles | None, experts: Sequence[ModelFiles], allocated: AllocationEntry | None
+) -> dict[str, object]:
+    """What a merged model was made of, for its manifest."""
+    inputs = {files.ref: files.key for files in ([base] if base else []) + list(experts)}
+    means = allocated.means if allocated else None
+    return {"method": recipe.merge_method, "inputs": inputs, "mean_density": means, "recipe": recipe.text}
+
+
+def layers_of(base: ModelFiles) -> list[Layer]:
+    """The covered layers of the base."""
+    return importance.covered_layers(base.folder, set(base.open().tensors))

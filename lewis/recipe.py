@@ -1,0 +1,304 @@
+"""The recipe: a mergekit config with the blocks `lewis`, `evaluate` and `register` (DESIGN, section 3)."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from lewis.errors import InputError, RecipeError
+from lewis.methods import METHODS, Parameter
+from lewis.recipe_errors import cross_check, describe, nearest
+from lewis.settings import Rule, parse_setting, value_at
+
+Setting = Annotated[tuple[Rule, ...], BeforeValidator(parse_setting)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+def _empty_if_null(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def _model_name(value: Any) -> Any:
+    """mergekit also writes a model as {model: {path, revision}, lora: {path, revision}}."""
+    if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
+        if "model" in value:
+            parts = [_model_name(value["model"])] + ([_model_name(value["lora"])] if value.get("lora") else [])
+            return "+".join(str(part) for part in parts)
+        if "path" in value:
+            return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
+    return value
+
+
+ModelName = Annotated[str, BeforeValidator(_model_name), Field(min_length=1)]
+Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelEntry(_Block):
+    """One model of the merge."""
+
+    model: ModelName
+    parameters: Parameters = Field(default_factory=dict)
+    calibration: str | None = None
+
+
+class CalibrationSet(_Block):
+    """Where calibration texts come from: a dataset (of the Hub, or `json`/`parquet` files), or `texts` given inline."""
+
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    data_files: str | tuple[str, ...] | None = None
+    text: str | None = None
+    texts: tuple[str, ...] | None = None
+    samples: int = Field(default=128, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
+    seed: int = Field(default=42, ge=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CalibrationSet":
+        if (self.dataset is None) == (self.texts is None):
+            raise ValueError("expected either `dataset` or inline `texts`")
+        if self.dataset is not None and not self.text:
+            raise ValueError('expected `text`, a template such as "{question} {answer}" that turns a row into text')
+        if self.dataset in ("json", "parquet") and not self.data_files:
+            raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
+        if self.texts is not None and (self.text or self.data_files or self.config):
+            raise ValueError("inline `texts` take no `text`, `config` or `data_files`")
+        return self
+
+
+class Importance(_Block):
+    """How far a layer moved. `prune_ratio` is the authors' Wanda pruning; only 0 (none) is supported yet."""
+
+    metric: Literal["norm_difference"] = "norm_difference"
+    prune_ratio: float = Field(default=0.0, ge=0.0, le=0.0)
+
+
+class Density(_Block):
+    """How densities are allocated.
+
+    Attributes:
+        strategy: `lewis` (by importance) or `uniform` (`budget`, or the midpoint of the bounds, everywhere).
+        min, max: bounds of every density, 0 < min <= max <= 1.
+        budget: if given, the exact parameter-weighted mean density of the covered tensors.
+        uncovered: density of all other tensors: `expert` 1, `base` 0, `mean` that of the covered tensors.
+    """
+
+    strategy: Literal["lewis", "uniform"] = "lewis"
+    min: float = Field(default=0.3, gt=0, le=1)
+    max: float = Field(default=0.8, gt=0, le=1)
+    budget: float | None = Field(default=None, gt=0, le=1)
+    uncovered: Literal["expert", "base", "mean"] = "expert"
+
+
+class Lewis(_Block):
+    """The LEWIS block: calibration sets, importance, densities."""
+
+    calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
+    importance: Importance = Importance()
+    prune_by: Literal["magnitude"] = "magnitude"
+    density: Density = Density()
+
+
+class Evaluate(_Block):
+    """What lm-eval scores: `tasks` are names of its own tasks, or YAML files beside the recipe."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: int | float | None = Field(default=None, gt=0)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool = False
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
+    timeout_minutes: float = Field(default=60, gt=0)
+    baselines: tuple[Literal["base", "experts", "uniform"], ...] = ("base", "experts", "uniform")
+
+
+class Gate(_Block):
+    """The rule of promotion: `metric` (`task/metric,filter`) must gain at least `min_gain` on the champion."""
+
+    metric: str
+    min_gain: float = 0.0
+
+
+class Register(_Block):
+    """The registered model in MLflow."""
+
+    name: str = Field(pattern=r"^[^/:]+$")
+    gate: Gate | None = None
+
+
+class Recipe(_Block):
+    """A validated recipe. Make one with `Recipe.load` or `Recipe.parse`."""
+
+    merge_method: str
+    base_model: ModelName | None = None
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    parameters: Parameters = Field(default_factory=dict)
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    tokenizer_source: ModelName | None = None
+    seed: int = Field(default=0, ge=0)
+    lewis: Lewis | None = None
+    evaluate: Evaluate | None = None
+    register_as: Register | None = Field(default=None, alias="register")
+    _root: Path = PrivateAttr(default_factory=Path.cwd)
+    _name: str = PrivateAttr(default="recipe")
+    _text: str = PrivateAttr(default="")
+
+    @property
+    def root(self) -> Path:
+        """The recipe's folder: relative paths in it are looked up here first."""
+        return self._root
+
+    @property
+    def name(self) -> str:
+        """The recipe file's name without its ending."""
+        return self._name
+
+    @property
+    def text(self) -> str:
+        """The recipe as YAML, overrides included."""
+        return self._text
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read and check a recipe.
+
+        Args:
+            path: a YAML file.
+            overrides: `key.path=value` each, the value in YAML; applied before the check.
+
+        Raises:
+            RecipeError: with every problem found, each beginning with its YAML path.
+        """
+        path = Path(path).expanduser()
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from error
+        return cls.parse(text, root=path.resolve().parent, name=path.stem, overrides=overrides)
+
+    @classmethod
+    def parse(cls, text: str, *, root: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
+        """`load` from the YAML text itself; `root` is where its relative paths start."""
+        try:
+            data = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise RecipeError(f"{name}: expected a mapping with `merge_method` and `models`, got {type(data).__name__}")
+        for override in overrides:
+            _override(data, override)
+        problems = cross_check(data)
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            problems = [*describe(error, cls), *problems]
+        if problems:
+            raise RecipeError(list(dict.fromkeys(problems)))
+        recipe._root, recipe._name = root, name
+        recipe._text = text if not overrides else yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return recipe
+
+    @property
+    def experts(self) -> tuple[ModelEntry, ...]:
+        """The models that are merged: for a method on task vectors, all but the base, which a recipe may list too.
+
+        A linear merge takes them all, and a base that is not listed with the top-level weight (as mergekit).
+        """
+        if METHODS[self.merge_method].on == "task_vectors":
+            return tuple(entry for entry in self.models if entry.model != self.base_model)
+        if self.base_model is None or self.base_model in {entry.model for entry in self.models}:
+            return self.models
+        return (*self.models, ModelEntry(model=self.base_model))
+
+    def calibration_of(self, expert: ModelEntry) -> str:
+        """The name of the calibration set that `expert` is measured on."""
+        assert self.lewis is not None
+        return expert.calibration or next(iter(self.lewis.calibrations))
+
+    def value(self, parameter: Parameter, expert: ModelEntry | None, tensor: str, position: float) -> Any:
+        """One parameter's value for one tensor, by mergekit's precedence: the model's own, the top level, the default.
+
+        Args:
+            parameter: as the method declares it.
+            expert: whose value, for a parameter of each expert.
+            tensor: the tensor's name, which filters are searched in.
+            position: depth of its layer in [0, 1], which gradients are read at; 0 outside the layers.
+        """
+        sources = [expert.parameters] if parameter.per_expert and expert is not None else []
+        for source in [*sources, self.parameters]:
+            if parameter.name in source:
+                found = value_at(source[parameter.name], tensor, position, parameter.parse)
+                if found is not None:
+                    return found
+        return parameter.default
+
+    def check_filters(self, tensors: Iterable[str]) -> None:
+        """Check that every filter matches a tensor.
+
+        Raises:
+            RecipeError: naming each filter that matches none, and the nearest module.
+        """
+        names = list(tensors)
+        modules = {name.rsplit(".", 1)[0] for name in names} | {re.sub(r"^.*\.\d+\.", "", n) for n in names}
+        problems = []
+        for where, parameters in self._parameter_blocks():
+            for key, rules in parameters.items():
+                for i, rule in enumerate(rules):
+                    pattern = rule.filter
+                    if pattern not in (None, "*") and not any(pattern in name for name in names):
+                        path = f"{where}.{key}[{i}].filter"
+                        problems.append(f"{path}: {pattern!r} matches no tensor{nearest(pattern, modules)}")
+        if problems:
+            raise RecipeError(problems)
+
+    def _parameter_blocks(self) -> list[tuple[str, dict[str, tuple[Rule, ...]]]]:
+        own = [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models)]
+        return [*own, ("parameters", self.parameters)]
+
+    def method_takes_density(self) -> bool:
+        """Whether the merge method trims, so that LEWIS has something to guide."""
+        return "density" in METHODS[self.merge_method].parameters
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
+    if not equals or "" in keys:
+        raise InputError(f"--set {override}: expected key.path=value, for example lewis.density.max=0.7")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    place: Any = data
+    for i, key in enumerate(keys):
+        if isinstance(place, list) != isinstance(key, int) or (isinstance(key, int) and key >= len(place)):
+            raise InputError(f"--set {override}: there is no {'.'.join(map(str, keys[: i + 1]))} in the recipe")
+        if i == len(keys) - 1:
+            place[key] = value
+        else:
+            if isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+            if not isinstance(place, dict | list):
+                raise InputError(f"--set {override}: {'.'.join(map(str, keys[: i + 1]))} is {place!r}, not a block")

@@ -1,0 +1,193 @@
+"""Problems of a recipe, found together and told in the user's terms: YAML path, what was expected, nearest name."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lewis.methods import METHODS
+from lewis.settings import parse_setting
+
+UNSUPPORTED = {
+    "slices": "merging slices of layers",
+    "modules": "merging by modules",
+    "tokenizer": "tokenizer surgery",
+    "chat_template": "replacing the chat template",
+    "trust_remote_code": "running code that a model brings along",
+}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean ...?`, or the choices where nothing is near."""
+    choices = sorted(names)
+    close = difflib.get_close_matches(name, choices, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; expected one of {', '.join(choices)}" if len(choices) <= 24 else ""
+
+
+def dotted(location: Iterable[Any]) -> str:
+    """`("models", 0, "model")` as `models[0].model`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """Each problem that pydantic found, as a line."""
+    lines = []
+    for problem in error.errors():
+        location, kind, given = problem["loc"], problem["type"], problem["input"]
+        where = dotted(
+            part for part in location if part not in ("int", "float", "str", "literal['auto']", "constrained-int")
+        )
+        if kind == "extra_forbidden":
+            key = str(location[-1])
+            if len(location) == 1 and key in UNSUPPORTED:
+                lines.append(f"{where}: {UNSUPPORTED[key]} is not supported yet; remove it (models and parameters are)")
+            else:
+                lines.append(f"{where}: unknown key{nearest(key, _keys(root, location[:-1]))}")
+        elif kind == "missing":
+            lines.append(f"{where}: missing; it is required")
+        elif kind == "value_error":
+            lines.append(f"{where}: {str(problem['msg']).removeprefix('Value error, ')}")
+        elif kind == "literal_error":
+            lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {given!r}")
+        else:
+            message = str(problem["msg"]).replace("tuple", "list")
+            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {given!r}")
+    return lines
+
+
+def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that are valid at a location of the schema."""
+    current: Any = model
+    for part in location:
+        annotations: list[Any] = []
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            annotations = [f.annotation for name, f in current.model_fields.items() if part in (name, f.alias)]
+        current = next(iter(_models_in(annotations)), current)
+    if not (isinstance(current, type) and issubclass(current, BaseModel)):
+        return []
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _models_in(annotations: Iterable[Any]) -> Iterable[type[BaseModel]]:
+    for annotation in annotations:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        else:
+            yield from _models_in(getattr(annotation, "__args__", ()))
+
+
+def cross_check(data: dict[str, Any]) -> list[str]:
+    """Problems that span blocks, found on the raw YAML so that they are told beside all others."""
+    problems: list[str] = []
+    entries = data.get("models")
+    models = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    method = METHODS.get(str(data.get("merge_method")))
+    if data.get("merge_method") is not None and method is None:
+        problems.append(
+            f"merge_method: unknown method {data['merge_method']!r}{nearest(str(data['merge_method']), METHODS)}"
+        )
+    if method is not None:
+        problems += _check_parameters(data, models, method.name)
+        if method.on == "task_vectors" and not data.get("base_model"):
+            problems.append(f"base_model: {method.name} merges task vectors and needs one")
+        if data.get("lewis") is not None and "density" not in method.parameters:
+            trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
+            problems.append(f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}")
+    problems += _check_models(data, models)
+    problems += _check_calibrations(data, models)
+    problems += _check_density(data)
+    return problems
+
+
+def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: str) -> list[str]:
+    known, problems = METHODS[name].parameters, []
+    blocks = [(f"models[{i}].parameters", entry.get("parameters"), True) for i, entry in enumerate(models)]
+    for where, block, of_expert in [*blocks, ("parameters", data.get("parameters"), False)]:
+        for key, raw in block.items() if isinstance(block, dict) else ():
+            path = f"{where}.{key}"
+            if key not in known:
+                problems.append(f"{path}: {name} has no such parameter{nearest(str(key), known)}")
+            elif of_expert and not known[key].per_expert:
+                problems.append(f"{path}: {key} is one value for the whole merge; move it to parameters.{key}")
+            else:
+                problems += _check_values(path, raw, known[key].parse)
+    return problems
+
+
+def _check_values(path: str, raw: Any, parse: Any) -> list[str]:
+    try:
+        rules = parse_setting(raw)
+    except ValueError:
+        return []  # told with its place by the schema
+    problems = []
+    for rule in rules:
+        for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
+            try:
+                parse(value)
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+    return problems
+
+
+def _check_models(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:
+    problems, base = [], data.get("base_model")
+    names = [str(entry.get("model")) for entry in models]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problems.append(f"models[{i}].model: {name!r} is listed twice; give it once, with the sum of the weights")
+    if models and base is not None and all(name == str(base) for name in names):
+        problems.append("models: only the base is listed; add an expert")
+    source = data.get("tokenizer_source")
+    if source == "union":
+        problems.append(
+            "tokenizer_source: union (tokenizer surgery) is not supported yet; use base or one of the models"
+        )
+    elif isinstance(source, str) and source not in ("base", str(base), *names):
+        problems.append(f"tokenizer_source: expected base or one of the models, got {source!r}")
+    top_weight = isinstance(data.get("parameters"), dict) and "weight" in data["parameters"]
+    if data.get("merge_method") == "linear" and base is not None and str(base) not in names and not top_weight:
+        problems.append(
+            "base_model: it takes part in a linear merge: list it under models with a weight, or leave it out"
+        )
+    return problems
+
+
+def _check_density(data: dict[str, Any]) -> list[str]:
+    block = data.get("lewis")
+    density = block.get("density") if isinstance(block, dict) else None
+    given: dict[str, Any] = {"min": 0.3, "max": 0.8, "budget": None} | (density if isinstance(density, dict) else {})
+    low, high, budget = given["min"], given["max"], given["budget"]
+    if not all(isinstance(bound, int | float) for bound in (low, high)):
+        return []  # told by the schema
+    if low > high:
+        return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
+    if isinstance(budget, int | float) and given.get("strategy") != "uniform" and not low <= budget <= high:
+        return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
+    return []
+
+
+def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:
+    block = data.get("lewis")
+    sets = block.get("calibrations") if isinstance(block, dict) else None
+    names = list(sets) if isinstance(sets, dict) else []
+    problems = []
+    density = block.get("density") if isinstance(block, dict) else None
+    uniform = isinstance(density, dict) and density.get("strategy") == "uniform"
+    if isinstance(block, dict) and not names and not uniform:
+        problems.append("lewis.calibrations: LEWIS measures activations and needs at least one calibration set")
+    base = str(data.get("base_model"))
+    for i, entry in enumerate(models):
+        wanted, where = entry.get("calibration"), f"models[{i}].calibration"
+        if wanted is not None and block is None:
+            problems.append(f"{where}: there is no lewis block that defines {wanted!r}")
+        elif wanted is not None and wanted not in names and isinstance(block, dict):
+            problems.append(f"{where}: no calibration set {wanted!r}{nearest(str(wanted), names)}")
+        elif wanted is None and len(names) > 1 and not uniform and str(entry.get("model")) != base:
+            problems.append(f"{where}: missing, and there is more than one set; expected one of {', '.join(names)}")
+    return problems

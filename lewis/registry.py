@@ -1,0 +1,313 @@
+"""The model registry: MLflow is the source of truth for what was merged from what, and for which version is in use.
+
+A version appears as the last step of a registration, so what is visible is complete. Alias `champion` is the version in
+use, `previous` the one before (to go back to), `challenger` the last one that the gate refused.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis import logged_model, store, tracking
+from lewis.errors import InputError, LewisError
+from lewis.gate import Verdict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger(__name__)
+
+MAX_DESCRIPTION = 5000  # characters
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What to register.
+
+    Attributes:
+        name: of the registered model.
+        folder: the merged checkpoint as `store.publish` left it; never rewritten afterwards.
+        digest: of the merge, 64 hex digits: the identity of the version.
+        params: of the recipe, flat.
+        metrics: as in `{"merged/gsm8k/exact_match,none": 0.5, "base/...": ...}`. Those of `merged` go on the version.
+        lineage: commit or content digest of every input, by its reference in the recipe.
+        recipe: YAML.
+        pictures: PNG files by name.
+        tables: rows by name.
+        card: Markdown, the version's description.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    lineage: Mapping[str, str]
+    recipe: str
+    pictures: Mapping[str, bytes]
+    tables: Mapping[str, list[dict[str, Any]]]
+    card: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model; `uri` is what `mlflow.transformers.load_model` takes."""
+
+    name: str
+    version: str
+    run_id: str
+    uri: str
+    created: bool
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version in use.
+
+    Attributes:
+        digest: of its merge; empty if it was not registered by LEWIS.
+        folder: its checkpoint on this disk; None if the artifacts are remote or damaged.
+        metrics: its scores by `task/metric,filter`.
+    """
+
+    version: Version
+    digest: str
+    folder: Path | None
+    metrics: Mapping[str, float]
+
+
+def configure() -> None:
+    """Choose the tracking store: `MLFLOW_TRACKING_URI`, or a database in the store. Creates both it and the experiment.
+
+    Raises:
+        TransientError: if the server does not answer.
+        LewisError: if MLflow refuses.
+    """
+    with tracking.client("opening the tracking store"):
+        pass
+
+
+def register(entry: Entry) -> Version:
+    """Register a merged checkpoint, once per digest.
+
+    Raises:
+        InputError: if the name or the digest is malformed.
+        LewisError: if the checkpoint is damaged, or MLflow or the disk refuses; the run is FAILED, no version exists.
+        TransientError: if the server does not answer.
+    """
+    name = _check(entry.name, entry.digest)
+    if store.read_manifest(entry.folder) is None:
+        raise LewisError(f"{entry.folder}: expected a whole merged checkpoint, files are missing or cut; merge again")
+    with store.lock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
+        found = _find(client, name, entry.digest)
+        if found is not None:
+            _close_runs(client, name, entry.digest, finished=found.run_id)
+            return found
+        _clear_leftovers(client, name, entry.digest)
+        return _create(client, name, entry)
+
+
+def find(name: str, digest: str) -> Version | None:
+    """The version of a merge, if it is registered and all its files are still there with their sizes."""
+    name = _check(name, digest)
+    with tracking.client(f"looking for {name}") as client:
+        return _find(client, name, digest)
+
+
+def champion(name: str) -> Champion | None:
+    """The version in use, or None before the first promotion."""
+    name = _model_name(name)
+    with tracking.client(f"reading the champion of {name}") as client:
+        return _champion(client, name)
+
+
+def promote(version: Version, verdict: Verdict) -> None:
+    """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
+
+    A version that already is the champion stays as it is.
+
+    Raises:
+        LewisError: if the champion changed after the comparison.
+    """
+    with store.lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
+        current = _champion(client, version.name)
+        if current is not None and current.version.version == version.version:
+            logger.info("%s already is the champion", version.uri)
+            return
+        if verdict.passed and verdict.compared_with.startswith("models:/"):
+            _check_still_champion(current, verdict)
+        tags = {
+            "lewis.verdict.compared_with": verdict.compared_with,
+            "lewis.verdict.reasons": "\n".join(verdict.reasons),
+            "lewis.verdict": "passed" if verdict.passed else "failed",
+        }
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, version.version, key, value)
+        if not verdict.passed:
+            client.set_registered_model_alias(version.name, "challenger", version.version)
+            return
+        if current is not None:
+            client.set_registered_model_alias(version.name, "previous", current.version.version)
+        client.set_registered_model_alias(version.name, "champion", version.version)
+
+
+def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
+    from mlflow.entities import LoggedModelOutput
+
+    experiment = tracking.experiment(client)
+    tags = {"lewis.name": name, "lewis.digest": entry.digest}
+    run_id = client.create_run(experiment, tags=tags, run_name=f"{name}-{entry.digest[:8]}").info.run_id
+    try:
+        plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
+        model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
+        sizes = logged_model.write(client, model, entry.folder, entry.card)
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        _log_run(client, run_id, model.model_id, entry)
+        _create_registered_model(client, name)
+        version = client.create_model_version(
+            name,
+            source=f"models:/{model.model_id}",
+            run_id=run_id,
+            model_id=model.model_id,
+            tags=_version_tags(entry, sizes),
+            description=tracking.cut(entry.card, MAX_DESCRIPTION, "card.md"),
+            await_creation_for=0,
+        )
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id)
+    logger.info("registered %s as version %s", name, version.version)
+    return _version(version, created=True)
+
+
+def _log_run(client: "MlflowClient", run_id: str, model_id: str, entry: Entry) -> None:
+    import pandas as pd
+
+    tracking.log_numbers(client, run_id, model_id, entry.params, entry.metrics)
+    lineage = json.dumps(dict(entry.lineage), indent=2)
+    texts = {"recipe.yaml": entry.recipe, "card.md": entry.card, "lineage.json": lineage}
+    tracking.log_files(client, run_id, {**{name: text.encode() for name, text in texts.items()}, **entry.pictures})
+    for name, rows in entry.tables.items():
+        client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
+
+
+def _version_tags(entry: Entry, sizes: Mapping[str, int]) -> dict[str, str]:
+    merged = {k.removeprefix("merged/"): v for k, v in entry.metrics.items() if k.startswith("merged/")}
+    return {
+        "lewis.digest": entry.digest,
+        "lewis.metrics": json.dumps(merged, sort_keys=True),
+        "lewis.files": json.dumps(sizes),
+        **{tracking.key(f"lewis.source.{ref.replace('/', '--')}"): commit for ref, commit in entry.lineage.items()},
+    }
+
+
+def _create_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _find(client: "MlflowClient", name: str, digest: str) -> Version | None:
+    for found in _versions(client, name, digest):
+        if _model_of(client, found) is not None:
+            return _version(found, created=False)
+    return None
+
+
+def _versions(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:
+    return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
+
+
+def _model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | None":
+    """The LoggedModel behind a version, if all its files are still there."""
+    from mlflow.exceptions import MlflowException
+
+    model_id = (version.source or "").removeprefix("models:/")
+    sizes = json.loads(version.tags.get("lewis.files", "{}"))
+    try:
+        return client.get_logged_model(model_id) if logged_model.is_whole(client, model_id, sizes) else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _champion(client: "MlflowClient", name: str) -> Champion | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client.get_model_version_by_alias(name, "champion")
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+            return None
+        raise
+    model = _model_of(client, version)
+    folder = logged_model.local_folder(model) if model is not None else None
+    return Champion(
+        version=_version(version, created=False),
+        digest=version.tags.get("lewis.digest", ""),
+        folder=folder and folder / logged_model.CHECKPOINT,
+        metrics=json.loads(version.tags.get("lewis.metrics", "{}")),
+    )
+
+
+def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
+    uri = current.version.uri if current is not None else "none"
+    if uri != verdict.compared_with:
+        raise LewisError(
+            f"the gate compared with {verdict.compared_with}, but the champion is {uri} by now; run the flow again"
+        )
+
+
+def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:
+    """Clear what earlier attempts left: the half-made of a killed process, and versions that lost their files."""
+    for version in _versions(client, name, digest):
+        logger.warning("version %s of %s lost its files; registering it anew", version.version, name)
+        client.set_model_version_tag(name, version.version, "lewis.damaged", digest)
+        client.delete_model_version_tag(name, version.version, "lewis.digest")
+    for model in client.search_logged_models([tracking.experiment(client)], _made_by(name, digest)):
+        logged_model.discard(client, model)
+    _close_runs(client, name, digest, finished=None)
+
+
+def _close_runs(client: "MlflowClient", name: str, digest: str, finished: str | None) -> None:
+    """End the runs whose process died: well if it had created the version `finished` belongs to, else as FAILED."""
+    query = f"{_made_by(name, digest)} and attributes.status = 'RUNNING'"
+    for run in client.search_runs([tracking.experiment(client)], query):
+        client.set_terminated(run.info.run_id, "FINISHED" if run.info.run_id == finished else "FAILED")
+
+
+def _made_by(name: str, digest: str) -> str:
+    return f"tags.`lewis.name` = '{name}' and tags.`lewis.digest` = '{digest}'"
+
+
+def _version(version: "ModelVersion", created: bool) -> Version:
+    uri = f"models:/{version.name}/{version.version}"
+    return Version(version.name, str(version.version), version.run_id or "", uri, created)
+
+
+def _model_name(name: str) -> str:
+    """`name` without what MLflow or its filters refuse."""
+    cleaned = re.sub(r"[/:\"'`]", "_", name).strip()
+    if not cleaned.strip("."):
+        raise InputError(f"register.name: expected the name of a registered model, got {name!r}")
+    return cleaned
+
+
+def _check(name: str, digest: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise InputError(f"{name}: expected a digest of 64 hex digits, got {digest!r}")
+    return _model_name(name)

@@ -1,0 +1,70 @@
+"""mergekit's parameter settings: a number, a gradient over the layers, or a list of filters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`value` (a scalar, or a gradient: a tuple of them) for tensors whose name contains `filter`; None: for all."""
+
+    value: Scalar | tuple[Scalar, ...]
+    filter: str | None = None
+
+
+def parse_setting(raw: Any) -> tuple[Rule, ...]:
+    """Turn the YAML of a setting into rules, the first that matches a tensor holds.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    if isinstance(raw, tuple) and all(isinstance(rule, Rule) for rule in raw):
+        return raw
+    if isinstance(raw, dict):
+        raw = [raw]
+    if isinstance(raw, bool | int | float | str):
+        return (Rule(raw),)
+    if isinstance(raw, list) and raw:
+        if all(isinstance(item, bool | int | float | str) for item in raw):
+            return (Rule(tuple(raw)),)
+        if all(isinstance(item, dict) for item in raw):
+            return tuple(_parse_rule(item) for item in raw)
+    raise ValueError(f"expected a number, a list of numbers (a gradient) or a list of {{filter, value}}, got {raw!r}")
+
+
+def _parse_rule(item: dict[str, Any]) -> Rule:
+    if "value" not in item or not set(item) <= {"value", "filter"}:
+        raise ValueError(f"expected {{filter, value}}, got the keys {sorted(map(str, item))}")
+    pattern = item.get("filter")
+    if pattern is not None and (not isinstance(pattern, str) or not pattern):
+        raise ValueError(f"expected a filter that is a part of a tensor's name, got {pattern!r}")
+    inner = parse_setting(item["value"])
+    if len(inner) != 1 or inner[0].filter is not None:
+        raise ValueError("expected a number or a gradient as the value of a filter")
+    return Rule(inner[0].value, pattern)
+
+
+def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Callable[[Any], Any]) -> Any | None:
+    """The value of a setting for one tensor, or None where no rule matches.
+
+    Args:
+        rules: as from `parse_setting`.
+        tensor: name of the tensor; a filter matches as a substring, `*` matches all (mergekit's rule).
+        position: in [0, 1]; numbers of a gradient are interpolated there, other values picked.
+        parse: checks a scalar and gives it its type.
+    """
+    for rule in rules:
+        if rule.filter in (None, "*") or (rule.filter or "") in tensor:
+            if not isinstance(rule.value, tuple):
+                return parse(rule.value)
+            values = [parse(value) for value in rule.value]
+            scaled = position * (len(values) - 1)
+            low = int(scaled)
+            if any(isinstance(value, bool) for value in values):
+                return values[low]
+            high, fraction = min(low + 1, len(values) - 1), scaled - low
+            return values[low] if fraction == 0 else (1 - fraction) * values[low] + fraction * values[high]
+    return None

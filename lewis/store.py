@@ -1,0 +1,145 @@
+"""The store: everything written to disk, under LEWIS_HOME, addressed by content.
+
+    importance/<digest>.json  merged/<digest>/  scores/<digest>.json  ...
+
+An entry is written beside its place and renamed in, so a reader never sees half of one. A merged folder carries a
+manifest (`lewis.json`) with the size and checksum of each file; what a cache says exists is checked against it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lewis.errors import InputError
+
+MANIFEST = "lewis.json"
+
+
+def home() -> Path:
+    """The root of the store: the absolute path of `LEWIS_HOME`, by default `~/.cache/lewis`."""
+    return Path(os.environ.get("LEWIS_HOME") or "~/.cache/lewis").expanduser().resolve()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (64 hex digits) of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (64 hex digits) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(name: str) -> FileLock:
+    """A lock between processes and threads, held as `with lock("..."):`. The kernel frees it when its holder dies."""
+    path = home() / "locks" / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, thread_local=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    try:
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def publish(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Give a scratch folder to write into; when the block ends well, add the manifest and rename it to `folder`.
+
+    Args:
+        folder: where the finished folder goes. An older folder that has a manifest is replaced.
+        manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
+
+    Raises:
+        InputError: if `folder` holds something that was not written by this function.
+    """
+    check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
+    scratch = _beside(folder)
+    scratch.mkdir()
+    try:
+        yield scratch
+        paths = sorted(p for p in scratch.rglob("*") if p.is_file())
+        files = {str(p.relative_to(scratch)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
+        write_json(scratch / MANIFEST, {**manifest, "files": files})
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError unless `folder` is absent, empty, or an earlier output of `publish`."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a published folder whose files are all there with their sizes; None otherwise."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        whole = all((folder / name).stat().st_size == file["size"] for name, file in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if whole else None
+
+
+def read_json(path: Path) -> Any | None:
+    """The content of a JSON entry, or None if it is absent or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise InputError unless the file system of `folder` has `needed` bytes free."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: no space: the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free some, or write elsewhere (-o, or LEWIS_HOME)"
+        )
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that died (kill -9, power) left half-written in `folder`."""
+    for leftover in folder.glob(".*.partial"):
+        with suppress(ValueError, ProcessLookupError, PermissionError):
+            pid = int(leftover.name.split(".")[-3])
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")

@@ -1,0 +1,110 @@
+"""MLflow as LEWIS uses it: which store, one experiment, errors that say what to do, names and values it accepts."""
+
+import os
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis import store
+from lewis.errors import InputError, LewisError, TransientError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_KEY, MAX_PARAM = 250, 6000  # characters
+BATCH = 100  # parameters per request
+HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+
+
+@contextmanager
+def client(doing: str) -> Iterator["MlflowClient"]:
+    """Give a client of `MLFLOW_TRACKING_URI`, or of a database in the store; create it and the experiment if need be.
+
+    Args:
+        doing: what the block does, for the error message.
+
+    Raises:
+        TransientError: if the server does not answer or is busy.
+        LewisError: if MLflow or the disk refuses.
+    """
+    os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")  # read when MLflow is first imported
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_folder() / 'mlflow.db'}"
+    try:
+        mlflow.set_tracking_uri(uri)
+        connected = mlflow.MlflowClient(uri)
+        experiment(connected)
+        yield connected
+    except (MlflowException, RequestException) as error:
+        heals = isinstance(error, RequestException) or error.error_code in HEALING
+        raise (TransientError if heals else LewisError)(f"MLflow at {uri}: {doing}: {error}") from error
+    except OSError as error:
+        raise LewisError(f"MLflow at {uri}: {doing}: {error}") from error
+
+
+def experiment(client: "MlflowClient") -> str:
+    """The id of the experiment `MLFLOW_EXPERIMENT_NAME`, by default `lewis`; created if it does not exist.
+
+    Under a lock, since processes that create one database or one experiment at once would fail.
+
+    Raises:
+        InputError: if it has been deleted.
+    """
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis"
+    with store.lock("mlflow"):
+        artifacts = _folder() / "artifacts"
+        artifacts.mkdir(parents=True, exist_ok=True)
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            # A server knows where its artifacts go; without one, MLflow would take the current folder.
+            location = None if client.tracking_uri.startswith("http") else artifacts.as_uri()
+            return str(client.create_experiment(name, artifact_location=location))
+    if found.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore -x {found.experiment_id}"
+        raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")
+    return str(found.experiment_id)
+
+
+def log_numbers(
+    client: "MlflowClient", run_id: str, model_id: str, params: Mapping[str, Any], metrics: Mapping[str, float]
+) -> None:
+    """Log parameters on a run, and metrics on the run and its model, whatever their number and names."""
+    from mlflow.entities import Metric, Param
+    from mlflow.utils.time import get_current_time_millis
+
+    now = get_current_time_millis()
+    points = [Metric(key(name), float(value), now, 0, model_id=model_id) for name, value in metrics.items()]
+    settings = [Param(key(name), cut(str(value), MAX_PARAM, "recipe.yaml")) for name, value in params.items()]
+    for start in range(0, max(len(points), len(settings)), BATCH):
+        client.log_batch(run_id, points[start : start + BATCH], settings[start : start + BATCH])
+
+
+def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
+    """Log files by name."""
+    with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
+        for name, content in files.items():
+            (Path(scratch) / name).write_bytes(content)
+        client.log_artifacts(run_id, scratch)
+
+
+def key(name: str) -> str:
+    """`name` as MLflow accepts it for a metric, a parameter or a tag: `gsm8k/acc,none` becomes `gsm8k/acc/none`."""
+    allowed = re.sub(r"[^/\w.\- ]", "_", name.replace(",", "/"))
+    return posixpath.normpath(allowed).lstrip("/")[:MAX_KEY]
+
+
+def cut(text: str, limit: int, whole: str) -> str:
+    """At most `limit` characters of `text`; a cut one ends with the name of the file that has it `whole`."""
+    note = f"... (cut, all of it is in {whole})"
+    return text if len(text) <= limit else text[: limit - len(note)] + note
+
+
+def _folder() -> Path:
+    return store.home() / "mlflow"

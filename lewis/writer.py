@@ -1,0 +1,156 @@
+"""Write a checkpoint: the files are laid out first from names, dtypes and shapes, then filled tensor by tensor."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from lewis.checkpoint import DTYPES, INDEX, SINGLE
+from lewis.errors import InputError
+
+SIZES = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in DTYPES.items()}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+DONATED = (
+    *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+
+
+def parse_size(text: str) -> int:
+    """`"5GB"` in bytes (decimal units, as transformers' `max_shard_size`).
+
+    Raises:
+        InputError: if it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")]) if match else 0
+    if size <= 0:
+        raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}")
+    return size
+
+
+class CheckpointWriter:
+    """Safetensors files whose tensors may be written in any order.
+
+    Use as a context manager; leave it only when each tensor of the layout has been written.
+    """
+
+    def __init__(self, folder: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int) -> None:
+        """Lay the files out.
+
+        Args:
+            folder: an existing, empty folder.
+            layout: tensor name -> dtype (as safetensors names it) and shape, in the order of writing.
+            max_shard_size: bytes; a larger tensor gets a file of its own.
+        """
+        self.folder, self._layout = folder, dict(layout)
+        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._files: list[IO[bytes]] = []
+        shards = _shards({name: _size(dtype, shape) for name, (dtype, shape) in layout.items()}, max_shard_size)
+        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+        for file_name, members in zip(names, shards, strict=True):
+            self._lay_out(file_name, members)
+        if len(shards) > 1:
+            total = sum(_size(dtype, shape) for dtype, shape in layout.values())
+            weight_map = {tensor: file for file, members in zip(names, shards, strict=True) for tensor in members}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor of the layout; it must have the dtype and shape that were laid out."""
+        dtype, shape = self._layout[name]
+        if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: laid out as {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        file, offset = self._places[name]
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        while data:
+            written = os.pwrite(file.fileno(), data, offset)
+            data, offset = data[written:], offset + written
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._files:
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+    def _lay_out(self, file_name: str, members: list[str]) -> None:
+        # Wide dtypes first keeps each tensor aligned to its own size, as the safetensors library does.
+        members = sorted(members, key=lambda name: -SIZES[self._layout[name][0]])
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in members:
+            dtype, shape = self._layout[name]
+            start, end = end, end + _size(dtype, shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = (self.folder / file_name).open("wb", buffering=0)
+        self._files.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for name in members:
+            self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
+
+
+def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:
+    """Write config.json with the dtype of the weights.
+
+    Args:
+        config: the base's.
+        donor: the folder `config` was read from; its file is copied byte by byte where nothing changes.
+        folder: where to write.
+        dtype: the one dtype of all floating tensors as safetensors names it, or None if they differ.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    name = _NAMES.get(dtype or "")
+    if name:
+        keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]
+        changed.update(dict.fromkeys(keys, name))
+        for inner in changed.values():
+            if isinstance(inner, dict):
+                inner.update({key: name for key in ("dtype", "torch_dtype") if inner.get(key)})
+    if changed == config:
+        shutil.copyfile(donor / "config.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
+
+
+def copy_tokenizer(donor: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation_config of `donor`, byte by byte."""
+    for path in tokenizer_files(donor):
+        shutil.copyfile(path, folder / path.name)
+
+
+def tokenizer_files(donor: Path) -> list[Path]:
+    """What `copy_tokenizer` copies."""
+    return sorted({path for pattern in DONATED for path in donor.glob(pattern) if path.is_file()})
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return SIZES[dtype] * int(torch.Size(shape).numel())
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

@@ -1,0 +1,13 @@
+"""Bring a pinned model to the disk, verified."""
+
+from prefect import task
+
+from lewis import pipeline
+from lewis.pipeline import ModelFiles, Source
+from tasks.caching import RETRIES, cached
+
+
+@task(name="download", task_run_name="download {source.ref}", timeout_seconds=6 * 3600, **cached("source"), **RETRIES)
+def download(source: Source) -> ModelFiles:
+    """Files of exactly the pinned commit, checksums verified."""
+    return pipeline.download(source)

@@ -1,0 +1,1 @@
+"""Score one model with lm-eval."""

@@ -1,0 +1,26 @@
+"""Look at the models before any work: do they fit together, what is covered, is there space."""
+
+import logging
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from lewis import pipeline, store
+from lewis.pipeline import ModelFiles
+from lewis.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+@task(name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
+def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles], models_to_write: int) -> int:
+    """Check everything that headers and configs tell; gives the number of covered layers (0 without a lewis block)."""
+    prepared = pipeline.prepare_merge(recipe, base, experts)
+    store.check_space(store.home() / "merged", models_to_write * prepared.size)
+    if recipe.lewis is None or base is None:
+        return 0
+    layers = pipeline.layers_of(base)
+    kinds = sorted({layer.projection for layer in layers})
+    share = sum(x.parameters for x in layers) / sum(info.elements for info in prepared.base.tensors.values())
+    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), ", ".join(kinds), 100 * share)
+    return len(layers)

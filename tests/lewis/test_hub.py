@@ -1,0 +1,496 @@
+"""lewis.hub against a real Hub server on loopback: what it pins, downloads, verifies and refuses."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors.numpy import save
+
+from lewis import hub as lewis_hub
+from lewis import store
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.hub import Pinned, fetch, resolve, resolve_dataset, retryable, tensor_headers
+from tests.support.local_hub import LocalHub
+
+WEIGHTS = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.zeros(2, np.float16)})
+HEADERS = {"a.weight": ("F32", (2, 3)), "a.bias": ("F16", (2,))}
+NEEDED = {"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}", "model.safetensors": WEIGHTS}
+MODEL = NEEDED | {
+    "README.md": "# hi",
+    "modeling_x.py": "import os",
+    "pytorch_model.bin": b"\x80\x04.",
+    "onnx/config.json": "{}",
+}
+SIZE = len('{"model_type": "llama"}') + len("{}") + len(WEIGHTS)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with LocalHub(tmp_path / "server") as hub:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+# Pinning a Hub repo
+
+
+def test_resolve_pins_branch_tag_commit_and_pull_request(hub: LocalHub, tmp_path: Path) -> None:
+    first = hub.commit("org/x", MODEL, tag="v1")
+    proposed = hub.commit("org/x", {**MODEL, "config.json": "{}"}, branch="refs/pr/1")
+    second = hub.commit("org/x", {**MODEL, "config.json": "[]"})
+    assert resolve("org/x@v1", tmp_path) == Pinned("org/x@v1", "org/x", first, SIZE)
+    assert resolve(f"org/x@{first}", tmp_path).commit == first
+    assert resolve("org/x", tmp_path).commit == second
+    assert resolve("org/x@refs/pr/1", tmp_path).commit == proposed
+    assert not resolve("org/x", tmp_path).is_local
+    assert not any("resolve" in request.path for request in hub.log), "nothing is downloaded"
+
+
+def test_busy_hub_is_an_error_never_the_older_snapshot(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    fetch(resolve("org/x", tmp_path))
+    for status in (503, 500, 429, 408):
+        hub.faults.append({"path": "api/models", "status": status})
+        with pytest.raises(TransientError, match=f"org/x: 127.0.0.1.* answered {status}") as caught:
+            resolve("org/x", tmp_path)
+        assert isinstance(caught.value.__cause__, HfHubHTTPError)
+        assert retryable(caught.value)
+
+
+def test_unreachable_hub_is_transient(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(TransientError, match=r"org/x: 127.0.0.1:1 is unreachable"):
+        resolve("org/x", tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    with pytest.raises(InputError, match="HF_ENDPOINT"):
+        resolve("org/x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ref", "token", "message"),
+    [
+        ("org/none", None, "no such repo at .*or a private one; check the spelling, or set HF_TOKEN"),
+        ("org/none", "hf_bob", "no such repo at .*your HF_TOKEN may not see it"),
+        ("org/open@v9", None, "has no such revision"),
+        ("org/open@" + "0" * 40, None, "has no such revision"),
+        ("org/private", None, "or a private one.* set HF_TOKEN"),
+        ("org/private", "hf_bob", "your HF_TOKEN may not see it"),
+        ("org/gated", None, "gated; accept its conditions.* set HF_TOKEN"),
+        ("org/gated", "hf_bob", "gated, and your HF_TOKEN has not been granted"),
+        ("org/open", "hf_expired", "HF_TOKEN was refused as invalid or expired"),
+    ],
+)
+def test_refusals_say_what_to_do_and_hide_the_token(
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ref: str,
+    token: str | None,
+    message: str,
+) -> None:
+    caplog.set_level("DEBUG")
+    for name in ("org/open", "org/private", "org/gated"):
+        hub.commit(name, MODEL)
+    hub.make_private("org/private", "alice")
+    hub.gate("org/gated", "alice")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(ref, tmp_path)
+    assert ref in str(caught.value)
+    assert not retryable(caught.value)
+    if token:
+        assert token not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+def test_token_opens_gated_and_private_repos(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("org/private", "org/gated"):
+        hub.commit(name, NEEDED)
+    hub.make_private("org/private", "alice")
+    hub.gate("org/gated", "alice")
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    for name in ("org/private", "org/gated"):
+        pinned = resolve(name, tmp_path)
+        assert tensor_headers(pinned) == HEADERS
+        assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
+    assert {request.user for request in hub.log} == {"alice"}
+
+
+def test_malformed_token_is_not_quoted(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.commit("org/x", NEEDED)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\x07word")
+    with pytest.raises(InputError, match="HF_TOKEN holds characters") as caught:
+        resolve("org/x", tmp_path)
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_only_safetensors_are_accepted(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/pickled", {"config.json": "{}", "pytorch_model.bin": b"x"})
+    hub.commit("org/empty", {"README.md": "soon"})
+    hub.commit("org/evil", {**NEEDED, "../evil.json": "{}"})
+    hub.commit("org/lora", {"adapter_config.json": "{}", "adapter_model.safetensors": WEIGHTS})
+    with pytest.raises(InputError, match=r"pickled weights \(pytorch_model.bin\).*convert"):
+        resolve("org/pickled", tmp_path)
+    with pytest.raises(InputError, match=r"no \*.safetensors"):
+        resolve("org/empty", tmp_path)
+    with pytest.raises(InputError, match=r"'../evil.json' would land outside"):
+        resolve("org/evil", tmp_path)
+    assert resolve("org/lora", tmp_path).size == len(WEIGHTS) + 2
+
+
+def test_second_copy_of_the_weights_is_left_out(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/mistral", {**NEEDED, "consolidated.safetensors": WEIGHTS})
+    hub.commit("org/only", {"config.json": "{}", "consolidated.safetensors": WEIGHTS})
+    assert resolve("org/mistral", tmp_path).size == SIZE
+    assert resolve("org/only", tmp_path).size == len(WEIGHTS) + 2
+
+
+# Downloading and verifying
+
+
+def test_fetch_downloads_what_is_needed_once(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    folder = fetch(pinned)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        name: content.encode() if isinstance(content, str) else content for name, content in NEEDED.items()
+    }
+    hub.log.clear()
+    assert fetch(pinned) == folder
+    assert hub.log == []
+
+
+def test_fetch_without_weights(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    folder = fetch(pinned, weights=False)
+    assert sorted(os.listdir(folder)) == ["config.json", "tokenizer.json"]
+    assert sorted(os.listdir(fetch(pinned))) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_fetch_takes_the_pinned_commit_though_the_branch_moved(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    hub.commit("org/x", {**MODEL, "config.json": "[]"})
+    assert (fetch(pinned) / "config.json").read_text() == NEEDED["config.json"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_flipped_byte_in_transfer_is_caught_and_heals(hub: LocalHub, tmp_path: Path, name: str) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    hub.faults.append({"path": f"resolve.*{name}", "method": "GET", "corrupt": True})
+    with pytest.raises(TransientError, match=f"org/x: {name}: .*checksum"):
+        fetch(pinned)
+    expected = MODEL[name]
+    assert (fetch(pinned) / name).read_bytes() == (expected.encode() if isinstance(expected, str) else expected)
+
+
+def test_flipped_byte_on_disk_is_caught_and_heals(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    path = fetch(pinned) / "model.safetensors"
+    time.sleep(0.2)
+    fetch(pinned)  # its checksum is remembered now
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    with pytest.raises(TransientError, match=r"model.safetensors: .*checksum"):
+        fetch(pinned)
+    assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_broken_transfers(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    fault = {"path": "safetensors", "method": "GET"}
+    hub.faults.append({**fault, "status": 503})
+    with pytest.raises(TransientError, match="answered 503") as caught:
+        fetch(pinned)
+    assert isinstance(caught.value.__cause__, HfHubHTTPError)
+    hub.faults.append({**fault, "truncate": 20, "times": 100})
+    with pytest.raises(TransientError, match="transfer broke") as caught:
+        fetch(pinned)
+    assert isinstance(caught.value.__cause__, httpx2.TransportError)
+    hub.faults.clear()
+    assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_hub_that_withdraws_access_between_resolve_and_fetch(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    hub.gate("org/x", "alice")
+    with pytest.raises(InputError, match="gated"):
+        fetch(pinned)
+
+
+def test_cache_that_cannot_be_written_is_no_transient_error(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    write(tmp_path, {"file": "in the way"})
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(LewisError, match="HF_HOME") as caught:
+        fetch(pinned)
+    assert not retryable(caught.value)
+
+
+def test_offline_takes_a_full_commit_from_the_cache(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha = hub.commit("org/x", MODEL)
+    hub.commit("org/y", MODEL)
+    fetch(resolve("org/x", tmp_path))
+    hub.log.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pinned = resolve(f"org/x@{sha}", tmp_path)
+    assert (pinned.commit, pinned.size) == (sha, SIZE)
+    folder = fetch(pinned)
+    assert tensor_headers(pinned) == HEADERS
+    for ref in ("org/x", "org/x@main", "org/x@" + "0" * 40, "org/y"):
+        with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+            resolve(ref, tmp_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json is not in the cache"):
+        fetch(pinned)
+    with pytest.raises(InputError, match=r"config.json is not in the cache"):
+        resolve(f"org/x@{sha}", tmp_path)
+    assert hub.log == []
+
+
+def test_offline_verifies_what_another_program_cached(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha = hub.commit("org/x", NEEDED)
+    folder = Path(snapshot_download("org/x", revision=sha, endpoint=hub.url, cache_dir=os.environ["HF_HUB_CACHE"]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pinned = resolve(f"org/x@{sha}", tmp_path)
+    assert fetch(pinned) == folder
+    (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"\x01")
+    with pytest.raises(TransientError, match=r"model.safetensors: .*checksum"):
+        fetch(pinned)
+
+
+# Headers
+
+
+def test_headers_are_read_without_the_weights(hub: LocalHub, tmp_path: Path) -> None:
+    big = save(
+        {f"layer.{i}.weight": np.zeros((2, 1000), np.float32) for i in range(2000)}
+    )  # a header of more than 100 kB
+    shards = {"model-1.safetensors": WEIGHTS, "model-2.safetensors": save({"c": np.zeros((), np.int64)})}
+    hub.commit("org/big", {"model.safetensors": big})
+    hub.commit("org/sharded", {**shards, "model.safetensors.index.json": "{}"})
+    hub.commit("org/lora", {"adapter_config.json": "{}", "adapter_model.safetensors": WEIGHTS})
+    headers = tensor_headers(resolve("org/big", tmp_path))
+    assert len(headers) == 2000 and headers["layer.7.weight"] == ("F32", (2, 1000))
+    assert tensor_headers(resolve("org/sharded", tmp_path)) == HEADERS | {"c": ("I64", ())}
+    assert tensor_headers(resolve("org/lora", tmp_path)) == HEADERS
+    assert all(request.range for request in hub.log if "/resolve/" in request.path)
+    assert not (tmp_path / "home/huggingface").exists()
+
+
+def test_headers_of_a_local_folder_and_damage(hub: LocalHub, tmp_path: Path) -> None:
+    pinned = resolve(str(write(tmp_path / "m", NEEDED)), tmp_path)
+    assert tensor_headers(pinned) == HEADERS
+    write(tmp_path / "m", {"model.safetensors": WEIGHTS[:-1]})
+    with pytest.raises(InputError, match=r"m/model.safetensors: not a readable safetensors file"):
+        tensor_headers(pinned)
+    hub.commit("org/x", {"model.safetensors": b"\xff" * 100})
+    with pytest.raises(InputError, match="not a safetensors file"):
+        tensor_headers(resolve("org/x", tmp_path))
+    hub.commit("org/y", NEEDED)
+    pinned = resolve("org/y", tmp_path)
+    hub.faults.append({"path": "safetensors", "status": 503})
+    with pytest.raises(TransientError, match="503"):
+        tensor_headers(pinned)
+
+
+# Local folders
+
+
+def test_local_digest_is_that_of_names_sizes_and_contents(home: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", {**MODEL, store.MANIFEST: "{}"})
+    files = []
+    for name in sorted(NEEDED):
+        data = (folder / name).read_bytes()
+        files.append([name, len(data), hashlib.sha256(data).hexdigest()])
+    expected = hashlib.sha256(json.dumps(files, separators=(",", ":")).encode()).hexdigest()
+    pinned = resolve("./m", tmp_path)
+    assert pinned == Pinned("./m", str(folder), f"sha256:{expected}", SIZE)
+    assert pinned.is_local
+    shutil.copytree(folder, tmp_path / "copy")
+    assert resolve("./copy", tmp_path).commit == pinned.commit
+    write(folder, {"README.md": "changed", store.MANIFEST: "{...}"})
+    assert fetch(pinned) == folder
+
+
+def test_local_change_after_pinning_is_an_error(home: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", NEEDED)
+    pinned = resolve("./m", tmp_path)
+    write(folder, {"model.safetensors": WEIGHTS[:-1] + b"\x01"})
+    with pytest.raises(LewisError, match="changed while running") as caught:
+        fetch(pinned)
+    assert not isinstance(caught.value, InputError)
+    shutil.rmtree(folder)
+    with pytest.raises(LewisError, match="changed while running"):
+        fetch(pinned)
+
+
+def test_file_is_hashed_again_only_when_it_changed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = store.file_sha256
+    monkeypatch.setattr(store, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    folder = write(tmp_path / "m", NEEDED)
+    time.sleep(0.2)
+    first = resolve("./m", tmp_path)
+    assert sorted(hashed) == sorted(NEEDED)
+    hashed.clear()
+    assert resolve("./m", tmp_path) == first
+    assert hashed == []
+    stat = (folder / "model.safetensors").stat()
+    write(folder, {"model.safetensors": WEIGHTS[:-1] + b"\x01"})
+    os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync -t or tar do
+    assert resolve("./m", tmp_path).commit != first.commit
+    assert hashed == ["model.safetensors"]
+
+
+def test_folder_beside_the_recipe_comes_before_the_working_directory(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, work = tmp_path / "recipes", tmp_path / "work"
+    write(recipes / "both", NEEDED)
+    write(work / "both", NEEDED)
+    write(work / "org/here", NEEDED)
+    write(tmp_path / "user/m", NEEDED)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    assert resolve("both", recipes).source == str(recipes / "both")
+    assert resolve("./org/here", recipes).source == str(work / "org/here")
+    assert resolve("org/here", recipes).source == str(work / "org/here"), "a folder that exists is local"
+    assert resolve("~/m", recipes).source == str(tmp_path / "user/m")
+    with pytest.raises(InputError, match=f"looked at {recipes}/none and {work}/none"):
+        resolve("./none", recipes)
+
+
+@pytest.mark.parametrize(
+    "ref", ["", "a/b/c", "../x", "bare", "org/x@", "org/na me", "org/x.git", "~nobody9/x", "./m/config.json"]
+)
+def test_malformed_references(home: Path, tmp_path: Path, ref: str) -> None:
+    write(tmp_path / "m", NEEDED)
+    with pytest.raises(InputError, match="expected 'org/name', 'org/name@revision' or a local folder"):
+        resolve(ref, tmp_path)
+
+
+def test_folders_without_usable_weights(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "pickled", {"config.json": "{}", "model.pt": b"x"})
+    write(tmp_path / "broken", {"config.json": "{}"})
+    (tmp_path / "broken/model.safetensors").symlink_to("gone.safetensors")
+    for name, message in (("empty", r"no \*.safetensors"), ("pickled", "pickled weights"), ("broken", "cannot read")):
+        with pytest.raises(InputError, match=message):
+            resolve(f"./{name}", tmp_path)
+
+
+# Datasets
+
+
+def test_dataset_is_pinned_and_loads(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = hub.commit("org/data", {"train.jsonl": '{"text": "one"}\n'}, repo_type="dataset", tag="v1")
+    second = hub.commit("org/data", {"train.jsonl": '{"text": "two"}\n'}, repo_type="dataset")
+    assert resolve_dataset("org/data", None) == second
+    assert resolve_dataset("org/data", "v1") == first
+    with pytest.raises(InputError, match="dataset org/none: no such repo"):
+        resolve_dataset("org/none", None)
+    with pytest.raises(InputError, match=r"dataset org/data@v2: .*no such revision"):
+        resolve_dataset("org/data", "v2")
+    with pytest.raises(InputError, match="neither a Hub repo's name"):
+        resolve_dataset("data", None)
+    code = """
+import sys, datasets
+load = lambda repo, sha: datasets.load_dataset(repo, revision=sha, split="train")["text"][:]
+print(load("org/data", sys.argv[1]))
+datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(sys.argv[2])
+"""
+    parquet = tmp_path / "data" / "train-00000-of-00001.parquet"
+    parquet.parent.mkdir()
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    run = [sys.executable, "-c", code, first, str(parquet)]
+    assert subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout == "['one']\n"
+    third = hub.commit("org/rows", parquet.parent, repo_type="dataset")
+    load = code.replace("org/data", "org/rows").replace("datasets.Dataset", "#")
+    run = [sys.executable, "-c", load, third]
+    assert subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout == "['a', 'b']\n"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve_dataset("org/data", first) == first
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        resolve_dataset("org/data", None)
+
+
+# Which errors heal
+
+
+def wrapped(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def answered(status: int) -> HfHubHTTPError:
+    return HfHubHTTPError("x", response=httpx2.Response(status, request=httpx2.Request("GET", "http://h/")))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (TransientError("busy"), True),
+        (InputError("wrong"), False),
+        (LewisError("failed"), False),
+        (wrapped(InputError("gated"), answered(503)), False),
+        (wrapped(LewisError("disk full"), ConnectionError()), False),
+        *[(answered(status), True) for status in (408, 429, 500, 502, 503, 504)],
+        *[(answered(status), False) for status in (400, 401, 403, 404, 409, 422)],
+        (wrapped(FileNotFoundError("not in the cache"), answered(503)), True),
+        (wrapped(FileNotFoundError("not in the cache"), answered(404)), False),
+        (ConnectionResetError(), True),
+        (httpx2.ReadTimeout("slow"), True),
+        (httpx2.RemoteProtocolError("closed"), True),
+        (OSError("Consistency check failed: file should be of size 5 but has size 3"), True),
+        (OfflineModeIsEnabled("offline"), False),
+        (wrapped(ConnectionError("Couldn't reach 'x'"), OfflineModeIsEnabled("offline")), False),
+        (FileNotFoundError("gone"), False),
+        (ValueError("bug"), False),
+        (TimeoutError("a task that ran too long"), False),
+    ],
+)
+def test_retryable(error: Exception, expected: bool) -> None:
+    assert lewis_hub.retryable(error) is expected
