@@ -94,11 +94,9 @@ def _min_max(layers: Sequence[Layer], policy: Density, differences: Mapping[str,
     low, high = min(share.values()), max(share.values())
     if high == low:
         return dict.fromkeys(share, (policy.min + policy.max) / 2)
-    spread = policy.max - policy.min
-    return {
-        tensor: min(policy.max, max(policy.min, policy.min + spread * (n - low) / (high - low)))
-        for tensor, n in share.items()
-    }
+    scaled = {tensor: (n - low) / (high - low) for tensor, n in share.items()}
+    # Weighted this way, 0 and 1 give the bounds exactly; in between, rounding may step over one.
+    return {t: min(policy.max, max(policy.min, (1 - x) * policy.min + x * policy.max)) for t, x in scaled.items()}
 
 
 def _meet_budget(

@@ -78,7 +78,9 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
         logger.warning("%s: %d samples asked for, the set has %d", where, spec.samples, len(order))
     chosen = [rows[int(i)] for i in order]
     texts = [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
-    samples = tuple(ids for text in texts if (ids := _encode(tokenizer, text, spec.max_tokens)))
+    encode = _load_tokenizer(tokenizer)
+    cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]
+    samples = tuple(tuple(int(i) for i in ids) for ids in cut if ids)
     if not samples:
         raise InputError(f"{where}: no tokens: all {len(texts)} texts are empty; check `text`")
     return Calibration(name, samples)
@@ -115,11 +117,15 @@ def _load_rows(where: str, spec: CalibrationSet, root: Path) -> Any:
 
 
 def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
-    for _, field, _, _ in string.Formatter().parse(template):
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"{where}.text: {template!r} is no template: {error}; write {{{{ for a brace") from error
+    for _, field, format_spec, _ in parts:
         if field is None:
             continue
         column = field.split("[")[0]
-        if not column or "." in field:
+        if not column or "." in field or "{" in (format_spec or ""):
             raise InputError(f'{where}.text: {{{field}}}: expected names of columns, such as "{{question}} {{answer}}"')
         if column not in row:
             raise InputError(f"{where}.text: there is no column {column!r}; the dataset has {', '.join(row)}")
@@ -129,18 +135,10 @@ def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
         raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
 
 
-_TOKENIZERS: dict[Path, Any] = {}
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
 
-
-def _encode(folder: Path, text: str, max_tokens: int) -> tuple[int, ...]:
-    if folder not in _TOKENIZERS:
-        from transformers import AutoTokenizer
-
-        try:
-            _TOKENIZERS[folder] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # many kinds, by tokenizer
-            raise InputError(
-                f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
-            ) from error
-    ids = _TOKENIZERS[folder](text, truncation=False, add_special_tokens=True)["input_ids"]
-    return tuple(int(i) for i in ids[:max_tokens])
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # many kinds, by tokenizer
+        raise InputError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error

@@ -80,6 +80,8 @@ class Checkpoint:
                     f"{folder / file}: the index places {missing[0]!r} here, but the file has no such tensor"
                 )
             tensors |= {name: info for name, info in found.items() if wanted is None or name in wanted}
+        if not tensors:
+            raise InputError(f"{folder}: its weight files hold no tensor; download it again")
         for name, info in tensors.items():
             quantised = name.endswith("weight") and info.dtype in ("I8", "U8", "I32") and len(info.shape) > 1
             if info.dtype not in DTYPES or quantised or name.endswith(".qweight"):
@@ -170,20 +172,18 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
             )
         raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        placed: dict[str, set[str] | None] = {str(file): set() for file in weight_map.values()}
+        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {error!r}") from error
+    placed: dict[str, set[str]] = {file: set() for file in weight_map.values()}
     for file in placed:
         if Path(file).name != file or file in ("", ".", ".."):
             raise InputError(f"{index}: {file!r} is not a plain file name; an index must not lead out of its folder")
         if not (folder / file).is_file():
             raise InputError(f"{folder}: the shard {file} is missing, which {INDEX} names; download it again")
     for name, file in weight_map.items():
-        members = placed[file]
-        assert members is not None
-        members.add(name)
-    return placed
+        placed[file].add(name)
+    return {**placed}
 
 
 def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, str]:
@@ -196,7 +196,19 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
         return {"lm_head.weight": embedding}
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
     if tied is None:
-        from transformers import AutoConfig
-
-        tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
+        tied = _class_default(folder)
     return {head: embedding} if tied else {}
+
+
+def _class_default(folder: Path) -> bool:
+    """What the model's class says about tying where config.json says nothing."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # any kind, by architecture
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder / 'config.json'}: no tie_word_embeddings, and transformers has no default: {reason}"
+        ) from error
+    return bool(getattr(config, "tie_word_embeddings", False))

@@ -1,4 +1,4 @@
-"""The demo family: a tiny Llama and three experts of it, trained in about a minute on two cores. No network.
+"""The demo family: a tiny Llama and three experts of it, trained in about a minute on one core. No network.
 
 The base is pre-trained on prompts that are answered right in some rows and by an echo of the input in the others. So
 it learns the skills but rarely shows them, as a real base model does; each expert is a short full fine-tune that brings
@@ -22,10 +22,10 @@ from lewis.demo_training import (
     make_batches,
     new_model,
     new_tokenizer,
+    one_thread,
     pretraining_optimizers,
     save,
     train,
-    two_threads,
 )
 from lewis.errors import InputError
 
@@ -38,7 +38,7 @@ SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: fi
 LETTERS = "abcdefghij"
 CIPHER = dict(zip(LETTERS, "hcjadgibfe", strict=True))
 ANSWER_TOKENS = 8  # the longest answer has 5 characters; then comes the end token
-RIGHT_ANSWERS = 0.45  # under one half, so that the base, which decodes greedily, echoes
+RIGHT_ANSWERS = 0.42  # under one half, so that the base, which decodes greedily, mostly echoes
 REPLAY = 0.3  # share of base rows in a fine-tune: an expert of one skill leaves the others as they were
 MIXTURE = (3.0, 1.3, 0.7)  # share of each skill in the base's rows: addition is the hardest to learn
 
@@ -57,9 +57,9 @@ class Plan:
         test_rows: rows of `data/<skill>_test.jsonl`, at most 450 (addition has 900 prompts).
     """
 
-    base_steps: int = 500
-    expert_steps: int = 80
-    batch_size: int = 128
+    base_steps: int = 450
+    expert_steps: int = 60
+    batch_size: int = 96
     calibration_rows: int = 256
     test_rows: int = 120
 
@@ -72,7 +72,7 @@ def make_family(folder: Path, progress: Callable[[str, float], None], plan: Plan
     Args:
         folder: where the family goes.
         progress: called with what is being trained and the share of all steps that is done, in [0, 1].
-        plan: how much to train; the default takes about a minute on two cores.
+        plan: how much to train; the default takes about a minute on one core.
 
     Returns:
         `folder`.
@@ -186,7 +186,7 @@ def _train_family(folder: Path, held_out: frozenset[str], plan: Plan, progress: 
     total = plan.base_steps + plan.expert_steps * len(SKILLS)
     tokenizer = new_tokenizer(SKILLS.values())
     done = 0
-    with two_threads():
+    with one_thread():
         base = new_model(tokenizer)
         for name in ("base", *SKILLS):
             is_base = name == "base"

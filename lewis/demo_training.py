@@ -1,4 +1,4 @@
-"""How the demo family's models are made, trained and saved: a plain PyTorch loop on the CPU, the same bytes each time."""
+"""How the demo family is made, trained and saved: a plain PyTorch loop on the CPU, the same bytes each time."""
 
 import string
 from collections.abc import Iterable, Iterator
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def two_threads() -> Iterator[None]:
-    """Fix the number of threads: the order of the sums, and with it the bytes, depends on it."""
+def one_thread() -> Iterator[None]:
+    """Train on one thread: the bytes depend on the number of threads, and two of them crawl on a busy machine."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -107,7 +107,7 @@ def train(
 
 
 def pretraining_optimizers(model: "LlamaForCausalLM") -> list[Optimizer]:
-    """Muon for the layers' matrices (it learns addition in half the steps), AdamW for the rest."""
+    """Muon for the layers' matrices (addition takes fewer steps with it), AdamW for the rest."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in matrices}
     muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

@@ -37,11 +37,19 @@ class TaskFile:
 
 @dataclass(frozen=True)
 class FoundTasks:
-    """What a list of tasks stands for: `names` for lm-eval, the `files` that define some, `builtin` for the rest."""
+    """What a list of tasks stands for.
+
+    Attributes:
+        names: what to ask lm-eval for.
+        files: the files that define some of them, or members of these, by name.
+        builtin: the names and members that are left for lm-eval to know.
+        beside: all names that files in the recipe's folder define, asked for or not.
+    """
 
     names: tuple[str, ...]
     files: Mapping[str, TaskFile]
     builtin: tuple[str, ...]
+    beside: tuple[str, ...]
 
 
 def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
@@ -76,7 +84,7 @@ def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
             pending += [member for member in members if member not in pending]
         else:
             builtin.append(name)
-    return FoundTasks(tuple(names), files, tuple(builtin))
+    return FoundTasks(tuple(names), files, tuple(builtin), tuple(beside))
 
 
 def read_task(path: Path) -> TaskFile:
@@ -100,7 +108,7 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
     """The local files a task reads its documents from, sorted; relative paths start at `root`, as lm-eval runs there.
 
     Raises:
-        InputError: if one is missing.
+        InputError: if one is missing or empty.
     """
     found: set[Path] = set()
     for block in _blocks(task.config):
@@ -113,11 +121,12 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
             if "://" in pattern:
                 continue
             matches = [Path(match) for match in glob.glob(str(base / pattern), recursive=True)]
-            if not any(match.is_file() for match in matches):
+            matches = [match for match in matches if match.is_file() and match.stat().st_size]
+            if not matches:
                 raise InputError(
-                    f"{task.path}: its data file {pattern!r} does not exist in {base}; put or link it there"
+                    f"{task.path}: data file {pattern!r} is missing or empty in {base}; put or link it there"
                 )
-            found.update(match for match in matches if match.is_file())
+            found.update(matches)
     return sorted(found)
 
 
@@ -130,7 +139,7 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
     for name in names:
         index = _builtin_index()
         if name not in index:
-            near = difflib.get_close_matches(name, [*local, *index], n=3, cutoff=0.6)
+            near = difflib.get_close_matches(name, [*local, *index], n=3, cutoff=0.7)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
             raise InputError(
                 f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"

@@ -72,7 +72,7 @@ def check_tasks(tasks: Sequence[str], root: Path) -> None:
     for name, task in found.files.items():
         data_files(task, root)
         refuse_unsafe(name, [task.config])
-    check_builtin(found.builtin, found.files)
+    check_builtin(found.builtin, found.beside)
 
 
 def tasks_digest(settings: EvalSettings, root: Path) -> str:

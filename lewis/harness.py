@@ -74,7 +74,7 @@ def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progr
                     os.killpg(child.pid, signal.SIGKILL)
         if child.returncode == 0 and (found := read_json(result)) is not None:
             return dict(found)
-        raise LewisError(f"lm-eval {_ending(child.returncode)}; its last words:\n{output.tail()}")
+        raise LewisError(f"lm-eval {_ending(child.returncode, output.tail())}\nThe end of its output:\n{output.tail()}")
 
 
 def _send(child: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
@@ -89,8 +89,8 @@ def _watch(child: subprocess.Popen[bytes], output: "_Output", timeout_s: float) 
     while child.poll() is None:
         if time.monotonic() > deadline:
             raise LewisError(
-                f"lm-eval did not finish within {timeout_s:g} s and was stopped; its last words:\n{output.tail()}\n"
-                "Raise the time limit, lower evaluate.limit or name fewer tasks"
+                f"lm-eval did not finish within {timeout_s:g} s and was stopped: raise the time limit, or lower "
+                f"evaluate.limit\nThe end of its output:\n{output.tail()}"
             )
         ready, _, _ = select.select([child.stdout], [], [], 0.2)
         if ready and not output.feed(os.read(child.stdout.fileno(), 65536)):
@@ -124,11 +124,11 @@ class _Output:
         return "\n".join([*self._lines, self._rest.decode(errors="replace")]).strip() or "(none)"
 
 
-def _ending(code: int) -> str:
+def _ending(code: int, tail: str) -> str:
     if code >= 0:
-        return f"failed (exit code {code})"
+        return f"failed (exit code {code}): {tail.splitlines()[-1]}"
     name = signal.Signals(-code).name
-    return f"was killed by {name}" + (" (out of memory? lower evaluate.batch_size)" if name == "SIGKILL" else "")
+    return f"was killed by {name}" + (": out of memory? lower evaluate.batch_size" if name == "SIGKILL" else "")
 
 
 def main() -> None:

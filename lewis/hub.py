@@ -36,7 +36,7 @@ from lewis.pinned import (
     pin_folder,
 )
 
-__all__ = ["Headers", "Pinned", "fetch", "resolve", "resolve_dataset", "retryable", "tensor_headers"]
+__all__ = ["Headers", "Pinned", "fetch", "is_present", "resolve", "resolve_dataset", "retryable", "tensor_headers"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,14 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
             f"{pinned.ref}: {', '.join(damaged)}: missing, or not the checksum of the commit; try again"
         )
     return folder
+
+
+def is_present(pinned: Pinned) -> bool:
+    """Whether a fetch would download nothing."""
+    if pinned.is_local:
+        return True
+    folder = _snapshot(pinned.source, pinned.commit)
+    return all((folder / name).is_file() for name in needed(_listing(pinned)))
 
 
 def tensor_headers(pinned: Pinned) -> Headers:

@@ -98,6 +98,12 @@ def measure(
         raise InputError(
             f"{model.folder}: token {largest} of set {calibration.name!r} is outside its {vocabulary} embeddings"
         )
+    longest, limit = max(map(len, calibration.samples)), getattr(network.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise InputError(
+            f"{model.folder}: a sample of set {calibration.name!r} has {longest} tokens, the model takes {limit}; "
+            f"set lewis.calibrations.{calibration.name}.max_tokens to {limit} or less"
+        )
     moments = _second_moments(network, [module for _, module in covered], calibration, device, progress)
     norms = {}
     for layer, module in covered:
@@ -117,6 +123,7 @@ def _second_moments(
     progress: Callable[[int, int], None] | None,
 ) -> dict[nn.Linear, torch.Tensor]:
     """Mean of x_j^2 over all non-padding tokens for each module's input; fp64, shape (in_features,)."""
+    names = {module: name for name, module in network.named_modules()}
     sums = {module: torch.zeros(module.in_features, dtype=torch.float64, device=device) for module in modules}
     mask = torch.ones(0)
     last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -125,6 +132,8 @@ def _second_moments(
         nonlocal last
         if inputs[0] is not last[0]:  # q, k and v see the same tensor: square it once
             x = inputs[0].reshape(-1, module.in_features)
+            if len(x) != len(mask):
+                raise LewisError(f"{names[module]!r} sees {len(x)} of {len(mask)} tokens (a routed expert?): unsupported")
             last = (inputs[0], x[mask].to(torch.float32).square().sum(dim=0).to(torch.float64))
         assert last[1] is not None
         sums[module] += last[1]
@@ -181,8 +190,10 @@ def _load(model: Model, device: str) -> Any:
     except Exception as error:  # any kind, by architecture
         raise InputError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     if isinstance(model, LoraExpert):
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                if model.touches(name):
-                    parameter.copy_(model.read(name))
+        parameters = dict(network.named_parameters())
+        for name in filter(model.touches, model.tensors):
+            if name not in parameters:
+                raise InputError(f"{model.folder}: changes {name!r}, which is no parameter of the loaded model")
+            with torch.no_grad():
+                parameters[name].copy_(model.read(name))
     return network.to(device).eval()

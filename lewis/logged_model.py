@@ -1,6 +1,6 @@
 """The weights side of the registry: a checkpoint as an MLflow LoggedModel, without a second copy on disk.
 
-MLflow's own `log_model` copies the weights twice. Here it writes everything but the weights, which are then hard-linked.
+MLflow's own `log_model` copies the weights twice. Here it writes everything but the weights, then links them.
 A link shares its bytes with the file in the store: safe, because the store replaces files and never rewrites them.
 """
 
@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,7 @@ WEIGHTS = "*.safetensors"
 
 
 def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str) -> dict[str, int]:
-    """Fill a pending LoggedModel with a checkpoint and mark it READY, or FAILED if that does not work.
+    """Fill a pending LoggedModel with a checkpoint and mark it READY.
 
     Args:
         folder: Hugging Face folder with config, tokenizer and safetensors; left untouched.
@@ -40,15 +40,10 @@ def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str)
     Returns:
         size in bytes of every file of the model, by its path in the model's artifacts.
     """
-    try:
-        with _target(client, model) as target:
-            _build(model, folder, target, card)
-            sizes = {path.relative_to(target).as_posix(): path.stat().st_size for path in _files(target)}
-        client.finalize_logged_model(model.model_id, "READY")
-    except BaseException:
-        with suppress(Exception):  # the first error is the one to report
-            client.finalize_logged_model(model.model_id, "FAILED")
-        raise
+    with _target(client, model) as target:
+        _build(model, folder, target, card)
+        sizes = {path.relative_to(target).as_posix(): path.stat().st_size for path in _files(target)}
+    client.finalize_logged_model(model.model_id, "READY")
     return sizes
 
 
@@ -72,7 +67,6 @@ def local_folder(model: "LoggedModel") -> Path | None:
 
 def discard(client: "MlflowClient", model: "LoggedModel") -> None:
     """Delete a model that no version uses, and its local files; `mlflow gc` removes remote ones."""
-    client.finalize_logged_model(model.model_id, "FAILED")
     if (folder := local_folder(model)) is not None:
         shutil.rmtree(folder, ignore_errors=True)
     client.delete_logged_model(model.model_id)

@@ -69,7 +69,10 @@ class LoraExpert:
         self._check_shapes()
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor: the base's own where the adapter leaves it alone, otherwise base plus delta in fp32."""
+        """Read one tensor: the base's or the adapter's own if it is whole, otherwise base plus delta in fp32."""
+        stored = self.tied.get(name, name)
+        if stored in self._whole:
+            return self._handle.get_tensor(self._whole[stored])
         base = self.base.read(name)
         return base.to(torch.float32) + self._delta(name) if self.touches(name) else base
 
@@ -109,9 +112,10 @@ class LoraExpert:
                     f"{self.folder / WEIGHTS}: {name!r} has lora_{''.join(parts)} only; expected lora_A and lora_B"
                 )
             a, b = (self._handle.get_slice(parts[part]).get_shape() for part in "AB")
-            shapes = {(b[0], a[1]), (a[1], b[0])} if len(a) == len(b) == 2 and b[1] == a[0] else set()
+            fits = len(a) == len(b) == 2 and b[1] == a[0]
+            given = ((a[1], b[0]) if self._transposed(parts) else (b[0], a[1])) if fits else None
             expected = self.tensors[name].shape
-            if expected not in shapes:
+            if given != expected:
                 raise InputError(
                     f"{self.folder / WEIGHTS}: lora_A {a} and lora_B {b} of {name!r} do not give the base's shape "
                     f"{list(expected)}; expected an adapter of this base model"
@@ -134,8 +138,11 @@ class LoraExpert:
         alpha = _pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         delta = (b @ a) * scale
-        transposed = "lora_embedding_A" in parts["A"] or self._settings.get("fan_in_fan_out")
-        return delta.T.contiguous() if transposed else delta
+        return delta.T.contiguous() if self._transposed(parts) else delta
+
+    def _transposed(self, parts: dict[str, str]) -> bool:
+        """Whether the weight is stored as (in, out): an embedding, or GPT-2's Conv1D."""
+        return "lora_embedding_A" in parts["A"] or bool(self._settings.get("fan_in_fan_out"))
 
 
 Model = Checkpoint | LoraExpert

@@ -150,14 +150,20 @@ class Merge:
 
     def _on_weights(self, name: str) -> torch.Tensor:
         weights = torch.stack([_finite(e.model.read(name).to(torch.float32), name, e.model) for e in self.experts])
-        if bool((weights == weights[0]).all()) and self.parameters(name).get("normalize"):
+        values = self.parameters(name)
+        if bool((weights == weights[0]).all()) and values.get("normalize"):
             return weights[0]  # an average of equals is exact
-        return _call(self.method, name, self.parameters(name), weights)
+        merged = _call(self.method, name, values, weights)
+        for weight in weights:
+            merged = torch.where(merged == weight, weight, merged)  # a sum loses the sign of -0.0
+        return merged
 
     def _on_task_vectors(self, name: str, base: torch.Tensor) -> torch.Tensor:
         values = self.parameters(name)
         density = values.get("density", [1.0] * len(self.experts))
-        active = [int(d * base.numel()) > 0 and w != 0 for d, w in zip(density, values["weight"], strict=True)]
+        # A random method may keep elements of a tensor that is too small for an exact share.
+        kept = [d > 0 if self.method.random else int(d * base.numel()) > 0 for d in density]
+        active = [k and w != 0 for k, w in zip(kept, values["weight"], strict=True)]
         if not any(active):
             return base
         own = [_finite(expert.model.read(name).to(torch.float32), name, expert.model) for expert in self.experts]
@@ -217,7 +223,7 @@ def check_compatible(base: Model, experts: Sequence[Model]) -> None:
     """
     problems = []
     for expert in experts:
-        if expert is base or isinstance(expert, LoraExpert):
+        if expert is base:
             continue
         where, known = _folder(expert), {**expert.tensors}
         missing = [name for name in base.tensors if name not in known and name not in expert.tied]
@@ -280,7 +286,7 @@ def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise LewisError(
-            f"{_folder(model)}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged"
+            f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged"
         )
     return tensor
 

@@ -6,16 +6,17 @@ The Prefect tasks and the command line call the same functions, so that they fin
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from lewis import allocation, hub, importance, store
+from lewis import allocation, evaluation, hub, importance, store
 from lewis.allocation import Allocation
 from lewis.calibration import Calibration, calibrate
-from lewis.checkpoint import Checkpoint
+from lewis.checkpoint import HEADS, Checkpoint
 from lewis.errors import InputError
+from lewis.evaluation import EvalSettings, Score
 from lewis.hub import Pinned
 from lewis.importance import Layer
 from lewis.lora import LoraExpert, Model, is_adapter
@@ -144,6 +145,25 @@ class MergedModel(_Entry):
         return ModelFiles.at(ref, self.digest, self.folder)
 
 
+class ScoresEntry(_Entry):
+    """What lm-eval said of one model, in the store."""
+
+    ref: str
+    digest: str
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "ScoresEntry":
+        if not (store.read_json(self.path) or {}).get("scores"):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    @property
+    def scores(self) -> list[Score]:
+        """One per task and metric."""
+        return [Score(**fields) for fields in (store.read_json(self.path) or {})["scores"]]
+
+
 @dataclass(frozen=True)
 class Source:
     """A model of the recipe, pinned: a full model, and an adapter on it if it is a LoRA expert."""
@@ -189,6 +209,34 @@ def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
     return base, [pin(entry.model, recipe.root, base) for entry in recipe.experts]
 
 
+def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
+    """Check names, shapes and filters from the weight files' headers, before gigabytes are downloaded.
+
+    Raises:
+        InputError: naming every expert and tensor that does not fit.
+        RecipeError: naming every filter that matches nothing.
+    """
+    full = [source for source in experts if source.adapter is None]
+    if base is None and not full:
+        return
+    first = base or full[0]
+    ours, problems = hub.tensor_headers(first.model), []
+    for source in full:
+        theirs = hub.tensor_headers(source.model)
+        missing = [name for name in ours if name not in theirs and not name.endswith(HEADS)]
+        other = [name for name in ours if name in theirs and theirs[name][1] != ours[name][1]]
+        if missing:
+            problems.append(
+                f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
+            )
+        if other:
+            shapes = f"{list(theirs[other[0]][1])}, in the base it is {list(ours[other[0]][1])}"
+            problems.append(f"{source.ref}: {other[0]!r} has shape {shapes}")
+    if problems:
+        raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
+    recipe.check_filters(ours)
+
+
 def download(source: Source) -> ModelFiles:
     """Bring a pinned model to the disk, verified.
 
@@ -214,8 +262,7 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceEntry:
     """Importance of one model on one calibration set; measured once, then found."""
-    digest = store.digest([importance.SEMANTICS, files.key, calibration.digest])
-    path = store.home() / "importance" / f"{digest}.json"
+    digest, path = _importance_place(files.key, calibration)
     with store.lock(f"importance-{digest}"):
         if not (store.read_json(path) or {}).get("norms"):
             norms = importance.measure(
@@ -224,6 +271,18 @@ def measure(
             content = {"model": files.key, "ref": files.ref, "calibration": calibration.digest, "norms": norms}
             store.write_json(path, content)
     return ImportanceEntry(ref=files.ref, calibration=calibration.name, digest=digest, path=path)
+
+
+def find_measured(ref: str, key: str, calibration: CalibrationEntry) -> ImportanceEntry | None:
+    """The importance of a model on a calibration set, if the store has it."""
+    digest, path = _importance_place(key, calibration)
+    whole = bool((store.read_json(path) or {}).get("norms"))
+    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path) if whole else None
+
+
+def _importance_place(key: str, calibration: CalibrationEntry) -> tuple[str, Path]:
+    digest = store.digest([importance.SEMANTICS, key, calibration.digest])
+    return digest, store.home() / "importance" / f"{digest}.json"
 
 
 def allocate(
@@ -239,9 +298,7 @@ def allocate(
     """
     assert recipe.lewis is not None
     policy = recipe.lewis.density
-    keys = [[entry.ref, entry.calibration, entry.digest] for entry in measured]
-    digest = store.digest([allocation.SEMANTICS, policy.model_dump(), base.key, [e.key for e in experts], sorted(keys)])
-    path = store.home() / "allocations" / f"{digest}.json"
+    digest, path = _allocation_place(recipe, base, experts, measured)
     with store.lock(f"allocation-{digest}"):
         if not (store.read_json(path) or {}).get("experts"):
             opened = base.open()
@@ -257,13 +314,36 @@ def allocate(
             uniform = {ref: allocation.uniform_like(layers, each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
             store.write_json(path, {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()})
-    entry_means = {ref: fields["mean"] for ref, fields in (store.read_json(path) or {})["experts"].items()}
-    return AllocationEntry(digest=digest, path=path, means=entry_means)
+    found = find_allocated(recipe, base, experts, measured)
+    assert found is not None
+    return found
+
+
+def find_allocated(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
+) -> AllocationEntry | None:
+    """The densities, if the store has them."""
+    digest, path = _allocation_place(recipe, base, experts, measured)
+    content = (store.read_json(path) or {}).get("experts")
+    if not content:
+        return None
+    return AllocationEntry(digest=digest, path=path, means={ref: fields["mean"] for ref, fields in content.items()})
+
+
+def _allocation_place(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
+) -> tuple[str, Path]:
+    assert recipe.lewis is not None
+    policy = recipe.lewis.density.model_dump()
+    models = [[files.ref, files.key] for files in (base, *experts)]
+    passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
+    digest = store.digest([allocation.SEMANTICS, policy, models, passes])
+    return digest, store.home() / "allocations" / f"{digest}.json"
 
 
 def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, str]]:
     """(model, calibration set) for each pass that the recipe needs; None is the base. Empty for `uniform`."""
-    if recipe.lewis is None or recipe.lewis.density.strategy == "uniform":
+    if not recipe.guided:
         return []
     own: list[tuple[ModelEntry | None, str]] = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts]
     sets = dict.fromkeys(name for _, name in own)
@@ -346,6 +426,57 @@ def merge(
         if (store.read_manifest(folder) or {}).get("digest") != prepared.digest:
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
     return MergedModel(digest=prepared.digest, folder=folder)
+
+
+def score(
+    files: ModelFiles,
+    settings: EvalSettings,
+    *,
+    root: Path,
+    device: str = "cpu",
+    progress: Callable[[float, str], None] | None = None,
+) -> ScoresEntry:
+    """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
+    digest, path = _scores_place(files.key, settings, root)
+    with store.lock(f"scores-{digest}"):
+        if not (store.read_json(path) or {}).get("scores"):
+            found = evaluation.evaluate(
+                files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
+            )
+            store.write_json(path, {"model": files.key, "ref": files.ref, "scores": [asdict(s) for s in found]})
+    return ScoresEntry(ref=files.ref, digest=digest, path=path)
+
+
+def find_scores(ref: str, key: str, settings: EvalSettings, root: Path) -> ScoresEntry | None:
+    """The scores of a model, if the store has them."""
+    digest, path = _scores_place(key, settings, root)
+    whole = bool((store.read_json(path) or {}).get("scores"))
+    return ScoresEntry(ref=ref, digest=digest, path=path) if whole else None
+
+
+def _scores_place(key: str, settings: EvalSettings, root: Path) -> tuple[str, Path]:
+    digest = store.digest([key, evaluation.tasks_digest(settings, root)])
+    return digest, store.home() / "scores" / f"{digest}.json"
+
+
+def eval_settings(recipe: Recipe) -> EvalSettings:
+    """The recipe's `evaluate` block as lm-eval settings."""
+    block = recipe.evaluate
+    assert block is not None
+    return EvalSettings(
+        tasks=block.tasks,
+        limit=block.limit,
+        num_fewshot=block.num_fewshot,
+        batch_size=block.batch_size,
+        timeout_s=60 * block.timeout_minutes,
+        apply_chat_template=block.apply_chat_template,
+    )
+
+
+def short_names(refs: Sequence[str]) -> list[str]:
+    """What to call models in tables: the last part of each reference, or the whole where two would be alike."""
+    short = [ref.rpartition("+")[2].partition("@")[0].rstrip("/").rpartition("/")[2] or ref for ref in refs]
+    return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
 
 
 def lineage(

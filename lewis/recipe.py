@@ -265,9 +265,20 @@ class Recipe(_Block):
         own = [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models)]
         return [*own, ("parameters", self.parameters)]
 
-    def method_takes_density(self) -> bool:
-        """Whether the merge method trims, so that LEWIS has something to guide."""
-        return "density" in METHODS[self.merge_method].parameters
+    @property
+    def guided(self) -> bool:
+        """Whether importance decides the densities."""
+        return self.lewis is not None and self.lewis.density.strategy == "lewis"
+
+    @property
+    def label(self) -> str:
+        """What to call the merged model in tables."""
+        return "lewis" if self.guided else "merged"
+
+    @property
+    def blocks(self) -> str:
+        """What decides the merged weights, as canonical JSON: the recipe without `evaluate` and `register`."""
+        return self.model_dump_json(exclude={"evaluate", "register_as"})
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -102,6 +102,9 @@ def cross_check(data: dict[str, Any]) -> list[str]:
     problems += _check_models(data, models)
     problems += _check_calibrations(data, models)
     problems += _check_density(data)
+    register = data.get("register")
+    if isinstance(register, dict) and register.get("gate") and not data.get("evaluate"):
+        problems.append("register.gate: there is nothing to compare; add an evaluate block")
     return problems
 
 
@@ -162,12 +165,15 @@ def _check_density(data: dict[str, Any]) -> list[str]:
     block = data.get("lewis")
     density = block.get("density") if isinstance(block, dict) else None
     given: dict[str, Any] = {"min": 0.3, "max": 0.8, "budget": None} | (density if isinstance(density, dict) else {})
-    low, high, budget = given["min"], given["max"], given["budget"]
-    if not all(isinstance(bound, int | float) for bound in (low, high)):
+    try:  # YAML reads 1e-1 as text
+        low, high, budget = (None if given[key] is None else float(given[key]) for key in ("min", "max", "budget"))
+    except (TypeError, ValueError):
+        return []  # told by the schema
+    if low is None or high is None:
         return []  # told by the schema
     if low > high:
         return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
-    if isinstance(budget, int | float) and given.get("strategy") != "uniform" and not low <= budget <= high:
+    if budget is not None and given.get("strategy") != "uniform" and not low <= budget <= high:
         return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
     return []
 

@@ -72,7 +72,7 @@ class Champion:
     """The version in use.
 
     Attributes:
-        digest: of its merge; empty if it was not registered by LEWIS.
+        digest: of its merge; empty if LEWIS did not register it, or its files were lost.
         folder: its checkpoint on this disk; None if the artifacts are remote or damaged.
         metrics: its scores by `task/metric,filter`.
     """
@@ -182,7 +182,7 @@ def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
         )
     except BaseException:
         with suppress(Exception):  # the first error is the one to report
-            client.set_terminated(run_id, "FAILED")
+            _fail(client, experiment, run_id)
         raise
     client.set_terminated(run_id)
     logger.info("registered %s as version %s", name, version.version)
@@ -278,16 +278,26 @@ def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:
         logger.warning("version %s of %s lost its files; registering it anew", version.version, name)
         client.set_model_version_tag(name, version.version, "lewis.damaged", digest)
         client.delete_model_version_tag(name, version.version, "lewis.digest")
-    for model in client.search_logged_models([tracking.experiment(client)], _made_by(name, digest)):
-        logged_model.discard(client, model)
     _close_runs(client, name, digest, finished=None)
+    for model in client.search_logged_models([tracking.experiment(client)], _made_by(name, digest)):
+        if model.status == "FAILED":
+            logged_model.discard(client, model)
 
 
 def _close_runs(client: "MlflowClient", name: str, digest: str, finished: str | None) -> None:
     """End the runs whose process died: well if it had created the version `finished` belongs to, else as FAILED."""
-    query = f"{_made_by(name, digest)} and attributes.status = 'RUNNING'"
-    for run in client.search_runs([tracking.experiment(client)], query):
-        client.set_terminated(run.info.run_id, "FINISHED" if run.info.run_id == finished else "FAILED")
+    experiment = tracking.experiment(client)
+    for run in client.search_runs([experiment], f"{_made_by(name, digest)} and attributes.status = 'RUNNING'"):
+        if run.info.run_id == finished:
+            client.set_terminated(run.info.run_id)
+        else:
+            _fail(client, experiment, run.info.run_id)
+
+
+def _fail(client: "MlflowClient", experiment: str, run_id: str) -> None:
+    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        client.finalize_logged_model(model.model_id, "FAILED")
+    client.set_terminated(run_id, "FAILED")
 
 
 def _made_by(name: str, digest: str) -> str:

@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 
 from lewis.checkpoint import DTYPES, INDEX, SINGLE
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 
 SIZES = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in DTYPES.items()}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -63,14 +63,21 @@ class CheckpointWriter:
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor of the layout; it must have the dtype and shape that were laid out."""
+        """Write one tensor of the layout; it must have the dtype and shape that were laid out.
+
+        Raises:
+            LewisError: if the disk is full, or fails.
+        """
         dtype, shape = self._layout[name]
         if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: laid out as {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         file, offset = self._places[name]
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         while data:
-            written = os.pwrite(file.fileno(), data, offset)
+            try:
+                written = os.pwrite(file.fileno(), data, offset)
+            except OSError as error:
+                raise LewisError(f"{self.folder.parent}: cannot write {name!r}: {error.strerror}; free space") from error
             data, offset = data[written:], offset + written
 
     def __enter__(self) -> "CheckpointWriter":

@@ -1,12 +1,10 @@
 """What the tasks share: cache keys by content, the retry rule, the device slot, progress in the UI."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -41,7 +39,7 @@ def _exception_of(state: Any) -> BaseException:
 
 @dataclass
 class ContentAddressed(CachePolicy):
-    """Key = task name, version, and SHA-256 of the chosen inputs: the same for each flow run, process and deployment."""
+    """Key = task name, version, SHA-256 of the chosen inputs: the same in every flow run, process and deployment."""
 
     fields: tuple[str, ...] = ()
     version: str = "1"
@@ -80,15 +78,15 @@ def device_slot() -> Iterator[str]:
     """Hold the one device while torch works on it; gives its name. A dead holder's slot is free after a minute."""
     import torch
 
-    with concurrency(DEVICE_SLOT, occupy=1, strict=True, lease_duration=timedelta(seconds=60).total_seconds()):
+    with concurrency(DEVICE_SLOT, occupy=1, strict=True, lease_duration=60):
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Progress:
     """Progress of a long task: an artifact in the UI, a line in the log, at most every two seconds."""
 
-    def __init__(self, key: str, what: str) -> None:
-        self._key, self._what, self._artifact, self._last = key, what, None, 0.0
+    def __init__(self, kind: str, what: str) -> None:
+        self._kind, self._what, self._artifact, self._last = kind, what, None, 0.0
 
     def __call__(self, fraction: float) -> None:
         """Report a fraction in [0, 1]."""
@@ -97,7 +95,9 @@ class Progress:
         self._last = time.monotonic()
         percent = round(100 * fraction, 1)
         if self._artifact is None:
-            self._artifact = create_progress_artifact(progress=percent, key=self._key, description=self._what)
+            self._artifact = create_progress_artifact(
+                progress=percent, key=f"{self._kind}-progress", description=self._what
+            )
         else:
             update_progress_artifact(artifact_id=self._artifact, progress=percent)
         logger.info("%s: %.0f %%", self._what, percent)
@@ -107,8 +107,3 @@ def slug(text: str) -> str:
     """Letters, digits and dashes only, as artifact keys must be."""
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).split("-")
     return "-".join(word for word in words if word) or "x"
-
-
-def as_json(value: Any) -> str:
-    """Compact JSON, for task names and logs."""
-    return json.dumps(to_jsonable_python(value))

@@ -1,1 +1,30 @@
 """Score one model with lm-eval."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from lewis import evaluation, pipeline
+from lewis.evaluation import EvalSettings
+from lewis.pipeline import MergedModel, ModelFiles, ScoresEntry
+from tasks.caching import Progress, cached, device_slot
+
+
+@task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
+def check_tasks(settings: EvalSettings, root: Path) -> str:
+    """Fail before any work if a task does not exist; gives the digest of the tasks, which scores are cached by."""
+    evaluation.check_tasks(settings.tasks, root)
+    return evaluation.tasks_digest(settings, root)
+
+
+# No timeout here: lm-eval runs in a child process that has the recipe's time limit.
+@task(name="evaluate", task_run_name="evaluate {label}", **cached("model", "tasks_digest"))
+def evaluate(
+    model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str
+) -> ScoresEntry:
+    """Scores of one model on all tasks; `tasks_digest` is theirs, for the cache key."""
+    files = model.files(label) if isinstance(model, MergedModel) else model
+    report = Progress("evaluate", f"evaluate {label}")
+    with device_slot() as device:
+        return pipeline.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))

@@ -7,7 +7,7 @@ from lewis import importance as library
 from lewis import pipeline
 from lewis.pipeline import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Recipe
-from tasks.caching import RETRIES, Progress, cached, device_slot, slug
+from tasks.caching import RETRIES, Progress, cached, device_slot
 
 
 # Not cached: it is cheap, and its result, the digest of the token ids, is what the passes are cached by.
@@ -21,10 +21,10 @@ def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     name="measure",
     task_run_name="measure {files.ref} on {calibration.name}",
     timeout_seconds=6 * 3600,
-    **cached("key", "digest", version=library.SEMANTICS),
+    **cached("files", "calibration", version=library.SEMANTICS),
 )
-def measure(files: ModelFiles, calibration: CalibrationEntry, key: str, digest: str) -> ImportanceEntry:
-    """One forward pass of one model over one calibration set; `key` and `digest` are theirs, for the cache."""
-    report = Progress(f"progress-measure-{slug(files.ref)}-{slug(calibration.name)}", f"measure {files.ref}")
+def measure(files: ModelFiles, calibration: CalibrationEntry) -> ImportanceEntry:
+    """One forward pass of one model over one calibration set."""
+    report = Progress("measure", f"{files.ref} on {calibration.name}")
     with device_slot() as device:
         return pipeline.measure(files, calibration, device=device, progress=lambda done, total: report(done / total))

@@ -6,17 +6,25 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline, store
-from lewis.pipeline import ModelFiles
+from lewis.pipeline import ModelFiles, Source
 from lewis.recipe import Recipe
+from tasks.caching import RETRIES
 
 logger = logging.getLogger(__name__)
 
 
+@task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
+def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
+    """Refuse models that cannot fit before they are downloaded."""
+    pipeline.preflight(recipe, base, experts)
+
+
 @task(name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
-def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles], models_to_write: int) -> int:
+def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
     """Check everything that headers and configs tell; gives the number of covered layers (0 without a lewis block)."""
     prepared = pipeline.prepare_merge(recipe, base, experts)
-    store.check_space(store.home() / "merged", models_to_write * prepared.size)
+    baseline = recipe.guided and recipe.evaluate is not None and "uniform" in recipe.evaluate.baselines
+    store.check_space(store.home() / "merged", (1 + baseline) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0
     layers = pipeline.layers_of(base)

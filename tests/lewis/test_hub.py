@@ -187,6 +187,9 @@ def test_fetch_downloads_what_is_needed_once(hub: LocalHub, tmp_path: Path) -> N
     hub.log.clear()
     assert fetch(pinned) == folder
     assert hub.log == []
+    shutil.rmtree(tmp_path / "home/lewis")  # a worker with a store of its own: the list of files is asked for again
+    assert fetch(pinned) == folder
+    assert len(hub.log) == 1
 
 
 def test_fetch_without_weights(hub: LocalHub, tmp_path: Path) -> None:
@@ -250,6 +253,9 @@ def test_hub_that_withdraws_access_between_resolve_and_fetch(hub: LocalHub, tmp_
     pinned = resolve("org/x", tmp_path)
     hub.gate("org/x", "alice")
     with pytest.raises(InputError, match="gated"):
+        fetch(pinned)
+    hub.faults.append({"path": "/resolve/", "method": "HEAD", "status": 403, "times": 9})
+    with pytest.raises(InputError, match="forbids it"):
         fetch(pinned)
 
 
@@ -436,6 +442,10 @@ def test_dataset_is_pinned_and_loads(hub: LocalHub, tmp_path: Path, monkeypatch:
         resolve_dataset("org/data", "v2")
     with pytest.raises(InputError, match="neither a Hub repo's name"):
         resolve_dataset("data", None)
+    hub.commit("org/gated", {"train.jsonl": "{}"}, repo_type="dataset")
+    hub.gate("org/gated", repo_type="dataset")
+    with pytest.raises(InputError, match="dataset org/gated: gated; accept its conditions"):
+        resolve_dataset("org/gated", None)
     code = """
 import sys, datasets
 load = lambda repo, sha: datasets.load_dataset(repo, revision=sha, split="train")["text"][:]

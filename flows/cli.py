@@ -1,0 +1,238 @@
+"""The command line. Exit codes: 0 done, 2 the input is wrong, 1 it failed while running."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lewis.recipe import Recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; what it did is the exit code."""
+    options = _parser().parse_args(arguments)
+    from flows import environment
+    from lewis.errors import InputError, LewisError
+
+    environment.prepare()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lewis").setLevel(logging.INFO)
+    try:
+        options.command(options)
+    except InputError as error:
+        print(f"lewis: {error}", file=sys.stderr)
+        return 2
+    except LewisError as error:
+        print(f"lewis: it failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lewis: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"lewis: it failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lewis", description="Keep a merged LLM up to date: merge, score, register and promote, as a Prefect DAG."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[argparse.Namespace], None], words: str, *, recipe: bool = True) -> Any:
+        command = commands.add_parser(name, help=words, description=words)
+        command.set_defaults(command=function)
+        if recipe:
+            command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+            command.add_argument(
+                "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
+                help="override a key of the recipe, for example lewis.density.max=0.7; may be repeated",
+            )  # fmt: skip
+        return command
+
+    json_help = "print JSON instead of text"
+    run = add("run", _run, "run the whole DAG: merge, score, register, promote")
+    run.add_argument("--json", action="store_true", help=json_help)
+    plan = add("plan", _plan, "tell what a run would do: inputs, cached steps, disk, memory, covered layers")
+    plan.add_argument("--json", action="store_true", help=json_help)
+    merge = add("merge", _merge, "merge with the library alone: no Prefect, no MLflow")
+    merge.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model")
+    merge.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file to write, default 5GB")
+    importance = add("importance", _importance, "measure the importance of every covered layer")
+    importance.add_argument("-o", "--output", metavar="FILE.json", type=Path, required=True)
+    allocate = add("allocate", _allocate, "allocate a density to every tensor of every expert")
+    allocate.add_argument("-o", "--output", metavar="FILE.json", type=Path, required=True)
+    add("export", _export, "print a mergekit config with the LEWIS densities as filters")
+    demo = add("demo", _demo, "train a family of tiny models and run the whole DAG on it", recipe=False)
+    demo.add_argument("--json", action="store_true", help=json_help)
+    return parser
+
+
+def _load(options: argparse.Namespace) -> "Recipe":
+    from lewis.recipe import Recipe
+
+    return Recipe.load(options.recipe, options.overrides)
+
+
+def _run(options: argparse.Namespace) -> None:
+    _load(options)  # a wrong recipe should not cost the start of a server
+    _run_flow(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lewis import store
+    from lewis.demo import make_family
+
+    with _progress() as report:
+        folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
+    _run_flow(str(folder / "recipe.yaml"), [], as_json=options.json)
+
+
+def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
+    from flows.service import prefect_server
+
+    with prefect_server() as url:
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            from flows.merge import merge_flow
+
+            report = merge_flow(recipe, overrides)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return
+    _print_table(report.scores)
+    for expert, mean in report.mean_density.items():
+        print(f"mean density of {expert}: {mean:.3f}")
+    print(f"merged model: {report.folder}")
+    if report.version:
+        print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
+        print(f"verdict: {'champion' if report.promoted else 'not promoted'}: {'; '.join(report.verdict)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from lewis.plan import make_plan
+
+    plan = make_plan(_load(options))
+    print(json.dumps(plan.to_json(), indent=2) if options.json else plan.to_text())
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from lewis import pipeline, store
+    from lewis.writer import parse_size
+
+    recipe, shard = _load(options), parse_size(options.max_shard_size)
+    store.check_replaceable(options.output)
+    base, experts = _fetch(recipe)
+    with _progress() as report:
+        allocated = None
+        pipeline.prepare_merge(recipe, base, experts)  # whatever does not fit is told before the long part
+        if recipe.lewis and base:
+            _, allocated = pipeline.guide(recipe, base, experts, progress=report)
+        prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
+        prepared.run(
+            options.output.resolve(),
+            max_shard_size=shard,
+            manifest=pipeline.lineage(recipe, base, experts, allocated),
+            progress=lambda done, total, name: report("merge", done, total),
+        )
+    print(f"{options.output}: {len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB, digest {prepared.digest}")
+
+
+def _guide(options: argparse.Namespace) -> Any:
+    from lewis import pipeline
+    from lewis.errors import RecipeError
+
+    recipe = _load(options)
+    if recipe.lewis is None or recipe.base_model is None:
+        raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
+    base, experts = _fetch(recipe)
+    assert base is not None
+    layers = pipeline.layers_of(base)
+    kinds = ", ".join(sorted({layer.projection for layer in layers}))
+    print(f"covered: {len(layers)} linear layers ({kinds})", file=sys.stderr)
+    with _progress() as report:
+        return recipe, *pipeline.guide(recipe, base, experts, progress=report)
+
+
+def _importance(options: argparse.Namespace) -> None:
+    from lewis import store
+
+    _, measured, _ = _guide(options)
+    rows = [{"model": entry.ref, "calibration": entry.calibration, "norms": entry.norms} for entry in measured]
+    store.write_json(options.output, {"importance": rows})
+    print(f"{options.output}: {len(rows)} passes")
+
+
+def _allocate(options: argparse.Namespace) -> None:
+    from lewis import store
+
+    _, _, allocated = _guide(options)
+    experts = {ref: each.to_json() for ref, each in allocated.experts().items()}
+    store.write_json(options.output, {"experts": experts})
+    for ref, mean in allocated.means.items():
+        print(f"mean density of {ref}: {mean:.3f}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lewis import pipeline
+    from lewis.export import to_mergekit
+
+    recipe = _load(options)
+    base, experts = pipeline.pin_all(recipe)
+    allocations = _guide(options)[2].experts() if recipe.lewis else {}
+    print(to_mergekit(recipe, base, experts, allocations), end="")
+
+
+def _fetch(recipe: "Recipe") -> Any:
+    from lewis import pipeline
+
+    base, experts = pipeline.pin_all(recipe)
+    pipeline.preflight(recipe, base, experts)
+    return pipeline.download(base) if base else None, [pipeline.download(source) for source in experts]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal, nothing elsewhere: gives a function of (what, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        known: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total)
+            bars.update(known[what], completed=done)
+
+        yield report
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A guided recipe as a plain mergekit config: each LEWIS density becomes a filter on one tensor's name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from lewis.allocation import Allocation
+from lewis.pipeline import Source
+from lewis.recipe import Recipe
+
+_OURS = ("lewis", "evaluate", "register", "seed")
+
+
+def to_mergekit(
+    recipe: Recipe, base: Source | None, experts: Sequence[Source], allocations: Mapping[str, Allocation]
+) -> str:
+    """Write the config that makes mergekit do this merge.
+
+    Models are named by their commits, or by absolute folders. mergekit finds filters as substrings, first match first,
+    so longer names come first.
+
+    Args:
+        recipe: the recipe.
+        base, experts: as pinned, experts in the order of `recipe.experts`.
+        allocations: expert -> densities; empty for a plain merge.
+
+    Returns:
+        YAML.
+    """
+    data: dict[str, Any] = {key: value for key, value in yaml.safe_load(recipe.text).items() if key not in _OURS}
+    names = {entry.model: _pinned_name(source) for entry, source in zip(recipe.experts, experts, strict=True)}
+    if base is not None and recipe.base_model is not None:
+        names[recipe.base_model] = data["base_model"] = _pinned_name(base)
+    written = []
+    for entry, raw in zip(recipe.models, data["models"], strict=True):
+        block = {key: value for key, value in raw.items() if key != "calibration"}
+        block["model"] = names[entry.model]
+        allocated = allocations.get(entry.model)
+        if allocated is not None:
+            block["parameters"] = _guided(raw.get("parameters") or {}, data.get("parameters") or {}, allocated)
+        written.append(block)
+    data["models"] = written
+    if data.get("tokenizer_source") in names:
+        data["tokenizer_source"] = names[data["tokenizer_source"]]
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200)
+
+
+def _guided(own: Mapping[str, Any], common: Mapping[str, Any], allocated: Allocation) -> dict[str, Any]:
+    """An expert's parameters with its densities; mergekit fails on density 0, so weight 0 stands for it."""
+    longest_first = sorted(allocated.densities.items(), key=lambda item: (-len(item[0]), item[0]))
+    kept = [{"filter": tensor, "value": density} for tensor, density in longest_first if density > 0]
+    left_out = [{"filter": tensor, "value": 0.0} for tensor, density in longest_first if density == 0]
+    if not left_out:
+        return {**own, "density": kept}
+    # A filter list that matches nothing falls through to the common setting in both, so only the own ones are repeated.
+    return {**own, "density": kept, "weight": left_out + _as_filters(own.get("weight", common.get("weight", 1.0)))}
+
+
+def _as_filters(setting: Any) -> list[Any]:
+    if isinstance(setting, list) and all(isinstance(item, dict) for item in setting):
+        return setting
+    return [setting if isinstance(setting, dict) else {"value": setting}]
+
+
+def _pinned_name(source: Source) -> str:
+    parts = [source.model] + ([source.adapter] if source.adapter else [])
+    return "+".join(part.source if part.is_local else f"{part.source}@{part.commit}" for part in parts)

@@ -1,0 +1,169 @@
+"""What a run would do, found out without doing it: only configs and tokenizers are downloaded."""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lewis import evaluation, hub, importance, pipeline, store
+from lewis.errors import LewisError
+from lewis.importance import Layer
+from lewis.pipeline import CalibrationEntry, ModelFiles, Source
+from lewis.recipe import Recipe
+from lewis.writer import SIZES
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the DAG; `state` is `cached` or `to do`."""
+
+    name: str
+    state: str
+
+
+@dataclass
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        inputs: ref, commit and bytes of each model.
+        layers: the covered layers; empty without a lewis block.
+        tensors, parameters: of the base.
+        disk: bytes that the run will write, beside downloads.
+        disk_free: bytes free where the store is.
+        memory: bytes that the importance pass and the merge need at most, roughly.
+    """
+
+    recipe: str
+    method: str
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    tensors: int = 0
+    parameters: int = 0
+    disk: int = 0
+    disk_free: int = 0
+    memory: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {**asdict(self), "covered_layers": len(self.layers)}
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        kinds: dict[str, list[int]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.projection, []).append(layer.index)
+        lines = [
+            f"recipe  {self.recipe} ({self.method}), {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters",
+            "",
+        ]
+        lines += [f"input   {row['ref']}  {row['commit'][:23]}  {row['bytes'] / 1e6:.1f} MB" for row in self.inputs]
+        lines += ["", *(f"{step.state:<7} {step.name}" for step in self.steps), ""]
+        lines += [
+            f"covered {kind}: {len(where)} layers ({min(where)} to {max(where)})" for kind, where in kinds.items()
+        ]
+        lines += ["covered none: a plain merge"] if not kinds else []
+        lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
+        lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
+        return "\n".join(lines)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Find out what a run of `recipe` would do.
+
+    Raises:
+        InputError: as a run would, for everything that can be known before the work.
+    """
+    if recipe.evaluate:
+        evaluation.check_tasks(recipe.evaluate.tasks, recipe.root)
+    base, experts = pipeline.pin_all(recipe)
+    pipeline.preflight(recipe, base, experts)
+    plan = Plan(recipe.name, recipe.merge_method)
+    sources = ([base] if base else []) + experts
+    plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
+    headers = hub.tensor_headers((base or experts[0]).model)
+    count = {name: _elements(shape) for name, (_, shape) in headers.items()}
+    plan.tensors, plan.parameters = len(headers), sum(count.values())
+    out = {"float32": 4, "float16": 2, "bfloat16": 2}.get(recipe.out_dtype or recipe.dtype or "")
+    output = sum(count[name] * (out or SIZES.get(dtype, 4)) for name, (dtype, _) in headers.items())
+    files = {source.ref: _files(source) for source in sources}
+    plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
+    if recipe.lewis and base:
+        plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), set(headers))
+    writes = [*_guided_steps(plan, recipe, base, experts, files)]
+    plan.disk, plan.disk_free = output * len(writes), _free()
+    passes = plan.parameters * 4 if recipe.guided else 0
+    # A merge holds the base, and of each expert its weights and task vector, then a few temporaries, in fp32.
+    plan.memory = 400_000_000 + max(passes * 5 // 4, max(count.values()) * 4 * (4 + 4 * len(experts)))
+    if recipe.register_as:
+        plan.steps.append(Step(f"register {recipe.register_as.name}", "to do"))
+    return plan
+
+
+def _guided_steps(
+    plan: Plan, recipe: Recipe, base: Source | None, experts: list[Source], files: dict[str, ModelFiles | None]
+) -> list[str]:
+    """Add the steps after the downloads; gives the merges that are still to be written."""
+    known_base = files[base.ref] if base else None
+    known = [files[source.ref] for source in experts]
+    present = [each for each in known if each is not None]
+    complete = len(present) == len(known) and (base is None or known_base is not None)
+    allocated = None
+    if recipe.lewis and base:
+        sets: dict[str, CalibrationEntry] = {}
+        measured = []
+        for entry, name in pipeline.wanted_measurements(recipe):
+            source = base if entry is None else experts[recipe.experts.index(entry)]
+            if name not in sets:
+                configs = hub.fetch(base.model, weights=False)
+                sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
+            found = pipeline.find_measured(source.ref, source.key, sets[name])
+            plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
+            measured.append(found)
+        if known_base and complete and all(measured):
+            allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
+        plan.steps.append(Step("allocate", "cached" if allocated else "to do"))
+    whiches = ["experts"] + (["uniform"] if recipe.guided and _has_uniform(recipe) else [])
+    writes, merged_keys = [], {}
+    for which in whiches:
+        digest = None
+        if complete and (allocated or not recipe.lewis):
+            digest = pipeline.prepare_merge(recipe, known_base, present, allocated, which).digest
+        cached = digest and (store.read_manifest(store.home() / "merged" / digest) or {}).get("digest") == digest
+        plan.steps.append(
+            Step(f"merge {recipe.label if which == 'experts' else which}", "cached" if cached else "to do")
+        )
+        merged_keys[recipe.label if which == "experts" else which] = digest
+        writes += [] if cached else [which]
+    if recipe.evaluate:
+        keys = {source.ref: source.key for source in ([base] if base else []) + experts}
+        for label, key in {**keys, **merged_keys}.items():
+            scored = key and pipeline.find_scores(label, key, pipeline.eval_settings(recipe), recipe.root)
+            plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
+    return writes
+
+
+def _has_uniform(recipe: Recipe) -> bool:
+    return recipe.evaluate is not None and "uniform" in recipe.evaluate.baselines
+
+
+def _files(source: Source) -> ModelFiles | None:
+    """The model's files if they are on this disk already."""
+    if not all(hub.is_present(pinned) for pinned in (source.model, source.adapter) if pinned):
+        return None
+    try:
+        return pipeline.download(source)
+    except LewisError:
+        return None
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _free() -> int:
+    existing = next(p for p in (store.home(), *store.home().parents) if p.exists())
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,249 @@
+"""Pictures and Markdown for people: density heat map, score bars, model card.
+
+Figures are made without pyplot: its state is global, and tasks run in threads.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import yaml
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = "viridis"  # its steps stay apart for colour-blind readers and in grey
+MAX_BARS = 80  # more cannot be told apart
+MAX_LABEL = 60  # characters
+SLANTED = 4  # from here on, labels would overlap
+
+VECTORS = re.compile(
+    r"norm|\bln_|\.bias$"
+)  # norms and biases are no projections: LEWIS gives them one policy, no density
+LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Scored(Protocol):
+    """One number of an evaluation, as `lewis.evaluation.Score`."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def stderr(self) -> float | None: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+
+
+def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> bytes:
+    """Draw where each expert's task vector is kept: one panel per expert, projections by layers.
+
+    Args:
+        densities: expert -> tensor name -> density in [0, 1]. Embeddings, norms and biases are left out.
+        mean: expert -> mean density, for the title.
+
+    Returns:
+        a PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    grids = {expert: _grid(values) for expert, values in densities.items()}
+    rows = max((len(names) for names, _ in grids.values()), default=1)
+    layers = max((len(grid[0]) for _, grid in grids.values() if grid), default=1)
+    height = 0.9 + 0.3 * max(rows, 2)
+    figure = Figure(figsize=(min(3.5 + 0.35 * layers, 14), height * max(len(grids), 1)), dpi=100, layout="constrained")
+    panels = figure.subplots(max(len(grids), 1), 1, squeeze=False)[:, 0]
+    for panel, (expert, (names, grid)) in zip(panels, grids.items(), strict=False):
+        image = _draw_grid(panel, names, grid)
+        title = _short(expert) + (f"   mean density {mean[expert]:.3f}" if expert in mean else "")
+        panel.set_title(title, fontsize=10, loc="left", parse_math=False)
+        figure.colorbar(image, ax=panel, label="density", ticks=[0, 0.25, 0.5, 0.75, 1], aspect=max(8, 3 * rows))
+    return _png(figure)
+
+
+def score_bars(scores: Mapping[str, Sequence[Scored]]) -> bytes:
+    """Draw the scores, one group of bars per task and metric, one bar per model with its standard error.
+
+    Args:
+        scores: model -> scores, in the order of the bars; the last model is outlined.
+
+    Returns:
+        a PNG file. Metrics that leave [0, 1], such as perplexity, get a panel each.
+    """
+    from matplotlib.figure import Figure
+
+    found = {(model, s.task, s.metric): s for model, each in scores.items() for s in each}
+    groups = list(dict.fromkeys((s.task, s.metric) for s in found.values()))
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for task, metric in groups[: max(1, MAX_BARS // max(len(scores), 1))]:
+        values = [s.value for key, s in found.items() if key[1:] == (task, metric)]
+        panels.setdefault("score" if all(0 <= v <= 1 for v in values) else metric, []).append((task, metric))
+    widest = max((len(each) for each in panels.values()), default=1)
+    width = min(max(5.0, 2.5 + 0.28 * widest * (len(scores) + 1)), 16)
+    figure = Figure(
+        figsize=(width, (5.0 if widest > SLANTED else 3.6) * max(len(panels), 1)), dpi=100, layout="constrained"
+    )
+    axes = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
+    for panel, (label, shown) in zip(axes, panels.items(), strict=False):
+        _draw_bars(panel, list(scores), shown, found)
+        panel.set_ylabel(label)
+    if panels:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), fontsize=9)
+    hidden = len(groups) - sum(len(each) for each in panels.values())
+    if hidden:
+        figure.supxlabel(f"{hidden} more in the table", fontsize=9)
+    return _png(figure)
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as a Markdown table; the columns are those of the first row, a missing cell is empty."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    lines: list[list[object]] = [[*columns], ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def model_card(
+    name: str,
+    *,
+    method: str,
+    base: str | None,
+    experts: Sequence[str],
+    recipe: str,
+    lineage: Mapping[str, str],
+    mean_density: Mapping[str, float],
+    scores: Sequence[Mapping[str, object]],
+) -> str:
+    """The README of a merged model, with the front matter of the Hub.
+
+    Args:
+        base, experts: as the recipe names them; those on the Hub become `base_model`.
+        lineage: reference -> commit or content digest.
+        mean_density: expert -> mean density; empty for a plain merge.
+        scores: rows of `lewis.evaluation.score_table`; empty if nothing was scored.
+    """
+    parents = [*([base] if base else []), *experts]
+    repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        **({"base_model": list(repos), "base_model_relation": "merge"} if repos else {}),
+        "tags": list(dict.fromkeys(["merge", "lewis", method])),
+    }
+    how = "with LEWIS densities (arXiv:2503.03874)" if mean_density else "with uniform densities"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`, {how}.",
+        "## Scores\n\n" + markdown_table(scores) if scores else "",
+        "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
+        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _inputs(
+    parents: Iterable[str], lineage: Mapping[str, str], mean_density: Mapping[str, float]
+) -> list[dict[str, object]]:
+    others = [ref for ref in lineage if ref not in set(parents)]  # calibration sets
+    rows: list[dict[str, object]] = []
+    for ref in [*dict.fromkeys(parents), *others]:
+        density = f"{mean_density[ref]:.3f}" if ref in mean_density else ""
+        rows.append({"input": f"`{ref}`", "commit or digest": f"`{lineage.get(ref, '?')}`", "mean density": density})
+    return rows
+
+
+def _repo(ref: str, commit: str) -> str | None:
+    """The Hub's name of a model, None for a local one: of a folder the lineage has a digest, longer than a commit."""
+    repo = ref.rpartition("+")[2].partition("@")[0]
+    return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commit.rpartition("+")[2]) else None
+
+
+def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
+    """Names of the projections, and rows of densities by layer; NaN where a layer lacks the projection."""
+    places = {}
+    for tensor, density in densities.items():
+        layer = LAYER.search(tensor)
+        if layer and not VECTORS.search(tensor):
+            places[layer[2].removesuffix(".weight"), int(layer[1])] = density
+    full = list(dict.fromkeys(name for name, _ in places))
+    layers = range(max((index for _, index in places), default=-1) + 1)
+    last = [name.rpartition(".")[2] for name in full]
+    names = [short if last.count(short) == 1 else name for short, name in zip(last, full, strict=True)]
+    return names, [[places.get((name, index), math.nan) for index in layers] for name in full]
+
+
+def _draw_grid(panel: "Axes", names: Sequence[str], grid: Sequence[Sequence[float]]) -> Any:
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    colours = colormaps[COLOURS].copy()
+    colours.set_bad("lightgrey")
+    image = panel.imshow(grid or [[math.nan]], cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.set_xlabel("layer", fontsize=9)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if grid and len(grid[0]) <= 16:
+        for y, row in enumerate(grid):
+            for x, value in enumerate(row):
+                if not math.isnan(value):
+                    ink = "black" if value > 0.6 else "white"
+                    panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    return image
+
+
+def _draw_bars(
+    panel: "Axes",
+    models: Sequence[str],
+    groups: Sequence[tuple[str, str]],
+    found: Mapping[tuple[str, str, str], Scored],
+) -> None:
+    from matplotlib import colormaps
+
+    width = 0.8 / max(len(models), 1)
+    for number, model in enumerate(models):
+        bars = [(x, found[model, *group]) for x, group in enumerate(groups) if (model, *group) in found]
+        panel.bar(
+            [x - 0.4 + (number + 0.5) * width for x, _ in bars],
+            [score.value for _, score in bars],
+            width * 0.92,
+            yerr=[math.nan if score.stderr is None else score.stderr for _, score in bars],
+            error_kw={"ecolor": "dimgrey", "elinewidth": 1, "capsize": 2},
+            color=colormaps[COLOURS](0.1 + 0.85 * number / max(len(models) - 1, 1)),
+            edgecolor="black" if number == len(models) - 1 else "none",
+            linewidth=1.2,
+            label=_short(model),
+        )
+    arrows = ["↑" if next(s for key, s in found.items() if key[1:] == g).higher_is_better else "↓" for g in groups]
+    labels = [f"{_short(task)}\n{metric} {arrow}" for (task, metric), arrow in zip(groups, arrows, strict=True)]
+    slanted = len(groups) > SLANTED
+    panel.set_xlim(-0.6, len(groups) - 0.4)
+    panel.set_xticks(
+        range(len(groups)), labels, fontsize=8, rotation=30 if slanted else 0, ha="right" if slanted else "center"
+    )
+    panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_LABEL else "…" + name[1 - MAX_LABEL :]
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,20 @@
+"""From importance to densities."""
+
+from prefect import task
+
+from lewis import allocation, pipeline
+from lewis.pipeline import AllocationEntry, ImportanceEntry, ModelFiles
+from lewis.recipe import Recipe
+from tasks.caching import cached
+
+
+@task(
+    name="allocate",
+    timeout_seconds=1800,
+    **cached("blocks", "base", "experts", "measured", version=allocation.SEMANTICS),
+)
+def allocate(
+    recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[ImportanceEntry]
+) -> AllocationEntry:
+    """A density for every tensor of every expert; `blocks` is the recipe's, for the cache key."""
+    return pipeline.allocate(recipe, base, experts, measured)

@@ -1,0 +1,82 @@
+"""The registry's side: compare with the champion, register, promote."""
+
+import logging
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from lewis import registry
+from lewis.gate import Verdict, decide
+from lewis.pipeline import AllocationEntry, MergedModel, ModelFiles, ScoresEntry
+from lewis.recipe import Recipe
+from lewis.registry import Champion, Entry, Version
+from tasks.caching import RETRIES, slug
+
+logger = logging.getLogger(__name__)
+
+
+@task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def find_champion(name: str) -> Champion | None:
+    """The version in use, whose scores are to beat."""
+    return registry.champion(name)
+
+
+@task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
+def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
+    """May the merged model be promoted? Compared with the champion, or with the base before there is one."""
+    assert recipe.register_as is not None
+    against = champion.version.uri if champion else "base"
+    if champion and champion.digest == merged.digest:
+        return Verdict(True, ("this very model is the champion already",), against)
+    found = {label: {f"{s.task}/{s.metric}": s for s in entry.scores} for label, entry in scores.items()}
+    numbers = {label: {key: s.value for key, s in each.items()} for label, each in found.items()}
+    reference = numbers.get("champion") or (dict(champion.metrics) if champion else numbers.get("base", {}))
+    rule = recipe.register_as.gate
+    judged = found.get(recipe.label, {}).get(rule.metric) if rule else None
+    higher = judged.higher_is_better if judged else True
+    return decide(rule, numbers.get(recipe.label, {}), reference, against, higher_is_better=higher)
+
+
+# MLflow decides whether this very merge is registered already: no cache in front of it.
+@task(name="register", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def register(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    allocated: AllocationEntry | None,
+    merged: MergedModel,
+    scores: dict[str, ScoresEntry],
+    verdict: Verdict,
+) -> Version:
+    """One version per merge digest, with its lineage, scores and pictures."""
+    assert recipe.register_as is not None
+    version = registry.register(describe(recipe, base, experts, allocated, merged, scores))
+    logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
+    return version
+
+
+@task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def promote(recipe: Recipe, version: Version, verdict: Verdict) -> bool:
+    """Move the alias `champion` if the verdict allows it; says whether the version is the champion now."""
+    registry.promote(version, verdict)
+    word = "passed: champion" if verdict.passed else "failed: the champion stays"
+    lines = [
+        f"# {version.uri}: {word}",
+        f"Compared with {verdict.compared_with}.",
+        *(f"* {r}" for r in verdict.reasons),
+    ]
+    create_markdown_artifact("\n\n".join(lines), key=f"{slug(recipe.name)}-verdict", description="The gate's verdict")
+    return verdict.passed
+
+
+def describe(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    allocated: AllocationEntry | None,
+    merged: MergedModel,
+    scores: dict[str, ScoresEntry],
+) -> Entry:
+    """What MLflow is told about a merged model."""
+    raise NotImplementedError

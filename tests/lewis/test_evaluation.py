@@ -1,0 +1,417 @@
+"""Scores from real lm-eval runs of a tiny random model, and the ways in which such a run can end badly."""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from lewis import harness
+from lewis.errors import InputError, LewisError
+from lewis.evaluation import EvalSettings, Score, check_tasks, evaluate, score_table, tasks_digest
+
+RECIPES = Path(__file__).parents[2] / "deployments/recipes"
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
+CHOICES = [" cat", " dog", " red"]
+ROWS = [
+    {"question": "the sky is", "answer": 2, "text": " red"},
+    {"question": "who sat on the mat ?", "answer": 0, "text": " the cat sat"},
+    {"question": "the dog ran and the", "answer": 0, "text": " cat ran"},
+    {"question": "who ran on a road ?", "answer": 1, "text": " a red dog and a blue cat"},
+    {"question": "a blue road is", "answer": 1, "text": " blue"},
+]
+DATA = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "data/rows.jsonl"}}, "test_split": "test"}
+CHOICE = {
+    **DATA,
+    "task": "pets",
+    "output_type": "multiple_choice",
+    "doc_to_text": "question",
+    "doc_to_target": "answer",
+    "doc_to_choice": [choice.strip() for choice in CHOICES],
+}
+ANSWERS = {
+    **DATA,
+    "task": "answers",
+    "output_type": "loglikelihood",
+    "num_fewshot": 0,
+    "doc_to_text": "question",
+    "doc_to_target": "text",
+    "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+}
+WRITTEN = {
+    **DATA,
+    "task": "written",
+    "output_type": "generate_until",
+    "doc_to_text": "question",
+    "doc_to_target": "said",
+    "generation_kwargs": {"until": ["?"], "max_gen_toks": 4, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "filter_list": [{"name": "first-word", "filter": [{"function": "regex", "regex_pattern": "(\\w+)"}]}],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a random two-layer Llama, scaled up so that its answers are not all ties."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("model")
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    torch.manual_seed(7)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), bos_token_id=1, eos_token_id=2, **shape))
+    for parameter in llama.parameters():
+        parameter.data.mul_(20) if parameter.dim() == 2 else None
+    llama.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A recipe's folder with its data and the three tasks."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "recipe"
+    (folder / "data").mkdir(parents=True)
+    (folder / "tasks").mkdir()
+    write_rows(folder, ["-"] * len(ROWS))
+    for config in (CHOICE, ANSWERS, WRITTEN):
+        write_task(folder / f"tasks/{config['task']}.yaml", config)
+    return folder
+
+
+def write_rows(folder: Path, said: list[str]) -> None:
+    rows = [{**row, "said": word} for row, word in zip(ROWS, said, strict=True)]
+    (folder / "data/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_task(path: Path, config: dict, function: str = "") -> None:
+    path.write_text(yaml.safe_dump(config) + function)
+
+
+def load(folder: Path, adapter: Path | None = None):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return (PeftModel.from_pretrained(llama, adapter) if adapter else llama).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
+@torch.no_grad()
+def loglikelihood(llama, tokenizer, prompt: str, answer: str) -> float:
+    """Sum of the log-probabilities of the answer's tokens, in nats."""
+    start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + answer)["input_ids"]
+    logs = llama(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logs[i - 1, ids[i]].item() for i in range(start, len(ids)))
+
+
+@torch.no_grad()
+def first_word(llama, tokenizer, prompt: str) -> str:
+    """The first word of four greedy tokens, up to a question mark."""
+    ids = tokenizer(prompt, return_tensors="pt")
+    written = llama.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=2)[0, ids["input_ids"].shape[1] :]
+    words = re.findall(r"\w+", tokenizer.decode(written, skip_special_tokens=True).split("?")[0])
+    return words[0] if words else "[invalid]"
+
+
+def perplexity(llama, tokenizer) -> float:
+    logs = [loglikelihood(llama, tokenizer, row["question"], row["text"]) for row in ROWS]
+    return math.exp(-sum(logs) / len(logs))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def at_start(folder: Path, monkeypatch, code: str) -> None:
+    """Have the child run this code when its interpreter starts: a fault without the wait for the imports."""
+    (folder / "sitecustomize.py").write_text("import os, pathlib, signal, subprocess, sys, time\n" + code)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+class TestScores:
+    def test_every_metric_equals_our_own_computation(self, model, root, caplog):
+        group = {"group": "both", "task": ["pets"], "aggregate_metric_list": [{"metric": "acc"}]}
+        write_task(root / "both.yml", group)
+        seen = []
+        settings = EvalSettings(("both.yml", "tasks/answers.yaml", "written"), num_fewshot=1, batch_size=2)
+        with caplog.at_level(logging.WARNING, "lewis"):
+            scores = evaluate(model, settings, root=root, progress=lambda done, what: seen.append((done, what)))
+        found = {(score.task, score.metric): score for score in scores}
+        llama, tokenizer = load(model)
+
+        assert found["answers", "perplexity,none"].value == pytest.approx(perplexity(llama, tokenizer), rel=1e-4)
+        assert found["answers", "perplexity,none"].stderr > 0
+        assert found["answers", "perplexity,none"].higher_is_better is False
+        assert "answers: evaluate.num_fewshot is 1, the task fixes 0" in caplog.text
+
+        assert set(found) == {
+            ("pets", "acc,none"),
+            ("pets", "acc_norm,none"),
+            ("both", "acc,none"),
+            ("answers", "perplexity,none"),
+            ("written", "exact_match,first-word"),
+        }
+        assert found["both", "acc,none"].value == found["pets", "acc,none"].value
+        assert {score.samples for score in scores} == {len(ROWS)}
+        assert found["written", "exact_match,first-word"].higher_is_better is True
+        for kind in ("loglikelihood requests", "generate_until requests"):
+            done = [fraction for fraction, what in seen if what == kind]
+            assert done == sorted(set(done)) and done[-1] == 1.0
+
+    def test_choices_generation_and_an_adapter(self, model, root, tmp_path):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        llama, tokenizer = load(model)
+        tuned = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        tuned.save_pretrained(tmp_path / "adapter")
+
+        tuned, base = load(model, tmp_path / "adapter")[0], load(model)[0]
+        words = [first_word(tuned, tokenizer, row["question"]) for row in ROWS]
+        write_rows(root, [*words[:3], "-", "-"])
+
+        scores = evaluate(model, EvalSettings(("pets", "answers", "written")), root=root, adapter=tmp_path / "adapter")
+
+        found = {score.metric: score for score in scores}
+        assert found["perplexity,none"].value == pytest.approx(perplexity(tuned, tokenizer), rel=1e-4)
+        assert abs(perplexity(tuned, tokenizer) / perplexity(base, tokenizer) - 1) > 1e-2
+        right = []
+        for row in ROWS:
+            logs = [loglikelihood(tuned, tokenizer, row["question"], choice) for choice in CHOICES]
+            right.append(logs.index(max(logs)) == row["answer"])
+        accuracy = sum(right) / len(right)
+        assert found["acc,none"].value == pytest.approx(accuracy)
+        assert found["exact_match,first-word"].value == pytest.approx(0.6)
+        assert found["acc,none"].stderr == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (len(ROWS) - 1)))
+
+    def test_the_reference_answers_of_the_recipes(self, model, root):
+        """The tasks that deployments/recipes ships: bits per byte of the answer, averaged over the documents."""
+        shutil.copytree(RECIPES / "tasks", root / "shipped")
+        gsm8k = [
+            {"question": "who sat ?", "answer": "the cat <<1+1=2>>sat\nred"},
+            {"question": "is", "answer": "a dog"},
+        ]
+        mbpp = [{"text": "the mat", "test_list": ["red is blue", "-"], "code": "dog\r\ncat"}]
+        for name, rows in {"gsm8k": gsm8k, "mbpp": mbpp}.items():
+            (root / "data" / name).mkdir()
+            (root / f"data/{name}/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = EvalSettings(("shipped/gsm8k_answers.yaml", "shipped/mbpp_answers.yaml"))
+        scores = {score.task: score for score in evaluate(model, settings, root=root)}
+
+        def bits(prompt, answer):
+            return -loglikelihood(*loaded, prompt, answer) / math.log(2) / len(answer)
+
+        loaded = load(model)
+        maths = [bits("Question: who sat ?\nAnswer:", " the cat sat\nred"), bits("Question: is\nAnswer:", " a dog")]
+        assert scores["gsm8k_answers"].value == pytest.approx(sum(maths) / 2, rel=1e-4)
+        assert scores["gsm8k_answers"].stderr == pytest.approx(abs(maths[0] - maths[1]) / 2, rel=1e-4)
+        assert scores["mbpp_answers"].value == pytest.approx(bits("the mat\nred is blue", "\ndog\ncat"), rel=1e-4)
+        assert scores["mbpp_answers"].stderr is None  # of one document
+        assert not any(score.higher_is_better for score in scores.values())
+
+    def test_nan_is_no_score(self, model, root, tmp_path):
+        llama, tokenizer = load(model)
+        llama.model.norm.weight.data.fill_(math.nan)
+        llama.save_pretrained(tmp_path / "broken")
+        tokenizer.save_pretrained(tmp_path / "broken")
+        with pytest.raises(LewisError, match=r"broken: answers/perplexity,none is nan"):
+            evaluate(tmp_path / "broken", EvalSettings(("answers",), limit=2), root=root)
+
+    def test_a_folder_without_a_model(self, root, tmp_path, model):
+        with pytest.raises(InputError, match=r"config\.json"):
+            evaluate(tmp_path, EvalSettings(("pets",)), root=root)
+        with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+            evaluate(model, EvalSettings(("pets",)), root=root, adapter=tmp_path)
+
+
+class TestBadEnds:
+    def test_an_exception_in_a_task_is_in_the_message(self, model, root):
+        (root / "tasks/broken.py").write_text("def docs(rows):\n    raise ValueError('row 3 has no answer')\n")
+        config = {**CHOICE, "task": "broken"}
+        write_task(root / "tasks/broken.yaml", config, "process_docs: !function broken.docs\n")
+        (root / "random.py").write_text("raise SystemExit('this is not the library')")
+        with pytest.raises(LewisError, match=r"exit code 1\): ValueError: row 3 has no answer") as caught:
+            evaluate(model, EvalSettings(("broken",)), root=root)
+        assert str(model) in str(caught.value)
+
+    def test_a_signal_is_named(self, model, root, tmp_path, monkeypatch):
+        at_start(tmp_path, monkeypatch, "print('loading'); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+        with pytest.raises(LewisError, match=r"(?s)killed by SIGKILL: out of memory\?.*loading"):
+            evaluate(model, EvalSettings(("pets",)), root=root)
+
+    def test_the_time_limit_kills_the_child_and_its_children(self, model, root, tmp_path, monkeypatch):
+        pids = tmp_path / "pids"
+        at_start(
+            tmp_path,
+            monkeypatch,
+            "sleeper = subprocess.Popen(['sleep', '600'])\n"
+            f"pathlib.Path('{pids}.new').write_text(f'{{os.getpid()}} {{sleeper.pid}}')\n"
+            f"os.rename('{pids}.new', '{pids}')\n",
+        )
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * pids.exists(), sleep=time.sleep)
+        monkeypatch.setattr(harness, "time", clock)
+        with pytest.raises(LewisError, match="did not finish within 40 s"):
+            evaluate(model, EvalSettings(("pets",), timeout_s=40), root=root)
+        assert wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
+
+    def test_an_interrupt_kills_the_child(self, model, root, tmp_path, monkeypatch):
+        code = (
+            f"pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid()))\n"
+            "print('Running loglikelihood requests:  10%|#', end='\\r', flush=True)\n"
+            "time.sleep(600)"
+        )
+        at_start(tmp_path, monkeypatch, code)
+
+        def interrupt(done, what):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, EvalSettings(("pets",)), root=root, progress=interrupt)
+        assert not alive(int((tmp_path / "pid").read_text()))
+
+    def test_the_child_dies_with_a_killed_parent(self, model, root):
+        code = (
+            "import sys; from pathlib import Path; from lewis.evaluation import *\n"
+            "evaluate(Path(sys.argv[1]), EvalSettings(('pets',)), root=Path(sys.argv[2]))"
+        )
+        with subprocess.Popen([sys.executable, "-c", code, str(model), str(root)], start_new_session=True) as parent:
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+            try:
+                assert wait_until(lambda: children.read_text().strip())
+                child = int(children.read_text())
+                # torch is being imported: the watcher thread runs
+                assert wait_until(lambda: "torch" in Path(f"/proc/{child}/maps").read_text())
+            finally:
+                os.kill(parent.pid, signal.SIGKILL)
+        assert wait_until(lambda: not alive(child), 10)
+
+
+class TestCheckTasks:
+    def test_the_recipes_own_tasks_are_fine(self, root):
+        check_tasks(("pets", "tasks/answers.yaml", "written"), root)
+
+    def test_unknown_and_unsafe_names(self, root):
+        with pytest.raises(InputError, match=r"'gsm8kk', which is neither; did you mean .*gsm8k"):
+            check_tasks(("gsm8kk",), root)
+        with pytest.raises(InputError, match="did you mean answers"):
+            check_tasks(("answer",), root)
+        with pytest.raises(InputError, match="humaneval runs code that the model writes"):
+            check_tasks(("humaneval",), root)
+        check_tasks(("gsm8k", "mmlu"), root)
+
+    def test_unsafe_code_in_an_included_file(self, root):
+        write_task(root / "tasks/base.yaml", {"unsafe_code": True})
+        write_task(root / "tasks/code.yaml", {**CHOICE, "task": "code", "include": "base.yaml"})
+        with pytest.raises(InputError, match="code runs code"):
+            check_tasks(("code",), root)
+
+    @pytest.mark.parametrize(
+        ("change", "function", "message"),
+        [
+            (
+                {"dataset_kwargs": {"data_files": "data/missing.jsonl"}},
+                "",
+                r"'data/missing\.jsonl' is missing or empty",
+            ),
+            ({"dataset_kwargs": {"data_files": {"test": ["data/*.csv"]}}}, "", r"'data/\*\.csv' is missing or empty"),
+            ({"dataset_kwargs": {"data_files": "data/empty.jsonl"}}, "", r"'data/empty\.jsonl' is missing or empty"),
+            ({"include": "absent.yaml"}, "", r"absent\.yaml"),
+            ({"include": "own.yaml"}, "", "included twice"),
+            ({}, "process_docs: !function nowhere.docs\n", r"no file .*nowhere\.py"),
+            ({}, "oops: [\n", r"own\.yaml: not a readable lm-eval task"),
+            ({"task": None}, "", "expected the key `task`"),
+        ],
+    )
+    def test_a_broken_file(self, root, change, function, message):
+        (root / "data/empty.jsonl").touch()
+        write_task(root / "tasks/own.yaml", {**CHOICE, "task": "own", **change}, function)
+        with pytest.raises(InputError, match=message):
+            check_tasks(("tasks/own.yaml",), root)
+
+    def test_a_missing_file_and_a_name_defined_twice(self, root):
+        with pytest.raises(InputError, match=r"absent\.yaml: not a readable lm-eval task"):
+            check_tasks(("absent.yaml",), root)
+        write_task(root / "again.yaml", CHOICE)
+        with pytest.raises(InputError, match=r"again\.yaml: its task 'pets' is defined by .*pets\.yaml as well"):
+            check_tasks(("tasks/pets.yaml", "again.yaml"), root)
+
+    def test_a_dataset_of_the_hub_is_not_looked_for_here(self, root):
+        write_task(root / "tasks/own.yaml", {**CHOICE, "task": "own", "dataset_path": "org/pets"})
+        check_tasks(("own",), root)
+
+
+class TestDigest:
+    SETTINGS = EvalSettings(("pets", "coded"))
+
+    @pytest.fixture
+    def coded(self, root):
+        (root / "tasks/code.py").write_text("def docs(rows):\n    return rows\n")
+        write_task(root / "tasks/common.yaml", {"num_fewshot": 0})
+        config = {**CHOICE, "task": "coded", "include": "common.yaml"}
+        write_task(root / "tasks/coded.yaml", config, "process_docs: !function code.docs\n")
+        return root
+
+    @pytest.mark.parametrize("file", ["tasks/coded.yaml", "tasks/common.yaml", "tasks/code.py", "data/rows.jsonl"])
+    def test_changes_with_every_file_it_depends_on(self, coded, file):
+        before = tasks_digest(self.SETTINGS, coded)
+        (coded / file).write_text((coded / file).read_text() + "\n")
+        assert tasks_digest(self.SETTINGS, coded) != before
+
+    def test_covers_what_changes_scores_and_nothing_else(self, coded, tmp_path):
+        def digest(**options):
+            return tasks_digest(EvalSettings(**{"tasks": ("pets", "coded"), **options}), coded)
+
+        same = [{}, {"batch_size": "auto"}, {"timeout_s": 1}, {"tasks": ("coded", "pets")}]
+        assert len({digest(**options) for options in same}) == 1
+        other = [{}, {"limit": 3}, {"num_fewshot": 2}, {"apply_chat_template": True}, {"tasks": ("pets",)}]
+        assert len({digest(**options) for options in other}) == len(other)
+        (coded / "unrelated.yaml").write_text("task: unrelated\n")
+        assert digest() == tasks_digest(self.SETTINGS, coded.rename(tmp_path / "moved"))
+
+    def test_a_group_covers_its_members(self, root):
+        write_task(root / "tasks/both.yaml", {"group": "both", "task": ["pets", "answers"]})
+        before = tasks_digest(EvalSettings(("both",)), root)
+        write_task(root / "tasks/answers.yaml", {**ANSWERS, "doc_to_text": "Q: {{question}}"})
+        assert tasks_digest(EvalSettings(("both",)), root) != before
+
+
+def test_score_table():
+    def score(task, value, stderr=None, higher=True):
+        return Score(task, "acc,none", value, stderr, higher, 10)
+
+    table = score_table(
+        {"base": [score("a", 0.5, 0.021), score("b", 4.0, higher=False)], "lewis": [score("a", 0.75, 0.02)], "odd": []}
+    )
+    assert table == [
+        {"model": "base", "a/acc,none ↑": "0.5 ± 0.021", "b/acc,none ↓": "4"},
+        {"model": "lewis", "a/acc,none ↑": "0.75 ± 0.02 *", "b/acc,none ↓": "-"},
+        {"model": "odd", "a/acc,none ↑": "-", "b/acc,none ↓": "-"},
+    ]

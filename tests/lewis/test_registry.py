@@ -1,0 +1,394 @@
+"""The registry against a real MLflow: sqlite and files, several processes, kill -9, and a server over HTTP."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import logged_model, registry, store
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.gate import Verdict
+from lewis.registry import Entry, Version
+
+DIGEST, OTHER = "a" * 64, "b" * 64
+PASSED = Verdict(True, ("addition/acc,none must gain at least 0: 0.9000 vs 0.5000: pass",), "base")
+FAILED = Verdict(False, ("addition/acc,none must gain at least 0: 0.1000 vs 0.9000: fail",), "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 2 layers in 2 shards, with a tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder, max_shard_size="40KB")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "one": 2, "two": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a row of ours: making them takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store, and MLflow with nothing set."""
+    (tmp_path / "home" / "mlflow").mkdir(parents=True)
+    shutil.copy(empty_database, tmp_path / "home" / "mlflow" / "mlflow.db")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "x")  # so that the teardown undoes what MLflow exports
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "home"
+
+
+def merged(tiny_model: Path, digest: str = DIGEST) -> Path:
+    folder = store.home() / "merged" / digest
+    with store.publish(folder, {"digest": digest}) as scratch:
+        shutil.copytree(tiny_model, scratch, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def entry(home: Path, tiny_model: Path) -> Entry:
+    return Entry(
+        name="tiny",
+        folder=merged(tiny_model),
+        digest=DIGEST,
+        params={"merge_method": "ties", "lewis.density.max": 0.8, "models[0].model": "org/math", "long": "x" * 9000},
+        metrics={
+            "merged/addition/acc,none": 0.9,
+            "base/addition/acc,none": 0.5,
+            "merged/addition/nan,none": float("nan"),
+        },
+        lineage={"org/base@main": "1" * 40, "/data/math 100%": "2" * 40},
+        recipe="merge_method: ties\n",
+        pictures={"density.png": b"\x89PNG"},
+        tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
+        card="---\nbase_model: [org/base]\n---\n# Tiny\n" + "long " * 2000,
+    )
+
+
+def client():
+    import mlflow
+
+    return mlflow.MlflowClient()
+
+
+def versions(name: str = "tiny") -> list:
+    return list(client().search_model_versions(f"name='{name}'"))
+
+
+def runs() -> list[str]:
+    experiment = client().get_experiment_by_name("lewis")
+    return sorted(run.info.status for run in client().search_runs([experiment.experiment_id]))
+
+
+def artifacts(home: Path) -> Path:
+    return home / "mlflow" / "artifacts"
+
+
+def test_a_registered_model_says_what_it_was_made_of(entry: Entry, home: Path) -> None:
+    made = registry.register(entry)
+    assert made == Version("tiny", "1", made.run_id, "models:/tiny/1", created=True)
+    (version,) = versions()
+    assert version.tags["lewis.digest"] == DIGEST
+    assert version.tags["lewis.source.org--base_main"] == "1" * 40
+    assert version.tags["lewis.source.--data--math 100_"] == "2" * 40
+    assert json.loads(version.tags["lewis.metrics"])["addition/acc,none"] == 0.9
+    assert version.description.startswith("---\nbase_model: [org/base]\n---\n# Tiny")
+    assert version.description.endswith("... (cut, all of it is in card.md)") and len(version.description) == 5000
+    run = client().get_run(made.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["merged/addition/acc/none"] == 0.9 and run.data.metrics["base/addition/acc/none"] == 0.5
+    assert run.data.params["lewis.density.max"] == "0.8" and run.data.params["models_0_.model"] == "org/math"
+    assert run.data.params["long"].endswith("recipe.yaml)") and len(run.data.params["long"]) == 6000
+    files = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert json.loads((files / "lineage.json").read_text()) == entry.lineage
+    assert (files / "recipe.yaml").read_text() == entry.recipe and (files / "card.md").read_text() == entry.card
+    assert (files / "density.png").read_bytes() == b"\x89PNG"
+    assert json.loads((files / "scores.json").read_text()) == {
+        "columns": ["task", "base", "merged"],
+        "data": [["addition", 0.5, 0.9]],
+    }
+    description = next(artifacts(home).glob("models/*/artifacts/MLmodel")).read_text()
+    assert "source_model_name: tiny\n" in description and "/lewis-" not in description  # no scratch folder
+
+
+def test_the_champion_loads_and_outlives_the_store_without_a_second_copy(entry: Entry, home: Path) -> None:
+    import mlflow
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(entry.folder)
+    version = registry.register(entry)
+    for weights in entry.folder.glob("*.safetensors"):
+        assert weights.stat().st_nlink == 2
+    registry.promote(version, PASSED)
+    shutil.rmtree(home / "merged")
+    pipeline = mlflow.transformers.load_model("models:/tiny@champion")
+    assert type(pipeline).__name__ == "TextGenerationPipeline"
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(pipeline.model.state_dict()[name], tensor)
+    chat = mlflow.pyfunc.load_model("models:/tiny@champion")
+    answer = chat.predict({"messages": [{"role": "user", "content": "one two"}], "max_tokens": 2})
+    assert answer[0]["choices"][0]["message"]["role"] == "assistant"
+    current = registry.champion("tiny")
+    assert current is not None and current.folder is not None and current.digest == DIGEST
+    assert store.read_manifest(current.folder) is not None
+    assert current.metrics["addition/acc,none"] == 0.9
+    assert registry.register(replace(entry, folder=current.folder)) == replace(version, created=False)
+
+
+def test_where_files_cannot_be_linked_they_are_copied(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    version = registry.register(entry)
+    assert registry.find("tiny", DIGEST) == replace(version, created=False)
+    assert all(weights.stat().st_nlink == 1 for weights in entry.folder.glob("*.safetensors"))
+
+
+def test_a_digest_is_registered_once_and_another_one_is_another_version(entry: Entry, tiny_model: Path) -> None:
+    assert registry.find("tiny", DIGEST) is None
+    first = registry.register(entry)
+    assert registry.register(entry) == replace(first, created=False) == registry.find("tiny", DIGEST)
+    second = registry.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    assert (second.version, second.created) == ("2", True)
+    assert registry.register(entry).version == "1"
+    assert len(versions()) == 2 and runs() == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "all"])
+def test_a_version_that_lost_its_files_is_registered_anew(entry: Entry, home: Path, damage: str) -> None:
+    registry.register(entry)
+    (model,) = artifacts(home).glob("models/*")
+    weights = next((model / "artifacts" / "model").glob("*.safetensors"))
+    if damage == "all":
+        shutil.rmtree(model)
+    else:
+        content = weights.read_bytes()
+        weights.unlink()
+        if damage == "cut":
+            weights.write_bytes(content[:-1])
+    assert registry.find("tiny", DIGEST) is None
+    again = registry.register(entry)
+    assert (again.version, again.created) == ("2", True)
+    assert {str(v.version): v.tags.get("lewis.digest") for v in versions()} == {"1": None, "2": DIGEST}
+    assert registry.register(entry) == replace(again, created=False)
+
+
+def test_threads_get_one_version(entry: Entry) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(registry.register, [entry] * 4))
+    assert {v.version for v in made} == {"1"} and sum(v.created for v in made) == 1
+
+
+@pytest.fixture(scope="session")
+def processes() -> BaseContext:
+    """Fresh processes that need not import torch and MLflow one after another."""
+    context = multiprocessing.get_context("forkserver")
+    stores = [f"mlflow.store.{kind}.sqlalchemy_store" for kind in ("tracking", "model_registry")]
+    context.set_forkserver_preload([*stores, "mlflow.transformers", "transformers.pipelines", "pandas", __name__])
+    return context
+
+
+def in_child(home: Path, entry: Entry, send: Connection, stop_at: str | None = None) -> None:
+    """Register in a process of its own. At `stop_at` say so, and stay there until killed."""
+    from mlflow import MlflowClient
+
+    os.environ["LEWIS_HOME"] = str(home)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+    def stop(*_: object, **__: object) -> None:
+        send.send("stopped")
+        time.sleep(600)
+
+    if stop_at is not None:
+        owner: Any = logged_model if stop_at == "_link" else MlflowClient
+        setattr(owner, stop_at, stop)
+    send.send(registry.register(entry))
+
+
+def test_eight_processes_on_a_fresh_database_get_one_version(entry: Entry, home: Path, processes: Any) -> None:
+    (home / "mlflow" / "mlflow.db").unlink()
+    children = []
+    for _ in range(8):
+        receive, send = processes.Pipe(duplex=False)
+        children.append((processes.Process(target=in_child, args=(home, entry, send)), receive))
+    for child, _ in children:
+        child.start()
+    for child, _ in children:
+        child.join()
+    assert [child.exitcode for child, _ in children] == [0] * 8
+    answers = [receive.recv() for _, receive in children]
+    assert {version.version for version in answers} == {"1"} and sum(version.created for version in answers) == 1
+    registry.configure()
+    assert len(versions()) == 1 and runs() == ["FINISHED"]
+
+
+@pytest.mark.parametrize("where", ["_link", "log_batch", "create_model_version", "set_terminated"])
+def test_kill_9_then_again_ends_with_one_version(entry: Entry, home: Path, processes: Any, where: str) -> None:
+    receive, send = processes.Pipe(duplex=False)
+    child = processes.Process(target=in_child, args=(home, entry, send, where))
+    child.start()
+    assert receive.recv() == "stopped"
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    registry.configure()
+    assert runs() == ["RUNNING"]
+    survived = where == "set_terminated"  # the only step after the version exists
+    assert (registry.find("tiny", DIGEST) is not None) == survived == (len(versions()) == 1)
+
+    again = registry.register(entry)
+    assert (again.version, again.created) == ("1", not survived)
+    assert len(versions()) == 1
+    assert runs() == (["FINISHED"] if survived else ["FAILED", "FINISHED"])
+    assert len(list(artifacts(home).glob("models/*/artifacts"))) == 1
+    experiment = client().get_experiment_by_name("lewis").experiment_id
+    assert [model.status.value for model in client().search_logged_models([experiment])] == ["READY"]
+
+
+def test_a_failure_half_way_leaves_a_failed_run_and_no_version(entry: Entry, home: Path) -> None:
+    broken = replace(entry, pictures={"no such folder/density.png": b""})
+    with pytest.raises(LewisError, match=r"registering tiny: .*No such file"):
+        registry.register(broken)
+    assert runs() == ["FAILED"] and versions() == []
+    assert registry.register(entry).created
+    assert runs() == ["FAILED", "FINISHED"] and len(list(artifacts(home).glob("models/*/artifacts"))) == 1
+
+
+def test_a_damaged_checkpoint_is_refused(entry: Entry) -> None:
+    next(entry.folder.glob("*.safetensors")).unlink()
+    with pytest.raises(LewisError, match="expected a whole merged checkpoint"):
+        registry.register(entry)
+
+
+@pytest.mark.parametrize(("name", "digest"), [("tiny", "abc"), ("tiny", "A" * 64), ("..", DIGEST), (" ", DIGEST)])
+def test_malformed_names_and_digests_are_refused(entry: Entry, name: str, digest: str) -> None:
+    with pytest.raises(InputError, match="expected"):
+        registry.register(replace(entry, name=name, digest=digest))
+
+
+def test_names_that_mlflow_refuses_are_cleaned(entry: Entry) -> None:
+    made = registry.register(replace(entry, name="org/smol-1.7b:it's"))
+    assert made.uri == "models:/org_smol-1.7b_it_s/1"
+    assert registry.find("org/smol-1.7b:it's", DIGEST) == replace(made, created=False)
+
+
+def test_the_gate_moves_the_aliases(entry: Entry, tiny_model: Path) -> None:
+    assert registry.champion("tiny") is None
+    first = registry.register(entry)
+    assert registry.champion("tiny") is None
+    registry.promote(first, PASSED)
+    second, third = (registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "bc")
+    registry.promote(second, FAILED)
+    assert aliases() == {"champion": "1", "challenger": "2"}
+    registry.promote(third, replace(PASSED, compared_with=first.uri))
+    assert aliases() == {"champion": "3", "previous": "1", "challenger": "2"}
+    registry.promote(third, FAILED)  # the champion does not become its own challenger
+    assert aliases() == {"champion": "3", "previous": "1", "challenger": "2"}
+    tags = {str(v.version): v.tags for v in versions()}
+    assert [tags[v]["lewis.verdict"] for v in "123"] == ["passed", "failed", "passed"]
+    assert tags["2"]["lewis.verdict.reasons"] == FAILED.reasons[0]
+    assert tags["3"]["lewis.verdict.compared_with"] == "models:/tiny/1"
+
+
+def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Entry, tiny_model: Path) -> None:
+    first, second, third = (
+        registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
+    )
+    registry.promote(first, PASSED)
+    registry.promote(second, replace(PASSED, compared_with=first.uri))
+    with pytest.raises(LewisError, match="compared with models:/tiny/1, but the champion is models:/tiny/2 by now"):
+        registry.promote(third, replace(PASSED, compared_with=first.uri))
+    assert aliases() == {"champion": "2", "previous": "1"}
+
+
+def aliases() -> dict[str, str]:
+    return {alias: str(version) for alias, version in client().get_registered_model("tiny").aliases.items()}
+
+
+def test_a_deleted_experiment_is_explained(entry: Entry) -> None:
+    registry.configure()
+    client().delete_experiment(client().get_experiment_by_name("lewis").experiment_id)
+    with pytest.raises(InputError, match="mlflow experiments restore"):
+        registry.register(entry)
+
+
+@pytest.fixture
+def server(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`mlflow server` that serves the artifacts too, so the client has no folder to link into."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    where = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/remote"]
+    command = [sys.executable, "-m", "mlflow", "server", f"--port={uri.rsplit(':', 1)[1]}", "--workers=1", *where]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_over_http_with_remote_artifacts(server: str, entry: Entry, home: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    made = registry.register(entry)
+    assert made.created and registry.register(entry) == replace(made, created=False)
+    registry.promote(made, PASSED)
+    current = registry.champion("tiny")
+    assert current is not None and current.folder is None and current.metrics["addition/acc,none"] == 0.9
+    assert type(mlflow.transformers.load_model("models:/tiny@champion")).__name__ == "TextGenerationPipeline"
+    assert list((home / "mlflow" / "uploads").iterdir()) == []
+    next((tmp_path / "remote").rglob("*.safetensors")).unlink()
+    assert registry.find("tiny", DIGEST) is None
+
+
+def test_a_server_that_does_not_answer_is_transient(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TransientError, match="registering tiny"):
+        registry.register(entry)

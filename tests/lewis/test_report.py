@@ -1,0 +1,152 @@
+"""Pictures are decoded and their pixels compared; Markdown is parsed back."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib import colormaps
+from PIL import Image
+
+from lewis import report
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+
+
+def densities(layers: int, value: float) -> dict[str, float]:
+    return {f"model.layers.{i}.{name}.weight": value for i in range(layers) for name in PROJECTIONS}
+
+
+def score(task: str, value: float, metric: str = "acc,none", stderr: float | None = 0.02) -> SimpleNamespace:
+    return SimpleNamespace(task=task, metric=metric, value=value, stderr=stderr, higher_is_better="perp" not in metric)
+
+
+def pixels(png: bytes) -> np.ndarray:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) < 150_000
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3).astype(int)
+
+
+def share(png: bytes, value: float) -> float:
+    """Share of the picture that has viridis' colour of `value`."""
+    colour = np.array(colormaps["viridis"](value, bytes=True)[:3], dtype=int)
+    return float((abs(pixels(png) - colour).max(axis=1) <= 1).mean())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_the_colour_says_the_density_on_a_fixed_scale(value: float) -> None:
+    png = report.density_heat_map({"e": densities(20, value)}, {"e": value})
+    assert share(png, value) > 0.4
+    assert share(png, 0.6) < 0.02
+
+
+def test_there_is_a_panel_per_expert_and_a_hole_where_a_layer_has_no_such_projection() -> None:
+    one = report.density_heat_map({"e": densities(20, 0.3)}, {})
+    two = report.density_heat_map({"e": densities(20, 0.3), "f": densities(20, 0.8)}, {"f": 0.8})
+    assert Image.open(io.BytesIO(two)).height == 2 * Image.open(io.BytesIO(one)).height
+    assert share(two, 0.3) > 0.2 and share(two, 0.8) > 0.2
+    holes = {name: value for name, value in densities(20, 0.3).items() if "layers.5.mlp" not in name}
+    grey = (pixels(report.density_heat_map({"e": holes}, {})) == 211).all(axis=1).mean()
+    assert 0.005 < grey < 0.05  # one cell in sixty
+
+
+def test_rows_are_projections_and_columns_are_layers() -> None:
+    names, grid = report._grid(
+        {
+            "model.embed_tokens.weight": 1.0,
+            "model.layers.1.self_attn.q_proj.weight": 0.5,
+            "model.layers.0.self_attn.q_proj.weight": 0.4,
+            "model.layers.0.self_attn.q_proj.bias": 1.0,
+            "model.layers.0.input_layernorm.weight": 1.0,
+            "model.layers.0.mlp.experts.0.w1.weight": 0.6,
+            "model.layers.0.mlp.experts.1.w1.weight": 0.7,
+        }
+    )
+    assert names == ["q_proj", "mlp.experts.0.w1", "mlp.experts.1.w1"]
+    assert grid[0] == [0.4, 0.5]
+    assert [row[0] for row in grid[1:]] == [0.6, 0.7] and all(np.isnan(row[1]) for row in grid[1:])
+
+
+def test_large_models_stay_small_pictures() -> None:
+    rng = np.random.default_rng(0)
+    noisy = {f"model.layers.{i}.p{n}.weight": rng.random() for i in range(80) for n in range(7)}
+    assert len(report.density_heat_map({f"expert-{n}": noisy for n in range(4)}, {})) < 150_000
+    many = {f"model-{m}": [score(f"task_{t}", rng.random()) for t in range(200)] for m in range(6)}
+    assert len(report.score_bars(many)) < 150_000
+
+
+def test_bars_have_the_height_of_the_score() -> None:
+    low, high = (report.score_bars({"base": [score("t", v, stderr=None)], "m": [score("t", 1.0)]}) for v in (0.2, 0.8))
+    assert 3.5 < share(high, 0.1) / share(low, 0.1) < 4.5
+
+
+def test_a_model_without_a_score_and_another_scale_are_drawn() -> None:
+    base = [score("t", 0.5), score("wiki", 14.0, "perplexity,none", stderr=None)]
+    one = report.score_bars({"base": [score("t", 0.5)], "lewis": []})
+    two = report.score_bars({"base": base, "lewis": [score("t", 0.6)]})
+    assert Image.open(io.BytesIO(two)).height == 2 * Image.open(io.BytesIO(one)).height
+
+
+def test_nothing_to_draw_is_still_a_picture() -> None:
+    assert pixels(report.score_bars({})).size and pixels(report.density_heat_map({}, {})).size
+
+
+def test_threads_draw_the_same_picture() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        drawn = set(threads.map(lambda _: report.density_heat_map({"e": densities(4, 0.5)}, {}), range(4)))
+    assert len(drawn) == 1
+
+
+def test_a_table_escapes_what_would_break_it() -> None:
+    assert report.markdown_table([{"a": "x|y", "b": 1}, {"a": "two\nlines"}]) == (
+        "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
+    )
+    assert report.markdown_table([]) == ""
+
+
+def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
+    card = report.model_card(
+        "tiny",
+        method="ties",
+        base="org/base@main",
+        experts=["org/math", "local/code", "org/base@main+org/lora"],
+        recipe="merge_method: ties\n",
+        lineage={
+            "org/base@main": "1" * 40,
+            "org/math": "2" * 40,
+            "local/code": "3" * 64,
+            "org/base@main+org/lora": f"{'1' * 40}+{'4' * 40}",
+            "gsm8k": "5" * 64,
+        },
+        mean_density={"org/math": 0.55},
+        scores=[{"model": "base", "acc ↑": "0.5"}],
+    )
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "base_model": ["org/base", "org/math", "org/lora"],
+        "base_model_relation": "merge",
+        "tags": ["merge", "lewis", "ties"],
+    }
+    for digest in ("1" * 40, "2" * 40, "3" * 64, "4" * 40, "5" * 64):
+        assert digest in body
+    assert f"| `org/math` | `{'2' * 40}` | 0.550 |" in body
+    assert "| base | 0.5 |" in body and "```yaml\nmerge_method: ties\n```" in body
+
+
+def test_the_card_is_one_the_hub_accepts() -> None:
+    from huggingface_hub import ModelCard
+
+    card = report.model_card(
+        "m",
+        method="linear",
+        base=None,
+        experts=["./a"],
+        recipe="{}",
+        lineage={"./a": "1" * 64},
+        mean_density={},
+        scores=[],
+    )
+    assert ModelCard(card).data.tags == ["merge", "lewis", "linear"]
+    assert "base_model" not in card and "## Scores" not in card and "A merge of 1 expert by" in card
