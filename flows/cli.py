@@ -20,8 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lewis.errors import InputError, LewisError
 
     environment.prepare()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("lewis").setLevel(logging.INFO)
     try:
         options.command(options)
     except InputError as error:
@@ -74,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _log_to_terminal() -> None:
+    """For the commands without Prefect, which has handlers of its own."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lewis").setLevel(logging.INFO)
+
+
 def _load(options: argparse.Namespace) -> "Recipe":
     from lewis.recipe import Recipe
 
@@ -98,12 +102,16 @@ def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
     from flows.service import prefect_server
 
     with prefect_server() as url:
+        from prefect.logging.handlers import APILogWorker
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: url}):
             from flows.merge import merge_flow
 
-            report = merge_flow(recipe, overrides)
+            try:
+                report = merge_flow(recipe, overrides)
+            finally:
+                APILogWorker.drain_all(timeout=10)  # before the server goes
     if as_json:
         print(report.model_dump_json(indent=2))
         return
@@ -128,6 +136,7 @@ def _merge(options: argparse.Namespace) -> None:
     from lewis.writer import parse_size
 
     recipe, shard = _load(options), parse_size(options.max_shard_size)
+    _log_to_terminal()
     store.check_replaceable(options.output)
     base, experts = _fetch(recipe)
     with _progress() as report:
@@ -152,6 +161,7 @@ def _guide(options: argparse.Namespace) -> Any:
     recipe = _load(options)
     if recipe.lewis is None or recipe.base_model is None:
         raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
+    _log_to_terminal()
     base, experts = _fetch(recipe)
     assert base is not None
     layers = pipeline.layers_of(base)

@@ -9,7 +9,6 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
-from tasks.report import report_densities, report_scores
 
 from lewis import pipeline
 from lewis.pipeline import ModelFiles
@@ -22,6 +21,7 @@ from tasks.importance import calibrate, measure
 from tasks.inspect import inspect, preflight
 from tasks.merge import merge
 from tasks.register import find_champion, gate, promote, register
+from tasks.report import report_densities, report_scores
 from tasks.resolve import resolve
 
 
@@ -75,14 +75,14 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
     experts = [download.submit(source, wait_for=started) for source in sources]
     inspected = inspect.submit(plan, base, experts)
 
-    measured, allocated, heat_map = _guide(plan, base, experts, inspected)
+    sets, measured, allocated, heat_map = _guide(plan, base, experts, inspected)
     merged = merge.submit(plan, plan.blocks, base, experts, allocated, wait_for=[inspected])
-    _finish(*started, *_given(base), *experts, inspected, *measured, *_given(allocated, heat_map), merged)
+    _finish(*started, *_given(base), *experts, inspected, *sets, *measured, *_given(allocated, heat_map), merged)
 
     scores: dict[str, PrefectFuture[Any]] = {}
     if settings:
         models = _models_to_score(plan, base, experts, allocated, merged)
-        if champion and (current := champion.result()) and current.folder:
+        if champion and (current := champion.result()) and current.folder and current.digest != merged.result().digest:
             models["champion"] = ModelFiles.at("champion", current.digest, current.folder)
         scores = {
             label: evaluate.submit(model, label, settings, plan.root, tasks_digest) for label, model in models.items()
@@ -98,7 +98,7 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
         report.scores = table.result()
     if plan.register_as:
         verdict = gate.submit(plan, champion, merged, scores)
-        version = register.submit(plan, base, experts, allocated, merged, scores, verdict)
+        version = register.submit(plan, base, experts, sets, allocated, merged, scores, wait_for=[verdict])
         promoted = promote.submit(plan, version, verdict)
         _finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
@@ -108,10 +108,10 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
 
 def _guide(
     plan: Recipe, base: PrefectFuture[Any] | None, experts: list[PrefectFuture[Any]], inspected: PrefectFuture[Any]
-) -> tuple[list[PrefectFuture[Any]], PrefectFuture[Any] | None, PrefectFuture[Any] | None]:
+) -> tuple[list[PrefectFuture[Any]], list[PrefectFuture[Any]], PrefectFuture[Any] | None, PrefectFuture[Any] | None]:
     """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge."""
     if plan.lewis is None or base is None:
-        return [], None, None
+        return [], [], None, None
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = pipeline.wanted_measurements(plan)
     sets = {
@@ -119,7 +119,7 @@ def _guide(
     }
     measured = [measure.submit(files[entry.model] if entry else base, sets[name]) for entry, name in wanted]
     allocated = allocate.submit(plan, plan.blocks, base, experts, measured, wait_for=[inspected])
-    return [*sets.values(), *measured], allocated, report_densities.submit(plan, measured, allocated)
+    return list(sets.values()), measured, allocated, report_densities.submit(plan, measured, allocated)
 
 
 def _models_to_score(

@@ -216,10 +216,8 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
         InputError: naming every expert and tensor that does not fit.
         RecipeError: naming every filter that matches nothing.
     """
-    full = [source for source in experts if source.adapter is None]
-    if base is None and not full:
-        return
-    first = base or full[0]
+    first = base or experts[0]
+    full = [source for source in experts if source.model.commit != first.model.commit]
     ours, problems = hub.tensor_headers(first.model), []
     for source in full:
         theirs = hub.tensor_headers(source.model)

@@ -6,6 +6,7 @@ use, `previous` the one before (to go back to), `challenger` the last one that t
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -126,6 +127,13 @@ def champion(name: str) -> Champion | None:
     name = _model_name(name)
     with tracking.client(f"reading the champion of {name}") as client:
         return _champion(client, name)
+
+
+def link(version: Version) -> str:
+    """Where MLflow's UI shows the version: on the tracking server, or where `mlflow ui` would serve by default."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/#/models/{version.name}/versions/{version.version}"
 
 
 def promote(version: Version, verdict: Verdict) -> None:

@@ -187,8 +187,7 @@ def _draw_grid(panel: "Axes", names: Sequence[str], grid: Sequence[Sequence[floa
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    colours = colormaps[COLOURS].copy()
-    colours.set_bad("lightgrey")
+    colours = colormaps[COLOURS].with_extremes(bad="lightgrey")
     image = panel.imshow(grid or [[math.nan]], cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.set_xlabel("layer", fontsize=9)

@@ -3,14 +3,15 @@
 import logging
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis import registry
+from lewis.entry import registry_entry
 from lewis.gate import Verdict, decide
-from lewis.pipeline import AllocationEntry, MergedModel, ModelFiles, ScoresEntry
+from lewis.pipeline import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.recipe import Recipe
-from lewis.registry import Champion, Entry, Version
+from lewis.registry import Champion, Version
 from tasks.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,13 @@ def register(
     recipe: Recipe,
     base: ModelFiles | None,
     experts: list[ModelFiles],
+    calibrations: list[CalibrationEntry],
     allocated: AllocationEntry | None,
     merged: MergedModel,
     scores: dict[str, ScoresEntry],
-    verdict: Verdict,
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
-    assert recipe.register_as is not None
-    version = registry.register(describe(recipe, base, experts, allocated, merged, scores))
+    version = registry.register(registry_entry(recipe, base, experts, calibrations, allocated, merged, scores))
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version
 
@@ -67,16 +67,6 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict) -> bool:
         *(f"* {r}" for r in verdict.reasons),
     ]
     create_markdown_artifact("\n\n".join(lines), key=f"{slug(recipe.name)}-verdict", description="The gate's verdict")
+    text = f"{version.uri} (run {version.run_id})"
+    create_link_artifact(registry.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
     return verdict.passed
-
-
-def describe(
-    recipe: Recipe,
-    base: ModelFiles | None,
-    experts: list[ModelFiles],
-    allocated: AllocationEntry | None,
-    merged: MergedModel,
-    scores: dict[str, ScoresEntry],
-) -> Entry:
-    """What MLflow is told about a merged model."""
-    raise NotImplementedError

@@ -209,6 +209,15 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Entry, home: Pa
     assert registry.register(entry) == replace(again, created=False)
 
 
+def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(entry: Entry) -> None:
+    registry.promote(registry.register(entry), PASSED)
+    client().delete_logged_model(versions()[0].source.removeprefix("models:/"))
+    assert registry.find("tiny", DIGEST) is None
+    current = registry.champion("tiny")
+    assert current is not None and current.folder is None
+    assert registry.register(entry).version == "2"
+
+
 def test_threads_get_one_version(entry: Entry) -> None:
     with ThreadPoolExecutor(4) as threads:
         made = list(threads.map(registry.register, [entry] * 4))

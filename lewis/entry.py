@@ -1,0 +1,87 @@
+"""What MLflow is told about a merged model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lewis import report
+from lewis.evaluation import score_table
+from lewis.pipeline import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
+from lewis.recipe import Recipe
+from lewis.registry import Entry
+
+
+def registry_entry(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    calibrations: Sequence[CalibrationEntry],
+    allocated: AllocationEntry | None,
+    merged: MergedModel,
+    scores: Mapping[str, ScoresEntry],
+) -> Entry:
+    """Gather parameters, scores, lineage and pictures of one merge.
+
+    Args:
+        recipe: with a `register` block.
+        base, experts, calibrations: the inputs.
+        allocated: densities; None for a plain merge.
+        merged: the result.
+        scores: label in the score table -> scores.
+    """
+    assert recipe.register_as is not None
+    found = {label: entry.scores for label, entry in scores.items()}
+    rows = score_table(found)
+    inputs = [*([base] if base else []), *experts]
+    lineage = {files.ref: files.key for files in inputs} | {f"calibration:{c.name}": c.digest for c in calibrations}
+    means = dict(allocated.means) if allocated else {}
+    pictures: dict[str, bytes] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if allocated:
+        experts_of = allocated.experts()
+        pictures["density.png"] = report.density_heat_map({r: a.densities for r, a in experts_of.items()}, means)
+        tables["densities"] = [
+            {"expert": ref, "tensor": tensor, "density": density}
+            for ref, each in experts_of.items()
+            for tensor, density in each.densities.items()
+        ]
+    if found:
+        pictures["scores.png"] = report.score_bars(found)
+        tables["scores"] = rows
+    # The merged model goes by one name in all versions, whatever the score table calls it.
+    named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
+    return Entry(
+        name=recipe.register_as.name,
+        folder=merged.folder,
+        digest=merged.digest,
+        params=flat_parameters(recipe) | {f"mean_density/{ref}": f"{mean:.6f}" for ref, mean in means.items()},
+        metrics={f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each},
+        lineage=lineage,
+        recipe=recipe.text,
+        pictures=pictures,
+        tables=tables,
+        card=report.model_card(
+            recipe.register_as.name,
+            method=recipe.merge_method,
+            base=base.ref if base else None,
+            experts=[files.ref for files in experts],
+            recipe=recipe.text,
+            lineage=lineage,
+            mean_density=means,
+            scores=rows,
+        ),
+    )
+
+
+def flat_parameters(recipe: Recipe) -> dict[str, str]:
+    """The recipe as `a.b.0.c` -> value."""
+
+    def walk(value: Any, path: str) -> dict[str, str]:
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)  # type: ignore[assignment]
+        else:
+            return {} if value is None else {path: str(value)}
+        return {key: text for name, each in items for key, text in walk(each, f"{path}.{name}".strip(".")).items()}
+
+    return walk(recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True), "")

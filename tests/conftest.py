@@ -1,0 +1,60 @@
+"""What every test needs: a store of its own, no telemetry, and a family of tiny models made once."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before any import reads the environment: nothing may touch the user's store or phone home.
+os.environ["LEWIS_HOME"] = _SESSION_HOME = tempfile.mkdtemp(prefix="lewis-tests-")
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.update(
+    DO_NOT_TRACK="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny Llama and fine-tunes of it: two in full, one as a LoRA adapter. Read only."""
+
+    base: Path
+    math: Path
+    code: Path
+    lora: Path
+
+    @property
+    def experts(self) -> list[Path]:
+        return [self.math, self.code]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh store."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The family in fp32, its embedding tied to its head."""
+    from tests.support.models import write_expert, write_llama, write_lora
+
+    folder = tmp_path_factory.mktemp("family")
+    base = write_llama(folder / "base")
+    math, code = (write_expert(base, folder / name, seed=i) for i, name in enumerate(("math", "code"), 1))
+    return Family(base, math, code, write_lora(base, folder / "lora"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_session_home() -> Iterator[None]:
+    yield
+    shutil.rmtree(_SESSION_HOME, ignore_errors=True)

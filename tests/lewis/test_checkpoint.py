@@ -1,0 +1,162 @@
+"""Opening model folders: whole, sharded, tied; and refusing what is damaged, pickled, quantised or leads outside."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lewis.checkpoint import INDEX, Checkpoint, TensorInfo
+from lewis.errors import InputError, LewisError
+from tests.conftest import Family
+from tests.support.models import edit_json, shard, write_llama, write_tensors
+
+W = {"model.layers.0.a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3)}
+
+
+def refused(folder: Path, *expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Checkpoint(folder, "key")
+    assert all(part in str(caught.value) for part in expected), str(caught.value)
+
+
+def edit_index(folder: Path, file: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+class TestReading:
+    def test_knows_every_tensor_without_reading_any(self, tmp_path: Path) -> None:
+        tensors = W | {"count": torch.zeros(3, dtype=torch.int64), "model.b": torch.ones(4, dtype=torch.bfloat16)}
+        opened = Checkpoint(write_tensors(tmp_path, tensors), "key")
+        assert opened.tensors == {
+            "model.layers.0.a.weight": TensorInfo("F32", (2, 3), "model.safetensors"),
+            "count": TensorInfo("I64", (3,), "model.safetensors"),
+            "model.b": TensorInfo("BF16", (4,), "model.safetensors"),
+        }
+        assert [info.floating for info in opened.tensors.values()] == [opened.tensors[n].dtype != "I64" for n in opened.tensors]
+        assert opened.tensors["model.layers.0.a.weight"].elements == 6
+        for name, tensor in tensors.items():
+            assert opened.read(name).dtype == tensor.dtype and torch.equal(opened.read(name), tensor)
+
+    def test_shards_read_as_one(self, family: Family, tmp_path: Path) -> None:
+        whole, sharded = Checkpoint(family.base, "a"), Checkpoint(shard(family.base, tmp_path / "s"), "b")
+        assert {n: (i.dtype, i.shape) for n, i in whole.tensors.items()} == {
+            n: (i.dtype, i.shape) for n, i in sharded.tensors.items()
+        }
+        assert all(torch.equal(whole.read(name), sharded.read(name)) for name in whole.tensors)
+
+    def test_a_task_vector_is_the_difference_in_fp32(self, tmp_path: Path) -> None:
+        opened = Checkpoint(write_tensors(tmp_path, {"a": torch.tensor([1.5, 2.0], dtype=torch.bfloat16)}), "key")
+        delta = opened.task_vector("a", torch.tensor([1.0, 2.25]))
+        assert delta.dtype == torch.float32 and delta.tolist() == [0.5, -0.25]
+
+
+class TestTying:
+    def test_a_tied_head_reads_as_the_embedding(self, family: Family) -> None:
+        opened = Checkpoint(family.base, "key")
+        assert opened.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+        assert torch.equal(opened.read("lm_head.weight"), opened.read("model.embed_tokens.weight"))
+
+    def test_a_tied_head_that_is_stored_too_is_one_tensor(self, family: Family, tmp_path: Path) -> None:
+        tensors = load_file(family.base / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        opened = Checkpoint(write_tensors(tmp_path, tensors, tie_word_embeddings=True), "key")
+        assert "lm_head.weight" not in opened.tensors and "lm_head.weight" in opened.tied
+
+    def test_an_untied_head_is_a_tensor_of_its_own(self, tmp_path: Path) -> None:
+        opened = Checkpoint(write_llama(tmp_path / "m", tied=False), "key")
+        assert opened.tied == {} and "lm_head.weight" in opened.tensors
+
+    def test_where_the_config_is_silent_the_class_decides(self, tmp_path: Path) -> None:
+        heads = {"model.embed_tokens.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2)}
+        assert Checkpoint(write_tensors(tmp_path / "llama", heads, model_type="llama"), "key").tied == {}
+        assert Checkpoint(write_tensors(tmp_path / "gemma", heads, model_type="gemma"), "key").tied != {}
+        refused(write_tensors(tmp_path / "new", heads, model_type="brand-new"), "no tie_word_embeddings", "brand-new")
+
+
+class TestDamaged:
+    def test_no_folder_of_a_model(self, tmp_path: Path) -> None:
+        refused(tmp_path, "no config.json; expected the folder of a Hugging Face model")
+
+    @pytest.mark.parametrize("text, expected", [("{", "not readable as JSON"), ("[]", "expected a JSON object, got list")])
+    def test_a_broken_config(self, tmp_path: Path, text: str, expected: str) -> None:
+        write_tensors(tmp_path, W)
+        (tmp_path / "config.json").write_text(text)
+        refused(tmp_path, "config.json", expected)
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        refused(tmp_path, "no weights; expected model.safetensors")
+
+    def test_a_file_without_tensors(self, tmp_path: Path) -> None:
+        refused(write_tensors(tmp_path, {}), "hold no tensor")
+
+    def test_a_truncated_file(self, tmp_path: Path) -> None:
+        write_tensors(tmp_path, W)
+        os.truncate(tmp_path / "model.safetensors", 100)
+        refused(tmp_path, "model.safetensors: truncated, or no safetensors file", "download it again")
+
+    def test_a_truncated_shard(self, family: Family, tmp_path: Path) -> None:
+        file = shard(family.base, tmp_path / "s") / "model-00002-of-00003.safetensors"
+        os.truncate(file, file.stat().st_size - 1)
+        refused(tmp_path / "s", file.name, "truncated")
+
+    def test_a_missing_shard(self, family: Family, tmp_path: Path) -> None:
+        (shard(family.base, tmp_path / "s") / "model-00002-of-00003.safetensors").unlink()
+        refused(tmp_path / "s", "the shard model-00002-of-00003.safetensors is missing")
+
+    def test_a_tensor_that_is_not_where_the_index_says(self, family: Family, tmp_path: Path) -> None:
+        edit_index(shard(family.base, tmp_path / "s"), "model-00003-of-00003.safetensors")
+        refused(tmp_path / "s", "the index places", "no such tensor")
+
+    @pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ""])
+    def test_an_index_that_leads_outside(self, family: Family, tmp_path: Path, file: str) -> None:
+        save_file(W, tmp_path / "other.safetensors")
+        edit_index(shard(family.base, tmp_path / "s"), file)
+        refused(tmp_path / "s", f"{file!r} is not a plain file name")
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}'])
+    def test_a_broken_index(self, family: Family, tmp_path: Path, text: str) -> None:
+        (shard(family.base, tmp_path / "s") / INDEX).write_text(text)
+        refused(tmp_path / "s", "expected JSON with a weight_map")
+
+    def test_an_index_with_a_file_that_is_no_name(self, family: Family, tmp_path: Path) -> None:
+        edit_index(shard(family.base, tmp_path / "s"), 5)  # type: ignore[arg-type]
+        refused(tmp_path / "s", "the shard 5 is missing")
+
+    def test_bytes_that_vanish_after_opening(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = Checkpoint(write_tensors(tmp_path, W), "key")
+
+        class Gone:
+            def get_tensor(self, name: str) -> torch.Tensor:
+                raise OSError("Stale file handle")
+
+        monkeypatch.setitem(opened._handles, "model.safetensors", Gone())
+        with pytest.raises(LewisError, match="cannot read 'model.layers.0.a.weight': Stale file handle"):
+            opened.read("model.layers.0.a.weight")
+
+
+class TestUnsupported:
+    def test_pickled_weights_only(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        refused(tmp_path, "only pickled weights (pytorch_model.bin)", "can run code when loaded", "save_pretrained")
+
+    def test_a_quantised_config(self, family: Family, tmp_path: Path) -> None:
+        edit_json(shard(family.base, tmp_path / "s") / "config.json", quantization_config={"quant_method": "gptq"})
+        refused(tmp_path / "s", "a quantised checkpoint (gptq) cannot be merged")
+
+    @pytest.mark.parametrize(
+        "name, tensor, dtype",
+        [
+            ("a.weight", torch.zeros(2, 2).to(torch.float8_e4m3fn), "F8_E4M3"),
+            ("a.weight", torch.zeros(2, 2, dtype=torch.int8), "I8"),
+            ("a.qweight", torch.zeros(2, 2, dtype=torch.int32), "I32"),
+        ],
+    )
+    def test_quantised_tensors(self, tmp_path: Path, name: str, tensor: torch.Tensor, dtype: str) -> None:
+        refused(write_tensors(tmp_path, {name: tensor}), f"tensor {name!r} is stored as {dtype}", "quantised")

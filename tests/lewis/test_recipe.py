@@ -1,0 +1,268 @@
+"""Recipes: mergekit's YAML runs unchanged, and every mistake is told at once, where it is, with what was meant."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lewis.errors import InputError, RecipeError
+from lewis.methods import METHODS
+from lewis.recipe import Recipe
+
+PLAIN = """
+merge_method: ties
+base_model: org/base@abc
+models:
+  - model: org/base@abc
+  - model: org/math
+    parameters: {weight: 0.5, density: [0.2, 0.6]}
+  - model: org/code
+    parameters:
+      weight:
+        - {filter: self_attn, value: 2}
+        - {filter: mlp, value: [0, 1]}
+parameters: {normalize: true, weight: 3, lambda: 1.5}
+dtype: bfloat16
+"""
+GUIDED = (
+    PLAIN
+    + """
+lewis:
+  calibrations:
+    sums: {texts: [one, two], samples: 2}
+"""
+)
+
+
+def parse(text: str, *overrides: str) -> Recipe:
+    return Recipe.parse(text, root=Path("/"), overrides=overrides)
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, *overrides)
+    return list(caught.value.problems)
+
+
+def value(recipe: Recipe, name: str, expert: int, tensor: str, position: float = 0.0) -> Any:
+    return recipe.value(METHODS[recipe.merge_method].parameters[name], recipe.experts[expert], tensor, position)
+
+
+class TestMergekitConfigs:
+    def test_the_base_may_be_listed(self) -> None:
+        assert [entry.model for entry in parse(PLAIN).experts] == ["org/math", "org/code"]
+
+    def test_precedence_is_the_models_own_then_the_top_level_then_the_default(self) -> None:
+        recipe = parse(PLAIN)
+        assert value(recipe, "weight", 0, "lm_head.weight") == 0.5
+        assert value(recipe, "weight", 1, "model.layers.0.self_attn.q_proj.weight") == 2
+        assert value(recipe, "weight", 1, "model.layers.0.mlp.up_proj.weight", 0.25) == 0.25
+        assert value(recipe, "weight", 1, "lm_head.weight") == 3  # no filter matches: the top level holds
+        assert value(recipe, "density", 0, "x", 0.5) == pytest.approx(0.4)
+        assert value(recipe, "density", 1, "x") == 1
+        assert value(recipe, "lambda", 0, "x") == 1.5
+        assert value(recipe, "rescale", 0, "x") is False
+
+    def test_a_linear_merge_takes_the_base_with_the_top_levels_weight(self) -> None:
+        recipe = parse("{merge_method: linear, base_model: b, models: [{model: a}], parameters: {weight: 0.5}}")
+        assert [entry.model for entry in recipe.experts] == ["a", "b"]
+        assert value(recipe, "weight", 1, "x") == 0.5
+
+    def test_a_linear_merge_needs_no_base(self) -> None:
+        recipe = parse("{merge_method: linear, models: [{model: a}, {model: b}], parameters: null}")
+        assert [entry.model for entry in recipe.experts] == ["a", "b"]
+
+    def test_models_may_be_written_as_mappings(self) -> None:
+        text = """
+            {merge_method: linear, models: [{model: {model: {path: org/a, revision: v1}, lora: {path: org/l}}},
+            {model: {path: org/b}}], parameters: {weight: 1}}"""
+        assert [entry.model for entry in parse(text).models] == ["org/a@v1+org/l", "org/b"]
+
+    def test_is_loaded_from_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "nightly.yaml").write_text(GUIDED)
+        recipe = Recipe.load(tmp_path / "nightly.yaml")
+        assert (recipe.root, recipe.name, recipe.text) == (tmp_path, "nightly", GUIDED)
+        assert recipe.guided and recipe.label == "lewis" and not parse(PLAIN).guided
+        assert recipe.calibration_of(recipe.experts[0]) == "sums"
+
+    def test_blocks_leave_scoring_and_registering_out(self) -> None:
+        scored = GUIDED + "evaluate: {tasks: [gsm8k]}\nregister: {name: x}\n"
+        assert parse(scored).blocks == parse(GUIDED).blocks != parse(PLAIN).blocks
+
+
+class TestMistakes:
+    def test_all_are_told_in_one_go(self) -> None:
+        found = problems(
+            """
+            merge_method: tis
+            base_model: b
+            models: [{model: a, parameters: {weight: 1}, calibraton: x}]
+            dtypes: bfloat16
+            seed: many
+            lewis: {calibrations: {s: {texts: [a], sample: 3}}, density: {min: 0.9, max: 0.8}}
+            """
+        )
+        assert [problem.partition(":")[0] for problem in found] == [
+            "models[0].calibraton",
+            "seed",
+            "lewis.calibrations.s.sample",
+            "dtypes",
+            "merge_method",
+            "lewis.density.min",
+        ]
+
+    @pytest.mark.parametrize(
+        "change, expected",
+        [
+            ({"merge_methd": "ties"}, "merge_methd: unknown key; did you mean 'merge_method'?"),
+            ({"merge_method": "tie"}, "merge_method: unknown method 'tie'; did you mean 'ties'?"),
+            ({"merge_method": None}, "merge_method: "),
+            ({"base_model": None}, "base_model: ties merges task vectors and needs one"),
+            ({"models": []}, "models: "),
+            ({"models": "org/math"}, "models: "),
+            ({"models": [{"model": "org/base@abc"}]}, "models: only the base is listed; add an expert"),
+            ({"models": [{"model": "a"}, {"model": "a"}]}, "models[1].model: 'a' is listed twice"),
+            ({"models": [{"parameters": {}}]}, "models[0].model: missing; it is required"),
+            ({"models": [{"model": 5}]}, "models[0].model: "),
+            ({"models": [{"model": "a", "parameters": {"densty": 1}}]}, "models[0].parameters.densty: ties has no such "),
+            ({"models": [{"model": "a", "parameters": {"lambda": 1}}]}, "models[0].parameters.lambda: lambda is one value"),
+            ({"models": [{"model": "a", "calibration": "s"}]}, "models[0].calibration: there is no lewis block"),
+            ({"parameters": {"nomalize": True}}, "parameters.nomalize: ties has no such parameter; did you mean 'normalize'?"),
+            ({"parameters": {"normalize": "yes"}}, "parameters.normalize: expected true or false, got 'yes'"),
+            ({"parameters": {"weight": {"value": None}}}, "parameters.weight: expected a number"),
+            ({"parameters": {"weight": [{"filter": "x", "value": "much"}]}}, "parameters.weight: expected a finite number"),
+            ({"parameters": {"density": [0.5, 1.5]}}, "parameters.density: expected 0 < density <= 1"),
+            ({"parameters": [1]}, "parameters: "),
+            ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
+            ({"seed": -1}, "seed: "),
+            ({"tokenizer_source": "union"}, "tokenizer_source: union (tokenizer surgery) is not supported yet"),
+            ({"tokenizer_source": "org/else"}, "tokenizer_source: expected base or one of the models, got 'org/else'"),
+            ({"slices": []}, "slices: merging slices of layers is not supported yet"),
+            ({"modules": {}}, "modules: merging by modules is not supported yet"),
+            ({"tokenizer": {"source": "base"}}, "tokenizer: tokenizer surgery is not supported yet"),
+            ({"chat_template": "auto"}, "chat_template: replacing the chat template is not supported yet"),
+            ({"register": {"name": "a/b"}}, "register.name: "),
+            ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
+            ({"evaluate": {"tasks": []}}, "evaluate.tasks: "),
+            ({"evaluate": {"tasks": ["x"], "batch_size": 0}}, "evaluate.batch_size: "),
+            ({"evaluate": {"tasks": ["x"], "baselines": ["bases"]}}, "evaluate.baselines[0]: expected 'base'"),
+        ],
+    )
+    def test_each_names_its_place_and_what_was_expected(self, change: dict[str, Any], expected: str) -> None:
+        data = {key: entry for key, entry in (yaml.safe_load(PLAIN) | change).items() if entry is not None}
+        found = problems(yaml.safe_dump(data))
+        assert any(problem.startswith(expected) for problem in found), found
+
+    @pytest.mark.parametrize(
+        "lewis, expected",
+        [
+            ("{}", "lewis.calibrations: LEWIS measures activations"),
+            ("{density: {strateg: uniform}}", "lewis.density.strateg: unknown key; did you mean 'strategy'?"),
+            ("{calibrations: {s: {}}}", "lewis.calibrations.s: expected either `dataset` or inline `texts`"),
+            ("{calibrations: {s: {dataset: a}}}", "lewis.calibrations.s: expected `text`, a template"),
+            ("{calibrations: {s: {dataset: json, text: '{a}'}}}", "lewis.calibrations.s: dataset 'json' needs `data_files`"),
+            ("{calibrations: {s: {texts: [a], text: '{a}'}}}", "lewis.calibrations.s: inline `texts` take no `text`"),
+            ("{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}", "models[1].calibration: missing, and there is more than"),
+            ("{calibrations: {s: {texts: [a]}}, density: {min: 0}}", "lewis.density.min: "),
+            ("{calibrations: {s: {texts: [a]}}, density: {min: '9e-1'}}", "lewis.density.min: expected 0 < min <= max"),
+            ("{calibrations: {s: {texts: [a]}}, density: {min: null}}", "lewis.density.min: "),
+            ("{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}", "lewis.density.budget: expected min <= budget"),
+            ("{calibrations: {s: {texts: [a]}}, prune_by: activation}", "lewis.prune_by: expected 'magnitude'"),
+            ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 0.5}}", "lewis.importance.prune_ratio: "),
+            ("5", "lewis: "),
+        ],
+    )
+    def test_those_of_the_lewis_block(self, lewis: str, expected: str) -> None:
+        found = problems(PLAIN + f"lewis: {lewis}\n")
+        assert any(problem.startswith(expected) for problem in found), found
+
+    def test_a_calibration_set_that_is_not_defined(self) -> None:
+        data = yaml.safe_load(GUIDED)
+        data["models"][1]["calibration"] = "sum"
+        assert problems(yaml.safe_dump(data)) == ["models[1].calibration: no calibration set 'sum'; did you mean 'sums'?"]
+
+    def test_a_method_without_density_cannot_be_guided(self) -> None:
+        text = "{merge_method: task_arithmetic, base_model: b, models: [{model: a}], lewis: {calibrations: {s: {texts: [x]}}}}"
+        assert problems(text) == ["lewis: task_arithmetic takes no density to guide; use one of dare_linear, dare_ties, ties"]
+
+    def test_a_linear_base_without_a_weight(self) -> None:
+        assert problems("{merge_method: linear, base_model: b, models: [{model: a, parameters: {weight: 1}}]}") == [
+            "base_model: it takes part in a linear merge: list it under models with a weight, or leave it out"
+        ]
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("a: [", "not valid YAML"),
+            ("- a", "expected a mapping with `merge_method` and `models`, got list"),
+            ("", "got NoneType"),
+            ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+            ("{[1]: 2}", "not valid YAML"),
+        ],
+    )
+    def test_text_that_is_no_recipe(self, text: str, expected: str) -> None:
+        (problem,) = problems(text)
+        assert expected in problem
+
+    def test_a_file_that_cannot_be_read(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="cannot be read: No such file"):
+            Recipe.load(tmp_path / "absent.yaml")
+        (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+        with pytest.raises(RecipeError, match="expected UTF-8 text"):
+            Recipe.load(tmp_path / "binary.yaml")
+
+
+class TestFilters:
+    TENSORS = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
+
+    def test_those_that_match_pass(self) -> None:
+        parse(PLAIN).check_filters(self.TENSORS)
+
+    def test_each_that_matches_nothing_is_named(self) -> None:
+        text = PLAIN.replace("filter: self_attn", "filter: self_atn.q_proj").replace("weight: 3", "weight: [{filter: up_prj, value: 1}]")
+        with pytest.raises(RecipeError) as caught:
+            parse(text).check_filters(self.TENSORS)
+        first, second = caught.value.problems
+        assert first.startswith("models[2].parameters.weight[0].filter: 'self_atn.q_proj' matches no tensor; did you mean 'self_attn.q_proj")
+        assert second.startswith("parameters.weight[0].filter: 'up_prj' matches no tensor")
+
+
+class TestOverrides:
+    def test_change_any_key(self) -> None:
+        recipe = parse(
+            GUIDED,
+            "lewis.density.max=0.7",
+            "models[1].parameters.weight=0.25",
+            "models.2.parameters.weight=null",
+            "evaluate.tasks=[a, b]",
+            "parameters.lambda = 2",
+            "models.2.parameters.weight={filter: mlp, value: 1e-1}",
+        )
+        assert recipe.lewis is not None and recipe.lewis.density.max == 0.7
+        assert value(recipe, "weight", 0, "x") == 0.25
+        assert value(recipe, "weight", 1, "mlp") == 0.1
+        assert recipe.evaluate is not None and recipe.evaluate.tasks == ("a", "b")
+        assert value(recipe, "lambda", 0, "x") == 2
+        assert parse(recipe.text) == recipe
+
+    def test_are_checked_as_the_rest(self) -> None:
+        assert problems(GUIDED, "lewis.density.maxx=0.7") == ["lewis.density.maxx: unknown key; did you mean 'max'?"]
+
+    @pytest.mark.parametrize(
+        "override, expected",
+        [
+            ("lewis.density.max", "expected key.path=value"),
+            ("=5", "expected key.path=value"),
+            ("a..b=5", "expected key.path=value"),
+            ("seed=[", "not valid YAML"),
+            ("models[7].model=a", "there is no models.7 in the recipe"),
+            ("models.first=a", "there is no models.first in the recipe"),
+            ("dtype.x=1", "dtype is 'bfloat16', not a block"),
+            ("lewis.0=1", "there is no lewis.0 in the recipe"),
+        ],
+    )
+    def test_bad_ones_are_refused(self, override: str, expected: str) -> None:
+        with pytest.raises(InputError) as caught:
+            parse(GUIDED, override)
+        assert str(caught.value).startswith(f"--set {override}: ") and expected in str(caught.value)

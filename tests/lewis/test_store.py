@@ -1,0 +1,182 @@
+"""The store: whole files and folders or none, and what is believed of them."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from lewis import store
+from lewis.digests import remembered_sha256
+from lewis.errors import InputError, RecipeError
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+
+
+class TestHome:
+    def test_is_lewis_home(self, home: Path) -> None:
+        assert store.home() == home
+
+    def test_is_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("LEWIS_HOME", "here")
+        assert store.home() == tmp_path / "here"
+
+    def test_defaults_to_the_users_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LEWIS_HOME", "")
+        assert store.home() == Path("~/.cache/lewis").expanduser().resolve()
+
+
+class TestDigest:
+    def test_does_not_depend_on_the_order_of_keys(self) -> None:
+        assert store.digest({"a": 1, "b": [2]}) == store.digest({"b": [2], "a": 1})
+
+    def test_sees_every_value(self) -> None:
+        values = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": [1]}, {"a": None}, {"b": 1}]
+        assert len({store.digest(value) for value in values}) == len(values)
+
+
+class TestWrite:
+    def test_replaces_the_old_file(self, tmp_path: Path) -> None:
+        store.write_json(tmp_path / "deep" / "x.json", {"a": "é"})
+        store.write_json(tmp_path / "deep" / "x.json", {"a": 2})
+        assert store.read_json(tmp_path / "deep" / "x.json") == {"a": 2}
+        assert leftovers(tmp_path / "deep") == []
+
+    def test_keeps_the_old_file_if_writing_fails(self, tmp_path: Path) -> None:
+        store.write_text(tmp_path / "x", "old")
+        with pytest.raises(UnicodeEncodeError):
+            store.write_text(tmp_path / "x", "new \ud800")
+        assert (tmp_path / "x").read_text() == "old"
+        assert leftovers(tmp_path) == []
+
+    def test_reads_nothing_of_a_damaged_entry(self, tmp_path: Path) -> None:
+        (tmp_path / "x.json").write_text('{"a": ')
+        assert store.read_json(tmp_path / "x.json") is None
+        assert store.read_json(tmp_path / "absent.json") is None
+
+
+class TestPublish:
+    def test_appears_whole_with_a_manifest(self, tmp_path: Path) -> None:
+        with store.publish(tmp_path / "out", {"digest": "d"}) as scratch:
+            (scratch / "a.txt").write_text("hello")
+            assert not (tmp_path / "out").exists()
+        manifest = store.read_manifest(tmp_path / "out")
+        assert manifest is not None and manifest["digest"] == "d"
+        assert manifest["files"] == {"a.txt": {"size": 5, "sha256": store.file_sha256(tmp_path / "out" / "a.txt")}}
+
+    def test_leaves_nothing_behind_when_interrupted(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt), store.publish(tmp_path / "out", {}) as scratch:
+            (scratch / "a.txt").write_text("half")
+            raise KeyboardInterrupt
+        assert list(tmp_path.iterdir()) == []
+
+    def test_replaces_an_earlier_output(self, tmp_path: Path) -> None:
+        for text in ("old", "new"):
+            with store.publish(tmp_path / "out", {}) as scratch:
+                (scratch / text).write_text(text)
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["lewis.json", "new"]
+
+    @pytest.mark.parametrize("kind, expected", [("file", "got a file"), ("folder", "not empty")])
+    def test_touches_nothing_that_is_not_ours(self, tmp_path: Path, kind: str, expected: str) -> None:
+        mine = tmp_path / "out" if kind == "file" else tmp_path / "out" / "thesis.txt"
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        with pytest.raises(InputError, match=expected), store.publish(tmp_path / "out", {}):
+            pass
+        assert mine.read_text() == "mine"
+
+    def test_may_fill_an_empty_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        with store.publish(tmp_path / "out", {}):
+            pass
+        assert store.read_manifest(tmp_path / "out") == {"files": {}}
+
+    @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
+    def test_what_was_damaged_is_not_believed(self, tmp_path: Path, damage: str) -> None:
+        with store.publish(tmp_path / "out", {}) as scratch:
+            (scratch / "a.txt").write_text("hello")
+        if damage == "truncate":
+            os.truncate(tmp_path / "out" / "a.txt", 3)
+        elif damage == "remove":
+            (tmp_path / "out" / "a.txt").unlink()
+        else:
+            (tmp_path / "out" / "lewis.json").write_text("[]")
+        assert store.read_manifest(tmp_path / "out") is None
+
+    def test_sweeps_what_a_killed_process_left(self, tmp_path: Path) -> None:
+        code = (
+            "import os, sys; from pathlib import Path; from lewis import store\n"
+            "with store.publish(Path(sys.argv[1]), {}) as scratch: (scratch / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+        )
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -9
+        assert len(leftovers(tmp_path)) == 1
+        with store.publish(tmp_path / "out", {}):
+            assert len(leftovers(tmp_path)) == 1  # our own
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+class TestSpace:
+    def test_is_checked_before(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(2e9, 1e9, 10**9))
+        store.check_space(tmp_path / "not" / "yet" / "there", 10**9)
+        with pytest.raises(InputError, match=r"no space: the output needs 2.00 GB, 1.00 GB are free"):
+            store.check_space(tmp_path, 2 * 10**9)
+
+
+class TestLock:
+    def test_excludes_threads(self, home: Path) -> None:
+        inside, most = 0, 0
+
+        def work() -> None:
+            nonlocal inside, most
+            for _ in range(20):
+                with store.lock("x"):
+                    inside += 1
+                    most = max(most, inside)
+                    inside -= 1
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == 1
+
+    def test_is_freed_by_a_killed_process(self, home: Path) -> None:
+        code = "import os; from lewis import store\nwith store.lock('x'): os.kill(os.getpid(), 9)"
+        subprocess.run([sys.executable, "-c", code])
+        with store.lock("x").acquire(timeout=1):
+            pass
+
+
+class TestRememberedSha256:
+    def test_sees_a_change(self, home: Path, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_text("one")
+        os.utime(path, (1, 1))
+        first = remembered_sha256(path)
+        assert remembered_sha256(path) == first == store.file_sha256(path)
+        path.write_text("two")
+        assert remembered_sha256(path) == store.file_sha256(path) != first
+
+    def test_is_not_read_twice(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "file"
+        path.write_text("one")
+        entry = home / "digests" / f"{store.digest(str(path))[:40]}.json"
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        store.write_json(entry, {"stamp": stamp, "sha256": "remembered"})
+        assert remembered_sha256(path) == "remembered"
+
+
+def test_a_recipe_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(RecipeError(["a: x", "b: y"])))
+    assert error.problems == ("a: x", "b: y") and str(error) == "a: x\nb: y"
