@@ -133,6 +133,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from lewis import pipeline, store
+    from lewis.device import default_device
     from lewis.writer import parse_size
 
     recipe, shard = _load(options), parse_size(options.max_shard_size)
@@ -143,7 +144,7 @@ def _merge(options: argparse.Namespace) -> None:
         allocated = None
         pipeline.prepare_merge(recipe, base, experts)  # whatever does not fit is told before the long part
         if recipe.lewis and base:
-            _, allocated = pipeline.guide(recipe, base, experts, progress=report)
+            _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
         prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
         prepared.run(
             options.output.resolve(),
@@ -156,6 +157,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _guide(options: argparse.Namespace) -> Any:
     from lewis import pipeline
+    from lewis.device import default_device
     from lewis.errors import RecipeError
 
     recipe = _load(options)
@@ -168,7 +170,7 @@ def _guide(options: argparse.Namespace) -> Any:
     kinds = ", ".join(sorted({layer.projection for layer in layers}))
     print(f"covered: {len(layers)} linear layers ({kinds})", file=sys.stderr)
     with _progress() as report:
-        return recipe, *pipeline.guide(recipe, base, experts, progress=report)
+        return recipe, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
 
 
 def _importance(options: argparse.Namespace) -> None:

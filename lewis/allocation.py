@@ -92,7 +92,7 @@ def _min_max(layers: Sequence[Layer], policy: Density, differences: Mapping[str,
     # A projection type that did not move at all has no share to give: N = 0.
     share = {x.tensor: differences[x.tensor] / totals[x.projection] if totals[x.projection] else 0.0 for x in layers}
     low, high = min(share.values()), max(share.values())
-    if high == low:
+    if high - low <= 1e-12 * high:  # equal but for rounding, which must not be stretched over the whole range
         return dict.fromkeys(share, (policy.min + policy.max) / 2)
     scaled = {tensor: (n - low) / (high - low) for tensor, n in share.items()}
     # Weighted this way, 0 and 1 give the bounds exactly; in between, rounding may step over one.

@@ -71,7 +71,7 @@ class LoraExpert:
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor: the base's or the adapter's own if it is whole, otherwise base plus delta in fp32."""
         stored = self.tied.get(name, name)
-        if stored in self._whole:
+        if stored in self._whole and stored not in self._parts:
             return self._handle.get_tensor(self._whole[stored])
         base = self.base.read(name)
         return base.to(torch.float32) + self._delta(name) if self.touches(name) else base
@@ -87,14 +87,16 @@ class LoraExpert:
     def _place(self, key: str) -> None:
         """Find the tensor of the base that a key of the adapter file changes."""
         match = _KEY.match(key)
-        name = (match["module"] + ".weight") if match else key.removeprefix("base_model.model.")
+        # Beside a LoRA on an embedding, PEFT saves the embedding itself as its base_layer.
+        whole = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        name = (match["module"] + ".weight") if match else whole
         if name in self.tied:
             raise InputError(
                 f"{self.folder / WEIGHTS}: {key!r} changes the head, which the base ties to its embedding; "
                 "merge the adapter into its base with PEFT's merge_and_unload first"
             )
         if name not in self.tensors or (
-            match is None and ("lora_" in key or not self._settings.get("modules_to_save"))
+            match is None and ("lora_" in key or not (self._settings.get("modules_to_save") or ".base_layer." in key))
         ):
             raise InputError(
                 f"{self.folder / WEIGHTS}: the key {key!r} matches nothing in the base {self.base.folder}; "
@@ -130,8 +132,13 @@ class LoraExpert:
 
     def _delta(self, name: str) -> torch.Tensor:
         name = self.tied.get(name, name)
+        deltas = [self._low_rank(name)] if name in self._parts else []
         if name in self._whole:
-            return self._handle.get_tensor(self._whole[name]).to(torch.float32) - self.base.read(name).to(torch.float32)
+            whole = self._handle.get_tensor(self._whole[name]).to(torch.float32)
+            deltas.append(whole - self.base.read(name).to(torch.float32))
+        return deltas[0] if len(deltas) == 1 else deltas[0] + deltas[1]
+
+    def _low_rank(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
         a, b = (self._handle.get_tensor(parts[part]).to(torch.float32) for part in "AB")
         module, rank = name.removesuffix(".weight"), a.shape[0]

@@ -15,6 +15,7 @@ from lewis import allocation, evaluation, hub, importance, store
 from lewis.allocation import Allocation
 from lewis.calibration import Calibration, calibrate
 from lewis.checkpoint import HEADS, Checkpoint
+from lewis.device import precision
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings, Score
 from lewis.hub import Pinned
@@ -260,7 +261,7 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceEntry:
     """Importance of one model on one calibration set; measured once, then found."""
-    digest, path = _importance_place(files.key, calibration)
+    digest, path = _importance_place(files.key, calibration, device)
     with store.lock(f"importance-{digest}"):
         if not (store.read_json(path) or {}).get("norms"):
             norms = importance.measure(
@@ -271,15 +272,15 @@ def measure(
     return ImportanceEntry(ref=files.ref, calibration=calibration.name, digest=digest, path=path)
 
 
-def find_measured(ref: str, key: str, calibration: CalibrationEntry) -> ImportanceEntry | None:
+def find_measured(ref: str, key: str, calibration: CalibrationEntry, device: str = "cpu") -> ImportanceEntry | None:
     """The importance of a model on a calibration set, if the store has it."""
-    digest, path = _importance_place(key, calibration)
+    digest, path = _importance_place(key, calibration, device)
     whole = bool((store.read_json(path) or {}).get("norms"))
     return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path) if whole else None
 
 
-def _importance_place(key: str, calibration: CalibrationEntry) -> tuple[str, Path]:
-    digest = store.digest([importance.SEMANTICS, key, calibration.digest])
+def _importance_place(key: str, calibration: CalibrationEntry, device: str) -> tuple[str, Path]:
+    digest = store.digest([importance.SEMANTICS, key, calibration.digest, precision(device)])
     return digest, store.home() / "importance" / f"{digest}.json"
 
 
@@ -435,7 +436,7 @@ def score(
     progress: Callable[[float, str], None] | None = None,
 ) -> ScoresEntry:
     """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
-    digest, path = _scores_place(files.key, settings, root)
+    digest, path = _scores_place(files.key, settings, root, device)
     with store.lock(f"scores-{digest}"):
         if not (store.read_json(path) or {}).get("scores"):
             found = evaluation.evaluate(
@@ -445,15 +446,15 @@ def score(
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 
-def find_scores(ref: str, key: str, settings: EvalSettings, root: Path) -> ScoresEntry | None:
+def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: str = "cpu") -> ScoresEntry | None:
     """The scores of a model, if the store has them."""
-    digest, path = _scores_place(key, settings, root)
+    digest, path = _scores_place(key, settings, root, device)
     whole = bool((store.read_json(path) or {}).get("scores"))
     return ScoresEntry(ref=ref, digest=digest, path=path) if whole else None
 
 
-def _scores_place(key: str, settings: EvalSettings, root: Path) -> tuple[str, Path]:
-    digest = store.digest([key, evaluation.tasks_digest(settings, root)])
+def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
+    digest = store.digest([key, evaluation.tasks_digest(settings, root), precision(device)])
     return digest, store.home() / "scores" / f"{digest}.json"
 
 

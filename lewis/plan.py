@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lewis import evaluation, hub, importance, pipeline, store
+from lewis.device import default_device
 from lewis.errors import LewisError
 from lewis.importance import Layer
 from lewis.pipeline import CalibrationEntry, ModelFiles, Source
@@ -117,7 +118,7 @@ def _guided_steps(
             if name not in sets:
                 configs = hub.fetch(base.model, weights=False)
                 sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
-            found = pipeline.find_measured(source.ref, source.key, sets[name])
+            found = pipeline.find_measured(source.ref, source.key, sets[name], default_device())
             plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
             measured.append(found)
         if known_base and complete and all(measured):
@@ -136,9 +137,10 @@ def _guided_steps(
         merged_keys[recipe.label if which == "experts" else which] = digest
         writes += [] if cached else [which]
     if recipe.evaluate:
+        settings = pipeline.eval_settings(recipe)
         keys = {source.ref: source.key for source in ([base] if base else []) + experts}
         for label, key in {**keys, **merged_keys}.items():
-            scored = key and pipeline.find_scores(label, key, pipeline.eval_settings(recipe), recipe.root)
+            scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
     return writes
 

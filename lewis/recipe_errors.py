@@ -40,6 +40,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
     lines = []
     for problem in error.errors():
         location, kind, given = problem["loc"], problem["type"], problem["input"]
+        if kind == "too_short" and given:
+            continue  # pydantic counts the items that are right; the wrong ones are told themselves
         where = dotted(
             part for part in location if part not in ("int", "float", "str", "literal['auto']", "constrained-int")
         )

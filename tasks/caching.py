@@ -16,8 +16,14 @@ from prefect.tasks import exponential_backoff
 from pydantic_core import to_jsonable_python
 
 from lewis import hub, store
+from lewis.device import default_device
 
 logger = logging.getLogger(__name__)
+for _library in ("lewis", "tasks"):
+    logging.getLogger(_library).setLevel(logging.INFO)
+# Prefect warns at the start of every task with a timeout that a thread is stopped between calls only. That is what we
+# want: the work is loops over tensors and batches, and lm-eval, the one long call, has a child process to kill.
+logging.getLogger("prefect.task_runs").addFilter(lambda record: not str(record.msg).startswith("Timeout of %s seconds"))
 DEVICE_SLOT = "lewis-device"
 
 # For what can heal by itself: five tries in about a minute, never for a wrong input.
@@ -76,10 +82,8 @@ def create_device_slot() -> None:
 @contextmanager
 def device_slot() -> Iterator[str]:
     """Hold the one device while torch works on it; gives its name. A dead holder's slot is free after a minute."""
-    import torch
-
     with concurrency(DEVICE_SLOT, occupy=1, strict=True, lease_duration=60):
-        yield "cuda" if torch.cuda.is_available() else "cpu"
+        yield default_device()
 
 
 class Progress:

@@ -6,6 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lewis import evaluation, pipeline
+from lewis.device import default_device, precision
 from lewis.evaluation import EvalSettings
 from lewis.pipeline import MergedModel, ModelFiles, ScoresEntry
 from tasks.caching import Progress, cached, device_slot
@@ -19,7 +20,11 @@ def check_tasks(settings: EvalSettings, root: Path) -> str:
 
 
 # No timeout here: lm-eval runs in a child process that has the recipe's time limit.
-@task(name="evaluate", task_run_name="evaluate {label}", **cached("model", "tasks_digest"))
+@task(
+    name="evaluate",
+    task_run_name="evaluate {label}",
+    **cached("model", "tasks_digest", version=precision(default_device())),
+)
 def evaluate(
     model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str
 ) -> ScoresEntry:

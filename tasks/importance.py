@@ -5,6 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import importance as library
 from lewis import pipeline
+from lewis.device import default_device, precision
 from lewis.pipeline import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Recipe
 from tasks.caching import RETRIES, Progress, cached, device_slot
@@ -21,7 +22,7 @@ def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     name="measure",
     task_run_name="measure {files.ref} on {calibration.name}",
     timeout_seconds=6 * 3600,
-    **cached("files", "calibration", version=library.SEMANTICS),
+    **cached("files", "calibration", version=f"{library.SEMANTICS}-{precision(default_device())}"),
 )
 def measure(files: ModelFiles, calibration: CalibrationEntry) -> ImportanceEntry:
     """One forward pass of one model over one calibration set."""

@@ -184,7 +184,7 @@ class TestMistakes:
 
     def test_a_method_without_density_cannot_be_guided(self) -> None:
         text = "{merge_method: task_arithmetic, base_model: b, models: [{model: a}], lewis: {calibrations: {s: {texts: [x]}}}}"
-        assert problems(text) == ["lewis: task_arithmetic takes no density to guide; use one of dare_linear, dare_ties, ties"]
+        assert problems(text) == ["lewis: task_arithmetic takes no density to guide; use one of ties, dare_linear, dare_ties"]
 
     def test_a_linear_base_without_a_weight(self) -> None:
         assert problems("{merge_method: linear, base_model: b, models: [{model: a, parameters: {weight: 1}}]}") == [

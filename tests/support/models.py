@@ -172,7 +172,9 @@ def open_merge(
     opened_base = None if base is None else Checkpoint(base, str(base))
     recipe = parse(data if base is None else {**data, "base_model": str(base)})
     opened = []
-    for entry, path, each in zip(recipe.experts, experts, densities, strict=True):
+    given = dict(zip(map(str, experts), densities, strict=True))
+    for entry in recipe.experts:  # of a linear merge, the base too
+        path, each = Path(entry.model), given.get(entry.model)
         if (path / "adapter_config.json").exists():
             assert opened_base is not None
             opened.append(Expert(entry, LoraExpert(opened_base, path, str(path)), each))

@@ -1,0 +1,136 @@
+"""Calibration sets: the same rows and token ids every time, and clear words when there are none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lewis.calibration import Calibration, calibrate
+from lewis.errors import InputError, LewisError
+from lewis.recipe import CalibrationSet
+from tests.conftest import Family
+from tests.support.models import write_tokenizer
+
+pytestmark = pytest.mark.usefixtures("home")
+ROWS = [{"question": f"w{i}", "answer": f"w{i + 1} w{i + 2}", "n": i, "nested": {"key": f"w{i}"}} for i in range(20)]
+
+
+def run(tokenizer: Path, root: Path = Path("/"), **spec: Any) -> Calibration:
+    return calibrate("sums", CalibrationSet(**spec), tokenizer=tokenizer, root=root)
+
+
+def ids(*words: int) -> tuple[int, ...]:
+    return tuple(3 + word for word in words)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+class TestSamples:
+    def test_are_the_first_of_a_seeded_permutation(self, family: Family) -> None:
+        texts = [f"w{i}" for i in range(20)]
+        found = run(family.base, texts=texts, samples=5, seed=7)
+        assert found.samples == tuple(ids(i) for i in np.random.default_rng(7).permutation(20)[:5])
+        assert found == run(family.base, texts=texts, samples=5, seed=7) != run(family.base, texts=texts, samples=5, seed=8)
+        assert found.tokens == 5
+
+    def test_are_cut_to_max_tokens_and_never_padded(self, family: Family) -> None:
+        found = run(family.base, texts=["w1 w2 w3 w4", "w5"], max_tokens=3)
+        assert set(found.samples) == {ids(1, 2, 3), ids(5)}
+
+    def test_empty_texts_are_left_out(self, family: Family) -> None:
+        assert run(family.base, texts=["", "w5", "  "]).samples == (ids(5),)
+
+    def test_fewer_than_asked_for_is_a_warning(self, family: Family, caplog: pytest.LogCaptureFixture) -> None:
+        run(family.base, texts=["w1"], samples=3)
+        assert "lewis.calibrations.sums: 3 samples asked for, the set has 1" in caplog.text
+
+    @pytest.mark.parametrize("kind", ["json", "parquet"])
+    def test_of_local_files_fill_the_template(self, family: Family, data: Path, kind: str) -> None:
+        file = "data/train.jsonl"
+        if kind == "parquet":
+            import pandas
+
+            pandas.DataFrame(ROWS).to_parquet(data / "data" / "train.parquet")
+            file = "data/train.parquet"
+        found = run(family.base, data, dataset=kind, data_files=file, text="{question} {answer}", samples=4)
+        chosen = np.random.default_rng(42).permutation(20)[:4]
+        assert found.samples == tuple(ids(i, i + 1, i + 2) for i in chosen)
+        assert found == run(family.base, data, dataset=kind, data_files=[file], text="{question} {answer}", samples=4)
+
+    def test_a_template_may_look_into_a_column(self, family: Family, data: Path) -> None:
+        found = run(family.base, data, dataset="json", data_files="data/train.jsonl", text="{nested[key]} w{n:d}", samples=1)
+        (i,) = np.random.default_rng(42).permutation(20)[:1]
+        assert found.samples == (ids(i, i),)
+
+    def test_follow_a_tokenizer_that_changed_in_place(self, family: Family, tmp_path: Path) -> None:
+        write_tokenizer(tmp_path / "t", ["a", "b"])
+        before = run(tmp_path / "t", texts=["b"]).samples
+        write_tokenizer(tmp_path / "t", ["b", "a"])
+        assert (before, run(tmp_path / "t", texts=["b"]).samples) == (((4,),), ((3,),))
+
+
+class TestStore:
+    def test_the_digest_is_of_the_token_ids_alone(self, family: Family) -> None:
+        one = Calibration("a", ((1, 2), (3,)))
+        assert one.digest == Calibration("b", ((1, 2), (3,))).digest != Calibration("a", ((1, 2, 3),)).digest
+
+    def test_is_saved_and_loaded(self, home: Path) -> None:
+        calibration = Calibration("a", ((1, 2), (3,)))
+        path = calibration.save()
+        assert path == home / "calibrations" / f"{calibration.digest}.json" == calibration.save()
+        assert Calibration.load(path) == calibration
+        path.write_text("{")
+        with pytest.raises(LewisError, match="is gone from the store; run again"):
+            Calibration.load(path)
+        calibration.save()
+        assert Calibration.load(path) == calibration
+
+
+class TestMistakes:
+    def refused(self, expected: str, tokenizer: Path, root: Path = Path("/"), **spec: Any) -> None:
+        with pytest.raises(InputError) as caught:
+            run(tokenizer, root, **spec)
+        assert expected in str(caught.value), str(caught.value)
+
+    def test_nothing_in_it(self, family: Family, data: Path) -> None:
+        self.refused("lewis.calibrations.sums: the calibration set is empty", family.base, texts=[])
+        self.refused("lewis.calibrations.sums: no tokens: all 2 texts are empty", family.base, texts=["", " "])
+        (data / "empty.jsonl").write_text("")
+        self.refused("lewis.calibrations.sums", family.base, data, dataset="json", data_files="empty.jsonl", text="{a}")
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("{qestion}", "there is no column 'qestion'; the dataset has question, answer, n, nested"),
+            ("{question.__class__}", "expected names of columns"),
+            ("{nested[key].x}", "expected names of columns"),
+            ("{n:{question.__class__}}", "expected names of columns"),
+            ("{}", "expected names of columns"),
+            ("{0}", "there is no column '0'"),
+            ("{question", "is no template: expected '}' before end of string"),
+            ("}", "is no template: "),
+            ("{nested[kay]}", "cannot be filled from a row: 'kay'"),
+            ("{question[a]}", "cannot be filled from a row"),
+            ("{question:d}", "cannot be filled from a row"),
+        ],
+    )
+    def test_in_the_template(self, family: Family, data: Path, text: str, expected: str) -> None:
+        self.refused(expected, family.base, data, dataset="json", data_files="data/train.jsonl", text=text)
+
+    def test_in_the_files(self, family: Family, data: Path) -> None:
+        self.refused(f"no such file: {data / 'x.jsonl'}", family.base, data, dataset="json", data_files="x.jsonl", text="{a}")
+        (data / "broken.jsonl").write_text('{"a": ')
+        self.refused("cannot load 'json'", family.base, data, dataset="json", data_files="broken.jsonl", text="{a}")
+        self.refused(
+            "split test", family.base, data, dataset="json", data_files="data/train.jsonl", text="{question}", split="test"
+        )
+
+    def test_no_tokenizer(self, tmp_path: Path) -> None:
+        self.refused(f"{tmp_path}: its tokenizer cannot be loaded", tmp_path, texts=["w1"])

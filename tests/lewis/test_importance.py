@@ -1,0 +1,161 @@
+"""Importance against a slow computation: one sample at a time, fp64, hooks of the test's own on the real model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from lewis import importance
+from lewis.calibration import Calibration
+from lewis.checkpoint import Checkpoint
+from lewis.errors import InputError, LewisError
+from lewis.importance import Layer, covered_layers, measure
+from lewis.lora import LoraExpert
+from tests.conftest import Family
+from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors
+
+SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10,), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))
+CALIBRATION = Calibration("sums", SAMPLES)
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def slow(folder: Path) -> dict[str, float]:
+    """I(l,c) = || W * sqrt(s) ||_F of every nn.Linear in the layers, as DESIGN section 4 writes it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+    for name, module in linears.items():
+        module.register_forward_hook(lambda _, args, __, seen=inputs[name]: seen.append(args[0][0]))  # type: ignore[misc]
+    with torch.no_grad():
+        for sample in SAMPLES:
+            model(input_ids=torch.tensor([sample]))
+    norms = {}
+    for name, module in linears.items():
+        s = torch.cat(inputs[name]).square().mean(dim=0)
+        norms[f"{name}.weight"] = float((module.weight * s.sqrt()).norm())
+    return norms
+
+
+def close(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys() and len(found) == 14
+    assert all(found[name] == pytest.approx(expected[name], rel=2e-6) for name in found)
+
+
+class TestMeasure:
+    def test_is_the_slow_computation(self, family: Family) -> None:
+        close(measure(Checkpoint(family.math, "key"), CALIBRATION), slow(family.math))
+
+    @pytest.mark.parametrize(
+        "kind", [(Qwen2Config, Qwen2ForCausalLM, {}), (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8})], ids=["qwen2", "gemma2"]
+    )
+    def test_of_other_architectures(self, tmp_path: Path, kind: Any) -> None:
+        torch.manual_seed(0)
+        config, network, more = kind
+        network(config(**SIZES, **more)).to(torch.bfloat16).save_pretrained(tmp_path)
+        close(measure(Checkpoint(tmp_path, "key"), CALIBRATION), slow(tmp_path))
+
+    @pytest.mark.parametrize("tokens", [1, 8, 20, 10**6])
+    def test_batching_and_padding_do_not_matter(self, family: Family, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+        expected = measure(Checkpoint(family.base, "key"), CALIBRATION)
+        monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", tokens)
+        close(measure(Checkpoint(family.base, "key"), CALIBRATION), expected)
+
+    def test_the_order_of_samples_does_not_matter(self, family: Family) -> None:
+        turned = Calibration("sums", SAMPLES[::-1])
+        close(measure(Checkpoint(family.base, "a"), turned), measure(Checkpoint(family.base, "b"), CALIBRATION))
+
+    def test_other_samples_do_matter(self, family: Family) -> None:
+        other = measure(Checkpoint(family.base, "key"), Calibration("x", ((50, 51),)))
+        assert other != pytest.approx(measure(Checkpoint(family.base, "key"), CALIBRATION), rel=1e-3)
+
+    def test_of_shards_is_that_of_one_file(self, family: Family, tmp_path: Path) -> None:
+        parts = Checkpoint(shard(family.base, tmp_path / "s"), "key")
+        assert measure(parts, CALIBRATION) == measure(Checkpoint(family.base, "key"), CALIBRATION)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"use_rslora": True, "targets": "all-linear"},
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
+            {"targets": ("embed_tokens", "q_proj")},
+            {"modules_to_save": ["norm"]},
+        ],
+    )
+    def test_of_a_lora_expert_is_that_of_its_materialised_self(
+        self, family: Family, tmp_path: Path, settings: dict[str, Any]
+    ) -> None:
+        adapter = write_lora(family.base, tmp_path / "adapter", **settings)
+        expert = LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
+        found = measure(expert, CALIBRATION)
+        close(found, slow(materialise(family.base, adapter, tmp_path / "full")))
+        assert found != measure(expert.base, CALIBRATION)
+
+    def test_progress_is_told(self, family: Family) -> None:
+        seen: list[tuple[int, int]] = []
+        measure(Checkpoint(family.base, "key"), CALIBRATION, progress=lambda *step: seen.append(step))
+        assert seen[-1] == (19, 19)
+
+    def test_computes_no_logits(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers import LlamaForCausalLM
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: pytest.fail("the head ran"))
+        measure(Checkpoint(family.base, "key"), CALIBRATION)
+
+
+class TestRefused:
+    def test_a_token_outside_the_vocabulary(self, family: Family) -> None:
+        with pytest.raises(InputError, match="token 64 of set 'sums' is outside its 64 embeddings"):
+            measure(Checkpoint(family.base, "key"), Calibration("sums", ((3, 64),)))
+
+    def test_a_sample_longer_than_the_model_takes(self, family: Family) -> None:
+        with pytest.raises(InputError, match=r"has 65 tokens, the model takes 64; set lewis.calibrations.sums.max_tokens"):
+            measure(Checkpoint(family.base, "key"), Calibration("sums", ((3,) * 65,)))
+
+    def test_a_damaged_model(self, family: Family, tmp_path: Path) -> None:
+        broken = rewrite(family.base, tmp_path / "nan", lambda name, t: t * float("nan") if "embed" in name else t)
+        with pytest.raises(LewisError, match=r"activations into 'model.layers.0.self_attn.q_proj.weight' are not finite"):
+            measure(Checkpoint(broken, "key"), CALIBRATION)
+
+    def test_a_model_without_linear_layers(self, tmp_path: Path) -> None:
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="no covered layer: GPT2LMHeadModel has no nn.Linear"):
+            covered_layers(tmp_path)
+        with pytest.raises(InputError, match="no covered layer"):
+            measure(Checkpoint(tmp_path, "key"), CALIBRATION)
+
+    def test_a_model_that_transformers_does_not_know(self, tmp_path: Path) -> None:
+        write_tensors(tmp_path, {"a": torch.ones(2)}, model_type="brand-new")
+        with pytest.raises(InputError, match="transformers cannot build this model"):
+            covered_layers(tmp_path)
+        with pytest.raises(InputError, match="transformers cannot load it"):
+            measure(Checkpoint(tmp_path, "key"), CALIBRATION)
+
+
+class TestCoveredLayers:
+    def test_are_the_linear_modules_of_the_layers(self, family: Family) -> None:
+        layers = covered_layers(family.base)
+        assert layers[0] == Layer("model.layers.0.self_attn.q_proj.weight", 0, "self_attn.q_proj", 256)
+        assert {layer.index for layer in layers} == {0, 1}
+        assert sorted({layer.projection for layer in layers}) == [
+            *("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"),
+            *("self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"),
+        ]
+        assert {layer.tensor for layer in layers} == slow(family.base).keys()
+
+    def test_are_those_that_the_checkpoint_has(self, family: Family) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert [layer.tensor for layer in covered_layers(family.base, {name, "model.norm.weight"})] == [name]
+        with pytest.raises(InputError, match="LEWIS cannot guide it"):
+            covered_layers(family.base, {"other.weight"})

@@ -1,0 +1,156 @@
+"""LoRA adapters as experts, against PEFT's own merge_and_unload; and adapters that are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lewis.checkpoint import Checkpoint
+from lewis.errors import InputError
+from lewis.lora import LoraExpert, is_adapter
+from tests.conftest import Family
+from tests.support.models import bits, edit_json, materialise, write_llama, write_lora
+
+WEIGHTS = "adapter_model.safetensors"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 8},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, r".*\.1\.mlp\.up_proj": 6}},
+    "alpha_pattern": {"alpha_pattern": {"up_proj": 32, "layers.0.self_attn.q_proj": 1}, "use_rslora": True},
+    "all_linear": {"targets": "all-linear", "lora_alpha": 3},
+    "whole_modules": {"modules_to_save": ["norm"]},
+    "embedding": {"targets": ("embed_tokens", "q_proj")},
+}
+
+
+def open_on(base: Path, adapter: Path) -> LoraExpert:
+    return LoraExpert(Checkpoint(base, "base"), adapter, "base+adapter")
+
+
+def copy(adapter: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in adapter.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reads_as_peft_merges(family: Family, tmp_path: Path, variant: str) -> None:
+    adapter = write_lora(family.base, tmp_path / "adapter", **VARIANTS[variant])
+    merged = load_file(materialise(family.base, adapter, tmp_path / "merged") / "model.safetensors")
+    expert, touched = open_on(family.base, adapter), 0
+    for name in expert.tensors:
+        torch.testing.assert_close(expert.read(name), merged[name], rtol=1e-6, atol=1e-7)
+        base = expert.base.read(name)
+        torch.testing.assert_close(expert.task_vector(name, base), merged[name] - base, rtol=1e-5, atol=1e-6)
+        touched += expert.touches(name)
+        assert expert.touches(name) == (not torch.equal(merged[name], base))
+    assert touched > 0
+
+
+def test_reads_gpt2s_transposed_weights(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=16, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    adapter = write_lora(tmp_path / "base", tmp_path / "adapter", targets=("c_attn",), fan_in_fan_out=True)
+    merged = load_file(materialise(tmp_path / "base", adapter, tmp_path / "merged") / "model.safetensors")
+    expert, name = open_on(tmp_path / "base", adapter), "transformer.h.0.attn.c_attn.weight"
+    name = name if name in expert.tensors else name.removeprefix("transformer.")
+    torch.testing.assert_close(expert.read(name), merged[name], rtol=1e-6, atol=1e-7)
+    edit_json(adapter / "adapter_config.json", fan_in_fan_out=False)
+    with pytest.raises(InputError, match="do not give the base's shape"):
+        open_on(tmp_path / "base", adapter)
+
+
+def test_a_whole_module_is_read_exactly(family: Family, tmp_path: Path) -> None:
+    adapter = write_lora(family.base, tmp_path / "adapter", modules_to_save=["norm"])
+    tensors = load_file(adapter / WEIGHTS)
+    key = next(key for key in tensors if key.endswith("model.norm.weight"))
+    tensors[key] = torch.full_like(tensors[key], 1e-12)  # base + (whole - base) would round it to 0
+    save_file(tensors, adapter / WEIGHTS)
+    assert bits(open_on(family.base, adapter).read("model.norm.weight")) == bits(tensors[key])
+
+
+def test_what_it_leaves_alone_is_the_bases(family: Family) -> None:
+    expert = open_on(family.base, family.lora)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert bits(expert.read(name)) == bits(expert.base.read(name))
+    assert not expert.task_vector(name, expert.base.read(name)).any()
+
+
+def test_knows_an_adapter_from_a_model(family: Family) -> None:
+    assert is_adapter(family.lora) and not is_adapter(family.base)
+
+
+class TestRefused:
+    @pytest.fixture
+    def adapter(self, family: Family, tmp_path: Path) -> Path:
+        return copy(family.lora, tmp_path / "adapter")
+
+    @pytest.mark.parametrize(
+        "settings, expected",
+        [
+            ({"use_dora": True}, "DoRA is not supported"),
+            ({"peft_type": "IA3"}, "expected a LoRA adapter .*got 'IA3'"),
+            ({"bias": "all"}, "trained biases"),
+            ({"lora_bias": True}, "lora_bias"),
+            ({"init_lora_weights": "pissa_niter_4"}, "changes its base"),
+            ({"layer_replication": [[0, 2]]}, "replicates layers"),
+            ({"target_parameters": ["x"]}, "target_parameters"),
+            ({"trainable_token_indices": [1]}, "trained tokens"),
+        ],
+    )
+    def test_kinds_that_are_no_plain_lora(self, family: Family, adapter: Path, settings: dict[str, Any], expected: str) -> None:
+        edit_json(adapter / "adapter_config.json", **settings)
+        with pytest.raises(InputError, match=expected):
+            open_on(family.base, adapter)
+
+    def rename(self, adapter: Path, old: str, new: str) -> None:
+        tensors = load_file(adapter / WEIGHTS)
+        save_file({key.replace(old, new): tensor for key, tensor in tensors.items()}, adapter / WEIGHTS)
+
+    def test_keys_that_match_nothing(self, family: Family, adapter: Path) -> None:
+        self.rename(adapter, "layers.1.self_attn", "layers.7.self_attn")
+        with pytest.raises(InputError, match=r"layers\.7\.self_attn\.q_proj\.lora_A\.weight' matches nothing in the base"):
+            open_on(family.base, adapter)
+
+    def test_half_a_pair(self, family: Family, adapter: Path) -> None:
+        tensors = load_file(adapter / WEIGHTS)
+        save_file({k: t for k, t in tensors.items() if "layers.0.mlp.up_proj.lora_B" not in k}, adapter / WEIGHTS)
+        with pytest.raises(InputError, match=r"'model.layers.0.mlp.up_proj.weight' has lora_A only"):
+            open_on(family.base, adapter)
+
+    def test_other_shapes(self, family: Family, adapter: Path, tmp_path: Path) -> None:
+        other = write_llama(tmp_path / "wide", hidden=32)
+        with pytest.raises(InputError, match=r"lora_A \[4, 16\] and lora_B .*do not give the base's shape"):
+            open_on(other, adapter)
+
+    def test_a_whole_module_of_another_shape(self, family: Family, tmp_path: Path) -> None:
+        adapter = write_lora(family.base, tmp_path / "adapter", modules_to_save=["norm"])
+        tensors = load_file(adapter / WEIGHTS)
+        save_file({k: torch.ones(3) if "norm" in k else t for k, t in tensors.items()}, adapter / WEIGHTS)
+        with pytest.raises(InputError, match=r"norm.weight' has shape \[3\], in the base it is \[16\]"):
+            open_on(family.base, adapter)
+
+    def test_a_head_that_the_base_ties(self, family: Family, adapter: Path) -> None:
+        self.rename(adapter, "model.layers.0.self_attn.q_proj", "lm_head")
+        with pytest.raises(InputError, match="changes the head, which the base ties to its embedding"):
+            open_on(family.base, adapter)
+
+    def test_a_truncated_file(self, family: Family, adapter: Path) -> None:
+        (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:200])
+        with pytest.raises(InputError, match="truncated, or no safetensors file"):
+            open_on(family.base, adapter)
+
+    def test_no_weights(self, family: Family, adapter: Path) -> None:
+        (adapter / WEIGHTS).unlink()
+        with pytest.raises(InputError, match=f"no {WEIGHTS}"):
+            open_on(family.base, adapter)
+
+    def test_a_broken_config(self, family: Family, adapter: Path) -> None:
+        (adapter / "adapter_config.json").write_text("{")
+        with pytest.raises(InputError, match="not readable as JSON"):
+            open_on(family.base, adapter)
