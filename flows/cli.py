@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("export", _export, "print a mergekit config with the LEWIS densities as filters")
     demo = add("demo", _demo, "train a family of tiny models and run the whole DAG on it", recipe=False)
     demo.add_argument("--json", action="store_true", help=json_help)
+    add("up", _up, "run the Prefect and MLflow servers and their UIs, until Ctrl-C", recipe=False)
     return parser
 
 
@@ -95,7 +96,16 @@ def _demo(options: argparse.Namespace) -> None:
 
     with _progress() as report:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
-    _run_flow(str(folder / "recipe.yaml"), [], as_json=options.json)
+    _run_flow(str(folder / "demo.yaml"), [], as_json=options.json)
+
+
+def _up(options: argparse.Namespace) -> None:
+    from flows.service import up
+
+    def started(prefect: str, mlflow: str) -> None:
+        print(f"Prefect  {prefect}\nMLflow   {mlflow}\nCtrl-C stops both", flush=True)
+
+    up(started)
 
 
 def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:

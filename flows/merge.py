@@ -14,7 +14,6 @@ from lewis import pipeline
 from lewis.pipeline import ModelFiles
 from lewis.recipe import Recipe
 from tasks.allocate import allocate
-from tasks.caching import create_device_slot
 from tasks.download import download
 from tasks.evaluate import check_tasks, evaluate
 from tasks.importance import calibrate, measure
@@ -62,7 +61,6 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
         overrides: `key.path=value` each, as `lewis run --set`.
     """
     plan = Recipe.load(recipe, list(overrides))
-    create_device_slot()
     settings = pipeline.eval_settings(plan) if plan.evaluate else None
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
     champion = find_champion.submit(plan.register_as.name) if plan.register_as else None

@@ -32,7 +32,7 @@ from lewis.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Raise it when the code makes other files from the same plan.
-VERSION = 1
+VERSION = 2
 
 SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
 LETTERS = "abcdefghij"
@@ -65,7 +65,7 @@ class Plan:
 
 
 def make_family(folder: Path, progress: Callable[[str, float], None], plan: Plan | None = None) -> Path:
-    """Train the family and write it to `folder`: base/, experts/, data/, tasks/ and recipe.yaml.
+    """Train the family and write it to `folder`: base/, experts/, data/, tasks/ and demo.yaml.
 
     A second call finds the family whole and returns at once. A call that dies leaves nothing.
 
@@ -94,7 +94,7 @@ def make_family(folder: Path, progress: Callable[[str, float], None], plan: Plan
         with store.publish(folder, {"demo": fingerprint}) as scratch:
             held_out = _write_data(scratch / "data", plan)
             _write_tasks(scratch / "tasks")
-            (scratch / "recipe.yaml").write_text(_yaml(_recipe()))
+            (scratch / "demo.yaml").write_text(_yaml(_recipe()))
             _train_family(scratch, held_out, plan, progress)
     logger.info("demo family written to %s", folder)
     return folder

@@ -133,7 +133,9 @@ def _second_moments(
         if inputs[0] is not last[0]:  # q, k and v see the same tensor: square it once
             x = inputs[0].reshape(-1, module.in_features)
             if len(x) != len(mask):
-                raise LewisError(f"{names[module]!r} sees {len(x)} of {len(mask)} tokens (a routed expert?): unsupported")
+                raise LewisError(
+                    f"{names[module]!r} sees {len(x)} of {len(mask)} tokens (a routed expert?): unsupported"
+                )
             last = (inputs[0], x[mask].to(torch.float32).square().sum(dim=0).to(torch.float64))
         assert last[1] is not None
         sums[module] += last[1]

@@ -256,10 +256,11 @@ def _vocabulary_problems(base: Path, expert: Path) -> list[str]:
         content = store.read_json(folder / "tokenizer.json")
         if content is None:
             return []  # an expert without a tokenizer of its own uses the base's
-        if not isinstance(content.get("model", {}).get("vocab"), dict):
-            return []  # unigram vocabularies are lists; shapes have been compared
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        vocabularies.append({**content["model"]["vocab"], **added})
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, list):  # a unigram's: [token, score] in the order of ids
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        vocabularies.append({**vocabulary, **added})
     ours, theirs = vocabularies
     if (moved := next((t for t in ours if t in theirs and theirs[t] != ours[t]), None)) is not None:
         return [
@@ -285,9 +286,7 @@ def _call(
 def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise LewisError(
-            f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged"
-        )
+        raise LewisError(f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged")
     return tensor
 
 

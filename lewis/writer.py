@@ -77,7 +77,9 @@ class CheckpointWriter:
             try:
                 written = os.pwrite(file.fileno(), data, offset)
             except OSError as error:
-                raise LewisError(f"{self.folder.parent}: cannot write {name!r}: {error.strerror}; free space") from error
+                raise LewisError(
+                    f"{self.folder.parent}: cannot write {name!r}: {error.strerror}; free space"
+                ) from error
             data, offset = data[written:], offset + written
 
     def __enter__(self) -> "CheckpointWriter":

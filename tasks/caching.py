@@ -1,16 +1,18 @@
 """What the tasks share: cache keys by content, the retry rule, the device slot, progress in the UI."""
 
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
-from prefect.client.orchestration import get_client
-from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 from pydantic_core import to_jsonable_python
@@ -24,7 +26,6 @@ for _library in ("lewis", "tasks"):
 # Prefect warns at the start of every task with a timeout that a thread is stopped between calls only. That is what we
 # want: the work is loops over tensors and batches, and lm-eval, the one long call, has a child process to kill.
 logging.getLogger("prefect.task_runs").addFilter(lambda record: not str(record.msg).startswith("Timeout of %s seconds"))
-DEVICE_SLOT = "lewis-device"
 
 # For what can heal by itself: five tries in about a minute, never for a wrong input.
 RETRIES: dict[str, Any] = {
@@ -73,28 +74,34 @@ def cached(*fields: str, version: str = "1") -> dict[str, Any]:
     }
 
 
-def create_device_slot() -> None:
-    """Make sure that the slot exists: without it a limit would silently be no limit."""
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(DEVICE_SLOT, 1)
-
-
 @contextmanager
 def device_slot() -> Iterator[str]:
-    """Hold the one device while torch works on it; gives its name. A dead holder's slot is free after a minute."""
-    with concurrency(DEVICE_SLOT, occupy=1, strict=True, lease_duration=60):
+    """Hold this machine's one device while torch works on it; gives its name.
+
+    A kernel lock and no Prefect limit: a killed holder's slot is free at once, not after its lease, and each machine
+    that shares the server has a slot of its own.
+    """
+    slot = FileLock(Path(tempfile.gettempdir()) / f"lewis-device-{os.getuid()}.lock", thread_local=False)
+    try:
+        slot.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for the device, which another task holds")
+        slot.acquire()
+    try:
         yield default_device()
+    finally:
+        slot.release()
 
 
 class Progress:
-    """Progress of a long task: an artifact in the UI, a line in the log, at most every two seconds."""
+    """Progress of a long task: an artifact in the UI and a line in the log, every two seconds."""
 
     def __init__(self, kind: str, what: str) -> None:
-        self._kind, self._what, self._artifact, self._last = kind, what, None, 0.0
+        self._kind, self._what, self._artifact, self._last = kind, what, None, time.monotonic()
 
     def __call__(self, fraction: float) -> None:
         """Report a fraction in [0, 1]."""
-        if fraction < 1 and time.monotonic() - self._last < 2:
+        if time.monotonic() - self._last < 2 and (fraction < 1 or self._artifact is None):
             return
         self._last = time.monotonic()
         percent = round(100 * fraction, 1)

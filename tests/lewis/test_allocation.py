@@ -37,7 +37,11 @@ def test_shares_are_scaled_by_one_global_min_max() -> None:
     assert covered(allocation) == pytest.approx([0.2, 0.6, 0.4, 0.4])
     assert allocation.mean == pytest.approx((0.2 * 10 + 0.6 * 10 + 0.4 * 60) / 80)
     assert allocation.differences == dict(zip(NAMES, [1, 3, 10, 10], strict=False))
-    assert allocation.to_json() == {"densities": allocation.densities, "mean": allocation.mean, "differences": allocation.differences}
+    assert allocation.to_json() == {
+        "densities": allocation.densities,
+        "mean": allocation.mean,
+        "differences": allocation.differences,
+    }
 
 
 def test_a_projection_that_did_not_move_has_no_share() -> None:
@@ -101,9 +105,9 @@ def test_the_budget_is_met_exactly(differences: list[float], bounds: list[float]
     assert all(low <= density <= high for density in densities)
     assert weighted_mean(LAYERS, allocation.densities) == allocation.mean == pytest.approx(budget, rel=1e-12, abs=1e-12)
     free = covered(run(differences, min=low, max=high))
-    assert all(
-        densities[i] <= densities[j] for i in range(4) for j in range(4) if free[i] < free[j]
-    ), "a shift keeps the order"
+    assert all(densities[i] <= densities[j] for i in range(4) for j in range(4) if free[i] < free[j]), (
+        "a shift keeps the order"
+    )
 
 
 @given(differences=moved, scale=st.floats(0.01, 100))

@@ -1,6 +1,9 @@
 """Calibration sets: the same rows and token ids every time, and clear words when there are none."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from lewis.calibration import Calibration, calibrate
 from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 from tests.conftest import Family
+from tests.support.local_hub import LocalHub
 from tests.support.models import write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -37,7 +41,11 @@ class TestSamples:
         texts = [f"w{i}" for i in range(20)]
         found = run(family.base, texts=texts, samples=5, seed=7)
         assert found.samples == tuple(ids(i) for i in np.random.default_rng(7).permutation(20)[:5])
-        assert found == run(family.base, texts=texts, samples=5, seed=7) != run(family.base, texts=texts, samples=5, seed=8)
+        assert (
+            found
+            == run(family.base, texts=texts, samples=5, seed=7)
+            != run(family.base, texts=texts, samples=5, seed=8)
+        )
         assert found.tokens == 5
 
     def test_are_cut_to_max_tokens_and_never_padded(self, family: Family) -> None:
@@ -64,8 +72,36 @@ class TestSamples:
         assert found.samples == tuple(ids(i, i + 1, i + 2) for i in chosen)
         assert found == run(family.base, data, dataset=kind, data_files=[file], text="{question} {answer}", samples=4)
 
+    def test_of_a_hub_dataset_are_those_of_its_commit(self, family: Family, data: Path) -> None:
+        code = (
+            "import sys; from pathlib import Path\n"
+            "from lewis.calibration import calibrate; from lewis.recipe import CalibrationSet\n"
+            "spec = CalibrationSet(dataset=sys.argv[2], text='{question}', samples=3)\n"
+            "print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
+        )  # a process of its own: `datasets` reads the environment once, at import
+        with LocalHub(data / "server") as hub:
+            old = hub.commit("org/sums", data / "data", repo_type="dataset")
+            hub.commit("org/sums", {"train.jsonl": '{"question": "w59"}\n' * 20}, repo_type="dataset")
+            environment = os.environ | hub.environment(data / "caches")
+            outputs = [
+                subprocess.run(
+                    [sys.executable, "-c", code, str(family.base), name],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                )
+                for name in (f"org/sums@{old}", "org/sums")
+            ]
+        chosen = np.random.default_rng(42).permutation(20)[:3]
+        assert [run.stdout.strip() for run in outputs] == [
+            " ".join(str(ids(int(i))) for i in chosen),
+            " ".join([str(ids(59))] * 3),
+        ], outputs[0].stderr
+
     def test_a_template_may_look_into_a_column(self, family: Family, data: Path) -> None:
-        found = run(family.base, data, dataset="json", data_files="data/train.jsonl", text="{nested[key]} w{n:d}", samples=1)
+        found = run(
+            family.base, data, dataset="json", data_files="data/train.jsonl", text="{nested[key]} w{n:d}", samples=1
+        )
         (i,) = np.random.default_rng(42).permutation(20)[:1]
         assert found.samples == (ids(i, i),)
 
@@ -125,11 +161,19 @@ class TestMistakes:
         self.refused(expected, family.base, data, dataset="json", data_files="data/train.jsonl", text=text)
 
     def test_in_the_files(self, family: Family, data: Path) -> None:
-        self.refused(f"no such file: {data / 'x.jsonl'}", family.base, data, dataset="json", data_files="x.jsonl", text="{a}")
+        self.refused(
+            f"no such file: {data / 'x.jsonl'}", family.base, data, dataset="json", data_files="x.jsonl", text="{a}"
+        )
         (data / "broken.jsonl").write_text('{"a": ')
         self.refused("cannot load 'json'", family.base, data, dataset="json", data_files="broken.jsonl", text="{a}")
         self.refused(
-            "split test", family.base, data, dataset="json", data_files="data/train.jsonl", text="{question}", split="test"
+            "split test",
+            family.base,
+            data,
+            dataset="json",
+            data_files="data/train.jsonl",
+            text="{question}",
+            split="test",
         )
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ class TestReading:
             "count": TensorInfo("I64", (3,), "model.safetensors"),
             "model.b": TensorInfo("BF16", (4,), "model.safetensors"),
         }
-        assert [info.floating for info in opened.tensors.values()] == [opened.tensors[n].dtype != "I64" for n in opened.tensors]
+        assert [info.floating for info in opened.tensors.values()] == [
+            opened.tensors[n].dtype != "I64" for n in opened.tensors
+        ]
         assert opened.tensors["model.layers.0.a.weight"].elements == 6
         for name, tensor in tensors.items():
             assert opened.read(name).dtype == tensor.dtype and torch.equal(opened.read(name), tensor)
@@ -82,7 +84,9 @@ class TestDamaged:
     def test_no_folder_of_a_model(self, tmp_path: Path) -> None:
         refused(tmp_path, "no config.json; expected the folder of a Hugging Face model")
 
-    @pytest.mark.parametrize("text, expected", [("{", "not readable as JSON"), ("[]", "expected a JSON object, got list")])
+    @pytest.mark.parametrize(
+        "text, expected", [("{", "not readable as JSON"), ("[]", "expected a JSON object, got list")]
+    )
     def test_a_broken_config(self, tmp_path: Path, text: str, expected: str) -> None:
         write_tensors(tmp_path, W)
         (tmp_path / "config.json").write_text(text)
@@ -136,7 +140,7 @@ class TestDamaged:
                 raise OSError("Stale file handle")
 
         monkeypatch.setitem(opened._handles, "model.safetensors", Gone())
-        with pytest.raises(LewisError, match="cannot read 'model.layers.0.a.weight': Stale file handle"):
+        with pytest.raises(LewisError, match=r"cannot read 'model.layers.0.a.weight': Stale file handle"):
             opened.read("model.layers.0.a.weight")
 
 

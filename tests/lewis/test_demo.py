@@ -107,7 +107,7 @@ def test_training_rows_never_hold_a_test_prompt_and_an_expert_sees_only_right_an
 
 
 def test_recipe_is_valid_and_its_files_exist(family):
-    recipe = Recipe.load(family / "recipe.yaml")
+    recipe = Recipe.load(family / "demo.yaml")
     assert recipe.merge_method == "ties" and recipe.dtype == "float32"
     assert [recipe.calibration_of(expert) for expert in recipe.experts] == list(SKILLS)
     sets = recipe.lewis.calibrations.values()
@@ -173,7 +173,7 @@ def test_same_bytes_each_time_and_the_callers_threads_and_random_state_stay(fami
     assert store.read_manifest(tmp_path / "again") == store.read_manifest(family)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["notes.txt", "demo.yaml"])
 def test_a_folder_that_holds_other_things_is_refused_and_kept(tmp_path, name):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -188,10 +188,10 @@ def test_an_edited_or_other_family_is_refused_and_kept(tmp_path):
     folder = make_family(tmp_path / "family", ignore, SHORT)
     with pytest.raises(InputError, match="other or changed files"):
         make_family(folder, ignore, Plan(base_steps=1, expert_steps=1, batch_size=2))
-    (folder / "recipe.yaml").write_text("merge_method: linear")
+    (folder / "demo.yaml").write_text("merge_method: linear")
     with pytest.raises(InputError, match="other or changed files"):
         make_family(folder, ignore, SHORT)
-    assert (folder / "recipe.yaml").read_text() == "merge_method: linear"
+    assert (folder / "demo.yaml").read_text() == "merge_method: linear"
 
 
 def test_an_interrupt_leaves_nothing(tmp_path):

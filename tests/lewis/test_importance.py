@@ -1,10 +1,12 @@
 """Importance against a slow computation: one sample at a time, fp64, hooks of the test's own on the real model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -58,7 +60,9 @@ class TestMeasure:
         close(measure(Checkpoint(family.math, "key"), CALIBRATION), slow(family.math))
 
     @pytest.mark.parametrize(
-        "kind", [(Qwen2Config, Qwen2ForCausalLM, {}), (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8})], ids=["qwen2", "gemma2"]
+        "kind",
+        [(Qwen2Config, Qwen2ForCausalLM, {}), (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8})],
+        ids=["qwen2", "gemma2"],
     )
     def test_of_other_architectures(self, tmp_path: Path, kind: Any) -> None:
         torch.manual_seed(0)
@@ -67,7 +71,9 @@ class TestMeasure:
         close(measure(Checkpoint(tmp_path, "key"), CALIBRATION), slow(tmp_path))
 
     @pytest.mark.parametrize("tokens", [1, 8, 20, 10**6])
-    def test_batching_and_padding_do_not_matter(self, family: Family, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    def test_batching_and_padding_do_not_matter(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch, tokens: int
+    ) -> None:
         expected = measure(Checkpoint(family.base, "key"), CALIBRATION)
         monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", tokens)
         close(measure(Checkpoint(family.base, "key"), CALIBRATION), expected)
@@ -120,17 +126,21 @@ class TestRefused:
             measure(Checkpoint(family.base, "key"), Calibration("sums", ((3, 64),)))
 
     def test_a_sample_longer_than_the_model_takes(self, family: Family) -> None:
-        with pytest.raises(InputError, match=r"has 65 tokens, the model takes 64; set lewis.calibrations.sums.max_tokens"):
+        with pytest.raises(
+            InputError, match=r"has 65 tokens, the model takes 64; set lewis.calibrations.sums.max_tokens"
+        ):
             measure(Checkpoint(family.base, "key"), Calibration("sums", ((3,) * 65,)))
 
     def test_a_damaged_model(self, family: Family, tmp_path: Path) -> None:
         broken = rewrite(family.base, tmp_path / "nan", lambda name, t: t * float("nan") if "embed" in name else t)
-        with pytest.raises(LewisError, match=r"activations into 'model.layers.0.self_attn.q_proj.weight' are not finite"):
+        with pytest.raises(
+            LewisError, match=r"activations into 'model.layers.0.self_attn.q_proj.weight' are not finite"
+        ):
             measure(Checkpoint(broken, "key"), CALIBRATION)
 
     def test_a_model_without_linear_layers(self, tmp_path: Path) -> None:
         GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-        with pytest.raises(InputError, match="no covered layer: GPT2LMHeadModel has no nn.Linear"):
+        with pytest.raises(InputError, match=r"no covered layer: GPT2LMHeadModel has no nn.Linear"):
             covered_layers(tmp_path)
         with pytest.raises(InputError, match="no covered layer"):
             measure(Checkpoint(tmp_path, "key"), CALIBRATION)
@@ -141,6 +151,45 @@ class TestRefused:
             covered_layers(tmp_path)
         with pytest.raises(InputError, match="transformers cannot load it"):
             measure(Checkpoint(tmp_path, "key"), CALIBRATION)
+
+    def test_an_adapter_of_what_is_no_parameter(self, family: Family, tmp_path: Path) -> None:
+        extra = "model.layers.0.extra"
+        tensors = load_file(family.base / "model.safetensors") | {f"{extra}.weight": torch.ones(16, 16)}
+        base = shard(family.base, tmp_path / "base", parts=1)
+        (base / "model.safetensors.index.json").unlink()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        adapter = write_lora(family.base, tmp_path / "adapter")
+        pair = {
+            f"base_model.model.{extra}.lora_{part}.weight": torch.ones(shape)
+            for part, shape in (("A", (4, 16)), ("B", (16, 4)))
+        }
+        save_file(pair, adapter / "adapter_model.safetensors")
+        with pytest.raises(InputError, match=r"changes 'model.layers.0.extra.weight', which is no parameter"):
+            measure(LoraExpert(Checkpoint(base, "base"), adapter, "key"), CALIBRATION)
+
+    def test_layers_that_see_a_part_of_the_tokens(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Routed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed, self.layers, self.config = nn.Embedding(64, 8), nn.ModuleList([nn.Linear(8, 8)]), None
+
+            def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+                return self.layers[0](self.embed(input_ids).reshape(-1, 8)[::2])
+
+            base_model = property(lambda self: self)
+
+            def get_input_embeddings(self) -> nn.Module:
+                return self.embed
+
+            def get_output_embeddings(self) -> None:
+                return None
+
+        opened = Checkpoint(family.base, "key")
+        monkeypatch.setitem(opened.tensors, "layers.0.weight", opened.tensors["model.norm.weight"])
+        monkeypatch.setattr(importance, "_load", lambda *_: Routed())
+        monkeypatch.setattr(importance, "_LAYER", re.compile(r"^(?P<before>layers\.)(?P<layer>\d+)(?P<after>)$"))
+        with pytest.raises(LewisError, match=r"'layers.0' sees 18 of 35 tokens"):
+            measure(opened, CALIBRATION)
 
 
 class TestCoveredLayers:

@@ -103,7 +103,9 @@ class TestRefused:
             ({"trainable_token_indices": [1]}, "trained tokens"),
         ],
     )
-    def test_kinds_that_are_no_plain_lora(self, family: Family, adapter: Path, settings: dict[str, Any], expected: str) -> None:
+    def test_kinds_that_are_no_plain_lora(
+        self, family: Family, adapter: Path, settings: dict[str, Any], expected: str
+    ) -> None:
         edit_json(adapter / "adapter_config.json", **settings)
         with pytest.raises(InputError, match=expected):
             open_on(family.base, adapter)
@@ -114,7 +116,9 @@ class TestRefused:
 
     def test_keys_that_match_nothing(self, family: Family, adapter: Path) -> None:
         self.rename(adapter, "layers.1.self_attn", "layers.7.self_attn")
-        with pytest.raises(InputError, match=r"layers\.7\.self_attn\.q_proj\.lora_A\.weight' matches nothing in the base"):
+        with pytest.raises(
+            InputError, match=r"layers\.7\.self_attn\.q_proj\.lora_A\.weight' matches nothing in the base"
+        ):
             open_on(family.base, adapter)
 
     def test_half_a_pair(self, family: Family, adapter: Path) -> None:

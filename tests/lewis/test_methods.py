@@ -80,7 +80,7 @@ class TestTies:
         close(ties(rows([2, -2], [-2, 2])), [2.0, 2.0])
 
     def test_a_negative_weight_turns_its_vector_round(self) -> None:
-        # weighted rows [2, -4], [-6, -1]: sums -4 and -5. First: -6 / -1. Second: (-4 - 1) / (1 - 1), which counts as 1.
+        # weighted rows [2, -4], [-6, -1]: sums -4, -5. First: -6 / -1. Second: (-4 - 1) / (1 - 1), which counts as 1.
         close(ties(rows([2, -4], [6, 1]), weight=[1.0, -1.0]), [6.0, -5.0])
 
     def test_without_normalize_the_agreeing_are_summed(self) -> None:
@@ -116,7 +116,9 @@ class TestDare:
 
     def test_linear_normalizes_by_all_weights(self) -> None:
         streams = [FixedStream(0.0, 0.9), FixedStream(0.0, 0.0)]
-        delta = dare_linear(rows([4, -3], [2, 5]), streams, density=0.5, weight=[1.0, 3.0], normalize=True, rescale=False)  # type: ignore[arg-type]
+        delta = dare_linear(
+            rows([4, -3], [2, 5]), streams, density=0.5, weight=[1.0, 3.0], normalize=True, rescale=False
+        )  # type: ignore[arg-type]
         close(delta, [2.5, 3.75])
 
     def test_ties_elects_among_what_is_left(self) -> None:

@@ -125,13 +125,25 @@ class TestMistakes:
             ({"models": [{"model": "a"}, {"model": "a"}]}, "models[1].model: 'a' is listed twice"),
             ({"models": [{"parameters": {}}]}, "models[0].model: missing; it is required"),
             ({"models": [{"model": 5}]}, "models[0].model: "),
-            ({"models": [{"model": "a", "parameters": {"densty": 1}}]}, "models[0].parameters.densty: ties has no such "),
-            ({"models": [{"model": "a", "parameters": {"lambda": 1}}]}, "models[0].parameters.lambda: lambda is one value"),
+            (
+                {"models": [{"model": "a", "parameters": {"densty": 1}}]},
+                "models[0].parameters.densty: ties has no such ",
+            ),
+            (
+                {"models": [{"model": "a", "parameters": {"lambda": 1}}]},
+                "models[0].parameters.lambda: lambda is one value",
+            ),
             ({"models": [{"model": "a", "calibration": "s"}]}, "models[0].calibration: there is no lewis block"),
-            ({"parameters": {"nomalize": True}}, "parameters.nomalize: ties has no such parameter; did you mean 'normalize'?"),
+            (
+                {"parameters": {"nomalize": True}},
+                "parameters.nomalize: ties has no such parameter; did you mean 'normalize'?",
+            ),
             ({"parameters": {"normalize": "yes"}}, "parameters.normalize: expected true or false, got 'yes'"),
             ({"parameters": {"weight": {"value": None}}}, "parameters.weight: expected a number"),
-            ({"parameters": {"weight": [{"filter": "x", "value": "much"}]}}, "parameters.weight: expected a finite number"),
+            (
+                {"parameters": {"weight": [{"filter": "x", "value": "much"}]}},
+                "parameters.weight: expected a finite number",
+            ),
             ({"parameters": {"density": [0.5, 1.5]}}, "parameters.density: expected 0 < density <= 1"),
             ({"parameters": [1]}, "parameters: "),
             ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
@@ -161,13 +173,22 @@ class TestMistakes:
             ("{density: {strateg: uniform}}", "lewis.density.strateg: unknown key; did you mean 'strategy'?"),
             ("{calibrations: {s: {}}}", "lewis.calibrations.s: expected either `dataset` or inline `texts`"),
             ("{calibrations: {s: {dataset: a}}}", "lewis.calibrations.s: expected `text`, a template"),
-            ("{calibrations: {s: {dataset: json, text: '{a}'}}}", "lewis.calibrations.s: dataset 'json' needs `data_files`"),
+            (
+                "{calibrations: {s: {dataset: json, text: '{a}'}}}",
+                "lewis.calibrations.s: dataset 'json' needs `data_files`",
+            ),
             ("{calibrations: {s: {texts: [a], text: '{a}'}}}", "lewis.calibrations.s: inline `texts` take no `text`"),
-            ("{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}", "models[1].calibration: missing, and there is more than"),
+            (
+                "{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}",
+                "models[1].calibration: missing, and there is more than",
+            ),
             ("{calibrations: {s: {texts: [a]}}, density: {min: 0}}", "lewis.density.min: "),
             ("{calibrations: {s: {texts: [a]}}, density: {min: '9e-1'}}", "lewis.density.min: expected 0 < min <= max"),
             ("{calibrations: {s: {texts: [a]}}, density: {min: null}}", "lewis.density.min: "),
-            ("{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}", "lewis.density.budget: expected min <= budget"),
+            (
+                "{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}",
+                "lewis.density.budget: expected min <= budget",
+            ),
             ("{calibrations: {s: {texts: [a]}}, prune_by: activation}", "lewis.prune_by: expected 'magnitude'"),
             ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 0.5}}", "lewis.importance.prune_ratio: "),
             ("5", "lewis: "),
@@ -180,11 +201,16 @@ class TestMistakes:
     def test_a_calibration_set_that_is_not_defined(self) -> None:
         data = yaml.safe_load(GUIDED)
         data["models"][1]["calibration"] = "sum"
-        assert problems(yaml.safe_dump(data)) == ["models[1].calibration: no calibration set 'sum'; did you mean 'sums'?"]
+        assert problems(yaml.safe_dump(data)) == [
+            "models[1].calibration: no calibration set 'sum'; did you mean 'sums'?"
+        ]
 
     def test_a_method_without_density_cannot_be_guided(self) -> None:
-        text = "{merge_method: task_arithmetic, base_model: b, models: [{model: a}], lewis: {calibrations: {s: {texts: [x]}}}}"
-        assert problems(text) == ["lewis: task_arithmetic takes no density to guide; use one of ties, dare_linear, dare_ties"]
+        lewis = "{calibrations: {s: {texts: [x]}}}"
+        text = f"{{merge_method: task_arithmetic, base_model: b, models: [{{model: a}}], lewis: {lewis}}}"
+        assert problems(text) == [
+            "lewis: task_arithmetic takes no density to guide; use one of ties, dare_linear, dare_ties"
+        ]
 
     def test_a_linear_base_without_a_weight(self) -> None:
         assert problems("{merge_method: linear, base_model: b, models: [{model: a, parameters: {weight: 1}}]}") == [
@@ -214,17 +240,25 @@ class TestMistakes:
 
 
 class TestFilters:
-    TENSORS = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    TENSORS = (
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+    )
 
     def test_those_that_match_pass(self) -> None:
         parse(PLAIN).check_filters(self.TENSORS)
 
     def test_each_that_matches_nothing_is_named(self) -> None:
-        text = PLAIN.replace("filter: self_attn", "filter: self_atn.q_proj").replace("weight: 3", "weight: [{filter: up_prj, value: 1}]")
+        text = PLAIN.replace("filter: self_attn", "filter: self_atn.q_proj").replace(
+            "weight: 3", "weight: [{filter: up_prj, value: 1}]"
+        )
         with pytest.raises(RecipeError) as caught:
             parse(text).check_filters(self.TENSORS)
         first, second = caught.value.problems
-        assert first.startswith("models[2].parameters.weight[0].filter: 'self_atn.q_proj' matches no tensor; did you mean 'self_attn.q_proj")
+        assert first.startswith(
+            "models[2].parameters.weight[0].filter: 'self_atn.q_proj' matches no tensor; did you mean 'self_attn.q_proj"
+        )
         assert second.startswith("parameters.weight[0].filter: 'up_prj' matches no tensor")
 
 

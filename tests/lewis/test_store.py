@@ -113,7 +113,8 @@ class TestPublish:
     def test_sweeps_what_a_killed_process_left(self, tmp_path: Path) -> None:
         code = (
             "import os, sys; from pathlib import Path; from lewis import store\n"
-            "with store.publish(Path(sys.argv[1]), {}) as scratch: (scratch / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+            "with store.publish(Path(sys.argv[1]), {}) as scratch:\n"
+            "    (scratch / 'half').write_text('x'); os.kill(os.getpid(), 9)"
         )
         assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -9
         assert len(leftovers(tmp_path)) == 1

@@ -148,7 +148,9 @@ def test_tokenizer_and_generation_config_are_copied_byte_by_byte(tmp_path: Path)
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "in" / n).read_bytes() for n in kept)
 
 
-@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("300", 300), ("2KB", 2000), ("7B", 7)])
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("300", 300), ("2KB", 2000), ("7B", 7)]
+)
 def test_sizes_are_decimal(text: str, size: int) -> None:
     assert parse_size(text) == size
 

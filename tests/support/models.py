@@ -115,7 +115,9 @@ def shard(model: Path, folder: Path, parts: int = 3) -> Path:
     return folder
 
 
-def write_lora(base: Path, folder: Path, *, seed: int = 0, targets: Any = ("q_proj", "up_proj"), **settings: Any) -> Path:
+def write_lora(
+    base: Path, folder: Path, *, seed: int = 0, targets: Any = ("q_proj", "up_proj"), **settings: Any
+) -> Path:
     """A random PEFT LoRA adapter of `base`, as PEFT saves it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -1,0 +1,91 @@
+"""A real Prefect server for all flow tests, and a recipe of tiny models with a real lm-eval task."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Family
+from tests.support.models import WORDS
+
+REPO = Path(__file__).resolve().parents[2]
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: words.jsonl}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["w1", "w2", "w3"]
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+RECIPE = """
+merge_method: ties
+base_model: %(base)s
+models:
+  - {model: %(math)s, parameters: {weight: 1.0}}
+  - {model: %(code)s, parameters: {weight: 1.0}}
+lewis:
+  calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{question} {answer}", samples: 16}}
+evaluate: {tasks: [words.yaml]}
+register: {name: tiny, gate: {metric: "words/acc,none", min_gain: -1}}
+"""
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One server for all commands that the tests run."""
+    from flows import environment
+    from flows.service import prefect_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEWIS_HOME", str(tmp_path_factory.mktemp("prefect-home")))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        environment.prepare()
+        with prefect_server() as url:
+            yield url
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, family: Family) -> Path:
+    """A recipe beside its data and its lm-eval task."""
+    draw = random.Random(0)
+    rows = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "words.yaml").write_text(TASK)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE % {"base": family.base, "math": family.math, "code": family.code})
+    return path
+
+
+Command = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
+    """Start `lewis ARGUMENTS` as a process of its own; `patch` is Python that runs before it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path, patch: str = "", **environment: str) -> subprocess.Popen[str]:
+        code = f"{patch}\nimport sys\nfrom flows.cli import main\nsys.exit(main(sys.argv[1:]))"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+            env={**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": prefect_url, **environment},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,169 @@
+"""The whole DAG as a user runs it: real processes, a real Prefect server, a real registry."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Family
+from tests.flows.conftest import Command
+from tests.support.local_hub import LocalHub
+
+SLOW = {
+    "importance": "import time, lewis.importance as m; f = m.measure\n"
+    "m.measure = lambda *a, **k: (print('HERE', flush=True), time.sleep(60), f(*a, **k))[2]",
+    "merge": "import time, lewis.merge as m; f = m.Merge.tensor; n = []\n"
+    "m.Merge.tensor = lambda s, name: (n.append(name), len(n) == 5 and (print('HERE', flush=True), time.sleep(60)),"
+    " f(s, name))[2]",
+    "registration": "import time, lewis.logged_model as m; f = m.write\n"
+    "m.write = lambda *a, **k: (f(*a, **k), print('HERE', flush=True), time.sleep(60))[0]",
+}
+NO_SCORES = ("--set", "evaluate=null", "--set", "register.gate=null")
+
+
+def finished(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def report(process: subprocess.Popen[str]) -> dict:
+    code, out, err = finished(process)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def states(log: str) -> dict[str, str]:
+    """Task run -> the state it finished in, from the log on the terminal."""
+    return dict(re.findall(r"Task run '([^']+)' - Finished in state (\w+)", log))
+
+
+def leftovers(home: Path) -> list[Path]:
+    return [path for path in home.rglob("*.partial") if "locks" not in path.parts]
+
+
+def versions(home: Path, name: str = "tiny") -> list:
+    from mlflow import MlflowClient
+
+    return list(MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db").search_model_versions(f"name='{name}'"))
+
+
+def test_a_run_scores_registers_and_promotes_and_the_next_is_cached(lewis: Command, recipe: Path, home: Path) -> None:
+    first = report(lewis("run", recipe, "--json"))
+    assert first["version"] == "models:/tiny/1" and first["created"] and first["promoted"]
+    assert [row["model"] for row in first["scores"]] == ["base", "math", "code", "uniform", "lewis"]
+    assert first["mean_density"].keys() == {entry["ref"] for entry in _inputs(home, first)}
+
+    code, out, err = finished(lewis("run", recipe, "--json"))
+    second = json.loads(out)
+    assert code == 0 and second["digest"] == first["digest"] and not second["created"]
+    done = states(err)
+    expensive = [name for name in done if name.split()[0] in ("download", "measure", "merge", "evaluate")]
+    assert len(expensive) == 3 + 3 + 2 + 5 and {done[name] for name in expensive} == {"Cached"}
+    assert len(versions(home)) == 1
+
+    shutil.rmtree(first["folder"])  # a cache that believes in deleted output would now lie
+    code, out, err = finished(lewis("run", recipe, "--json", *NO_SCORES))
+    assert code == 0 and states(err)["merge experts"] == "Completed"
+    assert json.loads(out)["digest"] == first["digest"]
+
+
+def _inputs(home: Path, found: dict) -> list[dict]:
+    manifest = json.loads((Path(found["folder"]) / "lewis.json").read_text())
+    _, *experts = manifest["inputs"]
+    return [{"ref": ref} for ref in experts]
+
+
+def test_a_truncated_merge_is_made_again(lewis: Command, recipe: Path) -> None:
+    first = report(lewis("run", recipe, "--json", *NO_SCORES))
+    weights = Path(first["folder"]) / "model.safetensors"
+    content = weights.read_bytes()
+    os.truncate(weights, 1000)
+    again = report(lewis("run", recipe, "--json", *NO_SCORES))
+    assert again["digest"] == first["digest"] and weights.read_bytes() == content
+
+
+@pytest.mark.parametrize("step", SLOW)
+def test_a_killed_run_is_resumed_with_the_same_result(step: str, lewis: Command, recipe: Path, home: Path) -> None:
+    killed = lewis("run", recipe, *NO_SCORES, patch=SLOW[step])
+    assert killed.stdout is not None and killed.stdout.readline() == "HERE\n"
+    killed.kill()
+    killed.wait()
+
+    resumed = report(lewis("run", recipe, "--json", *NO_SCORES))
+    shutil.move(home, home.with_name("resumed"))
+    undisturbed = report(lewis("run", recipe, "--json", *NO_SCORES))
+    assert resumed["digest"] == undisturbed["digest"]
+    weights = Path(undisturbed["folder"]).relative_to(home) / "model.safetensors"
+    assert (home.with_name("resumed") / weights).read_bytes() == (home / weights).read_bytes()
+    assert len(versions(home.with_name("resumed"))) == 1
+    assert not leftovers(home.with_name("resumed"))
+
+
+def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: Path) -> None:
+    patch = SLOW["merge"].replace("time.sleep(60)", "time.sleep(3)")
+    process = lewis("run", recipe, *NO_SCORES, patch=patch)
+    assert process.stdout is not None and process.stdout.readline() == "HERE\n"
+    process.send_signal(signal.SIGINT)
+    code, _, _ = finished(process, timeout=60)
+    assert code != 0
+    assert not leftovers(home)
+    assert (home / "merged").is_dir()
+
+
+def test_two_runs_at_once_compute_once(lewis: Command, recipe: Path, home: Path) -> None:
+    patch = (
+        "import lewis.merge as m; f = m.Merge.run\n"
+        "m.Merge.run = lambda *a, **k: (print('COMPUTED', flush=True), f(*a, **k))[1]"
+    )
+    both = [lewis("run", recipe, *NO_SCORES, patch=patch) for _ in range(2)]
+    results = [finished(process) for process in both]
+    assert [code for code, _, _ in results] == [0, 0]
+    assert sum(out.count("COMPUTED") for _, out, _ in results) == 1
+    assert len(versions(home)) == 1
+
+
+def test_models_from_a_hub_that_stumbles(
+    lewis: Command, recipe: Path, family: Family, tmp_path: Path, home: Path
+) -> None:
+    with LocalHub(tmp_path / "hub") as hub:
+        hub.commit("org/base", family.base)
+        hub.commit("org/math", family.math)
+        hub.faults.append({"path": r"org/math/.*safetensors", "method": "GET", "times": 1, "corrupt": True})
+        text = recipe.read_text().replace(str(family.base), "org/base").replace(str(family.math), "org/math")
+        recipe.write_text(text)
+        environment = {**hub.environment(tmp_path / "client"), "LEWIS_HOME": str(home)}
+        found = report(lewis("run", recipe, "--json", *NO_SCORES, **environment))
+        manifest = json.loads((Path(found["folder"]) / "lewis.json").read_text())
+        assert len(manifest["inputs"]["org/base"]) == 40  # a pinned commit
+
+
+def test_a_wrong_model_fails_early_and_registers_nothing(
+    lewis: Command, recipe: Path, home: Path, family: Family
+) -> None:
+    odd = home.parent / "odd"
+    shutil.copytree(family.math, odd)
+    data = bytearray((odd / "model.safetensors").read_bytes())
+    (odd / "model.safetensors").write_bytes(data[:-100])
+    code, _, err = finished(lewis("run", recipe, "--set", f"models[0].model={odd}"))
+    assert code == 2 and "safetensors" in err and str(odd) in err
+    assert not (home / "merged").exists() and not versions(home)
+
+
+def test_nan_in_an_input_is_named_and_nothing_is_written(
+    lewis: Command, recipe: Path, home: Path, family: Family
+) -> None:
+    from tests.support.models import rewrite
+
+    broken = rewrite(
+        family.math, home.parent / "nan", lambda name, tensor: tensor if "norm" not in name else tensor * float("nan")
+    )
+    code, _, err = finished(
+        lewis("run", recipe, *NO_SCORES, "--set", "lewis=null", "--set", f"models[0].model={broken}")
+    )
+    assert code == 1 and "NaN" in err and str(broken) in err
+    assert not list((home / "merged").glob("*")) and not versions(home)

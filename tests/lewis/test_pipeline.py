@@ -1,0 +1,321 @@
+"""The steps on the store: made once, found again, and made anew when what the store has is damaged."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from lewis import evaluation, importance, merge, pipeline, store
+from lewis.errors import InputError, LewisError
+from lewis.evaluation import EvalSettings, Score
+from lewis.pipeline import AllocationEntry, ImportanceEntry, MergedModel, ModelFiles
+from lewis.recipe import Recipe
+from tests.conftest import Family
+from tests.support.models import edit_json, parse, shard, write_expert, write_llama
+
+pytestmark = pytest.mark.usefixtures("home")
+SETS = {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}, "code": {"texts": ["w8 w9"], "samples": 1}}
+
+
+def recipe_data(family: Family, *experts: Path | str, **blocks: Any) -> dict[str, Any]:
+    """A guided merge of at most two experts, each with its own calibration set if the block has both."""
+    data = {"merge_method": "ties", "base_model": str(family.base), "lewis": {"calibrations": SETS}} | blocks
+    names = [name if name in data["lewis"]["calibrations"] else "sums" for name in ("sums", "code")]
+    models = [{"model": str(path), "calibration": name} for path, name in zip(experts, names, strict=False)]
+    return data | {"models": models}
+
+
+@dataclass
+class Opened:
+    recipe: Recipe
+    base: ModelFiles
+    experts: list[ModelFiles]
+
+
+def open_all(family: Family, *experts: Path | str, **blocks: Any) -> Opened:
+    recipe = parse(recipe_data(family, *(experts or family.experts), **blocks))
+    base, sources = pipeline.pin_all(recipe)
+    assert base is not None
+    pipeline.preflight(recipe, base, sources)
+    return Opened(recipe, pipeline.download(base), [pipeline.download(source) for source in sources])
+
+
+def guide(o: Opened) -> tuple[list[ImportanceEntry], AllocationEntry]:
+    return pipeline.guide(o.recipe, o.base, o.experts)
+
+
+class TestPin:
+    def test_a_folder_is_its_content(self, family: Family, tmp_path: Path) -> None:
+        copy = shard(family.math, tmp_path / "copy", parts=1)
+        for path in copy.glob("model*"):
+            path.unlink()
+        (copy / "model.safetensors").write_bytes((family.math / "model.safetensors").read_bytes())
+        one, other, third = (pipeline.pin(str(path), tmp_path) for path in (family.math, "copy", family.code))
+        assert one.key == other.key != third.key
+        assert one.adapter is None and one.size > 0
+
+    def test_an_adapter_is_put_on_the_base(self, family: Family) -> None:
+        base = pipeline.pin(str(family.base), Path("/"))
+        found = pipeline.pin(str(family.lora), Path("/"), base)
+        written_out = pipeline.pin(f"{family.base}+{family.lora}", Path("/"))
+        assert (found.model, found.key) == (base.model, written_out.key) and found.adapter is not None
+        assert found.key == f"{base.key}+{found.adapter.commit}"
+
+    def test_an_adapter_needs_a_full_base(self, family: Family) -> None:
+        with pytest.raises(InputError, match=r"a LoRA adapter needs its base: set base_model, or write base\+adapter"):
+            pipeline.pin(str(family.lora), Path("/"))
+        base = pipeline.pin(f"{family.base}+{family.lora}", Path("/"))
+        with pytest.raises(InputError, match="a LoRA adapter on a base that is one itself"):
+            pipeline.pin(str(family.lora), Path("/"), base)
+
+    def test_a_linear_merge_goes_without_a_base(self, family: Family) -> None:
+        recipe = parse({"merge_method": "linear", "models": [{"model": str(path)} for path in family.experts]})
+        base, experts = pipeline.pin_all(recipe)
+        pipeline.preflight(recipe, base, experts)
+        files = [pipeline.download(source) for source in experts]
+        merged = pipeline.merge(recipe, None, files)
+        ours, one, two = (load_file(path / "model.safetensors") for path in (merged.folder, *family.experts))
+        assert all(torch.allclose(ours[name], (one[name] + two[name]) / 2) for name in ours)
+
+
+class TestPreflight:
+    def test_tells_every_expert_that_does_not_fit(self, family: Family, tmp_path: Path) -> None:
+        wide, short = write_llama(tmp_path / "wide", hidden=32), write_llama(tmp_path / "short", layers=1)
+        with pytest.raises(InputError) as caught:
+            open_all(family, wide, short)
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(f"{wide}: ") and "has shape" in lines[0] and "in the base it is" in lines[0]
+        assert lines[1].startswith(f"{short}: 9 tensors of the base are missing, the first is 'model.layers.1.")
+
+    def test_looks_at_the_model_below_an_adapter(self, family: Family, tmp_path: Path) -> None:
+        wide = write_llama(tmp_path / "wide", hidden=32)
+        with pytest.raises(InputError, match=r"has shape \[\d+.*, in the base it is"):
+            open_all(family, f"{wide}+{family.lora}")
+
+    def test_tells_a_filter_that_matches_nothing(self, family: Family) -> None:
+        with pytest.raises(InputError, match=r"parameters.weight\[0\].filter: 'mpl' matches no tensor"):
+            open_all(family, parameters={"weight": [{"filter": "mpl", "value": 1}]})
+
+
+class TestGuide:
+    def test_measures_each_expert_and_the_base_on_every_set(self, family: Family) -> None:
+        o, seen = open_all(family), []
+        measured, allocated = pipeline.guide(o.recipe, o.base, o.experts, progress=lambda *step: seen.append(step))
+        assert [(entry.ref, entry.calibration) for entry in measured] == [
+            (str(family.base), "sums"),
+            (str(family.base), "code"),
+            (str(family.math), "sums"),
+            (str(family.code), "code"),
+        ]
+        assert (f"{family.math} on sums", 5, 5) in seen
+        densities = [allocation.densities for allocation in allocated.experts().values()]
+        covered = {layer.tensor for layer in pipeline.layers_of(o.base)}
+        for each in densities:
+            assert {each[name] for name in each if name not in covered} == {1.0}
+            assert (min(each[name] for name in covered), max(each[name] for name in covered)) == (0.3, 0.8)
+        assert densities[0] != densities[1]
+
+    def test_is_done_once(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = guide(open_all(family))
+        monkeypatch.setattr(importance, "measure", lambda *_, **__: pytest.fail("measured again"))
+        monkeypatch.setattr(importance, "covered_layers", lambda *_, **__: pytest.fail("allocated again"))
+        assert guide(open_all(family)) == first
+
+    @pytest.mark.parametrize("damage", ["", "{", "{}", '{"norms": {}}'])
+    def test_is_done_again_where_the_store_is_damaged(self, family: Family, damage: str) -> None:
+        measured, allocated = guide(open_all(family))
+        for path in (measured[0].path, allocated.path):
+            path.write_text(damage)
+        for entry in (measured[0], allocated):
+            with pytest.raises(ValidationError, match="is gone or damaged"):
+                type(entry).model_validate(entry.model_dump())
+        again, allocated_again = guide(open_all(family))
+        assert again == measured and again[0].norms and allocated_again.experts() == allocated.experts()
+
+    def test_the_uniform_strategy_measures_nothing(self, family: Family) -> None:
+        lewis = {"calibrations": SETS, "density": {"strategy": "uniform", "budget": 0.4}}
+        measured, allocated = guide(open_all(family, lewis=lewis))
+        assert measured == [] and list(allocated.means.values()) == pytest.approx([0.4, 0.4])
+
+    def test_an_adapter_is_measured_as_an_expert(self, family: Family) -> None:
+        o = open_all(family, family.lora, family.code)
+        measured, _ = guide(o)
+        expert, base = (
+            next(m for m in measured if (m.ref, m.calibration) == (str(r), "sums")) for r in (family.lora, family.base)
+        )
+        moved = {name for name in base.norms if expert.norms[name] != pytest.approx(base.norms[name], rel=1e-6)}
+        assert "model.layers.0.self_attn.q_proj.weight" in moved
+        assert "model.layers.0.self_attn.k_proj.weight" not in moved  # its input is the embedding, still the base's
+
+
+class TestMerge:
+    def test_is_found_again_and_tells_what_it_was_made_of(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        o = open_all(family)
+        _, allocated = guide(o)
+        merged = pipeline.merge(o.recipe, o.base, o.experts, allocated)
+        manifest = store.read_manifest(merged.folder)
+        assert manifest is not None
+        assert manifest["inputs"] == {files.ref: files.key for files in (o.base, *o.experts)}
+        assert (manifest["mean_density"], manifest["recipe"]) == (allocated.means, o.recipe.text)
+        monkeypatch.setattr(merge.Merge, "run", lambda *_, **__: pytest.fail("merged again"))
+        assert pipeline.merge(o.recipe, o.base, o.experts, allocated) == merged
+
+    def test_the_order_of_the_recipe_does_not_matter(self, family: Family) -> None:
+        turns = [
+            open_all(family, *experts, lewis={"calibrations": {"sums": SETS["sums"]}})
+            for experts in self.orders(family)
+        ]
+        assert turns[0].recipe.experts[0] == turns[1].recipe.experts[1]
+        merges = [pipeline.prepare_merge(o.recipe, o.base, o.experts, guide(o)[1]) for o in turns]
+        assert merges[0].digest == merges[1].digest
+
+    def orders(self, family: Family) -> list[list[Path]]:
+        return [family.experts, family.experts[::-1]]
+
+    def test_uniform_is_another_model(self, family: Family) -> None:
+        o = open_all(family)
+        _, allocated = guide(o)
+        guided, uniform = (
+            pipeline.prepare_merge(o.recipe, o.base, o.experts, allocated, w) for w in ("experts", "uniform")
+        )
+        plain = pipeline.prepare_merge(o.recipe, o.base, o.experts)
+        assert len({guided.digest, uniform.digest, plain.digest}) == 3
+        name = "model.layers.0.mlp.up_proj.weight"
+        by_ref = {
+            expert.entry.model: rho
+            for expert, rho in zip(uniform.experts, uniform.parameters(name)["density"], strict=True)
+        }
+        assert by_ref == allocated.means
+
+    def test_a_damaged_one_is_not_believed(self, family: Family) -> None:
+        o = open_all(family)
+        merged = pipeline.merge(o.recipe, o.base, o.experts)
+        weights = merged.folder / "model.safetensors"
+        whole = weights.read_bytes()
+        os.truncate(weights, 1000)
+        with pytest.raises(ValidationError, match="is gone, damaged or cut short"):
+            MergedModel(digest=merged.digest, folder=merged.folder)
+        assert pipeline.merge(o.recipe, o.base, o.experts) == merged
+        assert weights.read_bytes() == whole
+        assert merged.files("merged").open().read("model.norm.weight").shape == (16,)
+
+    def test_a_donor_gives_the_tokenizer(self, family: Family, tmp_path: Path) -> None:
+        donor = write_expert(family.base, tmp_path / "donor", seed=5)
+        edit_json(donor / "tokenizer_config.json", model_max_length=33)
+        for choice, expected in ((str(donor), donor), ("base", family.base), (str(family.base), family.base)):
+            o = open_all(family, donor, family.code, tokenizer_source=choice)
+            merged = pipeline.merge(o.recipe, o.base, o.experts)
+            text = (merged.folder / "tokenizer_config.json").read_text()
+            assert text == (expected / "tokenizer_config.json").read_text()
+
+    def test_two_at_once_make_one(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+        o, runs, made = open_all(family), [], []
+        real = merge.Merge.run
+
+        def counted(self: merge.Merge, *args: Any, **kwargs: Any) -> None:
+            runs.append(self.digest)
+            real(self, *args, **kwargs)
+
+        monkeypatch.setattr(merge.Merge, "run", counted)
+        threads = [
+            threading.Thread(target=lambda: made.append(pipeline.merge(o.recipe, o.base, o.experts))) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(runs) == 1 and len(made) == 3 and made[0] == made[1] == made[2]
+
+    def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path) -> None:
+        (tmp_path / "recipe.yaml").write_text(parse(recipe_data(family, *family.experts)).text)
+        code = (
+            "import os, sys; from lewis import pipeline; from lewis.recipe import Recipe\n"
+            "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
+            "kill = lambda done, total, name: done > total / 2 and os.kill(os.getpid(), 9)\n"
+            "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], progress=kill)"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "recipe.yaml")], env=os.environ | {"LEWIS_HOME": str(home)}
+        )
+        assert ran.returncode == -signal.SIGKILL
+        (leftover,) = (home / "merged").iterdir()
+        assert leftover.name.endswith(".partial")
+        o = open_all(family)
+        merged = pipeline.merge(o.recipe, o.base, o.experts)
+        assert list((home / "merged").iterdir()) == [merged.folder]
+        assert leftover.name.startswith(f".{merged.digest}.")
+
+
+class TestFiles:
+    def test_a_reference_to_files_that_are_gone_cannot_be_loaded(self, family: Family, tmp_path: Path) -> None:
+        copy = shard(family.math, tmp_path / "copy")
+        files = ModelFiles.at("copy", "key", copy)
+        assert ModelFiles.model_validate(files.model_dump()) == files
+        (copy / "model-00001-of-00003.safetensors").unlink()
+        with pytest.raises(ValidationError, match=r"model-00001-of-00003.safetensors is gone or was cut short"):
+            ModelFiles.model_validate(files.model_dump())
+
+    def test_so_with_a_calibration_set(self, family: Family) -> None:
+        o = open_all(family)
+        entry = pipeline.prepare_calibration(o.recipe, "sums", o.base)
+        entry.path.unlink()
+        with pytest.raises(ValidationError, match="is gone"):
+            type(entry).model_validate(entry.model_dump())
+
+    def test_a_folder_that_changes_while_running(self, family: Family, tmp_path: Path) -> None:
+        copy = shard(family.math, tmp_path / "copy")
+        pinned = pipeline.pin(str(copy), tmp_path)
+        edit_json(copy / "config.json", changed=True)
+        with pytest.raises(LewisError, match="changed while running"):
+            pipeline.download(pinned)
+
+
+class TestScore:
+    def test_is_done_once_and_again_where_damaged(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran = []
+
+        def evaluate(folder: Path, settings: EvalSettings, **_: Any) -> list[Score]:
+            ran.append(folder)
+            return [Score("sums", "acc,none", 0.5, 0.1, True, 10)]
+
+        monkeypatch.setattr(evaluation, "evaluate", evaluate)
+        monkeypatch.setattr(evaluation, "tasks_digest", lambda settings, root: store.digest(settings.tasks))
+        recipe = parse(recipe_data(family, *family.experts, evaluate={"tasks": ["sums"], "timeout_minutes": 2}))
+        settings, files = pipeline.eval_settings(recipe), ModelFiles.at("math", "key", family.math)
+        assert settings == EvalSettings(tasks=("sums",), timeout_s=120, batch_size=16)
+        assert pipeline.find_scores("math", "key", settings, tmp_path) is None
+        entry = pipeline.score(files, settings, root=tmp_path)
+        assert (
+            pipeline.score(files, settings, root=tmp_path)
+            == entry
+            == pipeline.find_scores("math", "key", settings, tmp_path)
+        )
+        assert entry.scores == [Score("sums", "acc,none", 0.5, 0.1, True, 10)] and ran == [family.math]
+        entry.path.write_text("{")
+        with pytest.raises(ValidationError, match="is gone or damaged"):
+            type(entry).model_validate(entry.model_dump())
+        assert pipeline.score(files, settings, root=tmp_path).scores and len(ran) == 2
+
+
+@pytest.mark.parametrize(
+    "refs, names",
+    [
+        (["org/base@v1", "/models/math/", "org/base+org/lora@v2"], ["base", "math", "lora"]),
+        (["a/math", "b/math", "b/code"], ["a/math", "b/math", "code"]),
+    ],
+)
+def test_short_names(refs: list[str], names: list[str]) -> None:
+    assert pipeline.short_names(refs) == names

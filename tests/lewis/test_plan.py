@@ -1,0 +1,169 @@
+"""What a run would do, against what a run then does; nothing heavy is downloaded for it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import pipeline, store
+from lewis.device import default_device
+from lewis.errors import InputError
+from lewis.plan import Plan, make_plan
+from lewis.recipe import Recipe
+from tests.conftest import Family
+from tests.support.local_hub import LocalHub
+from tests.support.models import parse, write_llama
+
+SETS = {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}
+
+
+def recipe_of(base: Path | str, *experts: Path | str, **blocks: Any) -> Recipe:
+    models = [{"model": str(expert)} for expert in experts]
+    return parse({"merge_method": "ties", "base_model": str(base), "models": models} | blocks)
+
+
+def states(plan: Plan) -> dict[str, str]:
+    return {step.name: step.state for step in plan.steps}
+
+
+def carry_out(recipe: Recipe, *, merge: bool) -> None:
+    base, experts = pipeline.pin_all(recipe)
+    assert base is not None
+    files, expert_files = pipeline.download(base), [pipeline.download(source) for source in experts]
+    _, allocated = pipeline.guide(recipe, files, expert_files, device=default_device())
+    if merge:
+        pipeline.merge(recipe, files, expert_files, allocated)
+
+
+class TestLocal:
+    def test_before_during_and_after_a_run(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS}, register={"name": "x"})
+        downloads = {f"download {path}": "cached" for path in (family.base, *family.experts)}
+        work = [f"measure {path} on sums" for path in (family.base, *family.experts)] + ["allocate"]
+        ends = {"merge lewis": "to do", "register x": "to do"}
+        before = make_plan(recipe)
+        assert states(before) == downloads | dict.fromkeys(work, "to do") | ends
+        assert not (home / "importance").exists() and not (home / "merged").exists()
+        carry_out(recipe, merge=False)
+        assert states(make_plan(recipe)) == downloads | dict.fromkeys(work, "cached") | ends
+        carry_out(recipe, merge=True)
+        after = make_plan(recipe)
+        assert states(after) == downloads | dict.fromkeys(work, "cached") | ends | {"merge lewis": "cached"}
+        assert (before.disk > 0, after.disk) == (True, 0)
+        changed = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS, "density": {"max": 0.7}})
+        assert states(make_plan(changed))["allocate"] == states(make_plan(changed))["merge lewis"] == "to do"
+
+    def test_sizes(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS}, dtype="bfloat16")
+        plan = make_plan(recipe)
+        assert [row["ref"] for row in plan.inputs] == [str(family.base), str(family.math)]
+        assert plan.inputs[0]["commit"].startswith("sha256:")
+        assert (plan.tensors, len(plan.layers)) == (20, 14)
+        assert plan.disk == 2 * plan.parameters
+        assert plan.disk_free > 0 and plan.memory > 4 * plan.parameters
+        text = plan.to_text()
+        assert "covered self_attn.q_proj: 2 layers (0 to 1)" in text
+        assert f"to do   measure {family.base} on sums" in text
+        data = plan.to_json()
+        assert (data["covered_layers"], data["steps"][0]) == (
+            14,
+            {"name": f"download {family.base}", "state": "cached"},
+        )
+
+    def test_a_plain_merge(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, family.lora)
+        plan = make_plan(recipe)
+        assert states(plan) == {f"download {p}": "cached" for p in (family.base, family.lora)} | {
+            "merge merged": "to do"
+        }
+        assert "covered none: a plain merge" in plan.to_text()
+        base, experts = pipeline.pin_all(recipe)
+        assert base is not None
+        pipeline.merge(recipe, pipeline.download(base), [pipeline.download(source) for source in experts])
+        assert states(make_plan(recipe))["merge merged"] == "cached"
+
+    def test_scores_and_baselines(
+        self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "sums.yaml").write_text(
+            "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\n"
+            "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+            "metric_list: [{metric: exact_match}]\n"
+        )
+        (tmp_path / "sums.jsonl").write_text('{"q": "w1", "a": "w2"}\n')
+        data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}]}
+        data |= {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["sums"], "baselines": ["base", "uniform"]}}
+        found = states(make_plan(parse(data, root=tmp_path)))
+        assert {
+            "merge lewis",
+            "merge uniform",
+            "evaluate lewis",
+            "evaluate uniform",
+            f"evaluate {family.base}",
+        } <= found.keys()
+        assert found["evaluate lewis"] == "to do"
+        data["evaluate"]["tasks"] = ["smus"]
+        with pytest.raises(InputError, match="smus"):
+            make_plan(parse(data, root=tmp_path))
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+        with LocalHub(tmp_path / "server") as hub:
+            for name, value in hub.environment(tmp_path / "home").items():
+                monkeypatch.setenv(name, value)
+            yield hub
+
+    def downloads(self, hub: LocalHub) -> list[str]:
+        """Requests that took a whole weight file: the headers are read with a range."""
+        return [r.path for r in hub.log if r.method == "GET" and r.path.endswith(".safetensors") and r.status == 200]
+
+    def test_downloads_no_weights(self, family: Family, hub: LocalHub) -> None:
+        commit = hub.commit("org/base", family.base)
+        hub.commit("org/math", family.math)
+        recipe = recipe_of("org/base", "org/math", lewis={"calibrations": SETS})
+        plan = make_plan(recipe)
+        assert plan.inputs[0]["commit"] == commit
+        assert set(states(plan).values()) == {"to do"} and len(plan.layers) == 14
+        assert self.downloads(hub) == []
+        carry_out(recipe, merge=True)
+        assert len(self.downloads(hub)) == 2
+        assert set(states(make_plan(recipe)).values()) == {"cached"}
+        source = pipeline.pin("org/math", Path("/"))
+        weights = pipeline.download(source).folder / "model.safetensors"
+        blob = weights.resolve()
+        blob.write_bytes(blob.read_bytes()[:-1] + b"\0")
+        assert states(make_plan(recipe))["download org/math"] == "to do"  # a damaged file does not count
+        hub.commit("org/math", family.code)  # a release
+        after = states(make_plan(recipe))
+        assert (after["download org/base"], after["download org/math"], after["merge lewis"]) == (
+            "cached",
+            "to do",
+            "to do",
+        )
+
+    def test_refuses_other_shapes_before_downloading_them(self, family: Family, hub: LocalHub, tmp_path: Path) -> None:
+        hub.commit("org/base", family.base)
+        hub.commit("org/wide", write_llama(tmp_path / "wide", hidden=32))
+        with pytest.raises(InputError, match=r"org/wide: '.*' has shape .*, in the base it is"):
+            make_plan(recipe_of("org/base", "org/wide", lewis={"calibrations": SETS}))
+        assert self.downloads(hub) == []
+
+    def test_a_filter_that_matches_nothing(self, family: Family, hub: LocalHub) -> None:
+        hub.commit("org/base", family.base)
+        hub.commit("org/math", family.math)
+        with pytest.raises(InputError, match=r"parameters.weight\[0\].filter: 'mpl' matches no tensor"):
+            make_plan(recipe_of("org/base", "org/math", parameters={"weight": [{"filter": "mpl", "value": 1}]}))
+        assert self.downloads(hub) == []
+
+    def test_a_repo_that_does_not_exist(self, family: Family, hub: LocalHub) -> None:
+        hub.commit("org/base", family.base)
+        with pytest.raises(InputError, match="org/mth"):
+            make_plan(recipe_of("org/base", "org/mth"))
+
+
+def test_the_store_is_left_as_it_was(family: Family, home: Path) -> None:
+    make_plan(recipe_of(family.base, family.math))
+    assert not (store.home() / "merged").exists()
