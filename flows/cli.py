@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,9 +119,11 @@ def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
         with temporary_settings({PREFECT_API_URL: url}):
             from flows.merge import merge_flow
 
+            signal.signal(signal.SIGINT, _stop_tasks)
             try:
                 report = merge_flow(recipe, overrides)
             finally:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 APILogWorker.drain_all(timeout=10)  # before the server goes
     if as_json:
         print(report.model_dump_json(indent=2))
@@ -132,6 +135,13 @@ def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
         print(f"verdict: {'champion' if report.promoted else 'not promoted'}: {'; '.join(report.verdict)}")
+
+
+def _stop_tasks(number: int, frame: Any) -> None:
+    from tasks.caching import STOPPING
+
+    STOPPING.set()
+    raise KeyboardInterrupt
 
 
 def _plan(options: argparse.Namespace) -> None:

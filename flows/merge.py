@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from lewis import pipeline
@@ -60,44 +61,49 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
         recipe: path of the recipe, a YAML file.
         overrides: `key.path=value` each, as `lewis run --set`.
     """
+    # The recipe goes to the tasks quoted: Prefect would take the names in it for results of the tasks that return them,
+    # and draw edges from everywhere to everywhere.
     plan = Recipe.load(recipe, list(overrides))
     settings = pipeline.eval_settings(plan) if plan.evaluate else None
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
     champion = find_champion.submit(plan.register_as.name) if plan.register_as else None
 
-    base_source = resolve.submit(plan, plan.base_model) if plan.base_model else None
-    sources = [resolve.submit(plan, entry.model, base_source) for entry in plan.experts]
-    started = _given(tasks_digest, champion, base_source, *sources, preflight.submit(plan, base_source, sources))
+    base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
+    sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
+    checked = preflight.submit(quote(plan), base_source, sources)
 
-    base = download.submit(base_source, wait_for=started) if base_source else None
-    experts = [download.submit(source, wait_for=started) for source in sources]
-    inspected = inspect.submit(plan, base, experts)
+    ready = [future for future in (tasks_digest, checked) if future]
+    base = download.submit(base_source, wait_for=ready) if base_source else None
+    experts = [download.submit(source, wait_for=ready) for source in sources]
+    inspected = inspect.submit(quote(plan), base, experts)
 
-    sets, measured, allocated, heat_map = _guide(plan, base, experts, inspected)
-    merged = merge.submit(plan, plan.blocks, base, experts, allocated, wait_for=[inspected])
-    _finish(*started, *_given(base), *experts, inspected, *sets, *measured, *_given(allocated, heat_map), merged)
+    sets, measured, allocated, drawn = _guide(plan, base, experts, inspected)
+    merged = merge.submit(quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
+    uniform = None
+    if allocated and plan.wants_uniform:
+        uniform = merge.submit(quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
+    _finish(tasks_digest, champion, base_source, *sources, checked, base, *experts, inspected)
+    _finish(*sets, *measured, allocated, drawn, merged, uniform)
+    result = merged.result()
+    report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
+    report.mean_density = allocated.result().means if allocated else {}
 
     scores: dict[str, PrefectFuture[Any]] = {}
     if settings:
-        models = _models_to_score(plan, base, experts, allocated, merged)
-        if champion and (current := champion.result()) and current.folder and current.digest != merged.result().digest:
+        models = _models_to_score(plan, base, experts, uniform, merged)
+        current = champion.result() if champion else None
+        if current and current.folder and current.digest != result.digest:
             models["champion"] = ModelFiles.at("champion", current.digest, current.folder)
-        scores = {
-            label: evaluate.submit(model, label, settings, plan.root, tasks_digest) for label, model in models.items()
-        }
-        table = report_scores.submit(plan, scores)
+        for label, model in models.items():
+            scores[label] = evaluate.submit(model, label, settings, plan.root, tasks_digest)
+        table = report_scores.submit(quote(plan), scores)
         _finish(*scores.values(), table)
-
-    result = merged.result()
-    report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
-    if allocated:
-        report.mean_density = allocated.result().means
-    if scores:
         report.scores = table.result()
+
     if plan.register_as:
-        verdict = gate.submit(plan, champion, merged, scores)
-        version = register.submit(plan, base, experts, sets, allocated, merged, scores, wait_for=[verdict])
-        promoted = promote.submit(plan, version, verdict)
+        verdict = gate.submit(quote(plan), champion, merged, scores)
+        version = register.submit(quote(plan), base, experts, sets, allocated, merged, scores, wait_for=[verdict])
+        promoted = promote.submit(quote(plan), version, verdict)
         _finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
@@ -113,18 +119,19 @@ def _guide(
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = pipeline.wanted_measurements(plan)
     sets = {
-        name: calibrate.submit(plan, name, base, wait_for=[inspected]) for name in dict.fromkeys(n for _, n in wanted)
+        name: calibrate.submit(quote(plan), name, base, wait_for=[inspected])
+        for name in dict.fromkeys(n for _, n in wanted)
     }
     measured = [measure.submit(files[entry.model] if entry else base, sets[name]) for entry, name in wanted]
-    allocated = allocate.submit(plan, plan.blocks, base, experts, measured, wait_for=[inspected])
-    return list(sets.values()), measured, allocated, report_densities.submit(plan, measured, allocated)
+    allocated = allocate.submit(quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
+    return list(sets.values()), measured, allocated, report_densities.submit(quote(plan), measured, allocated)
 
 
 def _models_to_score(
     plan: Recipe,
     base: PrefectFuture[Any] | None,
     experts: list[PrefectFuture[Any]],
-    allocated: PrefectFuture[Any] | None,
+    uniform: PrefectFuture[Any] | None,
     merged: PrefectFuture[Any],
 ) -> dict[str, Any]:
     """Label -> model, in the order of the table: the parents, the uniform baseline, the merged model."""
@@ -135,17 +142,12 @@ def _models_to_score(
     if "experts" in plan.evaluate.baselines:
         pairs = zip(pipeline.short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
         models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
-    if allocated and plan.guided and "uniform" in plan.evaluate.baselines:
-        models["uniform"] = merge.submit(plan, plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
-    return {**models, plan.label: merged}
+    return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}
 
 
-def _given(*futures: PrefectFuture[Any] | None) -> list[PrefectFuture[Any]]:
-    return [future for future in futures if future is not None]
-
-
-def _finish(*futures: PrefectFuture[Any]) -> None:
+def _finish(*futures: PrefectFuture[Any] | None) -> None:
     """Wait for all; raise what the first one in this order raised, so that the cause comes before what it broke."""
-    wait(list(futures))
-    for future in futures:
+    given = [future for future in futures if future is not None]
+    wait(given)
+    for future in given:
         future.result()

@@ -124,7 +124,7 @@ def _guided_steps(
         if known_base and complete and all(measured):
             allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
         plan.steps.append(Step("allocate", "cached" if allocated else "to do"))
-    whiches = ["experts"] + (["uniform"] if recipe.guided and _has_uniform(recipe) else [])
+    whiches = ["experts"] + (["uniform"] if recipe.wants_uniform else [])
     writes, merged_keys = [], {}
     for which in whiches:
         digest = None
@@ -143,10 +143,6 @@ def _guided_steps(
             scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
     return writes
-
-
-def _has_uniform(recipe: Recipe) -> bool:
-    return recipe.evaluate is not None and "uniform" in recipe.evaluate.baselines
 
 
 def _files(source: Source) -> ModelFiles | None:

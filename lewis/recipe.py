@@ -271,6 +271,11 @@ class Recipe(_Block):
         return self.lewis is not None and self.lewis.density.strategy == "lewis"
 
     @property
+    def wants_uniform(self) -> bool:
+        """Whether the uniform baseline, with the same mean densities, is to be merged and scored too."""
+        return self.guided and self.evaluate is not None and "uniform" in self.evaluate.baselines
+
+    @property
     def label(self) -> str:
         """What to call the merged model in tables."""
         return "lewis" if self.guided else "merged"

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ from pydantic_core import to_jsonable_python
 
 from lewis import hub, store
 from lewis.device import default_device
+from lewis.errors import LewisError
 
 logger = logging.getLogger(__name__)
+STOPPING = threading.Event()
+"""Set on Ctrl-C: long tasks, which run in threads, end at their next report of progress."""
 for _library in ("lewis", "tasks"):
     logging.getLogger(_library).setLevel(logging.INFO)
 # Prefect warns at the start of every task with a timeout that a thread is stopped between calls only. That is what we
@@ -100,7 +104,13 @@ class Progress:
         self._kind, self._what, self._artifact, self._last = kind, what, None, time.monotonic()
 
     def __call__(self, fraction: float) -> None:
-        """Report a fraction in [0, 1]."""
+        """Report a fraction in [0, 1].
+
+        Raises:
+            LewisError: if the process was told to stop: a thread cannot be interrupted, so it asks.
+        """
+        if STOPPING.is_set():
+            raise LewisError(f"{self._what}: stopped")
         if time.monotonic() - self._last < 2 and (fraction < 1 or self._artifact is None):
             return
         self._last = time.monotonic()

@@ -23,8 +23,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
 def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
     """Check everything that headers and configs tell; gives the number of covered layers (0 without a lewis block)."""
     prepared = pipeline.prepare_merge(recipe, base, experts)
-    baseline = recipe.guided and recipe.evaluate is not None and "uniform" in recipe.evaluate.baselines
-    store.check_space(store.home() / "merged", (1 + baseline) * prepared.size)
+    store.check_space(store.home() / "merged", (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0
     layers = pipeline.layers_of(base)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,7 @@ def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
             stderr=subprocess.PIPE,
             text=True,
             cwd=REPO,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
             env={**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": prefect_url, **environment},
         )
         started.append(process)

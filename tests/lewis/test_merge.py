@@ -147,6 +147,14 @@ class TestInvariants:
         assert bool(((merged == base) | (merged == expert)).all())
         assert int((merged != base).sum()) == min(k, int(differ.sum()))
 
+    def test_the_sign_of_zero_is_the_bases_where_an_expert_has_no_say(self, place: Any) -> None:
+        trimmed = place([torch.tensor([-0.0, 0.0]), torch.tensor([1.0, 2.0])])
+        merged = small_merge("ties", trimmed, parameters={"density": 0.5}).tensor(NAME)
+        assert bits(merged) == bits(torch.tensor([-0.0, 2.0]))
+        left_out = place([torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([-0.0])])
+        merged = small_merge("ties", left_out, densities=[{NAME: 1.0}, {NAME: 0.0}]).tensor(NAME)
+        assert bits(merged) == bits(torch.tensor([0.0]))
+
     def test_a_random_method_may_keep_of_a_tensor_of_one_element(self, place: Any) -> None:
         folders = place([torch.zeros(1), torch.ones(1)])
         merged = {
