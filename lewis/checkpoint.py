@@ -105,18 +105,6 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise LewisError(f"{self.folder / info.file}: cannot read {name!r}: {error}") from error
 
-    def task_vector(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """The difference to the base.
-
-        Args:
-            name: of the tensor.
-            base: fp32, the base's tensor.
-
-        Returns:
-            fp32, shape tensor.shape.
-        """
-        return self.read(name).to(torch.float32) - base
-
     def _handle(self, file: str) -> Any:
         if file not in self._handles:
             try:

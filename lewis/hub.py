@@ -155,12 +155,13 @@ def tensor_headers(pinned: Pinned) -> Headers:
         TransientError: the Hub is busy or unreachable.
     """
     folder = Path(pinned.source) if pinned.is_local else _snapshot(pinned.source, pinned.commit)
-    files = os.listdir(folder) if pinned.is_local else _listing(pinned)
-    names = [name for name in needed(files) if name.endswith(".safetensors")]
+    listing = {} if pinned.is_local else _listing(pinned)
+    names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
 
     def read(name: str) -> Headers:
-        if pinned.is_local or (folder / name).is_file():
-            return file_headers(folder / name)
+        path = folder / name
+        if pinned.is_local or (path.is_file() and path.stat().st_size == listing[name][0]):
+            return file_headers(path)
         with _hub_errors(pinned.ref):
             found = _api().parse_safetensors_file_metadata(pinned.source, name, revision=pinned.commit)
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}

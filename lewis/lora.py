@@ -76,10 +76,6 @@ class LoraExpert:
         base = self.base.read(name)
         return base.to(torch.float32) + self._delta(name) if self.touches(name) else base
 
-    def task_vector(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """The adapter's delta in fp32, shape tensor.shape; `base` is not needed, so nothing is lost to rounding."""
-        return self._delta(name) if self.touches(name) else torch.zeros_like(base)
-
     def touches(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
         return self.tied.get(name, name) in self._parts or self.tied.get(name, name) in self._whole

@@ -167,7 +167,7 @@ class Merge:
         if not any(active):
             return base
         own = [_finite(expert.model.read(name).to(torch.float32), name, expert.model) for expert in self.experts]
-        vectors = torch.stack([expert.model.task_vector(name, base) for expert in self.experts])
+        vectors = torch.stack(own) - base
         streams = (
             [random_stream(self.recipe.seed, expert.model.key, name) for expert in self.experts]
             if self.method.random

@@ -50,9 +50,9 @@ def needed(names: Iterable[str]) -> list[str]:
 
 
 def check_weights(ref: str, names: Iterable[str]) -> None:
-    """Raise InputError unless there are safetensors weights among a model's files."""
+    """Raise InputError unless a model has safetensors weights, or an index that tells what is missing."""
     names = sorted(names)
-    if any(name.endswith(".safetensors") for name in needed(names)):
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in needed(names)):
         return
     pickled = next((name for name in names if name.endswith(_PICKLED)), None)
     if pickled:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from lewis import allocation, evaluation, hub, importance, store
 from lewis.allocation import Allocation
 from lewis.calibration import Calibration, calibrate
-from lewis.checkpoint import HEADS, Checkpoint
+from lewis.checkpoint import HEADS, Checkpoint, read_config, weight_files
 from lewis.device import precision
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings, Score
@@ -217,6 +217,10 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
         InputError: naming every expert and tensor that does not fit.
         RecipeError: naming every filter that matches nothing.
     """
+    for source in ([base] if base else []) + list(experts):
+        if source.model.is_local:  # what is wrong with a folder itself is told first
+            read_config(Path(source.model.source))
+            weight_files(Path(source.model.source))
     first = base or experts[0]
     full = [source for source in experts if source.model.commit != first.model.commit]
     ours, problems = hub.tensor_headers(first.model), []

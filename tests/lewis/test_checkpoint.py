@@ -51,11 +51,6 @@ class TestReading:
         }
         assert all(torch.equal(whole.read(name), sharded.read(name)) for name in whole.tensors)
 
-    def test_a_task_vector_is_the_difference_in_fp32(self, tmp_path: Path) -> None:
-        opened = Checkpoint(write_tensors(tmp_path, {"a": torch.tensor([1.5, 2.0], dtype=torch.bfloat16)}), "key")
-        delta = opened.task_vector("a", torch.tensor([1.0, 2.25]))
-        assert delta.dtype == torch.float32 and delta.tolist() == [0.5, -0.25]
-
 
 class TestTying:
     def test_a_tied_head_reads_as_the_embedding(self, family: Family) -> None:

@@ -1,0 +1,174 @@
+"""The command line: what each command prints and writes, and the exit code and message of wrong input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.cli import main
+from lewis.checkpoint import Checkpoint
+from tests.conftest import Family
+from tests.support.models import edit_json, rewrite, write_llama, write_tokenizer
+
+
+def test_help_needs_no_heavy_import() -> None:
+    check = """
+import sys, flows.cli
+try:
+    flows.cli.main(["--help"])
+finally:
+    sys.exit(1 if {"torch", "prefect", "mlflow"} & set(sys.modules) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("run", "plan", "merge", "importance", "allocate", "export", "demo", "up"):
+        assert command in done.stdout
+
+
+def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [len(row["commit"]) for row in plan["inputs"]] == [71, 71, 71]
+    assert plan["covered_layers"] == 14 and plan["disk"] > 0 and plan["memory"] > 0
+    assert {"name": "merge lewis", "state": "to do"} in plan["steps"]
+
+    assert main(["merge", str(recipe), "-o", str(home.parent / "out")]) == 0
+    assert main(["plan", str(recipe)]) == 0
+    text = capsys.readouterr().out
+    assert "cached  allocate" in text and "self_attn.q_proj: 2 layers (0 to 1)" in text
+
+
+def test_merge_writes_a_model_and_replaces_only_its_own(
+    recipe: Path, home: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = home.parent / "merged"
+    assert main(["merge", str(recipe), "-o", str(out), "--max-shard-size", "20KB"]) == 0
+    first = capsys.readouterr().out.split("digest ")[1]
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert Checkpoint(out, "x").tensors.keys() == Checkpoint(family.base, "x").tensors.keys()
+    assert main(["merge", str(recipe), "-o", str(out)]) == 0
+    assert capsys.readouterr().out.split("digest ")[1] == first and (out / "model.safetensors").is_file()
+    assert main(["merge", str(recipe), "-o", str(family.base)]) == 2
+    assert "not empty" in capsys.readouterr().err and (family.base / "config.json").is_file()
+
+
+def test_importance_allocate_and_export(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["importance", str(recipe), "-o", str(home / "i.json")]) == 0
+    assert "covered: 14 linear layers" in capsys.readouterr().err
+    rows = json.loads((home / "i.json").read_text())["importance"]
+    assert len(rows) == 3 and all(len(row["norms"]) == 14 for row in rows)
+
+    assert main(["allocate", str(recipe), "-o", str(home / "a.json"), "--set", "lewis.density.max=0.7"]) == 0
+    capsys.readouterr()
+    experts = json.loads((home / "a.json").read_text())["experts"]
+    covered = [
+        rho for each in experts.values() for name, rho in each["densities"].items() if name in each["differences"]
+    ]
+    assert len(experts) == 2 and min(covered) == 0.3 and max(covered) == 0.7
+
+    assert main(["export", str(recipe)]) == 0
+    exported = yaml.safe_load(capsys.readouterr().out)
+    assert "lewis" not in exported and "register" not in exported
+    assert len(exported["models"][0]["parameters"]["density"]) == 20
+
+
+def _edited(change: Callable[[Path], None]) -> Callable[[Family, Path], Path]:
+    def make(family: Family, folder: Path) -> Path:
+        shutil.copytree(family.math, folder)
+        change(folder)
+        return folder
+
+    return make
+
+
+def _quantise(folder: Path) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _lose_a_shard(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _lead_outside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+EXPERTS: dict[str, tuple[Callable[[Family, Path], Path], str]] = {
+    "quantised": (_edited(_quantise), "quantised"),
+    "pickled": (_edited(_pickle), "pickled"),
+    "missing shard": (_edited(_lose_a_shard), "model-00001-of-00002.safetensors"),
+    "../ in the index": (_edited(_lead_outside), "outside"),
+    "truncated": (_edited(_truncate), "safetensors"),
+    "other shapes": (lambda family, folder: write_llama(folder, hidden=32), "shape"),
+    "other vocabulary": (_edited(lambda folder: write_tokenizer(folder, [f"x{i}" for i in range(60)])), "vocabulary"),
+    "a tensor less": (
+        lambda family, folder: rewrite(family.math, folder, lambda name, t: None if "layers.1.mlp.up" in name else t),
+        "model.layers.1.mlp.up_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EXPERTS)
+def test_a_wrong_expert_is_named(
+    what: str, recipe: Path, home: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = EXPERTS[what]
+    odd, out = make(family, home.parent / "odd"), home.parent / "out"
+    assert main(["merge", str(recipe), "-o", str(out), "--set", f"models[0].model={odd}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(odd) in error
+    assert not out.exists() and not list(home.parent.glob(".out*"))
+
+
+SETTINGS = {
+    "unknown key": (["lewis.densty=1"], "did you mean 'density'"),
+    "wrong type": (["seed=abc"], "seed: "),
+    "unknown method": (["merge_method=tise"], "did you mean 'ties'"),
+    "bounds": (["lewis.density.min=0.9"], "expected 0 < min <= max <= 1, got min=0.9, max=0.8"),
+    "filter": (["parameters.weight=[{filter: self_attn.o_proj.1, value: 1}]"], "matches no tensor"),
+    "no such model": (["models[0].model=./nowhere"], "nowhere"),
+    "no such file": (["lewis.calibrations.words.data_files=gone.jsonl"], "gone.jsonl"),
+    "no such column": (["lewis.calibrations.words.text='{questoin}'"], "questoin"),
+    "empty texts": (["lewis.calibrations.words={texts: ['']}"], "no tokens"),
+    "slices": (["slices=[]"], "slices"),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_a_wrong_setting_is_named(what: str, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, message = SETTINGS[what]
+    out = home.parent / "out"
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert main(["merge", str(recipe), "-o", str(out), *arguments]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_an_unknown_task_is_told_before_any_work(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--set", "evaluate.tasks=[gsm9k]"]) == 2
+    assert "gsm9k" in capsys.readouterr().err
+
+
+def test_no_space_is_told_before_any_work(
+    recipe: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert main(["merge", str(recipe), "-o", str(home.parent / "out"), "--set", "lewis=null"]) == 2
+    assert "no space" in capsys.readouterr().err and not (home.parent / "out").exists()

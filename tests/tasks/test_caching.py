@@ -1,0 +1,70 @@
+"""What the tasks share: keys by content, the device slot, progress that can be stopped."""
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lewis.errors import InputError, LewisError, TransientError
+from tasks import caching
+from tasks.caching import RETRIES, ContentAddressed, Progress, device_slot, slug
+
+
+def key(inputs: dict[str, Any], **policy: Any) -> str:
+    context: Any = SimpleNamespace(task=SimpleNamespace(name="measure"))
+    return ContentAddressed(fields=("model", "set"), **policy).compute_key(context, inputs, {})
+
+
+def test_a_key_covers_the_chosen_inputs_and_the_version_only() -> None:
+    first = key({"model": {"a": 1, "b": Path("/x")}, "set": "s", "device": "cpu"})
+    assert first == key({"model": {"b": Path("/x"), "a": 1}, "set": "s", "device": "cuda"})
+    assert first != key({"model": {"a": 2, "b": Path("/x")}, "set": "s"})
+    assert first != key({"model": {"a": 1, "b": Path("/x")}, "set": "s"}, version="2")
+    assert "/" not in first and "." not in first
+
+
+def test_the_device_has_one_slot() -> None:
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        with device_slot() as device:
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+            assert device in ("cpu", "cuda")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_progress_ends_a_task_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = threading.Event()
+    monkeypatch.setattr(caching, "STOPPING", stopping)
+    report = Progress("merge", "merge x")
+    report(0.5)
+    stopping.set()
+    with pytest.raises(LewisError, match="merge x: stopped"):
+        report(0.6)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"), [(TransientError("busy"), True), (InputError("wrong"), False), (LewisError("failed"), False)]
+)
+def test_only_what_can_heal_is_tried_again(error: Exception, again: bool) -> None:
+    def result() -> None:
+        raise error
+
+    assert RETRIES["retry_condition_fn"](None, None, SimpleNamespace(result=result)) is again
+
+
+def test_slugs_are_artifact_keys() -> None:
+    assert slug("My Recipe_v1.5") == "my-recipe-v1-5" and slug("...") == "x"
