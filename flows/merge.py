@@ -12,7 +12,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from lewis import pipeline
-from lewis.pipeline import ModelFiles
+from lewis.entries import ModelFiles
 from lewis.recipe import Recipe
 from tasks.allocate import allocate
 from tasks.download import download

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from lewis.allocation import Allocation
-from lewis.pipeline import Source
+from lewis.entries import Source
 from lewis.recipe import Recipe
 
 _OURS = ("lewis", "evaluate", "register", "seed")

@@ -6,9 +6,9 @@ from typing import Any
 
 from lewis import evaluation, hub, importance, pipeline, store
 from lewis.device import default_device
+from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.importance import Layer
-from lewis.pipeline import CalibrationEntry, ModelFiles, Source
 from lewis.recipe import Recipe
 from lewis.writer import SIZES
 

@@ -3,7 +3,7 @@
 from prefect import task
 
 from lewis import allocation, pipeline
-from lewis.pipeline import AllocationEntry, ImportanceEntry, ModelFiles
+from lewis.entries import AllocationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Recipe
 from tasks.caching import cached
 

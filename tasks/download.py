@@ -3,7 +3,7 @@
 from prefect import task
 
 from lewis import pipeline
-from lewis.pipeline import ModelFiles, Source
+from lewis.entries import ModelFiles, Source
 from tasks.caching import RETRIES, cached
 
 

@@ -7,8 +7,8 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import evaluation, pipeline
 from lewis.device import default_device, precision
+from lewis.entries import MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
-from lewis.pipeline import MergedModel, ModelFiles, ScoresEntry
 from tasks.caching import Progress, cached, device_slot
 
 

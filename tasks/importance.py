@@ -6,7 +6,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis import importance as library
 from lewis import pipeline
 from lewis.device import default_device, precision
-from lewis.pipeline import CalibrationEntry, ImportanceEntry, ModelFiles
+from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Recipe
 from tasks.caching import RETRIES, Progress, cached, device_slot
 

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline, store
-from lewis.pipeline import ModelFiles, Source
+from lewis.entries import ModelFiles, Source
 from lewis.recipe import Recipe
 from tasks.caching import RETRIES
 

@@ -6,7 +6,7 @@ from prefect import task
 
 from lewis import merge as library
 from lewis import pipeline
-from lewis.pipeline import AllocationEntry, MergedModel, ModelFiles
+from lewis.entries import AllocationEntry, MergedModel, ModelFiles
 from lewis.recipe import Recipe
 from tasks.caching import Progress, cached, device_slot
 

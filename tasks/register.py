@@ -7,10 +7,10 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis import registry
-from lewis.entry import registry_entry
+from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
-from lewis.pipeline import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.recipe import Recipe
+from lewis.registration import registry_entry
 from lewis.registry import Champion, Version
 from tasks.caching import RETRIES, slug
 

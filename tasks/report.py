@@ -8,8 +8,8 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis import report
+from lewis.entries import AllocationEntry, ImportanceEntry, ScoresEntry
 from lewis.evaluation import score_table
-from lewis.pipeline import AllocationEntry, ImportanceEntry, ScoresEntry
 from lewis.recipe import Recipe
 from tasks.caching import slug
 

@@ -4,7 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline
-from lewis.pipeline import Source
+from lewis.entries import Source
 from lewis.recipe import Recipe
 from tasks.caching import RETRIES
 

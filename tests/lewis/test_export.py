@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from lewis import pipeline
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
+from lewis.entries import Source
 from lewis.export import to_mergekit
 from lewis.hub import Pinned
-from lewis.pipeline import Source
 from tests.conftest import Family
 from tests.support.models import parse
 

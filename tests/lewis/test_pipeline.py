@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lewis import evaluation, importance, merge, pipeline, store
+from lewis.entries import AllocationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Score
-from lewis.pipeline import AllocationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama

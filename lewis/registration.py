@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lewis import report
+from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import score_table
-from lewis.pipeline import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.recipe import Recipe
 from lewis.registry import Entry
 

@@ -1,0 +1,171 @@
+"""References to what the store and the disk hold: small, frozen, printable, checked against the disk when loaded."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from lewis import store
+from lewis.allocation import Allocation
+from lewis.checkpoint import Checkpoint
+from lewis.evaluation import Score
+from lewis.lora import LoraExpert, Model
+from lewis.pinned import Pinned
+
+
+class _Entry(BaseModel):
+    """A small reference to something on disk. One whose files are gone or cut short cannot be made or loaded."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class ModelFiles(_Entry):
+    """A model on disk: a folder, and an adapter's folder if it is a LoRA expert.
+
+    Attributes:
+        ref: as the recipe names it.
+        key: identity of the content: commits or content digests.
+        sizes: file -> bytes, checked whenever a reference is loaded.
+    """
+
+    ref: str
+    key: str
+    folder: Path
+    adapter: Path | None = None
+    sizes: dict[str, int]
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "ModelFiles":
+        for name, size in self.sizes.items():
+            if not os.path.isfile(name) or os.path.getsize(name) != size:
+                raise ValueError(f"{name} is gone or was cut short")
+        return self
+
+    @classmethod
+    def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> "ModelFiles":
+        """Refer to folders as they are now."""
+        paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
+        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
+        return cls(ref=ref, key=key, folder=folder, adapter=adapter, sizes=sizes)
+
+    def open(self) -> Model:
+        """Open it for reading.
+
+        Raises:
+            InputError: as `Checkpoint` and `LoraExpert`.
+        """
+        if self.adapter is None:
+            return Checkpoint(self.folder, self.key)
+        return LoraExpert(Checkpoint(self.folder, self.key.partition("+")[0]), self.adapter, self.key)
+
+
+class CalibrationEntry(_Entry):
+    """A calibration set in the store."""
+
+    name: str
+    digest: str
+    tokens: int
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "CalibrationEntry":
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is gone")
+        return self
+
+
+class ImportanceEntry(_Entry):
+    """Measured norms in the store: `{"norms": {tensor: I(l,c)}}` at `path`."""
+
+    ref: str
+    calibration: str
+    digest: str
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "ImportanceEntry":
+        if not (store.read_json(self.path) or {}).get("norms"):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Tensor name -> I(l,c)."""
+        norms: dict[str, float] = store.read_json(self.path)["norms"]  # type: ignore[index]
+        return norms
+
+
+class AllocationEntry(_Entry):
+    """Densities of all experts in the store, and those of the uniform baseline with the same means."""
+
+    digest: str
+    path: Path
+    means: dict[str, float]
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "AllocationEntry":
+        if not (store.read_json(self.path) or {}).get("experts"):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    def experts(self, which: str = "experts") -> dict[str, Allocation]:
+        """Expert -> allocation; `which` is `experts` or `uniform`."""
+        content = store.read_json(self.path)
+        assert content is not None
+        return {ref: Allocation(**fields) for ref, fields in content[which].items()}
+
+
+class MergedModel(_Entry):
+    """A merged checkpoint in the store."""
+
+    digest: str
+    folder: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "MergedModel":
+        if (store.read_manifest(self.folder) or {}).get("digest") != self.digest:
+            raise ValueError(f"{self.folder} is gone, damaged or cut short")
+        return self
+
+    def files(self, ref: str) -> ModelFiles:
+        """As a model to score."""
+        return ModelFiles.at(ref, self.digest, self.folder)
+
+
+class ScoresEntry(_Entry):
+    """What lm-eval said of one model, in the store."""
+
+    ref: str
+    digest: str
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "ScoresEntry":
+        if not (store.read_json(self.path) or {}).get("scores"):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    @property
+    def scores(self) -> list[Score]:
+        """One per task and metric."""
+        return [Score(**fields) for fields in (store.read_json(self.path) or {})["scores"]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of the recipe, pinned: a full model, and an adapter on it if it is a LoRA expert."""
+
+    ref: str
+    model: Pinned
+    adapter: Pinned | None = None
+
+    @property
+    def key(self) -> str:
+        """Identity of the content."""
+        return self.model.commit + (f"+{self.adapter.commit}" if self.adapter else "")
+
+    @property
+    def size(self) -> int:
+        """Bytes to download, or on disk."""
+        return self.model.size + (self.adapter.size if self.adapter else 0)
