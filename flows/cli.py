@@ -164,6 +164,7 @@ def _merge(options: argparse.Namespace) -> None:
         allocated = None
         pipeline.prepare_merge(recipe, base, experts)  # whatever does not fit is told before the long part
         if recipe.lewis and base:
+            pipeline.layers_of(base)
             _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
         prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
         prepared.run(
@@ -186,9 +187,7 @@ def _guide(options: argparse.Namespace) -> Any:
     _log_to_terminal()
     base, experts = _fetch(recipe)
     assert base is not None
-    layers = pipeline.layers_of(base)
-    kinds = ", ".join(sorted({layer.projection for layer in layers}))
-    print(f"covered: {len(layers)} linear layers ({kinds})", file=sys.stderr)
+    pipeline.layers_of(base)
     with _progress() as report:
         return recipe, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
 

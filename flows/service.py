@@ -16,7 +16,6 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 
 _PR_SET_PDEATHSIG = 1
-PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 
 
 @contextmanager
@@ -55,7 +54,9 @@ def up(started: Callable[[str, str], None]) -> None:
         InputError: if a port is taken.
         LewisError: if a server does not come up.
     """
-    with prefect_server(_usable(PREFECT_PORT)) as api, _mlflow_server() as mlflow:
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job of a shell starts with it ignored
+        signal.signal(number, signal.default_int_handler)
+    with prefect_server(_usable("PREFECT_SERVER_API_PORT", 4200)) as api, _mlflow_server() as mlflow:
         note = _note()
         store.write_json(note, {"prefect": api, "pid": os.getpid()})
         try:
@@ -75,18 +76,20 @@ def _mlflow_server() -> Iterator[str]:
         return
     registry.configure()
     database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
-    url = f"http://127.0.0.1:{_usable(MLFLOW_PORT)}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(MLFLOW_PORT)]
+    port = _usable("MLFLOW_PORT", 5000)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", database]
     # Two processes instead of fifteen: nothing here uses MLflow's job queue.
     with _server("mlflow", command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, f"{url}/health"):
         yield url
 
 
-def _usable(port: int) -> int:
+def _usable(variable: str, default: int) -> int:
+    port = int(os.environ.get(variable, default))
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise InputError(f"127.0.0.1:{port} is taken; stop what listens there (is `lewis up` running already?)")
+            raise InputError(f"127.0.0.1:{port} is taken (by another `lewis up`?); stop it, or set {variable}")
     return port
 
 

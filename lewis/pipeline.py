@@ -339,5 +339,14 @@ def lineage(
 
 
 def layers_of(base: ModelFiles) -> list[Layer]:
-    """The covered layers of the base."""
-    return importance.covered_layers(base.folder, set(base.open().tensors))
+    """The covered layers of the base; logs which they are.
+
+    Raises:
+        InputError: if there are none.
+    """
+    tensors = base.open().tensors
+    layers = importance.covered_layers(base.folder, set(tensors))
+    share = sum(x.parameters for x in layers) / sum(info.elements for info in tensors.values())
+    kinds = ", ".join(sorted({layer.projection for layer in layers}))
+    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
+    return layers

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\s*", re.DOTALL)  # for the Hub; MLflow would show it as text
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
             run_id=run_id,
             model_id=model.model_id,
             tags=_version_tags(entry, sizes),
-            description=tracking.cut(entry.card, MAX_DESCRIPTION, "card.md"),
+            description=tracking.cut(FRONT_MATTER.sub("", entry.card), MAX_DESCRIPTION, "card.md"),
             await_creation_for=0,
         )
     except BaseException:

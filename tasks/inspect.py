@@ -1,7 +1,5 @@
 """Look at the models before any work: do they fit together, what is covered, is there space."""
 
-import logging
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -9,8 +7,6 @@ from lewis import pipeline, store
 from lewis.entries import ModelFiles, Source
 from lewis.recipe import Recipe
 from tasks.caching import RETRIES
-
-logger = logging.getLogger(__name__)
 
 
 @task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
@@ -26,8 +22,4 @@ def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) 
     store.check_space(store.home() / "merged", (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0
-    layers = pipeline.layers_of(base)
-    kinds = sorted({layer.projection for layer in layers})
-    share = sum(x.parameters for x in layers) / sum(info.elements for info in prepared.base.tensors.values())
-    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), ", ".join(kinds), 100 * share)
-    return len(layers)
+    return len(pipeline.layers_of(base))
