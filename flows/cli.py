@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = add("merge", _merge, "merge with the library alone: no Prefect, no MLflow")
     merge.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model")
     merge.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file to write, default 5GB")
+    merge.add_argument("--json", action="store_true", help=json_help)
     importance = add("importance", _importance, "measure the importance of every covered layer")
     importance.add_argument("-o", "--output", metavar="FILE.json", type=Path, required=True)
     allocate = add("allocate", _allocate, "allocate a density to every tensor of every expert")
@@ -173,7 +174,13 @@ def _merge(options: argparse.Namespace) -> None:
             manifest=pipeline.lineage(recipe, base, experts, allocated),
             progress=lambda done, total, name: report("merge", done, total),
         )
-    print(f"{options.output}: {len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB, digest {prepared.digest}")
+    if options.json:
+        facts = {"folder": str(options.output.resolve()), "digest": prepared.digest, "bytes": prepared.size}
+        print(json.dumps({**facts, "mean_density": allocated.means if allocated else {}}, indent=2))
+    else:
+        print(
+            f"{options.output}: {len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB, digest {prepared.digest}"
+        )
 
 
 def _guide(options: argparse.Namespace) -> Any:

@@ -21,15 +21,12 @@ from pydantic_core import to_jsonable_python
 from lewis import hub, store
 from lewis.device import default_device
 from lewis.errors import LewisError
+from tasks.logs import quieten
 
 logger = logging.getLogger(__name__)
 STOPPING = threading.Event()
 """Set on Ctrl-C: long tasks, which run in threads, end at their next report of progress."""
-for _library in ("lewis", "tasks"):
-    logging.getLogger(_library).setLevel(logging.INFO)
-# Prefect warns at the start of every task with a timeout that a thread is stopped between calls only. That is what we
-# want: the work is loops over tensors and batches, and lm-eval, the one long call, has a child process to kill.
-logging.getLogger("prefect.task_runs").addFilter(lambda record: not str(record.msg).startswith("Timeout of %s seconds"))
+quieten()
 
 # For what can heal by itself: five tries in about a minute, never for a wrong input.
 RETRIES: dict[str, Any] = {

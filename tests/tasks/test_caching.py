@@ -1,5 +1,6 @@
 """What the tasks share: keys by content, the device slot, progress that can be stopped."""
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from lewis.errors import InputError, LewisError, TransientError
 from tasks import caching
 from tasks.caching import RETRIES, ContentAddressed, Progress, device_slot, slug
+from tasks.logs import worth_reading
 
 
 def key(inputs: dict[str, Any], **policy: Any) -> str:
@@ -64,6 +66,17 @@ def test_only_what_can_heal_is_tried_again(error: Exception, again: bool) -> Non
         raise error
 
     assert RETRIES["retry_condition_fn"](None, None, SimpleNamespace(result=result)) is again
+
+
+def test_an_error_of_ours_is_logged_as_its_message() -> None:
+    def record(message: str, error: Exception | None = None) -> logging.LogRecord:
+        info = (type(error), error, None) if error else None
+        return logging.LogRecord("prefect.task_runs", logging.ERROR, "", 0, message, None, info)
+
+    ours, theirs = record("failed", InputError("wrong")), record("failed", KeyError("bug"))
+    assert worth_reading(ours) and ours.exc_info is None
+    assert worth_reading(theirs) and theirs.exc_info is not None
+    assert not worth_reading(record("Finished in state NotReady(...)"))
 
 
 def test_slugs_are_artifact_keys() -> None:
