@@ -16,9 +16,9 @@ def quieten() -> None:
 def worth_reading(record: logging.LogRecord) -> bool:
     """Filter of log records.
 
-    An error of ours says what went wrong in its message: its traceback is dropped. Tasks that did not start because of it
-    are dropped too; the UI shows them. So is Prefect's warning, at the start of each task with a timeout, that a thread is
-    only stopped between calls: the work is loops over tensors and batches, and lm-eval has a child process to kill.
+    An error of ours says what went wrong in its message: its traceback is dropped. Tasks that did not start because of
+    it are dropped too; the UI shows them. So is Prefect's warning, at the start of each task with a timeout, that a
+    thread is only stopped between calls: the work is loops over tensors and batches, and lm-eval has a child process.
     """
     if record.exc_info and isinstance(record.exc_info[1], LewisError):
         record.exc_info = record.exc_text = None
