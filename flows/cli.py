@@ -178,9 +178,8 @@ def _merge(options: argparse.Namespace) -> None:
         facts = {"folder": str(options.output.resolve()), "digest": prepared.digest, "bytes": prepared.size}
         print(json.dumps({**facts, "mean_density": allocated.means if allocated else {}}, indent=2))
     else:
-        print(
-            f"{options.output}: {len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB, digest {prepared.digest}"
-        )
+        size = f"{len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB"
+        print(f"{options.output}: {size}, digest {prepared.digest}")
 
 
 def _guide(options: argparse.Namespace) -> Any:

@@ -38,9 +38,11 @@ def client(doing: str) -> Iterator["MlflowClient"]:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_folder() / 'mlflow.db'}"
     try:
-        mlflow.set_tracking_uri(uri)
-        connected = mlflow.MlflowClient(uri)
-        experiment(connected)
+        # Processes that create one database or one experiment at once would fail; making a client already creates.
+        with store.lock("mlflow"):
+            mlflow.set_tracking_uri(uri)
+            connected = mlflow.MlflowClient(uri)
+            experiment(connected)
         yield connected
     except (MlflowException, RequestException) as error:
         heals = isinstance(error, RequestException) or error.error_code in HEALING
@@ -52,20 +54,17 @@ def client(doing: str) -> Iterator["MlflowClient"]:
 def experiment(client: "MlflowClient") -> str:
     """The id of the experiment `MLFLOW_EXPERIMENT_NAME`, by default `lewis`; created if it does not exist.
 
-    Under a lock, since processes that create one database or one experiment at once would fail.
-
     Raises:
         InputError: if it has been deleted.
     """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis"
-    with store.lock("mlflow"):
-        artifacts = _folder() / "artifacts"
-        artifacts.mkdir(parents=True, exist_ok=True)
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            # A server knows where its artifacts go; without one, MLflow would take the current folder.
-            location = None if client.tracking_uri.startswith("http") else artifacts.as_uri()
-            return str(client.create_experiment(name, artifact_location=location))
+    artifacts = _folder() / "artifacts"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # A server knows where its artifacts go; without one, MLflow would take the current folder.
+        location = None if client.tracking_uri.startswith("http") else artifacts.as_uri()
+        return str(client.create_experiment(name, artifact_location=location))
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore -x {found.experiment_id}"
         raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")
