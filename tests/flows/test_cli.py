@@ -57,9 +57,11 @@ def test_merge_writes_a_model_and_replaces_only_its_own(
     assert "not empty" in capsys.readouterr().err and (family.base / "config.json").is_file()
 
 
-def test_importance_allocate_and_export(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_importance_allocate_and_export(
+    recipe: Path, home: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert main(["importance", str(recipe), "-o", str(home / "i.json")]) == 0
-    assert "covered: 14 linear layers" in capsys.readouterr().err
+    assert "covered: 14 linear layers" in caplog.text
     rows = json.loads((home / "i.json").read_text())["importance"]
     assert len(rows) == 3 and all(len(row["norms"]) == 14 for row in rows)
 
