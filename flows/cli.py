@@ -237,7 +237,7 @@ def _fetch(recipe: "Recipe") -> Any:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal, nothing elsewhere: gives a function of (what, done, total)."""
+    """Bars on a terminal, a line for each thing begun elsewhere: gives a function of (what, done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -254,6 +254,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         def report(what: str, done: int, total: int) -> None:
             if what not in known:
                 known[what] = bars.add_task(what, total=total)
+                if not console.is_terminal:
+                    print(f"{what} ...", file=sys.stderr, flush=True)
             bars.update(known[what], completed=done)
 
         yield report
