@@ -137,7 +137,8 @@ def _models_to_score(
     """Label -> model, in the order of the table: the parents, the uniform baseline, the merged model."""
     assert plan.evaluate is not None
     models: dict[str, Any] = {}
-    if base and "base" in plan.evaluate.baselines:
+    gated = plan.register_as is not None and plan.register_as.gate is not None
+    if base and ("base" in plan.evaluate.baselines or gated):  # the first champion has to beat the base
         models["base"] = base
     if "experts" in plan.evaluate.baselines:
         pairs = zip(pipeline.short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)

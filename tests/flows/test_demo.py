@@ -1,0 +1,30 @@
+"""The demo as a newcomer runs it: trained, merged, scored, registered, and the second time found."""
+
+import json
+
+import pytest
+
+from lewis.demo import SKILLS
+from tests.flows.conftest import Command
+from tests.flows.test_run import finished, states
+
+
+@pytest.mark.timeout(900)
+def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(lewis: Command) -> None:
+    code, out, err = finished(lewis("demo", "--json"), timeout=800)
+    assert code == 0, err
+    first = json.loads(out)
+    rows = {row["model"]: row for row in first["scores"]}
+    assert list(rows) == ["base", *SKILLS, "uniform", "lewis"]
+    for skill in SKILLS:
+        score = {name: float(row[f"{skill}/exact_match,none ↑"].split()[0]) for name, row in rows.items()}
+        assert score["base"] < 0.5 and score[skill] >= 0.9
+        assert score["lewis"] >= 0.8 * score[skill]
+        assert all(score[other] < 0.8 * score[skill] for other in SKILLS if other != skill)
+    assert first["version"] == "models:/lewis-demo/1" and first["promoted"]
+
+    code, out, err = finished(lewis("demo", "--json"))
+    assert code == 0, err
+    done = {name: state for name, state in states(err).items() if name.split()[0] in ("measure", "merge", "evaluate")}
+    assert len(done) == 6 + 2 + 6 and set(done.values()) == {"Cached"}
+    assert json.loads(out)["digest"] == first["digest"] and not json.loads(out)["created"]
