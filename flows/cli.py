@@ -267,7 +267,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     if not rows:
         return
-    table = Table(*rows[0])
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")  # a cut name would not tell the metric
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
