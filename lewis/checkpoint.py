@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lewis.errors import InputError, LewisError
+from lewis.pinned import refuse_pickled
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -152,12 +153,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         return {SINGLE: None}
     index = folder / INDEX
     if not index.is_file():
-        pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickled:
-            raise InputError(
-                f"{folder}: only pickled weights ({pickled[0]}), which can run code when loaded; "
-                "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
-            )
+        refuse_pickled(str(folder), [path.name for path in folder.glob("*")])
         raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -75,45 +76,48 @@ class CalibrationEntry(_Entry):
         return self
 
 
-class ImportanceEntry(_Entry):
-    """Measured norms in the store: `{"norms": {tensor: I(l,c)}}` at `path`."""
+class _JsonEntry(_Entry):
+    """A JSON file of the store, which is whole if it holds something under `holds`."""
 
-    ref: str
-    calibration: str
+    holds: ClassVar[str]
     digest: str
     path: Path
 
     @model_validator(mode="after")
-    def _on_disk(self) -> "ImportanceEntry":
-        if not (store.read_json(self.path) or {}).get("norms"):
-            raise ValueError(f"{self.path} is gone or damaged")
+    def _on_disk(self) -> Self:
+        self.content(self.holds)
         return self
+
+    def content(self, key: str) -> Any:
+        """What the file holds under `key`; ValueError if that is gone or damaged."""
+        found = store.entry(self.path, key)
+        if found is None:
+            raise ValueError(f"{self.path} is gone or damaged")
+        return found
+
+
+class ImportanceEntry(_JsonEntry):
+    """Measured norms in the store."""
+
+    holds: ClassVar[str] = "norms"
+    ref: str
+    calibration: str
 
     @property
     def norms(self) -> dict[str, float]:
-        """Tensor name -> I(l,c)."""
-        norms: dict[str, float] = store.read_json(self.path)["norms"]  # type: ignore[index]
-        return norms
+        """Tensor name -> I(l,c); read from the disk at each call."""
+        return dict(self.content("norms"))
 
 
-class AllocationEntry(_Entry):
+class AllocationEntry(_JsonEntry):
     """Densities of all experts in the store, and those of the uniform baseline with the same means."""
 
-    digest: str
-    path: Path
+    holds: ClassVar[str] = "experts"
     means: dict[str, float]
 
-    @model_validator(mode="after")
-    def _on_disk(self) -> "AllocationEntry":
-        if not (store.read_json(self.path) or {}).get("experts"):
-            raise ValueError(f"{self.path} is gone or damaged")
-        return self
-
     def experts(self, which: str = "experts") -> dict[str, Allocation]:
-        """Expert -> allocation; `which` is `experts` or `uniform`."""
-        content = store.read_json(self.path)
-        assert content is not None
-        return {ref: Allocation(**fields) for ref, fields in content[which].items()}
+        """Expert -> allocation; `which` is `experts` or `uniform`. Read from the disk at each call."""
+        return {ref: Allocation(**fields) for ref, fields in self.content(which).items()}
 
 
 class MergedModel(_Entry):
@@ -133,23 +137,16 @@ class MergedModel(_Entry):
         return ModelFiles.at(ref, self.digest, self.folder)
 
 
-class ScoresEntry(_Entry):
+class ScoresEntry(_JsonEntry):
     """What lm-eval said of one model, in the store."""
 
+    holds: ClassVar[str] = "scores"
     ref: str
-    digest: str
-    path: Path
-
-    @model_validator(mode="after")
-    def _on_disk(self) -> "ScoresEntry":
-        if not (store.read_json(self.path) or {}).get("scores"):
-            raise ValueError(f"{self.path} is gone or damaged")
-        return self
 
     @property
     def scores(self) -> list[Score]:
-        """One per task and metric."""
-        return [Score(**fields) for fields in (store.read_json(self.path) or {})["scores"]]
+        """One per task and metric; read from the disk at each call."""
+        return [Score(**fields) for fields in self.content("scores")]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Merge:
         check_compatible(self.base, [expert.model for expert in self.experts])
         recipe.check_filters([*self.base.tensors, *self.base.tied])
         self._layers = 1 + max((_layer_of(name) or 0 for name in self.base.tensors), default=0)
-        out = _STORED.get(recipe.out_dtype or recipe.dtype or "")
+        out = stored_dtype(recipe)
         self.layout = {
             name: (out if out and info.floating else info.dtype, info.shape) for name, info in self.base.tensors.items()
         }
@@ -207,6 +207,11 @@ class Merge:
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.donor)},
             }
         )
+
+
+def stored_dtype(recipe: Recipe) -> str | None:
+    """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's."""
+    return _STORED.get(recipe.out_dtype or recipe.dtype or "")
 
 
 def random_stream(seed: int, expert: str, tensor: str) -> np.random.Generator:

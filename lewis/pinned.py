@@ -54,13 +54,18 @@ def check_weights(ref: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in needed(names)):
         return
-    pickled = next((name for name in names if name.endswith(_PICKLED)), None)
+    refuse_pickled(ref, names)
+    raise InputError(f"{ref}: no *.safetensors in it; expected a model or a LoRA adapter in the Hugging Face layout")
+
+
+def refuse_pickled(ref: str, names: Iterable[str]) -> None:
+    """Raise InputError if there are pickled weights among the files of a model that has no others."""
+    pickled = next((name for name in sorted(names) if name.endswith(_PICKLED)), None)
     if pickled:
         raise InputError(
             f"{ref}: only pickled weights ({pickled}), which can run code when loaded: expected *.safetensors; "
             "convert them with save_pretrained, or at https://huggingface.co/spaces/safetensors/convert"
         )
-    raise InputError(f"{ref}: no *.safetensors in it; expected a model or a LoRA adapter in the Hugging Face layout")
 
 
 def find_folder(ref: str, root: Path) -> Path | None:

@@ -114,7 +114,7 @@ def measure(
     """Importance of one model on one calibration set; measured once, then found."""
     digest, path = _importance_place(files.key, calibration, device)
     with store.lock(f"importance-{digest}"):
-        if not (store.read_json(path) or {}).get("norms"):
+        if store.entry(path, "norms") is None:
             norms = importance.measure(
                 files.open(), Calibration.load(calibration.path), device=device, progress=progress
             )
@@ -126,8 +126,9 @@ def measure(
 def find_measured(ref: str, key: str, calibration: CalibrationEntry, device: str = "cpu") -> ImportanceEntry | None:
     """The importance of a model on a calibration set, if the store has it."""
     digest, path = _importance_place(key, calibration, device)
-    whole = bool((store.read_json(path) or {}).get("norms"))
-    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path) if whole else None
+    if store.entry(path, "norms") is None:
+        return None
+    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path)
 
 
 def _importance_place(key: str, calibration: CalibrationEntry, device: str) -> tuple[str, Path]:
@@ -150,7 +151,7 @@ def allocate(
     policy = recipe.lewis.density
     digest, path = _allocation_place(recipe, base, experts, measured)
     with store.lock(f"allocation-{digest}"):
-        if not (store.read_json(path) or {}).get("experts"):
+        if store.entry(path, "experts") is None:
             opened = base.open()
             layers = importance.covered_layers(base.folder, set(opened.tensors))
             norms = {(entry.ref, entry.calibration): entry.norms for entry in measured}
@@ -174,8 +175,8 @@ def find_allocated(
 ) -> AllocationEntry | None:
     """The densities, if the store has them."""
     digest, path = _allocation_place(recipe, base, experts, measured)
-    content = (store.read_json(path) or {}).get("experts")
-    if not content:
+    content = store.entry(path, "experts")
+    if content is None:
         return None
     return AllocationEntry(digest=digest, path=path, means={ref: fields["mean"] for ref, fields in content.items()})
 
@@ -271,11 +272,22 @@ def merge(
 ) -> MergedModel:
     """The merged checkpoint in the store, `merged/<digest>/`; made once, then found."""
     prepared = prepare_merge(recipe, base, experts, allocated, which)
-    folder = store.home() / "merged" / prepared.digest
+    folder = _merged_folder(prepared.digest)
     with store.lock(f"merged-{prepared.digest}"):
-        if (store.read_manifest(folder) or {}).get("digest") != prepared.digest:
+        if find_merged(prepared.digest) is None:
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
     return MergedModel(digest=prepared.digest, folder=folder)
+
+
+def find_merged(digest: str) -> MergedModel | None:
+    """A merged checkpoint, if the store has it whole."""
+    folder = _merged_folder(digest)
+    whole = (store.read_manifest(folder) or {}).get("digest") == digest
+    return MergedModel(digest=digest, folder=folder) if whole else None
+
+
+def _merged_folder(digest: str) -> Path:
+    return store.home() / "merged" / digest
 
 
 def score(
@@ -289,7 +301,7 @@ def score(
     """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
     digest, path = _scores_place(files.key, settings, root, device)
     with store.lock(f"scores-{digest}"):
-        if not (store.read_json(path) or {}).get("scores"):
+        if store.entry(path, "scores") is None:
             found = evaluation.evaluate(
                 files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
             )
@@ -300,8 +312,7 @@ def score(
 def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: str = "cpu") -> ScoresEntry | None:
     """The scores of a model, if the store has them."""
     digest, path = _scores_place(key, settings, root, device)
-    whole = bool((store.read_json(path) or {}).get("scores"))
-    return ScoresEntry(ref=ref, digest=digest, path=path) if whole else None
+    return None if store.entry(path, "scores") is None else ScoresEntry(ref=ref, digest=digest, path=path)
 
 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:

@@ -1,6 +1,6 @@
 """What a run would do, found out without doing it: only configs and tokenizers are downloaded."""
 
-import shutil
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ from lewis.device import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.importance import Layer
+from lewis.merge import stored_dtype
 from lewis.recipe import Recipe
 from lewis.writer import SIZES
 
@@ -83,16 +84,16 @@ def make_plan(recipe: Recipe) -> Plan:
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
     headers = hub.tensor_headers((base or experts[0]).model)
-    count = {name: _elements(shape) for name, (_, shape) in headers.items()}
+    count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
-    out = {"float32": 4, "float16": 2, "bfloat16": 2}.get(recipe.out_dtype or recipe.dtype or "")
-    output = sum(count[name] * (out or SIZES.get(dtype, 4)) for name, (dtype, _) in headers.items())
+    out = stored_dtype(recipe)
+    output = sum(count[name] * SIZES.get(out or dtype, 4) for name, (dtype, _) in headers.items())
     files = {source.ref: _files(source) for source in sources}
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
         plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), set(headers))
-    writes = [*_guided_steps(plan, recipe, base, experts, files)]
-    plan.disk, plan.disk_free = output * len(writes), _free()
+    writes = _guided_steps(plan, recipe, base, experts, files)
+    plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
     passes = plan.parameters * 4 if recipe.guided else 0
     # A merge holds the base, and of each expert its weights and task vector, then a few temporaries, in fp32.
     plan.memory = 400_000_000 + max(passes * 5 // 4, max(count.values()) * 4 * (4 + 4 * len(experts)))
@@ -124,17 +125,14 @@ def _guided_steps(
         if known_base and complete and all(measured):
             allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
         plan.steps.append(Step("allocate", "cached" if allocated else "to do"))
-    whiches = ["experts"] + (["uniform"] if recipe.wants_uniform else [])
     writes, merged_keys = [], {}
-    for which in whiches:
+    for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
         if complete and (allocated or not recipe.lewis):
             digest = pipeline.prepare_merge(recipe, known_base, present, allocated, which).digest
-        cached = digest and (store.read_manifest(store.home() / "merged" / digest) or {}).get("digest") == digest
-        plan.steps.append(
-            Step(f"merge {recipe.label if which == 'experts' else which}", "cached" if cached else "to do")
-        )
-        merged_keys[recipe.label if which == "experts" else which] = digest
+        cached = digest and pipeline.find_merged(digest)
+        plan.steps.append(Step(f"merge {label}", "cached" if cached else "to do"))
+        merged_keys[label] = digest
         writes += [] if cached else [which]
     if recipe.evaluate:
         settings = pipeline.eval_settings(recipe)
@@ -153,15 +151,3 @@ def _files(source: Source) -> ModelFiles | None:
         return pipeline.download(source)
     except LewisError:
         return None
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _free() -> int:
-    existing = next(p for p in (store.home(), *store.home().parents) if p.exists())
-    return shutil.disk_usage(existing).free

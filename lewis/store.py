@@ -119,10 +119,20 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def entry(path: Path, key: str) -> Any | None:
+    """What a JSON entry holds under `key`; None if the entry is absent, damaged or empty."""
+    content = read_json(path)
+    return (content.get(key) or None) if isinstance(content, dict) else None
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the file system of `folder`, which need not exist yet."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise InputError unless the file system of `folder` has `needed` bytes free."""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         raise InputError(
             f"{folder}: no space: the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "

@@ -50,11 +50,11 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> list[dict[s
 def importance_rows(measured: list[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
     """One row per covered layer: the norm in each model, then difference and density of each expert."""
     norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
-    rows = []
+    experts, rows = allocated.experts(), []
     for tensor in next(iter(norms.values())):
         row: dict[str, Any] = {"layer": tensor.removesuffix(".weight")}
         row |= {name: float(f"{values[tensor]:.6g}") for name, values in norms.items()}
-        for ref, each in allocated.experts().items():
+        for ref, each in experts.items():
             row |= {f"D {ref}": float(f"{each.differences[tensor]:.4g}")} if each.differences else {}
             row |= {f"density {ref}": round(each.densities[tensor], 4)}
         rows.append(row)
