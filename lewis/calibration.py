@@ -3,6 +3,7 @@
 import json
 import logging
 import string
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 
 logger = logging.getLogger(__name__)
+_LOADING = (
+    threading.Lock()
+)  # one set at a time: threads that load at once trip over tqdm's shared state inside datasets
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
 
 
 def _load_rows(where: str, spec: CalibrationSet, root: Path) -> Any:
+    with _LOADING:
+        return _load_dataset(where, spec, root)
+
+
+def _load_dataset(where: str, spec: CalibrationSet, root: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,28 @@ class TestMistakes:
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         self.refused(f"{tmp_path}: its tokenizer cannot be loaded", tmp_path, texts=["w1"])
+
+
+def test_sets_that_are_loaded_at_once_take_turns(
+    tmp_path: Path, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    (tmp_path / "rows.jsonl").write_text('{"a": "w1 w2"}\n{"a": "w3"}\n')
+    load, inside, most = datasets.load_dataset, [], []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)  # long enough for the others to arrive
+        try:
+            return load(*arguments, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    spec = CalibrationSet(dataset="json", data_files="rows.jsonl", text="{a}", samples=2)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(calibrate, str(i), spec, tokenizer=family.base, root=tmp_path) for i in range(4)]
+    assert len({future.result().digest for future in futures}) == 1
+    assert len(most) == 4 and max(most) == 1
