@@ -16,9 +16,8 @@ from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 
 logger = logging.getLogger(__name__)
-_LOADING = (
-    threading.Lock()
-)  # one set at a time: threads that load at once trip over tqdm's shared state inside datasets
+# One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
