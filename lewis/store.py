@@ -46,18 +46,24 @@ def lock(name: str) -> FileLock:
     return FileLock(path, thread_local=False)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a path to write a file at; it takes the place of `path` when the block ends well, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
     try:
-        with beside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part."""
+    with written_beside(path) as beside, beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

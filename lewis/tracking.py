@@ -40,6 +40,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
     try:
         # Processes that create one database or one experiment at once would fail; making a client already creates.
         with store.lock("mlflow"):
+            _create_database(uri)
             mlflow.set_tracking_uri(uri)
             connected = mlflow.MlflowClient(uri)
             experiment(connected)
@@ -103,6 +104,19 @@ def cut(text: str, limit: int, whole: str) -> str:
     """At most `limit` characters of `text`; a cut one ends with the name of the file that has it `whole`."""
     note = f"... (cut, all of it is in {whole})"
     return text if len(text) <= limit else text[: limit - len(note)] + note
+
+
+def _create_database(uri: str) -> None:
+    """Create a new sqlite database beside its place and rename it in: MLflow cannot go on with half of its tables."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.sweep(path.parent)
+    with store.written_beside(path) as beside:
+        SqlAlchemyStore(f"sqlite:///{beside}", (_folder() / "artifacts").as_uri()).engine.dispose()
 
 
 def _folder() -> Path:

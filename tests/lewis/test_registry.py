@@ -289,6 +289,17 @@ def test_kill_9_then_again_ends_with_one_version(entry: Entry, home: Path, proce
     assert [model.status.value for model in client().search_logged_models([experiment])] == ["READY"]
 
 
+def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path) -> None:
+    (home / "mlflow" / "mlflow.db").unlink()
+    dies = (
+        "import os, mlflow.store.db.utils as m; m._upgrade_db = lambda engine: os.kill(os.getpid(), 9)\n"
+        "from lewis import registry; registry.configure()"
+    )
+    assert subprocess.run([sys.executable, "-c", dies]).returncode == -signal.SIGKILL
+    assert registry.champion("tiny") is None
+    assert [path.name for path in (home / "mlflow").iterdir() if path.is_file()] == ["mlflow.db"]
+
+
 def test_a_failure_half_way_leaves_a_failed_run_and_no_version(entry: Entry, home: Path) -> None:
     broken = replace(entry, pictures={"no such folder/density.png": b""})
     with pytest.raises(LewisError, match=r"registering tiny: .*No such file"):
