@@ -3,10 +3,12 @@
 import argparse
 import json
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     add("export", _export, "print a mergekit config with the LEWIS densities as filters")
     demo = add("demo", _demo, "train a family of tiny models and run the whole DAG on it", recipe=False)
     demo.add_argument("--json", action="store_true", help=json_help)
-    add("up", _up, "run the Prefect and MLflow servers and their UIs, until Ctrl-C", recipe=False)
+    up = add("up", _up, "run the service until Ctrl-C: servers, deployments, worker, webhook receiver", recipe=False)
+    state = add("status", _status, "tell what runs, what is due, what champions hold and what is newer", recipe=False)
+    state.add_argument("--json", action="store_true", help=json_help)
+    gc = add("gc", _gc, "remove what no registered version, no recent run and no running one needs", recipe=False)
+    gc.add_argument("--days", metavar="N", type=float, default=14.0, help="keep what was used in the last N days (14)")
+    gc.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
+    gc.add_argument("--json", action="store_true", help=json_help)
+    deploy = add("deploy", _deploy, "put pool, limit, deployments and automations on a Prefect server", recipe=False)
+    for command in (up, deploy):
+        command.add_argument("--prefect-file", metavar="FILE", type=Path, help="default: deployments/prefect.yaml")
     return parser
 
 
@@ -102,12 +113,58 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _up(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
     from flows.service import up
 
-    def started(prefect: str, mlflow: str) -> None:
-        print(f"Prefect  {prefect}\nMLflow   {mlflow}\nCtrl-C stops both", flush=True)
+    console, colours = Console(), {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green"}
 
-    up(started)
+    def say(part: str, line: str) -> None:
+        console.print(Text(f"{part:<8}", colours.get(part, "magenta")), Text.from_ansi(line), soft_wrap=True)
+
+    def ready(urls: dict[str, str]) -> None:
+        named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
+        print("\n".join(f"{name:<8} {url}" for name, url in named.items()) + "\nCtrl-C stops all of it", flush=True)
+
+    up(say, ready, options.prefect_file)
+
+
+def _deploy(options: argparse.Namespace) -> None:
+    from flows.service import prefect_server
+
+    with prefect_server() as url:
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            from flows import deploy
+
+            recipes = deploy.deploy(options.prefect_file or deploy.PREFECT_YAML)
+    print(f"deployed to {url}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
+
+
+def _status(options: argparse.Namespace) -> None:
+    from flows.status import status
+
+    found, width = status(), shutil.get_terminal_size((120, 40)).columns
+    print(found.model_dump_json(indent=2) if options.json else found.to_text(width), end="")
+
+
+def _gc(options: argparse.Namespace) -> None:
+    from flows import turn
+    from lewis import housekeeping
+
+    _log_to_terminal()
+    found = housekeeping.survey(options.days, active_since=turn.active_since())
+    freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
+    if options.json:
+        facts = {"found": [asdict(item) for item in found], "bytes": total, "removed": options.yes, "freed": freed}
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    for item in found:
+        print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
+    done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
+    print(f"{len(found)} entries, {done}" if found else "nothing to remove")
 
 
 def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
@@ -118,11 +175,16 @@ def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: url}):
-            from flows.merge import merge_flow
+            from prefect import tags
 
+            from flows.merge import merge_flow
+            from flows.turn import crash_dead_runs
+
+            crash_dead_runs()
             signal.signal(signal.SIGINT, _stop_tasks)
             try:
-                report = merge_flow(recipe, overrides)
+                with tags("lewis"):
+                    report = merge_flow(recipe, overrides)
             finally:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 APILogWorker.drain_all(timeout=10)  # before the server goes

@@ -1,28 +1,31 @@
 """The DAG: from a recipe to a scored, registered and, if it is better, promoted merged model."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import State, flow
 from prefect.futures import PrefectFuture, wait
-from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
+from flows import catalog, runner
+from flows.turn import turn
 from lewis import pipeline
 from lewis.entries import ModelFiles
 from lewis.recipe import Recipe
 from tasks.allocate import allocate
 from tasks.download import download
 from tasks.evaluate import check_tasks, evaluate
-from tasks.importance import calibrate, measure
+from tasks.failures import result_of, says_why
+from tasks.importance import calibrate, measuring
 from tasks.inspect import inspect, preflight
-from tasks.merge import merge
+from tasks.merge import merging
+from tasks.provenance import tally
 from tasks.register import find_champion, gate, promote, register
-from tasks.report import report_densities, report_scores
-from tasks.resolve import resolve
+from tasks.report import name_run, report_densities, report_run, report_scores
+from tasks.resolve import resolve, settle
 
 
 class MergeReport(BaseModel):
@@ -53,23 +56,45 @@ def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name="merge", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8))
-def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
+@flow(name="merge", flow_run_name=_run_name, task_runner=runner.task_runner())
+@says_why
+def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0) -> State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
+    Ends `Cached` if everything was found done, and `Skipped` if a run of the recipe waits for its turn already.
+
     Args:
-        recipe: path of the recipe, a YAML file.
+        recipe: the name of a recipe in the recipes folder, or the path of a YAML file.
         overrides: `key.path=value` each, as `lewis run --set`.
+        settle_seconds: how long no model may have moved before the work begins; for runs that a release starts.
     """
+    runner.check()
+    path = catalog.find(recipe)
+    with turn(path, str(flow_run.id), skip=deployment.id is not None) as ours:
+        if not ours:
+            return Completed(
+                name="Skipped", message=f"a run of {path.stem} waits already and will find the newest state"
+            )
+        plan = Recipe.load(path, overrides or [])
+        if settle_seconds > 0:
+            settle(quote(plan), settle_seconds)
+        report, computed = _merge(plan)
+    if computed or report.created:
+        return Completed(data=report)
+    return Completed(name="Cached", message=f"{path.stem}: nothing has changed, everything was found done", data=report)
+
+
+def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
+    """The DAG; gives its report, and whether anything was computed."""
     # The recipe goes to the tasks quoted: Prefect would take the names in it for results of the tasks that return them,
     # and draw edges from everywhere to everywhere.
-    plan = Recipe.load(recipe, list(overrides))
     settings = pipeline.eval_settings(plan) if plan.evaluate else None
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
     champion = find_champion.submit(plan.register_as.name) if plan.register_as else None
 
     base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
     sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
+    named = name_run.submit(quote(plan), base_source, sources)
     checked = preflight.submit(quote(plan), base_source, sources)
 
     ready = [future for future in (tasks_digest, checked) if future]
@@ -78,10 +103,11 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
     inspected = inspect.submit(quote(plan), base, experts)
 
     sets, measured, allocated, drawn = _guide(plan, base, experts, inspected)
-    merged = merge.submit(quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
+    merged = merging(plan).submit(quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
     uniform = None
     if allocated and plan.wants_uniform:
-        uniform = merge.submit(quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
+        baseline = merging(plan, "uniform")
+        uniform = baseline.submit(quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
     _finish(tasks_digest, champion, base_source, *sources, checked, base, *experts, inspected)
     _finish(*sets, *measured, allocated, drawn, merged, uniform)
     result = merged.result()
@@ -100,14 +126,27 @@ def merge_flow(recipe: str, overrides: Sequence[str] = ()) -> MergeReport:
         _finish(*scores.values(), table)
         report.scores = table.result()
 
+    verdict = version = None
     if plan.register_as:
         verdict = gate.submit(quote(plan), champion, merged, scores)
         version = register.submit(quote(plan), base, experts, sets, allocated, merged, scores, wait_for=[verdict])
-        promoted = promote.submit(quote(plan), version, verdict)
+        promoted = promote.submit(quote(plan), version, verdict, merged)
         _finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
-    return report
+    work = tally(
+        download=[base, *experts],
+        measure=measured,
+        allocate=[allocated],
+        merge=[merged, uniform],
+        evaluate=scores.values(),
+    )
+    told = report_run.submit(
+        quote(plan), base, experts, sets, allocated, merged, champion, scores, verdict, version, work, wait_for=[named]
+    )
+    told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
+    results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
+    return report, any(future.state.name != "Cached" for future in results if future)
 
 
 def _guide(
@@ -122,7 +161,12 @@ def _guide(
         name: calibrate.submit(quote(plan), name, base, wait_for=[inspected])
         for name in dict.fromkeys(n for _, n in wanted)
     }
-    measured = [measure.submit(files[entry.model] if entry else base, sets[name]) for entry, name in wanted]
+    measured = [
+        measuring(entry.model if entry else str(plan.base_model)).submit(
+            files[entry.model] if entry else base, sets[name]
+        )
+        for entry, name in wanted
+    ]
     allocated = allocate.submit(quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
     return list(sets.values()), measured, allocated, report_densities.submit(quote(plan), measured, allocated)
 
@@ -151,4 +195,4 @@ def _finish(*futures: PrefectFuture[Any] | None) -> None:
     given = [future for future in futures if future is not None]
     wait(given)
     for future in given:
-        future.result()
+        result_of(future)

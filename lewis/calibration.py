@@ -40,7 +40,7 @@ class Calibration:
     def save(self) -> Path:
         """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
         path = store.home() / "calibrations" / f"{self.digest}.json"
-        if store.read_json(path) is None:
+        if store.read_entry(path) is None:
             store.write_text(path, json.dumps({"name": self.name, "samples": self.samples}))
         return path
 

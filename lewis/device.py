@@ -1,4 +1,4 @@
-"""The device that torch works on, and what it means for numbers."""
+"""The devices that torch works on, and what they mean for numbers."""
 
 
 def default_device() -> str:
@@ -8,6 +8,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def devices() -> list[str]:
+    """All devices of this machine by torch's names: `cuda:0`, `cuda:1` ..., or `cpu` alone."""
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
+
+
 def precision(device: str) -> str:
-    """What a forward pass computes in: fp32 on the CPU, the checkpoint's own dtype elsewhere. Part of every digest."""
+    """What a forward pass computes in: fp32 on the CPU, the checkpoint's own dtype elsewhere. Part of every digest.
+
+    It is the same for all GPUs: a result does not depend on which of them (`cuda:0`, `cuda:1`) computed it.
+    """
     return "fp32" if device == "cpu" else "stored"

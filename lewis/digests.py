@@ -12,7 +12,7 @@ def remembered_sha256(path: Path) -> str:
     """SHA-256 (64 hex digits) of a file, read again only when its place, size, times or inode changed."""
     path = path.resolve()
     entry = store.home() / "digests" / f"{store.digest(str(path))[:40]}.json"
-    known, stamp, start = store.read_json(entry), _stamp(path), time.time_ns()
+    known, stamp, start = store.read_entry(entry), _stamp(path), time.time_ns()
     if isinstance(known, dict) and known.get("stamp") == stamp:
         return str(known["sha256"])
     sha256 = store.file_sha256(path)

@@ -38,6 +38,8 @@ class ModelFiles(_Entry):
 
     @model_validator(mode="after")
     def _on_disk(self) -> "ModelFiles":
+        if self.folder.parent == store.home() / "merged":  # a merged model, to be scored or merged again
+            store.mark_used(self.folder / store.MANIFEST)
         for name, size in self.sizes.items():
             if not os.path.isfile(name) or os.path.getsize(name) != size:
                 raise ValueError(f"{name} is gone or was cut short")
@@ -71,6 +73,7 @@ class CalibrationEntry(_Entry):
 
     @model_validator(mode="after")
     def _on_disk(self) -> "CalibrationEntry":
+        store.mark_used(self.path)
         if not self.path.is_file():
             raise ValueError(f"{self.path} is gone")
         return self

@@ -41,6 +41,7 @@ __all__ = ["Headers", "Pinned", "fetch", "is_present", "resolve", "resolve_datas
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_told: dict[str, str] = {}  # reference -> commit, as last logged
 
 Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
 
@@ -74,7 +75,9 @@ def resolve(ref: str, root: Path) -> Pinned:
         commit, files = str(info.sha), _remember_listing(source, info)
     check_weights(ref, files)
     pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
-    logger.info("%s is commit %s (%.2f GB)", ref, commit, pinned.size / 1e9)
+    if _told.get(ref) != commit:  # who waits for a release asks every few seconds
+        _told[ref] = commit
+        logger.info("%s is commit %s (%.2f GB)", ref, commit, pinned.size / 1e9)
     return pinned
 
 
@@ -224,7 +227,7 @@ def _listing_entry(source: str, commit: str) -> Path:
 
 
 def _remembered_listing(source: str, commit: str) -> Listing | None:
-    known = store.read_json(_listing_entry(source, commit))
+    known = store.read_entry(_listing_entry(source, commit))
     return None if known is None else {name: (size, checksum) for name, (size, checksum) in known.items()}
 
 

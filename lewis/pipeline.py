@@ -335,9 +335,10 @@ def eval_settings(recipe: Recipe) -> EvalSettings:
 
 
 def short_names(refs: Sequence[str]) -> list[str]:
-    """What to call models in tables: the last part of each reference, or the whole where two would be alike."""
+    """What to call experts in tables: the last part of each reference, or the whole where that would be ambiguous."""
     short = [ref.rpartition("+")[2].partition("@")[0].rstrip("/").rpartition("/")[2] or ref for ref in refs]
-    return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
+    taken = [*short, "base", "uniform", "lewis", "merged", "champion"]
+    return [name if taken.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
 
 
 def lineage(

@@ -18,6 +18,7 @@ def registry_entry(
     allocated: AllocationEntry | None,
     merged: MergedModel,
     scores: Mapping[str, ScoresEntry],
+    tags: Mapping[str, str] | None = None,
 ) -> Entry:
     """Gather parameters, scores, lineage and pictures of one merge.
 
@@ -27,12 +28,12 @@ def registry_entry(
         allocated: densities; None for a plain merge.
         merged: the result.
         scores: label in the score table -> scores.
+        tags: further tags of the version.
     """
     assert recipe.register_as is not None
     found = {label: entry.scores for label, entry in scores.items()}
     rows = score_table(found)
-    inputs = [*([base] if base else []), *experts]
-    lineage = {files.ref: files.key for files in inputs} | {f"calibration:{c.name}": c.digest for c in calibrations}
+    lineage = lineage_of(base, experts, calibrations)
     means = dict(allocated.means) if allocated else {}
     pictures: dict[str, bytes] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -69,7 +70,16 @@ def registry_entry(
             mean_density=means,
             scores=rows,
         ),
+        tags=tags or {},
     )
+
+
+def lineage_of(
+    base: ModelFiles | None, experts: Sequence[ModelFiles], calibrations: Sequence[CalibrationEntry]
+) -> dict[str, str]:
+    """Commit or content digest of every input, by its reference in the recipe."""
+    models = {files.ref: files.key for files in [*([base] if base else []), *experts]}
+    return models | {f"calibration:{each.name}": each.digest for each in calibrations}
 
 
 def flat_parameters(recipe: Recipe) -> dict[str, str]:

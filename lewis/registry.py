@@ -10,9 +10,10 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 from lewis import logged_model, store, tracking
 from lewis.errors import InputError, LewisError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
+SOURCE = "lewis.source."  # tags of a version: what it was merged from
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\s*", re.DOTALL)  # for the Hub; MLflow would show it as text
 
 
@@ -44,6 +46,7 @@ class Entry:
         pictures: PNG files by name.
         tables: rows by name.
         card: Markdown, the version's description.
+        tags: further tags of a new version, such as where it was made.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Entry:
     pictures: Mapping[str, bytes]
     tables: Mapping[str, list[dict[str, Any]]]
     card: str
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,27 @@ class Champion:
         digest: of its merge; empty if LEWIS did not register it, or its files were lost.
         folder: its checkpoint on this disk; None if the artifacts are remote or damaged.
         metrics: its scores by `task/metric,filter`.
+        sources: commit or content digest of every input, by `source_tag` of its reference.
     """
 
     version: Version
     digest: str
     folder: Path | None
     metrics: Mapping[str, float]
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What `promote` did.
+
+    Attributes:
+        moved: whether the alias `champion` moved to the version.
+        previous: the `uri` that had it before; None if there was no champion.
+    """
+
+    moved: bool
+    previous: str | None
 
 
 def configure() -> None:
@@ -125,19 +144,38 @@ def find(name: str, digest: str) -> Version | None:
 
 def champion(name: str) -> Champion | None:
     """The version in use, or None before the first promotion."""
-    name = _model_name(name)
+    name = model_name(name)
     with tracking.client(f"reading the champion of {name}") as client:
         return _champion(client, name)
 
 
 def link(version: Version) -> str:
     """Where MLflow's UI shows the version: on the tracking server, or where `mlflow ui` would serve by default."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server}/#/models/{version.name}/versions/{version.version}"
+    return f"{_server()}/#/models/{quote(version.name)}/versions/{version.version}"
 
 
-def promote(version: Version, verdict: Verdict) -> None:
+def run_link(version: Version) -> str:
+    """Where MLflow's UI shows the run that made the version."""
+    return f"{_server()}/#/runs/{version.run_id}"
+
+
+def attach(version: Version, files: Mapping[str, str]) -> None:
+    """Put text files, by name, beside what the version's run has logged.
+
+    Raises:
+        TransientError: if the server does not answer.
+        LewisError: if MLflow or the disk refuses.
+    """
+    with tracking.client(f"attaching {', '.join(files)} to {version.uri}") as client:
+        tracking.log_files(client, version.run_id, {name: text.encode() for name, text in files.items()})
+
+
+def source_tag(ref: str) -> str:
+    """The tag of a version that holds the commit or content digest of an input."""
+    return tracking.key(f"{SOURCE}{ref.replace('/', '--')}")
+
+
+def promote(version: Version, verdict: Verdict) -> Promotion:
     """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
 
     A version that already is the champion stays as it is.
@@ -149,7 +187,7 @@ def promote(version: Version, verdict: Verdict) -> None:
         current = _champion(client, version.name)
         if current is not None and current.version.version == version.version:
             logger.info("%s already is the champion", version.uri)
-            return
+            return Promotion(moved=False, previous=current.version.uri)
         if verdict.passed and verdict.compared_with.startswith("models:/"):
             _check_still_champion(current, verdict)
         tags = {
@@ -161,10 +199,11 @@ def promote(version: Version, verdict: Verdict) -> None:
             client.set_model_version_tag(version.name, version.version, key, value)
         if not verdict.passed:
             client.set_registered_model_alias(version.name, "challenger", version.version)
-            return
-        if current is not None:
-            client.set_registered_model_alias(version.name, "previous", current.version.version)
-        client.set_registered_model_alias(version.name, "champion", version.version)
+        else:
+            if current is not None:
+                client.set_registered_model_alias(version.name, "previous", current.version.version)
+            client.set_registered_model_alias(version.name, "champion", version.version)
+        return Promotion(moved=verdict.passed, previous=current.version.uri if current is not None else None)
 
 
 def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
@@ -215,7 +254,8 @@ def _version_tags(entry: Entry, sizes: Mapping[str, int]) -> dict[str, str]:
         "lewis.digest": entry.digest,
         "lewis.metrics": json.dumps(merged, sort_keys=True),
         "lewis.files": json.dumps(sizes),
-        **{tracking.key(f"lewis.source.{ref.replace('/', '--')}"): commit for ref, commit in entry.lineage.items()},
+        **{source_tag(ref): commit for ref, commit in entry.lineage.items()},
+        **entry.tags,
     }
 
 
@@ -270,6 +310,7 @@ def _champion(client: "MlflowClient", name: str) -> Champion | None:
         digest=version.tags.get("lewis.digest", ""),
         folder=folder and folder / logged_model.CHECKPOINT,
         metrics=json.loads(version.tags.get("lewis.metrics", "{}")),
+        sources={key: commit for key, commit in version.tags.items() if key.startswith(SOURCE)},
     )
 
 
@@ -313,12 +354,20 @@ def _made_by(name: str, digest: str) -> str:
     return f"tags.`lewis.name` = '{name}' and tags.`lewis.digest` = '{digest}'"
 
 
+def _server() -> str:
+    uri = os.environ.get("LEWIS_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")  # `lewis up` sets the first
+    if not uri.startswith("http"):
+        return "http://127.0.0.1:5000"
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")  # no password in a link
+
+
 def _version(version: "ModelVersion", created: bool) -> Version:
     uri = f"models:/{version.name}/{version.version}"
     return Version(version.name, str(version.version), version.run_id or "", uri, created)
 
 
-def _model_name(name: str) -> str:
+def model_name(name: str) -> str:
     """`name` without what MLflow or its filters refuse."""
     cleaned = re.sub(r"[/:\"'`]", "_", name).strip()
     if not cleaned.strip("."):
@@ -329,4 +378,4 @@ def _model_name(name: str) -> str:
 def _check(name: str, digest: str) -> str:
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise InputError(f"{name}: expected a digest of 64 hex digits, got {digest!r}")
-    return _model_name(name)
+    return model_name(name)

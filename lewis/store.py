@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from filelock import FileLock
 from lewis.errors import InputError
 
 MANIFEST = "lewis.json"
+MARK_EVERY = 3600.0  # seconds; `mark_used` lags behind the last use by no more
 
 
 def home() -> Path:
@@ -50,17 +52,17 @@ def lock(name: str) -> FileLock:
 def written_beside(path: Path) -> Iterator[Path]:
     """Give a path to write a file at; it takes the place of `path` when the block ends well, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
+    scratch = beside(path)
     try:
-        yield beside
-        os.replace(beside, path)
+        yield scratch
+        os.replace(scratch, path)
     finally:
-        beside.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
-    with written_beside(path) as beside, beside.open("w") as file:
+    with written_beside(path) as scratch, scratch.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -85,7 +87,7 @@ def publish(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
-    scratch = _beside(folder)
+    scratch = beside(folder)
     scratch.mkdir()
     try:
         yield scratch
@@ -108,7 +110,8 @@ def check_replaceable(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published folder whose files are all there with their sizes; None otherwise."""
+    """The manifest of a published folder whose files are all there with their sizes, now marked as used; else None."""
+    mark_used(folder / MANIFEST)
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         whole = all((folder / name).stat().st_size == file["size"] for name, file in manifest["files"].items())
@@ -125,10 +128,26 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def read_entry(path: Path) -> Any | None:
+    """`read_json` of an entry of the store, which is marked as used."""
+    mark_used(path)
+    return read_json(path)
+
+
 def entry(path: Path, key: str) -> Any | None:
-    """What a JSON entry holds under `key`; None if the entry is absent, damaged or empty."""
-    content = read_json(path)
+    """What a JSON entry holds under `key`, marked as used; None if the entry is absent, damaged or empty."""
+    content = read_entry(path)
     return (content.get(key) or None) if isinstance(content, dict) else None
+
+
+def mark_used(path: Path) -> None:
+    """Note for housekeeping that an entry is in use: in its modification time, which is renewed every `MARK_EVERY`.
+
+    To be called before the entry is read, so that one which is being removed is seen to be in use.
+    """
+    with suppress(OSError):  # absent, or of a store that may only be read
+        if path.stat().st_mtime < time.time() - MARK_EVERY:
+            os.utime(path)
 
 
 def free_space(folder: Path) -> int:
@@ -149,13 +168,32 @@ def check_space(folder: Path, needed: int) -> None:
 def sweep(folder: Path) -> None:
     """Remove what processes that died (kill -9, power) left half-written in `folder`."""
     for leftover in folder.glob(".*.partial"):
-        with suppress(ValueError, ProcessLookupError, PermissionError):
-            pid = int(leftover.name.split(".")[-3])
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if is_abandoned(leftover):
+            discard(leftover)
 
 
-def _beside(path: Path) -> Path:
+def is_abandoned(leftover: Path) -> bool:
+    """Whether the process that was writing at `leftover`, a path of `beside`, is dead."""
+    writer = leftover.name.split(".")[-3]
+    return writer.isdecimal() and not is_alive(int(writer))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A name in the same folder, of this process, that readers do not look at and `sweep` removes when it has died."""
     return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")

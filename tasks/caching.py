@@ -1,17 +1,11 @@
-"""What the tasks share: cache keys by content, the retry rule, the device slot, progress in the UI."""
+"""What the tasks share: cache keys by content, the retry rule, progress in the UI."""
 
 import logging
-import os
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
@@ -19,7 +13,7 @@ from prefect.tasks import exponential_backoff
 from pydantic_core import to_jsonable_python
 
 from lewis import hub, store
-from lewis.device import default_device
+from lewis.device import default_device, precision
 from lewis.errors import LewisError
 from tasks.logs import quieten
 
@@ -27,6 +21,9 @@ logger = logging.getLogger(__name__)
 STOPPING = threading.Event()
 """Set on Ctrl-C: long tasks, which run in threads, end at their next report of progress."""
 quieten()
+
+RESULTS = store.home() / "results"
+"""Prefect's cache records: small references, one file a key."""
 
 # For what can heal by itself: five tries in about a minute, never for a wrong input.
 RETRIES: dict[str, Any] = {
@@ -51,47 +48,44 @@ class ContentAddressed(CachePolicy):
 
     fields: tuple[str, ...] = ()
     version: str = "1"
+    on_device: bool = False
 
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str:
         """The key, of characters that are safe in a file name."""
         chosen = {field: to_jsonable_python(inputs[field]) for field in self.fields}
-        return f"{task_ctx.task.name}-v{self.version}-{store.digest(chosen)[:40]}"
+        version = f"{self.version}-{precision(default_device())}" if self.on_device else self.version
+        key = f"{task_ctx.task.name}-v{version}-{store.digest(chosen)[:40]}"
+        store.mark_used(RESULTS / key)
+        return key
 
 
-def cached(*fields: str, version: str = "1") -> dict[str, Any]:
+def cached(*fields: str, version: str = "1", on_device: bool = False) -> dict[str, Any]:
     """Arguments of `@task` for a result that is kept in the store by content.
+
+    Args:
+        fields: the task's arguments that decide the result.
+        version: of what the code means.
+        on_device: whether the numbers depend on what the device computes in. The machine that runs the task is asked
+            when it runs: the flow's own may have no GPU.
 
     A result is a small reference that checks the disk when it is loaded: one to deleted or truncated files cannot be
     loaded, so the task runs again. Two runs at once both enter the task, and the store's lock lets one compute.
     """
     return {
-        "cache_policy": ContentAddressed(fields=fields, version=version),
+        "cache_policy": ContentAddressed(fields=fields, version=version, on_device=on_device),
         "persist_result": True,
-        "result_storage": store.home() / "results",
+        "result_storage": RESULTS,
         "result_serializer": "json",
         "cache_result_in_memory": False,
     }
 
 
-@contextmanager
-def device_slot() -> Iterator[str]:
-    """Hold this machine's one device while torch works on it; gives its name.
-
-    A kernel lock and no Prefect limit: a killed holder's slot is free at once, not after its lease, and each machine
-    that shares the server has a slot of its own.
-    """
-    slot = FileLock(Path(tempfile.gettempdir()) / f"lewis-device-{os.getuid()}.lock", thread_local=False)
-    try:
-        slot.acquire(timeout=0)
-    except Timeout:
-        logger.info("waiting for the device, which another task holds")
-        slot.acquire()
-    try:
-        yield default_device()
-    finally:
-        slot.release()
+def raise_if_stopping(what: str) -> None:
+    """Raise LewisError if the process was told to stop: a thread cannot be interrupted, so it asks."""
+    if STOPPING.is_set():
+        raise LewisError(f"{what}: stopped")
 
 
 class Progress:
@@ -104,10 +98,9 @@ class Progress:
         """Report a fraction in [0, 1].
 
         Raises:
-            LewisError: if the process was told to stop: a thread cannot be interrupted, so it asks.
+            LewisError: if the process was told to stop.
         """
-        if STOPPING.is_set():
-            raise LewisError(f"{self._what}: stopped")
+        raise_if_stopping(self._what)
         if time.monotonic() - self._last < 2 and (fraction < 1 or self._artifact is None):
             return
         self._last = time.monotonic()

@@ -6,10 +6,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lewis import evaluation, pipeline
-from lewis.device import default_device, precision
 from lewis.entries import MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
-from tasks.caching import Progress, cached, device_slot
+from tasks.caching import Progress, cached
+from tasks.device import device_slot
 
 
 @task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -23,7 +23,7 @@ def check_tasks(settings: EvalSettings, root: Path) -> str:
 @task(
     name="evaluate",
     task_run_name="evaluate {label}",
-    **cached("model", "tasks_digest", version=precision(default_device())),
+    **cached("model", "tasks_digest", on_device=True),
 )
 def evaluate(
     model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str

@@ -1,14 +1,17 @@
 """Calibration sets and the importance of one model on one of them."""
 
 from prefect import task
+from prefect.assets import materialize
 from prefect.cache_policies import NO_CACHE
+from prefect.tasks import MaterializingTask
 
 from lewis import importance as library
 from lewis import pipeline
-from lewis.device import default_device, precision
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Recipe
-from tasks.caching import RETRIES, Progress, cached, device_slot
+from tasks import assets
+from tasks.caching import RETRIES, Progress, cached
+from tasks.device import device_slot
 
 
 # Not cached: it is cheap, and its result, the digest of the token ids, is what the passes are cached by.
@@ -18,14 +21,23 @@ def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     return pipeline.prepare_calibration(recipe, name, base)
 
 
-@task(
+@materialize(
+    "lewis://importance/of-a-model",  # `measuring` knows of which
+    by="lewis",
     name="measure",
     task_run_name="measure {files.ref} on {calibration.name}",
     timeout_seconds=6 * 3600,
-    **cached("files", "calibration", version=f"{library.SEMANTICS}-{precision(default_device())}"),
+    **cached("files", "calibration", version=library.SEMANTICS, on_device=True),
 )
 def measure(files: ModelFiles, calibration: CalibrationEntry) -> ImportanceEntry:
     """One forward pass of one model over one calibration set."""
     report = Progress("measure", f"{files.ref} on {calibration.name}")
     with device_slot() as device:
-        return pipeline.measure(files, calibration, device=device, progress=lambda done, total: report(done / total))
+        found = pipeline.measure(files, calibration, device=device, progress=lambda done, total: report(done / total))
+    assets.describe(digest=found.digest, model=files.key, calibration=calibration.name, tokens=calibration.tokens)
+    return found
+
+
+def measuring(ref: str) -> MaterializingTask[[ModelFiles, CalibrationEntry], ImportanceEntry]:
+    """`measure`, with the lineage of one model."""
+    return measure.with_options(assets=[assets.importance(ref)], asset_deps=[assets.model(ref)])

@@ -2,16 +2,21 @@
 
 from typing import Literal
 
-from prefect import task
+from prefect.assets import materialize
+from prefect.tasks import MaterializingTask
 
 from lewis import merge as library
 from lewis import pipeline
 from lewis.entries import AllocationEntry, MergedModel, ModelFiles
 from lewis.recipe import Recipe
-from tasks.caching import Progress, cached, device_slot
+from tasks import assets
+from tasks.caching import Progress, cached
+from tasks.device import device_slot
 
 
-@task(
+@materialize(
+    "lewis://merged/of-a-recipe",  # `merging` knows of which
+    by="lewis",
     name="merge",
     task_run_name="merge {which}",
     timeout_seconds=6 * 3600,
@@ -28,6 +33,14 @@ def merge(
     """Merge with the densities of the `experts`, or of the `uniform` baseline; `blocks` is for the cache key."""
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
     with device_slot():
-        return pipeline.merge(
+        made = pipeline.merge(
             recipe, base, experts, allocated, which, progress=lambda done, total, name: report(done / total)
         )
+    inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
+    assets.describe(digest=made.digest, inputs=inputs, mean_density=dict(allocated.means) if allocated else {})
+    return made
+
+
+def merging(recipe: Recipe, which: str = "experts") -> MaterializingTask[..., MergedModel]:
+    """`merge`, with the lineage of one recipe."""
+    return merge.with_options(assets=[assets.merged(recipe, which)], asset_deps=assets.parents(recipe))

@@ -5,16 +5,19 @@ import logging
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 
 from lewis import registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
 from lewis.recipe import Recipe
 from lewis.registration import registry_entry
-from lewis.registry import Champion, Version
+from lewis.registry import Champion, Promotion, Version
+from tasks import provenance
 from tasks.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
+PROMOTED = "lewis.model.promoted"  # for automations: notify, deploy
 
 
 @task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
@@ -51,15 +54,19 @@ def register(
     scores: dict[str, ScoresEntry],
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
-    version = registry.register(registry_entry(recipe, base, experts, calibrations, allocated, merged, scores))
+    tags = provenance.tags()
+    entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
+    version = registry.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version
 
 
 @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def promote(recipe: Recipe, version: Version, verdict: Verdict) -> bool:
+def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; says whether the version is the champion now."""
-    registry.promote(version, verdict)
+    promotion = registry.promote(version, verdict)
+    if promotion.moved:
+        _announce(recipe, version, verdict, merged, promotion)
     word = "passed: champion" if verdict.passed else "failed: the champion stays"
     lines = [
         f"# {version.uri}: {word}",
@@ -70,3 +77,19 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict) -> bool:
     text = f"{version.uri} (run {version.run_id})"
     create_link_artifact(registry.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
     return verdict.passed
+
+
+def _announce(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel, promotion: Promotion) -> None:
+    emit_event(
+        event=PROMOTED,
+        resource={"prefect.resource.id": f"lewis.model.{version.name}", "prefect.resource.name": version.name},
+        payload={
+            "recipe": recipe.name,
+            "version": version.version,
+            "uri": version.uri,
+            "url": registry.link(version),
+            "digest": merged.digest,
+            "previous": promotion.previous,
+            "reasons": list(verdict.reasons),
+        },
+    )

@@ -1,17 +1,32 @@
-"""Artifacts for the Prefect UI, with stable keys: pictures and tables of densities, importance and scores."""
+"""Artifacts for the Prefect UI, with stable keys: pictures and tables of densities and scores, the run's report."""
 
 import base64
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import report
-from lewis.entries import AllocationEntry, ImportanceEntry, ScoresEntry
-from lewis.evaluation import score_table
+from lewis import registry, report
+from lewis.entries import (
+    AllocationEntry,
+    CalibrationEntry,
+    ImportanceEntry,
+    MergedModel,
+    ModelFiles,
+    ScoresEntry,
+    Source,
+)
+from lewis.evaluation import Score, score_table
+from lewis.gate import Verdict
 from lewis.recipe import Recipe
-from tasks.caching import slug
+from lewis.registration import lineage_of
+from lewis.registry import Champion, Version
+from lewis.run_report import RunFacts, changes, to_markdown
+from tasks import provenance
+from tasks.caching import RETRIES, slug
 
 
 @task(name="report-densities", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -45,6 +60,86 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> list[dict[s
         description="Scores with standard errors",
     )
     return rows
+
+
+@task(name="name-run", cache_policy=NO_CACHE, timeout_seconds=60)
+def name_run(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
+    """Name the flow run by the commits that it merges; its report adds the digest."""
+    provenance.rename(provenance.run_name(recipe.name, [source.key for source in _models(base, experts)]))
+
+
+@task(name="report-run", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def report_run(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    calibrations: list[CalibrationEntry],
+    allocated: AllocationEntry | None,
+    merged: MergedModel,
+    champion: Champion | None,
+    scores: dict[str, ScoresEntry],
+    verdict: Verdict | None,
+    version: Version | None,
+    work: dict[str, tuple[int, int]],
+) -> str:
+    """The story of the run, in the UI and beside the version in MLflow; gives it as Markdown.
+
+    Args:
+        champion: the version in use when the run began.
+        work: as `provenance.tally` counts it.
+    """
+    provenance.rename(provenance.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
+    run = provenance.this_run()
+    links = {"Prefect run": provenance.url()}
+    if version:
+        links |= {"MLflow version": registry.link(version), "MLflow run": registry.run_link(version)}
+    facts = RunFacts(
+        recipe=recipe.name,
+        outcome=_outcome(champion, verdict, version),
+        why=provenance.why(run),
+        seconds=(datetime.now(UTC) - run.start_time).total_seconds() if run.start_time else 0,
+        digest=merged.digest,
+        champion=champion.version.uri if champion else None,
+        changes=changes(champion.sources if champion else {}, lineage_of(base, experts, calibrations)),
+        work=work,
+        scores=_columns(recipe, champion, merged, scores),
+        merged=recipe.label,
+        verdict=verdict,
+        means=allocated.means if allocated else {},
+        links=links,
+    )
+    text = to_markdown(facts)
+    create_markdown_artifact(text, key=f"{slug(recipe.name)}-run-report", description=facts.outcome)
+    if version and version.created:
+        registry.attach(version, {"run_report.md": text})
+    return text
+
+
+def _models(base: Any, experts: list[Any]) -> list[Any]:
+    return [*([base] if base else []), *experts]
+
+
+def _outcome(champion: Champion | None, verdict: Verdict | None, version: Version | None) -> str:
+    if version is None or verdict is None:
+        return "Merged; the recipe registers nothing."
+    new = "" if version.created else ", registered by an earlier run,"
+    if champion and champion.version.uri == version.uri:
+        return f"{version.uri} is the champion already; nothing to promote."
+    if verdict.passed:
+        return f"{version.uri}{new} is the new champion."
+    return f"{version.uri}{new} was not promoted; " + (f"{champion.version.uri} stays." if champion else "none is yet.")
+
+
+def _columns(
+    recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]
+) -> dict[str, list[Score]]:
+    """Scores by label, the merged model's last; a champion that was not scored again has those of its version."""
+    found = {label: entry.scores for label, entry in scores.items()}
+    ours = found.pop(recipe.label, [])
+    if champion and champion.digest != merged.digest and "champion" not in found:
+        known = {s: champion.metrics.get(f"{s.task}/{s.metric}") for s in ours}
+        found["champion"] = [replace(s, value=v, stderr=None) for s, v in known.items() if v is not None]
+    return {label: each for label, each in {**found, recipe.label: ours}.items() if each}
 
 
 def importance_rows(measured: list[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:

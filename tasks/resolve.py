@@ -1,4 +1,7 @@
-"""Resolve a model reference to a pinned commit."""
+"""Resolve model references to pinned commits."""
+
+import logging
+import time
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -8,9 +11,27 @@ from lewis.entries import Source
 from lewis.recipe import Recipe
 from tasks.caching import RETRIES
 
+logger = logging.getLogger(__name__)
+POLL = 2.0  # seconds
+PATIENCE = 20  # times `seconds`: a repo that never rests is merged all the same
+
 
 # Never cached: what a branch points to is the one thing that must be asked anew.
 @task(name="resolve", task_run_name="resolve {ref}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def resolve(recipe: Recipe, ref: str, base: Source | None = None) -> Source:
     """Pin one model; `base` is what an adapter without a base of its own sits on."""
     return pipeline.pin(ref, recipe.root, base)
+
+
+@task(name="settle", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
+def settle(recipe: Recipe, seconds: float) -> None:
+    """Wait until no model of the recipe has moved for `seconds`, so that a burst of releases is merged once."""
+    seen, began = None, time.monotonic()
+    quiet_since = began
+    while time.monotonic() - quiet_since < seconds and time.monotonic() - began < PATIENCE * seconds:
+        base, experts = pipeline.pin_all(recipe)
+        heads = [source.key for source in ([base] if base else []) + experts]
+        if heads != seen:
+            seen, quiet_since = heads, time.monotonic()
+            logger.info("%s: the models rest for %g s before the work begins", recipe.name, seconds)
+        time.sleep(min(POLL, seconds))

@@ -53,12 +53,17 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield url
 
 
+def write_words(folder: Path) -> None:
+    """The data of the tests' calibration set and lm-eval task."""
+    draw = random.Random(0)
+    rows = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, family: Family) -> Path:
     """A recipe beside its data and its lm-eval task."""
-    draw = random.Random(0)
-    rows = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
-    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_words(tmp_path)
     (tmp_path / "words.yaml").write_text(TASK)
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE % {"base": family.base, "math": family.math, "code": family.code})

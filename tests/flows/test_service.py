@@ -1,43 +1,230 @@
-"""`lewis up`: both servers answer, commands find them, and nothing is left behind."""
+"""The service as it is used day by day: real processes, a real Hub that releases experts, faults as in life."""
 
 import json
 import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
+import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from tests.flows.conftest import REPO
+import pytest
+
+from tests.conftest import Family
+from tests.flows.conftest import TASK, write_words
+from tests.flows.test_run import SLOW
+from tests.support.local_hub import LocalHub
+from tests.support.models import write_expert
+from tests.support.service import Service, children, seconds
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models:
+  - {model: org/%(expert)s, parameters: {weight: 1.0}}
+  - {model: org/other, parameters: {weight: 1.0}}
+lewis:
+  calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{question} {answer}", samples: 16}}
+register: {name: %(name)s}
+"""
+SCORED = """
+evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
+register: {name: %(name)s, gate: {metric: "words/acc,none", min_gain: -1}}
+"""
+FAULTS: dict[str, dict[str, Any]] = {
+    "busy": {"status": 503, "times": 3},
+    "limited": {"status": 429, "times": 2},
+    "truncated": {"truncate": 1000, "times": 1},
+    "corrupted": {"corrupt": True, "times": 1},
+}
+# Each test has a recipe of its own, with an expert of the same name.
+NAMES = ("scored", "burst", "missed", "cron", "restarted", "killed", *FAULTS)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, family: Family) -> Iterator[Service]:
+    """A service that polls only when it is told to."""
+    root = tmp_path_factory.mktemp("service")
+    with LocalHub(root / "hub") as hub:
+        hub.commit("org/base", family.base)
+        for name in ("other", "shared", "late", *NAMES):
+            hub.commit(f"org/{name}", family.code)
+        service = Service(root, hub)
+        write_words(service.recipes)
+        (service.recipes / "tasks").mkdir()
+        (service.recipes / "tasks" / "words.yaml").write_text(TASK)
+        for name in NAMES:
+            add_recipe(service, name, name)
+        for name in ("one", "two"):
+            add_recipe(service, name, "shared")
+        with service:
+            yield service
 
 
-def test_up_serves_until_it_is_told_to_stop(home: Path) -> None:
-    ports = {"PREFECT_SERVER_API_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())}
-    environment = {k: v for k, v in os.environ.items() if k not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "up"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-        env={**environment, "LEWIS_HOME": str(home), **ports},
-    )
+def add_recipe(service: Service, name: str, expert: str) -> None:
+    text = RECIPE % {"expert": expert, "name": name}
+    if name == "scored":
+        text = text.partition("register:")[0] + SCORED % {"name": name}
+    (service.recipes / f"{name}.yaml").write_text(text)
+
+
+def release(service: Service, expert: str, family: Family, seed: int = 9) -> str:
+    """Commit a new fine-tune to the Hub; gives the commit."""
+    folder = service.home.parent / f"release-{expert}-{seed}"
+    write_expert(family.base, folder, seed=seed)
+    sha = service.hub.commit(f"org/{expert}", folder)
+    shutil.rmtree(folder)
+    return sha
+
+
+def merged_from(service: Service, name: str) -> list[str]:
+    """The commits of the recipe's expert in its versions, newest first."""
+    return [str(version.tags[f"lewis.source.org--{name}"]) for version in service.versions(name)]
+
+
+@contextmanager
+def slow(service: Service) -> Iterator[Path]:
+    """While the block lasts, new runs stop in the middle of writing the merge, and then a file exists; it is given."""
+    flag = service.home.parent / "merging"
+    wait = f"[time.sleep(.1) for _ in range(900) if __import__('os').path.exists({str(flag)!r})]"
+    code = SLOW["merge"].replace("print('HERE', flush=True)", f"open({str(flag)!r}, 'w').close() or 1")
+    service.patch.write_text(code.replace("time.sleep(60)", wait))
     try:
-        assert process.stdout is not None
-        urls = dict(process.stdout.readline().split() for _ in range(2))
-        assert json.loads((home / "service.json").read_text())["prefect"] == f"{urls['Prefect']}/api"
-        for url in (f"{urls['Prefect']}/api/health", f"{urls['MLflow']}/health"):
-            assert urllib.request.urlopen(url, timeout=10).status == 200
+        yield flag
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-    assert not (home / "service.json").exists()
-    for port in ports.values():
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", int(port))) != 0
+        service.patch.unlink()
+        flag.unlink(missing_ok=True)
+
+
+def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service: Service, family: Family) -> None:
+    committed = time.time()
+    sha = release(service, "scored", family)
+    run = service.finished("scored", 1, 180)[-1]
+    assert seconds(run) - committed < 15
+    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert merged_from(service, "scored") == [sha]
+    (version,) = service.versions("scored")
+    assert version.aliases == ["champion"] and version.tags["lewis.verdict"] == "passed"
+    body = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+    artifacts = service.ask("/artifacts/filter", body)
+    assert f"{service.mlflow}/#/models/scored/versions/1" in json.dumps([each["data"] for each in artifacts])
+
+    service.start_run("merge/merge-on-release", recipe="scored")
+    again = service.finished("scored", 2)[-1]
+    assert again["state_name"] == "Cached" and again["total_run_time"] < 10
+    assert len(service.versions("scored")) == 1
+
+
+def test_five_commits_in_ten_seconds_are_one_merge_of_the_newest(service: Service, family: Family) -> None:
+    for seed in range(20, 25):
+        began = time.monotonic()
+        sha = release(service, "burst", family, seed)
+        time.sleep(max(0, 2.2 - (time.monotonic() - began)))
+    assert [run["state_name"] for run in service.finished("burst", 1)] == ["Completed"]
+    assert merged_from(service, "burst") == [sha]
+
+
+def test_what_the_receiver_missed_is_found_by_the_poll(service: Service, family: Family) -> None:
+    webhooks, service.hub.webhooks[:] = list(service.hub.webhooks), []
+    try:
+        sha = release(service, "missed", family)
+    finally:
+        service.hub.webhooks[:] = webhooks
+    for _ in range(2):  # the second poll, while the merge is on its way, announces nothing
+        service.poll("missed")
+    assert len(service.finished("missed", 1)) == 1
+    assert merged_from(service, "missed") == [sha]
+    service.poll("missed")
+    time.sleep(5)
+    assert len(service.runs("missed")) == 1
+
+
+def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
+    nightly = service.ask("/deployments/name/merge/merge-nightly")
+    named = {each["slug"]: each["parameters"] for each in nightly["schedules"]}
+    assert {name: {"recipe": name} for name in NAMES}.items() <= named.items()
+    every_minute = {"schedule": {"cron": "* * * * *", "timezone": "Europe/Berlin"}, "parameters": {"recipe": "cron"}}
+    (made,) = service.ask(f"/deployments/{nightly['id']}/schedules", [{**every_minute, "active": True}])
+    try:
+        service.until(lambda: service.runs("cron"), 90)
+    finally:
+        service.ask(f"/deployments/{nightly['id']}/schedules/{made['id']}", method="DELETE")
+    run = service.finished("cron", 1)[0]
+    assert datetime.fromtimestamp(seconds(run), UTC).second < 15
+    assert run["state_name"] == "Completed" and len(merged_from(service, "cron")) == 1
+
+
+def test_a_recipe_that_is_dropped_in_is_picked_up(service: Service, family: Family) -> None:
+    add_recipe(service, "late", "late")
+    sha = release(service, "late", family)
+    assert service.finished("late", 1)[0]["state_name"] == "Completed"
+    assert merged_from(service, "late") == [sha]
+    nightly = service.ask("/deployments/name/merge/merge-nightly")
+    assert "late" in {each["slug"] for each in nightly["schedules"]}
+
+
+def test_two_recipes_that_share_an_expert_measure_it_once(service: Service, family: Family) -> None:
+    release(service, "shared", family)
+    for name in ("one", "two"):
+        assert service.finished(name, 1)[-1]["state_name"] == "Completed"
+    measured = [json.loads(path.read_text())["ref"] for path in (service.home / "importance").glob("*.json")]
+    assert measured.count("org/shared") == 1
+
+
+def test_a_run_outlives_a_server_that_is_killed_and_started_again(service: Service, family: Family) -> None:
+    with slow(service) as merging:
+        sha = release(service, "restarted", family)
+        service.until(merging.exists, 90)
+        os.kill(service.part("prefect server start"), signal.SIGKILL)
+        service.until(lambda: not service.answers(), 10)
+        service.until(service.answers, 60)
+    assert service.finished("restarted", 1, 120)[0]["state_name"] == "Completed"
+    assert merged_from(service, "restarted") == [sha]
+
+
+def test_a_worker_killed_in_a_merge_is_not_running_for_long_and_the_next_run_goes_on(
+    service: Service, family: Family
+) -> None:
+    with slow(service) as merging:
+        sha = release(service, "killed", family)
+        service.until(merging.exists, 90)
+        worker, killed = service.part("worker start"), time.monotonic()
+        for pid in (worker, *children(worker)):
+            os.kill(pid, signal.SIGKILL)
+    run = service.finished("killed", 1, 150)[0]
+    assert time.monotonic() - killed < 120
+    assert run["state_type"] == "CRASHED" and "Run it again" in run["state"]["message"]
+
+    service.poll("killed")  # nobody else would know
+    run = service.finished("killed", 2)[-1]
+    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert merged_from(service, "killed") == [sha]
+
+
+def test_a_stumbling_hub_gives_the_right_model(service: Service, family: Family) -> None:
+    released = {}
+    for name, fault in FAULTS.items():
+        service.hub.faults.append({"path": rf"org/{name}/.*", "method": "GET", **fault})
+        released[name] = release(service, name, family)
+    for name, sha in released.items():
+        run = service.finished(name, 1, 240)[-1]
+        assert run["state_name"] == "Completed", run["state"]["message"]
+        assert merged_from(service, name) == [sha]
+    digests = {service.versions(name)[0].tags["lewis.digest"] for name in FAULTS}
+    assert len(digests) == len(FAULTS)  # one expert under four commits
+    weights = {(service.home / "merged" / digest / "model.safetensors").read_bytes() for digest in digests}
+    assert len(weights) == 1
+
+
+def test_it_stops_and_comes_back_with_its_state(service: Service, family: Family) -> None:
+    runs = [run["id"] for name in NAMES for run in service.runs(name)]
+    service.stop()
+    assert not (service.home / "service.json").exists()
+    service.start()
+    assert runs and [run["id"] for name in NAMES for run in service.runs(name)] == runs
+    for url in (f"{service.api}/health", f"{service.mlflow}/health", service.webhook.replace("webhook", "health")):
+        assert urllib.request.urlopen(url, timeout=10).status == 200

@@ -313,8 +313,9 @@ class TestScore:
 @pytest.mark.parametrize(
     "refs, names",
     [
-        (["org/base@v1", "/models/math/", "org/base+org/lora@v2"], ["base", "math", "lora"]),
+        (["org/base@v1", "/models/math/", "org/base+org/lora@v2"], ["org/base@v1", "math", "lora"]),
         (["a/math", "b/math", "b/code"], ["a/math", "b/math", "code"]),
+        (["a/champion", "b/code"], ["a/champion", "code"]),
     ],
 )
 def test_short_names(refs: list[str], names: list[str]) -> None:

@@ -5,8 +5,10 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +123,49 @@ class TestPublish:
         with store.publish(tmp_path / "out", {}):
             assert len(leftovers(tmp_path)) == 1  # our own
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+class TestUse:
+    """Housekeeping goes by the time that a read leaves on an entry."""
+
+    @pytest.fixture
+    def old(self, tmp_path: Path) -> Path:
+        store.write_json(tmp_path / "x.json", {"norms": {"a": 1}})
+        os.utime(tmp_path / "x.json", (1000, 1000))
+        return tmp_path / "x.json"
+
+    @pytest.mark.parametrize("read", [store.read_entry, lambda path: store.entry(path, "norms")])
+    def test_a_read_of_an_entry_is_marked(self, old: Path, read: Any) -> None:
+        assert store.read_json(old) and old.stat().st_mtime == 1000  # not every file is an entry
+        assert read(old) and time.time() - old.stat().st_mtime < 60
+
+    def test_once_an_hour(self, old: Path) -> None:
+        for minutes, marked in ((59, False), (61, True)):
+            then = time.time() - 60 * minutes
+            os.utime(old, (then, then))
+            store.mark_used(old)
+            assert (old.stat().st_mtime > then + 1) == marked
+
+    def test_a_manifest_is_marked_and_nothing_else_of_the_folder(self, home: Path, tmp_path: Path) -> None:
+        with store.publish(tmp_path / "out", {}) as scratch:
+            (scratch / "a.txt").write_text("hello")
+        for name in ("a.txt", "lewis.json"):
+            os.utime(tmp_path / "out" / name, (1000, 1000))
+        time.sleep(0.15)  # a file that has just changed is not remembered
+        remembered_sha256(tmp_path / "out" / "a.txt")
+        (remembered,) = (home / "digests").iterdir()
+        before = remembered.stat().st_ino
+        assert store.read_manifest(tmp_path / "out") is not None
+        assert (tmp_path / "out" / "lewis.json").stat().st_mtime > 1000
+        assert remembered_sha256(tmp_path / "out" / "a.txt") and remembered.stat().st_ino == before  # not hashed anew
+
+    def test_an_absent_or_unwritable_entry_is_no_failure(self, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path) -> None:
+            raise OSError(30, "Read-only file system")
+
+        store.mark_used(old.with_name("absent.json"))
+        monkeypatch.setattr(os, "utime", refuse)
+        assert store.entry(old, "norms") == {"a": 1} and old.stat().st_mtime == 1000
 
 
 class TestSpace:

@@ -1,11 +1,13 @@
-"""A Hugging Face Hub on loopback that speaks the read half of the real protocol, and fails on request.
+"""A Hugging Face Hub on loopback that speaks the real protocol, and fails on request.
 
     with LocalHub(tmp_path) as hub:
         sha = hub.commit("org/model", folder, tag="v1")
         hub.faults.append({"path": r"safetensors$", "method": "GET", "status": 503, "times": 2})
+        hub.webhooks.append(Webhook("http://127.0.0.1:4300/webhook", "the secret"))  # told of every commit from here on
         # ... run code under HF_ENDPOINT=hub.url ...
 
-By hand: python -m tests.support.local_hub --port 8911 --root /tmp/hub --repo org/name=FOLDER
+By hand: python -m tests.support.local_hub --port 8911 --root /tmp/hub --repo org/name=FOLDER \\
+             --webhook http://127.0.0.1:4300/webhook --secret S
 """
 
 import argparse
@@ -16,9 +18,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote
@@ -29,26 +30,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.support.hub_storage import LFS, Blob, Refusal, Repo
+from tests.support.hub_webhooks import Delivered, Webhook, deliver, payload
+from tests.support.hub_writes import write
+
 API = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs|auth-check))?(?:/([^/]+))?(/.*)?"
 )
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-LFS = re.compile(
-    r"\.(safetensors|bin|pt|parquet|model)$"
-)  # kept outside git: identified by SHA-256, not by git's SHA-1
-
-
-class Blob(NamedTuple):
-    """A stored file. `oid` is git's blob id (of the pointer, for an LFS file); `sha256` is the content's."""
-
-    path: Path
-    size: int
-    oid: str
-    sha256: str | None
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 or self.oid
 
 
 class Logged(NamedTuple):
@@ -61,33 +50,8 @@ class Logged(NamedTuple):
     user: str | None
 
 
-@dataclass
-class Repo:
-    """Commits (each a whole tree), the names that point at them, and who may read."""
-
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    gated: bool = False
-    private: bool = False
-    readers: set[str] = field(default_factory=set)
-
-    def resolve(self, revision: str) -> str | None:
-        """The commit of a branch, a tag or a commit id."""
-        found = self.branches.get(revision) or self.tags.get(revision)
-        return found or (revision if revision in self.commits else None)
-
-
-class Refusal(Exception):
-    """An error answer, with the header that the client reads the kind of error from."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message}
-        self.response = JSONResponse({"error": message}, status, headers)
-
-
 class LocalHub:
-    """The server. Tokens: `hf_alice` and `hf_bob` are valid; any other is refused.
+    """The server. Tokens: `hf_alice` (may write) and `hf_bob` (may not) are valid; any other is refused.
 
     Attributes:
         url: what to set HF_ENDPOINT to.
@@ -95,18 +59,24 @@ class LocalHub:
             do: `status` with `headers`, `truncate` (send so many bytes, then hang up), `corrupt` (flip the last byte),
             `delay` (seconds).
         log: the requests answered so far.
+        webhooks: who is told of every push to a branch or tag.
+        deliveries: how that went so far.
     """
 
     def __init__(self, root: Path, port: int = 0) -> None:
         self.root = Path(root)
         (self.root / "blobs").mkdir(parents=True, exist_ok=True)
         self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
+        self.writers = {"alice"}
+        self._lock = threading.Lock()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.faults: list[dict[str, Any]] = []
         self.log: list[Logged] = []
+        self.webhooks: list[Webhook] = []
+        self.deliveries: list[Delivered] = []
         self._socket = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        app = Starlette(routes=[Route("/{path:path}", self._serve, methods=["GET", "HEAD", "POST"])])
+        app = Starlette(routes=[Route("/{path:path}", self._serve, methods=["GET", "HEAD", "POST", "PUT"])])
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
@@ -138,13 +108,11 @@ class LocalHub:
         if isinstance(files, Path):
             files = {str(p.relative_to(files)): p.read_bytes() for p in files.rglob("*") if p.is_file()}
         repo = self.repos.setdefault((repo_type, name), Repo())
-        tree = {path: self._store(path, files[path]) for path in sorted(files)}
-        content = [repo_type, name, repo.branches.get(branch), [[path, blob.etag] for path, blob in tree.items()]]
-        sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
-        repo.commits[sha] = tree
-        repo.branches[branch] = sha
+        tree = {path: self._store(path, content) for path, content in files.items()}
+        sha = self.push(repo_type, name, branch, lambda _: tree)
         if tag:
-            repo.tags[tag] = sha
+            old, repo.tags[tag] = repo.tags.get(tag), sha
+            self.tell(repo_type, name, f"refs/tags/{tag}", old, sha)
         return sha
 
     def gate(self, name: str, *readers: str, repo_type: str = "model") -> None:
@@ -157,16 +125,54 @@ class LocalHub:
         repo = self.repos[repo_type, name]
         repo.private, repo.readers = True, set(readers)
 
+    def push(
+        self,
+        repo_type: str,
+        name: str,
+        branch: str,
+        change: Callable[[dict[str, Blob]], dict[str, Blob]],
+        *,
+        parent: str | None = None,
+    ) -> str:
+        """Commit what `change` makes of the branch's tree; refused (412) if the branch is not at `parent` any more."""
+        repo = self.repos[repo_type, name]
+        with self._lock:
+            old = repo.branches.get(branch)
+            if parent not in (None, old):
+                raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
+            tree = dict(sorted(change(repo.commits[old] if old else {}).items()))
+            content = [repo_type, name, old, [[path, blob.etag] for path, blob in tree.items()]]
+            sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
+            repo.commits[sha] = tree
+            repo.branches[branch] = sha
+        self.tell(repo_type, name, f"refs/heads/{branch}", old, sha)
+        return sha
+
+    def create(self, name: str, *, repo_type: str = "model", private: bool = False, reader: str = "") -> bool:
+        """Make an empty repo; False if it exists."""
+        with self._lock:
+            if (repo_type, name) in self.repos:
+                return False
+            self.repos[repo_type, name] = repo = Repo(private=private, readers={reader})
+            repo.branches["main"] = hashlib.sha1(f"{repo_type} {name}".encode()).hexdigest()
+            repo.commits[repo.branches["main"]] = {}
+        self.tell(repo_type, name)
+        return True
+
+    def tell(self, repo_type: str, name: str, ref: str = "", old: str | None = None, new: str | None = None) -> None:
+        """Tell every webhook, in the background, that `ref` moved; or, without one, that the repo was made."""
+        event = {"action": "update", "scope": "repo.content"} if ref else {"action": "create", "scope": "repo"}
+        moved = {"ref": ref, "oldSha": old, "newSha": new} if ref else None
+        said = payload(self.url, repo_type, name, self.repos[repo_type, name], event, moved)
+        for webhook in self.webhooks:
+            threading.Thread(target=lambda to=webhook: self.deliveries.append(deliver(to, said)), daemon=True).start()
+
     def _store(self, path: str, content: str | bytes) -> Blob:
         data = content.encode() if isinstance(content, str) else content
         sha256 = hashlib.sha256(data).hexdigest()
         place = self.root / "blobs" / sha256
         place.write_bytes(data)
-        lfs = bool(LFS.search(path))
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
-        in_git = pointer if lfs else data
-        oid = hashlib.sha1(b"blob %d\0" % len(in_git) + in_git).hexdigest()
-        return Blob(place, len(data), oid, sha256 if lfs else None)
+        return Blob.of_lfs(sha256, len(data), place) if LFS.search(path) else Blob.of(data, place)
 
     async def _serve(self, request: Request) -> Response:
         # The raw path: a quoted "/" in a revision (refs%2Fpr%2F1) must not split it.
@@ -176,6 +182,8 @@ class LocalHub:
         try:
             if "status" in fault:
                 response: Response = Response("fault", fault["status"], fault.get("headers"))
+            elif written := request.method in ("POST", "PUT") and await write(self, request, path):
+                response = written
             elif match := RESOLVE.fullmatch(path):
                 response = self._file(request, fault, *match.groups())
             elif match := API.fullmatch(path):
@@ -304,11 +312,15 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="where to keep the blobs")
     parser.add_argument("--repo", action="append", default=[], metavar="ORG/NAME=FOLDER", help="a model repo")
     parser.add_argument("--dataset", action="append", default=[], metavar="ORG/NAME=FOLDER", help="a dataset repo")
+    parser.add_argument("--webhook", metavar="URL", help="whom to tell of every push")
+    parser.add_argument("--secret", help="what to send it as X-Webhook-Secret")
     arguments = parser.parse_args()
     with suppress(KeyboardInterrupt), LocalHub(arguments.root, arguments.port) as hub:
         for repo_type, repos in (("model", arguments.repo), ("dataset", arguments.dataset)):
             for name, _, folder in (repo.partition("=") for repo in repos):
                 print(f"{name} {hub.commit(name, Path(folder), repo_type=repo_type)}")
+        if arguments.webhook:
+            hub.webhooks.append(Webhook(arguments.webhook, arguments.secret))
         print(f"HF_ENDPOINT={hub.url}", flush=True)
         hub._thread.join()
 

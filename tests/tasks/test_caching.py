@@ -1,8 +1,7 @@
-"""What the tasks share: keys by content, the device slot, progress that can be stopped."""
+"""What the tasks share: keys by content, progress that can be stopped."""
 
 import logging
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
 from tasks import caching
-from tasks.caching import RETRIES, ContentAddressed, Progress, device_slot, slug
+from tasks.caching import RETRIES, ContentAddressed, Progress, slug
 from tasks.logs import worth_reading
 
 
@@ -28,24 +27,13 @@ def test_a_key_covers_the_chosen_inputs_and_the_version_only() -> None:
     assert "/" not in first and "." not in first
 
 
-def test_the_device_has_one_slot() -> None:
-    inside, most = 0, 0
-
-    def work() -> None:
-        nonlocal inside, most
-        with device_slot() as device:
-            inside += 1
-            most = max(most, inside)
-            time.sleep(0.05)
-            inside -= 1
-            assert device in ("cpu", "cuda")
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
+def test_a_key_of_numbers_covers_what_their_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, keys = {"model": "m", "set": "s"}, []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(caching, "default_device", lambda device=device: device)
+        keys.append((key(inputs, on_device=True), key(inputs)))
+    (on_cpu, first), (on_cuda, second) = keys
+    assert on_cpu != on_cuda and first == second
 
 
 def test_progress_ends_a_task_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""Tasks on a Dask cluster: an existing one by address, or one of this machine for the run."""
+
+import logging
+import time
+from typing import Any
+
+from prefect_dask import DaskTaskRunner, PrefectDaskClient
+from prefect_dask.task_runners import PrefectDaskFuture
+
+from flows import worker
+from flows.dask_worker import Environment
+from flows.runner import unquoted
+from lewis.errors import LewisError
+
+_STOP_SECONDS = 10.0
+logging.getLogger("distributed").setLevel(logging.WARNING)  # it tells of every connection
+
+
+class DaskRunner(DaskTaskRunner):
+    """Prefect's, whose workers have the flow's environment and end their tasks when it is interrupted."""
+
+    @property
+    def client(self) -> PrefectDaskClient:
+        """The cluster's client, connected at the first use.
+
+        Raises:
+            LewisError: if no scheduler answers.
+        """
+        if self._client is None:
+            try:
+                super().client.register_plugin(Environment(worker.shared_environment()))
+            except (OSError, ValueError) as error:
+                place = self.address or "a cluster of this machine"
+                raise LewisError(f"LEWIS_DASK_ADDRESS: no Dask scheduler at {place}: {error}; start it") from error
+        return super().client
+
+    def submit(self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any) -> PrefectDaskFuture[Any]:
+        """As Prefect's."""
+        future: PrefectDaskFuture[Any] = super().submit(task, unquoted(parameters), *arguments, **named)
+        return future
+
+    def __exit__(self, exc_type: Any, *rest: Any) -> None:
+        if exc_type is not None and self._client is not None and self.address is None:
+            self._client.run(worker.stop)  # its processes are killed next: first let them clean up
+            deadline = time.monotonic() + _STOP_SECONDS
+            while any(self._client.processing().values()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        super().__exit__(exc_type, *rest)
+
+
+def existing(address: str) -> DaskRunner:
+    """The cluster of the scheduler at `address`. Its running tasks go on when the flow is interrupted."""
+    return DaskRunner(address=address)
+
+
+def local(workers: int) -> DaskRunner:
+    """A cluster of this machine, on loopback."""
+    return DaskRunner(
+        cluster_kwargs={
+            "n_workers": workers,
+            "threads_per_worker": 1,
+            "host": "127.0.0.1",
+            "dashboard_address": "127.0.0.1:0",
+            "scheduler_kwargs": {"dashboard": False},
+            "memory_limit": 0,  # Dask would kill a worker whose model is larger than its share
+        }
+    )

@@ -1,0 +1,67 @@
+"""Tasks on a Ray cluster: an existing one by address, or one of this machine for the run."""
+
+import os
+from typing import Any
+
+# Before Ray is imported: it sends nothing home, shows every line of its workers' logs, and does not hide the GPUs from
+# tasks that reserve none of them: the device slots decide who uses one.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from prefect_ray import RayTaskRunner
+from prefect_ray.task_runners import PrefectRayFuture
+
+from flows import worker
+from flows.runner import unquoted
+
+_STOP_SECONDS = 10.0
+
+
+class RayRunner(RayTaskRunner):
+    """Prefect's, whose workers have the flow's environment and end their tasks when it is interrupted."""
+
+    def __init__(self, address: str | None = None, init_kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(address, init_kwargs)
+        self._submitted: list[ray.ObjectRef[Any]] = []
+
+    def submit(self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any) -> PrefectRayFuture[Any]:
+        """As Prefect's."""
+        future: PrefectRayFuture[Any] = super().submit(task, unquoted(parameters), *arguments, **named)
+        self._submitted.append(future.wrapped_future)
+        return future
+
+    def __exit__(self, exc_type: Any, *rest: Any) -> None:
+        if exc_type is not None and self._submitted:
+            for task in self._submitted:
+                ray.cancel(task)  # a KeyboardInterrupt in its process, which cleans up
+            ray.wait(self._submitted, num_returns=len(self._submitted), timeout=_STOP_SECONDS)
+        super().__exit__(exc_type, *rest)
+
+
+def existing(address: str) -> RayRunner:
+    """The cluster at `address`; `auto` is the one that runs on this machine."""
+    return RayRunner(init_kwargs={"address": address, "runtime_env": _environment()})
+
+
+def local(workers: int) -> RayRunner:
+    """A cluster of this machine, without a dashboard."""
+    return RayRunner(
+        init_kwargs={
+            "address": "local",
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "runtime_env": _environment(),
+        }
+    )
+
+
+def _environment() -> dict[str, Any]:
+    values = worker.shared_environment()
+
+    def begin() -> None:
+        worker.prepare(values)
+
+    return {"worker_process_setup_hook": begin}

@@ -1,0 +1,107 @@
+"""Whose turn it is: one run at a time per recipe, at most one waiting, and no dead run that seems to run.
+
+All of it is kernel locks on files in the store. They are free at once when their holder dies, however it dies.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Crashed
+
+from lewis import store
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
+    """Hold a recipe's turn; a second run waits for it.
+
+    Args:
+        recipe: the recipe's file.
+        run: id of the flow run.
+        skip: what a third run does: give up, since the one that waits will find the newest state too; or also wait.
+
+    Yields:
+        Whether the turn is held. False: a run of this recipe waits already.
+    """
+    waiting, running, alive = store.lock(f"waiting-{recipe}"), store.lock(f"turn-{recipe}"), store.lock(f"run-{run}")
+    note = _note(run)
+    with alive:
+        store.write_text(note, str(recipe))
+        try:
+            held = _line_up(waiting, running, recipe, skip=skip)
+            yield held
+        finally:
+            running.release()
+            note.unlink(missing_ok=True)
+    Path(alive.lock_file).unlink(missing_ok=True)
+
+
+def _line_up(waiting: FileLock, running: FileLock, recipe: Path, *, skip: bool) -> bool:
+    if skip:
+        try:
+            waiting.acquire(timeout=0)
+        except Timeout:
+            return False
+    try:
+        running.acquire(timeout=0)
+    except Timeout:
+        logger.info("another run of %s is going on; waiting for its end", recipe.stem)
+        running.acquire()
+    finally:
+        waiting.release()
+    return True
+
+
+def active_since() -> float | None:
+    """Start of the oldest run that is going on (Unix time, seconds); None if none is."""
+    started = [note.stat().st_mtime for note in _notes() if not _is_dead(note.name)]
+    return min(started, default=None)
+
+
+def crash_dead_runs() -> None:
+    """Mark as Crashed the runs that Prefect believes running though their process has died.
+
+    Only runs of this store's file system are known to be dead; the heartbeats tell of the others.
+    """
+    states = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}})
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["merge"])), flow_run_filter=states
+        )
+        for run in filter(_died, runs):
+            message = "Its process died. Run it again: what was finished is kept."
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+            logger.warning("run %s had died; it is marked as Crashed now", run.name)
+    for note in _notes():
+        if _is_dead(note.name):
+            note.unlink(missing_ok=True)
+
+
+def _died(run: FlowRun) -> bool:
+    return _note(str(run.id)).exists() and _is_dead(str(run.id))
+
+
+def _is_dead(run: str) -> bool:
+    lock = store.lock(f"run-{run}")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True
+
+
+def _note(run: str) -> Path:
+    return store.home() / "runs" / run
+
+
+def _notes() -> list[Path]:
+    return [path for path in (store.home() / "runs").glob("*") if not path.name.startswith(".")]

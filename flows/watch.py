@@ -1,0 +1,179 @@
+"""The poll: ask where every model of every recipe is now, and announce what no merge holds yet.
+
+It keeps no state: what was merged is in the registry, what was announced and what became of it in Prefect. So an event
+that was lost, and a run that died, are found by the next poll.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.filters import EventFilter
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
+from pydantic import BaseModel
+
+from flows import catalog, released
+from lewis import releases
+from lewis.errors import LewisError, TransientError
+from lewis.recipe import Recipe
+from lewis.releases import Held, Moved
+from tasks.caching import RETRIES
+
+RETRY_AFTER = timedelta(hours=1)  # a release whose run failed is announced again
+ANSWER_WITHIN = timedelta(minutes=2)  # an announcement starts a run, or it was lost
+REMEMBER = timedelta(hours=24)  # how far back announcements count
+ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+class WatchReport(BaseModel):
+    """What one poll found.
+
+    Attributes:
+        checked: recipes that were compared with the registry.
+        announced: `recipe: ref` of each release that was announced now.
+        waiting: of each that was announced before, and is being dealt with.
+        problems: recipe -> why it could not be checked.
+    """
+
+    checked: list[str] = []
+    announced: list[str] = []
+    waiting: list[str] = []
+    problems: dict[str, str] = {}
+
+
+def _run_name() -> str:
+    return f"watch {', '.join(flow_run.parameters['recipes'] or ['all recipes'])}"
+
+
+@flow(name="watch-releases", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8))
+def watch_flow(recipes: list[str] | None = None) -> WatchReport:
+    """Compare the models of each recipe with what its registered versions hold, and announce what is new.
+
+    Args:
+        recipes: names in the folder of recipes; by default all of them.
+
+    Raises:
+        TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
+    """
+    logger = get_run_logger()
+    found, problems = _compare(recipes)
+    for name, problem in problems.items():
+        logger.warning("%s cannot be watched: %s", name, problem)
+    transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
+    if transient and not found:
+        raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
+    report = WatchReport(checked=list(found), problems={name: str(problem) for name, problem in problems.items()})
+    for name, moves in found.items():
+        for move in moves:
+            news = _is_news(name, move)
+            if news:
+                logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
+                released.announce(name, move.ref, move.repo, move.old, move.new)
+            (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
+    counts = (len(report.checked), len(report.announced), len(report.waiting), len(problems))
+    logger.info("recipes checked: %d; releases announced: %d, known already: %d; problems: %d", *counts)
+    return report
+
+
+@task(name="heads", task_run_name="heads {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
+def find_heads(recipe: Recipe, name: str) -> dict[str, str]:
+    """Where the base and the experts of one recipe are now; `name` is for the UI."""
+    return releases.heads(recipe)
+
+
+def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[str, Exception]]:
+    """What moved, for each recipe that could be checked, and what was wrong with the others."""
+    problems: dict[str, Exception] = {}
+    plans: dict[str, tuple[Recipe, list[Held]]] = {}
+    for name in map(recipe_name, recipes or catalog.names()):
+        try:
+            plan = catalog.load(name)
+            if plan.register_as is None:
+                get_run_logger().info("%s has no `register` block: there is nothing to compare releases with", name)
+            else:
+                plans[name] = plan, releases.merged(plan.register_as.name)
+        except TransientError:  # there is one MLflow for all
+            raise
+        except (LewisError, OSError) as error:
+            problems[name] = error
+    asked = {name: find_heads.submit(quote(plan), name) for name, (plan, _) in plans.items()}
+    found: dict[str, list[Moved]] = {}
+    for name, (plan, held) in plans.items():
+        try:
+            found[name] = releases.moved(plan, asked[name].result(), held)
+        except (LewisError, OSError) as error:
+            problems[name] = error
+    return found, problems
+
+
+def recipe_name(recipe: str) -> str:
+    """The name of a recipe given by name or by path; a path outside the folder of recipes stays as it is."""
+    path = Path(recipe)
+    known = path.suffix in (".yaml", ".yml") and path.parent.resolve() == catalog.folder().resolve()
+    return path.stem if known else recipe
+
+
+def _is_news(recipe: str, move: Moved) -> bool:
+    """Whether to announce a release: nobody did, or nothing came of it."""
+    now = datetime.now(UTC)
+    with _prefect() as client:
+        announced = _last_announced(client, recipe, move, now)
+        if announced is None:
+            return True
+        soon = {"before_": now + ANSWER_WITHIN}  # a schedule's runs of the days to come do not count
+        if _runs(client, recipe, ACTIVE, expected_start_time=soon):
+            return False
+        ended = _runs(client, recipe, ENDED, end_time={"after_": announced})
+    answers = [run for run in ended if run.state_type != "COMPLETED" or _looked_since(run, announced)]
+    if not answers:
+        return now - announced >= ANSWER_WITHIN
+    last = answers[0]
+    if last.state_type == "FAILED":
+        return last.end_time is None or now - last.end_time >= RETRY_AFTER
+    return last.state_type != "COMPLETED"
+
+
+def _looked_since(run: FlowRun, announced: datetime) -> bool:
+    """Whether a run asked for the heads after an announcement: one that was skipped never did."""
+    began = run.start_time or run.expected_start_time
+    return run.state_name != "Skipped" and began is not None and began >= announced
+
+
+def _last_announced(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> datetime | None:
+    resource = {"id": [released.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
+    wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [released.EVENT]}, "resource": resource}
+    events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the most the server gives
+    commits = {move.new, *move.new.split("+")}  # a webhook knows the commit of a part only
+    times = [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
+    return max(times, default=None)
+
+
+def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
+    """The newest runs of a recipe in some states, the last to end first."""
+    runs = client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=["merge"])),
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}, **limits}),
+        sort=FlowRunSort.END_TIME_DESC,
+    )
+    return [run for run in runs if recipe_name(str(run.parameters.get("recipe", ""))) == recipe]
+
+
+@contextmanager
+def _prefect() -> Iterator[SyncPrefectClient]:
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except httpx.HTTPError as error:
+        raise TransientError(f"Prefect's history cannot be read ({error!r}); is its server up?") from error

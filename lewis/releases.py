@@ -1,0 +1,137 @@
+"""What was released since the last merge: the heads of base and experts now, against the lineage in the registry.
+
+There is no state to lose: what has been merged is read from the tags of the registered versions at each call.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lewis import pipeline, registry, tracking
+from lewis.pinned import find_folder
+from lewis.recipe import Recipe
+
+PREFIX = "lewis.source."
+
+
+@dataclass(frozen=True)
+class Held:
+    """A registered version and what it was merged from.
+
+    Attributes:
+        version: its number in MLflow.
+        digest: of the merge, 64 hex digits.
+        verdict: of the gate: `passed`, `failed`, or empty if it has not decided.
+        aliases: that point to it, sorted.
+        sources: tag -> commit key of an input; ask with `commit_of`.
+    """
+
+    version: str
+    digest: str
+    verdict: str
+    aliases: tuple[str, ...]
+    sources: Mapping[str, str]
+
+    def commit_of(self, ref: str) -> str | None:
+        """The commit key of an input, by its reference in the recipe; None if it was no input."""
+        return self.sources.get(_tag(ref))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A model that has another head than what was merged.
+
+    Attributes:
+        ref: as the recipe names it.
+        repo: `org/name`, or the absolute path of a folder; of `base+adapter`, the part that moved.
+        old: the commit key that was merged; None if none was.
+        new: the commit key now.
+    """
+
+    ref: str
+    repo: str
+    old: str | None
+    new: str
+
+
+def heads(recipe: Recipe) -> dict[str, str]:
+    """The commit key of the base and of every expert as it is now, by reference; no weights are downloaded.
+
+    Raises:
+        InputError: if a model does not exist or cannot be read.
+        TransientError: if the Hub cannot be asked right now.
+        LewisError: if a local folder changes while it is read.
+    """
+    base, experts = pipeline.pin_all(recipe)
+    return {source.ref: source.key for source in ([base] if base else []) + experts}
+
+
+def merged(name: str) -> list[Held]:
+    """The versions of a registered model that LEWIS made and that have not lost their files, newest first.
+
+    Raises:
+        TransientError: if MLflow does not answer.
+        LewisError: if MLflow refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = registry.model_name(name)
+    with tracking.client(f"reading the versions of {name}") as client:
+        try:
+            aliases = client.get_registered_model(name).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # before the first registration
+                return []
+            raise
+        versions = [v for v in client.search_model_versions(f"name='{name}'") if v.tags.get("lewis.digest")]
+    return [
+        Held(
+            version=str(version.version),
+            digest=version.tags["lewis.digest"],
+            verdict=version.tags.get("lewis.verdict", ""),
+            aliases=tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))),
+            sources={key: commit for key, commit in version.tags.items() if key.startswith(PREFIX)},
+        )
+        for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
+    ]
+
+
+def moved(recipe: Recipe, heads: Mapping[str, str], held: list[Held]) -> list[Moved]:
+    """The models whose head is in no merge yet; empty if any version holds all heads.
+
+    Of a recipe that was never merged, only the first expert is given: one release is enough to start a merge of all.
+
+    Args:
+        recipe: the recipe.
+        heads: as `heads` gives them.
+        held: as `merged` gives them; the first one is compared with.
+    """
+    first = recipe.experts[0].model
+    if not held:
+        return [Moved(first, _repo(recipe, first, None, heads[first]), None, heads[first])]
+    current = [version for version in held if all(version.commit_of(ref) == head for ref, head in heads.items())]
+    if any(version.verdict for version in current):
+        return []
+    if current:  # its run died before it decided on a champion
+        return [Moved(first, _repo(recipe, first, None, heads[first]), heads[first], heads[first])]
+    pairs = {ref: (held[0].commit_of(ref), head) for ref, head in heads.items()}
+    found = [Moved(ref, _repo(recipe, ref, old, new), old, new) for ref, (old, new) in pairs.items() if old != new]
+    base_moved = any(each.ref == recipe.base_model for each in found)
+    # An adapter without a base of its own is pinned with the recipe's: that one's release is not the adapter's.
+    return [x for x in found if not (base_moved and "+" not in x.ref and _same_adapter(x.old, x.new))]
+
+
+def _same_adapter(old: str | None, new: str) -> bool:
+    return old is not None and "+" in old and old.rpartition("+")[2] == new.rpartition("+")[2]
+
+
+def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
+    if "+" in ref and not any(place.exists() for place in (recipe.root / ref, Path(ref))):  # as `pipeline.pin`
+        model, _, adapter = ref.rpartition("+")
+        ref = model if _same_adapter(old, new) else adapter
+    folder = find_folder(ref, recipe.root)
+    return str(folder) if folder else ref.partition("@")[0]
+
+
+def _tag(ref: str) -> str:
+    return tracking.key(f"{PREFIX}{ref.replace('/', '--')}")

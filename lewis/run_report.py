@@ -1,0 +1,201 @@
+"""The report of one run as Markdown: why it ran, what changed, what was computed, how good the result is.
+
+Names and references are the users': they go into code spans, where no Markdown and no HTML is read.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lewis.evaluation import Score
+from lewis.gate import Verdict
+from lewis.registry import SOURCE, source_tag
+from lewis.report import markdown_table
+
+SHORT = 8  # characters of a commit or digest
+KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~$])")
+
+
+@dataclass(frozen=True)
+class Change:
+    """An input of the merge, a model or a calibration set.
+
+    Attributes:
+        ref: as the recipe names it.
+        before: commit or digest that the champion was made of; None if it was no input.
+        now: that of this run; None if it no longer is an input.
+    """
+
+    ref: str
+    before: str | None
+    now: str | None
+
+    @property
+    def status(self) -> str:
+        """`unchanged`, `moved`, `new` or `removed`."""
+        if self.before is None or self.now is None:
+            return "new" if self.before is None else "removed"
+        return "unchanged" if self.before == self.now else "moved"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a report tells.
+
+    Attributes:
+        recipe: its name.
+        outcome: one sentence.
+        why: what started the run.
+        seconds: how long it took.
+        digest: of the merge, 64 hex digits.
+        champion: the version that was in use before, and what the changes are relative to.
+        changes: the inputs.
+        work: step -> (how many were computed, how many were found in the cache).
+        scores: label -> scores, in the order of the columns; those of the `champion` may come from the registry.
+        merged: the label of the merged model in `scores`.
+        verdict: the gate's; None if nothing is registered.
+        means: expert -> mean density; empty for a plain merge.
+        links: text -> URL.
+    """
+
+    recipe: str
+    outcome: str
+    why: str
+    seconds: float
+    digest: str
+    champion: str | None = None
+    changes: Sequence[Change] = ()
+    work: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[Score]] = field(default_factory=dict)
+    merged: str = "merged"
+    verdict: Verdict | None = None
+    means: Mapping[str, float] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+def to_markdown(facts: RunFacts) -> str:
+    """The report. Parts that a run has nothing to say in are left out."""
+    since = f"since the champion {code(facts.champion)}" if facts.champion else "(there was no champion before)"
+    links = " · ".join(f"[{plain(text)}]({_url(url)})" for text, url in facts.links.items())
+    parts = [
+        f"# Run of {code(facts.recipe)}",
+        f"**{plain(facts.outcome)}**",
+        f"Started {plain(facts.why)}. Took {duration(facts.seconds)}. Merge digest {code(facts.digest[:SHORT])}.",
+        links,
+        _section(f"What changed {since}", _changes(facts.changes)),
+        _section("What was computed", _work(facts.work)),
+        _section("Scores", markdown_table(score_rows(facts.scores, facts.merged))),
+        _verdict(facts.verdict),
+        _section("Mean density", _means(facts.means)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def score_rows(scores: Mapping[str, Sequence[Score]], merged: str) -> list[dict[str, str]]:
+    """One row per task and metric, one column per model, then how far the merged model is from base and champion.
+
+    A gap ends with ✓ if the merged model is better and ✗ if it is worse, whichever way is better.
+    """
+    cells = {(s.task, s.metric, label): s for label, found in scores.items() for s in found}
+    rows = []
+    for task, metric in dict.fromkeys(key[:2] for key in cells):
+        ours = cells.get((task, metric, merged))
+        higher = next(s.higher_is_better for key, s in cells.items() if key[:2] == (task, metric))
+        row = {"metric": code(f"{task}/{metric}") + (" ↑" if higher else " ↓")}
+        for label in scores:
+            score = cells.get((task, metric, label))
+            row[code(label)] = f"{score.value:.4g}" if score else "-"
+        for label in ("base", "champion"):
+            theirs = cells.get((task, metric, label))
+            if label in scores and label != merged:
+                row[f"vs {label}"] = _gap(ours.value - theirs.value, higher) if ours and theirs else "-"
+        rows.append(row)
+    return rows
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
+    """What became of every input since the champion.
+
+    Args:
+        before: commits and digests as the champion's version has them, by `registry.source_tag`.
+        now: those of this run, by reference in the recipe.
+    """
+    known = {source_tag(ref): ref for ref in now}
+    found = [Change(ref, before.get(tag), now[ref]) for tag, ref in known.items()]
+    gone = [(tag.removeprefix(SOURCE).replace("--", "/"), key) for tag, key in before.items() if tag not in known]
+    return found + [Change(ref, key, None) for ref, key in gone]
+
+
+def short(key: str) -> str:
+    """A commit, a digest or `commit+commit` with 8 characters of each."""
+    return KEY.sub(lambda found: found[1][:SHORT], key)
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 5 s`, `2 h 4 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def code(text: str) -> str:
+    """A code span of any text: its fence is longer than every row of backticks in it."""
+    line = " ".join(text.split()) or " "
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def plain(text: str) -> str:
+    """Any text on one line, without meaning in Markdown or HTML."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _url(url: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._~:/?#@!$&+,;=%" else f"%{ord(c):02X}" for c in url if c.isascii())
+
+
+def _section(title: str, content: str) -> str:
+    return f"## {title}\n\n{content}" if content else ""
+
+
+def _changes(changes: Iterable[Change]) -> str:
+    def cell(key: str | None) -> str:
+        return code(short(key)) if key else ""
+
+    return markdown_table(
+        [
+            {
+                "input": code(each.ref),
+                "champion": cell(each.before),
+                "now": cell(each.now),
+                "": each.status if each.status == "unchanged" else f"**{each.status}**",
+            }
+            for each in changes
+        ]
+    )
+
+
+def _work(work: Mapping[str, tuple[int, int]]) -> str:
+    done = {step: counts for step, counts in work.items() if any(counts)}
+    return markdown_table(
+        [{"step": step, "computed": computed, "from the cache": cached} for step, (computed, cached) in done.items()]
+    )
+
+
+def _verdict(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    word = "passed" if verdict.passed else "failed"
+    rules = "\n".join(f"* {plain(reason)}" for reason in verdict.reasons)
+    return _section(f"The gate: {word}", f"Compared with {code(verdict.compared_with)}.\n\n{rules}")
+
+
+def _means(means: Mapping[str, float]) -> str:
+    return markdown_table([{"expert": code(ref), "mean density": f"{mean:.3f}"} for ref, mean in means.items()])
+
+
+def _gap(gap: float, higher: bool) -> str:
+    mark = "" if gap == 0 else " ✓" if (gap > 0) == higher else " ✗"
+    return f"{gap:+.4g}{mark}"

@@ -1,0 +1,67 @@
+"""What a person reads of a failed run: which task, what went wrong, and what to do; no traceback."""
+
+import functools
+import re
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectFuture
+from prefect.states import Failed, State
+
+from lewis.errors import InputError, LewisError, TransientError
+
+P, R = ParamSpec("P"), TypeVar("R")
+PATIENCE = 5.0  # seconds; the server learns of task runs by events, a little later
+MAX_MESSAGE = 2000  # characters
+AUTOMATIC = re.compile(r"-[0-9a-f]{3}$")  # what Prefect puts after the name of a task
+DETAILS = "\nThe end of its output:"  # of lm-eval, for whoever reads the log
+AGAIN = "the traceback is in the task's log; what was finished is kept, run it again to go on"
+
+
+def says_why(function: Callable[P, R]) -> Callable[P, R | State[Any]]:
+    """Make a flow function end in a Failed state whose message is that of the error; the caller still gets the error.
+
+    An exception raised in a flow would come with Prefect's words and its class's name around the message.
+    """
+
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
+        try:
+            return function(*args, **kwargs)
+        except LewisError as error:
+            return Failed(message=str(error).partition(DETAILS)[0][:MAX_MESSAGE], data=error)
+
+    return told
+
+
+def result_of(future: PrefectFuture[Any]) -> Any:
+    """The result of a finished task.
+
+    Raises:
+        InputError, TransientError, LewisError: of the task, with the name of its run before the message.
+    """
+    try:
+        return future.result()
+    except Exception as error:
+        kind = next((k for k in (InputError, TransientError) if isinstance(error, k)), LewisError)
+        message = str(error) if isinstance(error, LewisError) else f"{_first_line(error)}; {AGAIN}"
+        raise kind(f"{_name(future)}: {message}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _name(future: PrefectFuture[Any]) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                return AUTOMATIC.sub("", client.read_task_run(future.task_run_id).name)
+        except Exception:
+            if time.monotonic() > deadline:
+                return "a task"  # the failure itself must be told whatever the server does
+            time.sleep(0.2)

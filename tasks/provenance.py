@@ -1,0 +1,105 @@
+"""About the flow run that a task belongs to: its name, why it started, where the UI shows it."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.events.filters import EventFilter
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run as current
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.utilities.urls import url_for
+
+from lewis.run_report import duration, short
+
+logger = logging.getLogger(__name__)
+MAX_NAMED = 4  # commits in the name of a run; a list of runs has no room for more
+
+
+def rename(name: str) -> None:
+    """Give the flow run a name that is known only by now. It is for people: a failure is logged and that is all."""
+    try:
+        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+        with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
+            client.update_flow_run(UUID(str(current.id)), name=name)
+    except Exception as error:
+        logger.warning("the run keeps its name: Prefect did not take %r (%s)", name, error)
+
+
+def run_name(recipe: str, keys: Sequence[str], digest: str = "") -> str:
+    """`merge tiny 5c1f0a2b (3f2a91c0+8d01b2e4)`: the recipe, the digest once it is known, base and experts.
+
+    Args:
+        recipe: its name.
+        keys: identity of each model; of an adapter on its base only the adapter's is shown.
+        digest: of the merge.
+    """
+    named = [short(key.rpartition("+")[2]) for key in keys[:MAX_NAMED]]
+    more = [f"{len(keys) - MAX_NAMED} more"] if len(keys) > MAX_NAMED else []
+    return " ".join(part for part in ("merge", recipe, short(digest), f"({'+'.join(named + more)})") if part)
+
+
+def tags() -> dict[str, str]:
+    """Tags for MLflow that lead back to the flow run."""
+    return {"lewis.prefect.flow_run_id": str(current.id), "lewis.prefect.url": url()}
+
+
+def url() -> str:
+    """Where Prefect's UI shows the flow run."""
+    return url_for("flow-run", obj_id=str(current.id)) or ""
+
+
+def this_run() -> FlowRun:
+    """The flow run as the server knows it."""
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(UUID(str(current.id)))
+
+
+def why(run: FlowRun) -> str:
+    """What started a run: `by hand`, `by schedule (cron 0 3 * * *)`, `because of a release: org/math 1a2b → 3c4d`."""
+    made = run.created_by
+    if run.parent_task_run_id:
+        return "by another flow"
+    if made is None or made.type not in ("SCHEDULE", "AUTOMATION"):
+        return "by hand"
+    # What the server no longer knows does not spoil the report: the name of what started the run is in the run.
+    with suppress(Exception), get_client(sync_client=True) as client:
+        return f"by schedule ({_schedule(client, run)})" if made.type == "SCHEDULE" else _event(client, run)
+    return f"by {made.type.lower()} {made.display_value}"
+
+
+def tally(**steps: Iterable[PrefectFuture[Any] | None]) -> dict[str, tuple[int, int]]:
+    """Step -> (how many of its tasks were computed, how many came from the cache)."""
+    states = {step: [future.state.name for future in futures if future] for step, futures in steps.items()}
+    return {step: (len(names) - names.count("Cached"), names.count("Cached")) for step, names in states.items()}
+
+
+def _schedule(client: SyncPrefectClient, run: FlowRun) -> str:
+    assert run.created_by is not None and run.deployment_id is not None
+    schedules = client.read_deployment(run.deployment_id).schedules
+    found = next(each.schedule for each in schedules if each.id == run.created_by.id)
+    if isinstance(found, CronSchedule):
+        return f"cron {found.cron}" + (f" {found.timezone}" if found.timezone else "")
+    if isinstance(found, IntervalSchedule):
+        return f"every {duration(found.interval.total_seconds())}"
+    assert isinstance(found, RRuleSchedule)
+    return f"rrule {found.rrule}"
+
+
+def _event(client: SyncPrefectClient, run: FlowRun) -> str:
+    """From the run to the action that created it, to the event that triggered the action."""
+    assert run.created_by is not None
+    started = {"event": {"name": ["prefect.automation.action.executed"]}}
+    started["related"] = {"id": [f"prefect.flow-run.{run.id}"]}
+    action = client.read_events(EventFilter.model_validate(started), limit=1).events[0]
+    cause = next(r.id for r in action.related if r.role == "triggering-event").removeprefix("prefect.event.")
+    event = client.read_events(EventFilter.model_validate({"id": {"id": [cause]}}), limit=1).events[0]
+    if event.event != "lewis.expert.released":
+        return f"because of the event {event.event} of {event.resource.id}"
+    repo, old, new = (event.payload.get(key) for key in ("repo", "old", "new"))
+    return f"because of a release: {repo} {short(str(old)) if old else '(not merged yet)'} → {short(str(new))}"

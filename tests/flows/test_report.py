@@ -1,0 +1,243 @@
+"""What a person watching Prefect sees of a run: its name, its report, its failure, its assets, its events."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Family
+from tests.flows.conftest import Command
+from tests.flows.test_run import NO_SCORES, finished, report
+
+FEW_SCORES = ("--set", "evaluate.baselines=[]")  # the base is scored all the same: the first champion has to beat it
+
+
+@pytest.fixture
+def client(prefect_url: str) -> Iterator[Any]:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as connected:
+        yield connected
+
+
+@pytest.fixture
+def own(recipe: Path) -> Path:
+    """The recipe under a name that no other test on this server uses."""
+    return recipe.rename(recipe.with_name(f"r{time.time_ns()}.yaml"))
+
+
+def eventually(find: Callable[[], Any], patience: float = 20) -> Any:
+    deadline = time.monotonic() + patience
+    while not (found := find()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found, "it did not come in time"
+    return found
+
+
+def events(client: Any, name: str, resource: str) -> list[Any]:
+    from prefect.events.filters import EventFilter
+
+    wanted = EventFilter.model_validate({"event": {"name": [name]}, "resource": {"id": [resource]}})
+    return list(client.read_events(wanted, limit=50).events)
+
+
+def runs(client: Any, recipe: Path) -> list[Any]:
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    return list(client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"like_": recipe.stem}})))
+
+
+def artifact(client: Any, recipe: Path, kind: str) -> str:
+    from prefect.client.schemas.filters import ArtifactFilter
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [f"{recipe.stem}-{kind}"]}})
+    found = client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC)
+    return str(found[0].data)
+
+
+def test_the_story_of_two_runs(lewis: Command, own: Path, home: Path, family: Family, client: Any) -> None:
+    math = home.parent / "math"
+    shutil.copytree(family.math, math)
+    own.write_text(own.read_text().replace(str(family.math), str(math)).replace("name: tiny", f"name: {own.stem}"))
+    first = report(lewis("run", own, "--json", *FEW_SCORES))
+    text = artifact(client, own, "run-report")
+    assert f"**models:/{own.stem}/1 is the new champion.**" in text and "Started by hand." in text
+    assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "`words/acc,none` ↑" in text
+    [run] = runs(client, own)
+    assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Completed"
+
+    shutil.copyfile(family.code / "model.safetensors", math / "model.safetensors")
+    second = report(lewis("run", own, "--json", *FEW_SCORES))
+    text = artifact(client, own, "run-report")
+    assert f"What changed since the champion `models:/{own.stem}/1`" in text
+    assert text.count("unchanged") == 3 and text.count("**moved**") == 1
+    assert "| measure | 1 | 2 |" in text and "vs base" in text and "vs champion" in text
+
+    _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
+    _check_events(client, own.stem, first, second)
+    _check_assets(client, own.stem, math, family, second)
+
+
+def _check_mlflow(name: str, home: Path, made_by: list[Any], text: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    version = client.get_model_version(name, "2")
+    assert version.tags["lewis.prefect.flow_run_id"] in {str(run.id) for run in made_by}
+    assert version.tags["lewis.prefect.flow_run_id"] in version.tags["lewis.prefect.url"]
+    assert version.tags["lewis.prefect.url"] in text and version.run_id in text
+    assert Path(client.download_artifacts(version.run_id, "run_report.md", home.parent)).read_text() == text
+
+
+def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
+    from tasks.register import PROMOTED
+
+    def both() -> list[Any]:
+        found = events(client, PROMOTED, f"lewis.model.{name}")
+        return found if len(found) == 2 else []
+
+    newest, oldest = eventually(both)
+    assert oldest.payload["previous"] is None and oldest.payload["digest"] == first["digest"]
+    assert newest.payload["uri"] == f"models:/{name}/2" and newest.payload["previous"] == f"models:/{name}/1"
+    assert newest.payload["recipe"] == name and newest.payload["reasons"] == second["verdict"]
+
+
+def _check_assets(client: Any, name: str, math: Path, family: Family, second: dict[str, Any]) -> None:
+    from tasks import assets
+
+    done = "prefect.asset.materialization.succeeded"
+    merged = eventually(lambda: events(client, done, f"lewis://merged/{name}"))[0]
+    parents = {resource.id for resource in merged.related if resource.role == "asset"}
+    models = {str(math), str(family.base), str(family.code)}
+    assert parents == {f(ref).key for ref in models for f in (assets.model, assets.importance)}
+    assert merged.payload["digest"] == second["digest"] and merged.payload["mean_density"] == second["mean_density"]
+    measured = eventually(lambda: events(client, done, assets.importance(str(math)).key))
+    assert len(measured) == 2  # its two states; what came from the cache was made only once
+    assert [r.id for r in measured[0].related if r.role == "asset"] == [assets.model(str(math)).key]
+    assert len(events(client, done, assets.importance(str(family.code)).key)) == 1
+
+
+def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client: Any, family: Family) -> None:
+    full_disk = "import lewis.importance as m\ndef full(*_, **__): raise OSError(28, 'No space left')\nm.measure = full"
+    code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
+    [run] = runs(client, own)
+    told = f"measure {family.base} on words: OSError: [Errno 28] No space left; the traceback is in the task's log"
+    assert run.state.name == "Failed" and run.state.message.startswith(told)
+    assert code == 1 and f"lewis: it failed: {told}" in err
+
+
+def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
+    from prefect import flow, task
+
+    from lewis.errors import InputError, LewisError, RecipeError, TransientError
+    from tasks.failures import result_of, says_why
+
+    @task(task_run_name="try {number}")
+    def fail(number: int, error: Exception) -> None:
+        raise error
+
+    @flow
+    @says_why
+    def failing(error: Exception, in_task: bool) -> None:
+        if not in_task:
+            raise error
+        result_of(fail.submit(1, error))
+
+    def message(error: Exception, kind: type[LewisError], in_task: bool = True) -> str:
+        state = failing(error, in_task, return_state=True)
+        assert state.is_failed() and type(state.result(raise_on_failure=False)) is kind
+        return str(client.read_flow_run(state.state_details.flow_run_id).state.message)
+
+    assert (
+        message(LewisError("m.safetensors: cut; merge again"), LewisError) == "try 1: m.safetensors: cut; merge again"
+    )
+    assert message(TransientError("the Hub is busy"), TransientError) == "try 1: the Hub is busy"
+    assert message(InputError("a: not found"), InputError) == "try 1: a: not found"
+    assert message(RecipeError(["a: wrong", "b: wrong"]), RecipeError, in_task=False) == "a: wrong\nb: wrong"
+    assert message(RuntimeError("shapes\nTraceback"), LewisError).startswith(
+        "try 1: RuntimeError: shapes; the traceback"
+    )
+    lm_eval = "lm-eval failed (exit code 1): KeyError\nThe end of its output:\nTraceback"
+    assert message(LewisError(lm_eval), LewisError) == "try 1: lm-eval failed (exit code 1): KeyError"
+
+
+def test_a_wrong_recipe_is_told_in_the_state_of_the_run(own: Path, client: Any, home: Path) -> None:
+    from flows.merge import merge_flow
+
+    own.write_text(own.read_text().replace("merge_method", "merge_methode"))
+    state = merge_flow(str(own), return_state=True)
+    assert state.is_failed() and state.message is not None
+    assert state.message.splitlines()[1] == "merge_methode: unknown key; did you mean 'merge_method'?"
+
+
+def test_a_run_that_cannot_be_named_goes_on(
+    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks import provenance
+
+    @flow
+    def named() -> str:
+        provenance.rename("a better name")
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+            provenance.rename("the best name")
+        return "went on"
+
+    state = named(return_state=True)
+    assert state.result() == "went on" and "the run keeps its name" in caplog.text
+    assert client.read_flow_run(state.state_details.flow_run_id).name == "a better name"
+
+
+def test_why_a_run_started(client: Any, prefect_url: str) -> None:
+    from prefect import flow
+    from prefect.automations import Automation
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+    from prefect.events.actions import RunDeployment
+    from prefect.events.schemas.automations import EventTrigger, Posture
+
+    from flows.released import EVENT, announce
+    from tasks.provenance import why
+
+    @flow(name="why")
+    def nothing() -> None: ...
+
+    def deploy(name: str, *schedules: Any) -> Any:
+        wanted = [DeploymentScheduleCreate(schedule=each, active=True) for each in schedules]
+        return client.create_deployment(client.create_flow(nothing), name, schedules=wanted)
+
+    by_hand = deploy("by-hand")
+    assert why(client.create_flow_run_from_deployment(by_hand)) == "by hand"
+
+    cron, every = (
+        deploy("nightly", CronSchedule(cron="0 3 * * *", timezone="Europe/Berlin")),
+        deploy("hourly", IntervalSchedule(interval=timedelta(hours=1, minutes=5))),
+    )
+    assert eventually(lambda: _whys(client, cron, why)) == {"by schedule (cron 0 3 * * * Europe/Berlin)"}
+    assert eventually(lambda: _whys(client, every, why)) == {"by schedule (every 1 h 5 min)"}
+
+    released = deploy("on-release")
+    Automation(
+        name="why-on-release",
+        trigger=EventTrigger(expect={EVENT}, posture=Posture.Reactive, threshold=1, within=timedelta(0)),
+        actions=[RunDeployment(source="selected", deployment_id=released)],
+    ).create()
+    time.sleep(1)  # until the server's triggers know of it
+    announce("tiny", "org/math", "org/math", "1" * 40, "2" * 40)
+    told = "because of a release: org/math 11111111 → 22222222"
+    assert eventually(lambda: told in _whys(client, released, why))
+
+
+def _whys(client: Any, deployment: Any, why: Callable[[Any], str]) -> set[str]:
+    from prefect.client.schemas.filters import DeploymentFilter
+
+    wanted = DeploymentFilter.model_validate({"id": {"any_": [deployment]}})
+    return {why(run) for run in client.read_flow_runs(deployment_filter=wanted)}

@@ -1,0 +1,215 @@
+"""What `lewis status` tells, of real servers and of ones that are not there."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, Failed, Running, Scheduled, State
+
+from flows.status import Part, Status, status
+from flows.status_text import moment, short
+from lewis import registry
+from lewis.gate import Verdict
+from tests.conftest import Family
+from tests.support.lineage import make_database, make_home, registered
+from tests.support.local_hub import LocalHub
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models: [{model: org/math}, {model: org/code}]
+register: {name: %s}
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_database(tmp_path_factory.mktemp("database") / "mlflow.db")
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+@pytest.fixture
+def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    with LocalHub(tmp_path / "hub") as hub:
+        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name in ("base", "math", "code"):
+            hub.commit(f"org/{name}", getattr(family, name))
+        yield hub
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    return tmp_path / "recipes"
+
+
+@pytest.fixture
+def client(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
+    """A client of the server that `status` finds in the environment."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        yield client
+
+
+@flow(name="merge")
+def _merge(recipe: str) -> None:
+    """Stands for the merge in the server's records."""
+
+
+def started(client: SyncPrefectClient, recipe: str, name: str, *states: State) -> None:
+    run = client.create_flow_run(_merge, name=name, parameters={"recipe": recipe}, state=states[0])
+    for state in states[1:]:
+        client.set_flow_run_state(run.id, state, force=True)
+
+
+def part(found: Status, name: str) -> Part:
+    (one,) = [part for part in found.parts if part.name == name]
+    return one
+
+
+def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) -> None:
+    (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
+    (before,) = status().recipes or []
+    assert (before.registered, before.champion, before.unknown) == ("tiny", None, [])
+    commits = {f"org/{name}": hub.repos["model", f"org/{name}"].branches["main"] for name in ("base", "math", "code")}
+    assert [(each.ref, each.held, each.head) for each in before.inputs] == [
+        (ref, None, head) for ref, head in commits.items()
+    ]
+    first = registered(family.base, "a", commits, "tiny")
+    registry.promote(first, Verdict(True, (), "base"))
+    new = hub.commit("org/code", family.math)
+    refused = registered(family.base, "b", {**commits, "org/code": new}, "tiny")
+    registry.promote(refused, Verdict(False, (), first.uri))
+
+    found = status()
+    (tiny,) = found.recipes or []
+    assert tiny.champion == "1"
+    assert {each.ref: (each.held, each.head) for each in tiny.inputs} == {
+        ref: (head, new if ref == "org/code" else head) for ref, head in commits.items()
+    }
+    lines = [" ".join(line.split()) for line in found.to_text().splitlines()]
+    assert "Recipe tiny: tiny, champion version 1" in lines
+    assert f"org/math {commits['org/math'][:8]} the same" in lines
+    assert f"org/code {commits['org/code'][:8]} newer: {new[:8]}" in lines
+    assert json.loads(found.model_dump_json())["recipes"][0]["inputs"][2]["head"] == new
+
+
+def test_nothing_runs(home: Path, recipes: Path) -> None:
+    found = status()
+    assert {part.name: part.up for part in found.parts} == {"Prefect": False, "MLflow": True, "webhooks": False}
+    assert found.running is found.scheduled is found.finished is None and found.recipes == []
+    text = found.to_text()
+    assert text.count("is not running; `lewis up` starts it") == 5 and "none in the folder of recipes" in text
+
+
+def test_the_note_of_a_service_that_died(home: Path, recipes: Path) -> None:
+    note = {"prefect": "http://127.0.0.1:9/api", "mlflow": "http://127.0.0.1:9", "webhook": "http://127.0.0.1:9"}
+    (home / "service.json").write_text(json.dumps(note | {"pid": 1}))
+    found = status()
+    assert {part.name for part in found.parts if part.state == "does not answer (ConnectError)"} == {
+        "Prefect",
+        "MLflow",
+        "webhooks",
+    }
+    assert found.unknown == {"runs": "Prefect does not answer (ConnectError)"}
+    (home / "service.json").write_text("{")
+    assert not part(status(), "Prefect").up
+
+
+def test_what_cannot_be_asked_is_told_beside_what_can(
+    hub: LocalHub, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipes / "broken.yaml").write_text(RECIPE.replace("merge_method", "merge_metod") % "x")
+    (recipes / "good.yaml").write_text(RECIPE % "good")
+    (recipes / "plain.yaml").write_text(RECIPE.split("register:")[0].replace("org/math", "org/none"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # its own client would try for minutes
+    found = status()
+    broken, good, plain = found.recipes or []
+    assert "merge_metod" in broken.unknown[0] and broken.inputs == []
+    assert good.unknown == ["the champion: MLflow does not answer (ConnectError)"] and good.inputs[0].head
+    assert plain.registered == "" and "org/none" in plain.unknown[0] and plain.inputs[0].head is None
+    text = found.to_text()
+    assert "Recipe good: good, champion unknown" in text and "Recipe plain: registers nothing" not in text
+    monkeypatch.setenv("LEWIS_RECIPES", str(recipes / "none"))
+    assert "LEWIS_RECIPES" in status().unknown["recipes"]
+
+
+def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefectClient) -> None:
+    (recipes / "night.yaml").write_text((RECIPE % "night").replace("org/", "./"))
+    soon = datetime.now(UTC) + timedelta(minutes=30)
+    flow_id = client.create_flow(_merge)
+    deployment = client.create_deployment(flow_id, "merge-nightly", parameters={"recipe": "night"})
+    for hours in (1, 0):  # the later one is created first
+        client.create_flow_run_from_deployment(
+            deployment, state=Scheduled(scheduled_time=soon + timedelta(hours=hours))
+        )
+    started(client, str(recipes / "night.yaml"), "older", Running(), Completed())
+    started(client, "night", "newer", Running(), Failed(message="org/math: the Hub refuses [404]"))
+    started(client, "night", "going on", Running())
+
+    found = status()
+    assert part(found, "Prefect").state == "answers"
+    (run,) = [run for run in found.running or [] if run.recipe == "night"]
+    assert (run.name, run.state) == ("going on", "Running") and run.since
+    (run,) = [run for run in found.scheduled or [] if run.recipe == "night"]
+    assert (run.deployment, run.state, run.since) == ("merge-nightly", "Scheduled", soon)
+    (run,) = [run for run in found.finished or [] if run.recipe == "night"]
+    assert (run.name, run.state, run.message) == ("newer", "Failed", "org/math: the Hub refuses [404]")
+    text = found.to_text(200)
+    assert "(merge-nightly)" in text and "in 30 min (" in text and "the Hub refuses [404]" in text
+    assert Status.model_validate_json(found.model_dump_json()) == found
+
+
+def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPrefectClient) -> None:
+    pool = "work pool lewis"
+    assert "does not exist" in part(status(), pool).state
+    client.create_work_pool(WorkPoolCreate(name="lewis", type="process"))
+    try:
+        assert "has no worker" in part(status(), pool).state and not part(status(), pool).up
+        client.send_worker_heartbeat("lewis", "one")
+        assert part(status(), pool).state == "1 worker" and part(status(), pool).up
+        client.update_work_pool("lewis", WorkPoolUpdate(is_paused=True))
+        assert "is paused" in part(status(), pool).state
+    finally:
+        client.delete_work_pool("lewis")
+
+
+def test_times_as_a_person_says_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setenv("TZ", "Asia/Kolkata")  # UTC + 5:30
+    time.tzset()
+    try:
+        now = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+        told: dict[Any, str] = {
+            timedelta(seconds=40): "in 40 s (17:30)",
+            timedelta(minutes=5, seconds=20): "in 5 min (17:35)",
+            -timedelta(minutes=3): "3 min ago (17:27)",
+            timedelta(hours=9, minutes=50): "in 10 h (2026-03-02 03:20)",
+            -timedelta(days=3): "3 days ago (2026-02-26 17:30)",
+        }
+        assert {span: moment(now + span, now) for span in told} == told
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_commits_are_cut_for_reading() -> None:
+    assert short("3f2a1b0c" + "0" * 32) == "3f2a1b0c"
+    assert short("sha256:" + "ab" * 32) == "abababab"
+    assert short("1" * 40 + "+" + "2" * 40) == "11111111+22222222"

@@ -1,0 +1,258 @@
+"""The poll against a real Prefect server, a real MLflow and a Hub on loopback."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.events.filters import EventFilter
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
+
+from flows import released, watch
+from flows.watch import WatchReport, watch_flow
+from lewis import releases
+from lewis.errors import TransientError
+from lewis.releases import Moved
+from tests.conftest import Family
+from tests.support.lineage import make_database, make_home, registered
+from tests.support.local_hub import LocalHub
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models: [{model: org/math}, {model: org/code}]
+register: {name: %s}
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_database(tmp_path_factory.mktemp("database") / "mlflow.db")
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server that the flows of this module run on, without the second that a heartbeat costs."""
+    settings: dict[Any, Any] = {PREFECT_API_URL: prefect_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    with LocalHub(tmp_path / "hub") as hub:
+        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name in ("base", "math", "code"):
+            hub.commit(f"org/{name}", getattr(family, name))
+        yield hub
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of recipes; each test gives its recipes names of their own, as they share a server."""
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    impatient = watch.find_heads.with_options(retry_delay_seconds=0, retry_jitter_factor=0)
+    monkeypatch.setattr(watch, "find_heads", impatient)
+    return tmp_path / "recipes"
+
+
+def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
+    """What was announced of a recipe, the newest first."""
+    wanted = {"event": {"name": [released.EVENT]}, "resource": {"labels": {"lewis.recipe": recipe}}}
+    return [event.payload for event in client.read_events(EventFilter.model_validate(wanted), limit=50).events]
+
+
+def until(true: Callable[[], bool], timeout: float = 30) -> None:
+    """The server stores events in batches, so they are there after some seconds."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@flow(name="merge")
+def _merge(recipe: str) -> None:
+    """Stands for the merge in the server's records."""
+
+
+def started(client: SyncPrefectClient, recipe: str, *states: State) -> FlowRun:
+    """A run of the merge flow that went through the states."""
+    run = client.create_flow_run(_merge, parameters={"recipe": recipe}, state=states[0])
+    for state in states[1:]:
+        client.set_flow_run_state(run.id, state, force=True)
+    return client.read_flow_run(run.id)
+
+
+def test_a_release_is_announced_once_and_not_again_after_the_merge(
+    hub: LocalHub, recipes: Path, client: SyncPrefectClient, family: Family
+) -> None:
+    (recipes / "life.yaml").write_text(RECIPE % "life")
+    report = watch_flow()
+    assert report == WatchReport(checked=["life"], announced=["life: org/math"])
+    math = hub.repos["model", "org/math"].branches["main"]
+    until(lambda: bool(events(client, "life")))
+    first = {"recipe": "life", "ref": "org/math", "repo": "org/math", "old": None, "new": math}
+    assert events(client, "life") == [first]
+    assert watch_flow().waiting == ["life: org/math"]
+
+    from flows import catalog
+
+    heads = releases.heads(catalog.load("life"))
+    registered(family.base, "a", heads, "life")
+    assert watch_flow() == WatchReport(checked=["life"])
+    new = hub.commit("org/code", family.math)
+    assert watch_flow(["life"]).announced == ["life: org/code"]
+    until(lambda: len(events(client, "life")) == 2)
+    second = {"recipe": "life", "ref": "org/code", "repo": "org/code", "old": heads["org/code"], "new": new}
+    assert events(client, "life") == [second, first]
+    assert watch_flow([str(recipes / "life.yaml")]).waiting == ["life: org/code"]
+
+    newer = hub.commit("org/code", family.base)
+    assert watch_flow().announced == ["life: org/code"]
+    until(lambda: len(events(client, "life")) == 3)
+    assert events(client, "life")[0] == {**second, "new": newer}
+
+
+def test_what_is_broken_does_not_stop_the_others(
+    hub: LocalHub, recipes: Path, family: Family, tmp_path: Path, client: SyncPrefectClient
+) -> None:
+    shutil.copytree(family.code, tmp_path / "expert")
+    texts = {
+        "bad-key": RECIPE.replace("merge_method", "merge_metod") % "x",
+        "bad-repo": RECIPE.replace("org/math", "org/none") % "x",
+        "bad-folder": RECIPE.replace("org/math", "./none") % "x",
+        "busy-hub": RECIPE.replace("org/math", "org/busy") % "x",
+        "folder": RECIPE.replace("org/math", str(tmp_path / "expert")) % "folder",
+        "plain": RECIPE.split("register:")[0],
+    }
+    for name, text in texts.items():
+        (recipes / f"{name}.yaml").write_text(text)
+    hub.faults.append({"path": "org/busy", "status": 503, "times": 99})
+    report = watch_flow()
+    assert report.checked == ["folder"] and report.announced == [f"folder: {tmp_path}/expert"]
+    assert report.problems.keys() == {"bad-key", "bad-repo", "bad-folder", "busy-hub"}
+    for name, words in {"bad-key": "merge_metod", "bad-repo": "org/none", "bad-folder": "./none"}.items():
+        assert words in report.problems[name]
+    assert sum("org/busy" in request.path for request in hub.log) == 5, "tried again; what is wrong is not"
+    assert sum("org/none" in request.path for request in hub.log) == 1
+
+
+def test_nothing_that_answers_is_a_failed_run_that_says_so(
+    hub: LocalHub, recipes: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipes / "busy.yaml").write_text(RECIPE % "busy")
+    hub.faults.append({"path": "org/base", "status": 503, "times": 99})
+    state = watch_flow(return_state=True)
+    assert state.is_failed() and "nothing could be checked" in state.message and "org/base" in state.message
+    hub.faults.clear()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    state = watch_flow(return_state=True)
+    assert state.is_failed() and "reading the versions of busy" in state.message
+
+
+def test_an_announcement_that_prefect_did_not_take_fails_the_run(
+    hub: LocalHub, recipes: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipes / "lost.yaml").write_text(RECIPE % "lost")
+
+    def announce(*_: object) -> str:
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+            return real(*_)
+
+    real = released.announce
+    monkeypatch.setattr(released, "announce", announce)
+    state = watch_flow(return_state=True)
+    assert state.is_failed() and "Prefect did not take the event" in state.message
+    monkeypatch.setattr(released, "announce", real)
+    assert watch_flow().announced == ["lost: org/math"]
+
+
+def test_a_history_that_cannot_be_read_is_transient(recipes: Path) -> None:
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(TransientError, match="Prefect's history cannot be read"),
+    ):
+        watch._is_news("x", Moved("org/math", "org/math", None, "1"))
+
+
+# What became of an announcement, and whether the next poll repeats it
+
+OLD_RELEASE, RELEASE = "0" * 40, "1" * 40
+TOMORROW, NOW = datetime.now(UTC) + timedelta(hours=20), datetime.now(UTC)
+HOUR_GONE, MINUTES_GONE = {"RETRY_AFTER": timedelta(0)}, {"ANSWER_WITHIN": timedelta(0)}
+CASES: dict[str, tuple[list[tuple[State, ...]], dict[str, timedelta], bool]] = {
+    "nothing yet": ([], {}, False),
+    "lost": ([], MINUTES_GONE, True),
+    "scheduled": ([(Scheduled(),)], MINUTES_GONE, False),
+    "running": ([(Running(),)], MINUTES_GONE, False),
+    "waits for a place": ([(Scheduled(name="AwaitingConcurrencySlot"),)], MINUTES_GONE, False),
+    "only tonight": ([(Scheduled(scheduled_time=TOMORROW),)], MINUTES_GONE, True),
+    "completed": ([(Running(), Completed())], MINUTES_GONE | HOUR_GONE, False),
+    "failed": ([(Running(), Failed())], MINUTES_GONE, False),
+    "failed long ago": ([(Running(), Failed())], HOUR_GONE, True),
+    "crashed": ([(Running(), Crashed())], {}, True),
+    "crashed before it began": ([(Scheduled(), Crashed())], {}, True),
+    "cancelled": ([(Running(), Cancelled())], {}, True),
+    "crashed, runs again": ([(Running(), Crashed()), (Running(),)], {}, False),
+    "failed, then crashed": ([(Running(), Failed()), (Running(), Crashed())], {}, True),
+    "crashed, then failed": ([(Running(), Crashed()), (Running(), Failed())], {}, False),
+    "only skipped": ([(Running(), Completed(name="Skipped"))], MINUTES_GONE, True),
+    "skipped for one that failed": ([(Running(), Completed(name="Skipped")), (Running(), Failed())], HOUR_GONE, True),
+}
+
+
+@pytest.fixture(scope="module")
+def announced(client: SyncPrefectClient) -> None:
+    """One release for each case, in the server's records."""
+    for name in [*CASES, "by path", "of another"]:
+        released.announce(name, "org/math", "org/math", OLD_RELEASE, RELEASE)
+    until(lambda: bool(events(client, "of another")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_announcement_is_repeated_if_nothing_came_of_it(
+    announced: None, client: SyncPrefectClient, recipes: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    runs, patience, repeated = CASES[case]
+    for states in runs:
+        started(client, case, *states)
+    for name, value in patience.items():
+        monkeypatch.setattr(watch, name, value)
+    assert watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, RELEASE)) is repeated
+    # Another commit, reference or recipe was never announced.
+    assert watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, "2" * 40))
+    assert watch._is_news(case, Moved("org/math@main", "org/math", OLD_RELEASE, RELEASE))
+    assert watch._is_news("unheard of", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
+
+
+def test_a_run_by_path_counts_and_that_of_another_recipe_does_not(
+    announced: None, client: SyncPrefectClient, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = Moved("org/math", "org/math", OLD_RELEASE, RELEASE)
+    started(client, str(recipes / "by path.yaml"), Running(), Completed())
+    started(client, "/elsewhere/of another.yaml", Running())
+    monkeypatch.setattr(watch, "ANSWER_WITHIN", timedelta(0))
+    assert not watch._is_news("by path", move)
+    assert watch._is_news("of another", move)
+
+
+def test_a_webhook_that_knew_the_adapters_commit_only_announced_it(client: SyncPrefectClient, recipes: Path) -> None:
+    released.announce("adapter", "org/lora", "org/lora", None, RELEASE)
+    until(lambda: bool(events(client, "adapter")))
+    assert not watch._is_news("adapter", Moved("org/lora", "org/lora", None, f"{OLD_RELEASE}+{RELEASE}"))

@@ -1,0 +1,438 @@
+"""The webhook receiver as a process of its own, with a real Prefect server; deliveries come from the local Hub."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flows import released, webhook
+from lewis.errors import InputError, TransientError
+from lewis.recipe import Recipe
+from tests.flows.conftest import REPO
+from tests.support.local_hub import LocalHub, Webhook
+
+SECRET = "hook-Secret_Zx9"
+OLD, NEW = "0" * 40, "f" * 40
+MERGE = "merge_method: ties\nbase_model: {}\nmodels:\n"
+ALPHA = MERGE.format("org/base") + "  - model: org/math\n  - model: org/code@main\n  - model: org/base+org/lora\n"
+BETA = MERGE.format(f"org/pinned@{NEW}") + "  - model: org/math\n  - model: org/branch@dev\n"
+
+Reply = tuple[int, dict[str, Any]]
+
+
+@dataclass
+class Receiver:
+    port: int
+    process: subprocess.Popen[bytes]
+    logs: Path
+    recipes: Path
+
+    def post(self, body: bytes, *, secret: str | bytes | None = SECRET, path: str = "/webhook") -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("POST", path, body, {"X-Webhook-Secret": secret} if secret is not None else {})
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        assert SECRET.encode() not in text
+        return response.status, json.loads(text)
+
+    def deliver(self, name: str = "org/math", new: str | None = NEW, **changes: Any) -> Reply:
+        return self.post(json.dumps(payload(name, new, **changes)).encode())
+
+    def log(self) -> str:
+        return self.logs.read_text()
+
+
+def payload(
+    name: str, new: str | None, *, ref: str = "refs/heads/main", kind: str = "model", **event: str
+) -> dict[str, Any]:
+    return {
+        "event": {"action": "update", "scope": "repo.content", **event},
+        "repo": {"type": kind, "name": name, "id": "6", "private": False, "headSha": new, "owner": {"id": "1"}},
+        "updatedRefs": [{"ref": ref, "oldSha": OLD, "newSha": new}],
+        "webhook": {"id": "3", "version": 3},
+    }
+
+
+@contextmanager
+def receiving(folder: Path, api: str) -> Iterator[Receiver]:
+    """The receiver as a process; when it goes, it must have stayed up and told nobody the secret."""
+    recipes = folder / "recipes"
+    recipes.mkdir()
+    (recipes / "alpha.yaml").write_text(ALPHA)
+    (recipes / "beta.yaml").write_text(BETA)
+    (recipes / "broken.yaml").write_text("models: [")  # must not stop the others
+    logs = folder / "receiver.log"
+    variables = {"LEWIS_WEBHOOK_SECRET": SECRET, "LEWIS_WEBHOOK_PORT": "0", "LEWIS_RECIPES": str(recipes)}
+    variables |= {"PREFECT_API_URL": api, "LEWIS_HOME": str(folder / "home")}
+    with logs.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.webhook"],
+            cwd=REPO,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        found = None
+        while not found:
+            assert process.poll() is None, logs.read_text()
+            time.sleep(0.05)
+            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)/webhook", logs.read_text())
+        receiver = Receiver(int(found[1]), process, logs, recipes)
+        yield receiver
+        with urllib.request.urlopen(f"http://127.0.0.1:{receiver.port}/health", timeout=10) as answer:
+            assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+        assert SECRET not in receiver.log() and "Traceback" not in receiver.log()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def receiver(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    with receiving(tmp_path_factory.mktemp("receiver"), prefect_url) as started:
+        yield started
+
+
+def stored(api: str, new: str, expected: int) -> list[dict[str, Any]]:
+    """The events about a commit that the server has on disk; waits until there are so many."""
+    body = json.dumps({"filter": {"event": {"name": [released.EVENT]}}, "limit": 50}).encode()
+    deadline = time.monotonic() + 20
+    while True:
+        request = urllib.request.Request(f"{api}/events/filter", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            events = [each for each in json.load(answer)["events"] if each["payload"]["new"] == new]
+        if len(events) >= expected or time.monotonic() > deadline:
+            return events
+        time.sleep(0.2)
+
+
+def until(condition: Any, seconds: float = 20) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_a_commit_on_the_hub_is_an_event_for_each_recipe(receiver: Receiver, prefect_url: str, tmp_path: Path) -> None:
+    with LocalHub(tmp_path) as hub:
+        first = hub.commit("org/math", {"a.txt": "1"})
+        hub.webhooks.append(Webhook(f"http://127.0.0.1:{receiver.port}/webhook", SECRET))
+        second = hub.commit("org/math", {"a.txt": "2"})
+        (delivery,) = until(lambda: hub.deliveries)
+    assert (delivery.status, delivery.attempts) == (202, 1)
+    answer = json.loads(delivery.answer)
+    assert (answer["status"], answer["recipes"]) == ("accepted", ["alpha", "beta"])
+    events = stored(prefect_url, second, 2)
+    assert {each["id"] for each in events} == set(answer["events"])
+    about = {"ref": "org/math", "repo": "org/math", "old": first, "new": second}
+    assert sorted((each["payload"] for each in events), key=lambda p: p["recipe"]) == [
+        {"recipe": "alpha", **about},
+        {"recipe": "beta", **about},
+    ]
+    assert {each["resource"]["prefect.resource.id"] for each in events} == {"lewis.expert.org/math"}
+    assert {each["resource"]["lewis.recipe"] for each in events} == {"alpha", "beta"}
+    assert f"/webhook 202 accepted org/math {second} for alpha, beta" in receiver.log()
+
+
+def test_what_is_no_release_is_answered_200_and_dropped(receiver: Receiver, tmp_path: Path) -> None:
+    with LocalHub(tmp_path) as hub:
+        hub.commit("org/math", {"a.txt": "1"})
+        hub.webhooks.append(Webhook(f"http://127.0.0.1:{receiver.port}/webhook", SECRET))
+        hub.commit("org/math", {"a.txt": "2"}, branch="experiment")
+        hub.commit("org/math", {"a.txt": "3"}, repo_type="dataset")
+        hub.commit("org/other", {"a.txt": "3"}, branch="dev", tag="v1")
+        deliveries = until(lambda: len(hub.deliveries) == 4 and hub.deliveries)
+    assert [(each.status, json.loads(each.answer)["status"]) for each in deliveries] == [(200, "ignored")] * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scope": "repo.config"},
+        {"scope": "discussion.comment"},
+        {"action": "delete"},
+        {"kind": "space"},
+        {"kind": "{{ 7*7 }}"},
+        {"ref": "refs/pr/1"},
+        {"ref": "refs/heads/main\n"},
+        {"ref": "refs/heads/../heads/main"},
+        {"new": None},  # the branch was deleted
+    ],
+)
+def test_events_that_are_not_ours_are_ignored(receiver: Receiver, changes: dict[str, Any]) -> None:
+    status, answer = receiver.deliver(**changes)
+    assert (status, answer["status"]) == (200, "ignored")
+    assert "{{" not in answer["why"]
+
+
+@pytest.mark.parametrize(
+    "secret", [None, "", "wrong", SECRET[:-1], SECRET + "x", SECRET.lower(), "h\xf6ok".encode(), b"\xff\xfe\x80"]
+)
+def test_a_wrong_secret_is_refused(receiver: Receiver, secret: str | bytes | None) -> None:
+    status, answer = receiver.post(json.dumps(payload("org/math", "1" * 40)).encode(), secret=secret)
+    assert (status, answer["status"]) == (401, "refused")
+
+
+def raw(port: int, head: str, body: Iterator[bytes] | None = None, secret: str = SECRET) -> bytes:
+    """The status line of the answer to a request that is sent by hand."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(f"POST /webhook HTTP/1.1\r\nHost: x\r\nX-Webhook-Secret: {secret}\r\n{head}\r\n".encode())
+        for part in body or ():
+            connection.sendall(part)
+        return connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_the_secret_is_checked_before_the_body_arrives(receiver: Receiver) -> None:
+    assert b" 401 " in raw(receiver.port, "Content-Length: 1000\r\n", secret="wrong")
+    assert b" 401 " in raw(receiver.port, "Content-Length: 99999999\r\n", secret="wrong")
+
+
+def test_an_oversized_body_is_refused_before_it_arrives(receiver: Receiver) -> None:
+    assert b" 413 " in raw(receiver.port, f"Content-Length: {webhook.MAX_BODY + 1}\r\n")
+
+
+def test_an_endless_body_is_refused_and_not_kept(receiver: Receiver) -> None:
+    def memory() -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{receiver.process.pid}/status").read_text())
+        assert found
+        return int(found[1]) // 1024
+
+    before = memory()
+    chunks = (b"10000\r\n" + b"x" * 0x10000 + b"\r\n" for _ in range(1024))  # 64 MiB, its length not told
+    assert b" 413 " in raw(receiver.port, "Transfer-Encoding: chunked\r\n", chunks)
+    assert memory() - before < 16
+
+
+def test_a_body_of_the_largest_size_is_read(receiver: Receiver) -> None:
+    body = json.dumps(payload("org/math", "2" * 40)).encode()
+    assert receiver.post(body.ljust(webhook.MAX_BODY))[0] == 202
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd", "org/../math", "org/..", "../math", "/org/math", "org/math/", "org/math/x", "math", "", "/",
+        "org//math", "org/math\x00", "org/math\n", "org/math\r\nFAKE 202 accepted", "org%2fmath", "org\\math", "~/math",
+        "{{ 7*7 }}/math", "org/{{ event.id }}", "${HOME}/math", "org/$(id)", "org/ma th", "-org/math", "org/é",
+        "\ud800/x", "o" * 97 + "/math", "org/math.git", "org/math@main", "org/base+org/lora",
+    ],
+)  # fmt: skip
+def test_a_name_that_is_no_repo_is_refused(receiver: Receiver, name: str) -> None:
+    status, answer = receiver.deliver(name)
+    assert (status, answer["status"]) == (422, "refused")
+    assert answer["why"].startswith("not a webhook payload of the Hub: ")
+    for said in (json.dumps(answer), receiver.log()):
+        assert not re.search(r"FAKE|\{\{|\$\(|\$\{|\b49\b|passwd", said)
+    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in receiver.log().splitlines() if "recipe" not in line)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"not json", b"[]", b"null", b'"x"', b"{}", b"\xff\xfe", b"[" * 200_000, b'{"event":' * 50_000,
+        b'{"event": {"action": "update"', b"1" * 5000,
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_payload_is_refused(receiver: Receiver, body: bytes) -> None:
+    assert receiver.post(body)[0] == 422
+
+
+@pytest.mark.parametrize("sha", ["", "f" * 39, "f" * 41, "F" * 40, "g" * 40, "{{7*7}}", "f" * 40 + "\n", 7, ["f" * 40]])
+def test_a_commit_that_is_none_is_refused(receiver: Receiver, sha: Any) -> None:
+    assert receiver.deliver(new=sha)[0] == 422
+    body = payload("org/math", NEW)
+    body["updatedRefs"][0]["oldSha"] = sha
+    assert receiver.post(json.dumps(body).encode())[0] == 422
+
+
+@pytest.mark.parametrize("name", ["org/unknown", "other/math", "org/pinned", "org/branch"])
+def test_a_repo_that_no_recipe_follows_is_refused(receiver: Receiver, name: str) -> None:
+    status, answer = receiver.deliver(name)
+    assert (status, answer["why"]) == (422, "no recipe follows the main branch of this repo")
+
+
+@pytest.mark.parametrize(
+    ("name", "new"), [("org/base", "31"), ("org/code", "32"), ("org/lora", "33"), ("Org/Base", "34")]
+)
+def test_every_model_of_a_recipe_is_followed(receiver: Receiver, name: str, new: str) -> None:
+    status, answer = receiver.deliver(name, new * 20)
+    assert (status, answer["recipes"]) == (202, ["alpha"])
+
+
+def test_a_release_is_announced_once(receiver: Receiver, prefect_url: str) -> None:
+    new = "4" * 40
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: receiver.deliver(new=new), range(8)))
+    assert sorted((status, answer["status"]) for status, answer in answers) == [
+        *[(200, "duplicate")] * 7,
+        (202, "accepted"),
+    ]
+    time.sleep(1)
+    assert len(stored(prefect_url, new, 2)) == 2  # one for each recipe
+
+
+def test_a_recipe_that_is_dropped_in_counts_at_once(receiver: Receiver) -> None:
+    assert receiver.deliver("org/late")[0] == 422
+    (receiver.recipes / "late.yml").write_text(ALPHA.replace("org/math", "org/late"))
+    status, answer = receiver.deliver("org/late")
+    assert (status, answer["recipes"]) == (202, ["late"])
+    (receiver.recipes / "late.yml").unlink()
+
+
+def test_other_addresses_are_closed_and_logged_without_the_secret(receiver: Receiver) -> None:
+    for path in ("/docs", "/redoc", "/openapi.json", "/webhook/", f"/webhook/{SECRET}", f"/?secret={SECRET}"):
+        assert receiver.post(b"{}", path=path)[0] == 404
+    assert receiver.post(b"{}", path="/x%0d%0aFAKE%1b[31m")[0] == 404
+    until(lambda: "404" in receiver.log() and "/x??FAKE?[31m 404" in receiver.log())
+    assert "/webhook/*** 404" in receiver.log()
+    with pytest.raises(urllib.error.HTTPError, match="405"):
+        urllib.request.urlopen(f"http://127.0.0.1:{receiver.port}/webhook", timeout=10)
+
+
+text = st.sampled_from(
+    ["update", "repo.content", "model", "org/math", "refs/heads/main", NEW, "{{ 7*7 }}", "../x", "\r\n"]
+)
+value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+near = st.fixed_dictionaries(
+    {
+        "event": value | st.fixed_dictionaries({"action": value, "scope": value}),
+        "repo": value | st.fixed_dictionaries({"type": text, "name": text | st.text(max_size=8)}),
+        "updatedRefs": value | st.lists(st.fixed_dictionaries({"ref": text, "newSha": value}), max_size=3),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(body=st.binary(max_size=200) | (value | near).map(lambda found: json.dumps(found).encode()))
+def test_no_body_breaks_it(receiver: Receiver, body: bytes) -> None:
+    assert receiver.post(body)[0] in (200, 202, 422)
+
+
+@contextmanager
+def forwarding(port: int, target: str) -> Iterator[None]:
+    """Connections to `port` reach `target`: a Prefect server that came up."""
+    listening = socket.create_server(("127.0.0.1", port))
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        while part := source.recv(65536):
+            sink.sendall(part)
+        sink.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                inner, outer = listening.accept()[0], socket.create_connection(("127.0.0.1", int(target)))
+            except OSError:
+                return
+            for pair in ((inner, outer), (outer, inner)):
+                threading.Thread(target=copy, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield
+    listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+
+
+def test_a_release_is_not_lost_while_prefect_is_down(prefect_url: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with receiving(tmp_path, f"http://127.0.0.1:{port}/api") as receiver, LocalHub(tmp_path / "hub") as hub:
+        status, answer = receiver.deliver("org/code", "5" * 40)
+        assert (status, answer["status"]) == (503, "failed")
+        assert "Prefect did not take the event (ConnectError)" in receiver.log()
+        hub.webhooks.append(Webhook(f"http://127.0.0.1:{receiver.port}/webhook", SECRET))
+        new = hub.commit("org/math", {"a.txt": "1"})
+        until(lambda: new in receiver.log() or receiver.log().count(" 503 ") > 1)
+        with forwarding(port, prefect_url.rsplit(":")[-1].removesuffix("/api")):
+            (delivery,) = until(lambda: hub.deliveries)
+            assert (delivery.status, json.loads(delivery.answer)["status"]) == (202, "accepted")
+            assert delivery.attempts > 1
+            assert len(stored(prefect_url, new, 2)) == 2
+
+
+@pytest.fixture
+def api(prefect_url: str) -> Iterator[str]:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        yield prefect_url
+
+
+def test_an_event_about_a_folder_is_stored(api: str) -> None:
+    folder, new = "/tmp/my models/{{ 7*7 }}*\n", "sha256:" + "6" * 64
+    found = released.announce("nightly", "./x", folder, None, new)
+    (event,) = stored(api, new, 1)
+    assert event["id"] == found
+    assert event["resource"]["prefect.resource.id"] == "lewis.expert./tmp/my%20models/%7B%7B%207%2A7%20%7D%7D%2A%0A"
+    assert event["payload"] == {"recipe": "nightly", "ref": "./x", "repo": folder, "old": None, "new": new}
+
+
+def test_an_event_that_is_not_taken_is_an_error() -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    started = time.monotonic()
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(TransientError, match="ConnectError"),
+    ):
+        released.announce("r", "org/x", "org/x", OLD, NEW)
+    assert time.monotonic() - started < 8
+
+
+def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:
+    (tmp_path / "org" / "math").mkdir(parents=True)
+    recipe = Recipe.parse(ALPHA.replace("org/base\n", "./gone\n"), root=tmp_path)
+    assert list(released.hub_repos(recipe)) == [
+        ("org/code", "org/code@main"),
+        ("org/base", "org/base+org/lora"),
+        ("org/lora", "org/base+org/lora"),
+    ]
+
+
+def test_the_secret_is_made_once_and_for_nobody_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LEWIS_WEBHOOK_SECRET", raising=False)
+    with ThreadPoolExecutor(4) as pool:
+        (made,) = set(pool.map(lambda _: webhook.secret(), range(4)))
+    assert len(made) >= 32 and made == (home / "webhook-secret").read_text().strip()
+    assert stat.S_IMODE((home / "webhook-secret").stat().st_mode) == 0o600
+    monkeypatch.setenv("LEWIS_WEBHOOK_SECRET", " mine ")
+    assert webhook.secret() == "mine"
+    monkeypatch.setenv("LEWIS_WEBHOOK_SECRET", "")
+    (home / "webhook-secret").chmod(0o644)
+    with pytest.raises(InputError, match="others may read it"):
+        webhook.secret()
+    (home / "webhook-secret").chmod(0o600)
+    (home / "webhook-secret").write_text("\n")
+    with pytest.raises(InputError, match="it is empty"):
+        webhook.secret()
+    with pytest.raises(InputError, match="LEWIS_WEBHOOK_SECRET"):
+        webhook.create_app("")

@@ -1,0 +1,400 @@
+"""Housekeeping on real entries, with a real MLflow: what is needed or in use stays, the rest goes whole."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import pipeline, registry, store
+from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.gate import Verdict
+from lewis.housekeeping import Removable, remove, survey
+from lewis.recipe import Recipe
+from lewis.registration import registry_entry
+from tests.conftest import Family
+from tests.support.models import parse
+
+HOUR, DAY = 3600.0, 86400.0
+
+
+@pytest.fixture(autouse=True)
+def _no_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "x")  # so that the teardown undoes what MLflow exports
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a row of ours: making them takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def mlflow_home(home: Path, empty_database: Path) -> Path:
+    (home / "mlflow").mkdir(parents=True)
+    shutil.copy(empty_database, home / "mlflow" / "mlflow.db")
+    return home
+
+
+def age(home: Path, days: float) -> None:
+    """Let the store's entries be as many days older."""
+    for path in home.rglob("*"):
+        if path.is_file() and "mlflow" not in path.parts:
+            then = path.stat().st_mtime - days * DAY
+            os.utime(path, (then, then))
+
+
+def json_entry(kind: str, name: str, content: dict[str, Any], *, age: float = 30 * DAY) -> Path:
+    path = store.home() / kind / f"{name}.json"
+    store.write_json(path, content)
+    return old(path, age)
+
+
+def merged(name: str, *, age: float = 30 * DAY) -> Path:
+    """A published folder of 100 bytes beside its manifest."""
+    folder = store.home() / "merged" / (name * 64)
+    with store.publish(folder, {"digest": name * 64}) as scratch:
+        (scratch / "model.safetensors").write_bytes(b"x" * 100)
+    old(folder / store.MANIFEST, age)
+    return folder
+
+
+def old(path: Path, age: float) -> Path:
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def names(items: list[Removable]) -> set[str]:
+    return {f"{item.kind}/{item.path.name}" for item in items}
+
+
+class Made:
+    """A guided merge by the real steps, with the scores of all models in it."""
+
+    def __init__(self, family: Family, name: str, most: float = 0.8, text: str = "w1 w2 w3") -> None:
+        self.recipe: Recipe = parse(
+            {
+                "merge_method": "ties",
+                "base_model": str(family.base),
+                "models": [{"model": str(family.math)}, {"model": str(family.code)}],
+                "lewis": {"calibrations": {"sums": {"texts": [text], "samples": 1}}, "density": {"max": most}},
+                "register": {"name": name},
+            }
+        )
+        base, sources = pipeline.pin_all(self.recipe)
+        assert base is not None
+        self.base: ModelFiles = pipeline.download(base)
+        self.experts = [pipeline.download(source) for source in sources]
+        self.calibration = pipeline.prepare_calibration(self.recipe, "sums", self.base)
+        found: tuple[list[ImportanceEntry], AllocationEntry] = pipeline.guide(self.recipe, self.base, self.experts)
+        self.measured, self.allocated = found
+        self.merged = self.merge()
+        self.uniform = self.merge("uniform")
+        self.scores = {
+            name: json_entry("scores", f"{name}-{self.merged.digest[:8]}", {"model": key, "scores": [1]}, age=0)
+            for name, key in {
+                "base": self.base.key,
+                "math": self.experts[0].key,
+                "merged": self.merged.digest,
+                "uniform": self.uniform.digest,
+            }.items()
+        }
+
+    def merge(self, which: str = "experts") -> MergedModel:
+        return pipeline.merge(self.recipe, self.base, self.experts, self.allocated, which)
+
+    def register(self) -> registry.Version:
+        entry = registry_entry(
+            self.recipe, self.base, self.experts, [self.calibration], self.allocated, self.merged, {}
+        )
+        return registry.register(entry)
+
+
+def test_registered_merges_and_what_they_were_made_from_stay(family: Family, mlflow_home: Path) -> None:
+    import mlflow
+
+    champion, refused = Made(family, "tiny"), Made(family, "tiny", most=0.7)
+    other = Made(family, "tiny", text="w7 w8")  # of a calibration set that no version has
+    registry.promote(champion.register(), Verdict(True, (), "base"))
+    registry.promote(refused.register(), Verdict(False, (), "models:/tiny/1"))
+    age(mlflow_home, 15)
+    inode = champion.merged.folder.stat().st_ino
+
+    found = survey()
+    expected = {f"importance/{entry.digest}.json" for entry in other.measured}
+    expected |= {f"calibrations/{other.calibration.digest}.json", f"allocations/{other.allocated.digest}.json"}
+    expected |= {f"merged/{made.uniform.digest}" for made in (champion, refused, other)}
+    expected |= {f"scores/{made.scores['uniform'].name}" for made in (champion, refused, other)}
+    expected |= {f"merged/{other.merged.digest}", f"scores/{other.scores['merged'].name}"}
+    assert {name for name in names(found) if not name.startswith("digests/")} == expected
+    (uniform,) = (item for item in found if item.path == champion.uniform.folder)
+    assert uniform.bytes == sum(path.stat().st_size for path in uniform.path.iterdir()) > 10_000
+    assert uniform.why == "not used for 15 days, not registered"
+    assert all(item.path.exists() for item in found)
+
+    assert remove(found) == sum(item.bytes for item in found)
+    assert not any(item.path.exists() for item in found)
+    assert not list(mlflow_home.rglob(".*.partial"))
+    pipe = mlflow.transformers.load_model("models:/tiny@champion")
+    assert type(pipe).__name__ == "TextGenerationPipeline"
+    assert [registry.find("tiny", made.merged.digest).version for made in (champion, refused)] == ["1", "2"]
+    assert champion.merge().folder.stat().st_ino == inode  # found, not made again
+    assert pipeline.find_merged(refused.merged.digest) is not None
+    assert survey() == []
+
+
+def test_weights_that_mlflow_holds_too_are_not_counted_as_freed(family: Family, mlflow_home: Path) -> None:
+    import mlflow
+
+    made = Made(family, "tiny")
+    registry.promote(made.register(), Verdict(True, (), "base"))
+    mlflow.MlflowClient().delete_registered_model_alias("tiny", "champion")
+    mlflow.MlflowClient().delete_model_version("tiny", "1")
+    age(mlflow_home, 15)
+    (item,) = (item for item in survey() if item.path == made.merged.folder)
+    sizes = {path.name: path.stat().st_size for path in item.path.iterdir()}
+    assert item.bytes == sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
+    assert remove([item]) == item.bytes
+    assert (
+        next((mlflow_home / "mlflow" / "artifacts").rglob("*.safetensors")).stat().st_size == sizes["model.safetensors"]
+    )
+
+
+def test_without_mlflow_nothing_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = merged("a")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TransientError, match="listing the registered versions"):
+        survey(0)
+    assert pipeline.find_merged(folder.name) is not None
+
+
+def test_a_look_makes_no_database_and_marks_nothing(home: Path) -> None:
+    folder, entry = merged("a"), json_entry("importance", "i", {"norms": {"x": 1.0}})
+    first = survey()
+    assert names(first) == {f"merged/{'a' * 64}", "importance/i.json"} and survey() == first
+    assert not (home / "mlflow").exists() and folder.is_dir() and entry.is_file()
+
+
+class TestUse:
+    def test_a_hit_keeps_an_entry(self, home: Path) -> None:
+        folders = [merged("a"), merged("b")]
+        used, unused = (json_entry("scores", name, {"model": "m", "scores": [1]}) for name in ("used", "unused"))
+        assert pipeline.find_merged("a" * 64) and store.entry(used, "scores")
+        for path in (folders[0] / store.MANIFEST, used):
+            old(path, DAY - 60 if path.stat().st_mtime > time.time() - 60 else 99 * DAY)  # the hit was yesterday
+        assert names(survey()) == {f"merged/{'b' * 64}", f"scores/{unused.name}"}
+        assert names(survey(0.5)) == {f"merged/{each * 64}" for each in "ab"} | {
+            "scores/used.json",
+            "scores/unused.json",
+        }
+
+    def test_a_merged_model_that_is_merged_again_is_in_use(self, family: Family, home: Path) -> None:
+        folder = home / "merged" / ("a" * 64)
+        with store.publish(folder, {"digest": "a" * 64}) as scratch:
+            shutil.copytree(family.math, scratch, dirs_exist_ok=True)
+        files = ModelFiles.at("local", "key", folder)
+        age(home, 30)
+        assert names(survey()) == {f"merged/{'a' * 64}"}
+        ModelFiles.model_validate(files.model_dump())
+        assert survey() == []
+
+    def test_a_calibration_set_is_in_use_when_it_is_referred_to(self, home: Path) -> None:
+        path = json_entry("calibrations", "c", {"name": "c", "samples": [[1]]})
+        assert names(survey()) == {"calibrations/c.json"}
+        CalibrationEntry(name="c", digest="c", tokens=1, path=path)
+        assert survey() == []
+
+    @pytest.mark.parametrize(("hours", "kept"), [(0, True), (1.9, True), (2.1, False)])
+    def test_what_was_used_in_the_last_hour_stays_whatever_the_days(self, home: Path, hours: float, kept: bool) -> None:
+        json_entry("importance", "i", {"norms": {"x": 1.0}}, age=hours * HOUR)  # a mark lags by up to an hour
+        assert (survey(0) == []) == kept
+
+    @pytest.mark.parametrize(("started", "kept"), [(None, False), (5, False), (6.1, True)])
+    def test_what_a_run_that_goes_on_uses_stays(self, home: Path, started: float | None, kept: bool) -> None:
+        merged("a", age=7 * HOUR)
+        since = None if started is None else time.time() - started * HOUR
+        assert (survey(0, active_since=since) == []) == kept
+
+    @pytest.mark.parametrize("days", [-1, float("nan")])
+    def test_days_are_checked(self, home: Path, days: float) -> None:
+        with pytest.raises(InputError, match="days: expected a number from 0 up, got"):
+            survey(days)
+
+
+class TestRemove:
+    @pytest.fixture
+    def holder(self, home: Path) -> Iterator[subprocess.Popen[str]]:
+        """Another process that holds the lock of the merge `aaa...`, as a run does that makes or finds it."""
+        code = "from lewis import store\nwith store.lock('merged-' + 'a' * 64): print('held', flush=True); input()\n"
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+        process.communicate()
+
+    def test_a_run_that_holds_the_lock_wins(self, home: Path, holder: subprocess.Popen[str]) -> None:
+        folder, entry = merged("a"), json_entry("importance", "i", {"norms": {"x": 1.0}})
+        found = survey()
+        assert remove(found) == sum(item.bytes for item in found if item.kind == "importance")
+        assert pipeline.find_merged(folder.name) is not None and not entry.exists()
+        holder.communicate("\n")
+        old(folder / store.MANIFEST, 30 * DAY)
+        assert remove(survey()) > 100
+        assert list((home / "merged").iterdir()) == []
+
+    def test_what_was_used_since_the_look_stays(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, entry = merged("a"), json_entry("calibrations", "c", {"name": "c", "samples": []})
+        found = survey()
+        store.read_entry(entry)
+        assert pipeline.find_merged(folder.name) is not None
+        monkeypatch.setattr(os, "rename", None)  # not even for a moment is it out of sight
+        assert len(found) == 2 and remove(found) == 0
+        assert pipeline.find_merged(folder.name) is not None and entry.is_file()
+
+    def test_a_reader_that_comes_at_the_last_moment_wins(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, rename = merged("a"), os.rename
+
+        def read_then_rename(source: Path, target: Path) -> None:
+            assert source != folder or store.read_manifest(folder)
+            rename(source, target)
+
+        found = survey()
+        monkeypatch.setattr(os, "rename", read_then_rename)
+        assert remove(found) == 0
+        assert pipeline.find_merged(folder.name) is not None and [folder] == list((home / "merged").iterdir())
+
+    def test_what_is_gone_already_is_no_failure(self, home: Path) -> None:
+        merged("a"), merged("b")
+        found = survey()
+        assert remove(found) == sum(item.bytes for item in found) and remove(found) == 0
+
+    def test_one_failure_does_not_stop_the_rest(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folders, rename = [merged("a"), merged("b")], os.rename
+
+        def refuse(source: Path, target: Path) -> None:
+            if source == folders[0]:
+                raise PermissionError(13, "Permission denied")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", refuse)
+        with pytest.raises(LewisError, match=r"1 of 2 entries could not be removed.*/merged/a+: Permission denied"):
+            remove(survey())
+        assert [folder.exists() for folder in folders] == [True, False]
+
+
+class TestRecords:
+    def record(self, key: str, value: Any, *, age: float = 30 * DAY) -> Path:
+        """A task's result as Prefect keeps it."""
+        from prefect.filesystems import LocalFileSystem
+        from prefect.results import ResultStore
+        from prefect.serializers import JSONSerializer
+
+        storage = LocalFileSystem(basepath=str(store.home() / "results"))
+        ResultStore(result_storage=storage, serializer=JSONSerializer()).write(key=key, obj=value)
+        return old(store.home() / "results" / key, age)
+
+    def importance(self, name: str) -> ImportanceEntry:
+        path = json_entry("importance", name, {"norms": {"x": 1.0}}, age=0)
+        entry = ImportanceEntry(ref="r", calibration="c", digest=name, path=path)
+        old(path, 30 * DAY)
+        return entry
+
+    def test_one_goes_with_what_it_refers_to(self, home: Path) -> None:
+        goes, stays, gone = (self.importance(name) for name in ("goes", "stays", "gone"))
+        for entry in (goes, stays, gone):
+            self.record(f"measure-{entry.digest}", entry, age=3 * DAY)
+        store.mark_used(stays.path)
+        gone.path.unlink()
+        found = survey()
+        assert names(found) == {"importance/goes.json", "results/measure-goes", "results/measure-gone"}
+        assert remove(found) == sum(item.bytes for item in found) > 0
+        assert [path.name for path in (home / "results").iterdir()] == ["measure-stays"]
+
+    def test_one_that_was_just_written_stays(self, home: Path) -> None:
+        self.record("measure-x", gone := self.importance("x"), age=0)
+        gone.path.unlink()
+        assert survey(0) == []
+
+    def test_one_stays_with_what_a_run_has_begun_to_use(self, home: Path) -> None:
+        record = self.record("measure-x", self.importance("x"))
+        found = survey()
+        store.entry(home / "importance" / "x.json", "norms")
+        assert names(found) == {"importance/x.json", "results/measure-x"} and remove(found) == 0 and record.is_file()
+
+    def test_one_of_files_outside_goes_by_age_and_never_under_a_run(self, home: Path, family: Family) -> None:
+        self.record("download-old", ModelFiles.at("r", "k", family.base))
+        self.record("download-new", ModelFiles.at("r", "k", family.base), age=DAY)
+        assert names(survey()) == {"results/download-old"}
+        assert survey(active_since=time.time()) == []
+
+
+class TestLeftovers:
+    def test_of_dead_processes_go_when_nobody_writes_them(self, home: Path) -> None:
+        code = (
+            "import os, sys; from pathlib import Path; from lewis import store\n"
+            "with store.publish(store.home() / 'merged' / 'x', {}) as scratch:\n"
+            "    (scratch / 'half').write_text('x' * 1000); os.kill(os.getpid(), 9)"
+        )
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+        ours = store.beside(home / "scores" / "s.json")
+        ours.parent.mkdir()
+        ours.write_text("being written")
+        assert survey(0) == []  # on a shared file system it could be another machine's
+        (half,) = (home / "merged").iterdir()
+        for path in (half, half / "half", ours):
+            old(path, 3 * HOUR)
+        (found,) = survey()
+        assert (found.kind, found.bytes, found.path) == ("partial", 1000, half)
+        assert remove([found]) == 1000 and list((home / "merged").iterdir()) == [] and ours.exists()
+
+
+def test_logs_of_living_processes_stay(home: Path) -> None:
+    (home / "logs").mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for writer in (os.getpid(), dead.pid):
+        old_log = home / "logs" / f"worker-{writer}.log"
+        old_log.write_text("line\n")
+        old(old_log, 30 * DAY)
+    assert names(survey()) == {f"logs/worker-{dead.pid}.log"}
+
+
+def test_caches_of_datasets_go_when_no_run_goes_on(home: Path) -> None:
+    for name, days in (("old", 30), ("new", 1)):
+        arrow = home / "datasets" / "json" / name / "0.0.0" / "train.arrow"
+        arrow.parent.mkdir(parents=True)
+        arrow.write_text("rows")
+        for path in (arrow, *list(arrow.parents)[:2]):
+            old(path, days * DAY)
+    assert names(survey()) == {"datasets/old"} and survey(active_since=time.time()) == []
+    assert remove(survey()) == 4 and [path.name for path in (home / "datasets" / "json").iterdir()] == ["new"]
+
+
+def test_what_is_not_ours_stays(home: Path) -> None:
+    for name in (
+        "prefect/prefect.db",
+        "demo/demo.yaml",
+        "locks/x.lock",
+        "runs/id",
+        "merged/thesis/a.txt",
+        "merged/a.txt",
+        "note.json",
+    ):
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        old(path, 99 * DAY)
+    assert survey(0) == []

@@ -1,0 +1,144 @@
+"""The run's report: golden texts, and names that try to be more than names."""
+
+import re
+
+import pytest
+
+from lewis.evaluation import Score
+from lewis.gate import Verdict
+from lewis.run_report import Change, RunFacts, changes, code, duration, plain, score_rows, short, to_markdown
+
+OLD, NEW = "1" * 40, "2" * 40
+
+
+def score(value: float, higher: bool = True) -> Score:
+    return Score("gsm8k", "exact_match,none", value, 0.01, higher, 200)
+
+
+def test_the_whole_report() -> None:
+    facts = RunFacts(
+        recipe="nightly",
+        outcome="models:/m/3 is the new champion.",
+        why="by hand",
+        seconds=185.2,
+        digest="5c1f0a2b" + "0" * 56,
+        champion="models:/m/2",
+        changes=[Change("org/base", OLD, OLD), Change("org/math", OLD, NEW)],
+        work={"measure": (1, 2), "evaluate": (0, 0)},
+        scores={"base": [score(0.25)], "lewis": [score(0.5)]},
+        merged="lewis",
+        verdict=Verdict(True, ("gain 0.25: pass",), "models:/m/2"),
+        means={"org/math": 0.5},
+        links={"MLflow run": "http://127.0.0.1:5000/#/runs/1"},
+    )
+    assert to_markdown(facts) == (
+        """# Run of `nightly`
+
+**models:/m/3 is the new champion.**
+
+Started by hand. Took 3 min 5 s. Merge digest `5c1f0a2b`.
+
+[MLflow run](http://127.0.0.1:5000/#/runs/1)
+
+## What changed since the champion `models:/m/2`
+
+| input | champion | now |  |
+| --- | --- | --- | --- |
+| `org/base` | `11111111` | `11111111` | unchanged |
+| `org/math` | `11111111` | `22222222` | **moved** |
+
+## What was computed
+
+| step | computed | from the cache |
+| --- | --- | --- |
+| measure | 1 | 2 |
+
+## Scores
+
+| metric | `base` | `lewis` | vs base |
+| --- | --- | --- | --- |
+| `gsm8k/exact_match,none` ↑ | 0.25 | 0.5 | +0.25 ✓ |
+
+## The gate: passed
+
+Compared with `models:/m/2`.
+
+* gain 0.25: pass
+
+## Mean density
+
+| expert | mean density |
+| --- | --- |
+| `org/math` | 0.500 |
+"""
+    )
+
+
+def test_a_run_with_nothing_to_compare_says_only_what_it_knows() -> None:
+    text = to_markdown(RunFacts("plain", "Merged; the recipe registers nothing.", "by hand", 3, "a" * 64))
+    assert text == (
+        "# Run of `plain`\n\n**Merged; the recipe registers nothing.**\n\n"
+        "Started by hand. Took 3 s. Merge digest `aaaaaaaa`.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "status"),
+    [(None, NEW, "new"), (OLD, NEW, "moved"), (NEW, NEW, "unchanged"), (OLD, None, "removed")],
+)
+def test_what_became_of_an_input(before: str | None, now: str | None, status: str) -> None:
+    assert Change("org/math", before, now).status == status
+
+
+def test_changes_are_found_by_the_tags_of_the_registry() -> None:
+    held = {"lewis.source.org--math_main": OLD, "lewis.source.org--gone": OLD}
+    found = changes(held, {"org/math@main": NEW, "/data/code": NEW})
+    assert found == [
+        Change("org/math@main", OLD, NEW),
+        Change("/data/code", None, NEW),
+        Change("org/gone", OLD, None),
+    ]
+
+
+def test_a_gap_is_marked_by_which_way_is_better() -> None:
+    scores = {"base": [score(2.0, False)], "champion": [score(1.0, False)], "lewis": [score(1.5, False)]}
+    assert score_rows(scores, "lewis") == [
+        {
+            "metric": "`gsm8k/exact_match,none` ↓",
+            "`base`": "2",
+            "`champion`": "1",
+            "`lewis`": "1.5",
+            "vs base": "-0.5 ✓",
+            "vs champion": "+0.5 ✗",
+        }
+    ]
+    [row] = score_rows({"champion": [], "lewis": [score(0.5)]}, "lewis")
+    assert row["`champion`"] == row["vs champion"] == "-"
+
+
+def test_names_stay_names() -> None:
+    evil = "a|b`<img src=x onerror=alert(1)>` [x](javascript:1)\n# title"
+    facts = RunFacts(
+        recipe=evil,
+        outcome=evil,
+        why=evil,
+        seconds=1,
+        digest="a" * 64,
+        changes=[Change(evil, None, NEW)],
+        verdict=Verdict(False, (evil,), evil),
+        means={evil: 0.5},
+        scores={evil: [score(0.5)]},
+        links={evil: "http://h/) <script>"},
+    )
+    text = to_markdown(facts)
+    spans = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", text)  # what is left is read as Markdown
+    assert not re.search(r"(?<!\\)<", spans) and not re.search(r"(?<!\\)\[x", spans)
+    assert "# title" not in [line[:7] for line in text.splitlines()]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (3, 5) for line in text.splitlines() if line.startswith("|"))
+
+
+def test_small_words() -> None:
+    assert code("a`b``c") == "``` a`b``c ```" and code("") == "` `"
+    assert plain("a_b <c>\nd") == r"a\_b \<c\> d"
+    assert short("sha256:" + "a" * 64) == "aaaaaaaa" and short(f"{OLD}+{NEW}") == "11111111+22222222"
+    assert [duration(s) for s in (59.4, 59.6, 3599, 7440)] == ["59 s", "1 min 0 s", "59 min 59 s", "2 h 4 min"]

@@ -1,0 +1,44 @@
+"""Registered versions with a lineage and without a merge, in a registry that is quick to make."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from lewis import registry, store, tracking
+from lewis.registry import Entry, Version
+
+
+def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store, and MLflow on a database copied into it."""
+    (folder / "mlflow").mkdir(parents=True)
+    shutil.copy(database, folder / "mlflow" / "mlflow.db")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "x")  # so that the teardown undoes what MLflow exports
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LEWIS_HOME", str(folder))
+    return folder
+
+
+def make_database(path: Path) -> Path:
+    """MLflow's tables without a row of ours: making them takes seconds."""
+    import mlflow
+
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def registered(
+    folder: Path, digit: str, lineage: Mapping[str, str], name: str, verdict: str | None = "failed"
+) -> Version:
+    """A version of the model in `folder` that claims a lineage and a verdict; its digest is the digit, 64 times."""
+    digest = digit * 64
+    checkpoint = store.home() / "merged" / digest
+    with store.publish(checkpoint, {"digest": digest}) as scratch:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True)
+    version = registry.register(Entry(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
+    if verdict:
+        with tracking.client("setting a verdict") as client:
+            client.set_model_version_tag(name, version.version, "lewis.verdict", verdict)
+    return version

@@ -1,0 +1,191 @@
+"""`lewis up` as a process of its own beside a local Hub, and what a person would look up about its runs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tests.support.local_hub import LocalHub, Webhook
+
+REPO = Path(__file__).resolve().parents[2]
+SECRET = "only the Hub and the receiver know"
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def children(pid: int) -> dict[int, str]:
+    """Process id -> command line of all descendants."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    rows = [(int(line.split()[0]), int(line.split()[1]), line.split(None, 2)[2]) for line in listed]
+    found, parents = {}, {pid}
+    while True:
+        new = {child: args for child, parent, args in rows if parent in parents and child not in found}
+        if not new:
+            return found
+        found |= new
+        parents = set(new)
+
+
+class Service:
+    """A running `lewis up`; use as a context manager.
+
+    Attributes:
+        home: its store.
+        recipes: its recipes folder, empty at first.
+        environment: of the service, beyond that of the tests; changes count from the next `start`.
+    """
+
+    def __init__(self, root: Path, hub: LocalHub, *, poll: int = 3600) -> None:
+        self.home, self.recipes, self.hub = root / "home", root / "recipes", hub
+        self.recipes.mkdir(parents=True)
+        ports = {name: free_port() for name in ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "LEWIS_WEBHOOK_PORT")}
+        self.api = f"http://127.0.0.1:{ports['PREFECT_SERVER_API_PORT']}/api"
+        self.mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}"
+        self.webhook = f"http://127.0.0.1:{ports['LEWIS_WEBHOOK_PORT']}/webhook"
+        self.environment = {
+            **hub.environment(root / "client"),
+            **{name: str(port) for name, port in ports.items()},
+            "LEWIS_HOME": str(self.home),
+            "LEWIS_RECIPES": str(self.recipes),
+            "LEWIS_WEBHOOK_SECRET": SECRET,
+            "PYTHONPATH": str(root / "patch"),  # a place for a sitecustomize.py
+            "TMPDIR": str(root / "tmp"),  # a device slot of its own
+        }
+        (root / "tmp").mkdir()
+        self.patch = root / "patch" / "sitecustomize.py"
+        self.patch.parent.mkdir()
+        deployments = yaml.safe_load((REPO / "deployments" / "prefect.yaml").read_text())
+        watch = next(each for each in deployments["deployments"] if each["name"] == "watch-releases")
+        watch["schedules"] = [{"interval": poll}]
+        self.prefect_file = root / "prefect.yaml"
+        self.prefect_file.write_text(yaml.safe_dump(deployments))
+        self.log = root / "up.log"
+
+    def __enter__(self) -> "Service":
+        self.start()
+        self.hub.webhooks.append(Webhook(self.webhook, SECRET))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hub.webhooks.clear()
+        self.stop()
+
+    def start(self) -> None:
+        left_out = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+        environment = {key: value for key, value in os.environ.items() if key not in left_out}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "up", "--prefect-file", str(self.prefect_file)],
+                stdout=log,
+                stderr=log,
+                cwd=REPO,
+                env={**environment, **self.environment},
+            )
+        self.until(lambda: "webhook" in self.note() or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.log.read_text()
+        self.until(lambda: any("worker start" in args for args in self.parts().values()), 30)
+
+    def stop(self) -> None:
+        parts = self.parts()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        assert not parts.keys() & set(map(int, filter(str.isdigit, os.listdir("/proc")))), "a part outlived `lewis up`"
+
+    def note(self) -> dict[str, Any]:
+        path = self.home / "service.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def parts(self) -> dict[int, str]:
+        return children(self.process.pid)
+
+    def part(self, words: str) -> int:
+        """The process id of the part whose command line has `words`."""
+        return next(pid for pid, args in sorted(self.parts().items()) if words in args)
+
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
+        """One request of Prefect's API."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.api + path, data, {"content-type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def runs(self, recipe: str) -> list[dict[str, Any]]:
+        """The merges of a recipe, oldest first, without those that are only scheduled for later."""
+        flow = {"flows": {"name": {"any_": ["merge"]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        found = self.ask("/flow_runs/filter", flow)
+        return [run for run in found if run["parameters"].get("recipe") == recipe and run["start_time"]]
+
+    def finished(self, recipe: str, count: int, timeout: float = 120) -> list[dict[str, Any]]:
+        """Wait until `count` merges of a recipe have ended, and none is going on."""
+
+        def ended() -> list[dict[str, Any]] | None:
+            runs = self.runs(recipe)
+            over = [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
+            return runs if len(over) >= count and len(over) == len(runs) else None
+
+        return self.until(ended, timeout)
+
+    def start_run(self, deployment: str, **parameters: Any) -> str:
+        """Start a run by hand, as the UI does; gives its id."""
+        found = self.ask(f"/deployments/name/{deployment}")
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return str(self.ask(f"/deployments/{found['id']}/create_flow_run", body)["id"])
+
+    def poll(self, recipe: str) -> None:
+        """Let the watcher look at one recipe now, and wait until it has."""
+        run = self.start_run("watch-releases/watch-releases", recipes=[recipe])
+        self.until(lambda: self.ask(f"/flow_runs/{run}")["state_type"] == "COMPLETED", 60)
+
+    def answers(self) -> bool:
+        """Whether the Prefect server does."""
+        try:
+            with urllib.request.urlopen(f"{self.api}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def versions(self, name: str) -> list[Any]:
+        """The registered versions, newest first."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.home}/mlflow/mlflow.db")
+        found = sorted(client.search_model_versions(f"name='{name}'"), key=lambda each: -int(each.version))
+        return [client.get_model_version(name, each.version) for each in found]  # with its aliases
+
+    def until(self, found: Callable[[], T], timeout: float) -> T:
+        """Wait for a true value; `found` may fail while a server is down."""
+        deadline, last = time.monotonic() + timeout, None
+        while time.monotonic() < deadline:
+            try:
+                last = found()
+            except OSError as error:
+                last = error
+            if last and not isinstance(last, OSError):
+                return last
+            time.sleep(0.2)
+        raise AssertionError(f"not within {timeout} s: {last}\n{self.log.read_text()[-6000:]}")
+
+
+def seconds(run: dict[str, Any], key: str = "start_time") -> float:
+    """A time of a run as Unix time."""
+    return datetime.fromisoformat(run[key].replace("Z", "+00:00")).timestamp()
