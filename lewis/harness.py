@@ -24,7 +24,7 @@ from lewis.errors import LewisError
 from lewis.store import read_json, write_json
 
 Progress = Callable[[float, str], None]
-_BAR = re.compile(r"Running (\w+ requests):\s+(\d+)%")
+_BAR = re.compile(r"(?:Running (\w+ requests):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -106,19 +106,27 @@ class _Output:
         self._progress = progress
         self._lines: deque[str] = deque(maxlen=30)
         self._rest = b""
-        self._last = ""
+        self._last: tuple[str, int] | None = None
+        self._documents = 0
 
     def feed(self, data: bytes) -> bool:
         """Take a piece of output; False at its end."""
         *lines, self._rest = re.split(rb"[\r\n]+", self._rest + data)
         for line in (line.decode(errors="replace").strip() for line in lines):
-            if bar := _BAR.search(line):
-                if self._progress and bar[0] != self._last:  # tqdm repeats a percentage for every batch
-                    self._progress(int(bar[2]) / 100, bar[1])
-                self._last = bar[0]
+            if bar := _BAR.fullmatch(line, endpos=line.rfind("[") + 1):
+                self._bar(bar[1], int(bar[2]), int(bar[3]))
             elif line and "%|" not in line:
                 self._lines.append(line)
         return bool(data)
+
+    def _bar(self, kind: str | None, percent: int, total: int) -> None:
+        if kind is None:  # of the documents of a task, before their requests run
+            self._documents = total
+        # Rolling requests have a bar for every batch and none for all: progress that starts anew would tell nothing.
+        elif total >= self._documents and (kind, percent) != self._last:  # tqdm repeats a percentage for every batch
+            self._last = (kind, percent)
+            if self._progress:
+                self._progress(percent / 100, kind)
 
     def tail(self) -> str:
         return "\n".join([*self._lines, self._rest.decode(errors="replace")]).strip() or "(none)"

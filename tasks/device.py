@@ -1,16 +1,20 @@
 """Device slots: how many tasks may use torch at once, on one machine and on all that share a Prefect server."""
 
+import contextvars
 import logging
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from uuid import UUID
 
+import httpx
 from filelock import FileLock, Timeout
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
-from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 from prefect.settings import PREFECT_API_URL
 
@@ -23,7 +27,7 @@ LIMIT = "lewis-device"
 """Name of Prefect's global concurrency limit over all machines. Where there is none, each machine's slots are all."""
 LEASE_SECONDS = 60.0  # the least that Prefect takes: how long a killed holder keeps its part of the limit
 _POLL_SECONDS = 0.1
-_ASK_SECONDS = 5.0
+_ASK_SECONDS = 1.0
 
 
 def slots() -> int:
@@ -82,38 +86,69 @@ def _first_free(locks: list[FileLock]) -> int:
 
 @contextmanager
 def _shared_limit() -> Iterator[None]:
-    """Hold a part of the server's limit. Whatever becomes of the server or the lease, the work goes on."""
-    lease = _lease() if PREFECT_API_URL.value() else None
-    try:
-        yield
-    finally:
-        if lease:
+    """Hold a part of the server's limit. Whatever becomes of the server or the lease, the work goes on.
+
+    Prefect's own `concurrency` would wait for ever where its first request fails, and warn where there is no limit.
+    """
+    with ExitStack() as held:
+        if PREFECT_API_URL.value():
             try:
-                lease.__exit__(None, None, None)
-            except Exception as error:
-                logger.warning("the slot of %s could not be given back (%s); it expires by itself", LIMIT, error)
+                client = held.enter_context(get_client(sync_client=True))
+                lease = _acquire(client)
+                if lease:
+                    held.callback(_release, client, lease)
+                    held.callback(_keep(client, lease))
+            except httpx.HTTPError as error:
+                logger.warning("%s: Prefect does not answer (%s): this machine's slots alone count", LIMIT, error)
+        yield
 
 
-def _lease() -> AbstractContextManager[None] | None:
+def _acquire(client: SyncPrefectClient) -> UUID | None:
+    """A lease on a part of the limit, waited for; None if there is no such limit."""
     run = TaskRunContext.get()
     holder = ConcurrencyLeaseHolder(type="task_run", id=run.task_run.id) if run else None
     told = False
     while True:
         raise_if_stopping(f"waiting for a slot of {LIMIT}")
-        lease = concurrency(
-            LIMIT,
-            timeout_seconds=_ASK_SECONDS,
-            lease_duration=LEASE_SECONDS,
-            holder=holder,
-            raise_on_lease_renewal_failure=False,
-        )
         try:
-            lease.__enter__()
-            return lease
-        except TimeoutError:
+            answer = client.increment_concurrency_slots_with_lease([LIMIT], 1, "concurrency", LEASE_SECONDS, holder)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.LOCKED:
+                raise
             if not told:
-                logger.info("waiting for a slot of %s, which tasks on other machines hold", LIMIT)
+                logger.info("waiting for a slot of %s, which other tasks hold", LIMIT)
                 told = True
-        except Exception as error:
-            logger.warning("%s: Prefect cannot be asked (%s); this machine's slots alone count", LIMIT, error)
-            return None
+            time.sleep(_ASK_SECONDS)
+        else:
+            found = answer.json()
+            return UUID(found["lease_id"]) if found["limits"] else None
+
+
+def _keep(client: SyncPrefectClient, lease: UUID) -> Callable[[], None]:
+    """Renew a lease from a thread; what it gives back ends that."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        told = False
+        while not ended.wait(LEASE_SECONDS / 4):
+            try:
+                client.renew_concurrency_lease(lease, LEASE_SECONDS)
+            except Exception as error:
+                if not told and not ended.is_set():
+                    logger.warning("%s: the lease is not renewed (%s); the work goes on", LIMIT, error)
+                told = True
+
+    def end() -> None:
+        ended.set()
+        keeper.join(5)
+
+    keeper = threading.Thread(target=contextvars.copy_context().run, args=[renew], name=f"{LIMIT}-lease", daemon=True)
+    keeper.start()
+    return end
+
+
+def _release(client: SyncPrefectClient, lease: UUID) -> None:
+    try:
+        client.release_concurrency_slots_with_lease(lease)
+    except httpx.HTTPError as error:
+        logger.warning("%s: the slot is not given back (%s); it expires in a minute", LIMIT, error)

@@ -9,21 +9,18 @@ def quieten() -> None:
     """Let lewis and tasks log at INFO, and take noise out of Prefect's run logs."""
     for library in ("lewis", "tasks"):
         logging.getLogger(library).setLevel(logging.INFO)
-    for runs in ("prefect.task_runs", "prefect.flow_runs", "prefect.concurrency"):
+    for runs in ("prefect.task_runs", "prefect.flow_runs"):
         logging.getLogger(runs).addFilter(worth_reading)
 
 
 def worth_reading(record: logging.LogRecord) -> bool:
     """Filter of log records.
 
-    An error of ours says what went wrong in its message: its traceback is dropped. So is that of a lease that was not
-    renewed: the work goes on. Tasks that did not start because of an error are dropped; the UI shows them. So is
-    Prefect's warning, at the start of each task with a timeout, that a thread is only stopped between calls: the work
-    is loops over tensors and batches, and lm-eval has a child process. So is its warning, for each device slot, that
-    the server has no limit `lewis-device`: then each machine's slots count alone.
+    An error of ours says what went wrong in its message: its traceback is dropped. Tasks that did not start because of
+    it are dropped too; the UI shows them. So is Prefect's warning, at the start of each task with a timeout, that a
+    thread is only stopped between calls: the work is loops over tensors and batches, and lm-eval has a child process.
     """
-    message = record.getMessage()
-    ours = record.exc_info and isinstance(record.exc_info[1], LewisError)
-    if ours or "concurrency lease" in message.lower():
+    if record.exc_info and isinstance(record.exc_info[1], LewisError):
         record.exc_info = record.exc_text = None
-    return not message.startswith(("Finished in state NotReady", "Timeout of ", "Concurrency limits ["))
+    message = record.getMessage()
+    return not message.startswith(("Finished in state NotReady", "Timeout of "))

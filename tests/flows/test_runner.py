@@ -1,0 +1,159 @@
+"""The same flow in threads, in processes, on Dask and on Ray: the same merge, and the work on several processes."""
+
+import importlib.util
+import os
+import signal
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import runner
+from lewis import pipeline
+from lewis.errors import InputError
+from lewis.recipe import Recipe
+from tests.flows.conftest import Command
+from tests.flows.test_run import NO_SCORES, finished, leftovers, report
+
+dask = pytest.mark.skipif(importlib.util.find_spec("prefect_dask") is None, reason="the extra [dask] is not installed")
+ray = pytest.mark.skipif(importlib.util.find_spec("prefect_ray") is None, reason="the extra [ray] is not installed")
+PLAIN = ("--set", "lewis=null", "--set", "evaluate=null", "--set", "register=null")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith("LEWIS_") and name != "LEWIS_HOME"]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"LEWIS_TASK_RUNNER": "spark"}, "LEWIS_TASK_RUNNER: expected thread, process, dask, ray, got 'spark'"),
+        ({"LEWIS_MAX_WORKERS": "0"}, "LEWIS_MAX_WORKERS: expected a whole number from 1 up, got '0'"),
+        ({"LEWIS_TASK_RUNNER": "process", "LEWIS_DEVICE_SLOTS": "x"}, "LEWIS_DEVICE_SLOTS: expected .* got 'x'"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_the_flow_and_not_while_it_is_loaded(
+    settings: dict[str, str], message: str, environment: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        environment.setenv(name, value)
+    assert runner.task_runner().name == "threadpool"
+    with pytest.raises(InputError, match=message):
+        runner.check()
+
+
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_an_extra_that_is_not_installed_is_named(name: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LEWIS_TASK_RUNNER", name)
+    environment.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=rf"pip install 'lewis-merge\[{name}\]'"):
+        runner.check()
+
+
+def test_as_many_workers_as_can_compute_and_one_more(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LEWIS_DEVICE_SLOTS", "3")
+    assert runner.task_runner()._max_workers == 8
+    environment.setenv("LEWIS_TASK_RUNNER", "process")
+    assert runner.task_runner()._max_workers == 4
+    environment.setenv("LEWIS_MAX_WORKERS", "2")
+    assert runner.task_runner()._max_workers == 2
+
+
+def in_worker(module: str, task: str, code: str) -> str:
+    """Python that makes a task run `code` before its function, in whatever process runs it.
+
+    A function of `__main__` travels to the workers as it is, a patch of a module would stay behind.
+    """
+    return (
+        f"from tasks.{module} import {task} as task\nfunction = task.fn\n"
+        f"def first(*arguments, **named):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
+        f"    return function(*arguments, **named)\ntask.fn = first"
+    )
+
+
+# Each pass notes its process and waits until another one is there too.
+MEET = """
+    import os, pathlib, time
+    place, deadline = pathlib.Path(os.environ["LEWIS_HOME"], "pids"), time.monotonic() + 60
+    place.mkdir(parents=True, exist_ok=True)
+    (place / str(os.getpid())).touch()
+    while len(list(place.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("name", ["process", pytest.param("dask", marks=dask), pytest.param("ray", marks=ray)])
+def test_passes_run_on_two_workers_and_the_merge_is_the_same(
+    name: str, lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"LEWIS_TASK_RUNNER": name, "LEWIS_DEVICE_SLOTS": "2", "LEWIS_MAX_WORKERS": "2"}
+    found = report(
+        lewis("run", recipe, "--json", *NO_SCORES, patch=in_worker("importance", "measure", MEET), **settings)
+    )
+    assert len(list((home / "pids").iterdir())) == 2
+    assert not leftovers(home) and found["created"]
+
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "alone"))
+    digest, weights = by_the_library(recipe, tmp_path / "merged")
+    assert digest == found["digest"] and weights == (Path(found["folder"]) / "model.safetensors").read_bytes()
+
+
+def by_the_library(recipe: Path, folder: Path) -> tuple[str, bytes]:
+    """Digest and weights of the merge, one step after another in this process."""
+    plan = Recipe.load(recipe)
+    source, sources = pipeline.pin_all(plan)
+    assert source is not None
+    base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
+    prepared = pipeline.prepare_merge(plan, base, experts, pipeline.guide(plan, base, experts)[1])
+    prepared.run(folder)
+    return prepared.digest, (folder / "model.safetensors").read_bytes()
+
+
+@dask
+def test_an_existing_cluster_works_on_the_store_of_the_flow(lewis: Command, recipe: Path, home: Path) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+        settings = {"LEWIS_TASK_RUNNER": "dask", "LEWIS_DASK_ADDRESS": cluster.scheduler_address}
+        found = report(lewis("run", recipe, "--json", *PLAIN, **settings))
+    assert Path(found["folder"]).parent == home / "merged"
+
+
+@dask
+def test_a_cluster_that_does_not_answer_is_named(lewis: Command, recipe: Path) -> None:
+    settings = {"LEWIS_TASK_RUNNER": "dask", "LEWIS_DASK_ADDRESS": "tcp://127.0.0.1:9"}
+    quick = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
+    code, _, err = finished(lewis("run", recipe, *PLAIN, **settings, **quick))
+    assert code == 1 and "no Dask scheduler at tcp://127.0.0.1:9" in err
+
+
+SLOW_MERGE = """
+    import os, time, lewis.merge as m
+    f, n = m.Merge.tensor, []
+    def tensor(self, name):
+        n.append(name)
+        if len(n) == 5:
+            print(os.getpid(), flush=True)
+            time.sleep(60)
+        return f(self, name)
+    m.Merge.tensor = tensor
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_flow(number: signal.Signals, lewis: Command, recipe: Path, home: Path) -> None:
+    settings = {"LEWIS_TASK_RUNNER": "process", "LEWIS_MAX_WORKERS": "1"}
+    process = lewis("run", recipe, *PLAIN, patch=in_worker("merge", "merge", SLOW_MERGE), **settings)
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    process.send_signal(number)
+    process.wait(30)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.returncode != 0 and not Path(f"/proc/{worker}").exists()
+    assert number == signal.SIGKILL or not leftovers(home)
