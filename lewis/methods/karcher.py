@@ -14,7 +14,9 @@ def karcher(weights: torch.Tensor, *, max_iter: Count = 10, tol: NotNegative = 1
 
     From the mean of the unit tensors u_i, step along the mean of log_m(u_i) = a_i / sin(a_i) * (u_i - cos(a_i) m),
     a_i the angle between m and u_i, until that step is shorter than `tol`. The models have equal say; a base_model
-    counts as one of them. A model opposite to m does not pull: mergekit divides by the rounding error of sin(pi).
+    counts as one of them. Angles are taken from the distances |u_i - m|: mergekit's fp32 arc cosine reads less than
+    3e-4, which is where fine-tunes lie, as 0, and leaves those models out. A model opposite to m does not pull:
+    mergekit divides by the rounding error of sin(pi).
 
     Args:
         weights: fp32, shape (models, *tensor.shape).
@@ -33,10 +35,10 @@ def karcher(weights: torch.Tensor, *, max_iter: Count = 10, tol: NotNegative = 1
     mean = _unit(torch.stack(units).mean(dim=0), tol)
     mean = units[0] if mean is None else mean
     for _ in range(max_iter):
-        cosines = [min(max(inner(mean, unit), -1.0), 1.0) for unit in units]
-        factors = [_log_factor(math.acos(c), tol) / len(units) for c in cosines]
+        angles = [2 * math.asin(min(norm(unit - mean) / 2, 1.0)) for unit in units]
+        factors = [_log_factor(angle) / len(units) for angle in angles]
         step = (torch.stack(units) * column(factors, weights)).sum(dim=0)
-        step = step - mean * sum(f * c for f, c in zip(factors, cosines, strict=True))
+        step = step - mean * inner(step, mean)
         if (angle := norm(step)) < tol:
             break
         moved = math.cos(angle) * mean + (math.sin(angle) / angle) * step
@@ -50,6 +52,8 @@ def _unit(tensor: torch.Tensor, tol: float) -> torch.Tensor | None:
     return None if length < tol or length == 0 else tensor / length
 
 
-def _log_factor(angle: float, tol: float) -> float:
-    """a / sin(a); 0 where the tensors are the same, or opposite, so that no direction leads from one to the other."""
-    return 0.0 if angle < tol or math.sin(angle) < 1e-6 else angle / math.sin(angle)
+def _log_factor(angle: float) -> float:
+    """a / sin(a); 0 for opposite tensors, as no direction leads from one to the other."""
+    if angle < 1e-6:
+        return 1.0
+    return angle / math.sin(angle) if math.pi - angle > 1e-3 else 0.0

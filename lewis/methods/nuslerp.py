@@ -6,7 +6,7 @@ from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.sums import cosine
 
 _TINY = 1e-7  # norms below count as this (mergekit's)
-_FLAT = 1e-7  # 1 - cos^2 below which fp32 cannot tell two directions from one line
+_FLAT = 2e-6  # 1 - cos^2 below which fp32 cannot tell two directions from one line
 
 
 @merge_method("nuslerp", paper="https://dl.acm.org/doi/10.1145/325165.325242", on="either", experts=(2, 2))
