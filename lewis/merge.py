@@ -157,7 +157,9 @@ class Merge:
         if bool((weights == weights[0]).all()) and values.get("normalize"):
             return weights[0]  # an average of equals is exact
         merged = _call(self.method, name, values, weights, base)
-        for weight in (*weights, base) if self.method.takes_base else weights:
+        if self.method.takes_base:
+            return merged
+        for weight in weights:
             merged = torch.where(merged == weight, weight, merged)  # a sum loses the sign of -0.0
         return merged
 

@@ -157,7 +157,7 @@ def _check_count(data: dict[str, Any], models: list[dict[str, Any]], method: Met
     names = {str(entry.get("model")) for entry in models}
     base = data.get("base_model")
     beside = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
-    if not models or (low <= len(beside) and (high is None or len(beside) <= high)):
+    if not beside or (method.needs_base and not base) or (low <= len(beside) and (high is None or len(beside) <= high)):
         return []
     wanted = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
     counted = "the base included" if method.base_is_a_model else "not counting the base"

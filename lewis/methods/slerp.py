@@ -7,7 +7,7 @@ import torch
 from lewis.methods.registry import Fraction, merge_method
 from lewis.methods.sums import cosine
 
-PARALLEL = 0.9995  # |cosine| beyond which the arc is a straight line (mergekit's)
+_PARALLEL = 0.9995  # |cosine| beyond which the arc is a straight line (mergekit's)
 
 
 @merge_method("slerp", paper="https://dl.acm.org/doi/10.1145/325165.325242", on="weights", experts=(1, 1))
@@ -24,13 +24,12 @@ def slerp(weights: torch.Tensor, base: torch.Tensor, *, t: Fraction) -> torch.Te
     Returns:
         fp32 merged weights, shape tensor.shape.
     """
-    of_base, of_other = arc(cosine(base, weights[0]), t)
-    return of_base * base + of_other * weights[0]
-
-
-def arc(cosine: float, t: float) -> tuple[float, float]:
-    """The factors of the two ends at `t` of the arc whose ends have this cosine."""
-    if abs(cosine) > PARALLEL:
-        return 1 - t, t
-    angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    other = weights[0]
+    if t in (0, 1):  # byte by byte, where a sum would lose the sign of -0.0
+        return other if t else base
+    cos = cosine(base, other)
+    if abs(cos) > _PARALLEL:
+        return torch.lerp(base, other, t)
+    angle = math.acos(cos)
+    of_base, of_other = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return of_base * base + of_other * other

@@ -14,6 +14,7 @@ from lewis import pipeline
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
 from lewis.entries import Source
+from lewis.errors import InputError
 from lewis.export import to_mergekit
 from lewis.hub import Pinned
 from tests.conftest import Family
@@ -90,6 +91,12 @@ class TestConfig:
             "density": [{"filter": UP, "value": 0.5}],
             "weight": [{"filter": "norm", "value": 0.0}, *rest],
         }
+
+    @pytest.mark.parametrize("method", ["pcb", "consensus"])
+    def test_a_method_that_mergekit_does_not_know(self, method: str) -> None:
+        models = [{"model": "org/math@v1"}, {"model": "org/code"}]
+        with pytest.raises(InputError, match=f"merge_method: mergekit has no method '{method}'"):
+            exported({"merge_method": method, "models": models}, experts=[MATH, MATH])
 
     def test_adapters_and_folders(self) -> None:
         folder = source("./math", "/models/math", "sha256:" + "2" * 64)
