@@ -43,6 +43,6 @@ def ramplus_tl(
     for own in changed:
         alone = int((own & (count == 1)).sum())
         shared = int(own.sum()) - alone
-        scales.append(1 + r * min(alpha, shared / max(alone, epsilon) if shared else 0.0))
+        scales.append(1 + r * min(alpha, shared / max(alone, 1)))
     kept = torch.where(changed, task_vectors, 0.0)
     return torch.where(count == 1, kept * column(scales, kept), kept).sum(dim=0) / count.clamp(min=1)

@@ -176,3 +176,31 @@ class TestOracle:
             ),
             tmp_path,
         )
+
+    @pytest.mark.parametrize(
+        "method, experts, with_base, parameters",
+        [
+            (
+                "slerp",
+                1,
+                True,
+                {"t": [{"filter": "mlp", "value": [0, 1]}, {"filter": "norm", "value": 1}, {"value": 0.3}]},
+            ),
+            ("nuslerp", 2, False, {"weight": [1, 0.25], "nuslerp_flatten": False}),
+            ("karcher", 2, True, {"max_iter": 5}),
+            ("model_stock", 2, True, {"filter_wise": True}),
+            ("breadcrumbs_ties", 2, True, {"weight": 0.5, "density": 0.4, "gamma": [0.01, 0.2]}),
+        ],
+    )
+    def test_other_methods(
+        self,
+        family: Family,
+        home: Path,
+        tmp_path: Path,
+        method: str,
+        experts: int,
+        with_base: bool,
+        parameters: dict[str, Any],
+    ) -> None:
+        data = plain(family, method, family.experts[:experts], [{}] * experts, **parameters)
+        self.check(data if with_base else {key: data[key] for key in data if key != "base_model"}, tmp_path)
