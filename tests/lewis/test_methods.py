@@ -476,6 +476,19 @@ class TestEveryMethod:
         assert bool(torch.isfinite(first).all()) and torch.equal(first, second)
         assert torch.equal(stack, before)
 
+    @pytest.mark.parametrize("name", METHODS)
+    def test_the_number_of_threads_changes_no_byte(self, name: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        stack = torch.randn((3, 301, 403), generator=generator)  # large enough for torch to split its sums
+        base, threads = torch.randn((301, 403), generator=generator), torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            one = call(name, stack, base)
+            torch.set_num_threads(3)
+            assert torch.equal(call(name, stack, base), one)
+        finally:
+            torch.set_num_threads(threads)
+
     @settings(max_examples=40, deadline=None)
     @given(values=stacks, power=st.integers(-30, 30))
     @pytest.mark.parametrize(
