@@ -7,9 +7,12 @@ import yaml
 
 from lewis.allocation import Allocation
 from lewis.entries import Source
+from lewis.errors import InputError
+from lewis.methods import find
 from lewis.recipe import Recipe
 
 _OURS = ("lewis", "evaluate", "register", "seed")
+_NOT_THEIRS = ("pcb", "consensus")
 
 
 def to_mergekit(
@@ -27,7 +30,14 @@ def to_mergekit(
 
     Returns:
         YAML.
+
+    Raises:
+        InputError: if mergekit does not know the method.
     """
+    if recipe.merge_method in _NOT_THEIRS or find(recipe.merge_method).origin:
+        raise InputError(
+            f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"
+        )
     data: dict[str, Any] = {key: value for key, value in yaml.safe_load(recipe.text).items() if key not in _OURS}
     names = {entry.model: _pinned_name(source) for entry, source in zip(recipe.experts, experts, strict=True)}
     if base is not None and recipe.base_model is not None:

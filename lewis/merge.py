@@ -7,6 +7,7 @@ keys first, and random streams are keyed by (seed, expert key, tensor name): the
 """
 
 import hashlib
+import keyword
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from lewis import store
 from lewis.checkpoint import DTYPES
 from lewis.errors import InputError, LewisError
 from lewis.lora import LoraExpert, Model
-from lewis.methods import METHODS, Method
+from lewis.methods import Method, find
 from lewis.recipe import ModelEntry, Recipe
 from lewis.writer import SIZES, CheckpointWriter, copy_tokenizer, tokenizer_files, write_config
 
@@ -66,9 +67,10 @@ class Merge:
         Raises:
             InputError: naming every tensor, vocabulary or filter that does not fit.
         """
-        self.recipe, self.method = recipe, METHODS[recipe.merge_method]
+        self.recipe, self.method = recipe, find(recipe.merge_method)
         self.experts = sorted(experts, key=lambda expert: expert.model.key)
         self.base: Model = base or experts[0].model
+        self._adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
         self.donor = tokenizer_donor or _folder(self.base)
         check_compatible(self.base, [expert.model for expert in self.experts])
         recipe.check_filters([*self.base.tensors, *self.base.tied])
@@ -78,6 +80,7 @@ class Merge:
             name: (out if out and info.floating else info.dtype, info.shape) for name, info in self.base.tensors.items()
         }
         self.size = sum(SIZES[dtype] * int(torch.Size(shape).numel()) for dtype, shape in self.layout.values())
+        self._check_parameters()
         self.digest = self._digest()
 
     def run(
@@ -128,7 +131,7 @@ class Merge:
         if not self.base.tensors[name].floating:
             return base
         base = _finite(base.to(torch.float32), name, self.base)
-        merged = self._on_weights(name) if self.method.on == "weights" else self._on_task_vectors(name, base)
+        merged = self._on_task_vectors(name, base) if self._adds_to_base else self._on_weights(name, base)
         return self._rounded(merged, dtype, name)
 
     def parameters(self, name: str) -> dict[str, Any]:
@@ -148,12 +151,14 @@ class Merge:
                 ]
         return values
 
-    def _on_weights(self, name: str) -> torch.Tensor:
+    def _on_weights(self, name: str, base: torch.Tensor) -> torch.Tensor:
         weights = torch.stack([_finite(e.model.read(name).to(torch.float32), name, e.model) for e in self.experts])
         values = self.parameters(name)
         if bool((weights == weights[0]).all()) and values.get("normalize"):
             return weights[0]  # an average of equals is exact
-        merged = _call(self.method, name, values, weights)
+        merged = _call(self.method, name, values, weights, base)
+        if self.method.takes_base:
+            return merged
         for weight in weights:
             merged = torch.where(merged == weight, weight, merged)  # a sum loses the sign of -0.0
         return merged
@@ -163,8 +168,8 @@ class Merge:
         density = values.get("density", [1.0] * len(self.experts))
         # A random method may keep elements of a tensor that is too small for an exact share.
         kept = [d > 0 if self.method.random else int(d * base.numel()) > 0 for d in density]
-        active = [k and w != 0 for k, w in zip(kept, values["weight"], strict=True)]
-        if not any(active):
+        active = [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+        if "density" in values and not any(active):
             return base
         own = [_finite(expert.model.read(name).to(torch.float32), name, expert.model) for expert in self.experts]
         vectors = torch.stack(own) - base
@@ -173,7 +178,7 @@ class Merge:
             if self.method.random
             else None
         )
-        delta = _call(self.method, name, values, vectors, streams)
+        delta = _call(self.method, name, values, vectors, base, streams)
         merged = torch.where(delta == 0, base, base + delta)
         for weight, vector, is_active in zip(own, vectors, active, strict=True):
             if is_active:
@@ -191,6 +196,17 @@ class Merge:
             raise LewisError(f"{name}: {self.method.name} gave NaN or Inf; lower its weights or lambda")
         return rounded
 
+    def _check_parameters(self) -> None:
+        for name in self.base.tensors if self.method.check else ():
+            values = self.parameters(name)
+            for i, expert in enumerate(self.experts):
+                each = {
+                    p.name: values[p.name][i] if p.per_expert else values[p.name]
+                    for p in self.method.parameters.values()
+                }
+                if self.method.check and (problem := self.method.check(each, len(self.experts))):
+                    raise InputError(f"{name}: {expert.entry.model}: {problem}")
+
     def _digest(self) -> str:
         """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
         names = [name for name, info in self.base.tensors.items() if info.floating]
@@ -204,6 +220,7 @@ class Merge:
                 "parameters": resolved,
                 "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
                 "seed": self.recipe.seed if self.method.random else None,
+                **({"plugin": self.method.origin} if self.method.origin else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.donor)},
             }
         )
@@ -279,11 +296,12 @@ def _vocabulary_problems(base: Path, expert: Path) -> list[str]:
 
 
 def _call(
-    method: Method, name: str, values: dict[str, Any], tensors: torch.Tensor, streams: Any = None
+    method: Method, name: str, values: dict[str, Any], tensors: torch.Tensor, base: torch.Tensor, streams: Any = None
 ) -> torch.Tensor:
-    arguments = {f"{key}_" if key == "lambda" else key: value for key, value in values.items()}
+    arguments = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
+    arguments |= ({"base": base} if method.takes_base else {}) | ({"streams": streams} if method.random else {})
     try:
-        return method(tensors, *([] if streams is None else [streams]), **arguments)
+        return method(tensors, **arguments)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
 

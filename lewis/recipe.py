@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from lewis.errors import InputError, RecipeError
-from lewis.methods import METHODS, Parameter
+from lewis.methods import Parameter, find, load_plugins
 from lewis.recipe_errors import cross_check, describe, nearest
 from lewis.settings import Rule, parse_setting, value_at
 
@@ -197,6 +197,7 @@ class Recipe(_Block):
             raise RecipeError(f"{name}: expected a mapping with `merge_method` and `models`, got {type(data).__name__}")
         for override in overrides:
             _override(data, override)
+        load_plugins()
         problems = cross_check(data)
         try:
             recipe = cls.model_validate(data)
@@ -210,11 +211,11 @@ class Recipe(_Block):
 
     @property
     def experts(self) -> tuple[ModelEntry, ...]:
-        """The models that are merged: for a method on task vectors, all but the base, which a recipe may list too.
+        """The models that are merged: all but the base, which a recipe may list too, if the base has a role of its own.
 
-        A linear merge takes them all, and a base that is not listed with the top-level weight (as mergekit).
+        Where it has none (linear, karcher), it is one of them, listed or not (as mergekit).
         """
-        if METHODS[self.merge_method].on == "task_vectors":
+        if not find(self.merge_method).base_is_a_model:
             return tuple(entry for entry in self.models if entry.model != self.base_model)
         if self.base_model is None or self.base_model in {entry.model for entry in self.models}:
             return self.models
@@ -233,6 +234,9 @@ class Recipe(_Block):
             expert: whose value, for a parameter of each expert.
             tensor: the tensor's name, which filters are searched in.
             position: depth of its layer in [0, 1], which gradients are read at; 0 outside the layers.
+
+        Raises:
+            RecipeError: if no filter of a parameter that must be given matches the tensor.
         """
         sources = [expert.parameters] if parameter.per_expert and expert is not None else []
         for source in [*sources, self.parameters]:
@@ -240,6 +244,10 @@ class Recipe(_Block):
                 found = value_at(source[parameter.name], tensor, position, parameter.parse)
                 if found is not None:
                     return found
+        if parameter.required:
+            raise RecipeError(
+                f"parameters.{parameter.name}: no filter matches {tensor!r}; end the list with a {{value: ...}} for all"
+            )
         return parameter.default
 
     def check_filters(self, tensors: Iterable[str]) -> None:

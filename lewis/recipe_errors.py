@@ -1,12 +1,13 @@
 """Problems of a recipe, found together and told in the user's terms: YAML path, what was expected, nearest name."""
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lewis.methods import METHODS
+from lewis.methods import METHODS, Method, Parameter
 from lewis.settings import parse_setting
 
 UNSUPPORTED = {
@@ -96,8 +97,11 @@ def cross_check(data: dict[str, Any]) -> list[str]:
         )
     if method is not None:
         problems += _check_parameters(data, models, method.name)
-        if method.on == "task_vectors" and not data.get("base_model"):
-            problems.append(f"base_model: {method.name} merges task vectors and needs one")
+        if method.needs_base and not data.get("base_model"):
+            what = "merges task vectors and" if method.on == "task_vectors" else "starts from a base and"
+            problems.append(f"base_model: {method.name} {what} needs one")
+        problems += _check_count(data, models, method)
+        problems += _check_together(data, models, method)
         if data.get("lewis") is not None and "density" not in method.parameters:
             trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
             problems.append(f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}")
@@ -112,6 +116,14 @@ def cross_check(data: dict[str, Any]) -> list[str]:
 
 def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: str) -> list[str]:
     known, problems = METHODS[name].parameters, []
+    common = data.get("parameters")
+    for parameter in known.values():
+        given = isinstance(common, dict) and parameter.name in common
+        if parameter.required and not given and not parameter.per_expert:
+            problems.append(f"parameters.{parameter.name}: missing; {name} needs it")
+        for i, entry in enumerate(models if parameter.required and not given and parameter.per_expert else ()):
+            if parameter.name not in (entry.get("parameters") or {}):
+                problems.append(f"models[{i}].parameters.{parameter.name}: missing; {name} needs it")
     blocks = [(f"models[{i}].parameters", entry.get("parameters"), True) for i, entry in enumerate(models)]
     for where, block, of_expert in [*blocks, ("parameters", data.get("parameters"), False)]:
         for key, raw in block.items() if isinstance(block, dict) else ():
@@ -138,6 +150,65 @@ def _check_values(path: str, raw: Any, parse: Any) -> list[str]:
             except ValueError as error:
                 problems.append(f"{path}: {error}")
     return problems
+
+
+def _check_count(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
+    low, high = method.experts
+    names = {str(entry.get("model")) for entry in models}
+    base = data.get("base_model")
+    beside = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
+    if not beside or (method.needs_base and not base) or (low <= len(beside) and (high is None or len(beside) <= high)):
+        return []
+    wanted = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+    counted = "the base included" if method.base_is_a_model else "not counting the base"
+    return [
+        f"models: {method.name} merges {wanted} model{'' if low == high == 1 else 's'}, {counted}; got {len(beside)}"
+    ]
+
+
+def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
+    """Parameters that must fit together, where no filter decides them; the rest is checked with the tensors' names."""
+    experts = [(i, entry) for i, entry in enumerate(models) if str(entry.get("model")) != str(data.get("base_model"))]
+    block, problems = data.get("lewis"), []
+    for i, entry in experts if method.check else ():
+        own, common = entry.get("parameters"), data.get("parameters")
+        choices = {name: _constants(parameter, own, common) for name, parameter in method.parameters.items()}
+        where = f"models[{i}].parameters" if own else "parameters"
+        if isinstance(block, dict) and "density" in choices:
+            where, choices["density"] = "lewis.density", _guided_densities(block)
+        if sum(len(values) > 1 for values in choices.values()) > 1:
+            continue  # which of them meet depends on the layer
+        for values in itertools.product(*choices.values()):
+            if method.check and (problem := method.check(dict(zip(choices, values, strict=True)), len(experts))):
+                problems.append(f"{where}: {problem}")
+    return problems
+
+
+def _constants(parameter: Parameter, *blocks: Any) -> list[Any]:
+    """The value of a parameter, or the ends of its gradient; none if a filter decides, or it is wrong."""
+    raw = next((b[parameter.name] for b in blocks if isinstance(b, dict) and parameter.name in b), parameter.default)
+    try:
+        rules = parse_setting(raw)
+        if len(rules) != 1 or rules[0].filter not in (None, "*"):
+            return []
+        value = rules[0].value
+        values = [parameter.parse(each) for each in (value if isinstance(value, tuple) else (value,))]
+    except ValueError:
+        return []  # told with its place
+    return sorted({min(values), max(values)})
+
+
+def _guided_densities(block: dict[str, Any]) -> list[float]:
+    """The ends of the densities that LEWIS gives."""
+    found = block.get("density")
+    density: dict[str, Any] = found if isinstance(found, dict) else {}
+    try:
+        low, high = (float(density.get(key, default)) for key, default in (("min", 0.3), ("max", 0.8)))
+        if density.get("strategy") == "uniform":
+            low = high = float(density.get("budget") or (low + high) / 2)
+    except (TypeError, ValueError):
+        return []  # told by the schema
+    return sorted({low, high})
 
 
 def _check_models(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:

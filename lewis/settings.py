@@ -53,7 +53,7 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
     Args:
         rules: as from `parse_setting`.
         tensor: name of the tensor; a filter matches as a substring, `*` matches all (mergekit's rule).
-        position: in [0, 1]; numbers of a gradient are interpolated there, other values picked.
+        position: in [0, 1]; numbers of a gradient are interpolated there, whole numbers and other values picked.
         parse: checks a scalar and gives it its type.
     """
     for rule in rules:
@@ -63,7 +63,7 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
             values = [parse(value) for value in rule.value]
             scaled = position * (len(values) - 1)
             low = int(scaled)
-            if any(isinstance(value, bool) for value in values):
+            if any(isinstance(value, int) for value in values):  # booleans too
                 return values[low]
             high, fraction = min(low + 1, len(values) - 1), scaled - low
             return values[low] if fraction == 0 else (1 - fraction) * values[low] + fraction * values[high]

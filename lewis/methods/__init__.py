@@ -2,22 +2,43 @@
 
 Importing this package registers the methods; `METHODS` maps their names to them. A function takes fp32 tensors of shape
 (experts, *tensor.shape): task vectors (expert minus base) to return a delta for the base, or, with `on="weights"`, the
-models' own weights to return the merged ones. It may be called by itself, with one number for all experts.
+models' own weights to return the merged ones. It may be called by itself, with one number for all experts. Methods of
+other packages are found by their entry points (`lewis.methods.plugins`).
 """
 
-from lewis.methods.registry import METHODS, Method, Parameter, PerExpert, merge_method, per_expert
+from lewis.methods.plugins import find, load_plugins
+from lewis.methods.registry import METHODS, Method, Parameter, PerExpert, Range, merge_method, per_expert
 
-from lewis.methods import dare, linear, task_arithmetic, ties  # isort: skip  # each registers its methods
+from lewis.methods import linear, task_arithmetic, ties, dare, breadcrumbs, della, sce, pcb, consensus  # isort: skip
+from lewis.methods import model_stock, ram, nearswap, arcee_fusion, passthrough  # isort: skip
+from lewis.methods import slerp, nuslerp, multislerp, karcher  # isort: skip
 
 __all__ = [
     "METHODS",
     "Method",
     "Parameter",
     "PerExpert",
+    "Range",
+    "arcee_fusion",
+    "breadcrumbs",
+    "consensus",
     "dare",
+    "della",
+    "find",
+    "karcher",
     "linear",
+    "load_plugins",
     "merge_method",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "pcb",
     "per_expert",
+    "ram",
+    "sce",
+    "slerp",
     "task_arithmetic",
     "ties",
 ]

@@ -1,7 +1,7 @@
 """The decorator that turns an annotated function into a merge method with a parameter schema."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -13,6 +13,25 @@ PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
 """A parameter that each expert has its own value of: a sequence in the experts' order, or one value for all."""
 
 METHODS: dict[str, "Method"] = {}
+_ADJECTIVES = {float: "finite", int: "whole"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a parameter, both included: `t: Annotated[float, Range(0, 1)]`."""
+
+    low: float = -float("inf")
+    high: float = float("inf")
+
+    def __str__(self) -> str:
+        above = "" if self.low == -float("inf") else f" >= {self.low:g}"
+        below = "" if self.high == float("inf") else f" <= {self.high:g}"
+        return " and".join(bound for bound in (above, below) if bound).strip()
+
+
+Fraction = Annotated[float, Range(0, 1)]
+NotNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
@@ -21,15 +40,22 @@ class Parameter:
 
     Attributes:
         name: as in the recipe (`lambda`, where the function says `lambda_`).
-        kind: `float` or `bool`.
+        kind: `float`, `int` or `bool`.
         per_expert: whether each expert has its own value.
-        default: what holds where the recipe says nothing.
+        default: what holds where the recipe says nothing; `inspect.Parameter.empty`: the recipe must say it.
+        range: bounds of a number.
     """
 
     name: str
     kind: type
     per_expert: bool
     default: Any
+    range: Range = Range()
+
+    @property
+    def required(self) -> bool:
+        """Whether the recipe must give it."""
+        return self.default is inspect.Parameter.empty
 
     def parse(self, value: Any) -> Any:
         """Check one value of the recipe.
@@ -48,11 +74,17 @@ class Parameter:
             number = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        if not -float("inf") < number < float("inf"):
-            raise ValueError(f"expected a finite number, got {value!r}")
+        if not -float("inf") < number < float("inf") or (self.kind is int and number != int(number)):
+            raise ValueError(f"expected a {_ADJECTIVES[self.kind]} number, got {value!r}")
         if self.name == "density" and not 0 < number <= 1:
             raise ValueError(f"expected 0 < density <= 1 (the fraction kept), got {value!r}")
-        return number
+        if not self.range.low <= number <= self.range.high:
+            raise ValueError(f"expected a number {self.range}, got {value!r}")
+        return self.kind(number)
+
+
+Check = Callable[[Mapping[str, Any], int], str | None]
+"""Looks at one expert's parameters (and the number of experts) together; says what is wrong with them, or None."""
 
 
 @dataclass(frozen=True)
@@ -60,40 +92,93 @@ class Method:
     """A registered merge method; calling it calls the function.
 
     Attributes:
-        on: what the function works on: `task_vectors` (needs a base) or `weights`.
+        on: what the function works on: `task_vectors` (needs a base), `weights` (all models alike, or, if the function
+            takes `base`, the experts' and the base's) or `either`: task vectors if the recipe names a base.
         random: whether it takes `streams`, one `numpy.random.Generator` per expert.
+        takes_base: whether it takes `base`, the base's own tensor.
+        experts: how many models it merges, at least and at most (None: any number), not counting a base that has a
+            role of its own.
+        check: of parameters that must fit together.
+        origin: the package that brought it and its version; empty for LEWIS's own.
     """
 
     name: str
     function: Callable[..., torch.Tensor]
     paper: str
-    on: Literal["task_vectors", "weights"]
+    on: Literal["task_vectors", "weights", "either"]
     parameters: dict[str, Parameter]
     random: bool
+    takes_base: bool
+    experts: tuple[int, int | None]
+    check: Check | None
+    origin: str = ""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether there is no merge without a base."""
+        return self.on == "task_vectors" or self.takes_base
+
+    @property
+    def base_is_a_model(self) -> bool:
+        """Whether a base is merged like any other model."""
+        return self.on == "weights" and not self.takes_base
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.function(*args, **kwargs)
 
 
 def merge_method(
-    name: str, *, paper: str, on: Literal["task_vectors", "weights"] = "task_vectors"
+    name: str,
+    *,
+    paper: str,
+    on: Literal["task_vectors", "weights", "either"] = "task_vectors",
+    experts: tuple[int, int | None] = (1, None),
+    check: Check | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Register a function as the merge method `name`; its keyword-only arguments become YAML parameters."""
+    """Register a function as the merge method `name`.
+
+    Its keyword-only arguments become YAML parameters, one without a default is required. Before them it takes the
+    stacked tensors, then, if it names them so, `base` (the base's tensor) and `streams` (a random stream per expert).
+
+    Args:
+        name: as `merge_method` in a recipe.
+        paper: where the method comes from, a URL.
+        on, experts, check: as in `Method`.
+
+    Raises:
+        ValueError: if another function has that name.
+    """
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        other = METHODS.get(name)
+        if other and (other.function.__module__, other.function.__qualname__) != (
+            function.__module__,
+            function.__qualname__,
+        ):
+            raise ValueError(f"there is a merge method {name!r} already, in {other.function.__module__}")
         arguments = inspect.signature(function).parameters
         hints = get_type_hints(function, include_extras=True)
         parameters = {}
         for argument in arguments.values():
             if argument.kind is argument.KEYWORD_ONLY:
-                each = _PER_EXPERT in getattr(hints[argument.name], "__metadata__", ())
-                kind = get_args(get_args(hints[argument.name])[0])[-1] if each else hints[argument.name]
-                yaml_name = argument.name.removesuffix("_")
-                parameters[yaml_name] = Parameter(yaml_name, kind, each, argument.default)
-        METHODS[name] = Method(name, function, paper, on, parameters, "streams" in arguments)
+                parameter = _parameter(argument, hints[argument.name])
+                parameters[parameter.name] = parameter
+        METHODS[name] = Method(
+            name, function, paper, on, parameters, "streams" in arguments, "base" in arguments, experts, check
+        )
         return function
 
     return register
+
+
+def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
+    each = _PER_EXPERT in getattr(hint, "__metadata__", ())
+    kind = get_args(get_args(hint)[0])[-1] if each else hint
+    bounds = next((found for found in getattr(kind, "__metadata__", ()) if isinstance(found, Range)), Range())
+    kind = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+    if kind not in (bool, int, float):
+        raise TypeError(f"{argument.name}: a parameter is a float, int or bool, got {kind}")
+    return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds)
 
 
 def per_expert(value: "Sequence[float] | float", task_vectors: torch.Tensor) -> list[float]:

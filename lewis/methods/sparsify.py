@@ -3,19 +3,22 @@
 import numpy as np
 import torch
 
+from lewis.methods.sums import total
+
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * _SPREAD mod 2^64 is a permutation
 
 
-def trim(task_vector: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep exactly `k = int(density * n)` of the `n` elements, those of the largest magnitude; the others become 0.
+def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Keep exactly `k = int(density * n)` of the `n` elements, those of the largest score; the others become 0.
 
-    Equal magnitudes at the threshold (the difference of two bf16 weights takes few values) are broken by a fixed
-    permutation of the flat index, `i * 0x9E3779B97F4A7C15 mod 2^64`, smallest first: the same on every machine, and
-    spread over the tensor, where "lowest index first" would favour its first rows.
+    The score is the magnitude, times `scale` if given: with scale = sqrt(mean x^2) of the layer's inputs it is Wanda's
+    score on the task vector, |delta| * sqrt(s). Unlike mergekit, which keeps at least one element, a share of less
+    than one element keeps none: a density is never exceeded.
 
     Args:
         task_vector: fp32, any shape, finite.
         density: fraction kept, in [0, 1].
+        scale: fp32, not negative, one value per input channel (the last dimension), or None.
 
     Returns:
         fp32, same shape; a new tensor, or `task_vector` itself if all is kept.
@@ -26,17 +29,60 @@ def trim(task_vector: torch.Tensor, density: float) -> torch.Tensor:
         return task_vector
     if k <= 0:
         return torch.zeros_like(task_vector)
-    magnitude = np.abs(task_vector.detach().cpu().reshape(-1).numpy())
-    threshold = np.partition(magnitude, n - k)[n - k]
-    keep = magnitude > threshold
-    ties = np.flatnonzero(magnitude == threshold)
+    score = task_vector.abs()
+    return torch.where(largest(score if scale is None else score * scale, k), task_vector, 0.0)
+
+
+def trim_between(task_vector: torch.Tensor, density: float, outliers: float) -> torch.Tensor:
+    """Drop the `outliers` largest magnitudes, then keep the next `k = int(density * n)`; the others become 0.
+
+    Args:
+        task_vector: fp32, any shape, finite.
+        density: fraction kept, in [0, 1]; 1 keeps all, outliers too.
+        outliers: fraction of the largest that is dropped, in [0, 1]; less where fewer than k would be left.
+
+    Returns:
+        fp32, same shape.
+    """
+    n = task_vector.numel()
+    k = int(density * n)
+    if k >= n:
+        return task_vector
+    if k <= 0:
+        return torch.zeros_like(task_vector)
+    dropped = min(int(outliers * n), n - k)
+    score = task_vector.abs()
+    keep = largest(score, dropped + k) & ~largest(score, dropped)
+    return torch.where(keep, task_vector, 0.0)
+
+
+def largest(score: torch.Tensor, k: int) -> torch.Tensor:
+    """Which `k` elements have the largest score: exactly `k`, and for a larger `k` those and more.
+
+    Equal scores at the threshold (the difference of two bf16 weights takes few values) are broken by a fixed
+    permutation of the flat index, `i * 0x9E3779B97F4A7C15 mod 2^64`, smallest first: the same on every machine, and
+    spread over the tensor, where "lowest index first" would favour its first rows.
+
+    Args:
+        score: fp32, any shape, no NaN.
+        k: in [0, n].
+
+    Returns:
+        bool, same shape.
+    """
+    n = score.numel()
+    if k <= 0 or k >= n:
+        return torch.full_like(score, k > 0, dtype=torch.bool)
+    values = score.detach().cpu().reshape(-1).numpy()
+    threshold = np.partition(values, n - k)[n - k]
+    keep = values > threshold
+    ties = np.flatnonzero(values == threshold)
     wanted = k - int(keep.sum())
     if wanted < ties.size:
         order = ties.astype(np.uint64) * _SPREAD
         ties = ties[np.argpartition(order, wanted - 1)[:wanted]]
     keep[ties] = True
-    mask = torch.from_numpy(keep).reshape(task_vector.shape).to(task_vector.device)
-    return torch.where(mask, task_vector, 0.0)
+    return torch.from_numpy(keep).reshape(score.shape).to(score.device)
 
 
 def drop(task_vector: torch.Tensor, density: float, stream: np.random.Generator) -> torch.Tensor:
@@ -52,13 +98,47 @@ def drop(task_vector: torch.Tensor, density: float, stream: np.random.Generator)
     """
     if density >= 1:
         return task_vector
-    keep = stream.random(task_vector.numel(), dtype=np.float32) < density
-    mask = torch.from_numpy(keep).reshape(task_vector.shape).to(task_vector.device)
-    return torch.where(mask, task_vector, 0.0)
+    keep = _uniform(task_vector, stream) < density
+    return torch.where(keep, task_vector, 0.0)
+
+
+def drop_by_rank(
+    task_vector: torch.Tensor, density: float, epsilon: float, stream: np.random.Generator
+) -> torch.Tensor:
+    """Keep each element with a probability that grows with its magnitude's rank in its row (DELLA's MagPrune).
+
+    From the smallest to the largest of a row it goes linearly from `density - epsilon` to `density + epsilon`; its
+    mean is the density. Equal magnitudes get the mean of their ranks, so no element is favoured for its place, and
+    the only element of a row gets the density.
+
+    Args:
+        task_vector: fp32, any shape; a row is its last dimension.
+        density: mean probability of being kept, in [0, 1]; 0 and 1 drop and keep all.
+        epsilon: half the width of the probabilities.
+        stream: as in `drop`.
+
+    Returns:
+        fp32, same shape; not rescaled.
+    """
+    if density >= 1:
+        return task_vector
+    if density <= 0:
+        return torch.zeros_like(task_vector)
+    magnitude = torch.atleast_1d(task_vector.abs())
+    ordered = magnitude.sort(dim=-1).values
+    below, up_to = (torch.searchsorted(ordered, magnitude, right=side, out_int32=True) for side in (False, True))
+    last = magnitude.shape[-1] - 1
+    rank = (below + up_to - 1).to(torch.float32) / (2 * last) if last else torch.full_like(magnitude, 0.5)
+    keep = _uniform(magnitude, stream) < (density - epsilon) + rank * (2 * epsilon)
+    return torch.where(keep.reshape(task_vector.shape), task_vector, 0.0)
 
 
 def match_l1(kept: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Scale `kept` to the L1 norm of `whole` (mergekit's `rescale`), summed in fp64 so that nothing overflows."""
-    before = float(whole.abs().sum(dtype=torch.float64))
-    after = float(kept.abs().sum(dtype=torch.float64))
+    """Scale `kept` to the L1 norm of `whole` (mergekit's `rescale`), summed in fp64: mergekit's fp16 sum overflows."""
+    before, after = total(whole.abs()), total(kept.abs())
     return kept if after == 0 or before == after else kept * (before / after)
+
+
+def _uniform(task_vector: torch.Tensor, stream: np.random.Generator) -> torch.Tensor:
+    numbers = stream.random(task_vector.numel(), dtype=np.float32)
+    return torch.from_numpy(numbers).reshape(task_vector.shape).to(task_vector.device)

@@ -14,6 +14,7 @@ from lewis import pipeline
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
 from lewis.entries import Source
+from lewis.errors import InputError
 from lewis.export import to_mergekit
 from lewis.hub import Pinned
 from tests.conftest import Family
@@ -90,6 +91,12 @@ class TestConfig:
             "density": [{"filter": UP, "value": 0.5}],
             "weight": [{"filter": "norm", "value": 0.0}, *rest],
         }
+
+    @pytest.mark.parametrize("method", ["pcb", "consensus"])
+    def test_a_method_that_mergekit_does_not_know(self, method: str) -> None:
+        models = [{"model": "org/math@v1"}, {"model": "org/code"}]
+        with pytest.raises(InputError, match=f"merge_method: mergekit has no method '{method}'"):
+            exported({"merge_method": method, "models": models}, experts=[MATH, MATH])
 
     def test_adapters_and_folders(self) -> None:
         folder = source("./math", "/models/math", "sha256:" + "2" * 64)
@@ -169,3 +176,31 @@ class TestOracle:
             ),
             tmp_path,
         )
+
+    @pytest.mark.parametrize(
+        "method, experts, with_base, parameters",
+        [
+            (
+                "slerp",
+                1,
+                True,
+                {"t": [{"filter": "mlp", "value": [0, 1]}, {"filter": "norm", "value": 1}, {"value": 0.3}]},
+            ),
+            ("nuslerp", 2, False, {"weight": [1, 0.25], "nuslerp_flatten": False}),
+            ("karcher", 2, True, {"max_iter": 5}),
+            ("model_stock", 2, True, {"filter_wise": True}),
+            ("breadcrumbs_ties", 2, True, {"weight": 0.5, "density": 0.4, "gamma": [0.01, 0.2]}),
+        ],
+    )
+    def test_other_methods(
+        self,
+        family: Family,
+        home: Path,
+        tmp_path: Path,
+        method: str,
+        experts: int,
+        with_base: bool,
+        parameters: dict[str, Any],
+    ) -> None:
+        data = plain(family, method, family.experts[:experts], [{}] * experts, **parameters)
+        self.check(data if with_base else {key: data[key] for key in data if key != "base_model"}, tmp_path)

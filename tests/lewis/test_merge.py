@@ -20,6 +20,7 @@ from lewis.checkpoint import INDEX, Checkpoint
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.lora import LoraExpert
 from lewis.merge import Expert, Merge
+from lewis.methods import METHODS as ALL
 from tests.conftest import Family
 from tests.support.models import (
     bits,
@@ -35,8 +36,10 @@ from tests.support.models import (
     write_tokenizer,
 )
 
-ON_TASK_VECTORS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
-METHODS = ("linear", *ON_TASK_VECTORS)
+TIES = ("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
+METHODS = ("linear", "task_arithmetic", *TIES, "sce", "pcb", "multislerp")  # one expert, whole, is itself
+OF_ANY_NUMBER = [name for name, method in ALL.items() if method.experts[1] is None]
+TRIMMING = [name for name, method in ALL.items() if "density" in method.parameters]
 NAME = "model.layers.0.a.weight"
 FORMATS = {torch.float32: (torch.int32, 32, 0x7F800000), torch.float16: (torch.int16, 16, 0x7C00)}
 FORMATS[torch.bfloat16] = (torch.int16, 16, 0x7F80)
@@ -64,26 +67,29 @@ def place(tmp_path: Path) -> Callable[[list[torch.Tensor]], list[Path]]:
     return lambda values: [write_tensors(tmp_path / f"m{i}", {NAME: value}) for i, value in enumerate(values)]
 
 
+def known(method: str, **parameters: Any) -> dict[str, Any]:
+    """The parameters that the method has."""
+    return {key: value for key, value in parameters.items() if key in ALL[method].parameters}
+
+
 def small_merge(method: str, folders: list[Path], **arguments: Any) -> Merge:
-    """The first folder is the base; a linear merge goes without."""
+    """The first folder is the base; where it would be a model like any other, the merge goes without."""
     base, *experts = folders
-    return open_merge(method, None if method == "linear" else base, experts, **arguments)
+    return open_merge(method, None if ALL[method].base_is_a_model else base, experts, **arguments)
 
 
 class TestInvariants:
     @many
-    @given(values=tensors(2), method=st.sampled_from(METHODS), normalize=st.booleans())
+    @given(values=tensors(2), method=st.sampled_from((*METHODS, "passthrough")), normalize=st.booleans())
     def test_one_expert_whole_comes_out_byte_by_byte(
         self, place: Any, values: list[torch.Tensor], method: str, normalize: bool
     ) -> None:
-        parameters = {"weight": 1.0, "normalize": normalize} | (
-            {} if method in ("linear", "task_arithmetic") else {"density": 1.0}
-        )
+        parameters = known(method, weight=1.0, normalize=normalize, density=1.0)
         merged = small_merge(method, place(values), parameters=parameters).tensor(NAME)
         assert merged.dtype == values[1].dtype and bits(merged) == bits(values[1])
 
     @many
-    @given(values=tensors(3), method=st.sampled_from(("ties", "dare_linear", "dare_ties")))
+    @given(values=tensors(3), method=st.sampled_from(TRIMMING))
     def test_density_0_gives_the_base_byte_by_byte(self, place: Any, values: list[torch.Tensor], method: str) -> None:
         merged = small_merge(method, place(values), densities=[{NAME: 0.0}, {NAME: 0.0}]).tensor(NAME)
         assert bits(merged) == bits(values[0])
@@ -95,15 +101,12 @@ class TestInvariants:
         assert bits(small_merge("ties", place(values), parameters={"density": density}).tensor(NAME)) == bits(values[0])
 
     @many
-    @given(values=tensors(4), method=st.sampled_from(METHODS), density=st.floats(0.05, 1))
+    @given(values=tensors(4), method=st.sampled_from(OF_ANY_NUMBER), density=st.floats(0.05, 1))
     def test_the_order_of_the_experts_changes_nothing(
         self, place: Any, values: list[torch.Tensor], method: str, density: float
     ) -> None:
         base, *experts = place(values)
-        own = [
-            {"weight": weight} | ({} if method in ("linear", "task_arithmetic") else {"density": density})
-            for weight in (0.7, -0.4, 1.3)
-        ]
+        own = [known(method, weight=weight, density=density) for weight in (0.7, -0.4, 1.3)]
         results = set()
         for order in itertools.permutations(range(3)):
             merge = open_merge(
@@ -111,7 +114,7 @@ class TestInvariants:
                 base,
                 [experts[i] for i in order],
                 own=[own[i] for i in order],
-                parameters={"normalize": False, "weight": 0.1},
+                parameters=known(method, normalize=False, weight=0.1, epsilon=0.0),
                 out_dtype="float32",
             )
             try:
@@ -124,19 +127,37 @@ class TestInvariants:
     @many
     @given(
         values=tensors(3),
-        method=st.sampled_from(METHODS),
+        method=st.sampled_from([name for name, method in ALL.items() if method.experts != (1, 1)]),
         weights=st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2),
         normalize=st.booleans(),
     )
     def test_nothing_but_finite_numbers_comes_out(
         self, place: Any, values: list[torch.Tensor], method: str, weights: list[float], normalize: bool
     ) -> None:
-        own = [{"weight": weight} for weight in weights]
-        merge = small_merge(method, place(values), own=own, parameters={"normalize": normalize})
+        own = [known(method, weight=weight) for weight in weights]
+        merge = small_merge(method, place(values), own=own, parameters=known(method, normalize=normalize))
         try:
             assert bool(torch.isfinite(merge.tensor(NAME)).all())
         except LewisError as error:
             assert NAME in str(error)
+
+    @many
+    @given(values=tensors(2), method=st.sampled_from(("slerp", "nearswap", "arcee_fusion", "passthrough")))
+    def test_nothing_but_finite_numbers_comes_out_of_two(
+        self, place: Any, values: list[torch.Tensor], method: str
+    ) -> None:
+        try:
+            merged = small_merge(method, place(values), parameters=known(method, t=0.5)).tensor(NAME)
+            assert bool(torch.isfinite(merged).all())
+        except LewisError as error:
+            assert NAME in str(error)
+
+    @many
+    @given(values=tensors(2))
+    def test_slerp_ends_at_the_models_byte_by_byte(self, place: Any, values: list[torch.Tensor]) -> None:
+        folders = place(values)
+        for t, model in enumerate(values):
+            assert bits(small_merge("slerp", folders, parameters={"t": t}).tensor(NAME)) == bits(model)
 
     @many
     @given(values=tensors(2, 40), density=st.floats(0.01, 1))
@@ -182,6 +203,46 @@ class TestInvariants:
         stored = small_merge("task_arithmetic", folders).tensor(NAME)
         assert stored.dtype == torch.bfloat16 and stored.tolist() == [1.0, 4.0]
         assert small_merge("task_arithmetic", folders, dtype="float16").tensor(NAME).dtype == torch.float16
+
+
+class TestRoles:
+    """Which model is the base, and what becomes of it."""
+
+    def test_slerp_goes_from_the_base_to_the_other(self, place: Any) -> None:
+        base, other = place([torch.tensor([0.0, 2]), torch.tensor([1.0, 0])])
+        merge = open_merge("slerp", base, [other, base], parameters={"t": 1 / 3})  # the base may be listed
+        torch.testing.assert_close(merge.tensor(NAME), torch.tensor([0.5, 3**0.5]))  # sin 30 * other, sin 60 * base
+
+    def test_nuslerp_takes_task_vectors_if_there_is_a_base(self, place: Any) -> None:
+        base, *experts = place([torch.tensor([1.0, 1]), torch.tensor([2.0, 1]), torch.tensor([1.0, 3])])
+        with_base = open_merge("nuslerp", base, experts)
+        torch.testing.assert_close(with_base.tensor(NAME), torch.tensor([1 + 0.5**0.5, 1 + 2 * 0.5**0.5]))
+        without = open_merge("nuslerp", None, experts)  # [2, 1] and [1, 3] are 45 degrees apart: 1 / (2 cos 22.5)
+        torch.testing.assert_close(without.tensor(NAME), torch.tensor([3.0, 4]) / (2 * 0.92387953))
+        assert with_base.digest != without.digest
+
+    def test_a_base_is_one_of_karchers_models(self, place: Any) -> None:
+        base, expert = place([torch.tensor([1.0, 0]), torch.tensor([0.0, 1])])
+        for merge in (open_merge("karcher", base, [expert]), open_merge("karcher", None, [base, expert])):
+            torch.testing.assert_close(merge.tensor(NAME), torch.full((2,), 0.5**0.5))
+
+    def test_arcee_fusion_sees_the_base(self, place: Any) -> None:
+        base, expert = place([torch.ones(5), torch.tensor([2.0, 3, 4, 5, 21])])
+        assert open_merge("arcee_fusion", base, [expert]).tensor(NAME).tolist() == [1, 1, 1, 1, 21]
+
+    def test_parameters_that_do_not_fit_for_a_tensor_are_told_before_the_merge(self, place: Any) -> None:
+        folders = place([torch.zeros(4), torch.ones(4)])
+        density = [{"filter": "layers.0.a", "value": 0.95}, {"value": 0.5}]
+        with pytest.raises(InputError, match=rf"{NAME}: .*m1: expected 0 < density - epsilon .* got density=0.95"):
+            small_merge("della", folders, own=[{"density": density}])
+
+    def test_densities_of_lewis_reach_every_method_that_trims(self, place: Any) -> None:
+        folders = place([torch.zeros(64), *(torch.arange(1.0, 65) for _ in range(2))])
+        for method in TRIMMING:
+            densities: list[dict[str, float] | None] = [{NAME: 0.25}, {NAME: 0.25}]
+            merged = small_merge(method, folders, densities=densities).tensor(NAME)
+            kept = int((merged != 0).sum())
+            assert kept == 16 if not ALL[method].random else 10 <= kept <= 48, method
 
 
 class TestDigest:

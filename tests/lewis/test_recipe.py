@@ -209,8 +209,88 @@ class TestMistakes:
         lewis = "{calibrations: {s: {texts: [x]}}}"
         text = f"{{merge_method: task_arithmetic, base_model: b, models: [{{model: a}}], lewis: {lewis}}}"
         assert problems(text) == [
-            "lewis: task_arithmetic takes no density to guide; use one of ties, dare_linear, dare_ties"
+            "lewis: task_arithmetic takes no density to guide; use one of ties, dare_linear, dare_ties, breadcrumbs, "
+            "breadcrumbs_ties, della, della_linear, pcb, consensus"
         ]
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("slerp, models: [{model: a}, {model: c}]", "models: slerp merges exactly 1 model, not counting"),
+            ("model_stock, models: [{model: a}, {model: b}]", "models: model_stock merges at least 2 models, not "),
+            ("nuslerp, models: [{model: a}, {model: b}]", "models: nuslerp merges exactly 2 models, not counting"),
+            ("passthrough, models: [{model: a}]", "models: passthrough merges exactly 1 model, the base included"),
+            ("consensus, models: [{model: a}]", "models: consensus merges at least 2 models"),
+            ("slerp, models: [{model: a}]", "parameters.t: missing; slerp needs it"),
+            ("slerp, models: [{model: a}], parameters: {t: [0, 1.2]}", "parameters.t: expected a number >= 0 and"),
+            ("nearswap, models: [{model: a}], parameters: {t: [{filter: x, value: -1}]}", "parameters.t: expected a "),
+            ("karcher, models: [{model: a}], parameters: {max_iter: a}", "parameters.max_iter: expected a whole"),
+            ("breadcrumbs, models: [{model: a, parameters: {gamma: 2}}]", "models[0].parameters.gamma: expected"),
+            ("sce, models: [{model: a}], parameters: {weight: 1}", "parameters.weight: sce has no such parameter"),
+            (
+                "della, models: [{model: a, parameters: {density: 0.9}}]",
+                "models[0].parameters: expected 0 < density - epsilon and density + epsilon < 1 "
+                "(they are probabilities), got density=0.9, epsilon=0.15; set epsilon below 0.1, or change the density",
+            ),
+            ("della, models: [{model: a}], parameters: {density: [0.1, 0.5]}", "parameters: expected 0 < density - "),
+            (
+                "della_linear, models: [{model: a}], lewis: {calibrations: {s: {texts: [x]}}, density: {min: 0.1}}",
+                "lewis.density: expected 0 < density - epsilon and density + epsilon < 1 (they are probabilities), got "
+                "density=0.1, epsilon=0.15",
+            ),
+            (
+                "della, models: [{model: a}], lewis: {density: {strategy: uniform, budget: 0.9}}",
+                "lewis.density: expected 0 < density - epsilon",
+            ),
+            (
+                "consensus, models: [{model: a}, {model: c}], parameters: {min_agree: 3}",
+                "parameters: expected min_agree <= 2, the number of experts, got min_agree=3",
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_a_method_asks_for(self, text: str, expected: str) -> None:
+        assert any(p.startswith(expected) for p in problems(f"{{base_model: b, merge_method: {text}}}")), problems(
+            f"{{base_model: b, merge_method: {text}}}"
+        )
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "slerp, models: [{model: a}, {model: b}], parameters: {t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]}",
+            "nuslerp, models: [{model: a}, {model: c}]",
+            "della, models: [{model: a}, {model: b, parameters: {density: 0.99}}], parameters: {density: 0.5}",
+            "della, models: [{model: a}], parameters: {density: 1.0}",
+            "della, models: [{model: a, parameters: {density: [{filter: x, value: 0.9}], epsilon: 0.05}}]",
+            "della, models: [{model: a}], parameters: {density: [0.9, 0.5], epsilon: [0.05, 0.2]}",
+            "della, models: [{model: a}], lewis: {calibrations: {s: {texts: [x]}}}",
+        ],
+    )
+    def test_what_fits_is_taken(self, text: str) -> None:
+        Recipe.parse(f"{{base_model: b, merge_method: {text}}}", root=Path("/"))
+
+    def test_a_method_with_a_base_of_its_own_role_needs_one(self) -> None:
+        assert problems("{merge_method: slerp, models: [{model: a}, {model: b}], parameters: {t: 0.5}}") == [
+            "base_model: slerp starts from a base and needs one"
+        ]
+        Recipe.parse("{merge_method: nuslerp, models: [{model: a}, {model: b}]}", root=Path("/"))
+
+    def test_filters_that_leave_a_required_parameter_out(self) -> None:
+        text = (
+            "{merge_method: slerp, base_model: b, models: [{model: a}], parameters: {t: [{filter: mlp, value: 0.5}]}}"
+        )
+        recipe = Recipe.parse(text, root=Path("/"))
+        t = METHODS["slerp"].parameters["t"]
+        assert recipe.value(t, None, "model.layers.0.mlp.up_proj.weight", 0.0) == 0.5
+        with pytest.raises(
+            RecipeError, match=r"parameters.t: no filter matches 'model.norm.weight'; end the list with"
+        ):
+            recipe.value(t, None, "model.norm.weight", 0.0)
+
+    def test_whole_numbers_of_a_gradient_are_picked(self) -> None:
+        text = "{merge_method: karcher, models: [{model: a}, {model: b}], parameters: {max_iter: [1, 4]}}"
+        recipe = Recipe.parse(text, root=Path("/"))
+        found = [recipe.value(METHODS["karcher"].parameters["max_iter"], None, "x", depth) for depth in (0.0, 0.6, 1.0)]
+        assert found == [1, 1, 4]
 
     def test_a_linear_base_without_a_weight(self) -> None:
         assert problems("{merge_method: linear, base_model: b, models: [{model: a, parameters: {weight: 1}}]}") == [

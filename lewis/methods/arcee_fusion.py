@@ -1,0 +1,47 @@
+"""Arcee Fusion: take over the changes that matter most, by a threshold that each tensor sets itself."""
+
+import numpy as np
+import torch
+
+from lewis.methods.registry import merge_method
+
+_EPSILON = 1e-8  # added to probabilities whose logarithm is taken
+_BLOCK = 2**20  # elements of a block of rows
+
+
+@merge_method("arcee_fusion", paper="https://arcee.ai", experts=(1, 1))
+def arcee_fusion(task_vectors: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Keep the elements of the task vector with importance >= median + 1.5 * (third - first quartile).
+
+    The importance of an element is |delta| times the Kullback-Leibler divergence of its row, softmax(W) against
+    softmax(W_base). It is computed in fp64: for the small deltas of a fine-tune mergekit's fp32 divergence is mostly
+    rounding. Quartiles are exact: of a tensor of over a million elements mergekit draws a million without a seed, so
+    that each run differs.
+
+    Args:
+        task_vectors: fp32, shape (1, *tensor.shape).
+        base: fp32, shape tensor.shape.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    scores = importance(task_vectors[0], base)
+    flat = scores.cpu().reshape(-1).numpy()
+    places = [int(share * (flat.size - 1)) for share in (0.25, 0.5, 0.75)]
+    first, median, third = np.partition(flat, places)[places].tolist()
+    return torch.where(scores >= median + 1.5 * (third - first), task_vectors[0], 0.0)
+
+
+def importance(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """|delta| * KL(softmax(W) || softmax(W_base)) of the row (the last dimension).
+
+    Returns:
+        fp64, shape tensor.shape.
+    """
+    width = base.shape[-1] if base.dim() else 1
+    rows = zip(*(x.reshape(-1, width).split(max(1, _BLOCK // width)) for x in (task_vector, base)), strict=True)
+    scores = []
+    for delta, old in rows:
+        p, q = (torch.softmax(x.double(), dim=-1) + _EPSILON for x in (old + delta, old))
+        scores.append(delta.abs() * (p * torch.log(p / q)).sum(dim=-1, keepdim=True))
+    return torch.cat(scores).reshape(base.shape)

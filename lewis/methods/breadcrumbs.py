@@ -1,0 +1,72 @@
+"""Model Breadcrumbs: leave out the largest elements as well as the smallest."""
+
+import torch
+
+from lewis.methods.registry import Fraction, PerExpert, merge_method, per_expert
+from lewis.methods.sparsify import match_l1, trim_between
+from lewis.methods.task_arithmetic import combine
+from lewis.methods.ties import elect_and_merge
+
+PAPER = "https://arxiv.org/abs/2312.06795"
+
+
+@merge_method("breadcrumbs", paper=PAPER)
+def breadcrumbs(
+    task_vectors: torch.Tensor,
+    *,
+    density: PerExpert[float] = 1.0,
+    gamma: PerExpert[Fraction] = 0.01,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = False,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Trim both ends of each task vector, then task arithmetic.
+
+    Exactly int(density * n) elements are kept, whatever gamma is. Earlier versions of mergekit kept none of a tensor
+    of fewer than 1 / gamma elements, and none at all at gamma 0.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        density: fraction of each task vector that is kept; 1 keeps all of it.
+        gamma: fraction of the largest magnitudes that is dropped first; less where the density would not be reached.
+        weight: w_i.
+        normalize: divide by the sum of the weights (unless it is 0).
+        rescale: bring each trimmed task vector back to its L1 norm.
+        lambda_: scale of the merged delta.
+        int8_mask: accepted for mergekit's sake; the result does not depend on it.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    kept = _trim_all(task_vectors, density, gamma, rescale)
+    return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+@merge_method("breadcrumbs_ties", paper=PAPER)
+def breadcrumbs_ties(
+    task_vectors: torch.Tensor,
+    *,
+    density: PerExpert[float] = 1.0,
+    gamma: PerExpert[Fraction] = 0.01,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = False,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Trim both ends, then elect signs and merge as TIES does. Arguments and result: as `breadcrumbs`."""
+    kept = _trim_all(task_vectors, density, gamma, rescale)
+    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+def _trim_all(
+    task_vectors: torch.Tensor, density: PerExpert[float], gamma: PerExpert[float], rescale: bool
+) -> torch.Tensor:
+    kept = []
+    densities, gammas = per_expert(density, task_vectors), per_expert(gamma, task_vectors)
+    for task_vector, rho, outliers in zip(task_vectors, densities, gammas, strict=True):
+        trimmed = trim_between(task_vector, rho, outliers)
+        kept.append(match_l1(trimmed, task_vector) if rescale else trimmed)
+    return torch.stack(kept)

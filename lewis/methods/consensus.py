@@ -1,0 +1,55 @@
+"""Consensus merging with TALL masks: keep what several experts have a use for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lewis.methods.registry import Count, NotNegative, PerExpert, column, merge_method, per_expert
+from lewis.methods.sparsify import trim
+
+
+def can_agree(values: Mapping[str, Any], experts: int) -> str | None:
+    """No more experts can agree than there are."""
+    if values["min_agree"] <= experts:
+        return None
+    return f"expected min_agree <= {experts}, the number of experts, got min_agree={values['min_agree']}"
+
+
+@merge_method("consensus", paper="https://arxiv.org/abs/2405.07813", experts=(2, None), check=can_agree)
+def consensus(
+    task_vectors: torch.Tensor,
+    *,
+    density: PerExpert[float] = 1.0,
+    weight: PerExpert[float] = 1.0,
+    lambda_: float = 1.0,
+    tall_lambda: NotNegative = 0.4,
+    min_agree: Count = 2,
+) -> torch.Tensor:
+    """Add the task vectors up, and keep the sum where at least `min_agree` experts claim it.
+
+    With tau = sum_i w_i tau_i, expert i claims an element where |w_i tau_i| > tall_lambda * |tau - w_i tau_i|: the sum
+    serves it better than the base does. What one expert alone claims ("selfish") or nobody does is left out.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        density: fraction of each task vector that is kept, largest magnitude first, before all this.
+        weight: w_i.
+        lambda_: scale of the merged delta.
+        tall_lambda: how selective the masks are (the authors search 0.2 to 0.6).
+        min_agree: experts that must claim an element.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+
+    Raises:
+        ValueError: if `min_agree` is more than there are experts.
+    """
+    if problem := can_agree({"min_agree": min_agree}, len(task_vectors)):
+        raise ValueError(problem)
+    densities = per_expert(density, task_vectors)
+    kept = torch.stack([trim(vector, rho) for vector, rho in zip(task_vectors, densities, strict=True)])
+    weighted = kept * column(per_expert(weight, task_vectors), kept)
+    together = weighted.sum(dim=0)
+    claims = weighted.abs() > tall_lambda * (together - weighted).abs()
+    return torch.where(claims.sum(dim=0) >= min_agree, together, 0.0) * lambda_

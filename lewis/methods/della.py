@@ -1,0 +1,103 @@
+"""DELLA: drop at random, the small elements of a row more often than the large ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
+from lewis.methods.sparsify import drop_by_rank, match_l1
+from lewis.methods.task_arithmetic import combine
+from lewis.methods.ties import elect_and_merge
+
+PAPER = "https://arxiv.org/abs/2406.11617"
+
+
+def probabilities_fit(values: Mapping[str, Any], experts: int) -> str | None:
+    """Probabilities must lie in (0, 1); densities 0 and 1 need none."""
+    density, epsilon = values["density"], values["epsilon"]
+    if density in (0, 1) or (density - epsilon > 0 and density + epsilon < 1):
+        return None
+    return (
+        f"expected 0 < density - epsilon and density + epsilon < 1 (they are probabilities), got density={density:g}, "
+        f"epsilon={epsilon:g}; set epsilon below {min(density, 1 - density):g}, or change the density"
+    )
+
+
+@merge_method("della", paper=PAPER, check=probabilities_fit)
+def della(
+    task_vectors: torch.Tensor,
+    streams: Sequence[np.random.Generator],
+    *,
+    density: PerExpert[float] = 1.0,
+    epsilon: PerExpert[NotNegative] = 0.15,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = True,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Drop by rank of magnitude, then elect signs and merge as TIES does.
+
+    mergekit ranks along the second dimension, which for a tensor of three is not the row; here it is always the last.
+    A row of one element, whose rank mergekit divides by 0, is kept with probability `density`. An epsilon that does
+    not fit is told with the recipe, not in the middle of the merge.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        streams: one random stream per expert.
+        density: mean probability that an element is kept.
+        epsilon: it goes from density - epsilon (smallest of its row) to density + epsilon (largest).
+        weight: w_i.
+        normalize: divide by the sum of the agreeing weights, per element.
+        rescale: bring each task vector back to its L1 norm (mergekit's rule; the paper divides by the probabilities).
+        lambda_: scale of the merged delta.
+        int8_mask: accepted for mergekit's sake; the result does not depend on it.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+
+    Raises:
+        ValueError: if density and epsilon do not fit together.
+    """
+    kept = _drop_all(task_vectors, streams, density, epsilon, rescale)
+    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+@merge_method("della_linear", paper=PAPER, check=probabilities_fit)
+def della_linear(
+    task_vectors: torch.Tensor,
+    streams: Sequence[np.random.Generator],
+    *,
+    density: PerExpert[float] = 1.0,
+    epsilon: PerExpert[NotNegative] = 0.15,
+    weight: PerExpert[float] = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> torch.Tensor:
+    """Drop by rank of magnitude, then task arithmetic.
+
+    Arguments and result: as `della`, but `normalize` divides by the sum of all weights (unless it is 0).
+    """
+    kept = _drop_all(task_vectors, streams, density, epsilon, rescale)
+    return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+def _drop_all(
+    task_vectors: torch.Tensor,
+    streams: Sequence[np.random.Generator],
+    density: PerExpert[float],
+    epsilon: PerExpert[float],
+    rescale: bool,
+) -> torch.Tensor:
+    kept = []
+    densities, epsilons = per_expert(density, task_vectors), per_expert(epsilon, task_vectors)
+    for task_vector, rho, width, stream in zip(task_vectors, densities, epsilons, streams, strict=True):
+        if problem := probabilities_fit({"density": rho, "epsilon": width}, len(task_vectors)):
+            raise ValueError(problem)
+        dropped = drop_by_rank(task_vector, rho, width, stream)
+        kept.append(match_l1(dropped, task_vector) if rescale else dropped)
+    return torch.stack(kept)

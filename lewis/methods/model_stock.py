@@ -1,0 +1,41 @@
+"""Model Stock: how far to go from the base to the mean of the models, from the angle between them."""
+
+import itertools
+
+import torch
+
+from lewis.methods.registry import merge_method
+from lewis.methods.sums import cosine
+
+
+@merge_method("model_stock", paper="https://arxiv.org/abs/2403.19522", experts=(2, None))
+def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> torch.Tensor:
+    """Scale the mean task vector by t = N c / (1 + (N - 1) c), c the mean cosine between the N task vectors.
+
+    Where 1 + (N - 1) c is 0 (task vectors that cancel out), t is 0. mergekit divides the dot products by at least
+    1e-6, which takes the task vectors of small tensors for perpendicular; here the cosine is of any scale, and 0 only
+    where a task vector is 0.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        filter_wise: one angle for each row (the last dimension) instead of one for the tensor.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    count = len(task_vectors)
+    pairs = itertools.combinations(task_vectors, 2)
+    if filter_wise and task_vectors.dim() > 2:
+        cosines = [_by_row(a, b) for a, b in pairs]
+    else:
+        cosines = [torch.tensor(cosine(a, b), device=task_vectors.device) for a, b in pairs]
+    c = torch.stack(cosines).mean(dim=0)
+    divisor = 1 + (count - 1) * c
+    t = torch.where(divisor.abs() < 1e-6, 0.0, count * c / divisor)
+    return t * task_vectors.mean(dim=0)
+
+
+def _by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (a, b)]
+    units = [v / torch.where(length == 0, 1.0, length) for v, length in zip((a, b), lengths, strict=True)]
+    return (units[0] * units[1]).sum(dim=-1, keepdim=True).clamp(-1, 1)

@@ -1,0 +1,22 @@
+"""NearSwap: take over the other model's weights where the two are near, less the farther they are apart."""
+
+import torch
+
+from lewis.methods.registry import NotNegative, merge_method
+
+_NEAREST = 1e-6  # differences below count as this (mergekit's)
+
+
+@merge_method("nearswap", paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", experts=(1, 1))
+def nearswap(task_vectors: torch.Tensor, *, t: NotNegative) -> torch.Tensor:
+    """Move each weight of the base towards the other model's by min(1, t / |tau|) of the way, tau their difference.
+
+    Args:
+        task_vectors: fp32, shape (1, *tensor.shape).
+        t: the distance up to which the other model's weight is taken whole.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    task_vector = task_vectors[0]
+    return (t / task_vector.abs().clamp(min=_NEAREST)).clamp(max=1) * task_vector

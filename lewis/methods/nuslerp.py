@@ -1,0 +1,47 @@
+"""NuSLERP: SLERP of two models, or of their task vectors, by weights, as a whole or row by row."""
+
+import torch
+
+from lewis.methods.registry import PerExpert, merge_method, per_expert
+from lewis.methods.sums import cosine
+
+_TINY = 1e-7  # norms below count as this (mergekit's)
+_FLAT = 2e-6  # 1 - cos^2 below which fp32 cannot tell two directions from one line
+
+
+@merge_method("nuslerp", paper="https://dl.acm.org/doi/10.1145/325165.325242", on="either", experts=(2, 2))
+def nuslerp(
+    tensors: torch.Tensor,
+    *,
+    weight: PerExpert[float] = 1.0,
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+) -> torch.Tensor:
+    """Interpolate two tensors on the sphere, at t = w_2 / (w_1 + w_2); t = 1/2 if the weights cancel.
+
+    With a base, task vectors are interpolated; without, the weights themselves. Directions on one line are
+    interpolated on it. mergekit takes only 1 - cos^2 <= 1e-16 for one line, which fp32 rounding passes by luck: it
+    multiplies antiparallel rows by 1/sin, some thousands.
+
+    Args:
+        tensors: fp32 task vectors or weights, shape (2, *tensor.shape).
+        weight: w_i.
+        nuslerp_flatten: take the tensor as one vector; otherwise interpolate vector by vector.
+        nuslerp_row_wise: of the vectors, take those along the first dimension instead of the last (mergekit's naming).
+
+    Returns:
+        fp32, shape tensor.shape: a delta to add to the base, or the merged weights.
+    """
+    first, second = per_expert(weight, tensors)
+    t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+    if nuslerp_flatten or tensors.dim() == 1:
+        cos = torch.tensor(cosine(tensors[0], tensors[1]), dtype=torch.float64)
+    else:
+        dim = 0 if nuslerp_row_wise else -1
+        unit = [v / torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=_TINY) for v in tensors]
+        cos = (unit[0] * unit[1]).sum(dim=dim, keepdim=True).double().clamp(-1, 1)
+    straight = 1 - cos.square() <= _FLAT
+    angle = torch.acos(torch.where(straight, 0.0, cos))
+    of_first = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / torch.sin(angle)).float()
+    of_second = torch.where(straight, t, torch.sin(t * angle) / torch.sin(angle)).float()
+    return of_first.to(tensors.device) * tensors[0] + of_second.to(tensors.device) * tensors[1]

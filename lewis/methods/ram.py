@@ -1,0 +1,48 @@
+"""RAM: average what several experts changed, take whole what only one changed."""
+
+import torch
+
+from lewis.methods.registry import NotNegative, column, merge_method
+
+PAPER = "https://arxiv.org/abs/2601.13572"
+
+
+@merge_method("ram", paper=PAPER)
+def ram(task_vectors: torch.Tensor, *, epsilon: NotNegative = 1e-5) -> torch.Tensor:
+    """Average each element over the experts that changed it.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        epsilon: a change up to this size counts as none, and is left out.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    changed = task_vectors.abs() > epsilon
+    return torch.where(changed, task_vectors, 0.0).sum(dim=0) / changed.sum(dim=0).clamp(min=1)
+
+
+@merge_method("ramplus_tl", paper=PAPER)
+def ramplus_tl(
+    task_vectors: torch.Tensor, *, r: float = 0.1, alpha: NotNegative = 0.2, epsilon: NotNegative = 1e-5
+) -> torch.Tensor:
+    """RAM, with what one expert alone changed scaled up by 1 + r * min(alpha, shared / alone), per expert and tensor.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        r: strength of the scaling.
+        alpha: the ratio of elements changed by others too to elements changed alone counts up to this.
+        epsilon: a change up to this size counts as none, and is left out.
+
+    Returns:
+        fp32 delta to add to the base, shape tensor.shape.
+    """
+    changed = task_vectors.abs() > epsilon
+    count = changed.sum(dim=0)
+    scales = []
+    for own in changed:
+        alone = int((own & (count == 1)).sum())
+        shared = int(own.sum()) - alone
+        scales.append(1 + r * min(alpha, shared / max(alone, 1)))
+    kept = torch.where(changed, task_vectors, 0.0)
+    return torch.where(count == 1, kept * column(scales, kept), kept).sum(dim=0) / count.clamp(min=1)

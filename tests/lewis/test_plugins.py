@@ -1,0 +1,121 @@
+"""Merge methods of other packages: found by their entry points, told by their package's name when they fail."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lewis.errors import InputError
+from lewis.methods import METHODS, find
+from lewis.methods.plugins import load_plugins
+from lewis.recipe import Recipe
+from tests.support.models import bits, open_merge, write_tensors
+
+HALF = '''
+import torch
+from lewis.methods import PerExpert, merge_method
+
+@merge_method("half", paper="https://example.org", experts=(1, 1))
+def half(task_vectors: torch.Tensor, *, share: PerExpert[float] = 0.5) -> torch.Tensor:
+    """Go half way."""
+    return task_vectors[0] * torch.tensor(share)
+'''
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a package on sys.path as pip would: its module and its dist-info."""
+    before, modules = METHODS.copy(), set(sys.modules)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(source: str, *, module: str = "lewis_half", entry: str = "half = lewis_half") -> None:
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[lewis.methods]\n{entry}\n")
+        load_plugins.cache_clear()
+
+    yield write
+    METHODS.clear()
+    METHODS.update(before)
+    load_plugins.cache_clear()
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def recipe(method: str = "half", parameters: str = "{share: 0.25}") -> Recipe:
+    text = f"{{merge_method: {method}, base_model: b, models: [{{model: a}}], parameters: {parameters}}}"
+    return Recipe.parse(text, root=Path("/"))
+
+
+def test_a_recipe_names_a_method_of_another_package(install: Install) -> None:
+    install(HALF)
+    assert "half" not in METHODS
+    assert recipe().merge_method == "half"
+    assert METHODS["half"].origin == "lewis-half 1.2"
+    with pytest.raises(InputError, match=r"parameters.shre: half has no such parameter; did you mean 'share'\?"):
+        recipe(parameters="{shre: 1}")
+
+
+def test_the_one_of_the_readme(install: Install, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    source = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "@merge_method" in block)
+    install(source, entry="loudest = lewis_half")
+    values = [[0.0, 0, 0], [1, -2, 3], [2, 1, -4]]
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor(value)}) for i, value in enumerate(values)]
+    merge = open_merge("loudest", folders[0], folders[1:], own=[{"weight": 1.0}, {"weight": 0.5}])
+    assert merge.tensor("w").tolist() == [1, -2, 3]
+
+
+def test_it_merges_and_its_version_is_part_of_the_digest(install: Install, tmp_path: Path) -> None:
+    install(HALF)
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([i, -4.0 * i])}) for i in range(2)]
+    merge = open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5})
+    assert bits(merge.tensor("w")) == bits(torch.tensor([0.5, -2.0]))
+    METHODS["half"] = METHODS["half"].__class__(**{**vars(METHODS["half"]), "origin": "lewis-half 1.3"})
+    assert open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).digest != merge.digest
+
+
+def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
+    install(HALF)
+    assert find("half").origin == "lewis-half 1.2"
+    with pytest.raises(InputError, match="there is no method 'hal'; install the package that brings it"):
+        find("hal")
+
+
+@pytest.mark.parametrize(
+    "source, arguments, expected",
+    [
+        (
+            "import nothing_of_that_name",
+            {},
+            r"lewis-half 1.2: its entry point half = 'lewis_half' of the group lewis.methods cannot be loaded: "
+            r"ModuleNotFoundError: No module named 'nothing_of_that_name'; repair or uninstall the package",
+        ),
+        ("1 / 0", {}, "lewis-half 1.2: .* cannot be loaded: ZeroDivisionError"),
+        ("", {}, "lewis-half 1.2: .* registers no merge method of that name; name the entry point as the method"),
+        (HALF, {"entry": "halve = lewis_half"}, "registers no merge method of that name"),
+        (HALF.replace('"half"', '"ties"'), {}, "lewis-half 1.2: .*there is a merge method 'ties' already"),
+        ("", {"entry": "ties = lewis_half"}, "takes a name that there is already, in lewis.methods.ties; rename"),
+        (HALF.replace("float]", "str]").replace("0.5", "'a'"), {}, "share: a parameter is a float, int or bool"),
+    ],
+)
+def test_one_that_fails_is_told_by_its_package(
+    install: Install, source: str, arguments: dict[str, str], expected: str
+) -> None:
+    install(source, **arguments)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(InputError, match=expected):
+            recipe("ties", "{}")
+
+
+def test_two_packages_cannot_bring_the_same_name(install: Install) -> None:
+    install(HALF)
+    install(HALF, module="other_half", entry="half = other_half")
+    with pytest.raises(InputError, match=r"other-half 1.2: .*there is a merge method 'half' already, in lewis_half"):
+        recipe()
