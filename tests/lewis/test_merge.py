@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,6 +84,7 @@ class TestInvariants:
     def test_one_expert_whole_comes_out_byte_by_byte(
         self, place: Any, values: list[torch.Tensor], method: str, normalize: bool
     ) -> None:
+        assume(bool((values[1].float() - values[0].float()).isfinite().all()))  # a task vector that fp32 can hold
         parameters = known(method, weight=1.0, normalize=normalize, density=1.0)
         merged = small_merge(method, place(values), parameters=parameters).tensor(NAME)
         assert merged.dtype == values[1].dtype and bits(merged) == bits(values[1])

@@ -40,5 +40,5 @@ def registered(
     version = registry.register(Entry(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
     if verdict:
         with tracking.client("setting a verdict") as client:
-            client.set_model_version_tag(name, version.version, "lewis.verdict", verdict)
+            client.set_model_version_tag(version.name, version.version, "lewis.verdict", verdict)
     return version

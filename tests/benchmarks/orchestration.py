@@ -1,0 +1,308 @@
+"""What orchestration costs, every number measured in this very run, on this machine, as it is loaded now.
+
+    python -m tests.benchmarks.orchestration [event|overhead|remerge]
+
+event     from a commit on the local Hub, over webhook and event, to a flow run that is Running
+overhead  the DAG with a server up, against the same steps of the library alone, on the demo family
+remerge   importance and download time after one of four experts moved, against those of the full run
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tests.support.local_hub import LocalHub
+from tests.support.service import REPO, Service, seconds
+
+RELEASES = 5
+FULL_RUNS = 3  # of each side
+CACHED_RUNS = 5  # of each side, in a process; and as many whole processes
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models: [%(models)s]
+lewis:
+  calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{text}", samples: 256, max_tokens: 64}}
+register: {name: %(name)s}
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the chosen parts, or all; 1 if a bar was missed."""
+    parts: dict[str, Callable[[Path], list[bool]]] = {"event": event, "overhead": overhead, "remerge": remerge}
+    unknown = [name for name in arguments if name not in parts]
+    if unknown:
+        print(f"expected {', '.join(parts)}, got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    met: list[bool] = []
+    for name in arguments or parts:
+        with tempfile.TemporaryDirectory(prefix="lewis-benchmark-") as folder:
+            met += parts[name](Path(folder))
+    return 0 if all(met) else 1
+
+
+def event(root: Path) -> list[bool]:
+    """Release an expert again and again, and see when its merge is Running; that is before it waits for rest."""
+    with LocalHub(root / "hub") as hub:
+        paths = write_family(root / "models", ["moving", "still", "late"], layers=2, hidden=16)
+        for name in ("base", "moving", "still"):
+            hub.commit(f"org/{name}", paths[name])
+        service = Service(root, hub)
+        write_recipe(service.recipes, "tiny", ["moving", "still"])
+        to_run, to_start = [], []
+        with service:
+            for number in range(1, RELEASES + 1):
+                released = write_release(paths["base"], root / f"release-{number}", seed=number)
+                committed = time.time()
+                hub.commit("org/moving", released)
+                run = service.finished("tiny", number)[-1]
+                assert run["state_name"] == "Completed", run["state"]["message"]
+                to_run.append(seconds(run, "created") - committed)
+                to_start.append(seconds(run) - committed)
+    heading(f"event to start: {RELEASES} releases, one after the other")
+    row("commit -> webhook -> event -> run created, median / max", both(to_run))
+    row("commit -> ... -> run Running, median / max", both(to_start))
+    return [bar("  the slowest", max(to_start), 15)]
+
+
+def overhead(root: Path) -> list[bool]:
+    """The same merge with and without the DAG; each full run in a new process, from an empty store, in alternation."""
+    from flows import environment
+    from flows.service import prefect_server
+
+    family = in_new_process(root / "training", train_demo, root / "demo")
+    os.environ["LEWIS_HOME"] = str(root / "server")
+    environment.prepare()
+    took: dict[str, list[list[float]]] = {"library": [], "dag": []}
+    whole: dict[str, list[float]] = {"library": [], "dag": []}
+    with prefect_server() as url:
+        for number in range(FULL_RUNS):
+            for side in ("library", "dag") if number % 2 else ("dag", "library"):
+                home = root / f"{side}-{number}"
+                took[side].append(in_new_process(home, time_runs, side, family / "demo.yaml", PREFECT_API_URL=url))
+        for _ in range(CACHED_RUNS):
+            for side, homes in (("library", root / "library-0"), ("dag", root / "dag-0")):
+                whole[side].append(time_process(side, family / "demo.yaml", homes, url))
+    full = {side: [runs[0] for runs in each] for side, each in took.items()}
+    cached = {side: [second for runs in each for second in runs[1:]] for side, each in took.items()}
+    heading(f"overhead of the DAG on the demo family: median / max, {FULL_RUNS} full and {CACHED_RUNS} cached a store")
+    met = []
+    for name, found, limit in (
+        ("full run, empty store, warm imports", full, 15),
+        ("all-cached run, in one process, warm imports", cached, 5),
+        ("all-cached run, a whole process (`lewis run`)", whole, 5),
+    ):
+        row(f"{name}: library", both(found["library"]))
+        row(f"{name}: DAG", both(found["dag"]))
+        met.append(bar("  overhead", statistics.median(found["dag"]) - statistics.median(found["library"]), limit))
+    return met
+
+
+def remerge(root: Path) -> list[bool]:
+    """Four experts of 4.7 million weights, one calibration set; one task at a time, so that no time is spent waiting."""
+    full, again = in_new_process(root / "remerge", time_remerge, root, LEWIS_MAX_WORKERS="1")
+    heading("re-merge after one of four experts moved: time of the task runs, in seconds")
+    for name, run in (("full run", full), ("re-merge", again)):
+        row(f"{name}: download + importance", f"{run['download']:.2f} + {run['measure']:.2f}")
+        row(f"{name}: the whole run", f"{run['run']:.1f}")
+    share = (again["download"] + again["measure"]) / (full["download"] + full["measure"])
+    return [bar("  share of download and importance", 100 * share, 40, "%")]
+
+
+# What follows runs in processes of its own.
+
+
+def train_demo(folder: Path) -> Path:
+    """Train the demo family."""
+    from lewis.demo import make_family
+
+    return make_family(folder, lambda what, part: None)
+
+
+def time_runs(side: str, recipe: Path) -> list[float]:
+    """Seconds of a run from an empty store, then of runs that find everything done."""
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import mlflow.transformers  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    from flows.merge import merge_flow
+    from lewis import harness  # noqa: F401
+
+    run: Callable[[str], Any] = merge_flow if side == "dag" else run_library
+    took = []
+    for _ in range(1 + CACHED_RUNS):
+        began = time.perf_counter()
+        run(str(recipe))
+        took.append(time.perf_counter() - began)
+    return took
+
+
+def run_library(path: str) -> None:
+    """What the DAG does to a guided recipe, step by step, without Prefect."""
+    from lewis import evaluation, pipeline, registry
+    from lewis.gate import decide
+    from lewis.recipe import Recipe
+    from lewis.registration import registry_entry
+
+    recipe = Recipe.load(path)
+    assert recipe.base_model and recipe.register_as and recipe.evaluate
+    settings = pipeline.eval_settings(recipe)
+    evaluation.check_tasks(settings.tasks, recipe.root)
+    champion = registry.champion(recipe.register_as.name)
+    pinned, sources = pipeline.pin_all(recipe)
+    assert pinned is not None
+    pipeline.preflight(recipe, pinned, sources)
+    base, experts = pipeline.download(pinned), [pipeline.download(source) for source in sources]
+    _, allocated = pipeline.guide(recipe, base, experts)
+    merged = pipeline.merge(recipe, base, experts, allocated)
+    uniform = pipeline.merge(recipe, base, experts, allocated, "uniform")
+    names = pipeline.short_names([entry.model for entry in recipe.experts])
+    models = {"base": base, **dict(zip(names, experts, strict=True))}
+    models |= {"uniform": uniform.files("uniform"), recipe.label: merged.files(recipe.label)}
+    scores = {label: pipeline.score(files, settings, root=recipe.root) for label, files in models.items()}
+    numbers = {label: {f"{s.task}/{s.metric}": s.value for s in entry.scores} for label, entry in scores.items()}
+    against = champion.version.uri if champion else "base"
+    reference = champion.metrics if champion else numbers["base"]
+    verdict = decide(recipe.register_as.gate, numbers[recipe.label], reference, against)
+    version = registry.register(registry_entry(recipe, base, experts, [], allocated, merged, scores))
+    registry.promote(version, verdict)
+
+
+def time_process(side: str, recipe: Path, home: Path, url: str) -> float:
+    """Seconds from the start to the end of a Python that makes one run."""
+    bare = "import sys; from tests.benchmarks.orchestration import run_library; run_library(sys.argv[1])"
+    command = ["-m", "flows.cli", "run"] if side == "dag" else ["-c", bare]
+    environment = {**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": url, "TMPDIR": str(home / "tmp")}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *command, str(recipe)], check=True, cwd=REPO, env=environment, capture_output=True)
+    return time.perf_counter() - began
+
+
+def time_remerge(root: Path) -> list[dict[str, float]]:
+    """A full run and a re-merge, after a small one of other models has warmed up all code."""
+    from flows.service import prefect_server
+
+    experts = ["one", "two", "three", "four"]
+    with LocalHub(root / "hub") as hub:
+        os.environ.update(hub.environment(root / "client"))
+        paths = write_family(root / "models", experts, layers=8, hidden=256)
+        for name, path in paths.items():
+            hub.commit(f"org/{name}", path)
+        tiny = write_family(root / "tiny", ["other"], layers=2, hidden=16)
+        recipe, warm = write_recipe(root, "four", experts), write_recipe(root, "warm", ["tiny-other"])
+        warm.write_text(warm.read_text().replace("org/base", "org/tiny-base"))
+        for name, path in tiny.items():
+            hub.commit(f"org/tiny-{name}", path)
+        with prefect_server() as url:
+            os.environ["PREFECT_API_URL"] = url
+            time_tasks(warm)
+            full = time_tasks(recipe)
+            hub.commit("org/one", write_release(paths["base"], root / "release", seed=99))
+            return [full, time_tasks(recipe)]
+
+
+def time_tasks(recipe: Path) -> dict[str, float]:
+    """Run a recipe: seconds of the run, and of its task runs by kind, found in the cache or not."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    from flows.merge import merge_flow
+
+    began = time.perf_counter()
+    state = merge_flow(str(recipe), return_state=True)
+    took = {"run": time.perf_counter() - began}
+    this = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(flow_run_filter=this)
+        while any(run.end_time is None for run in runs):  # the server learns of their ends a little later
+            time.sleep(0.5)
+            runs = client.read_task_runs(flow_run_filter=this)
+    for kind in ("download", "measure"):
+        ours = [run for run in runs if run.name.startswith(kind)]
+        assert ours
+        took[kind] = sum((run.end_time - run.start_time).total_seconds() for run in ours)
+    return took
+
+
+def in_new_process(home: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
+    """Call a function in a new Python, with a store and a device slot of its own; its output goes to a file there."""
+    (home / "tmp").mkdir(parents=True)
+    kept = dict(os.environ)
+    os.environ.update({"LEWIS_HOME": str(home), "TMPDIR": str(home / "tmp"), **environment})
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin, initargs=[home / "output"]) as pool:
+            return pool.submit(function, *arguments).result()
+    except Exception:
+        print((home / "output").read_text()[-4000:], file=sys.stderr)
+        raise
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def begin(output: Path) -> None:
+    """Send what the process prints to a file, and set its environment as the command line does."""
+    from flows import environment
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    environment.prepare()
+
+
+def write_family(folder: Path, experts: list[str], *, layers: int, hidden: int) -> dict[str, Path]:
+    """A random base and fine-tunes of it, by name."""
+    from tests.support.models import write_expert, write_llama
+
+    base = write_llama(folder / "base", layers=layers, hidden=hidden)
+    return {"base": base, **{n: write_expert(base, folder / n, seed=i) for i, n in enumerate(experts, 200)}}
+
+
+def write_release(base: Path, folder: Path, *, seed: int) -> Path:
+    """One more fine-tune."""
+    from tests.support.models import write_expert
+
+    return write_expert(base, folder, seed=seed)
+
+
+def write_recipe(folder: Path, name: str, experts: list[str]) -> Path:
+    """A recipe of models on the Hub that measures and registers and scores nothing, beside its data."""
+    draw = random.Random(0)
+    rows = [{"text": " ".join(draw.choices([f"w{i}" for i in range(60)], k=60))} for _ in range(256)]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    models = ", ".join(f"{{model: org/{expert}, parameters: {{weight: 1.0}}}}" for expert in experts)
+    (folder / f"{name}.yaml").write_text(RECIPE % {"models": models, "name": name})
+    return folder / f"{name}.yaml"
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def row(name: str, value: str, verdict: str = "") -> None:
+    print(f"  {name:<72}{value:>16}  {verdict}".rstrip(), flush=True)
+
+
+def both(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} / {max(values):.1f} s"
+
+
+def bar(name: str, value: float, limit: float, unit: str = "s") -> bool:
+    """Print a number beside its bar; whether it is below."""
+    row(name, f"{value:.1f} {unit}", f"bar {limit} {unit}: {'met' if value < limit else 'MISSED'}")
+    return value < limit
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
