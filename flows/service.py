@@ -136,10 +136,11 @@ def _prefect(port: int, echo: Callable[[str], None] | None) -> tuple[Process, st
 def _prepare_server(say: Say, prefect_file: Path | None) -> None:
     # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
     from flows import deploy
-    from flows.turn import crash_dead_runs
+    from flows.turn import crash_dead_runs, drop_missed_polls
 
     say("lewis", "deploying")
     crash_dead_runs()
+    drop_missed_polls()
     recipes = deploy.deploy(prefect_file or deploy.PREFECT_YAML)
     say("lewis", f"recipes: {', '.join(recipes) or 'none'}")
 

@@ -85,6 +85,15 @@ def crash_dead_runs() -> None:
             note.unlink(missing_ok=True)
 
 
+def drop_missed_polls() -> None:
+    """Delete the polls that were due while no worker was there: the next one finds all that they would have found."""
+    states = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
+    flow = FlowFilter(name=FlowFilterName(any_=["watch-releases"]))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_filter=flow, flow_run_filter=states):
+            client.delete_flow_run(run.id)
+
+
 def _died(run: FlowRun) -> bool:
     return _note(str(run.id)).exists() and _is_dead(str(run.id))
 

@@ -11,8 +11,6 @@ from lewis import pipeline, registry, tracking
 from lewis.pinned import find_folder
 from lewis.recipe import Recipe
 
-PREFIX = "lewis.source."
-
 
 @dataclass(frozen=True)
 class Held:
@@ -34,7 +32,7 @@ class Held:
 
     def commit_of(self, ref: str) -> str | None:
         """The commit key of an input, by its reference in the recipe; None if it was no input."""
-        return self.sources.get(_tag(ref))
+        return self.sources.get(registry.source_tag(ref))
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def merged(name: str) -> list[Held]:
             digest=version.tags["lewis.digest"],
             verdict=version.tags.get("lewis.verdict", ""),
             aliases=tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))),
-            sources={key: commit for key, commit in version.tags.items() if key.startswith(PREFIX)},
+            sources={key: commit for key, commit in version.tags.items() if key.startswith(registry.SOURCE)},
         )
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
     ]
@@ -131,7 +129,3 @@ def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
         ref = model if _same_adapter(old, new) else adapter
     folder = find_folder(ref, recipe.root)
     return str(folder) if folder else ref.partition("@")[0]
-
-
-def _tag(ref: str) -> str:
-    return tracking.key(f"{PREFIX}{ref.replace('/', '--')}")

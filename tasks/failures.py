@@ -4,6 +4,7 @@ import functools
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 from prefect.client.orchestration import get_client
@@ -13,7 +14,7 @@ from prefect.states import Failed, State
 from lewis.errors import InputError, LewisError, TransientError
 
 P, R = ParamSpec("P"), TypeVar("R")
-PATIENCE = 5.0  # seconds; the server learns of task runs by events, a little later
+PATIENCE = 10.0  # seconds; the server learns of task runs, and of their names, by events that are a little late
 MAX_MESSAGE = 2000  # characters
 AUTOMATIC = re.compile(r"-[0-9a-f]{3}$")  # what Prefect puts after the name of a task
 DETAILS = "\nThe end of its output:"  # of lm-eval, for whoever reads the log
@@ -56,12 +57,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _name(future: PrefectFuture[Any]) -> str:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with get_client(sync_client=True) as client:
-                return AUTOMATIC.sub("", client.read_task_run(future.task_run_id).name)
-        except Exception:
-            if time.monotonic() > deadline:
-                return "a task"  # the failure itself must be told whatever the server does
-            time.sleep(0.2)
+    """The name of a task's run; of one that the server has not seen the end of yet, what it is called until then."""
+    name, deadline = "a task", time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(Exception), get_client(sync_client=True) as client:  # whatever the server does, the error is told
+            run = client.read_task_run(future.task_run_id)
+            name = AUTOMATIC.sub("", run.name)
+            if run.state and run.state.is_final():
+                return name
+        time.sleep(0.2)
+    return name

@@ -109,7 +109,7 @@ def overhead(root: Path) -> list[bool]:
 
 
 def remerge(root: Path) -> list[bool]:
-    """Four experts of 4.7 million weights, one calibration set; one task at a time, so that no time is spent waiting."""
+    """Four experts of 4.7 million weights; one task at a time, so that none waits while its time is taken."""
     full, again = in_new_process(root / "remerge", time_remerge, root, LEWIS_MAX_WORKERS="1")
     heading("re-merge after one of four experts moved: time of the task runs, in seconds")
     for name, run in (("full run", full), ("re-merge", again)):

@@ -1,0 +1,86 @@
+"""The README's pictures, taken with a real browser from a real run: python -m tests.benchmarks.screenshots
+
+The demo family is on a local Hub, `lewis up` runs beside it, and an expert is released: first a weak one, then a better
+one. The second release is what the pictures show. Everything is started here, in a temporary folder, and ends here.
+"""
+
+import io
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from tests.benchmarks.browser import Browser
+from tests.support.local_hub import LocalHub
+from tests.support.service import REPO, Service
+
+FOLDER = REPO / ".readme"
+MAX_BYTES = 120_000
+RECIPE = "demo"
+
+
+def main() -> int:
+    """Take all pictures; 1 if a page asked for anything beyond loopback."""
+    with tempfile.TemporaryDirectory(prefix="lewis-screenshots-") as folder:
+        with stage(Path(folder)) as (service, run), Browser(Path(folder) / "browser") as browser:
+            take(browser, service, run)
+    for url in browser.outside:
+        print(f"a page asked for {url}", file=sys.stderr)
+    return 1 if browser.outside else 0
+
+
+@contextmanager
+def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
+    """The service after a release and a better one; gives it and the run of the second."""
+    from lewis.demo import SKILLS, make_family
+
+    family = make_family(root / "family", lambda what, part: None)
+    with LocalHub(root / "hub") as hub:
+        hub.commit("demo/base", family / "base")
+        for skill in SKILLS:
+            hub.commit(f"demo/{skill}", family / "experts" / skill)
+        service = Service(root, hub)
+        write_recipe(family, service.recipes)
+        with service:
+            hub.commit("demo/addition", write_weak(family, "addition", root / "weak"))
+            service.finished(RECIPE, 1, 600)
+            service.start_run("merge/merge-nightly", recipe=RECIPE)
+            service.finished(RECIPE, 2, 600)
+            hub.commit("demo/addition", family / "experts" / "addition")
+            run = service.finished(RECIPE, 3, 600)[-1]
+            service.poll(RECIPE)
+            yield service, run
+
+
+def write_weak(family: Path, skill: str, folder: Path) -> Path:
+    """An expert that has gone a little more than half of its way from the base."""
+    from safetensors.torch import load_file
+
+    from tests.support.models import rewrite
+
+    base = load_file(family / "base" / "model.safetensors")
+    return rewrite(family / "experts" / skill, folder, lambda name, tensor: base[name] + 0.55 * (tensor - base[name]))
+
+
+def write_recipe(family: Path, folder: Path) -> None:
+    """The demo's recipe, with its models on the Hub, beside its data and tasks."""
+    for name in ("data", "tasks"):
+        (folder / name).symlink_to(family / name)
+    content = yaml.safe_load((family / "demo.yaml").read_text())
+    content["base_model"] = "demo/base"
+    for entry in content["models"]:
+        entry["model"] = entry["model"].replace("./experts", "demo")
+    (folder / f"{RECIPE}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
+    """One picture after the other."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
