@@ -120,6 +120,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         current = champion.result() if champion else None
         if current and current.folder and current.digest != result.digest:
             models["champion"] = ModelFiles.at("champion", current.digest, current.folder)
+            models[plan.label] = models.pop(plan.label)  # stays the last, which the pictures outline
         for label, model in models.items():
             scores[label] = evaluate.submit(model, label, settings, plan.root, tasks_digest)
         table = report_scores.submit(quote(plan), scores)
@@ -127,10 +128,11 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         report.scores = table.result()
 
     verdict = version = None
+    inputs = [_known(each) for each in (base, experts, sets, allocated)]
     if plan.register_as:
         verdict = gate.submit(quote(plan), champion, merged, scores)
-        version = register.submit(quote(plan), base, experts, sets, allocated, merged, scores, wait_for=[verdict])
-        promoted = promote.submit(quote(plan), version, verdict, merged)
+        version = register.submit(quote(plan), *inputs, merged, _known(scores), wait_for=[verdict])
+        promoted = promote.submit(quote(plan), version, verdict, _known(merged))
         _finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
@@ -141,9 +143,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         merge=[merged, uniform],
         evaluate=scores.values(),
     )
-    told = report_run.submit(
-        quote(plan), base, experts, sets, allocated, merged, champion, scores, verdict, version, work, wait_for=[named]
-    )
+    facts = [_known(each) for each in (merged, champion, scores, verdict)]
+    told = report_run.submit(quote(plan), *inputs, *facts, version, work, wait_for=[merged, named])
     told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     return report, any(future.state.name != "Cached" for future in results if future)
@@ -188,6 +189,19 @@ def _models_to_score(
         pairs = zip(pipeline.short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
         models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
     return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}
+
+
+def _known(futures: Any) -> Any:
+    """The results of finished tasks, quoted: for a task that writes down what is known, no edge says anything.
+
+    Prefect's server sends each edge as many times as the task it comes from has inputs, and its UI draws none of them
+    where it counts more than 500.
+    """
+    if isinstance(futures, dict):
+        return quote({name: future.result() for name, future in futures.items()})
+    if isinstance(futures, list):
+        return quote([future.result() for future in futures])
+    return quote(futures.result() if futures else None)
 
 
 def _finish(*futures: PrefectFuture[Any] | None) -> None:

@@ -1,7 +1,7 @@
 """Tasks on a Ray cluster: an existing one by address, or one of this machine for the run."""
 
 import os
-from typing import Any
+from typing import Any, Self
 
 # Before Ray is imported: it sends nothing home, shows every line of its workers' logs, and does not hide the GPUs from
 # tasks that reserve none of them: the device slots decide who uses one.
@@ -15,6 +15,7 @@ from prefect_ray.task_runners import PrefectRayFuture
 
 from flows import worker
 from flows.runner import unquoted
+from lewis.errors import LewisError
 
 _STOP_SECONDS = 10.0
 
@@ -25,9 +26,25 @@ class RayRunner(RayTaskRunner):
     def __init__(self, address: str | None = None, init_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__(address, init_kwargs)
         self._submitted: list[ray.ObjectRef[Any]] = []
+        self._failure: LewisError | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            return super().__enter__()
+        except (OSError, RuntimeError, ValueError) as error:
+            # Told when the first task is submitted: what fails before the flow begins leaves it Running for ever.
+            place = self.init_kwargs["address"]
+            self._failure = LewisError(f"LEWIS_RAY_ADDRESS: no Ray cluster at {place}: {error}; start it")
+            return self
 
     def submit(self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any) -> PrefectRayFuture[Any]:
-        """As Prefect's."""
+        """As Prefect's.
+
+        Raises:
+            LewisError: if no cluster answers.
+        """
+        if self._failure:
+            raise self._failure
         future: PrefectRayFuture[Any] = super().submit(task, unquoted(parameters), *arguments, **named)
         self._submitted.append(future.wrapped_future)
         return future
@@ -37,7 +54,8 @@ class RayRunner(RayTaskRunner):
             for task in self._submitted:
                 ray.cancel(task)  # a KeyboardInterrupt in its process, which cleans up
             ray.wait(self._submitted, num_returns=len(self._submitted), timeout=_STOP_SECONDS)
-        super().__exit__(exc_type, *rest)
+        if self._failure is None:
+            super().__exit__(exc_type, *rest)
 
 
 def existing(address: str) -> RayRunner:
@@ -46,13 +64,15 @@ def existing(address: str) -> RayRunner:
 
 
 def local(workers: int) -> RayRunner:
-    """A cluster of this machine, without a dashboard."""
+    """A cluster of this machine, without a dashboard.
+
+    Ray listens on all interfaces, whatever it is told: a firewall and its token, on by default, keep others out.
+    """
     return RayRunner(
         init_kwargs={
             "address": "local",
             "num_cpus": workers,
             "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
             "runtime_env": _environment(),
         }
     )

@@ -14,12 +14,14 @@ import sys
 import threading
 from typing import Any
 
+from prefect.context import TaskRunContext
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
+from tasks.caching import STOPPING
 from tasks.device import slots
 
 RUNNERS = ("thread", "process", "dask", "ray")
@@ -84,10 +86,12 @@ class Processes(ProcessPoolTaskRunner):
         return super().submit(task, parameters, *arguments, **named)
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        if exc_type is not None:
-            for process in multiprocessing.active_children():
-                process.terminate()
+        interrupted = multiprocessing.active_children() if exc_type is not None else []
+        for process in interrupted:
+            process.terminate()
         super().__exit__(exc_type, exc_value, traceback)
+        for process in interrupted:
+            process.kill()  # they have had their time to clean up
 
 
 def _begin_process() -> None:
@@ -105,9 +109,14 @@ def _end() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    """End the running task by an exception, so that it cleans up; once, not again while it does."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + number)
+    """End the running task, so that it cleans up; once, not again while it does.
+
+    By an error of ours: Prefect's runner hangs where a process ends a task by SystemExit or KeyboardInterrupt.
+    """
+    if not STOPPING.is_set():
+        STOPPING.set()
+        if TaskRunContext.get():
+            raise LewisError("stopped")
 
 
 def _end_with_parent() -> None:

@@ -60,8 +60,8 @@ class Browser:
         self._call("Page.navigate", url="about:blank")  # a change of the fragment alone would not load anything
         self._call("Page.navigate", url=url)
         deadline = time.monotonic() + PATIENCE
-        while words not in self.run("document.body.innerText"):
-            assert time.monotonic() < deadline, f"{url}: no {words!r} in {self.run('document.body.innerText')}"
+        while words not in (shown := self.run("document.body?.innerText ?? ''")):
+            assert time.monotonic() < deadline, f"{url}: expected {words!r}, got {shown[:500]!r}"
             time.sleep(0.2)
         self._rest(RESTS)
 

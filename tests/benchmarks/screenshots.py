@@ -49,7 +49,7 @@ def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
         with service:
             hub.commit("demo/addition", write_weak(family, "addition", root / "weak"))
             service.finished(RECIPE, 1, 600)
-            service.start_run("merge/merge-nightly", recipe=RECIPE)
+            service.until(lambda: service.start_run("merge/merge-nightly", recipe=RECIPE), 60)  # a busy server: 503
             service.finished(RECIPE, 2, 600)
             hub.commit("demo/addition", family / "experts" / "addition")
             run = service.finished(RECIPE, 3, 600)[-1]

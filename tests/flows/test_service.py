@@ -112,6 +112,7 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     body = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
     artifacts = service.ask("/artifacts/filter", body)
     assert f"{service.mlflow}/#/models/scored/versions/1" in json.dumps([each["data"] for each in artifacts])
+    service.until(lambda: any("models:/scored/1 is the champion" in each["body"] for each in service.sink.received), 30)
 
     service.start_run("merge/merge-on-release", recipe="scored")
     again = service.finished("scored", 2)[-1]
@@ -198,6 +199,7 @@ def test_a_worker_killed_in_a_merge_is_not_running_for_long_and_the_next_run_goe
     run = service.finished("killed", 1, 150)[0]
     assert time.monotonic() - killed < 120
     assert run["state_type"] == "CRASHED" and "Run it again" in run["state"]["message"]
+    service.until(lambda: any("Crashed" in each["body"] for each in service.sink.received), 30)
 
     service.poll("killed")  # nobody else would know
     run = service.finished("killed", 2)[-1]

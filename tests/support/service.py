@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,18 +43,41 @@ def children(pid: int) -> dict[int, str]:
         parents = set(new)
 
 
+class Sink:
+    """Takes notifications: every POST's JSON, in `received`."""
+
+    def __init__(self) -> None:
+        self.received: list[dict[str, str]] = []
+        received = self.received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/notify"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+
 class Service:
     """A running `lewis up`; use as a context manager.
 
     Attributes:
         home: its store.
         recipes: its recipes folder, empty at first.
+        sink: what it notifies.
         environment: of the service, beyond that of the tests; changes count from the next `start`.
     """
 
     def __init__(self, root: Path, hub: LocalHub, *, poll: int = 3600) -> None:
         self.home, self.recipes, self.hub = root / "home", root / "recipes", hub
         self.recipes.mkdir(parents=True)
+        self.sink = Sink()
         ports = {name: free_port() for name in ("PREFECT_SERVER_API_PORT", "MLFLOW_PORT", "LEWIS_WEBHOOK_PORT")}
         self.api = f"http://127.0.0.1:{ports['PREFECT_SERVER_API_PORT']}/api"
         self.mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}"
@@ -63,6 +88,7 @@ class Service:
             "LEWIS_HOME": str(self.home),
             "LEWIS_RECIPES": str(self.recipes),
             "LEWIS_WEBHOOK_SECRET": SECRET,
+            "LEWIS_NOTIFY_URL": self.sink.url,
             "PYTHONPATH": str(root / "patch"),  # a place for a sitecustomize.py
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
