@@ -71,9 +71,15 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def click(self, selector: str) -> None:
-        """Click the first element of a selector, and let the page draw."""
-        self.run(f"document.querySelector({selector!r}).click()")
+    def remember(self, url: str, values: dict[str, str]) -> None:
+        """Put values into the local storage of a page's origin: what a person has dismissed before."""
+        self.open(url, "", width=800, height=600)
+        self.run(f"Object.assign(localStorage, {json.dumps(values)}) && null")
+
+    def click(self, selector: str, text: str = "") -> None:
+        """Click the first element of a selector whose text, if one is given, is `text`; and let the page draw."""
+        chosen = f"e => !{json.dumps(text)} || e.innerText.trim() === {json.dumps(text)}"
+        self.run(f"[...document.querySelectorAll({json.dumps(selector)})].find({chosen}).click()")
         self._rest(RESTS)
 
     def picture(self, selector: str | None = None) -> bytes:

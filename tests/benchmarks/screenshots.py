@@ -26,9 +26,12 @@ RECIPE = "demo"
 
 def main() -> int:
     """Take all pictures; 1 if a page asked for anything beyond loopback."""
-    with tempfile.TemporaryDirectory(prefix="lewis-screenshots-") as folder:
-        with stage(Path(folder)) as (service, run), Browser(Path(folder) / "browser") as browser:
-            take(browser, service, run)
+    with (
+        tempfile.TemporaryDirectory(prefix="lewis-screenshots-") as folder,
+        stage(Path(folder)) as (service, run),
+        Browser(Path(folder) / "browser") as browser,
+    ):
+        take(browser, service, run)
     for url in browser.outside:
         print(f"a page asked for {url}", file=sys.stderr)
     return 1 if browser.outside else 0
@@ -80,6 +83,47 @@ def write_recipe(family: Path, folder: Path) -> None:
 
 def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
     """One picture after the other."""
+    ui = service.api.removesuffix("/api")
+    this_run = f"{ui}/runs/flow-run/{run['id']}"
+    browser.remember(ui, {"prefect-v2-promo-dismissed": "true"})
+    browser.open(f"{ui}/dashboard", "Flow Runs", width=1200, height=700)
+    save("dashboard", browser.picture())
+
+    browser.open(this_run, "Artifacts", width=1500, height=850)
+    browser.click(".run-graph__actions button[title^='Toggle fullscreen']")
+    browser.click(".run-graph__actions button[aria-label='Run Graph Options']")
+    browser.click("label", "Dependency grid")
+    browser.click(".run-graph__actions button[title^='Recenter']")
+    save("dag", browser.picture())
+
+    browser.open(this_run, "Artifacts", width=1200, height=1780)
+    browser.click("[class*=tab] *", "Artifacts")
+    save("artifacts", browser.picture())
+
+    report = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}, "key": {"any_": [f"{RECIPE}-run-report"]}}}
+    found = service.ask("/artifacts/filter", report)[0]
+    browser.open(f"{ui}/artifacts/artifact/{found['id']}", "What changed", width=1560, height=1800)
+    save("report", browser.picture())
+
+    seen = {"_mlflow_user_setting_dismiss_next_model_registry_ui": "true", "mlflow.assistant.panelOpen_v1": "false"}
+    browser.remember(f"{service.mlflow}/#/models", seen)
+    version = service.versions("lewis-demo")[0].version
+    browser.open(f"{service.mlflow}/#/models/lewis-demo/versions/{version}", "Scores", width=1200, height=760)
+    save("mlflow", browser.picture())
+
+
+def save(name: str, png: bytes) -> None:
+    """Write a picture of few colours to the README's folder.
+
+    Raises:
+        AssertionError: if it is too large for a README.
+    """
+    packed = io.BytesIO()
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture.save(packed, "PNG", optimize=True)
+    assert len(packed.getvalue()) <= MAX_BYTES, f"{name}: {len(packed.getvalue())} bytes"
+    (FOLDER / f"{name}.png").write_bytes(packed.getvalue())
+    print(f"{name}.png: {picture.width} x {picture.height}, {len(packed.getvalue()) / 1000:.0f} kB", flush=True)
 
 
 if __name__ == "__main__":
