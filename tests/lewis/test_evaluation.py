@@ -285,7 +285,7 @@ class TestBadEnds:
     def test_an_interrupt_kills_the_child(self, model, root, tmp_path, monkeypatch):
         code = (
             f"pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid()))\n"
-            "print('Running loglikelihood requests:  10%|#', end='\\r', flush=True)\n"
+            "print('Running loglikelihood requests:  10%|#  | 1/10 [00:01<00:09]', end='\\r', flush=True)\n"
             "time.sleep(600)"
         )
         at_start(tmp_path, monkeypatch, code)
