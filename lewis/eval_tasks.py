@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lewis import sandbox
 from lewis.errors import InputError
 
 
@@ -144,16 +145,31 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
             raise InputError(
                 f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"
             )
-        refuse_unsafe(name, _builtin_configs(name))
+        if any(map(_is_unsafe, _builtin_configs(name))):
+            raise InputError(
+                f"evaluate.tasks: {name} of lm-eval runs code that the model writes, on the bare machine; "
+                "use a task file that runs it in lewis.sandbox, as deployments/recipes/tasks/mbpp_generate.yaml does"
+            )
 
 
-def refuse_unsafe(name: str, configs: Iterable[Any]) -> None:
-    """Raise InputError if a task's config says that it executes what the model writes."""
-    if any(block.get("unsafe_code") for config in configs for block in _blocks(config)):
+def check_unsafe(name: str, task: TaskFile, allowed: bool) -> None:
+    """Check that a task file which runs what the model writes (`unsafe_code: true`) may do so, and can.
+
+    Raises:
+        InputError: if the recipe does not allow it, or this machine cannot make the sandbox.
+    """
+    if not _is_unsafe(task.config):
+        return
+    if not allowed:
         raise InputError(
-            f"evaluate.tasks: {name} runs code that the model writes (unsafe_code: true), and LEWIS has no sandbox; "
-            "choose a task that does not, for instance one that scores the reference answers"
+            f"evaluate.tasks: {name} runs code that the model writes (unsafe_code: true); say "
+            "`allow_code_execution: true` in the block `evaluate`, or choose a task that scores reference answers"
         )
+    sandbox.check()
+
+
+def _is_unsafe(config: Any) -> bool:
+    return any(block.get("unsafe_code") for block in _blocks(config))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 from lewis import harness
 from lewis.errors import InputError, LewisError
-from lewis.eval_tasks import check_builtin, data_files, find_tasks, refuse_unsafe
+from lewis.eval_tasks import check_builtin, check_unsafe, data_files, find_tasks
 from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class EvalSettings:
         num_fewshot: examples in the prompt; None is the task's own number, and a task that says 0 keeps it.
         batch_size: requests per forward pass, or "auto".
         timeout_s: seconds for all the tasks of one model.
+        allow_code_execution: whether tasks may run programs that the model writes.
     """
 
     tasks: tuple[str, ...]
@@ -56,14 +57,16 @@ class EvalSettings:
     batch_size: int | str = 16
     timeout_s: float = 3600
     apply_chat_template: bool = False
+    allow_code_execution: bool = False
 
 
-def check_tasks(tasks: Sequence[str], root: Path) -> None:
-    """Check that every task can be found and read, that its data are there and that it runs no generated code.
+def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool = False) -> None:
+    """Check that every task can be found and read, that its data are there and that it may run what it runs.
 
     Args:
         tasks: as in `EvalSettings`.
         root: the recipe's folder.
+        allow_code_execution: whether a task file may run programs that the model writes.
 
     Raises:
         InputError: naming the task, and the nearest valid names for one that does not exist.
@@ -71,7 +74,7 @@ def check_tasks(tasks: Sequence[str], root: Path) -> None:
     found = find_tasks(tasks, root)
     for name, task in found.files.items():
         data_files(task, root)
-        refuse_unsafe(name, [task.config])
+        check_unsafe(name, task, allow_code_execution)
     check_builtin(found.builtin, found.beside)
 
 
@@ -149,6 +152,7 @@ def evaluate(
             "num_fewshot": settings.num_fewshot,
             "apply_chat_template": settings.apply_chat_template,
             "bootstrap_iters": BOOTSTRAPS,
+            "confirm_run_unsafe_code": settings.allow_code_execution,
         }
         try:
             result = harness.run(request, cwd=root, timeout_s=settings.timeout_s, progress=progress)

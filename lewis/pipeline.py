@@ -331,6 +331,7 @@ def eval_settings(recipe: Recipe) -> EvalSettings:
         batch_size=block.batch_size,
         timeout_s=60 * block.timeout_minutes,
         apply_chat_template=block.apply_chat_template,
+        allow_code_execution=block.allow_code_execution,
     )
 
 

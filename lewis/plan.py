@@ -77,7 +77,9 @@ def make_plan(recipe: Recipe) -> Plan:
         InputError: as a run would, for everything that can be known before the work.
     """
     if recipe.evaluate:
-        evaluation.check_tasks(recipe.evaluate.tasks, recipe.root)
+        evaluation.check_tasks(
+            recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
+        )
     base, experts = pipeline.pin_all(recipe)
     pipeline.preflight(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method)

@@ -108,7 +108,10 @@ class Lewis(_Block):
 
 
 class Evaluate(_Block):
-    """What lm-eval scores: `tasks` are names of its own tasks, or YAML files beside the recipe."""
+    """What lm-eval scores: `tasks` are names of its own tasks, or YAML files beside the recipe.
+
+    With `allow_code_execution`, task files beside the recipe may run what the model writes (`unsafe_code: true`).
+    """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: int | float | None = Field(default=None, gt=0)
@@ -116,6 +119,7 @@ class Evaluate(_Block):
     apply_chat_template: bool = False
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
     timeout_minutes: float = Field(default=60, gt=0)
+    allow_code_execution: bool = False
     baselines: tuple[Literal["base", "experts", "uniform"], ...] = ("base", "experts", "uniform")
 
 

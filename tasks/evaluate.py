@@ -15,7 +15,7 @@ from tasks.device import device_slot
 @task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
 def check_tasks(settings: EvalSettings, root: Path) -> str:
     """Fail before any work if a task does not exist; gives the digest of the tasks, which scores are cached by."""
-    evaluation.check_tasks(settings.tasks, root)
+    evaluation.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
     return evaluation.tasks_digest(settings, root)
 
 

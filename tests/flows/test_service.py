@@ -199,7 +199,7 @@ def test_a_worker_killed_in_a_merge_is_not_running_for_long_and_the_next_run_goe
     run = service.finished("killed", 1, 150)[0]
     assert time.monotonic() - killed < 120
     assert run["state_type"] == "CRASHED" and "Run it again" in run["state"]["message"]
-    service.until(lambda: any("Crashed" in each["body"] for each in service.sink.received), 30)
+    service.until(lambda: any("Crashed" in each["body"] for each in service.sink.received), 90)
 
     service.poll("killed")  # nobody else would know
     run = service.finished("killed", 2)[-1]

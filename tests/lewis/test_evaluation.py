@@ -323,15 +323,20 @@ class TestCheckTasks:
             check_tasks(("gsm8kk",), root)
         with pytest.raises(InputError, match="did you mean answers"):
             check_tasks(("answer",), root)
-        with pytest.raises(InputError, match="humaneval runs code that the model writes"):
-            check_tasks(("humaneval",), root)
+        with pytest.raises(
+            InputError, match="humaneval of lm-eval runs code that the model writes"
+        ):
+            check_tasks(("humaneval",), root, allow_code_execution=True)
         check_tasks(("gsm8k", "mmlu"), root)
 
     def test_unsafe_code_in_an_included_file(self, root):
         write_task(root / "tasks/base.yaml", {"unsafe_code": True})
         write_task(root / "tasks/code.yaml", {**CHOICE, "task": "code", "include": "base.yaml"})
-        with pytest.raises(InputError, match="code runs code"):
+        with pytest.raises(InputError, match=r"code runs code.*`allow_code_execution: true`"):
             check_tasks(("code",), root)
+        check_tasks(("code",), root, allow_code_execution=True)
+        write_task(root / "tasks/base.yaml", {"unsafe_code": False})
+        check_tasks(("code",), root)
 
     @pytest.mark.parametrize(
         ("change", "function", "message"),

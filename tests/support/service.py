@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import datetime
@@ -148,11 +149,18 @@ class Service:
         return next(pid for pid, args in sorted(self.parts().items()) if words in args)
 
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """One request of Prefect's API."""
+        """One request of Prefect's API; as Prefect's own client does, asks again when the server is too busy."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.api + path, data, {"content-type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            text = answer.read()
+        for pause in (1, 2, 4, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    text = answer.read()
+                break
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or not pause:
+                    raise
+                time.sleep(pause)
         return json.loads(text) if text else None
 
     def runs(self, recipe: str) -> list[dict[str, Any]]:

@@ -1,0 +1,149 @@
+"""Programs of every bad kind, run for real: what they can reach, how they end, what they leave."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lewis import sandbox
+from lewis.errors import InputError
+
+try:
+    sandbox.check()
+except InputError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def test_right_and_wrong() -> None:
+    code = "def double(x):\n    return 2 * x\n"
+    assert sandbox.run(code + "assert double(2) == 4") == sandbox.Outcome(True)
+    assert sandbox.run(code + "assert double(2) == 5, 'five'") == sandbox.Outcome(False, "AssertionError: five")
+    assert sandbox.run("import re, math, heapq\nif __name__ == '__main__':\n    print('noise' * 10000)").passed
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("import os; os._exit(0)", "ended early"),
+        ("import os; os.kill(os.getpid(), 9)", "was killed"),
+        ("print('passed'); raise ValueError('é')", "ValueError: é"),
+        ("x = bytearray(2 << 30)", "MemoryError"),
+        ("open('/work/big', 'wb').write(b'0' * (9 << 20))", "File too large"),
+        ("for i in range(9): open(f'/work/{i}', 'wb').write(b'0' * (4 << 20))", "No space left"),
+        ("import os\nwhile True: os.fork()", "BlockingIOError"),
+        ("import socket; socket.create_connection(('127.0.0.1', %(port)d), 2)", "Network is unreachable"),
+        ("open('%(secret)s')", "No such file"),
+        ("open('%(secret)s', 'w')", "No such file"),
+        ("open('/usr/lewis', 'w')", "Read-only file system"),
+        ("import os; os.mkdir('/new')", "Permission denied"),
+        ("import os; os.chroot('/work')", "Operation not permitted"),
+        ("import os; assert 'SECRET' not in os.environ, 'seen'; import torch", "No module named 'torch'"),
+    ],
+)
+def test_what_fails_and_why(
+    program: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_server: int
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    secret.chmod(0o666)
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("SECRET", "mine")
+    outcome = sandbox.run(program.replace("%(secret)s", str(secret)).replace("%(port)d", str(free_server)))
+    assert not outcome.passed and reason in outcome.reason
+    assert secret.read_text() == "mine" and not Path("/usr/lewis").exists()
+
+
+@pytest.fixture
+def free_server() -> int:
+    """The port of a server that does listen, outside."""
+    import socket
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = int(server.getsockname()[1])
+    yield port  # type: ignore[misc]
+    server.close()
+
+
+def processes(word: str) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in listed if word in line]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(600)",
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.setsid()\ntime.sleep(600)",
+        "import os, time\n[os.fork() for _ in range(4)]\ntime.sleep(600)",
+    ],
+)
+def test_what_does_not_end_is_ended_with_all_it_started(program: str) -> None:
+    began = time.monotonic()
+    assert sandbox.run(program, timeout_s=1) == sandbox.Outcome(False, "took longer than 1 s")
+    assert time.monotonic() - began < 5
+    deadline = time.monotonic() + 5
+    while processes("lewis-sandbox-") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes("lewis-sandbox-")
+
+
+def test_a_child_left_behind_does_not_live_on() -> None:
+    mark = f"x{os.getpid()}x"
+    program = (
+        "import os, sys\nif os.fork() == 0:\n    os.setsid()\n"
+        f"    os.execv(sys.executable, ['python', '-S', '-c', 'import time; time.sleep(600) #{mark}'])"
+    )
+    assert sandbox.run(program).passed
+    assert not processes(mark)
+
+
+def test_the_host_is_as_before(tmp_path: Path) -> None:
+    mounts, folder = Path("/proc/self/mounts").read_text(), set(os.listdir(tmp_path.parent))
+    sandbox.run("open('/work/file', 'w').write('x')")
+    assert Path("/proc/self/mounts").read_text() == mounts and set(os.listdir(tmp_path.parent)) == folder
+    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"lewis-sandbox-*-{os.getpid()}"))
+
+
+def test_a_machine_that_cannot_make_it_is_told_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "unshare"
+    tool.write_text("#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    real = sandbox._command
+    monkeypatch.setattr(sandbox, "_command", lambda root: [str(tool), *real(root)[1:]])
+    with pytest.raises(InputError, match=r"does not allow it: unshare: unshare failed: Operation"):
+        sandbox.run("pass")
+    monkeypatch.setattr(sandbox, "_command", lambda root: [str(tmp_path / "none")])
+    with pytest.raises(InputError, match="it needs Linux with util-linux"):
+        sandbox.run("pass")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
+    """With the system's own Python, which another user can read."""
+    python = Path("/usr/bin/python3")
+    if not python.exists():
+        pytest.skip("there is no /usr/bin/python3")
+    package = tmp_path / "lewis"
+    package.mkdir()
+    for name in ("sandbox", "errors"):
+        (package / f"{name}.py").write_bytes(Path(sandbox.__file__).with_name(f"{name}.py").read_bytes())
+    (package / "__init__.py").touch()
+    code = (
+        "import sys; sys.path.insert(0, '.'); from lewis import sandbox\n"
+        "print(sandbox.run('assert 1 == 1').passed)\n"
+        'for program in (\'open("/etc/passwd")\', \'open("/usr/x", "w")\', \'import os; os.chroot("/work")\'):\n'
+        "    print(sandbox.run(program).reason.split(':')[0])"
+    )
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", python, "-c", code]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    if "does not allow it" in done.stderr or "Permission denied" in done.stderr:
+        pytest.skip(f"no user namespaces: {done.stderr.splitlines()[-1]}")
+    assert done.stdout.split() == ["True", "FileNotFoundError", "OSError", "PermissionError"], done.stderr
