@@ -323,9 +323,7 @@ class TestCheckTasks:
             check_tasks(("gsm8kk",), root)
         with pytest.raises(InputError, match="did you mean answers"):
             check_tasks(("answer",), root)
-        with pytest.raises(
-            InputError, match="humaneval of lm-eval runs code that the model writes"
-        ):
+        with pytest.raises(InputError, match="humaneval of lm-eval runs code that the model writes"):
             check_tasks(("humaneval",), root, allow_code_execution=True)
         check_tasks(("gsm8k", "mmlu"), root)
 
