@@ -113,7 +113,8 @@ class Service:
         self.stop()
 
     def start(self) -> None:
-        left_out = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+        # PREFECT_HOME is that of the tests' own server: two servers on one database would serve each other's runs.
+        left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
         environment = {key: value for key, value in os.environ.items() if key not in left_out}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
