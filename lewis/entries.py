@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from lewis import store
+from lewis import measurements, store
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
 from lewis.evaluation import Score
 from lewis.lora import LoraExpert, Model
+from lewis.merge import Scales
 from lewis.pinned import Pinned
 
 
@@ -100,27 +102,47 @@ class _JsonEntry(_Entry):
 
 
 class ImportanceEntry(_JsonEntry):
-    """Measured norms in the store."""
+    """Norms and second moments of one model on one calibration set, in the store."""
 
-    holds: ClassVar[str] = "norms"
+    holds: ClassVar[str] = measurements.NORMS
     ref: str
     calibration: str
+
+    @model_validator(mode="after")
+    def _with_moments(self) -> Self:
+        if not measurements.is_whole(self.path):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
 
     @property
     def norms(self) -> dict[str, float]:
         """Tensor name -> I(l,c); read from the disk at each call."""
-        return dict(self.content("norms"))
+        return dict(self.content(self.holds))
+
+    @property
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Tensor name -> s, the mean of x_j^2; read from the disk at each call."""
+        return measurements.read_moments(self.path)
 
 
 class AllocationEntry(_JsonEntry):
-    """Densities of all experts in the store, and those of the uniform baseline with the same means."""
+    """Densities of all experts in the store, and those of the uniform baseline with the same means.
+
+    Attributes:
+        measured: expert -> the measurement whose activations its task vector is pruned by; empty if by magnitude.
+    """
 
     holds: ClassVar[str] = "experts"
     means: dict[str, float]
+    measured: dict[str, ImportanceEntry] = {}
 
     def experts(self, which: str = "experts") -> dict[str, Allocation]:
         """Expert -> allocation; `which` is `experts` or `uniform`. Read from the disk at each call."""
         return {ref: Allocation(**fields) for ref, fields in self.content(which).items()}
+
+    def scales(self) -> dict[str, Scales]:
+        """Expert -> sqrt(s) of every covered tensor; empty if pruned by magnitude. Read from the disk at each call."""
+        return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
 
 
 class MergedModel(_Entry):

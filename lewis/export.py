@@ -32,8 +32,13 @@ def to_mergekit(
         YAML.
 
     Raises:
-        InputError: if mergekit does not know the method.
+        InputError: if mergekit does not know the method, or cannot prune as the recipe does.
     """
+    if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
+        raise InputError(
+            "lewis.prune_by: mergekit keeps elements by magnitude, it cannot prune by activation; merge with LEWIS, or "
+            "export with --set lewis.prune_by=magnitude, which is another merge"
+        )
     if recipe.merge_method in _NOT_THEIRS or find(recipe.merge_method).origin:
         raise InputError(
             f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from filelock import Timeout
 
-from lewis import registry, store, tracking
+from lewis import measurements, registry, store, tracking
 from lewis.errors import InputError, LewisError
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,9 @@ def _entries(kind: str, needed: _Needed, now: float, unused: float, running: boo
         with suppress(FileNotFoundError):  # another process removes it
             used = _last_used(kind, path)
             if used < unused and not needed.includes(kind, path):
-                yield Removable(path, kind, _size(path), used, _ago(now, used) + _KINDS[kind].why)
+                beside = measurements.moments_path(path)
+                size = _size(path) + (_size(beside) if kind == "importance" and beside.is_file() else 0)
+                yield Removable(path, kind, size, used, _ago(now, used) + _KINDS[kind].why)
 
 
 def _records(lost: set[Path], now: float, recent: float, unused: float, running: bool) -> Iterator[Removable]:
@@ -203,8 +205,18 @@ def _remove(item: Removable) -> int:
     if taken is None:
         logger.info("%s: in use by now, kept", item.path)
         return 0
-    freed = _size(taken)
+    freed = _size(taken) + _beside(item)
     shutil.rmtree(taken) if taken.is_dir() else taken.unlink()
+    return freed
+
+
+def _beside(item: Removable) -> int:
+    """Remove the second moments of a measurement; gives the bytes freed."""
+    moments = measurements.moments_path(item.path)
+    if item.kind != "importance" or not moments.is_file():
+        return 0
+    freed = moments.stat().st_size
+    moments.unlink(missing_ok=True)
     return freed
 
 

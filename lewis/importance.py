@@ -18,9 +18,10 @@ from torch import nn
 from lewis.calibration import Calibration
 from lewis.errors import InputError, LewisError
 from lewis.lora import LoraExpert, Model
+from lewis.measurements import Measured
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "1"  # bump when the same inputs would give other numbers
+SEMANTICS = "2"  # bump when the same inputs would give other numbers
 _LAYER = re.compile(r"^(?P<before>.*?\.)?(?P<layer>\d+)\.(?P<after>.+)$")
 _TOKENS_PER_BATCH = 4096
 
@@ -69,7 +70,7 @@ def measure(
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
+) -> Measured:
     """Measure one model on one calibration set, in one forward pass without padding in the sums, KV cache or logits.
 
         s_j    = mean over tokens of x_j^2
@@ -82,7 +83,7 @@ def measure(
         progress: called with (tokens done, tokens in all).
 
     Returns:
-        Tensor name -> I(l,c).
+        I(l,c) and s of every covered tensor.
 
     Raises:
         InputError: if no layer is covered, or a token id is out of the vocabulary.
@@ -112,7 +113,7 @@ def measure(
         if not norm < float("inf"):
             raise LewisError(f"{model.folder}: activations into {layer.tensor!r} are not finite; the model is damaged")
         norms[layer.tensor] = norm
-    return norms
+    return Measured(norms, {layer.tensor: moments[module].to("cpu", torch.float32) for layer, module in covered})
 
 
 def _second_moments(

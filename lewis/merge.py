@@ -31,17 +31,27 @@ SEMANTICS = "2"  # bump when the same inputs would give other bytes
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
+Scales = Mapping[str, torch.Tensor]
+"""Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for a linear layer."""
+
 Densities = Mapping[str, float]
 """Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""
 
 
 @dataclass(frozen=True)
 class Expert:
-    """An opened expert, its recipe entry, and, if LEWIS guides the merge, its density per tensor."""
+    """An opened expert and its recipe entry.
+
+    Attributes:
+        densities: if LEWIS guides the merge, its density per tensor.
+        scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with to be ranked;
+            tensors that are left out are ranked by magnitude.
+    """
 
     entry: ModelEntry
     model: Model
     densities: Densities | None = None
+    scales: Scales | None = None
 
 
 class Merge:
@@ -81,6 +91,7 @@ class Merge:
         }
         self.size = sum(SIZES[dtype] * int(torch.Size(shape).numel()) for dtype, shape in self.layout.values())
         self._check_parameters()
+        self._check_scales()
         self.digest = self._digest()
 
     def run(
@@ -178,12 +189,15 @@ class Merge:
             if self.method.random
             else None
         )
-        delta = _call(self.method, name, values, vectors, base, streams)
+        delta = _call(self.method, name, values, vectors, base, streams, self._scales(name))
         merged = torch.where(delta == 0, base, base + delta)
         for weight, vector, is_active in zip(own, vectors, active, strict=True):
             if is_active:
                 merged = torch.where(delta == vector, weight, merged)
         return merged
+
+    def _scales(self, name: str) -> list[torch.Tensor | None]:
+        return [(expert.scales or {}).get(name) for expert in self.experts]
 
     def _rounded(self, merged: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         rounded = merged.to(dtype)
@@ -207,6 +221,19 @@ class Merge:
                 if self.method.check and (problem := self.method.check(each, len(self.experts))):
                     raise InputError(f"{name}: {expert.entry.model}: {problem}")
 
+    def _check_scales(self) -> None:
+        if any(expert.scales for expert in self.experts) and not self.method.takes_scales:
+            raise InputError(f"lewis.prune_by: {self.method.name} does not trim by size; use magnitude")
+        for expert in self.experts:
+            for name, scale in (expert.scales or {}).items():
+                shape = self.base.tensors[name].shape if name in self.base.tensors else ()
+                axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)
+                if len(shape) < scale.dim() or any(size not in (1, length) for length, size in axes):
+                    raise InputError(
+                        f"{expert.entry.model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
+                        f"{list(shape)}; measure the importance of this model again"
+                    )
+
     def _digest(self) -> str:
         """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
         names = [name for name, info in self.base.tensors.items() if info.floating]
@@ -221,9 +248,20 @@ class Merge:
                 "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
                 "seed": self.recipe.seed if self.method.random else None,
                 **({"plugin": self.method.origin} if self.method.origin else {}),
+                **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.donor)},
             }
         )
+
+
+def _fingerprint(scales: Scales | None) -> str | None:
+    """SHA-256 of the names, shapes and bytes of the scales; None if there are none."""
+    if not scales:
+        return None
+    found = hashlib.sha256()
+    for name in sorted(scales):
+        found.update(f"{name}\0{list(scales[name].shape)}\0".encode() + scales[name].numpy().tobytes())
+    return found.hexdigest()
 
 
 def stored_dtype(recipe: Recipe) -> str | None:
@@ -296,10 +334,17 @@ def _vocabulary_problems(base: Path, expert: Path) -> list[str]:
 
 
 def _call(
-    method: Method, name: str, values: dict[str, Any], tensors: torch.Tensor, base: torch.Tensor, streams: Any = None
+    method: Method,
+    name: str,
+    values: dict[str, Any],
+    tensors: torch.Tensor,
+    base: torch.Tensor,
+    streams: Any = None,
+    scales: Any = None,
 ) -> torch.Tensor:
     arguments = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
     arguments |= ({"base": base} if method.takes_base else {}) | ({"streams": streams} if method.random else {})
+    arguments |= {"scales": scales} if method.takes_scales else {}
     try:
         return method(tensors, **arguments)
     except ValueError as error:

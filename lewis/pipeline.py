@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lewis import allocation, evaluation, hub, importance, store
+from lewis import allocation, evaluation, hub, importance, measurements, store
 from lewis.calibration import Calibration, calibrate
 from lewis.checkpoint import HEADS, read_config, weight_files
 from lewis.device import precision
@@ -114,19 +114,19 @@ def measure(
     """Importance of one model on one calibration set; measured once, then found."""
     digest, path = _importance_place(files.key, calibration, device)
     with store.lock(f"importance-{digest}"):
-        if store.entry(path, "norms") is None:
-            norms = importance.measure(
+        if not measurements.is_whole(path):
+            measured = importance.measure(
                 files.open(), Calibration.load(calibration.path), device=device, progress=progress
             )
-            content = {"model": files.key, "ref": files.ref, "calibration": calibration.digest, "norms": norms}
-            store.write_json(path, content)
+            facts = {"model": files.key, "ref": files.ref, "calibration": calibration.digest}
+            measurements.write(path, measured, facts)
     return ImportanceEntry(ref=files.ref, calibration=calibration.name, digest=digest, path=path)
 
 
 def find_measured(ref: str, key: str, calibration: CalibrationEntry, device: str = "cpu") -> ImportanceEntry | None:
     """The importance of a model on a calibration set, if the store has it."""
     digest, path = _importance_place(key, calibration, device)
-    if store.entry(path, "norms") is None:
+    if not measurements.is_whole(path):
         return None
     return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path)
 
@@ -178,14 +178,20 @@ def find_allocated(
     content = store.entry(path, "experts")
     if content is None:
         return None
-    return AllocationEntry(digest=digest, path=path, means={ref: fields["mean"] for ref, fields in content.items()})
+    own = {}
+    if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
+        found = {(entry.ref, entry.calibration): entry for entry in measured}
+        pairs = zip(recipe.experts, experts, strict=True)
+        own = {files.ref: found[files.ref, recipe.calibration_of(entry)] for entry, files in pairs}
+    means = {ref: fields["mean"] for ref, fields in content.items()}
+    return AllocationEntry(digest=digest, path=path, means=means, measured=own)
 
 
 def _allocation_place(
     recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
 ) -> tuple[str, Path]:
     assert recipe.lewis is not None
-    policy = recipe.lewis.density.model_dump()
+    policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump()]
     models = [[files.ref, files.key] for files in (base, *experts)]
     passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
     digest = store.digest([allocation.SEMANTICS, policy, models, passes])
@@ -193,11 +199,14 @@ def _allocation_place(
 
 
 def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, str]]:
-    """(model, calibration set) for each pass that the recipe needs; None is the base. Empty for `uniform`."""
-    if not recipe.guided:
+    """(model, calibration set) for each pass that the recipe needs; None is the base.
+
+    Empty for `uniform`, unless it prunes by activation: that needs the experts'.
+    """
+    if not recipe.measures:
         return []
     own: list[tuple[ModelEntry | None, str]] = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts]
-    sets = dict.fromkeys(name for _, name in own)
+    sets = dict.fromkeys(name for _, name in own) if recipe.guided else {}
     return [*((None, name) for name in sets), *own]
 
 
@@ -250,8 +259,9 @@ def prepare_merge(
         InputError: naming what does not fit.
     """
     densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
+    scales = allocated.scales() if allocated else {}
     opened = [
-        Expert(entry, files.open(), densities.get(files.ref))
+        Expert(entry, files.open(), densities.get(files.ref), scales.get(files.ref))
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
     donor = None

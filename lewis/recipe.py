@@ -99,11 +99,16 @@ class Density(_Block):
 
 
 class Lewis(_Block):
-    """The LEWIS block: calibration sets, importance, densities."""
+    """The LEWIS block: calibration sets, importance, densities.
+
+    Attributes:
+        prune_by: which elements of a task vector a method that trims by size keeps: those of the largest |delta|, or,
+            by `activation`, of the largest |delta| * sqrt(s), s from the expert's own calibration set.
+    """
 
     calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
     importance: Importance = Importance()
-    prune_by: Literal["magnitude"] = "magnitude"
+    prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()
 
 
@@ -281,6 +286,11 @@ class Recipe(_Block):
     def guided(self) -> bool:
         """Whether importance decides the densities."""
         return self.lewis is not None and self.lewis.density.strategy == "lewis"
+
+    @property
+    def measures(self) -> bool:
+        """Whether a merge needs the importance pass of its experts."""
+        return self.guided or (self.lewis is not None and self.lewis.prune_by == "activation")
 
     @property
     def wants_uniform(self) -> bool:

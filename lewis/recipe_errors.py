@@ -105,6 +105,10 @@ def cross_check(data: dict[str, Any]) -> list[str]:
         if data.get("lewis") is not None and "density" not in method.parameters:
             trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
             problems.append(f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}")
+        elif _prunes_by_activation(data) and not method.takes_scales:
+            trimming = [name for name, other in METHODS.items() if other.takes_scales]
+            wanted = f"expected magnitude, or one of {', '.join(trimming)}"
+            problems.append(f"lewis.prune_by: {method.name} does not trim by size; {wanted}")
     problems += _check_models(data, models)
     problems += _check_calibrations(data, models)
     problems += _check_density(data)
@@ -251,13 +255,18 @@ def _check_density(data: dict[str, Any]) -> list[str]:
     return []
 
 
+def _prunes_by_activation(data: dict[str, Any]) -> bool:
+    block = data.get("lewis")
+    return isinstance(block, dict) and block.get("prune_by") == "activation"
+
+
 def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:
     block = data.get("lewis")
     sets = block.get("calibrations") if isinstance(block, dict) else None
     names = list(sets) if isinstance(sets, dict) else []
     problems = []
     density = block.get("density") if isinstance(block, dict) else None
-    uniform = isinstance(density, dict) and density.get("strategy") == "uniform"
+    uniform = isinstance(density, dict) and density.get("strategy") == "uniform" and not _prunes_by_activation(data)
     if isinstance(block, dict) and not names and not uniform:
         problems.append("lewis.calibrations: LEWIS measures activations and needs at least one calibration set")
     base = str(data.get("base_model"))

@@ -2,7 +2,7 @@
 
 import torch
 
-from lewis.methods.registry import Fraction, PerExpert, merge_method, per_expert
+from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import match_l1, trim_between
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
@@ -13,6 +13,7 @@ PAPER = "https://arxiv.org/abs/2312.06795"
 @merge_method("breadcrumbs", paper=PAPER)
 def breadcrumbs(
     task_vectors: torch.Tensor,
+    scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
     gamma: PerExpert[Fraction] = 0.01,
@@ -29,8 +30,9 @@ def breadcrumbs(
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
+        scales: of each expert, as in `sparsify.size`.
         density: fraction of each task vector that is kept; 1 keeps all of it.
-        gamma: fraction of the largest magnitudes that is dropped first; less where the density would not be reached.
+        gamma: fraction of the largest sizes that is dropped first; less where the density would not be reached.
         weight: w_i.
         normalize: divide by the sum of the weights (unless it is 0).
         rescale: bring each trimmed task vector back to its L1 norm.
@@ -40,13 +42,14 @@ def breadcrumbs(
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    kept = _trim_all(task_vectors, density, gamma, rescale)
+    kept = _trim_all(task_vectors, scales, density, gamma, rescale)
     return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
 @merge_method("breadcrumbs_ties", paper=PAPER)
 def breadcrumbs_ties(
     task_vectors: torch.Tensor,
+    scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
     gamma: PerExpert[Fraction] = 0.01,
@@ -57,16 +60,16 @@ def breadcrumbs_ties(
     int8_mask: bool = False,
 ) -> torch.Tensor:
     """Trim both ends, then elect signs and merge as TIES does. Arguments and result: as `breadcrumbs`."""
-    kept = _trim_all(task_vectors, density, gamma, rescale)
+    kept = _trim_all(task_vectors, scales, density, gamma, rescale)
     return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
 def _trim_all(
-    task_vectors: torch.Tensor, density: PerExpert[float], gamma: PerExpert[float], rescale: bool
+    task_vectors: torch.Tensor, scales: Scales, density: PerExpert[float], gamma: PerExpert[float], rescale: bool
 ) -> torch.Tensor:
     kept = []
     densities, gammas = per_expert(density, task_vectors), per_expert(gamma, task_vectors)
-    for task_vector, rho, outliers in zip(task_vectors, densities, gammas, strict=True):
-        trimmed = trim_between(task_vector, rho, outliers)
+    for i, (task_vector, rho, outliers) in enumerate(zip(task_vectors, densities, gammas, strict=True)):
+        trimmed = trim_between(task_vector, rho, outliers, scale_of(scales, i))
         kept.append(match_l1(trimmed, task_vector) if rescale else trimmed)
     return torch.stack(kept)

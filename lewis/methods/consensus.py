@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lewis.methods.registry import Count, NotNegative, PerExpert, column, merge_method, per_expert
+from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import trim
 
 
@@ -19,6 +19,7 @@ def can_agree(values: Mapping[str, Any], experts: int) -> str | None:
 @merge_method("consensus", paper="https://arxiv.org/abs/2405.07813", experts=(2, None), check=can_agree)
 def consensus(
     task_vectors: torch.Tensor,
+    scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
     weight: PerExpert[float] = 1.0,
@@ -33,7 +34,8 @@ def consensus(
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
-        density: fraction of each task vector that is kept, largest magnitude first, before all this.
+        scales: of each expert, as in `sparsify.size`.
+        density: fraction of each task vector that is kept, largest size first, before all this.
         weight: w_i.
         lambda_: scale of the merged delta.
         tall_lambda: how selective the masks are (the authors search 0.2 to 0.6).
@@ -48,7 +50,8 @@ def consensus(
     if problem := can_agree({"min_agree": min_agree}, len(task_vectors)):
         raise ValueError(problem)
     densities = per_expert(density, task_vectors)
-    kept = torch.stack([trim(vector, rho) for vector, rho in zip(task_vectors, densities, strict=True)])
+    each = enumerate(zip(task_vectors, densities, strict=True))
+    kept = torch.stack([trim(vector, rho, scale_of(scales, i)) for i, (vector, rho) in each])
     weighted = kept * column(per_expert(weight, task_vectors), kept)
     together = weighted.sum(dim=0)
     claims = weighted.abs() > tall_lambda * (together - weighted).abs()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
+from lewis.methods.registry import NotNegative, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import drop_by_rank, match_l1
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
@@ -29,6 +29,7 @@ def probabilities_fit(values: Mapping[str, Any], experts: int) -> str | None:
 def della(
     task_vectors: torch.Tensor,
     streams: Sequence[np.random.Generator],
+    scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
     epsilon: PerExpert[NotNegative] = 0.15,
@@ -47,6 +48,7 @@ def della(
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         streams: one random stream per expert.
+        scales: of each expert, as in `sparsify.size`.
         density: mean probability that an element is kept.
         epsilon: it goes from density - epsilon (smallest of its row) to density + epsilon (largest).
         weight: w_i.
@@ -61,7 +63,7 @@ def della(
     Raises:
         ValueError: if density and epsilon do not fit together.
     """
-    kept = _drop_all(task_vectors, streams, density, epsilon, rescale)
+    kept = _drop_all(task_vectors, streams, scales, density, epsilon, rescale)
     return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
@@ -69,6 +71,7 @@ def della(
 def della_linear(
     task_vectors: torch.Tensor,
     streams: Sequence[np.random.Generator],
+    scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
     epsilon: PerExpert[NotNegative] = 0.15,
@@ -82,22 +85,24 @@ def della_linear(
 
     Arguments and result: as `della`, but `normalize` divides by the sum of all weights (unless it is 0).
     """
-    kept = _drop_all(task_vectors, streams, density, epsilon, rescale)
+    kept = _drop_all(task_vectors, streams, scales, density, epsilon, rescale)
     return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
 def _drop_all(
     task_vectors: torch.Tensor,
     streams: Sequence[np.random.Generator],
+    scales: Scales,
     density: PerExpert[float],
     epsilon: PerExpert[float],
     rescale: bool,
 ) -> torch.Tensor:
     kept = []
     densities, epsilons = per_expert(density, task_vectors), per_expert(epsilon, task_vectors)
-    for task_vector, rho, width, stream in zip(task_vectors, densities, epsilons, streams, strict=True):
+    each = zip(task_vectors, densities, epsilons, streams, strict=True)
+    for i, (task_vector, rho, width, stream) in enumerate(each):
         if problem := probabilities_fit({"density": rho, "epsilon": width}, len(task_vectors)):
             raise ValueError(problem)
-        dropped = drop_by_rank(task_vector, rho, width, stream)
+        dropped = drop_by_rank(task_vector, rho, width, stream, scale_of(scales, i))
         kept.append(match_l1(dropped, task_vector) if rescale else dropped)
     return torch.stack(kept)

@@ -2,16 +2,18 @@
 
 import torch
 
-from lewis.methods.registry import PerExpert, merge_method, per_expert
-from lewis.methods.sparsify import largest
+from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
+from lewis.methods.sparsify import largest, size
 
 
 @merge_method("pcb", paper="https://arxiv.org/abs/2410.02396")
-def pcb(task_vectors: torch.Tensor, *, density: PerExpert[float] = 1.0, lambda_: float = 1.0) -> torch.Tensor:
+def pcb(
+    task_vectors: torch.Tensor, scales: Scales = None, *, density: PerExpert[float] = 1.0, lambda_: float = 1.0
+) -> torch.Tensor:
     """Average the task vectors, each element by the score beta of how it fares in the competition.
 
-    beta_i = exp(N * s_i^2) * tanh(tau_i * sum_j tau_j), with s_i = |tau_i| brought to [0, 1] over the tensor and N the
-    number of experts: high for an element that is large in its own task vector and goes the way of the others. The
+    beta_i = exp(N * s_i^2) * tanh(tau_i * sum_j tau_j), with s_i = |tau_i| (times the scale, if there is one) brought
+    to [0, 1] over the tensor and N the number of experts: high for an element that is large in its own task vector and goes the way of the others. The
     int(density * n) elements of the highest score are kept; result: lambda * sum_i b_i tau_i / sum_i b_i, with b_i
     the kept positive beta_i over their maximum.
 
@@ -21,6 +23,7 @@ def pcb(task_vectors: torch.Tensor, *, density: PerExpert[float] = 1.0, lambda_:
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
+        scales: of each expert, as in `sparsify.size`.
         density: fraction of each task vector that is kept, highest score first.
         lambda_: scale of the merged delta.
 
@@ -29,11 +32,11 @@ def pcb(task_vectors: torch.Tensor, *, density: PerExpert[float] = 1.0, lambda_:
     """
     together = task_vectors.sum(dim=0)
     scores = []
-    for task_vector, rho in zip(task_vectors, per_expert(density, task_vectors), strict=True):
-        size = task_vector.abs()
-        low, high = size.min(), size.max()
-        size = (size - low) / torch.where(high > low, high - low, 1.0)
-        beta = torch.exp(len(task_vectors) * size.square()) * _tanh(task_vector, together)
+    for i, (task_vector, rho) in enumerate(zip(task_vectors, per_expert(density, task_vectors), strict=True)):
+        own = size(task_vector, scale_of(scales, i))
+        low, high = own.min(), own.max()
+        own = (own - low) / torch.where(high > low, high - low, 1.0)
+        beta = torch.exp(len(task_vectors) * own.square()) * _tanh(task_vector, together)
         kept = torch.where(largest(beta, int(rho * beta.numel())), beta, 0.0).clamp(min=0)
         top = kept.max()
         share = (kept / torch.where(top > 0, top, 1.0)).float().clamp(min=torch.finfo(torch.float32).tiny)

@@ -96,6 +96,8 @@ class Method:
             takes `base`, the experts' and the base's) or `either`: task vectors if the recipe names a base.
         random: whether it takes `streams`, one `numpy.random.Generator` per expert.
         takes_base: whether it takes `base`, the base's own tensor.
+        takes_scales: whether it takes `scales`, per expert sqrt(mean x^2) of the tensor's input channels (fp32,
+            broadcasts to the tensor) or None: it trims by size, and can trim by |delta| * sqrt(s).
         experts: how many models it merges, at least and at most (None: any number), not counting a base that has a
             role of its own.
         check: of parameters that must fit together.
@@ -109,6 +111,7 @@ class Method:
     parameters: dict[str, Parameter]
     random: bool
     takes_base: bool
+    takes_scales: bool
     experts: tuple[int, int | None]
     check: Check | None
     origin: str = ""
@@ -138,7 +141,8 @@ def merge_method(
     """Register a function as the merge method `name`.
 
     Its keyword-only arguments become YAML parameters, one without a default is required. Before them it takes the
-    stacked tensors, then, if it names them so, `base` (the base's tensor) and `streams` (a random stream per expert).
+    stacked tensors, then, if it names them so, `base` (the base's tensor), `streams` (a random stream per expert) and
+    `scales` (what each expert's size is multiplied with to trim by activation, as `Method.takes_scales` says).
 
     Args:
         name: as `merge_method` in a recipe.
@@ -164,7 +168,16 @@ def merge_method(
                 parameter = _parameter(argument, hints[argument.name])
                 parameters[parameter.name] = parameter
         METHODS[name] = Method(
-            name, function, paper, on, parameters, "streams" in arguments, "base" in arguments, experts, check
+            name,
+            function,
+            paper,
+            on,
+            parameters,
+            random="streams" in arguments,
+            takes_base="base" in arguments,
+            takes_scales="scales" in arguments,
+            experts=experts,
+            check=check,
         )
         return function
 
@@ -179,6 +192,15 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
     if kind not in (bool, int, float):
         raise TypeError(f"{argument.name}: a parameter is a float, int or bool, got {kind}")
     return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds)
+
+
+Scales = Sequence[torch.Tensor | None] | None
+"""One scale per expert, or None for those (or all) whose size is the magnitude alone."""
+
+
+def scale_of(scales: Scales, expert: int) -> torch.Tensor | None:
+    """The scale of one expert."""
+    return None if scales is None else scales[expert]
 
 
 def per_expert(value: "Sequence[float] | float", task_vectors: torch.Tensor) -> list[float]:

@@ -11,14 +11,13 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * _SPREAD mod 2^6
 def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Keep exactly `k = int(density * n)` of the `n` elements, those of the largest score; the others become 0.
 
-    The score is the magnitude, times `scale` if given: with scale = sqrt(mean x^2) of the layer's inputs it is Wanda's
-    score on the task vector, |delta| * sqrt(s). Unlike mergekit, which keeps at least one element, a share of less
+    The score is that of `size`. Unlike mergekit, which keeps at least one element, a share of less
     than one element keeps none: a density is never exceeded.
 
     Args:
         task_vector: fp32, any shape, finite.
         density: fraction kept, in [0, 1].
-        scale: fp32, not negative, one value per input channel (the last dimension), or None.
+        scale: as in `size`.
 
     Returns:
         fp32, same shape; a new tensor, or `task_vector` itself if all is kept.
@@ -29,17 +28,35 @@ def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None =
         return task_vector
     if k <= 0:
         return torch.zeros_like(task_vector)
-    score = task_vector.abs()
-    return torch.where(largest(score if scale is None else score * scale, k), task_vector, 0.0)
+    return torch.where(largest(size(task_vector, scale), k), task_vector, 0.0)
 
 
-def trim_between(task_vector: torch.Tensor, density: float, outliers: float) -> torch.Tensor:
-    """Drop the `outliers` largest magnitudes, then keep the next `k = int(density * n)`; the others become 0.
+def size(task_vector: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What elements are trimmed by: the magnitude, times `scale` if given.
+
+    With scale = sqrt(mean x^2) of the layer's inputs it is Wanda's score (arXiv 2306.11695) on the task vector,
+    |delta| * sqrt(s).
+
+    Args:
+        task_vector: fp32, any shape.
+        scale: fp32, not negative, broadcasts to the task vector: (in_features,) for a linear layer; or None.
+
+    Returns:
+        fp32, same shape.
+    """
+    return task_vector.abs() if scale is None else task_vector.abs() * scale
+
+
+def trim_between(
+    task_vector: torch.Tensor, density: float, outliers: float, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Drop the `outliers` of the largest size, then keep the next `k = int(density * n)`; the others become 0.
 
     Args:
         task_vector: fp32, any shape, finite.
         density: fraction kept, in [0, 1]; 1 keeps all, outliers too.
         outliers: fraction of the largest that is dropped, in [0, 1]; less where fewer than k would be left.
+        scale: as in `size`.
 
     Returns:
         fp32, same shape.
@@ -51,7 +68,7 @@ def trim_between(task_vector: torch.Tensor, density: float, outliers: float) -> 
     if k <= 0:
         return torch.zeros_like(task_vector)
     dropped = min(int(outliers * n), n - k)
-    score = task_vector.abs()
+    score = size(task_vector, scale)
     keep = largest(score, dropped + k) & ~largest(score, dropped)
     return torch.where(keep, task_vector, 0.0)
 
@@ -103,12 +120,16 @@ def drop(task_vector: torch.Tensor, density: float, stream: np.random.Generator)
 
 
 def drop_by_rank(
-    task_vector: torch.Tensor, density: float, epsilon: float, stream: np.random.Generator
+    task_vector: torch.Tensor,
+    density: float,
+    epsilon: float,
+    stream: np.random.Generator,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Keep each element with a probability that grows with its magnitude's rank in its row (DELLA's MagPrune).
+    """Keep each element with a probability that grows with the rank of its size in its row (DELLA's MagPrune).
 
     From the smallest to the largest of a row it goes linearly from `density - epsilon` to `density + epsilon`; its
-    mean is the density. Equal magnitudes get the mean of their ranks, so no element is favoured for its place, and
+    mean is the density. Equal sizes get the mean of their ranks, so no element is favoured for its place, and
     the only element of a row gets the density.
 
     Args:
@@ -116,6 +137,7 @@ def drop_by_rank(
         density: mean probability of being kept, in [0, 1]; 0 and 1 drop and keep all.
         epsilon: half the width of the probabilities.
         stream: as in `drop`.
+        scale: as in `size`.
 
     Returns:
         fp32, same shape; not rescaled.
@@ -124,12 +146,12 @@ def drop_by_rank(
         return task_vector
     if density <= 0:
         return torch.zeros_like(task_vector)
-    magnitude = torch.atleast_1d(task_vector.abs())
-    ordered = magnitude.sort(dim=-1).values
-    below, up_to = (torch.searchsorted(ordered, magnitude, right=side, out_int32=True) for side in (False, True))
-    last = magnitude.shape[-1] - 1
-    rank = (below + up_to - 1).to(torch.float32) / (2 * last) if last else torch.full_like(magnitude, 0.5)
-    keep = _uniform(magnitude, stream) < (density - epsilon) + rank * (2 * epsilon)
+    score = torch.atleast_1d(size(task_vector, scale))
+    ordered = score.sort(dim=-1).values
+    below, up_to = (torch.searchsorted(ordered, score, right=side, out_int32=True) for side in (False, True))
+    last = score.shape[-1] - 1
+    rank = (below + up_to - 1).to(torch.float32) / (2 * last) if last else torch.full_like(score, 0.5)
+    keep = _uniform(score, stream) < (density - epsilon) + rank * (2 * epsilon)
     return torch.where(keep.reshape(task_vector.shape), task_vector, 0.0)
 
 

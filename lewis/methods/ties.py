@@ -2,13 +2,14 @@
 
 import torch
 
-from lewis.methods.registry import PerExpert, column, merge_method, per_expert
+from lewis.methods.registry import PerExpert, Scales, column, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import match_l1, trim
 
 
 @merge_method("ties", paper="https://arxiv.org/abs/2306.01708")
 def ties(
     task_vectors: torch.Tensor,
+    scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
     weight: PerExpert[float] = 1.0,
@@ -21,7 +22,8 @@ def ties(
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
-        density: fraction of each task vector that is kept, largest magnitude first.
+        scales: of each expert, as in `sparsify.size`.
+        density: fraction of each task vector that is kept, largest size first.
         weight: w_i. With one expert and `normalize` it cancels, as in mergekit.
         normalize: divide by the sum of the agreeing weights, per element.
         rescale: bring each trimmed task vector back to its L1 norm.
@@ -32,8 +34,8 @@ def ties(
         fp32 delta to add to the base, shape tensor.shape.
     """
     kept = []
-    for task_vector, rho in zip(task_vectors, per_expert(density, task_vectors), strict=True):
-        trimmed = trim(task_vector, rho)
+    for i, (task_vector, rho) in enumerate(zip(task_vectors, per_expert(density, task_vectors), strict=True)):
+        trimmed = trim(task_vector, rho, scale_of(scales, i))
         kept.append(match_l1(trimmed, task_vector) if rescale else trimmed)
     weights = per_expert(weight, task_vectors)
     return elect_and_merge(torch.stack(kept), weights, normalize=normalize, lambda_=lambda_)

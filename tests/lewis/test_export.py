@@ -128,6 +128,13 @@ def plain(family: Family, method: str, experts: list[Path], own: list[Any], **pa
     return data if method == "linear" else data | {"base_model": str(family.base)}
 
 
+def test_pruning_by_activation_cannot_be_written(family: Family) -> None:
+    lewis = {"calibrations": {"sums": SETS["sums"]}, "prune_by": "activation"}
+    recipe = parse(plain(family, "ties", family.experts, [{}, {}]) | {"lewis": lewis})
+    with pytest.raises(InputError, match=r"lewis.prune_by: mergekit keeps elements by magnitude"):
+        to_mergekit(recipe, None, [], {})
+
+
 @needs_mergekit
 @pytest.mark.timeout(400)
 class TestOracle:

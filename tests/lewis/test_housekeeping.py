@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lewis import pipeline, registry, store
+from lewis import measurements, pipeline, registry, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
 from lewis.housekeeping import Removable, remove, survey
+from lewis.measurements import Measured
 from lewis.recipe import Recipe
 from lewis.registration import registry_entry
 from tests.conftest import Family
@@ -307,7 +309,8 @@ class TestRecords:
         return old(store.home() / "results" / key, age)
 
     def importance(self, name: str) -> ImportanceEntry:
-        path = json_entry("importance", name, {"norms": {"x": 1.0}}, age=0)
+        path = store.home() / "importance" / f"{name}.json"
+        measurements.write(path, Measured({"x": 1.0}, {"x": torch.ones(2)}), {})
         entry = ImportanceEntry(ref="r", calibration="c", digest=name, path=path)
         old(path, 30 * DAY)
         return entry
@@ -318,10 +321,12 @@ class TestRecords:
             self.record(f"measure-{entry.digest}", entry, age=3 * DAY)
         store.mark_used(stays.path)
         gone.path.unlink()
+        gone.path.with_suffix(".safetensors").unlink()
         found = survey()
         assert names(found) == {"importance/goes.json", "results/measure-goes", "results/measure-gone"}
         assert remove(found) == sum(item.bytes for item in found) > 0
         assert [path.name for path in (home / "results").iterdir()] == ["measure-stays"]
+        assert {path.stem for path in (home / "importance").iterdir()} == {"stays"}
 
     def test_one_that_was_just_written_stays(self, home: Path) -> None:
         self.record("measure-x", gone := self.importance("x"), age=0)

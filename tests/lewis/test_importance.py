@@ -50,6 +50,21 @@ def slow(folder: Path) -> dict[str, float]:
     return norms
 
 
+def slow_moments(folder: Path, module: str) -> torch.Tensor:
+    """Mean of x_j^2 over the tokens that go into one module."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    seen: list[torch.Tensor] = []
+    model.get_submodule(module).register_forward_hook(lambda _, args, __: seen.append(args[0][0]))
+    with torch.no_grad():
+        for sample in SAMPLES:
+            model(input_ids=torch.tensor([sample]))
+    return torch.cat(seen).square().mean(dim=0)
+
+
+def norms_of(model: Any, calibration: Calibration = CALIBRATION) -> dict[str, float]:
+    return measure(model, calibration).norms
+
+
 def close(found: dict[str, float], expected: dict[str, float]) -> None:
     assert found.keys() == expected.keys() and len(found) == 14
     assert all(found[name] == pytest.approx(expected[name], rel=2e-6) for name in found)
@@ -57,7 +72,7 @@ def close(found: dict[str, float], expected: dict[str, float]) -> None:
 
 class TestMeasure:
     def test_is_the_slow_computation(self, family: Family) -> None:
-        close(measure(Checkpoint(family.math, "key"), CALIBRATION), slow(family.math))
+        close(norms_of(Checkpoint(family.math, "key")), slow(family.math))
 
     @pytest.mark.parametrize(
         "kind",
@@ -68,27 +83,36 @@ class TestMeasure:
         torch.manual_seed(0)
         config, network, more = kind
         network(config(**SIZES, **more)).to(torch.bfloat16).save_pretrained(tmp_path)
-        close(measure(Checkpoint(tmp_path, "key"), CALIBRATION), slow(tmp_path))
+        close(norms_of(Checkpoint(tmp_path, "key")), slow(tmp_path))
+
+    def test_keeps_the_moments_that_the_norms_are_made_of(self, family: Family) -> None:
+        measured = measure(Checkpoint(family.math, "key"), CALIBRATION)
+        assert measured.moments.keys() == measured.norms.keys()
+        for module in ("self_attn.q_proj", "mlp.down_proj"):
+            found = measured.moments[f"model.layers.1.{module}.weight"]
+            expected = slow_moments(family.math, f"model.layers.1.{module}")
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("tokens", [1, 8, 20, 10**6])
     def test_batching_and_padding_do_not_matter(
         self, family: Family, monkeypatch: pytest.MonkeyPatch, tokens: int
     ) -> None:
-        expected = measure(Checkpoint(family.base, "key"), CALIBRATION)
+        expected = norms_of(Checkpoint(family.base, "key"))
         monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", tokens)
-        close(measure(Checkpoint(family.base, "key"), CALIBRATION), expected)
+        close(norms_of(Checkpoint(family.base, "key")), expected)
 
     def test_the_order_of_samples_does_not_matter(self, family: Family) -> None:
         turned = Calibration("sums", SAMPLES[::-1])
-        close(measure(Checkpoint(family.base, "a"), turned), measure(Checkpoint(family.base, "b"), CALIBRATION))
+        close(norms_of(Checkpoint(family.base, "a"), turned), norms_of(Checkpoint(family.base, "b")))
 
     def test_other_samples_do_matter(self, family: Family) -> None:
-        other = measure(Checkpoint(family.base, "key"), Calibration("x", ((50, 51),)))
-        assert other != pytest.approx(measure(Checkpoint(family.base, "key"), CALIBRATION), rel=1e-3)
+        other = norms_of(Checkpoint(family.base, "key"), Calibration("x", ((50, 51),)))
+        assert other != pytest.approx(norms_of(Checkpoint(family.base, "key")), rel=1e-3)
 
     def test_of_shards_is_that_of_one_file(self, family: Family, tmp_path: Path) -> None:
         parts = Checkpoint(shard(family.base, tmp_path / "s"), "key")
-        assert measure(parts, CALIBRATION) == measure(Checkpoint(family.base, "key"), CALIBRATION)
+        assert norms_of(parts) == norms_of(Checkpoint(family.base, "key"))
 
     @pytest.mark.parametrize(
         "settings",
@@ -104,9 +128,9 @@ class TestMeasure:
     ) -> None:
         adapter = write_lora(family.base, tmp_path / "adapter", **settings)
         expert = LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
-        found = measure(expert, CALIBRATION)
+        found = norms_of(expert)
         close(found, slow(materialise(family.base, adapter, tmp_path / "full")))
-        assert found != measure(expert.base, CALIBRATION)
+        assert found != norms_of(expert.base)
 
     def test_progress_is_told(self, family: Family) -> None:
         seen: list[tuple[int, int]] = []
@@ -117,7 +141,7 @@ class TestMeasure:
         from transformers import LlamaForCausalLM
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: pytest.fail("the head ran"))
-        measure(Checkpoint(family.base, "key"), CALIBRATION)
+        norms_of(Checkpoint(family.base, "key"))
 
 
 class TestRefused:
@@ -136,21 +160,21 @@ class TestRefused:
         with pytest.raises(
             LewisError, match=r"activations into 'model.layers.0.self_attn.q_proj.weight' are not finite"
         ):
-            measure(Checkpoint(broken, "key"), CALIBRATION)
+            norms_of(Checkpoint(broken, "key"))
 
     def test_a_model_without_linear_layers(self, tmp_path: Path) -> None:
         GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
         with pytest.raises(InputError, match=r"no covered layer: GPT2LMHeadModel has no nn.Linear"):
             covered_layers(tmp_path)
         with pytest.raises(InputError, match="no covered layer"):
-            measure(Checkpoint(tmp_path, "key"), CALIBRATION)
+            norms_of(Checkpoint(tmp_path, "key"))
 
     def test_a_model_that_transformers_does_not_know(self, tmp_path: Path) -> None:
         write_tensors(tmp_path, {"a": torch.ones(2)}, model_type="brand-new")
         with pytest.raises(InputError, match="transformers cannot build this model"):
             covered_layers(tmp_path)
         with pytest.raises(InputError, match="transformers cannot load it"):
-            measure(Checkpoint(tmp_path, "key"), CALIBRATION)
+            norms_of(Checkpoint(tmp_path, "key"))
 
     def test_an_adapter_of_what_is_no_parameter(self, family: Family, tmp_path: Path) -> None:
         extra = "model.layers.0.extra"

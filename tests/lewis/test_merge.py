@@ -5,6 +5,7 @@ import json
 import os
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,30 @@ class TestRun:
         assert (values["density"], merge.parameters(other)["density"]) == ([0.25], [0.5])
         for tensor, share in ((name, 0.25), (other, 0.5)):
             assert int((merge.tensor(tensor) != base.read(tensor)).sum()) == int(share * base.tensors[tensor].elements)
+
+    def test_scales_decide_which_elements_are_kept(self, family: Family) -> None:
+        name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+        plain = open_merge("ties", family.base, [family.math], parameters={"density": 0.25})
+        scale = torch.zeros(16)
+        scale[3:7] = 1.0
+        expert = replace(plain.experts[0], scales={name: scale})
+        merge = Merge(plain.recipe, plain.base, [expert])
+        changed = (merge.tensor(name) != plain.base.read(name)).nonzero()
+        assert len(changed) == 32 * 16 // 4 and set(changed[:, 1].tolist()) == {3, 4, 5, 6}
+        assert bits(merge.tensor(other)) == bits(plain.tensor(other))
+        louder = Merge(plain.recipe, plain.base, [replace(expert, scales={name: 2 * scale})])
+        assert len({plain.digest, merge.digest, louder.digest}) == 3
+        assert Merge(plain.recipe, plain.base, [replace(expert, scales={})]).digest == plain.digest
+
+    @pytest.mark.parametrize("scale", [torch.ones(15), torch.ones(2, 32, 16)])
+    def test_scales_that_do_not_fit_are_refused(self, family: Family, scale: torch.Tensor) -> None:
+        merge = open_merge("ties", family.base, [family.math])
+        expert = replace(merge.experts[0], scales={"model.layers.0.mlp.up_proj.weight": scale})
+        with pytest.raises(InputError, match=r"activations of shape .* do not fit 'model.layers.0.mlp.up_proj.weight'"):
+            Merge(merge.recipe, merge.base, [expert])
+        random = open_merge("dare_ties", family.base, [family.math])
+        with pytest.raises(InputError, match="dare_ties does not trim by size"):
+            Merge(random.recipe, random.base, [expert])
 
     @pytest.mark.parametrize(
         "settings", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"up_proj": 32}}]

@@ -628,3 +628,39 @@ class TestRegistry:
 
     def test_a_number_written_as_text_is_one(self) -> None:
         assert METHODS["ties"].parameters["weight"].parse("1e-3") == 0.001
+
+
+class TestScales:
+    """Size times scale decides; the numbers themselves stay."""
+
+    VECTOR = (4.0, -3.0, 1.0, 2.0)
+    SCALE = torch.tensor([0.1, 1.0, 5.0, 1.0])  # sizes 0.4, 3, 5, 2
+
+    def test_ties_and_breadcrumbs_keep_the_largest_products(self) -> None:
+        close(ties(rows([*self.VECTOR]), [self.SCALE], density=0.5), [0.0, -3.0, 1.0, 0.0])
+        close(breadcrumbs(rows([*self.VECTOR]), [self.SCALE], density=0.5, gamma=0.25), [0.0, -3.0, 0.0, 2.0])
+
+    def test_an_expert_without_one_goes_by_magnitude(self) -> None:
+        vectors = rows([*self.VECTOR], [*self.VECTOR])
+        close(ties(vectors, [self.SCALE, None], density=0.5, normalize=False), [4.0, -6.0, 1.0, 0.0])
+        assert torch.equal(ties(vectors, None, density=0.5), ties(vectors, density=0.5))
+
+    def test_consensus_and_pcb(self) -> None:
+        vectors = rows([*self.VECTOR], [*self.VECTOR])
+        close(consensus(vectors, [self.SCALE] * 2, density=0.5), [0.0, -6.0, 2.0, 0.0])
+        close(pcb(rows([1, 1]), [torch.tensor([2.0, 1.0])], density=0.5), [1.0, 0.0])
+        close(pcb(rows([1, 1]), [torch.tensor([1.0, 2.0])], density=0.5), [0.0, 1.0])
+
+    def test_della_ranks_products(self) -> None:
+        # Ranks of 0.4, 3, 5, 2: probabilities 0.2, 0.6, 0.8, 0.4.
+        for method in (della, della_linear):
+            streams = [FixedStream(0.21, 0.59, 0.79, 0.41)]
+            kept = method(rows([*self.VECTOR]), streams, [self.SCALE], density=0.5, epsilon=0.3, rescale=False)
+            close(kept, [0.0, -3.0, 1.0, 0.0])
+
+    def test_of_a_transposed_or_stacked_tensor_broadcast(self) -> None:
+        vector = torch.ones(1, 2, 3)
+        assert ties(vector, [torch.tensor([[1.0], [2.0]])], density=0.5)[1].tolist() == [1, 1, 1]
+        stacked = torch.ones(1, 2, 2, 2)
+        kept = ties(stacked, [torch.tensor([[[1.0, 4]], [[2, 3]]])], density=0.5)
+        assert kept[..., 1].eq(1).all() and kept[..., 0].eq(0).all()

@@ -146,6 +146,43 @@ class TestGuide:
         measured, allocated = guide(open_all(family, lewis=lewis))
         assert measured == [] and list(allocated.means.values()) == pytest.approx([0.4, 0.4])
 
+    def test_moments_that_are_damaged_are_not_believed(self, family: Family) -> None:
+        measured, _ = guide(open_all(family))
+        moments = measured[0].path.with_suffix(".safetensors")
+        whole = moments.read_bytes()
+        for damage in (whole[:-4], whole[:-4] + b"\0\0\0\1", None):
+            moments.unlink() if damage is None else moments.write_bytes(damage)
+            with pytest.raises(ValidationError, match="is gone or damaged"):
+                type(measured[0]).model_validate(measured[0].model_dump())
+            again, _ = guide(open_all(family))
+            assert again == measured and moments.read_bytes() == whole
+
+    def test_pruning_by_activation_takes_the_expert_own_set(self, family: Family) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        lewis: dict[str, Any] = {"calibrations": SETS, "prune_by": "activation"}
+        measured, allocated = guide(o := open_all(family, lewis=lewis))
+        own = {entry.ref: entry for entry in measured[2:]}
+        prepared = pipeline.prepare_merge(o.recipe, o.base, o.experts, allocated)
+        for expert in prepared.experts:
+            assert expert.scales is not None
+            assert torch.equal(expert.scales[name], own[expert.entry.model].moments[name].sqrt())
+        by_magnitude = guide(p := open_all(family))[1]
+        assert by_magnitude.means == allocated.means
+        other = pipeline.prepare_merge(p.recipe, p.base, p.experts, by_magnitude)
+        assert prepared.digest != other.digest and not torch.equal(prepared.tensor(name), other.tensor(name))
+        uniform = pipeline.prepare_merge(o.recipe, o.base, o.experts, allocated, "uniform")
+        assert all(expert.scales for expert in uniform.experts)
+
+    def test_pruning_by_activation_measures_the_experts_alone_where_densities_are_uniform(self, family: Family) -> None:
+        density = {"strategy": "uniform", "budget": 0.4}
+        lewis = {"calibrations": SETS, "prune_by": "activation", "density": density}
+        measured, allocated = guide(open_all(family, lewis=lewis))
+        assert [(entry.ref, entry.calibration) for entry in measured] == [
+            (str(family.math), "sums"),
+            (str(family.code), "code"),
+        ]
+        assert allocated.scales().keys() == allocated.means.keys() == {str(e) for e in family.experts}
+
     def test_an_adapter_is_measured_as_an_expert(self, family: Family) -> None:
         o = open_all(family, family.lora, family.code)
         measured, _ = guide(o)

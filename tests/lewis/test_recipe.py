@@ -189,7 +189,8 @@ class TestMistakes:
                 "{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}",
                 "lewis.density.budget: expected min <= budget",
             ),
-            ("{calibrations: {s: {texts: [a]}}, prune_by: activation}", "lewis.prune_by: expected 'magnitude'"),
+            ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
+            ("{prune_by: activation, density: {strategy: uniform}}", "lewis.calibrations: LEWIS measures activations"),
             ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 0.5}}", "lewis.importance.prune_ratio: "),
             ("5", "lewis: "),
         ],
@@ -204,6 +205,15 @@ class TestMistakes:
         assert problems(yaml.safe_dump(data)) == [
             "models[1].calibration: no calibration set 'sum'; did you mean 'sums'?"
         ]
+
+    def test_a_method_that_does_not_trim_by_size_cannot_prune_by_activation(self) -> None:
+        lewis = "{calibrations: {s: {texts: [x]}}, prune_by: activation}"
+        text = f"{{merge_method: dare_ties, base_model: b, models: [{{model: a}}], lewis: {lewis}}}"
+        assert problems(text) == [
+            "lewis.prune_by: dare_ties does not trim by size; expected magnitude, or one of ties, breadcrumbs, "
+            "breadcrumbs_ties, della, della_linear, pcb, consensus"
+        ]
+        assert Recipe.parse(text.replace("dare_ties", "ties"), root=Path("/")).measures
 
     def test_a_method_without_density_cannot_be_guided(self) -> None:
         lewis = "{calibrations: {s: {texts: [x]}}}"
