@@ -1,7 +1,7 @@
 """What an importance pass leaves in the store: norms as JSON and, in a safetensors file beside it, second moments.
 
-The JSON names size and SHA-256 of the other file, and is written after it: an entry whose moments are gone, cut short or
-of another pass is not believed.
+The JSON names size and SHA-256 of the other file, and is written after it: an entry whose moments are gone, cut short
+or of another pass is not believed.
 """
 
 from dataclasses import dataclass

@@ -32,7 +32,7 @@ _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 Scales = Mapping[str, torch.Tensor]
-"""Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for a linear layer."""
+"""Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
 
 Densities = Mapping[str, float]
 """Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""

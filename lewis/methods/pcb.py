@@ -13,9 +13,9 @@ def pcb(
     """Average the task vectors, each element by the score beta of how it fares in the competition.
 
     beta_i = exp(N * s_i^2) * tanh(tau_i * sum_j tau_j), with s_i = |tau_i| (times the scale, if there is one) brought
-    to [0, 1] over the tensor and N the number of experts: high for an element that is large in its own task vector and goes the way of the others. The
-    int(density * n) elements of the highest score are kept; result: lambda * sum_i b_i tau_i / sum_i b_i, with b_i
-    the kept positive beta_i over their maximum.
+    to [0, 1] over the tensor and N the number of experts: high for an element that is large in its own task vector and
+    goes the way of the others. The int(density * n) elements of the highest score are kept; result: lambda *
+    sum_i b_i tau_i / sum_i b_i, with b_i the kept positive beta_i over their maximum.
 
     The authors' code works on the flattened model and clips its 0.01 % largest and smallest elements; here each
     tensor is on its own and nothing is clipped (the largest of three elements would be). It also shifts the kept
