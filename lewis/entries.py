@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from lewis import measurements, store
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
-from lewis.evaluation import Score
+from lewis.evaluation import Evaluated, Score
 from lewis.lora import LoraExpert, Model
 from lewis.merge import Scales
 from lewis.pinned import Pinned
@@ -165,13 +165,19 @@ class MergedModel(_Entry):
 class ScoresEntry(_JsonEntry):
     """What lm-eval said of one model, in the store."""
 
-    holds: ClassVar[str] = "scores"
+    holds: ClassVar[str] = "results"
     ref: str
+
+    @property
+    def evaluated(self) -> Evaluated:
+        """Scores and samples; read from the disk at each call."""
+        self.content(self.holds)
+        return Evaluated.of(self.ref, store.read_json(self.path) or {})
 
     @property
     def scores(self) -> list[Score]:
         """One per task and metric; read from the disk at each call."""
-        return [Score(**fields) for fields in self.content("scores")]
+        return self.evaluated.scores
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,20 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lewis import harness
 from lewis.errors import InputError, LewisError
 from lewis.eval_tasks import check_builtin, check_unsafe, data_files, find_tasks
+from lewis.samples import Ends, Samples, read
 from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)
 
-SEMANTICS = 1  # raise it when the same model and tasks would get other scores than before
+SEMANTICS = 2  # raise it when the same model and tasks would get other scores than before
 BOOTSTRAPS = 100  # for the metrics without a closed form of the standard error
 
 
@@ -39,6 +40,35 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """What lm-eval says of one model.
+
+    Attributes:
+        scores: every numeric metric of every task, and of every group that aggregates.
+        samples: the values of each document, of every metric that a function of two sums makes of them.
+        ends: what the gate's guards look at.
+        content: all of it as plain data, for the store.
+    """
+
+    scores: list[Score]
+    samples: list[Samples]
+    ends: Ends
+    content: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: str, content: Mapping[str, Any]) -> "Evaluated":
+        """Read what the harness returned, or the store kept.
+
+        Args:
+            model: for the error message.
+
+        Raises:
+            LewisError: if a number is not finite, or there is none.
+        """
+        return cls(_scores(model, content), read(content), Ends(**content["ends"]), content)
+
+
+@dataclass(frozen=True)
 class EvalSettings:
     """What to score, and how.
 
@@ -48,7 +78,9 @@ class EvalSettings:
         num_fewshot: examples in the prompt; None is the task's own number, and a task that says 0 keeps it.
         batch_size: requests per forward pass, or "auto".
         timeout_s: seconds for all the tasks of one model.
-        allow_code_execution: whether tasks may run programs that the model writes.
+        documents: `all`, or one of two disjoint halves of every task's documents, which their hashes tell apart; the
+            limit counts within it.
+        allow_code_execution: whether task files may run programs that the model writes.
     """
 
     tasks: tuple[str, ...]
@@ -57,6 +89,7 @@ class EvalSettings:
     batch_size: int | str = 16
     timeout_s: float = 3600
     apply_chat_template: bool = False
+    documents: Literal["all", "search", "confirm"] = "all"
     allow_code_execution: bool = False
 
 
@@ -97,6 +130,8 @@ def tasks_digest(settings: EvalSettings, root: Path) -> str:
             "limit": settings.limit,
             "num_fewshot": settings.num_fewshot,
             "apply_chat_template": settings.apply_chat_template,
+            "documents": settings.documents,
+            "allow_code_execution": settings.allow_code_execution,
         }
     )
 
@@ -109,7 +144,7 @@ def evaluate(
     adapter: Path | None = None,
     device: str = "cpu",
     progress: harness.Progress | None = None,
-) -> list[Score]:
+) -> Evaluated:
     """Score a model with lm-eval in a child process.
 
     Args:
@@ -118,9 +153,6 @@ def evaluate(
         adapter: folder of a LoRA adapter to apply to `model`.
         device: torch's name of it. The CPU computes in float32, another device in the checkpoint's dtype.
         progress: called with the fraction done of the running kind of requests, and that kind.
-
-    Returns:
-        every numeric metric of every task, and of every group that aggregates.
 
     Raises:
         InputError: if `model` or `adapter` is not such a folder, or a task file is broken.
@@ -151,6 +183,7 @@ def evaluate(
             "limit": settings.limit,
             "num_fewshot": settings.num_fewshot,
             "apply_chat_template": settings.apply_chat_template,
+            "documents": settings.documents,
             "bootstrap_iters": BOOTSTRAPS,
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }
@@ -158,8 +191,10 @@ def evaluate(
             result = harness.run(request, cwd=root, timeout_s=settings.timeout_s, progress=progress)
         except LewisError as error:
             raise LewisError(f"{adapter or model}: {error}") from error
+    evaluated = Evaluated.of(str(adapter or model), result)
     _warn_of_fewshot(settings, result["n-shot"])
-    return _scores(str(adapter or model), result)
+    _warn_of_direction(evaluated.scores, result["higher_is_better"])
+    return evaluated
 
 
 def score_table(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
@@ -196,8 +231,6 @@ def _scores(model: str, result: Mapping[str, Any]) -> list[Score]:
             if not math.isfinite(value):
                 raise LewisError(f"{model}: {task}/{key} is {value}: look for NaN or Inf in the model's weights")
             higher = result["higher_is_better"].get(task, {}).get(metric)
-            if higher is None:
-                logger.warning("%s/%s: its YAML has no higher_is_better; taken as true", task, key)
             stderr = found.get(f"{metric}_stderr,{filter_}")
             scores.append(
                 Score(
@@ -218,6 +251,12 @@ def _warn_of_fewshot(settings: EvalSettings, shots: Mapping[str, int]) -> None:
     for task, number in shots.items():
         if settings.num_fewshot is not None and number != settings.num_fewshot:
             logger.warning("%s: evaluate.num_fewshot is %d, the task fixes %d", task, settings.num_fewshot, number)
+
+
+def _warn_of_direction(scores: Sequence[Score], higher_is_better: Mapping[str, Mapping[str, bool | None]]) -> None:
+    for score in scores:
+        if higher_is_better.get(score.task, {}).get(score.metric.partition(",")[0]) is None:
+            logger.warning("%s/%s: its YAML has no higher_is_better; taken as true", score.task, score.metric)
 
 
 def _check_folder(folder: Path, file: str) -> None:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import LewisError
-from lewis.store import read_json, write_json
+from lewis.store import read_json
 
 Progress = Callable[[float, str], None]
 _BAR = re.compile(r"(?:Running (\w+ requests):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
@@ -36,17 +35,17 @@ _ENVIRONMENT = {
 
 
 def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
-    """Run lm-eval's `simple_evaluate` in a process of its own session.
+    """Run lm-eval in a process of its own session.
 
     Args:
-        request: keyword arguments of `simple_evaluate`; `tasks` are names, `include` is a folder of task files (None:
-            there are none), `defaults` says whether lm-eval's own tasks are needed.
+        request: keyword arguments of `harness_child.evaluate`; `tasks` are names, `include` is a folder of task files
+            (None: there are none), `defaults` says whether lm-eval's own tasks are needed.
         cwd: relative paths of data files start here.
         timeout_s: seconds until the process and all that it started are killed.
         progress: called with the fraction done of the running kind of requests, and that kind.
 
     Returns:
-        lm-eval's `results`, `higher_is_better` and `n-shot`.
+        what `harness_child.evaluate` returns.
 
     Raises:
         LewisError: if the time limit passes or the process fails, with the end of its output.
@@ -55,7 +54,7 @@ def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progr
     with tempfile.TemporaryDirectory(prefix="lewis-eval-") as scratch:
         result = Path(scratch) / "result.json"
         # -P: a random.py in the recipe's folder must not stand in for the library's
-        command = [sys.executable, "-P", "-m", "lewis.harness"]
+        command = [sys.executable, "-P", "-m", "lewis.harness_child"]
         with subprocess.Popen(
             command,
             bufsize=0,
@@ -137,38 +136,3 @@ def _ending(code: int, tail: str) -> str:
         return f"failed (exit code {code}): {tail.splitlines()[-1]}"
     name = signal.Signals(-code).name
     return f"was killed by {name}" + (": out of memory? lower evaluate.batch_size" if name == "SIGKILL" else "")
-
-
-def main() -> None:
-    """The child's side: read the request, evaluate, leave the result."""
-    request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    result = Path(request.pop("result"))
-    write_json(result, _evaluate(**request))
-
-
-def _die_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
-def _evaluate(*, include: str | None, defaults: bool, **arguments: Any) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include, include_defaults=defaults)
-    found = simple_evaluate(model="hf", task_manager=manager, log_samples=False, **arguments)
-    assert found is not None  # None only on the other ranks of a distributed run
-    kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    """A NumPy scalar as Python's; anything else, which is no score, as text."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
-
-
-if __name__ == "__main__":
-    main()

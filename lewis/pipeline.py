@@ -5,7 +5,6 @@ The Prefect tasks and the command line call the same functions, so that they fin
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from lewis import allocation, evaluation, hub, importance, measurements, store
@@ -311,18 +310,18 @@ def score(
     """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
     digest, path = _scores_place(files.key, settings, root, device)
     with store.lock(f"scores-{digest}"):
-        if store.entry(path, "scores") is None:
+        if store.entry(path, "results") is None:
             found = evaluation.evaluate(
                 files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
             )
-            store.write_json(path, {"model": files.key, "ref": files.ref, "scores": [asdict(s) for s in found]})
+            store.write_json(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 
 def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: str = "cpu") -> ScoresEntry | None:
     """The scores of a model, if the store has them."""
     digest, path = _scores_place(key, settings, root, device)
-    return None if store.entry(path, "scores") is None else ScoresEntry(ref=ref, digest=digest, path=path)
+    return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
 
 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
@@ -341,6 +340,7 @@ def eval_settings(recipe: Recipe) -> EvalSettings:
         batch_size=block.batch_size,
         timeout_s=60 * block.timeout_minutes,
         apply_chat_template=block.apply_chat_template,
+        documents=block.documents,
         allow_code_execution=block.allow_code_execution,
     )
 

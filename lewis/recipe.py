@@ -113,13 +113,20 @@ class Lewis(_Block):
 
 
 class Evaluate(_Block):
-    """What lm-eval scores: `tasks` are names of its own tasks, or YAML files beside the recipe.
+    """What lm-eval scores.
 
-    With `allow_code_execution`, task files beside the recipe may run what the model writes (`unsafe_code: true`).
+    Attributes:
+        tasks: names of its own tasks or groups, or YAML files beside the recipe.
+        documents: `all`, or one of two disjoint halves of every task's documents; the limit counts within it.
+        weights: task, or `task/metric,filter` -> its share of the score `weighted/mean,none`; a task stands for its
+            first metric. Empty: there is no such score.
+        allow_code_execution: whether task files beside the recipe may run what a model writes (`unsafe_code: true`).
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: int | float | None = Field(default=None, gt=0)
+    documents: Literal["all", "search", "confirm"] = "all"
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16

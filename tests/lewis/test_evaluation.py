@@ -19,7 +19,7 @@ import yaml
 
 from lewis import harness
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import EvalSettings, Score, check_tasks, evaluate, score_table, tasks_digest
+from lewis.evaluation import EvalSettings, Evaluated, Score, check_tasks, evaluate, score_table, tasks_digest
 
 RECIPES = Path(__file__).parents[2] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
@@ -163,7 +163,7 @@ class TestScores:
         seen = []
         settings = EvalSettings(("both.yml", "tasks/answers.yaml", "written"), num_fewshot=1, batch_size=2)
         with caplog.at_level(logging.WARNING, "lewis"):
-            scores = evaluate(model, settings, root=root, progress=lambda done, what: seen.append((done, what)))
+            scores = evaluate(model, settings, root=root, progress=lambda done, what: seen.append((done, what))).scores
         found = {(score.task, score.metric): score for score in scores}
         llama, tokenizer = load(model)
 
@@ -198,7 +198,9 @@ class TestScores:
         words = [first_word(tuned, tokenizer, row["question"]) for row in ROWS]
         write_rows(root, [*words[:3], "-", "-"])
 
-        scores = evaluate(model, EvalSettings(("pets", "answers", "written")), root=root, adapter=tmp_path / "adapter")
+        scores = evaluate(
+            model, EvalSettings(("pets", "answers", "written")), root=root, adapter=tmp_path / "adapter"
+        ).scores
 
         found = {score.metric: score for score in scores}
         assert found["perplexity,none"].value == pytest.approx(perplexity(tuned, tokenizer), rel=1e-4)
@@ -224,7 +226,7 @@ class TestScores:
             (root / "data" / name).mkdir()
             (root / f"data/{name}/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = EvalSettings(("shipped/gsm8k_answers.yaml", "shipped/mbpp_answers.yaml"))
-        scores = {score.task: score for score in evaluate(model, settings, root=root)}
+        scores = {score.task: score for score in evaluate(model, settings, root=root).scores}
 
         def bits(prompt, answer):
             return -loglikelihood(*loaded, prompt, answer) / math.log(2) / len(answer)
@@ -250,6 +252,69 @@ class TestScores:
             evaluate(tmp_path, EvalSettings(("pets",)), root=root)
         with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
             evaluate(model, EvalSettings(("pets",)), root=root, adapter=tmp_path)
+
+
+class TestSamples:
+    def test_every_documents_value_is_kept(self, model, root):
+        group = {"group": "both", "task": ["pets", "dogs"], "aggregate_metric_list": [{"metric": "acc"}]}
+        write_task(root / "both.yml", group)
+        write_task(root / "tasks/dogs.yaml", {**CHOICE, "task": "dogs", "doc_to_text": "Q {{question}}"})
+        found = evaluate(model, EvalSettings(("both.yml", "answers", "written")), root=root)
+        llama, tokenizer = load(model)
+        samples = {(each.task, each.metric): each for each in found.samples}
+        for score in found.scores:
+            assert samples[score.task, score.metric].value() == pytest.approx(score.value, rel=1e-9)
+        [answers] = samples["answers", "perplexity,none"].parts
+        logs = [loglikelihood(llama, tokenizer, row["question"], row["text"]) for row in ROWS]
+        assert answers.aggregation == "perplexity" and list(answers.values) == pytest.approx(logs, rel=1e-4)
+        pets, dogs = samples["both", "acc,none"].parts
+        assert (pets.task, dogs.task) == ("pets", "dogs") and pets.weight == dogs.weight == 0.5
+        assert pets.documents == dogs.documents == answers.documents and len(set(answers.documents)) == len(ROWS)
+
+        assert found.ends.tried == 4 and 0 <= found.ends.ended <= 4
+        assert found.ends.empty == {"written": 0.0}
+        read_again = Evaluated.of("x", json.loads(json.dumps(found.content)))
+        assert (read_again.scores, read_again.samples, read_again.ends) == (found.scores, found.samples, found.ends)
+
+    def test_the_guards_see_an_end_token_an_empty_answer_and_the_perplexity_of_the_answers(self, model, root, tmp_path):
+        llama, tokenizer = load(model)
+        llama.lm_head.weight.data.zero_()  # every token is as likely, the first one (<unk>) is taken
+        llama.save_pretrained(tmp_path / "flat")
+        tokenizer.save_pretrained(tmp_path / "flat")
+        flat = evaluate(tmp_path / "flat", EvalSettings(("written", "answers")), root=root).ends
+        assert (flat.tried, flat.ended) == (4, 0) and flat.perplexity == pytest.approx(len(tokenizer), rel=1e-4)
+
+        llama = load(tmp_path / "flat")[0]
+        llama.generation_config.eos_token_id = 0
+        llama.save_pretrained(tmp_path / "ends")
+        tokenizer.save_pretrained(tmp_path / "ends")
+        ends = evaluate(tmp_path / "ends", EvalSettings(("written",)), root=root).ends
+        assert (ends.tried, ends.ended, ends.empty) == (4, 4, {"written": 1.0})
+
+    def test_the_two_halves_are_disjoint_whole_and_the_limit_counts_within(self, model, root):
+        rows = [{"question": f"the sky is {word}", "answer": 2, "text": " red", "said": "-"} for word in WORDS]
+        (root / "data/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def documents(which, limit=None):
+            found = evaluate(model, EvalSettings(("answers",), documents=which, limit=limit), root=root)
+            return found.samples[0].parts[0].documents
+
+        whole, search, confirm = (documents(which) for which in ("all", "search", "confirm"))
+        assert not set(search) & set(confirm) and set(search) | set(confirm) == set(whole)
+        assert [each for each in whole if each in search] == list(search) and len(search) > 3 and len(confirm) > 3
+        assert documents("confirm", limit=2) == confirm[:2]
+        assert documents("search", limit=0.5) == search[: math.ceil(len(search) / 2)]
+
+    def test_a_half_without_documents_is_an_error(self, model, root):
+        (root / "data/rows.jsonl").write_text(json.dumps({**ROWS[0], "said": "-"}) + "\n")
+        errors = 0
+        for which in ("search", "confirm"):
+            try:
+                evaluate(model, EvalSettings(("answers",), documents=which), root=root)
+            except LewisError as error:
+                assert f"too few documents to split: the half `{which}` is empty" in str(error)
+                errors += 1
+        assert errors == 1
 
 
 class TestBadEnds:
@@ -395,6 +460,7 @@ class TestDigest:
         same = [{}, {"batch_size": "auto"}, {"timeout_s": 1}, {"tasks": ("coded", "pets")}]
         assert len({digest(**options) for options in same}) == 1
         other = [{}, {"limit": 3}, {"num_fewshot": 2}, {"apply_chat_template": True}, {"tasks": ("pets",)}]
+        other += [{"documents": "search"}, {"documents": "confirm"}, {"allow_code_execution": True}]
         assert len({digest(**options) for options in other}) == len(other)
         (coded / "unrelated.yaml").write_text("task: unrelated\n")
         assert digest() == tasks_digest(self.SETTINGS, coded.rename(tmp_path / "moved"))

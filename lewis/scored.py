@@ -1,0 +1,144 @@
+"""The models of one evaluation side by side, and the table that tells how far the merged one is from each."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lewis.comparison import Comparison, compare, interval
+from lewis.errors import InputError
+from lewis.evaluation import Evaluated, Score
+from lewis.recipe_errors import nearest
+from lewis.samples import Ends, Samples, by_key, combined
+
+WEIGHTED = ("weighted", "mean,none")  # task and metric of the score that `evaluate.weights` makes
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model of an evaluation.
+
+    Attributes:
+        label: what tables call it: `base`, an expert's name, `uniform`, `champion`, `lewis`.
+        key: identity of its content.
+        scores: one per task and metric.
+        samples: the values of each document, of the metrics that can be compared.
+        ends: what the gate's guards look at.
+    """
+
+    label: str
+    key: str
+    scores: tuple[Score, ...]
+    samples: tuple[Samples, ...] = field(repr=False)
+    ends: Ends
+
+    @classmethod
+    def of(cls, label: str, key: str, found: Evaluated, weights: Mapping[str, float] | None = None) -> "Scored":
+        """With the weighted mean beside lm-eval's own metrics, if there are weights.
+
+        Args:
+            weights: as `evaluate.weights` of the recipe.
+
+        Raises:
+            InputError: if a weight is for a score that there is not.
+        """
+        scores, samples = list(found.scores), list(found.samples)
+        if weights:
+            mean = _weighted(scores, by_key(samples), weights)
+            scores.append(mean[0])
+            samples.append(mean[1])
+        return cls(label, key, tuple(scores), tuple(samples), found.ends)
+
+    @property
+    def by_name(self) -> dict[str, Score]:
+        """Scores by `task/metric,filter`."""
+        return {f"{score.task}/{score.metric}": score for score in self.scores}
+
+
+def scores_of(models: Sequence[Scored]) -> dict[str, Sequence[Score]]:
+    """Label -> scores, in the order of the models."""
+    return {model.label: model.scores for model in models}
+
+
+def gain(candidate: Scored, reference: Scored, key: str) -> Comparison | None:
+    """The candidate against a reference on one metric; None where a model lacks its samples.
+
+    Raises:
+        PairingError: if the two were not scored on the same documents.
+    """
+    ours, theirs = by_key(candidate.samples).get(key), by_key(reference.samples).get(key)
+    if ours is None or theirs is None:
+        return None
+    return compare(ours, theirs, higher_is_better=candidate.by_name[key].higher_is_better, who=reference.label)
+
+
+def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
+    """The table of a run: one row per metric and model, the last model against each of the others.
+
+    A gain is positive where the last model is better, whichever way is better. Its interval is the paired
+    bootstrap's of 95 %; wins and losses count documents; p is McNemar's exact one, or that of sign flips where values
+    are not 0 or 1.
+
+    Args:
+        models: the merged model is the last.
+
+    Raises:
+        PairingError: if they were not scored on the same documents.
+    """
+    ours, rows = models[-1], []
+    for key, score in ours.by_name.items():
+        for model in models:
+            if key not in model.by_name:
+                continue
+            found = None if model is ours else gain(ours, model, key)
+            theirs = model.by_name[key]
+            rows.append(
+                {
+                    "metric": f"{key} {'↑' if score.higher_is_better else '↓'}",
+                    "model": model.label,
+                    "score": f"{theirs.value:.4g}" + (f" ± {theirs.stderr:.2g}" if theirs.stderr is not None else ""),
+                    f"gain of {ours.label}": f"{found.delta:+.4g}" if found else "",
+                    "95 % interval": _range(found.low, found.high) if found else "",
+                    "wins": str(found.wins) if found else "",
+                    "losses": str(found.losses) if found else "",
+                    "p": f"{found.p:.3g}" if found else "",
+                    "documents": str(theirs.samples),
+                }
+            )
+    return rows
+
+
+def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """(label, task, metric) -> the 95 % interval of the score, of the metrics that have samples."""
+    found = {(m.label, s.task, s.metric): interval(s) for m in models for s in m.samples if s.count > 1}
+    return {key: ends for key, ends in found.items() if all(map(math.isfinite, ends))}
+
+
+def _weighted(
+    scores: Sequence[Score], samples: Mapping[str, Samples], weights: Mapping[str, float]
+) -> tuple[Score, Samples]:
+    of: list[tuple[Samples, float]] = []
+    known = {f"{score.task}/{score.metric}": score for score in scores}
+    directions, value, variance = set(), 0.0, 0.0
+    for name, weight in weights.items():
+        key = next((k for k, score in known.items() if name in (k, score.task) and k in samples), None)
+        if key is None:
+            choices = [*samples, *{score.task for score in scores}]
+            raise InputError(
+                f"evaluate.weights: expected a task or a score with a value per document, got {name!r}"
+                f"{nearest(name, choices)}"
+            )
+        share = weight / sum(weights.values())
+        of.append((samples[key], share))
+        directions.add(known[key].higher_is_better)
+        value += share * known[key].value
+        stderr = known[key].stderr
+        variance += math.nan if stderr is None else (share * stderr) ** 2
+    if len(directions) > 1:
+        raise InputError("evaluate.weights: some of these scores are better high, others low; weight one kind only")
+    mean = combined(*WEIGHTED, of)
+    spread = None if math.isnan(variance) else math.sqrt(variance)
+    return Score(*WEIGHTED, value, spread, directions.pop(), mean.count), mean
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:+.4g} to {high:+.4g}" if math.isfinite(low) and math.isfinite(high) else ""
