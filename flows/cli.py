@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     json_help = "print JSON instead of text"
     run = add("run", _run, "run the whole DAG: merge, score, register, promote")
     run.add_argument("--json", action="store_true", help=json_help)
+    search = add("search", _search, "try the values of the recipe's `search` block, and register the best")
+    search.add_argument("--trials", metavar="N", type=int, help="how many in all, instead of the recipe's number")
+    search.add_argument("--minutes", metavar="M", type=float, help="begin no further trial after this time")
+    search.add_argument("--json", action="store_true", help=json_help)
     plan = add("plan", _plan, "tell what a run would do: inputs, cached steps, disk, memory, covered layers")
     plan.add_argument("--json", action="store_true", help=json_help)
     merge = add("merge", _merge, "merge with the library alone: no Prefect, no MLflow")
@@ -167,7 +171,34 @@ def _gc(options: argparse.Namespace) -> None:
     print(f"{len(found)} entries, {done}" if found else "nothing to remove")
 
 
-def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
+def _search(options: argparse.Namespace) -> None:
+    from lewis import search
+
+    recipe = _load(options)  # a wrong recipe should not cost the start of a server
+    search.objectives_of(recipe)
+    search.check_space(recipe)
+
+    def flow() -> Any:
+        from flows.search import search_flow
+
+        path = str(Path(options.recipe).resolve())
+        return search_flow(path, options.overrides, options.trials, options.minutes)
+
+    report = _with_prefect(flow)
+    if options.json:
+        print(report.model_dump_json(indent=2))
+        return
+    print(f"{len(report.trials)} trials; the best, beside the recipe as it is, on documents that no trial saw:")
+    _print_table(report.confirmed)
+    for override in report.overrides:
+        print(f"  --set {override}")
+    print(f"MLflow run of the search: {report.mlflow_run}")
+    if report.merge:
+        _print_merge(report.merge)
+
+
+def _with_prefect(flow: Callable[[], Any]) -> Any:
+    """Run a flow on the server that there is, or on one for as long as it takes."""
     from flows.service import prefect_server
 
     with prefect_server() as url:
@@ -177,20 +208,32 @@ def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
         with temporary_settings({PREFECT_API_URL: url}):
             from prefect import tags
 
-            from flows.merge import merge_flow
             from flows.turn import crash_dead_runs
 
             crash_dead_runs()
             signal.signal(signal.SIGINT, _stop_tasks)
             try:
                 with tags("lewis"):
-                    report = merge_flow(recipe, overrides)
+                    return flow()
             finally:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 APILogWorker.drain_all(timeout=10)  # before the server goes
+
+
+def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
+    def flow() -> Any:
+        from flows.merge import merge_flow
+
+        return merge_flow(recipe, overrides)
+
+    report = _with_prefect(flow)
     if as_json:
         print(report.model_dump_json(indent=2))
-        return
+    else:
+        _print_merge(report)
+
+
+def _print_merge(report: Any) -> None:
     _print_table(report.scores)
     for expert, mean in report.mean_density.items():
         print(f"mean density of {expert}: {mean:.3f}")

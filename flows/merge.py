@@ -102,7 +102,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     experts = [download.submit(source, wait_for=ready) for source in sources]
     inspected = inspect.submit(quote(plan), base, experts)
 
-    sets, measured, allocated, drawn = _guide(plan, base, experts, inspected)
+    sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
     merged = merging(plan).submit(quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
     uniform = None
     if allocated and plan.wants_uniform:
@@ -150,7 +150,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     return report, any(future.state.name != "Cached" for future in results if future)
 
 
-def _guide(
+def guide(
     plan: Recipe, base: PrefectFuture[Any] | None, experts: list[PrefectFuture[Any]], inspected: PrefectFuture[Any]
 ) -> tuple[list[PrefectFuture[Any]], list[PrefectFuture[Any]], PrefectFuture[Any] | None, PrefectFuture[Any] | None]:
     """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge."""

@@ -74,7 +74,7 @@ def crash_dead_runs() -> None:
     states = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}})
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=["merge"])), flow_run_filter=states
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["merge", "search"])), flow_run_filter=states
         )
         for run in filter(_died, runs):
             message = "Its process died. Run it again: what was finished is kept."

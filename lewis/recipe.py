@@ -149,6 +149,46 @@ class Register(_Block):
     gate: Gate | None = None
 
 
+class Range(_Block):
+    """What a search may choose a number from: `min` to `max`, on a `log` scale, or in steps of `step` from `min`."""
+
+    min: float
+    max: float
+    log: bool = False
+    step: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Range":
+        if self.min >= self.max:
+            raise ValueError(f"expected min < max, got min={self.min:g}, max={self.max:g}")
+        if self.log and (self.min <= 0 or self.step):
+            raise ValueError("a log scale needs min > 0, and takes no step")
+        return self
+
+
+class Search(_Block):
+    """Values of the recipe to search for (`lewis search`).
+
+    Attributes:
+        space: YAML path, as in `--set` -> a range, or a list of choices.
+        trials: how many to make in all.
+        minutes: begin no further trial after this time; None: no limit.
+        metrics: one or two of `task/metric,filter`; the gate's metric if none is given. Two: a Pareto front is
+            searched, and the first decides among the trials on it.
+        parallel: trials at a time.
+        prune: give a trial up that is behind after the first quarter of the documents; only for one metric.
+        seed: of the sampler.
+    """
+
+    space: dict[str, Range | tuple[bool | int | float | str, ...]] = Field(min_length=1)
+    trials: int = Field(default=30, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    metrics: tuple[str, ...] = Field(default=(), max_length=2)
+    parallel: int = Field(default=1, ge=1)
+    prune: bool = True
+    seed: int = Field(default=0, ge=0)
+
+
 class Recipe(_Block):
     """A validated recipe. Make one with `Recipe.load` or `Recipe.parse`."""
 
@@ -163,6 +203,7 @@ class Recipe(_Block):
     lewis: Lewis | None = None
     evaluate: Evaluate | None = None
     register_as: Register | None = Field(default=None, alias="register")
+    search: Search | None = None
     _root: Path = PrivateAttr(default_factory=Path.cwd)
     _name: str = PrivateAttr(default="recipe")
     _text: str = PrivateAttr(default="")
@@ -311,8 +352,8 @@ class Recipe(_Block):
 
     @property
     def blocks(self) -> str:
-        """What decides the merged weights, as canonical JSON: the recipe without `evaluate` and `register`."""
-        return self.model_dump_json(exclude={"evaluate", "register_as"})
+        """What decides the merged weights, as canonical JSON: without `evaluate`, `register` and `search`."""
+        return self.model_dump_json(exclude={"evaluate", "register_as", "search"})
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -326,9 +367,28 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def value_of(recipe: Recipe, path: str) -> Any:
+    """What a recipe says, or leaves to be understood, at a YAML path as in `--set`; None if that is nothing."""
+    given = yaml.load(recipe.text, Loader=_StrictLoader)
+    place: Any
+    for place in (given, recipe.model_dump(mode="json", by_alias=True)):
+        for key in _keys(path):
+            found = key in place if isinstance(place, dict) else isinstance(key, int) and 0 <= key < len(place or ())
+            place = place[key] if found else None
+        if place is not None:
+            return place
+    name = path.rpartition(".")[2]
+    parameter = find(recipe.merge_method).parameters.get(name) if "parameters." in path else None
+    return parameter.default if parameter and not parameter.required else None
+
+
+def _keys(path: str) -> list[str | int]:
+    return [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    keys = [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
+    keys = _keys(path)
     if not equals or "" in keys:
         raise InputError(f"--set {override}: expected key.path=value, for example lewis.density.max=0.7")
     try:

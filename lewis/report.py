@@ -66,7 +66,7 @@ def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping
         title = _short(expert) + (f"   mean density {mean[expert]:.3f}" if expert in mean else "")
         panel.set_title(title, fontsize=10, loc="left", parse_math=False)
         figure.colorbar(image, ax=panel, label="density", ticks=[0, 0.25, 0.5, 0.75, 1], aspect=max(8, 3 * rows))
-    return _png(figure)
+    return png(figure)
 
 
 def score_bars(scores: Mapping[str, Sequence[Scored]]) -> bytes:
@@ -101,7 +101,7 @@ def score_bars(scores: Mapping[str, Sequence[Scored]]) -> bytes:
     hidden = len(groups) - sum(len(each) for each in panels.values())
     if hidden:
         figure.supxlabel(f"{hidden} more in the table", fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -234,7 +234,8 @@ def _draw_bars(
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -73,9 +73,9 @@ def experiment(client: "MlflowClient") -> str:
 
 
 def log_numbers(
-    client: "MlflowClient", run_id: str, model_id: str, params: Mapping[str, Any], metrics: Mapping[str, float]
+    client: "MlflowClient", run_id: str, model_id: str | None, params: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> None:
-    """Log parameters on a run, and metrics on the run and its model, whatever their number and names."""
+    """Log parameters on a run, and metrics on it and its model, if it has one, whatever their number and names."""
     from mlflow.entities import Metric, Param
     from mlflow.utils.time import get_current_time_millis
 

@@ -90,7 +90,7 @@ class Service:
             "LEWIS_RECIPES": str(self.recipes),
             "LEWIS_WEBHOOK_SECRET": SECRET,
             "LEWIS_NOTIFY_URL": self.sink.url,
-            "PYTHONPATH": str(root / "patch"),  # a place for a sitecustomize.py
+            "PYTHONPATH": f"{root / 'patch'}{os.pathsep}{REPO}",  # the first is a place for a sitecustomize.py
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
         (root / "tmp").mkdir()

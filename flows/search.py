@@ -1,0 +1,231 @@
+"""The search: try a recipe's values on one half of the documents, confirm the best on the other, register that."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.utilities.annotations import quote
+from pydantic import BaseModel
+
+from flows import catalog, runner
+from flows.merge import MergeReport, guide, merge_flow
+from flows.turn import turn
+from lewis import pipeline, search
+from lewis.entries import ModelFiles, ScoresEntry
+from lewis.errors import InputError, LewisError
+from lewis.evaluation import EvalSettings
+from lewis.recipe import Recipe
+from lewis.recipe_errors import nearest
+from lewis.scored import Scored
+from lewis.search import Log, Objective, Trial
+from tasks.caching import STOPPING
+from tasks.download import download
+from tasks.evaluate import check_tasks
+from tasks.failures import result_of, says_why
+from tasks.inspect import inspect, preflight
+from tasks.resolve import resolve
+from tasks.search import compare_with_default, record_search, score_trial
+
+logger = logging.getLogger(__name__)
+SEARCH, CONFIRM = "evaluate.documents=search", "evaluate.documents=confirm"  # disjoint halves
+FEWEST = 8  # documents of the first quarter; of fewer, a trial is not given up
+
+
+class SearchReport(BaseModel):
+    """What a search gives back.
+
+    Attributes:
+        trials: all that was tried.
+        best: YAML path -> value, of the winner.
+        overrides: the same as `--set` takes it.
+        confirmed: rows of the winner against the recipe as it is, on the other half of the documents.
+        merge: of the run that merged, gated and registered the winner.
+        mlflow_run: id of the search's run.
+    """
+
+    recipe: str
+    digest: str
+    trials: list[dict[str, Any]]
+    best: dict[str, Any]
+    overrides: list[str]
+    confirmed: list[dict[str, str]]
+    merge: MergeReport | None
+    mlflow_run: str
+
+
+def _run_name() -> str:
+    return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
+
+
+@flow(name="search", flow_run_name=_run_name, task_runner=runner.task_runner())
+@says_why
+def search_flow(
+    recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
+) -> SearchReport:
+    """Measure once; allocate, merge and score each trial; confirm, gate and register the best.
+
+    A search that was killed goes on where it was; one that is run again with more `trials` adds to what it has.
+
+    Args:
+        recipe: the name of a recipe in the recipes folder, or the path of a YAML file; it has a `search` block.
+        overrides: `key.path=value` each, as `lewis run --set`.
+        trials: how many in all, instead of the recipe's number.
+        minutes: begin no further trial after this time, instead of the recipe's.
+    """
+    runner.check()
+    path = catalog.find(recipe)
+    with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
+        plan = Recipe.load(path, overrides or [])
+        metrics = search.objectives_of(plan)
+        search.check_space(plan)
+        assert plan.search is not None
+        wanted = trials or plan.search.trials
+        limit = minutes or plan.search.minutes
+        base, experts, tasks = _prepare(plan)
+        tried = _Trials(plan, base, experts, metrics, tasks)
+        best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
+        return _confirm(path, plan, list(overrides or []), tried, best)
+
+
+def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
+    """Bring the models here and measure their importance, once for all trials; with the digest of the tasks."""
+    settings = _settings(plan, SEARCH)
+    tasks = check_tasks.submit(settings, plan.root)
+    base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
+    sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
+    checked = preflight.submit(quote(plan), base_source, sources)
+    for future in (tasks, checked):
+        result_of(future)
+    base = download.submit(base_source) if base_source else None
+    experts = [download.submit(source) for source in sources]
+    inspected = inspect.submit(quote(plan), base, experts)
+    result_of(inspected)
+    for future in guide(plan, base, experts, inspected)[1]:
+        result_of(future)
+    return base.result() if base else None, [future.result() for future in experts], tasks.result()
+
+
+class _Trials:
+    """The trials of one search."""
+
+    def __init__(
+        self, plan: Recipe, base: ModelFiles | None, experts: list[ModelFiles], metrics: tuple[str, ...], tasks: str
+    ) -> None:
+        self.plan, self.base, self.experts = plan, base, experts
+        assert plan.search is not None
+        self.search, self.settings = plan.search, _settings(plan, SEARCH)
+        # The recipe as it is comes first: what it scores tells which way is better, and how many documents there are.
+        first = _by_name(plan, result_of(self.submit(plan, 0, "all", self.settings)))
+        unknown = [metric for metric in metrics if metric not in first]
+        if unknown:
+            raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
+        self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
+        inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
+        self.log = Log(plan, self.objectives, inputs, tasks)
+        part = first[metrics[0]].samples // 4
+        prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
+        self.part = replace(self.settings, limit=part) if prune else None
+
+    def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ScoresEntry]:
+        """Score a recipe in a task."""
+        return score_trial.submit(quote(recipe), number, part, quote(self.base), quote(self.experts), settings)
+
+    def run(self, wanted: int, deadline: float) -> Trial:
+        """Make trials until there are enough, or no time is left; gives the best.
+
+        Raises:
+            LewisError: if none could be scored.
+        """
+        while (left := wanted - len(self.log.trials)) > 0 and time.monotonic() < deadline:
+            self._round(min(left, self.search.parallel))
+            self._record(ended=False)
+        if not self.log.front:
+            reasons = {trial.reason for trial in self.log.trials if trial.reason}
+            raise LewisError(f"none of {len(self.log.trials)} trials could be scored: {'; '.join(sorted(reasons)[:3])}")
+        return self.log.front[0]
+
+    def _round(self, count: int) -> None:
+        live: list[tuple[Trial, Recipe]] = []
+        for trial in [self.log.ask() for _ in range(count)]:
+            try:
+                live.append((trial, search.with_values(self.plan, trial.values, SEARCH)))
+            except LewisError as error:
+                self._fail(trial, error)
+        if self.part is not None:
+            live = [each for each, score in self._score(live, "a quarter", self.part) if not self._give_up(each, score)]
+        for (trial, _), scores in self._score(live, "all", self.settings):
+            self.log.done(trial, scores)
+            logger.info("trial %d: %s", trial.number, ", ".join(f"{score:.4g}" for score in scores))
+
+    def _give_up(self, each: tuple[Trial, Recipe], scores: list[float]) -> bool:
+        behind = self.log.behind(each[0], scores[0])
+        if behind:
+            self.log.pruned(each[0])
+            logger.info("trial %d: given up, %.4g after a quarter of the documents", each[0].number, scores[0])
+        return behind
+
+    def _score(
+        self, live: list[tuple[Trial, Recipe]], part: str, settings: EvalSettings
+    ) -> list[tuple[tuple[Trial, Recipe], list[float]]]:
+        futures = [self.submit(recipe, trial.number, part, settings) for trial, recipe in live]
+        scored = []
+        for each, future in zip(live, futures, strict=True):
+            try:
+                found = _by_name(self.plan, result_of(future))
+                scored.append((each, [found[objective.metric].value for objective in self.objectives]))
+            except LewisError as error:
+                if STOPPING.is_set():
+                    raise
+                self._fail(each[0], error)
+        return scored
+
+    def _fail(self, trial: Trial, error: LewisError) -> None:
+        self.log.failed(trial, str(error).partition("\n")[0])
+        logger.warning("trial %d failed: %s", trial.number, error)
+
+    def _record(self, ended: bool) -> str:
+        log = self.log
+        told = record_search.submit(
+            quote(self.plan), log.digest, quote(self.objectives), quote(log.trials), quote(log.front), ended
+        )
+        return str(result_of(told))
+
+    def end(self) -> str:
+        """Tell of all of it; gives MLflow's run."""
+        return self._record(ended=True)
+
+
+def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial) -> SearchReport:
+    """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is."""
+    settings = _settings(plan, CONFIRM)
+    winner = search.with_values(plan, best.values, CONFIRM)
+    run = tried.end()
+    merged = merge_flow(str(path), [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
+    default = tried.submit(plan, 0, "confirm", settings)
+    chosen = tried.submit(winner, best.number, "confirm", settings)  # found: the run has scored it
+    rows = result_of(compare_with_default.submit(quote(plan), default, chosen))
+    return SearchReport(
+        recipe=plan.name,
+        digest=tried.log.digest,
+        trials=[asdict(trial) for trial in tried.log.trials],
+        best=dict(best.values),
+        overrides=best.overrides,
+        confirmed=rows,
+        merge=merged if isinstance(merged, MergeReport) else None,
+        mlflow_run=run,
+    )
+
+
+def _settings(plan: Recipe, documents: str) -> EvalSettings:
+    return pipeline.eval_settings(search.with_values(plan, {}, documents))
+
+
+def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
+    assert plan.evaluate is not None
+    return Scored.of("trial", entry.digest, entry.evaluated, plan.evaluate.weights).by_name

@@ -1,0 +1,76 @@
+"""What a search found, for people: a table of its trials, its history, and the Pareto front of two metrics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lewis.report import png
+from lewis.search import Objective, Trial
+
+_COLOURS = {"done": "#31688e", "front": "#35b779", "pruned": "#b0b0b0"}
+
+
+def rows(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[dict[str, str]]:
+    """One row per trial: values, scores, what became of it."""
+    found = []
+    for trial in trials:
+        row = {"trial": str(trial.number), "state": trial.state}
+        for number, objective in enumerate(objectives):
+            arrow = "↑" if objective.higher_is_better else "↓"
+            done = trial.state == "done"
+            row[f"{objective.metric} {arrow}"] = f"{trial.scores[number]:.4g}" if done else ""
+        row |= {path: str(value) for path, value in trial.values.items()}
+        found.append({**row, "seconds": f"{trial.seconds:.0f}", "reason": trial.reason})
+    return found
+
+
+def history(trials: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
+    """Draw the trials' scores in the order they were made, with the best so far: one panel per metric; a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2 * len(objectives)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(objectives), 1, squeeze=False)[:, 0]
+    done = [trial for trial in trials if trial.state == "done"]
+    other = [trial.number for trial in trials if trial.state in ("pruned", "failed")]
+    for number, (panel, objective) in enumerate(zip(panels, objectives, strict=True)):
+        scores = [trial.scores[number] for trial in done]
+        better = max if objective.higher_is_better else min
+        best = [better(scores[: i + 1]) for i in range(len(scores))]
+        at = [trial.number for trial in done]
+        panel.scatter(at, scores, color=_COLOURS["done"], s=24, label="a trial", zorder=3)
+        panel.step(at, best, where="post", color=_COLOURS["front"], linewidth=1.8, label="the best so far")
+        if scores and done[0].number == 0:
+            panel.axhline(scores[0], color="dimgrey", linewidth=1, linestyle="--", label="the recipe's own values")
+        for place in other:
+            panel.axvline(place, color=_COLOURS["pruned"], linewidth=1, alpha=0.6, zorder=1)
+        panel.set_title(f"{objective.metric} {'↑' if objective.higher_is_better else '↓'}", fontsize=10, loc="left")
+        panel.set_xlabel("trial (grey lines: given up or failed)" if other else "trial", fontsize=9)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8)
+    return png(figure)
+
+
+def pareto(trials: Sequence[Trial], front: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
+    """Draw two metrics against each other, with the trials that no other beats in both; a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 5), dpi=100, layout="constrained")
+    panel = figure.subplots()
+    done = [trial for trial in trials if trial.state == "done"]
+    panel.scatter(*_points(done), color=_COLOURS["done"], s=24, label="a trial")
+    best = sorted(front, key=lambda trial: trial.scores)
+    panel.plot(*_points(best), color=_COLOURS["front"], marker="o", linewidth=1.8, label="the Pareto front")
+    for trial in best:
+        panel.annotate(
+            str(trial.number), (trial.scores[0], trial.scores[1]), (4, 4), textcoords="offset points", fontsize=8
+        )
+    labels = [f"{o.metric} {'↑' if o.higher_is_better else '↓'}" for o in objectives]
+    panel.set_xlabel(labels[0])
+    panel.set_ylabel(labels[1])
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=9)
+    return png(figure)
+
+
+def _points(trials: Sequence[Trial]) -> tuple[list[Any], list[Any]]:
+    return [trial.scores[0] for trial in trials], [trial.scores[1] for trial in trials]

@@ -1,0 +1,76 @@
+"""A search in MLflow: one run with a nested run per trial. Safe to repeat, also after a kill."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lewis import tracking
+from lewis.recipe import Recipe
+from lewis.registration import flat_parameters
+from lewis.search import Objective, Trial
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SEARCH, _TRIAL, _PARENT = "lewis.search", "lewis.trial", "mlflow.parentRunId"
+_STATUS = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+
+
+def record(
+    recipe: Recipe,
+    digest: str,
+    objectives: Sequence[Objective],
+    trials: Sequence[Trial],
+    *,
+    files: Mapping[str, bytes] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Bring MLflow up to date with a search: the trials that have ended, and at its end what came of it.
+
+    Args:
+        recipe: with its `search` block.
+        digest: of the search.
+        objectives: what the trials' scores are of.
+        trials: all of them.
+        files: name -> content; with them the search's run ends.
+        tags: of the search's run, such as its winner.
+
+    Returns:
+        id of the search's run.
+
+    Raises:
+        TransientError, LewisError: as `tracking.client`.
+    """
+    with tracking.client(f"recording the search of {recipe.name}") as client:
+        experiment = tracking.experiment(client)
+        parent = _parent(client, experiment, recipe, digest)
+        seen = {run.data.tags.get(_TRIAL) for run in client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'")}
+        for trial in trials:
+            if trial.state in _STATUS and str(trial.number) not in seen:
+                _add(client, experiment, parent, objectives, trial)
+        for name, value in (tags or {}).items():
+            client.set_tag(parent, name, value)
+        if files is not None:
+            tracking.log_files(client, parent, files)
+            client.set_terminated(parent, "FINISHED")
+        return parent
+
+
+def _parent(client: "MlflowClient", experiment: str, recipe: Recipe, digest: str) -> str:
+    found = client.search_runs([experiment], f"tags.`{_SEARCH}` = '{digest}' and tags.`{_TRIAL}` = 'all'")
+    if found:
+        if found[0].info.status != "RUNNING":
+            client.update_run(found[0].info.run_id, status="RUNNING")  # it goes on
+        return str(found[0].info.run_id)
+    run = client.create_run(experiment, run_name=f"search {recipe.name}", tags={_SEARCH: digest, _TRIAL: "all"})
+    tracking.log_numbers(client, run.info.run_id, None, flat_parameters(recipe), {})
+    return str(run.info.run_id)
+
+
+def _add(client: "MlflowClient", experiment: str, parent: str, objectives: Sequence[Objective], trial: Trial) -> None:
+    tags: dict[str, Any] = {_PARENT: parent, _TRIAL: str(trial.number)}
+    if trial.reason:
+        tags["lewis.reason"] = tracking.cut(trial.reason, tracking.MAX_PARAM, "the log")
+    run = client.create_run(experiment, run_name=f"trial {trial.number}", tags=tags)
+    scores = dict(zip((o.metric for o in objectives), trial.scores, strict=True)) if trial.state == "done" else {}
+    tracking.log_numbers(client, run.info.run_id, None, dict(trial.values), {**scores, "seconds": trial.seconds})
+    client.set_terminated(run.info.run_id, _STATUS[trial.state])

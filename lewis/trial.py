@@ -1,0 +1,81 @@
+"""One trial of a search: allocate, merge into memory, score; nothing of the merged model stays."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lewis import pipeline, store
+from lewis.entries import ModelFiles, ScoresEntry
+from lewis.evaluation import EvalSettings
+from lewis.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+MEMORY = Path("/dev/shm")  # files there are pages of memory: lm-eval maps them, nothing goes to a disk
+SHARE = 0.5  # of what is free, at most, for a merged model
+
+
+def score_trial(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    settings: EvalSettings,
+    *,
+    device: str = "cpu",
+    progress: Callable[[float, str], None] | None = None,
+) -> ScoresEntry:
+    """Scores of the model that a recipe gives; found, if that very merge has been scored before.
+
+    Args:
+        recipe: with a trial's values.
+        base, experts: as `pipeline.merge`; what their importance needs is measured if the store does not have it.
+        settings: tasks and documents.
+        device: of the forward passes.
+        progress: called with the fraction done of the running kind of requests, and that kind.
+
+    Raises:
+        InputError, LewisError: if the values do not go together, or the merge or lm-eval fails.
+    """
+    allocated = None
+    if recipe.lewis and base:
+        allocated = pipeline.guide(recipe, base, experts, device=device)[1]
+    prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
+    found = pipeline.find_scores(recipe.label, prepared.digest, settings, recipe.root, device)
+    if found is not None:
+        return found
+    with store.lock(f"trial-{prepared.digest}"), _folder(prepared.digest, prepared.size) as folder:
+        if not folder.exists():
+            prepared.run(folder)
+        files = ModelFiles.at(recipe.label, prepared.digest, folder)
+        return pipeline.score(files, settings, root=recipe.root, device=device, progress=progress)
+
+
+@contextmanager
+def _folder(digest: str, size: int) -> Iterator[Path]:
+    """The merged model of the store, if it is there; else a place for one, gone afterwards: in memory, if it fits."""
+    known = pipeline.find_merged(digest)
+    if known is not None:
+        yield known.folder
+        return
+    fits = os.access(MEMORY, os.W_OK) and size < SHARE * min(shutil.disk_usage(MEMORY).free, _free_memory())
+    if not fits:
+        logger.info("the merged model, %.1f GB, is written to the disk: it does not fit in memory", size / 1e9)
+    parent = MEMORY / f"lewis-{os.getuid()}" if fits else store.home() / "trials"
+    parent.mkdir(parents=True, exist_ok=True)
+    store.sweep(parent)  # of trials that were killed
+    scratch = store.beside(parent / digest[:12])
+    scratch.mkdir()
+    try:
+        yield scratch / "model"
+    finally:
+        store.discard(scratch)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,73 @@
+"""The search: one trial, what is told of all of them, and the comparison at its end."""
+
+import json
+from dataclasses import asdict
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from lewis import search_report, search_runs, trial
+from lewis.entries import ModelFiles, ScoresEntry
+from lewis.evaluation import EvalSettings
+from lewis.recipe import Recipe
+from lewis.scored import Scored, comparison_rows
+from lewis.search import Objective, Trial
+from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
+from tasks.device import device_slot
+from tasks.report import as_markdown
+
+
+# No cache in front of it: it finds the scores of a merge that was scored before. A failed trial is a result: no retry.
+@task(name="trial", task_run_name="trial {number}, {part}", cache_policy=NO_CACHE)
+def score_trial(
+    recipe: Recipe,
+    number: int,
+    part: str,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    settings: EvalSettings,
+) -> ScoresEntry:
+    """Scores of the model that a recipe with a trial's values gives, on `part` of the search's documents."""
+    report = Progress("trial", f"trial {number}")
+    with device_slot() as device:
+        raise_if_stopping(f"trial {number}")
+        return trial.score_trial(
+            recipe, base, experts, settings, device=device, progress=lambda share, _: report(share)
+        )
+
+
+@task(name="record-search", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def record_search(
+    recipe: Recipe, digest: str, objectives: list[Objective], trials: list[Trial], front: list[Trial], ended: bool
+) -> str:
+    """What was tried: a table in the UI, a run per trial in MLflow, and at the end the pictures; gives MLflow's run."""
+    table = search_report.rows(trials, objectives)
+    key = f"{slug(recipe.name)}-search"
+    create_table_artifact(table, key=f"{key}-table", description="What the search has tried")
+    if not ended:
+        return search_runs.record(recipe, digest, objectives, trials)
+    files = {"search_history.png": search_report.history(trials, objectives), "recipe.yaml": recipe.text.encode()}
+    if len(objectives) > 1:
+        files["search_pareto.png"] = search_report.pareto(trials, front, objectives)
+    pictures = "\n\n".join(as_markdown(name, data) for name, data in files.items() if name.endswith(".png"))
+    create_markdown_artifact(f"# Search\n\n{pictures}", key=f"{key}-history", description="The trials' scores")
+    files["trials.json"] = json.dumps([asdict(trial) for trial in trials], indent=2).encode()
+    tags = {"lewis.best": json.dumps(dict(front[0].values))} if front else {}
+    return search_runs.record(recipe, digest, objectives, trials, files=files, tags=tags)
+
+
+@task(name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
+def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
+    """The best trial against the recipe as it is, on the documents that the search did not see."""
+    assert recipe.evaluate is not None
+    weights = recipe.evaluate.weights
+    models = [
+        Scored.of(label, each.digest, each.evaluated, weights)
+        for label, each in (("default", default), ("searched", best))
+    ]
+    rows = comparison_rows(models)
+    create_table_artifact(
+        rows, key=f"{slug(recipe.name)}-search-confirmed", description="On the documents that the search did not see"
+    )
+    return rows

@@ -1,0 +1,112 @@
+"""The search as a user runs it: real processes, a real Prefect server, a real registry."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.flows.conftest import Command
+from tests.flows.test_run import finished, report, versions
+
+SEARCH = """
+search:
+  trials: 4
+  space:
+    parameters.lambda: {min: 0.5, max: 2.0}
+    lewis.density.min: {min: 0.1, max: 0.9}
+    lewis.density.max: {min: 0.2, max: 1.0}
+"""
+# The two bounds cross in some trials: those fail, and the search goes on.
+
+
+def searching(recipe: Path, **changes: str) -> Path:
+    text = recipe.read_text().replace("samples: 16}}\n", "samples: 16}}\n  density: {min: 0.1, max: 1.0}\n")
+    text = text.rstrip() + SEARCH
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text)
+    return recipe
+
+
+def runs(home: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("lewis").experiment_id]))  # type: ignore[union-attr]
+
+
+def nested(home: Path, parent: Any) -> list[Any]:
+    return [run for run in runs(home) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+
+
+def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
+    lewis: Command, recipe: Path, home: Path
+) -> None:
+    searching(recipe, **{"trials: 4": "trials: 4\n  parallel: 2"})
+    patch = (
+        "import time, lewis.trial as m; f = m.score_trial; n = []\n"
+        "def slow(*a, **k):\n"
+        "    n.append(1)\n"
+        "    if len(n) == 4: print('HERE', flush=True); time.sleep(60)\n"
+        "    return f(*a, **k)\n"
+        "m.score_trial = slow"
+    )
+    killed = lewis("search", recipe, "--json", patch=patch)
+    assert killed.stdout is not None
+    while "HERE" not in (line := killed.stdout.readline()):
+        assert line, finished(killed)
+    os.kill(killed.pid, signal.SIGKILL)
+    finished(killed)
+    (parent,) = [run for run in runs(home) if run.data.tags.get("lewis.trial") == "all"]
+    before = nested(home, parent)
+    assert before and not versions(home)
+
+    found = report(lewis("search", recipe, "--json"))
+    assert found["mlflow_run"] == parent.info.run_id
+    assert len(found["trials"]) == 4
+    done = [trial for trial in found["trials"] if trial["state"] == "done"]
+    for trial in found["trials"]:
+        crossed = trial["values"]["lewis.density.min"] > trial["values"]["lewis.density.max"]
+        assert trial["state"] == ("failed" if crossed else "done")
+        assert not crossed or "lewis.density.min" in trial["reason"]
+    best = max(done, key=lambda trial: (trial["scores"][0], -trial["number"]))
+    assert found["best"] == best["values"]
+
+    (version,) = versions(home)
+    assert found["merge"]["version"] == f"models:/tiny/{version.version}"
+    params = next(run for run in runs(home) if run.info.run_id == version.run_id).data.params
+    assert params["evaluate.documents"] == "confirm"
+    assert float(params["parameters.lambda.0.value"]) == best["values"]["parameters.lambda"]
+    rows = {row["model"]: row for row in found["confirmed"]}
+    assert rows.keys() == {"default", "searched"} and 0 < int(rows["searched"]["documents"]) < 40
+
+    (parent,) = [run for run in runs(home) if run.info.run_id == parent.info.run_id]
+    assert parent.info.status == "FINISHED" and json.loads(parent.data.tags["lewis.best"]) == found["best"]
+    trials = nested(home, parent)
+    assert {run.info.run_id for run in before} < {run.info.run_id for run in trials}
+    assert sorted(int(run.data.tags["lewis.trial"]) for run in trials) == [t["number"] for t in found["trials"]]
+    scores = {int(run.data.tags["lewis.trial"]): run.data.metrics.get("words/acc/none") for run in trials}
+    assert {number: score for number, score in scores.items() if score is not None} == {
+        trial["number"]: trial["scores"][0] for trial in done
+    }
+    # Trials leave no weights behind.
+    assert len(list((home / "merged").glob("*"))) <= 2 and not list(Path("/dev/shm").glob("lewis-*/.*.partial"))
+
+
+def test_what_is_wrong_costs_nothing(lewis: Command, recipe: Path, home: Path) -> None:
+    code, _, err = finished(lewis("search", recipe))
+    assert code == 2 and "search: missing" in err
+    searching(recipe, **{"parameters.lambda": "parameters.lamda"})
+    code, _, err = finished(lewis("search", recipe))
+    assert code == 2 and re.search(r"search\.space\.parameters\.lamda: .*did you mean 'lambda'", err)
+    assert not (home / "search").exists() and not (home / "mlflow").exists()
+
+
+def test_a_metric_that_nothing_scores_is_named(lewis: Command, recipe: Path, home: Path) -> None:
+    searching(recipe, **{"trials: 4": "trials: 4\n  metrics: ['words/ac,none']"})
+    code, _, err = finished(lewis("search", recipe))
+    assert code == 2 and "there is no score 'words/ac,none'; did you mean 'words/acc,none'" in err
+    assert not versions(home)

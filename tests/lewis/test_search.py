@@ -1,0 +1,202 @@
+"""The space of a search, what it remembers, and how it is told."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lewis import search, search_report
+from lewis.errors import RecipeError
+from lewis.recipe import Recipe
+from lewis.search import Log, Objective, Trial
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models: [{model: org/a, parameters: {weight: 1.5}}, {model: org/b, parameters: {weight: 1}}]
+lewis: {calibrations: {t: {texts: [a b]}}, density: {min: 0.3, max: 0.8}}
+evaluate: {tasks: [x]}
+search:
+  space:
+    parameters.lambda: {min: 0.5, max: 2.0}
+    models[0].parameters.weight: {min: 0.5, max: 3, step: 0.5}
+    lewis.density.max: {min: 0.4, max: 1.0}
+    merge_method: [ties, dare_ties]
+"""
+ACC, LOSS = Objective("x/acc,none", True), Objective("x/loss,none", False)
+INPUTS = {"org/base": "1", "org/a": "2", "org/b": "3"}
+
+
+def parse(space: str = "", **changes: str) -> Recipe:
+    text = RECIPE
+    if space:
+        text = text.partition("  space:")[0] + f"  space: {{{space}}}\n"
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return Recipe.parse(text, root=Path("."))
+
+
+@pytest.fixture
+def recipe(home: Path) -> Recipe:
+    return parse()
+
+
+def run(log: Log, count: int, score: Callable[[Trial], float]) -> None:
+    for _ in range(count):
+        trial = log.ask()
+        log.done(trial, [score(trial)])
+
+
+def closeness(trial: Trial) -> float:
+    return -((float(trial.values["parameters.lambda"]) - 1.4) ** 2)
+
+
+class TestSpace:
+    @pytest.mark.parametrize(
+        ("space", "problem"),
+        [
+            (
+                "parameters.lamda: {min: 1, max: 2}",
+                "parameters.lamda: parameters.lamda: ties has no such parameter; did",
+            ),
+            ("lewis.density.max: {min: 0.1, max: 1}", "lewis.density.min: expected 0 < min <= max <= 1, got min=0.3"),
+            ("merge_method: [ties, tise]", "merge_method: merge_method: unknown method 'tise'; did you mean 'ties'"),
+            ("evaluate.limit: [1, 2]", "search.space.evaluate.limit: expected a value that the merge depends on"),
+            ("'models[7].parameters.weight': [1]", "there is no models.7 in the recipe"),
+            ("parameters.lambda: []", "search.space.parameters.lambda: expected at least one choice"),
+            ("parameters.lambda: {min: 2, max: 1}", "expected min < max, got min=2, max=1"),
+            ("parameters.lambda: {min: 0, max: 1, log: true}", "a log scale needs min > 0"),
+            ("parameters.lambda: {min: 0, mx: 1}", "search.space.parameters.lambda"),
+        ],
+    )
+    def test_what_is_wrong_is_told_at_its_path(self, space: str, problem: str) -> None:
+        with pytest.raises(RecipeError) as caught:
+            search.check_space(parse(space))
+        assert problem in str(caught.value)
+
+    def test_what_is_right(self, recipe: Recipe) -> None:
+        search.check_space(recipe)
+
+    def test_the_metrics(self, recipe: Recipe) -> None:
+        with pytest.raises(RecipeError, match=r"search\.metrics: missing"):
+            search.objectives_of(recipe)
+        gate = "register: {name: n, gate: {metric: 'x/acc,none'}}\nsearch:"
+        assert search.objectives_of(parse(**{"search:": gate})) == ("x/acc,none",)
+        assert search.objectives_of(parse(**{"search:": "search:\n  metrics: [a, b]"})) == ("a", "b")
+        with pytest.raises(RecipeError, match="search: missing; `lewis search` needs this block"):
+            search.objectives_of(Recipe.parse(RECIPE.partition("search:")[0], root=Path(".")))
+        with pytest.raises(RecipeError, match="add an evaluate block"):
+            search.objectives_of(parse(**{"evaluate: {tasks: [x]}": "", "search:": "search:\n  metrics: [a]"}))
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.4, 1), st.sampled_from(["ties", "dare_ties"]))
+    def test_values_become_the_recipe(self, scale: float, weight: float, top: float, method: str) -> None:
+        values = {
+            "parameters.lambda": scale,
+            "models[0].parameters.weight": weight,
+            "lewis.density.max": top,
+            "merge_method": method,
+        }
+        made = search.with_values(parse(), values, "evaluate.limit=3")
+        assert made.lewis and made.evaluate
+        assert (made.merge_method, made.lewis.density.max, made.evaluate.limit) == (method, top, 3)
+        assert made.parameters["lambda"][0].value == scale
+        assert made.models[0].parameters["weight"][0].value == weight and made.models[1] == parse().models[1]
+
+
+class TestLog:
+    def test_it_begins_with_the_recipes_own_values(self, recipe: Recipe) -> None:
+        first = Log(recipe, [ACC], INPUTS, "t").ask()
+        assert first.values == {
+            "parameters.lambda": 1.0,
+            "models[0].parameters.weight": 1.5,
+            "lewis.density.max": 0.8,
+            "merge_method": "ties",
+        }
+        assert "models[0].parameters.weight=1.5" in first.overrides
+
+    def test_it_finds_what_is_better(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        run(log, 25, closeness)
+        (best,) = log.front
+        assert best.scores[0] == max(trial.scores[0] for trial in log.trials) > -0.01
+        space = recipe.search.space if recipe.search else {}
+        for trial in log.trials:
+            assert all(search._holds(space[path], value) for path, value in trial.values.items())
+            assert float(trial.values["models[0].parameters.weight"]) % 0.5 == 0
+        assert {trial.values["merge_method"] for trial in log.trials} == {"ties", "dare_ties"}
+
+    def test_it_goes_on_with_what_was_cut_off(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        run(log, 3, closeness)
+        cut = log.ask()
+        again = Log(recipe, [ACC], INPUTS, "t")
+        assert again.digest == log.digest and [trial.state for trial in again.trials] == ["done"] * 3
+        assert again.ask().values == cut.values
+        assert Log(recipe, [ACC], INPUTS, "t").ask().values == cut.values  # cut off twice
+        more = Log(parse(**{"  space:": "  trials: 50\n  space:"}), [ACC], INPUTS, "t")
+        assert len(more.trials) == 3
+
+    def test_other_inputs_tasks_or_spaces_are_another_search(self, recipe: Recipe) -> None:
+        digests = {
+            Log(each, objectives, inputs, tasks).digest
+            for each, objectives, inputs, tasks in [
+                (recipe, [ACC], INPUTS, "t"),
+                (recipe, [ACC], {**INPUTS, "org/a": "9"}, "t"),
+                (recipe, [ACC], INPUTS, "u"),
+                (recipe, [LOSS], INPUTS, "t"),
+                (parse("merge_method: [ties]"), [ACC], INPUTS, "t"),
+            ]
+        }
+        assert len(digests) == 5
+
+    def test_failed_and_pruned(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        for number in range(search.STARTUP):
+            trial = log.ask()
+            assert not log.behind(trial, float(number))
+            log.done(trial, [number])
+        trial = log.ask()
+        assert log.behind(trial, -1.0)
+        log.pruned(trial)
+        log.failed(log.ask(), "no such density")
+        trial = log.ask()
+        assert not log.behind(trial, 9.0)
+        seen = Log(recipe, [ACC], INPUTS, "t").trials
+        assert [each.state for each in seen[search.STARTUP :]] == ["pruned", "failed"]
+        assert seen[-1].reason == "no such density" and Log(recipe, [ACC], INPUTS, "t").front[0].scores == (4.0,)
+
+    def test_nothing_done_has_no_front(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        assert log.front == [] and log.trials == []
+        log.failed(log.ask(), "x")
+        assert log.front == []
+
+    def test_the_lower_is_better_where_it_is(self, recipe: Recipe) -> None:
+        log = Log(recipe, [LOSS], INPUTS, "t")
+        run(log, 4, lambda trial: float(trial.number))
+        assert log.front[0].number == 0
+
+    def test_two_metrics_have_a_front(self, recipe: Recipe) -> None:
+        log = Log(recipe, [LOSS, ACC], INPUTS, "t")
+        for loss, acc in [(1.0, 0.5), (2.0, 0.9), (3.0, 0.8), (0.5, 0.1)]:
+            log.done(log.ask(), [loss, acc])
+        assert [trial.number for trial in log.front] == [3, 0, 1]
+
+
+def test_tables_and_pictures(recipe: Recipe) -> None:
+    log = Log(recipe, [ACC, LOSS], INPUTS, "t")
+    for acc, loss in [(0.5, 1.0), (0.9, 2.0), (0.1, 0.5)]:
+        log.done(log.ask(), [acc, loss])
+    log.failed(log.ask(), "it broke")
+    table = search_report.rows(log.trials, log.objectives)
+    assert [row["state"] for row in table] == ["done"] * 3 + ["failed"]
+    assert table[1]["x/acc,none ↑"] == "0.9" and table[3]["x/loss,none ↓"] == "" and table[3]["reason"] == "it broke"
+    pictures = [
+        search_report.history(log.trials, log.objectives),
+        search_report.history([], [ACC]),
+        search_report.pareto(log.trials, log.front, log.objectives),
+    ]
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in pictures)
