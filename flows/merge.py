@@ -90,7 +90,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     # and draw edges from everywhere to everywhere.
     settings = pipeline.eval_settings(plan) if plan.evaluate else None
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
-    champion = find_champion.submit(plan.register_as.name) if plan.register_as else None
+    champion = find_champion.submit(plan.register_as.name, bool(settings)) if plan.register_as else None
 
     base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
     sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
@@ -185,7 +185,7 @@ def _models_to_score(
     gated = plan.register_as is not None and plan.register_as.gate is not None
     if base and ("base" in plan.evaluate.baselines or gated):  # the first champion has to beat the base
         models["base"] = base
-    if "experts" in plan.evaluate.baselines:
+    if "experts" in plan.evaluate.baselines or (gated and not base):  # without a base, the best of the experts
         pairs = zip(pipeline.short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
         models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
     return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}

@@ -154,9 +154,10 @@ def _resampled(parts: Sequence[tuple[Part, Array]], statistic: Callable[[Part, A
     for part, sums in parts:
         count, observed = len(sums), statistic(part, sums.sum(axis=0))
         wider = math.sqrt(count / (count - 1)) if count > 1 else math.nan  # one document tells no spread
-        for rows in _chunks(RESAMPLES, count):
-            drawn = rng.multinomial(count, np.full(count, 1 / count), size=len(rows)).astype(np.float64)
-            total[rows] += observed + wider * (statistic(part, drawn @ sums) - observed)
+        kinds, often = np.unique(sums, axis=0, return_counts=True)  # right and wrong answers are four kinds of rows
+        for rows in _chunks(RESAMPLES, len(kinds)):
+            drawn = rng.multinomial(count, often / count, size=len(rows)).astype(np.float64)
+            total[rows] += observed + wider * (statistic(part, drawn @ kinds) - observed)
     return total
 
 

@@ -65,6 +65,21 @@ def local_folder(model: "LoggedModel") -> Path | None:
     return Path(url2pathname(location.path)) if location.scheme in ("", "file") else None
 
 
+def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None:
+    """Put the checkpoint of a remote model back into the store, with the manifest it was published with."""
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory(prefix="lewis-", dir=folder.parent) as scratch:
+        place = f"{model.artifact_location.rstrip('/')}/{CHECKPOINT}"
+        found = Path(download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri))
+        manifest = store.read_json(found / store.MANIFEST) or {}
+        with store.publish(folder, {key: value for key, value in manifest.items() if key != "files"}) as target:
+            for path in _files(found):
+                if path.name != store.MANIFEST:
+                    (target / path.relative_to(found)).parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(target / path.relative_to(found))
+
+
 def discard(client: "MlflowClient", model: "LoggedModel") -> None:
     """Delete a model that no version uses, and its local files; `mlflow gc` removes remote ones."""
     if (folder := local_folder(model)) is not None:

@@ -26,6 +26,7 @@ from lewis.importance import Layer
 from lewis.lora import is_adapter
 from lewis.merge import Expert, Merge
 from lewis.recipe import ModelEntry, Recipe
+from lewis.scored import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +328,16 @@ def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
     digest = store.digest([key, evaluation.tasks_digest(settings, root), precision(device)])
     return digest, store.home() / "scores" / f"{digest}.json"
+
+
+def scored(recipe: Recipe, entries: Mapping[str, ScoresEntry]) -> list[Scored]:
+    """The models of an evaluation side by side, with the recipe's weighted mean, in the order of the tables.
+
+    Raises:
+        InputError: if a weight is for a score that there is not.
+    """
+    weights = recipe.evaluate.weights if recipe.evaluate else {}
+    return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]
 
 
 def eval_settings(recipe: Recipe) -> EvalSettings:

@@ -136,10 +136,23 @@ class Evaluate(_Block):
 
 
 class Gate(_Block):
-    """The rule of promotion: `metric` (`task/metric,filter`) must gain at least `min_gain` on the champion."""
+    """The rules of promotion, against the champion, or the base before there is one.
+
+    Attributes:
+        metric: `task/metric,filter`, or `weighted/mean,none`.
+        min_gain: what it must gain at least.
+        superiority: whether the paired 95 % interval of its gain must lie above 0; by default, unless `min_gain` is
+            negative.
+        tolerance: how much worse than the reference each task may be shown not to be, in all or by task or
+            `task/metric,filter`: absolute for scores between 0 and 1, else relative to the reference's value.
+        allow_limit: whether a run with `evaluate.limit` may promote.
+    """
 
     metric: str
     min_gain: float = 0.0
+    superiority: bool | None = None
+    tolerance: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] = 0.05
+    allow_limit: bool = False
 
 
 class Register(_Block):

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -149,6 +149,26 @@ def champion(name: str) -> Champion | None:
         return _champion(client, name)
 
 
+def fetch(current: Champion) -> Champion:
+    """Bring the checkpoint of a champion to this disk, if MLflow's artifacts are remote and the store has lost it.
+
+    Raises:
+        TransientError: if the server does not answer.
+        LewisError: if MLflow or the disk refuses.
+    """
+    if current.folder is not None or not re.fullmatch("[0-9a-f]{64}", current.digest):
+        return current
+    folder = store.home() / "merged" / current.digest
+    with store.lock(f"merged-{current.digest}"), tracking.client(f"fetching {current.version.uri}") as client:
+        if (store.read_manifest(folder) or {}).get("digest") != current.digest:
+            version = client.get_model_version(current.version.name, current.version.version)
+            model = _model_of(client, version)
+            if model is None:
+                return current
+            logged_model.download(client, model, folder)
+    return replace(current, folder=folder)
+
+
 def link(version: Version) -> str:
     """Where MLflow's UI shows the version: on the tracking server, or where `mlflow ui` would serve by default."""
     return f"{_server()}/#/models/{quote(version.name)}/versions/{version.version}"
@@ -188,7 +208,7 @@ def promote(version: Version, verdict: Verdict) -> Promotion:
         if current is not None and current.version.version == version.version:
             logger.info("%s already is the champion", version.uri)
             return Promotion(moved=False, previous=current.version.uri)
-        if verdict.passed and verdict.compared_with.startswith("models:/"):
+        if verdict.passed:
             _check_still_champion(current, verdict)
         tags = {
             "lewis.verdict.compared_with": verdict.compared_with,
@@ -315,10 +335,12 @@ def _champion(client: "MlflowClient", name: str) -> Champion | None:
 
 
 def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
-    uri = current.version.uri if current is not None else "none"
-    if uri != verdict.compared_with:
+    uri = current.version.uri if current is not None else None
+    expected = verdict.compared_with if verdict.compared_with.startswith("models:/") else None
+    if uri != expected:
         raise LewisError(
-            f"the gate compared with {verdict.compared_with}, but the champion is {uri} by now; run the flow again"
+            f"the gate compared with {verdict.compared_with}, but the champion is {uri or 'none'} by now; "
+            "run the flow again"
         )
 
 

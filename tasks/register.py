@@ -7,12 +7,13 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import registry
+from lewis import pipeline, registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
 from lewis.recipe import Recipe
 from lewis.registration import registry_entry
 from lewis.registry import Champion, Promotion, Version
+from lewis.scored import Scored
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 
@@ -20,26 +21,40 @@ logger = logging.getLogger(__name__)
 PROMOTED = "lewis.model.promoted"  # for automations: notify, deploy
 
 
-@task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def find_champion(name: str) -> Champion | None:
-    """The version in use, whose scores are to beat."""
-    return registry.champion(name)
+@task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def find_champion(name: str, to_score: bool) -> Champion | None:
+    """The version in use, with its checkpoint on this disk if it is to be scored."""
+    current = registry.champion(name)
+    return registry.fetch(current) if current and to_score else current
 
 
 @task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
 def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
-    """May the merged model be promoted? Compared with the champion, or with the base before there is one."""
+    """May the merged model be promoted? Compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
-    against = champion.version.uri if champion else "base"
-    if champion and champion.digest == merged.digest:
-        return Verdict(True, ("this very model is the champion already",), against)
-    found = {label: {f"{s.task}/{s.metric}": s for s in entry.scores} for label, entry in scores.items()}
-    numbers = {label: {key: s.value for key, s in each.items()} for label, each in found.items()}
-    reference = numbers.get("champion") or (dict(champion.metrics) if champion else numbers.get("base", {}))
     rule = recipe.register_as.gate
-    judged = found.get(recipe.label, {}).get(rule.metric) if rule else None
-    higher = judged.higher_is_better if judged else True
-    return decide(rule, numbers.get(recipe.label, {}), reference, against, higher_is_better=higher)
+    if champion and champion.digest == merged.digest:
+        return Verdict(True, ("this very model is the champion already",), champion.version.uri)
+    if rule is None:
+        return Verdict(True, ("no gate in the recipe",), champion.version.uri if champion else "nothing")
+    models = {model.label: model for model in pipeline.scored(recipe, scores)}
+    ours, base = models.pop(recipe.label), models.get("base")
+    if champion and "champion" not in models:
+        lost = f"{champion.version.uri} must be scored again: its files are gone; see `lewis promote`: fail"
+        return Verdict(False, (lost,), champion.version.uri)
+    reference = models["champion"] if champion else base or _best(rule.metric, models)
+    against = champion.version.uri if champion else reference.label
+    limit = recipe.evaluate.limit if recipe.evaluate else None
+    return decide(rule, ours, reference, against, base=base, limit=limit)
+
+
+def _best(metric: str, parents: dict[str, Scored]) -> Scored:
+    """The parent to beat where there is neither a champion nor a base."""
+    known = {label: model.by_name[metric] for label, model in parents.items() if metric in model.by_name}
+    if not known:
+        return next(iter(parents.values()))
+    higher = next(iter(known.values())).higher_is_better
+    return parents[max(known, key=lambda label: known[label].value if higher else -known[label].value)]
 
 
 # MLflow decides whether this very merge is registered already: no cache in front of it.

@@ -1,54 +1,210 @@
-"""The gate's arithmetic, by hand."""
+"""The gate's rules, one by one with numbers by hand, and how often it lets chance through."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from lewis.comparison import PairingError
 from lewis.errors import InputError
-from lewis.gate import Verdict, decide
+from lewis.evaluation import Evaluated, Score
+from lewis.gate import decide
+from lewis.samples import Ends, Part, Samples
+from lewis.scored import Scored
 
-KEY = "gsm8k/exact_match,none"
+KEY = "maths/exact_match,none"
+GOOD = Ends({"maths": 0.0}, 4, 2, 5.0)
 
 
-def gate(min_gain: float = 0.0, metric: str = KEY) -> SimpleNamespace:
-    return SimpleNamespace(metric=metric, min_gain=min_gain)
+def gate(metric: str = KEY, min_gain: float = 0.0, **rules) -> SimpleNamespace:
+    return SimpleNamespace(
+        metric=metric, min_gain=min_gain, **{"superiority": None, "tolerance": 0.05, "allow_limit": False, **rules}
+    )
 
 
-def test_no_gate_passes() -> None:
-    assert decide(None, {}, {}, "base") == Verdict(True, ("no gate in the recipe",), "base")
+def model(label: str, ends: Ends = GOOD, *, weights=None, higher=True, group=None, **tasks) -> Scored:
+    scores, samples = [], []
+    for task, values in tasks.items():
+        plain = tuple(map(float, values))
+        part = Part(task, 1.0, "mean", tuple(f"{i}" for i in range(len(plain))), plain)
+        scores.append(Score(task, "exact_match,none", sum(plain) / len(plain), 0.01, higher, len(plain)))
+        samples.append(Samples(task, "exact_match,none", (part,)))
+    if group:
+        parts = tuple(part for each in samples for part in each.weighted(1 / len(samples)))
+        samples.append(Samples(group, "exact_match,none", parts))
+        scores.append(Score(group, "exact_match,none", samples[-1].value(), 0.01, higher, 1))
+    return Scored.of(label, label, Evaluated(scores, samples, ends, {}), weights)
+
+
+def right(number: int, of: int = 100) -> list[int]:
+    return [1] * number + [0] * (of - number)
+
+
+def verdict(rule, ours: Scored, theirs: Scored, **more):
+    return decide(rule, ours, theirs, "base", **{"base": theirs, **more})
+
+
+def failed(found) -> list[str]:
+    return [reason for reason in found.reasons if reason.endswith(": fail")]
+
+
+def test_every_rule_is_a_line_with_its_number() -> None:
+    base = model("base", maths=right(50), code=right(40))
+    found = verdict(gate(), model("lewis", maths=right(70), code=right(41)), base)
+    assert found.passed and found.compared_with == "base"
+    gains, superior, code, nan, empty, ends, perplexity = found.reasons
+    assert gains == f"{KEY} must gain at least 0: 0.7000 vs 0.5000: pass"
+    assert superior.startswith(f"{KEY}, lower 95 % bound of the paired gain must be above 0, p at most 0.05: +0.1")
+    assert superior.endswith(", p 1.91e-06: pass")
+    assert code.startswith("code/exact_match,none must not be worse by 0.05: gain +0.0100, from -0.0")
+    assert nan == "no score may be NaN or infinite: 0 of 2: pass"
+    assert empty == "maths must have no empty answers, or no more than base: 0.0% vs 0.0%: pass"
+    assert ends == "a generation must come to its end: 2 of 4: pass"
+    assert perplexity == "the reference answers' perplexity must be at most 1.1 times the base's: 5 vs 5: pass"
 
 
 @pytest.mark.parametrize(
     ("new", "old", "min_gain", "passed"),
     [
-        (0.5, 0.5, 0.0, True),
-        (0.4999, 0.5, 0.0, False),
-        (0.57, 0.55, 0.02, True),  # 0.57 - 0.55 < 0.02 in floating point
-        (0.5699, 0.55, 0.02, False),
-        (0.54, 0.55, -0.01, True),
-        (math.nan, 0.5, 0.0, False),
-        (0.5, math.nan, 0.0, False),
-        (math.inf, math.inf, 0.0, False),
+        (57, 55, 0.02, True),  # 0.57 - 0.55 < 0.02 in floating point
+        (56, 55, 0.02, False),
+        (54, 55, -0.01, True),
+        (53, 55, -0.01, False),
     ],
 )
-def test_higher_is_better(new: float, old: float, min_gain: float, passed: bool) -> None:
-    assert decide(gate(min_gain), {KEY: new}, {KEY: old}, "base").passed is passed
+def test_the_gain(new: int, old: int, min_gain: float, passed: bool) -> None:
+    found = verdict(
+        gate(min_gain=min_gain, superiority=False), model("m", maths=right(new)), model("base", maths=right(old))
+    )
+    assert found.reasons[0].endswith("pass") is passed
 
 
 def test_lower_is_better() -> None:
-    assert decide(gate(1.0), {KEY: 9.0}, {KEY: 10.0}, "base", higher_is_better=False).passed
-    assert not decide(gate(1.0), {KEY: 10.0}, {KEY: 9.0}, "base", higher_is_better=False).passed
+    low, high = (model(label, higher=False, maths=[v + i % 3 for i in range(60)]) for label, v in (("m", 9), ("b", 10)))
+    assert verdict(gate(min_gain=1.0), low, high).passed
+    assert failed(verdict(gate(), high, low))[0].startswith(f"{KEY} must drop at least 0: 11.0000 vs 10.0000")
 
 
-def test_the_reason_has_both_numbers() -> None:
-    verdict = decide(gate(0.02), {KEY: 0.5}, {KEY: 0.49}, "models:/x/3")
-    assert verdict.reasons == (f"{KEY} must gain at least 0.02: 0.5000 vs 0.4900: fail",)
-    assert verdict.compared_with == "models:/x/3"
+def test_a_gain_that_may_be_chance_is_not_enough_unless_the_recipe_says_so() -> None:
+    base, ours = model("base", maths=right(50)), model("m", maths=right(54))  # 4 wins, no loss: p 0.125
+    [reason] = failed(verdict(gate(), ours, base))
+    assert reason.endswith("p 0.125: fail")
+    assert verdict(gate(superiority=False), ours, base).passed
+    assert verdict(gate(min_gain=-0.1), ours, base).passed
+    assert failed(verdict(gate(min_gain=-0.1, superiority=True), ours, base)) == [reason]
+    assert verdict(gate(), model("m", maths=right(56)), base).passed
 
 
-def test_an_unknown_metric_names_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"of the candidate, got 'gsm8k/exact_mtch,none'; did you mean 'gsm8k/exact_m"):
-        decide(gate(metric="gsm8k/exact_mtch,none"), {KEY: 0.5}, {KEY: 0.5}, "base")
-    with pytest.raises(InputError, match=r"a score of models:/x/3, got .*; there are no scores"):
-        decide(gate(), {KEY: 0.5}, {}, "models:/x/3")
+def test_a_task_that_falls_too_far_holds_the_model_back_by_its_own_tolerance() -> None:
+    base = model("base", maths=right(50), code=right(90), prose=right(90))
+    ours = model("m", maths=right(80), code=right(80), prose=right(90))
+    [reason] = failed(verdict(gate(), ours, base))
+    assert reason.startswith("code/exact_match,none must not be worse by 0.05: gain -0.1000")
+    assert verdict(gate(tolerance=0.25), ours, base).passed
+    assert verdict(gate(tolerance={"code": 0.25}), ours, base).passed
+    assert verdict(gate(tolerance={"code/exact_match,none": 0.25}), ours, base).passed
+    assert not verdict(gate(tolerance={"prose": 0.25}), ours, base).passed
+    with pytest.raises(InputError, match=r"tolerance: .* got 'cod'; did you mean 'code'"):
+        verdict(gate(tolerance={"cod": 0.25}), ours, base)
+
+
+def test_a_tolerance_is_relative_where_scores_are_not_shares() -> None:
+    values = [20.0 + i % 2 for i in range(50)]
+    base, ours = (
+        model(label, higher=False, maths=maths, prose=[v + more for v in values])
+        for label, maths, more in (("base", values, 0.0), ("m", [v - 5 for v in values], 0.9))
+    )
+    assert verdict(gate(), ours, base).passed  # 0.9 of 20.5
+    worse = model("m", higher=False, maths=[v - 5 for v in values], prose=[v + 1.1 for v in values])
+    [reason] = failed(verdict(gate(), worse, base))
+    assert reason.startswith("prose/exact_match,none must not be worse by 1.025: gain -1.1000")
+
+
+def test_a_group_stands_for_its_members_and_a_weighted_mean_for_none() -> None:
+    base = model("base", maths=right(50), code=right(50), group="both")
+    ours = model("m", maths=right(80), code=right(50), group="both")
+    kept = [r for r in verdict(gate("both/exact_match,none"), ours, base).reasons if "not be worse" in r]
+    assert kept == []  # the only one is the gate's own metric
+    weights = {"maths": 1, "code": 1}
+    base, ours = (
+        model(m.label, weights=weights, maths=a, code=right(50)) for m, a in ((base, right(50)), (ours, right(80)))
+    )
+    found = verdict(gate("weighted/mean,none"), ours, base)
+    assert found.passed and [r.split()[0] for r in found.reasons if "not be worse" in r] == [
+        "maths/exact_match,none",
+        "code/exact_match,none",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        (replace(GOOD, empty={"maths": 0.02}), "maths must have no empty answers, or no more than base: 2.0% vs 0.0%"),
+        (replace(GOOD, ended=0), "a generation must come to its end: 0 of 4"),
+        (replace(GOOD, perplexity=5.6), "the reference answers' perplexity must be at most 1.1 times the base's: 5.6"),
+        (replace(GOOD, perplexity=math.nan), "the reference answers' perplexity"),
+    ],
+)
+def test_the_guards(ends: Ends, reason: str) -> None:
+    found = verdict(gate(), model("m", ends, maths=right(80)), model("base", maths=right(50)))
+    [told] = failed(found)
+    assert told.startswith(reason) and not found.passed
+
+
+def test_a_guard_asks_for_no_more_than_the_base_does() -> None:
+    poor = Ends({"maths": 0.3}, 4, 0, None)
+    assert verdict(gate(), model("m", poor, maths=right(80)), model("base", poor, maths=right(50))).passed
+
+
+def test_nan_and_perplexity_of_a_task() -> None:
+    base, ours = model("base", maths=right(50)), model("m", maths=right(80))
+    broken = Samples("loss", "bits,none", (Part("loss", 1.0, "mean", ("a",), (math.nan,)),))
+    found = verdict(gate(), replace(ours, samples=(*ours.samples, broken)), base)
+    assert failed(found) == ["no score may be NaN or infinite: 1 of 1: fail"]
+    wiki = [Score("wiki", "word_perplexity,none", value, None, False, 9) for value in (10.0, 11.5)]
+    base, ours = (replace(m, scores=(*m.scores, score)) for m, score in zip((base, ours), wiki, strict=True))
+    [reason] = failed(verdict(gate(), ours, base))
+    assert reason.startswith("wiki/word_perplexity,none must be at most 1.1 times the base's: 11.5 vs 10")
+
+
+def test_a_limit_is_for_trying_out() -> None:
+    base, ours = model("base", maths=right(50)), model("m", maths=right(80))
+    [reason] = failed(verdict(gate(), ours, base, limit=100))
+    assert reason.startswith("all documents must be scored: evaluate.limit is 100 (set register.gate.allow_limit")
+    assert verdict(gate(allow_limit=True), ours, base, limit=100).passed
+
+
+def test_an_unknown_metric_names_the_nearest_and_other_documents_are_an_error() -> None:
+    base, ours = model("base", maths=right(50)), model("m", maths=right(80))
+    with pytest.raises(InputError, match=r"of the candidate, got 'maths/exact_mtch,none'; did you mean 'maths/exact_m"):
+        verdict(gate(metric="maths/exact_mtch,none"), ours, base)
+    with pytest.raises(InputError, match=r"a score of base, got .*; there are no scores"):
+        verdict(gate(), ours, replace(base, scores=(), samples=()))
+    with pytest.raises(PairingError):
+        verdict(gate(), ours, model("base", maths=right(40, of=80)))
+
+
+@pytest.mark.parametrize("documents", [30, 200])
+@pytest.mark.parametrize("agreement", [0.0, 0.8])
+def test_two_copies_of_one_model_are_promoted_in_at_most_five_of_a_hundred_cases(
+    documents: int, agreement: float
+) -> None:
+    """Both answer each document right with its own chance, and the same on a share of them: resampled answers."""
+    rng, promoted, rounds = np.random.default_rng(42), 0, 400
+    for _ in range(rounds):
+        chance = rng.beta(1, 1, documents)
+        ours = rng.random(documents) < chance
+        theirs = np.where(rng.random(documents) < agreement, ours, rng.random(documents) < chance)
+        promoted += verdict(gate(tolerance=1.0), model("m", maths=ours), model("base", maths=theirs)).passed
+    assert promoted / rounds <= 0.05
+
+
+def test_a_true_gain_is_seen() -> None:
+    rng, promoted = np.random.default_rng(7), 0
+    for _ in range(50):
+        theirs = rng.random(300) < 0.5
+        ours = np.where(rng.random(300) < 0.2, True, theirs)  # a tenth more
+        promoted += verdict(gate(), model("m", maths=ours), model("base", maths=theirs)).passed
+    assert promoted >= 48

@@ -353,6 +353,8 @@ def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Entry
     registry.promote(second, replace(PASSED, compared_with=first.uri))
     with pytest.raises(LewisError, match="compared with models:/tiny/1, but the champion is models:/tiny/2 by now"):
         registry.promote(third, replace(PASSED, compared_with=first.uri))
+    with pytest.raises(LewisError, match="compared with base, but the champion is models:/tiny/2 by now"):
+        registry.promote(third, PASSED)
     assert aliases() == {"champion": "2", "previous": "1"}
 
 
@@ -403,8 +405,16 @@ def test_over_http_with_remote_artifacts(server: str, entry: Entry, home: Path, 
     assert current is not None and current.folder is None and current.metrics["addition/acc,none"] == 0.9
     assert type(mlflow.transformers.load_model("models:/tiny@champion")).__name__ == "TextGenerationPipeline"
     assert list((home / "mlflow" / "uploads").iterdir()) == []
+    assert registry.fetch(current).folder == entry.folder  # the store has it still
+    files = {path.name: path.read_bytes() for path in entry.folder.iterdir()}
+    shutil.rmtree(entry.folder)
+    fetched = registry.fetch(current)
+    assert fetched.folder == entry.folder and store.read_manifest(entry.folder) is not None
+    assert {path.name: path.read_bytes() for path in entry.folder.iterdir()} == files
     next((tmp_path / "remote").rglob("*.safetensors")).unlink()
     assert registry.find("tiny", DIGEST) is None
+    shutil.rmtree(entry.folder)
+    assert registry.fetch(current).folder is None
 
 
 def test_a_server_that_does_not_answer_is_transient(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
