@@ -1,30 +1,34 @@
 """Checkpoints: read a Hugging Face folder tensor by tensor, write one shard by shard. Safetensors only."""
 
+from __future__ import annotations
+
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError
+from lewis.lazy import torch
 from lewis.pinned import refuse_pickled
+from lewis.tensor_file import TensorFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {  # safetensors' name of each dtype that a checkpoint may hold -> torch's name, bytes
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -46,7 +50,7 @@ class TensorInfo:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
 
 class Checkpoint:
@@ -71,10 +75,12 @@ class Checkpoint:
         """
         self.folder, self.key = folder, key
         self.config = read_config(folder)
-        self._handles: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         tensors: dict[str, TensorInfo] = {}
         for file, wanted in weight_files(folder).items():
-            found = self._headers(file)
+            self._files[file] = TensorFile(folder / file)
+            places = self._files[file].places.items()
+            found = {name: TensorInfo(place.dtype, place.shape, file) for name, place in places}
             missing = sorted(wanted - found.keys()) if wanted is not None else []
             if missing:
                 raise InputError(
@@ -94,32 +100,26 @@ class Checkpoint:
         self.tensors = {name: info for name, info in tensors.items() if name not in self.tied}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor, in its stored dtype.
+        """Read one tensor, in its stored dtype."""
+        dtype, bits = self.raw(name)
+        shape = self.tensors[self.tied.get(name, name)].shape
+        return torch.from_numpy(bits.copy()).view(getattr(torch, DTYPES[dtype][0])).reshape(shape)
 
-        Raises:
-            LewisError: if its bytes cannot be read.
-        """
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype, as safetensors names it, and its bits: flat, a view of the file."""
         name = self.tied.get(name, name)
         info = self.tensors[name]
-        try:
-            return self._handle(info.file).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LewisError(f"{self.folder / info.file}: cannot read {name!r}: {error}") from error
+        return info.dtype, self._files[info.file].bits(name, DTYPES[info.dtype][1])
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{self.folder / file}: truncated, or no safetensors file ({error}); download it again"
-                ) from error
-        return self._handles[file]
+    def will_need(self, name: str) -> None:
+        """Let the system read a tensor ahead."""
+        name = self.tied.get(name, name)
+        self._files[self.tensors[name].file].will_need(name)
 
-    def _headers(self, file: str) -> dict[str, TensorInfo]:
-        handle = self._handle(file)
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  # no dict
-        return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape()), file) for name, s in slices.items()}
+    def done_with(self, name: str) -> None:
+        """Let go of the memory that a tensor is mapped to."""
+        name = self.tied.get(name, name)
+        self._files[self.tensors[name].file].done_with(name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """References to what the store and the disk hold: small, frozen, printable, checked against the disk when loaded."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from lewis import measurements, store
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
 from lewis.evaluation import Evaluated, Score
+from lewis.lazy import torch
 from lewis.lora import LoraExpert, Model
 from lewis.merge import Scales
 from lewis.pinned import Pinned
@@ -39,7 +41,7 @@ class ModelFiles(_Entry):
     sizes: dict[str, int]
 
     @model_validator(mode="after")
-    def _on_disk(self) -> "ModelFiles":
+    def _on_disk(self) -> ModelFiles:
         if self.folder.parent == store.home() / "merged":  # a merged model, to be scored or merged again
             store.mark_used(self.folder / store.MANIFEST)
         for name, size in self.sizes.items():
@@ -48,7 +50,7 @@ class ModelFiles(_Entry):
         return self
 
     @classmethod
-    def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> "ModelFiles":
+    def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> ModelFiles:
         """Refer to folders as they are now."""
         paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
         sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
@@ -74,7 +76,7 @@ class CalibrationEntry(_Entry):
     path: Path
 
     @model_validator(mode="after")
-    def _on_disk(self) -> "CalibrationEntry":
+    def _on_disk(self) -> CalibrationEntry:
         store.mark_used(self.path)
         if not self.path.is_file():
             raise ValueError(f"{self.path} is gone")
@@ -152,7 +154,7 @@ class MergedModel(_Entry):
     folder: Path
 
     @model_validator(mode="after")
-    def _on_disk(self) -> "MergedModel":
+    def _on_disk(self) -> MergedModel:
         if (store.read_manifest(self.folder) or {}).get("digest") != self.digest:
             raise ValueError(f"{self.folder} is gone, damaged or cut short")
         return self

@@ -4,6 +4,8 @@ Covered are the `nn.Linear` modules of the repeated layers. Everything else (emb
 the recipe's `uncovered` policy.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -12,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from lewis.calibration import Calibration
 from lewis.errors import InputError, LewisError
+from lewis.lazy import nn, torch
 from lewis.lora import LoraExpert, Model
 from lewis.measurements import Measured
 

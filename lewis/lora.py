@@ -1,15 +1,18 @@
 """PEFT LoRA adapters as experts: the delta of each tensor is computed when it is read, nothing is written to disk."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from lewis.checkpoint import Checkpoint
+from lewis.checkpoint import DTYPES, Checkpoint
 from lewis.errors import InputError
+from lewis.lazy import torch
+from lewis.tensor_file import TensorFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -58,13 +61,10 @@ class LoraExpert:
         path = folder / WEIGHTS
         if not path.is_file():
             raise InputError(f"{folder}: no {WEIGHTS}; expected the folder of a PEFT adapter saved with safetensors")
-        try:
-            self._handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: truncated, or no safetensors file ({error}); download it again") from error
+        self._file = TensorFile(path)
         self._parts: dict[str, dict[str, str]] = {}
         self._whole: dict[str, str] = {}
-        for key_in_file in self._handle.keys():  # noqa: SIM118  # no dict
+        for key_in_file in self._file.places:
             self._place(key_in_file)
         self._check_shapes()
 
@@ -72,9 +72,27 @@ class LoraExpert:
         """Read one tensor: the base's or the adapter's own if it is whole, otherwise base plus delta in fp32."""
         stored = self.tied.get(name, name)
         if stored in self._whole and stored not in self._parts:
-            return self._handle.get_tensor(self._whole[stored])
+            return self._part(self._whole[stored])
         base = self.base.read(name)
         return base.to(torch.float32) + self._delta(name) if self.touches(name) else base
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype and bits, as `Checkpoint.raw`; computed where the adapter changes the base."""
+        if not self.touches(name):
+            return self.base.raw(name)
+        stored = self.tied.get(name, name)
+        if stored in self._whole and stored not in self._parts:
+            dtype = self._file.places[self._whole[stored]].dtype
+            return dtype, self._file.bits(self._whole[stored], DTYPES[dtype][1])
+        return "F32", self.read(name).contiguous().reshape(-1).numpy().view(np.uint32)
+
+    def will_need(self, name: str) -> None:
+        """As of the base; an adapter is small."""
+        self.base.will_need(name)
+
+    def done_with(self, name: str) -> None:
+        """As of the base; an adapter is small."""
+        self.base.done_with(name)
 
     def touches(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
@@ -109,34 +127,40 @@ class LoraExpert:
                 raise InputError(
                     f"{self.folder / WEIGHTS}: {name!r} has lora_{''.join(parts)} only; expected lora_A and lora_B"
                 )
-            a, b = (self._handle.get_slice(parts[part]).get_shape() for part in "AB")
+            a, b = (self._file.places[parts[part]].shape for part in "AB")
             fits = len(a) == len(b) == 2 and b[1] == a[0]
             given = ((a[1], b[0]) if self._transposed(parts) else (b[0], a[1])) if fits else None
             expected = self.tensors[name].shape
             if given != expected:
                 raise InputError(
-                    f"{self.folder / WEIGHTS}: lora_A {a} and lora_B {b} of {name!r} do not give the base's shape "
-                    f"{list(expected)}; expected an adapter of this base model"
+                    f"{self.folder / WEIGHTS}: lora_A {list(a)} and lora_B {list(b)} of {name!r} do not give the "
+                    f"base's shape {list(expected)}; expected an adapter of this base model"
                 )
         for name, key in self._whole.items():
-            shape = tuple(self._handle.get_slice(key).get_shape())
+            shape = self._file.places[key].shape
             expected = self.tensors[name].shape
             if shape != expected:
                 raise InputError(
                     f"{self.folder / WEIGHTS}: {key!r} has shape {list(shape)}, in the base it is {list(expected)}"
                 )
 
+    def _part(self, key: str) -> torch.Tensor:
+        place = self._file.places[key]
+        name, width = DTYPES[place.dtype]
+        bits = torch.from_numpy(self._file.bits(key, width).copy())
+        return bits.view(getattr(torch, name)).reshape(place.shape)
+
     def _delta(self, name: str) -> torch.Tensor:
         name = self.tied.get(name, name)
         deltas = [self._low_rank(name)] if name in self._parts else []
         if name in self._whole:
-            whole = self._handle.get_tensor(self._whole[name]).to(torch.float32)
+            whole = self._part(self._whole[name]).to(torch.float32)
             deltas.append(whole - self.base.read(name).to(torch.float32))
         return deltas[0] if len(deltas) == 1 else deltas[0] + deltas[1]
 
     def _low_rank(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
-        a, b = (self._handle.get_tensor(parts[part]).to(torch.float32) for part in "AB")
+        a, b = (self._part(parts[part]).to(torch.float32) for part in "AB")
         module, rank = name.removesuffix(".weight"), a.shape[0]
         alpha = _pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)

@@ -4,14 +4,14 @@ The JSON names size and SHA-256 of the other file, and is written after it: an e
 or of another pass is not believed.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load, save
-
 from lewis import store
+from lewis.lazy import torch
 
 NORMS = "norms"
 
@@ -43,6 +43,8 @@ def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:
         measured: the numbers.
         facts: what else the JSON holds.
     """
+    from safetensors.torch import save
+
     beside, content = moments_path(path), save(measured.moments)
     with store.written_beside(beside) as scratch:
         scratch.write_bytes(content)
@@ -64,4 +66,6 @@ def is_whole(path: Path) -> bool:
 
 def read_moments(path: Path) -> dict[str, torch.Tensor]:
     """The second moments of a whole entry."""
+    from safetensors.torch import load
+
     return load(moments_path(path).read_bytes())

@@ -6,32 +6,37 @@ at density 1 and weight 1 comes out byte by byte, and density 0 gives the base. 
 keys first, and random streams are keyed by (seed, expert key, tensor name): the order of a recipe changes nothing.
 """
 
+from __future__ import annotations
+
 import hashlib
 import keyword
 import logging
+import math
+import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from lewis import store
 from lewis.checkpoint import DTYPES
 from lewis.errors import InputError, LewisError
+from lewis.lazy import torch
 from lewis.lora import LoraExpert, Model
 from lewis.methods import Method, find
+from lewis.methods.streams import Stream
 from lewis.recipe import ModelEntry, Recipe
 from lewis.writer import SIZES, CheckpointWriter, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "2"  # bump when the same inputs would give other bytes
+SEMANTICS = "3"  # bump when the same inputs would give other bytes
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
-Scales = Mapping[str, torch.Tensor]
+Scales = Mapping[str, "torch.Tensor"]
 """Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
 
 Densities = Mapping[str, float]
@@ -89,10 +94,11 @@ class Merge:
         self.layout = {
             name: (out if out and info.floating else info.dtype, info.shape) for name, info in self.base.tensors.items()
         }
-        self.size = sum(SIZES[dtype] * int(torch.Size(shape).numel()) for dtype, shape in self.layout.values())
+        self.size = sum(SIZES[dtype] * math.prod(shape) for dtype, shape in self.layout.values())
         self._check_parameters()
         self._check_scales()
         self.digest = self._digest()
+        self._stopped, self._one_at_a_time = threading.Event(), threading.Lock()
 
     def run(
         self,
@@ -101,6 +107,7 @@ class Merge:
         max_shard_size: int = 5 * 10**9,
         manifest: Mapping[str, Any] | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        threads: int | None = None,
     ) -> None:
         """Write the merged checkpoint to `folder`, which appears whole or not at all.
 
@@ -109,24 +116,56 @@ class Merge:
             max_shard_size: bytes.
             manifest: recorded in `lewis.json`, beside the digest.
             progress: called with (elements done, elements in all, tensor name).
+            threads: how many tensors are merged at a time; by default one per core.
 
         Raises:
             InputError: if there is no space, or `folder` holds something else.
             LewisError: naming the tensor and model of a value that is not finite.
         """
         store.check_space(folder, int(self.size * 1.01) + 10**7)
-        total, done = sum(info.elements for info in self.base.tensors.values()), 0
         with store.publish(folder, {"digest": self.digest, **(manifest or {})}) as scratch:
-            with CheckpointWriter(scratch, self.layout, max_shard_size) as writer, torch.inference_mode():
-                for name in self.layout:
-                    writer.write(name, self.tensor(name))
-                    done += self.base.tensors[name].elements
-                    if progress:
-                        progress(done, total, name)
+            with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
+                self._write_tensors(writer, progress, threads or len(os.sched_getaffinity(0)))
             kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
             write_config(self.base.config, _folder(self.base), scratch, kinds.pop() if len(kinds) == 1 else None)
             copy_tokenizer(self.donor, scratch)
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
+
+    def _write_tensors(
+        self, writer: CheckpointWriter, progress: Callable[[int, int, str], None] | None, threads: int
+    ) -> None:
+        total, done, names = sum(info.elements for info in self.base.tensors.values()), 0, list(self.layout)
+        self._stopped.clear()
+        pool = ThreadPoolExecutor(threads)
+        try:
+            following = iter([*names[threads:], *[None] * threads])
+            for name, _ in zip(names, pool.map(lambda n: self._write(n, next(following), writer), names), strict=True):
+                done += self.base.tensors[name].elements
+                if progress:
+                    progress(done, total, name)
+        finally:
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _write(self, name: str, later: str | None, writer: CheckpointWriter) -> None:
+        """Merge and write one tensor; meanwhile the system may read the one whose turn is `later`."""
+        from lewis.compiled import merge_tensor  # it takes a moment to load, which those that only plan do not have
+
+        models: list[Model] = [self.base, *(expert.model for expert in self.experts)]
+        if later is not None:
+            for model in models:
+                model.will_need(later)
+
+        def write(data: memoryview, offset: int) -> None:
+            if self._stopped.is_set():
+                raise LewisError("the merge was stopped")
+            writer.write_bytes(name, data, offset)
+
+        if not merge_tensor(self, name, write):
+            with self._one_at_a_time:
+                writer.write(name, self.tensor(name))
+        for model in models:
+            model.done_with(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Merge one tensor.
@@ -137,13 +176,13 @@ class Merge:
         Raises:
             LewisError: naming the tensor and model of a value that is not finite.
         """
-        dtype = DTYPES[self.layout[name][0]]
         base = self.base.read(name)
         if not self.base.tensors[name].floating:
             return base
-        base = _finite(base.to(torch.float32), name, self.base)
-        merged = self._on_task_vectors(name, base) if self._adds_to_base else self._on_weights(name, base)
-        return self._rounded(merged, dtype, name)
+        with torch.inference_mode():
+            base = _finite(base.to(torch.float32), name, self.base)
+            merged = self._on_task_vectors(name, base) if self._adds_to_base else self._on_weights(name, base)
+            return self._rounded(merged, getattr(torch, DTYPES[self.layout[name][0]][0]), name)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor: a list in the experts' order for each expert's own."""
@@ -165,9 +204,11 @@ class Merge:
     def _on_weights(self, name: str, base: torch.Tensor) -> torch.Tensor:
         weights = torch.stack([_finite(e.model.read(name).to(torch.float32), name, e.model) for e in self.experts])
         values = self.parameters(name)
-        if bool((weights == weights[0]).all()) and values.get("normalize"):
-            return weights[0]  # an average of equals is exact
         merged = _call(self.method, name, values, weights, base)
+        if values.get("normalize"):
+            merged = torch.where(
+                (weights == weights[0]).all(dim=0), weights[0], merged
+            )  # an average of equals is exact
         if self.method.takes_base:
             return merged
         for weight in weights:
@@ -176,27 +217,33 @@ class Merge:
 
     def _on_task_vectors(self, name: str, base: torch.Tensor) -> torch.Tensor:
         values = self.parameters(name)
-        density = values.get("density", [1.0] * len(self.experts))
-        # A random method may keep elements of a tensor that is too small for an exact share.
-        kept = [d > 0 if self.method.random else int(d * base.numel()) > 0 for d in density]
-        active = [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+        active = self.active(name, values)
         if "density" in values and not any(active):
             return base
         own = [_finite(expert.model.read(name).to(torch.float32), name, expert.model) for expert in self.experts]
         vectors = torch.stack(own) - base
-        streams = (
-            [random_stream(self.recipe.seed, expert.model.key, name) for expert in self.experts]
-            if self.method.random
-            else None
-        )
-        delta = _call(self.method, name, values, vectors, base, streams, self._scales(name))
+        streams = [self.stream(expert, name) for expert in self.experts] if self.method.random else None
+        delta = _call(self.method, name, values, vectors, base, streams, self.scales(name))
         merged = torch.where(delta == 0, base, base + delta)
         for weight, vector, is_active in zip(own, vectors, active, strict=True):
             if is_active:
                 merged = torch.where(delta == vector, weight, merged)
         return merged
 
-    def _scales(self, name: str) -> list[torch.Tensor | None]:
+    def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
+        """Which experts have a say in a tensor, by the method's parameters for it."""
+        elements = self.base.tensors[name].elements
+        density = values.get("density", [1.0] * len(self.experts))
+        # A random method may keep elements of a tensor that is too small for an exact share.
+        kept = [d > 0 if self.method.random else int(d * elements) > 0 for d in density]
+        return [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+
+    def stream(self, expert: Expert, name: str) -> Stream:
+        """The random stream of one expert's tensor."""
+        return random_stream(self.recipe.seed, expert.model.key, name)
+
+    def scales(self, name: str) -> list[torch.Tensor | None]:
+        """What each expert's task vector of a tensor is multiplied with to be ranked; None for nothing."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
     def _rounded(self, merged: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -269,10 +316,10 @@ def stored_dtype(recipe: Recipe) -> str | None:
     return _STORED.get(recipe.out_dtype or recipe.dtype or "")
 
 
-def random_stream(seed: int, expert: str, tensor: str) -> np.random.Generator:
-    """The random stream of one (seed, expert, tensor): counter-based (Philox), the same on every machine."""
+def random_stream(seed: int, expert: str, tensor: str) -> Stream:
+    """The random stream of one (seed, expert, tensor), the same on every machine."""
     key = hashlib.sha256(f"{seed}\0{expert}\0{tensor}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)))
+    return Stream(int.from_bytes(key[:8], "little"))
 
 
 def check_compatible(base: Model, experts: Sequence[Model]) -> None:

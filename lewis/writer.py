@@ -1,6 +1,9 @@
 """Write a checkpoint: the files are laid out first from names, dtypes and shapes, then filled tensor by tensor."""
 
+from __future__ import annotations
+
 import json
+import math
 import os
 import re
 import shutil
@@ -8,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from lewis.checkpoint import DTYPES, INDEX, SINGLE
 from lewis.errors import InputError, LewisError
+from lewis.lazy import torch
 
-SIZES = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in DTYPES.items()}
+SIZES = {name: size for name, (_, size) in DTYPES.items()}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DONATED = (
@@ -69,10 +71,18 @@ class CheckpointWriter:
             LewisError: if the disk is full, or fails.
         """
         dtype, shape = self._layout[name]
-        if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
+        if tensor.dtype != getattr(torch, DTYPES[dtype][0]) or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: laid out as {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        file, offset = self._places[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self.write_bytes(name, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def write_bytes(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Write a part of one tensor, `offset` bytes after its beginning; threads may write at the same time.
+
+        Raises:
+            LewisError: if the disk is full, or fails.
+        """
+        file, start = self._places[name]
+        offset += start
         while data:
             try:
                 written = os.pwrite(file.fileno(), data, offset)
@@ -82,7 +92,7 @@ class CheckpointWriter:
                 ) from error
             data, offset = data[written:], offset + written
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -146,7 +156,7 @@ def tokenizer_files(donor: Path) -> list[Path]:
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return SIZES[dtype] * int(torch.Size(shape).numel())
+    return SIZES[dtype] * math.prod(shape)
 
 
 def _shard_names(count: int) -> list[str]:

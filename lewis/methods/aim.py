@@ -1,6 +1,8 @@
 """AIM: after a merge, hold back the input channels that the base uses most."""
 
-import torch
+from __future__ import annotations
+
+from lewis.lazy import torch
 
 
 def aim(delta: torch.Tensor, scale: torch.Tensor, omega: float) -> torch.Tensor:

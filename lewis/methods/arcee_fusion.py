@@ -1,8 +1,10 @@
 """Arcee Fusion: take over the changes that matter most, by a threshold that each tensor sets itself."""
 
-import numpy as np
-import torch
+from __future__ import annotations
 
+import numpy as np
+
+from lewis.lazy import torch
 from lewis.methods.registry import merge_method
 
 _EPSILON = 1e-8  # added to probabilities whose logarithm is taken

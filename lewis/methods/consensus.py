@@ -1,10 +1,11 @@
 """Consensus merging with TALL masks: keep what several experts have a use for."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from lewis.lazy import torch
 from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import trim
 

@@ -1,12 +1,13 @@
 """DARE: drop elements at random and rescale, before adding (linear) or electing signs (ties)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-
+from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.sparsify import drop, match_l1
+from lewis.methods.streams import Stream
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
 
@@ -16,7 +17,7 @@ PAPER = "https://arxiv.org/abs/2311.03099"
 @merge_method("dare_linear", paper=PAPER)
 def dare_linear(
     task_vectors: torch.Tensor,
-    streams: Sequence[np.random.Generator],
+    streams: Sequence[Stream],
     *,
     density: PerExpert[float] = 1.0,
     weight: PerExpert[float] = 1.0,
@@ -47,7 +48,7 @@ def dare_linear(
 @merge_method("dare_ties", paper=PAPER)
 def dare_ties(
     task_vectors: torch.Tensor,
-    streams: Sequence[np.random.Generator],
+    streams: Sequence[Stream],
     *,
     density: PerExpert[float] = 1.0,
     weight: PerExpert[float] = 1.0,
@@ -62,7 +63,7 @@ def dare_ties(
 
 
 def _drop_all(
-    task_vectors: torch.Tensor, streams: Sequence[np.random.Generator], density: PerExpert[float], rescale: bool
+    task_vectors: torch.Tensor, streams: Sequence[Stream], density: PerExpert[float], rescale: bool
 ) -> torch.Tensor:
     kept = []
     for task_vector, rho, stream in zip(task_vectors, per_expert(density, task_vectors), streams, strict=True):

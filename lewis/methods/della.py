@@ -1,13 +1,14 @@
 """DELLA: drop at random, the small elements of a row more often than the large ones."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
+from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import drop_by_rank, match_l1
+from lewis.methods.streams import Stream
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
 
@@ -28,7 +29,7 @@ def probabilities_fit(values: Mapping[str, Any], experts: int) -> str | None:
 @merge_method("della", paper=PAPER, check=probabilities_fit)
 def della(
     task_vectors: torch.Tensor,
-    streams: Sequence[np.random.Generator],
+    streams: Sequence[Stream],
     scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
@@ -70,7 +71,7 @@ def della(
 @merge_method("della_linear", paper=PAPER, check=probabilities_fit)
 def della_linear(
     task_vectors: torch.Tensor,
-    streams: Sequence[np.random.Generator],
+    streams: Sequence[Stream],
     scales: Scales = None,
     *,
     density: PerExpert[float] = 1.0,
@@ -91,7 +92,7 @@ def della_linear(
 
 def _drop_all(
     task_vectors: torch.Tensor,
-    streams: Sequence[np.random.Generator],
+    streams: Sequence[Stream],
     scales: Scales,
     density: PerExpert[float],
     epsilon: PerExpert[float],

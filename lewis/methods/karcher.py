@@ -1,9 +1,10 @@
 """Karcher: the Riemannian mean of the models on the sphere."""
 
+from __future__ import annotations
+
 import math
 
-import torch
-
+from lewis.lazy import torch
 from lewis.methods.registry import Count, NotNegative, column, merge_method
 from lewis.methods.sums import inner, norm
 

@@ -1,9 +1,10 @@
 """Model Stock: how far to go from the base to the mean of the models, from the angle between them."""
 
+from __future__ import annotations
+
 import itertools
 
-import torch
-
+from lewis.lazy import torch
 from lewis.methods.registry import merge_method
 from lewis.methods.sums import cosine
 

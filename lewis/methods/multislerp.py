@@ -1,7 +1,8 @@
 """Multi-SLERP: the weighted mean of directions, at the weighted mean of lengths."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, PerExpert, column, merge_method, per_expert
 from lewis.methods.sums import norm
 

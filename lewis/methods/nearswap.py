@@ -1,7 +1,8 @@
 """NearSwap: take over the other model's weights where the two are near, less the farther they are apart."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, merge_method
 
 _NEAREST = 1e-6  # differences below count as this (mergekit's)

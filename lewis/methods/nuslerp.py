@@ -1,7 +1,8 @@
 """NuSLERP: SLERP of two models, or of their task vectors, by weights, as a whole or row by row."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.sums import cosine
 

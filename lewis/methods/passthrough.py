@@ -1,7 +1,8 @@
 """Passthrough: one model as it is, or scaled."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 
 

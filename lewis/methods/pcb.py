@@ -1,7 +1,8 @@
 """PCB: let parameters compete, inside their task vector and with the other ones."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import largest, size
 

@@ -1,7 +1,8 @@
 """RAM: average what several experts changed, take whole what only one changed."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, column, merge_method
 
 PAPER = "https://arxiv.org/abs/2601.13572"

@@ -1,18 +1,21 @@
 """The decorator that turns an annotated function into a merge method with a parameter schema."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-import torch
+from lewis.lazy import torch
 
 T = TypeVar("T")
 _PER_EXPERT = "one value per expert"
 PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
 """A parameter that each expert has its own value of: a sequence in the experts' order, or one value for all."""
 
-METHODS: dict[str, "Method"] = {}
+METHODS: dict[str, Method] = {}
 _ADJECTIVES = {float: "finite", int: "whole"}
 
 
@@ -94,7 +97,7 @@ class Method:
     Attributes:
         on: what the function works on: `task_vectors` (needs a base), `weights` (all models alike, or, if the function
             takes `base`, the experts' and the base's) or `either`: task vectors if the recipe names a base.
-        random: whether it takes `streams`, one `numpy.random.Generator` per expert.
+        random: whether it takes `streams`, one `streams.Stream` per expert.
         takes_base: whether it takes `base`, the base's own tensor.
         takes_scales: whether it takes `scales`, per expert sqrt(mean x^2) of the tensor's input channels (fp32,
             broadcasts to the tensor) or None: it trims by size, and can trim by |delta| * sqrt(s).
@@ -161,7 +164,8 @@ def merge_method(
         ):
             raise ValueError(f"there is a merge method {name!r} already, in {other.function.__module__}")
         arguments = inspect.signature(function).parameters
-        hints = get_type_hints(function, include_extras=True)
+        names = [argument.name for argument in arguments.values() if argument.kind is argument.KEYWORD_ONLY]
+        hints = _hints(function, names)
         parameters = {}
         for argument in arguments.values():
             if argument.kind is argument.KEYWORD_ONLY:
@@ -184,6 +188,13 @@ def merge_method(
     return register
 
 
+def _hints(function: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
+    """The annotations of these arguments, evaluated; those of the tensors would import torch."""
+    chosen = {name: function.__annotations__[name] for name in names}
+    holder = SimpleNamespace(__annotations__=chosen)
+    return get_type_hints(holder, globalns=getattr(function, "__globals__", None), include_extras=True)
+
+
 def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
     each = _PER_EXPERT in getattr(hint, "__metadata__", ())
     kind = get_args(get_args(hint)[0])[-1] if each else hint
@@ -194,7 +205,10 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
     return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds)
 
 
-Scales = Sequence[torch.Tensor | None] | None
+if TYPE_CHECKING:
+    Scales = Sequence[torch.Tensor | None] | None
+else:
+    Scales = Any
 """One scale per expert, or None for those (or all) whose size is the magnitude alone."""
 
 
@@ -203,7 +217,7 @@ def scale_of(scales: Scales, expert: int) -> torch.Tensor | None:
     return None if scales is None else scales[expert]
 
 
-def per_expert(value: "Sequence[float] | float", task_vectors: torch.Tensor) -> list[float]:
+def per_expert(value: Sequence[float] | float, task_vectors: torch.Tensor) -> list[float]:
     """Give one value per expert, whether one or all were given.
 
     Raises:

@@ -1,7 +1,8 @@
 """SCE: select by variance, calculate the weights, erase minority signs."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import Fraction, column, merge_method
 from lewis.methods.sparsify import largest
 from lewis.methods.sums import inner

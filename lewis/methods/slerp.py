@@ -1,9 +1,10 @@
 """SLERP: from the base to one other model along the great circle."""
 
+from __future__ import annotations
+
 import math
 
-import torch
-
+from lewis.lazy import torch
 from lewis.methods.registry import Fraction, merge_method
 from lewis.methods.sums import cosine
 

@@ -1,8 +1,11 @@
 """Which elements of a task vector are kept."""
 
-import numpy as np
-import torch
+from __future__ import annotations
 
+import numpy as np
+
+from lewis.lazy import torch
+from lewis.methods.streams import Stream
 from lewis.methods.sums import total
 
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * _SPREAD mod 2^64 is a permutation
@@ -102,13 +105,13 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(keep).reshape(score.shape).to(score.device)
 
 
-def drop(task_vector: torch.Tensor, density: float, stream: np.random.Generator) -> torch.Tensor:
+def drop(task_vector: torch.Tensor, density: float, stream: Stream) -> torch.Tensor:
     """Keep each element with probability `density`, independently; the others become 0.
 
     Args:
         task_vector: fp32, any shape.
         density: probability of being kept, in [0, 1].
-        stream: the expert's own random stream; one fp32 uniform number is drawn for each element, in flat order.
+        stream: the expert's own random stream; one number is drawn for each element, in flat order.
 
     Returns:
         fp32, same shape; not rescaled.
@@ -123,7 +126,7 @@ def drop_by_rank(
     task_vector: torch.Tensor,
     density: float,
     epsilon: float,
-    stream: np.random.Generator,
+    stream: Stream,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep each element with a probability that grows with the rank of its size in its row (DELLA's MagPrune).
@@ -161,6 +164,6 @@ def match_l1(kept: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return kept if after == 0 or before == after else kept * (before / after)
 
 
-def _uniform(task_vector: torch.Tensor, stream: np.random.Generator) -> torch.Tensor:
+def _uniform(task_vector: torch.Tensor, stream: Stream) -> torch.Tensor:
     numbers = stream.random(task_vector.numel(), dtype=np.float32)
     return torch.from_numpy(numbers).reshape(task_vector.shape).to(task_vector.device)

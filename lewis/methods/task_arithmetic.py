@@ -1,8 +1,10 @@
 """Task arithmetic: the weighted sum of the task vectors."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, column, merge_method, per_expert
+from lewis.methods.sums import add_up
 
 
 @merge_method("task_arithmetic", paper="https://arxiv.org/abs/2212.04089")
@@ -32,7 +34,7 @@ def task_arithmetic(
 def combine(task_vectors: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """The sum itself, shared with `dare_linear`."""
     total = sum(weight)
-    merged = (task_vectors * column(weight, task_vectors)).sum(dim=0)
+    merged = add_up(task_vectors * column(weight, task_vectors))
     if normalize and abs(total) >= 1e-8:
         merged = merged / total
     return merged * lambda_

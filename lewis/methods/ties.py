@@ -1,9 +1,11 @@
 """TIES: trim, elect sign, disjoint merge."""
 
-import torch
+from __future__ import annotations
 
+from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, Scales, column, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import match_l1, trim
+from lewis.methods.sums import add_up
 
 
 @merge_method("ties", paper="https://arxiv.org/abs/2306.01708")
@@ -45,10 +47,10 @@ def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool,
     """Elect the sign of the weighted sum per element (0 counts as +) and merge those that have it (TIES, section 3)."""
     w = column(weight, kept)
     weighted = kept * w
-    elected = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0)
+    elected = torch.where(add_up(weighted) >= 0, 1.0, -1.0)
     agree = weighted.sign() == elected
-    merged = torch.where(agree, weighted, 0.0).sum(dim=0)
+    merged = add_up(torch.where(agree, weighted, 0.0))
     if normalize:
-        divisor = torch.where(agree, w, 0.0).sum(dim=0)
+        divisor = add_up(torch.where(agree, w, 0.0))
         merged = merged / torch.where(divisor == 0, 1.0, divisor)
     return merged * lambda_

@@ -127,15 +127,10 @@ class TestDamaged:
         edit_index(shard(family.base, tmp_path / "s"), 5)  # type: ignore[arg-type]
         refused(tmp_path / "s", "the shard 5 is missing")
 
-    def test_bytes_that_vanish_after_opening(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_bytes_that_vanish_after_opening(self, tmp_path: Path) -> None:
         opened = Checkpoint(write_tensors(tmp_path, W), "key")
-
-        class Gone:
-            def get_tensor(self, name: str) -> torch.Tensor:
-                raise OSError("Stale file handle")
-
-        monkeypatch.setitem(opened._handles, "model.safetensors", Gone())
-        with pytest.raises(LewisError, match=r"cannot read 'model.layers.0.a.weight': Stale file handle"):
+        os.truncate(tmp_path / "model.safetensors", 16)
+        with pytest.raises(LewisError, match=r"model.safetensors: cannot read 'model.layers.0.a.weight': .* cut short"):
             opened.read("model.layers.0.a.weight")
 
 

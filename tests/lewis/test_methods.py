@@ -157,7 +157,7 @@ class TestDare:
 
     def test_streams_differ_by_seed_expert_and_tensor_only(self) -> None:
         def draw(*key: object) -> float:
-            return float(random_stream(*key).random())  # type: ignore[arg-type]
+            return float(random_stream(*key).random(1)[0])  # type: ignore[arg-type]
 
         assert draw(0, "a", "t") == draw(0, "a", "t")
         assert len({draw(0, "a", "t"), draw(1, "a", "t"), draw(0, "b", "t"), draw(0, "a", "u")}) == 4

@@ -18,7 +18,7 @@ from lewis.writer import CheckpointWriter, copy_tokenizer, parse_size, write_con
 from tests.conftest import Family
 from tests.support.models import bits
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], limit: int = 10**9) -> None:

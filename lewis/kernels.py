@@ -1,0 +1,419 @@
+"""The compiled inner loops of a merge: raw bits in, raw bits out, a block that stays in the cache at a time.
+
+They compute what the methods say in torch, operation by operation, so that both give the same bytes; a test compares
+them. numba compiles them once per machine and keeps the code in its cache, beside this file or in the user's cache
+folder. They take addresses instead of arrays, so that one compiled version serves any number of experts and any mix
+of dtypes, and they run without Python's lock.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from lewis.methods.streams import GAMMA, MIX_1, MIX_2
+from lewis.methods.sums import BLOCK
+
+F32, F16, BF16 = 0, 1, 2
+KINDS = {"F32": F32, "F16": F16, "BF16": BF16}
+RUN = 32  # neighbours that `sample` takes together
+INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite magnitude are less
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # of `sparsify.largest`
+ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+@intrinsic
+def _pointer(_: Any, address: Any) -> Any:
+    """An address as a pointer: numba gives the first argument."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(address), generate
+
+
+_at: Any = _pointer
+
+
+@njit(**_options)
+def _load(address: Any, kind: Any, start: Any, count: Any, out: Any) -> Any:
+    """Read `count` elements from `start` on as fp32; gives whether one of them is not finite."""
+    bits = out.view(np.uint32)
+    largest = np.uint32(0)
+    if kind == F32:
+        wide = carray(_at(address + np.uint64(4 * start)), (count,), dtype=np.uint32)
+        for i in range(count):
+            bits[i] = wide[i]
+    elif kind == BF16:
+        brain = carray(_at(address + np.uint64(2 * start)), (count,), dtype=np.uint16)
+        for i in range(count):
+            bits[i] = np.uint32(brain[i]) << np.uint32(16)
+    else:
+        half = carray(_at(address + np.uint64(2 * start)), (count,), dtype=np.uint16)
+        for i in range(count):
+            magnitude = np.uint32(half[i]) & np.uint32(0x7FFF)
+            largest = max(largest, magnitude)
+            bits[i] = magnitude << np.uint32(13)
+        for i in range(count):
+            out[i] *= np.float32(2.0**112)  # the exponents' offsets differ by 112; exact, for subnormals too
+        for i in range(count):
+            bits[i] |= (np.uint32(half[i]) & np.uint32(0x8000)) << np.uint32(16)
+        return largest >= np.uint32(0x7C00)
+    for i in range(count):
+        largest = max(largest, bits[i] & MAGNITUDE)
+    return largest >= INFINITE
+
+
+@njit(**_options)
+def _store(values: Any, count: Any, address: Any, kind: Any, start: Any) -> Any:
+    """Round fp32 to the nearest, halves to even, and write it; gives whether a result is not finite."""
+    bits = values.view(np.uint32)
+    largest = np.uint32(0)
+    if kind == F32:
+        wide = carray(_at(address + np.uint64(4 * start)), (count,), dtype=np.uint32)
+        for i in range(count):
+            wide[i] = bits[i]
+            largest = max(largest, bits[i] & MAGNITUDE)
+        return largest >= INFINITE
+    narrow = carray(_at(address + np.uint64(2 * start)), (count,), dtype=np.uint16)
+    if kind == BF16:
+        for i in range(count):
+            odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+            rounded = (bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            narrow[i] = np.uint16(rounded)
+            # The carry could turn a NaN into a number, so what was to be rounded counts too.
+            largest = max(largest, max(np.uint32(rounded & 0x7FFF), np.uint32((bits[i] & MAGNITUDE) >> 16)))
+        return largest >= np.uint32(0x7F80)
+    small = np.empty(count, np.float32)
+    small_bits = small.view(np.uint32)
+    for i in range(count):
+        small[i] = abs(values[i]) + np.float32(0.5)  # the last place of numbers from 0.5 on is fp16's smallest number
+    for i in range(count):
+        magnitude = bits[i] & MAGNITUDE
+        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+        rounded = ((magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13)) & np.uint32(0x7FFFF)
+        if magnitude < np.uint32(0x38800000):
+            rounded = small_bits[i] - np.uint32(0x3F000000)
+        if magnitude >= np.uint32(0x477FF000):
+            rounded = np.uint32(0x7C00)
+        narrow[i] = np.uint16(rounded | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
+        largest = max(largest, np.uint32(rounded))
+    return largest >= np.uint32(0x7C00)
+
+
+@njit(**_options)
+def _times_columns(values: Any, count: Any, start: Any, columns: Any, address: Any) -> None:
+    """Multiply by one fp32 factor per column (the last dimension of the tensor); without an address, by none."""
+    if address == 0:
+        return
+    factors = carray(_at(address), (columns,), dtype=np.float32)
+    done, column = 0, start % columns
+    while done < count:
+        width = min(columns - column, count - done)
+        part, factor = values[done : done + width], factors[column : column + width]
+        for i in range(width):
+            part[i] *= factor[i]
+        done, column = done + width, 0
+
+
+@njit(**_options)
+def _scores(base: Any, own: Any, start: Any, count: Any, columns: Any, scale: Any, score: Any) -> None:
+    """|own - base|, times the scale of the column."""
+    for i in range(count):
+        score[i] = abs(own[i] - base[i])
+    _times_columns(score, count, start, columns, scale)
+
+
+@njit("void(uint64,int64,uint64,int64,int64,int64,uint64,int64,float32[::1])", **_options)
+def sample(
+    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, step: Any, out: Any
+) -> None:
+    """Fill `out` with the scores of runs of RUN neighbours, one run every `step` elements."""
+    base_values, own_values = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
+    for number in range(out.size // RUN):
+        start = number * step
+        _load(base, base_kind, start, RUN, base_values)
+        _load(own, own_kind, start, RUN, own_values)
+        _scores(base_values, own_values, start, RUN, columns, scale, out[number * RUN : (number + 1) * RUN])
+
+
+@njit(
+    "UniTuple(int64,3)(uint64,int64,uint64,int64,int64,int64,uint64,uint32,uint32,uint32[::1],int64[::1])", **_options
+)
+def scan(
+    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, low: Any, high: Any,
+    found: Any, places: Any,
+) -> Any:  # fmt: skip
+    """Look for scores whose bits, as a whole number, lie in [low, high].
+
+    Returns:
+        How many are above, how many inside, and how many of those were put into `found` and `places`: all of them,
+        unless no block more was sure to fit.
+    """
+    base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    score, hits = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint8)
+    bits, eight = score.view(np.uint32), hits.view(np.uint64)
+    above = inside = kept = np.int64(0)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        _load(base, base_kind, start, count, base_values)
+        _load(own, own_kind, start, count, own_values)
+        _scores(base_values, own_values, start, count, columns, scale, score)
+        over, reaching = np.uint32(0), np.uint32(0)
+        for i in range(count):
+            over += np.uint32(bits[i] > high)
+            reaching += np.uint32(bits[i] >= low)
+        above += over
+        inside += np.int64(reaching) - np.int64(over)
+        if reaching > over and kept + BLOCK <= found.size:
+            for i in range(count):
+                hits[i] = (bits[i] >= low) & (bits[i] <= high)
+            for i in range(count, BLOCK):
+                hits[i] = 0
+            for word in range((count + 7) // 8):
+                if eight[word]:  # seldom, so that not each element need be looked at
+                    for i in range(8 * word, 8 * word + 8):
+                        found[kept] = bits[i]
+                        places[kept] = start + i
+                        kept += hits[i]
+    return above, inside, kept
+
+
+@njit("UniTuple(int64,3)(uint64,int64,uint64,int64,int64,int64,uint64,uint32,uint64,uint64,uint64[::1])", **_options)
+def scan_ties(
+    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, tie: Any, low: Any,
+    high: Any, found: Any,
+) -> Any:  # fmt: skip
+    """Of the scores with the bits `tie`, look for those whose place in the order of ties lies in [low, high].
+
+    Returns:
+        How many come before, how many are inside, and how many of those were put into `found`, as in `scan`.
+    """
+    base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    score = np.empty(BLOCK, np.float32)
+    bits = score.view(np.uint32)
+    before = inside = kept = np.int64(0)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        _load(base, base_kind, start, count, base_values)
+        _load(own, own_kind, start, count, own_values)
+        _scores(base_values, own_values, start, count, columns, scale, score)
+        fits = kept + BLOCK <= found.size
+        for i in range(count):
+            if bits[i] == tie:
+                order = np.uint64(start + i) * SPREAD
+                before += np.int64(order < low)
+                if low <= order <= high:
+                    inside += 1
+                    if fits:
+                        found[kept] = order
+                        kept += 1
+    return before, inside, kept
+
+
+@njit(**_options)
+def _uniform(key: Any, place: Any) -> Any:
+    """Number `place` of `streams.Stream(key)`."""
+    z = key + np.uint64(place + 1) * GAMMA
+    z = (z ^ (z >> np.uint64(30))) * MIX_1
+    z = (z ^ (z >> np.uint64(27))) * MIX_2
+    z = z ^ (z >> np.uint64(31))
+    return np.float32(z >> np.uint64(40)) * np.float32(2.0**-24)
+
+
+@njit(**_options)
+def _keep(score: Any, start: Any, count: Any, threshold: Any, cut: Any, delta: Any) -> None:
+    """Set the elements of `delta` to 0 whose score is below the threshold, or at it and late in the order of ties."""
+    bits = score.view(np.uint32)
+    if cut == ALL:
+        for i in range(count):
+            value = delta[i]
+            delta[i] = value if bits[i] >= threshold else np.float32(0.0)
+    else:
+        for i in range(count):
+            wins = (bits[i] == threshold) & (np.uint64(start + i) * SPREAD <= cut)
+            value = delta[i]
+            delta[i] = value if (bits[i] > threshold) | wins else np.float32(0.0)
+
+
+@njit(**_options)
+def _drop(start: Any, count: Any, key: Any, density: Any, delta: Any) -> None:
+    """Set the elements of `delta` to 0 whose random number is not below the density."""
+    for i in range(count):
+        value = delta[i]
+        delta[i] = value if _uniform(key, start + i) < density else np.float32(0.0)
+
+
+@njit(**_options)
+def _block_sum(values: Any, count: Any, halves: Any) -> float:
+    """The sum of magnitudes in fp64, by halves of a whole block: the order of `sums.total`."""
+    for i in range(count):
+        halves[i] = np.float64(abs(values[i]))
+    for i in range(count, BLOCK):
+        halves[i] = 0.0
+    width = BLOCK // 2
+    while width > 0:
+        for i in range(width):
+            halves[i] += halves[width + i]
+        width //= 2
+    return float(halves[0])
+
+
+@njit(
+    "void(uint64,int64,uint64,int64,int64,int64,uint64,uint32,uint64,boolean,uint64,float32,float64[::1],float64[::1])",
+    **_options,
+)
+def norms(
+    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, threshold: Any, cut: Any,
+    dropping: Any, key: Any, density: Any, whole: Any, kept: Any,
+) -> None:  # fmt: skip
+    """The L1 norm of each block of a task vector, as it is and as it is kept."""
+    base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    score, halves = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
+    for number in range(whole.size):
+        start = number * BLOCK
+        count = min(BLOCK, size - start)
+        _load(base, base_kind, start, count, base_values)
+        _load(own, own_kind, start, count, own_values)
+        if not dropping:
+            _scores(base_values, own_values, start, count, columns, scale, score)
+        for i in range(count):
+            own_values[i] -= base_values[i]
+        whole[number] = _block_sum(own_values, count, halves)
+        if dropping:
+            _drop(start, count, key, density, own_values)
+        else:
+            _keep(score, start, count, threshold, cut, own_values)
+        kept[number] = _block_sum(own_values, count, halves)
+
+
+@njit(**_options)
+def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, delta: Any) -> None:
+    """Add what has the sign of the total; `normalize`: divided by its weights."""
+    divisor = np.zeros(BLOCK, np.float32)
+    for i in range(count):
+        delta[i] = np.float32(0.0)
+    for e in range(weights.size):
+        term, weight = weighted[e], weights[e]
+        for i in range(count):
+            value = term[i]
+            agrees = ((total[i] >= 0) & (value > 0)) | (~(total[i] >= 0) & (value < 0))
+            delta[i] += value if agrees else np.float32(0.0)
+            divisor[i] += weight if agrees else np.float32(0.0)
+    if normalize:
+        for i in range(count):
+            delta[i] /= np.float32(1.0) if divisor[i] == 0 else divisor[i]
+
+
+@njit(
+    "boolean(uint64[::1],int64[::1],int64,int64,int64,uint64[::1],uint32[::1],uint64[::1],boolean,uint64[::1],"
+    "float32[::1],float32[::1],float32[::1],boolean[::1],boolean,boolean,float32,float32,uint64,uint64,int64)",
+    **_options,
+)
+def merge_task_vectors(
+    addresses: Any, kinds: Any, start: Any, stop: Any, columns: Any, scales: Any, thresholds: Any, cuts: Any,
+    dropping: Any, keys: Any, densities: Any, factors: Any, weights: Any, active: Any, elect: Any, normalize: Any,
+    divisor: Any, lambda_: Any, after: Any, out: Any, out_kind: Any,
+) -> Any:  # fmt: skip
+    """Sparsify, combine, add to the base and round the elements from `start` to `stop`.
+
+    Args:
+        addresses, kinds: of the base, then of each expert.
+        columns: the last dimension of the tensor.
+        scales, thresholds, cuts: of each expert, for keeping by score.
+        dropping, keys, densities: whether elements are dropped at random instead, and each expert's stream and density.
+        factors, weights, active: of each expert: the rescaling, the weight, whether it has a say.
+        elect, normalize: elect signs as TIES does, and divide by the agreeing weights.
+        divisor: of the plain sum, without an election.
+        lambda_, after: of the merged delta: its scale, and the address of a factor per column.
+        out, out_kind: where the result goes, its first element at `out`.
+
+    Returns:
+        Whether a model or the result holds a number that is not finite.
+    """
+    experts = weights.size
+    base, delta, score = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    total = np.empty(BLOCK, np.float32)
+    own, moved = np.empty((experts, BLOCK), np.float32), np.empty((experts, BLOCK), np.float32)
+    weighted = np.empty((experts, BLOCK), np.float32)
+    bad = False
+    for first in range(start, stop, BLOCK):
+        count = min(BLOCK, stop - first)
+        bad |= _load(addresses[0], kinds[0], first, count, base)
+        for e in range(experts):
+            bad |= _load(addresses[e + 1], kinds[e + 1], first, count, own[e])
+            theirs, vector, kept = own[e], moved[e], weighted[e]
+            for i in range(count):
+                vector[i] = theirs[i] - base[i]
+                kept[i] = vector[i]
+            if dropping:
+                if densities[e] < np.float32(1.0):
+                    _drop(first, count, keys[e], densities[e], kept)
+            elif thresholds[e] > 0 or cuts[e] != ALL:
+                _scores(base, theirs, first, count, columns, scales[e], score)
+                _keep(score, first, count, thresholds[e], cuts[e], kept)
+            factor, weight = factors[e], weights[e]
+            for i in range(count):
+                kept[i] = (kept[i] * factor) * weight
+            if e == 0:
+                for i in range(count):
+                    total[i] = kept[i]
+            else:
+                for i in range(count):
+                    total[i] += kept[i]
+        if elect:
+            _elect(weighted, weights, total, count, normalize, delta)
+        else:
+            for i in range(count):
+                delta[i] = total[i] / divisor
+        for i in range(count):
+            delta[i] *= lambda_
+        _times_columns(delta, count, first, columns, after)
+        for i in range(count):
+            origin, sum_ = base[i], base[i] + delta[i]
+            total[i] = origin if delta[i] == np.float32(0.0) else sum_
+        for e in range(experts):
+            if active[e]:
+                theirs, vector = own[e], moved[e]
+                for i in range(count):
+                    mine, other = theirs[i], total[i]
+                    total[i] = mine if delta[i] == vector[i] else other
+        bad |= _store(total, count, out, out_kind, first - start)
+    return bad
+
+
+@njit("boolean(uint64[::1],int64[::1],int64,int64,float32[::1],boolean,float32,uint64,int64)", **_options)
+def average(
+    addresses: Any, kinds: Any, start: Any, stop: Any, weights: Any, normalize: Any, divisor: Any, out: Any,
+    out_kind: Any,
+) -> Any:  # fmt: skip
+    """The weighted sum of models, divided; returns as `merge_task_vectors`."""
+    models = weights.size
+    own, total = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float32)
+    same = np.empty(BLOCK, np.bool_)
+    bad = False
+    for first in range(start, stop, BLOCK):
+        count = min(BLOCK, stop - first)
+        for m in range(models):
+            bad |= _load(addresses[m], kinds[m], first, count, own[m])
+            values, weight = own[m], weights[m]
+            if m == 0:
+                for i in range(count):
+                    total[i] = values[i] * weight
+                    same[i] = normalize
+            else:
+                for i in range(count):
+                    total[i] += values[i] * weight
+                    same[i] &= values[i] == own[0, i]
+        for i in range(count):
+            total[i] = own[0, i] if same[i] else total[i] / divisor
+        for m in range(models):
+            values = own[m]
+            for i in range(count):
+                total[i] = values[i] if total[i] == values[i] else total[i]
+        bad |= _store(total, count, out, out_kind, first - start)
+    return bad

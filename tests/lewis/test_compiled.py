@@ -1,0 +1,155 @@
+"""The compiled loops give the bytes of the methods' own functions, whatever goes in."""
+
+import itertools
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lewis import selection
+from lewis.compiled import METHODS, merge_tensor
+from lewis.errors import LewisError
+from lewis.kernels import KINDS
+from lewis.merge import Expert, Merge
+from lewis.methods.sparsify import largest
+from lewis.methods.streams import Stream
+from lewis.selection import Pair, Selector
+from tests.support.models import bits, open_merge, write_tensors
+
+NAME = "model.layers.0.a.weight"
+DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "60"))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1,), (7,), (2048,), (2049,), (3, 5), (64, 33), (3, 4, 5), (70, 100), (1, 4097), (5000, 1), ()]
+
+
+def compiled(merge: Merge) -> bytes:
+    """What the compiled loops write."""
+    dtype, shape = merge.layout[NAME]
+    out = bytearray(torch.Size(shape).numel() * (4 if dtype == "F32" else 2))
+
+    def write(data: memoryview, offset: int) -> None:
+        out[offset : offset + len(data)] = data
+
+    assert merge_tensor(merge, NAME, write)
+    return bytes(out)
+
+
+def weights(rng: random.Random, count: int) -> list[float]:
+    return [rng.choice([1.0, 0.0, -0.5, round(rng.uniform(-1, 2), 3)]) for _ in range(count)]
+
+
+def draw(rng: random.Random, place: Path) -> Merge:
+    """A random merge of one tensor."""
+    method, count, shape = rng.choice(METHODS), rng.randint(1, 5), rng.choice(SHAPES)
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    scale, grain = rng.choice([1e-7, 1e-3, 1.0, 1e3]), rng.choice([0, 0, 1e-3])
+    base = torch.randn(shape, generator=generator) * rng.choice([1e-6, 0.02, 10])
+    models = [base]
+    for _ in range(count):
+        moved = base + scale * torch.randn(shape, generator=generator)
+        moved = torch.where(torch.rand(shape, generator=generator) < rng.choice([0, 0.3]), base, moved)
+        models.append((moved / grain).round() * grain if grain else moved)  # many ties
+    dtypes = [rng.choice(DTYPES)] * (count + 1) if rng.random() < 0.5 else rng.choices(DTYPES, k=count + 1)
+    folders = [
+        write_tensors(place / f"m{i}", {NAME: model.clamp(-6e4, 6e4).to(dtype)})
+        for i, (model, dtype) in enumerate(zip(models, dtypes, strict=True))
+    ]
+    own: list[dict[str, Any]] = [{"weight": weight} for weight in weights(rng, count)]
+    parameters: dict[str, Any] = {"normalize": rng.random() < 0.5}
+    densities: list[dict[str, float] | None] = [None] * count
+    if method == "linear":
+        own = [{"weight": 0.1 + abs(each["weight"])} for each in own]
+        return open_merge(
+            method, None, folders[1:], own=own, parameters=parameters, out_dtype=rng.choice(["float32", "bfloat16"])
+        )
+    parameters["lambda"] = rng.choice([1.0, 0.7, -1.5])
+    if method != "task_arithmetic":
+        parameters["rescale"] = rng.random() < 0.5
+        densities = [{NAME: rng.choice([0.0, 1.0, 0.5, rng.random()])} for _ in range(count)]
+    out = rng.choice(["float32", "float16", "bfloat16"])
+    merge = open_merge(
+        method, folders[0], folders[1:], own=own, parameters=parameters, densities=densities, out_dtype=out, seed=3
+    )
+    if method == "ties" and shape and rng.random() < 0.5:
+        scales = [{NAME: torch.rand(shape[-1], generator=generator)} for _ in merge.experts]
+        experts = [Expert(e.entry, e.model, e.densities, s) for e, s in zip(merge.experts, scales, strict=True)]
+        return Merge(merge.recipe, merge.base, experts)
+    return merge
+
+
+@pytest.mark.parametrize("number", range(DRAWS))
+def test_the_bytes_of_the_methods_own_functions(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(number)
+    if number % 2:  # so that small tensors take the way of large ones
+        monkeypatch.setattr(selection, "_ROOM", 4096)
+        monkeypatch.setattr("lewis.compiled._own", type("Fresh", (), {})())
+    merge = draw(rng, tmp_path)
+    try:
+        expected = bits(merge.tensor(NAME))
+    except LewisError:
+        assert not merge_tensor(merge, NAME, lambda data, offset: None)
+        return
+    assert compiled(merge) == expected
+
+
+def test_every_half_precision_number_goes_in_and_out(tmp_path: Path) -> None:
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype, out in itertools.product((torch.float16, torch.bfloat16), ("float16", "bfloat16", "float32")):
+        values = patterns.view(dtype)
+        values = values[values.isfinite() & (values.float().abs() < 65504)]
+        folder = write_tensors(tmp_path / f"{dtype}-{out}", {NAME: values})
+        merge = open_merge("linear", None, [folder], out_dtype=out)
+        assert compiled(merge) == bits(merge.tensor(NAME))
+
+
+def test_rounding_to_half_precision(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 16, (100_000,), generator=generator)
+    values = torch.randn(100_000, generator=generator).clamp(-1.9, 1.9) * 2.0**exponents
+    halves = (torch.arange(4000) + 0.5) * 2.0**-24  # half way between two subnormals
+    folder = write_tensors(tmp_path / "m", {NAME: torch.cat([values, halves, -halves])})
+    for out in ("float16", "bfloat16"):
+        merge = open_merge("linear", None, [folder], out_dtype=out)
+        assert compiled(merge) == bits(merge.tensor(NAME))
+
+
+@pytest.mark.parametrize("kind", ["smooth", "few values", "one value", "rows apart", "zeros"])
+@pytest.mark.parametrize("share", [1e-5, 0.003, 0.3, 0.5, 0.97, 0.99999])
+def test_exactly_the_k_largest_are_kept(kind: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_ROOM", 4096)
+    rng = np.random.default_rng(0)
+    size = 100_000
+    values = rng.standard_normal(size).astype(np.float32)
+    if kind == "few values":
+        values = np.round(values * 2)
+    elif kind == "one value":
+        values[:] = 3
+    elif kind == "rows apart":
+        values *= np.repeat(np.float32(2.0) ** np.arange(10), size // 10)
+    elif kind == "zeros":
+        values *= rng.random(size) < 0.1
+    zeros, k = np.zeros_like(values), int(share * size)
+    pair = Pair((np.uint64(zeros.ctypes.data), 0, np.uint64(values.ctypes.data), 0, size, size, np.uint64(0)))
+    threshold, cut = Selector().cut(pair, k)
+    scores = np.abs(values).view(np.uint32)
+    order = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    kept = (scores > threshold) | ((scores == threshold) & (order <= cut))
+    assert kept.sum() == k
+    assert np.array_equal(kept, largest(torch.from_numpy(np.abs(values)), k).numpy())
+
+
+def test_a_stream_is_splitmix64() -> None:
+    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of the key 0, as its authors publish it
+    assert Stream(0).random(3).tolist() == [(number >> 40) * 2.0**-24 for number in first]
+    assert np.array_equal(np.concatenate([(s := Stream(7)).random(5), s.random(400_000)]), Stream(7).random(400_005))
+
+
+def test_what_is_not_compiled_is_left_to_the_function(tmp_path: Path) -> None:
+    folders = [write_tensors(tmp_path / str(i), {NAME: torch.randn(8, dtype=torch.float64)}) for i in range(2)]
+    assert "F64" not in KINDS
+    for method in ("ties", "sce"):
+        assert not merge_tensor(open_merge(method, folders[0], folders[1:]), NAME, lambda data, offset: None)
