@@ -235,12 +235,14 @@ def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
 
 def _print_merge(report: Any) -> None:
     _print_table(report.scores)
+    _print_table(report.comparison)
     for expert, mean in report.mean_density.items():
         print(f"mean density of {expert}: {mean:.3f}")
     print(f"merged model: {report.folder}")
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
-        print(f"verdict: {'champion' if report.promoted else 'not promoted'}: {'; '.join(report.verdict)}")
+        print(f"verdict: {'champion' if report.promoted else 'not promoted'}")
+        print("\n".join(f"  {reason}" for reason in report.verdict))
 
 
 def _stop_tasks(number: int, frame: Any) -> None:

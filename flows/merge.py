@@ -35,6 +35,7 @@ class MergeReport(BaseModel):
         digest, folder: the merged checkpoint in the store.
         mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
         scores: rows of the score table.
+        comparison: the merged model against each other one, document by document: gain, interval, wins, losses, p.
         version: `models:/name/version`, if the recipe registers.
         created: whether that version is new.
         promoted: whether it is the champion now.
@@ -45,7 +46,8 @@ class MergeReport(BaseModel):
     digest: str
     folder: Path
     mean_density: dict[str, float] = {}
-    scores: list[dict[str, Any]] = []
+    scores: list[dict[str, str]] = []
+    comparison: list[dict[str, str]] = []
     version: str | None = None
     created: bool = False
     promoted: bool = False
@@ -125,7 +127,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
             scores[label] = evaluate.submit(model, label, settings, plan.root, tasks_digest)
         table = report_scores.submit(quote(plan), scores)
         _finish(*scores.values(), table)
-        report.scores = table.result()
+        report.scores, report.comparison = table.result()["scores"], table.result()["comparison"]
 
     verdict = version = None
     inputs = [_known(each) for each in (base, experts, sets, allocated)]
@@ -144,7 +146,9 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         evaluate=scores.values(),
     )
     facts = [_known(each) for each in (merged, champion, scores, verdict)]
-    told = report_run.submit(quote(plan), *inputs, *facts, version, work, wait_for=[merged, named])
+    told = report_run.submit(
+        quote(plan), *inputs, *facts, version, work, quote(report.comparison), wait_for=[merged, named]
+    )
     told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     return report, any(future.state.name != "Cached" for future in results if future)

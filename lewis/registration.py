@@ -1,13 +1,16 @@
 """What MLflow is told about a merged model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lewis import report
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import score_table
+from lewis.pipeline import scored
 from lewis.recipe import Recipe
 from lewis.registry import Entry
+from lewis.scored import Scored, comparison_rows, gain, intervals, scores_of
 
 
 def registry_entry(
@@ -31,8 +34,10 @@ def registry_entry(
         tags: further tags of the version.
     """
     assert recipe.register_as is not None
-    found = {label: entry.scores for label, entry in scores.items()}
+    models = scored(recipe, scores)
+    found = scores_of(models)
     rows = score_table(found)
+    comparison = comparison_rows(models) if models else []
     lineage = lineage_of(base, experts, calibrations)
     means = dict(allocated.means) if allocated else {}
     pictures: dict[str, bytes] = {}
@@ -46,8 +51,8 @@ def registry_entry(
             for tensor, density in each.densities.items()
         ]
     if found:
-        pictures["scores.png"] = report.score_bars(found)
-        tables["scores"] = rows
+        pictures["scores.png"] = report.score_bars(found, intervals(models))
+        tables |= {"scores": rows, "comparison": comparison}
     # The merged model goes by one name in all versions, whatever the score table calls it.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     return Entry(
@@ -55,7 +60,8 @@ def registry_entry(
         folder=merged.folder,
         digest=merged.digest,
         params=flat_parameters(recipe) | {f"mean_density/{ref}": f"{mean:.6f}" for ref, mean in means.items()},
-        metrics={f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each},
+        metrics={f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
+        | _gains(models),
         lineage=lineage,
         recipe=recipe.text,
         pictures=pictures,
@@ -69,9 +75,21 @@ def registry_entry(
             lineage=lineage,
             mean_density=means,
             scores=rows,
+            comparison=comparison,
         ),
         tags=tags or {},
     )
+
+
+def _gains(models: Sequence[Scored]) -> dict[str, float]:
+    """The candidate's gain on each other model, with its interval, as metrics."""
+    found: dict[str, float] = {}
+    for model in models[:-1]:
+        for key in models[-1].by_name:
+            if (each := gain(models[-1], model, key)) is not None:
+                named = {"": each.delta, " low": each.low, " high": each.high}
+                found |= {f"gain on {model.label}{end}/{key}": v for end, v in named.items() if math.isfinite(v)}
+    return found
 
 
 def lineage_of(

@@ -43,6 +43,9 @@ class Scored(Protocol):
     def higher_is_better(self) -> bool: ...
 
 
+Intervals = Mapping[tuple[str, str, str], tuple[float, float]]
+
+
 def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> bytes:
     """Draw where each expert's task vector is kept: one panel per expert, projections by layers.
 
@@ -69,11 +72,12 @@ def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping
     return png(figure)
 
 
-def score_bars(scores: Mapping[str, Sequence[Scored]]) -> bytes:
-    """Draw the scores, one group of bars per task and metric, one bar per model with its standard error.
+def score_bars(scores: Mapping[str, Sequence[Scored]], intervals: Intervals | None = None) -> bytes:
+    """Draw the scores, one group of bars per task and metric, one bar per model with its 95 % interval.
 
     Args:
         scores: model -> scores, in the order of the bars; the last model is outlined.
+        intervals: (model, task, metric) -> ends of the interval; where one is missing, 1.96 standard errors.
 
     Returns:
         a PNG file. Metrics that leave [0, 1], such as perplexity, get a panel each.
@@ -93,7 +97,7 @@ def score_bars(scores: Mapping[str, Sequence[Scored]]) -> bytes:
     )
     axes = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
     for panel, (label, shown) in zip(axes, panels.items(), strict=False):
-        _draw_bars(panel, list(scores), shown, found)
+        _draw_bars(panel, list(scores), shown, found, intervals or {})
         panel.set_ylabel(label)
     if panels:
         handles, names = axes[0].get_legend_handles_labels()
@@ -124,6 +128,7 @@ def model_card(
     lineage: Mapping[str, str],
     mean_density: Mapping[str, float],
     scores: Sequence[Mapping[str, object]],
+    comparison: Sequence[Mapping[str, object]] = (),
 ) -> str:
     """The README of a merged model, with the front matter of the Hub.
 
@@ -132,6 +137,7 @@ def model_card(
         lineage: reference -> commit or content digest.
         mean_density: expert -> mean density; empty for a plain merge.
         scores: rows of `lewis.evaluation.score_table`; empty if nothing was scored.
+        comparison: rows of `lewis.scored.comparison_rows`.
     """
     parents = [*([base] if base else []), *experts]
     repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
@@ -146,6 +152,7 @@ def model_card(
         f"# {name}",
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`, {how}.",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
+        "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
         "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
         f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
     ]
@@ -206,6 +213,7 @@ def _draw_bars(
     models: Sequence[str],
     groups: Sequence[tuple[str, str]],
     found: Mapping[tuple[str, str, str], Scored],
+    intervals: Intervals,
 ) -> None:
     from matplotlib import colormaps
 
@@ -216,7 +224,7 @@ def _draw_bars(
             [x - 0.4 + (number + 0.5) * width for x, _ in bars],
             [score.value for _, score in bars],
             width * 0.92,
-            yerr=[math.nan if score.stderr is None else score.stderr for _, score in bars],
+            yerr=[list(side) for side in zip(*(_reach(model, s, intervals) for _, s in bars), strict=True)] or None,
             error_kw={"ecolor": "dimgrey", "elinewidth": 1, "capsize": 2},
             color=colormaps[COLOURS](0.1 + 0.85 * number / max(len(models) - 1, 1)),
             edgecolor="black" if number == len(models) - 1 else "none",
@@ -232,6 +240,14 @@ def _draw_bars(
     )
     panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _reach(model: str, score: Scored, intervals: Intervals) -> tuple[float, float]:
+    """How far the interval reaches below and above the score."""
+    if ends := intervals.get((model, score.task, score.metric)):
+        return max(0.0, score.value - ends[0]), max(0.0, ends[1] - score.value)
+    reach = math.nan if score.stderr is None else 1.96 * score.stderr
+    return reach, reach
 
 
 def png(figure: "Figure") -> bytes:

@@ -3,6 +3,7 @@
 Names and references are the users': they go into code spans, where no Markdown and no HTML is read.
 """
 
+import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class RunFacts:
         work: step -> (how many were computed, how many were found in the cache).
         scores: label -> scores, in the order of the columns; those of the `champion` may come from the registry.
         merged: the label of the merged model in `scores`.
+        comparison: rows of `lewis.scored.comparison_rows`.
+        pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.
         links: text -> URL.
@@ -69,6 +72,8 @@ class RunFacts:
     work: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scores: Mapping[str, Sequence[Score]] = field(default_factory=dict)
     merged: str = "merged"
+    comparison: Sequence[Mapping[str, str]] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
     verdict: Verdict | None = None
     means: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
@@ -86,8 +91,10 @@ def to_markdown(facts: RunFacts) -> str:
         _section(f"What changed {since}", _changes(facts.changes)),
         _section("What was computed", _work(facts.work)),
         _section("Scores", markdown_table(score_rows(facts.scores, facts.merged))),
+        _section("Compared, document by document", _comparison(facts.comparison)),
         _verdict(facts.verdict),
         _section("Mean density", _means(facts.means)),
+        *(_section(plain(title), picture(title, png)) for title, png in facts.pictures.items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -154,6 +161,15 @@ def plain(text: str) -> str:
 
 def _url(url: str) -> str:
     return "".join(c if c.isalnum() or c in "-._~:/?#@!$&+,;=%" else f"%{ord(c):02X}" for c in url if c.isascii())
+
+
+def picture(name: str, png: bytes) -> str:
+    """A picture inside Markdown, so that a viewer needs no file."""
+    return f"![{plain(name)}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def _comparison(rows: Sequence[Mapping[str, str]]) -> str:
+    return markdown_table([{**row, "metric": code(row["metric"]), "model": code(row["model"])} for row in rows])
 
 
 def _section(title: str, content: str) -> str:

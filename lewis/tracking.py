@@ -95,8 +95,11 @@ def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -
 
 
 def key(name: str) -> str:
-    """`name` as MLflow accepts it for a metric, a parameter or a tag: `gsm8k/acc,none` becomes `gsm8k/acc/none`."""
-    allowed = re.sub(r"[^/\w.\- ]", "_", name.replace(",", "/"))
+    """`name` as MLflow accepts it for a metric, a parameter or a tag.
+
+    `gsm8k/exact_match,strict-match` becomes `gsm8k/exact_match/strict-match`, and `arc/acc,none` becomes `arc/acc`.
+    """
+    allowed = re.sub(r"[^/\w.\- ]", "_", name.removesuffix(",none").replace(",", "/"))
     return posixpath.normpath(allowed).lstrip("/")[:MAX_KEY]
 
 

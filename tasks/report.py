@@ -1,6 +1,5 @@
 """Artifacts for the Prefect UI, with stable keys: pictures and tables of densities and scores, the run's report."""
 
-import base64
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +8,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import registry, report
+from lewis import pipeline, registry, report
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -24,7 +23,8 @@ from lewis.gate import Verdict
 from lewis.recipe import Recipe
 from lewis.registration import lineage_of
 from lewis.registry import Champion, Version
-from lewis.run_report import RunFacts, changes, to_markdown
+from lewis.run_report import RunFacts, changes, picture, to_markdown
+from lewis.scored import comparison_rows, intervals, scores_of
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 
@@ -33,10 +33,10 @@ from tasks.caching import RETRIES, slug
 def report_densities(recipe: Recipe, measured: list[ImportanceEntry], allocated: AllocationEntry) -> None:
     """The density heat map and the importance table."""
     experts = allocated.experts()
-    picture = report.density_heat_map({ref: each.densities for ref, each in experts.items()}, allocated.means)
+    drawn = report.density_heat_map({ref: each.densities for ref, each in experts.items()}, allocated.means)
     means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
     create_markdown_artifact(
-        f"# Density per layer\n\nMean over the covered weights: {means}\n\n{as_markdown('densities', picture)}",
+        f"# Density per layer\n\nMean over the covered weights: {means}\n\n{picture('densities', drawn)}",
         key=f"{slug(recipe.name)}-density-heat-map",
         description="Fraction of each task vector that is kept",
     )
@@ -49,17 +49,24 @@ def report_densities(recipe: Recipe, measured: list[ImportanceEntry], allocated:
 
 
 @task(name="report-scores", cache_policy=NO_CACHE, timeout_seconds=600)
-def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> list[dict[str, Any]]:
-    """The score table and its picture; gives the table's rows."""
-    found = {label: entry.scores for label, entry in scores.items()}
-    rows = score_table(found)
-    create_table_artifact(rows, key=f"{slug(recipe.name)}-score-table", description="Scores beside the parents'")
-    create_markdown_artifact(
-        f"# Scores\n\n{as_markdown('scores', report.score_bars(found))}",
-        key=f"{slug(recipe.name)}-score-bars",
-        description="Scores with standard errors",
+def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
+    """The score table, the comparison document by document, and their picture; gives the rows of both."""
+    models = pipeline.scored(recipe, scores)
+    tables = {"scores": score_table(scores_of(models)), "comparison": comparison_rows(models)}
+    create_table_artifact(
+        tables["scores"], key=f"{slug(recipe.name)}-score-table", description="Scores beside the parents'"
     )
-    return rows
+    create_table_artifact(
+        tables["comparison"],
+        key=f"{slug(recipe.name)}-comparison",
+        description="The merged model against each other one, document by document",
+    )
+    create_markdown_artifact(
+        f"# Scores\n\n{picture('scores', report.score_bars(scores_of(models), intervals(models)))}",
+        key=f"{slug(recipe.name)}-score-bars",
+        description="Scores with 95 % intervals",
+    )
+    return tables
 
 
 @task(name="name-run", cache_policy=NO_CACHE, timeout_seconds=60)
@@ -81,12 +88,14 @@ def report_run(
     verdict: Verdict | None,
     version: Version | None,
     work: dict[str, tuple[int, int]],
+    comparison: list[dict[str, str]],
 ) -> str:
     """The story of the run, in the UI and beside the version in MLflow; gives it as Markdown.
 
     Args:
         champion: the version in use when the run began.
         work: as `provenance.tally` counts it.
+        comparison: as `report_scores` gave it.
     """
     provenance.rename(provenance.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
     run = provenance.this_run()
@@ -104,6 +113,8 @@ def report_run(
         work=work,
         scores=_columns(recipe, champion, merged, scores),
         merged=recipe.label,
+        comparison=comparison,
+        pictures=_pictures(recipe, allocated, scores),
         verdict=verdict,
         means=allocated.means if allocated else {},
         links=links,
@@ -130,11 +141,21 @@ def _outcome(champion: Champion | None, verdict: Verdict | None, version: Versio
     return f"{version.uri}{new} was not promoted; " + (f"{champion.version.uri} stays." if champion else "none is yet.")
 
 
+def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ScoresEntry]) -> dict[str, bytes]:
+    models, found = pipeline.scored(recipe, scores), {}
+    if models:
+        found["Scores with 95 % intervals"] = report.score_bars(scores_of(models), intervals(models))
+    if allocated:
+        densities = {ref: each.densities for ref, each in allocated.experts().items()}
+        found["Density per layer"] = report.density_heat_map(densities, allocated.means)
+    return found
+
+
 def _columns(
     recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]
 ) -> dict[str, list[Score]]:
     """Scores by label, the merged model's last; a champion that was not scored again has those of its version."""
-    found = {label: entry.scores for label, entry in scores.items()}
+    found = {model.label: list(model.scores) for model in pipeline.scored(recipe, scores)}
     ours = found.pop(recipe.label, [])
     if champion and champion.digest != merged.digest and "champion" not in found:
         known = {s: champion.metrics.get(f"{s.task}/{s.metric}") for s in ours}
@@ -154,8 +175,3 @@ def importance_rows(measured: list[ImportanceEntry], allocated: AllocationEntry)
             row |= {f"density {ref}": round(each.densities[tensor], 4)}
         rows.append(row)
     return rows
-
-
-def as_markdown(name: str, png: bytes) -> str:
-    """A picture inside Markdown, so that the UI needs no file."""
-    return f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"

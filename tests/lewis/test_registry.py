@@ -130,7 +130,7 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Entry, home: Path) -
     assert version.description.endswith("... (cut, all of it is in card.md)") and len(version.description) == 5000
     run = client().get_run(made.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["merged/addition/acc/none"] == 0.9 and run.data.metrics["base/addition/acc/none"] == 0.5
+    assert run.data.metrics["merged/addition/acc"] == 0.9 and run.data.metrics["base/addition/acc"] == 0.5
     assert run.data.params["lewis.density.max"] == "0.8" and run.data.params["models_0_.model"] == "org/math"
     assert run.data.params["long"].endswith("recipe.yaml)") and len(run.data.params["long"]) == 6000
     files = Path(run.info.artifact_uri.removeprefix("file://"))

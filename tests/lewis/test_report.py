@@ -81,6 +81,13 @@ def test_bars_have_the_height_of_the_score() -> None:
     assert 3.5 < share(high, 0.1) / share(low, 0.1) < 4.5
 
 
+def test_an_interval_is_drawn_where_it_is_given() -> None:
+    scores = {"base": [score("t", 0.5, stderr=None)], "m": [score("t", 0.5, stderr=None)]}
+    plain, wide = (report.score_bars(scores, ends) for ends in ({}, {("base", "t", "acc,none"): (0.1, 0.9)}))
+    grey = [int((abs(pixels(png) - 105).max(axis=1) <= 2).sum()) for png in (plain, wide)]  # dimgrey
+    assert grey[0] + 50 < grey[1]  # antialiased text has a few such points
+
+
 def test_a_model_without_a_score_and_another_scale_are_drawn() -> None:
     base = [score("t", 0.5), score("wiki", 14.0, "perplexity,none", stderr=None)]
     one = report.score_bars({"base": [score("t", 0.5)], "lewis": []})

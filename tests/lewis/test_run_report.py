@@ -100,6 +100,15 @@ def test_changes_are_found_by_the_tags_of_the_registry() -> None:
     ]
 
 
+def test_the_comparison_and_the_pictures_are_in_the_report() -> None:
+    rows = [{"metric": "gsm8k/acc,none ↑", "model": "base", "gain of lewis": "+0.1", "p": "0.03"}]
+    facts = RunFacts("r", "Merged.", "by hand", 3, "a" * 64, comparison=rows, pictures={"Scores": b"\x89PNG"})
+    text = to_markdown(facts)
+    assert "## Compared, document by document\n\n| metric | model | gain of lewis | p |" in text
+    assert "| `gsm8k/acc,none ↑` | `base` | +0.1 | 0.03 |" in text
+    assert text.endswith("## Scores\n\n![Scores](data:image/png;base64,iVBORw==)\n")
+
+
 def test_a_gap_is_marked_by_which_way_is_better() -> None:
     scores = {"base": [score(2.0, False)], "champion": [score(1.0, False)], "lewis": [score(1.5, False)]}
     assert score_rows(scores, "lewis") == [
