@@ -84,6 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     gc.add_argument("--days", metavar="N", type=float, default=14.0, help="keep what was used in the last N days (14)")
     gc.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
     gc.add_argument("--json", action="store_true", help=json_help)
+    told = add("history", _history, "tell who replaced whom as champion of a model, and why", recipe=False)
+    told.add_argument("name", metavar="NAME", help="registered model")
+    told.add_argument("--json", action="store_true", help=json_help)
+    by_hand = add("promote", _promote, "make a version the champion by hand", recipe=False)
+    by_hand.add_argument("version", metavar="NAME/VERSION")
+    back = add("rollback", _rollback, "put the previous champion of a model back", recipe=False)
+    back.add_argument("name", metavar="NAME", help="registered model")
+    for command in (by_hand, back):
+        command.add_argument("--why", metavar="TEXT", required=True, help="for the history")
     deploy = add("deploy", _deploy, "put pool, limit, deployments and automations on a Prefect server", recipe=False)
     for command in (up, deploy):
         command.add_argument("--prefect-file", metavar="FILE", type=Path, help="default: deployments/prefect.yaml")
@@ -218,6 +227,33 @@ def _with_prefect(flow: Callable[[], Any]) -> Any:
             finally:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 APILogWorker.drain_all(timeout=10)  # before the server goes
+
+
+def _history(options: argparse.Namespace) -> None:
+    from lewis import history
+
+    records = history.history(options.name)
+    if options.json:
+        print(json.dumps([asdict(each) for each in records], indent=2, ensure_ascii=False))
+    else:
+        _print_table(history.rows(records))
+
+
+def _promote(options: argparse.Namespace) -> None:
+    from lewis import history
+    from lewis.errors import InputError
+
+    name, slash, version = options.version.removeprefix("models:/").rpartition("/")
+    if not slash or not version.isdecimal():
+        raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {options.version!r}")
+    before = history.promote(name, version, options.why)
+    print(f"models:/{name}/{version} is the champion" + (f" in place of {before}" if before else ""))
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    from lewis import history
+
+    print(f"{history.rollback(options.name, options.why)} is the champion again")
 
 
 def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:

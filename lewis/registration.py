@@ -76,6 +76,7 @@ def registry_entry(
             mean_density=means,
             scores=rows,
             comparison=comparison,
+            results=found.get(recipe.label, ()),
         ),
         tags=tags or {},
     )

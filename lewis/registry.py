@@ -195,10 +195,25 @@ def source_tag(ref: str) -> str:
     return tracking.key(f"{SOURCE}{ref.replace('/', '--')}")
 
 
-def promote(version: Version, verdict: Verdict) -> Promotion:
+def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
+    """Whether a version exists with all its files."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _model_of(client, client.get_model_version(name, version)) is not None
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return False
+        raise
+
+
+def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
     """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
 
     A version that already is the champion stays as it is.
+
+    Args:
+        by: who promotes, for the history; by default the user.
 
     Raises:
         LewisError: if the champion changed after the comparison.
@@ -217,6 +232,11 @@ def promote(version: Version, verdict: Verdict) -> Promotion:
         }
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
+        from lewis import history
+
+        before = current.version.uri if current is not None else None
+        what = "promoted" if verdict.passed else "rejected"
+        history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
         if not verdict.passed:
             client.set_registered_model_alias(version.name, "challenger", version.version)
         else:
@@ -274,6 +294,7 @@ def _version_tags(entry: Entry, sizes: Mapping[str, int]) -> dict[str, str]:
         "lewis.digest": entry.digest,
         "lewis.metrics": json.dumps(merged, sort_keys=True),
         "lewis.files": json.dumps(sizes),
+        "lewis.recipe_digest": store.digest(entry.recipe),
         **{source_tag(ref): commit for ref, commit in entry.lineage.items()},
         **entry.tags,
     }

@@ -129,6 +129,7 @@ def model_card(
     mean_density: Mapping[str, float],
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
+    results: Sequence[Scored] = (),
 ) -> str:
     """The README of a merged model, with the front matter of the Hub.
 
@@ -138,6 +139,7 @@ def model_card(
         mean_density: expert -> mean density; empty for a plain merge.
         scores: rows of `lewis.evaluation.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.scored.comparison_rows`.
+        results: the merged model's own scores, for the Hub's `model-index`.
     """
     parents = [*([base] if base else []), *experts]
     repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
@@ -145,6 +147,7 @@ def model_card(
         "library_name": "transformers",
         **({"base_model": list(repos), "base_model_relation": "merge"} if repos else {}),
         "tags": list(dict.fromkeys(["merge", "lewis", method])),
+        **({"model-index": _model_index(name, results)} if results else {}),
     }
     how = "with LEWIS densities (arXiv:2503.03874)" if mean_density else "with uniform densities"
     parts = [
@@ -153,10 +156,28 @@ def model_card(
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`, {how}.",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
+        "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",
         "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
         f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _model_index(name: str, results: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Scores as the Hub reads them."""
+    entries = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": task, "type": task},
+            "metrics": [
+                {"type": s.metric.partition(",")[0], "name": s.metric, "value": s.value}
+                for s in results
+                if s.task == task
+            ],
+        }
+        for task in dict.fromkeys(s.task for s in results)
+    ]
+    return [{"name": name, "results": entries}]
 
 
 def _inputs(

@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import pipeline, registry
+from lewis import history, pipeline, registry, store
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
 from lewis.recipe import Recipe
@@ -35,6 +35,9 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
     rule = recipe.register_as.gate
     if champion and champion.digest == merged.digest:
         return Verdict(True, ("this very model is the champion already",), champion.version.uri)
+    if (why := history.withdrawn(recipe.register_as.name, merged.digest)) is not None:
+        told = f"this very model was rolled back by hand ({why}); only `lewis promote` brings it back: fail"
+        return Verdict(False, (told,), champion.version.uri if champion else "nothing")
     if rule is None:
         return Verdict(True, ("no gate in the recipe",), champion.version.uri if champion else "nothing")
     models = {model.label: model for model in pipeline.scored(recipe, scores)}
@@ -71,6 +74,9 @@ def register(
     """One version per merge digest, with its lineage, scores and pictures."""
     tags = provenance.tags()
     entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
+    store.write_text(merged.folder / "README.md", entry.card)
+    if "density.png" in entry.pictures:
+        (merged.folder / "density.png").write_bytes(entry.pictures["density.png"])
     version = registry.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version
@@ -79,7 +85,7 @@ def register(
 @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; says whether the version is the champion now."""
-    promotion = registry.promote(version, verdict)
+    promotion = registry.promote(version, verdict, f"the run {provenance.url()}")
     if promotion.moved:
         _announce(recipe, version, verdict, merged, promotion)
     word = "passed: champion" if verdict.passed else "failed: the champion stays"

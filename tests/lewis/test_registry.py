@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lewis import logged_model, registry, store
+from lewis import history, logged_model, registry, store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
 from lewis.registry import Entry, Version
@@ -247,7 +247,9 @@ def in_child(home: Path, entry: Entry, send: Connection, stop_at: str | None = N
     if stop_at is not None:
         owner: Any = logged_model if stop_at == "_link" else MlflowClient
         setattr(owner, stop_at, stop)
-    send.send(registry.register(entry))
+    version = registry.register(entry)
+    registry.promote(version, PASSED)
+    send.send(version)
 
 
 def test_eight_processes_on_a_fresh_database_get_one_version(entry: Entry, home: Path, processes: Any) -> None:
@@ -265,6 +267,7 @@ def test_eight_processes_on_a_fresh_database_get_one_version(entry: Entry, home:
     assert {version.version for version in answers} == {"1"} and sum(version.created for version in answers) == 1
     registry.configure()
     assert len(versions()) == 1 and runs() == ["FINISHED"]
+    assert aliases() == {"champion": "1"} and len(history.history("tiny")) == 1
 
 
 @pytest.mark.parametrize("where", ["_link", "log_batch", "create_model_version", "set_terminated"])
@@ -356,6 +359,49 @@ def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Entry
     with pytest.raises(LewisError, match="compared with base, but the champion is models:/tiny/2 by now"):
         registry.promote(third, PASSED)
     assert aliases() == {"champion": "2", "previous": "1"}
+
+
+def test_the_history_tells_who_replaced_whom_and_why(entry: Entry, tiny_model: Path) -> None:
+    first, second, third = (
+        registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
+    )
+    registry.promote(first, PASSED, by="the run x")
+    registry.promote(second, FAILED)
+    registry.promote(second, FAILED)  # again and nothing new: the next night's run
+    registry.promote(third, replace(PASSED, compared_with=first.uri))
+    assert history.promote("tiny", "2", "the customer wants it") == third.uri
+    assert aliases() == {"champion": "2", "previous": "3", "challenger": "2"}
+    assert history.rollback("tiny", "it was rude") == third.uri
+    assert aliases() == {"champion": "3", "previous": "2", "challenger": "2"}
+    told = history.history("tiny")
+    assert [(each.what, each.version[-1], (each.champion or "-")[-1]) for each in told] == [
+        ("promoted", "1", "-"),
+        ("rejected", "2", "1"),
+        ("promoted", "3", "1"),
+        ("promoted by hand", "2", "3"),
+        ("rolled back", "3", "2"),
+    ]
+    assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
+    assert told[0].by == "the run x" and history.rows(told)[0]["what"] == "rolled back"
+    assert history.withdrawn("tiny", "b" * 64) == "it was rude" and history.withdrawn("tiny", "c" * 64) is None
+    history.promote("tiny", "2", "it is polite now")
+    assert history.withdrawn("tiny", "b" * 64) is None
+
+
+def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Entry) -> None:
+    with pytest.raises(InputError, match="no registered model of this name"):
+        history.history("tiny")
+    registry.promote(registry.register(entry), PASSED)
+    for version, why, message in (
+        ("1", "x", "is the champion already"),
+        ("7", "x", "no such version"),
+        ("7", " ", "--why"),
+    ):
+        with pytest.raises(InputError, match=message):
+            history.promote("tiny", version, why)
+    with pytest.raises(InputError, match="no previous champion"):
+        history.rollback("tiny", "x")
+    assert aliases() == {"champion": "1"} and len(history.history("tiny")) == 1
 
 
 def aliases() -> dict[str, str]:

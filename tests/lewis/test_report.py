@@ -142,6 +142,29 @@ def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
     assert "| base | 0.5 |" in body and "```yaml\nmerge_method: ties\n```" in body
 
 
+def test_the_hub_reads_the_scores_of_the_card() -> None:
+    from huggingface_hub import ModelCard
+
+    card = report.model_card(
+        "m",
+        method="ties",
+        base=None,
+        experts=["./a"],
+        recipe="{}",
+        lineage={},
+        mean_density={"./a": 0.5},
+        scores=[],
+        results=[score("gsm8k", 0.25, "exact_match,strict-match"), score("gsm8k", 0.5, "exact_match,flexible")],
+    )
+    first, second = ModelCard(card).data.eval_results
+    assert (first.dataset_name, first.metric_type, first.metric_name) == (
+        "gsm8k",
+        "exact_match",
+        "exact_match,strict-match",
+    )
+    assert (first.metric_value, second.metric_value) == (0.25, 0.5) and "](density.png)" in card
+
+
 def test_the_card_is_one_the_hub_accepts() -> None:
     from huggingface_hub import ModelCard
 
