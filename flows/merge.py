@@ -166,9 +166,10 @@ def guide(
         name: calibrate.submit(quote(plan), name, base, wait_for=[inspected])
         for name in dict.fromkeys(n for _, n in wanted)
     }
+    settings = plan.lewis.importance.model_dump(exclude={"metric"})
     measured = [
         measuring(entry.model if entry else str(plan.base_model)).submit(
-            files[entry.model] if entry else base, sets[name]
+            files[entry.model] if entry else base, sets[name], settings
         )
         for entry, name in wanted
     ]

@@ -1,14 +1,15 @@
-"""Allocation: importance of base and expert -> a density for every tensor (LEWIS, arXiv 2503.03874)."""
+"""Allocation: evidence about the layers of base and expert -> a density for every tensor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lewis.errors import InputError
-from lewis.importance import Layer
+from lewis.allocators import ALLOCATORS, target_of
+from lewis.architecture import Layer
 from lewis.recipe import Density
 
-SEMANTICS = "1"  # bump when the same inputs would give other densities
+SEMANTICS = "2"  # bump when the same inputs would give other densities
+NEAR_UNIFORM = 0.02  # closer to uniform than this, an allocation guides nothing
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Allocation:
     Attributes:
         densities: tensor name -> density, covered and uncovered.
         mean: parameter-weighted mean density of the covered tensors.
-        differences: tensor name -> D(l,c), how far the covered layer moved; empty for `uniform`.
+        differences: key of a layer -> D(l,c), how far it moved, or the allocator's other evidence; empty for those that
+            need none.
     """
 
     densities: dict[str, float]
@@ -30,52 +32,47 @@ class Allocation:
         return asdict(self)
 
 
-def norm_difference(base: Mapping[str, float], expert: Mapping[str, float]) -> dict[str, float]:
-    """LEWIS's D(l,c) = | I_expert(l,c) - I_base(l,c) | per tensor.
-
-    Raises:
-        InputError: if the two were not measured on the same layers.
-    """
-    if base.keys() != expert.keys():
-        odd = sorted(base.keys() ^ expert.keys())[0]
-        raise InputError(
-            f"importance: {odd!r} was measured in one of base and expert only; they differ in architecture"
-        )
-    return {name: abs(expert[name] - base[name]) for name in base}
-
-
 def allocate(
-    layers: Sequence[Layer], tensors: Sequence[str], policy: Density, differences: Mapping[str, float] | None
+    layers: Sequence[Layer], tensors: Sequence[str], policy: Density, differences: Mapping[str, float | None] | None
 ) -> Allocation:
     """Give every tensor of one expert its density.
 
-        N(l,c)   = D(l,c) / sum over l' of D(l',c)                               per projection type c
-        rho(l,c) = min + (max - min) (N - min N) / (max N - min N)               one global min-max; all equal: midpoint
+    A tensor of several parts (a fused q, k and v) gets the mean of its parts', weighted by their parameters.
 
     Args:
         layers: the covered layers.
         tensors: all tensor names; those that are not covered follow `policy.uncovered`.
         policy: strategy, bounds and budget.
-        differences: D(l,c) per tensor; None for `uniform`.
+        differences: key of a layer -> evidence, None for a layer that no token reached: it counts as not covered. None
+            in all for `uniform` and `depth_gradient`.
 
     Returns:
         Densities in [min, max] for covered tensors; with a budget, their weighted mean is exactly that.
     """
-    if differences is None:
-        level = policy.budget if policy.budget is not None else (policy.min + policy.max) / 2
-        densities = {layer.tensor: level for layer in layers}
+    known = differences or {}
+    reached = [layer for layer in layers if differences is None or known.get(layer.key) is not None]
+    evidence = {layer.key: value for layer in reached if (value := known.get(layer.key)) is not None}
+    if policy.strategy == "uniform" or not reached:
+        of_layers = {layer.key: target_of(policy) for layer in reached}
     else:
-        densities = _min_max(layers, policy, differences)
-        if policy.budget is not None:
-            densities = _meet_budget(layers, policy, densities, policy.budget)
-    mean = weighted_mean(layers, densities)
+        of_layers = ALLOCATORS[policy.strategy](reached, evidence, policy)
+        budget = policy.budget if policy.strategy not in ("owl", "dlp") else target_of(policy)
+        if budget is not None and policy.strategy != "global":
+            of_layers = _meet_budget(reached, policy, of_layers, budget)
+    densities = _of_tensors(reached, of_layers)
+    mean = weighted_mean(reached, densities) if reached else target_of(policy)
     rest = {"expert": 1.0, "base": 0.0, "mean": mean}[policy.uncovered]
-    return Allocation({name: densities.get(name, rest) for name in tensors}, mean, dict(differences or {}))
+    return Allocation({name: densities.get(name, rest) for name in tensors}, mean, evidence)
+
+
+def covered_by(layers: Sequence[Layer], allocation: Allocation) -> list[Layer]:
+    """The layers that an allocation gave a density of their own."""
+    return [layer for layer in layers if not allocation.differences or layer.key in allocation.differences]
 
 
 def uniform_like(layers: Sequence[Layer], allocation: Allocation) -> Allocation:
     """The baseline: the same mean density in every covered tensor, uncovered tensors unchanged."""
-    covered = {layer.tensor for layer in layers}
+    covered = {layer.tensor for layer in covered_by(layers, allocation)}
     same = {name: allocation.mean if name in covered else rho for name, rho in allocation.densities.items()}
     return Allocation(same, allocation.mean, {})
 
@@ -85,32 +82,38 @@ def weighted_mean(layers: Sequence[Layer], densities: Mapping[str, float]) -> fl
     return sum(densities[x.tensor] * x.parameters for x in layers) / sum(x.parameters for x in layers)
 
 
-def _min_max(layers: Sequence[Layer], policy: Density, differences: Mapping[str, float]) -> dict[str, float]:
-    totals: dict[str, float] = {}
+def distance_to_uniform(layers: Sequence[Layer], allocation: Allocation) -> float:
+    """Which part of the kept weights lies elsewhere than in the uniform allocation of the same mean: 0 is uniform."""
+    covered = covered_by(layers, allocation)
+    moved = sum(abs(allocation.densities[x.tensor] - allocation.mean) * x.parameters for x in covered)
+    kept = allocation.mean * sum(x.parameters for x in covered)
+    return moved / (2 * kept) if kept else 0.0
+
+
+def _of_tensors(layers: Sequence[Layer], of_layers: Mapping[str, float]) -> dict[str, float]:
+    sums: dict[str, list[tuple[float, int]]] = {}
     for layer in layers:
-        totals[layer.projection] = totals.get(layer.projection, 0.0) + differences[layer.tensor]
-    # A projection type that did not move at all has no share to give: N = 0.
-    share = {x.tensor: differences[x.tensor] / totals[x.projection] if totals[x.projection] else 0.0 for x in layers}
-    low, high = min(share.values()), max(share.values())
-    if high - low <= 1e-12 * high:  # equal but for rounding, which must not be stretched over the whole range
-        return dict.fromkeys(share, (policy.min + policy.max) / 2)
-    scaled = {tensor: (n - low) / (high - low) for tensor, n in share.items()}
-    # Weighted this way, 0 and 1 give the bounds exactly; in between, rounding may step over one.
-    return {t: min(policy.max, max(policy.min, (1 - x) * policy.min + x * policy.max)) for t, x in scaled.items()}
+        sums.setdefault(layer.tensor, []).append((of_layers[layer.key], layer.parameters))
+    return {
+        tensor: parts[0][0] if len(parts) == 1 else sum(rho * n for rho, n in parts) / sum(n for _, n in parts)
+        for tensor, parts in sums.items()
+    }
 
 
 def _meet_budget(
     layers: Sequence[Layer], policy: Density, densities: Mapping[str, float], budget: float
 ) -> dict[str, float]:
     """Shift all densities by one number, clip to the bounds; the mean is monotone in it, so bisection finds it."""
+    size = sum(layer.parameters for layer in layers)
 
     def shifted(by: float) -> dict[str, float]:
-        return {tensor: min(policy.max, max(policy.min, rho + by)) for tensor, rho in densities.items()}
+        return {key: min(policy.max, max(policy.min, rho + by)) for key, rho in densities.items()}
 
     low, high = policy.min - policy.max, policy.max - policy.min
     for _ in range(200):
         middle = (low + high) / 2
-        if weighted_mean(layers, shifted(middle)) < budget:
+        moved = shifted(middle)
+        if sum(moved[layer.key] * layer.parameters for layer in layers) / size < budget:
             low = middle
         else:
             high = middle

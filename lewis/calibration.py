@@ -1,7 +1,6 @@
 """Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
 
 import json
-import logging
 import string
 import threading
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 
-logger = logging.getLogger(__name__)
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -60,8 +58,10 @@ class Calibration:
 def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -> Calibration:
     """Choose samples and turn them into token ids.
 
-    The rows are the first `samples` of `datasets.Dataset.shuffle(seed)`: `numpy.random.default_rng(seed).permutation`.
-    Each text is tokenised as the model's tokenizer does (special tokens included) and cut to `max_tokens`.
+    The rows are the first `samples` of `datasets.Dataset.shuffle(seed)`: `numpy.random.default_rng(seed).permutation`;
+    all, if there are fewer than 128 and the recipe does not say how many.
+    Each text is tokenised as the model's tokenizer does (special tokens included) and cut to `max_tokens`, or
+    filled up to it on the tokenizer's side.
 
     Args:
         name: the set's name in the recipe.
@@ -77,16 +77,27 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     if not len(rows):
         raise InputError(f"{where}: the calibration set is empty; give it rows")
     order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
-    if len(order) < spec.samples:
-        logger.warning("%s: %d samples asked for, the set has %d", where, spec.samples, len(order))
+    if len(order) < spec.samples and "samples" in spec.model_fields_set:
+        raise InputError(f"{where}.samples: {spec.samples} asked for, the set has {len(order)}; set it to that or less")
     chosen = [rows[int(i)] for i in order]
     texts = [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
     encode = _load_tokenizer(tokenizer)
     cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]
-    samples = tuple(tuple(int(i) for i in ids) for ids in cut if ids)
-    if not samples:
+    special = set(encode.all_special_ids)
+    if all(special.issuperset(ids) for ids in cut):
         raise InputError(f"{where}: no tokens: all {len(texts)} texts are empty; check `text`")
+    if spec.padding == "max_tokens":
+        cut = [_filled_up(where, encode, ids, spec.max_tokens) for ids in cut]
+    samples = tuple(tuple(int(i) for i in ids) for ids in cut if ids)
     return Calibration(name, samples)
+
+
+def _filled_up(where: str, tokenizer: Any, ids: list[int], length: int) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(f"{where}.padding: the base's tokenizer has no end-of-text token to fill up with; use none")
+    filling = [end] * (length - len(ids))
+    return filling + ids if tokenizer.padding_side == "left" else ids + filling
 
 
 def _load_rows(where: str, spec: CalibrationSet, root: Path) -> Any:

@@ -99,6 +99,11 @@ class Checkpoint:
         self.tied = _tied_head(self.config, tensors, folder)
         self.tensors = {name: info for name, info in tensors.items() if name not in self.tied}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, in its stored dtype."""
         dtype, bits = self.raw(name)

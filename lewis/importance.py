@@ -1,202 +1,229 @@
-"""Importance: the activation-weighted norm of every covered linear layer of one model (DESIGN section 4).
+"""Importance: the activation-weighted norm of every covered layer of one model (DESIGN section 4).
 
-Covered are the `nn.Linear` modules of the repeated layers. Everything else (embeddings, norms, head, biases) is left to
-the recipe's `uncovered` policy.
+Covered are the projections in the repeated blocks, as `lewis.architecture` finds them. Everything else (embeddings,
+norms, head, biases) is left to the recipe's `uncovered` policy.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lewis.architecture import Covered, Layer, Network
 from lewis.calibration import Calibration
+from lewis.checkpoint import DTYPES
 from lewis.errors import InputError, LewisError
-from lewis.lazy import nn, torch
+from lewis.lazy import torch
 from lewis.lora import LoraExpert, Model
 from lewis.measurements import Measured
+from lewis.recipe import Importance
+
+if TYPE_CHECKING:
+    from lewis.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "2"  # bump when the same inputs would give other numbers
-_LAYER = re.compile(r"^(?P<before>.*?\.)?(?P<layer>\d+)\.(?P<after>.+)$")
+SEMANTICS = "3"  # bump when the same inputs would give other numbers
 _TOKENS_PER_BATCH = 4096
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A covered linear layer: tensor name, layer index l, projection type c (`self_attn.q_proj`), number of weights."""
-
-    tensor: str
-    index: int
-    projection: str
-    parameters: int
-
-
-def covered_layers(folder: Path, tensors: set[str] | None = None) -> list[Layer]:
+def covered_layers(folder: Path, tensors: Shapes | None = None) -> list[Layer]:
     """The layers that importance is measured on, found from the module tree; no weight is loaded.
 
     Args:
         folder: of a model, for its config.json.
-        tensors: names in the checkpoint, if known; modules stored under other names are not covered.
+        tensors: name -> shape of those in the checkpoint, if known; modules that have none are not covered.
 
     Raises:
         InputError: if the model's class is unknown, or no layer is covered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # any kind, by architecture
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
-    layers = [layer for layer, _ in _walk(model) if tensors is None or layer.tensor in tensors]
-    if not layers:
-        raise InputError(
-            f"{folder}: no covered layer: {type(model).__name__} has no nn.Linear in its repeated layers whose weight "
-            "is in the checkpoint; LEWIS cannot guide it: leave the lewis block out"
-        )
-    return layers
+    return [layer for covered in _network(folder, tensors, torch.float32).covered for layer in covered.layers]
 
 
 def measure(
     model: Model,
     calibration: Calibration,
+    settings: Importance | None = None,
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Measure one model on one calibration set, in one forward pass without padding in the sums, KV cache or logits.
 
-        s_j    = mean over tokens of x_j^2
+        s_j    = mean over tokens of x_j^2      (`reduce: sum`: the sum over a sample's tokens, mean over samples)
         I(l,c) = || W * sqrt(s) ||_F = sqrt( sum_ij W_ij^2 s_j )      (Wanda's score, arXiv 2306.11695, as one norm)
+
+    Weights are read block by block while the pass goes on, so that a model need not fit in memory: at any time there
+    are the embeddings, one block, and the activations of a micro-batch. With `prune_ratio`, all samples are one batch.
 
     Args:
         model: an opened checkpoint, or a LoRA expert.
         calibration: token ids.
+        settings: of the pass.
         device: `cpu` (weights in fp32) or `cuda` (weights as stored).
         progress: called with (tokens done, tokens in all).
 
     Returns:
-        I(l,c) and s of every covered tensor.
+        I(l,c) of every covered layer and s of every covered tensor. What no token reached (an expert that a router
+        never chose) has no norm and no moments.
 
     Raises:
         InputError: if no layer is covered, or a token id is out of the vocabulary.
         LewisError: if activations are not finite, naming the layer.
     """
-    network = _load(model, device)
-    covered = [(layer, module) for layer, module in _walk(network) if layer.tensor in model.tensors]
-    if not covered:
-        raise InputError(f"{model.folder}: no covered layer: no nn.Linear in its repeated layers")
-    vocabulary = network.get_input_embeddings().num_embeddings
+    from lewis.second_moments import SecondMoments
+    from lewis.streaming import Streamed
+    from lewis.wanda import PruneAfter
+
+    settings = settings or Importance()
+    dtype = torch.float32 if device == "cpu" else _stored_dtype(model)
+    network = _network(model.folder if not isinstance(model, LoraExpert) else model.base.folder, model.shapes, dtype)
+    _check_samples(model, network, calibration)
+    moments = SecondMoments(network, device)
+    prune = PruneAfter(network, moments, settings.prune_ratio, len(calibration.samples))
+    batches = list(_batches(calibration, network, whole=settings.prune_ratio > 0))
+    with ExitStack() as contexts, torch.inference_mode():
+        contexts.enter_context(prune)
+        module = contexts.enter_context(Streamed(network, model, device, dtype))
+        contexts.enter_context(moments)
+        done = 0
+        for samples in batches:
+            ids, lengths = _padded(samples)
+            moments.begin(lengths, ids.shape[1])
+            _forward(network, module, ids.to(device), lengths)
+            done += sum(lengths)
+            if progress:
+                progress(done, calibration.tokens)
+    factor = calibration.tokens / len(calibration.samples) if settings.reduce == "sum" else 1.0
+    return _norms(model, network, moments, factor)
+
+
+def _norms(model: Model, network: Network, moments: SecondMoments, factor: float) -> Measured:
+    norms: dict[str, float | None] = {}
+    kept: dict[str, torch.Tensor] = {}
+    silent = []
+    for covered in network.covered:
+        means = moments.means(covered.parameter)
+        own = means if means is None or covered.expert is None else means[covered.expert]
+        if own is None or bool(own.isnan().all()):
+            norms |= dict.fromkeys((layer.key for layer in covered.layers), None)
+            silent.append(covered.tensor)
+            continue
+        s = _beside_weights(own * factor, covered).to(torch.float32)
+        weights = model.read(covered.tensor).to(torch.float32)
+        for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
+            norm = float(cost) ** 0.5
+            if not norm < float("inf"):
+                raise LewisError(
+                    f"{model.folder}: activations into {covered.tensor!r} are not finite; the model is damaged"
+                )
+            norms[layer.key] = norm
+        fired = s.isnan().logical_not()
+        kept[covered.tensor] = torch.where(fired, s, s[fired].mean())  # an expert that none reached is like the others
+    if silent:
+        logger.warning("%s: no token reached %d tensors, such as %s: left out", model.folder, len(silent), silent[0])
+    return Measured(norms, kept)
+
+
+def row_sums(values: torch.Tensor, s: torch.Tensor, covered: Covered) -> list[torch.Tensor]:
+    """sum_ij values_ij s_j over the output rows of each layer of a tensor, fp64; channels whose s is NaN are left out.
+
+    Args:
+        values: fp32, of the tensor's shape.
+        s: fp32, broadcasts to it.
+    """
+    s = torch.where(s.isnan(), 0.0, s)
+    inputs = -2 if covered.transposed else -1
+    if values.dim() == 2:
+        of_rows = torch.mv(values.T if covered.transposed else values, s.reshape(-1)).double()
+    else:
+        of_rows = (values * s).sum(dim=inputs, dtype=torch.float64).sum(dim=0)
+    return [of_rows.sum() if rows is None else rows.sum(of_rows) for rows in covered.rows]
+
+
+def _beside_weights(s: torch.Tensor, covered: Covered) -> torch.Tensor:
+    """Moments (in,) or (experts, in) in a shape that broadcasts to the weights."""
+    if s.dim() == 1:
+        return s[:, None] if covered.transposed else s
+    return s[:, :, None] if covered.transposed else s[:, None, :]
+
+
+def network_of(model: Model) -> Network:
+    """The module tree of a model and the covered tensors; no weight is loaded.
+
+    Raises:
+        InputError: as `covered_layers`.
+    """
+    return _network(model.folder, model.shapes, torch.float32)
+
+
+def _network(folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> Network:
+    network = Network(folder, tensors, dtype)
+    if not network.covered:
+        raise InputError(
+            f"{folder}: no covered layer: {type(network.module).__name__} has no projection in repeated blocks whose "
+            "weight is in the checkpoint; LEWIS cannot guide it: leave the lewis block out"
+        )
+    return network
+
+
+def _stored_dtype(model: Model) -> torch.dtype:
+    largest = max(model.tensors.values(), key=lambda info: info.elements)
+    dtype: torch.dtype = getattr(torch, DTYPES[largest.dtype][0])
+    return dtype
+
+
+def _check_samples(model: Model, network: Network, calibration: Calibration) -> None:
+    vocabulary = network.module.get_input_embeddings().num_embeddings
     largest = max(max(sample) for sample in calibration.samples)
     if largest >= vocabulary:
         raise InputError(
             f"{model.folder}: token {largest} of set {calibration.name!r} is outside its {vocabulary} embeddings"
         )
-    longest, limit = max(map(len, calibration.samples)), getattr(network.config, "max_position_embeddings", None)
+    longest = max(map(len, calibration.samples))
+    limit = getattr(network.module.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
         raise InputError(
             f"{model.folder}: a sample of set {calibration.name!r} has {longest} tokens, the model takes {limit}; "
             f"set lewis.calibrations.{calibration.name}.max_tokens to {limit} or less"
         )
-    moments = _second_moments(network, [module for _, module in covered], calibration, device, progress)
-    norms = {}
-    for layer, module in covered:
-        columns = module.weight.detach().to(torch.float32).square().sum(dim=0, dtype=torch.float64)
-        norm = float((columns * moments[module]).sum().sqrt())
-        if not norm < float("inf"):
-            raise LewisError(f"{model.folder}: activations into {layer.tensor!r} are not finite; the model is damaged")
-        norms[layer.tensor] = norm
-    return Measured(norms, {layer.tensor: moments[module].to("cpu", torch.float32) for layer, module in covered})
 
 
-def _second_moments(
-    network: Any,
-    modules: list[nn.Linear],
-    calibration: Calibration,
-    device: str,
-    progress: Callable[[int, int], None] | None,
-) -> dict[nn.Linear, torch.Tensor]:
-    """Mean of x_j^2 over all non-padding tokens for each module's input; fp64, shape (in_features,)."""
-    names = {module: name for name, module in network.named_modules()}
-    sums = {module: torch.zeros(module.in_features, dtype=torch.float64, device=device) for module in modules}
-    mask = torch.ones(0)
-    last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-
-    def collect(module: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal last
-        if inputs[0] is not last[0]:  # q, k and v see the same tensor: square it once
-            x = inputs[0].reshape(-1, module.in_features)
-            if len(x) != len(mask):
-                raise LewisError(
-                    f"{names[module]!r} sees {len(x)} of {len(mask)} tokens (a routed expert?): unsupported"
-                )
-            last = (inputs[0], x[mask].to(torch.float32).square().sum(dim=0).to(torch.float64))
-        assert last[1] is not None
-        sums[module] += last[1]
-
-    with ExitStack() as hooks, torch.inference_mode():
-        for module in modules:
-            hooks.callback(module.register_forward_pre_hook(collect).remove)
-        done = 0
-        for ids, attention in _batches(calibration):
-            mask = attention.reshape(-1).bool().to(device)
-            network.base_model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
-            last = (None, None)
-            done += int(attention.sum())
-            if progress:
-                progress(done, calibration.tokens)
-    return {module: total / calibration.tokens for module, total in sums.items()}
+def _forward(network: Network, module: Any, ids: torch.Tensor, lengths: list[int]) -> None:
+    """One batch through all blocks. A decoder never looks ahead, so what is padded on its right needs no mask."""
+    if not network.encodes:
+        module.base_model(input_ids=ids, use_cache=False)
+        return
+    mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
+    encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+    start = torch.full_like(ids[:, :1], module.config.decoder_start_token_id or 0)
+    module.get_decoder()(  # the decoder reads the same text
+        input_ids=torch.cat([start, ids[:, :-1]], dim=1),
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    )
 
 
-def _batches(calibration: Calibration) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(token ids, attention mask) of samples of similar length together, so that little is padded."""
-    samples = sorted(calibration.samples, key=len, reverse=True)
+def _batches(calibration: Calibration, network: Network, *, whole: bool) -> Iterator[list[Sequence[int]]]:
+    """Samples of similar length together, so that little is padded; equal lengths where a router hides the padding."""
+    samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
+    equal = any(".experts." in each.parameter for each in network.covered)
     while samples:
         width = len(samples[0])
-        batch, samples = samples[: (size := max(1, _TOKENS_PER_BATCH // width))], samples[size:]
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        attention = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, sample in enumerate(batch):
-            ids[row, : len(sample)] = torch.tensor(sample)
-            attention[row, : len(sample)] = 1
-        yield ids, attention
+        size = len(samples) if whole else max(1, _TOKENS_PER_BATCH // width)
+        if equal:
+            size = min(size, sum(len(sample) == width for sample in samples))
+        yield samples[:size]
+        samples = samples[size:]
 
 
-def _walk(network: Any) -> Iterator[tuple[Layer, nn.Linear]]:
-    head = network.get_output_embeddings()
-    for name, module in network.named_modules():
-        match = _LAYER.match(name)
-        if isinstance(module, nn.Linear) and module is not head and match:
-            yield Layer(f"{name}.weight", int(match["layer"]), match["after"], module.weight.numel()), module
-
-
-def _load(model: Model, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    folder = model.base.folder if isinstance(model, LoraExpert) else model.folder
-    network: Any
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except Exception as error:  # any kind, by architecture
-        raise InputError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
-    if isinstance(model, LoraExpert):
-        parameters = dict(network.named_parameters())
-        for name in filter(model.touches, model.tensors):
-            if name not in parameters:
-                raise InputError(f"{model.folder}: changes {name!r}, which is no parameter of the loaded model")
-            with torch.no_grad():
-                parameters[name].copy_(model.read(name))
-    return network.to(device).eval()
+def _padded(samples: list[Sequence[int]]) -> tuple[torch.Tensor, list[int]]:
+    """Token ids, padded on the right with 0, and the length of each sample."""
+    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample)] = torch.tensor(sample)
+    return ids, [len(sample) for sample in samples]

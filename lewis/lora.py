@@ -68,6 +68,11 @@ class LoraExpert:
             self._place(key_in_file)
         self._check_shapes()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+        return self.base.shapes
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor: the base's or the adapter's own if it is whole, otherwise base plus delta in fp32."""
         stored = self.tied.get(name, name)

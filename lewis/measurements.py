@@ -21,12 +21,12 @@ class Measured:
     """What one pass of one model over one calibration set measured.
 
     Attributes:
-        norms: tensor name -> I(l,c).
+        norms: key of a layer -> I(l,c); None if no token reached it.
         moments: tensor name -> s, the mean of x_j^2 over the tokens: fp32, of a shape that broadcasts to the tensor's,
             (in_features,) for a linear layer.
     """
 
-    norms: dict[str, float]
+    norms: dict[str, float | None]
     moments: dict[str, torch.Tensor]
 
 

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lewis import allocation, evaluation, hub, importance, measurements, store
+from lewis import allocation, evaluation, hub, importance, measurements, metrics, store, threshold
+from lewis.allocation import Allocation
+from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration, calibrate
 from lewis.checkpoint import HEADS, read_config, weight_files
 from lewis.device import precision
@@ -22,10 +24,9 @@ from lewis.entries import (
 )
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
-from lewis.importance import Layer
 from lewis.lora import is_adapter
 from lewis.merge import Expert, Merge
-from lewis.recipe import ModelEntry, Recipe
+from lewis.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
 
 logger = logging.getLogger(__name__)
@@ -107,32 +108,37 @@ def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> Calibrat
 def measure(
     files: ModelFiles,
     calibration: CalibrationEntry,
+    settings: Importance | None = None,
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceEntry:
     """Importance of one model on one calibration set; measured once, then found."""
-    digest, path = _importance_place(files.key, calibration, device)
+    settings = settings or Importance()
+    digest, path = _importance_place(files.key, calibration, settings, device)
     with store.lock(f"importance-{digest}"):
         if not measurements.is_whole(path):
             measured = importance.measure(
-                files.open(), Calibration.load(calibration.path), device=device, progress=progress
+                files.open(), Calibration.load(calibration.path), settings, device=device, progress=progress
             )
             facts = {"model": files.key, "ref": files.ref, "calibration": calibration.digest}
             measurements.write(path, measured, facts)
     return ImportanceEntry(ref=files.ref, calibration=calibration.name, digest=digest, path=path)
 
 
-def find_measured(ref: str, key: str, calibration: CalibrationEntry, device: str = "cpu") -> ImportanceEntry | None:
+def find_measured(
+    ref: str, key: str, calibration: CalibrationEntry, settings: Importance, device: str = "cpu"
+) -> ImportanceEntry | None:
     """The importance of a model on a calibration set, if the store has it."""
-    digest, path = _importance_place(key, calibration, device)
+    digest, path = _importance_place(key, calibration, settings, device)
     if not measurements.is_whole(path):
         return None
     return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path)
 
 
-def _importance_place(key: str, calibration: CalibrationEntry, device: str) -> tuple[str, Path]:
-    digest = store.digest([importance.SEMANTICS, key, calibration.digest, precision(device)])
+def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:
+    of_pass = settings.model_dump(exclude={"metric"})  # every metric is made of what one pass measures
+    digest = store.digest([importance.SEMANTICS, key, calibration.digest, precision(device), of_pass])
     return digest, store.home() / "importance" / f"{digest}.json"
 
 
@@ -153,21 +159,57 @@ def allocate(
     with store.lock(f"allocation-{digest}"):
         if store.entry(path, "experts") is None:
             opened = base.open()
-            layers = importance.covered_layers(base.folder, set(opened.tensors))
-            norms = {(entry.ref, entry.calibration): entry.norms for entry in measured}
+            network = importance.network_of(opened)
+            layers = [layer for covered in network.covered for layer in covered.layers]
             guided = {}
             for entry, files in zip(recipe.experts, experts, strict=True):
-                moved = None
-                if policy.strategy == "lewis":
-                    name = recipe.calibration_of(entry)
-                    moved = allocation.norm_difference(norms[base.ref, name], norms[files.ref, name])
-                guided[files.ref] = allocation.allocate(layers, list(opened.tensors), policy, moved)
+                evidence = _evidence(recipe, entry, base, files, measured, network)
+                each = allocation.allocate(layers, list(opened.tensors), policy, evidence)
+                _warn_if_near_uniform(recipe, files.ref, layers, each)
+                guided[files.ref] = each
             uniform = {ref: allocation.uniform_like(layers, each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
             store.write_json(path, {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()})
     found = find_allocated(recipe, base, experts, measured)
     assert found is not None
     return found
+
+
+def _evidence(
+    recipe: Recipe,
+    entry: ModelEntry,
+    base: ModelFiles,
+    expert: ModelFiles,
+    measured: Sequence[ImportanceEntry],
+    network: Network,
+) -> dict[str, float | None] | None:
+    """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
+    assert recipe.lewis is not None
+    policy, own_base, own = recipe.lewis.density, base.open(), expert.open()
+    metrics.warn_if_unrelated(expert.ref, own_base, own, [covered.tensor for covered in network.covered])
+    if not recipe.measures or policy.strategy in ("uniform", "depth_gradient"):
+        return None
+    name = recipe.calibration_of(entry)
+    found = {(each.ref, each.calibration): each for each in measured}
+    if recipe.compares_norms:
+        return metrics.norm_difference(found[base.ref, name].norms, found[expert.ref, name].norms)
+    moments = found[expert.ref, name].moments
+    if policy.strategy == "global":
+        target = allocation.target_of(policy)
+        bounds = {"target": target, "low": policy.min, "high": policy.max}
+        return threshold.shares(own_base, own, network.covered, moments, **bounds)
+    metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
+    return metrics.of_task_vector(metric, own_base, own, network.covered, moments)
+
+
+def _warn_if_near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allocation) -> None:
+    distance = allocation.distance_to_uniform(layers, found)
+    if recipe.guided and distance < allocation.NEAR_UNIFORM:
+        logger.warning(
+            "%s: the densities are within %.1f %% of uniform %.3f: this allocation guides next to nothing; see "
+            "lewis.density.scale (rank, robust), another strategy, or prune_by: activation",
+            *(ref, 100 * distance, found.mean),
+        )
 
 
 def find_allocated(
@@ -191,7 +233,7 @@ def _allocation_place(
     recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
 ) -> tuple[str, Path]:
     assert recipe.lewis is not None
-    policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump()]
+    policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump(), recipe.lewis.importance.metric]
     models = [[files.ref, files.key] for files in (base, *experts)]
     passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
     digest = store.digest([allocation.SEMANTICS, policy, models, passes])
@@ -201,12 +243,13 @@ def _allocation_place(
 def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, str]]:
     """(model, calibration set) for each pass that the recipe needs; None is the base.
 
-    Empty for `uniform`, unless it prunes by activation: that needs the experts'.
+    The base's are needed for the difference of norms alone. Empty for `uniform` and `depth_gradient`, unless the recipe
+    prunes by activation.
     """
     if not recipe.measures:
         return []
     own: list[tuple[ModelEntry | None, str]] = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts]
-    sets = dict.fromkeys(name for _, name in own) if recipe.guided else {}
+    sets = dict.fromkeys(name for _, name in own) if recipe.compares_norms else {}
     return [*((None, name) for name in sets), *own]
 
 
@@ -231,7 +274,8 @@ def guide(
         if name not in sets:
             sets[name] = prepare_calibration(recipe, name, base)
         report = None if progress is None else _labelled(progress, f"{files.ref} on {name}")
-        measured.append(measure(files, sets[name], device=device, progress=report))
+        assert recipe.lewis is not None
+        measured.append(measure(files, sets[name], recipe.lewis.importance, device=device, progress=report))
     return measured, allocate(recipe, base, experts, measured)
 
 
@@ -378,8 +422,8 @@ def layers_of(base: ModelFiles) -> list[Layer]:
     Raises:
         InputError: if there are none.
     """
-    tensors = base.open().tensors
-    layers = importance.covered_layers(base.folder, set(tensors))
+    opened = base.open()
+    layers, tensors = importance.covered_layers(base.folder, opened.shapes), opened.tensors
     share = sum(x.parameters for x in layers) / sum(info.elements for info in tensors.values())
     kinds = ", ".join(sorted({layer.projection for layer in layers}))
     logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)

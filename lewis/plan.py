@@ -93,7 +93,8 @@ def make_plan(recipe: Recipe) -> Plan:
     files = {source.ref: _files(source) for source in sources}
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
-        plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), set(headers))
+        shapes = {name: shape for name, (_, shape) in headers.items()}
+        plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), shapes)
     writes = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
     passes = plan.parameters * 4 if recipe.measures else 0
@@ -121,7 +122,9 @@ def _guided_steps(
             if name not in sets:
                 configs = hub.fetch(base.model, weights=False)
                 sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
-            found = pipeline.find_measured(source.ref, source.key, sets[name], default_device())
+            found = pipeline.find_measured(
+                source.ref, source.key, sets[name], recipe.lewis.importance, default_device()
+            )
             plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
             measured.append(found)
         if known_base and complete and all(measured):

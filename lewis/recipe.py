@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from lewis.errors import InputError, RecipeError
 from lewis.methods import Parameter, find, load_plugins
+from lewis.presets import with_preset
 from lewis.recipe_errors import cross_check, describe, nearest
 from lewis.settings import Rule, parse_setting, value_at
 
@@ -49,7 +50,12 @@ class ModelEntry(_Block):
 
 
 class CalibrationSet(_Block):
-    """Where calibration texts come from: a dataset (of the Hub, or `json`/`parquet` files), or `texts` given inline."""
+    """Where calibration texts come from: a dataset (of the Hub, or `json`/`parquet` files), or `texts` given inline.
+
+    Attributes:
+        padding: with `max_tokens`, each sample is filled up with end-of-text tokens, which count like all others (the
+            authors' way).
+    """
 
     dataset: str | None = None
     config: str | None = None
@@ -60,6 +66,7 @@ class CalibrationSet(_Block):
     samples: int = Field(default=128, ge=1)
     max_tokens: int = Field(default=512, ge=1)
     seed: int = Field(default=42, ge=0)
+    padding: Literal["none", "max_tokens"] = "none"
 
     @model_validator(mode="after")
     def _one_source(self) -> "CalibrationSet":
@@ -75,26 +82,41 @@ class CalibrationSet(_Block):
 
 
 class Importance(_Block):
-    """How far a layer moved. `prune_ratio` is the authors' Wanda pruning; only 0 (none) is supported yet."""
+    """How importance is measured, and how far a layer moved.
 
-    metric: Literal["norm_difference"] = "norm_difference"
-    prune_ratio: float = Field(default=0.0, ge=0.0, le=0.0)
+    Attributes:
+        metric: how far a layer moved, for `strategy: lewis`: `norm_difference` (LEWIS's), `delta_norm` (the norm of the
+            activation-weighted task vector), or `outlier` (its share of outliers, as OWL's).
+        prune_ratio: share of each row's weights that is pruned by Wanda before a layer's output feeds the next, as the
+            authors' code does (0.5).
+        reduce: activations as the `mean` over all tokens, or the `sum` over those of a sample (the authors').
+    """
+
+    metric: Literal["norm_difference", "delta_norm", "outlier"] = "norm_difference"
+    prune_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    reduce: Literal["mean", "sum"] = "mean"
 
 
 class Density(_Block):
     """How densities are allocated.
 
     Attributes:
-        strategy: `lewis` (by importance) or `uniform` (`budget`, or the midpoint of the bounds, everywhere).
+        strategy: `lewis`, `owl`, `dlp`, `depth_gradient` (see `lewis.allocators`), `global` (one threshold over all
+            tensors, see `lewis.threshold`) or `uniform` (the same everywhere).
         min, max: bounds of every density, 0 < min <= max <= 1.
-        budget: if given, the exact parameter-weighted mean density of the covered tensors.
+        budget: if given, the exact parameter-weighted mean density of the covered tensors. Without one, `lewis` and
+            `depth_gradient` give what they give, and the others have the midpoint of the bounds as their mean.
+        scale: how `lewis` brings its shares to the bounds: `minmax`, by `rank`, or `robust` against outliers.
+        decimals: to which `lewis` rounds its shares first, as the authors' code does (5).
         uncovered: density of all other tensors: `expert` 1, `base` 0, `mean` that of the covered tensors.
     """
 
-    strategy: Literal["lewis", "uniform"] = "lewis"
+    strategy: Literal["lewis", "uniform", "owl", "dlp", "depth_gradient", "global"] = "lewis"
     min: float = Field(default=0.3, gt=0, le=1)
     max: float = Field(default=0.8, gt=0, le=1)
     budget: float | None = Field(default=None, gt=0, le=1)
+    scale: Literal["minmax", "rank", "robust"] = "minmax"
+    decimals: int | None = Field(default=None, ge=1)
     uncovered: Literal["expert", "base", "mean"] = "expert"
 
 
@@ -102,14 +124,21 @@ class Lewis(_Block):
     """The LEWIS block: calibration sets, importance, densities.
 
     Attributes:
+        preset: `lewis_official` sets what the authors' code does (`lewis.presets`).
         prune_by: which elements of a task vector a method that trims by size keeps: those of the largest |delta|, or,
             by `activation`, of the largest |delta| * sqrt(s), s from the expert's own calibration set.
     """
 
+    preset: Literal["lewis_official"] | None = None
     calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
     importance: Importance = Importance()
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, data: Any) -> Any:
+        return with_preset(data) if isinstance(data, dict) else data
 
 
 class Evaluate(_Block):
@@ -346,12 +375,19 @@ class Recipe(_Block):
     @property
     def guided(self) -> bool:
         """Whether importance decides the densities."""
-        return self.lewis is not None and self.lewis.density.strategy == "lewis"
+        return self.lewis is not None and self.lewis.density.strategy != "uniform"
 
     @property
     def measures(self) -> bool:
         """Whether a merge needs the importance pass of its experts."""
-        return self.guided or (self.lewis is not None and self.lewis.prune_by == "activation")
+        blind = self.lewis is None or self.lewis.density.strategy in ("uniform", "depth_gradient")
+        return not blind or (self.lewis is not None and self.lewis.prune_by == "activation")
+
+    @property
+    def compares_norms(self) -> bool:
+        """Whether the base is measured too: for the difference of norms alone."""
+        block = self.lewis
+        return block is not None and (block.density.strategy, block.importance.metric) == ("lewis", "norm_difference")
 
     @property
     def wants_uniform(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lewis.methods import METHODS, Method, Parameter
+from lewis.presets import contradictions
 from lewis.settings import parse_setting
 
 UNSUPPORTED = {
@@ -112,6 +113,7 @@ def cross_check(data: dict[str, Any]) -> list[str]:
     problems += _check_models(data, models)
     problems += _check_calibrations(data, models)
     problems += _check_density(data)
+    problems += _check_guidance(data)
     register = data.get("register")
     if isinstance(register, dict) and register.get("gate") and not data.get("evaluate"):
         problems.append("register.gate: there is nothing to compare; add an evaluate block")
@@ -260,13 +262,34 @@ def _prunes_by_activation(data: dict[str, Any]) -> bool:
     return isinstance(block, dict) and block.get("prune_by") == "activation"
 
 
+def _check_guidance(data: dict[str, Any]) -> list[str]:
+    """Keys of the lewis block that its strategy or preset has no use for."""
+    block = data.get("lewis")
+    if not isinstance(block, dict):
+        return []
+    density, importance = ({} if not isinstance(block.get(k), dict) else block[k] for k in ("density", "importance"))
+    strategy, problems = density.get("strategy", "lewis"), list(contradictions(block))
+    if strategy != "lewis":
+        for key in ("scale", "decimals"):
+            if density.get(key) is not None:
+                problems.append(f"lewis.density.{key}: {strategy} has no use for it; leave it out, or use lewis")
+        own = {"owl": "outlier"}.get(strategy)
+        if importance.get("metric") not in (None, own):
+            problems.append(
+                f"lewis.importance.metric: {strategy} has no use for {importance['metric']!r}; leave it out, or "
+                "use lewis"
+            )
+    return problems
+
+
 def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:
     block = data.get("lewis")
     sets = block.get("calibrations") if isinstance(block, dict) else None
     names = list(sets) if isinstance(sets, dict) else []
     problems = []
     density = block.get("density") if isinstance(block, dict) else None
-    uniform = isinstance(density, dict) and density.get("strategy") == "uniform" and not _prunes_by_activation(data)
+    blind = isinstance(density, dict) and density.get("strategy") in ("uniform", "depth_gradient")
+    uniform = blind and not _prunes_by_activation(data)
     if isinstance(block, dict) and not names and not uniform:
         problems.append("lewis.calibrations: LEWIS measures activations and needs at least one calibration set")
     base = str(data.get("base_model"))

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lewis.allocation import Allocation, allocate, norm_difference, uniform_like, weighted_mean
+from lewis.allocation import Allocation, allocate, distance_to_uniform, uniform_like, weighted_mean
+from lewis.architecture import Layer
 from lewis.errors import InputError
-from lewis.importance import Layer
+from lewis.metrics import norm_difference
 from lewis.recipe import Density
 
 LAYERS = [Layer(f"{i}.{kind}.weight", i, kind, size) for kind, size in (("q", 10), ("up", 30)) for i in range(2)]
@@ -115,3 +116,88 @@ def test_the_unit_of_importance_does_not_matter(differences: list[float], scale:
     plain, scaled = run([d * 1.0 for d in differences]), run([d * scale for d in differences])
     if max(differences) < 1e6 and min(d for d in [*differences, 1.0] if d) > 1e-6:
         assert covered(scaled) == pytest.approx(covered(plain), abs=1e-6)
+
+
+BLOCKS = [Layer(f"m.{i}.{kind}.weight", i, kind, size) for kind, size in (("q", 10), ("up", 30)) for i in range(3)]
+
+
+def of_blocks(values: list[float | None] | None, **policy: Any) -> dict[str, float]:
+    evidence = None if values is None else {x.key: v for x, v in zip(BLOCKS, values, strict=True)}
+    return allocate(BLOCKS, [x.tensor for x in BLOCKS], Density(**policy), evidence).densities
+
+
+class TestScales:
+    VALUES = (1.0, 2.0, 7.0, 4.0, 3.0, 3.0)  # shares: 0.1 0.2 0.7, 0.4 0.3 0.3
+
+    def test_rank(self) -> None:
+        # In order: 0.1, 0.2, 0.3, 0.3, 0.4, 0.7; the two of 0.3 share ranks 2 and 3.
+        found = of_blocks([*self.VALUES], scale="rank", min=0.1, max=0.6)
+        assert list(found.values()) == pytest.approx([0.1, 0.2, 0.6, 0.5, 0.35, 0.35])
+
+    def test_rank_of_equals_is_the_midpoint(self) -> None:
+        assert set(of_blocks([1, 1, 1, 2, 2, 2], scale="rank", min=0.1, max=0.6).values()) == {0.35}
+
+    def test_robust_moves_outliers_to_the_percentiles(self) -> None:
+        layers = [Layer(f"m.{i}.q.weight", i, "q", 10) for i in range(41)]
+        moved = {x.key: 1000.0 if i == 40 else float(i) for i, x in enumerate(layers)}
+        plain, robust = (
+            allocate(layers, [x.tensor for x in layers], Density(scale=s), moved).densities
+            for s in ("minmax", "robust")
+        )
+        assert sorted(plain.values())[-2] < 0.33  # one outlier takes the maximum, the others stay at the minimum
+        assert sorted(robust.values())[20] == pytest.approx(0.55, abs=0.01)
+        assert (min(robust.values()), max(robust.values())) == (0.3, 0.8)
+
+    def test_decimals_make_small_shares_equal(self) -> None:
+        values = [1.0, 1.000001, 2.0]
+        layers = [Layer(f"m.{i}.q.weight", i, "q", 10) for i in range(3)]
+        moved = {x.key: v for x, v in zip(layers, values, strict=True)}
+        found = allocate(layers, [x.tensor for x in layers], Density(decimals=5), moved).densities
+        assert list(found.values()) == [0.3, 0.3, 0.8]
+
+
+class TestOtherAllocators:
+    def test_owl_goes_by_blocks_around_the_target(self) -> None:
+        # Blocks: (10 a + 30 b) / 40 = 0.1, 0.2, 0.3. lambda = 0.05: r = 0, 0.05, 0.1.
+        found = of_blocks([0.1, 0.2, 0.3, 0.1, 0.2, 0.3], strategy="owl", min=0.05, max=0.3, budget=0.1)
+        assert list(found.values()) == pytest.approx([0.05, 0.1, 0.15] * 2)
+
+    def test_dlp_gives_the_most_to_the_smallest_median(self) -> None:
+        found = list(of_blocks([3, 2, 1, 3, 2, 1], strategy="dlp", min=0.3, max=0.8).values())
+        assert found == pytest.approx([0.3, 0.55, 0.8] * 2)
+
+    def test_depth_gradient_falls_with_the_depth(self) -> None:
+        assert list(of_blocks(None, strategy="depth_gradient", min=0.2, max=0.6).values()) == [0.6, 0.4, 0.2] * 2
+
+    @pytest.mark.parametrize("strategy", ["lewis", "owl", "dlp", "depth_gradient"])
+    @pytest.mark.parametrize("budget", [0.03, 0.1, 0.3, 0.5])
+    @given(values=st.lists(st.floats(0, 1e3), min_size=6, max_size=6))
+    def test_each_meets_the_budget_within_the_bounds(self, strategy: str, budget: float, values: list[float]) -> None:
+        evidence = None if strategy == "depth_gradient" else {x.key: v for x, v in zip(BLOCKS, values, strict=True)}
+        policy = Density(strategy=strategy, min=0.01, max=0.9, budget=budget)  # type: ignore[arg-type]
+        found = allocate(BLOCKS, [x.tensor for x in BLOCKS], policy, evidence)
+        assert found.mean == pytest.approx(budget, abs=1e-9)
+        assert all(0.01 <= rho <= 0.9 for rho in found.densities.values())
+
+
+def test_layers_that_no_token_reached_follow_the_policy_for_what_is_not_covered() -> None:
+    evidence: dict[str, float | None] = {x.key: float(i + 1) for i, x in enumerate(BLOCKS)} | {BLOCKS[0].key: None}
+    policy = Density(uncovered="base", budget=0.4)
+    found = allocate(BLOCKS, [x.tensor for x in BLOCKS], policy, evidence)
+    assert found.densities[BLOCKS[0].tensor] == 0 and BLOCKS[0].key not in found.differences
+    assert weighted_mean(BLOCKS[1:], found.densities) == pytest.approx(0.4) == found.mean
+    uniform = uniform_like(BLOCKS, found)
+    assert uniform.densities[BLOCKS[0].tensor] == 0 and set(list(uniform.densities.values())[1:]) == {found.mean}
+
+
+def test_a_fused_tensor_has_the_mean_of_its_parts() -> None:
+    layers = [Layer(f"m.{i}.qkv.weight", i, f"qkv.{p}", n, p) for i in range(2) for p, n in (("q", 30), ("k", 10))]
+    moved = dict(zip((x.key for x in layers), [1.0, 3.0, 3.0, 1.0], strict=True))
+    found = allocate(layers, ["m.0.qkv.weight", "m.1.qkv.weight"], Density(min=0.2, max=0.6), moved)
+    assert list(found.densities.values()) == pytest.approx([(0.2 * 30 + 0.6 * 10) / 40, (0.6 * 30 + 0.2 * 10) / 40])
+
+
+def test_the_distance_to_uniform_is_the_part_that_lies_elsewhere() -> None:
+    found = run([1, 3, 10, 10], min=0.2, max=0.6)  # 10 x 0.2, 10 x 0.6, 60 x 0.4; mean 0.4
+    assert distance_to_uniform(LAYERS, found) == pytest.approx((10 * 0.2 + 10 * 0.2) / (2 * 32))
+    assert distance_to_uniform(LAYERS, uniform_like(LAYERS, found)) == 0

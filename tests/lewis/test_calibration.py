@@ -17,7 +17,7 @@ from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
-from tests.support.models import write_tokenizer
+from tests.support.models import edit_json, shard, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
 ROWS = [{"question": f"w{i}", "answer": f"w{i + 1} w{i + 2}", "n": i, "nested": {"key": f"w{i}"}} for i in range(20)]
@@ -57,9 +57,23 @@ class TestSamples:
     def test_empty_texts_are_left_out(self, family: Family) -> None:
         assert run(family.base, texts=["", "w5", "  "]).samples == (ids(5),)
 
-    def test_fewer_than_asked_for_is_a_warning(self, family: Family, caplog: pytest.LogCaptureFixture) -> None:
-        run(family.base, texts=["w1"], samples=3)
-        assert "lewis.calibrations.sums: 3 samples asked for, the set has 1" in caplog.text
+    def test_fewer_than_asked_for_are_refused(self, family: Family) -> None:
+        with pytest.raises(InputError, match=r"lewis.calibrations.sums.samples: 3 asked for, the set has 1"):
+            run(family.base, texts=["w1"], samples=3)
+        assert len(run(family.base, texts=["w1"]).samples) == 1  # 128 is the default, not a wish
+
+    def test_are_filled_up_with_end_of_text_tokens(self, family: Family, tmp_path: Path) -> None:
+        found = run(family.base, texts=["w1 w2", "w3 w4 w5 w6 w7"], max_tokens=4, padding="max_tokens")
+        assert set(found.samples) == {(*ids(1, 2), 1, 1), ids(3, 4, 5, 6)}
+        left = shard(family.base, tmp_path / "left", parts=1)
+        edit_json(left / "tokenizer_config.json", padding_side="left")
+        assert run(left, texts=["w1 w2"], max_tokens=4, padding="max_tokens").samples == ((1, 1, *ids(1, 2)),)
+
+    def test_none_without_an_end_of_text_token(self, family: Family, tmp_path: Path) -> None:
+        other = shard(family.base, tmp_path / "no-eos", parts=1)
+        edit_json(other / "tokenizer_config.json", eos_token=None)
+        with pytest.raises(InputError, match=r"lewis.calibrations.sums.padding: .* has no end-of-text token"):
+            run(other, texts=["w1"], padding="max_tokens")
 
     @pytest.mark.parametrize("kind", ["json", "parquet"])
     def test_of_local_files_fill_the_template(self, family: Family, data: Path, kind: str) -> None:

@@ -191,7 +191,23 @@ class TestMistakes:
             ),
             ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
             ("{prune_by: activation, density: {strategy: uniform}}", "lewis.calibrations: LEWIS measures activations"),
-            ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 0.5}}", "lewis.importance.prune_ratio: "),
+            ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 1}}", "lewis.importance.prune_ratio: "),
+            (
+                "{calibrations: {s: {texts: [a]}}, density: {strategy: owl, scale: rank}}",
+                "lewis.density.scale: owl has no use",
+            ),
+            (
+                "{calibrations: {s: {texts: [a]}}, density: {strategy: dlp}, importance: {metric: outlier}}",
+                "lewis.importance.metric: dlp has no use for 'outlier'",
+            ),
+            (
+                "{preset: lewis_official, calibrations: {s: {texts: [a], padding: none}}}",
+                "lewis.calibrations.s.padding: preset lewis_official has 'max_tokens', got 'none'",
+            ),
+            (
+                "{preset: lewis_official, calibrations: {s: {texts: [a]}}, importance: {metric: outlier}}",
+                "lewis.importance.metric: preset lewis_official has 'norm_difference'",
+            ),
             ("5", "lewis: "),
         ],
     )
@@ -205,6 +221,18 @@ class TestMistakes:
         assert problems(yaml.safe_dump(data)) == [
             "models[1].calibration: no calibration set 'sum'; did you mean 'sums'?"
         ]
+
+    def test_a_preset_fills_what_the_recipe_leaves_out(self) -> None:
+        text = (
+            PLAIN + "lewis: {preset: lewis_official, calibrations: {s: {texts: [a], samples: 4}}, density: {max: 0.7}}"
+        )
+        block = Recipe.parse(text, root=Path("/")).lewis
+        assert block is not None
+        calibration = block.calibrations["s"]
+        assert (calibration.samples, calibration.max_tokens, calibration.seed) == (4, 512, 42)
+        assert calibration.padding == "max_tokens"
+        assert (block.importance.prune_ratio, block.importance.reduce) == (0.5, "sum")
+        assert (block.density.min, block.density.max, block.density.decimals) == (0.3, 0.7, 5)
 
     def test_a_method_that_does_not_trim_by_size_cannot_prune_by_activation(self) -> None:
         lewis = "{calibrations: {s: {texts: [x]}}, prune_by: activation}"

@@ -1,0 +1,279 @@
+"""The module tree of a model: its repeated blocks, the projections in them, and their tensors in the checkpoint.
+
+Nothing is looked up by architecture. A block is an item of an outermost `nn.ModuleList`; a projection is a linear
+module (also GPT-2's `Conv1D`, which stores in x out) or a parameter of three dimensions (stacked experts) in a block.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis.checkpoint import read_config
+from lewis.errors import InputError
+from lewis.fused import Rows, parts_of
+from lewis.lazy import nn, torch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A covered layer: the unit that importance is measured of.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        index: of its block, l.
+        projection: its type, c (`self_attn.q_proj`); after the path of its blocks if a model has several kinds.
+        parameters: number of weights.
+        part: which part of a fused tensor (`q` of `qkv_proj`); empty if it is the whole tensor.
+    """
+
+    tensor: str
+    index: int
+    projection: str
+    parameters: int
+    part: str = ""
+
+    @property
+    def key(self) -> str:
+        """What importance is filed under: the tensor, and the part in brackets."""
+        return f"{self.tensor}[{self.part}]" if self.part else self.tensor
+
+
+@dataclass(frozen=True)
+class Covered:
+    """A checkpoint tensor of a projection, and where its values are in the network.
+
+    Attributes:
+        layers: the layer, or one for each part of a fused tensor.
+        rows: output rows of each layer, None for all.
+        parameter: full name of the network's parameter.
+        expert: which of the stacked experts the tensor is, None if it is the whole parameter.
+        transposed: whether the weight is stored (in, out).
+    """
+
+    tensor: str
+    layers: tuple[Layer, ...]
+    rows: tuple[Rows | None, ...]
+    parameter: str
+    expert: int | None
+    transposed: bool
+
+
+class Network:
+    """A model on the meta device, whose parameters are read from a checkpoint when they are needed.
+
+    Attributes:
+        module: the transformers model.
+        blocks: path -> block, in the order of the forward pass.
+        covered: the covered tensors.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]] | None, dtype: torch.dtype) -> None:
+        """Build the tree; no weight is read.
+
+        Args:
+            folder: for its config.json.
+            tensors: name -> shape in the checkpoint; None: as the network names them.
+            dtype: what the pass computes in.
+
+        Raises:
+            InputError: if the class is unknown or needs code that comes with the model.
+        """
+        self.folder = folder
+        self.module = _build(folder, dtype)
+        lists = {name: each for name, each in self.module.named_modules() if isinstance(each, nn.ModuleList)}
+        outer = {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+        self.blocks = {f"{name}.{i}": block for name, each in outer.items() for i, block in enumerate(each)}
+        self._state = self.module.state_dict(keep_vars=True)
+        self._names: dict[int, list[str]] = {}
+        for name, value in self._state.items():
+            self._names.setdefault(id(value), []).append(name)
+        if tensors is None:
+            tensors = {name: tuple(value.shape) for name, value in self._state.items()}
+        self._place(tensors)
+        self.covered = tuple(self._find_covered(tensors))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder with a decoder."""
+        return bool(getattr(self.module.config, "is_encoder_decoder", False))
+
+    def sources(self, parameter: str) -> list[str]:
+        """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
+        return [tensor for tensor, _ in self._sources.get(parameter, [])]
+
+    @property
+    def unplaced(self) -> list[str]:
+        """Checkpoint tensors that the network has no place for."""
+        return self._unplaced
+
+    def value(self, parameter: str, read: Any) -> torch.Tensor:
+        """Make a parameter from the checkpoint.
+
+        Args:
+            parameter: full name.
+            read: checkpoint tensor -> its value.
+        """
+        found = self._sources[parameter]
+        converter = self._converters.get(parameter)
+        if converter is None:
+            return read(found[0][0])
+        made = copy.deepcopy(converter)
+        for tensor, pattern in found:
+            made.add_tensor(parameter, tensor, pattern, lambda tensor=tensor: read(tensor))
+        values = made.convert(parameter, model=self.module, config=self.module.config)[parameter]
+        return values[0] if isinstance(values, list) else values
+
+    def parameters_in(self, path: str) -> list[str]:
+        """Names of the parameters and saved buffers under a module."""
+        return [name for name in self._state if name.startswith(f"{path}.")]
+
+    def parameters_outside(self) -> list[str]:
+        """Names of those in no block, without the head that makes logits (unless it is the embedding)."""
+        head = self.module.get_output_embeddings()
+        mine = {id(value) for value in head.state_dict(keep_vars=True).values()} if head is not None else set()
+        used = self.module.get_input_embeddings()
+        mine -= {id(value) for value in used.state_dict(keep_vars=True).values()}
+        inside = tuple(f"{path}." for path in self.blocks)
+        return [n for n, value in self._state.items() if not n.startswith(inside) and id(value) not in mine]
+
+    def same(self, parameter: str) -> list[str]:
+        """All names of a parameter that is tied."""
+        return self._names[id(self._state[parameter])]
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether it is a parameter, not a saved buffer."""
+        return isinstance(self._state[name], nn.Parameter)
+
+    def empty(self, parameter: str) -> torch.Tensor:
+        """The parameter on the meta device, without its values."""
+        return self._state[parameter]
+
+    def _place(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """Find the parameter of each checkpoint tensor, by transformers' own rules of renaming and conversion."""
+        self._sources: dict[str, list[tuple[str, str | None]]] = {}
+        self._converters: dict[str, Any] = {}
+        self._unplaced: list[str] = []
+        renamings, converters = _conversions(self.module)
+        of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        for tensor in sorted(tensors, key=_natural):
+            name, pattern = (tensor, None) if tensor in self._state else self._renamed(tensor, renamings, converters)
+            if name not in self._state:
+                self._unplaced.append(tensor)
+                continue
+            self._sources.setdefault(name, []).append((tensor, pattern))
+            if pattern is not None:
+                self._converters[name] = of_pattern[pattern]
+
+    def _renamed(self, tensor: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.module.base_model_prefix
+        found: tuple[str, str | None] = rename_source_key(tensor, renamings, converters, prefix, self._state)
+        return found if found[0] in self._state else rename_source_key(tensor, [], [], prefix, self._state)
+
+    def _find_covered(self, tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Covered]:
+        found = [
+            (path, f"{path}.{name}".rstrip("."), module)
+            for path, block in self.blocks.items()
+            for name, module in block.named_modules()
+        ]
+        projections = [(p, n, m, w) for p, n, m in found for w in _weights(m)]
+        kinds = {path.rpartition(".")[0] for path, *_ in projections}
+        for path, name, module, weight in projections:
+            parameter, (kind, _, index) = f"{name}.{weight}", path.rpartition(".")
+            below = parameter.removeprefix(f"{path}.").removesuffix(".weight")
+            for tensor, pattern in self._sources.get(parameter, []):
+                expert, projection = None, below
+                if pattern is not None:
+                    place = _place_in_stack(self._converters[parameter], pattern, tensor)
+                    if place is None:
+                        continue  # a conversion that mixes tensors: the policy for what is not covered holds
+                    expert, projection = place, _below_block(tensor)
+                projection = f"{kind}.{projection}" if len(kinds) > 1 else projection
+                yield _covered(
+                    tensor, tensors[tensor], int(index), projection, parameter, expert, module, self.module.config
+                )
+
+
+def _covered(
+    tensor: str,
+    shape: tuple[int, ...],
+    index: int,
+    projection: str,
+    parameter: str,
+    expert: int | None,
+    module: nn.Module,
+    config: Any,
+) -> Covered:
+    transposed = type(module).__name__ == "Conv1D" or bool(getattr(module, "is_transposed", False) and expert is None)
+    outputs = shape[-1] if transposed else shape[-2]
+    size = int(torch.Size(shape).numel())
+    parts = parts_of(parameter, outputs, config) if expert is None else {}
+    if not parts:
+        return Covered(tensor, (Layer(tensor, index, projection, size),), (None,), parameter, expert, transposed)
+    layers = tuple(
+        Layer(tensor, index, f"{projection}.{part}", size // outputs * rows.count, part) for part, rows in parts.items()
+    )
+    return Covered(tensor, layers, tuple(parts.values()), parameter, expert, transposed)
+
+
+def _weights(module: nn.Module) -> list[str]:
+    """The weights of a module that multiply its inputs."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return ["weight"]
+    return [name for name, value in module.named_parameters(recurse=False) if value.dim() == 3]
+
+
+def _place_in_stack(converter: Any, pattern: str, tensor: str) -> int | None:
+    """Which expert a tensor becomes, if the conversion only stacks experts (and their gate upon their up)."""
+    operations = [type(each).__name__ for each in converter.operations]
+    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        return None
+    place = re.search(re.escape(pattern).replace(r"\*", r"(\d+)") + "$", tensor)
+    return int(place[1]) if place else None
+
+
+def _below_block(tensor: str) -> str:
+    """What a tensor is called in its block: what follows the first number."""
+    return re.sub(r"^.*?(?:^|\.)\d+\.", "", tensor, count=1).removesuffix(".weight")
+
+
+def _build(folder: Path, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+        with init_empty_weights(include_buffers=False):
+            network = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+        if hasattr(network, "set_experts_implementation"):
+            network.set_experts_implementation("eager")
+        network.tie_weights()
+    except Exception as error:  # any kind, by architecture
+        reason = " ".join(str(error).split())[:300]
+        if "auto_map" in read_config(folder):
+            raise InputError(
+                f"{folder}: this model needs code that comes with it (auto_map in its config.json), which LEWIS never "
+                "runs; leave the lewis block out to merge it without guidance"
+            ) from error
+        raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
+    return network.eval()
+
+
+def _conversions(network: Any) -> tuple[list[Any], list[Any]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    found = get_model_conversion_mapping(network)
+    return [e for e in found if isinstance(e, WeightRenaming)], [e for e in found if isinstance(e, WeightConverter)]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Numbers in a name by size: experts are stacked in this order."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

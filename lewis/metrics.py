@@ -1,0 +1,114 @@
+"""How far the layers of an expert moved from the base: the metrics that allocators work on.
+
+`norm_difference` compares two measured norms. The others look at the task vector itself, delta = W_expert - W_base,
+weighted by the activations of the expert: they need no pass over the base.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lewis.architecture import Covered
+from lewis.errors import InputError
+from lewis.importance import row_sums
+from lewis.lazy import torch
+from lewis.lora import Model
+
+logger = logging.getLogger(__name__)
+OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
+UNRELATED = 0.7  # relative difference in every layer beyond which a base is hardly this expert's ancestor
+SAMPLE = 8  # tensors that are looked at for it
+
+Norms = Mapping[str, float | None]
+
+
+def norm_difference(base: Norms, expert: Norms) -> dict[str, float | None]:
+    """LEWIS's D(l,c) = | I_expert(l,c) - I_base(l,c) | per layer; None where no token reached one of the two.
+
+    Raises:
+        InputError: if the two were not measured on the same layers.
+    """
+    if base.keys() != expert.keys():
+        odd = sorted(base.keys() ^ expert.keys())[0]
+        raise InputError(
+            f"importance: {odd!r} was measured in one of base and expert only; they differ in architecture"
+        )
+    found: dict[str, float | None] = {}
+    for key, own in expert.items():
+        other = base[key]
+        found[key] = None if own is None or other is None else abs(own - other)
+    return found
+
+
+def warn_if_unrelated(ref: str, base: Model, expert: Model, tensors: Sequence[str]) -> float:
+    """Warn if the weights differ so much everywhere that the base is hardly the ancestor of this expert.
+
+    Independent weights of one size differ by 141 % of it, fine-tunes from their base by a few percent. Looks at some of
+    the tensors.
+
+    Returns:
+        The least relative difference, ||W_expert - W_base|| / ||W_base||.
+    """
+    few = tensors[:: max(1, len(tensors) // SAMPLE)]
+    norms = [float(base.read(name).to(torch.float32).norm()) for name in few]
+    moved = [float(task_vector(base, expert, name).norm()) for name in few]
+    gaps = [gap / norm if norm else 0.0 for gap, norm in zip(moved, norms, strict=True)]
+    if min(gaps) > UNRELATED:
+        logger.warning(
+            "%s: its weights differ from the base's by %.0f to %.0f %% of their norm in all %d layers looked at (a "
+            "fine-tune's by a few percent): is base_model the model that it was fine-tuned from?",
+            *(ref, 100 * min(gaps), 100 * max(gaps), len(gaps)),
+        )
+    return min(gaps)
+
+
+def of_task_vector(
+    metric: str, base: Model, expert: Model, covered: Sequence[Covered], moments: Mapping[str, torch.Tensor]
+) -> dict[str, float | None]:
+    """A metric of the task vector of each layer.
+
+        delta_norm  || delta * sqrt(s) ||_F: sees the rotations and changes of sign that a difference of norms cannot
+        outlier     OWL's share of elements whose |delta| sqrt(s) is larger than 5 times the layer's mean
+        median      of |delta| sqrt(s), for DLP
+
+    Args:
+        metric: `delta_norm`, `outlier` or `median`.
+        base, expert: opened.
+        covered: the covered tensors.
+        moments: s of the expert per tensor.
+
+    Returns:
+        Key of a layer -> value; None where no token reached it.
+    """
+    found: dict[str, float | None] = {}
+    for each in covered:
+        if each.tensor not in moments:
+            found |= dict.fromkeys((layer.key for layer in each.layers), None)
+            continue
+        delta, s = task_vector(base, expert, each.tensor), moments[each.tensor]
+        if metric == "delta_norm":
+            costs = row_sums(delta.square(), s, each)
+            found |= {layer.key: float(cost) ** 0.5 for layer, cost in zip(each.layers, costs, strict=True)}
+            continue
+        scores = delta.abs_() * s.sqrt()
+        for layer, values in zip(each.layers, by_layer(scores, each), strict=True):
+            if metric == "outlier":
+                found[layer.key] = float((values > OUTLIER * values.mean(dtype=np.float64)).mean())
+            else:
+                found[layer.key] = float(np.median(values))
+    return found
+
+
+def task_vector(base: Model, expert: Model, tensor: str) -> torch.Tensor:
+    """W_expert - W_base of one tensor, fp32."""
+    return expert.read(tensor).to(torch.float32) - base.read(tensor).to(torch.float32)
+
+
+def by_layer(values: torch.Tensor, covered: Covered) -> Iterator[np.ndarray]:
+    """The values of each layer of a tensor, in any order, as one row."""
+    axis = values.dim() - (1 if covered.transposed else 2)
+    for rows in covered.rows:
+        yield (values if rows is None else rows.take(values, axis)).reshape(-1).numpy()

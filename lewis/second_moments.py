@@ -1,0 +1,169 @@
+"""Sums of x_j^2 over the tokens that go into each projection, collected while a model runs.
+
+Hooks see the inputs of `nn.Linear` and `Conv1D`. Experts that are stacked in one parameter have no module to hook:
+there the multiplication with a slice of the parameter is seen by a `TorchFunctionMode`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lewis.architecture import Network
+from lewis.errors import LewisError
+
+_PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
+
+
+class SecondMoments:
+    """Running sums; to be used as a context around the forward passes.
+
+    Attributes:
+        sums: parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts, (experts, in).
+        counts: parameter -> number of tokens, () or (experts,).
+    """
+
+    def __init__(self, network: Network, device: str) -> None:
+        self._network, self._device = network, device
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+        self._mask = torch.ones(1, 1, device=device)
+        self._padded = False
+        self._last: tuple[torch.Tensor | None, torch.Tensor | None, int] = (None, None, 0)
+        self._stacks: dict[int, str] = {}  # address of a stacked parameter's memory -> its name
+        self._real_rows: dict[tuple[str, int], torch.Tensor] = {}  # rows of an expert's tokens that are no padding
+        self._hooks = ExitStack()
+        self._paused = False
+
+    def __enter__(self) -> "SecondMoments":
+        stacked: dict[nn.Module, list[str]] = {}
+        for parameter in dict.fromkeys(covered.parameter for covered in self._network.covered):
+            path, _, name = parameter.rpartition(".")
+            module = self._network.module.get_submodule(path)
+            weight = getattr(module, name)
+            if weight.dim() == 3:
+                stacked.setdefault(module, []).append(parameter)
+            else:
+                hook = module.register_forward_pre_hook(self._of_module(parameter, weight))
+                self._hooks.callback(hook.remove)
+        for module, parameters in stacked.items():
+            mode = _SeeProducts(self)
+            for hook in (
+                module.register_forward_pre_hook(self._before_experts(parameters, mode)),
+                module.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None), always_call=True),
+            ):
+                self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def begin(self, lengths: Sequence[int], width: int) -> None:
+        """Tell what comes next: a batch of rows of these lengths, padded on the right to `width`."""
+        places = torch.arange(width, device=self._device)
+        self._mask = (places < torch.tensor(lengths, device=self._device)[:, None]).float()
+        self._padded = min(lengths) < width
+        self._last = (None, None, 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which nothing is added."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def means(self, parameter: str) -> torch.Tensor | None:
+        """Mean of x_j^2: (in,), or (experts, in) with NaN for experts that no token reached; None if nothing did.
+
+        Inf where an activation was NaN or Inf.
+        """
+        if parameter not in self.counts or not bool(self.counts[parameter].any()):
+            return None
+        counts = self.counts[parameter]
+        sums = self.sums[parameter].nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return torch.where(counts[..., None] > 0, sums / counts[..., None], torch.nan).cpu()
+
+    def _of_module(self, parameter: str, weight: torch.Tensor) -> Any:
+        self.counts[parameter] = torch.zeros((), dtype=torch.float64, device=self._device)
+
+        def collect(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self._paused:
+                return
+            if inputs[0] is not self._last[0]:  # q, k and v see the same tensor: square it once
+                self._last = (inputs[0], *self._squares(parameter, inputs[0]))
+            _, squares, tokens = self._last
+            assert squares is not None
+            self.sums[parameter] = self.sums[parameter] + squares if parameter in self.sums else squares
+            self.counts[parameter] += tokens
+
+        return collect
+
+    def _squares(self, parameter: str, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+        rows, width = self._mask.shape
+        tokens = int(inputs.shape[:-1].numel())
+        if tokens == rows * width:
+            # A product with the mask sums over the tokens and leaves padding out, at once.
+            squares = inputs.reshape(rows, width, -1).float().square()
+            summed = torch.bmm(self._mask[:, None], squares)[:, 0].sum(dim=0, dtype=torch.float64)
+            return summed, int(self._mask.sum())
+        if self._padded:
+            raise LewisError(
+                f"{parameter}: sees {tokens} of {rows * width} tokens, and which are padding is unknown; "
+                "this way of routing is not supported"
+            )
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        return flat.square().sum(dim=0, dtype=torch.float64), tokens
+
+    def _before_experts(self, parameters: list[str], mode: "_SeeProducts") -> Any:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            self._stacks, self._real_rows = {}, {}
+            for name in parameters:
+                stack = getattr(module, name.rpartition(".")[2])
+                self._stacks[stack.untyped_storage().data_ptr()] = name
+                if name not in self.counts:
+                    self.counts[name] = torch.zeros(stack.shape[0], dtype=torch.float64, device=self._device)
+            mode.__enter__()
+            hidden, mask = inputs[0], self._mask
+            if self._padded and hidden.shape[:-1].numel() == mask.numel():
+                # Padding is routed too. As rows of zeros it can be told from tokens.
+                hidden = hidden * mask.reshape(*hidden.shape[:-1], 1).to(hidden.dtype)
+            return (hidden, *inputs[1:])
+
+        return before
+
+    def of_product(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add the inputs of one expert, if `weight` is a slice of a stacked parameter."""
+        name = self._stacks.get(weight.untyped_storage().data_ptr())
+        if name is None or inputs.dim() != 2:
+            return
+        stack = self.counts[name]
+        expert = weight.storage_offset() // (weight.shape[0] * weight.shape[1])
+        key = (name.rpartition(".")[0], expert)
+        if key not in self._real_rows:
+            self._real_rows[key] = inputs.ne(0).any(dim=1)
+        rows = self._real_rows[key].double()
+        squares = rows @ inputs.double().square()
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(len(stack), inputs.shape[1], dtype=torch.float64, device=self._device)
+        self.sums[name][expert] += squares
+        self.counts[name][expert] += rows.sum()
+
+
+class _SeeProducts(TorchFunctionMode):
+    def __init__(self, moments: SecondMoments) -> None:
+        super().__init__()
+        self._moments = moments
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in _PRODUCTS:
+            tensors = [each for each in args if isinstance(each, torch.Tensor)]
+            if function.__name__ == "addmm":
+                tensors = tensors[1:]
+            if len(tensors) >= 2:
+                self._moments.of_product(tensors[0], tensors[1])
+        return function(*args, **(kwargs or {}))
