@@ -336,28 +336,32 @@ def _guide(options: argparse.Namespace) -> Any:
     _log_to_terminal()
     base, experts = _fetch(recipe)
     assert base is not None
-    pipeline.layers_of(base)
+    layers, parameters = pipeline.layers_of(base), sum(info.elements for info in base.open().tensors.values())
     with _progress() as report:
-        return recipe, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
+        return layers, parameters, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
 
 
 def _importance(options: argparse.Namespace) -> None:
-    from lewis import store
+    from lewis import store, tables
 
-    _, measured, _ = _guide(options)
+    layers, parameters, measured, allocated = _guide(options)
     rows = [{"model": entry.ref, "calibration": entry.calibration, "norms": entry.norms} for entry in measured]
     store.write_json(options.output, {"importance": rows})
+    for entry in measured:
+        print(f"importance of {entry.ref} on {entry.calibration}\n{tables.grid(layers, entry.norms, '.4g')}\n")
+    for ref, each in allocated.experts().items():
+        print(tables.allocation_text(ref, layers, each, parameters), end="\n\n")
     print(f"{options.output}: {len(rows)} passes")
 
 
 def _allocate(options: argparse.Namespace) -> None:
-    from lewis import store
+    from lewis import store, tables
 
-    _, _, allocated = _guide(options)
+    layers, parameters, _, allocated = _guide(options)
     experts = {ref: each.to_json() for ref, each in allocated.experts().items()}
     store.write_json(options.output, {"experts": experts})
-    for ref, mean in allocated.means.items():
-        print(f"mean density of {ref}: {mean:.3f}")
+    for ref, each in allocated.experts().items():
+        print(tables.allocation_text(ref, layers, each, parameters), end="\n\n")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -366,7 +370,7 @@ def _export(options: argparse.Namespace) -> None:
 
     recipe = _load(options)
     base, experts = pipeline.pin_all(recipe)
-    allocations = _guide(options)[2].experts() if recipe.lewis else {}
+    allocations = _guide(options)[3].experts() if recipe.lewis else {}
     print(to_mergekit(recipe, base, experts, allocations), end="")
 
 

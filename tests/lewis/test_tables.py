@@ -1,0 +1,29 @@
+"""Tables for a terminal, parsed back."""
+
+from lewis.allocation import Allocation
+from lewis.architecture import Layer
+from lewis.tables import allocation_text, grid
+
+LAYERS = [Layer(f"m.{i}.{kind}.weight", i, kind, size) for i in range(2) for kind, size in (("a.q", 10), ("b.up", 30))]
+
+
+def test_layers_go_down_and_projections_across() -> None:
+    text = grid(LAYERS, {LAYERS[0].key: 0.25, LAYERS[1].key: 0.5, LAYERS[3].key: 1.0}, ".2f")
+    assert [line.split() for line in text.splitlines()] == [
+        ["layer", "q", "up"],
+        ["0", "0.25", "0.50"],
+        ["1", "-", "1.00"],
+    ]
+
+
+def test_the_summary_tells_mean_spread_share_and_distance() -> None:
+    densities = dict(zip((x.tensor for x in LAYERS), [0.2, 0.4, 0.6, 0.4], strict=True))
+    text = allocation_text("org/math", LAYERS, Allocation(densities, 0.4, {}), 160)
+    assert "mean 0.4000, spread 0.1000 (standard deviation), 0.2000 to 0.6000" in text
+    assert "covered: 4 layers, 50.0 % of the parameters" in text
+    assert "6.2 % of what is kept lies elsewhere" in text and "warning" not in text
+
+
+def test_an_allocation_that_is_nearly_uniform_is_warned_of() -> None:
+    densities = dict.fromkeys((x.tensor for x in LAYERS), 0.4)
+    assert "within 2 % of uniform" in allocation_text("e", LAYERS, Allocation(densities, 0.4, {}), 80)
