@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lewis import evaluation, importance, merge, pipeline, store
 from lewis.entries import AllocationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import EvalSettings, Score
+from lewis.evaluation import EvalSettings, Evaluated, Score
 from lewis.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
@@ -324,9 +324,12 @@ class TestScore:
     ) -> None:
         ran = []
 
-        def evaluate(folder: Path, settings: EvalSettings, **_: Any) -> list[Score]:
+        def evaluate(folder: Path, settings: EvalSettings, **_: Any) -> Evaluated:
             ran.append(folder)
-            return [Score("sums", "acc,none", 0.5, 0.1, True, 10)]
+            results = {"sums": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 10}}
+            ends = {"empty": {}, "tried": 0, "ended": 0, "perplexity": None}
+            kept = {"documents": {}, "samples": [], "groups": {}, "ends": ends}
+            return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"sums": {"acc": True}}, **kept})
 
         monkeypatch.setattr(evaluation, "evaluate", evaluate)
         monkeypatch.setattr(evaluation, "tasks_digest", lambda settings, root: store.digest(settings.tasks))
