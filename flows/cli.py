@@ -6,11 +6,12 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flows import bars
 
 if TYPE_CHECKING:
     from lewis.recipe import Recipe
@@ -120,7 +121,7 @@ def _demo(options: argparse.Namespace) -> None:
     from lewis import store
     from lewis.demo import make_family
 
-    with _progress() as report:
+    with bars.progress() as report:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
     _run_flow(str(folder / "demo.yaml"), [], as_json=options.json)
 
@@ -304,25 +305,26 @@ def _merge(options: argparse.Namespace) -> None:
     _log_to_terminal()
     store.check_replaceable(options.output)
     base, experts = _fetch(recipe)
-    with _progress() as report:
-        allocated = None
-        pipeline.prepare_merge(recipe, base, experts)  # whatever does not fit is told before the long part
-        if recipe.lewis and base:
-            pipeline.layers_of(base)
+    pipeline.prepare_merge(recipe, base, experts)  # whatever does not fit is told before the long part
+    allocated = None
+    if recipe.lewis and base:
+        pipeline.layers_of(base)
+        with bars.progress() as report:
             _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
-        prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
-        prepared.run(
-            options.output.resolve(),
-            max_shard_size=shard,
-            manifest=pipeline.lineage(recipe, base, experts, allocated),
-            progress=lambda done, total, name: report("merge", done, total),
-        )
+    prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
+    effort = bars.run_merge(
+        prepared,
+        options.output.resolve(),
+        max_shard_size=shard,
+        manifest=pipeline.lineage(recipe, base, experts, allocated),
+    )
     if options.json:
         facts = {"folder": str(options.output.resolve()), "digest": prepared.digest, "bytes": prepared.size}
-        print(json.dumps({**facts, "mean_density": allocated.means if allocated else {}}, indent=2))
+        means = allocated.means if allocated else {}
+        print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
     else:
         size = f"{len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB"
-        print(f"{options.output}: {size}, digest {prepared.digest}")
+        print(f"{options.output}: {size}, digest {prepared.digest}\n{effort.to_text()}")
 
 
 def _guide(options: argparse.Namespace) -> Any:
@@ -337,7 +339,7 @@ def _guide(options: argparse.Namespace) -> Any:
     base, experts = _fetch(recipe)
     assert base is not None
     layers, parameters = pipeline.layers_of(base), sum(info.elements for info in base.open().tensors.values())
-    with _progress() as report:
+    with bars.progress() as report:
         return layers, parameters, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
 
 
@@ -380,32 +382,6 @@ def _fetch(recipe: "Recipe") -> Any:
     base, experts = pipeline.pin_all(recipe)
     pipeline.preflight(recipe, base, experts)
     return pipeline.download(base) if base else None, [pipeline.download(source) for source in experts]
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal, a line for each thing begun elsewhere: gives a function of (what, done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        known: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in known:
-                known[what] = bars.add_task(what, total=total)
-                if not console.is_terminal:
-                    print(f"{what} ...", file=sys.stderr, flush=True)
-            bars.update(known[what], completed=done)
-
-        yield report
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

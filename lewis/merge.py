@@ -66,6 +66,8 @@ class Merge:
         layout: tensor name -> dtype and shape of the output.
         digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
         size: bytes of the output's tensors.
+        elements: of the output's tensors.
+        traffic: bytes of the tensors of all inputs and of the output.
     """
 
     def __init__(
@@ -95,6 +97,11 @@ class Merge:
             name: (out if out and info.floating else info.dtype, info.shape) for name, info in self.base.tensors.items()
         }
         self.size = sum(SIZES[dtype] * math.prod(shape) for dtype, shape in self.layout.values())
+        self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
+        inputs = {model.key: model for model in [self.base, *(expert.model for expert in self.experts)]}
+        self.traffic = self.size + sum(
+            SIZES[info.dtype] * info.elements for model in inputs.values() for info in model.tensors.values()
+        )
         self._check_parameters()
         self._check_scales()
         self.digest = self._digest()
@@ -134,7 +141,7 @@ class Merge:
     def _write_tensors(
         self, writer: CheckpointWriter, progress: Callable[[int, int, str], None] | None, threads: int
     ) -> None:
-        total, done, names = sum(info.elements for info in self.base.tensors.values()), 0, list(self.layout)
+        total, done, names = self.elements, 0, list(self.layout)
         self._stopped.clear()
         pool = ThreadPoolExecutor(threads)
         try:

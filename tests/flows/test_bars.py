@@ -1,0 +1,53 @@
+"""The bar of a merge, and the line at its end."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows import bars
+from lewis.memory import PeakMemory, anonymous_bytes
+from tests.conftest import Family
+from tests.support.models import open_merge
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_tells_tensors_rate_and_time_left(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = open_merge("ties", family.base, [family.math, family.code])
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    effort = bars.run_merge(merge, tmp_path / "out")
+    count = len(merge.layout)
+    assert f"{count}/{count} tensors" in terminal.getvalue() and "GB/s" in terminal.getvalue()
+    assert "0:00:00" in terminal.getvalue()
+
+    files = [folder / "model.safetensors" for folder in (family.base, family.math, family.code, tmp_path / "out")]
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+    assert effort.bytes == sum(path.stat().st_size for path in files) - headers
+    assert effort.to_json() == {
+        "seconds": effort.seconds, "gb_per_second": effort.bytes / 1e9 / effort.seconds, "peak_memory": effort.peak
+    }  # fmt: skip
+
+
+def test_elsewhere_it_is_one_line(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bars.run_merge(open_merge("linear", None, [family.math, family.code], parameters={"weight": 1}), tmp_path / "out")
+    assert capsys.readouterr().err == "merge ...\n"
+
+
+def test_peak_memory_is_what_was_held_at_once() -> None:
+    before = anonymous_bytes()
+    with PeakMemory() as memory:
+        held = torch.ones(50 * 2**20, dtype=torch.uint8)
+        del held
+    assert 45e6 < memory.peak - before < 250e6
+    assert anonymous_bytes(2**30) == 0
