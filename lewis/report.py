@@ -47,28 +47,30 @@ Intervals = Mapping[tuple[str, str, str], tuple[float, float]]
 
 
 def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> bytes:
-    """Draw where each expert's task vector is kept: one panel per expert, projections by layers.
+    """Draw where each expert's task vector is kept: one panel per expert, layers down, projections across.
 
     Args:
         densities: expert -> tensor name -> density in [0, 1]. Embeddings, norms and biases are left out.
         mean: expert -> mean density, for the title.
 
     Returns:
-        a PNG file.
+        a PNG file, which is readable at 80 layers.
     """
     from matplotlib.figure import Figure
 
     grids = {expert: _grid(values) for expert, values in densities.items()}
-    rows = max((len(names) for names, _ in grids.values()), default=1)
+    columns = max((len(names) for names, _ in grids.values()), default=1)
     layers = max((len(grid[0]) for _, grid in grids.values() if grid), default=1)
-    height = 0.9 + 0.3 * max(rows, 2)
-    figure = Figure(figsize=(min(3.5 + 0.35 * layers, 14), height * max(len(grids), 1)), dpi=100, layout="constrained")
-    panels = figure.subplots(max(len(grids), 1), 1, squeeze=False)[:, 0]
+    width = min(2.2 + 0.42 * max(columns, 2), 9)
+    size = (width * max(len(grids), 1), min(1.8 + 0.17 * layers, 18))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    panels = figure.subplots(1, max(len(grids), 1), squeeze=False)[0]
     for panel, (expert, (names, grid)) in zip(panels, grids.items(), strict=False):
         image = _draw_grid(panel, names, grid)
-        title = _short(expert) + (f"   mean density {mean[expert]:.3f}" if expert in mean else "")
-        panel.set_title(title, fontsize=10, loc="left", parse_math=False)
-        figure.colorbar(image, ax=panel, label="density", ticks=[0, 0.25, 0.5, 0.75, 1], aspect=max(8, 3 * rows))
+        title = _short(expert, 40) + (f"\nmean density {mean[expert]:.3f}" if expert in mean else "")
+        panel.set_title(title, fontsize=9, loc="left", parse_math=False)
+        if panel is panels[-1]:  # one scale for all
+            figure.colorbar(image, ax=panels.tolist(), label="density", ticks=[0, 0.25, 0.5, 0.75, 1], aspect=40)
     return png(figure)
 
 
@@ -213,19 +215,18 @@ def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]
 
 def _draw_grid(panel: "Axes", names: Sequence[str], grid: Sequence[Sequence[float]]) -> Any:
     from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
 
     colours = colormaps[COLOURS].with_extremes(bad="lightgrey")
-    image = panel.imshow(grid or [[math.nan]], cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    panel.set_yticks(range(len(names)), names, fontsize=8)
-    panel.set_xlabel("layer", fontsize=9)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if grid and len(grid[0]) <= 16:
-        for y, row in enumerate(grid):
-            for x, value in enumerate(row):
-                if not math.isnan(value):
-                    ink = "black" if value > 0.6 else "white"
-                    panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    rows = [list(row) for row in zip(*grid, strict=True)] or [[math.nan]]
+    image = panel.imshow(rows, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    panel.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+    panel.set_yticks(range(len(rows)), [str(i) for i in range(len(rows))], fontsize=8 if len(rows) <= 40 else 7)
+    panel.set_ylabel("layer", fontsize=9)
+    for y, row in enumerate(rows if len(rows) <= 32 and len(names) <= 16 else []):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                ink = "black" if value > 0.6 else "white"
+                panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
     return image
 
 
@@ -278,8 +279,8 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_LABEL else "…" + name[1 - MAX_LABEL :]
+def _short(name: str, length: int = MAX_LABEL) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def _cell(value: object) -> str:

@@ -24,12 +24,15 @@ class SecondMoments:
     Attributes:
         sums: parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts, (experts, in).
         counts: parameter -> number of tokens, () or (experts,).
+        lengths, width: of the batch that is going through.
     """
 
     def __init__(self, network: Network, device: str) -> None:
         self._network, self._device = network, device
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
+        self.lengths: list[int] = []
+        self.width = 0
         self._mask = torch.ones(1, 1, device=device)
         self._padded = False
         self._last: tuple[torch.Tensor | None, torch.Tensor | None, int] = (None, None, 0)
@@ -63,6 +66,7 @@ class SecondMoments:
 
     def begin(self, lengths: Sequence[int], width: int) -> None:
         """Tell what comes next: a batch of rows of these lengths, padded on the right to `width`."""
+        self.lengths, self.width = list(lengths), width
         places = torch.arange(width, device=self._device)
         self._mask = (places < torch.tensor(lengths, device=self._device)[:, None]).float()
         self._padded = min(lengths) < width

@@ -35,17 +35,24 @@ class PruneAfter:
         if any(covered.expert is not None for covered in self._network.covered):
             raise InputError("lewis.importance.prune_ratio: stacked experts cannot be pruned in the pass; set it to 0")
         for path, block in self._network.blocks.items():
-            prune = self._of_block(path)
-            self._hooks.callback(block.register_forward_hook(prune, with_kwargs=True).remove)
+            self._hooks.callback(delattr, block, "forward")
+            block.forward = self._in_place_of(path, block.forward)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def _of_block(self, path: str) -> Any:
+    def _in_place_of(self, path: str, forward: Any) -> Any:
         parameters = [c.parameter for c in self._network.covered if c.parameter.startswith(f"{path}.")]
 
-        def prune(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def measured_then_pruned(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            lengths, width = self._moments.lengths, self._moments.width
+            # One sample at a time, as the authors: a product of another size rounds otherwise, and what that changes
+            # in the order of two nearly equal scores grows with the depth.
+            for i, length in enumerate(lengths):
+                self._moments.begin([length], width)
+                forward(*_sample((hidden, *args), i, len(lengths)), **_sample(kwargs, i, len(lengths)))
+            self._moments.begin(lengths, width)
             for parameter in parameters:
                 module = self._network.module.get_submodule(parameter.rpartition(".")[0])
                 sums = self._moments.sums[parameter] / self._samples
@@ -53,9 +60,29 @@ class PruneAfter:
                 mask = smallest(weight.abs() * sums.to(weight.dtype).sqrt(), self._ratio)
                 module.weight = nn.Parameter(weight.masked_fill(mask, 0), requires_grad=False)
             with self._moments.paused():
-                return block.forward(*args, **kwargs)
+                return _joined(
+                    [
+                        forward(*_sample((hidden, *args), i, len(lengths)), **_sample(kwargs, i, len(lengths)))
+                        for i in range(len(lengths))
+                    ]
+                )
 
-        return prune
+        return measured_then_pruned
+
+
+def _sample(value: Any, i: int, samples: int) -> Any:
+    """One sample's part of what a block is called with; what all samples share stays."""
+    if isinstance(value, torch.Tensor):
+        return value[i : i + 1] if value.dim() and value.shape[0] == samples else value
+    if isinstance(value, tuple | list):
+        return type(value)(_sample(each, i, samples) for each in value)
+    return {key: _sample(each, i, samples) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _joined(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    return tuple(_joined(list(each)) for each in zip(*outputs, strict=True)) if outputs[0] is not None else None
 
 
 def smallest(scores: torch.Tensor, ratio: float) -> torch.Tensor:
