@@ -10,6 +10,7 @@ what `grid` lists, since each case costs a merge and the answer loss of all rows
 import argparse
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import pipeline
+from lewis.checkpoint import Checkpoint
 from lewis.recipe import Recipe
 
 TOKENS = 224
@@ -130,7 +132,7 @@ def recipe_of(each: Case, base: Path, experts: list[Path], data: Path) -> Recipe
     models = [{"model": str(path), "calibration": name} for path, name in zip(experts, sets, strict=True)]
     parameters = {"epsilon": b / 20} if each.method == "della" else {}
     content = {"merge_method": each.method, "base_model": str(base), "models": models, "parameters": parameters}
-    return Recipe.parse(yaml.safe_dump(content | {"lewis": lewis, "dtype": "float32"}), root=data)
+    return Recipe.parse(yaml.safe_dump(content | {"lewis": lewis, "dtype": "bfloat16"}), root=data)
 
 
 def interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
@@ -156,9 +158,11 @@ def study(family: str, base: Path, experts: list[Path], options: argparse.Namesp
         files = [pipeline.download(source) for source in sources]
         _, allocated = pipeline.guide(recipe, pipeline.download(pinned), files)
         merge = pipeline.prepare_merge(recipe, pipeline.download(pinned), files, allocated)
-        with torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            merge.run(Path(folder) / "merged")
+            merged = Checkpoint(Path(folder) / "merged", merge.digest)
             for name in merge.layout:
-                parameters[name].copy_(merge.tensor(name))
+                parameters[name].copy_(merged.read(name))
         losses = {task: np.array(answer_losses(model, tokenizer, pairs)) for task, pairs in rows.items()}
         together = np.concatenate(list(losses.values()))
         reference = references.setdefault((each.method, each.budget), together)
