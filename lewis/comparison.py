@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from lewis.errors import LewisError
 from lewis.samples import Part, Samples
@@ -92,6 +91,8 @@ def interval(samples: Samples) -> tuple[float, float]:
 
 def mcnemar(wins: int, losses: int) -> float:
     """McNemar's exact two-sided p, from the documents on which exactly one of two models is right."""
+    from scipy import stats  # half a second to load, which a merge does without
+
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
