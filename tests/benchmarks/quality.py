@@ -1,10 +1,11 @@
 """What guidance buys: answer loss of merges of two real families, against uniform magnitude pruning at the same budget.
 
-    python -m tests.benchmarks.quality --shared DIR --base DIR [--full-math DIR --full-code DIR] [--rows N] [--all]
+    python -m tests.benchmarks.quality --shared DIR --base DIR [--full-math DIR --full-code DIR] [--rows N]
+        [--grid core|some|all]
 
 `DIR` of `--shared` holds `real/lora-math`, `real/lora-code` and `data/` as the project's shared folder does. The LoRA
-family is always there; the other needs experts that were fully fine-tuned. Without `--all` the cross product is cut to
-what `grid` lists, since each case costs a merge and the answer loss of all rows.
+family is always there; the other needs experts that were fully fine-tuned. `all` is the whole cross product; the
+others are cut to what `grid` lists, since each case costs a merge and the answer loss of all rows.
 """
 
 import argparse
@@ -53,13 +54,20 @@ def case(method: str, density: dict[str, Any], prune_by: str, budget: float, met
     return Case(method, tuple(density.items()), metric, prune_by, budget)
 
 
-def grid(everything: bool) -> Iterator[Case]:
+def grid(which: str) -> Iterator[Case]:
     """The cases; the first of each (method, budget) is the one that the others are compared with."""
+    if which == "core":
+        for budget in (0.03, 0.1):
+            yield case("ties", {"strategy": "uniform"}, "magnitude", budget)
+            yield case("ties", {"strategy": "uniform"}, "activation", budget)
+            yield case("ties", LEWIS, "magnitude", budget)
+            yield case("ties", RANK, "activation", budget, "delta_norm")
+        return
     guided: list[tuple[dict[str, Any], str]] = [(LEWIS, "norm_difference"), (RANK, "norm_difference")]
     guided += [(RANK, "delta_norm"), (RANK, "outlier")]
     guided += [({"strategy": name}, "norm_difference") for name in ("owl", "dlp", "depth_gradient", "global")]
     uniform = {"strategy": "uniform"}
-    if everything:
+    if which == "all":
         for method in ("ties", "dare_ties", "della"):
             for budget in (0.03, 0.1, 0.3):
                 for prune_by in ("magnitude", "activation") if method != "dare_ties" else ("magnitude",):
@@ -151,7 +159,7 @@ def study(family: str, base: Path, experts: list[Path], options: argparse.Namesp
     print(f"\n### {family}: {options.rows} rows of each task\n")
     print("| method | budget | allocator | pruned by | gsm8k | mbpp | against uniform magnitude (95 % interval) |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for each in grid(options.all):
+    for each in grid(options.grid):
         recipe = recipe_of(each, base, experts, data)
         pinned, sources = pipeline.pin_all(recipe)
         assert pinned is not None
@@ -190,7 +198,7 @@ def main() -> None:
     parser.add_argument("--full-math", type=Path)
     parser.add_argument("--full-code", type=Path)
     parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--all", action="store_true", help="the whole cross product: hours")
+    parser.add_argument("--grid", choices=["core", "some", "all"], default="some", help="all: the cross product, hours")
     options = parser.parse_args()
     start = time.perf_counter()
     families = {"LoRA": [options.shared / "real" / name for name in ("lora-math", "lora-code")]}

@@ -1,0 +1,119 @@
+"""What the importance pass costs: memory on a shallow and a deep model of one width, time against a plain forward pass.
+
+    python -m tests.benchmarks.importance [--base DIR --rows FILE.jsonl]
+
+Memory: anonymous resident memory (RssAnon, to which weights mapped from files do not count) at its peak above the start
+of the pass, each in a process of its own. Time: of one pass over the rows' questions and answers against a plain forward
+pass without a head over the same samples in the same batches, weights in memory; the two alternate, and the ratio is that
+of the fastest of each.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lewis import importance
+from lewis.calibration import Calibration
+from lewis.checkpoint import Checkpoint
+
+WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}
+ROUNDS = 3
+
+
+def anonymous() -> int:
+    """RssAnon of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+def peak_of_pass(folder: Path) -> int:
+    """The highest RssAnon during the pass above that before it."""
+    model, start, seen, ended = Checkpoint(folder, "key"), anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            seen[0] = max(seen[0], anonymous() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    samples = tuple(tuple(3 + (7 * i + j) % 900 for j in range(256)) for i in range(16))
+    importance.measure(model, Calibration("rows", samples))
+    ended.set()
+    watcher.join()
+    return seen[0]
+
+
+def write_model(folder: Path, layers: int) -> None:
+    config = LlamaConfig(vocab_size=1024, num_hidden_layers=layers, max_position_embeddings=512, **WIDTH)
+    with torch.device("cpu"):
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def memory() -> None:
+    peaks = {}
+    for layers in (24, 48):
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), layers)
+            command = [sys.executable, "-m", "tests.benchmarks.importance", "--peak-of", folder]
+            peaks[layers] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        print(f"{layers} layers: {size / 1e6:.0f} MB of weights in bf16, peak RssAnon {peaks[layers] / 1e6:.0f} MB")
+    print(f"48 layers / 24 layers: {peaks[48] / peaks[24]:.3f}")
+
+
+def fastest(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def speed(base: Path, rows: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with rows.open() as file:
+        texts = [json.loads(line) for line, _ in zip(file, range(32), strict=False)]
+    samples = tuple(tuple(tokenizer(f"{r['question']} {r['answer']}")["input_ids"][:512]) for r in texts)
+    calibration, model = Calibration("rows", samples), Checkpoint(base, "key")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    batches = list(importance._batches(calibration, importance.network_of(model), whole=False))
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                plain.base_model(input_ids=importance._padded(batch)[0], use_cache=False)
+
+    times: dict[str, list[float]] = {"plain": [], "pass": []}
+    forward()
+    for _ in range(ROUNDS):
+        times["plain"].append(fastest(forward))
+        times["pass"].append(fastest(lambda: importance.measure(model, calibration)))
+    tokens = f"{calibration.tokens} tokens, {torch.get_num_threads()} threads"
+    print(f"plain forward {min(times['plain']):.2f} s, importance pass {min(times['pass']):.2f} s ({tokens})")
+    print(f"importance / plain: {min(times['pass']) / min(times['plain']):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--peak-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_of:
+        print(peak_of_pass(options.peak_of))
+        return
+    memory()
+    if options.base and options.rows:
+        speed(options.base, options.rows)
+
+
+if __name__ == "__main__":
+    main()
