@@ -3,9 +3,9 @@
     python -m tests.benchmarks.importance [--base DIR --rows FILE.jsonl]
 
 Memory: anonymous resident memory (RssAnon, to which weights mapped from files do not count) at its peak above the start
-of the pass, each in a process of its own. Time: of one pass over the rows' questions and answers against a plain forward
-pass without a head over the same samples in the same batches, weights in memory; the two alternate, and the ratio is that
-of the fastest of each.
+of the pass, each in a process of its own. Time: of one pass over the rows' questions and answers against a plain
+forward pass without a head over the same samples in the same batches, weights in memory; the two alternate, and the
+ratio is that of the fastest of each.
 """
 
 import argparse
