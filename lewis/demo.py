@@ -170,9 +170,18 @@ def _recipe() -> dict[str, Any]:
         },
         "evaluate": {
             "tasks": [f"tasks/{skill}.yaml" for skill in SKILLS],
+            "weights": dict.fromkeys(SKILLS, 1.0),
             "baselines": ["base", "experts", "uniform"],
         },
-        "register": {"name": "lewis-demo", "gate": {"metric": "addition/exact_match,none", "min_gain": 0.0}},
+        "register": {"name": "lewis-demo", "gate": {"metric": "weighted/mean,none", "min_gain": 0.0}},
+        "search": {
+            "trials": 20,
+            "space": {
+                "parameters.lambda": {"min": 0.6, "max": 2.0},
+                "lewis.density.budget": {"min": 0.31, "max": 0.79},
+                **{f"models[{i}].parameters.weight": {"min": 0.5, "max": 2.0} for i in range(len(SKILLS))},
+            },
+        },
     }
 
 

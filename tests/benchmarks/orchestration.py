@@ -171,10 +171,9 @@ def run_library(path: str) -> None:
     models = {"base": base, **dict(zip(names, experts, strict=True))}
     models |= {"uniform": uniform.files("uniform"), recipe.label: merged.files(recipe.label)}
     scores = {label: pipeline.score(files, settings, root=recipe.root) for label, files in models.items()}
-    numbers = {label: {f"{s.task}/{s.metric}": s.value for s in entry.scores} for label, entry in scores.items()}
+    scored = {model.label: model for model in pipeline.scored(recipe, scores)}
     against = champion.version.uri if champion else "base"
-    reference = champion.metrics if champion else numbers["base"]
-    verdict = decide(recipe.register_as.gate, numbers[recipe.label], reference, against)
+    verdict = decide(recipe.register_as.gate, scored[recipe.label], scored["base"], against, base=scored["base"])
     version = registry.register(registry_entry(recipe, base, experts, [], allocated, merged, scores))
     registry.promote(version, verdict)
 
