@@ -385,17 +385,22 @@ def _fetch(recipe: "Recipe") -> Any:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    if not rows:
-        return
-    table = Table()
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")  # a cut name would not tell the metric
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 132
+    # One table per metric, whose name would take half of the width.
+    for metric in dict.fromkeys(row.get("metric", "") for row in rows):
+        table = Table(title=metric or None, title_justify="left", box=box.SIMPLE_HEAD)
+        shown = [{k: v for k, v in row.items() if k != "metric"} for row in rows if row.get("metric", "") == metric]
+        for name in shown[0]:
+            table.add_column(name, overflow="fold")
+        for row in shown:
+            table.add_row(*(str(value) for value in row.values()))
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from lewis.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Raise it when the code makes other files from the same plan.
-VERSION = 1
+VERSION = 2
 
 SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
 LETTERS = "abcdefghij"
@@ -147,6 +147,7 @@ def _write_tasks(folder: Path) -> None:
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
+            "target_delimiter": "",  # answers follow the = at once; the guard on perplexity asks for them
             "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0},
