@@ -338,7 +338,8 @@ def _guide(options: argparse.Namespace) -> Any:
     _log_to_terminal()
     base, experts = _fetch(recipe)
     assert base is not None
-    layers, parameters = pipeline.layers_of(base), sum(info.elements for info in base.open().tensors.values())
+    parameters = sum(info.elements for info in base.open().tensors.values())
+    layers = [layer for layer in pipeline.layers_of(base) if not recipe.excludes(layer.tensor)]
     with bars.progress() as report:
         return layers, parameters, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
 

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ class Merge:
 
     Attributes:
         layout: tensor name -> dtype and shape of the output.
+        excluded: names of the tensors that are the base's own, in its dtype.
         digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
         size: bytes of the output's tensors.
         elements: of the output's tensors.
@@ -89,12 +90,16 @@ class Merge:
         self.base: Model = base or experts[0].model
         self._adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
         self.donor = tokenizer_donor or _folder(self.base)
-        check_compatible(self.base, [expert.model for expert in self.experts])
+        self.excluded = excluded(recipe, self.base)
+        check_compatible(self.base, [expert.model for expert in self.experts], self.excluded)
         recipe.check_filters([*self.base.tensors, *self.base.tied])
+        if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
+            raise InputError("exclude: it matches every tensor; nothing is left to merge")
         self._layers = 1 + max((_layer_of(name) or 0 for name in self.base.tensors), default=0)
         out = stored_dtype(recipe)
         self.layout = {
-            name: (out if out and info.floating else info.dtype, info.shape) for name, info in self.base.tensors.items()
+            name: (out if out and info.floating and name not in self.excluded else info.dtype, info.shape)
+            for name, info in self.base.tensors.items()
         }
         self.size = sum(SIZES[dtype] * math.prod(shape) for dtype, shape in self.layout.values())
         self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
@@ -160,7 +165,7 @@ class Merge:
 
         models: list[Model] = [self.base, *(expert.model for expert in self.experts)]
         if later is not None:
-            for model in models:
+            for model in models[: 1 if later in self.excluded else None]:
                 model.will_need(later)
 
         def write(data: memoryview, offset: int) -> None:
@@ -168,10 +173,10 @@ class Merge:
                 raise LewisError("the merge was stopped")
             writer.write_bytes(name, data, offset)
 
-        if not merge_tensor(self, name, write):
+        if name in self.excluded or not merge_tensor(self, name, write):
             with self._one_at_a_time:
                 writer.write(name, self.tensor(name))
-        for model in models:
+        for model in models[: 1 if name in self.excluded else None]:
             model.done_with(name)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -184,7 +189,7 @@ class Merge:
             LewisError: naming the tensor and model of a value that is not finite.
         """
         base = self.base.read(name)
-        if not self.base.tensors[name].floating:
+        if name in self.excluded or not self.base.tensors[name].floating:
             return base
         with torch.inference_mode():
             base = _finite(base.to(torch.float32), name, self.base)
@@ -265,7 +270,7 @@ class Merge:
         return rounded
 
     def _check_parameters(self) -> None:
-        for name in self.base.tensors if self.method.check else ():
+        for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
             values = self.parameters(name)
             for i, expert in enumerate(self.experts):
                 each = {
@@ -290,7 +295,7 @@ class Merge:
 
     def _digest(self) -> str:
         """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
-        names = [name for name, info in self.base.tensors.items() if info.floating]
+        names = [name for name, info in self.base.tensors.items() if info.floating and name not in self.excluded]
         resolved = [[name, self.parameters(name)] for name in names]
         return store.digest(
             {
@@ -301,6 +306,7 @@ class Merge:
                 "parameters": resolved,
                 "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
                 "seed": self.recipe.seed if self.method.random else None,
+                **({"excluded": sorted(self.excluded)} if self.excluded else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.donor)},
@@ -329,8 +335,14 @@ def random_stream(seed: int, expert: str, tensor: str) -> Stream:
     return Stream(int.from_bytes(key[:8], "little"))
 
 
-def check_compatible(base: Model, experts: Sequence[Model]) -> None:
-    """Check that every expert has the base's tensors, shapes and vocabulary.
+def excluded(recipe: Recipe, base: Model) -> frozenset[str]:
+    """The tensors of the base that a recipe excludes; a name that is tied to another's stands for that."""
+    names = [*base.tensors, *base.tied] if recipe.exclude else []
+    return frozenset(base.tied.get(name, name) for name in names if recipe.excludes(name))
+
+
+def check_compatible(base: Model, experts: Sequence[Model], excluded: Collection[str] = ()) -> None:
+    """Check that every expert has the base's tensors (but those that are excluded), shapes and vocabulary.
 
     Raises:
         InputError: naming all that differ.
@@ -340,7 +352,8 @@ def check_compatible(base: Model, experts: Sequence[Model]) -> None:
         if expert is base:
             continue
         where, known = _folder(expert), {**expert.tensors}
-        missing = [name for name in base.tensors if name not in known and name not in expert.tied]
+        wanted = [name for name in base.tensors if name not in excluded]
+        missing = [name for name in wanted if name not in known and name not in expert.tied]
         extra = [
             n for n in known if n not in base.tensors and n not in base.tied and not n.endswith("rotary_emb.inv_freq")
         ]
@@ -348,7 +361,8 @@ def check_compatible(base: Model, experts: Sequence[Model]) -> None:
             problems.append(f"{where}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}")
         if extra:
             problems.append(f"{where}: {len(extra)} tensors are not in the base, the first is {extra[0]!r}")
-        for name, info in base.tensors.items():
+        for name in wanted:
+            info = base.tensors[name]
             other = known.get(expert.tied.get(name, name))
             if other is not None and other.shape != info.shape:
                 problems.append(

@@ -25,7 +25,7 @@ from lewis.entries import (
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
 from lewis.lora import is_adapter
-from lewis.merge import Expert, Merge
+from lewis.merge import Expert, Merge, excluded
 from lewis.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
 
@@ -72,10 +72,11 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
     first = base or experts[0]
     full = [source for source in experts if source.model.commit != first.model.commit]
     ours, problems = hub.tensor_headers(first.model), []
+    wanted = [name for name in ours if not recipe.excludes(name)]
     for source in full:
         theirs = hub.tensor_headers(source.model)
-        missing = [name for name in ours if name not in theirs and not name.endswith(HEADS)]
-        other = [name for name in ours if name in theirs and theirs[name][1] != ours[name][1]]
+        missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
+        other = [name for name in wanted if name in theirs and theirs[name][1] != ours[name][1]]
         if missing:
             problems.append(
                 f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
@@ -159,12 +160,15 @@ def allocate(
     with store.lock(f"allocation-{digest}"):
         if store.entry(path, "experts") is None:
             opened = base.open()
-            network = importance.network_of(opened)
+            network, left_out = importance.network_of(opened), excluded(recipe, opened)
+            network.covered = tuple(each for each in network.covered if each.tensor not in left_out)
+            if not network.covered:
+                raise InputError("exclude: it matches every covered layer; leave the lewis block out")
             layers = [layer for covered in network.covered for layer in covered.layers]
-            guided = {}
+            names, guided = [name for name in opened.tensors if name not in left_out], {}
             for entry, files in zip(recipe.experts, experts, strict=True):
                 evidence = _evidence(recipe, entry, base, files, measured, network)
-                each = allocation.allocate(layers, list(opened.tensors), policy, evidence)
+                each = allocation.allocate(layers, names, policy, evidence)
                 _warn_if_near_uniform(recipe, files.ref, layers, each)
                 guided[files.ref] = each
             uniform = {ref: allocation.uniform_like(layers, each) for ref, each in guided.items()}
@@ -236,7 +240,8 @@ def _allocation_place(
     policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump(), recipe.lewis.importance.metric]
     models = [[files.ref, files.key] for files in (base, *experts)]
     passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
-    digest = store.digest([allocation.SEMANTICS, policy, models, passes])
+    left_out = [sorted(recipe.exclude)] if recipe.exclude else []
+    digest = store.digest([allocation.SEMANTICS, policy, models, passes, *left_out])
     return digest, store.home() / "allocations" / f"{digest}.json"
 
 

@@ -1,5 +1,6 @@
 """The recipe: a mergekit config with the blocks `lewis`, `evaluate` and `register` (DESIGN, section 3)."""
 
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -232,7 +233,11 @@ class Search(_Block):
 
 
 class Recipe(_Block):
-    """A validated recipe. Make one with `Recipe.load` or `Recipe.parse`."""
+    """A validated recipe. Make one with `Recipe.load` or `Recipe.parse`.
+
+    Attributes:
+        exclude: parts of the names of tensors that are copied from the base as they are; `*` stands for anything.
+    """
 
     merge_method: str
     base_model: ModelName | None = None
@@ -241,6 +246,7 @@ class Recipe(_Block):
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: ModelName | None = None
+    exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = Field(default=0, ge=0)
     lewis: Lewis | None = None
     evaluate: Evaluate | None = None
@@ -349,15 +355,23 @@ class Recipe(_Block):
             )
         return parameter.default
 
+    def excludes(self, tensor: str) -> bool:
+        """Whether a tensor is to be copied from the base."""
+        return any(_matches(pattern, tensor) for pattern in self.exclude)
+
     def check_filters(self, tensors: Iterable[str]) -> None:
-        """Check that every filter matches a tensor.
+        """Check that every filter, and every pattern of `exclude`, matches a tensor.
 
         Raises:
-            RecipeError: naming each filter that matches none, and the nearest module.
+            RecipeError: naming each that matches none, and the nearest module.
         """
         names = list(tensors)
         modules = {name.rsplit(".", 1)[0] for name in names} | {re.sub(r"^.*\.\d+\.", "", n) for n in names}
-        problems = []
+        problems = [
+            f"exclude[{i}]: {pattern!r} matches no tensor{nearest(pattern, modules)}"
+            for i, pattern in enumerate(self.exclude)
+            if not any(_matches(pattern, name) for name in names)
+        ]
         for where, parameters in self._parameter_blocks():
             for key, rules in parameters.items():
                 for i, rule in enumerate(rules):
@@ -403,6 +417,10 @@ class Recipe(_Block):
     def blocks(self) -> str:
         """What decides the merged weights, as canonical JSON: without `evaluate`, `register` and `search`."""
         return self.model_dump_json(exclude={"evaluate", "register_as", "search"})
+
+
+def _matches(pattern: str, tensor: str) -> bool:
+    return fnmatch.fnmatchcase(tensor, f"*{pattern}*")
 
 
 class _StrictLoader(yaml.SafeLoader):

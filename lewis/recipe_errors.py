@@ -114,6 +114,8 @@ def cross_check(data: dict[str, Any]) -> list[str]:
     problems += _check_calibrations(data, models)
     problems += _check_density(data)
     problems += _check_guidance(data)
+    if data.get("exclude") and not data.get("base_model"):
+        problems.append("exclude: what is excluded is copied from the base; set base_model")
     register = data.get("register")
     if isinstance(register, dict) and register.get("gate") and not data.get("evaluate"):
         problems.append("register.gate: there is nothing to compare; add an evaluate block")
