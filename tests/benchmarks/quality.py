@@ -60,8 +60,6 @@ def grid(which: str) -> Iterator[Case]:
         for budget in (0.03, 0.1):
             yield case("ties", {"strategy": "uniform"}, "magnitude", budget)
             yield case("ties", {"strategy": "uniform"}, "activation", budget)
-            yield case("ties", LEWIS, "magnitude", budget)
-            yield case("ties", RANK, "activation", budget, "delta_norm")
         return
     guided: list[tuple[dict[str, Any], str]] = [(LEWIS, "norm_difference"), (RANK, "norm_difference")]
     guided += [(RANK, "delta_norm"), (RANK, "outlier")]
