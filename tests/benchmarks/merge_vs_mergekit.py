@@ -56,21 +56,21 @@ def main(arguments: Sequence[str]) -> int:
     """Run what was asked for; 1 if a bar was missed."""
     parser = argparse.ArgumentParser(description="lewis merge beside mergekit")
     parser.add_argument("--folder", type=Path, required=True, help="for models, results and the store")
-    parser.add_argument("--size", choices=LAYERS, nargs="+", default=["0.45"], help="billions of parameters")
-    parser.add_argument("--experts", type=int, nargs="+", default=[3])
+    parser.add_argument("--size", choices=LAYERS, nargs="+", help="billions of parameters; 0.45, or all")
+    parser.add_argument("--experts", type=int, nargs="+", help="how many; 3, or 1, 3 and 8")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--rounds", type=int, default=1, help="times each runs; medians are printed")
     parser.add_argument("--table", action="store_true", help="sizes x experts, ties, LEWIS alone")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.table:
-        return table(options.folder, options.rounds)
+        return table(options.folder, options.size or list(LAYERS), options.experts or EXPERTS, options.rounds)
     if not MERGEKIT:
         parser.error("LEWIS_MERGEKIT names no python that has mergekit")
     met = [
         compare(options.folder, size, count, method, options.rounds)
-        for size in options.size
-        for count in options.experts
+        for size in options.size or ["0.45"]
+        for count in options.experts or [3]
         for method in options.methods
     ]
     return 0 if all(met) else 1
@@ -108,11 +108,11 @@ def compare(folder: Path, size: str, count: int, method: str, rounds: int) -> bo
     return all(met for _, met in told)
 
 
-def table(folder: Path, rounds: int) -> int:
+def table(folder: Path, sizes: Sequence[str], counts: Sequence[int], rounds: int) -> int:
     """Print the Markdown table of sizes and experts; whether memory is flat is for its reader to see."""
     print("| parameters | experts | GB in and out | seconds | GB/s | peak MB |\n| --- | --- | --- | --- | --- | --- |")
-    for size in LAYERS:
-        for count in EXPERTS:
+    for size in sizes:
+        for count in counts:
             base, experts = family(folder, size, count)
             recipe, out = write_recipe(folder, "ties", base, experts), folder / "out"
             floor([base, *experts], out)
