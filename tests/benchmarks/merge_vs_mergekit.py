@@ -110,7 +110,7 @@ def compare(folder: Path, size: str, count: int, method: str, rounds: int) -> bo
 
 def table(folder: Path, sizes: Sequence[str], counts: Sequence[int], rounds: int) -> int:
     """Print the Markdown table of sizes and experts; whether memory is flat is for its reader to see."""
-    print("| parameters | experts | GB in and out | seconds | GB/s | peak MB |\n| --- | --- | --- | --- | --- | --- |")
+    print("| parameters | experts | GB in and out | seconds | of CPU | GB/s | peak MB |\n" + "| --- " * 7 + "|")
     for size in sizes:
         for count in counts:
             base, experts = family(folder, size, count)
@@ -119,7 +119,9 @@ def table(folder: Path, sizes: Sequence[str], counts: Sequence[int], rounds: int
             run(lewis(recipe, out), folder)  # hashes the inputs
             took = middle([run(lewis(recipe, out), folder) for _ in range(rounds)])
             size_gb = weights(base) * (count + 2) / 1e9
-            cells = f"{size_gb:.2f} | {took.wall:.2f} | {size_gb / took.wall:.2f} | {took.peak / 1e6:.0f}"
+            cells = (
+                f"{size_gb:.2f} | {took.wall:.2f} | {took.cpu:.2f} | {size_gb / took.wall:.2f} | {took.peak / 1e6:.0f}"
+            )
             print(f"| {size} B | {count} | {cells} |", flush=True)
     return 0
 
