@@ -11,11 +11,11 @@ from lewis import search_report, search_runs, trial
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
 from lewis.recipe import Recipe
+from lewis.run_report import picture
 from lewis.scored import Scored, comparison_rows
 from lewis.search import Objective, Trial
 from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
 from tasks.device import device_slot
-from tasks.report import as_markdown
 
 
 # No cache in front of it: it finds the scores of a merge that was scored before. A failed trial is a result: no retry.
@@ -50,7 +50,7 @@ def record_search(
     files = {"search_history.png": search_report.history(trials, objectives), "recipe.yaml": recipe.text.encode()}
     if len(objectives) > 1:
         files["search_pareto.png"] = search_report.pareto(trials, front, objectives)
-    pictures = "\n\n".join(as_markdown(name, data) for name, data in files.items() if name.endswith(".png"))
+    pictures = "\n\n".join(picture(name, data) for name, data in files.items() if name.endswith(".png"))
     create_markdown_artifact(f"# Search\n\n{pictures}", key=f"{key}-history", description="The trials' scores")
     files["trials.json"] = json.dumps([asdict(trial) for trial in trials], indent=2).encode()
     tags = {"lewis.best": json.dumps(dict(front[0].values))} if front else {}

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -139,8 +140,9 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
         'for program in (\'open("/etc/passwd")\', \'open("/usr/x", "w")\', \'import os; os.chroot("/work")\'):\n'
         "    print(sandbox.run(program).reason.split(':')[0])"
     )
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(0o755)
     command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", python, "-c", code]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
