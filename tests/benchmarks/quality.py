@@ -1,7 +1,7 @@
 """What guidance buys: answer loss of merges of two real families, against uniform magnitude pruning at the same budget.
 
     python -m tests.benchmarks.quality --shared DIR --base DIR [--full-math DIR --full-code DIR] [--rows N]
-        [--grid core|some|all]
+        [--samples N] [--grid core|some|all]
 
 `DIR` of `--shared` holds `real/lora-math`, `real/lora-code` and `data/` as the project's shared folder does. The LoRA
 family is always there; the other needs experts that were fully fine-tuned. `all` is the whole cross product; the
@@ -121,7 +121,7 @@ def answer_losses(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> l
     return losses
 
 
-def recipe_of(each: Case, base: Path, experts: list[Path], data: Path) -> Recipe:
+def recipe_of(each: Case, base: Path, experts: list[Path], data: Path, samples: int) -> Recipe:
     b = each.budget
     density: dict[str, Any] = {**dict(each.density), "min": round(b / 10, 6), "max": min(1.0, 4 * b), "budget": b}
     sets = {
@@ -129,7 +129,7 @@ def recipe_of(each: Case, base: Path, experts: list[Path], data: Path) -> Recipe
         "mbpp": {"data_files": str(data / "mbpp" / "train.jsonl"), "text": "{text}\n{test_list[0]}\n{code}"},
     }
     lewis: dict[str, Any] = {
-        "calibrations": {name: {"dataset": "json", "samples": 64, **spec} for name, spec in sets.items()},
+        "calibrations": {name: {"dataset": "json", "samples": samples, **spec} for name, spec in sets.items()},
         "prune_by": each.prune_by,
         "density": density,
     }
@@ -154,11 +154,11 @@ def study(family: str, base: Path, experts: list[Path], options: argparse.Namesp
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     parameters, rows = dict(model.named_parameters()), test_rows(data, options.rows)
     references: dict[tuple[str, float], np.ndarray] = {}
-    print(f"\n### {family}: {options.rows} rows of each task\n")
+    print(f"\n### {family}: {options.rows} test rows of each task, {options.samples} calibration rows\n")
     print("| method | budget | allocator | pruned by | gsm8k | mbpp | against uniform magnitude (95 % interval) |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for each in grid(options.grid):
-        recipe = recipe_of(each, base, experts, data)
+        recipe = recipe_of(each, base, experts, data, options.samples)
         pinned, sources = pipeline.pin_all(recipe)
         assert pinned is not None
         files = [pipeline.download(source) for source in sources]
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--full-math", type=Path)
     parser.add_argument("--full-code", type=Path)
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=64, help="calibration rows of each set")
     parser.add_argument("--grid", choices=["core", "some", "all"], default="some", help="all: the cross product, hours")
     options = parser.parse_args()
     start = time.perf_counter()

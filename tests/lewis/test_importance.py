@@ -102,6 +102,14 @@ class TestMeasure:
         monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", tokens)
         close(norms_of(Checkpoint(family.base, "key")), expected)
 
+    def test_the_number_of_threads_does_not_matter(self, family: Family) -> None:
+        before, found = torch.get_num_threads(), []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(norms_of(Checkpoint(family.base, "key")))
+        torch.set_num_threads(before)
+        close(*found)
+
     def test_the_order_of_samples_does_not_matter(self, family: Family) -> None:
         turned = Calibration("sums", SAMPLES[::-1])
         close(norms_of(Checkpoint(family.base, "a"), turned), norms_of(Checkpoint(family.base, "b")))
