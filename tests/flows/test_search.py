@@ -88,7 +88,7 @@ def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
     trials = nested(home, parent)
     assert {run.info.run_id for run in before} < {run.info.run_id for run in trials}
     assert sorted(int(run.data.tags["lewis.trial"]) for run in trials) == [t["number"] for t in found["trials"]]
-    scores = {int(run.data.tags["lewis.trial"]): run.data.metrics.get("words/acc/none") for run in trials}
+    scores = {int(run.data.tags["lewis.trial"]): run.data.metrics.get("words/acc") for run in trials}
     assert {number: score for number, score in scores.items() if score is not None} == {
         trial["number"]: trial["scores"][0] for trial in done
     }
