@@ -80,7 +80,7 @@ def fastest(run: Callable[[], Any]) -> float:
 def speed(base: Path, rows: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     with rows.open() as file:
-        texts = [json.loads(line) for line, _ in zip(file, range(32), strict=False)]
+        texts = [json.loads(line) for line, _ in zip(file, range(16), strict=False)]
     samples = tuple(tuple(tokenizer(f"{r['question']} {r['answer']}")["input_ids"][:512]) for r in texts)
     calibration, model = Calibration("rows", samples), Checkpoint(base, "key")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
