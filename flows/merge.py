@@ -1,7 +1,7 @@
 """The DAG: from a recipe to a scored, registered and, if it is better, promoted merged model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import State, flow
 from prefect.futures import PrefectFuture, wait
@@ -94,39 +94,32 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
     champion = find_champion.submit(plan.register_as.name, bool(settings)) if plan.register_as else None
 
-    base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
-    sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
-    named = name_run.submit(quote(plan), base_source, sources)
-    checked = preflight.submit(quote(plan), base_source, sources)
-
-    ready = [future for future in (tasks_digest, checked) if future]
-    base = download.submit(base_source, wait_for=ready) if base_source else None
-    experts = [download.submit(source, wait_for=ready) for source in sources]
-    inspected = inspect.submit(quote(plan), base, experts)
-
+    models = fetch(plan, tasks_digest)
+    base, experts, inspected = models.base, models.experts, models.inspected
+    named = name_run.submit(quote(plan), models.base_source, models.sources)
     sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
     merged = merging(plan).submit(quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
     uniform = None
     if allocated and plan.wants_uniform:
         baseline = merging(plan, "uniform")
         uniform = baseline.submit(quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
-    _finish(tasks_digest, champion, base_source, *sources, checked, base, *experts, inspected)
-    _finish(*sets, *measured, allocated, drawn, merged, uniform)
+    finish(tasks_digest, champion, *models.futures)
+    finish(*sets, *measured, allocated, drawn, merged, uniform)
     result = merged.result()
     report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
     report.mean_density = allocated.result().means if allocated else {}
 
     scores: dict[str, PrefectFuture[Any]] = {}
     if settings:
-        models = _models_to_score(plan, base, experts, uniform, merged)
+        to_score = _models_to_score(plan, base, experts, uniform, merged)
         current = champion.result() if champion else None
         if current and current.folder and current.digest != result.digest:
-            models["champion"] = ModelFiles.at("champion", current.digest, current.folder)
-            models[plan.label] = models.pop(plan.label)  # stays the last, which the pictures outline
-        for label, model in models.items():
+            to_score["champion"] = ModelFiles.at("champion", current.digest, current.folder)
+            to_score[plan.label] = to_score.pop(plan.label)  # stays the last, which the pictures outline
+        for label, model in to_score.items():
             scores[label] = evaluate.submit(model, label, settings, plan.root, tasks_digest)
         table = report_scores.submit(quote(plan), scores)
-        _finish(*scores.values(), table)
+        finish(*scores.values(), table)
         report.scores, report.comparison = table.result()["scores"], table.result()["comparison"]
 
     verdict = version = None
@@ -135,7 +128,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         verdict = gate.submit(quote(plan), champion, merged, scores)
         version = register.submit(quote(plan), *inputs, merged, _known(scores), wait_for=[verdict])
         promoted = promote.submit(quote(plan), version, verdict, _known(merged))
-        _finish(verdict, version, promoted)
+        finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
     work = tally(
@@ -152,6 +145,33 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     return report, any(future.state.name != "Cached" for future in results if future)
+
+
+class Models(NamedTuple):
+    """The models of a recipe on their way here; base and its source are None if the recipe has none."""
+
+    base_source: PrefectFuture[Any] | None
+    sources: list[PrefectFuture[Any]]
+    checked: PrefectFuture[Any]
+    base: PrefectFuture[Any] | None
+    experts: list[PrefectFuture[Any]]
+    inspected: PrefectFuture[Any]
+
+    @property
+    def futures(self) -> list[PrefectFuture[Any] | None]:
+        """All of them, causes before what they break."""
+        return [self.base_source, *self.sources, self.checked, self.base, *self.experts, self.inspected]
+
+
+def fetch(plan: Recipe, tasks_digest: PrefectFuture[Any] | None) -> Models:
+    """Resolve, check from headers, download and inspect base and experts; `tasks_digest` is waited for first."""
+    base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
+    sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
+    checked = preflight.submit(quote(plan), base_source, sources)
+    ready = [future for future in (tasks_digest, checked) if future]
+    base = download.submit(base_source, wait_for=ready) if base_source else None
+    experts = [download.submit(source, wait_for=ready) for source in sources]
+    return Models(base_source, sources, checked, base, experts, inspect.submit(quote(plan), base, experts))
 
 
 def guide(
@@ -209,7 +229,7 @@ def _known(futures: Any) -> Any:
     return quote(futures.result() if futures else None)
 
 
-def _finish(*futures: PrefectFuture[Any] | None) -> None:
+def finish(*futures: PrefectFuture[Any] | None) -> None:
     """Wait for all; raise what the first one in this order raised, so that the cause comes before what it broke."""
     given = [future for future in futures if future is not None]
     wait(given)

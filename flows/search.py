@@ -14,7 +14,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from flows import catalog, runner
-from flows.merge import MergeReport, guide, merge_flow
+from flows.merge import MergeReport, fetch, finish, guide, merge_flow
 from flows.turn import turn
 from lewis import pipeline, search
 from lewis.entries import ModelFiles, ScoresEntry
@@ -22,14 +22,10 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings
 from lewis.recipe import Recipe
 from lewis.recipe_errors import nearest
-from lewis.scored import Scored
 from lewis.search import Log, Objective, Trial
 from tasks.caching import STOPPING
-from tasks.download import download
 from tasks.evaluate import check_tasks
 from tasks.failures import result_of, says_why
-from tasks.inspect import inspect, preflight
-from tasks.resolve import resolve
 from tasks.search import compare_with_default, record_search, score_trial
 
 logger = logging.getLogger(__name__)
@@ -97,18 +93,11 @@ def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
     """Bring the models here and measure their importance, once for all trials; with the digest of the tasks."""
     settings = _settings(plan, SEARCH)
     tasks = check_tasks.submit(settings, plan.root)
-    base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
-    sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
-    checked = preflight.submit(quote(plan), base_source, sources)
-    for future in (tasks, checked):
-        result_of(future)
-    base = download.submit(base_source) if base_source else None
-    experts = [download.submit(source) for source in sources]
-    inspected = inspect.submit(quote(plan), base, experts)
-    result_of(inspected)
-    for future in guide(plan, base, experts, inspected)[1]:
-        result_of(future)
-    return base.result() if base else None, [future.result() for future in experts], tasks.result()
+    models = fetch(plan, tasks)
+    finish(tasks, *models.futures)
+    finish(*guide(plan, models.base, models.experts, models.inspected)[1])
+    base = models.base.result() if models.base else None
+    return base, [future.result() for future in models.experts], tasks.result()
 
 
 class _Trials:
@@ -227,5 +216,4 @@ def _settings(plan: Recipe, documents: str) -> EvalSettings:
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
-    assert plan.evaluate is not None
-    return Scored.of("trial", entry.digest, entry.evaluated, plan.evaluate.weights).by_name
+    return pipeline.scored(plan, {"trial": entry})[0].by_name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ class Layer:
     def key(self) -> str:
         """What importance is filed under: the tensor, and the part in brackets."""
         return f"{self.tensor}[{self.part}]" if self.part else self.tensor
+
+
+def short_names(projections: Sequence[str]) -> list[str]:
+    """What to call projections in tables: the last part of each, or the whole where that would be ambiguous."""
+    last = [name.rpartition(".")[2] for name in projections]
+    return [short if last.count(short) == 1 else name for short, name in zip(last, projections, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from lewis import kernels
 from lewis.kernels import KINDS
 from lewis.methods.sums import exact_sum
 from lewis.selection import Pair, Selector
+from lewis.writer import SIZES
 
 if TYPE_CHECKING:
     from lewis.merge import Merge
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _CHUNK = 1 << 19  # elements that are written at a time
-_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 _NO_ADDRESS = np.uint64(0)
 _own = threading.local()
 
@@ -53,7 +53,7 @@ Run = Callable[[int, int, np.uint64], bool]
 
 
 def _in_chunks(run: Run, size: int, out: str, write: Write) -> bool:
-    width = _WIDTHS[out]
+    width = SIZES[out]
     buffer = np.empty(min(size, _CHUNK) * width, np.uint8)
     for start in range(0, size, _CHUNK):
         stop = min(start + _CHUNK, size)

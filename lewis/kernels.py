@@ -12,6 +12,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from lewis.methods.sparsify import SPREAD
 from lewis.methods.streams import GAMMA, MIX_1, MIX_2
 from lewis.methods.sums import BLOCK
 
@@ -20,7 +21,6 @@ KINDS = {"F32": F32, "F16": F16, "BF16": BF16}
 RUN = 32  # neighbours that `sample` takes together
 INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite magnitude are less
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # of `sparsify.largest`
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}

@@ -1,4 +1,4 @@
-"""Peak anonymous memory of this process: what a machine must have. Pages of mapped files are not in it."""
+"""How much memory a process takes, and how much there is. Pages of mapped files do not count."""
 
 from __future__ import annotations
 
@@ -41,7 +41,17 @@ class PeakMemory:
 def anonymous_bytes(process: int | str = "self") -> int:
     """Resident anonymous memory of a process, 0 if it is gone (or a zombie)."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return _kilobytes(Path(f"/proc/{process}/status"), "RssAnon:")
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def available_bytes() -> int:
+    """What can be had on this machine without swapping."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _kilobytes(table: Path, row: str) -> int:
+    """A row of one of the kernel's tables, in bytes; 0 if it is not there."""
+    lines = table.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(row)), 0)

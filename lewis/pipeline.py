@@ -194,7 +194,7 @@ def _evidence(
     if not recipe.measures or policy.strategy in ("uniform", "depth_gradient"):
         return None
     name = recipe.calibration_of(entry)
-    found = {(each.ref, each.calibration): each for each in measured}
+    found = _by_model(measured)
     if recipe.compares_norms:
         return metrics.norm_difference(found[base.ref, name].norms, found[expert.ref, name].norms)
     moments = found[expert.ref, name].moments
@@ -204,6 +204,11 @@ def _evidence(
         return threshold.shares(own_base, own, network.covered, moments, **bounds)
     metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
     return metrics.of_task_vector(metric, own_base, own, network.covered, moments)
+
+
+def _by_model(measured: Sequence[ImportanceEntry]) -> dict[tuple[str, str], ImportanceEntry]:
+    """(reference of a model, calibration set) -> what was measured."""
+    return {(each.ref, each.calibration): each for each in measured}
 
 
 def _warn_if_near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allocation) -> None:
@@ -226,7 +231,7 @@ def find_allocated(
         return None
     own = {}
     if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
-        found = {(entry.ref, entry.calibration): entry for entry in measured}
+        found = _by_model(measured)
         pairs = zip(recipe.experts, experts, strict=True)
         own = {files.ref: found[files.ref, recipe.calibration_of(entry)] for entry, files in pairs}
     means = {ref: fields["mean"] for ref, fields in content.items()}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
+from lewis.architecture import short_names
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -208,9 +210,7 @@ def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]
             places[layer[2].removesuffix(".weight"), int(layer[1])] = density
     full = list(dict.fromkeys(name for name, _ in places))
     layers = range(max((index for _, index in places), default=-1) + 1)
-    last = [name.rpartition(".")[2] for name in full]
-    names = [short if last.count(short) == 1 else name for short, name in zip(last, full, strict=True)]
-    return names, [[places.get((name, index), math.nan) for index in layers] for name in full]
+    return short_names(full), [[places.get((name, index), math.nan) for index in layers] for name in full]
 
 
 def _draw_grid(panel: "Axes", names: Sequence[str], grid: Sequence[Sequence[float]]) -> Any:

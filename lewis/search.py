@@ -4,7 +4,6 @@ Optuna chooses the values (TPE, arXiv 2304.11127; for two metrics NSGA-II, doi 1
 in the store, so a search that was killed goes on.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna import Trial as OptunaTrial
     from optuna.trial import FrozenTrial
-
-logger = logging.getLogger(__name__)
 
 SEMANTICS = "1"  # bump when what was tried before is no longer comparable
 ALLOWED = ("merge_method", "parameters.", "models[", "lewis.density.", "lewis.importance.", "lewis.prune_by", "seed")
@@ -63,6 +60,11 @@ class Objective:
 
     metric: str
     higher_is_better: bool
+
+    @property
+    def label(self) -> str:
+        """The metric with an arrow that says which way is better."""
+        return f"{self.metric} {'↑' if self.higher_is_better else '↓'}"
 
 
 def objectives_of(recipe: Recipe) -> tuple[str, ...]:
@@ -225,7 +227,7 @@ class Log:
     @property
     def front(self) -> list[Trial]:
         """The best trial; of two metrics, those that no other beats in both, best in the first one first."""
-        numbers = {trial.number for trial in self._study.best_trials} if any(t.scores for t in self.trials) else set()
+        numbers = {trial.number for trial in self._study.best_trials}
         best = [trial for trial in self.trials if trial.number in numbers]
         first = self.objectives[0].higher_is_better
         return sorted(best, key=lambda trial: (-trial.scores[0] if first else trial.scores[0], trial.number))

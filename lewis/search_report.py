@@ -15,9 +15,7 @@ def rows(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[dict[
     for trial in trials:
         row = {"trial": str(trial.number), "state": trial.state}
         for number, objective in enumerate(objectives):
-            arrow = "↑" if objective.higher_is_better else "↓"
-            done = trial.state == "done"
-            row[f"{objective.metric} {arrow}"] = f"{trial.scores[number]:.4g}" if done else ""
+            row[objective.label] = f"{trial.scores[number]:.4g}" if trial.state == "done" else ""
         row |= {path: str(value) for path, value in trial.values.items()}
         found.append({**row, "seconds": f"{trial.seconds:.0f}", "reason": trial.reason})
     return found
@@ -42,7 +40,7 @@ def history(trials: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
             panel.axhline(scores[0], color="dimgrey", linewidth=1, linestyle="--", label="the recipe's own values")
         for place in other:
             panel.axvline(place, color=_COLOURS["pruned"], linewidth=1, alpha=0.6, zorder=1)
-        panel.set_title(f"{objective.metric} {'↑' if objective.higher_is_better else '↓'}", fontsize=10, loc="left")
+        panel.set_title(objective.label, fontsize=10, loc="left")
         panel.set_xlabel("trial (grey lines: given up or failed)" if other else "trial", fontsize=9)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)
@@ -64,9 +62,8 @@ def pareto(trials: Sequence[Trial], front: Sequence[Trial], objectives: Sequence
         panel.annotate(
             str(trial.number), (trial.scores[0], trial.scores[1]), (4, 4), textcoords="offset points", fontsize=8
         )
-    labels = [f"{o.metric} {'↑' if o.higher_is_better else '↓'}" for o in objectives]
-    panel.set_xlabel(labels[0])
-    panel.set_ylabel(labels[1])
+    panel.set_xlabel(objectives[0].label)
+    panel.set_ylabel(objectives[1].label)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(fontsize=9)
     return png(figure)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lewis import kernels
+from lewis.methods.sparsify import SPREAD
 
 NOTHING = (np.uint32(0xFFFFFFFF), np.uint64(0))  # above the bits of all scores
 EVERYTHING = (np.uint32(0), kernels.ALL)
@@ -105,7 +106,7 @@ class Selector:
         wanted -= int(np.count_nonzero(scores > threshold))
         if wanted == ties.size:
             return threshold, kernels.ALL
-        order = ties.view(np.uint64) * kernels.SPREAD
+        order = ties.view(np.uint64) * SPREAD
         return threshold, np.partition(order, wanted - 1)[wanted - 1]
 
     def _last_tie(self, pair: Pair, score: int, wanted: int, ties: int) -> np.uint64:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lewis.allocation import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
-from lewis.architecture import Layer
+from lewis.architecture import Layer, short_names
 
 
 def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: str) -> str:
@@ -15,13 +15,11 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
         digits: format of a number, such as `.3f`.
     """
     projections = list(dict.fromkeys(layer.projection for layer in layers))
-    last = [name.rpartition(".")[2] for name in projections]
-    heads = [short if last.count(short) == 1 else name for short, name in zip(last, projections, strict=True)]
     cells: dict[int, dict[str, str]] = {}
     for layer in layers:
         value = values.get(layer.key)
         cells.setdefault(layer.index, {})[layer.projection] = "-" if value is None else format(value, digits)
-    rows = [["layer", *heads]]
+    rows = [["layer", *short_names(projections)]]
     rows += [[str(i), *(cells[i].get(name, "-") for name in projections)] for i in sorted(cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lewis import pipeline, store
+from lewis import memory, pipeline, store
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
 from lewis.recipe import Recipe
@@ -59,7 +59,7 @@ def _folder(digest: str, size: int) -> Iterator[Path]:
     if known is not None:
         yield known.folder
         return
-    fits = os.access(MEMORY, os.W_OK) and size < SHARE * min(shutil.disk_usage(MEMORY).free, _free_memory())
+    fits = os.access(MEMORY, os.W_OK) and size < SHARE * min(shutil.disk_usage(MEMORY).free, memory.available_bytes())
     if not fits:
         logger.info("the merged model, %.1f GB, is written to the disk: it does not fit in memory", size / 1e9)
     parent = MEMORY / f"lewis-{os.getuid()}" if fits else store.home() / "trials"
@@ -71,11 +71,3 @@ def _folder(digest: str, size: int) -> Iterator[Path]:
         yield scratch / "model"
     finally:
         store.discard(scratch)
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

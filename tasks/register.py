@@ -76,7 +76,8 @@ def register(
     entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
     store.write_text(merged.folder / "README.md", entry.card)
     if "density.png" in entry.pictures:
-        (merged.folder / "density.png").write_bytes(entry.pictures["density.png"])
+        with store.written_beside(merged.folder / "density.png") as scratch:
+            scratch.write_bytes(entry.pictures["density.png"])
     version = registry.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version

@@ -7,12 +7,12 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import search_report, search_runs, trial
+from lewis import pipeline, search_report, search_runs, trial
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
 from lewis.recipe import Recipe
 from lewis.run_report import picture
-from lewis.scored import Scored, comparison_rows
+from lewis.scored import comparison_rows
 from lewis.search import Objective, Trial
 from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
 from tasks.device import device_slot
@@ -60,13 +60,7 @@ def record_search(
 @task(name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
     """The best trial against the recipe as it is, on the documents that the search did not see."""
-    assert recipe.evaluate is not None
-    weights = recipe.evaluate.weights
-    models = [
-        Scored.of(label, each.digest, each.evaluated, weights)
-        for label, each in (("default", default), ("searched", best))
-    ]
-    rows = comparison_rows(models)
+    rows = comparison_rows(pipeline.scored(recipe, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=f"{slug(recipe.name)}-search-confirmed", description="On the documents that the search did not see"
     )

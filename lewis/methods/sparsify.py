@@ -8,7 +8,7 @@ from lewis.lazy import torch
 from lewis.methods.streams import Stream
 from lewis.methods.sums import total
 
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * _SPREAD mod 2^64 is a permutation
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * SPREAD mod 2^64 is a permutation
 
 
 def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,7 +99,7 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
     ties = np.flatnonzero(values == threshold)
     wanted = k - int(keep.sum())
     if wanted < ties.size:
-        order = ties.astype(np.uint64) * _SPREAD
+        order = ties.astype(np.uint64) * SPREAD
         ties = ties[np.argpartition(order, wanted - 1)[:wanted]]
     keep[ties] = True
     return torch.from_numpy(keep).reshape(score.shape).to(score.device)

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,32 +24,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lewis import importance
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
+from lewis.memory import PeakMemory, anonymous_bytes
 
 WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}
 ROUNDS = 3
 
 
-def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 def peak_of_pass(folder: Path) -> int:
     """The highest RssAnon during the pass above that before it."""
-    model, start, seen, ended = Checkpoint(folder, "key"), anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.005):
-            seen[0] = max(seen[0], anonymous() - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    model, start = Checkpoint(folder, "key"), anonymous_bytes()
     samples = tuple(tuple(3 + (7 * i + j) % 900 for j in range(256)) for i in range(16))
-    importance.measure(model, Calibration("rows", samples))
-    ended.set()
-    watcher.join()
-    return seen[0]
+    with PeakMemory() as memory:
+        importance.measure(model, Calibration("rows", samples))
+    return memory.peak - start
 
 
 def write_model(folder: Path, layers: int) -> None:

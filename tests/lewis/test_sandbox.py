@@ -1,9 +1,11 @@
 """Programs of every bad kind, run for real: what they can reach, how they end, what they leave."""
 
 import os
+import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,14 +61,10 @@ def test_what_fails_and_why(
 
 
 @pytest.fixture
-def free_server() -> int:
+def free_server() -> Iterator[int]:
     """The port of a server that does listen, outside."""
-    import socket
-
-    server = socket.create_server(("127.0.0.1", 0))
-    port = int(server.getsockname()[1])
-    yield port  # type: ignore[misc]
-    server.close()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
 
 
 def processes(word: str) -> list[str]:
