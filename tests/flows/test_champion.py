@@ -1,0 +1,121 @@
+"""Which version is the champion after good, bad and killed runs: real flows, scores, gate and registry."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flows.cli import main
+from lewis import harness, harness_child
+from tests.flows.conftest import TASK, Command, write_words
+from tests.support.models import WORDS, rewrite, write_expert, write_llama
+
+W1, W2 = (WORDS.index(word) + 3 for word in ("w1", "w2"))  # the right answer and a wrong one, after 3 special tokens
+RECIPE = """
+merge_method: task_arithmetic
+base_model: base
+models: [{model: half, parameters: {weight: 1.0}}]
+evaluate: {tasks: [words.yaml], baselines: []}
+register: {name: tiny, gate: {metric: "words/acc,none"}}
+"""
+DIES = "import time, lewis.registry as m\nm.promote = lambda *a: (print('HERE', flush=True), time.sleep(60))"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A base that always says w2, experts that say w1 to half of the questions or to all, and one of noise.
+
+    Every token has 3 in its first channel and 3 or -3 in its second, and what the blocks add is small: so the rows of
+    the head decide.
+    """
+
+    def embed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "embed_tokens" in name:
+            tensor[:, 0], tensor[::2, 1], tensor[1::2, 1] = 3.0, 3.0, -3.0
+        return says(W2, 1.0, 0.0)(name, tensor)
+
+    def says(word: int, *row: float) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name == "lm_head.weight":
+                tensor[word, : len(row)] = torch.tensor(row)
+            return tensor
+
+        return change
+
+    base = rewrite(write_llama(tmp_path / "random", tied=False), tmp_path / "base", embed)
+    rewrite(base, tmp_path / "half", says(W1, 1.0, 1.0))
+    rewrite(base, tmp_path / "good", says(W1, 2.0, 0.0))
+    write_expert(base, tmp_path / "noise", seed=1, scale=1.0)
+    write_words(tmp_path)
+    (tmp_path / "words.yaml").write_text(TASK)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Merge an expert in this process, which spares the imports of another one."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.merge import merge_flow
+
+    def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return harness_child.evaluate(**json.loads(json.dumps(request)))
+
+    monkeypatch.setattr(harness, "run", evaluate_here)
+    monkeypatch.chdir(recipe.parent)
+
+    def start(expert: str) -> Any:
+        with temporary_settings({PREFECT_API_URL: prefect_url}):
+            return merge_flow(str(recipe), [f"models[0].model={expert}"])
+
+    return start
+
+
+def aliases(home: Path) -> dict[str, str]:
+    from mlflow import MlflowClient
+
+    model = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db").get_registered_model("tiny")
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def versions(home: Path) -> dict[str, str]:
+    """Version -> verdict."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db").search_model_versions("name='tiny'")
+    return {str(each.version): each.tags.get("lewis.verdict", "") for each in found}
+
+
+def test_only_a_better_model_becomes_champion(
+    run: Callable[[str], Any], lewis: Command, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run("half")
+    assert first.promoted and [row["score"].split()[0] for row in first.comparison] == ["0", "0.5"]
+
+    worse = run("noise")
+    assert worse.version == "models:/tiny/2" and worse.created and not worse.promoted
+    assert aliases(home) == {"champion": "1", "challenger": "2"} and versions(home) == {"1": "passed", "2": "failed"}
+
+    better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)
+    assert better.stdout is not None and better.stdout.readline() == "HERE\n"
+    better.kill()  # registered, and not yet promoted
+    better.wait()
+    assert versions(home) == {"1": "passed", "2": "failed", "3": ""} and aliases(home)["champion"] == "1"
+
+    healed = run("good")
+    assert healed.version == "models:/tiny/3" and healed.promoted and not healed.created
+    assert versions(home) == {"1": "passed", "2": "failed", "3": "passed"}
+    assert aliases(home) == {"champion": "3", "previous": "1", "challenger": "2"}
+
+    assert main(["rollback", "tiny", "--why", "it was rude"]) == 0
+    assert aliases(home) == {"champion": "1", "previous": "3", "challenger": "2"}
+    assert not run("good").promoted and aliases(home)["champion"] == "1"  # a withdrawn version stays out
+    capsys.readouterr()
+    assert main(["history", "tiny", "--json"]) == 0
+    told = [(each["what"], each["version"][-1]) for each in json.loads(capsys.readouterr().out)]
+    assert told == [("promoted", "1"), ("rejected", "2"), ("promoted", "3"), ("rolled back", "1"), ("rejected", "3")]
