@@ -123,6 +123,9 @@ class Merge:
     ) -> None:
         """Write the merged checkpoint to `folder`, which appears whole or not at all.
 
+        If a process died (kill -9, power) that was writing the same to `folder`, it goes on from the tensors which that
+        one has finished.
+
         Args:
             folder: where to; absent, empty, or an earlier output.
             max_shard_size: bytes.
@@ -134,10 +137,13 @@ class Merge:
             InputError: if there is no space, or `folder` holds something else.
             LewisError: naming the tensor and model of a value that is not finite.
         """
-        store.check_space(folder, int(self.size * 1.01) + 10**7)
-        with store.publish(folder, {"digest": self.digest, **(manifest or {})}) as scratch:
+        checksums: dict[str, str] = {}
+        key = store.digest([self.digest, max_shard_size])
+        with store.publish(folder, {"digest": self.digest, **(manifest or {})}, key, checksums) as scratch:
+            store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
             with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
                 self._write_tensors(writer, progress, threads or len(os.sched_getaffinity(0)))
+            checksums |= writer.checksums
             kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
             write_config(self.base.config, _folder(self.base), scratch, kinds.pop() if len(kinds) == 1 else None)
             copy_tokenizer(self.donor, scratch)
@@ -146,15 +152,26 @@ class Merge:
     def _write_tensors(
         self, writer: CheckpointWriter, progress: Callable[[int, int, str], None] | None, threads: int
     ) -> None:
-        total, done, names = self.elements, 0, list(self.layout)
+        done = 0
+
+        def report(name: str) -> None:
+            nonlocal done
+            done += self.base.tensors[name].elements
+            if progress:
+                progress(done, self.elements, name)
+
+        names = [name for name in writer.names if name not in writer.finished]
+        if writer.finished:
+            logger.info("going on after %d tensors that are written already", len(writer.finished))
+        for name in writer.finished:
+            report(name)
         self._stopped.clear()
         pool = ThreadPoolExecutor(threads)
         try:
             following = iter([*names[threads:], *[None] * threads])
             for name, _ in zip(names, pool.map(lambda n: self._write(n, next(following), writer), names), strict=True):
-                done += self.base.tensors[name].elements
-                if progress:
-                    progress(done, total, name)
+                writer.finish(name)
+                report(name)
         finally:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)

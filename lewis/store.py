@@ -12,16 +12,18 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
 
 MANIFEST = "lewis.json"
+_RESUMABLE = ".resumable.partial"
+_KEPT = 86400.0  # seconds that a resumable part is kept for
 MARK_EVERY = 3600.0  # seconds; `mark_used` lags behind the last use by no more
 
 
@@ -74,31 +76,44 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def publish(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+def publish(
+    folder: Path, manifest: dict[str, Any], key: str | None = None, checksums: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Give a scratch folder to write into; when the block ends well, add the manifest and rename it to `folder`.
 
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
         manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
+        key: identity of what is written, if the block can go on from a part of it: then the scratch folder may hold
+            what a process left that was writing the same to `folder` and died. Without a key, it is empty.
+        checksums: SHA-256 of files by their names, as far as the block knows them; the others are read.
 
     Raises:
         InputError: if `folder` holds something that was not written by this function.
     """
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder.parent)
-    scratch = beside(folder)
-    scratch.mkdir()
-    try:
-        yield scratch
-        paths = sorted(p for p in scratch.rglob("*") if p.is_file())
-        files = {str(p.relative_to(scratch)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
-        write_json(scratch / MANIFEST, {**manifest, "files": files})
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.{key[:32]}{_RESUMABLE}") if key else beside(folder)
+    with lock(str(scratch.absolute())) if key else nullcontext():
+        sweep(folder.parent, folder.name)
+        scratch.mkdir(exist_ok=bool(key))
+        try:
+            yield scratch
+            for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):  # of one that died when it was almost done
+                path.unlink(missing_ok=True)
+            paths = sorted(p for p in scratch.rglob("*") if p.is_file())
+            names = [str(path.relative_to(scratch)) for path in paths]
+            files = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
+            write_json(scratch / MANIFEST, {**manifest, "files": files})
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _described(path: Path, sha256: str | None) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256 or file_sha256(path)}
 
 
 def check_replaceable(folder: Path) -> None:
@@ -165,17 +180,44 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes that died (kill -9, power) left half-written in `folder`."""
+def bytes_on_disk(folder: Path) -> int:
+    """What the files of a folder occupy; a part that was laid out and not written does not count."""
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
+
+
+def sweep(folder: Path, target: str | None = None) -> None:
+    """Remove what processes that died (kill -9, power) left half-written in `folder`.
+
+    What the same command could go on from is kept for a day, unless something else is to be written to `target`.
+    """
     for leftover in folder.glob(".*.partial"):
-        if is_abandoned(leftover):
+        if is_abandoned(leftover) and not (_can_resume(leftover) and _target(leftover) != target):
             discard(leftover)
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that was writing at `leftover`, a path of `beside`, is dead."""
+    """Whether the process that was writing at `leftover`, a scratch path of this module, is dead."""
+    if leftover.name.endswith(_RESUMABLE):
+        try:
+            with lock(str(leftover.absolute())).acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
     writer = leftover.name.split(".")[-3]
     return writer.isdecimal() and not is_alive(int(writer))
+
+
+def _can_resume(leftover: Path) -> bool:
+    if not leftover.name.endswith(_RESUMABLE):
+        return False
+    with suppress(OSError):
+        return max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) > time.time() - _KEPT
+    return False
+
+
+def _target(leftover: Path) -> str:
+    """The name of the folder that was to be written."""
+    return leftover.name.removesuffix(_RESUMABLE).rpartition(".")[0].removeprefix(".")
 
 
 def is_alive(pid: int) -> bool:

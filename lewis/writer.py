@@ -1,4 +1,8 @@
-"""Write a checkpoint: the files are laid out first from names, dtypes and shapes, then filled tensor by tensor."""
+"""Write a checkpoint: the files are laid out first from names, dtypes and shapes, then filled tensor by tensor.
+
+Beside them lies a journal of what is finished, until all is: a writer of the same layout that finds what a process left
+that died (kill -9, power) goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,18 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from lewis.checkpoint import DTYPES, INDEX, SINGLE
 from lewis.errors import InputError, LewisError
+from lewis.journal import Journal
 from lewis.lazy import torch
 
 SIZES = {name: size for name, (_, size) in DTYPES.items()}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_JOURNAL = "journal.jsonl"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DONATED = (
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
@@ -37,25 +44,44 @@ def parse_size(text: str) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes: the file, and the bytes from `start` to `stop` in it."""
+
+    file_name: str
+    file: IO[bytes]
+    start: int
+    stop: int
+
+
 class CheckpointWriter:
     """Safetensors files whose tensors may be written in any order.
 
     Use as a context manager; leave it only when each tensor of the layout has been written.
+
+    Attributes:
+        names: the tensors in the order of their places in the files; to write them so is best.
+        finished: those that an earlier process wrote; they need not be written again.
+        checksums: SHA-256 (64 hex digits) of each weight file, when all is written.
     """
 
     def __init__(self, folder: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int) -> None:
         """Lay the files out.
 
         Args:
-            folder: an existing, empty folder.
-            layout: tensor name -> dtype (as safetensors names it) and shape, in the order of writing.
+            folder: empty, or as a writer with these same arguments left it that was killed; whoever calls sees to that.
+            layout: tensor name -> dtype (as safetensors names it) and shape.
             max_shard_size: bytes; a larger tensor gets a file of its own.
         """
         self.folder, self._layout = folder, dict(layout)
-        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self.names: list[str] = []
+        self.finished: set[str] = set()
+        self.checksums: dict[str, str] = {}
+        self._places: dict[str, _Place] = {}
         self._files: list[IO[bytes]] = []
         shards = _shards({name: _size(dtype, shape) for name, (dtype, shape) in layout.items()}, max_shard_size)
         names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+        self._journal = Journal(folder / _JOURNAL)
         for file_name, members in zip(names, shards, strict=True):
             self._lay_out(file_name, members)
         if len(shards) > 1:
@@ -81,25 +107,40 @@ class CheckpointWriter:
         Raises:
             LewisError: if the disk is full, or fails.
         """
-        file, start = self._places[name]
-        offset += start
+        place = self._places[name]
+        offset += place.start
         while data:
             try:
-                written = os.pwrite(file.fileno(), data, offset)
+                written = os.pwrite(place.file.fileno(), data, offset)
             except OSError as error:
                 raise LewisError(
                     f"{self.folder.parent}: cannot write {name!r}: {error.strerror}; free space"
                 ) from error
             data, offset = data[written:], offset + written
 
+    def finish(self, name: str) -> None:
+        """Note that a tensor is written, and all before it in `names` are; one thread at a time.
+
+        Raises:
+            LewisError: if the disk is full, or fails.
+        """
+        place = self._places[name]
+        try:
+            self._journal.note(place.file_name, place.stop)
+        except OSError as error:
+            raise LewisError(f"{self.folder.parent}: cannot finish {name!r}: {error.strerror}; free space") from error
+
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in self._files:
-            if kind is None:
-                file.flush()
+        if kind is None:
+            self.checksums = self._journal.checksums()
+            for file in self._files:
                 os.fsync(file.fileno())
+            self._journal.remove()
+        self._journal.close()
+        for file in self._files:
             file.close()
 
     def _lay_out(self, file_name: str, members: list[str]) -> None:
@@ -113,12 +154,19 @@ class CheckpointWriter:
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = (self.folder / file_name).open("wb", buffering=0)
+        path = self.folder / file_name
+        path.touch()
+        file = path.open("r+b", buffering=0)
         self._files.append(file)
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        whole = self._journal.begin(file_name, file)
         for name in members:
-            self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
+            start, stop = (8 + len(text) + offset for offset in header[name]["data_offsets"])
+            self._places[name] = _Place(file_name, file, start, stop)
+            self.names.append(name)
+            if stop <= whole:
+                self.finished.add(name)
 
 
 def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:
