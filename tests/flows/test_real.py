@@ -8,10 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lewis.calibration import calibrate
+from lewis.checkpoint import Checkpoint
+from lewis.importance import measure
+from lewis.recipe import Recipe
 from tests.flows.conftest import REPO, Command
+from tests.support import authors
 
 SHARED = REPO.parent / "shared"
+LAYERS = 3
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +61,31 @@ def test_the_merge_predicts_both_kinds_of_answers_better_than_the_base(real: Pat
         assert float(merged[task].split()[0]) < float(cell.split()[0]) - 0.05, task
     assert found["version"] == "models:/smollm2-lewis/1" and found["promoted"]
     assert all(0.3 < mean < 0.5 for mean in found["mean_density"].values())
+
+
+def test_official_norms_are_those_of_the_authors_procedure(real: Path, tmp_path: Path) -> None:
+    """In the first layers of the real model, on real rows; `tests.benchmarks.importance --official` compares all."""
+    base, shallow = real / "models" / "base", tmp_path / "shallow"
+    shutil.copytree(base, shallow, ignore=shutil.ignore_patterns("*.safetensors"))
+    inside = tuple(f"model.layers.{i}." for i in range(LAYERS))
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers." not in name or name.startswith(inside)}
+    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+
+    gsm8k = {"dataset": "json", "data_files": "data/gsm8k/train.jsonl", "text": "{question} {answer}", "samples": 3}
+    block = {"preset": "lewis_official", "calibrations": {"gsm8k": gsm8k}}
+    content = {"merge_method": "ties", "base_model": str(shallow), "models": [{"model": str(base)}], "lewis": block}
+    recipe = Recipe.parse(yaml.safe_dump(content), root=real)
+    assert recipe.lewis is not None
+    set_ = calibrate("gsm8k", recipe.lewis.calibrations["gsm8k"], tokenizer=shallow, root=real)
+    rows = real / "data" / "gsm8k" / "train.jsonl"
+    samples = authors.samples(rows, AutoTokenizer.from_pretrained(shallow), count=3)
+    assert [list(sample) for sample in set_.samples] == samples and {len(sample) for sample in samples} == {512}
+
+    found = measure(Checkpoint(shallow, "key"), set_, recipe.lewis.importance).norms
+    expected = authors.norms(AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.float32).eval(), samples)
+    assert found.keys() == expected.keys() and len(found) == 7 * LAYERS
+    for name, norm in expected.items():
+        assert found[name] == pytest.approx(norm, rel=1e-5), name

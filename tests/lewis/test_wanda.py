@@ -1,11 +1,9 @@
-"""`preset: lewis_official` against the authors' procedure, written out: sample by sample, layer by layer."""
+"""`preset: lewis_official` against the authors' procedure, written out."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lewis.calibration import Calibration
@@ -16,49 +14,17 @@ from lewis.recipe import Importance
 from lewis.wanda import smallest
 from tests.conftest import Family
 from tests.lewis.test_architecture import MOES, write
+from tests.support import authors
 
 OFFICIAL = Importance(prune_ratio=0.5, reduce="sum")
 SAMPLES = ((3, 4, 5, 6, 1, 1, 1, 1), (10, 11, 12, 13, 14, 15, 16, 17), (20, 21, 1, 1, 1, 1, 1, 1))
 
 
-def adding_to(sums: torch.Tensor) -> Any:
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        sums.add_(inputs[0][0].square().sum(dim=0))
-
-    return hook
-
-
-def by_the_book(folder: Path, ratio: float) -> dict[str, float]:
-    """Each layer: sums of squares over the samples, norm, prune every row, run again for the next layer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    inner, norms = model.model, {}
-    hidden = [inner.embed_tokens(torch.tensor([sample])) for sample in SAMPLES]
-    places = torch.arange(len(SAMPLES[0]))[None]
-    rotary = inner.rotary_emb(hidden[0], places)
-    length = len(SAMPLES[0])
-    causal = torch.full((1, 1, length, length), -1e30, dtype=torch.float64).triu(1)
-    for i, layer in enumerate(inner.layers):
-        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        sums = {name: torch.zeros(m.in_features, dtype=torch.float64) for name, m in linears.items()}
-        hooks = [m.register_forward_hook(adding_to(sums[name])) for name, m in linears.items()]
-        run = [layer(x, attention_mask=causal, position_embeddings=rotary) for x in hidden]
-        assert len(run) == len(hidden)
-        for hook in hooks:
-            hook.remove()
-        for name, module in linears.items():
-            scores = module.weight.abs() * (sums[name] / len(SAMPLES)).sqrt()
-            norms[f"model.layers.{i}.{name}.weight"] = float(scores.norm())
-            order = scores.sort(dim=1, stable=True).indices[:, : int(scores.shape[1] * ratio)]
-            module.weight.data.scatter_(1, order, 0.0)
-        hidden = [layer(x, attention_mask=causal, position_embeddings=rotary) for x in hidden]
-    return norms
-
-
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_is_what_the_authors_do(family: Family, ratio: float) -> None:
     settings = OFFICIAL.model_copy(update={"prune_ratio": ratio})
-    with torch.no_grad():
-        expected = by_the_book(family.math, ratio)
+    model = AutoModelForCausalLM.from_pretrained(family.math, dtype=torch.float64).eval()
+    expected = authors.norms(model, SAMPLES, ratio)
     measured = measure(Checkpoint(family.math, "key"), Calibration("sums", SAMPLES), settings)
     assert measured.norms.keys() == expected.keys()
     for name, norm in expected.items():
