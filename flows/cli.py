@@ -280,6 +280,8 @@ def _print_merge(report: Any) -> None:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
         print(f"verdict: {'champion' if report.promoted else 'not promoted'}")
         print("\n".join(f"  {reason}" for reason in report.verdict))
+    if report.published:
+        print(f"published: {report.published}")
 
 
 def _stop_tasks(number: int, frame: Any) -> None:

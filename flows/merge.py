@@ -23,6 +23,7 @@ from tasks.importance import calibrate, measuring
 from tasks.inspect import inspect, preflight
 from tasks.merge import merging
 from tasks.provenance import tally
+from tasks.publish import check_publish, publish
 from tasks.register import find_champion, gate, promote, register
 from tasks.report import name_run, report_densities, report_run, report_scores
 from tasks.resolve import resolve, settle
@@ -40,6 +41,7 @@ class MergeReport(BaseModel):
         created: whether that version is new.
         promoted: whether it is the champion now.
         verdict: the gate's reasons.
+        published: URL of the champion on the Hub, if the recipe publishes.
     """
 
     recipe: str
@@ -52,6 +54,7 @@ class MergeReport(BaseModel):
     created: bool = False
     promoted: bool = False
     verdict: list[str] = []
+    published: str | None = None
 
 
 def _run_name() -> str:
@@ -93,6 +96,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     settings = pipeline.eval_settings(plan) if plan.evaluate else None
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
     champion = find_champion.submit(plan.register_as.name, bool(settings)) if plan.register_as else None
+    publishable = check_publish.submit(quote(plan)) if plan.publish else None
 
     models = fetch(plan, tasks_digest)
     base, experts, inspected = models.base, models.experts, models.inspected
@@ -103,7 +107,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     if allocated and plan.wants_uniform:
         baseline = merging(plan, "uniform")
         uniform = baseline.submit(quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
-    finish(tasks_digest, champion, *models.futures)
+    finish(tasks_digest, champion, publishable, *models.futures)
     finish(*sets, *measured, allocated, drawn, merged, uniform)
     result = merged.result()
     report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
@@ -122,7 +126,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         finish(*scores.values(), table)
         report.scores, report.comparison = table.result()["scores"], table.result()["comparison"]
 
-    verdict = version = None
+    verdict = version = published = None
     inputs = [_known(each) for each in (base, experts, sets, allocated)]
     if plan.register_as:
         verdict = gate.submit(quote(plan), champion, merged, scores)
@@ -131,6 +135,9 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+        if plan.publish:
+            published = publish.submit(quote(plan), version, merged, wait_for=[promoted])
+            published.wait()  # what it raises comes after the report
     work = tally(
         download=[base, *experts],
         measure=measured,
@@ -139,10 +146,13 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         evaluate=scores.values(),
     )
     facts = [_known(each) for each in (merged, champion, scores, verdict)]
+    url = published.result() if published and published.state.is_completed() else None
     told = report_run.submit(
-        quote(plan), *inputs, *facts, version, work, quote(report.comparison), wait_for=[merged, named]
+        quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
     )
     told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
+    if published:
+        report.published = result_of(published)
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     return report, any(future.state.name != "Cached" for future in results if future)
 

@@ -65,13 +65,13 @@ def resolve(ref: str, root: Path) -> Pinned:
     _check_repo_id(ref, source)
     if at and not revision:
         raise InputError(f"{ref}: nothing after '@'; {FORMS}")
-    if _offline():
+    if offline():
         commit, files = revision, _cached_listing(ref, source, revision)
     else:
-        with _hub_errors(ref):
-            info = _api().model_info(source, revision=revision or None, files_metadata=True)
+        with errors(ref):
+            info = api().model_info(source, revision=revision or None, files_metadata=True)
             if info.gated:
-                _api().auth_check(source)
+                api().auth_check(source)
         commit, files = str(info.sha), _remember_listing(source, info)
     check_weights(ref, files)
     pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
@@ -90,14 +90,14 @@ def resolve_dataset(repo: str, revision: str | None) -> str:
     """
     ref = f"dataset {repo}@{revision}" if revision else f"dataset {repo}"
     _check_repo_id(ref, repo)
-    if _offline():
+    if offline():
         if not _COMMIT.fullmatch(revision or ""):
             raise InputError(f"{ref}: HF_HUB_OFFLINE is set: expected a full commit (40 hex digits) as the revision")
         return str(revision)
-    with _hub_errors(ref):
-        info = _api().dataset_info(repo, revision=revision)
+    with errors(ref):
+        info = api().dataset_info(repo, revision=revision)
         if info.gated:
-            _api().auth_check(repo, repo_type="dataset")
+            api().auth_check(repo, repo_type="dataset")
     return str(info.sha)
 
 
@@ -120,16 +120,16 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     names = [name for name in needed(files) if weights or not name.endswith(".safetensors")]
     folder = _snapshot(pinned.source, pinned.commit)
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing and _offline():
+    if missing and offline():
         raise InputError(f"{pinned.ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it")
     if missing:
         size = sum(files[name][0] for name in missing)
         logger.info("%s: downloading %d files, %.2f GB", pinned.ref, len(missing), size / 1e9)
-        with _hub_errors(pinned.ref):
-            _api().snapshot_download(
+        with errors(pinned.ref):
+            api().snapshot_download(
                 pinned.source,
                 revision=pinned.commit,
-                cache_dir=_cache_dir(),
+                cache_dir=cache_folder(),
                 allow_patterns=[glob.escape(name) for name in names],
             )
     damaged = [name for name in names if not _is_intact(folder / name, *files[name])]
@@ -165,8 +165,8 @@ def tensor_headers(pinned: Pinned) -> Headers:
         path = folder / name
         if pinned.is_local or (path.is_file() and path.stat().st_size == listing[name][0]):
             return file_headers(path)
-        with _hub_errors(pinned.ref):
-            found = _api().parse_safetensors_file_metadata(pinned.source, name, revision=pinned.commit)
+        with errors(pinned.ref):
+            found = api().parse_safetensors_file_metadata(pinned.source, name, revision=pinned.commit)
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
     with ThreadPoolExecutor(8) as pool:
@@ -185,29 +185,37 @@ def _check_repo_id(ref: str, source: str) -> None:
 # The client reads the environment once, at import. It is read here at each call.
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The Hub's URL."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def _cache_dir() -> Path:
+def cache_folder() -> Path:
+    """Where the Hub's client keeps what it downloads."""
     home = os.environ.get("HF_HOME")
     cache = os.environ.get("HF_HUB_CACHE") or (f"{home}/hub" if home else constants.HF_HUB_CACHE)
     return Path(cache).expanduser().absolute()
 
 
-def _offline() -> bool:
+def offline() -> bool:
+    """Whether the Hub may not be asked."""
     return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _api() -> HfApi:
+def api() -> HfApi:
+    """A client of the Hub of HF_ENDPOINT, with the user's token.
+
+    Raises:
+        InputError: if the token holds what no token has.
+    """
     if not re.fullmatch(r"[!-~]*", get_token() or ""):
         # The HTTP library would quote the header, token and all, in its error.
         raise InputError("HF_TOKEN holds characters that no token has (a space, a line break?); copy it again")
-    return HfApi(endpoint=_endpoint())
+    return HfApi(endpoint=endpoint())
 
 
 def _snapshot(source: str, commit: str) -> Path:
-    return _cache_dir() / f"models--{source.replace('/', '--')}" / "snapshots" / commit
+    return cache_folder() / f"models--{source.replace('/', '--')}" / "snapshots" / commit
 
 
 def _listing(pinned: Pinned) -> Listing:
@@ -215,10 +223,10 @@ def _listing(pinned: Pinned) -> Listing:
     known = _remembered_listing(pinned.source, pinned.commit)
     if known is not None:
         return known
-    if _offline():
+    if offline():
         return _cached_listing(pinned.ref, pinned.source, pinned.commit)
-    with _hub_errors(pinned.ref):
-        info = _api().model_info(pinned.source, revision=pinned.commit, files_metadata=True)
+    with errors(pinned.ref):
+        info = api().model_info(pinned.source, revision=pinned.commit, files_metadata=True)
     return _remember_listing(pinned.source, info)
 
 
@@ -245,7 +253,7 @@ def _cached_listing(ref: str, source: str, revision: str) -> Listing:
     folder = _snapshot(source, revision)
     if not _COMMIT.fullmatch(revision) or not folder.is_dir():
         raise InputError(
-            f"{ref}: HF_HUB_OFFLINE is set: expected org/name@commit (40 hex digits) in {_cache_dir()}; "
+            f"{ref}: HF_HUB_OFFLINE is set: expected org/name@commit (40 hex digits) in {cache_folder()}; "
             "unset HF_HUB_OFFLINE, or download it first"
         )
     known = _remembered_listing(source, revision)
@@ -269,16 +277,17 @@ def _is_intact(path: Path, size: int, checksum: str) -> bool:
 def _discard(path: Path) -> None:
     """Remove a damaged file and its blob, or the client would link the same blob again."""
     blob = path.resolve()
-    if blob.is_relative_to(_cache_dir().resolve()):
+    if blob.is_relative_to(cache_folder().resolve()):
         blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _hub_errors(ref: str) -> Iterator[None]:
+def errors(ref: str) -> Iterator[None]:
+    """Tell what the client raises in the block in the user's terms, as `lewis.hub_errors.explain`."""
     try:
         yield
     except InputError:
         raise
     except CLIENT_ERRORS as error:
-        raise explain(ref, error, _endpoint()) from error
+        raise explain(ref, error, endpoint()) from error

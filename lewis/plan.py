@@ -102,6 +102,8 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.memory = 400_000_000 + max(passes * 5 // 4, max(count.values()) * 4 * (4 + 4 * len(experts)))
     if recipe.register_as:
         plan.steps.append(Step(f"register {recipe.register_as.name}", "to do"))
+    if recipe.publish:
+        plan.steps.append(Step(f"publish {recipe.publish.repo}", "to do"))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""The recipe: a mergekit config with the blocks `lewis`, `evaluate` and `register` (DESIGN, section 3)."""
+"""The recipe: a mergekit config with the blocks `lewis`, `evaluate`, `register` and others (DESIGN, section 3)."""
 
 import fnmatch
 import re
@@ -192,6 +192,18 @@ class Register(_Block):
     gate: Gate | None = None
 
 
+class Publish(_Block):
+    """The Hub repo that the champion is pushed to.
+
+    Attributes:
+        repo: `org/name`; made if there is none.
+        private: how it is made, and what it must be.
+    """
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    private: bool = True
+
+
 class Range(_Block):
     """What a search may choose a number from: `min` to `max`, on a `log` scale, or in steps of `step` from `min`."""
 
@@ -251,6 +263,7 @@ class Recipe(_Block):
     lewis: Lewis | None = None
     evaluate: Evaluate | None = None
     register_as: Register | None = Field(default=None, alias="register")
+    publish: Publish | None = None
     search: Search | None = None
     _root: Path = PrivateAttr(default_factory=Path.cwd)
     _name: str = PrivateAttr(default="recipe")
@@ -415,8 +428,8 @@ class Recipe(_Block):
 
     @property
     def blocks(self) -> str:
-        """What decides the merged weights, as canonical JSON: without `evaluate`, `register` and `search`."""
-        return self.model_dump_json(exclude={"evaluate", "register_as", "search"})
+        """What decides the merged weights, as canonical JSON: without those of what is done with them."""
+        return self.model_dump_json(exclude={"evaluate", "register_as", "publish", "search"})
 
 
 def _matches(pattern: str, tensor: str) -> bool:

@@ -119,6 +119,8 @@ def cross_check(data: dict[str, Any]) -> list[str]:
     register = data.get("register")
     if isinstance(register, dict) and register.get("gate") and not data.get("evaluate"):
         problems.append("register.gate: there is nothing to compare; add an evaluate block")
+    if data.get("publish") and not register:
+        problems.append("publish: what is published is the champion of a registered model; add a register block")
     return problems
 
 

@@ -190,6 +190,18 @@ def attach(version: Version, files: Mapping[str, str]) -> None:
         tracking.log_files(client, version.run_id, {name: text.encode() for name, text in files.items()})
 
 
+def tag(version: Version, tags: Mapping[str, str]) -> None:
+    """Put further tags on a version.
+
+    Raises:
+        TransientError: if the server does not answer.
+        LewisError: if MLflow refuses.
+    """
+    with tracking.client(f"tagging {version.uri}") as client:
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, version.version, key, value)
+
+
 def source_tag(ref: str) -> str:
     """The tag of a version that holds the commit or content digest of an input."""
     return tracking.key(f"{SOURCE}{ref.replace('/', '--')}")

@@ -89,6 +89,7 @@ def report_run(
     version: Version | None,
     work: dict[str, tuple[int, int]],
     comparison: list[dict[str, str]],
+    published: str | None,
 ) -> str:
     """The story of the run, in the UI and beside the version in MLflow; gives it as Markdown.
 
@@ -96,12 +97,15 @@ def report_run(
         champion: the version in use when the run began.
         work: as `provenance.tally` counts it.
         comparison: as `report_scores` gave it.
+        published: where the champion is on the Hub.
     """
     provenance.rename(provenance.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
     run = provenance.this_run()
     links = {"Prefect run": provenance.url()}
     if version:
         links |= {"MLflow version": registry.link(version), "MLflow run": registry.run_link(version)}
+    if published:
+        links["Hub"] = published
     facts = RunFacts(
         recipe=recipe.name,
         outcome=_outcome(champion, verdict, version),

@@ -127,7 +127,7 @@ def test_two_runs_at_once_compute_once(lewis: Command, recipe: Path, home: Path)
     assert len(versions(home)) == 1
 
 
-def test_models_from_a_hub_that_stumbles(
+def test_models_from_a_hub_that_stumbles_and_back_to_it(
     lewis: Command, recipe: Path, family: Family, tmp_path: Path, home: Path
 ) -> None:
     with LocalHub(tmp_path / "hub") as hub:
@@ -135,11 +135,25 @@ def test_models_from_a_hub_that_stumbles(
         hub.commit("org/math", family.math)
         hub.faults.append({"path": r"org/math/.*safetensors", "method": "GET", "times": 1, "corrupt": True})
         text = recipe.read_text().replace(str(family.base), "org/base").replace(str(family.math), "org/math")
-        recipe.write_text(text)
-        environment = {**hub.environment(tmp_path / "client"), "LEWIS_HOME": str(home)}
-        found = report(lewis("run", recipe, "--json", *NO_SCORES, **environment))
+        recipe.write_text(text + "publish: {repo: org/merged}\n")
+        secret = {"HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
+        environment = {**hub.environment(tmp_path / "client"), "LEWIS_HOME": str(home), **secret}
+        code, out, err = finished(lewis("run", recipe, "--json", *NO_SCORES, **environment))
+        assert code == 0, err
+        found = json.loads(out)
         manifest = json.loads((Path(found["folder"]) / "lewis.json").read_text())
         assert len(manifest["inputs"]["org/base"]) == 40  # a pinned commit
+
+        merged = hub.repos["model", "org/merged"]
+        head = merged.branches["main"]
+        assert merged.private and found["published"] == f"{hub.url}/org/merged/tree/{head}"
+        assert {name: blob.path.read_bytes() for name, blob in merged.commits[head].items()} == {
+            path.name: path.read_bytes() for path in Path(found["folder"]).iterdir()
+        }
+        [version] = versions(home)
+        assert version.tags["lewis.published"] == f"org/merged@{head}"
+        assert "hf_alice" not in out + err
+        assert not [path for path in home.rglob("*") if path.is_file() and b"hf_alice" in path.read_bytes()]
 
 
 def test_a_wrong_model_fails_early_and_registers_nothing(

@@ -446,9 +446,7 @@ def server(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         process.wait()
 
 
-def test_over_http_with_remote_artifacts(
-    server: str, entry: Entry, home: Path, tmp_path: Path, processes: Any
-) -> None:
+def test_over_http_with_remote_artifacts(server: str, entry: Entry, home: Path, tmp_path: Path, processes: Any) -> None:
     import mlflow
 
     made = race(processes, home, entry, server)

@@ -1,0 +1,148 @@
+"""Publish a merged model: its folder as one commit of a Hub repo.
+
+The commit names the one it replaces (`parent_commit`), so a push by somebody else in between is never overwritten.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from lewis import hub, store
+from lewis.errors import InputError, LewisError, TransientError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a merged model is on the Hub.
+
+    Attributes:
+        commit: 40 hex digits.
+        url: of the commit's files.
+        new: whether this made the commit; else everything was there already.
+    """
+
+    repo: str
+    commit: str
+    url: str
+    new: bool
+
+
+@dataclass(frozen=True)
+class _Remote:
+    head: str
+    files: frozenset[str]
+    digest: str | None
+
+
+def check(repo: str, private: bool) -> None:
+    """Refuse what `publish` would refuse, as far as the Hub tells before anything is pushed.
+
+    Args:
+        repo: `org/name`; it need not exist.
+        private: what it has to be.
+
+    Raises:
+        InputError: if there is no valid token, or the repo is public or holds a model that LEWIS did not publish.
+        TransientError: if the Hub is busy or unreachable.
+    """
+    _look(repo, private)
+
+
+def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
+    """Push a merged folder, unless the repo has it already. Files of other names stay, but for weights.
+
+    Args:
+        folder: as `store.publish` left it, with its model card.
+        repo: `org/name`; it is made if it does not exist.
+        private: how it is made. One that is public is refused, one that is private stays so.
+        title: of the commit.
+
+    Raises:
+        InputError: as `check`, or if the token may not write there.
+        LewisError: if the folder is damaged, or somebody pushed to the repo meanwhile.
+        TransientError: if the Hub is busy or unreachable, or another commit is under way.
+    """
+    manifest = store.read_manifest(folder)
+    if manifest is None:
+        raise LewisError(f"{folder}: expected a whole merged checkpoint, files are missing or cut; merge again")
+    with store.lock(f"publish-{repo}"):
+        there = _look(repo, private)
+        if there is None:
+            with _errors(repo):
+                hub.api().create_repo(repo, private=private, exist_ok=True)
+            there = _look(repo, private)
+            assert there is not None
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        # The client would hash gigabytes to find that they are there.
+        wanted = [name for name in names if there.digest != manifest["digest"] or not WEIGHTS.search(name)]
+        stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name)]
+        added = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
+        removed = [CommitOperationDelete(name) for name in stale]
+        with _errors(repo):
+            made = hub.api().create_commit(repo, [*added, *removed], commit_message=title, parent_commit=there.head)
+    new = made.oid != there.head
+    logger.info("%s %s", made.commit_url, "is new" if new else "has this model already")
+    return Published(repo, made.oid, f"{hub.endpoint()}/{repo}/tree/{made.oid}", new)
+
+
+def _look(repo: str, private: bool) -> _Remote | None:
+    """What the repo holds, None if there is none."""
+    if hub.offline():
+        raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
+    if not get_token():
+        raise InputError(f"publish: HF_TOKEN is needed to push to {repo}; set one that may write")
+    with _errors(repo):
+        try:
+            info = hub.api().model_info(repo)
+        except HfHubHTTPError as error:
+            if error.response.status_code == 404:
+                return None
+            raise
+        if private and not info.private:
+            raise InputError(f"publish.private: {repo} is public; make it private, or write private: false")
+        files = frozenset(file.rfilename for file in info.siblings or ())
+        digest = None
+        if store.MANIFEST in files:
+            place = hub.api().hf_hub_download(repo, store.MANIFEST, revision=info.sha, cache_dir=hub.cache_folder())
+            digest = (store.read_json(Path(place)) or {}).get("digest")
+    if digest is None and any(WEIGHTS.search(name) for name in files):
+        raise InputError(f"publish.repo: {repo} holds a model that LEWIS did not publish; choose another repo")
+    return _Remote(str(info.sha), files, digest)
+
+
+@contextmanager
+def _errors(repo: str) -> Iterator[None]:
+    with hub.errors(f"publish.repo: {repo}"):
+        try:
+            yield
+        except HfHubHTTPError as error:
+            if refusal := _refusal(repo, error.response.status_code):
+                raise refusal from error
+            raise
+
+
+def _refusal(repo: str, status: int) -> LewisError | None:
+    """What the answers to a write mean; the rest is as for a read."""
+    match status:
+        case 401:
+            return InputError("publish: the Hub refuses HF_TOKEN as invalid or expired (401); make one that may write")
+        case 403:
+            return InputError(f"publish.repo: HF_TOKEN may not write to {repo} (403); give it write permission there")
+        case 409:
+            return TransientError(f"publish.repo: another commit to {repo} is under way (409); try again later")
+        case 412:
+            return LewisError(
+                f"publish.repo: somebody pushed to {repo} while this model was uploaded (412), which stays as it is; "
+                "look at what it was, then run again"
+            )
+    return None

@@ -1,0 +1,40 @@
+"""Publish the champion on the Hub."""
+
+import logging
+
+from prefect import task
+from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
+
+from lewis import publishing, registry
+from lewis.entries import MergedModel
+from lewis.recipe import Recipe
+from lewis.registry import Version
+from tasks.caching import RETRIES, slug
+
+logger = logging.getLogger(__name__)
+
+
+@task(name="check-publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def check_publish(recipe: Recipe) -> None:
+    """Refuse before the work what the Hub would refuse after it."""
+    assert recipe.publish is not None
+    publishing.check(recipe.publish.repo, recipe.publish.private)
+
+
+@task(name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def publish(recipe: Recipe, version: Version, merged: MergedModel) -> str | None:
+    """Push the champion to the recipe's repo, with the commit in the version's tags; gives the URL.
+
+    None, and nothing is pushed, if the version is not the champion: the gate refused it, or another took its place.
+    """
+    assert recipe.publish is not None
+    current = registry.champion(version.name)
+    if current is None or current.version.version != version.version:
+        logger.info("%s is not the champion; nothing is published", version.uri)
+        return None
+    title = f"{version.name} version {version.version}, merge {merged.digest[:8]}"
+    made = publishing.publish(merged.folder, recipe.publish.repo, recipe.publish.private, title)
+    registry.tag(version, {"lewis.published": f"{made.repo}@{made.commit}"})
+    create_link_artifact(made.url, made.repo, key=f"{slug(recipe.name)}-hub", description="On the Hub")
+    return made.url

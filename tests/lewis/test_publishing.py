@@ -1,0 +1,138 @@
+"""Publishing to a real Hub server on loopback: what it pushes, what it leaves alone, what it refuses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from lewis import publishing, store
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.recipe import Recipe
+from tests.support.local_hub import LocalHub
+
+FILES = {"config.json": "{}", "model.safetensors": "weights " * 100, "README.md": "---\ntags: [merge]\n---\n# New\n"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    with LocalHub(tmp_path / "server") as hub:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+def merged(tmp_path: Path, digest: str = "a", **changes: str) -> Path:
+    folder = tmp_path / digest
+    with store.publish(folder, {"digest": digest * 64}) as scratch:
+        for name, content in {**FILES, **changes}.items():
+            (scratch / name).write_text(content)
+    return folder
+
+
+def tree(hub: LocalHub, repo: str = "org/new") -> dict[str, bytes]:
+    held = hub.repos["model", repo]
+    return {name: blob.path.read_bytes() for name, blob in held.commits[held.branches["main"]].items()}
+
+
+def test_the_folder_is_pushed_once_to_a_private_repo(hub: LocalHub, tmp_path: Path) -> None:
+    folder = merged(tmp_path)
+    made = publishing.publish(folder, "org/new", True, "version 1")
+    assert made.new and made.url == f"{hub.url}/org/new/tree/{made.commit}"
+    assert hub.repos["model", "org/new"].private
+    assert tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()}
+    asked = len(hub.log)
+    again = publishing.publish(folder, "org/new", True, "version 1")
+    assert again.commit == made.commit and not again.new
+    assert not any("lfs" in request.path for request in hub.log[asked:]), "weights that are there are not hashed again"
+
+
+def test_the_next_version_replaces_weights_and_leaves_the_owners_files(hub: LocalHub, tmp_path: Path) -> None:
+    shards = {"model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": "{}"}
+    publishing.publish(merged(tmp_path, **shards), "org/new", True, "version 1")
+    owners = tree(hub) | {"logo.txt": b"owner's"}
+    hub.commit("org/new", owners)
+    folder = merged(tmp_path, "b", **{"model.safetensors": "other weights"})
+    assert publishing.publish(folder, "org/new", True, "version 2").new
+    assert tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()} | {"logo.txt": b"owner's"}
+
+
+def test_a_push_in_between_is_not_overwritten(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publishing.publish(merged(tmp_path), "org/new", True, "version 1")
+    look = publishing._look
+
+    def push_after(repo: str, private: bool) -> object:
+        found = look(repo, private)
+        hub.commit("org/new", {"theirs.txt": "x"})
+        return found
+
+    monkeypatch.setattr(publishing, "_look", push_after)
+    with pytest.raises(LewisError, match=r"somebody pushed to org/new .*\(412\).*run again") as refused:
+        publishing.publish(merged(tmp_path, "b"), "org/new", True, "version 2")
+    assert not isinstance(refused.value, TransientError)
+    assert tree(hub) == {"theirs.txt": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "private", "message"),
+    [
+        ("", "org/new", True, "HF_TOKEN is needed to push to org/new"),
+        ("hf_x", "org/new", True, r"refuses HF_TOKEN as invalid or expired \(401\)"),
+        ("hf_bob", "org/new", True, r"HF_TOKEN may not write to org/new \(403\)"),
+        ("hf_bob", "org/open", False, r"HF_TOKEN may not write to org/open \(403\)"),
+        ("hf_alice", "org/open", True, "publish.private: org/open is public"),
+        ("hf_alice", "org/other", False, "org/other holds a model that LEWIS did not publish"),
+    ],
+)
+def test_refusals_say_what_to_do_and_hide_the_token(
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    token: str,
+    repo: str,
+    private: bool,
+    message: str,
+) -> None:
+    caplog.set_level("DEBUG")
+    hub.commit("org/open", {"notes.txt": "x"})
+    hub.commit("org/other", {"model.safetensors": "x"})
+    monkeypatch.setenv("HF_TOKEN", token)
+    before = {name: dict(held.branches) for name, held in hub.repos.items()}
+    with pytest.raises(InputError, match=message) as refused:
+        publishing.publish(merged(tmp_path), repo, private, "version 1")
+    assert {name: dict(held.branches) for name, held in hub.repos.items()} == before
+    assert not token or token not in f"{refused.value}{refused.value.__cause__}{caplog.text}"
+
+
+def test_a_commit_under_way_is_worth_a_retry(hub: LocalHub, tmp_path: Path) -> None:
+    for status, message in ((409, r"under way \(409\)"), (503, "answered 503")):
+        hub.faults.append({"path": "/commit/", "method": "POST", "status": status, "times": 9})
+        with pytest.raises(TransientError, match=message):
+            publishing.publish(merged(tmp_path), "org/new", True, "version 1")
+        hub.faults.clear()
+    assert publishing.publish(merged(tmp_path), "org/new", True, "version 1").new
+
+
+def test_a_damaged_folder_is_not_published(hub: LocalHub, tmp_path: Path) -> None:
+    folder = merged(tmp_path)
+    (folder / "model.safetensors").write_text("cut")
+    with pytest.raises(LewisError, match="expected a whole merged checkpoint"):
+        publishing.publish(folder, "org/new", True, "version 1")
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("publish: {repo: org/new}", "publish: what is published is the champion .*add a register block"),
+        ("publish: {repo: new}\nregister: {name: x}", "publish.repo: "),
+        ("publish: {rep: org/new}\nregister: {name: x}", "publish.rep: unknown key; did you mean 'repo'"),
+    ],
+)
+def test_a_wrong_block_is_named(block: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe.parse(f"merge_method: linear\nmodels: [{{model: a}}, {{model: b}}]\n{block}", root=tmp_path)
