@@ -32,6 +32,7 @@ DTYPES = {  # safetensors' name of each dtype that a checkpoint may hold -> torc
 }
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
+PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Checkpoint:
                 )
         self.tied = _tied_head(self.config, tensors, folder)
         self.tensors = {name: info for name, info in tensors.items() if name not in self.tied}
+
+    @property
+    def home(self) -> Path:
+        """Where its config.json is."""
+        return self.folder
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

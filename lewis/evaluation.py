@@ -14,6 +14,7 @@ from lewis.errors import InputError, LewisError
 from lewis.eval_tasks import check_builtin, check_unsafe, data_files, find_tasks
 from lewis.samples import Ends, Samples, read
 from lewis.store import digest, file_sha256
+from lewis.vocabulary import read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,8 @@ def evaluate(
     if adapter is not None:
         _check_folder(adapter, "adapter_model.safetensors")
         arguments["peft"] = str(adapter.resolve())
+        if read_vocabulary(adapter) not in (None, read_vocabulary(model)):  # tokens of its own: lm-eval makes room
+            arguments["tokenizer"] = arguments["peft"]
     found = find_tasks(settings.tasks, root)
     with tempfile.TemporaryDirectory(prefix="lewis-tasks-") as include:
         for number, task in enumerate(found.files.values()):

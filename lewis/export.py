@@ -58,8 +58,9 @@ def to_mergekit(
             block["parameters"] = _guided(raw.get("parameters") or {}, data.get("parameters") or {}, allocated)
         written.append(block)
     data["models"] = written
-    if data.get("tokenizer_source") in names:
-        data["tokenizer_source"] = names[data["tokenizer_source"]]
+    for block, key in ((data, "tokenizer_source"), (data.get("tokenizer") or {}, "source")):
+        if block.get(key) in names:
+            block[key] = names[block[key]]
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200)
 
 

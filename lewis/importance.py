@@ -17,7 +17,7 @@ from lewis.calibration import Calibration
 from lewis.checkpoint import DTYPES
 from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
-from lewis.lora import LoraExpert, Model
+from lewis.lora import Model
 from lewis.measurements import Measured
 from lewis.recipe import Importance
 
@@ -80,7 +80,7 @@ def measure(
 
     settings = settings or Importance()
     dtype = torch.float32 if device == "cpu" else _stored_dtype(model)
-    network = _network(model.folder if not isinstance(model, LoraExpert) else model.base.folder, model.shapes, dtype)
+    network = _network(model.home, model.shapes, dtype)
     _check_samples(model, network, calibration)
     moments = SecondMoments(network, device)
     prune = PruneAfter(network, moments, settings.prune_ratio, len(calibration.samples))
@@ -160,7 +160,7 @@ def network_of(model: Model) -> Network:
     Raises:
         InputError: as `covered_layers`.
     """
-    return _network(model.folder, model.shapes, torch.float32)
+    return _network(model.home, model.shapes, torch.float32)
 
 
 def _network(folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> Network:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from lewis.checkpoint import DTYPES, Checkpoint
+from lewis.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo
 from lewis.errors import InputError
 from lewis.lazy import torch
 from lewis.tensor_file import TensorFile
@@ -41,12 +42,13 @@ class LoraExpert:
 
     The delta of a module is `scale * B @ A` in fp32, with `scale = alpha / r`, or `alpha / sqrt(r)` for rsLoRA
     (arXiv 2312.03732); `alpha_pattern` and `rank_pattern` are honoured. Modules saved whole (`modules_to_save`) replace
-    the base's.
+    the base's, and so do embeddings that were resized for new tokens.
 
     Attributes:
         folder: the adapter's folder.
         key: identity of base and adapter.
-        base, config, tensors, tied: as of the base.
+        base, config, tied: as of the base.
+        tensors: as of the base, in the shapes that the adapter gives embeddings.
     """
 
     def __init__(self, base: Checkpoint, folder: Path, key: str) -> None:
@@ -67,6 +69,15 @@ class LoraExpert:
         for key_in_file in self._file.places:
             self._place(key_in_file)
         self._check_shapes()
+        self.tensors = {
+            name: replace(info, shape=self._file.places[self._whole[name]].shape) if name in self._whole else info
+            for name, info in base.tensors.items()
+        }
+
+    @property
+    def home(self) -> Path:
+        """Where its config.json is."""
+        return self.base.folder
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,8 +89,10 @@ class LoraExpert:
         stored = self.tied.get(name, name)
         if stored in self._whole and stored not in self._parts:
             return self._part(self._whole[stored])
-        base = self.base.read(name)
-        return base.to(torch.float32) + self._delta(name) if self.touches(name) else base
+        if not self.touches(name):
+            return self.base.read(name)
+        whole = self._part(self._whole[stored]) if stored in self._whole else self.base.read(name)
+        return whole.to(torch.float32) + self._low_rank(stored)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """One tensor's dtype and bits, as `Checkpoint.raw`; computed where the adapter changes the base."""
@@ -109,14 +122,15 @@ class LoraExpert:
         # Beside a LoRA on an embedding, PEFT saves the embedding itself as its base_layer.
         whole = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         name = (match["module"] + ".weight") if match else whole
+        if match is None and self._is_copy(key, name):
+            return
         if name in self.tied:
             raise InputError(
                 f"{self.folder / WEIGHTS}: {key!r} changes the head, which the base ties to its embedding; "
                 "merge the adapter into its base with PEFT's merge_and_unload first"
             )
-        if name not in self.tensors or (
-            match is None and ("lora_" in key or not (self._settings.get("modules_to_save") or ".base_layer." in key))
-        ):
+        saved_whole = self._settings.get("modules_to_save") or ".base_layer." in key or name.endswith(PER_TOKEN)
+        if name not in self.tensors or (match is None and ("lora_" in key or not saved_whole)):
             raise InputError(
                 f"{self.folder / WEIGHTS}: the key {key!r} matches nothing in the base {self.base.folder}; "
                 "expected an adapter of this base model"
@@ -125,6 +139,16 @@ class LoraExpert:
             self._parts.setdefault(name, {})[match["part"].removeprefix("embedding_")] = key
         else:
             self._whole[name] = key
+
+    def _is_copy(self, key: str, name: str) -> bool:
+        """Whether it is the head beside the embedding that it is tied to: PEFT saves both."""
+        embedding = self.tied.get(name)
+        other = next((k for k in self._file.places if embedding and k.endswith(f".{embedding}")), None)
+        return (
+            other is not None
+            and self._file.places[key].shape == self._file.places[other].shape
+            and bool(np.array_equal(self._file.bits(key, 1), self._file.bits(other, 1)))
+        )
 
     def _check_shapes(self) -> None:
         for name, parts in self._parts.items():
@@ -135,7 +159,7 @@ class LoraExpert:
             a, b = (self._file.places[parts[part]].shape for part in "AB")
             fits = len(a) == len(b) == 2 and b[1] == a[0]
             given = ((a[1], b[0]) if self._transposed(parts) else (b[0], a[1])) if fits else None
-            expected = self.tensors[name].shape
+            expected = self._file.places[self._whole[name]].shape if name in self._whole else self.tensors[name].shape
             if given != expected:
                 raise InputError(
                     f"{self.folder / WEIGHTS}: lora_A {list(a)} and lora_B {list(b)} of {name!r} do not give the "
@@ -143,8 +167,8 @@ class LoraExpert:
                 )
         for name, key in self._whole.items():
             shape = self._file.places[key].shape
-            expected = self.tensors[name].shape
-            if shape != expected:
+            expected, per_row = self.tensors[name].shape, int(name.endswith(PER_TOKEN))
+            if shape[per_row:] != expected[per_row:] or len(shape) != len(expected):
                 raise InputError(
                     f"{self.folder / WEIGHTS}: {key!r} has shape {list(shape)}, in the base it is {list(expected)}"
                 )
@@ -154,14 +178,6 @@ class LoraExpert:
         name, width = DTYPES[place.dtype]
         bits = torch.from_numpy(self._file.bits(key, width).copy())
         return bits.view(getattr(torch, name)).reshape(place.shape)
-
-    def _delta(self, name: str) -> torch.Tensor:
-        name = self.tied.get(name, name)
-        deltas = [self._low_rank(name)] if name in self._parts else []
-        if name in self._whole:
-            whole = self._part(self._whole[name]).to(torch.float32)
-            deltas.append(whole - self.base.read(name).to(torch.float32))
-        return deltas[0] if len(deltas) == 1 else deltas[0] + deltas[1]
 
     def _low_rank(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
@@ -177,7 +193,34 @@ class LoraExpert:
         return "lora_embedding_A" in parts["A"] or bool(self._settings.get("fan_in_fan_out"))
 
 
-Model = Checkpoint | LoraExpert
+class Model(Protocol):
+    """What is merged: a `Checkpoint`, or what reads like one."""
+
+    folder: Path
+    key: str
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    tied: dict[str, str]
+
+    @property
+    def home(self) -> Path:
+        """Where its config.json is."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype, as safetensors names it, and its bits."""
+
+    def will_need(self, name: str) -> None:
+        """Let the system read a tensor ahead."""
+
+    def done_with(self, name: str) -> None:
+        """Let go of the memory that a tensor is mapped to."""
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -17,18 +17,20 @@ import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.checkpoint import DTYPES
+from lewis.alignment import align
+from lewis.checkpoint import DTYPES, PER_TOKEN
 from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
-from lewis.lora import LoraExpert, Model
+from lewis.lora import Model
 from lewis.methods import Method, find
 from lewis.methods.streams import Stream
 from lewis.recipe import ModelEntry, Recipe
+from lewis.vocabulary import FIX, clash, tokenizer_folder
 from lewis.writer import SIZES, CheckpointWriter, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
@@ -71,27 +73,32 @@ class Merge:
         traffic: bytes of the tensors of all inputs and of the output.
     """
 
-    def __init__(
-        self, recipe: Recipe, base: Model | None, experts: Sequence[Expert], *, tokenizer_donor: Path | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, base: Model | None, experts: Sequence[Expert]) -> None:
         """Check that the models fit together and the recipe's filters match.
 
         Args:
             recipe: the recipe.
             base: the base, or None for a method on weights without one.
             experts: as `Recipe.experts`, opened.
-            tokenizer_donor: folder of the tokenizer and generation config, if not the base.
 
         Raises:
             InputError: naming every tensor, vocabulary or filter that does not fit.
         """
         self.recipe, self.method = recipe, find(recipe.merge_method)
-        self.experts = sorted(experts, key=lambda expert: expert.model.key)
-        self.base: Model = base or experts[0].model
+        experts_by_key = sorted(experts, key=lambda expert: expert.model.key)
+        self.vocabulary = align(
+            recipe,
+            base or experts[0].model,
+            [(e.entry.model, e.model) for e in experts_by_key],
+            has_base=base is not None,
+        )
+        self.experts = [replace(expert, model=self.vocabulary.of(expert.model)) for expert in experts_by_key]
+        self.base: Model = self.vocabulary.of(base or experts[0].model)
         self._adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
-        self.donor = tokenizer_donor or _folder(self.base)
         self.excluded = excluded(recipe, self.base)
-        check_compatible(self.base, [expert.model for expert in self.experts], self.excluded)
+        check_compatible(
+            self.base, [e.model for e in self.experts], self.excluded, by_token=recipe.vocabulary is not None
+        )
         recipe.check_filters([*self.base.tensors, *self.base.tied])
         if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
             raise InputError("exclude: it matches every tensor; nothing is left to merge")
@@ -145,8 +152,9 @@ class Merge:
                 self._write_tensors(writer, progress, threads or len(os.sched_getaffinity(0)))
             checksums |= writer.checksums
             kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
-            write_config(self.base.config, _folder(self.base), scratch, kinds.pop() if len(kinds) == 1 else None)
-            copy_tokenizer(self.donor, scratch)
+            write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
+            copy_tokenizer(self.vocabulary.donor, scratch)
+            self.vocabulary.finish(scratch)
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
 
     def _write_tensors(
@@ -206,12 +214,13 @@ class Merge:
             LewisError: naming the tensor and model of a value that is not finite.
         """
         base = self.base.read(name)
+        dtype = getattr(torch, DTYPES[self.layout[name][0]][0])
         if name in self.excluded or not self.base.tensors[name].floating:
-            return base
+            return base.to(dtype)  # a base with an adapter on it is read in fp32
         with torch.inference_mode():
             base = _finite(base.to(torch.float32), name, self.base)
             merged = self._on_task_vectors(name, base) if self._adds_to_base else self._on_weights(name, base)
-            return self._rounded(merged, getattr(torch, DTYPES[self.layout[name][0]][0]), name)
+            return self._rounded(merged, dtype, name)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor: a list in the experts' order for each expert's own."""
@@ -326,7 +335,8 @@ class Merge:
                 **({"excluded": sorted(self.excluded)} if self.excluded else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
-                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.donor)},
+                **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
+                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }
         )
 
@@ -358,8 +368,13 @@ def excluded(recipe: Recipe, base: Model) -> frozenset[str]:
     return frozenset(base.tied.get(name, name) for name in names if recipe.excludes(name))
 
 
-def check_compatible(base: Model, experts: Sequence[Model], excluded: Collection[str] = ()) -> None:
+def check_compatible(
+    base: Model, experts: Sequence[Model], excluded: Collection[str] = (), *, by_token: bool = False
+) -> None:
     """Check that every expert has the base's tensors (but those that are excluded), shapes and vocabulary.
+
+    Args:
+        by_token: whether embeddings have been matched by token, so that vocabularies may differ.
 
     Raises:
         InputError: naming all that differ.
@@ -368,7 +383,7 @@ def check_compatible(base: Model, experts: Sequence[Model], excluded: Collection
     for expert in experts:
         if expert is base:
             continue
-        where, known = _folder(expert), {**expert.tensors}
+        where, known = expert.home, {**expert.tensors}
         wanted = [name for name in base.tensors if name not in excluded]
         missing = [name for name in wanted if name not in known and name not in expert.tied]
         extra = [
@@ -384,38 +399,17 @@ def check_compatible(base: Model, experts: Sequence[Model], excluded: Collection
             if other is not None and other.shape != info.shape:
                 problems.append(
                     f"{where}: {name!r} has shape {list(other.shape)}, in the base it is {list(info.shape)}"
+                    + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
                 )
                 break
         if base.tied and not expert.tied and (heads := [name for name in base.tied if name in known]):
             problems.append(f"{where}: {heads[0]!r} is a weight of its own, in the base it is tied to the embedding")
-        problems += _vocabulary_problems(_folder(base), where)
+        if not by_token and (differ := clash(tokenizer_folder(base), tokenizer_folder(expert))):
+            problems.append(f"{where}: another vocabulary: {differ}; {FIX}")
     if problems:
         raise InputError(
-            "\n".join([*problems, f"expected fine-tunes of the base {_folder(base)}, of the same architecture"])
+            "\n".join([*problems, f"expected fine-tunes of the base {base.home}, of the same architecture"])
         )
-
-
-def _vocabulary_problems(base: Path, expert: Path) -> list[str]:
-    vocabularies = []
-    for folder in (base, expert):
-        content = store.read_json(folder / "tokenizer.json")
-        if content is None:
-            return []  # an expert without a tokenizer of its own uses the base's
-        vocabulary = (content.get("model") or {}).get("vocab") or {}
-        if isinstance(vocabulary, list):  # a unigram's: [token, score] in the order of ids
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        vocabularies.append({**vocabulary, **added})
-    ours, theirs = vocabularies
-    if (moved := next((t for t in ours if t in theirs and theirs[t] != ours[t]), None)) is not None:
-        return [
-            f"{expert}: another vocabulary: the token {moved!r} is {theirs[moved]}, in the base it is {ours[moved]}"
-        ]
-    by_id = {number: token for token, number in ours.items()}
-    if (clash := next((t for t, i in theirs.items() if by_id.get(i, t) != t), None)) is not None:
-        number = theirs[clash]
-        return [f"{expert}: another vocabulary: token {number} is {clash!r}, in the base it is {by_id[number]!r}"]
-    return []
 
 
 def _call(
@@ -441,10 +435,6 @@ def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
         bad = int((~torch.isfinite(tensor)).sum())
         raise LewisError(f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged")
     return tensor
-
-
-def _folder(model: Model) -> Path:
-    return model.base.folder if isinstance(model, LoraExpert) else model.folder
 
 
 def _layer_of(name: str) -> int | None:

@@ -11,7 +11,7 @@ from lewis import allocation, evaluation, hub, importance, measurements, metrics
 from lewis.allocation import Allocation
 from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration, calibrate
-from lewis.checkpoint import HEADS, read_config, weight_files
+from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.device import precision
 from lewis.entries import (
     AllocationEntry,
@@ -24,10 +24,11 @@ from lewis.entries import (
 )
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
-from lewis.lora import is_adapter
+from lewis.lora import Model, is_adapter
 from lewis.merge import Expert, Merge, excluded
 from lewis.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
+from lewis.vocabulary import FIX, clash, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,21 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
     for source in full:
         theirs = hub.tensor_headers(source.model)
         missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
-        other = [name for name in wanted if name in theirs and theirs[name][1] != ours[name][1]]
+        by_token = PER_TOKEN if recipe.vocabulary else ()
+        other = [
+            name
+            for name in wanted
+            if name in theirs
+            and theirs[name][1][int(name.endswith(by_token)) :] != ours[name][1][int(name.endswith(by_token)) :]
+        ]
         if missing:
             problems.append(
                 f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
             )
         if other:
             shapes = f"{list(theirs[other[0]][1])}, in the base it is {list(ours[other[0]][1])}"
-            problems.append(f"{source.ref}: {other[0]!r} has shape {shapes}")
+            fix = f"; {FIX}" if other[0].endswith(PER_TOKEN) and not by_token else ""
+            problems.append(f"{source.ref}: {other[0]!r} has shape {shapes}{fix}")
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
     recipe.check_filters(ours)
@@ -318,12 +326,19 @@ def prepare_merge(
         Expert(entry, files.open(), densities.get(files.ref), scales.get(files.ref))
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
-    donor = None
-    if recipe.tokenizer_source not in (None, "base", recipe.base_model):
-        donor = next(
-            f.folder for f, e in zip(experts, recipe.experts, strict=True) if e.model == recipe.tokenizer_source
-        )
-    return Merge(recipe, base.open() if base else None, opened, tokenizer_donor=donor)
+    if recipe.measures and base is not None:
+        _check_token_ids(base.open(), [expert.model for expert in opened])
+    return Merge(recipe, base.open() if base else None, opened)
+
+
+def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:
+    """A calibration set is the base's token ids, which have to mean the same to each expert."""
+    for expert in experts:
+        if other := clash(tokenizer_folder(base), tokenizer_folder(expert)):
+            raise InputError(
+                f"{expert.folder}: another vocabulary: {other}; importance is measured on the base's token ids, so "
+                "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
+            )
 
 
 def merge(

@@ -42,6 +42,18 @@ class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Tokenizer(_Block):
+    """Whose vocabulary the result has: mergekit's `tokenizer`.
+
+    Attributes:
+        source: `base`, `union`, or one of the models.
+        pad_to_multiple_of: embeddings get no more rows than tokens, rounded up to a multiple of this.
+    """
+
+    source: ModelName = "union"
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+
+
 class ModelEntry(_Block):
     """One model of the merge."""
 
@@ -258,6 +270,7 @@ class Recipe(_Block):
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: ModelName | None = None
+    tokenizer: Tokenizer | None = None
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = Field(default=0, ge=0)
     lewis: Lewis | None = None
@@ -338,6 +351,11 @@ class Recipe(_Block):
         if self.base_model is None or self.base_model in {entry.model for entry in self.models}:
             return self.models
         return (*self.models, ModelEntry(model=self.base_model))
+
+    @property
+    def vocabulary(self) -> Tokenizer | None:
+        """Whose tokens the result has; None: all models must have the base's."""
+        return Tokenizer(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     def calibration_of(self, expert: ModelEntry) -> str:
         """The name of the calibration set that `expert` is measured on."""

@@ -14,7 +14,6 @@ from lewis.settings import parse_setting
 UNSUPPORTED = {
     "slices": "merging slices of layers",
     "modules": "merging by modules",
-    "tokenizer": "tokenizer surgery",
     "chat_template": "replacing the chat template",
     "trust_remote_code": "running code that a model brings along",
 }
@@ -229,19 +228,29 @@ def _check_models(data: dict[str, Any], models: list[dict[str, Any]]) -> list[st
             problems.append(f"models[{i}].model: {name!r} is listed twice; give it once, with the sum of the weights")
     if models and base is not None and all(name == str(base) for name in names):
         problems.append("models: only the base is listed; add an expert")
-    source = data.get("tokenizer_source")
-    if source == "union":
-        problems.append(
-            "tokenizer_source: union (tokenizer surgery) is not supported yet; use base or one of the models"
-        )
-    elif isinstance(source, str) and source not in ("base", str(base), *names):
-        problems.append(f"tokenizer_source: expected base or one of the models, got {source!r}")
+    problems += _check_tokenizer(data, [str(base), *names])
     top_weight = isinstance(data.get("parameters"), dict) and "weight" in data["parameters"]
     if data.get("merge_method") == "linear" and base is not None and str(base) not in names and not top_weight:
         problems.append(
             "base_model: it takes part in a linear merge: list it under models with a weight, or leave it out"
         )
     return problems
+
+
+def _check_tokenizer(data: dict[str, Any], models: list[str]) -> list[str]:
+    sources, block = {"tokenizer_source": data.get("tokenizer_source")}, data.get("tokenizer")
+    problems = []
+    if isinstance(block, dict):
+        sources["tokenizer.source"] = block.get("source")
+        if block.get("tokens") is not None:
+            problems.append("tokenizer.tokens: choosing embeddings token by token is not supported yet; remove it")
+    if sources["tokenizer_source"] is not None and block is not None:
+        problems.append("tokenizer: expected it or tokenizer_source, got both; remove one")
+    return problems + [
+        f"{where}: expected base, union or one of the models, got {source!r}"
+        for where, source in sources.items()
+        if isinstance(source, str) and source not in ("base", "union", *models)
+    ]
 
 
 def _check_density(data: dict[str, Any]) -> list[str]:

@@ -328,8 +328,7 @@ class TestRun:
     def test_a_donor_gives_tokenizer_and_generation_config(self, family: Family, tmp_path: Path) -> None:
         donor = shard(family.math, tmp_path / "donor", parts=1)
         edit_json(donor / "generation_config.json", eos_token_id=7)
-        merge = open_merge("ties", family.base, family.experts)
-        Merge(merge.recipe, merge.base, merge.experts, tokenizer_donor=donor).run(tmp_path / "out")
+        open_merge("ties", family.base, [family.code, donor], tokenizer_source=str(donor)).run(tmp_path / "out")
         assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 7
 
     def test_gradients_run_over_the_layers(self, family: Family) -> None:

@@ -1,0 +1,235 @@
+"""Models whose embeddings are brought to one vocabulary, row by row, as they are read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from lewis import store
+from lewis.checkpoint import DTYPES, PER_TOKEN
+from lewis.errors import InputError
+from lewis.lazy import torch
+from lewis.lora import Model
+from lewis.recipe import Recipe
+from lewis.vocabulary import Target, read_vocabulary, tokenizer_folder, union, vocabulary_of
+
+_KINDS = {word: kind for kind, (word, _) in DTYPES.items()}
+
+Origin = tuple[tuple[int, int], ...]
+"""(model, row) of each row that one row is the mean of; none: it is 0."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The vocabulary of a merge.
+
+    Attributes:
+        donor: folder of the tokenizer and the generation config.
+        source: the model whose tokenizer it is.
+        target: None where the models agree, and nothing is to be done.
+        views: id of a model -> the model as it is to be read.
+        digest: identity of what is done; None for nothing.
+    """
+
+    donor: Path
+    source: Model
+    target: Target | None = None
+    views: Mapping[int, Model] = field(default_factory=dict)
+    digest: str | None = None
+
+    def of(self, model: Model) -> Model:
+        """A model as it is to be read."""
+        return self.views.get(id(model), model)
+
+    def finish(self, folder: Path) -> None:
+        """Bring config and tokenizer, copied to `folder` from base and donor, to the vocabulary."""
+        generation = self.source.home / "generation_config.json"  # an adapter has none
+        if self.donor != self.source.home and generation.is_file() and not (folder / generation.name).exists():
+            shutil.copyfile(generation, folder / generation.name)
+        if self.target is not None:
+            self.target.finish(folder, self.source.config)
+
+
+def align(recipe: Recipe, base: Model, experts: Sequence[tuple[str, Model]], *, has_base: bool) -> Alignment:
+    """Match the rows of embeddings and heads by token, as the recipe's tokenizer asks for.
+
+    Args:
+        base: the base; the first model, if there is none.
+        experts: reference and model, in the order of their keys.
+        has_base: whether there is a base.
+
+    Raises:
+        InputError: if a tokenizer that is needed cannot be read.
+    """
+    policy, source = recipe.vocabulary, base
+    if policy is None:
+        return Alignment(tokenizer_folder(base), base)
+    if policy.source not in ("base", "union", recipe.base_model):
+        source = dict(experts)[policy.source]
+    plain = Alignment(tokenizer_folder(source), source)
+    models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
+    names = [name for name in base.tensors if name.endswith(PER_TOKEN)]
+    sizes = [_rows_of(model, names) for model in models]
+    known = read_vocabulary(tokenizer_folder(base))
+    if min(sizes) == 0 or (known is None and len(set(sizes)) == 1):
+        return plain  # what is missing in a model is told with all else that does not fit
+    if known is None:
+        raise InputError(f"{tokenizer_folder(base)}: no tokenizer.json; the models' embeddings cannot be matched")
+    ids = [vocabulary_of(model, known, rows) for model, rows in zip(models, sizes, strict=True)]
+    chosen, added = models.index(source), []
+    if policy.source == "union":
+        added = union(base, models[1:], ids[1:])
+        reached = {token: row for token, row in known.items() if any(token in each for each in ids)}
+        wanted = reached | {entry["content"]: entry["id"] for entry in added}
+    else:
+        wanted = ids[chosen]
+    count = 1 + max(wanted.values(), default=-1)
+    pad = policy.pad_to_multiple_of
+    rows = -(-count // pad) * pad if pad else max(count, sizes[chosen])
+    target = Target(wanted, rows, count if pad else rows, added)
+    maps, lent = _match(target, ids, sizes, chosen, has_base)
+    same = [size == rows and np.array_equal(own, np.arange(rows)) for size, own in zip(sizes, maps, strict=True)]
+    if all(same) and not added and target.padded_from == rows:
+        return plain
+    shared = _Lent(models, lent)
+    views = {id(m): Aligned(m, names, own, shared, target) for m, own in zip(models, maps, strict=True)}
+    digest = store.digest([[own.tolist() for own in maps], sorted(lent.items()), target.padded_from, added])
+    return replace(plain, target=target, views=views, digest=digest)
+
+
+class Aligned:
+    """A model with the rows of its embeddings in the order of another vocabulary; reads like a `Checkpoint`.
+
+    Attributes:
+        folder, key, config, tied: as of the model.
+        tensors: with their new shapes.
+    """
+
+    def __init__(self, model: Model, names: Collection[str], rows: np.ndarray, lent: _Lent, target: Target) -> None:
+        """Wrap a model.
+
+        Args:
+            names: of the tensors that have a row per token.
+            rows: int64, shape (target.rows,): the model's own row for each; -1 where it has none.
+            lent: the rows that it has not.
+        """
+        self.model, self.folder, self.key = model, model.folder, model.key
+        self.config, self.tied = model.config, model.tied
+        self._names, self._rows, self._lent = frozenset(names), rows, lent
+        self._mean_from = target.padded_from if target.padded_from < target.rows else None
+        self.tensors = {
+            name: replace(info, shape=(target.rows, *info.shape[1:])) if name in self._names else info
+            for name, info in model.tensors.items()
+        }
+
+    @property
+    def home(self) -> Path:
+        """Where its config.json is."""
+        return self.model.home
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, in its stored dtype; in fp32 where rows are means, or come from models of other dtypes."""
+        if not self._touches(name):
+            return self.model.read(name)
+        own, missing = _take(self.model, name, self._rows.clip(0)), np.flatnonzero(self._rows < 0)
+        others, exact = self._lent.read(name, missing.tolist(), own.shape[1:])
+        if exact - {own.dtype} or self._mean_from is not None:
+            own = own.to(torch.float32)
+        own[torch.from_numpy(missing)] = others.to(own.dtype)
+        if self._mean_from is not None:
+            own[self._mean_from :] = own[: self._mean_from].mean(dim=0)
+        return own
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype and bits, as `Checkpoint.raw`; computed where there is a row per token."""
+        if not self._touches(name):
+            return self.model.raw(name)
+        tensor = self.read(name).reshape(-1)
+        kind = _KINDS[str(tensor.dtype).removeprefix("torch.")]
+        return kind, tensor.view(torch.uint8).numpy().view(f"u{DTYPES[kind][1]}")
+
+    def will_need(self, name: str) -> None:
+        """As of the model."""
+        self.model.will_need(name)
+
+    def done_with(self, name: str) -> None:
+        """As of the model."""
+        self.model.done_with(name)
+
+    def _touches(self, name: str) -> bool:
+        # A head that the base ties not may be tied here.
+        return name in self._names or self.tied.get(name, name) in self._names
+
+
+class _Lent:
+    """What models take for the tokens that they lack: rows of the others, by one rule for all."""
+
+    def __init__(self, models: Sequence[Model], origins: Mapping[int, Origin]) -> None:
+        self._models, self._origins = models, origins
+
+    def read(self, name: str, rows: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, set[torch.dtype]]:
+        """These rows, fp32, shape (len(rows), *shape), and the dtypes that could hold them exactly."""
+        result, dtypes = torch.zeros(len(rows), *shape), set[torch.dtype]()
+        counts = torch.tensor([max(len(self._origins[row]), 1) for row in rows]).reshape(-1, *[1] * len(shape))
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for place, row in enumerate(rows):
+            for model, number in self._origins[row]:
+                wanted.setdefault(model, []).append((place, number))
+        for model, pairs in sorted(wanted.items()):
+            places, numbers = (np.array(column) for column in zip(*pairs, strict=True))
+            taken = _take(self._models[model], name, numbers)
+            dtypes.add(taken.dtype if int(counts.max()) == 1 else torch.float32)
+            result[torch.from_numpy(places)] += taken.to(torch.float32)
+        return result / counts, dtypes
+
+
+def _match(
+    target: Target, ids: Sequence[Mapping[str, int]], sizes: Sequence[int], source: int, has_base: bool
+) -> tuple[list[np.ndarray], dict[int, Origin]]:
+    """Each model's own row for every row of the target, -1 for none; and what stands in where one has none.
+
+    A token's row is lent by the base if it has it, else it is the mean of those that have it. A row of padding is the
+    model's own, if it is padding there too, else the source's.
+    """
+    maps = [np.full(target.rows, -1, np.int64) for _ in ids]
+    tokens = np.zeros(target.rows, np.bool_)
+    tokens[list(target.ids.values())] = True
+    for own, vocabulary, rows in zip(maps, ids, sizes, strict=True):
+        for token, row in target.ids.items():
+            own[row] = vocabulary.get(token, -1)
+        free = ~tokens[:rows]
+        free[[row for row in vocabulary.values() if row < len(free)]] = False
+        own[: len(free)][free] = np.flatnonzero(free)
+    lent: dict[int, Origin] = {}
+    for row in np.flatnonzero(np.min(maps, axis=0) < 0).tolist():
+        have = [model for model, own in enumerate(maps) if own[row] >= 0]
+        if not tokens[row]:
+            have = [source] if source in have else []
+        elif has_base and 0 in have:
+            have = [0]
+        lent[row] = tuple((model, int(maps[model][row])) for model in have)
+    return maps, lent
+
+
+def _rows_of(model: Model, names: Sequence[str]) -> int:
+    """How many rows a model's embeddings have; 0 if it has none, or they differ."""
+    stored = {model.tied.get(name, name) for name in names}
+    found = {model.tensors[name].shape[:1] for name in stored if name in model.tensors}
+    return found.pop()[0] if len(found) == 1 and () not in found else 0
+
+
+def _take(model: Model, name: str, rows: np.ndarray) -> torch.Tensor:
+    """Rows of a tensor, as stored; those of a file are read alone."""
+    dtype, bits = model.raw(name)
+    shape = model.tensors[model.tied.get(name, name)].shape
+    taken = bits.reshape(shape[0], -1)[rows]
+    return torch.from_numpy(taken).view(getattr(torch, DTYPES[dtype][0])).reshape(len(rows), *shape[1:])
