@@ -383,7 +383,7 @@ def check_compatible(
     for expert in experts:
         if expert is base:
             continue
-        where, known = expert.home, {**expert.tensors}
+        where, known = expert.folder, {**expert.tensors}
         wanted = [name for name in base.tensors if name not in excluded]
         missing = [name for name in wanted if name not in known and name not in expert.tied]
         extra = [
