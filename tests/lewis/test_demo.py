@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from lewis import store
+from lewis import search, store
 from lewis.demo import RIGHT_ANSWERS, SKILLS, Plan, _rows, make_family
 from lewis.errors import InputError
-from lewis.recipe import Recipe
+from lewis.recipe import Recipe, value_of
 
 SHORT = Plan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))
@@ -119,6 +119,15 @@ def test_recipe_is_valid_and_its_files_exist(family):
     ]
     assert len(named) == 1 + 3 + 3 + 3
     assert all((family / name).exists() for name in named)
+
+
+def test_the_recipe_of_the_search_is_valid_and_begins_with_its_own_values(family):
+    recipe = Recipe.load(family / "sparse.yaml")
+    search.check_space(recipe)
+    assert search.objectives_of(recipe) == ("weighted/mean,none",)
+    assert recipe.search.minutes < 10
+    own = {path: value_of(recipe, path) for path in recipe.search.space}
+    assert own["lewis.density.strategy"] == "uniform" and own["parameters.lambda"] == 1.0 and None not in own.values()
 
 
 def test_lm_eval_runs_the_tasks(family, monkeypatch):

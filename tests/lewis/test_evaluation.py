@@ -1,5 +1,6 @@
 """Scores from real lm-eval runs of a tiny random model, and the ways in which such a run can end badly."""
 
+import functools
 import json
 import logging
 import math
@@ -131,6 +132,23 @@ def first_word(llama, tokenizer, prompt: str) -> str:
     return words[0] if words else "[invalid]"
 
 
+def lm_eval_command(model: Path, root: Path, monkeypatch, *options: str) -> dict:
+    """The results that `lm_eval run` writes, in this process, which spares its imports."""
+    from lm_eval import tasks
+    from lm_eval.__main__ import cli_evaluate
+
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the command sets it
+    # The index of all of lm-eval's own tasks would take seconds.
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    fixed = ["--model=hf", f"--model_args=pretrained={model},dtype=float32", "--device=cpu", "--batch_size=2"]
+    where = ["--include_path=.", f"--output_path={root / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *fixed, *where, *options])
+    cli_evaluate()
+    (written,) = (root / "out").rglob("results_*.json")
+    return json.loads(written.read_text())["results"]
+
+
 def perplexity(llama, tokenizer) -> float:
     logs = [loglikelihood(llama, tokenizer, row["question"], row["text"]) for row in ROWS]
     return math.exp(-sum(logs) / len(logs))
@@ -157,7 +175,9 @@ def at_start(folder: Path, monkeypatch, code: str) -> None:
 
 
 class TestScores:
-    def test_every_metric_equals_our_own_computation(self, model, root, caplog):
+    def test_every_metric_equals_our_own_computation_and_that_of_the_lm_eval_command(
+        self, model, root, caplog, monkeypatch
+    ):
         group = {"group": "both", "task": ["pets"], "aggregate_metric_list": [{"metric": "acc"}]}
         write_task(root / "both.yml", group)
         seen = []
@@ -185,6 +205,13 @@ class TestScores:
         for kind in ("loglikelihood requests", "generate_until requests"):
             done = [fraction for fraction, what in seen if what == kind]
             assert done == sorted(set(done)) and done[-1] == 1.0
+
+        plain = lm_eval_command(model, root, monkeypatch, "--tasks=pets,answers,written", "--num_fewshot=1")
+        del found["both", "acc,none"]  # which the command does not find in a .yml
+        for (task, metric), score in found.items():
+            assert score.value == plain[task][metric]
+            if metric != "perplexity,none":  # whose standard error is resampled
+                assert score.stderr == plain[task][metric.replace(",", "_stderr,")]
 
     def test_choices_generation_and_an_adapter(self, model, root, tmp_path):
         from peft import LoraConfig, get_peft_model
