@@ -8,9 +8,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -41,6 +42,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "truncated": {"truncate": 1000, "times": 1},
     "corrupted": {"corrupt": True, "times": 1},
 }
+pytestmark = pytest.mark.xdist_group("service")  # one service for all, in one process, and started first
 # Each test has a recipe of its own, with an expert of the same name.
 NAMES = ("scored", "burst", "missed", "cron", "restarted", "killed", *FAULTS)
 
@@ -62,7 +64,16 @@ def service(tmp_path_factory: pytest.TempPathFactory, family: Family) -> Iterato
         for name in ("one", "two"):
             add_recipe(service, name, "shared")
         with service:
+            schedule_once(service, "cron", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))
             yield service
+
+
+def schedule_once(service: Service, recipe: str, when: datetime) -> None:
+    """Add a cron schedule; Prefect plans new ones once a minute."""
+    nightly = service.ask("/deployments/name/merge/merge-nightly")
+    schedule = {"cron": f"{when.minute} {when.hour} * * *", "timezone": "Europe/Berlin"}
+    body = [{"schedule": schedule, "parameters": {"recipe": recipe}, "slug": "once", "active": True}]
+    service.ask(f"/deployments/{nightly['id']}/schedules", body)
 
 
 def add_recipe(service: Service, name: str, expert: str) -> None:
@@ -146,16 +157,12 @@ def test_what_the_receiver_missed_is_found_by_the_poll(service: Service, family:
 
 def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
     nightly = service.ask("/deployments/name/merge/merge-nightly")
-    named = {each["slug"]: each["parameters"] for each in nightly["schedules"]}
-    assert {name: {"recipe": name} for name in NAMES}.items() <= named.items()
-    every_minute = {"schedule": {"cron": "* * * * *", "timezone": "Europe/Berlin"}, "parameters": {"recipe": "cron"}}
-    (made,) = service.ask(f"/deployments/{nightly['id']}/schedules", [{**every_minute, "active": True}])
-    try:
-        service.until(lambda: service.runs("cron"), 150)  # Prefect plans new schedules once a minute
-    finally:
-        service.ask(f"/deployments/{nightly['id']}/schedules/{made['id']}", method="DELETE")
-    run = service.finished("cron", 1)[0]
-    assert datetime.fromtimestamp(seconds(run) + 1, UTC).second < 16  # Prefect begins a moment early
+    named = {each["slug"]: each for each in nightly["schedules"]}
+    assert {name: {"recipe": name} for name in NAMES}.items() <= {k: v["parameters"] for k, v in named.items()}.items()
+    (run,) = service.finished("cron", 1, 240)
+    minute, hour = map(int, named["once"]["schedule"]["cron"].split()[:2])
+    began = datetime.fromtimestamp(seconds(run) + 1, ZoneInfo("Europe/Berlin"))  # Prefect begins a moment early
+    assert (began.hour, began.minute) == (hour, minute) and began.second < 16
     assert run["state_name"] == "Completed" and len(merged_from(service, "cron")) == 1
 
 
