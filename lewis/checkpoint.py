@@ -187,9 +187,10 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
     head = next((name for name in tensors if name.endswith(HEADS)), None)
     if embedding is None:
         return {}
-    if head is None:
-        return {"lm_head.weight": embedding}
-    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    said = [block.get("tie_word_embeddings") for block in (config, config.get("text_config") or {})]
+    if head is None:  # a model without a head, where the config says that nothing is tied
+        return {} if False in said and True not in said else {"lm_head.weight": embedding}
+    tied = said[0] if "tie_word_embeddings" in config else said[1]
     if tied is None:
         tied = _class_default(folder)
     return {head: embedding} if tied else {}

@@ -13,9 +13,8 @@ import keyword
 import logging
 import math
 import os
-import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,20 +22,19 @@ from typing import Any
 
 from lewis import store
 from lewis.alignment import align
-from lewis.checkpoint import DTYPES, PER_TOKEN
+from lewis.checkpoint import DTYPES
+from lewis.compatible import check_compatible, layer_of
 from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
 from lewis.lora import Model
 from lewis.methods import Method, find
 from lewis.methods.streams import Stream
 from lewis.recipe import ModelEntry, Recipe
-from lewis.vocabulary import FIX, clash, tokenizer_folder
 from lewis.writer import SIZES, CheckpointWriter, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "3"  # bump when the same inputs would give other bytes
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 Scales = Mapping[str, "torch.Tensor"]
 """Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
@@ -102,7 +100,7 @@ class Merge:
         recipe.check_filters([*self.base.tensors, *self.base.tied])
         if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
             raise InputError("exclude: it matches every tensor; nothing is left to merge")
-        self._layers = 1 + max((_layer_of(name) or 0 for name in self.base.tensors), default=0)
+        self._layers = 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
         out = stored_dtype(recipe)
         self.layout = {
             name: (out if out and info.floating and name not in self.excluded else info.dtype, info.shape)
@@ -224,7 +222,7 @@ class Merge:
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor: a list in the experts' order for each expert's own."""
-        layer = _layer_of(name)
+        layer = layer_of(name)
         position = 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
         values: dict[str, Any] = {}
         for parameter in self.method.parameters.values():
@@ -368,50 +366,6 @@ def excluded(recipe: Recipe, base: Model) -> frozenset[str]:
     return frozenset(base.tied.get(name, name) for name in names if recipe.excludes(name))
 
 
-def check_compatible(
-    base: Model, experts: Sequence[Model], excluded: Collection[str] = (), *, by_token: bool = False
-) -> None:
-    """Check that every expert has the base's tensors (but those that are excluded), shapes and vocabulary.
-
-    Args:
-        by_token: whether embeddings have been matched by token, so that vocabularies may differ.
-
-    Raises:
-        InputError: naming all that differ.
-    """
-    problems = []
-    for expert in experts:
-        if expert is base:
-            continue
-        where, known = expert.folder, {**expert.tensors}
-        wanted = [name for name in base.tensors if name not in excluded]
-        missing = [name for name in wanted if name not in known and name not in expert.tied]
-        extra = [
-            n for n in known if n not in base.tensors and n not in base.tied and not n.endswith("rotary_emb.inv_freq")
-        ]
-        if missing:
-            problems.append(f"{where}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}")
-        if extra:
-            problems.append(f"{where}: {len(extra)} tensors are not in the base, the first is {extra[0]!r}")
-        for name in wanted:
-            info = base.tensors[name]
-            other = known.get(expert.tied.get(name, name))
-            if other is not None and other.shape != info.shape:
-                problems.append(
-                    f"{where}: {name!r} has shape {list(other.shape)}, in the base it is {list(info.shape)}"
-                    + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
-                )
-                break
-        if base.tied and not expert.tied and (heads := [name for name in base.tied if name in known]):
-            problems.append(f"{where}: {heads[0]!r} is a weight of its own, in the base it is tied to the embedding")
-        if not by_token and (differ := clash(tokenizer_folder(base), tokenizer_folder(expert))):
-            problems.append(f"{where}: another vocabulary: {differ}; {FIX}")
-    if problems:
-        raise InputError(
-            "\n".join([*problems, f"expected fine-tunes of the base {base.home}, of the same architecture"])
-        )
-
-
 def _call(
     method: Method,
     name: str,
@@ -435,8 +389,3 @@ def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
         bad = int((~torch.isfinite(tensor)).sum())
         raise LewisError(f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged")
     return tensor
-
-
-def _layer_of(name: str) -> int | None:
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import store
-from lewis.checkpoint import INDEX, Checkpoint
+from lewis.checkpoint import INDEX, SINGLE, Checkpoint
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.lora import LoraExpert
 from lewis.merge import Expert, Merge
@@ -429,7 +429,41 @@ class TestRefused:
 
     def test_an_untied_expert_of_a_tied_base(self, family: Family, tmp_path: Path) -> None:
         expert = write_llama(tmp_path / "untied", tied=False)
-        self.refused(family, expert, "'lm_head.weight' is a weight of its own, in the base it is tied")
+        self.refused(
+            family, expert, f"{expert}: 'lm_head.weight' is a weight of its own, in the base it is tied", "merge onto a"
+        )
+
+    def test_a_head_that_was_saved_beside_its_equal_embedding(self, family: Family, tmp_path: Path) -> None:
+        tensors = load_file(family.math / "model.safetensors")
+        expert = change(family, tmp_path / "saved", lambda _, t: t)
+        embedding = tensors["model.embed_tokens.weight"]
+        save_file(tensors | {"lm_head.weight": embedding.clone()}, expert / "model.safetensors")
+        edit_json(expert / "config.json", tie_word_embeddings=False)
+        merge = open_merge("ties", family.base, [expert])
+        assert "lm_head.weight" not in merge.layout
+        assert bits(merge.tensor("model.embed_tokens.weight")) == bits(embedding)
+
+    def test_a_head_that_is_missing_though_nothing_is_tied(self, family: Family, tmp_path: Path) -> None:
+        base = write_llama(tmp_path / "untied", tied=False)
+        expert = rewrite(base, tmp_path / "headless", lambda name, t: None if "lm_head" in name else t)
+        with pytest.raises(InputError, match=r"1 tensors of the base are missing, the first is 'lm_head.weight'"):
+            open_merge("ties", base, [expert])
+        headless = open_merge("ties", expert, [base])  # an encoder has none: what its expert has besides is left out
+        assert headless.layout.keys() == Checkpoint(expert, "k").tensors.keys()
+
+    def test_what_an_expert_has_besides_is_left_out_with_a_warning(
+        self, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tensors = load_file(family.math / "model.safetensors")
+        expert = change(family, tmp_path / "more", lambda _, t: t)
+        save_file(tensors | {"v_head.weight": torch.ones(1, 16), "score.bias": torch.ones(3)}, expert / SINGLE)
+        merge, plain = (open_merge("ties", family.base, [e, family.code]) for e in (expert, family.math))
+        assert f"{expert}: left out of the merge, since the base has no score.bias, v_head.weight" in caplog.text
+        assert merge.layout == plain.layout
+        assert all(bits(merge.tensor(name)) == bits(plain.tensor(name)) for name in merge.layout)
+        bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}
+        save_file(tensors | bias, expert / SINGLE)
+        self.refused(family, expert, f"{expert}: 1 tensors are not in the base, the first is 'model.layers.0.self_attn")
 
     def test_a_tied_expert_of_an_untied_base_reads_its_embedding(self, family: Family, tmp_path: Path) -> None:
         base = write_llama(tmp_path / "untied", tied=False)
