@@ -76,5 +76,5 @@ def _differences(base: Model, expert: Model, excluded: Collection[str], fix: str
 
 
 def _equal(model: Model, one: str, other: str) -> bool:
-    kinds, bits = zip(model.raw(one), model.raw(other), strict=True)
-    return kinds[0] == kinds[1] and bool(np.array_equal(*bits))
+    (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
+    return kind == other_kind and bool(np.array_equal(bits, other_bits))
