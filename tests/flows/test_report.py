@@ -1,5 +1,7 @@
 """What a person watching Prefect sees of a run: its name, its report, its failure, its assets, its events."""
 
+import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from flows import cli
+from flows.merge import MergeReport
 from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, finished, report
@@ -61,7 +65,9 @@ def artifact(client: Any, recipe: Path, kind: str) -> str:
     return str(found[0].data)
 
 
-def test_the_story_of_two_runs(lewis: Command, own: Path, home: Path, family: Family, client: Any) -> None:
+def test_the_story_of_two_runs(
+    lewis: Command, own: Path, home: Path, family: Family, client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     math = home.parent / "math"
     shutil.copytree(family.math, math)
     own.write_text(own.read_text().replace(str(family.math), str(math)).replace("name: tiny", f"name: {own.stem}"))
@@ -80,6 +86,8 @@ def test_the_story_of_two_runs(lewis: Command, own: Path, home: Path, family: Fa
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
     _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
+    cli._print_merge(MergeReport.model_validate(second))
+    _check_tables(client, own, home, second, text, capsys.readouterr().out)
     _check_events(client, own.stem, first, second)
     _check_assets(client, own.stem, math, family, second)
 
@@ -93,6 +101,30 @@ def _check_mlflow(name: str, home: Path, made_by: list[Any], text: str) -> None:
     assert version.tags["lewis.prefect.flow_run_id"] in version.tags["lewis.prefect.url"]
     assert version.tags["lewis.prefect.url"] in text and version.run_id in text
     assert Path(client.download_artifacts(version.run_id, "run_report.md", home.parent)).read_text() == text
+
+
+def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], text: str, terminal: str) -> None:
+    """The same rows in the terminal, in Prefect, in MLflow, in the run's report and in the model card."""
+    from mlflow import MlflowClient
+
+    rows = second["comparison"]
+    assert [row["model"] for row in rows] == ["base", "champion", "lewis"] and rows[0]["95 % interval"]
+    wanted = [[cell for cell in row.values() if cell] for row in rows]
+    card = (Path(second["folder"]) / "README.md").read_text()
+    for table in (text, card):
+        lines = [line.replace("`", "") for line in table.splitlines()]
+        assert all("| " + " | ".join(row.values()) + " |" in lines for row in rows)
+    assert rows[0]["metric"] in terminal
+    for row in wanted:
+        assert any(
+            re.fullmatch(r"\s*" + r"\s+".join(map(re.escape, row[1:])) + r"\s*", line) for line in terminal.splitlines()
+        )
+    assert json.loads(artifact(client, own, "comparison")) == rows
+    mlflow = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    run = mlflow.get_model_version(own.stem, "2").run_id
+    found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
+    assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
+    assert mlflow.get_model_version(own.stem, "2").description in card
 
 
 def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
