@@ -7,7 +7,7 @@ method without a compiled loop, fp64, a number that is not finite) it says so, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from lewis.selection import Pair, Selector
 from lewis.writer import SIZES
 
 if TYPE_CHECKING:
+    import torch
+
     from lewis.merge import Merge
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _CHUNK = 1 << 19  # elements that are written at a time
-_NO_ADDRESS = np.uint64(0)
 _own = threading.local()
 
 Write = Callable[[memoryview, int], None]
@@ -104,8 +105,8 @@ def _task_vectors(merge: Merge, name: str) -> Run | None:
     if not inputs.known:
         return None
     columns = (merge.base.tensors[name].shape or (1,))[-1]
-    scales = _scales(merge, name, columns)
-    if scales is None:
+    scales, held = _by_column(merge.scales(name), columns), _by_column([merge.held_back.get(name)], columns)
+    if scales is None or held is None:
         return None
     by_column = np.array([0 if scale is None else scale.ctypes.data for scale in scales], np.uint64)
     dropping = merge.method.random
@@ -131,12 +132,13 @@ def _task_vectors(merge: Merge, name: str) -> Run | None:
         by_column,
         thresholds, cuts, dropping, keys, limits, factors, np.array(values["weight"], np.float32),
         np.array(active, np.bool_), elect, bool(values["normalize"]),
-        np.float32(total if divides else 1), np.float32(values["lambda"]), _NO_ADDRESS,
+        np.float32(total if divides else 1), np.float32(values["lambda"]),
+        np.uint64(0 if held[0] is None else held[0].ctypes.data),
     )  # fmt: skip
     out = KINDS[merge.layout[name][0]]
 
     def run(start: int, stop: int, address: np.uint64) -> bool:
-        assert scales is not None  # and kept in memory
+        assert scales is not None and held is not None  # and kept in memory
         return bool(
             kernels.merge_task_vectors(
                 inputs.addresses, inputs.kinds, start, stop, columns, *arguments, address, out
@@ -146,10 +148,10 @@ def _task_vectors(merge: Merge, name: str) -> Run | None:
     return run
 
 
-def _scales(merge: Merge, name: str, columns: int) -> list[np.ndarray | None] | None:
-    """The scale of each expert as fp32 by column, None for none; no list if one is not by column."""
+def _by_column(given: Sequence[torch.Tensor | None], columns: int) -> list[np.ndarray | None] | None:
+    """Scales as fp32 by column, None for none; no list if one is not by column."""
     scales: list[np.ndarray | None] = []
-    for scale in merge.scales(name):
+    for scale in given:
         if scale is not None and tuple(scale.shape) != (columns,):
             return None
         scales.append(None if scale is None else np.ascontiguousarray(scale.numpy(), np.float32))

@@ -16,6 +16,7 @@ from lewis.evaluation import Evaluated, Score
 from lewis.lazy import torch
 from lewis.lora import LoraExpert, Model
 from lewis.merge import Scales
+from lewis.methods.aim import aim
 from lewis.pinned import Pinned
 
 
@@ -132,11 +133,13 @@ class AllocationEntry(_JsonEntry):
 
     Attributes:
         measured: expert -> the measurement whose activations its task vector is pruned by; empty if by magnitude.
+        base: the base's measurements, if the merged delta is held back by them (`lewis.aim`).
     """
 
     holds: ClassVar[str] = "experts"
     means: dict[str, float]
     measured: dict[str, ImportanceEntry] = {}
+    base: tuple[ImportanceEntry, ...] = ()
 
     def experts(self, which: str = "experts") -> dict[str, Allocation]:
         """Expert -> allocation; `which` is `experts` or `uniform`. Read from the disk at each call."""
@@ -145,6 +148,12 @@ class AllocationEntry(_JsonEntry):
     def scales(self) -> dict[str, Scales]:
         """Expert -> sqrt(s) of every covered tensor; empty if pruned by magnitude. Read from the disk at each call."""
         return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
+
+    def held_back(self, omega: float) -> Scales:
+        """Tensor name -> what its merged delta is multiplied with; s is the mean over the base's calibration sets."""
+        sets = [entry.moments for entry in self.base]
+        names = [name for name in (sets[0] if sets else ()) if all(name in moments for moments in sets)]
+        return {name: aim(torch.stack([s[name] for s in sets]).mean(dim=0).sqrt(), omega) for name in names}
 
 
 class MergedModel(_Entry):

@@ -39,6 +39,8 @@ def to_mergekit(
             "lewis.prune_by: mergekit keeps elements by magnitude, it cannot prune by activation; merge with LEWIS, or "
             "export with --set lewis.prune_by=magnitude, which is another merge"
         )
+    if recipe.lewis is not None and recipe.lewis.aim is not None:
+        raise InputError("lewis.aim: mergekit has nothing like it; this recipe runs in LEWIS only")
     if recipe.exclude:
         raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
     if recipe.merge_method in _NOT_THEIRS or find(recipe.merge_method).origin:

@@ -71,18 +71,21 @@ class Merge:
         traffic: bytes of the tensors of all inputs and of the output.
     """
 
-    def __init__(self, recipe: Recipe, base: Model | None, experts: Sequence[Expert]) -> None:
+    def __init__(
+        self, recipe: Recipe, base: Model | None, experts: Sequence[Expert], held_back: Scales | None = None
+    ) -> None:
         """Check that the models fit together and the recipe's filters match.
 
         Args:
             recipe: the recipe.
             base: the base, or None for a method on weights without one.
             experts: as `Recipe.experts`, opened.
+            held_back: factors that merged deltas are multiplied with (`lewis.methods.aim`); none for names left out.
 
         Raises:
             InputError: naming every tensor, vocabulary or filter that does not fit.
         """
-        self.recipe, self.method = recipe, find(recipe.merge_method)
+        self.recipe, self.method, self.held_back = recipe, find(recipe.merge_method), held_back or {}
         experts_by_key = sorted(experts, key=lambda expert: expert.model.key)
         self.vocabulary = align(
             recipe,
@@ -260,6 +263,8 @@ class Merge:
         vectors = torch.stack(own) - base
         streams = [self.stream(expert, name) for expert in self.experts] if self.method.random else None
         delta = _call(self.method, name, values, vectors, base, streams, self.scales(name))
+        if name in self.held_back:
+            delta = delta * self.held_back[name]
         merged = torch.where(delta == 0, base, base + delta)
         for weight, vector, is_active in zip(own, vectors, active, strict=True):
             if is_active:
@@ -307,13 +312,16 @@ class Merge:
     def _check_scales(self) -> None:
         if any(expert.scales for expert in self.experts) and not self.method.takes_scales:
             raise InputError(f"lewis.prune_by: {self.method.name} does not trim by size; use magnitude")
-        for expert in self.experts:
-            for name, scale in (expert.scales or {}).items():
+        if self.held_back and not self._adds_to_base:
+            raise InputError(f"lewis.aim: {self.method.name} merges no task vectors that could be held back")
+        of_base = (str(self.recipe.base_model), self.held_back)
+        for model, scales in (of_base, *((expert.entry.model, expert.scales or {}) for expert in self.experts)):
+            for name, scale in scales.items():
                 shape = self.base.tensors[name].shape if name in self.base.tensors else ()
                 axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)
                 if len(shape) < scale.dim() or any(size not in (1, length) for length, size in axes):
                     raise InputError(
-                        f"{expert.entry.model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
+                        f"{model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
                         f"{list(shape)}; measure the importance of this model again"
                     )
 
@@ -333,6 +341,7 @@ class Merge:
                 **({"excluded": sorted(self.excluded)} if self.excluded else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
+                **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }

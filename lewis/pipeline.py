@@ -237,13 +237,16 @@ def find_allocated(
     content = store.entry(path, "experts")
     if content is None:
         return None
-    own = {}
-    if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
+    assert recipe.lewis is not None
+    own, of_base = {}, list[ImportanceEntry]()
+    if recipe.lewis.prune_by == "activation":
         found = _by_model(measured)
         pairs = zip(recipe.experts, experts, strict=True)
         own = {files.ref: found[files.ref, recipe.calibration_of(entry)] for entry, files in pairs}
+    if recipe.lewis.aim is not None:
+        of_base = [entry for entry in measured if entry.ref == base.ref]
     means = {ref: fields["mean"] for ref, fields in content.items()}
-    return AllocationEntry(digest=digest, path=path, means=means, measured=own)
+    return AllocationEntry(digest=digest, path=path, means=means, measured=own, base=tuple(of_base))
 
 
 def _allocation_place(
@@ -261,13 +264,11 @@ def _allocation_place(
 def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, str]]:
     """(model, calibration set) for each pass that the recipe needs; None is the base.
 
-    The base's are needed for the difference of norms alone. Empty for `uniform` and `depth_gradient`, unless the recipe
-    prunes by activation.
+    The base's are needed for the difference of norms, and for `aim`, on every set that an expert has; the experts' not
+    for `uniform` and `depth_gradient`, unless the recipe prunes by activation.
     """
-    if not recipe.measures:
-        return []
-    own: list[tuple[ModelEntry | None, str]] = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts]
-    sets = dict.fromkeys(name for _, name in own) if recipe.compares_norms else {}
+    sets = dict.fromkeys(map(recipe.calibration_of, recipe.experts)) if recipe.measures_base else {}
+    own = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts] if recipe.measures else []
     return [*((None, name) for name in sets), *own]
 
 
@@ -322,13 +323,15 @@ def prepare_merge(
     """
     densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
     scales = allocated.scales() if allocated else {}
+    step = recipe.lewis.aim if recipe.lewis else None
+    held_back = allocated.held_back(step.omega) if allocated and step else None
     opened = [
         Expert(entry, files.open(), densities.get(files.ref), scales.get(files.ref))
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
     if recipe.measures and base is not None:
         _check_token_ids(base.open(), [expert.model for expert in opened])
-    return Merge(recipe, base.open() if base else None, opened)
+    return Merge(recipe, base.open() if base else None, opened, held_back)
 
 
 def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:

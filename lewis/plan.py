@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), shapes)
     writes = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
-    passes = plan.parameters * 4 if recipe.measures else 0
+    passes = plan.parameters * 4 if pipeline.wanted_measurements(recipe) else 0
     # A merge holds the base, and of each expert its weights and task vector, then a few temporaries, in fp32.
     plan.memory = 400_000_000 + max(passes * 5 // 4, max(count.values()) * 4 * (4 + 4 * len(experts)))
     if recipe.register_as:

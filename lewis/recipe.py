@@ -133,10 +133,21 @@ class Density(_Block):
     uncovered: Literal["expert", "base", "mean"] = "expert"
 
 
+class Aim(_Block):
+    """Hold the merged delta back where the base's activations are large (`lewis.methods.aim`, arXiv 2502.02421).
+
+    Attributes:
+        omega: what is left of the delta in the input channel that the base uses most; 1 changes nothing.
+    """
+
+    omega: float = Field(default=0.4, ge=0, le=1)
+
+
 class Lewis(_Block):
     """The LEWIS block: calibration sets, importance, densities.
 
     Attributes:
+        aim: a step after the merge, of the covered tensors; the base is measured on every set that an expert has.
         preset: `lewis_official` sets what the authors' code does (`lewis.presets`).
         prune_by: which elements of a task vector a method that trims by size keeps: those of the largest |delta|, or,
             by `activation`, of the largest |delta| * sqrt(s), s from the expert's own calibration set.
@@ -147,6 +158,7 @@ class Lewis(_Block):
     importance: Importance = Importance()
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()
+    aim: Aim | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -430,9 +442,14 @@ class Recipe(_Block):
 
     @property
     def compares_norms(self) -> bool:
-        """Whether the base is measured too: for the difference of norms alone."""
+        """Whether densities are made of the difference of norms, and so of the base's too."""
         block = self.lewis
         return block is not None and (block.density.strategy, block.importance.metric) == ("lewis", "norm_difference")
+
+    @property
+    def measures_base(self) -> bool:
+        """Whether a merge needs the importance pass of the base."""
+        return self.compares_norms or (self.lewis is not None and self.lewis.aim is not None)
 
     @property
     def wants_uniform(self) -> bool:

@@ -302,7 +302,8 @@ def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> l
     problems = []
     density = block.get("density") if isinstance(block, dict) else None
     blind = isinstance(density, dict) and density.get("strategy") in ("uniform", "depth_gradient")
-    uniform = blind and not _prunes_by_activation(data)
+    holds_back = isinstance(block, dict) and block.get("aim") is not None
+    uniform = blind and not holds_back and not _prunes_by_activation(data)
     if isinstance(block, dict) and not names and not uniform:
         problems.append("lewis.calibrations: LEWIS measures activations and needs at least one calibration set")
     base = str(data.get("base_model"))

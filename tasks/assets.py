@@ -28,7 +28,8 @@ def merged(recipe: Recipe, which: str = "experts") -> Asset:
 def parents(recipe: Recipe) -> list[Asset]:
     """What the merged model of a recipe comes from: base, experts, and the importance of those that are measured."""
     refs = dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(e.model for e in recipe.experts)])
-    measured = list(refs) if recipe.compares_norms else [e.model for e in recipe.experts] if recipe.measures else []
+    measured = [str(recipe.base_model)] if recipe.measures_base else []
+    measured += [e.model for e in recipe.experts] if recipe.measures else []
     return [model(ref) for ref in refs] + [importance(ref) for ref in measured]
 
 

@@ -77,7 +77,9 @@ def draw(rng: random.Random, place: Path) -> Merge:
     if method == "ties" and shape and rng.random() < 0.5:
         scales = [{NAME: torch.rand(shape[-1], generator=generator)} for _ in merge.experts]
         experts = [Expert(e.entry, e.model, e.densities, s) for e, s in zip(merge.experts, scales, strict=True)]
-        return Merge(merge.recipe, merge.base, experts)
+        merge = Merge(merge.recipe, merge.base, experts)
+    if shape and rng.random() < 0.2:
+        return Merge(merge.recipe, merge.base, merge.experts, {NAME: torch.rand(shape[-1], generator=generator)})
     return merge
 
 

@@ -434,13 +434,16 @@ class TestConsensus:
 class TestAim:
     def test_holds_back_what_the_base_uses_most(self) -> None:
         # 1 - 0.5 * [1/4, 1]
-        held = aim(torch.tensor([[2.0, 2], [4, -4]]), torch.tensor([1.0, 4]), 0.5)
-        assert torch.equal(held, torch.tensor([[1.75, 1], [3.5, -2]]))
+        assert torch.equal(aim(torch.tensor([1.0, 4]), 0.5), torch.tensor([0.875, 0.5]))
+        assert torch.equal(aim(torch.tensor([[1.0], [4]]), 0.0), torch.tensor([[0.75], [0]]))
+
+    def test_stacked_experts_have_a_maximum_each(self) -> None:
+        held = aim(torch.tensor([[[1.0, 2]], [[8.0, 4]]]), 0.5)
+        assert torch.equal(held, torch.tensor([[[0.75, 0.5]], [[0.5, 0.75]]]))
 
     def test_omega_1_and_an_unused_layer_change_nothing(self) -> None:
-        delta = torch.tensor([[2.0, -3]])
-        assert torch.equal(aim(delta, torch.tensor([1.0, 4]), 1.0), delta)
-        assert torch.equal(aim(delta, torch.zeros(2), 0.2), delta)
+        assert torch.equal(aim(torch.tensor([1.0, 4]), 1.0), torch.ones(2))
+        assert torch.equal(aim(torch.zeros(2), 0.2), torch.ones(2))
 
 
 def call(name: str, tensors: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

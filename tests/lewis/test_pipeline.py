@@ -18,6 +18,7 @@ from lewis import evaluation, importance, merge, pipeline, store
 from lewis.entries import AllocationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Evaluated, Score
+from lewis.export import to_mergekit
 from lewis.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
@@ -182,6 +183,30 @@ class TestGuide:
             (str(family.code), "code"),
         ]
         assert allocated.scales().keys() == allocated.means.keys() == {str(e) for e in family.experts}
+
+    def test_aim_holds_the_delta_back_by_the_activations_of_the_base(self, family: Family) -> None:
+        name, other = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+        density = {"strategy": "uniform", "budget": 0.4}
+        plain, held = (
+            open_all(family, lewis={"calibrations": SETS, "density": density, **aim})
+            for aim in ({}, {"aim": {"omega": 0.25}})
+        )
+        measured, allocated = guide(held)
+        assert [(entry.ref, entry.calibration) for entry in measured] == [
+            (str(family.base), "sums"),
+            (str(family.base), "code"),
+        ]
+        merged, same = (
+            pipeline.prepare_merge(o.recipe, o.base, o.experts, a)
+            for o, a in ((held, allocated), (plain, guide(plain)[1]))
+        )
+        scale = torch.stack([entry.moments[name] for entry in measured]).mean(dim=0).sqrt()
+        base = same.base.read(name)
+        expected = base + (same.tensor(name) - base) * (1 - 0.75 * scale / scale.max())
+        torch.testing.assert_close(merged.tensor(name), expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(merged.tensor(other), same.tensor(other)) and merged.digest != same.digest
+        with pytest.raises(InputError, match=r"lewis.aim: mergekit has nothing like it"):
+            to_mergekit(held.recipe, None, [], {})
 
     def test_an_adapter_is_measured_as_an_expert(self, family: Family) -> None:
         o = open_all(family, family.lora, family.code)

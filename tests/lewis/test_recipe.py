@@ -197,6 +197,11 @@ class TestMistakes:
             ),
             ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
             ("{prune_by: activation, density: {strategy: uniform}}", "lewis.calibrations: LEWIS measures activations"),
+            ("{aim: {}, density: {strategy: uniform}}", "lewis.calibrations: LEWIS measures activations"),
+            (
+                "{calibrations: {s: {texts: [a]}}, aim: {omega: 2}}",
+                "lewis.aim.omega: input should be less than or equal",
+            ),
             ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 1}}", "lewis.importance.prune_ratio: "),
             (
                 "{calibrations: {s: {texts: [a]}}, density: {strategy: owl, scale: rank}}",
