@@ -232,6 +232,8 @@ def _weights(module: nn.Module) -> list[str]:
     """The weights of a module that multiply its inputs."""
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return ["weight"]
+    if isinstance(module, nn.Conv1d):  # of Mamba: three dimensions, but no stack
+        return []
     return [name for name, value in module.named_parameters(recurse=False) if value.dim() == 3]
 
 

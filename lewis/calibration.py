@@ -1,6 +1,7 @@
 """Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
 
 import json
+import logging
 import string
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 
+logger = logging.getLogger(__name__)
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -89,6 +91,8 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     if spec.padding == "max_tokens":
         cut = [_filled_up(where, encode, ids, spec.max_tokens) for ids in cut]
     samples = tuple(tuple(int(i) for i in ids) for ids in cut if ids)
+    if len(samples) < len(cut):
+        logger.warning("%s: %d of %d texts have no tokens and are left out", where, len(cut) - len(samples), len(cut))
     return Calibration(name, samples)
 
 
@@ -115,6 +119,9 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path) -> Any:
         files = (spec.data_files,) if isinstance(spec.data_files, str) else spec.data_files
         paths = [str(root / Path(file).expanduser()) for file in files] if repo in ("json", "parquet") else list(files)
         absent = [path for path in paths if repo in ("json", "parquet") and not Path(path).is_file()]
+        empty = [path for path in paths if Path(path).is_file() and not Path(path).stat().st_size]
+        if empty:
+            raise InputError(f"{where}.data_files: {empty[0]} is empty; give it rows")
         if absent:
             raise InputError(
                 f"{where}.data_files: no such file: {absent[0]}; relative paths start at the recipe's folder"

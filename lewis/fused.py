@@ -56,12 +56,11 @@ def parts_of(parameter: str, outputs: int, config: Any) -> dict[str, Rows]:
     if not ("qkv" in name or name in ("c_attn", "query_key_value")):
         return {}
     heads = text.num_attention_heads
-    pairs = 1 if getattr(text, "multi_query", False) else getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if outputs != (heads + 2 * pairs) * size:
-        pairs = heads
-        if outputs != 3 * heads * size:
-            return {}
+    given = [getattr(text, key, None) for key in ("num_key_value_heads", "num_kv_heads")]
+    pairs = next((n for n in (*given, 1, heads) if n and outputs == (heads + 2 * n) * size), 0)
+    if not pairs:
+        return {}
     if name == "query_key_value":
         q, width = heads // pairs * size, outputs // pairs
         return {

@@ -120,15 +120,23 @@ def _norms(model: Model, network: Network, moments: SecondMoments, factor: float
             if in_fp32 and covered.rows == (None,):
                 norm = float(torch.norm(weights.abs() * s.sqrt()))
             if not norm < float("inf"):
-                raise LewisError(
-                    f"{model.folder}: activations into {covered.tensor!r} are not finite; the model is damaged"
-                )
+                raise _damaged(model, covered.tensor, s, weights)
             norms[layer.key] = norm
         fired = s.isnan().logical_not()
         kept[covered.tensor] = torch.where(fired, s, s[fired].mean())  # an expert that none reached is like the others
     if silent:
         logger.warning("%s: no token reached %d tensors, such as %s: left out", model.folder, len(silent), silent[0])
     return Measured(norms, kept)
+
+
+def _damaged(model: Model, tensor: str, s: torch.Tensor, weights: torch.Tensor) -> LewisError:
+    """Why the first norm that is not finite is not; layers come in the order of the pass."""
+    if not bool(weights.isfinite().all()):
+        return LewisError(f"{model.folder}: tensor {tensor!r} has values that are NaN or Inf; the model is damaged")
+    what = "its weights are too large for fp32"
+    if not bool(s[s.isnan().logical_not()].isfinite().all()):
+        what = "activations into it are NaN, Inf or too large for fp32"
+    return LewisError(f"{model.folder}: the importance of {tensor!r} is not finite: {what}; the model is damaged")
 
 
 def row_sums(values: torch.Tensor, s: torch.Tensor, covered: Covered) -> list[torch.Tensor]:

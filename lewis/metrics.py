@@ -19,7 +19,7 @@ from lewis.lora import Model
 
 logger = logging.getLogger(__name__)
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
-UNRELATED = 0.7  # relative difference in every layer beyond which a base is hardly this expert's ancestor
+UNRELATED = 0.3  # relative difference in every layer beyond which a base is hardly this expert's ancestor
 SAMPLE = 8  # tensors that are looked at for it
 
 Norms = Mapping[str, float | None]

@@ -77,6 +77,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
     for source in full:
         theirs = hub.tensor_headers(source.model)
         missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
+        extra = [n for n in theirs if n not in ours and not n.endswith((*HEADS, "rotary_emb.inv_freq"))]
         by_token = PER_TOKEN if recipe.vocabulary else ()
         other = [
             name
@@ -88,6 +89,8 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
             problems.append(
                 f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
             )
+        if extra:
+            problems.append(f"{source.ref}: {len(extra)} tensors are not in the base, the first is {extra[0]!r}")
         if other:
             shapes = f"{list(theirs[other[0]][1])}, in the base it is {list(ours[other[0]][1])}"
             fix = f"; {FIX}" if other[0].endswith(PER_TOKEN) and not by_token else ""

@@ -123,8 +123,9 @@ class TestFused:
         assert float(found["k"].sum(torch.arange(48.0))) == sum(12 * h + i for h in range(4) for i in range(4, 8))
 
     def test_falcon_by_groups(self) -> None:
-        config = transformers.FalconConfig(hidden_size=16, num_attention_heads=4, num_kv_heads=2, multi_query=False)
-        config.num_key_value_heads = 2
+        config = transformers.FalconConfig(
+            hidden_size=16, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
+        )
         found = parts_of("x.query_key_value.weight", 32, config)
         assert found == {"q": Rows(0, 8, 16, 2), "k": Rows(8, 4, 16, 2), "v": Rows(12, 4, 16, 2)}
 

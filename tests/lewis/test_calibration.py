@@ -54,8 +54,9 @@ class TestSamples:
         found = run(family.base, texts=["w1 w2 w3 w4", "w5"], max_tokens=3)
         assert set(found.samples) == {ids(1, 2, 3), ids(5)}
 
-    def test_empty_texts_are_left_out(self, family: Family) -> None:
+    def test_empty_texts_are_left_out_and_told(self, family: Family, caplog: pytest.LogCaptureFixture) -> None:
         assert run(family.base, texts=["", "w5", "  "]).samples == (ids(5),)
+        assert "lewis.calibrations.sums: 2 of 3 texts have no tokens and are left out" in caplog.text
 
     def test_fewer_than_asked_for_are_refused(self, family: Family) -> None:
         with pytest.raises(InputError, match=r"lewis.calibrations.sums.samples: 3 asked for, the set has 1"):
@@ -155,7 +156,8 @@ class TestMistakes:
         self.refused("lewis.calibrations.sums: the calibration set is empty", family.base, texts=[])
         self.refused("lewis.calibrations.sums: no tokens: all 2 texts are empty", family.base, texts=["", " "])
         (data / "empty.jsonl").write_text("")
-        self.refused("lewis.calibrations.sums", family.base, data, dataset="json", data_files="empty.jsonl", text="{a}")
+        message = f"lewis.calibrations.sums.data_files: {data / 'empty.jsonl'} is empty; give it rows"
+        self.refused(message, family.base, data, dataset="json", data_files="empty.jsonl", text="{a}")
 
     @pytest.mark.parametrize(
         "text, expected",

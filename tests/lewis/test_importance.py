@@ -166,8 +166,21 @@ class TestRefused:
     def test_a_damaged_model(self, family: Family, tmp_path: Path) -> None:
         broken = rewrite(family.base, tmp_path / "nan", lambda name, t: t * float("nan") if "embed" in name else t)
         with pytest.raises(
-            LewisError, match=r"activations into 'model.layers.0.self_attn.q_proj.weight' are not finite"
+            LewisError, match=r"importance of 'model.layers.0.self_attn.q_proj.weight' is not finite: activations"
         ):
+            norms_of(Checkpoint(broken, "key"))
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (float("inf"), r"'model.layers.1.mlp.gate_proj.weight' has values that are NaN or Inf"),
+            (1e30, r"'model.layers.1.mlp.gate_proj.weight' is not finite: its weights are too large"),
+        ],
+    )
+    def test_a_damaged_layer(self, family: Family, tmp_path: Path, value: float, message: str) -> None:
+        layer = "layers.1.mlp.gate_proj"
+        broken = rewrite(family.base, tmp_path / "m", lambda name, t: torch.full_like(t, value) if layer in name else t)
+        with pytest.raises(LewisError, match=message):
             norms_of(Checkpoint(broken, "key"))
 
     def test_a_model_without_projections(self, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ class TestPin:
 class TestPreflight:
     def test_tells_every_expert_that_does_not_fit(self, family: Family, tmp_path: Path) -> None:
         wide, short = write_llama(tmp_path / "wide", hidden=32), write_llama(tmp_path / "short", layers=1)
+        with pytest.raises(InputError, match=r"9 tensors are not in the base, the first is 'model.layers.2.*'"):
+            open_all(family, write_llama(tmp_path / "tall", layers=3))
         with pytest.raises(InputError) as caught:
             open_all(family, wide, short)
         lines = str(caught.value).splitlines()
