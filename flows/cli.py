@@ -299,8 +299,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from lewis import pipeline, store
+    from lewis import card, pipeline, report, store
     from lewis.device import default_device
+    from lewis.registration import lineage_of, model_card
     from lewis.writer import parse_size
 
     recipe, shard = _load(options), parse_size(options.max_shard_size)
@@ -311,8 +312,8 @@ def _merge(options: argparse.Namespace) -> None:
     allocated = None
     if recipe.lewis and base:
         pipeline.layers_of(base)
-        with bars.progress() as report:
-            _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
+        with bars.progress() as shown:
+            _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)
     prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
     effort = bars.run_merge(
         prepared,
@@ -320,9 +321,14 @@ def _merge(options: argparse.Namespace) -> None:
         max_shard_size=shard,
         manifest=pipeline.lineage(recipe, base, experts, allocated),
     )
+    means = allocated.means if allocated else {}
+    drawn = None
+    if allocated:
+        drawn = report.density_heat_map({ref: a.densities for ref, a in allocated.experts().items()}, means)
+    told = model_card(recipe, base, experts, lineage_of(base, experts, ()), means)
+    card.write(options.output.resolve(), told, drawn)
     if options.json:
         facts = {"folder": str(options.output.resolve()), "digest": prepared.digest, "bytes": prepared.size}
-        means = allocated.means if allocated else {}
         print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
     else:
         size = f"{len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB"

@@ -107,7 +107,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     A file already checked is not read again until it changes. A damaged download is removed, so that a retry heals it.
 
     Args:
-        weights: False fetches only configs and tokenizer.
+        weights: False fetches only configs and tokenizer. With weights comes the model card, which tells the licence.
 
     Raises:
         TransientError: the transfer broke, files are missing or damaged, the Hub is busy.
@@ -130,7 +130,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
                 pinned.source,
                 revision=pinned.commit,
                 cache_dir=cache_folder(),
-                allow_patterns=[glob.escape(name) for name in names],
+                allow_patterns=[*(glob.escape(name) for name in names), *(["README.md"] if weights else [])],
             )
     damaged = [name for name in names if not _is_intact(folder / name, *files[name])]
     for name in damaged:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lewis import report
+from lewis import card, report
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import score_table
 from lewis.pipeline import scored
@@ -44,7 +44,7 @@ def registry_entry(
     tables: dict[str, list[dict[str, Any]]] = {}
     if allocated:
         experts_of = allocated.experts()
-        pictures["density.png"] = report.density_heat_map({r: a.densities for r, a in experts_of.items()}, means)
+        pictures[card.HEAT_MAP] = report.density_heat_map({r: a.densities for r, a in experts_of.items()}, means)
         tables["densities"] = [
             {"expert": ref, "tensor": tensor, "density": density}
             for ref, each in experts_of.items()
@@ -66,19 +66,39 @@ def registry_entry(
         recipe=recipe.text,
         pictures=pictures,
         tables=tables,
-        card=report.model_card(
-            recipe.register_as.name,
-            method=recipe.merge_method,
-            base=base.ref if base else None,
-            experts=[files.ref for files in experts],
-            recipe=recipe.text,
-            lineage=lineage,
-            mean_density=means,
-            scores=rows,
-            comparison=comparison,
-            results=found.get(recipe.label, ()),
-        ),
+        card=model_card(recipe, base, experts, lineage, means, models),
         tags=tags or {},
+    )
+
+
+def model_card(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    lineage: Mapping[str, str],
+    means: Mapping[str, float],
+    models: Sequence[Scored] = (),
+) -> str:
+    """The card of one merge.
+
+    Args:
+        lineage: as `lineage_of`.
+        means: expert -> mean density; empty for a plain merge.
+        models: what was scored, the merged model last.
+    """
+    found, parents = scores_of(models), [*([base] if base else []), *experts]
+    return card.model_card(
+        recipe.register_as.name if recipe.register_as else recipe.name,
+        method=recipe.merge_method,
+        base=base.ref if base else None,
+        experts=[files.ref for files in experts],
+        recipe=recipe.text,
+        lineage=lineage,
+        mean_density=means,
+        scores=score_table(found),
+        comparison=comparison_rows(models) if models else [],
+        results=found.get(recipe.label, ()),
+        licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
     )
 
 

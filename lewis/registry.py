@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from lewis import logged_model, store, tracking
+from lewis.card import FRONT_MATTER
 from lewis.errors import InputError, LewisError
 from lewis.gate import Verdict
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
 SOURCE = "lewis.source."  # tags of a version: what it was merged from
-FRONT_MATTER = re.compile(r"\A---\n.*?\n---\s*", re.DOTALL)  # for the Hub; MLflow would show it as text
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
             run_id=run_id,
             model_id=model.model_id,
             tags=_version_tags(entry, sizes),
-            description=tracking.cut(FRONT_MATTER.sub("", entry.card), MAX_DESCRIPTION, "card.md"),
+            description=tracking.cut(FRONT_MATTER.sub("", entry.card), MAX_DESCRIPTION, "card.md"),  # it would show it
             await_creation_for=0,
         )
     except BaseException:

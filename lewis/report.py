@@ -1,4 +1,4 @@
-"""Pictures and Markdown for people: density heat map, score bars, model card.
+"""Pictures and tables for people: density heat map, score bars, Markdown.
 
 Figures are made without pyplot: its state is global, and tasks run in threads.
 """
@@ -6,10 +6,8 @@ Figures are made without pyplot: its state is global, and tasks run in threads.
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
-
-import yaml
 
 from lewis.architecture import short_names
 
@@ -26,8 +24,6 @@ VECTORS = re.compile(
     r"norm|\bln_|\.bias$"
 )  # norms and biases are no projections: LEWIS gives them one policy, no density
 LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Scored(Protocol):
@@ -120,85 +116,6 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     lines: list[list[object]] = [[*columns], ["---"] * len(columns)]
     lines += [[row.get(column, "") for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def model_card(
-    name: str,
-    *,
-    method: str,
-    base: str | None,
-    experts: Sequence[str],
-    recipe: str,
-    lineage: Mapping[str, str],
-    mean_density: Mapping[str, float],
-    scores: Sequence[Mapping[str, object]],
-    comparison: Sequence[Mapping[str, object]] = (),
-    results: Sequence[Scored] = (),
-) -> str:
-    """The README of a merged model, with the front matter of the Hub.
-
-    Args:
-        base, experts: as the recipe names them; those on the Hub become `base_model`.
-        lineage: reference -> commit or content digest.
-        mean_density: expert -> mean density; empty for a plain merge.
-        scores: rows of `lewis.evaluation.score_table`; empty if nothing was scored.
-        comparison: rows of `lewis.scored.comparison_rows`.
-        results: the merged model's own scores, for the Hub's `model-index`.
-    """
-    parents = [*([base] if base else []), *experts]
-    repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        **({"base_model": list(repos), "base_model_relation": "merge"} if repos else {}),
-        "tags": list(dict.fromkeys(["merge", "lewis", method])),
-        **({"model-index": _model_index(name, results)} if results else {}),
-    }
-    how = "with LEWIS densities (arXiv:2503.03874)" if mean_density else "with uniform densities"
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}",
-        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`, {how}.",
-        "## Scores\n\n" + markdown_table(scores) if scores else "",
-        "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
-        "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",
-        "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
-        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _model_index(name: str, results: Sequence[Scored]) -> list[dict[str, Any]]:
-    """Scores as the Hub reads them."""
-    entries = [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"name": task, "type": task},
-            "metrics": [
-                {"type": s.metric.partition(",")[0], "name": s.metric, "value": s.value}
-                for s in results
-                if s.task == task
-            ],
-        }
-        for task in dict.fromkeys(s.task for s in results)
-    ]
-    return [{"name": name, "results": entries}]
-
-
-def _inputs(
-    parents: Iterable[str], lineage: Mapping[str, str], mean_density: Mapping[str, float]
-) -> list[dict[str, object]]:
-    others = [ref for ref in lineage if ref not in set(parents)]  # calibration sets
-    rows: list[dict[str, object]] = []
-    for ref in [*dict.fromkeys(parents), *others]:
-        density = f"{mean_density[ref]:.3f}" if ref in mean_density else ""
-        rows.append({"input": f"`{ref}`", "commit or digest": f"`{lineage.get(ref, '?')}`", "mean density": density})
-    return rows
-
-
-def _repo(ref: str, commit: str) -> str | None:
-    """The Hub's name of a model, None for a local one: of a folder the lineage has a digest, longer than a commit."""
-    repo = ref.rpartition("+")[2].partition("@")[0]
-    return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commit.rpartition("+")[2]) else None
 
 
 def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:

@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import history, pipeline, registry, store
+from lewis import card, history, pipeline, registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
 from lewis.recipe import Recipe
@@ -74,10 +74,7 @@ def register(
     """One version per merge digest, with its lineage, scores and pictures."""
     tags = provenance.tags()
     entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
-    store.write_text(merged.folder / "README.md", entry.card)
-    if "density.png" in entry.pictures:
-        with store.written_beside(merged.folder / "density.png") as scratch:
-            scratch.write_bytes(entry.pictures["density.png"])
+    card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
     version = registry.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version

@@ -182,7 +182,8 @@ def test_fetch_downloads_what_is_needed_once(hub: LocalHub, tmp_path: Path) -> N
     pinned = resolve("org/x", tmp_path)
     folder = fetch(pinned)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
-        name: content.encode() if isinstance(content, str) else content for name, content in NEEDED.items()
+        name: content.encode() if isinstance(content, str) else content
+        for name, content in {**NEEDED, "README.md": MODEL["README.md"]}.items()  # the card tells the licence
     }
     hub.log.clear()
     assert fetch(pinned) == folder
@@ -197,7 +198,7 @@ def test_fetch_without_weights(hub: LocalHub, tmp_path: Path) -> None:
     pinned = resolve("org/x", tmp_path)
     folder = fetch(pinned, weights=False)
     assert sorted(os.listdir(folder)) == ["config.json", "tokenizer.json"]
-    assert sorted(os.listdir(fetch(pinned))) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(fetch(pinned))) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_fetch_takes_the_pinned_commit_though_the_branch_moved(hub: LocalHub, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 from matplotlib import colormaps
 from PIL import Image
 
@@ -116,73 +115,3 @@ def test_a_table_escapes_what_would_break_it() -> None:
         "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
     )
     assert report.markdown_table([]) == ""
-
-
-def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
-    card = report.model_card(
-        "tiny",
-        method="ties",
-        base="org/base@main",
-        experts=["org/math", "local/code", "org/base@main+org/lora"],
-        recipe="merge_method: ties\n",
-        lineage={
-            "org/base@main": "1" * 40,
-            "org/math": "2" * 40,
-            "local/code": "3" * 64,
-            "org/base@main+org/lora": f"{'1' * 40}+{'4' * 40}",
-            "gsm8k": "5" * 64,
-        },
-        mean_density={"org/math": 0.55},
-        scores=[{"model": "base", "acc ↑": "0.5"}],
-    )
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "base_model": ["org/base", "org/math", "org/lora"],
-        "base_model_relation": "merge",
-        "tags": ["merge", "lewis", "ties"],
-    }
-    for digest in ("1" * 40, "2" * 40, "3" * 64, "4" * 40, "5" * 64):
-        assert digest in body
-    assert f"| `org/math` | `{'2' * 40}` | 0.550 |" in body
-    assert "| base | 0.5 |" in body and "```yaml\nmerge_method: ties\n```" in body
-
-
-def test_the_hub_reads_the_scores_of_the_card() -> None:
-    from huggingface_hub import ModelCard
-
-    card = report.model_card(
-        "m",
-        method="ties",
-        base=None,
-        experts=["./a"],
-        recipe="{}",
-        lineage={},
-        mean_density={"./a": 0.5},
-        scores=[],
-        results=[score("gsm8k", 0.25, "exact_match,strict-match"), score("gsm8k", 0.5, "exact_match,flexible")],
-    )
-    first, second = ModelCard(card).data.eval_results
-    assert (first.dataset_name, first.metric_type, first.metric_name) == (
-        "gsm8k",
-        "exact_match",
-        "exact_match,strict-match",
-    )
-    assert (first.metric_value, second.metric_value) == (0.25, 0.5) and "](density.png)" in card
-
-
-def test_the_card_is_one_the_hub_accepts() -> None:
-    from huggingface_hub import ModelCard
-
-    card = report.model_card(
-        "m",
-        method="linear",
-        base=None,
-        experts=["./a"],
-        recipe="{}",
-        lineage={"./a": "1" * 64},
-        mean_density={},
-        scores=[],
-    )
-    assert ModelCard(card).data.tags == ["merge", "lewis", "linear"]
-    assert "base_model" not in card and "## Scores" not in card and "A merge of 1 expert by" in card

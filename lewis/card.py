@@ -1,0 +1,140 @@
+"""The model card: what a merge was made of, how good it is, and under which licences its parents are."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lewis import store
+from lewis.report import Scored, markdown_table
+
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML for the Hub
+NAME, HEAT_MAP = "README.md", "density.png"
+
+
+def model_card(
+    name: str,
+    *,
+    method: str,
+    base: str | None,
+    experts: Sequence[str],
+    recipe: str,
+    lineage: Mapping[str, str],
+    mean_density: Mapping[str, float],
+    scores: Sequence[Mapping[str, object]],
+    comparison: Sequence[Mapping[str, object]] = (),
+    results: Sequence[Scored] = (),
+    licences: Mapping[str, str | None] | None = None,
+) -> str:
+    """The README of a merged model, with the front matter of the Hub.
+
+    Args:
+        base, experts: as the recipe names them; those on the Hub become `base_model`.
+        lineage: reference -> commit or content digest.
+        mean_density: expert -> mean density; empty for a plain merge.
+        scores: rows of `lewis.evaluation.score_table`; empty if nothing was scored.
+        comparison: rows of `lewis.scored.comparison_rows`.
+        results: the merged model's own scores, for the Hub's `model-index`.
+        licences: reference -> licence as `licence_of` reads it, None for a parent that states none.
+    """
+    parents = [*([base] if base else []), *experts]
+    repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        **_common_licence(licences or {}),
+        **({"base_model": list(repos), "base_model_relation": "merge"} if repos else {}),
+        "tags": list(dict.fromkeys(["merge", "lewis", method])),
+        **({"model-index": _model_index(name, results)} if results else {}),
+    }
+    how = "with LEWIS densities (arXiv:2503.03874)" if mean_density else "with uniform densities"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`, {how}.",
+        "## Scores\n\n" + markdown_table(scores) if scores else "",
+        "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
+        "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",
+        "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
+        _licences(licences or {}),
+        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _model_index(name: str, results: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Scores as the Hub reads them."""
+    entries = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": task, "type": task},
+            "metrics": [
+                {"type": s.metric.partition(",")[0], "name": s.metric, "value": s.value}
+                for s in results
+                if s.task == task
+            ],
+        }
+        for task in dict.fromkeys(s.task for s in results)
+    ]
+    return [{"name": name, "results": entries}]
+
+
+def _inputs(
+    parents: Iterable[str], lineage: Mapping[str, str], mean_density: Mapping[str, float]
+) -> list[dict[str, object]]:
+    others = [ref for ref in lineage if ref not in set(parents)]  # calibration sets
+    rows: list[dict[str, object]] = []
+    for ref in [*dict.fromkeys(parents), *others]:
+        density = f"{mean_density[ref]:.3f}" if ref in mean_density else ""
+        rows.append({"input": f"`{ref}`", "commit or digest": f"`{lineage.get(ref, '?')}`", "mean density": density})
+    return rows
+
+
+def _repo(ref: str, commit: str) -> str | None:
+    """The Hub's name of a model, None for a local one: of a folder the lineage has a digest, longer than a commit."""
+    repo = ref.rpartition("+")[2].partition("@")[0]
+    return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commit.rpartition("+")[2]) else None
+
+
+def write(folder: Path, text: str, heat_map: bytes | None = None) -> None:
+    """Put a card, and the picture of the densities that it shows, into a model's folder."""
+    if heat_map is not None:
+        with store.written_beside(folder / HEAT_MAP) as scratch:
+            scratch.write_bytes(heat_map)
+    store.write_text(folder / NAME, text)
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the model card in a folder states, with its link if it has one; None if it states none."""
+    try:
+        found = FRONT_MATTER.match((folder / NAME).read_text())
+        stated = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(stated, dict) or not isinstance(stated.get("license"), str):
+        return None
+    name = stated["license"]
+    if name == "other" and stated.get("license_name"):
+        name = str(stated["license_name"])
+    return f"{name} ({stated['license_link']})" if stated.get("license_link") else name
+
+
+def _licences(licences: Mapping[str, str | None]) -> str:
+    if not licences:
+        return ""
+    rows = [{"parent": f"`{ref}`", "licence": name or "none stated"} for ref, name in licences.items()]
+    note = "As the parents' model cards state them. The terms of all of them apply to this model."
+    silent = [f"`{ref}`" for ref, name in licences.items() if name is None]
+    if silent:
+        note += f" Ask the authors of {', '.join(silent)} before you share it."
+    return f"## Licences of the parents\n\n{markdown_table(rows)}\n\n{note}"
+
+
+def _common_licence(licences: Mapping[str, str | None]) -> dict[str, str]:
+    """The Hub's `license`, where all parents state the same."""
+    names = set(licences.values())
+    name = names.pop() if len(names) == 1 else None
+    return {"license": name} if name and re.fullmatch(r"[a-z0-9.-]+", name) else {}
