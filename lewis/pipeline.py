@@ -12,6 +12,7 @@ from lewis.allocation import Allocation
 from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration, calibrate
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
+from lewis.compatible import layer_of
 from lewis.device import precision
 from lewis.entries import (
     AllocationEntry,
@@ -77,7 +78,9 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
     for source in full:
         theirs = hub.tensor_headers(source.model)
         missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
-        extra = [n for n in theirs if n not in ours and not n.endswith((*HEADS, "rotary_emb.inv_freq"))]
+        extra = [
+            n for n in theirs if n not in ours and layer_of(n) is not None and not n.endswith("rotary_emb.inv_freq")
+        ]
         by_token = PER_TOKEN if recipe.vocabulary else ()
         other = [
             name

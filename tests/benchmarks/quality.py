@@ -1,14 +1,15 @@
 """What guidance buys: answer loss of merges of two real families, against uniform magnitude pruning at the same budget.
 
     python -m tests.benchmarks.quality FILE.jsonl --shared DIR --base DIR [--full-math DIR --full-code DIR]
-        [--grid core|all] [--rows N] [--samples N] [--minutes N]
+        [--grid core|all|confirm] [--rows N] [--skip N] [--samples N] [--minutes N]
     python -m tests.benchmarks.quality FILE.jsonl --table [--against activation]
 
 `DIR` of `--shared` holds `real/lora-math`, `real/lora-code` and `data/` as the project's shared folder does. The LoRA
 family is always there; the other needs experts that were fully fine-tuned. Each case is one merge and the loss of all
 rows; its line is appended to the file when it is done, and a case whose line is there is not run again. `all` is the
-whole cross product, most informative first; `core` its first part. The merged model, bf16 as stored, is also scored in
-bf16, which is three times as fast here as fp32: it adds about 0.004 nats of noise a row, which the intervals hold.
+whole cross product, most informative first; `core` its first part; `confirm` repeats what these suggest, to be run on
+the rows after those that suggested it (`--skip`). The merged model, bf16 as stored, is also scored in bf16, which is
+three times as fast here as fp32: it adds about 0.004 nats of noise a row, which the intervals hold.
 """
 
 import argparse
@@ -49,7 +50,7 @@ ALLOCATORS: dict[str, tuple[dict[str, Any], str]] = {  # label -> density, metri
 
 @dataclass(frozen=True)
 class Case:
-    """One merge of a family, scored on `rows` rows of each task after calibration on `samples`."""
+    """One merge of a family, scored on `rows` rows of each task from `skip` on, calibrated on `samples`."""
 
     family: str
     method: str
@@ -58,13 +59,16 @@ class Case:
     budget: float
     rows: int
     samples: int
+    skip: int = 0
 
 
-def grid(which: str, families: Iterable[str], rows: int, samples: int) -> Iterator[Case]:
+def grid(which: str, families: Iterable[str], rows: int, samples: int, skip: int) -> Iterator[Case]:
     """All cases, most informative first; a case can come twice."""
     other = "lewis (rank) of outlier"
     first = [name for name in ALLOCATORS if name != other]
     parts: list[tuple[str, tuple[float, ...], str, list[str]]] = [("ties", BUDGETS[:2], "activation", first)]
+    if which == "confirm":
+        parts = [("ties", BUDGETS[:2], "activation", ["uniform", "owl"])]
     if which == "all":
         parts += [
             ("ties", BUDGETS[2:], "activation", first),
@@ -81,8 +85,8 @@ def grid(which: str, families: Iterable[str], rows: int, samples: int) -> Iterat
     for method, budgets, prune_by, allocators in parts:
         for budget in budgets:
             for family in families:
-                yield Case(family, method, "uniform", "magnitude", budget, rows, samples)  # the reference
-                yield from (Case(family, method, name, prune_by, budget, rows, samples) for name in allocators)
+                yield Case(family, method, "uniform", "magnitude", budget, rows, samples, skip)  # the reference
+                yield from (Case(family, method, name, prune_by, budget, rows, samples, skip) for name in allocators)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +94,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def test_rows(data: Path, rows: int) -> dict[str, list[tuple[str, str]]]:
+def test_rows(data: Path, rows: int, skip: int) -> dict[str, list[tuple[str, str]]]:
     """Task -> (prompt, answer), as the experts were trained."""
     gsm = [
         (f"Question: {r['question']}\nAnswer:", " " + re.sub(r"<<.*?>>", "", r["answer"]))
@@ -103,17 +107,17 @@ def test_rows(data: Path, rows: int) -> dict[str, list[tuple[str, str]]]:
     short = {
         name: [p for p in each if len(p[0] + p[1]) < 3 * TOKENS] for name, each in (("gsm8k", gsm), ("mbpp", mbpp))
     }
-    return {name: each[:rows] for name, each in short.items()}
+    return {name: each[skip : skip + rows] for name, each in short.items()}
 
 
 class Scorer:
     """The test rows as token ids, and a model that takes the weights of one merge after another."""
 
-    def __init__(self, base: Path, data: Path, rows: int) -> None:
+    def __init__(self, base: Path, data: Path, rows: int, skip: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base)
         self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
         self._rows: list[tuple[str, list[int], int]] = []  # task, ids, length of the prompt
-        for task, pairs in test_rows(data, rows).items():
+        for task, pairs in test_rows(data, rows, skip).items():
             for prompt, answer in pairs:
                 p, a = tokenizer(prompt)["input_ids"], [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
                 self._rows.append((task, (p + a)[:TOKENS], len(p)))
@@ -197,9 +201,10 @@ def interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float
 def print_tables(known: dict[Case, dict[str, Any]], against: str) -> None:
     """For each family and method: allocators and scores down, budgets across; bold where the interval excludes 0."""
     together = {case: np.concatenate(list(found["losses"].values())) for case, found in known.items()}
-    for family, method in dict.fromkeys((case.family, case.method) for case in known):
-        mine = [case for case in known if (case.family, case.method) == (family, method)]
-        print(f"\n**{family}, {method}**: {mine[0].rows} test rows of each task, {mine[0].samples} calibration rows\n")
+    for kind in dict.fromkeys((case.family, case.method, case.rows, case.skip) for case in known):
+        mine = [case for case in known if (case.family, case.method, case.rows, case.skip) == kind]
+        family, method, rows, skip = kind
+        print(f"\n**{family}, {method}**: test rows {skip + 1} to {skip + rows} of each task\n")
         budgets = sorted({case.budget for case in mine})
         print(f"| allocator | pruned by | {' | '.join(f'{b:g}' for b in budgets)} |")
         print(f"| --- | --- |{' --- |' * len(budgets)}")
@@ -233,8 +238,11 @@ def main() -> None:
     parser.add_argument("--full-math", type=Path)
     parser.add_argument("--full-code", type=Path)
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--skip", type=int, default=0, help="begin after these test rows")
     parser.add_argument("--samples", type=int, default=32, help="calibration rows of each set")
-    parser.add_argument("--grid", choices=["core", "all"], default="core", help="all: the cross product, hours")
+    parser.add_argument(
+        "--grid", choices=["core", "all", "confirm"], default="core", help="all: the cross product, hours"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after these")
     options = parser.parse_args()
     found = lines(options.results) if options.results.exists() else []
@@ -244,8 +252,8 @@ def main() -> None:
         if options.full_math and options.full_code:
             families["fully fine-tuned"] = [options.full_math, options.full_code]
         start, data = time.perf_counter(), options.shared / "data"
-        scorer = Scorer(options.base, data, options.rows)
-        for case in grid(options.grid, families, options.rows, options.samples):
+        scorer = Scorer(options.base, data, options.rows, options.skip)
+        for case in grid(options.grid, families, options.rows, options.samples, options.skip):
             if case in known or time.perf_counter() - start > 60 * options.minutes:
                 continue
             known[case] = run(case, scorer, options.base, families[case.family], data)
