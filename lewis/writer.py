@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ from lewis.lazy import torch
 SIZES = {name: size for name, (_, size) in DTYPES.items()}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _JOURNAL = "journal.jsonl"
+_FLUSH = 1 << 26  # bytes after which the disk is told to write
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DONATED = (
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
@@ -79,6 +81,7 @@ class CheckpointWriter:
         self.checksums: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
         self._files: list[IO[bytes]] = []
+        self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
         shards = _shards({name: _size(dtype, shape) for name, (dtype, shape) in layout.items()}, max_shard_size)
         names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
         self._journal = Journal(folder / _JOURNAL)
@@ -127,15 +130,26 @@ class CheckpointWriter:
         place = self._places[name]
         try:
             self._journal.note(place.file_name, place.stop)
+            self._flush(place)
         except OSError as error:
             raise LewisError(f"{self.folder.parent}: cannot finish {name!r}: {error.strerror}; free space") from error
+
+    def _flush(self, place: _Place) -> None:
+        """Let the disk write while the next tensors are merged; one thread waits for it."""
+        self._unflushed += place.stop - place.start
+        if self._unflushed >= _FLUSH and all(flush.done() for flush in self._flushes):
+            self._unflushed = 0
+            self._flushes.append(self._flusher.submit(os.fdatasync, place.file.fileno()))
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._flusher.shutdown()
         if kind is None:
             self.checksums = self._journal.checksums()
+            for flush in self._flushes:
+                flush.result()  # the system tells of a failure once
             for file in self._files:
                 os.fsync(file.fileno())
             self._journal.remove()
