@@ -24,6 +24,8 @@ SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 GPT2 = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+FALCON = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
+FALCON |= {"new_decoder_architecture": True}
 MOE = SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "decoder_sparse_step": 1}
 T5 = {"vocab_size": 64, "d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 2, "num_heads": 4}
 T5 |= {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}
@@ -42,6 +44,7 @@ DENSE = {
     "olmo2": ("Olmo2", SIZES, 7),
     "gpt2": ("GPT2", GPT2, 6),
     "neox": ("GPTNeoX", NEOX, 6),
+    "falcon": ("Falcon", FALCON, 6),
 }
 CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
 
@@ -102,6 +105,12 @@ def test_dense_decoders(tmp_path: Path, kind: str) -> None:
             part = parts_of(parameter, rows.numel(), config)[layer.part]
             rows = rows.reshape(part.groups, part.width)[:, part.start : part.start + part.length]
         assert measured.norms[layer.key] == pytest.approx(float(rows.sum().sqrt()), rel=2e-6), layer
+
+
+def test_a_convolution_is_no_stack_of_experts(tmp_path: Path) -> None:
+    write(tmp_path, "Mamba", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4})
+    found = {layer.projection for layer in covered_layers(tmp_path)}
+    assert found == {f"mixer.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
 
 
 class TestFused:
