@@ -1,16 +1,18 @@
 """What MLflow is told about a merged model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lewis import card, report
+from lewis import card, report, store
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import score_table
 from lewis.pipeline import scored
 from lewis.recipe import Recipe
 from lewis.registry import Entry
 from lewis.scored import Scored, comparison_rows, gain, intervals, scores_of
+
+DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 
 
 def registry_entry(
@@ -55,20 +57,32 @@ def registry_entry(
         tables |= {"scores": rows, "comparison": comparison}
     # The merged model goes by one name in all versions, whatever the score table calls it.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
+    metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
+    metrics |= _gains(models)
     return Entry(
         name=recipe.register_as.name,
         folder=merged.folder,
         digest=merged.digest,
         params=flat_parameters(recipe) | {f"mean_density/{ref}": f"{mean:.6f}" for ref, mean in means.items()},
-        metrics={f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
-        | _gains(models),
+        metrics=metrics,
         lineage=lineage,
         recipe=recipe.text,
         pictures=pictures,
         tables=tables,
         card=model_card(recipe, base, experts, lineage, means, models),
         tags=tags or {},
+        documents=_documents(models, metrics),
     )
+
+
+def _documents(models: Sequence[Scored], metrics: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Metric -> task and digest of the documents behind it, where they are known; they are the same for all models."""
+    known = {
+        f"/{samples.key}": (samples.task, store.digest([part.documents for part in samples.parts])[:DIGEST])
+        for samples in (models[-1].samples if models else ())
+    }
+    ends = {name: [key for key in known if name.endswith(key)] for name in metrics}
+    return {name: known[max(found, key=len)] for name, found in ends.items() if found}
 
 
 def model_card(

@@ -47,6 +47,7 @@ class Entry:
         tables: rows by name.
         card: Markdown, the version's description.
         tags: further tags of a new version, such as where it was made.
+        documents: name of a metric -> task and digest of the documents that it was measured on.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Entry:
     tables: Mapping[str, list[dict[str, Any]]]
     card: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
 def _log_run(client: "MlflowClient", run_id: str, model_id: str, entry: Entry) -> None:
     import pandas as pd
 
-    tracking.log_numbers(client, run_id, model_id, entry.params, entry.metrics)
+    tracking.log_numbers(client, run_id, model_id, entry.params, entry.metrics, entry.documents)
     lineage = json.dumps(dict(entry.lineage), indent=2)
     texts = {"recipe.yaml": entry.recipe, "card.md": entry.card, "lineage.json": lineage}
     tracking.log_files(client, run_id, {**{name: text.encode() for name, text in texts.items()}, **entry.pictures})

@@ -1,5 +1,6 @@
 """MLflow as LEWIS uses it: which store, one experiment, errors that say what to do, names and values it accepts."""
 
+import json
 import os
 import posixpath
 import re
@@ -73,17 +74,40 @@ def experiment(client: "MlflowClient") -> str:
 
 
 def log_numbers(
-    client: "MlflowClient", run_id: str, model_id: str | None, params: Mapping[str, Any], metrics: Mapping[str, float]
+    client: "MlflowClient",
+    run_id: str,
+    model_id: str | None,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    documents: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
-    """Log parameters on a run, and metrics on it and its model, if it has one, whatever their number and names."""
+    """Log parameters on a run, and metrics on it and its model, if it has one, whatever their number and names.
+
+    Args:
+        documents: name of a metric -> task and digest of what it was measured on: its dataset, an input of the run.
+    """
     from mlflow.entities import Metric, Param
     from mlflow.utils.time import get_current_time_millis
 
-    now = get_current_time_millis()
-    points = [Metric(key(name), float(value), now, 0, model_id=model_id) for name, value in metrics.items()]
+    now, of = get_current_time_millis(), documents or {}
+    points = []
+    for name, value in metrics.items():
+        task, digest = of.get(name, (None, None))
+        points.append(
+            Metric(key(name), float(value), now, 0, model_id=model_id, dataset_name=task, dataset_digest=digest)
+        )
     settings = [Param(key(name), cut(str(value), MAX_PARAM, "recipe.yaml")) for name, value in params.items()]
+    if of:
+        client.log_inputs(run_id, datasets=[_dataset(task, digest) for task, digest in sorted(set(of.values()))])
     for start in range(0, max(len(points), len(settings)), BATCH):
         client.log_batch(run_id, points[start : start + BATCH], settings[start : start + BATCH])
+
+
+def _dataset(task: str, digest: str) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"lm_eval_task": task})
+    return DatasetInput(Dataset(task, digest, "lm-eval", source), [InputTag("mlflow.data.context", "evaluation")])
 
 
 def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:

@@ -121,10 +121,15 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
         )
     assert json.loads(artifact(client, own, "comparison")) == rows
     mlflow = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
-    run = mlflow.get_model_version(own.stem, "2").run_id
+    version = mlflow.get_model_version(own.stem, "2")
+    run = version.run_id
+    measured = {m.key: m for m in mlflow.get_logged_model(version.source.removeprefix("models:/")).metrics}
+    ours, theirs, gained = (measured[f"{name}/words/acc"] for name in ("merged", "base", "gain on base"))
+    assert f"{ours.value:.4g}" == rows[-1]["score"].split()[0] and len(ours.dataset_digest) == 32
+    assert {(m.dataset_name, m.dataset_digest) for m in (theirs, gained)} == {("words", ours.dataset_digest)}
     found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
     assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
-    assert mlflow.get_model_version(own.stem, "2").description in card
+    assert version.description in card
 
 
 def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -96,6 +96,7 @@ def entry(home: Path, tiny_model: Path) -> Entry:
         pictures={"density.png": b"\x89PNG"},
         tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
         card="---\nbase_model: [org/base]\n---\n# Tiny\n" + "long " * 2000,
+        documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
     )
 
 
@@ -133,6 +134,13 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Entry, home: Path) -
     assert run.data.metrics["merged/addition/acc"] == 0.9 and run.data.metrics["base/addition/acc"] == 0.5
     assert run.data.params["lewis.density.max"] == "0.8" and run.data.params["models_0_.model"] == "org/math"
     assert run.data.params["long"].endswith("recipe.yaml)") and len(run.data.params["long"]) == 6000
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("addition", "d" * 32)
+    measured = client().get_logged_model(version.source.removeprefix("models:/")).metrics
+    assert {m.key: (m.value, m.dataset_name, m.dataset_digest) for m in measured if m.value} == {  # NaN is kept as 0
+        "merged/addition/acc": (0.9, "addition", "d" * 32),
+        "base/addition/acc": (0.5, "addition", "d" * 32),
+    }
     files = Path(run.info.artifact_uri.removeprefix("file://"))
     assert json.loads((files / "lineage.json").read_text()) == entry.lineage
     assert (files / "recipe.yaml").read_text() == entry.recipe and (files / "card.md").read_text() == entry.card
