@@ -215,7 +215,7 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
         low, high = (float(density.get(key, default)) for key, default in (("min", 0.3), ("max", 0.8)))
         if density.get("strategy") == "uniform":
             low = high = float(density.get("budget") or (low + high) / 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return []  # told by the schema
     return sorted({low, high})
 
@@ -259,7 +259,7 @@ def _check_density(data: dict[str, Any]) -> list[str]:
     given: dict[str, Any] = {"min": 0.3, "max": 0.8, "budget": None} | (density if isinstance(density, dict) else {})
     try:  # YAML reads 1e-1 as text
         low, high, budget = (None if given[key] is None else float(given[key]) for key in ("min", "max", "budget"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return []  # told by the schema
     if low is None or high is None:
         return []  # told by the schema

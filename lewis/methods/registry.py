@@ -75,7 +75,7 @@ class Parameter:
             return value
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if not -float("inf") < number < float("inf") or (self.kind is int and number != int(number)):
             raise ValueError(f"expected a {_ADJECTIVES[self.kind]} number, got {value!r}")
