@@ -244,8 +244,8 @@ def _promote(options: argparse.Namespace) -> None:
     from lewis import history
     from lewis.errors import InputError
 
-    name, slash, version = options.version.removeprefix("models:/").rpartition("/")
-    if not slash or not version.isdecimal():
+    name, _, version = options.version.removeprefix("models:/").rpartition("/")
+    if not name or not version.isdecimal():
         raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {options.version!r}")
     before = history.promote(name, version, options.why)
     print(f"models:/{name}/{version} is the champion" + (f" in place of {before}" if before else ""))

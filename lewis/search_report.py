@@ -44,7 +44,7 @@ def history(trials: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
         panel.set_xlabel("trial (grey lines: given up or failed)" if other else "trial", fontsize=9)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     return png(figure)
 
 

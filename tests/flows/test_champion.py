@@ -119,3 +119,24 @@ def test_only_a_better_model_becomes_champion(
     assert main(["history", "tiny", "--json"]) == 0
     told = [(each["what"], each["version"][-1]) for each in json.loads(capsys.readouterr().out)]
     assert told == [("promoted", "1"), ("rejected", "2"), ("promoted", "3"), ("rolled back", "1"), ("rejected", "3")]
+
+    assert main(["promote", "models:/tiny/2", "--why", "noise is art"]) == 0
+    assert "models:/tiny/2 is the champion in place of models:/tiny/1" in capsys.readouterr().out
+    assert main(["history", "tiny"]) == 0
+    newest = capsys.readouterr().out.splitlines()[2:]
+    assert "promoted by hand" in " ".join(newest[:4]) and "noise is art" in " ".join(newest[:4])
+    assert main(["promote", "tiny/9", "--why", "x"]) == 2 and "no such version" in capsys.readouterr().err
+    assert main(["history", "tine"]) == 2 and "no registered model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["tiny", "tiny/", "tiny/new", "/3"])
+def test_a_version_is_a_name_and_a_number(version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promote", version, "--why", "x"]) == 2
+    assert f"expected NAME/VERSION, for example my-merge/3, got {version!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["promote", "tiny/1"], ["rollback", "tiny"]])
+def test_a_move_by_hand_needs_a_reason(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2 and "--why" in capsys.readouterr().err
