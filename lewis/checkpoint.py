@@ -148,8 +148,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise InputError(f"{path}: text_config: expected a JSON object, got {config['text_config']!r}")
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
         raise InputError(f"{folder}: a quantised checkpoint ({method}) cannot be merged; use the unquantised model")
     return config
 

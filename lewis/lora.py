@@ -229,6 +229,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise InputError(
@@ -244,6 +246,17 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: {refused[0]} is not supported; merge it into its base with PEFT's merge_and_unload first"
         )
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: alpha_pattern: expected a JSON object, got {patterns!r}")
+    for key, value in {"lora_alpha": settings.get("lora_alpha", 8), **patterns}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{path}: {key}: expected a number, got {value!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{path}: alpha_pattern: {pattern!r} is no regular expression: {error}") from error
     return settings
 
 
