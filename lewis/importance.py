@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from lewis.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "4"  # bump when the same inputs would give other numbers
+SEMANTICS = "5"  # bump when the same inputs would give other numbers
 _TOKENS_PER_BATCH = 4096
+_TOKENS_OF_READING = 100  # in the time that a batch reads the weights, about as many go through them
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -83,7 +84,7 @@ def measure(
     network = _network(model.home, model.shapes, dtype)
     _check_samples(model, network, calibration)
     moments = SecondMoments(network, device)
-    prune = PruneAfter(network, moments, settings.prune_ratio, len(calibration.samples))
+    prune = PruneAfter(network, moments, settings.prune_ratio)
     batches = list(_batches(calibration, network, whole=settings.prune_ratio > 0))
     with ExitStack() as contexts, torch.inference_mode():
         contexts.enter_context(prune)
@@ -220,16 +221,35 @@ def _forward(network: Network, module: Any, ids: torch.Tensor, lengths: list[int
 
 
 def _batches(calibration: Calibration, network: Network, *, whole: bool) -> Iterator[list[Sequence[int]]]:
-    """Samples of similar length together, so that little is padded; equal lengths where a router hides the padding."""
+    """Samples of similar length together, so that padding and reading the weights again cost least in sum."""
     samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
     equal = any(".experts." in each.parameter for each in network.covered)
-    while samples:
-        width = len(samples[0])
-        size = len(samples) if whole else max(1, _TOKENS_PER_BATCH // width)
-        if equal:
-            size = min(size, sum(len(sample) == width for sample in samples))
-        yield samples[:size]
-        samples = samples[size:]
+    ends = [len(samples)] if whole else _ends([len(sample) for sample in samples], equal)
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield samples[start:end]
+
+
+def _ends(lengths: Sequence[int], equal: bool) -> list[int]:
+    """Where batches end: those of the least cost, found from the last one back.
+
+    Args:
+        lengths: of the samples, longest first.
+        equal: only samples of one length go together, where a router hides which tokens are padding.
+    """
+    costs, nexts = [0] * (len(lengths) + 1), [0] * len(lengths)
+    for start in reversed(range(len(lengths))):
+        width, best = lengths[start], None
+        for end in range(start + 1, len(lengths) + 1):
+            tokens = (end - start) * width
+            if end > start + 1 and (tokens > _TOKENS_PER_BATCH or (equal and lengths[end - 1] != width)):
+                break
+            if best is None or tokens + _TOKENS_OF_READING + costs[end] < best:
+                best, nexts[start] = tokens + _TOKENS_OF_READING + costs[end], end
+        costs[start] = best or 0
+    ends = [0]
+    while ends[-1] < len(lengths):
+        ends.append(nexts[ends[-1]])
+    return ends[1:]
 
 
 def _padded(samples: list[Sequence[int]]) -> tuple[torch.Tensor, list[int]]:

@@ -18,15 +18,14 @@ class PruneAfter:
     The whole calibration set has to go through in one batch.
     """
 
-    def __init__(self, network: Network, moments: SecondMoments, ratio: float, samples: int) -> None:
+    def __init__(self, network: Network, moments: SecondMoments, ratio: float) -> None:
         """
         Args:
             network: whose blocks are pruned.
             moments: what is measured; it does not see the second run of a block.
             ratio: of each row's weights, the share that is set to 0; at 0 nothing is done.
-            samples: number of samples in the batch.
         """
-        self._network, self._moments, self._ratio, self._samples = network, moments, ratio, samples
+        self._network, self._moments, self._ratio = network, moments, ratio
         self._hooks = ExitStack()
 
     def __enter__(self) -> "PruneAfter":
@@ -43,22 +42,23 @@ class PruneAfter:
         self._hooks.close()
 
     def _in_place_of(self, path: str, forward: Any) -> Any:
-        parameters = [c.parameter for c in self._network.covered if c.parameter.startswith(f"{path}.")]
+        covered = {c.parameter: c for c in self._network.covered if c.parameter.startswith(f"{path}.")}
 
         def measured_then_pruned(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             lengths, width = self._moments.lengths, self._moments.width
+            modules = {name: self._network.module.get_submodule(name.rpartition(".")[0]) for name in covered}
+            means = {name: _RunningMean(module) for name, module in modules.items()}
             # One sample at a time, as the authors: a product of another size rounds otherwise, and what that changes
             # in the order of two nearly equal scores grows with the depth.
             for i, length in enumerate(lengths):
                 self._moments.begin([length], width)
                 forward(*_sample((hidden, *args), i, len(lengths)), **_sample(kwargs, i, len(lengths)))
             self._moments.begin(lengths, width)
-            for parameter in parameters:
-                module = self._network.module.get_submodule(parameter.rpartition(".")[0])
-                sums = self._moments.sums[parameter] / self._samples
-                weight = module.weight.data
-                mask = smallest(weight.abs() * sums.to(weight.dtype).sqrt(), self._ratio)
-                module.weight = nn.Parameter(weight.masked_fill(mask, 0), requires_grad=False)
+            for name, module in modules.items():
+                weight, transposed = module.weight.data, covered[name].transposed
+                mask = smallest((weight.T if transposed else weight).abs() * means[name].stop().sqrt(), self._ratio)
+                pruned = weight.masked_fill(mask.T if transposed else mask, 0)
+                module.weight = nn.Parameter(pruned, requires_grad=False)
             with self._moments.paused():
                 return _joined(
                     [
@@ -68,6 +68,29 @@ class PruneAfter:
                 )
 
         return measured_then_pruned
+
+
+class _RunningMean:
+    """Mean over samples of the sum over tokens of x_j^2, rounded step by step as the authors' code rounds it.
+
+    Which of two nearly equal scores is pruned depends on the last bit, and densities come from small differences of
+    norms: with sums in fp64, densities over 30 blocks had a rank correlation of only 0.89 with the authors'.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._mean, self._samples = torch.zeros(()), 0
+        self._hook = module.register_forward_pre_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        tokens = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+        self._mean = self._mean.to(tokens.device) * (self._samples / (self._samples + 1))
+        self._samples += 1
+        self._mean = self._mean + torch.norm(tokens.t(), p=2, dim=1) ** 2 / self._samples
+
+    def stop(self) -> torch.Tensor:
+        """The mean, fp32 (in,); no more is added."""
+        self._hook.remove()
+        return self._mean
 
 
 def _sample(value: Any, i: int, samples: int) -> Any:

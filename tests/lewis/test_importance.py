@@ -1,5 +1,6 @@
 """Importance against a slow computation: one sample at a time, fp64, hooks of the test's own on the real model."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,20 @@ class TestMeasure:
         expected = norms_of(Checkpoint(family.base, "key"))
         monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", tokens)
         close(norms_of(Checkpoint(family.base, "key")), expected)
+
+    def test_batches_cost_the_least(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lengths = [300, 290, 280, 120, 110, 40, 40, 40]
+
+        def cost(ends: list[int]) -> int:
+            starts = [0, *ends[:-1]]
+            return sum((end - start) * lengths[start] + 100 for start, end in zip(starts, ends, strict=True))
+
+        every = [[*cuts, 8] for n in range(8) for cuts in combinations(range(1, 8), n)]
+        found = importance._ends(lengths, equal=False)
+        assert cost(found) == min(map(cost, every)) and found == [3, 5, 8]
+        assert importance._ends(lengths, equal=True) == [1, 2, 3, 4, 5, 8]
+        monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", 600)
+        assert importance._ends(lengths, equal=False) == [1, 3, 5, 8]
 
     def test_the_number_of_threads_does_not_matter(self, family: Family) -> None:
         before, found = torch.get_num_threads(), []

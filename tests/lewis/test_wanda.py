@@ -13,7 +13,7 @@ from lewis.importance import measure
 from lewis.recipe import Importance
 from lewis.wanda import smallest
 from tests.conftest import Family
-from tests.lewis.test_architecture import MOES, write
+from tests.lewis.test_architecture import GPT2, MOES, write
 from tests.support import authors
 
 OFFICIAL = Importance(prune_ratio=0.5, reduce="sum")
@@ -55,6 +55,16 @@ def test_the_first_of_equal_scores_are_pruned() -> None:
     random = torch.rand(20, 30).mul(8).round()  # full of ties
     order = random.sort(dim=1, stable=True).indices[:, :15]
     assert torch.equal(smallest(random, 0.5), torch.zeros_like(random, dtype=torch.bool).scatter_(1, order, True))
+
+
+def test_rows_of_a_transposed_weight_are_its_outputs(tmp_path: Path) -> None:
+    write(tmp_path, "GPT2", GPT2)
+    before, pruned = (
+        measure(Checkpoint(tmp_path, "key"), Calibration("sums", SAMPLES), Importance(prune_ratio=ratio)).norms
+        for ratio in (0.0, 0.5)
+    )
+    assert pruned["transformer.h.0.attn.c_attn.weight[k]"] == before["transformer.h.0.attn.c_attn.weight[k]"]
+    assert pruned["transformer.h.1.attn.c_attn.weight[k]"] != before["transformer.h.1.attn.c_attn.weight[k]"]
 
 
 def test_stacked_experts_are_refused(tmp_path: Path) -> None:
