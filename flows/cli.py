@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--trials", metavar="N", type=int, help="how many in all, instead of the recipe's number")
     search.add_argument("--minutes", metavar="M", type=float, help="begin no further trial after this time")
     search.add_argument("--json", action="store_true", help=json_help)
-    plan = add("plan", _plan, "tell what a run would do: inputs, cached steps, disk, memory, covered layers")
+    plan = add("plan", _plan, "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers")
     plan.add_argument("--json", action="store_true", help=json_help)
     merge = add("merge", _merge, "merge with the library alone: no Prefect, no MLflow")
     merge.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model")

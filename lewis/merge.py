@@ -150,7 +150,7 @@ class Merge:
         with store.publish(folder, {"digest": self.digest, **(manifest or {})}, key, checksums) as scratch:
             store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
             with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
-                self._write_tensors(writer, progress, threads or len(os.sched_getaffinity(0)))
+                self.write_tensors(writer, progress, threads)
             checksums |= writer.checksums
             kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
             write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
@@ -158,10 +158,14 @@ class Merge:
             self.vocabulary.finish(scratch)
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
 
-    def _write_tensors(
-        self, writer: CheckpointWriter, progress: Callable[[int, int, str], None] | None, threads: int
+    def write_tensors(
+        self,
+        writer: CheckpointWriter,
+        progress: Callable[[int, int, str], None] | None = None,
+        threads: int | None = None,
     ) -> None:
-        done = 0
+        """Merge what a writer has to write, all of the layout or a part; arguments and errors as those of `run`."""
+        done, threads = 0, threads or len(os.sched_getaffinity(0))
 
         def report(name: str) -> None:
             nonlocal done

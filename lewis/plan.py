@@ -1,15 +1,16 @@
 """What a run would do, found out without doing it: only configs and tokenizers are downloaded."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lewis import evaluation, hub, importance, pipeline, store
 from lewis.device import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
+from lewis.forecast import forecast, without_models
 from lewis.importance import Layer
-from lewis.merge import stored_dtype
+from lewis.merge import Merge, stored_dtype
 from lewis.recipe import Recipe
 from lewis.writer import SIZES
 
@@ -32,7 +33,9 @@ class Plan:
         tensors, parameters: of the base.
         disk: bytes that the run will write, beside downloads.
         disk_free: bytes free where the store is.
-        memory: bytes that the importance pass and the merge need at most, roughly.
+        memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
+        seconds: that the merges take which are to do, roughly, as `lewis merge` tells it afterwards: without the start
+            of the process; None if the models are not all here yet.
     """
 
     recipe: str
@@ -45,6 +48,7 @@ class Plan:
     disk: int = 0
     disk_free: int = 0
     memory: int = 0
+    seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -67,6 +71,8 @@ class Plan:
         lines += ["covered none: a plain merge"] if not kinds else []
         lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
         lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
+        told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
+        lines.append(f"time    {told}, for the merges")
         return "\n".join(lines)
 
 
@@ -95,11 +101,16 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.lewis and base:
         shapes = {name: shape for name, (_, shape) in headers.items()}
         plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), shapes)
-    writes = _guided_steps(plan, recipe, base, experts, files)
+    writes, prepared = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
-    passes = plan.parameters * 4 if pipeline.wanted_measurements(recipe) else 0
-    # A merge holds the base, and of each expert its weights and task vector, then a few temporaries, in fp32.
-    plan.memory = 400_000_000 + max(passes * 5 // 4, max(count.values()) * 4 * (4 + 4 * len(experts)))
+    plan.memory = without_models(recipe.merge_method, max(count.values()), len(experts))
+    if not writes:
+        plan.seconds = 0.0
+    elif prepared and plan.disk < plan.disk_free:
+        found = forecast(prepared)
+        plan.seconds, plan.memory = found.seconds * len(writes), found.memory
+    if pipeline.wanted_measurements(recipe):
+        plan.memory = max(plan.memory, 400_000_000 + plan.parameters * 5)
     if recipe.register_as:
         plan.steps.append(Step(f"register {recipe.register_as.name}", "to do"))
     if recipe.publish:
@@ -109,8 +120,8 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _guided_steps(
     plan: Plan, recipe: Recipe, base: Source | None, experts: list[Source], files: dict[str, ModelFiles | None]
-) -> list[str]:
-    """Add the steps after the downloads; gives the merges that are still to be written."""
+) -> tuple[list[str], Merge | None]:
+    """Add the steps after the downloads; gives the merges that are still to be written, and one if it can be done."""
     known_base = files[base.ref] if base else None
     known = [files[source.ref] for source in experts]
     present = [each for each in known if each is not None]
@@ -132,7 +143,12 @@ def _guided_steps(
         if known_base and complete and all(measured):
             allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
         plan.steps.append(Step("allocate", "cached" if allocated else "to do"))
-    writes, merged_keys = [], {}
+    writes, merged_keys, prepared = [], {}, None
+    if complete:
+        prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
+        if recipe.lewis and not allocated:  # any density takes as long
+            guess = dict.fromkeys(prepared.layout, 0.5)
+            prepared.experts = [replace(expert, densities=guess) for expert in prepared.experts]
     for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
         if complete and (allocated or not recipe.lewis):
@@ -147,7 +163,7 @@ def _guided_steps(
         for label, key in {**keys, **merged_keys}.items():
             scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
-    return writes
+    return writes, prepared
 
 
 def _files(source: Source) -> ModelFiles | None:

@@ -51,6 +51,7 @@ class TestLocal:
         after = make_plan(recipe)
         assert states(after) == downloads | dict.fromkeys(work, "cached") | ends | {"merge lewis": "cached"}
         assert (before.disk > 0, after.disk) == (True, 0)
+        assert before.seconds and after.seconds == 0
         changed = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS, "density": {"max": 0.7}})
         assert states(make_plan(changed))["allocate"] == states(make_plan(changed))["merge lewis"] == "to do"
 
@@ -65,6 +66,7 @@ class TestLocal:
         text = plan.to_text()
         assert "covered self_attn.q_proj: 2 layers (0 to 1)" in text
         assert f"to do   measure {family.base} on sums" in text
+        assert f"time    about {plan.seconds:.1f} s, for the merges" in text
         data = plan.to_json()
         assert (data["covered_layers"], data["steps"][0]) == (
             14,
@@ -127,6 +129,7 @@ class TestHub:
         plan = make_plan(recipe)
         assert plan.inputs[0]["commit"] == commit
         assert set(states(plan).values()) == {"to do"} and len(plan.layers) == 14
+        assert plan.seconds is None and "time    unknown until all models are here" in plan.to_text()
         assert self.downloads(hub) == []
         carry_out(recipe, merge=True)
         assert len(self.downloads(hub)) == 2

@@ -1,0 +1,67 @@
+"""What a merge is said to take, against what it takes."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lewis import forecast as module
+from lewis import store
+from lewis.forecast import forecast, without_models
+from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.merge import Merge
+from tests.support.models import open_merge, write_tensors
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def merge_of(tmp_path: Path) -> Callable[..., Merge]:
+    """Opens a merge of a base and two experts, all with tensors of these numbers of elements."""
+
+    def opened(method: str, *sizes: int) -> Merge:
+        folders = []
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            tensors = {f"t{i}": torch.randn(n, generator=generator).bfloat16() for i, n in enumerate(sizes)}
+            folders.append(write_tensors(tmp_path / str(number), tensors))
+        return open_merge(method, folders[0], folders[1:])
+
+    return opened
+
+
+def test_time_grows_with_the_elements(merge_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = merge_of("ties", *[1 << 12] * 40)
+    done: list[str] = []
+
+    def write(self: Merge, name: str, *_: Any) -> None:
+        done.append(name)
+        time.sleep(self.base.tensors[name].elements * 2e-6)
+
+    monkeypatch.setattr(Merge, "_write", write)
+    for name, value in {"_WARM_UP": 1 << 12, "_FIRST": 1 << 13, "_ENOUGH": 0.03}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("lewis.merge.os.sched_getaffinity", lambda _: {0, 1})
+    expected = merge.elements * 2e-6 / 2
+    assert expected / 2 < forecast(merge).seconds < expected * 2 and len(done) < 40
+    assert list(store.home().iterdir()) == []
+
+
+def test_memory_of_whole_tensors_grows_with_the_largest(merge_of: Any, tmp_path: Path) -> None:
+    merge, before = merge_of("sce", 3 << 21, *[1 << 20] * 3), anonymous_bytes()
+    found = forecast(merge)
+    with PeakMemory() as memory:
+        merge.run(tmp_path / "out")
+    needed = memory.peak - before
+    assert needed > 60e6 and needed / 2 < found.memory - before < needed * 2
+    assert without_models("sce", 1 << 22, 3) - without_models("sce", 1 << 20, 3) > 3 << 22
+
+
+def test_memory_of_compiled_loops_does_not(merge_of: Any) -> None:
+    forecast(merge_of("ties", 10))  # what is loaded once
+    before = anonymous_bytes()
+    assert forecast(merge_of("ties", 3 << 21, *[1 << 20] * 3)).memory - before < 60e6
+    assert without_models("ties", 1 << 30, 3) == without_models("ties", 1 << 20, 8) < 200e6
