@@ -1,7 +1,7 @@
 """How long a merge takes and how much memory it needs: a part of it is done as a sample, then thrown away.
 
 Time grows with the elements. So does the memory of a method's own function, which takes a tensor as a whole, and that
-of a LoRA expert, whose weights are computed: there the largest tensor decides. The compiled loops need the same for any.
+of a LoRA expert, whose weights are computed: there the largest tensor decides. The compiled loops need as much for any.
 """
 
 from __future__ import annotations
