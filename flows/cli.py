@@ -241,20 +241,20 @@ def _history(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from lewis import history
+    from lewis import promotion
     from lewis.errors import InputError
 
     name, _, version = options.version.removeprefix("models:/").rpartition("/")
     if not name or not version.isdecimal():
         raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {options.version!r}")
-    before = history.promote(name, version, options.why)
+    before = promotion.promote_by_hand(name, version, options.why)
     print(f"models:/{name}/{version} is the champion" + (f" in place of {before}" if before else ""))
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    from lewis import history
+    from lewis import promotion
 
-    print(f"{history.rollback(options.name, options.why)} is the champion again")
+    print(f"{promotion.rollback(options.name, options.why)} is the champion again")
 
 
 def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:

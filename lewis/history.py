@@ -1,6 +1,7 @@
 """Who replaced whom as champion, and why: an append-only list in the tags of the registered model.
 
-A record is written before the alias moves, and not again by the run that heals one which died in between.
+`lewis.promotion` writes a record before it moves the alias, and not again in the run that heals one which died in
+between.
 """
 
 import getpass
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from lewis import registry, store, tracking
+from lewis import registry, tracking
 from lewis.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 TAG = "lewis.history."
-WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand: why
 
 
 @dataclass(frozen=True)
@@ -51,44 +51,7 @@ def history(name: str) -> list[Record]:
     """
     name = registry.model_name(name)
     with tracking.client(f"reading the history of {name}") as client:
-        return _read(client, name)
-
-
-def promote(name: str, version: str, why: str) -> str:
-    """Make a version the champion by hand; gives the `uri` that it replaced, or an empty text.
-
-    Raises:
-        InputError: if there is no such version, its files are gone, or it is the champion already.
-    """
-    name = registry.model_name(name)
-    with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
-        return _move(client, name, version, "promoted by hand", why)
-
-
-def rollback(name: str, why: str) -> str:
-    """Put the previous champion back; gives its `uri`. No gate promotes the withdrawn version again.
-
-    Raises:
-        InputError: if there is no previous champion, or its files are gone.
-    """
-    name = registry.model_name(name)
-    with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
-        aliases = _aliases(client, name)
-        current, previous = aliases.get("champion"), aliases.get("previous")
-        if current is None or previous is None or current == previous:
-            raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
-        _move(client, name, previous, "rolled back", why)
-        client.set_model_version_tag(name, current, WITHDRAWN, why)
-        return f"models:/{name}/{previous}"
-
-
-def withdrawn(name: str, digest: str) -> str | None:
-    """Why the version of a merge was rolled back by hand; None if it was not."""
-    found = registry.find(name, digest)
-    if found is None:
-        return None
-    with tracking.client(f"reading {found.uri}") as client:
-        return dict(client.get_model_version(found.name, found.version).tags).get(WITHDRAWN)
+        return read(client, name)
 
 
 def record(
@@ -96,7 +59,7 @@ def record(
 ) -> None:
     """Append a record, unless it says what the newest one says. To be called under the registry's lock."""
     new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or getpass.getuser())
-    known = _read(client, name)
+    known = read(client, name)
     if known and (known[-1].what, known[-1].version, known[-1].champion) == (what, version, champion):
         return
     text = json.dumps(asdict(new), ensure_ascii=False)
@@ -118,37 +81,18 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
     ]
 
 
-def _move(client: "MlflowClient", name: str, version: str, what: str, why: str) -> str:
-    if not why.strip():
-        raise InputError("--why: expected a reason, which `lewis history` will show")
-    aliases = _aliases(client, name)
-    current = aliases.get("champion")
-    if version == current:
-        raise InputError(f"models:/{name}/{version} is the champion already")
-    if not registry.is_whole(client, name, version):
-        raise InputError(
-            f"models:/{name}/{version}: no such version, or its files are gone; see `lewis history {name}`"
-        )
-    before = f"models:/{name}/{current}" if current else None
-    record(client, name, what, f"models:/{name}/{version}", before, why)
-    if WITHDRAWN in client.get_model_version(name, version).tags:
-        client.delete_model_version_tag(name, version, WITHDRAWN)
-    if current:
-        client.set_registered_model_alias(name, "previous", current)
-    client.set_registered_model_alias(name, "champion", version)
-    return before or ""
-
-
-def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:
-    return {alias: str(version) for alias, version in _model(client, name).aliases.items()}
-
-
-def _read(client: "MlflowClient", name: str) -> list[Record]:
-    tags = _model(client, name).tags
+def read(client: "MlflowClient", name: str) -> list[Record]:
+    """`history`, with a client that is open already."""
+    tags = registered_model(client, name).tags
     return [Record(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(TAG)]
 
 
-def _model(client: "MlflowClient", name: str) -> "RegisteredModel":
+def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":
+    """What MLflow knows of a model.
+
+    Raises:
+        InputError: if there is none of this name.
+    """
     from mlflow.exceptions import MlflowException
 
     try:

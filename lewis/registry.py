@@ -18,7 +18,6 @@ from urllib.parse import quote, urlsplit
 from lewis import logged_model, store, tracking
 from lewis.card import FRONT_MATTER
 from lewis.errors import InputError, LewisError
-from lewis.gate import Verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,19 +92,6 @@ class Champion:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Promotion:
-    """What `promote` did.
-
-    Attributes:
-        moved: whether the alias `champion` moved to the version.
-        previous: the `uri` that had it before; None if there was no champion.
-    """
-
-    moved: bool
-    previous: str | None
-
-
 def configure() -> None:
     """Choose the tracking store: `MLFLOW_TRACKING_URI`, or a database in the store. Creates both it and the experiment.
 
@@ -148,7 +134,7 @@ def champion(name: str) -> Champion | None:
     """The version in use, or None before the first promotion."""
     name = model_name(name)
     with tracking.client(f"reading the champion of {name}") as client:
-        return _champion(client, name)
+        return champion_of(client, name)
 
 
 def fetch(current: Champion) -> Champion:
@@ -219,45 +205,6 @@ def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return False
         raise
-
-
-def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
-    """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
-
-    A version that already is the champion stays as it is.
-
-    Args:
-        by: who promotes, for the history; by default the user.
-
-    Raises:
-        LewisError: if the champion changed after the comparison.
-    """
-    with store.lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
-        current = _champion(client, version.name)
-        if current is not None and current.version.version == version.version:
-            logger.info("%s already is the champion", version.uri)
-            return Promotion(moved=False, previous=current.version.uri)
-        if verdict.passed:
-            _check_still_champion(current, verdict)
-        tags = {
-            "lewis.verdict.compared_with": verdict.compared_with,
-            "lewis.verdict.reasons": "\n".join(verdict.reasons),
-            "lewis.verdict": "passed" if verdict.passed else "failed",
-        }
-        for key, value in tags.items():
-            client.set_model_version_tag(version.name, version.version, key, value)
-        from lewis import history
-
-        before = current.version.uri if current is not None else None
-        what = "promoted" if verdict.passed else "rejected"
-        history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
-        if not verdict.passed:
-            client.set_registered_model_alias(version.name, "challenger", version.version)
-        else:
-            if current is not None:
-                client.set_registered_model_alias(version.name, "previous", current.version.version)
-            client.set_registered_model_alias(version.name, "champion", version.version)
-        return Promotion(moved=verdict.passed, previous=current.version.uri if current is not None else None)
 
 
 def _create(client: "MlflowClient", name: str, entry: Entry) -> Version:
@@ -349,7 +296,8 @@ def _model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel |
         raise
 
 
-def _champion(client: "MlflowClient", name: str) -> Champion | None:
+def champion_of(client: "MlflowClient", name: str) -> Champion | None:
+    """`champion`, with a client that is open already."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -367,16 +315,6 @@ def _champion(client: "MlflowClient", name: str) -> Champion | None:
         metrics=json.loads(version.tags.get("lewis.metrics", "{}")),
         sources={key: commit for key, commit in version.tags.items() if key.startswith(SOURCE)},
     )
-
-
-def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
-    uri = current.version.uri if current is not None else None
-    expected = verdict.compared_with if verdict.compared_with.startswith("models:/") else None
-    if uri != expected:
-        raise LewisError(
-            f"the gate compared with {verdict.compared_with}, but the champion is {uri or 'none'} by now; "
-            "run the flow again"
-        )
 
 
 def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:

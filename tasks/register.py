@@ -7,12 +7,13 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import card, history, pipeline, registry
+from lewis import card, pipeline, promotion, registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
+from lewis.promotion import Promotion
 from lewis.recipe import Recipe
 from lewis.registration import registry_entry
-from lewis.registry import Champion, Promotion, Version
+from lewis.registry import Champion, Version
 from lewis.scored import Scored
 from tasks import provenance
 from tasks.caching import RETRIES, slug
@@ -35,7 +36,7 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
     rule = recipe.register_as.gate
     if champion and champion.digest == merged.digest:
         return Verdict(True, ("this very model is the champion already",), champion.version.uri)
-    if (why := history.withdrawn(recipe.register_as.name, merged.digest)) is not None:
+    if (why := promotion.withdrawn(recipe.register_as.name, merged.digest)) is not None:
         told = f"this very model was rolled back by hand ({why}); only `lewis promote` brings it back: fail"
         return Verdict(False, (told,), champion.version.uri if champion else "nothing")
     if rule is None:
@@ -83,9 +84,9 @@ def register(
 @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; says whether the version is the champion now."""
-    promotion = registry.promote(version, verdict, f"the run {provenance.url()}")
-    if promotion.moved:
-        _announce(recipe, version, verdict, merged, promotion)
+    done = promotion.promote(version, verdict, f"the run {provenance.url()}")
+    if done.moved:
+        _announce(recipe, version, verdict, merged, done)
     word = "passed: champion" if verdict.passed else "failed: the champion stays"
     lines = [
         f"# {version.uri}: {word}",
@@ -98,7 +99,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     return verdict.passed
 
 
-def _announce(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel, promotion: Promotion) -> None:
+def _announce(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel, done: Promotion) -> None:
     emit_event(
         event=PROMOTED,
         resource={"prefect.resource.id": f"lewis.model.{version.name}", "prefect.resource.name": version.name},
@@ -108,7 +109,7 @@ def _announce(recipe: Recipe, version: Version, verdict: Verdict, merged: Merged
             "uri": version.uri,
             "url": registry.link(version),
             "digest": merged.digest,
-            "previous": promotion.previous,
+            "previous": done.previous,
             "reasons": list(verdict.reasons),
         },
     )

@@ -150,7 +150,7 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
-    from lewis import evaluation, pipeline, registry
+    from lewis import evaluation, pipeline, promotion, registry
     from lewis.gate import decide
     from lewis.recipe import Recipe
     from lewis.registration import registry_entry
@@ -175,7 +175,7 @@ def run_library(path: str) -> None:
     against = champion.version.uri if champion else "base"
     verdict = decide(recipe.register_as.gate, scored[recipe.label], scored["base"], against, base=scored["base"])
     version = registry.register(registry_entry(recipe, base, experts, [], allocated, merged, scores))
-    registry.promote(version, verdict)
+    promotion.promote(version, verdict)
 
 
 def time_process(side: str, recipe: Path, home: Path, url: str) -> float:

@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed, Running, Scheduled, State
 
 from flows.status import Part, Status, status
 from flows.status_text import moment, short
-from lewis import registry
+from lewis import promotion
 from lewis.gate import Verdict
 from tests.conftest import Family
 from tests.support.lineage import make_database, make_home, registered
@@ -91,10 +91,10 @@ def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) 
         (ref, None, head) for ref, head in commits.items()
     ]
     first = registered(family.base, "a", commits, "tiny")
-    registry.promote(first, Verdict(True, (), "base"))
+    promotion.promote(first, Verdict(True, (), "base"))
     new = hub.commit("org/code", family.math)
     refused = registered(family.base, "b", {**commits, "org/code": new}, "tiny")
-    registry.promote(refused, Verdict(False, (), first.uri))
+    promotion.promote(refused, Verdict(False, (), first.uri))
 
     found = status()
     (tiny,) = found.recipes or []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lewis import measurements, pipeline, registry, store
+from lewis import measurements, pipeline, promotion, registry, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
@@ -129,8 +129,8 @@ def test_registered_merges_and_what_they_were_made_from_stay(family: Family, mlf
 
     champion, refused = Made(family, "tiny"), Made(family, "tiny", most=0.7)
     other = Made(family, "tiny", text="w7 w8")  # of a calibration set that no version has
-    registry.promote(champion.register(), Verdict(True, (), "base"))
-    registry.promote(refused.register(), Verdict(False, (), "models:/tiny/1"))
+    promotion.promote(champion.register(), Verdict(True, (), "base"))
+    promotion.promote(refused.register(), Verdict(False, (), "models:/tiny/1"))
     age(mlflow_home, 15)
     inode = champion.merged.folder.stat().st_ino
 
@@ -161,7 +161,7 @@ def test_weights_that_mlflow_holds_too_are_not_counted_as_freed(family: Family, 
     import mlflow
 
     made = Made(family, "tiny")
-    registry.promote(made.register(), Verdict(True, (), "base"))
+    promotion.promote(made.register(), Verdict(True, (), "base"))
     mlflow.MlflowClient().delete_registered_model_alias("tiny", "champion")
     mlflow.MlflowClient().delete_model_version("tiny", "1")
     age(mlflow_home, 15)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lewis import history, logged_model, registry, store
+from lewis import history, logged_model, promotion, registry, store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
 from lewis.registry import Entry, Version
@@ -162,7 +162,7 @@ def test_the_champion_loads_and_outlives_the_store_without_a_second_copy(entry: 
     version = registry.register(entry)
     for weights in entry.folder.glob("*.safetensors"):
         assert weights.stat().st_nlink == 2
-    registry.promote(version, PASSED)
+    promotion.promote(version, PASSED)
     shutil.rmtree(home / "merged")
     pipeline = mlflow.transformers.load_model("models:/tiny@champion")
     assert type(pipeline).__name__ == "TextGenerationPipeline"
@@ -218,7 +218,7 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Entry, home: Pa
 
 
 def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(entry: Entry) -> None:
-    registry.promote(registry.register(entry), PASSED)
+    promotion.promote(registry.register(entry), PASSED)
     client().delete_logged_model(versions()[0].source.removeprefix("models:/"))
     assert registry.find("tiny", DIGEST) is None
     current = registry.champion("tiny")
@@ -255,7 +255,7 @@ def in_child(home: Path, entry: Entry, send: Connection, stop_at: str | None = N
         owner: Any = logged_model if stop_at == "_link" else MlflowClient
         setattr(owner, stop_at, stop)
     version = registry.register(entry)
-    registry.promote(version, PASSED)
+    promotion.promote(version, PASSED)
     send.send(version)
 
 
@@ -347,13 +347,13 @@ def test_the_gate_moves_the_aliases(entry: Entry, tiny_model: Path) -> None:
     assert registry.champion("tiny") is None
     first = registry.register(entry)
     assert registry.champion("tiny") is None
-    registry.promote(first, PASSED)
+    promotion.promote(first, PASSED)
     second, third = (registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "bc")
-    registry.promote(second, FAILED)
+    promotion.promote(second, FAILED)
     assert aliases() == {"champion": "1", "challenger": "2"}
-    registry.promote(third, replace(PASSED, compared_with=first.uri))
+    promotion.promote(third, replace(PASSED, compared_with=first.uri))
     assert aliases() == {"champion": "3", "previous": "1", "challenger": "2"}
-    registry.promote(third, FAILED)  # the champion does not become its own challenger
+    promotion.promote(third, FAILED)  # the champion does not become its own challenger
     assert aliases() == {"champion": "3", "previous": "1", "challenger": "2"}
     tags = {str(v.version): v.tags for v in versions()}
     assert [tags[v]["lewis.verdict"] for v in "123"] == ["passed", "failed", "passed"]
@@ -365,12 +365,12 @@ def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Entry
     first, second, third = (
         registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
     )
-    registry.promote(first, PASSED)
-    registry.promote(second, replace(PASSED, compared_with=first.uri))
+    promotion.promote(first, PASSED)
+    promotion.promote(second, replace(PASSED, compared_with=first.uri))
     with pytest.raises(LewisError, match="compared with models:/tiny/1, but the champion is models:/tiny/2 by now"):
-        registry.promote(third, replace(PASSED, compared_with=first.uri))
+        promotion.promote(third, replace(PASSED, compared_with=first.uri))
     with pytest.raises(LewisError, match="compared with base, but the champion is models:/tiny/2 by now"):
-        registry.promote(third, PASSED)
+        promotion.promote(third, PASSED)
     assert aliases() == {"champion": "2", "previous": "1"}
 
 
@@ -378,13 +378,13 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Entry, tiny_model: P
     first, second, third = (
         registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
     )
-    registry.promote(first, PASSED, by="the run x")
-    registry.promote(second, FAILED)
-    registry.promote(second, FAILED)  # again and nothing new: the next night's run
-    registry.promote(third, replace(PASSED, compared_with=first.uri))
-    assert history.promote("tiny", "2", "the customer wants it") == third.uri
+    promotion.promote(first, PASSED, by="the run x")
+    promotion.promote(second, FAILED)
+    promotion.promote(second, FAILED)  # again and nothing new: the next night's run
+    promotion.promote(third, replace(PASSED, compared_with=first.uri))
+    assert promotion.promote_by_hand("tiny", "2", "the customer wants it") == third.uri
     assert aliases() == {"champion": "2", "previous": "3", "challenger": "2"}
-    assert history.rollback("tiny", "it was rude") == third.uri
+    assert promotion.rollback("tiny", "it was rude") == third.uri
     assert aliases() == {"champion": "3", "previous": "2", "challenger": "2"}
     told = history.history("tiny")
     assert [(each.what, each.version[-1], (each.champion or "-")[-1]) for each in told] == [
@@ -396,24 +396,24 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Entry, tiny_model: P
     ]
     assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
     assert told[0].by == "the run x" and history.rows(told)[0]["what"] == "rolled back"
-    assert history.withdrawn("tiny", "b" * 64) == "it was rude" and history.withdrawn("tiny", "c" * 64) is None
-    history.promote("tiny", "2", "it is polite now")
-    assert history.withdrawn("tiny", "b" * 64) is None
+    assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
+    promotion.promote_by_hand("tiny", "2", "it is polite now")
+    assert promotion.withdrawn("tiny", "b" * 64) is None
 
 
 def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Entry) -> None:
     with pytest.raises(InputError, match="no registered model of this name"):
         history.history("tiny")
-    registry.promote(registry.register(entry), PASSED)
+    promotion.promote(registry.register(entry), PASSED)
     for version, why, message in (
         ("1", "x", "is the champion already"),
         ("7", "x", "no such version"),
         ("7", " ", "--why"),
     ):
         with pytest.raises(InputError, match=message):
-            history.promote("tiny", version, why)
+            promotion.promote_by_hand("tiny", version, why)
     with pytest.raises(InputError, match="no previous champion"):
-        history.rollback("tiny", "x")
+        promotion.rollback("tiny", "x")
     assert aliases() == {"champion": "1"} and len(history.history("tiny")) == 1
 
 

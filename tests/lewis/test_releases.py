@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lewis import registry, releases
+from lewis import promotion, releases
 from lewis.errors import InputError, TransientError
 from lewis.gate import Verdict
 from lewis.recipe import Recipe
@@ -99,8 +99,8 @@ def test_merged_tells_of_every_version_what_it_holds(home: Path, family: Family)
     assert releases.merged(NAME) == []
     first = registered(family.base, "a", {"org/base": OLD, "/data/math 100%": NEW, "calibration:words": "c" * 64}, NAME)
     second = registered(family.base, "b", {"org/base": NEW}, NAME)
-    registry.promote(first, Verdict(True, (), "base"))
-    registry.promote(second, Verdict(False, (), first.uri))
+    promotion.promote(first, Verdict(True, (), "base"))
+    promotion.promote(second, Verdict(False, (), first.uri))
     newest, oldest = releases.merged(NAME)
     assert (newest.version, newest.digest, newest.verdict, newest.aliases) == ("2", "b" * 64, "failed", ("challenger",))
     assert (oldest.version, oldest.digest, oldest.verdict, oldest.aliases) == ("1", "a" * 64, "passed", ("champion",))

@@ -1,0 +1,143 @@
+"""Which version is in use: the aliases of a registered model, moved by the gate's verdict or by hand.
+
+All of it happens under the registry's lock: what was compared with is still the champion, the record is written first,
+and the alias `champion` moves last, which is the only thing that readers go by.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lewis import history, registry, store, tracking
+from lewis.errors import InputError, LewisError
+from lewis.gate import Verdict
+from lewis.registry import Champion, Version
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand: why
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What `promote` did.
+
+    Attributes:
+        moved: whether the alias `champion` moved to the version.
+        previous: the `uri` that had it before; None if there was no champion.
+    """
+
+    moved: bool
+    previous: str | None
+
+
+def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
+    """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
+
+    A version that already is the champion stays as it is.
+
+    Args:
+        by: who promotes, for the history; by default the user.
+
+    Raises:
+        LewisError: if the champion changed after the comparison.
+    """
+    with store.lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
+        current = registry.champion_of(client, version.name)
+        before = current.version.uri if current is not None else None
+        if before == version.uri:
+            logger.info("%s already is the champion", version.uri)
+            return Promotion(moved=False, previous=before)
+        if verdict.passed:
+            _check_still_champion(current, verdict)
+        tags = {
+            "lewis.verdict.compared_with": verdict.compared_with,
+            "lewis.verdict.reasons": "\n".join(verdict.reasons),
+            "lewis.verdict": "passed" if verdict.passed else "failed",
+        }
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, version.version, key, value)
+        what = "promoted" if verdict.passed else "rejected"
+        history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
+        if verdict.passed:
+            _crown(client, version.name, version.version, current.version.version if current else None)
+        else:
+            client.set_registered_model_alias(version.name, "challenger", version.version)
+        return Promotion(moved=verdict.passed, previous=before)
+
+
+def promote_by_hand(name: str, version: str, why: str) -> str:
+    """Make a version the champion by hand; gives the `uri` that it replaced, or an empty text.
+
+    Raises:
+        InputError: if there is no such version, its files are gone, or it is the champion already.
+    """
+    name = registry.model_name(name)
+    with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
+        return _move(client, name, version, "promoted by hand", why)
+
+
+def rollback(name: str, why: str) -> str:
+    """Put the previous champion back; gives its `uri`. No gate promotes the withdrawn version again.
+
+    Raises:
+        InputError: if there is no previous champion, or its files are gone.
+    """
+    name = registry.model_name(name)
+    with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
+        aliases = _aliases(client, name)
+        current, previous = aliases.get("champion"), aliases.get("previous")
+        if current is None or previous is None or current == previous:
+            raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
+        _move(client, name, previous, "rolled back", why)
+        client.set_model_version_tag(name, current, WITHDRAWN, why)
+        return f"models:/{name}/{previous}"
+
+
+def withdrawn(name: str, digest: str) -> str | None:
+    """Why the version of a merge was rolled back by hand; None if it was not."""
+    found = registry.find(name, digest)
+    if found is None:
+        return None
+    with tracking.client(f"reading {found.uri}") as client:
+        return dict(client.get_model_version(found.name, found.version).tags).get(WITHDRAWN)
+
+
+def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
+    uri = current.version.uri if current is not None else None
+    expected = verdict.compared_with if verdict.compared_with.startswith("models:/") else None
+    if uri != expected:
+        raise LewisError(
+            f"the gate compared with {verdict.compared_with}, but the champion is {uri or 'none'} by now; "
+            "run the flow again"
+        )
+
+
+def _move(client: "MlflowClient", name: str, version: str, what: str, why: str) -> str:
+    if not why.strip():
+        raise InputError("--why: expected a reason, which `lewis history` will show")
+    current = _aliases(client, name).get("champion")
+    if version == current:
+        raise InputError(f"models:/{name}/{version} is the champion already")
+    if not registry.is_whole(client, name, version):
+        raise InputError(
+            f"models:/{name}/{version}: no such version, or its files are gone; see `lewis history {name}`"
+        )
+    before = f"models:/{name}/{current}" if current else None
+    history.record(client, name, what, f"models:/{name}/{version}", before, why)
+    if WITHDRAWN in client.get_model_version(name, version).tags:
+        client.delete_model_version_tag(name, version, WITHDRAWN)
+    _crown(client, name, version, current)
+    return before or ""
+
+
+def _crown(client: "MlflowClient", name: str, version: str, current: str | None) -> None:
+    if current is not None:
+        client.set_registered_model_alias(name, "previous", current)
+    client.set_registered_model_alias(name, "champion", version)
+
+
+def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:
+    return {alias: str(version) for alias, version in history.registered_model(client, name).aliases.items()}
