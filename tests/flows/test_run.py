@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lewis import pipeline
+from lewis.recipe import Recipe
 from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.support.local_hub import LocalHub
@@ -46,6 +48,17 @@ def leftovers(home: Path) -> list[Path]:
     return [path for path in home.rglob("*.partial") if "locks" not in path.parts]
 
 
+def by_the_library(recipe: Path, folder: Path) -> tuple[str, bytes]:
+    """Digest and weights of the merge, one step after another in this process."""
+    plan = Recipe.load(recipe)
+    source, sources = pipeline.pin_all(plan)
+    assert source is not None
+    base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
+    prepared = pipeline.prepare_merge(plan, base, experts, pipeline.guide(plan, base, experts)[1])
+    prepared.run(folder)
+    return prepared.digest, (folder / "model.safetensors").read_bytes()
+
+
 def versions(home: Path, name: str = "tiny") -> list:
     from mlflow import MlflowClient
 
@@ -78,30 +91,20 @@ def _inputs(home: Path, found: dict) -> list[dict]:
     return [{"ref": ref} for ref in experts]
 
 
-def test_a_truncated_merge_is_made_again(lewis: Command, recipe: Path) -> None:
-    first = report(lewis("run", recipe, "--json", *NO_SCORES))
-    weights = Path(first["folder"]) / "model.safetensors"
-    content = weights.read_bytes()
-    os.truncate(weights, 1000)
-    again = report(lewis("run", recipe, "--json", *NO_SCORES))
-    assert again["digest"] == first["digest"] and weights.read_bytes() == content
-
-
 @pytest.mark.parametrize("step", SLOW)
-def test_a_killed_run_is_resumed_with_the_same_result(step: str, lewis: Command, recipe: Path, home: Path) -> None:
+def test_a_killed_run_is_resumed_with_the_same_result(
+    step: str, lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed = lewis("run", recipe, *NO_SCORES, patch=SLOW[step])
     assert killed.stdout is not None and killed.stdout.readline() == "HERE\n"
     killed.kill()
     killed.wait()
 
     resumed = report(lewis("run", recipe, "--json", *NO_SCORES))
-    shutil.move(home, home.with_name("resumed"))
-    undisturbed = report(lewis("run", recipe, "--json", *NO_SCORES))
-    assert resumed["digest"] == undisturbed["digest"]
-    weights = Path(undisturbed["folder"]).relative_to(home) / "model.safetensors"
-    assert (home.with_name("resumed") / weights).read_bytes() == (home / weights).read_bytes()
-    assert len(versions(home.with_name("resumed"))) == 1
-    assert not leftovers(home.with_name("resumed"))
+    assert len(versions(home)) == 1 and not leftovers(home)
+    found = (resumed["digest"], (Path(resumed["folder"]) / "model.safetensors").read_bytes())
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "undisturbed"))
+    assert found == by_the_library(recipe, tmp_path / "merged")
 
 
 def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: Path) -> None:
@@ -115,7 +118,9 @@ def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: 
     assert (home / "merged").is_dir()
 
 
-def test_two_runs_at_once_compute_once(lewis: Command, recipe: Path, home: Path) -> None:
+def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
+    lewis: Command, recipe: Path, home: Path
+) -> None:
     patch = (
         "import lewis.merge as m; f = m.Merge.run\n"
         "m.Merge.run = lambda *a, **k: (print('COMPUTED', flush=True), f(*a, **k))[1]"
@@ -125,6 +130,12 @@ def test_two_runs_at_once_compute_once(lewis: Command, recipe: Path, home: Path)
     assert [code for code, _, _ in results] == [0, 0], [err[-2000:] for code, _, err in results if code]
     assert sum(out.count("COMPUTED") for _, out, _ in results) == 1
     assert len(versions(home)) == 1
+
+    (weights,) = home.glob("merged/*/model.safetensors")
+    content = weights.read_bytes()
+    os.truncate(weights, 1000)
+    again = report(lewis("run", recipe, "--json", *NO_SCORES))
+    assert Path(again["folder"]) == weights.parent and weights.read_bytes() == content
 
 
 def test_models_from_a_hub_that_stumbles_and_back_to_it(

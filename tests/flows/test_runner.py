@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from flows import runner
-from lewis import pipeline
 from lewis.errors import InputError
-from lewis.recipe import Recipe
 from tests.flows.conftest import Command
-from tests.flows.test_run import NO_SCORES, finished, leftovers, report
+from tests.flows.test_run import NO_SCORES, by_the_library, finished, leftovers, report
 
 dask = pytest.mark.skipif(importlib.util.find_spec("prefect_dask") is None, reason="the extra [dask] is not installed")
 ray = pytest.mark.skipif(importlib.util.find_spec("prefect_ray") is None, reason="the extra [ray] is not installed")
@@ -100,17 +98,6 @@ def test_passes_run_on_two_workers_and_the_merge_is_the_same(
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "alone"))
     digest, weights = by_the_library(recipe, tmp_path / "merged")
     assert digest == found["digest"] and weights == (Path(found["folder"]) / "model.safetensors").read_bytes()
-
-
-def by_the_library(recipe: Path, folder: Path) -> tuple[str, bytes]:
-    """Digest and weights of the merge, one step after another in this process."""
-    plan = Recipe.load(recipe)
-    source, sources = pipeline.pin_all(plan)
-    assert source is not None
-    base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
-    prepared = pipeline.prepare_merge(plan, base, experts, pipeline.guide(plan, base, experts)[1])
-    prepared.run(folder)
-    return prepared.digest, (folder / "model.safetensors").read_bytes()
 
 
 @dask
