@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from lewis import store
 from lewis.lora import LoraExpert
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge import Merge
+from lewis.merge import PIECE, Merge
+from lewis.methods import find
 from lewis.writer import CheckpointWriter
 
 _WARM_UP = 1 << 20  # elements before the first sample: what is done first is slow
@@ -64,8 +65,10 @@ def without_models(method: str, largest: int, experts: int) -> int:
     """Bytes that a merge needs whose models are not here yet, by the elements of its largest tensor."""
     from lewis.compiled import METHODS
 
-    # Whole tensors: the base, and of each expert its weights and task vector, then a few temporaries, in fp32.
-    return 130_000_000 if method in METHODS else 400_000_000 + largest * 4 * (4 + 4 * experts)
+    if method in METHODS:
+        return 130_000_000
+    # The base, and of each expert its weights and task vector, then a few temporaries, in fp32.
+    return 400_000_000 + (PIECE if find(method).elementwise else largest) * 4 * (4 + 4 * experts)
 
 
 def _part(order: list[str], elements: dict[str, int], limit: int) -> list[str]:
@@ -92,4 +95,5 @@ def _takes_whole_tensors(merge: Merge) -> bool:
     from lewis.compiled import METHODS
 
     models = [merge.base, *(expert.model for expert in merge.experts)]
-    return merge.method.name not in METHODS or any(isinstance(model, LoraExpert) for model in models)
+    by_rows = merge.method.name in METHODS or merge.method.elementwise
+    return not by_rows or any(isinstance(model, LoraExpert) for model in models)

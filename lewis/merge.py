@@ -9,16 +9,20 @@ keys first, and random streams are keyed by (seed, expert key, tensor name): the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import keyword
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lewis import store
 from lewis.alignment import align
@@ -30,10 +34,11 @@ from lewis.lora import Model
 from lewis.methods import Method, find
 from lewis.methods.streams import Stream
 from lewis.recipe import ModelEntry, Recipe
-from lewis.writer import SIZES, CheckpointWriter, copy_tokenizer, tokenizer_files, write_config
+from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "3"  # bump when the same inputs would give other bytes
+PIECE = 1 << 21  # elements of a run of rows
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Scales = Mapping[str, "torch.Tensor"]
@@ -205,7 +210,10 @@ class Merge:
 
         if name in self.excluded or not merge_tensor(self, name, write):
             with self._one_at_a_time:
-                writer.write(name, self.tensor(name))
+                offset = 0
+                for piece in self._pieces(name):
+                    write(bytes_of(piece), offset)
+                    offset += piece.nbytes
         for model in models[: 1 if name in self.excluded else None]:
             model.done_with(name)
 
@@ -218,13 +226,47 @@ class Merge:
         Raises:
             LewisError: naming the tensor and model of a value that is not finite.
         """
-        base = self.base.read(name)
+        return self._merged(name, lambda model: model.read(name), slice(None))
+
+    def _pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """`tensor`; where the method allows it, in runs of rows, so that a large one is never whole in memory."""
+        info, raw = self.base.tensors[name], dict[int, tuple[str, np.ndarray]]()
+        count = -(-info.elements // PIECE) if self.method.elementwise and info.shape else 1
+        if count <= 1 or name in self.excluded:
+            yield self.tensor(name)
+            return
+
+        def read(model: Model, rows: slice) -> torch.Tensor:
+            if id(model) not in raw:  # a LoRA expert's is computed as a whole
+                raw[id(model)] = model.raw(name)
+            dtype, bits = raw[id(model)]
+            width = bits.size // info.shape[0]
+            part = torch.from_numpy(bits[rows.start * width : rows.stop * width].copy())
+            return part.view(getattr(torch, DTYPES[dtype][0])).reshape(-1, *info.shape[1:])
+
+        bounds = sorted({info.shape[0] * i // count for i in range(count + 1)})
+        for rows in itertools.starmap(slice, itertools.pairwise(bounds)):
+            yield self._merged(name, partial(read, rows=rows), rows)
+
+    def _merged(self, name: str, read: Callable[[Model], torch.Tensor], rows: slice) -> torch.Tensor:
+        """Merge what `read` gives of each model: these rows of a tensor."""
+        base = read(self.base)
         dtype = getattr(torch, DTYPES[self.layout[name][0]][0])
         if name in self.excluded or not self.base.tensors[name].floating:
             return base.to(dtype)  # a base with an adapter on it is read in fp32
+
+        def finite(model: Model) -> torch.Tensor:
+            return _finite(read(model).to(torch.float32), name, model)
+
         with torch.inference_mode():
             base = _finite(base.to(torch.float32), name, self.base)
-            merged = self._on_task_vectors(name, base) if self._adds_to_base else self._on_weights(name, base)
+            if self._adds_to_base:
+                merged = self._on_task_vectors(name, base, finite, rows)
+            else:
+                merged = self._on_weights(name, base, finite)
+            if merged.shape != base.shape:
+                given, expected = list(merged.shape), list(base.shape)
+                raise LewisError(f"{name}: {self.method.name} gave the shape {given}, expected {expected}")
             return self._rounded(merged, dtype, name)
 
     def parameters(self, name: str) -> dict[str, Any]:
@@ -244,8 +286,8 @@ class Merge:
                 ]
         return values
 
-    def _on_weights(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        weights = torch.stack([_finite(e.model.read(name).to(torch.float32), name, e.model) for e in self.experts])
+    def _on_weights(self, name: str, base: torch.Tensor, finite: Callable[[Model], torch.Tensor]) -> torch.Tensor:
+        weights = torch.stack([finite(expert.model) for expert in self.experts])
         values = self.parameters(name)
         merged = _call(self.method, name, values, weights, base)
         if values.get("normalize"):
@@ -258,17 +300,20 @@ class Merge:
             merged = torch.where(merged == weight, weight, merged)  # a sum loses the sign of -0.0
         return merged
 
-    def _on_task_vectors(self, name: str, base: torch.Tensor) -> torch.Tensor:
+    def _on_task_vectors(
+        self, name: str, base: torch.Tensor, finite: Callable[[Model], torch.Tensor], rows: slice
+    ) -> torch.Tensor:
         values = self.parameters(name)
         active = self.active(name, values)
         if "density" in values and not any(active):
             return base
-        own = [_finite(expert.model.read(name).to(torch.float32), name, expert.model) for expert in self.experts]
-        vectors = torch.stack(own) - base
+        own = [finite(expert.model) for expert in self.experts]
+        vectors = torch.stack(own).sub_(base)
         streams = [self.stream(expert, name) for expert in self.experts] if self.method.random else None
         delta = _call(self.method, name, values, vectors, base, streams, self.scales(name))
         if name in self.held_back:
-            delta = delta * self.held_back[name]
+            factor = self.held_back[name]
+            delta = delta * (factor[rows] if factor.dim() == delta.dim() and len(factor) > 1 else factor)
         merged = torch.where(delta == 0, base, base + delta)
         for weight, vector, is_active in zip(own, vectors, active, strict=True):
             if is_active:

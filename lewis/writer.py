@@ -102,7 +102,7 @@ class CheckpointWriter:
         dtype, shape = self._layout[name]
         if tensor.dtype != getattr(torch, DTYPES[dtype][0]) or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: laid out as {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        self.write_bytes(name, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.write_bytes(name, bytes_of(tensor))
 
     def write_bytes(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Write a part of one tensor, `offset` bytes after its beginning; threads may write at the same time.
@@ -181,6 +181,11 @@ class CheckpointWriter:
             self.names.append(name)
             if stop <= whole:
                 self.finished.add(name)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the order in which a file has them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:

@@ -7,7 +7,7 @@ from lewis.methods.registry import PerExpert, column, merge_method, per_expert
 from lewis.methods.sums import add_up
 
 
-@merge_method("linear", paper="https://arxiv.org/abs/2203.05482", on="weights")
+@merge_method("linear", paper="https://arxiv.org/abs/2203.05482", on="weights", elementwise=True)
 def linear(weights: torch.Tensor, *, weight: PerExpert[float] = 1.0, normalize: bool = True) -> torch.Tensor:
     """Average the models (model soups): sum_i w_i W_i, divided by sum_i w_i if `normalize`.
 

@@ -8,7 +8,9 @@ from lewis.methods.registry import NotNegative, merge_method
 _NEAREST = 1e-6  # differences below count as this (mergekit's)
 
 
-@merge_method("nearswap", paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", experts=(1, 1))
+@merge_method(
+    "nearswap", paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", experts=(1, 1), elementwise=True
+)
 def nearswap(task_vectors: torch.Tensor, *, t: NotNegative) -> torch.Tensor:
     """Move each weight of the base towards the other model's by min(1, t / |tau|) of the way, tau their difference.
 

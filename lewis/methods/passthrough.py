@@ -6,7 +6,13 @@ from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 
 
-@merge_method("passthrough", paper="https://github.com/arcee-ai/mergekit#passthrough", on="weights", experts=(1, 1))
+@merge_method(
+    "passthrough",
+    paper="https://github.com/arcee-ai/mergekit#passthrough",
+    on="weights",
+    experts=(1, 1),
+    elementwise=True,
+)
 def passthrough(weights: torch.Tensor, *, scale: PerExpert[float] = 1.0) -> torch.Tensor:
     """Copy the model, times `scale`.
 

@@ -8,7 +8,7 @@ from lewis.methods.registry import NotNegative, column, merge_method
 PAPER = "https://arxiv.org/abs/2601.13572"
 
 
-@merge_method("ram", paper=PAPER)
+@merge_method("ram", paper=PAPER, elementwise=True)
 def ram(task_vectors: torch.Tensor, *, epsilon: NotNegative = 1e-5) -> torch.Tensor:
     """Average each element over the experts that changed it.
 

@@ -104,6 +104,8 @@ class Method:
         experts: how many models it merges, at least and at most (None: any number), not counting a base that has a
             role of its own.
         check: of parameters that must fit together.
+        elementwise: whether each element of the result depends on the same elements of the models and on nothing else
+            of the tensor: then a large tensor is merged by rows.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """
 
@@ -117,6 +119,7 @@ class Method:
     takes_scales: bool
     experts: tuple[int, int | None]
     check: Check | None
+    elementwise: bool = False
     origin: str = ""
 
     @property
@@ -140,6 +143,7 @@ def merge_method(
     on: Literal["task_vectors", "weights", "either"] = "task_vectors",
     experts: tuple[int, int | None] = (1, None),
     check: Check | None = None,
+    elementwise: bool = False,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a function as the merge method `name`.
 
@@ -150,7 +154,7 @@ def merge_method(
     Args:
         name: as `merge_method` in a recipe.
         paper: where the method comes from, a URL.
-        on, experts, check: as in `Method`.
+        on, experts, check, elementwise: as in `Method`.
 
     Raises:
         ValueError: if another function has that name.
@@ -182,6 +186,7 @@ def merge_method(
             takes_scales="scales" in arguments,
             experts=experts,
             check=check,
+            elementwise=elementwise,
         )
         return function
 

@@ -7,7 +7,7 @@ from lewis.methods.registry import PerExpert, column, merge_method, per_expert
 from lewis.methods.sums import add_up
 
 
-@merge_method("task_arithmetic", paper="https://arxiv.org/abs/2212.04089")
+@merge_method("task_arithmetic", paper="https://arxiv.org/abs/2212.04089", elementwise=True)
 def task_arithmetic(
     task_vectors: torch.Tensor,
     *,

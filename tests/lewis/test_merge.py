@@ -315,6 +315,35 @@ class TestRun:
         )
         assert all(bits(whole.tensor(name)) == bits(parts.tensor(name)) for name in whole.layout)
 
+    @pytest.mark.parametrize("method", [name for name, method in ALL.items() if method.elementwise])
+    def test_a_large_tensor_is_merged_by_rows(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    ) -> None:
+        experts = [family.lora, family.code][: ALL[method].experts[1]]
+        base = None if ALL[method].base_is_a_model else family.base
+        parameters = known(method, t=0.01, weight=0.7)
+        merge = open_merge(method, base, experts if base else [family.math], parameters=parameters, dtype="bfloat16")
+        if base:  # as aim does, for a tensor of (out, in) and one of (in, out)
+            names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+            merge.held_back = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
+        expected = {name: bits(merge.tensor(name)) for name in merge.layout}
+        parts: list[int] = []
+        merged = Merge._merged
+
+        def noted(self: Merge, *arguments: Any) -> torch.Tensor:
+            part = merged(self, *arguments)
+            parts.append(part.numel())
+            return part
+
+        monkeypatch.setattr(Merge, "_merged", noted)
+        monkeypatch.setattr("lewis.merge.PIECE", 100)
+        monkeypatch.setattr("lewis.compiled.METHODS", ())
+        merge.run(tmp_path / "out")
+        assert {
+            name: bits(tensor) for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+        } == expected
+        assert max(parts) <= 100 and sum(parts) == merge.elements
+
     def test_whole_numbers_are_copied_from_the_base(self, tmp_path: Path) -> None:
         folders = [
             write_tensors(tmp_path / str(i), {NAME: torch.ones(2) * i, "ids": torch.tensor([i, 2**40])})
