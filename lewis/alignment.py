@@ -14,8 +14,8 @@ from lewis.checkpoint import DTYPES, PER_TOKEN
 from lewis.errors import InputError
 from lewis.lazy import torch
 from lewis.lora import Model
-from lewis.recipe import Recipe
-from lewis.vocabulary import Target, read_vocabulary, tokenizer_folder, union, vocabulary_of
+from lewis.recipe import Recipe, TokenRow
+from lewis.vocabulary import Target, plain_entry, read_vocabulary, tokenizer_folder, union, vocabulary_of
 
 _KINDS = {word: kind for kind, (word, _) in DTYPES.items()}
 
@@ -68,8 +68,9 @@ def align(recipe: Recipe, base: Model, experts: Sequence[tuple[str, Model]], *, 
     policy, source = recipe.vocabulary, base
     if policy is None:
         return Alignment(tokenizer_folder(base), base)
-    if policy.source not in ("base", "union", recipe.base_model):
-        source = dict(experts)[policy.source]
+    by_name = {str(recipe.base_model): base, **dict(experts)}
+    if policy.source not in ("base", "union"):
+        source = _find(policy.source, by_name, "tokenizer.source")
     plain = Alignment(tokenizer_folder(source), source)
     models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
     names = [name for name in base.tensors if name.endswith(PER_TOKEN)]
@@ -81,17 +82,26 @@ def align(recipe: Recipe, base: Model, experts: Sequence[tuple[str, Model]], *, 
         raise InputError(f"{tokenizer_folder(base)}: no tokenizer.json; the models' embeddings cannot be matched")
     ids = [vocabulary_of(model, known, rows) for model, rows in zip(models, sizes, strict=True)]
     chosen, added = models.index(source), []
+    there = read_vocabulary(plain.donor) or known
     if policy.source == "union":
         added = union(base, models[1:], ids[1:])
-        reached = {token: row for token, row in known.items() if any(token in each for each in ids)}
-        wanted = reached | {entry["content"]: entry["id"] for entry in added}
-    else:
-        wanted = ids[chosen]
+        there = there | {entry["content"]: entry["id"] for entry in added}
+    after = 1 + max(there.values(), default=-1)
+    added += [plain_entry(token, after + i) for i, token in enumerate(sorted(policy.tokens.keys() - there.keys()))]
+    there = there | {entry["content"]: entry["id"] for entry in added}
+    has_row = set[str]().union(policy.tokens, *(ids if policy.source == "union" else [ids[chosen]]))
+    wanted = {token: row for token, row in there.items() if token in has_row}
     count = 1 + max(wanted.values(), default=-1)
     pad = policy.pad_to_multiple_of
     rows = -(-count // pad) * pad if pad else max(count, sizes[chosen])
     target = Target(wanted, rows, count if pad else rows, added)
     maps, lent = _match(target, ids, sizes, chosen, has_base)
+    for token, embedding in policy.tokens.items():
+        row = wanted[token]
+        if embedding.source is not None:
+            lent[row] = _origin(token, embedding.source, by_name, models, ids, sizes)
+        for own in maps if embedding.force and embedding.source is not None else ():
+            own[row] = -1
     same = [size == rows and np.array_equal(own, np.arange(rows)) for size, own in zip(sizes, maps, strict=True)]
     if all(same) and not added and target.padded_from == rows:
         return plain
@@ -218,6 +228,35 @@ def _match(
             have = [0]
         lent[row] = tuple((model, int(maps[model][row])) for model in have)
     return maps, lent
+
+
+def _origin(
+    token: str,
+    source: str | TokenRow,
+    by_name: Mapping[str, Model],
+    models: Sequence[Model],
+    ids: Sequence[Mapping[str, int]],
+    sizes: Sequence[int],
+) -> Origin:
+    """The row that a recipe's `tokenizer.tokens` names for a token."""
+    where = f"tokenizer.tokens.{token}.source"
+    wanted: str | int = token
+    if isinstance(source, TokenRow):
+        if source.kind == "zero":
+            return ()
+        wanted = source.token if source.token is not None else source.token_id or 0
+        source = str(source.model)
+    number = models.index(_find(source, by_name, where))
+    row = ids[number].get(wanted) if isinstance(wanted, str) else wanted if wanted < sizes[number] else None
+    if row is None:
+        raise InputError(f"{where}: {source} has no row of the token {wanted!r}")
+    return ((number, row),)
+
+
+def _find(name: str, by_name: Mapping[str, Model], where: str) -> Model:
+    if name not in by_name:
+        raise InputError(f"{where}: expected one of the models, {', '.join(by_name)}; got {name!r}")
+    return by_name[name]
 
 
 def _rows_of(model: Model, names: Sequence[str]) -> int:

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from lewis.errors import InputError, RecipeError
 from lewis.methods import Parameter, find, load_plugins
@@ -42,15 +52,52 @@ class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class TokenRow(_Block):
+    """Where a token's row comes from, if not from the model of its name: 0, or the row of a token of a model."""
+
+    kind: Literal["zero", "model_token"]
+    model: ModelName | None = None
+    token: str | None = None
+    token_id: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_row(self) -> "TokenRow":
+        given = (self.model, self.token if self.token is not None else self.token_id)
+        if self.kind == "zero" and (given != (None, None)):
+            raise ValueError("kind zero takes no model or token")
+        if self.kind == "model_token" and (None in given or None not in (self.token, self.token_id)):
+            raise ValueError("kind model_token needs a model, and either token or token_id")
+        return self
+
+
+def _kind_of_source(value: Any) -> str:
+    return "TokenRow" if isinstance(value, TokenRow) or (isinstance(value, dict) and "kind" in value) else "ModelName"
+
+
+class TokenEmbedding(_Block):
+    """The row of one token, in the models that lack it, or with `force` in all; by the usual rule without a source."""
+
+    source: (
+        Annotated[
+            Annotated[ModelName, Tag("ModelName")] | Annotated[TokenRow, Tag("TokenRow")],
+            Discriminator(_kind_of_source),
+        ]
+        | None
+    ) = None
+    force: bool = False
+
+
 class Tokenizer(_Block):
     """Whose vocabulary the result has: mergekit's `tokenizer`.
 
     Attributes:
         source: `base`, `union`, or one of the models.
+        tokens: token -> where its row comes from; one that there is not is added.
         pad_to_multiple_of: embeddings get no more rows than tokens, rounded up to a multiple of this.
     """
 
     source: ModelName = "union"
+    tokens: dict[str, TokenEmbedding] = Field(default_factory=dict)
     pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 

@@ -43,9 +43,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
         location, kind, given = problem["loc"], problem["type"], problem["input"]
         if kind == "too_short" and given:
             continue  # pydantic counts the items that are right; the wrong ones are told themselves
-        where = dotted(
-            part for part in location if part not in ("int", "float", "str", "literal['auto']", "constrained-int")
-        )
+        where = dotted(part for part in location if not _is_kind(part))
         if kind == "extra_forbidden":
             key = str(location[-1])
             if len(location) == 1 and key in UNSUPPORTED:
@@ -62,6 +60,11 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
             message = str(problem["msg"]).replace("tuple", "list")
             lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {given!r}")
     return lines
+
+
+def _is_kind(part: Any) -> bool:
+    """Whether a part of pydantic's location is the kind of value that it tried, and no key."""
+    return part in ("int", "float", "str", "literal['auto']", "constrained-int", "TokenRow", "ModelName")
 
 
 def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -242,8 +245,6 @@ def _check_tokenizer(data: dict[str, Any], models: list[str]) -> list[str]:
     problems = []
     if isinstance(block, dict):
         sources["tokenizer.source"] = block.get("source")
-        if block.get("tokens") is not None:
-            problems.append("tokenizer.tokens: choosing embeddings token by token is not supported yet; remove it")
     if sources["tokenizer_source"] is not None and block is not None:
         problems.append("tokenizer: expected it or tokenizer_source, got both; remove one")
     return problems + [

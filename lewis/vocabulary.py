@@ -142,6 +142,11 @@ def union(base: Model, experts: Sequence[Model], vocabularies: Sequence[Mapping[
     return [{"id": entry["id"], **entry} for entry in added.values()]
 
 
+def plain_entry(token: str, number: int) -> dict[str, Any]:
+    """The entry of a token that no model has."""
+    return {"id": number, **_PLAIN, "content": token}
+
+
 def _add_tokens(folder: Path, added: Sequence[Mapping[str, Any]]) -> None:
     path = folder / TOKENIZER
     content = json.loads(path.read_text())

@@ -5,6 +5,7 @@ ones are compared by what they keep. Where we differ from mergekit by intention,
 we differ nowhere else, and `TestDefects` that the defect is there.
 """
 
+import itertools
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from lewis.merge import random_stream
 from lewis.methods import METHODS
 from lewis.methods.arcee_fusion import importance
+from lewis.methods.sparsify import largest
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
 DRAWS = int(os.environ.get("LEWIS_PARITY_DRAWS", "20"))
@@ -161,7 +163,11 @@ def _ties_keeps_one(draw: Draw) -> bool:
 
 
 def _equal_weights(draw: Draw) -> bool:
-    return float(sum((delta**2).mean() for delta in _deltas(draw))) < 1e-6
+    deltas, share = torch.stack(_deltas(draw)), draw["parameters"].get("select_topk", 1)
+    if share < 1:
+        variance = deltas.var(dim=0, correction=0)
+        deltas = torch.where(largest(variance, int(int(torch.count_nonzero(variance)) * share)), deltas, 0.0)
+    return float(sum((delta**2).mean() for delta in deltas)) < 1e-6
 
 
 def _perpendicular(draw: Draw) -> bool:
@@ -220,7 +226,14 @@ def near_threshold(draw: Draw) -> torch.Tensor:
 
 
 def condition(draw: Draw) -> float:
-    """How much a method multiplies fp32 roundings: model_stock divides by 1 + (N - 1) cos, which may be next to 0."""
+    """How much a method multiplies fp32 roundings.
+
+    model_stock divides by 1 + (N - 1) cos, others by a sum of weights, which may be next to 0.
+    """
+    if draw["method"] == "nuslerp" or draw["parameters"].get("normalize"):
+        weights = draw["parameters"]["weight"]
+        sums = [abs(sum(some)) for n in range(1, len(weights) + 1) for some in itertools.combinations(weights, n)]
+        return max(1.0, sum(map(abs, weights)) / max(min(sums), 1e-6))
     if draw["method"] != "model_stock":
         return 1.0
     deltas = [d if draw["parameters"]["filter_wise"] else d.reshape(-1) for d in _deltas(draw)]

@@ -153,7 +153,15 @@ class TestMistakes:
                 "tokenizer_source: expected base, union or one of the models, got 'org/else'",
             ),
             ({"tokenizer": {"source": "org/else"}}, "tokenizer.source: expected base, union or one of the models"),
-            ({"tokenizer": {"tokens": {"<x>": {}}}}, "tokenizer.tokens: choosing embeddings token by token"),
+            ({"tokenizer": {"tokens": {"<x>": {"sorce": 1}}}}, "tokenizer.tokens.<x>.sorce: unknown key"),
+            (
+                {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "zero", "token": "a"}}}}},
+                "tokenizer.tokens.<x>.source: kind zero takes",
+            ),
+            (
+                {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token"}}}}},
+                "tokenizer.tokens.<x>.source: kind model_token",
+            ),
             ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: "),
             ({"tokenizer": {"sorce": "base"}}, "tokenizer.sorce: unknown key; did you mean 'source'?"),
             ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: expected it or tokenizer_source, got both"),

@@ -155,6 +155,36 @@ def test_padding_is_the_bases_own_or_as_asked_for(family: Family, tmp_path: Path
     assert len(merged(tokenizer={"source": "base", "pad_to_multiple_of": 3})) == 63
 
 
+def choices(models: list[Path]) -> dict[str, Any]:
+    """A token of each kind of source: new, another's row, 0, by number, forced, and what is there already."""
+    base, appends, moves = map(str, models)
+    return {
+        "<new>": {"source": {"kind": "model_token", "model": moves, "token": "<c>"}},
+        "<zero>": {"source": {"kind": "zero"}},
+        "<c>": {"source": {"kind": "model_token", "model": base, "token_id": 7}, "force": True},
+        "<a>": {"source": {"kind": "model_token", "model": base, "token": "w1"}},
+        "w2": {"source": appends, "force": True},
+        "w3": {"source": base},
+    }
+
+
+def test_tokens_that_are_chosen_one_by_one(models: list[Path], tmp_path: Path) -> None:
+    base, appends, moves = models
+    policy = {"source": "base", "tokens": choices(models)}
+    merge = open_merge("task_arithmetic", base, [appends, moves], parameters={"weight": 0.5}, tokenizer=policy)
+    found = rows(merge, tmp_path / "out")
+    assert found.keys() == {*SPECIAL, *WORDS, "<new>", "<zero>", "<c>", "<a>"}
+    assert (found["<new>"], found["<zero>"]) == pytest.approx((value("<c>", moves), 0), rel=1e-5)
+    assert (found["<c>"], found["w2"]) == pytest.approx((value("w4", base), value("w2", appends)), rel=1e-5)
+    assert found["<a>"] == pytest.approx((value("<a>", appends) + value("w1", base)) / 2, rel=1e-5)
+    assert found["w3"] == pytest.approx((value("w3", appends) + value("w3", moves)) / 2, rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("w3 <new> w4")["input_ids"] == [6, tokenizer.convert_tokens_to_ids("<new>"), 7]
+    for source, told in (("nobody", "expected one of the models"), (str(base), "has no row of the token '<q>'")):
+        with pytest.raises(InputError, match=rf"tokenizer.tokens.<q>.source: .*{told}"):
+            open_merge("ties", base, [appends], tokenizer={"tokens": {"<q>": {"source": source}}})
+
+
 def test_a_tokenizer_larger_than_its_embeddings(family: Family, tmp_path: Path) -> None:
     """<a> was added to the expert's tokenizer alone: it is no token of the expert."""
     base = with_vocabulary(family.base, tmp_path / "base", WORDS, [])
@@ -301,15 +331,22 @@ def test_a_guided_merge_of_moved_ids_is_refused(models: list[Path], home: Path) 
 
 
 @pytest.mark.skipif(not MERGEKIT, reason="LEWIS_MERGEKIT names no python that has mergekit")
-@pytest.mark.parametrize("source", ["base", "union", "appends", "moves"])
+@pytest.mark.parametrize("source", ["base", "union", "appends", "moves", "tokens"])
 @pytest.mark.parametrize("method", ["ties", "linear"])
 @pytest.mark.timeout(300)
 def test_equals_mergekit(models: list[Path], tmp_path: Path, source: str, method: str) -> None:
     if (method, source) == ("linear", "base"):
         pytest.skip("without a base, mergekit takes any model's tokenizer")
-    policy, weights = source if source in ("base", "union") else str(folder_of(models, source)), (0.7, 0.4)
+    weights = (0.7, 0.4)
+    policy: dict[str, Any] = {"tokenizer_source": source}
+    if source == "tokens":
+        if method == "linear":
+            pytest.skip("a source must be one of the models; the base is none here")
+        policy = {"tokenizer": {"source": "union", "tokens": choices(models), "pad_to_multiple_of": 8}}
+    elif source not in ("base", "union"):
+        policy = {"tokenizer_source": str(folder_of(models, source))}
     data = {
-        "merge_method": method, "dtype": "float32", "tokenizer_source": policy,
+        "merge_method": method, "dtype": "float32", **policy,
         "models": [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models[1:], weights, strict=True)],
     }  # fmt: skip
     if method == "ties":
@@ -318,9 +355,9 @@ def test_equals_mergekit(models: list[Path], tmp_path: Path, source: str, method
     command = [str(Path(str(MERGEKIT)).parent / "mergekit-yaml"), str(tmp_path / "c.yaml"), str(tmp_path / "theirs")]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     own = [{"weight": weight} for weight in weights]
-    open_merge(
-        method, models[0] if method == "ties" else None, models[1:], own=own, tokenizer_source=policy, dtype="float32"
-    ).run(tmp_path / "ours")
+    open_merge(method, models[0] if method == "ties" else None, models[1:], own=own, **policy, dtype="float32").run(
+        tmp_path / "ours"
+    )
     loaded = [load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs")]
     ids = [AutoTokenizer.from_pretrained(tmp_path / who).get_vocab() for who in ("ours", "theirs")]
     assert ids[0].keys() == ids[1].keys()
