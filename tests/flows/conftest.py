@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family
+from tests.support.lineage import make_home
 from tests.support.models import WORDS
 
 REPO = Path(__file__).resolve().parents[2]
@@ -58,6 +59,12 @@ def write_words(folder: Path) -> None:
     draw = random.Random(0)
     rows = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
     (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store; a database that is there already spares each test the making of one."""
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
 
 
 @pytest.fixture

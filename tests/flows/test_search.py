@@ -102,7 +102,7 @@ def test_what_is_wrong_costs_nothing(lewis: Command, recipe: Path, home: Path) -
     searching(recipe, **{"parameters.lambda": "parameters.lamda"})
     code, _, err = finished(lewis("search", recipe))
     assert code == 2 and re.search(r"search\.space\.parameters\.lamda: .*did you mean 'lambda'", err)
-    assert not (home / "search").exists() and not (home / "mlflow").exists()
+    assert not (home / "search").exists() and not versions(home)
 
 
 def test_a_metric_that_nothing_scores_is_named(lewis: Command, recipe: Path, home: Path) -> None:

@@ -18,7 +18,7 @@ from flows.status_text import moment, short
 from lewis import promotion
 from lewis.gate import Verdict
 from tests.conftest import Family
-from tests.support.lineage import make_database, make_home, registered
+from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub
 
 RECIPE = """
@@ -27,11 +27,6 @@ base_model: org/base
 models: [{model: org/math}, {model: org/code}]
 register: {name: %s}
 """
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("database") / "mlflow.db")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from lewis import releases
 from lewis.errors import TransientError
 from lewis.releases import Moved
 from tests.conftest import Family
-from tests.support.lineage import make_database, make_home, registered
+from tests.support.lineage import registered
 from tests.support.local_hub import LocalHub
 
 RECIPE = """
@@ -30,16 +30,6 @@ base_model: org/base
 models: [{model: org/math}, {model: org/code}]
 register: {name: %s}
 """
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("database") / "mlflow.db")
-
-
-@pytest.fixture
-def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_home(tmp_path / "home", empty_database, monkeypatch)
 
 
 @pytest.fixture(scope="module")

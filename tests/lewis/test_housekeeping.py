@@ -21,33 +21,15 @@ from lewis.measurements import Measured
 from lewis.recipe import Recipe
 from lewis.registration import registry_entry
 from tests.conftest import Family
+from tests.support.lineage import make_home
 from tests.support.models import parse
 
 HOUR, DAY = 3600.0, 86400.0
 
 
-@pytest.fixture(autouse=True)
-def _no_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.setenv(name, "x")  # so that the teardown undoes what MLflow exports
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables without a row of ours: making them takes seconds."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def mlflow_home(home: Path, empty_database: Path) -> Path:
-    (home / "mlflow").mkdir(parents=True)
-    shutil.copy(empty_database, home / "mlflow" / "mlflow.db")
-    return home
+def mlflow_home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
 
 
 def age(home: Path, days: float) -> None:

@@ -23,6 +23,7 @@ from lewis import history, logged_model, promotion, registry, store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
 from lewis.registry import Entry, Version
+from tests.support.lineage import make_home
 
 DIGEST, OTHER = "a" * 64, "b" * 64
 PASSED = Verdict(True, ("addition/acc,none must gain at least 0: 0.9000 vs 0.5000: pass",), "base")
@@ -49,27 +50,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables without a row of ours: making them takes seconds."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store, and MLflow with nothing set."""
-    (tmp_path / "home" / "mlflow").mkdir(parents=True)
-    shutil.copy(empty_database, tmp_path / "home" / "mlflow" / "mlflow.db")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.setenv(name, "x")  # so that the teardown undoes what MLflow exports
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    """An empty store."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path / "home"
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
 
 
 def merged(tiny_model: Path, digest: str = DIGEST) -> Path:

@@ -13,7 +13,7 @@ from lewis.gate import Verdict
 from lewis.recipe import Recipe
 from lewis.releases import Moved
 from tests.conftest import Family
-from tests.support.lineage import make_database, make_home, registered
+from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub
 
 RECIPE = """
@@ -23,11 +23,6 @@ models: [{model: org/math}, {model: org/code@main}]
 register: {name: "tiny it's"}
 """
 NAME, OLD, NEW = "tiny it's", "1" * 40, "2" * 40
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("database") / "mlflow.db")
 
 
 @pytest.fixture

@@ -14,19 +14,8 @@ def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """An empty store, and MLflow on a database copied into it."""
     (folder / "mlflow").mkdir(parents=True)
     shutil.copy(database, folder / "mlflow" / "mlflow.db")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.setenv(name, "x")  # so that the teardown undoes what MLflow exports
-        monkeypatch.delenv(name)
     monkeypatch.setenv("LEWIS_HOME", str(folder))
     return folder
-
-
-def make_database(path: Path) -> Path:
-    """MLflow's tables without a row of ours: making them takes seconds."""
-    import mlflow
-
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 def registered(
