@@ -40,6 +40,12 @@ _at: Any = _pointer
 
 
 @njit(**_options)
+def _brain(bits: Any) -> Any:
+    """A bf16 number as fp32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(**_options)
 def _load(address: Any, kind: Any, start: Any, count: Any, out: Any) -> Any:
     """Read `count` elements from `start` on as fp32; gives whether one of them is not finite."""
     bits = out.view(np.uint32)
@@ -157,16 +163,27 @@ def scan(
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score, hits = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint8)
     bits, eight = score.view(np.uint32), hits.view(np.uint64)
+    plain = base_kind == BF16 and own_kind == BF16 and scale == 0  # most often; one loop is twice as fast
     above = inside = kept = np.int64(0)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
-        _load(base, base_kind, start, count, base_values)
-        _load(own, own_kind, start, count, own_values)
-        _scores(base_values, own_values, start, count, columns, scale, score)
         over, reaching = np.uint32(0), np.uint32(0)
-        for i in range(count):
-            over += np.uint32(bits[i] > high)
-            reaching += np.uint32(bits[i] >= low)
+        if plain:
+            first = carray(_at(base + np.uint64(2 * start)), (count,), dtype=np.uint16)
+            second = carray(_at(own + np.uint64(2 * start)), (count,), dtype=np.uint16)
+            for i in range(count):
+                moved = abs(_brain(second[i]) - _brain(first[i]))
+                size_bits = np.float32(moved).view(np.uint32)
+                bits[i] = size_bits
+                over += np.uint32(size_bits > high)
+                reaching += np.uint32(size_bits >= low)
+        else:
+            _load(base, base_kind, start, count, base_values)
+            _load(own, own_kind, start, count, own_values)
+            _scores(base_values, own_values, start, count, columns, scale, score)
+            for i in range(count):
+                over += np.uint32(bits[i] > high)
+                reaching += np.uint32(bits[i] >= low)
         above += over
         inside += np.int64(reaching) - np.int64(over)
         if reaching > over and kept + BLOCK <= found.size:

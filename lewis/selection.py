@@ -85,8 +85,7 @@ class Selector:
         n = sample.size
         spread = _WIDTH * math.sqrt(n * share * (1 - share)) + 4
         places = [min(max(math.floor(n * (1 - share) + sign * spread), 0), n - 1) for sign in (-1, 1)]
-        ordered = np.partition(sample, places)
-        low, high = (int(ordered[place]) for place in places)
+        low, high = (int(np.partition(sample, place)[place]) for place in places)  # both at once is much slower
         return (0 if places[0] == 0 else low), (_TOP if places[1] == n - 1 else high)
 
     def _narrower(self, sample: np.ndarray, share: float, low: int, high: int) -> tuple[int, int]:
