@@ -221,10 +221,16 @@ def _forward(network: Network, module: Any, ids: torch.Tensor, lengths: list[int
 
 
 def _batches(calibration: Calibration, network: Network, *, whole: bool) -> Iterator[list[Sequence[int]]]:
-    """Samples of similar length together, so that padding and reading the weights again cost least in sum."""
+    """Samples of similar length together, so that padding and reading the weights again cost least in sum.
+
+    With `whole`, all in one batch in their own order, which decides how the means that a model is pruned by are rounded.
+    """
+    if whole:
+        yield list(calibration.samples)
+        return
     samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
     equal = any(".experts." in each.parameter for each in network.covered)
-    ends = [len(samples)] if whole else _ends([len(sample) for sample in samples], equal)
+    ends = _ends([len(sample) for sample in samples], equal)
     for start, end in zip([0, *ends], ends, strict=False):
         yield samples[start:end]
 

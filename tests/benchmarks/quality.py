@@ -70,14 +70,16 @@ def grid(which: str, families: Iterable[str], rows: int, samples: int, skip: int
     if which == "confirm":
         parts = [("ties", BUDGETS[:2], "activation", ["uniform", "owl"])]
     if which == "all":
+        few = ["uniform", "lewis", "lewis (rank) of delta_norm", "owl", "global"]
         parts += [
             ("ties", BUDGETS[2:], "activation", first),
-            ("ties", BUDGETS[:2], "magnitude", first),
-            ("dare_ties", BUDGETS, "magnitude", first),
+            ("ties", BUDGETS[:1], "magnitude", first),
+            ("dare_ties", BUDGETS[1:], "magnitude", few),
+            ("della", BUDGETS[1:2], "activation", ["uniform", "owl"]),
+            ("ties", BUDGETS[:2], "activation", [other]),
+            ("ties", BUDGETS[1:], "magnitude", first),
+            ("dare_ties", BUDGETS, "magnitude", list(ALLOCATORS)),
             ("ties", BUDGETS, "activation", [other]),
-            ("ties", BUDGETS[2:], "magnitude", first),
-            ("della", BUDGETS, "activation", ["uniform", "lewis (rank) of delta_norm", "global"]),
-            ("dare_ties", BUDGETS, "magnitude", [other]),
             ("ties", BUDGETS, "magnitude", [other]),
             ("della", BUDGETS, "activation", list(ALLOCATORS)),
             ("della", BUDGETS, "magnitude", list(ALLOCATORS)),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lewis import importance
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
-from lewis.importance import measure
+from lewis.importance import measure, network_of
 from lewis.recipe import Importance
 from lewis.wanda import smallest
 from tests.conftest import Family
@@ -55,6 +56,12 @@ def test_the_first_of_equal_scores_are_pruned() -> None:
     random = torch.rand(20, 30).mul(8).round()  # full of ties
     order = random.sort(dim=1, stable=True).indices[:, :15]
     assert torch.equal(smallest(random, 0.5), torch.zeros_like(random, dtype=torch.bool).scatter_(1, order, True))
+
+
+def test_samples_keep_their_order(family: Family) -> None:
+    turned = (SAMPLES[2], SAMPLES[0], SAMPLES[1])  # the rounding of their running mean decides what is pruned
+    network = network_of(Checkpoint(family.base, "key"))
+    assert list(importance._batches(Calibration("x", turned), network, whole=True)) == [list(turned)]
 
 
 def test_rows_of_a_transposed_weight_are_its_outputs(tmp_path: Path) -> None:
