@@ -97,7 +97,7 @@ class Tokenizer(_Block):
     """
 
     source: ModelName = "union"
-    tokens: dict[str, TokenEmbedding] = Field(default_factory=dict)
+    tokens: dict[Annotated[str, Field(min_length=1)], TokenEmbedding] = Field(default_factory=dict)
     pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from flows.cli import main
 from lewis.methods import METHODS, Parameter
@@ -121,6 +122,21 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     }
     if "tokenizer" in wrong:
         block = {"pad_to_multiple_of": st.one_of(st.just(8), ODD), "source": st.sampled_from(["union", "tokens", 5])}
+        block["tokens"] = st.dictionaries(
+            st.sampled_from(["<q>", "w1", "<a>", ""]),
+            st.sampled_from(
+                [
+                    {"source": {"kind": "zero"}},
+                    {"force": True},
+                    {"source": "math", "force": True},
+                    {"source": {"kind": "model_token", "model": "base", "token_id": 5}},
+                    {"source": {"kind": "model_token", "model": "base", "token": "w77"}},
+                    {"source": {"kind": "model_token", "token": "w7"}},
+                    3,
+                ]
+            ),
+            max_size=2,
+        )
         data |= {"tokenizer_source": None, "tokenizer": draw(st.fixed_dictionaries({}, optional=block))}
     if "exclude" in wrong or (data["base_model"] and draw(st.integers(0, 4)) == 0):
         pool = [["mlp"], ["embed", "layers.*.mlp"], *([["*"], [""], ["absent"], [3], 3] if "exclude" in wrong else [])]
@@ -183,6 +199,7 @@ def test_it_merges_or_says_why(models: dict[str, Path], home: Path, tmp_path: Pa
         for name, tensor in merged.items():
             assert bool(tensor.isfinite().all()), name
             assert tensor.shape == ((rows, *shapes[name][1:]) if "embed" in name else shapes[name])
+        assert max(Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab().values()) < rows
 
     one()
     assert outcomes[0] >= DRAWS / 10 and outcomes[2] >= DRAWS / 10, outcomes

@@ -201,6 +201,7 @@ def test_the_digest_tells_the_policies_apart_where_they_differ(
     policies = ["base", "union", *map(str, experts)]
     digests = {open_merge("ties", base, experts, tokenizer_source=policy).digest for policy in policies}
     assert len(digests) == 4
+    assert open_merge("ties", base, experts[::-1], tokenizer_source="union").digest in digests
     same = [open_merge("ties", family.base, family.experts, **p) for p in ({}, {"tokenizer_source": "union"})]
     assert same[0].digest == same[1].digest and type(same[1].base) is type(same[0].base)
 
