@@ -223,7 +223,7 @@ def _forward(network: Network, module: Any, ids: torch.Tensor, lengths: list[int
 def _batches(calibration: Calibration, network: Network, *, whole: bool) -> Iterator[list[Sequence[int]]]:
     """Samples of similar length together, so that padding and reading the weights again cost least in sum.
 
-    With `whole`, all in one batch in their own order, which decides how the means that a model is pruned by are rounded.
+    With `whole`, all in one batch in their own order, on which depends how the means that prune a model are rounded.
     """
     if whole:
         yield list(calibration.samples)
