@@ -15,7 +15,7 @@ from lewis.errors import InputError
 from lewis.lazy import torch
 from lewis.lora import Model
 from lewis.recipe import Recipe, TokenRow
-from lewis.vocabulary import Target, plain_entry, read_vocabulary, tokenizer_folder, union, vocabulary_of
+from lewis.vocabulary import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
 
 _KINDS = {word: kind for kind, (word, _) in DTYPES.items()}
 
@@ -75,6 +75,9 @@ def align(recipe: Recipe, base: Model, experts: Sequence[tuple[str, Model]], *, 
     models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
     names = [name for name in base.tensors if name.endswith(PER_TOKEN)]
     sizes = [_rows_of(model, names) for model in models]
+    plainly = len(set(sizes)) == 1 and not policy.tokens and policy.pad_to_multiple_of is None
+    if plainly and all(same(plain.donor, tokenizer_folder(model)) for model in models):
+        return plain
     known = read_vocabulary(tokenizer_folder(base))
     if min(sizes) == 0 or (known is None and len(set(sizes)) == 1):
         return plain  # what is missing in a model is told with all else that does not fit
@@ -102,8 +105,8 @@ def align(recipe: Recipe, base: Model, experts: Sequence[tuple[str, Model]], *, 
             lent[row] = _origin(token, embedding.source, by_name, models, ids, sizes)
         for own in maps if embedding.force and embedding.source is not None else ():
             own[row] = -1
-    same = [size == rows and np.array_equal(own, np.arange(rows)) for size, own in zip(sizes, maps, strict=True)]
-    if all(same) and not added and target.padded_from == rows:
+    kept = [size == rows and np.array_equal(own, np.arange(rows)) for size, own in zip(sizes, maps, strict=True)]
+    if all(kept) and not added and target.padded_from == rows:
         return plain
     shared = _Lent(models, lent)
     views = {id(m): Aligned(m, names, own, shared, target) for m, own in zip(models, maps, strict=True)}

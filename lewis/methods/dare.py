@@ -28,6 +28,9 @@ def dare_linear(
 ) -> torch.Tensor:
     """Drop at random, then task arithmetic.
 
+    mergekit draws without a seed unless it is given one, and then in the order of the models; here each expert's tensor
+    has a stream of its own, so that the same recipe gives the same bytes in any order.
+
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         streams: one random stream per expert.
