@@ -4,7 +4,9 @@ The Prefect tasks and the command line call the same functions, so that they fin
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lewis import allocation, evaluation, hub, importance, measurements, metrics, store, threshold
@@ -55,9 +57,13 @@ def pin(ref: str, root: Path, base: Source | None = None) -> Source:
 
 
 def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
-    """Pin the base (None if the recipe has none) and the experts, in the recipe's order."""
+    """Pin the base (None if the recipe has none) and the experts, in the recipe's order.
+
+    Experts are pinned several at a time: to hash the files of new folders takes longer than to merge them.
+    """
     base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
-    return base, [pin(entry.model, recipe.root, base) for entry in recipe.experts]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return base, list(pool.map(lambda entry: pin(entry.model, recipe.root, base), recipe.experts))
 
 
 def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
