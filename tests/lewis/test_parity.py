@@ -228,10 +228,13 @@ def near_threshold(draw: Draw) -> torch.Tensor:
 def condition(draw: Draw) -> float:
     """How much a method multiplies fp32 roundings.
 
-    model_stock divides by 1 + (N - 1) cos, others by a sum of weights, which may be next to 0.
+    model_stock divides by 1 + (N - 1) cos, others by a sum of weights, which may be next to 0. In nuslerp the rounding
+    of mergekit's fp32 cosine goes in with t (1 - t), which is w_1 w_2 / (w_1 + w_2)^2.
     """
-    if draw["method"] == "nuslerp" or draw["parameters"].get("normalize"):
-        weights = draw["parameters"]["weight"]
+    weights = draw["parameters"].get("weight", [])
+    if draw["method"] == "nuslerp":
+        return max(1.0, sum(map(abs, weights)) / max(abs(sum(weights)), 1e-6)) ** 2
+    if draw["parameters"].get("normalize"):
         sums = [abs(sum(some)) for n in range(1, len(weights) + 1) for some in itertools.combinations(weights, n)]
         return max(1.0, sum(map(abs, weights)) / max(min(sums), 1e-6))
     if draw["method"] != "model_stock":
