@@ -73,8 +73,8 @@ def compare(
     """
     pairs = [_aligned(ours, theirs, who) for ours, theirs in _parts(candidate, reference, who)]
     sign = 1.0 if higher_is_better else -1.0
-    delta = sign * float(sum(_gain(part, sums.sum(axis=0)) for part, sums in pairs))
-    draws = sign * _resampled(pairs, _gain)
+    delta = sign * float(sum(_gain(part, sums.sum(axis=0)) for part, sums in pairs)) + 0.0  # no -0
+    draws = sign * _resampled(pairs, _gain) + 0.0
     low, high = _interval(draws)
     better = np.concatenate([sign * _per_document(part, sums) for part, sums in pairs])
     binary = all(part.aggregation == "mean" and bool(np.isin(sums[:, [0, 2]], (0, 1)).all()) for part, sums in pairs)

@@ -195,7 +195,7 @@ def _sparse_recipe() -> dict[str, Any]:
     }
     weights = {f"models[{i}].parameters.weight": {"min": 0.5, "max": 2.0} for i in range(len(SKILLS))}
     # To score a quarter of so few documents first would take as long as all of them.
-    return {**recipe, "search": {"trials": 25, "minutes": 6, "prune": False, "space": {**space, **weights}}}
+    return {**recipe, "search": {"trials": 25, "minutes": 3, "prune": False, "space": {**space, **weights}}}
 
 
 def _yaml(value: dict[str, Any]) -> str:

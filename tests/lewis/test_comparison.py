@@ -29,6 +29,8 @@ def test_wins_losses_and_mcnemar_by_hand():
 def test_lower_is_better_turns_the_sign():
     found = compare(samples([1.0, 2.0]), samples([2.0, 2.5]), higher_is_better=False)
     assert found.delta == pytest.approx(0.75) and (found.wins, found.losses) == (2, 0) and not found.binary
+    same = compare(samples([1.0, 2.0]), samples([1.0, 2.0]), higher_is_better=False)
+    assert [f"{value:+g}" for value in (same.delta, same.low, same.high)] == ["+0"] * 3
 
 
 def test_pairs_are_found_by_hash_whatever_the_order_and_equal_documents_count_each():
