@@ -268,11 +268,18 @@ def _drop(start: Any, count: Any, key: Any, density: Any, delta: Any) -> None:
 @njit(**_options)
 def _block_sum(values: Any, count: Any, halves: Any) -> float:
     """The sum of magnitudes in fp64, by halves of a whole block: the order of `sums.total`."""
-    for i in range(count):
-        halves[i] = np.float64(abs(values[i]))
-    for i in range(count, BLOCK):
-        halves[i] = 0.0
-    width = BLOCK // 2
+    width, quarter = BLOCK // 2, BLOCK // 4
+    if count == BLOCK:  # the first two rounds at once
+        for i in range(quarter):
+            even = np.float64(abs(values[i])) + np.float64(abs(values[2 * quarter + i]))
+            odd = np.float64(abs(values[quarter + i])) + np.float64(abs(values[3 * quarter + i]))
+            halves[i] = even + odd
+        width = quarter // 2
+    else:
+        for i in range(count):
+            halves[i] = np.float64(abs(values[i]))
+        for i in range(count, BLOCK):
+            halves[i] = 0.0
     while width > 0:
         for i in range(width):
             halves[i] += halves[width + i]
