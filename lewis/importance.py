@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis import memory
 from lewis.architecture import Covered, Layer, Network
 from lewis.calibration import Calibration
 from lewis.checkpoint import DTYPES
@@ -87,7 +86,6 @@ def measure(
     moments = SecondMoments(network, device)
     prune = PruneAfter(network, moments, settings.prune_ratio)
     batches = list(_batches(calibration, network, whole=settings.prune_ratio > 0))
-    memory.keep_freed_memory()
     with ExitStack() as contexts, torch.inference_mode():
         contexts.enter_context(prune)
         module = contexts.enter_context(Streamed(network, model, device, dtype))

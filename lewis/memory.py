@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from pathlib import Path
 
 _INTERVAL = 0.02  # seconds
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
 class PeakMemory:
@@ -57,15 +55,3 @@ def _kilobytes(table: Path, row: str) -> int:
     """A row of one of the kernel's tables, in bytes; 0 if it is not there."""
     lines = table.read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(row)), 0)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to 256 MB, for what is allocated next; with another C library, do nothing.
-
-    By its defaults the weights of each block go back to the system and come again as fresh pages, which took a fifth of
-    the time of an importance pass.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, 256 << 20)
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes

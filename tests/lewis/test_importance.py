@@ -1,6 +1,5 @@
 """Importance against a slow computation: one sample at a time, fp64, hooks of the test's own on the real model."""
 
-import resource
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lewis import importance, memory
+from lewis import importance
 from lewis.architecture import Layer
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
@@ -166,17 +165,6 @@ class TestMeasure:
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: pytest.fail("the head ran"))
         norms_of(Checkpoint(family.base, "key"))
-
-
-def test_memory_of_one_block_is_kept_for_the_next() -> None:
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(1 << 22).add_(1)  # 16 MB, 4096 pages
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    memory.keep_freed_memory()
-    faults()
-    assert faults() < 400
 
 
 class TestRefused:
