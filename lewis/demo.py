@@ -188,6 +188,7 @@ def _sparse_recipe() -> dict[str, Any]:
         "density": {"strategy": "uniform", "min": 0.01, "budget": 0.02, "uncovered": "expert"},
     }
     recipe["register"]["name"] = "lewis-demo-sparse"
+    recipe["evaluate"]["baselines"] = ["base", "uniform"]  # the experts' scores are the demo's
     space: dict[str, Any] = {
         "parameters.lambda": {"min": 0.5, "max": 3.0},
         "lewis.prune_by": ["magnitude", "activation"],
