@@ -23,7 +23,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadgroup --cov=lewis --cov-fail-under=90
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -10,8 +10,10 @@ from pathlib import Path
 # Before any import reads the environment: nothing may touch the user's store or phone home.
 os.environ["LEWIS_HOME"] = _SESSION_HOME = tempfile.mkdtemp(prefix="lewis-tests-")
 os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ["TMPDIR"] = _SESSION_HOME  # commands of tests that run side by side do not wait for one device slot
 os.environ.update(
     DO_NOT_TRACK="1",
+    OMP_NUM_THREADS="1",  # the models are tiny: more threads would only wait for each other
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     MLFLOW_DISABLE_TELEMETRY="true",
@@ -34,6 +36,11 @@ class Family:
     @property
     def experts(self) -> list[Path]:
         return [self.math, self.code]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest: it mostly waits, while others compute."""
+    items.sort(key=lambda item: item.path.name != "test_service.py")
 
 
 @pytest.fixture(autouse=True)
