@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Before any import reads the environment: nothing may touch the user's store or phone home.
-os.environ["LEWIS_HOME"] = _SESSION_HOME = tempfile.mkdtemp(prefix="lewis-tests-")
+os.environ["LEWIS_HOME"] = SESSION_HOME = tempfile.mkdtemp(prefix="lewis-tests-")
 os.environ.pop("HF_HUB_OFFLINE", None)
-os.environ["TMPDIR"] = _SESSION_HOME  # commands of tests that run side by side do not wait for one device slot
 os.environ.update(
     DO_NOT_TRACK="1",
     OMP_NUM_THREADS="1",  # the models are tiny: more threads would only wait for each other
@@ -82,4 +81,4 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture(scope="session", autouse=True)
 def _remove_session_home() -> Iterator[None]:
     yield
-    shutil.rmtree(_SESSION_HOME, ignore_errors=True)
+    shutil.rmtree(SESSION_HOME, ignore_errors=True)

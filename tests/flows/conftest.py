@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Family
+from tests.conftest import SESSION_HOME, Family
 from tests.support.lineage import make_home
 from tests.support.models import WORDS
 
@@ -94,7 +94,13 @@ def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
             text=True,
             cwd=REPO,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
-            env={**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": prefect_url, **environment},
+            env={
+                **os.environ,
+                "LEWIS_HOME": str(home),
+                "PREFECT_API_URL": prefect_url,
+                "TMPDIR": SESSION_HOME,  # where the device slot is: tests that run side by side do not share it
+                **environment,
+            },
         )
         started.append(process)
         return process
