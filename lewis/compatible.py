@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +19,11 @@ def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor is in, by its name; None outside of the layers."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
+
+
+def in_layers(names: Iterable[str]) -> list[str]:
+    """Those of the tensors that are in a layer, without what old checkpoints hold there that is no weight."""
+    return [name for name in names if layer_of(name) is not None and not name.endswith("rotary_emb.inv_freq")]
 
 
 def check_compatible(
@@ -55,7 +60,7 @@ def _differences(base: Model, expert: Model, excluded: Collection[str], fix: str
     if missing:
         yield f"{len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
     extra = [name for name in expert.tensors if name not in base.tensors and name not in base.tied]
-    inside = [name for name in extra if layer_of(name) is not None and not name.endswith("rotary_emb.inv_freq")]
+    inside = in_layers(extra)
     outside = [name for name in extra if layer_of(name) is None]
     if inside:
         yield f"{len(inside)} tensors are not in the base, the first is {inside[0]!r}"

@@ -14,7 +14,7 @@ from lewis.allocation import Allocation
 from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration, calibrate
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
-from lewis.compatible import layer_of
+from lewis.compatible import in_layers
 from lewis.device import precision
 from lewis.entries import (
     AllocationEntry,
@@ -80,20 +80,16 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
     first = base or experts[0]
     full = [source for source in experts if source.model.commit != first.model.commit]
     ours, problems = hub.tensor_headers(first.model), []
-    wanted = [name for name in ours if not recipe.excludes(name)]
+    wanted, by_token = [name for name in ours if not recipe.excludes(name)], recipe.vocabulary is not None
     for source in full:
         theirs = hub.tensor_headers(source.model)
         missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
-        extra = [
-            n for n in theirs if n not in ours and layer_of(n) is not None and not n.endswith("rotary_emb.inv_freq")
-        ]
-        by_token = PER_TOKEN if recipe.vocabulary else ()
-        other = [
-            name
-            for name in wanted
-            if name in theirs
-            and theirs[name][1][int(name.endswith(by_token)) :] != ours[name][1][int(name.endswith(by_token)) :]
-        ]
+        extra = in_layers(name for name in theirs if name not in ours)
+        other = []
+        for name in wanted:
+            free = int(by_token and name.endswith(PER_TOKEN))  # the first dimension may differ
+            if name in theirs and theirs[name][1][free:] != ours[name][1][free:]:
+                other.append(name)
         if missing:
             problems.append(
                 f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
@@ -341,9 +337,10 @@ def prepare_merge(
         Expert(entry, files.open(), densities.get(files.ref), scales.get(files.ref))
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
-    if recipe.measures and base is not None:
-        _check_token_ids(base.open(), [expert.model for expert in opened])
-    return Merge(recipe, base.open() if base else None, opened, held_back)
+    opened_base = base.open() if base else None
+    if recipe.measures and opened_base is not None:
+        _check_token_ids(opened_base, [expert.model for expert in opened])
+    return Merge(recipe, opened_base, opened, held_back)
 
 
 def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:

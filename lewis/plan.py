@@ -151,8 +151,9 @@ def _guided_steps(
             prepared.experts = [replace(expert, densities=guess) for expert in prepared.experts]
     for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
-        if complete and (allocated or not recipe.lewis):
-            digest = pipeline.prepare_merge(recipe, known_base, present, allocated, which).digest
+        if prepared and (allocated or not recipe.lewis):
+            own = which == "experts"
+            digest = (prepared if own else pipeline.prepare_merge(recipe, known_base, present, allocated, which)).digest
         cached = digest and pipeline.find_merged(digest)
         plan.steps.append(Step(f"merge {label}", "cached" if cached else "to do"))
         merged_keys[label] = digest
