@@ -245,7 +245,8 @@ def test_a_name_that_is_no_repo_is_refused(receiver: Receiver, name: str) -> Non
     status, answer = receiver.deliver(name)
     assert (status, answer["status"]) == (422, "refused")
     assert answer["why"].startswith("not a webhook payload of the Hub: ")
-    for said in (json.dumps(answer), receiver.log()):
+    log = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", receiver.log())  # a clock says 49 too
+    for said in (json.dumps(answer), log):
         assert not re.search(r"FAKE|\{\{|\$\(|\$\{|\b49\b|passwd", said)
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in receiver.log().splitlines() if "recipe" not in line)
 
