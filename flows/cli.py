@@ -299,7 +299,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from lewis import card, pipeline, report, store
+    from lewis import card, pictures, pipeline, store
     from lewis.device import default_device
     from lewis.registration import lineage_of, model_card
     from lewis.writer import parse_size
@@ -322,11 +322,8 @@ def _merge(options: argparse.Namespace) -> None:
         manifest=pipeline.lineage(recipe, base, experts, allocated),
     )
     means = allocated.means if allocated else {}
-    drawn = None
-    if allocated:
-        drawn = report.density_heat_map({ref: a.densities for ref, a in allocated.experts().items()}, means)
     told = model_card(recipe, base, experts, lineage_of(base, experts, ()), means)
-    card.write(options.output.resolve(), told, drawn)
+    card.write(options.output.resolve(), told, pictures.densities(allocated) if allocated else None)
     if options.json:
         facts = {"folder": str(options.output.resolve()), "digest": prepared.digest, "bytes": prepared.size}
         print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from lewis import store
+from lewis.digests import remembered_sha256
 from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 
 logger = logging.getLogger(__name__)
+SEMANTICS = "1"  # bump when the same rows would give other token ids
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -39,7 +41,7 @@ class Calibration:
 
     def save(self) -> Path:
         """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
-        path = store.home() / "calibrations" / f"{self.digest}.json"
+        path = path_of(self.digest)
         if store.read_entry(path) is None:
             store.write_text(path, json.dumps({"name": self.name, "samples": self.samples}))
         return path
@@ -55,6 +57,30 @@ class Calibration:
         if content is None:
             raise LewisError(f"{path}: the calibration set is gone from the store; run again")
         return cls(content["name"], tuple(tuple(sample) for sample in content["samples"]))
+
+
+def path_of(digest: str) -> Path:
+    """Where the store has a calibration set."""
+    return store.home() / "calibrations" / f"{digest}.json"
+
+
+def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
+    """What decides the rows of a set, beside its block: checksums of its files, or the commit of its dataset.
+
+    Args:
+        where: the block's path in the recipe.
+        spec: the block.
+        root: where relative `data_files` start.
+
+    Raises:
+        InputError: as `calibrate`, if there are no such files or there is no such dataset.
+    """
+    if spec.texts is not None:
+        return []
+    arguments = _arguments(where, spec, root)
+    if "revision" in arguments:
+        return [arguments["revision"]]
+    return [remembered_sha256(Path(path)) for path in arguments["data_files"]]
 
 
 def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -> Calibration:
@@ -110,9 +136,22 @@ def _load_rows(where: str, spec: CalibrationSet, root: Path) -> Any:
 
 
 def _load_dataset(where: str, spec: CalibrationSet, root: Path) -> Any:
+    arguments = _arguments(where, spec, root)
     import datasets
 
     datasets.disable_progress_bars()
+    repo = (spec.dataset or "").partition("@")[0]
+    try:
+        return datasets.load_dataset(repo, split=spec.split, **arguments)
+    except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
+        reason = " ".join(str(error.__cause__ or error).split())[:400]
+        raise InputError(
+            f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}"
+        ) from error
+
+
+def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
+    """Of `datasets.load_dataset`: local files that are there, or a dataset at its commit."""
     repo, _, revision = (spec.dataset or "").partition("@")
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:
@@ -133,13 +172,7 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path) -> Any:
         from lewis.hub import resolve_dataset
 
         arguments["revision"] = resolve_dataset(repo, revision or None)
-    try:
-        return datasets.load_dataset(repo, split=spec.split, **arguments)
-    except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
-        reason = " ".join(str(error.__cause__ or error).split())[:400]
-        raise InputError(
-            f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}"
-        ) from error
+    return arguments
 
 
 def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ _KINDS = {
     "calibrations": _Kind("*.json", why=_NOT_MADE_FROM),
     "scores": _Kind("*.json", "scores-", ", not of a registered version or what it was made from"),
     "digests": _Kind("*.json"),
+    "pictures": _Kind("*.png"),
     "datasets": _Kind("*/*"),  # the library keeps what it built from a file in <builder>/<config>
     "logs": _Kind("*.log"),
 }

@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-from lewis import allocation, evaluation, hub, importance, measurements, metrics, store, threshold
+from lewis import allocation, calibration, evaluation, hub, importance, measurements, metrics, store, threshold
 from lewis.allocation import Allocation
 from lewis.architecture import Layer, Network
-from lewis.calibration import Calibration, calibrate
+from lewis.calibration import Calibration
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.compatible import in_layers
 from lewis.device import precision
@@ -116,10 +118,31 @@ def download(source: Source) -> ModelFiles:
 
 
 def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
-    """Tokenise one calibration set of the recipe and put it into the store."""
+    """Tokenise one calibration set of the recipe and put it into the store.
+
+    What was made of the same rows by the same tokenizer is found, so that a run which has nothing to do need not load
+    the libraries that do it.
+    """
     assert recipe.lewis is not None
-    made = calibrate(name, recipe.lewis.calibrations[name], tokenizer=base.folder, root=recipe.root)
-    return CalibrationEntry(name=name, digest=made.digest, tokens=made.tokens, path=made.save())
+    spec = recipe.lewis.calibrations[name]
+
+    def note() -> Path:
+        libraries = [version("datasets"), version("transformers")]
+        rows = calibration.origin(f"lewis.calibrations.{name}", spec, recipe.root)
+        digest = store.digest(
+            [calibration.SEMANTICS, libraries, base.key, spec.model_dump(mode="json", exclude_unset=True), rows]
+        )
+        return store.home() / "digests" / f"{digest}.json"
+
+    place = note()
+    known = store.entry(place, "calibration") or {}
+    path = calibration.path_of(known.get("digest", ""))
+    if store.read_entry(path) is None:
+        made = calibration.calibrate(name, spec, tokenizer=base.folder, root=recipe.root)
+        known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
+        if note() == place:  # no row moved meanwhile
+            store.write_json(place, {"calibration": known})
+    return CalibrationEntry(name=name, path=path, **known)
 
 
 def measure(
@@ -460,8 +483,19 @@ def layers_of(base: ModelFiles) -> list[Layer]:
         InputError: if there are none.
     """
     opened = base.open()
-    layers, tensors = importance.covered_layers(base.folder, opened.shapes), opened.tensors
+    layers, tensors = _covered(base, opened), opened.tensors
     share = sum(x.parameters for x in layers) / sum(info.elements for info in tensors.values())
     kinds = ", ".join(sorted({layer.projection for layer in layers}))
     logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
     return layers
+
+
+def _covered(base: ModelFiles, opened: Model) -> list[Layer]:
+    """`importance.covered_layers`, found once: it builds the model's modules, which takes seconds to load."""
+    digest = store.digest([importance.SEMANTICS, version("transformers"), base.key])
+    place = store.home() / "digests" / f"{digest}.json"
+    known = store.entry(place, "layers")
+    if known is None:
+        known = [asdict(layer) for layer in importance.covered_layers(base.folder, opened.shapes)]
+        store.write_json(place, {"layers": known})
+    return [Layer(**fields) for fields in known]

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lewis import card, report, store
+from lewis import card, pictures, store
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import score_table
 from lewis.pipeline import scored
 from lewis.recipe import Recipe
 from lewis.registry import Entry
-from lewis.scored import Scored, comparison_rows, gain, intervals, scores_of
+from lewis.scored import Scored, comparison_rows, gain, scores_of
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 
@@ -42,18 +42,17 @@ def registry_entry(
     comparison = comparison_rows(models) if models else []
     lineage = lineage_of(base, experts, calibrations)
     means = dict(allocated.means) if allocated else {}
-    pictures: dict[str, bytes] = {}
+    drawn: dict[str, bytes] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
     if allocated:
-        experts_of = allocated.experts()
-        pictures[card.HEAT_MAP] = report.density_heat_map({r: a.densities for r, a in experts_of.items()}, means)
+        drawn[card.HEAT_MAP] = pictures.densities(allocated)
         tables["densities"] = [
             {"expert": ref, "tensor": tensor, "density": density}
-            for ref, each in experts_of.items()
+            for ref, each in allocated.experts().items()
             for tensor, density in each.densities.items()
         ]
     if found:
-        pictures["scores.png"] = report.score_bars(found, intervals(models))
+        drawn["scores.png"] = pictures.scores(recipe, scores)
         tables |= {"scores": rows, "comparison": comparison}
     # The merged model goes by one name in all versions, whatever the score table calls it.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
@@ -67,7 +66,7 @@ def registry_entry(
         metrics=metrics,
         lineage=lineage,
         recipe=recipe.text,
-        pictures=pictures,
+        pictures=drawn,
         tables=tables,
         card=model_card(recipe, base, experts, lineage, means, models),
         tags=tags or {},

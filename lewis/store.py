@@ -62,12 +62,17 @@ def written_beside(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
-    with written_beside(path) as scratch, scratch.open("w") as file:
-        file.write(text)
+    with written_beside(path) as scratch, scratch.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

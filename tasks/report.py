@@ -8,7 +8,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline, registry, report
+from lewis import pictures, pipeline, registry
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -24,7 +24,7 @@ from lewis.recipe import Recipe
 from lewis.registration import lineage_of
 from lewis.registry import Champion, Version
 from lewis.run_report import RunFacts, changes, picture, to_markdown
-from lewis.scored import comparison_rows, intervals, scores_of
+from lewis.scored import comparison_rows, scores_of
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 
@@ -32,11 +32,10 @@ from tasks.caching import RETRIES, slug
 @task(name="report-densities", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_densities(recipe: Recipe, measured: list[ImportanceEntry], allocated: AllocationEntry) -> None:
     """The density heat map and the importance table."""
-    experts = allocated.experts()
-    drawn = report.density_heat_map({ref: each.densities for ref, each in experts.items()}, allocated.means)
     means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
+    drawn = picture("densities", pictures.densities(allocated))
     create_markdown_artifact(
-        f"# Density per layer\n\nMean over the covered weights: {means}\n\n{picture('densities', drawn)}",
+        f"# Density per layer\n\nMean over the covered weights: {means}\n\n{drawn}",
         key=f"{slug(recipe.name)}-density-heat-map",
         description="Fraction of each task vector that is kept",
     )
@@ -62,7 +61,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
         description="The merged model against each other one, document by document",
     )
     create_markdown_artifact(
-        f"# Scores\n\n{picture('scores', report.score_bars(scores_of(models), intervals(models)))}",
+        f"# Scores\n\n{picture('scores', pictures.scores(recipe, scores))}",
         key=f"{slug(recipe.name)}-score-bars",
         description="Scores with 95 % intervals",
     )
@@ -146,12 +145,9 @@ def _outcome(champion: Champion | None, verdict: Verdict | None, version: Versio
 
 
 def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ScoresEntry]) -> dict[str, bytes]:
-    models, found = pipeline.scored(recipe, scores), {}
-    if models:
-        found["Scores with 95 % intervals"] = report.score_bars(scores_of(models), intervals(models))
+    found = {"Scores with 95 % intervals": pictures.scores(recipe, scores)} if scores else {}
     if allocated:
-        densities = {ref: each.densities for ref, each in allocated.experts().items()}
-        found["Density per layer"] = report.density_heat_map(densities, allocated.means)
+        found["Density per layer"] = pictures.densities(allocated)
     return found
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import evaluation, importance, merge, pipeline, store
-from lewis.entries import AllocationEntry, ImportanceEntry, MergedModel, ModelFiles
+from lewis import calibration, evaluation, importance, merge, pictures, pipeline, report, store
+from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Evaluated, Score
 from lewis.export import to_mergekit
@@ -319,6 +320,51 @@ class TestMerge:
         merged = pipeline.merge(o.recipe, o.base, o.experts)
         assert list((home / "merged").iterdir()) == [merged.folder]
         assert leftover.name.startswith(f".{merged.digest}.")
+
+
+class TestCalibration:
+    def test_is_made_once_of_the_same_rows(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows, made = tmp_path / "rows.jsonl", []
+        rows.write_text('{"text": "w1 w2"}\n')
+        sets = {"sums": {"dataset": "json", "data_files": str(rows), "text": "{text}"}}
+        o, real = open_all(family, lewis={"calibrations": sets}), calibration.calibrate
+        monkeypatch.setattr(calibration, "calibrate", lambda *a, **k: made.append(a) or real(*a, **k))
+
+        def prepare() -> CalibrationEntry:
+            return pipeline.prepare_calibration(o.recipe, "sums", o.base)
+
+        entry = prepare()
+        assert prepare() == entry and len(made) == 1
+        entry.path.write_text("{")
+        assert prepare() == entry and len(made) == 2 and calibration.Calibration.load(entry.path).tokens == entry.tokens
+        rows.write_text('{"text": "w1 w3"}\n')
+        assert prepare().digest != entry.digest and len(made) == 3
+
+    def test_more_samples_than_rows_are_refused_though_the_set_is_known(self, family: Family) -> None:
+        for samples, message in ({}, ""), ({"samples": 128}, "128 asked for, the set has 1"):
+            o = open_all(family, lewis={"calibrations": {"sums": {"texts": ["w1 w2"], **samples}}})
+            with pytest.raises(InputError, match=message) if message else nullcontext():
+                pipeline.prepare_calibration(o.recipe, "sums", o.base)
+
+
+def test_the_covered_layers_are_found_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = open_all(family)
+    layers = pipeline.layers_of(o.base)
+    monkeypatch.setattr(importance, "covered_layers", lambda *_, **__: pytest.fail("found again"))
+    assert pipeline.layers_of(o.base) == layers and len(layers) == 14
+
+
+def test_a_picture_is_drawn_once_and_again_where_damaged(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, real = [], report.density_heat_map
+    monkeypatch.setattr(report, "density_heat_map", lambda *a: drawn.append(a) or real(*a))
+    _, allocated = guide(open_all(family))
+    picture = pictures.densities(allocated)
+    assert pictures.densities(allocated) == picture and len(drawn) == 1
+    (path,) = (store.home() / "pictures").iterdir()
+    path.write_bytes(picture[:-1])
+    assert pictures.densities(allocated) == picture == path.read_bytes() and len(drawn) == 2
 
 
 class TestFiles:

@@ -1,0 +1,48 @@
+"""The pictures of a merge. Each is drawn once and then found in the store: many places show the same."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lewis import report, store
+from lewis.entries import AllocationEntry, ScoresEntry
+from lewis.pipeline import scored
+from lewis.recipe import Recipe
+from lewis.scored import intervals, scores_of
+
+SEMANTICS = "1"  # bump when the same numbers would be drawn in another way
+_END_OF_PNG = b"IEND\xaeB`\x82"
+
+
+def densities(allocated: AllocationEntry) -> bytes:
+    """`report.density_heat_map` of an allocation, a PNG file."""
+
+    def draw() -> bytes:
+        shown = {ref: each.densities for ref, each in allocated.experts().items()}
+        return report.density_heat_map(shown, allocated.means)
+
+    return _kept(["densities", allocated.digest], draw)
+
+
+def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
+    """`report.score_bars` of what was scored, with 95 % intervals, a PNG file.
+
+    Args:
+        found: label -> scores, in the order of the bars.
+    """
+
+    def draw() -> bytes:
+        models = scored(recipe, found)
+        return report.score_bars(scores_of(models), intervals(models))
+
+    weights = recipe.evaluate.weights if recipe.evaluate else {}
+    return _kept(["scores", [[label, entry.digest] for label, entry in found.items()], dict(weights)], draw)
+
+
+def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
+    path = store.home() / "pictures" / f"{store.digest([SEMANTICS, *shown])}.png"
+    store.mark_used(path)
+    found = path.read_bytes() if path.is_file() else b""
+    if not found.endswith(_END_OF_PNG):
+        found = draw()
+        store.write_bytes(path, found)
+    return found
