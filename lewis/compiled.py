@@ -6,16 +6,18 @@ method without a compiled loop, fp64, a number that is not finite) it says so, a
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lewis import kernels
 from lewis.kernels import KINDS
+from lewis.methods.sce import shares
 from lewis.methods.sums import exact_sum
-from lewis.selection import Pair, Selector
+from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector
 from lewis.writer import SIZES
 
 if TYPE_CHECKING:
@@ -23,12 +25,28 @@ if TYPE_CHECKING:
 
     from lewis.merge import Merge
 
-METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-_CHUNK = 1 << 19  # elements that are written at a time
+_HOW = {
+    **dict.fromkeys(("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"), kernels.SUM),
+    **dict.fromkeys(("ties", "dare_ties", "breadcrumbs_ties", "della"), kernels.ELECT),
+    **{"sce": kernels.VOTE, "consensus": kernels.CLAIM},
+}
+METHODS = ("linear", *_HOW)  # and those that are linear combinations
+_CHUNK = 1 << 19  # elements that are written at a time; whole blocks
 _own = threading.local()
 
 Write = Callable[[memoryview, int], None]
 """Called with bytes and their offset in the tensor."""
+
+
+def takes(merge: Merge, name: str) -> bool:
+    """Whether there are compiled loops for one tensor's method and parameters."""
+    method, values = merge.method, merge.parameters(name)
+    if method.coefficients:
+        try:
+            return method.coefficients(np.eye(len(merge.experts) + method.takes_base), **values) is not None
+        except ValueError:  # the method's function tells it
+            return False
+    return method.name in METHODS and not method.origin and values.get("select_topk", 1) >= 1
 
 
 def merge_tensor(merge: Merge, name: str, write: Write) -> bool:
@@ -41,11 +59,14 @@ def merge_tensor(merge: Merge, name: str, write: Write) -> bool:
         LewisError: as `write`.
     """
     info, (out, _) = merge.base.tensors[name], merge.layout[name]
-    if merge.method.name not in METHODS or merge.method.origin or info.dtype not in KINDS or out not in KINDS:
+    if info.dtype not in KINDS or out not in KINDS or not takes(merge, name):
         return False
     if info.elements == 0:
         return True
-    run = (_average if merge.method.name == "linear" else _task_vectors)(merge, name)
+    if merge.method.coefficients:
+        run = _combined(merge, name)
+    else:
+        run = (_average if merge.method.name == "linear" else _task_vectors)(merge, name)
     return run is not None and _in_chunks(run, info.elements, out, write)
 
 
@@ -71,8 +92,21 @@ class _Inputs:
         raw = [model.raw(name) for model in models]
         self.known = all(dtype in KINDS for dtype, _ in raw)
         self._arrays = [bits if bits.ctypes.data % bits.itemsize == 0 else bits.copy() for _, bits in raw]
+        self.size = self._arrays[0].size
         self.addresses = np.array([bits.ctypes.data for bits in self._arrays], np.uint64)
         self.kinds = np.array([KINDS.get(dtype, -1) for dtype, _ in raw], np.int64)
+
+    def gram(self, *, relative: bool, crossed: bool = True) -> np.ndarray:
+        """`sums.gram` of these tensors, or of their differences to the first one; without `crossed` of each alone."""
+        count, first = len(self.addresses), int(relative)
+        places = itertools.combinations_with_replacement(range(first, count), 2)
+        pairs = np.array([(i, j) for i, j in places if crossed or i == j], np.int64)
+        blocks = np.empty((-(-self.size // kernels.BLOCK), len(pairs)))
+        kernels.dots(self.addresses, self.kinds, self.size, relative, pairs, blocks)
+        found = np.zeros((count - first, count - first))
+        for (i, j), dots in zip(pairs - first, blocks.T, strict=True):
+            found[i, j] = found[j, i] = exact_sum(dots.tolist())
+        return found
 
 
 def _average(merge: Merge, name: str) -> Run | None:
@@ -81,26 +115,55 @@ def _average(merge: Merge, name: str) -> Run | None:
     if normalize and total == 0:
         return None
     inputs = _Inputs([expert.model for expert in merge.experts], name)
-    return _weighted(inputs, weights, normalize, total if normalize else 1, merge.layout[name][0])
+    return _weighted(inputs, weights, merge.layout[name][0], normalize=normalize, divisor=total if normalize else 1)
 
 
-def _weighted(inputs: _Inputs, weights: list[float], normalize: bool, divisor: float, out: str) -> Run | None:
+def _combined(merge: Merge, name: str) -> Run | None:
+    """A linear combination whose coefficients follow from the dot products of its tensors."""
+    values, models = merge.parameters(name), [expert.model for expert in merge.experts]
+    with_base = merge.adds_to_base or merge.method.takes_base
+    inputs = _Inputs([merge.base, *models] if with_base else models, name)
+    if not inputs.known:
+        return None
+    gram = inputs.gram(relative=merge.adds_to_base)
+    if not np.isfinite(gram).all():
+        return None
+    assert merge.method.coefficients
+    try:
+        coefficients = merge.method.coefficients(gram, **values)
+    except ValueError:
+        return None
+    assert coefficients is not None
+    if merge.adds_to_base:
+        return _task_vectors(merge, name, coefficients)
+    if merge.method.takes_base:  # the ends of SLERP are the models, byte by byte
+        chosen = [i for i, coefficient in enumerate(coefficients) if coefficient]
+        inputs = _Inputs([[merge.base, *models][i] for i in chosen], name)
+        coefficients = [coefficients[i] for i in chosen]
+    return _weighted(inputs, coefficients, merge.layout[name][0], signed=not merge.method.takes_base)
+
+
+def _weighted(
+    inputs: _Inputs, weights: list[float], out: str, *, normalize: bool = False, signed: bool = True, divisor: float = 1
+) -> Run | None:
     if not inputs.known:
         return None
     w, total, kind = np.array(weights, np.float32), np.float32(divisor), KINDS[out]
 
     def run(start: int, stop: int, address: np.uint64) -> bool:
-        return bool(kernels.average(inputs.addresses, inputs.kinds, start, stop, w, normalize, total, address, kind))
+        given = inputs.addresses, inputs.kinds, start, stop, w, normalize, signed, total, address, kind
+        return bool(kernels.average(*given))
 
     return run
 
 
-def _task_vectors(merge: Merge, name: str) -> Run | None:
+def _task_vectors(merge: Merge, name: str, weights: list[float] | None = None) -> Run | None:
+    """Of a method on task vectors; `weights` are the recipe's unless they are given."""
     values, experts = merge.parameters(name), merge.experts
     count, size = len(experts), merge.base.tensors[name].elements
     active, densities = merge.active(name, values), values.get("density", [1.0] * count)
     if "density" in values and not any(active):  # the base comes out as it is
-        return _weighted(_Inputs([merge.base], name), [1.0], False, 1.0, merge.layout[name][0])
+        return _weighted(_Inputs([merge.base], name), [1.0], merge.layout[name][0])
     inputs = _Inputs([merge.base, *(expert.model for expert in experts)], name)
     if not inputs.known:
         return None
@@ -111,41 +174,96 @@ def _task_vectors(merge: Merge, name: str) -> Run | None:
     by_column = np.array([0 if scale is None else scale.ctypes.data for scale in scales], np.uint64)
     dropping = merge.method.random
     keys = np.array([merge.stream(expert, name).key for expert in experts] if dropping else [0] * count, np.uint64)
-    thresholds, cuts = np.zeros(count, np.uint32), np.full(count, kernels.ALL, np.uint64)
-    factors, limits = np.ones(count, np.float32), np.array(densities, np.float32)
+    kept = []
     for e in range(count):
         pair = Pair(
             (inputs.addresses[0], int(inputs.kinds[0]), inputs.addresses[e + 1], int(inputs.kinds[e + 1]), size,
              columns, by_column[e])
         )  # fmt: skip
-        whole = densities[e] >= 1 if dropping else int(densities[e] * size) >= size
-        if whole:
-            continue
-        if not dropping:
-            thresholds[e], cuts[e] = _selector().cut(pair, int(densities[e] * size))
-        if values.get("rescale"):
-            factors[e] = _factor(pair, thresholds[e], cuts[e], dropping, keys[e], limits[e])
-    elect = merge.method.name in ("ties", "dare_ties")
-    total = sum(values["weight"])
-    divides = bool(values["normalize"]) and not elect and abs(total) >= 1e-8
+        own = {key: value[e] for key, value in values.items() if isinstance(value, list)}
+        kept.append(_Kept(pair, own, dropping, keys[e], rescale=bool(values.get("rescale"))))
+    how = _HOW.get(merge.method.name, kernels.SUM)
+    if merge.method.name == "sce":
+        weights = shares(inputs.gram(relative=True, crossed=False).diagonal().tolist())
+    weights = values["weight"] if weights is None else weights
+    normalize, total = bool(values.get("normalize", how == kernels.VOTE)), sum(weights)
+    divides = normalize and how == kernels.SUM and abs(total) >= 1e-8
     arguments = (
-        by_column,
-        thresholds, cuts, dropping, keys, limits, factors, np.array(values["weight"], np.float32),
-        np.array(active, np.bool_), elect, bool(values["normalize"]),
-        np.float32(total if divides else 1), np.float32(values["lambda"]),
+        by_column, np.array([k.thresholds for k in kept]), np.array([k.cuts for k in kept]), dropping, keys,
+        np.array(densities, np.float32), np.array([k.factor for k in kept]), np.array(weights, np.float32),
+        np.array(active, np.bool_), how, normalize, np.float32(total if divides else 1),
+        np.float32(values.get("lambda", 1)), np.float32(values.get("tall_lambda", 0)), values.get("min_agree", 0),
         np.uint64(0 if held[0] is None else held[0].ctypes.data),
     )  # fmt: skip
     out = KINDS[merge.layout[name][0]]
 
     def run(start: int, stop: int, address: np.uint64) -> bool:
         assert scales is not None and held is not None  # and kept in memory
+        masks = [k.mask(start, stop) for k in kept]
+        where = np.array([_address(mask) for mask in masks], np.uint64)
         return bool(
             kernels.merge_task_vectors(
-                inputs.addresses, inputs.kinds, start, stop, columns, *arguments, address, out
+                inputs.addresses, inputs.kinds, start, stop, columns, *arguments, where, address, out
             )
         )  # fmt: skip
 
     return run
+
+
+class _Kept:
+    """What is kept of one task vector.
+
+    Attributes:
+        thresholds, cuts: it lies in the first cut, but not in the second; uint32 and uint64, two of each.
+        factor: what brings it back to the L1 norm of the whole, if it was asked for; fp32.
+    """
+
+    def __init__(self, pair: Pair, values: Mapping[str, Any], dropping: bool, key: np.uint64, *, rescale: bool) -> None:
+        """Find it.
+
+        Args:
+            pair: the tensor.
+            values: the expert's own parameters.
+            dropping: whether it is random.
+            key: of the expert's stream.
+            rescale: whether the factor is asked for.
+        """
+        density = values.get("density", 1.0)
+        k = int(density * pair.size)
+        self._ranks: Ranks | None = None
+        within, without = EVERYTHING, NOTHING
+        if density >= 1 if dropping else k >= pair.size:
+            rescale = False
+        elif "epsilon" in values and density > 0:
+            self._ranks = Ranks(pair, key, density, values["epsilon"])
+        elif not dropping:
+            outliers = min(int(values.get("gamma", 0) * pair.size), pair.size - k) if k > 0 else 0
+            within, without = _selector().cut(pair, outliers + k), _selector().cut(pair, outliers)
+        self.thresholds = np.array([within[0], without[0]], np.uint32)
+        self.cuts = np.array([within[1], without[1]], np.uint64)
+        self.factor = self._factor(pair, dropping, key, np.float32(density)) if rescale else np.float32(1)
+
+    def mask(self, start: int, stop: int) -> np.ndarray | None:
+        """If it is kept by rank: of the elements from `start` to `stop`, 1 for those that are, else 0; uint8."""
+        return self._ranks.kept(start, stop) if self._ranks else None
+
+    def _factor(self, pair: Pair, dropping: bool, key: np.uint64, density: np.float32) -> np.float32:
+        """As `sparsify.match_l1`."""
+        blocks = -(-pair.size // kernels.BLOCK)
+        whole, kept = np.empty(blocks), np.empty(blocks)
+        for start in range(0, pair.size, _CHUNK):
+            mask = self.mask(start, min(start + _CHUNK, pair.size))
+            part = slice(start // kernels.BLOCK, (start + _CHUNK) // kernels.BLOCK)
+            kernels.norms(
+                *pair.addresses, self.thresholds, self.cuts, dropping, key, density, _address(mask), start,
+                whole[part], kept[part],
+            )  # fmt: skip
+        before, after = exact_sum(whole.tolist()), exact_sum(kept.tolist())
+        return np.float32(1) if after == 0 or before == after else np.float32(before / after)
+
+
+def _address(mask: np.ndarray | None) -> np.uint64:
+    return np.uint64(0 if mask is None else mask.ctypes.data)
 
 
 def _by_column(given: Sequence[torch.Tensor | None], columns: int) -> list[np.ndarray | None] | None:
@@ -156,17 +274,6 @@ def _by_column(given: Sequence[torch.Tensor | None], columns: int) -> list[np.nd
             return None
         scales.append(None if scale is None else np.ascontiguousarray(scale.numpy(), np.float32))
     return scales
-
-
-def _factor(
-    pair: Pair, threshold: np.uint32, cut: np.uint64, dropping: bool, key: np.uint64, density: np.float32
-) -> np.float32:
-    """What brings the kept task vector back to its L1 norm: `sparsify.match_l1`."""
-    blocks = -(-pair.size // kernels.BLOCK)
-    whole, kept = np.empty(blocks), np.empty(blocks)
-    kernels.norms(*pair.addresses, threshold, cut, dropping, key, density, whole, kept)
-    before, after = exact_sum(whole.tolist()), exact_sum(kept.tolist())
-    return np.float32(1) if after == 0 or before == after else np.float32(before / after)
 
 
 def _selector() -> Selector:

@@ -1,7 +1,10 @@
 """The devices that torch works on, and what they mean for numbers."""
 
+import os
 import sys
 from pathlib import Path
+
+from lewis.errors import InputError
 
 # What the drivers of NVIDIA (also on a Jetson and in WSL) and AMD put into /dev.
 _DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")
@@ -19,6 +22,25 @@ def devices() -> list[str]:
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
+
+
+def merge_device(gpu: str = "cuda") -> str:
+    """Where merges compute: `cpu`, or `gpu` if `LEWIS_MERGE_DEVICE` is `cuda`.
+
+    The CPU is the default though a GPU may be there: its compiled loops wait for the disk more than for arithmetic.
+    A merge that a GPU makes has a digest of its own: sums, selections and random streams are written to be the same
+    there bit by bit, but exponentials, sines and sums over rows are rounded as the device does. No merge was run on a
+    GPU by us.
+
+    Raises:
+        InputError: if the variable is something else, or no GPU is there.
+    """
+    given = os.environ.get("LEWIS_MERGE_DEVICE") or "cpu"
+    if given not in ("cpu", "cuda"):
+        raise InputError(f"LEWIS_MERGE_DEVICE: expected cpu or cuda, got {given!r}; set or unset it")
+    if given == "cuda" and default_device() == "cpu":
+        raise InputError("LEWIS_MERGE_DEVICE: it is cuda, but torch finds no GPU on this machine; unset it")
+    return gpu if given == "cuda" else "cpu"
 
 
 def precision(device: str) -> str:

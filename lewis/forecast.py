@@ -65,7 +65,7 @@ def without_models(method: str, largest: int, experts: int) -> int:
     """Bytes that a merge needs whose models are not here yet, by the elements of its largest tensor."""
     from lewis.compiled import METHODS
 
-    if method in METHODS:
+    if method in METHODS or find(method).coefficients:
         return 130_000_000
     # The base, and of each expert its weights and task vector, then a few temporaries, in fp32.
     return 400_000_000 + (PIECE if find(method).elementwise else largest) * 4 * (4 + 4 * experts)
@@ -92,8 +92,11 @@ def _run(merge: Merge, names: Iterable[str]) -> None:
 
 
 def _takes_whole_tensors(merge: Merge) -> bool:
-    from lewis.compiled import METHODS
+    from lewis.compiled import takes
 
-    models = [merge.base, *(expert.model for expert in merge.experts)]
-    by_rows = merge.method.name in METHODS or merge.method.elementwise
-    return not by_rows or any(isinstance(model, LoraExpert) for model in models)
+    if any(isinstance(model, LoraExpert) for model in [merge.base, *(expert.model for expert in merge.experts)]):
+        return True
+    if merge.method.elementwise:
+        return False
+    merged = [name for name in merge.layout if merge.base.tensors[name].floating and name not in merge.excluded]
+    return merge.device != "cpu" or not all(takes(merge, name) for name in merged)

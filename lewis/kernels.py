@@ -22,6 +22,8 @@ RUN = 32  # neighbours that `sample` takes together
 INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite magnitude are less
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+NONE = np.uint32(0xFFFFFFFF)  # above the bits of all scores
+SUM, ELECT, VOTE, CLAIM = range(4)  # how task vectors are combined
 
 _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -258,6 +260,40 @@ def _keep(score: Any, start: Any, count: Any, threshold: Any, cut: Any, delta: A
 
 
 @njit(**_options)
+def _leave_out(score: Any, start: Any, count: Any, threshold: Any, cut: Any, delta: Any) -> None:
+    """Set the elements of `delta` to 0 that `_keep` would keep."""
+    bits = score.view(np.uint32)
+    for i in range(count):
+        first = (bits[i] > threshold) | ((bits[i] == threshold) & (np.uint64(start + i) * SPREAD <= cut))
+        value = delta[i]
+        delta[i] = np.float32(0.0) if first else value
+
+
+@njit(**_options)
+def _between(
+    base: Any, own: Any, start: Any, count: Any, columns: Any, scale: Any, thresholds: Any, cuts: Any, score: Any,
+    delta: Any,
+) -> None:  # fmt: skip
+    """Keep what lies in the first cut, but not in the second."""
+    below, above = thresholds[0] > 0 or cuts[0] != ALL, thresholds[1] != NONE
+    if below or above:
+        _scores(base, own, start, count, columns, scale, score)
+    if below:
+        _keep(score, start, count, thresholds[0], cuts[0], delta)
+    if above:
+        _leave_out(score, start, count, thresholds[1], cuts[1], delta)
+
+
+@njit(**_options)
+def _mask(address: Any, start: Any, count: Any, delta: Any) -> None:
+    """Set the elements of `delta` to 0 whose byte of a mask is 0."""
+    kept = carray(_at(address + np.uint64(start)), (count,), dtype=np.uint8)
+    for i in range(count):
+        value = delta[i]
+        delta[i] = value if kept[i] != 0 else np.float32(0.0)
+
+
+@njit(**_options)
 def _drop(start: Any, count: Any, key: Any, density: Any, delta: Any) -> None:
     """Set the elements of `delta` to 0 whose random number is not below the density."""
     for i in range(count):
@@ -288,31 +324,107 @@ def _block_sum(values: Any, count: Any, halves: Any) -> float:
 
 
 @njit(
-    "void(uint64,int64,uint64,int64,int64,int64,uint64,uint32,uint64,boolean,uint64,float32,float64[::1],float64[::1])",
+    "void(uint64,int64,uint64,int64,int64,int64,uint64,uint32[::1],uint64[::1],boolean,uint64,float32,uint64,int64,"
+    "float64[::1],float64[::1])",
     **_options,
 )
 def norms(
-    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, threshold: Any, cut: Any,
-    dropping: Any, key: Any, density: Any, whole: Any, kept: Any,
+    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, thresholds: Any, cuts: Any,
+    dropping: Any, key: Any, density: Any, mask: Any, begin: Any, whole: Any, kept: Any,
 ) -> None:  # fmt: skip
-    """The L1 norm of each block of a task vector, as it is and as it is kept."""
+    """The L1 norm of each block of a task vector from element `begin` on, as it is and as it is kept.
+
+    What is kept is told as in `merge_task_vectors`.
+    """
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    score, halves = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
+    delta, score, halves = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
     for number in range(whole.size):
-        start = number * BLOCK
+        start = begin + number * BLOCK
         count = min(BLOCK, size - start)
         _load(base, base_kind, start, count, base_values)
         _load(own, own_kind, start, count, own_values)
-        if not dropping:
-            _scores(base_values, own_values, start, count, columns, scale, score)
         for i in range(count):
-            own_values[i] -= base_values[i]
-        whole[number] = _block_sum(own_values, count, halves)
-        if dropping:
-            _drop(start, count, key, density, own_values)
+            delta[i] = own_values[i] - base_values[i]
+        whole[number] = _block_sum(delta, count, halves)
+        if mask != 0:
+            _mask(mask, start - begin, count, delta)
+        elif dropping:
+            _drop(start, count, key, density, delta)
         else:
-            _keep(score, start, count, threshold, cut, own_values)
-        kept[number] = _block_sum(own_values, count, halves)
+            _between(base_values, own_values, start, count, columns, scale, thresholds, cuts, score, delta)
+        kept[number] = _block_sum(delta, count, halves)
+
+
+@njit(**_options)
+def _block_dot(first: Any, second: Any, count: Any, halves: Any) -> float:
+    """The dot product in fp64, by halves of a whole block: the order of `sums.gram`."""
+    for i in range(count):
+        halves[i] = np.float64(first[i]) * np.float64(second[i])
+    for i in range(count, BLOCK):
+        halves[i] = 0.0
+    width = BLOCK // 2
+    while width > 0:
+        for i in range(width):
+            halves[i] += halves[width + i]
+        width //= 2
+    return float(halves[0])
+
+
+@njit("void(uint64[::1],int64[::1],int64,boolean,int64[:,::1],float64[:,::1])", **_options)
+def dots(addresses: Any, kinds: Any, size: Any, relative: Any, pairs: Any, out: Any) -> None:
+    """The dot products of pairs of models in each block, in fp64; `relative`: of their differences to the first one."""
+    models = addresses.size
+    own, halves = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float64)
+    for number in range(out.shape[0]):
+        start = number * BLOCK
+        count = min(BLOCK, size - start)
+        for m in range(models):
+            values = own[m]
+            _load(addresses[m], kinds[m], start, count, values)
+            if relative and m > 0:
+                for i in range(count):
+                    values[i] -= own[0, i]
+        for pair in range(pairs.shape[0]):
+            out[number, pair] = _block_dot(own[pairs[pair, 0]], own[pairs[pair, 1]], count, halves)
+
+
+@njit("void(uint64,int64,uint64,int64,int64,int64,uint64,int64,uint64[:,::1])", **_options)
+def sort_keys(
+    base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, begin: Any, out: Any
+) -> None:
+    """For rows from element `begin` on: the bits of each score, then its column, as one number to sort a row by."""
+    base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    score = np.empty(BLOCK, np.float32)
+    bits, flat, column = score.view(np.uint32), out.reshape(-1), 0
+    for first in range(0, flat.size, BLOCK):
+        count = min(BLOCK, flat.size - first)
+        _load(base, base_kind, begin + first, count, base_values)
+        _load(own, own_kind, begin + first, count, own_values)
+        _scores(base_values, own_values, begin + first, count, columns, scale, score)
+        for i in range(count):
+            flat[first + i] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(column)
+            column = column + 1 if column + 1 < columns else 0
+
+
+@njit("void(uint64[:,::1],int64,uint64,float32,float32,uint8[::1])", **_options)
+def draw_by_rank(ordered: Any, begin: Any, key: Any, least: Any, width: Any, kept: Any) -> None:
+    """Of rows of sorted `sort_keys`, keep elements by their random numbers: `sparsify.drop_by_rank`."""
+    rows, columns = ordered.shape
+    upper, lower = np.uint64(32), np.uint64(0xFFFFFFFF)
+    for row in range(rows):
+        first = 0
+        while first < columns:
+            last = first
+            while last + 1 < columns and ordered[row, last + 1] >> upper == ordered[row, first] >> upper:
+                last += 1
+            rank = np.float32(0.5)
+            if columns > 1:
+                rank = np.float32(first + last) / np.float32(2 * (columns - 1))
+            chance = least + rank * width
+            for i in range(first, last + 1):
+                place = row * columns + np.int64(ordered[row, i] & lower)
+                kept[place] = _uniform(key, begin + place) < chance
+            first = last + 1
 
 
 @njit(**_options)
@@ -333,27 +445,44 @@ def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, 
             delta[i] /= np.float32(1.0) if divisor[i] == 0 else divisor[i]
 
 
+@njit(**_options)
+def _claim(weighted: Any, total: Any, count: Any, selective: Any, least: Any, delta: Any) -> None:
+    """The total, where at least so many terms claim it."""
+    claims = np.zeros(BLOCK, np.int32)
+    for e in range(weighted.shape[0]):
+        term = weighted[e]
+        for i in range(count):
+            claims[i] += np.int32(abs(term[i]) > selective * abs(total[i] - term[i]))
+    for i in range(count):
+        delta[i] = total[i] if claims[i] >= least else np.float32(0.0)
+
+
 @njit(
-    "boolean(uint64[::1],int64[::1],int64,int64,int64,uint64[::1],uint32[::1],uint64[::1],boolean,uint64[::1],"
-    "float32[::1],float32[::1],float32[::1],boolean[::1],boolean,boolean,float32,float32,uint64,uint64,int64)",
+    "boolean(uint64[::1],int64[::1],int64,int64,int64,uint64[::1],uint32[:,::1],uint64[:,::1],boolean,uint64[::1],"
+    "float32[::1],float32[::1],float32[::1],boolean[::1],int64,boolean,float32,float32,float32,int64,uint64,"
+    "uint64[::1],uint64,int64)",
     **_options,
 )
 def merge_task_vectors(
     addresses: Any, kinds: Any, start: Any, stop: Any, columns: Any, scales: Any, thresholds: Any, cuts: Any,
-    dropping: Any, keys: Any, densities: Any, factors: Any, weights: Any, active: Any, elect: Any, normalize: Any,
-    divisor: Any, lambda_: Any, after: Any, out: Any, out_kind: Any,
+    dropping: Any, keys: Any, densities: Any, factors: Any, weights: Any, active: Any, how: Any, normalize: Any,
+    divisor: Any, lambda_: Any, selective: Any, least: Any, after: Any, masks: Any, out: Any, out_kind: Any,
 ) -> Any:  # fmt: skip
     """Sparsify, combine, add to the base and round the elements from `start` to `stop`.
 
     Args:
         addresses, kinds: of the base, then of each expert.
         columns: the last dimension of the tensor.
-        scales, thresholds, cuts: of each expert, for keeping by score.
+        scales, thresholds, cuts: of each expert, for keeping by score: what is in the first cut, but not in the second.
         dropping, keys, densities: whether elements are dropped at random instead, and each expert's stream and density.
         factors, weights, active: of each expert: the rescaling, the weight, whether it has a say.
-        elect, normalize: elect signs as TIES does, and divide by the agreeing weights.
-        divisor: of the plain sum, without an election.
+        how: SUM; ELECT signs as TIES does; VOTE: elect the signs of the sum without weights, as SCE does; CLAIM: keep
+            the sum where enough experts claim it, as consensus does.
+        normalize: divide what was elected by the agreeing weights.
+        divisor: of the plain sum.
         lambda_, after: of the merged delta: its scale, and the address of a factor per column.
+        selective, least: how large a term has to be to claim the sum, and how many have to.
+        masks: of each expert, the address of one byte for each element from `start` on, 0 if it is dropped; or 0.
         out, out_kind: where the result goes, its first element at `out`.
 
     Returns:
@@ -374,22 +503,29 @@ def merge_task_vectors(
             for i in range(count):
                 vector[i] = theirs[i] - base[i]
                 kept[i] = vector[i]
-            if dropping:
+            if masks[e] != 0:
+                _mask(masks[e], first - start, count, kept)
+            elif dropping:
                 if densities[e] < np.float32(1.0):
                     _drop(first, count, keys[e], densities[e], kept)
-            elif thresholds[e] > 0 or cuts[e] != ALL:
-                _scores(base, theirs, first, count, columns, scales[e], score)
-                _keep(score, first, count, thresholds[e], cuts[e], kept)
+            else:
+                _between(base, theirs, first, count, columns, scales[e], thresholds[e], cuts[e], score, kept)
             factor, weight = factors[e], weights[e]
+            if how == VOTE:
+                for i in range(count):
+                    total[i] = kept[i] if e == 0 else total[i] + kept[i]
             for i in range(count):
                 kept[i] = (kept[i] * factor) * weight
-            if e == 0:
-                for i in range(count):
-                    total[i] = kept[i]
-            else:
-                for i in range(count):
-                    total[i] += kept[i]
-        if elect:
+            if how != VOTE:
+                if e == 0:
+                    for i in range(count):
+                        total[i] = kept[i]
+                else:
+                    for i in range(count):
+                        total[i] += kept[i]
+        if how == CLAIM:
+            _claim(weighted, total, count, selective, least, delta)
+        elif how != SUM:
             _elect(weighted, weights, total, count, normalize, delta)
         else:
             for i in range(count):
@@ -410,12 +546,15 @@ def merge_task_vectors(
     return bad
 
 
-@njit("boolean(uint64[::1],int64[::1],int64,int64,float32[::1],boolean,float32,uint64,int64)", **_options)
+@njit("boolean(uint64[::1],int64[::1],int64,int64,float32[::1],boolean,boolean,float32,uint64,int64)", **_options)
 def average(
-    addresses: Any, kinds: Any, start: Any, stop: Any, weights: Any, normalize: Any, divisor: Any, out: Any,
-    out_kind: Any,
+    addresses: Any, kinds: Any, start: Any, stop: Any, weights: Any, normalize: Any, signed: Any, divisor: Any,
+    out: Any, out_kind: Any,
 ) -> Any:  # fmt: skip
-    """The weighted sum of models, divided; returns as `merge_task_vectors`."""
+    """The weighted sum of models, divided; returns as `merge_task_vectors`.
+
+    `normalize`: what all models agree on stays; `signed`: a result that equals a model's number has its sign of zero.
+    """
     models = weights.size
     own, total = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float32)
     same = np.empty(BLOCK, np.bool_)
@@ -435,7 +574,7 @@ def average(
                     same[i] &= values[i] == own[0, i]
         for i in range(count):
             total[i] = own[0, i] if same[i] else total[i] / divisor
-        for m in range(models):
+        for m in range(models if signed else 0):
             values = own[m]
             for i in range(count):
                 total[i] = values[i] if total[i] == values[i] else total[i]

@@ -37,7 +37,7 @@ from lewis.recipe import ModelEntry, Recipe
 from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "3"  # bump when the same inputs would give other bytes
+SEMANTICS = "4"  # bump when the same inputs would give other bytes
 PIECE = 1 << 21  # elements of a run of rows
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -77,7 +77,12 @@ class Merge:
     """
 
     def __init__(
-        self, recipe: Recipe, base: Model | None, experts: Sequence[Expert], held_back: Scales | None = None
+        self,
+        recipe: Recipe,
+        base: Model | None,
+        experts: Sequence[Expert],
+        held_back: Scales | None = None,
+        device: str = "cpu",
     ) -> None:
         """Check that the models fit together and the recipe's filters match.
 
@@ -86,10 +91,13 @@ class Merge:
             base: the base, or None for a method on weights without one.
             experts: as `Recipe.experts`, opened.
             held_back: factors that merged deltas are multiplied with (`lewis.methods.aim`); none for names left out.
+            device: where the methods compute, by torch's name; on `cpu` in compiled loops where there are some. Part
+                of the digest, as `lewis.device.merge_device` says.
 
         Raises:
             InputError: naming every tensor, vocabulary or filter that does not fit.
         """
+        self.device = device
         self.recipe, self.method, self.held_back = recipe, find(recipe.merge_method), held_back or {}
         experts_by_key = sorted(experts, key=lambda expert: expert.model.key)
         self.vocabulary = align(
@@ -100,7 +108,7 @@ class Merge:
         )
         self.experts = [replace(expert, model=self.vocabulary.of(expert.model)) for expert in experts_by_key]
         self.base: Model = self.vocabulary.of(base or experts[0].model)
-        self._adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
+        self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
         self.excluded = excluded(recipe, self.base)
         check_compatible(
             self.base, [e.model for e in self.experts], self.excluded, by_token=recipe.vocabulary is not None
@@ -208,7 +216,7 @@ class Merge:
                 raise LewisError("the merge was stopped")
             writer.write_bytes(name, data, offset)
 
-        if name in self.excluded or not merge_tensor(self, name, write):
+        if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
             with self._one_at_a_time:
                 offset = 0
                 for piece in self._pieces(name):
@@ -250,24 +258,23 @@ class Merge:
 
     def _merged(self, name: str, read: Callable[[Model], torch.Tensor], rows: slice) -> torch.Tensor:
         """Merge what `read` gives of each model: these rows of a tensor."""
-        base = read(self.base)
         dtype = getattr(torch, DTYPES[self.layout[name][0]][0])
         if name in self.excluded or not self.base.tensors[name].floating:
-            return base.to(dtype)  # a base with an adapter on it is read in fp32
+            return read(self.base).to(dtype)  # a base with an adapter on it is read in fp32
 
         def finite(model: Model) -> torch.Tensor:
-            return _finite(read(model).to(torch.float32), name, model)
+            return _finite(read(model).to(self.device).to(torch.float32), name, model)
 
         with torch.inference_mode():
-            base = _finite(base.to(torch.float32), name, self.base)
-            if self._adds_to_base:
+            base = finite(self.base)
+            if self.adds_to_base:
                 merged = self._on_task_vectors(name, base, finite, rows)
             else:
                 merged = self._on_weights(name, base, finite)
             if merged.shape != base.shape:
                 given, expected = list(merged.shape), list(base.shape)
                 raise LewisError(f"{name}: {self.method.name} gave the shape {given}, expected {expected}")
-            return self._rounded(merged, dtype, name)
+            return self._rounded(merged, dtype, name).cpu()
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor: a list in the experts' order for each expert's own."""
@@ -307,17 +314,21 @@ class Merge:
         active = self.active(name, values)
         if "density" in values and not any(active):
             return base
-        own = [finite(expert.model) for expert in self.experts]
-        vectors = torch.stack(own).sub_(base)
+        vectors = torch.empty((len(self.experts), *base.shape), device=base.device)
+        for vector, expert in zip(vectors, self.experts, strict=True):
+            torch.sub(finite(expert.model), base, out=vector)
         streams = [self.stream(expert, name) for expert in self.experts] if self.method.random else None
-        delta = _call(self.method, name, values, vectors, base, streams, self.scales(name))
+        scales = [None if scale is None else scale.to(self.device) for scale in self.scales(name)]
+        delta = _call(self.method, name, values, vectors, base, streams, scales)
         if name in self.held_back:
-            factor = self.held_back[name]
+            factor = self.held_back[name].to(delta.device)
             delta = delta * (factor[rows] if factor.dim() == delta.dim() and len(factor) > 1 else factor)
+        del vectors  # the models are read again instead, so that less is in memory at once
         merged = torch.where(delta == 0, base, base + delta)
-        for weight, vector, is_active in zip(own, vectors, active, strict=True):
+        for expert, is_active in zip(self.experts, active, strict=True):
             if is_active:
-                merged = torch.where(delta == vector, weight, merged)
+                own = finite(expert.model)
+                merged = torch.where(delta == own - base, own, merged)
         return merged
 
     def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
@@ -361,7 +372,7 @@ class Merge:
     def _check_scales(self) -> None:
         if any(expert.scales for expert in self.experts) and not self.method.takes_scales:
             raise InputError(f"lewis.prune_by: {self.method.name} does not trim by size; use magnitude")
-        if self.held_back and not self._adds_to_base:
+        if self.held_back and not self.adds_to_base:
             raise InputError(f"lewis.aim: {self.method.name} merges no task vectors that could be held back")
         of_base = (str(self.recipe.base_model), self.held_back)
         for model, scales in (of_base, *((expert.entry.model, expert.scales or {}) for expert in self.experts)):
@@ -387,6 +398,7 @@ class Merge:
                 "parameters": resolved,
                 "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
                 "seed": self.recipe.seed if self.method.random else None,
+                **({"device": torch.device(self.device).type} if self.device != "cpu" else {}),
                 **({"excluded": sorted(self.excluded)} if self.excluded else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),

@@ -17,7 +17,7 @@ from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.compatible import in_layers
-from lewis.device import precision
+from lewis.device import merge_device, precision
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -339,6 +339,7 @@ def prepare_merge(
     experts: Sequence[ModelFiles],
     allocated: AllocationEntry | None = None,
     which: str = "experts",
+    gpu: str = "cuda",
 ) -> Merge:
     """Open all models and check that they fit.
 
@@ -348,6 +349,7 @@ def prepare_merge(
         experts: in the order of `recipe.experts`.
         allocated: densities, for a guided merge.
         which: `experts` for the guided densities, `uniform` for the baseline's.
+        gpu: which one to compute on, if `lewis.device.merge_device` says so.
 
     Raises:
         InputError: naming what does not fit.
@@ -363,7 +365,7 @@ def prepare_merge(
     opened_base = base.open() if base else None
     if recipe.measures and opened_base is not None:
         _check_token_ids(opened_base, [expert.model for expert in opened])
-    return Merge(recipe, opened_base, opened, held_back)
+    return Merge(recipe, opened_base, opened, held_back, merge_device(gpu))
 
 
 def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:
@@ -383,9 +385,10 @@ def merge(
     allocated: AllocationEntry | None = None,
     which: str = "experts",
     progress: Callable[[int, int, str], None] | None = None,
+    gpu: str = "cuda",
 ) -> MergedModel:
     """The merged checkpoint in the store, `merged/<digest>/`; made once, then found."""
-    prepared = prepare_merge(recipe, base, experts, allocated, which)
+    prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
     folder = _merged_folder(prepared.digest)
     with store.lock(f"merged-{prepared.digest}"):
         if find_merged(prepared.digest) is None:

@@ -1,4 +1,4 @@
-"""Where a task vector is cut so that exactly k elements are kept: the rule of `sparsify.largest`, without its memory.
+"""Which elements of a task vector are kept: by a cut at exactly k (`sparsify.largest`), or by rank (`drop_by_rank`).
 
 A sample tells roughly where the cut is. One pass over the tensor then counts what lies above that bracket and collects
 what lies inside, a few percent; the exact cut is found among those. A bracket that misses, or holds too many, is
@@ -13,7 +13,7 @@ import numpy as np
 from lewis import kernels
 from lewis.methods.sparsify import SPREAD
 
-NOTHING = (np.uint32(0xFFFFFFFF), np.uint64(0))  # above the bits of all scores
+NOTHING = (kernels.NONE, np.uint64(0))
 EVERYTHING = (np.uint32(0), kernels.ALL)
 _TOP = 0x7FFFFFFF
 _LAST = int(kernels.ALL)
@@ -35,6 +35,25 @@ class Pair:
     def size(self) -> int:
         """Number of elements."""
         return self.addresses[4]
+
+
+class Ranks:
+    """Which elements `sparsify.drop_by_rank` keeps, a chunk at a time: the rows that it touches are sorted."""
+
+    def __init__(self, pair: Pair, key: np.uint64, density: float, epsilon: float) -> None:
+        self._pair, self._key = pair, key
+        self._chances = np.float32(density - epsilon), np.float32(2 * epsilon)
+
+    def kept(self, start: int, stop: int) -> np.ndarray:
+        """For the elements from `start` to `stop`, 1 if it is kept, else 0; uint8."""
+        columns = self._pair.addresses[5]
+        first, last = start // columns, -(-stop // columns)
+        keys = np.empty((last - first, columns), np.uint64)
+        kernels.sort_keys(*self._pair.addresses, first * columns, keys)
+        keys.sort(axis=-1)
+        kept = np.empty(keys.size, np.uint8)
+        kernels.draw_by_rank(keys, first * columns, self._key, *self._chances, kept)
+        return kept[start - first * columns : stop - first * columns]
 
 
 class Selector:

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,33 +49,38 @@ class ContentAddressed(CachePolicy):
 
     fields: tuple[str, ...] = ()
     version: str = "1"
-    on_device: bool = False
+    device_of: Callable[[], str] | None = None
 
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str:
         """The key, of characters that are safe in a file name."""
         chosen = {field: to_jsonable_python(inputs[field]) for field in self.fields}
-        version = f"{self.version}-{precision(default_device())}" if self.on_device else self.version
+        version = f"{self.version}-{self.device_of()}" if self.device_of else self.version
         key = f"{task_ctx.task.name}-v{version}-{store.digest(chosen)[:40]}"
         store.mark_used(RESULTS / key)
         return key
 
 
-def cached(*fields: str, version: str = "1", on_device: bool = False) -> dict[str, Any]:
+def computing_in() -> str:
+    """What forward passes of this machine compute in."""
+    return precision(default_device())
+
+
+def cached(*fields: str, version: str = "1", device_of: Callable[[], str] | None = None) -> dict[str, Any]:
     """Arguments of `@task` for a result that is kept in the store by content.
 
     Args:
         fields: the task's arguments that decide the result.
         version: of what the code means.
-        on_device: whether the numbers depend on what the device computes in. The machine that runs the task is asked
+        device_of: tells what the numbers depend on of the device, if they do. The machine that runs the task is asked
             when it runs: the flow's own may have no GPU.
 
     A result is a small reference that checks the disk when it is loaded: one to deleted or truncated files cannot be
     loaded, so the task runs again. Two runs at once both enter the task, and the store's lock lets one compute.
     """
     return {
-        "cache_policy": ContentAddressed(fields=fields, version=version, on_device=on_device),
+        "cache_policy": ContentAddressed(fields=fields, version=version, device_of=device_of),
         "persist_result": True,
         "result_storage": RESULTS,
         "result_serializer": "json",

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis import evaluation, pipeline
 from lewis.entries import MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
-from tasks.caching import Progress, cached
+from tasks.caching import Progress, cached, computing_in
 from tasks.device import device_slot
 
 
@@ -23,7 +23,7 @@ def check_tasks(settings: EvalSettings, root: Path) -> str:
 @task(
     name="evaluate",
     task_run_name="evaluate {label}",
-    **cached("model", "tasks_digest", on_device=True),
+    **cached("model", "tasks_digest", device_of=computing_in),
 )
 def evaluate(
     model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str

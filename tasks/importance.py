@@ -12,7 +12,7 @@ from lewis import pipeline
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Importance, Recipe
 from tasks import assets
-from tasks.caching import RETRIES, Progress, cached
+from tasks.caching import RETRIES, Progress, cached, computing_in
 from tasks.device import device_slot
 
 
@@ -29,7 +29,7 @@ def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     name="measure",
     task_run_name="measure {files.ref} on {calibration.name}",
     timeout_seconds=6 * 3600,
-    **cached("files", "calibration", "settings", version=library.SEMANTICS, on_device=True),
+    **cached("files", "calibration", "settings", version=library.SEMANTICS, device_of=computing_in),
 )
 def measure(files: ModelFiles, calibration: CalibrationEntry, settings: dict[str, Any]) -> ImportanceEntry:
     """One pass of one model over one calibration set; `settings` are those of `Importance` without the metric."""

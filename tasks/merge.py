@@ -7,6 +7,7 @@ from prefect.tasks import MaterializingTask
 
 from lewis import merge as library
 from lewis import pipeline
+from lewis.device import merge_device
 from lewis.entries import AllocationEntry, MergedModel, ModelFiles
 from lewis.recipe import Recipe
 from tasks import assets
@@ -20,7 +21,7 @@ from tasks.device import device_slot
     name="merge",
     task_run_name="merge {which}",
     timeout_seconds=6 * 3600,
-    **cached("blocks", "base", "experts", "allocated", "which", version=library.SEMANTICS),
+    **cached("blocks", "base", "experts", "allocated", "which", version=library.SEMANTICS, device_of=merge_device),
 )
 def merge(
     recipe: Recipe,
@@ -32,9 +33,9 @@ def merge(
 ) -> MergedModel:
     """Merge with the densities of the `experts`, or of the `uniform` baseline; `blocks` is for the cache key."""
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
-    with device_slot():
+    with device_slot() as slot:
         made = pipeline.merge(
-            recipe, base, experts, allocated, which, progress=lambda done, total, name: report(done / total)
+            recipe, base, experts, allocated, which, progress=lambda done, total, name: report(done / total), gpu=slot
         )
     inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
     assets.describe(digest=made.digest, inputs=inputs, mean_density=dict(allocated.means) if allocated else {})

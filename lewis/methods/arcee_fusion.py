@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from lewis.lazy import torch
 from lewis.methods.registry import merge_method
 
@@ -27,11 +25,19 @@ def arcee_fusion(task_vectors: torch.Tensor, base: torch.Tensor) -> torch.Tensor
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    scores = importance(task_vectors[0], base)
+    delta = task_vectors[0]
+    information = divergence(delta, base)
+    first, median, third = quartiles(delta.abs() * information)
+    return torch.where(delta.abs() * information >= median + 1.5 * (third - first), delta, 0.0)
+
+
+def quartiles(scores: torch.Tensor) -> list[float]:
+    """The elements a quarter, half and three quarters of the way up, rounded down; may leave `scores` in disorder."""
     flat = scores.cpu().reshape(-1).numpy()
     places = [int(share * (flat.size - 1)) for share in (0.25, 0.5, 0.75)]
-    first, median, third = np.partition(flat, places)[places].tolist()
-    return torch.where(scores >= median + 1.5 * (third - first), task_vectors[0], 0.0)
+    flat.partition(places)
+    found: list[float] = flat[places].tolist()
+    return found
 
 
 def importance(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -40,10 +46,19 @@ def importance(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     Returns:
         fp64, shape tensor.shape.
     """
+    return task_vector.abs() * divergence(task_vector, base)
+
+
+def divergence(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(W) || softmax(W_base)) of each row (the last dimension).
+
+    Returns:
+        fp64, shape (*tensor.shape[:-1], 1); of a single number, shape ().
+    """
     width = base.shape[-1] if base.dim() else 1
     rows = zip(*(x.reshape(-1, width).split(max(1, _BLOCK // width)) for x in (task_vector, base)), strict=True)
-    scores = []
+    found = []
     for delta, old in rows:
         p, q = (torch.softmax(x.double(), dim=-1) + _EPSILON for x in (old + delta, old))
-        scores.append(delta.abs() * (p * torch.log(p / q)).sum(dim=-1, keepdim=True))
-    return torch.cat(scores).reshape(base.shape)
+        found.append((p * torch.log(p / q)).sum(dim=-1))
+    return torch.cat(found).reshape((*base.shape[:-1], 1) if base.dim() else ())

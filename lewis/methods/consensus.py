@@ -8,6 +8,7 @@ from typing import Any
 from lewis.lazy import torch
 from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import trim
+from lewis.methods.sums import add_up
 
 
 def can_agree(values: Mapping[str, Any], experts: int) -> str | None:
@@ -54,6 +55,6 @@ def consensus(
     each = enumerate(zip(task_vectors, densities, strict=True))
     kept = torch.stack([trim(vector, rho, scale_of(scales, i)) for i, (vector, rho) in each])
     weighted = kept * column(per_expert(weight, task_vectors), kept)
-    together = weighted.sum(dim=0)
+    together = add_up(weighted)
     claims = weighted.abs() > tall_lambda * (together - weighted).abs()
     return torch.where(claims.sum(dim=0) >= min_agree, together, 0.0) * lambda_

@@ -4,12 +4,63 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from lewis.lazy import torch
-from lewis.methods.registry import Count, NotNegative, column, merge_method
-from lewis.methods.sums import inner, norm
+from lewis.methods.registry import Count, NotNegative, merge_method
+from lewis.methods.sums import combine_linearly, gram
+
+_NOISE = 1e-7  # what a length that should be 0 may be by rounding
 
 
-@merge_method("karcher", paper="https://arxiv.org/abs/2603.04972", on="weights")
+def coefficients(dots: np.ndarray, *, max_iter: int, tol: float) -> list[float]:
+    """Those of the models by their dot products: the mean, each step and each distance are combinations of them."""
+    if len(dots) == 1:
+        return [1.0]
+    lengths = np.sqrt(dots.diagonal())
+    used = lengths > tol
+    if not used.any():
+        return [0.0] * len(dots)
+    between = dots[np.ix_(used, used)] / np.outer(lengths[used], lengths[used])  # cosines
+    np.fill_diagonal(between, 1)
+    units = np.eye(len(between))
+
+    def length(vector: np.ndarray) -> float:
+        return math.sqrt(max(_product(vector, between, vector), 0.0))
+
+    def unit(vector: np.ndarray) -> np.ndarray | None:
+        size = length(vector)
+        return None if size < max(tol, _NOISE) else vector / size
+
+    mean = unit(units.sum(axis=0) / len(units))
+    mean = units[0] if mean is None else mean
+    for _ in range(max_iter):
+        angles = [2 * math.asin(min(length(own - mean) / 2, 1.0)) for own in units]
+        step = np.array([_log_factor(angle) / len(units) for angle in angles])
+        step = step - mean * _product(step, between, mean)
+        if (angle := length(step)) < max(tol, _NOISE):
+            break
+        moved = math.cos(angle) * mean + (math.sin(angle) / angle) * step
+        found = unit(moved)
+        mean = moved if found is None else found
+    result = np.zeros(len(dots))
+    result[used] = mean / lengths[used] * (math.fsum(lengths) / len(lengths))
+    return result.tolist()
+
+
+def _product(a: np.ndarray, between: np.ndarray, b: np.ndarray) -> float:
+    """a^T between b, summed exactly, so that it is the same on every machine."""
+    return math.fsum((a[:, None] * between * b).flat)
+
+
+def _log_factor(angle: float) -> float:
+    """a / sin(a); 0 for opposite tensors, as no direction leads from one to the other."""
+    if angle < 1e-6:
+        return 1.0
+    return angle / math.sin(angle) if math.pi - angle > 1e-3 else 0.0
+
+
+@merge_method("karcher", paper="https://arxiv.org/abs/2603.04972", on="weights", coefficients=coefficients)
 def karcher(weights: torch.Tensor, *, max_iter: Count = 10, tol: NotNegative = 1e-5) -> torch.Tensor:
     """Find the direction with the least squared angles to all models, and give it their mean length.
 
@@ -27,34 +78,4 @@ def karcher(weights: torch.Tensor, *, max_iter: Count = 10, tol: NotNegative = 1
     Returns:
         fp32 merged weights, shape tensor.shape.
     """
-    if len(weights) == 1:
-        return weights[0]
-    lengths = [norm(w) for w in weights]
-    units = [w / length for w, length in zip(weights, lengths, strict=True) if length > tol]
-    if not units:
-        return torch.zeros_like(weights[0])
-    mean = _unit(torch.stack(units).mean(dim=0), tol)
-    mean = units[0] if mean is None else mean
-    for _ in range(max_iter):
-        angles = [2 * math.asin(min(norm(unit - mean) / 2, 1.0)) for unit in units]
-        factors = [_log_factor(angle) / len(units) for angle in angles]
-        step = (torch.stack(units) * column(factors, weights)).sum(dim=0)
-        step = step - mean * inner(step, mean)
-        if (angle := norm(step)) < tol:
-            break
-        moved = math.cos(angle) * mean + (math.sin(angle) / angle) * step
-        mean = _unit(moved, tol)
-        mean = moved if mean is None else mean
-    return mean * (sum(lengths) / len(lengths))
-
-
-def _unit(tensor: torch.Tensor, tol: float) -> torch.Tensor | None:
-    length = norm(tensor)
-    return None if length < tol or length == 0 else tensor / length
-
-
-def _log_factor(angle: float) -> float:
-    """a / sin(a); 0 for opposite tensors, as no direction leads from one to the other."""
-    if angle < 1e-6:
-        return 1.0
-    return angle / math.sin(angle) if math.pi - angle > 1e-3 else 0.0
+    return combine_linearly(weights, coefficients(gram(weights), max_iter=max_iter, tol=tol))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, column, merge_method, per_expert
-from lewis.methods.sums import add_up
+from lewis.methods.sums import add_up, divided
 
 
 @merge_method("linear", paper="https://arxiv.org/abs/2203.05482", on="weights", elementwise=True)
@@ -30,4 +30,4 @@ def linear(weights: torch.Tensor, *, weight: PerExpert[float] = 1.0, normalize: 
         raise ValueError(
             f"linear: the weights {w} sum to 0, so the average is undefined; change them or set normalize: false"
         )
-    return merged / sum(w)
+    return divided(merged, sum(w))

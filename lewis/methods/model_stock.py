@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
+
 from lewis.lazy import torch
 from lewis.methods.registry import merge_method
-from lewis.methods.sums import cosine
+from lewis.methods.sums import add_up, combine_linearly, cosine, gram
 
 
-@merge_method("model_stock", paper="https://arxiv.org/abs/2403.19522", experts=(2, None))
+def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
+    """Those of the task vectors by their dot products, if there is one angle for the tensor."""
+    if filter_wise:
+        return None
+    pairs = list(itertools.combinations(range(len(dots)), 2))
+    c = sum(cosine(dots, i, j) for i, j in pairs) / len(pairs)
+    divisor = 1 + (len(dots) - 1) * c
+    return [0.0 if abs(divisor) < 1e-6 else c / divisor] * len(dots)
+
+
+@merge_method("model_stock", paper="https://arxiv.org/abs/2403.19522", experts=(2, None), coefficients=coefficients)
 def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> torch.Tensor:
     """Scale the mean task vector by t = N c / (1 + (N - 1) c), c the mean cosine between the N task vectors.
 
@@ -24,16 +36,14 @@ def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> tor
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
+    if not filter_wise or task_vectors.dim() == 2:
+        found = coefficients(gram(task_vectors), filter_wise=False)
+        assert found is not None
+        return combine_linearly(task_vectors, found)
     count = len(task_vectors)
-    pairs = itertools.combinations(task_vectors, 2)
-    if filter_wise and task_vectors.dim() > 2:
-        cosines = [_by_row(a, b) for a, b in pairs]
-    else:
-        cosines = [torch.tensor(cosine(a, b), device=task_vectors.device) for a, b in pairs]
-    c = torch.stack(cosines).mean(dim=0)
+    c = torch.stack([_by_row(a, b) for a, b in itertools.combinations(task_vectors, 2)]).mean(dim=0)
     divisor = 1 + (count - 1) * c
-    t = torch.where(divisor.abs() < 1e-6, 0.0, count * c / divisor)
-    return t * task_vectors.mean(dim=0)
+    return torch.where(divisor.abs() < 1e-6, 0.0, c / divisor) * add_up(task_vectors)
 
 
 def _by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

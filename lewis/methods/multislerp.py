@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from lewis.lazy import torch
-from lewis.methods.registry import NotNegative, PerExpert, column, merge_method, per_expert
-from lewis.methods.sums import norm
+from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
+from lewis.methods.sums import combine_linearly, gram
+
+_NOISE = 1e-7  # what a length of directions that cancel may be by rounding, as a share of what was added up
 
 
-@merge_method("multislerp", paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea", on="either")
+def coefficients(dots: np.ndarray, *, weight: PerExpert[float], normalize_weights: bool, eps: float) -> list[float]:
+    """Those of the tensors by their dot products.
+
+    Raises:
+        ValueError: as `multislerp`.
+    """
+    if len(dots) == 1:
+        return [1.0]
+    w = per_expert(weight, dots)
+    if normalize_weights:
+        if sum(w) == 0:
+            raise ValueError(f"multislerp: the weights {w} sum to 0; change them or set normalize_weights: false")
+        w = [each / sum(w) for each in w]
+    lengths = np.sqrt(dots.diagonal()).tolist()
+    if not any(lengths):
+        return [0.0] * len(w)
+    factors = np.array([each / (length + eps) if length else 0.0 for each, length in zip(w, lengths, strict=True)])
+    products = factors[:, None] * factors * dots
+    length = math.sqrt(max(math.fsum(products.flat), 0.0))
+    if length <= max(eps, _NOISE * math.sqrt(math.fsum(abs(products).flat))):
+        if len(w) == 2:
+            return w
+        raise ValueError("multislerp: the weighted directions cancel out, so their mean has none; change the weights")
+    mean_length = sum(each * own for each, own in zip(w, lengths, strict=True))
+    return (factors * (mean_length / length)).tolist()
+
+
+@merge_method(
+    "multislerp",
+    paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    on="either",
+    coefficients=coefficients,
+)
 def multislerp(
     tensors: torch.Tensor,
     *,
@@ -34,20 +72,5 @@ def multislerp(
     Raises:
         ValueError: if the weights sum to 0, or three or more directions cancel.
     """
-    if len(tensors) == 1:
-        return tensors[0]
-    w = per_expert(weight, tensors)
-    if normalize_weights:
-        if sum(w) == 0:
-            raise ValueError(f"multislerp: the weights {w} sum to 0; change them or set normalize_weights: false")
-        w = [each / sum(w) for each in w]
-    lengths = [norm(x) for x in tensors]
-    if not any(lengths):
-        return torch.zeros_like(tensors[0])
-    factors = [each / (length + eps) if length else 0.0 for each, length in zip(w, lengths, strict=True)]
-    mean = (tensors * column(factors, tensors)).sum(dim=0)
-    if (length := norm(mean)) <= eps:
-        if len(tensors) == 2:
-            return (tensors * column(w, tensors)).sum(dim=0)
-        raise ValueError("multislerp: the weighted directions cancel out, so their mean has none; change the weights")
-    return mean * (sum(each * own for each, own in zip(w, lengths, strict=True)) / length)
+    found = coefficients(gram(tensors), weight=weight, normalize_weights=normalize_weights, eps=eps)
+    return combine_linearly(tensors, found)

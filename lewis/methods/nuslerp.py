@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
-from lewis.methods.sums import cosine
+from lewis.methods.sums import combine_linearly, cosine, gram
 
 _TINY = 1e-7  # norms below count as this (mergekit's)
 _FLAT = 2e-6  # 1 - cos^2 below which fp32 cannot tell two directions from one line
 
 
-@merge_method("nuslerp", paper="https://dl.acm.org/doi/10.1145/325165.325242", on="either", experts=(2, 2))
+def coefficients(
+    dots: np.ndarray, *, weight: PerExpert[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
+) -> list[float] | None:
+    """Those of the two tensors by their dot products, if each is taken as one vector."""
+    if not nuslerp_flatten:
+        return None
+    t, cos = _share(per_expert(weight, dots)), cosine(dots, 0, 1)
+    if 1 - cos * cos <= _FLAT:
+        return [1 - t, t]
+    angle = math.acos(cos)
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+
+
+def _share(weights: list[float]) -> float:
+    first, second = weights
+    return 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+
+
+@merge_method(
+    "nuslerp",
+    paper="https://dl.acm.org/doi/10.1145/325165.325242",
+    on="either",
+    experts=(2, 2),
+    coefficients=coefficients,
+)
 def nuslerp(
     tensors: torch.Tensor,
     *,
@@ -33,16 +61,15 @@ def nuslerp(
     Returns:
         fp32, shape tensor.shape: a delta to add to the base, or the merged weights.
     """
-    first, second = per_expert(weight, tensors)
-    t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
-    if nuslerp_flatten or tensors.dim() == 1:
-        cos = torch.tensor(cosine(tensors[0], tensors[1]), dtype=torch.float64)
-    else:
-        dim = 0 if nuslerp_row_wise else -1
-        unit = [v / torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=_TINY) for v in tensors]
-        cos = (unit[0] * unit[1]).sum(dim=dim, keepdim=True).double().clamp(-1, 1)
+    if nuslerp_flatten or tensors.dim() <= 2:
+        found = coefficients(gram(tensors), weight=weight, nuslerp_flatten=True, nuslerp_row_wise=nuslerp_row_wise)
+        assert found is not None
+        return combine_linearly(tensors, found)
+    t, dim = _share(per_expert(weight, tensors)), 0 if nuslerp_row_wise else -1
+    unit = [v / torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=_TINY) for v in tensors]
+    cos = (unit[0] * unit[1]).sum(dim=dim, keepdim=True).double().clamp(-1, 1)
     straight = 1 - cos.square() <= _FLAT
     angle = torch.acos(torch.where(straight, 0.0, cos))
     of_first = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / torch.sin(angle)).float()
     of_second = torch.where(straight, t, torch.sin(t * angle) / torch.sin(angle)).float()
-    return of_first.to(tensors.device) * tensors[0] + of_second.to(tensors.device) * tensors[1]
+    return of_first * tensors[0] + of_second * tensors[1]

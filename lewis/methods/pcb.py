@@ -5,6 +5,7 @@ from __future__ import annotations
 from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import largest, size
+from lewis.methods.sums import add_up
 
 
 @merge_method("pcb", paper="https://arxiv.org/abs/2410.02396")
@@ -31,7 +32,7 @@ def pcb(
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    together = task_vectors.sum(dim=0)
+    together = add_up(task_vectors)
     scores = []
     for i, (task_vector, rho) in enumerate(zip(task_vectors, per_expert(density, task_vectors), strict=True)):
         own = size(task_vector, scale_of(scales, i))
@@ -43,8 +44,8 @@ def pcb(
         share = (kept / torch.where(top > 0, top, 1.0)).float().clamp(min=torch.finfo(torch.float32).tiny)
         scores.append(torch.where(kept > 0, share, 0.0))  # what is kept has a say, however small
     b = torch.stack(scores)
-    divisor = b.sum(dim=0)
-    return (task_vectors * (b / torch.where(divisor == 0, 1.0, divisor))).sum(dim=0) * lambda_
+    divisor = add_up(b)
+    return add_up(task_vectors * (b / torch.where(divisor == 0, 1.0, divisor))) * lambda_
 
 
 def _tanh(task_vector: torch.Tensor, together: torch.Tensor) -> torch.Tensor:

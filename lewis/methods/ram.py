@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, column, merge_method
+from lewis.methods.sums import add_up, count
 
 PAPER = "https://arxiv.org/abs/2601.13572"
 
@@ -20,7 +21,7 @@ def ram(task_vectors: torch.Tensor, *, epsilon: NotNegative = 1e-5) -> torch.Ten
         fp32 delta to add to the base, shape tensor.shape.
     """
     changed = task_vectors.abs() > epsilon
-    return torch.where(changed, task_vectors, 0.0).sum(dim=0) / changed.sum(dim=0).clamp(min=1)
+    return add_up(torch.where(changed, task_vectors, 0.0)) / changed.sum(dim=0).clamp(min=1)
 
 
 @merge_method("ramplus_tl", paper=PAPER)
@@ -39,11 +40,11 @@ def ramplus_tl(
         fp32 delta to add to the base, shape tensor.shape.
     """
     changed = task_vectors.abs() > epsilon
-    count = changed.sum(dim=0)
+    owners = changed.sum(dim=0)
     scales = []
     for own in changed:
-        alone = int((own & (count == 1)).sum())
-        shared = int(own.sum()) - alone
+        alone = count(own & (owners == 1))
+        shared = count(own) - alone
         scales.append(1 + r * min(alpha, shared / max(alone, 1)))
     kept = torch.where(changed, task_vectors, 0.0)
-    return torch.where(count == 1, kept * column(scales, kept), kept).sum(dim=0) / count.clamp(min=1)
+    return add_up(torch.where(owners == 1, kept * column(scales, kept), kept)) / owners.clamp(min=1)

@@ -106,6 +106,10 @@ class Method:
         check: of parameters that must fit together.
         elementwise: whether each element of the result depends on the same elements of the models and on nothing else
             of the tensor: then a large tensor is merged by rows.
+        coefficients: of a method whose result is a linear combination of its tensors (with `takes_base`: of the base
+            and these) that depends on nothing but their dot products: takes those, as `sums.gram` gives them, and the
+            parameters; gives one coefficient for each tensor, or None if the parameters ask for something else. Then a
+            large tensor is never in memory.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """
 
@@ -120,6 +124,7 @@ class Method:
     experts: tuple[int, int | None]
     check: Check | None
     elementwise: bool = False
+    coefficients: Callable[..., list[float] | None] | None = None
     origin: str = ""
 
     @property
@@ -144,6 +149,7 @@ def merge_method(
     experts: tuple[int, int | None] = (1, None),
     check: Check | None = None,
     elementwise: bool = False,
+    coefficients: Callable[..., list[float] | None] | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a function as the merge method `name`.
 
@@ -154,7 +160,7 @@ def merge_method(
     Args:
         name: as `merge_method` in a recipe.
         paper: where the method comes from, a URL.
-        on, experts, check, elementwise: as in `Method`.
+        on, experts, check, elementwise, coefficients: as in `Method`.
 
     Raises:
         ValueError: if another function has that name.
@@ -187,6 +193,7 @@ def merge_method(
             experts=experts,
             check=check,
             elementwise=elementwise,
+            coefficients=coefficients,
         )
         return function
 
@@ -211,6 +218,8 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
 
 
 if TYPE_CHECKING:
+    import numpy as np
+
     Scales = Sequence[torch.Tensor | None] | None
 else:
     Scales = Any
@@ -222,7 +231,7 @@ def scale_of(scales: Scales, expert: int) -> torch.Tensor | None:
     return None if scales is None else scales[expert]
 
 
-def per_expert(value: Sequence[float] | float, task_vectors: torch.Tensor) -> list[float]:
+def per_expert(value: Sequence[float] | float, task_vectors: torch.Tensor | np.ndarray) -> list[float]:
     """Give one value per expert, whether one or all were given.
 
     Raises:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lewis.lazy import torch
 from lewis.methods.registry import Fraction, column, merge_method
 from lewis.methods.sparsify import largest
-from lewis.methods.sums import inner
+from lewis.methods.sums import add_up, count, inner
+from lewis.methods.ties import merge_elected
 
 
 @merge_method("sce", paper="https://arxiv.org/abs/2408.07990")
@@ -26,13 +29,12 @@ def sce(task_vectors: torch.Tensor, *, select_topk: Fraction = 1.0, int8_mask: b
     """
     if select_topk < 1:
         variance = task_vectors.var(dim=0, correction=0)
-        k = int(int(torch.count_nonzero(variance)) * select_topk)
+        k = int(count(variance) * select_topk)
         task_vectors = torch.where(largest(variance, k), task_vectors, 0.0)
-    energies = [inner(vector, vector) for vector in task_vectors]
-    if sum(energies) == 0:
-        return torch.zeros_like(task_vectors[0])
-    weight = column([energy / sum(energies) for energy in energies], task_vectors)
-    elected = torch.where(task_vectors.sum(dim=0) >= 0, 1.0, -1.0)
-    agreeing = torch.where(task_vectors.sign() == elected, weight, 0.0)
-    divisor = agreeing.sum(dim=0)
-    return (task_vectors * agreeing).sum(dim=0) / torch.where(divisor == 0, 1.0, divisor)
+    weight = shares([inner(vector, vector) for vector in task_vectors])
+    return merge_elected(task_vectors * column(weight, task_vectors), weight, add_up(task_vectors), normalize=True)
+
+
+def shares(energies: Sequence[float]) -> list[float]:
+    """Each in the sum of all; 0 if that is 0."""
+    return [energy / sum(energies) if sum(energies) else 0.0 for energy in energies]

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from lewis.lazy import torch
 from lewis.methods.registry import Fraction, merge_method
-from lewis.methods.sums import cosine
+from lewis.methods.sums import combine_linearly, cosine, gram
 
 _PARALLEL = 0.9995  # |cosine| beyond which the arc is a straight line (mergekit's)
 
 
-@merge_method("slerp", paper="https://dl.acm.org/doi/10.1145/325165.325242", on="weights", experts=(1, 1))
+def coefficients(dots: np.ndarray, *, t: float) -> list[float]:
+    """Those of the base and the other model, by their dot products."""
+    cos = cosine(dots, 0, 1)
+    if t in (0, 1) or abs(cos) > _PARALLEL:
+        return [1 - t, t]
+    angle = math.acos(cos)
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+
+
+@merge_method(
+    "slerp",
+    paper="https://dl.acm.org/doi/10.1145/325165.325242",
+    on="weights",
+    experts=(1, 1),
+    coefficients=coefficients,
+)
 def slerp(weights: torch.Tensor, base: torch.Tensor, *, t: Fraction) -> torch.Tensor:
     """Interpolate on the sphere: sin((1-t) a)/sin a * W_base + sin(t a)/sin a * W, a the angle between the two.
 
@@ -28,9 +45,4 @@ def slerp(weights: torch.Tensor, base: torch.Tensor, *, t: Fraction) -> torch.Te
     other = weights[0]
     if t in (0, 1):  # byte by byte, where a sum would lose the sign of -0.0
         return other if t else base
-    cos = cosine(base, other)
-    if abs(cos) > _PARALLEL:
-        return torch.lerp(base, other, t)
-    angle = math.acos(cos)
-    of_base, of_other = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-    return of_base * base + of_other * other
+    return combine_linearly([base, other], coefficients(gram([base, other]), t=t))

@@ -6,7 +6,7 @@ import numpy as np
 
 from lewis.lazy import torch
 from lewis.methods.streams import Stream
-from lewis.methods.sums import total
+from lewis.methods.sums import divided, total
 
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * SPREAD mod 2^64 is a permutation
 
@@ -93,7 +93,9 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
     n = score.numel()
     if k <= 0 or k >= n:
         return torch.full_like(score, k > 0, dtype=torch.bool)
-    values = score.detach().cpu().reshape(-1).numpy()
+    if score.device.type != "cpu":
+        return _largest_there(score.detach().reshape(-1), k).reshape(score.shape)
+    values = score.detach().reshape(-1).numpy()
     threshold = np.partition(values, n - k)[n - k]
     keep = values > threshold
     ties = np.flatnonzero(values == threshold)
@@ -102,7 +104,17 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
         order = ties.astype(np.uint64) * SPREAD
         ties = ties[np.argpartition(order, wanted - 1)[:wanted]]
     keep[ties] = True
-    return torch.from_numpy(keep).reshape(score.shape).to(score.device)
+    return torch.from_numpy(keep).reshape(score.shape)
+
+
+def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
+    """`largest` of flat values, on their own device."""
+    threshold = values.kthvalue(len(values) - k + 1).values
+    keep = values > threshold
+    ties, wanted = (values == threshold).nonzero().reshape(-1), k - int(keep.sum())
+    order = ties * int(SPREAD.view(np.int64)) ^ torch.iinfo(torch.int64).min  # compares as without a sign
+    keep[ties[order <= order.kthvalue(wanted).values]] = True
+    return keep
 
 
 def drop(task_vector: torch.Tensor, density: float, stream: Stream) -> torch.Tensor:
@@ -153,7 +165,7 @@ def drop_by_rank(
     ordered = score.sort(dim=-1).values
     below, up_to = (torch.searchsorted(ordered, score, right=side, out_int32=True) for side in (False, True))
     last = score.shape[-1] - 1
-    rank = (below + up_to - 1).to(torch.float32) / (2 * last) if last else torch.full_like(score, 0.5)
+    rank = divided((below + up_to - 1).to(torch.float32), 2 * last) if last else torch.full_like(score, 0.5)
     keep = _uniform(score, stream) < (density - epsilon) + rank * (2 * epsilon)
     return torch.where(keep.reshape(task_vector.shape), task_vector, 0.0)
 

@@ -1,4 +1,4 @@
-"""Sums in one order, the same for any number of threads, chunks or shapes.
+"""Sums in one order, the same for any number of threads, chunks, shapes or devices.
 
 torch splits a sum over its threads and picks an order by the shape, so that its last bits depend on both. Sums over
 whole tensors are in fp64, so that nothing overflows.
@@ -6,8 +6,9 @@ whole tensors are in fp64, so that nothing overflows.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -25,18 +26,38 @@ def add_up(values: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def combine_linearly(tensors: Sequence[torch.Tensor] | torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+    """sum_i c_i x_i of fp32 tensors of one shape, one after another; c_i is rounded to fp32 first."""
+    result = tensors[0] * coefficients[0]
+    for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
+        result += tensor * coefficient
+    return result
+
+
+def count(mask: torch.Tensor) -> int:
+    """How many elements are not 0."""
+    return int(torch.count_nonzero(mask))
+
+
+def divided(tensor: torch.Tensor, number: float) -> torch.Tensor:
+    """An fp32 tensor through a number: by a number that is no tensor, torch multiplies with its inverse on a GPU."""
+    return tensor / torch.tensor(number, dtype=torch.float32, device=tensor.device)
+
+
 def total(values: torch.Tensor) -> float:
     """The sum of fp32 `values` of any shape: by halves within blocks of BLOCK elements, and exactly over these."""
-    flat, sums = _flat(values), []
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        blocks = np.zeros((-(-part.size // BLOCK), BLOCK), np.float64)
-        blocks.reshape(-1)[: part.size] = part
-        while blocks.shape[1] > 1:
-            half = blocks.shape[1] // 2
-            blocks = blocks[:, :half] + blocks[:, half:]
-        sums.append(blocks)
-    return exact_sum(float(block) for part in sums for block in part[:, 0])
+    return exact_sum(block for part in values.detach().reshape(-1).split(_CHUNK) for block in _by_halves(part.double()))
+
+
+def _by_halves(values: torch.Tensor) -> list[float]:
+    """The sum of each block of flat fp64 `values`."""
+    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
+    blocks = padded.reshape(-1, BLOCK)
+    while blocks.shape[1] > 1:
+        half = blocks.shape[1] // 2
+        blocks = blocks[:, :half] + blocks[:, half:]
+    sums: list[float] = blocks[:, 0].tolist()
+    return sums
 
 
 def exact_sum(sums: Iterable[float]) -> float:
@@ -46,20 +67,20 @@ def exact_sum(sums: Iterable[float]) -> float:
 
 
 def inner(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The dot product of two fp32 tensors of one shape."""
-    return float(np.einsum("i,i->", _flat(a), _flat(b), dtype=np.float64))
+    """The dot product of two fp32 tensors of one shape, in the order of `total`; a product of two is exact in fp64."""
+    parts = zip(*(x.detach().reshape(-1).split(_CHUNK) for x in (a, b)), strict=True)
+    return exact_sum(block for x, y in parts for block in _by_halves(x.double() * y.double()))
 
 
-def norm(values: torch.Tensor) -> float:
-    """The Euclidean norm of an fp32 tensor."""
-    return math.sqrt(inner(values, values))
+def gram(tensors: Sequence[torch.Tensor] | torch.Tensor) -> np.ndarray:
+    """The dot products of all pairs of n fp32 tensors of one shape: fp64, shape (n, n), symmetric to the bit."""
+    dots = np.zeros((len(tensors), len(tensors)))
+    for i, j in itertools.combinations_with_replacement(range(len(tensors)), 2):
+        dots[i, j] = dots[j, i] = inner(tensors[i], tensors[j])
+    return dots
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The cosine between two fp32 tensors of one shape, in [-1, 1]; 0 if one is all zeros."""
-    norms = norm(a) * norm(b)
-    return min(max(inner(a, b) / norms, -1.0), 1.0) if norms > 0 else 0.0
-
-
-def _flat(values: torch.Tensor) -> np.ndarray:
-    return values.detach().cpu().reshape(-1).numpy()
+def cosine(dots: np.ndarray, i: int, j: int) -> float:
+    """The cosine between two tensors by the `gram` of them and others, in [-1, 1]; 0 if one is all zeros."""
+    norms = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])
+    return float(min(max(dots[i, j] / norms, -1.0), 1.0)) if norms > 0 else 0.0

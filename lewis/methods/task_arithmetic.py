@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, column, merge_method, per_expert
-from lewis.methods.sums import add_up
+from lewis.methods.sums import add_up, divided
 
 
 @merge_method("task_arithmetic", paper="https://arxiv.org/abs/2212.04089", elementwise=True)
@@ -36,5 +36,5 @@ def combine(task_vectors: torch.Tensor, weight: list[float], *, normalize: bool,
     total = sum(weight)
     merged = add_up(task_vectors * column(weight, task_vectors))
     if normalize and abs(total) >= 1e-8:
-        merged = merged / total
+        merged = divided(merged, total)
     return merged * lambda_

@@ -45,12 +45,15 @@ def ties(
 
 def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """Elect the sign of the weighted sum per element (0 counts as +) and merge those that have it (TIES, section 3)."""
-    w = column(weight, kept)
-    weighted = kept * w
-    elected = torch.where(add_up(weighted) >= 0, 1.0, -1.0)
-    agree = weighted.sign() == elected
-    merged = add_up(torch.where(agree, weighted, 0.0))
-    if normalize:
-        divisor = add_up(torch.where(agree, w, 0.0))
-        merged = merged / torch.where(divisor == 0, 1.0, divisor)
-    return merged * lambda_
+    weighted = kept * column(weight, kept)
+    return merge_elected(weighted, weight, add_up(weighted), normalize=normalize) * lambda_
+
+
+def merge_elected(weighted: torch.Tensor, weight: list[float], votes: torch.Tensor, *, normalize: bool) -> torch.Tensor:
+    """Add the terms that have the sign of the votes (0 counts as +), per element; `normalize`: by their weights."""
+    plus, merged, divisor = votes >= 0, torch.zeros_like(votes), torch.zeros_like(votes)
+    for term, its_weight in zip(weighted, weight, strict=True):
+        agrees = torch.where(plus, term > 0, term < 0)
+        merged += torch.where(agrees, term, 0.0)
+        divisor += torch.where(agrees, its_weight, 0.0)
+    return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged

@@ -1,10 +1,11 @@
 """`lewis merge` beside mergekit, both as whole processes, in turn, on the same warm files.
 
     LEWIS_MERGEKIT=VENV/bin/python python -m tests.benchmarks.merge_vs_mergekit --folder DIR
+    LEWIS_MERGEKIT=VENV/bin/python python -m tests.benchmarks.merge_vs_mergekit --folder DIR --size 0.1 --methods all
     python -m tests.benchmarks.merge_vs_mergekit --folder DIR --table
 
 The first form prints, for each method, wall time, CPU time and peak anonymous memory of both, their ratios, and the
-ratio to the floor: all inputs read and an output of the same size written, by plain copies. The second form prints the
+ratio to the floor: all inputs read and an output of the same size written, by plain copies. The last form prints the
 table of model sizes and numbers of experts for `lewis merge` alone. Models are Llama-shaped, random, bf16, of one layer
 width; those that DIR has already are used again.
 """
@@ -22,17 +23,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from lewis.memory import anonymous_bytes
+from lewis.methods import METHODS as METHODS_OF_LEWIS
 from lewis.writer import CheckpointWriter
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
 LAYERS = {"0.1": 2, "0.45": 16, "1.5": 58}  # of 25.2 M parameters, beside an embedding of 49 M
 EXPERTS = (1, 3, 8)
 METHODS = ("ties", "dare_ties", "linear")
+ALL = (
+    *METHODS, "task_arithmetic", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce",
+    "model_stock", "multislerp", "karcher", "nuslerp", "slerp", "ram", "ramplus_tl", "nearswap", "arcee_fusion",
+)  # fmt: skip
+WITHOUT_BASE = ("linear", "nuslerp", "karcher")
+AT_MOST = {"nuslerp": 2, "slerp": 1, "nearswap": 1, "arcee_fusion": 1}  # experts
 HIDDEN, INNER, KEYS, VOCABULARY = 1536, 4096, 512, 32000
 BARS = {"ties": 20, "dare_ties": 8, "linear": 3}  # times faster than mergekit, at 0.45 B and three experts
 MEMORY_BAR = 600e6
@@ -58,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="for models, results and the store")
     parser.add_argument("--size", choices=LAYERS, nargs="+", help="billions of parameters; 0.45, or all")
     parser.add_argument("--experts", type=int, nargs="+", help="how many; 3, or 1, 3 and 8")
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
+    parser.add_argument("--methods", choices=[*ALL, "all"], nargs="+", default=METHODS)
     parser.add_argument("--rounds", type=int, default=1, help="times each runs; medians are printed")
     parser.add_argument("--table", action="store_true", help="sizes x experts, ties, LEWIS alone")
     options = parser.parse_args(arguments)
@@ -71,17 +80,17 @@ def main(arguments: Sequence[str]) -> int:
         compare(options.folder, size, count, method, options.rounds)
         for size in options.size or ["0.45"]
         for count in options.experts or [3]
-        for method in options.methods
+        for method in (ALL if "all" in options.methods else options.methods)
     ]
     return 0 if all(met) else 1
 
 
 def compare(folder: Path, size: str, count: int, method: str, rounds: int) -> bool:
     """Print how both do at one merge; whether the bars are met."""
-    base, experts = family(folder, size, count)
+    base, experts = family(folder, size, min(count, AT_MOST.get(method, count)))
     recipe, out = write_recipe(folder, method, base, experts), folder / "out"
     theirs = [str(MERGEKIT), "-m", "mergekit.scripts.run_yaml", str(recipe), str(out), "--quiet", "--no-copy-tokenizer"]
-    inputs = experts if method == "linear" else [base, *experts]
+    inputs = experts if method in WITHOUT_BASE else [base, *experts]
     floor(inputs, out)  # warms the files
     shutil.rmtree(folder / "home", ignore_errors=True)  # it remembers the hashes of inputs
     first = run(lewis(recipe, out), folder)
@@ -91,14 +100,15 @@ def compare(folder: Path, size: str, count: int, method: str, rounds: int) -> bo
         ours.append(run(lewis(recipe, out), folder))
         others.append(run(theirs, folder))
     least, mine, other = (middle(each) for each in (floors, ours, others))
-    print(f"\n{method}, {size} B, {count} experts, {weights(experts[0]) * (len(inputs) + 1) / 1e9:.2f} GB in and out")
+    gb = weights(experts[0]) * (len(inputs) + 1) / 1e9
+    print(f"\n{method}, {size} B, {len(experts)} experts, {gb:.2f} GB in and out")
     print(f"  floor     {least.wall:7.2f} s")
     for name, took in (("lewis", mine), ("first", first), ("mergekit", other)):
         print(f"  {name:<9} {took.wall:7.2f} s {took.cpu:7.2f} s of CPU {took.peak / 1e6:7.0f} MB")
     faster = other.wall / mine.wall
     print(f"  wall: {faster:.1f} times faster than mergekit, {other.wall / first.wall:.1f} if inputs must be hashed")
     print(f"  memory: {mine.peak / other.peak:.3f} of mergekit's;  wall to the floor: {mine.wall / least.wall:.1f}")
-    if (size, count) != ("0.45", 3):
+    if (size, count) != ("0.45", 3) or method not in BARS:
         return True
     told = [
         (f"at least {BARS[method]} times faster", faster >= BARS[method]),
@@ -248,6 +258,11 @@ def cut(pool: torch.Tensor, elements: int, start: int) -> torch.Tensor:
     return pool.repeat(times)[start : start + elements]
 
 
+def known(method: str, **parameters: Any) -> dict[str, Any]:
+    """The parameters that a method has."""
+    return {key: value for key, value in parameters.items() if key in METHODS_OF_LEWIS[method].parameters}
+
+
 def write_recipe(folder: Path, method: str, base: Path, experts: list[Path]) -> Path:
     """One config for both: a density for each projection of each layer as a filter, as `lewis export` writes it."""
     layers, models = json.loads((base / "config.json").read_text())["num_hidden_layers"], []
@@ -256,11 +271,14 @@ def write_recipe(folder: Path, method: str, base: Path, experts: list[Path]) -> 
         draw = random.Random(number)
         filters = [{"filter": name, "value": round(draw.uniform(0.3, 0.8), 4)} for name in names]
         filters.sort(key=lambda rule: (-len(str(rule["filter"])), rule["filter"]))
-        density = {} if method == "linear" else {"density": filters}
-        models.append({"model": str(path.resolve()), "parameters": {"weight": 1.0, **density}})
-    data = {"merge_method": method, "models": models, "dtype": "bfloat16"}
-    if method != "linear":
-        data |= {"base_model": str(base.resolve()), "parameters": {"normalize": True}}
+        own = known(method, weight=1.0, density=filters)
+        models.append({"model": str(path.resolve()), **({"parameters": own} if own else {})})
+    data: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+    if method not in WITHOUT_BASE:
+        data["base_model"] = str(base.resolve())
+        data["parameters"] = known(method, normalize=True, t={"slerp": 0.3, "nearswap": 0.001}.get(method))
+    if method in ("slerp", "nearswap", "arcee_fusion"):
+        models.insert(0, {"model": str(base.resolve())})
     recipe = folder / f"{method}.yaml"
     recipe.write_text(yaml.safe_dump(data, sort_keys=False))
     return recipe

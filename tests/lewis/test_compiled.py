@@ -15,13 +15,15 @@ from lewis.compiled import METHODS, merge_tensor
 from lewis.errors import LewisError
 from lewis.kernels import KINDS
 from lewis.merge import Expert, Merge
+from lewis.methods import METHODS as ALL
 from lewis.methods.sparsify import largest
 from lewis.methods.streams import Stream
 from lewis.selection import Pair, Selector
 from tests.support.models import bits, open_merge, write_tensors
 
 NAME = "model.layers.0.a.weight"
-DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "60"))
+COMPILED = (*METHODS, *(name for name, method in ALL.items() if method.coefficients))
+DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "6"))  # of each method
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (7,), (2048,), (2049,), (3, 5), (64, 33), (3, 4, 5), (70, 100), (1, 4097), (5000, 1), ()]
 
@@ -42,9 +44,24 @@ def weights(rng: random.Random, count: int) -> list[float]:
     return [rng.choice([1.0, 0.0, -0.5, round(rng.uniform(-1, 2), 3)]) for _ in range(count)]
 
 
-def draw(rng: random.Random, place: Path) -> Merge:
+def parameters_of(method: str, rng: random.Random) -> dict[str, Any]:
+    """Parameters of a whole merge, at random."""
+    drawn: dict[str, Any] = {
+        "normalize": rng.random() < 0.5, "lambda": rng.choice([1.0, 0.7, -1.5]), "rescale": rng.random() < 0.5,
+        "gamma": rng.choice([0.0, 0.01, 0.3, 1.0]), "epsilon": rng.choice([0.0, 0.04]),
+        "t": rng.choice([0, 0.3, 0.5, 1]), "min_agree": rng.choice([1, 2]),
+        "tall_lambda": rng.choice([0.0, 0.4, 1.1]), "tol": rng.choice([0.0, 1e-5]),
+        "normalize_weights": rng.random() < 0.5,
+    }  # fmt: skip
+    if method == "linear":
+        del drawn["lambda"]
+    return {key: value for key, value in drawn.items() if key in ALL[method].parameters}
+
+
+def draw(rng: random.Random, place: Path, method: str) -> Merge:
     """A random merge of one tensor."""
-    method, count, shape = rng.choice(METHODS), rng.randint(1, 5), rng.choice(SHAPES)
+    low, high = ALL[method].experts
+    count, shape = rng.randint(low, high or 5), rng.choice(SHAPES)
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
     scale, grain = rng.choice([1e-7, 1e-3, 1.0, 1e3]), rng.choice([0, 0, 1e-3])
     base = torch.randn(shape, generator=generator) * rng.choice([1e-6, 0.02, 10])
@@ -58,38 +75,41 @@ def draw(rng: random.Random, place: Path) -> Merge:
         write_tensors(place / f"m{i}", {NAME: model.clamp(-6e4, 6e4).to(dtype)})
         for i, (model, dtype) in enumerate(zip(models, dtypes, strict=True))
     ]
-    own: list[dict[str, Any]] = [{"weight": weight} for weight in weights(rng, count)]
-    parameters: dict[str, Any] = {"normalize": rng.random() < 0.5}
-    densities: list[dict[str, float] | None] = [None] * count
-    if method == "linear":
+    own: list[dict[str, Any]] = [{}] * count
+    if "weight" in ALL[method].parameters:
+        own = [{"weight": weight} for weight in weights(rng, count)]
+    if ALL[method].on != "task_vectors" and "weight" in ALL[method].parameters:
         own = [{"weight": 0.1 + abs(each["weight"])} for each in own]
-        return open_merge(
-            method, None, folders[1:], own=own, parameters=parameters, out_dtype=rng.choice(["float32", "bfloat16"])
-        )
-    parameters["lambda"] = rng.choice([1.0, 0.7, -1.5])
-    if method != "task_arithmetic":
-        parameters["rescale"] = rng.random() < 0.5
-        densities = [{NAME: rng.choice([0.0, 1.0, 0.5, rng.random()])} for _ in range(count)]
+    densities: list[dict[str, float] | None] = [None] * count
+    if "density" in ALL[method].parameters:
+        densities = [{NAME: rng.choice([0.0, 1.0, 0.5, rng.uniform(0.05, 0.95)])} for _ in range(count)]
+    without = method == "linear" or (ALL[method].on != "task_vectors" and method != "slerp" and rng.random() < 0.5)
     out = rng.choice(["float32", "float16", "bfloat16"])
     merge = open_merge(
-        method, folders[0], folders[1:], own=own, parameters=parameters, densities=densities, out_dtype=out, seed=3
-    )
-    if method == "ties" and shape and rng.random() < 0.5:
+        method, None if without else folders[0], folders[1:], own=own, parameters=parameters_of(method, rng),
+        densities=densities, out_dtype=out, seed=3,
+    )  # fmt: skip
+    if ALL[method].takes_scales and shape and rng.random() < 0.5:
         scales = [{NAME: torch.rand(shape[-1], generator=generator)} for _ in merge.experts]
         experts = [Expert(e.entry, e.model, e.densities, s) for e, s in zip(merge.experts, scales, strict=True)]
         merge = Merge(merge.recipe, merge.base, experts)
-    if shape and rng.random() < 0.2:
-        return Merge(merge.recipe, merge.base, merge.experts, {NAME: torch.rand(shape[-1], generator=generator)})
+    if merge.adds_to_base and shape and rng.random() < 0.2:
+        held_back = {NAME: torch.rand(shape[-1], generator=generator)}
+        return Merge(merge.recipe, merge.base, merge.experts, held_back)
     return merge
 
 
 @pytest.mark.parametrize("number", range(DRAWS))
-def test_the_bytes_of_the_methods_own_functions(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(number)
+@pytest.mark.parametrize("method", COMPILED)
+def test_the_bytes_of_the_methods_own_functions(
+    method: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(f"{method} {number}")
     if number % 2:  # so that small tensors take the way of large ones
         monkeypatch.setattr(selection, "_ROOM", 4096)
         monkeypatch.setattr("lewis.compiled._own", type("Fresh", (), {})())
-    merge = draw(rng, tmp_path)
+        monkeypatch.setattr("lewis.compiled._CHUNK", 2048)
+    merge = draw(rng, tmp_path, method)
     try:
         expected = bits(merge.tensor(NAME))
     except LewisError:
@@ -153,5 +173,5 @@ def test_a_stream_is_splitmix64() -> None:
 def test_what_is_not_compiled_is_left_to_the_function(tmp_path: Path) -> None:
     folders = [write_tensors(tmp_path / str(i), {NAME: torch.randn(8, dtype=torch.float64)}) for i in range(2)]
     assert "F64" not in KINDS
-    for method in ("ties", "sce"):
+    for method in ("ties", "sce", "karcher"):
         assert not merge_tensor(open_merge(method, folders[0], folders[1:]), NAME, lambda data, offset: None)

@@ -50,13 +50,13 @@ def test_time_grows_with_the_elements(merge_of: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_memory_of_whole_tensors_grows_with_the_largest(merge_of: Any, tmp_path: Path) -> None:
-    merge, before = merge_of("sce", 3 << 21, *[1 << 20] * 3), anonymous_bytes()
+    merge, before = merge_of("pcb", 3 << 21, *[1 << 20] * 3), anonymous_bytes()
     found = forecast(merge)
     with PeakMemory() as memory:
         merge.run(tmp_path / "out")
     needed = memory.peak - before
     assert needed > 60e6 and needed / 2 < found.memory - before < needed * 2
-    assert without_models("sce", 1 << 22, 3) - without_models("sce", 1 << 20, 3) > 3 << 22
+    assert without_models("pcb", 1 << 22, 3) - without_models("pcb", 1 << 20, 3) > 3 << 22
 
 
 @pytest.mark.parametrize("method", ["ties", "ram"])

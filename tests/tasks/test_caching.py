@@ -31,7 +31,7 @@ def test_a_key_of_numbers_covers_what_their_device_computes_in(monkeypatch: pyte
     inputs, keys = {"model": "m", "set": "s"}, []
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(caching, "default_device", lambda device=device: device)
-        keys.append((key(inputs, on_device=True), key(inputs)))
+        keys.append((key(inputs, device_of=caching.computing_in), key(inputs)))
     (on_cpu, first), (on_cuda, second) = keys
     assert on_cpu != on_cuda and first == second
 
