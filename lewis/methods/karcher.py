@@ -8,7 +8,7 @@ import numpy as np
 
 from lewis.lazy import torch
 from lewis.methods.registry import Count, NotNegative, merge_method
-from lewis.methods.sums import combine_linearly, gram
+from lewis.methods.sums import combine_linearly, exact_sum, gram
 
 _NOISE = 1e-7  # what a length that should be 0 may be by rounding
 
@@ -44,13 +44,13 @@ def coefficients(dots: np.ndarray, *, max_iter: int, tol: float) -> list[float]:
         found = unit(moved)
         mean = moved if found is None else found
     result = np.zeros(len(dots))
-    result[used] = mean / lengths[used] * (math.fsum(lengths) / len(lengths))
+    result[used] = mean / lengths[used] * (exact_sum(lengths) / len(lengths))
     return result.tolist()
 
 
 def _product(a: np.ndarray, between: np.ndarray, b: np.ndarray) -> float:
     """a^T between b, summed exactly, so that it is the same on every machine."""
-    return math.fsum((a[:, None] * between * b).flat)
+    return exact_sum((a[:, None] * between * b).flat)
 
 
 def _log_factor(angle: float) -> float:

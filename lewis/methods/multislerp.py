@@ -8,7 +8,7 @@ import numpy as np
 
 from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
-from lewis.methods.sums import combine_linearly, gram
+from lewis.methods.sums import combine_linearly, exact_sum, gram
 
 _NOISE = 1e-7  # what a length of directions that cancel may be by rounding, as a share of what was added up
 
@@ -31,8 +31,8 @@ def coefficients(dots: np.ndarray, *, weight: PerExpert[float], normalize_weight
         return [0.0] * len(w)
     factors = np.array([each / (length + eps) if length else 0.0 for each, length in zip(w, lengths, strict=True)])
     products = factors[:, None] * factors * dots
-    length = math.sqrt(max(math.fsum(products.flat), 0.0))
-    if length <= max(eps, _NOISE * math.sqrt(math.fsum(abs(products).flat))):
+    length = math.sqrt(max(exact_sum(products.flat), 0.0))
+    if length <= max(eps, _NOISE * math.sqrt(exact_sum(abs(products).flat))):
         if len(w) == 2:
             return w
         raise ValueError("multislerp: the weighted directions cancel out, so their mean has none; change the weights")

@@ -83,4 +83,4 @@ def gram(tensors: Sequence[torch.Tensor] | torch.Tensor) -> np.ndarray:
 def cosine(dots: np.ndarray, i: int, j: int) -> float:
     """The cosine between two tensors by the `gram` of them and others, in [-1, 1]; 0 if one is all zeros."""
     norms = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])
-    return float(min(max(dots[i, j] / norms, -1.0), 1.0)) if norms > 0 else 0.0
+    return min(max(float(dots[i, j]) / norms, -1.0), 1.0) if norms > 0 else 0.0
