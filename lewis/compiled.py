@@ -15,6 +15,7 @@ import numpy as np
 
 from lewis import kernels
 from lewis.kernels import KINDS
+from lewis.methods.ram import scale_alone
 from lewis.methods.sce import shares
 from lewis.methods.sums import exact_sum
 from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 _HOW = {
     **dict.fromkeys(("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"), kernels.SUM),
     **dict.fromkeys(("ties", "dare_ties", "breadcrumbs_ties", "della"), kernels.ELECT),
-    **{"sce": kernels.VOTE, "consensus": kernels.CLAIM},
+    **{"sce": kernels.VOTE, "consensus": kernels.CLAIM, "nearswap": kernels.NEAR},
+    **dict.fromkeys(("ram", "ramplus_tl"), kernels.SHARE),
 }
+_SELECTIVE = {"consensus": "tall_lambda", "ram": "epsilon", "ramplus_tl": "epsilon", "nearswap": "t"}
 METHODS = ("linear", *_HOW)  # and those that are linear combinations
 _CHUNK = 1 << 19  # elements that are written at a time; whole blocks
 _own = threading.local()
@@ -108,6 +111,12 @@ class _Inputs:
             found[i, j] = found[j, i] = exact_sum(dots.tolist())
         return found
 
+    def owned(self, least: float) -> np.ndarray:
+        """How many elements each model changed by more than `least` of the first one's, and how many alone."""
+        counts = np.empty((len(self.addresses) - 1, 2), np.int64)
+        kernels.owned(self.addresses, self.kinds, self.size, np.float32(least), counts)
+        return counts
+
 
 def _average(merge: Merge, name: str) -> Run | None:
     values = merge.parameters(name)
@@ -185,14 +194,18 @@ def _task_vectors(merge: Merge, name: str, weights: list[float] | None = None) -
     how = _HOW.get(merge.method.name, kernels.SUM)
     if merge.method.name == "sce":
         weights = shares(inputs.gram(relative=True, crossed=False).diagonal().tolist())
-    weights = values["weight"] if weights is None else weights
+    elif merge.method.name == "ramplus_tl":
+        counts = inputs.owned(values["epsilon"])
+        weights = [scale_alone(alone, moved - alone, values["r"], values["alpha"]) for moved, alone in counts.tolist()]
+    weights = values.get("weight", [1.0] * count) if weights is None else weights
     normalize, total = bool(values.get("normalize", how == kernels.VOTE)), sum(weights)
     divides = normalize and how == kernels.SUM and abs(total) >= 1e-8
+    selective = values.get(_SELECTIVE.get(merge.method.name, ""), 0)
     arguments = (
         by_column, np.array([k.thresholds for k in kept]), np.array([k.cuts for k in kept]), dropping, keys,
         np.array(densities, np.float32), np.array([k.factor for k in kept]), np.array(weights, np.float32),
         np.array(active, np.bool_), how, normalize, np.float32(total if divides else 1),
-        np.float32(values.get("lambda", 1)), np.float32(values.get("tall_lambda", 0)), values.get("min_agree", 0),
+        np.float32(values.get("lambda", 1)), np.float32(selective), values.get("min_agree", 0),
         np.uint64(0 if held[0] is None else held[0].ctypes.data),
     )  # fmt: skip
     out = KINDS[merge.layout[name][0]]

@@ -12,6 +12,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from lewis.methods.nearswap import NEAREST
 from lewis.methods.sparsify import SPREAD
 from lewis.methods.streams import GAMMA, MIX_1, MIX_2
 from lewis.methods.sums import BLOCK
@@ -23,7 +24,7 @@ INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = np.uint32(0xFFFFFFFF)  # above the bits of all scores
-SUM, ELECT, VOTE, CLAIM = range(4)  # how task vectors are combined
+SUM, ELECT, VOTE, CLAIM, SHARE, NEAR = range(6)  # how task vectors are combined
 
 _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -457,6 +458,50 @@ def _claim(weighted: Any, total: Any, count: Any, selective: Any, least: Any, de
         delta[i] = total[i] if claims[i] >= least else np.float32(0.0)
 
 
+@njit(**_options)
+def _share(moved: Any, scales: Any, count: Any, least: Any, delta: Any) -> None:
+    """The mean over those that moved an element by more than `least`; times its scale if one alone did."""
+    owners = np.zeros(BLOCK, np.float32)
+    for e in range(moved.shape[0]):
+        vector = moved[e]
+        for i in range(count):
+            owners[i] += np.float32(abs(vector[i]) > least)
+    for i in range(count):
+        delta[i] = np.float32(0.0)
+    for e in range(moved.shape[0]):
+        vector, scale = moved[e], scales[e]
+        for i in range(count):
+            value = vector[i] * scale if owners[i] == np.float32(1.0) else vector[i]
+            delta[i] += value if abs(vector[i]) > least else np.float32(0.0)
+    for i in range(count):
+        delta[i] /= max(owners[i], np.float32(1.0))
+
+
+@njit("void(uint64[::1],int64[::1],int64,float32,int64[:,::1])", **_options)
+def owned(addresses: Any, kinds: Any, size: Any, least: Any, out: Any) -> None:
+    """How many elements each expert moved by more than `least`, and how many of these it moved alone."""
+    experts = addresses.size - 1
+    base, moved = np.empty(BLOCK, np.float32), np.empty((experts, BLOCK), np.float32)
+    out[:] = 0
+    for start in range(0, size, BLOCK):
+        count, owners = min(BLOCK, size - start), np.zeros(BLOCK, np.int32)
+        _load(addresses[0], kinds[0], start, count, base)
+        for e in range(experts):
+            vector = moved[e]
+            _load(addresses[e + 1], kinds[e + 1], start, count, vector)
+            for i in range(count):
+                vector[i] -= base[i]
+                owners[i] += np.int32(abs(vector[i]) > least)
+        for e in range(experts):
+            vector, all_, alone = moved[e], np.int32(0), np.int32(0)
+            for i in range(count):
+                own = np.int32(abs(vector[i]) > least)
+                all_ += own
+                alone += own & np.int32(owners[i] == 1)
+            out[e, 0] += all_
+            out[e, 1] += alone
+
+
 @njit(
     "boolean(uint64[::1],int64[::1],int64,int64,int64,uint64[::1],uint32[:,::1],uint64[:,::1],boolean,uint64[::1],"
     "float32[::1],float32[::1],float32[::1],boolean[::1],int64,boolean,float32,float32,float32,int64,uint64,"
@@ -477,11 +522,13 @@ def merge_task_vectors(
         dropping, keys, densities: whether elements are dropped at random instead, and each expert's stream and density.
         factors, weights, active: of each expert: the rescaling, the weight, whether it has a say.
         how: SUM; ELECT signs as TIES does; VOTE: elect the signs of the sum without weights, as SCE does; CLAIM: keep
-            the sum where enough experts claim it, as consensus does.
+            the sum where enough experts claim it, as consensus does; SHARE: the mean of those that moved an element,
+            as RAM does; NEAR: the nearer the more, as NearSwap does.
         normalize: divide what was elected by the agreeing weights.
         divisor: of the plain sum.
         lambda_, after: of the merged delta: its scale, and the address of a factor per column.
-        selective, least: how large a term has to be to claim the sum, and how many have to.
+        selective, least: how large a term has to be to claim the sum, and how many have to; or how far an element has
+            to be moved to count, or may be moved to be taken whole.
         masks: of each expert, the address of one byte for each element from `start` on, 0 if it is dropped; or 0.
         out, out_kind: where the result goes, its first element at `out`.
 
@@ -523,7 +570,13 @@ def merge_task_vectors(
                 else:
                     for i in range(count):
                         total[i] += kept[i]
-        if how == CLAIM:
+        if how == SHARE:
+            _share(moved, weights, count, selective, delta)
+        elif how == NEAR:
+            for i in range(count):
+                inverse = np.float32(1.0) / max(abs(moved[0, i]), NEAREST)
+                delta[i] = min(inverse * selective, np.float32(1.0)) * moved[0, i]
+        elif how == CLAIM:
             _claim(weighted, total, count, selective, least, delta)
         elif how != SUM:
             _elect(weighted, weights, total, count, normalize, delta)

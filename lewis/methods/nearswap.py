@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lewis.lazy import torch
 from lewis.methods.registry import NotNegative, merge_method
 
-_NEAREST = 1e-6  # differences below count as this (mergekit's)
+NEAREST = np.float32(1e-6)  # differences below count as this (mergekit's)
 
 
 @merge_method(
@@ -22,4 +24,4 @@ def nearswap(task_vectors: torch.Tensor, *, t: NotNegative) -> torch.Tensor:
         fp32 delta to add to the base, shape tensor.shape.
     """
     task_vector = task_vectors[0]
-    return (t / task_vector.abs().clamp(min=_NEAREST)).clamp(max=1) * task_vector
+    return (t / task_vector.abs().clamp(min=float(NEAREST))).clamp(max=1) * task_vector

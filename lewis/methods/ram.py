@@ -45,6 +45,11 @@ def ramplus_tl(
     for own in changed:
         alone = count(own & (owners == 1))
         shared = count(own) - alone
-        scales.append(1 + r * min(alpha, shared / max(alone, 1)))
+        scales.append(scale_alone(alone, shared, r, alpha))
     kept = torch.where(changed, task_vectors, 0.0)
     return add_up(torch.where(owners == 1, kept * column(scales, kept), kept)) / owners.clamp(min=1)
+
+
+def scale_alone(alone: int, shared: int, r: float, alpha: float) -> float:
+    """What an expert's own changes are multiplied with, by how many it made alone and how many others made too."""
+    return 1 + r * min(alpha, shared / max(alone, 1))

@@ -53,6 +53,8 @@ def parameters_of(method: str, rng: random.Random) -> dict[str, Any]:
         "tall_lambda": rng.choice([0.0, 0.4, 1.1]), "tol": rng.choice([0.0, 1e-5]),
         "normalize_weights": rng.random() < 0.5,
     }  # fmt: skip
+    if method.startswith("ram"):
+        drawn |= {"epsilon": rng.choice([0.0, 1e-5, 0.01]), "r": rng.choice([0.1, 1.0]), "alpha": rng.random()}
     if method == "linear":
         del drawn["lambda"]
     return {key: value for key, value in drawn.items() if key in ALL[method].parameters}
