@@ -39,6 +39,7 @@ from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, toke
 logger = logging.getLogger(__name__)
 SEMANTICS = "4"  # bump when the same inputs would give other bytes
 PIECE = 1 << 21  # elements of a run of rows
+_PART = 1 << 18  # elements that stay in the cache
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Scales = Mapping[str, "torch.Tensor"]
@@ -315,8 +316,8 @@ class Merge:
         if "density" in values and not any(active):
             return base
         vectors = torch.empty((len(self.experts), *base.shape), device=base.device)
-        for vector, expert in zip(vectors, self.experts, strict=True):
-            torch.sub(finite(expert.model), base, out=vector)
+        for i, expert in enumerate(self.experts):
+            torch.sub(finite(expert.model), base, out=vectors[i])
         streams = [self.stream(expert, name) for expert in self.experts] if self.method.random else None
         scales = [None if scale is None else scale.to(self.device) for scale in self.scales(name)]
         delta = _call(self.method, name, values, vectors, base, streams, scales)
@@ -324,11 +325,13 @@ class Merge:
             factor = self.held_back[name].to(delta.device)
             delta = delta * (factor[rows] if factor.dim() == delta.dim() and len(factor) > 1 else factor)
         del vectors  # the models are read again instead, so that less is in memory at once
-        merged = torch.where(delta == 0, base, base + delta)
+        merged = torch.empty(base.shape, device=base.device)
+        for part, old, out in _in_parts(delta, base, merged):
+            out.copy_(torch.where(part == 0, old, old + part))
         for expert, is_active in zip(self.experts, active, strict=True):
             if is_active:
-                own = finite(expert.model)
-                merged = torch.where(delta == own - base, own, merged)
+                for own, part, old, out in _in_parts(finite(expert.model), delta, base, merged):
+                    out.copy_(torch.where(part == own - old, own, out))
         return merged
 
     def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
@@ -349,8 +352,8 @@ class Merge:
 
     def _rounded(self, merged: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         rounded = merged.to(dtype)
-        if not bool(torch.isfinite(rounded).all()):
-            if bool(torch.isfinite(merged).all()):
+        if not _is_finite(rounded):
+            if _is_finite(merged):
                 raise LewisError(
                     f"{name}: the merged value {float(merged.abs().max()):.4g} does not fit {dtype}; "
                     "set out_dtype: bfloat16 or float32"
@@ -454,8 +457,17 @@ def _call(
         raise InputError(f"{name}: {error}") from error
 
 
+def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Flat parts of tensors of one shape, so that what is computed of them is never as large."""
+    return zip(*(tensor.reshape(-1).split(_PART) for tensor in tensors), strict=True)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for (part,) in _in_parts(tensor))
+
+
 def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
-    if not bool(torch.isfinite(tensor).all()):
+    if not _is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise LewisError(f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged")
     return tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lewis.lazy import torch
 from lewis.methods.registry import merge_method
 
@@ -25,14 +27,10 @@ def arcee_fusion(task_vectors: torch.Tensor, base: torch.Tensor) -> torch.Tensor
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    delta = task_vectors[0]
+    delta, kept = task_vectors[0], torch.empty(base.shape, device=base.device)
     information = divergence(delta, base)
-    scores = delta.abs() * information
-    first, median, third = quartiles(scores)
-    del scores  # is as large as two models
-    kept = torch.empty_like(delta)
-    every = (x.reshape(-1, _width(delta)).split(_rows(delta)) for x in (kept, delta))
-    for out, part, row in zip(*every, information.reshape(-1, 1).split(_rows(delta)), strict=True):
+    first, median, third = quartiles(_scores(delta, information))
+    for part, row, out in _blocks(delta, information, kept):
         out.copy_(torch.where(part.abs() * row >= median + 1.5 * (third - first), part, 0.0))
     return kept
 
@@ -56,25 +54,32 @@ def importance(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     Returns:
         fp64, shape tensor.shape.
     """
-    return task_vector.abs() * divergence(task_vector, base)
+    return _scores(task_vector, divergence(task_vector, base))
+
+
+def _scores(task_vector: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
+    scores = torch.empty(task_vector.shape, dtype=torch.float64, device=task_vector.device)
+    for part, row, out in _blocks(task_vector, information, scores):
+        torch.mul(part.abs(), row, out=out)
+    return scores
 
 
 def divergence(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(softmax(W) || softmax(W_base)) of each row (the last dimension).
 
     Returns:
-        fp64, shape (*tensor.shape[:-1], 1); of a single number, shape ().
+        fp64, shape (*tensor.shape[:-1], 1); of a single number, shape (1,).
     """
-    found = []
-    for delta, old in zip(*(x.reshape(-1, _width(x)).split(_rows(x)) for x in (task_vector, base)), strict=True):
+    found = base.new_empty((*base.shape[:-1], 1), dtype=torch.float64)
+    for delta, old, out in _blocks(task_vector, base, found):
         p, q = (torch.softmax(x.double(), dim=-1).add_(_EPSILON) for x in (old + delta, old))
-        found.append((p * (p / q).log_()).sum(dim=-1))
-    return torch.cat(found).reshape((*base.shape[:-1], 1) if base.dim() else ())
+        torch.sum((p / q).log_().mul_(p), dim=-1, keepdim=True, out=out)
+    return found
 
 
-def _width(tensor: torch.Tensor) -> int:
-    return tensor.shape[-1] if tensor.dim() else 1
-
-
-def _rows(tensor: torch.Tensor) -> int:
-    return max(1, _BLOCK // _width(tensor))
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of each, as views of two dimensions; one element or a row of the first one's each."""
+    width = tensors[0].shape[-1] if tensors[0].dim() else 1
+    rows = max(1, _BLOCK // max(width, 1))
+    height = tensors[0].numel() // max(width, 1)
+    return zip(*(tensor.reshape(height, -1).split(rows) for tensor in tensors), strict=True)
