@@ -4,22 +4,19 @@ The request goes down the child's stdin as one line of JSON. The pipe stays open
 the child reads its end and kills itself and all it started. The result comes back as a file, renamed in when whole.
 """
 
-import json
 import os
 import re
 import select
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lewis.errors import LewisError
+from lewis.nursery import Child, new_child
 from lewis.store import read_json
 
 Progress = Callable[[float, str], None]
@@ -51,39 +48,21 @@ def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progr
         LewisError: if the time limit passes or the process fails, with the end of its output.
     """
     output = _Output(progress)
+    environment = {**os.environ, **_ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="lewis-eval-") as scratch:
         result = Path(scratch) / "result.json"
-        # -P: a random.py in the recipe's folder must not stand in for the library's
-        command = [sys.executable, "-P", "-m", "lewis.harness_child"]
-        with subprocess.Popen(
-            command,
-            bufsize=0,
-            cwd=cwd,
-            env=os.environ | _ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as child:
-            try:
-                _send(child, {**request, "result": str(result)})
-                _watch(child, output, timeout_s)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+        child = new_child(environment, loaded=request["device"] == "cpu")
+        try:
+            child.send({**request, "cwd": str(cwd), "environment": environment, "result": str(result)})
+            _watch(child, output, timeout_s)
+        finally:
+            child.end()
         if child.returncode == 0 and (found := read_json(result)) is not None:
             return dict(found)
         raise LewisError(f"lm-eval {_ending(child.returncode, output.tail())}\nThe end of its output:\n{output.tail()}")
 
 
-def _send(child: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
-    assert child.stdin is not None
-    with suppress(BrokenPipeError):  # it died at once: its exit code says more
-        child.stdin.write(json.dumps(request).encode() + b"\n")
-
-
-def _watch(child: subprocess.Popen[bytes], output: "_Output", timeout_s: float) -> None:
-    assert child.stdout is not None
+def _watch(child: Child, output: "_Output", timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while child.poll() is None:
         if time.monotonic() > deadline:
@@ -92,9 +71,9 @@ def _watch(child: subprocess.Popen[bytes], output: "_Output", timeout_s: float) 
                 f"evaluate.limit\nThe end of its output:\n{output.tail()}"
             )
         ready, _, _ = select.select([child.stdout], [], [], 0.2)
-        if ready and not output.feed(os.read(child.stdout.fileno(), 65536)):
+        if ready and not output.feed(os.read(child.stdout, 65536)):
             time.sleep(0.05)  # it closed its output and is about to exit
-    while select.select([child.stdout], [], [], 0)[0] and output.feed(os.read(child.stdout.fileno(), 65536)):
+    while select.select([child.stdout], [], [], 0)[0] and output.feed(os.read(child.stdout, 65536)):
         pass
 
 
@@ -131,8 +110,8 @@ class _Output:
         return "\n".join([*self._lines, self._rest.decode(errors="replace")]).strip() or "(none)"
 
 
-def _ending(code: int, tail: str) -> str:
-    if code >= 0:
+def _ending(code: int | None, tail: str) -> str:
+    if code is None or code >= 0:
         return f"failed (exit code {code}): {tail.splitlines()[-1]}"
     name = signal.Signals(-code).name
     return f"was killed by {name}" + (": out of memory? lower evaluate.batch_size" if name == "SIGKILL" else "")

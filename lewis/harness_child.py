@@ -1,15 +1,21 @@
 """The child's side of `lewis.harness`: lm-eval on one model, and what it says of each document.
 
-Run as `python -m lewis.harness_child`. The request comes as one line of JSON on the standard input.
+`python -m lewis.harness_child SOCKET [loaded]` is the nursery of `lewis.nursery`: it is forked for each message on the
+socket, which brings standard input, standard output and the pipe of the keeper. The request comes as one line of JSON
+on the standard input, which stays open: its end is the death of the parent.
 """
 
+import importlib
 import json
 import math
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,12 +25,56 @@ from lewis.store import write_json
 HASH = 16  # hex digits of lm-eval's document hash that are kept: enough for one data set, a quarter of the disk
 SMOKE_PROMPTS, SMOKE_TOKENS = 4, 128
 ANSWERS = 64  # reference answers whose perplexity is measured
+# What an evaluation loads, whatever the model; the last is what most of the time goes into.
+LIBRARIES = ("lm_eval", "lm_eval.models.huggingface", "accelerate", "transformers.models.llama.modeling_llama")
 
 
-def main() -> None:
+def main(descriptor: str, loaded: str = "") -> None:
+    """Fork a child for each message, until the socket is closed; then, in the child, answer the request."""
+    with socket.socket(fileno=int(descriptor)) as messages:
+        for name in LIBRARIES if loaded else ():
+            if select.select([messages], [], [], 0)[0] and not messages.recv(1, socket.MSG_PEEK):
+                return
+            with suppress(ImportError):  # the child will say it
+                importlib.import_module(name)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need nobody to wait for them
+        while True:
+            _, ends, _, _ = socket.recv_fds(messages, 1, 3)
+            if not ends:
+                return
+            if os.fork() == 0:
+                break
+            for end in ends:
+                os.close(end)
+    _become_child(*ends)
+    _answer()
+
+
+def _become_child(stdin: int, stdout: int, status: int) -> None:
+    """Return in a new process, while this one becomes its keeper."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child:
+        os.close(stdin)
+        os.close(stdout)
+        os.write(status, f"{os.getpid()}\n".encode())
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(status, str(code).encode())
+        os._exit(0)
+    for end, place in ((stdin, 0), (stdout, 1), (stdout, 2)):
+        os.dup2(end, place)
+    for end in (stdin, stdout, status):
+        os.close(end)
+
+
+def _answer() -> None:
     """Read the request, evaluate, leave the result."""
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(request.pop("environment"))
+    os.chdir(request.pop("cwd"))
     result = Path(request.pop("result"))
     write_json(result, evaluate(**request))
 
@@ -58,7 +108,7 @@ def evaluate(
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
         `lewis.samples.read` takes them; `ends` as `lewis.samples.Ends`.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
@@ -67,7 +117,8 @@ def evaluate(
     manager.load = lambda _: loaded  # simple_evaluate would load the data a second time
     lm = get_model("hf").create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
-    found: Any = simple_evaluate(
+    vars(evaluator)["add_env_info"] = lambda _: None  # it has pip list all packages, which nobody reads
+    found: Any = evaluator.simple_evaluate(
         model=lm,
         tasks=tasks,
         task_manager=manager,
@@ -248,4 +299,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

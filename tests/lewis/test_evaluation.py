@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from lewis import harness
+from lewis import harness, nursery
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Evaluated, Score, check_tasks, evaluate, score_table, tasks_digest
 
@@ -168,10 +168,12 @@ def wait_until(condition, seconds: float = 20) -> bool:
     return bool(condition())
 
 
-def at_start(folder: Path, monkeypatch, code: str) -> None:
-    """Have the child run this code when its interpreter starts: a fault without the wait for the imports."""
-    (folder / "sitecustomize.py").write_text("import os, pathlib, signal, subprocess, sys, time\n" + code)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+def faulty(root: Path, code: str) -> str:
+    """A task at whose documents the child runs this code."""
+    head = "import os, pathlib, signal, subprocess, sys, time\n\ndef docs(rows):\n"
+    (root / "tasks/faulty.py").write_text(head + "".join(f"    {line}\n" for line in code.splitlines()))
+    write_task(root / "tasks/faulty.yaml", {**CHOICE, "task": "faulty"}, "process_docs: !function faulty.docs\n")
+    return "faulty"
 
 
 class TestScores:
@@ -354,56 +356,79 @@ class TestBadEnds:
             evaluate(model, EvalSettings(("broken",)), root=root)
         assert str(model) in str(caught.value)
 
-    def test_a_signal_is_named(self, model, root, tmp_path, monkeypatch):
-        at_start(tmp_path, monkeypatch, "print('loading'); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    def test_a_signal_is_named_and_the_next_evaluation_is_none_the_worse(self, model, root):
+        task = faulty(root, "print('loading')\nos.kill(os.getpid(), signal.SIGKILL)")
         with pytest.raises(LewisError, match=r"(?s)killed by SIGKILL: out of memory\?.*loading"):
-            evaluate(model, EvalSettings(("pets",)), root=root)
+            evaluate(model, EvalSettings((task,)), root=root)
+        assert evaluate(model, EvalSettings(("pets",)), root=root).scores
 
     def test_the_time_limit_kills_the_child_and_its_children(self, model, root, tmp_path, monkeypatch):
         pids = tmp_path / "pids"
-        at_start(
-            tmp_path,
-            monkeypatch,
+        task = faulty(
+            root,
             "sleeper = subprocess.Popen(['sleep', '600'])\n"
             f"pathlib.Path('{pids}.new').write_text(f'{{os.getpid()}} {{sleeper.pid}}')\n"
-            f"os.rename('{pids}.new', '{pids}')\n",
+            f"os.rename('{pids}.new', '{pids}')\n"
+            "time.sleep(600)",
         )
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * pids.exists(), sleep=time.sleep)
         monkeypatch.setattr(harness, "time", clock)
         with pytest.raises(LewisError, match="did not finish within 40 s"):
-            evaluate(model, EvalSettings(("pets",), timeout_s=40), root=root)
+            evaluate(model, EvalSettings((task,), timeout_s=40), root=root)
         assert wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
 
-    def test_an_interrupt_kills_the_child(self, model, root, tmp_path, monkeypatch):
-        code = (
+    def test_an_interrupt_kills_the_child(self, model, root, tmp_path):
+        task = faulty(
+            root,
             f"pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid()))\n"
             "print('Running loglikelihood requests:  10%|#  | 1/10 [00:01<00:09]', end='\\r', flush=True)\n"
-            "time.sleep(600)"
+            "time.sleep(600)",
         )
-        at_start(tmp_path, monkeypatch, code)
 
         def interrupt(done, what):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            evaluate(model, EvalSettings(("pets",)), root=root, progress=interrupt)
-        assert not alive(int((tmp_path / "pid").read_text()))
+            evaluate(model, EvalSettings((task,)), root=root, progress=interrupt)
+        assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
-    def test_the_child_dies_with_a_killed_parent(self, model, root):
+    def test_child_and_nursery_die_with_a_killed_parent(self, model, root, tmp_path):
+        pids = tmp_path / "pids"
+        told = f"pathlib.Path('{pids}').write_text(f'{{os.getpid()}} {{os.getppid()}} '); time.sleep(600)"
+        task = faulty(root, told)
         code = (
             "import sys; from pathlib import Path; from lewis.evaluation import *\n"
-            "evaluate(Path(sys.argv[1]), EvalSettings(('pets',)), root=Path(sys.argv[2]))"
+            "evaluate(Path(sys.argv[1]), EvalSettings((sys.argv[3],)), root=Path(sys.argv[2]))"
         )
-        with subprocess.Popen([sys.executable, "-c", code, str(model), str(root)], start_new_session=True) as parent:
-            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        command = [sys.executable, "-c", code, str(model), str(root), task]
+        with subprocess.Popen(command, start_new_session=True) as parent:
             try:
-                assert wait_until(lambda: children.read_text().strip())
-                child = int(children.read_text())
-                # torch is being imported: the watcher thread runs
-                assert wait_until(lambda: "torch" in Path(f"/proc/{child}/maps").read_text())
+                assert wait_until(lambda: pids.exists() and pids.read_text().endswith(" "), 60)
+                nursery = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
             finally:
                 os.kill(parent.pid, signal.SIGKILL)
-        assert wait_until(lambda: not alive(child), 10)
+        family = [nursery, *map(int, pids.read_text().split())]
+        assert wait_until(lambda: not any(map(alive, family)), 10)
+
+    def test_a_killed_nursery_is_replaced(self, model, root):
+        evaluate(model, EvalSettings(("pets",)), root=root)
+        dead = nursery._nursery
+        assert dead is not None
+        dead._process.kill()
+        dead._process.wait()
+        assert evaluate(model, EvalSettings(("pets",)), root=root).scores
+        assert nursery._nursery is not dead
+
+    def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
+        before = nursery._nursery
+        child = nursery.new_child(dict(os.environ), loaded=False)
+        assert wait_until(lambda: child.poll() is None and child._told)
+        maps = Path(f"/proc/{child._told.decode().strip()}/maps").read_text()
+        child.send({})  # without an environment
+        assert wait_until(lambda: child.poll() == 1)
+        assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
+        child.end()
+        assert "python" in maps and "torch" not in maps and nursery._nursery is before
 
 
 class TestCheckTasks:
