@@ -187,21 +187,24 @@ def fetch(plan: Recipe, tasks_digest: PrefectFuture[Any] | None) -> Models:
 def guide(
     plan: Recipe, base: PrefectFuture[Any] | None, experts: list[PrefectFuture[Any]], inspected: PrefectFuture[Any]
 ) -> tuple[list[PrefectFuture[Any]], list[PrefectFuture[Any]], PrefectFuture[Any] | None, PrefectFuture[Any] | None]:
-    """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge."""
+    """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge.
+
+    Base and experts are measured in tasks of their own, each with one pass over all of its sets.
+    """
     if plan.lewis is None or base is None:
         return [], [], None, None
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = pipeline.wanted_measurements(plan)
     sets = {
         name: calibrate.submit(quote(plan), name, base, wait_for=[inspected])
-        for name in dict.fromkeys(n for _, n in wanted)
+        for name in dict.fromkeys(name for _, names in wanted for name in names)
     }
     settings = plan.lewis.importance.model_dump(exclude={"metric"})
     measured = [
         measuring(entry.model if entry else str(plan.base_model)).submit(
-            files[entry.model] if entry else base, sets[name], settings
+            files[entry.model] if entry else base, [sets[name] for name in names], settings
         )
-        for entry, name in wanted
+        for entry, names in wanted
     ]
     allocated = allocate.submit(quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
     return list(sets.values()), measured, allocated, report_densities.submit(quote(plan), measured, allocated)

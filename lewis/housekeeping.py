@@ -258,8 +258,10 @@ def _targets(record: Path) -> list[Path]:
     """The files and folders that a task's result refers to."""
     content: Any = store.read_json(record)
     try:
-        fields = json.loads(content["result"])["data"]
-        named = [fields.get("path"), fields.get("folder"), fields.get("adapter"), *fields.get("sizes", ())]
+        found = json.loads(content["result"])
+        named = []
+        for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
+            named += [fields.get("path"), fields.get("folder"), fields.get("adapter"), *fields.get("sizes", ())]
     except (ValueError, KeyError, TypeError, AttributeError):  # none of ours
         return []
     return [Path(name) for name in named if name]

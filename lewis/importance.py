@@ -7,10 +7,11 @@ norms, head, biases) is left to the recipe's `uncovered` policy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lewis.architecture import Covered, Layer, Network
 from lewis.calibration import Calibration
@@ -22,12 +23,11 @@ from lewis.measurements import Measured
 from lewis.recipe import Importance
 
 if TYPE_CHECKING:
+    from lewis.batches import Batch
     from lewis.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "5"  # bump when the same inputs would give other numbers
-_TOKENS_PER_BATCH = 4096
-_TOKENS_OF_READING = 100  # in the time that a batch reads the weights, about as many go through them
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -52,29 +52,46 @@ def measure(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """Measure one model on one calibration set, in one forward pass without padding in the sums, KV cache or logits.
+    """`measure_sets` of one set."""
+    [measured] = measure_sets(model, [calibration], settings, device=device, progress=progress)
+    return measured
+
+
+def measure_sets(
+    model: Model,
+    calibrations: Sequence[Calibration],
+    settings: Importance | None = None,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Measured]:
+    """Measure one model on several calibration sets, in one pass without padding in the sums, KV cache or logits.
 
         s_j    = mean over tokens of x_j^2      (`reduce: sum`: the sum over a sample's tokens, mean over samples)
         I(l,c) = || W * sqrt(s) ||_F = sqrt( sum_ij W_ij^2 s_j )      (Wanda's score, arXiv 2306.11695, as one norm)
 
-    Weights are read block by block while the pass goes on, so that a model need not fit in memory: at any time there
-    are the embeddings, one block, and the activations of a micro-batch. With `prune_ratio`, all samples are one batch.
+    A block's weights are read when the pass reaches it, and dropped when the micro-batches of all sets have been
+    through it, so that a model need not fit in memory: at any time there are the embeddings, a block, the activations
+    of one micro-batch, and the hidden states of those that wait. These take no more than a block's weights do: what is
+    beyond that follows in a round of its own, which reads the model again. With `prune_ratio`, each set is one batch
+    in a round of its own.
 
     Args:
         model: an opened checkpoint, or a LoRA expert.
-        calibration: token ids.
+        calibrations: token ids. The numbers of each, bit by bit, do not depend on the others.
         settings: of the pass.
         device: `cpu` (weights in fp32) or `cuda` (weights as stored).
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in all); a token that is half through the blocks is half done.
 
     Returns:
-        I(l,c) of every covered layer and s of every covered tensor. What no token reached (an expert that a router
-        never chose) has no norm and no moments.
+        For each set, I(l,c) of every covered layer and s of every covered tensor. What no token reached (an expert that
+        a router never chose) has no norm and no moments.
 
     Raises:
         InputError: if no layer is covered, or a token id is out of the vocabulary.
         LewisError: if activations are not finite, naming the layer.
     """
+    from lewis.batches import batches, groups
     from lewis.second_moments import SecondMoments
     from lewis.streaming import Streamed
     from lewis.wanda import PruneAfter
@@ -82,52 +99,63 @@ def measure(
     settings = settings or Importance()
     dtype = torch.float32 if device == "cpu" else _stored_dtype(model)
     network = _network(model.home, model.shapes, dtype)
-    _check_samples(model, network, calibration)
-    moments = SecondMoments(network, device)
-    prune = PruneAfter(network, moments, settings.prune_ratio)
-    batches = list(_batches(calibration, network, whole=settings.prune_ratio > 0))
+    for calibration in calibrations:
+        _check_samples(model, network, calibration)
+    moments = SecondMoments(network, device, len(calibrations))
+    pruned = settings.prune_ratio > 0
+    made = batches(calibrations, network, whole=pruned)
+    # Of what waits, a model's own forward holds the hidden states and what they began as, the embeddings.
+    per_token = 2 * network.module.get_input_embeddings().embedding_dim * dtype.itemsize
+    report = progress or (lambda done, total: None)
+    done, total = 0, sum(calibration.tokens for calibration in calibrations)
     with ExitStack() as contexts, torch.inference_mode():
-        contexts.enter_context(prune)
-        module = contexts.enter_context(Streamed(network, model, device, dtype))
+        contexts.enter_context(PruneAfter(network, moments, settings.prune_ratio))
+        streamed = contexts.enter_context(Streamed(network, model, device, dtype, keep=not pruned))
         contexts.enter_context(moments)
-        done = 0
-        for samples in batches:
-            ids, lengths = _padded(samples)
-            moments.begin(lengths, ids.shape[1])
-            _forward(network, module, ids.to(device), lengths)
-            done += sum(lengths)
-            if progress:
-                progress(done, calibration.tokens)
-    factor = calibration.tokens / len(calibration.samples) if settings.reduce == "sum" else 1.0
-    return _norms(model, network, moments, factor, in_fp32=settings.reduce == "sum")
+        for group in groups(made, per_token, 0 if pruned else streamed.room):
+            forwards = [partial(_forward, network, batch.ids.to(device), batch.lengths) for batch in group]
+            tokens = sum(batch.tokens for batch in group)
+            for share in streamed.lock_step(forwards, partial(_begin, moments, group)):
+                report(done + int(share * tokens), total)
+            done += tokens
+            report(done, total)
+    return _norms(model, network, moments, calibrations, settings.reduce)
 
 
-def _norms(model: Model, network: Network, moments: SecondMoments, factor: float, *, in_fp32: bool) -> Measured:
-    """Norms and moments. `in_fp32`: as the authors' code sums a tensor, which is off by 2e-5 for the larger ones."""
-    norms: dict[str, float | None] = {}
-    kept: dict[str, torch.Tensor] = {}
-    silent = []
+def _norms(
+    model: Model, network: Network, moments: SecondMoments, calibrations: Sequence[Calibration], reduce: str
+) -> list[Measured]:
+    """Norms and moments of each set.
+
+    With `reduce: sum` a tensor is summed in fp32 as the authors' code does, which is off by 2e-5 for the larger ones.
+    """
+    found = [Measured({}, {}) for _ in calibrations]
     for covered in network.covered:
-        means = moments.means(covered.parameter)
-        own = means if means is None or covered.expert is None else means[covered.expert]
-        if own is None or bool(own.isnan().all()):
-            norms |= dict.fromkeys((layer.key for layer in covered.layers), None)
-            silent.append(covered.tensor)
-            continue
-        s = _beside_weights(own * factor, covered).to(torch.float32)
-        weights = model.read(covered.tensor).to(torch.float32)
-        for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
-            norm = float(cost) ** 0.5
-            if in_fp32 and covered.rows == (None,):
-                norm = float(torch.norm(weights.abs() * s.sqrt()))
-            if not norm < float("inf"):
-                raise _damaged(model, covered.tensor, s, weights)
-            norms[layer.key] = norm
-        fired = s.isnan().logical_not()
-        kept[covered.tensor] = torch.where(fired, s, s[fired].mean())  # an expert that none reached is like the others
-    if silent:
-        logger.warning("%s: no token reached %d tensors, such as %s: left out", model.folder, len(silent), silent[0])
-    return Measured(norms, kept)
+        weights = None
+        for of, (calibration, measured) in enumerate(zip(calibrations, found, strict=True)):
+            means = moments.means(covered.parameter, of)
+            own = means if means is None or covered.expert is None else means[covered.expert]
+            if own is None or bool(own.isnan().all()):
+                measured.norms.update(dict.fromkeys((layer.key for layer in covered.layers), None))
+                continue
+            factor = calibration.tokens / len(calibration.samples) if reduce == "sum" else 1.0
+            s = _beside_weights(own * factor, covered).to(torch.float32)
+            weights = model.read(covered.tensor).to(torch.float32) if weights is None else weights
+            for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
+                norm = float(cost) ** 0.5
+                if reduce == "sum" and covered.rows == (None,):
+                    norm = float(torch.norm(weights.abs() * s.sqrt()))
+                if not norm < float("inf"):
+                    raise _damaged(model, covered.tensor, s, weights)
+                measured.norms[layer.key] = norm
+            fired = s.isnan().logical_not()  # an expert that none reached is like the others
+            measured.moments[covered.tensor] = torch.where(fired, s, s[fired].mean())
+    for calibration, measured in zip(calibrations, found, strict=True):
+        silent = [covered.tensor for covered in network.covered if covered.tensor not in measured.moments]
+        if silent:
+            told = (model.folder, calibration.name, len(silent), silent[0])
+            logger.warning("%s on %s: no token reached %d tensors, such as %s: left out", *told)
+    return found
 
 
 def _damaged(model: Model, tensor: str, s: torch.Tensor, weights: torch.Tensor) -> LewisError:
@@ -204,8 +232,15 @@ def _check_samples(model: Model, network: Network, calibration: Calibration) -> 
         )
 
 
-def _forward(network: Network, module: Any, ids: torch.Tensor, lengths: list[int]) -> None:
+def _begin(moments: SecondMoments, group: Sequence[Batch], i: int) -> None:
+    batch = group[i]
+    moments.select(batch.of)
+    moments.begin(batch.lengths, batch.ids.shape[1])
+
+
+def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     """One batch through all blocks. A decoder never looks ahead, so what is padded on its right needs no mask."""
+    module = network.module
     if not network.encodes:
         module.base_model(input_ids=ids, use_cache=False)
         return
@@ -218,49 +253,3 @@ def _forward(network: Network, module: Any, ids: torch.Tensor, lengths: list[int
         encoder_attention_mask=mask,
         use_cache=False,
     )
-
-
-def _batches(calibration: Calibration, network: Network, *, whole: bool) -> Iterator[list[Sequence[int]]]:
-    """Samples of similar length together, so that padding and reading the weights again cost least in sum.
-
-    With `whole`, all in one batch in their own order, on which depends how the means that prune a model are rounded.
-    """
-    if whole:
-        yield list(calibration.samples)
-        return
-    samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
-    equal = any(".experts." in each.parameter for each in network.covered)
-    ends = _ends([len(sample) for sample in samples], equal)
-    for start, end in zip([0, *ends], ends, strict=False):
-        yield samples[start:end]
-
-
-def _ends(lengths: Sequence[int], equal: bool) -> list[int]:
-    """Where batches end: those of the least cost, found from the last one back.
-
-    Args:
-        lengths: of the samples, longest first.
-        equal: only samples of one length go together, where a router hides which tokens are padding.
-    """
-    costs, nexts = [0] * (len(lengths) + 1), [0] * len(lengths)
-    for start in reversed(range(len(lengths))):
-        width, best = lengths[start], None
-        for end in range(start + 1, len(lengths) + 1):
-            tokens = (end - start) * width
-            if end > start + 1 and (tokens > _TOKENS_PER_BATCH or (equal and lengths[end - 1] != width)):
-                break
-            if best is None or tokens + _TOKENS_OF_READING + costs[end] < best:
-                best, nexts[start] = tokens + _TOKENS_OF_READING + costs[end], end
-        costs[start] = best or 0
-    ends = [0]
-    while ends[-1] < len(lengths):
-        ends.append(nexts[ends[-1]])
-    return ends[1:]
-
-
-def _padded(samples: list[Sequence[int]]) -> tuple[torch.Tensor, list[int]]:
-    """Token ids, padded on the right with 0, and the length of each sample."""
-    ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
-    for row, sample in enumerate(samples):
-        ids[row, : len(sample)] = torch.tensor(sample)
-    return ids, [len(sample) for sample in samples]

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -147,23 +148,28 @@ def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> Calibrat
 
 def measure(
     files: ModelFiles,
-    calibration: CalibrationEntry,
+    calibrations: Sequence[CalibrationEntry],
     settings: Importance | None = None,
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> ImportanceEntry:
-    """Importance of one model on one calibration set; measured once, then found."""
+) -> list[ImportanceEntry]:
+    """Importance of one model on each calibration set; what the store does not have is measured, in one pass."""
     settings = settings or Importance()
-    digest, path = _importance_place(files.key, calibration, settings, device)
-    with store.lock(f"importance-{digest}"):
-        if not measurements.is_whole(path):
-            measured = importance.measure(
-                files.open(), Calibration.load(calibration.path), settings, device=device, progress=progress
-            )
-            facts = {"model": files.key, "ref": files.ref, "calibration": calibration.digest}
-            measurements.write(path, measured, facts)
-    return ImportanceEntry(ref=files.ref, calibration=calibration.name, digest=digest, path=path)
+    places = {each.digest: _importance_place(files.key, each, settings, device) for each in calibrations}
+    missing = {each.digest: each for each in calibrations if not measurements.is_whole(places[each.digest][1])}
+    with ExitStack() as locks:
+        for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
+            locks.enter_context(store.lock(f"importance-{digest}"))
+        absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
+        if absent:
+            sets = [Calibration.load(each.path) for each in absent]
+            found = importance.measure_sets(files.open(), sets, settings, device=device, progress=progress)
+            for each, measured in zip(absent, found, strict=True):
+                facts = {"model": files.key, "ref": files.ref, "calibration": each.digest}
+                measurements.write(places[each.digest][1], measured, facts)
+    pairs = [(each.name, *places[each.digest]) for each in calibrations]
+    return [ImportanceEntry(ref=files.ref, calibration=name, digest=digest, path=path) for name, digest, path in pairs]
 
 
 def find_measured(
@@ -292,15 +298,15 @@ def _allocation_place(
     return digest, store.home() / "allocations" / f"{digest}.json"
 
 
-def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, str]]:
-    """(model, calibration set) for each pass that the recipe needs; None is the base.
+def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, list[str]]]:
+    """(model, calibration sets) for each pass that the recipe needs; None is the base.
 
-    The base's are needed for the difference of norms, and for `aim`, on every set that an expert has; the experts' not
+    The base's is needed for the difference of norms, and for `aim`, on every set that an expert has; the experts' not
     for `uniform` and `depth_gradient`, unless the recipe prunes by activation.
     """
-    sets = dict.fromkeys(map(recipe.calibration_of, recipe.experts)) if recipe.measures_base else {}
-    own = [(entry, recipe.calibration_of(entry)) for entry in recipe.experts] if recipe.measures else []
-    return [*((None, name) for name in sets), *own]
+    sets = list(dict.fromkeys(map(recipe.calibration_of, recipe.experts))) if recipe.measures_base else []
+    own = [(entry, [recipe.calibration_of(entry)]) for entry in recipe.experts] if recipe.measures else []
+    return [*([(None, sets)] if sets else []), *own]
 
 
 def guide(
@@ -316,16 +322,16 @@ def guide(
     Args:
         progress: called with (model, tokens done, tokens in all).
     """
+    assert recipe.lewis is not None
     of_entry: Mapping[str, ModelFiles] = {e.model: f for e, f in zip(recipe.experts, experts, strict=True)}
     sets: dict[str, CalibrationEntry] = {}
     measured = []
-    for entry, name in wanted_measurements(recipe):
+    for entry, names in wanted_measurements(recipe):
         files = base if entry is None else of_entry[entry.model]
-        if name not in sets:
-            sets[name] = prepare_calibration(recipe, name, base)
-        report = None if progress is None else _labelled(progress, f"{files.ref} on {name}")
-        assert recipe.lewis is not None
-        measured.append(measure(files, sets[name], recipe.lewis.importance, device=device, progress=report))
+        sets |= {name: prepare_calibration(recipe, name, base) for name in names if name not in sets}
+        report = None if progress is None else _labelled(progress, f"{files.ref} on {', '.join(names)}")
+        own = [sets[name] for name in names]
+        measured += measure(files, own, recipe.lewis.importance, device=device, progress=report)
     return measured, allocate(recipe, base, experts, measured)
 
 

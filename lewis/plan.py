@@ -130,16 +130,17 @@ def _guided_steps(
     if recipe.lewis and base:
         sets: dict[str, CalibrationEntry] = {}
         measured = []
-        for entry, name in pipeline.wanted_measurements(recipe):
+        for entry, names in pipeline.wanted_measurements(recipe):
             source = base if entry is None else experts[recipe.experts.index(entry)]
-            if name not in sets:
-                configs = hub.fetch(base.model, weights=False)
-                sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
-            found = pipeline.find_measured(
-                source.ref, source.key, sets[name], recipe.lewis.importance, default_device()
-            )
-            plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
-            measured.append(found)
+            for name in names:
+                if name not in sets:
+                    configs = hub.fetch(base.model, weights=False)
+                    sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
+                found = pipeline.find_measured(
+                    source.ref, source.key, sets[name], recipe.lewis.importance, default_device()
+                )
+                plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
+                measured.append(found)
         if known_base and complete and all(measured):
             allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
         plan.steps.append(Step("allocate", "cached" if allocated else "to do"))

@@ -19,18 +19,19 @@ _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
 
 
 class SecondMoments:
-    """Running sums; to be used as a context around the forward passes.
+    """Running sums of each calibration set; to be used as a context around the forward passes.
 
     Attributes:
-        sums: parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts, (experts, in).
-        counts: parameter -> number of tokens, () or (experts,).
+        sums: of the set that is going through, parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts,
+            (experts, in).
+        counts: of that set, parameter -> number of tokens, () or (experts,).
         lengths, width: of the batch that is going through.
     """
 
-    def __init__(self, network: Network, device: str) -> None:
+    def __init__(self, network: Network, device: str, sets: int = 1) -> None:
         self._network, self._device = network, device
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, torch.Tensor] = {}
+        self._sets: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = [({}, {}) for _ in range(sets)]
+        self.sums, self.counts = self._sets[0]
         self.lengths: list[int] = []
         self.width = 0
         self._mask = torch.ones(1, 1, device=device)
@@ -50,7 +51,7 @@ class SecondMoments:
             if weight.dim() == 3:
                 stacked.setdefault(module, []).append(parameter)
             else:
-                hook = module.register_forward_pre_hook(self._of_module(parameter, weight))
+                hook = module.register_forward_pre_hook(self._of_module(parameter))
                 self._hooks.callback(hook.remove)
         for module, parameters in stacked.items():
             mode = _SeeProducts(self)
@@ -63,6 +64,10 @@ class SecondMoments:
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
+
+    def select(self, of: int) -> None:
+        """Tell which set the batches are of that come next."""
+        self.sums, self.counts = self._sets[of]
 
     def begin(self, lengths: Sequence[int], width: int) -> None:
         """Tell what comes next: a batch of rows of these lengths, padded on the right to `width`."""
@@ -81,20 +86,19 @@ class SecondMoments:
         finally:
             self._paused = False
 
-    def means(self, parameter: str) -> torch.Tensor | None:
-        """Mean of x_j^2: (in,), or (experts, in) with NaN for experts that no token reached; None if nothing did.
+    def means(self, parameter: str, of: int = 0) -> torch.Tensor | None:
+        """Mean of x_j^2 in set `of`: (in,), or (experts, in) with NaN for experts that no token reached.
 
-        Inf where an activation was NaN or Inf.
+        None if nothing was reached; Inf where an activation was NaN or Inf.
         """
-        if parameter not in self.counts or not bool(self.counts[parameter].any()):
+        all_sums, all_counts = self._sets[of]
+        counts = all_counts.get(parameter)
+        if counts is None or not bool(counts.any()):
             return None
-        counts = self.counts[parameter]
-        sums = self.sums[parameter].nan_to_num(nan=torch.inf, posinf=torch.inf)
+        sums = all_sums[parameter].nan_to_num(nan=torch.inf, posinf=torch.inf)
         return torch.where(counts[..., None] > 0, sums / counts[..., None], torch.nan).cpu()
 
-    def _of_module(self, parameter: str, weight: torch.Tensor) -> Any:
-        self.counts[parameter] = torch.zeros((), dtype=torch.float64, device=self._device)
-
+    def _of_module(self, parameter: str) -> Any:
         def collect(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             if self._paused:
                 return
@@ -102,7 +106,10 @@ class SecondMoments:
                 self._last = (inputs[0], *self._squares(parameter, inputs[0]))
             _, squares, tokens = self._last
             assert squares is not None
-            self.sums[parameter] = self.sums[parameter] + squares if parameter in self.sums else squares
+            if parameter not in self.sums:
+                self.sums[parameter] = torch.zeros_like(squares)
+                self.counts[parameter] = torch.zeros((), dtype=torch.float64, device=self._device)
+            self.sums[parameter] = self.sums[parameter] + squares
             self.counts[parameter] += tokens
 
         return collect

@@ -1,10 +1,11 @@
-"""Running a model that need not fit in memory: weights of a block are read when the pass reaches it, then dropped."""
+"""Running a model that need not fit in memory: weights of a block are read when the passes reach it, then dropped."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import nn
 
 from lewis.architecture import Network
@@ -18,32 +19,73 @@ class Streamed:
     Where all of it fits on a GPU, everything is kept there instead.
     """
 
-    def __init__(self, network: Network, model: Model, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, network: Network, model: Model, device: str, dtype: torch.dtype, *, keep: bool = True) -> None:
+        """
+        Args:
+            network: on the meta device.
+            model: that has its weights.
+            device, dtype: where and in what the passes compute.
+            keep: whether the weights may stay in a GPU's memory.
+        """
         self._network, self._model, self._device, self._dtype = network, model, device, dtype
         self._hooks = ExitStack()
-        self._keep = device != "cpu" and self._fits()
+        self._runs: list[greenlet] = []
+        self._keep = keep and device != "cpu" and self._fits()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> "Streamed":
         self._check()
         network = self._network
         self._load(network.parameters_outside())
         for path, block in network.blocks.items():
-            names = network.parameters_in(path)
             if self._keep:
-                self._load(names)
-                continue
-            for hook in (
-                block.register_forward_pre_hook(lambda *_, names=names: self._load(names)),
-                block.register_forward_hook(lambda *_, names=names: self._drop(names), always_call=True),
-            ):
-                self._hooks.callback(hook.remove)
+                self._load(network.parameters_in(path))
+            else:
+                self._hooks.callback(block.register_forward_pre_hook(partial(_wait, path)).remove)
         for module in network.module.modules():  # tables of rotary embeddings and the like
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self._device)
-        return network.module
+        return self
 
     def __exit__(self, *_: object) -> None:
+        for run in self._runs:  # of a round that was stopped: end what waits here, in its own thread
+            run.throw()
         self._hooks.close()
+
+    @property
+    def room(self) -> int:
+        """Bytes that may wait between two blocks: as many as the largest block has; 0 if waiting would save nothing."""
+        network, blocks = self._network, () if self._keep else self._network.blocks
+        sizes = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in blocks]
+        return max(sizes, default=0) * self._dtype.itemsize
+
+    def lock_step(self, forwards: Sequence[Callable[[], None]], turn: Callable[[int], None]) -> Iterator[float]:
+        """Run forward passes side by side: all go through a block, one after another, before one goes on to the next.
+
+        Each pass is a greenlet, a coroutine that can stop anywhere below its first call: at the entry of a block, in
+        the code of whatever model it is. All are in this thread, and share its settings, its memory and OpenMP's pool.
+
+        Args:
+            forwards: each runs the network once.
+            turn: called with the index of the pass that goes on now.
+
+        Yields:
+            After each block, the share of the blocks that all have passed.
+        """
+        runs = self._runs = [greenlet(forward) for forward in forwards]
+        places, passed = [], 0  # the block that each waits at; None at its end
+        for i, run in enumerate(runs):
+            turn(i)
+            places.append(run.switch())
+        while path := next(filter(None, places), None):
+            names = self._network.parameters_in(path)
+            self._load(names)
+            for i, run in enumerate(runs):
+                if places[i] == path:
+                    turn(i)
+                    places[i] = run.switch()
+            self._drop(names)
+            passed += 1
+            yield min(1.0, passed / len(self._network.blocks))
 
     def _fits(self) -> bool:
         needed = sum(info.elements for info in self._model.tensors.values()) * self._dtype.itemsize
@@ -77,6 +119,11 @@ class Streamed:
     def _drop(self, names: Iterable[str]) -> None:
         for name in filter(self._network.is_parameter, names):
             _put(self._network.module, name, self._network.empty(name))
+
+
+def _wait(path: str, *_: object) -> None:
+    """Let others go on, until it is this pass's turn to enter the block `path`."""
+    getcurrent().parent.switch(path)
 
 
 def _put(network: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """From importance to densities."""
 
+from itertools import chain
+
 from prefect import task
 
 from lewis import allocation, pipeline
@@ -14,7 +16,7 @@ from tasks.caching import cached
     **cached("blocks", "base", "experts", "measured", version=allocation.SEMANTICS),
 )
 def allocate(
-    recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[ImportanceEntry]
+    recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[list[ImportanceEntry]]
 ) -> AllocationEntry:
     """A density for every tensor of every expert; `blocks` is the recipe's, for the cache key."""
-    return pipeline.allocate(recipe, base, experts, measured)
+    return pipeline.allocate(recipe, base, experts, list(chain.from_iterable(measured)))

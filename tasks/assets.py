@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect.assets import Asset, AssetProperties
 from prefect.context import AssetContext
+from prefect.states import Completed
 
 from lewis.recipe import Recipe
 from tasks.caching import slug
@@ -38,6 +39,15 @@ def describe(**metadata: Any) -> None:
     context = AssetContext.get()
     for asset in context.downstream_assets if context else ():
         asset.add_metadata(metadata)
+
+
+def found() -> None:
+    """Tell of the assets of the running task before it ends as `Cached`, of which Prefect tells nothing.
+
+    For what was made outside of Prefect, or for a model of the same content: in the lineage it is new.
+    """
+    if context := AssetContext.get():
+        context.emit_events(Completed())
 
 
 def _asset(kind: str, name: str, title: str) -> Asset:

@@ -1,14 +1,16 @@
-"""Calibration sets and the importance of one model on one of them."""
+"""Calibration sets and the importance of one model on them."""
 
 from typing import Any
 
 from prefect import task
 from prefect.assets import materialize
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
 from prefect.tasks import MaterializingTask
 
 from lewis import importance as library
 from lewis import pipeline
+from lewis.device import default_device
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Importance, Recipe
 from tasks import assets
@@ -23,29 +25,53 @@ def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     return pipeline.prepare_calibration(recipe, name, base)
 
 
+def _what(files: ModelFiles, calibrations: list[CalibrationEntry]) -> str:
+    return f"{files.ref} on {', '.join(each.name for each in calibrations)}"
+
+
+def _run_name(parameters: dict[str, Any]) -> str:
+    return f"measure {_what(parameters['files'], parameters['calibrations'])}"
+
+
 @materialize(
     "lewis://importance/of-a-model",  # `measuring` knows of which
     by="lewis",
     name="measure",
-    task_run_name="measure {files.ref} on {calibration.name}",
+    task_run_name=_run_name,
     timeout_seconds=6 * 3600,
-    **cached("files", "calibration", "settings", version=library.SEMANTICS, device_of=computing_in),
+    **cached("files", "calibrations", "settings", version=library.SEMANTICS, device_of=computing_in),
 )
-def measure(files: ModelFiles, calibration: CalibrationEntry, settings: dict[str, Any]) -> ImportanceEntry:
-    """One pass of one model over one calibration set; `settings` are those of `Importance` without the metric."""
-    report = Progress("measure", f"{files.ref} on {calibration.name}")
+def measure(
+    files: ModelFiles, calibrations: list[CalibrationEntry], settings: dict[str, Any]
+) -> list[ImportanceEntry] | State[list[ImportanceEntry]]:
+    """One pass of one model over the calibration sets that it was not measured on; `Cached` if there are none.
+
+    `settings` are those of `Importance` without the metric.
+    """
+    chosen = Importance(**settings)
+    found = {
+        each: pipeline.find_measured(files.ref, files.key, each, chosen, default_device()) for each in calibrations
+    }
+    missing = [each for each, entry in found.items() if entry is None]
+    if not missing:
+        entries = [entry for entry in found.values() if entry]
+        _describe(files, calibrations, entries)
+        assets.found()
+        return Completed(name="Cached", message=f"{_what(files, calibrations)}: in the store", data=entries)
+    report = Progress("measure", _what(files, missing))
     with device_slot() as device:
-        found = pipeline.measure(
-            files,
-            calibration,
-            Importance(**settings),
-            device=device,
-            progress=lambda done, total: report(done / total),
+        entries = pipeline.measure(
+            files, calibrations, chosen, device=device, progress=lambda done, total: report(done / total)
         )
-    assets.describe(digest=found.digest, model=files.key, calibration=calibration.name, tokens=calibration.tokens)
-    return found
+    _describe(files, calibrations, entries)
+    return entries
 
 
-def measuring(ref: str) -> MaterializingTask[[ModelFiles, CalibrationEntry, dict[str, Any]], ImportanceEntry]:
+def _describe(files: ModelFiles, calibrations: list[CalibrationEntry], entries: list[ImportanceEntry]) -> None:
+    pairs = zip(calibrations, entries, strict=True)
+    assets.describe(model=files.key, calibrations={c.name: {"digest": e.digest, "tokens": c.tokens} for c, e in pairs})
+
+
+def measuring(ref: str) -> MaterializingTask[[ModelFiles, list[CalibrationEntry], dict[str, Any]], Any]:
     """`measure`, with the lineage of one model."""
     return measure.with_options(assets=[assets.importance(ref)], asset_deps=[assets.model(ref)])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from prefect import task
@@ -30,7 +31,7 @@ from tasks.caching import RETRIES, slug
 
 
 @task(name="report-densities", cache_policy=NO_CACHE, timeout_seconds=600)
-def report_densities(recipe: Recipe, measured: list[ImportanceEntry], allocated: AllocationEntry) -> None:
+def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
     """The density heat map and the importance table."""
     means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
     drawn = picture("densities", pictures.densities(allocated))
@@ -41,7 +42,7 @@ def report_densities(recipe: Recipe, measured: list[ImportanceEntry], allocated:
     )
     if measured:
         create_table_artifact(
-            importance_rows(measured, allocated),
+            importance_rows(list(chain.from_iterable(measured)), allocated),
             key=f"{slug(recipe.name)}-importance-table",
             description="Activation-weighted norm of every covered layer, and how far the experts moved",
         )

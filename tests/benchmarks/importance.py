@@ -27,6 +27,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lewis import importance, pipeline
+from lewis.batches import batches
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
 from lewis.lora import Model
@@ -78,12 +79,12 @@ def speed(base: Path, rows: Path) -> None:
     samples = tuple(tuple(tokenizer(f"{r['question']} {r['answer']}")["input_ids"][:512]) for r in texts)
     calibration, model = Calibration("rows", samples), Checkpoint(base, "key")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    batches = list(importance._batches(calibration, importance.network_of(model), whole=False))
+    made = batches([calibration], importance.network_of(model), whole=False)
 
     def forward() -> None:
         with torch.inference_mode():
-            for batch in batches:
-                plain.base_model(input_ids=importance._padded(batch)[0], use_cache=False)
+            for batch in made:
+                plain.base_model(input_ids=batch.ids, use_cache=False)
 
     times: dict[str, list[float]] = {"plain": [], "pass": []}
     forward()

@@ -51,7 +51,10 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.delenv("PREFECT_API_URL", raising=False)
         environment.prepare()
         with prefect_server() as url:
+            from prefect.logging.handlers import APILogWorker
+
             yield url
+            APILogWorker.drain_all(timeout=10)  # else a flow of this process is waited for at exit: for a minute
 
 
 def write_words(folder: Path) -> None:

@@ -26,5 +26,5 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(lewis:
     code, out, err = finished(lewis("demo", "--json"))
     assert code == 0, err
     done = {name: state for name, state in states(err).items() if name.split()[0] in ("measure", "merge", "evaluate")}
-    assert len(done) == 6 + 2 + 6 and set(done.values()) == {"Cached"}
+    assert len(done) == 4 + 2 + 6 and set(done.values()) == {"Cached"}
     assert json.loads(out)["digest"] == first["digest"] and not json.loads(out)["created"]

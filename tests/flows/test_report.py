@@ -16,6 +16,7 @@ from flows.merge import MergeReport
 from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, finished, report
+from tests.support.models import parse, rewrite
 
 FEW_SCORES = ("--set", "evaluate.baselines=[]")  # the base is scored all the same: the first champion has to beat it
 
@@ -78,7 +79,8 @@ def test_the_story_of_two_runs(
     [run] = runs(client, own)
     assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Completed"
 
-    shutil.copyfile(family.code / "model.safetensors", math / "model.safetensors")
+    moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
+    shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
     second = report(lewis("run", own, "--json", *FEW_SCORES))
     text = artifact(client, own, "run-report")
     assert f"What changed since the champion `models:/{own.stem}/1`" in text
@@ -161,12 +163,57 @@ def _check_assets(client: Any, name: str, math: Path, family: Family, second: di
 
 
 def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client: Any, family: Family) -> None:
-    full_disk = "import lewis.importance as m\ndef full(*_, **__): raise OSError(28, 'No space left')\nm.measure = full"
+    full_disk = (
+        "import lewis.importance as m\ndef full(*_, **__): raise OSError(28, 'No space left')\nm.measure_sets = full"
+    )
     code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
     [run] = runs(client, own)
     told = f"measure {family.base} on words: OSError: [Errno 28] No space left; the traceback is in the task's log"
     assert run.state.name == "Failed" and run.state.message.startswith(told)
     assert code == 1 and f"lewis: it failed: {told}" in err
+
+
+def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
+    client: Any, home: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow
+
+    from lewis import importance, pipeline
+    from lewis.recipe import Importance
+    from tasks import assets
+    from tasks.importance import measuring
+
+    made: list[list[str]] = []
+    real = importance.measure_sets
+    monkeypatch.setattr(
+        importance,
+        "measure_sets",
+        lambda m, sets, *a, **k: (made.append([s.name for s in sets]), real(m, sets, *a, **k))[1],
+    )
+    texts = {name: {"texts": [f"w{i} w2 w3"], "samples": 1} for i, name in enumerate("abc", 4)}
+    recipe = parse(
+        {"merge_method": "ties", "base_model": str(family.base), "lewis": {"calibrations": texts}}
+        | {"models": [{"model": str(family.math), "calibration": "a"}]}
+    )
+    base = pipeline.download(pipeline.pin(str(family.base), Path("/")))
+    a, b, c = (pipeline.prepare_calibration(recipe, name, base) for name in "abc")
+    settings = Importance().model_dump(exclude={"metric"})
+
+    @flow
+    def passes() -> list[Any]:
+        task = measuring(str(home))
+        return [task(base, sets, settings, return_state=True) for sets in ([a], [b], [a, b], [a, b], [c, b])]
+
+    states = passes()
+    assert [state.name for state in states] == ["Completed", "Completed", "Cached", "Cached", "Completed"]
+    assert made == [["a"], ["b"], ["c"]]
+    names = [client.read_task_run(state.state_details.task_run_id).name for state in states]
+    assert names == [f"measure {base.ref} on {sets}" for sets in ("a", "b", "a, b", "a, b", "c, b")]
+    done, key = "prefect.asset.materialization.succeeded", assets.importance(str(home)).key
+    told = eventually(lambda: [*found] if len(found := events(client, done, key)) == 4 else [])
+    assert sorted("".join(event.payload["calibrations"]) for event in told) == ["a", "ab", "b", "cb"]
+    both = states[2].result()
+    assert both == states[3].result() == [*states[0].result(), *states[1].result()]
 
 
 def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lewis import importance
+from lewis import batches
 from lewis.architecture import Network
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
@@ -172,7 +172,7 @@ MOES = {
 @pytest.mark.parametrize("per_batch", [1, 10**6])
 def test_stacked_experts(tmp_path: Path, kind: str, per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     name, sizes, tensor, (gate, up, down) = MOES[kind]
-    monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", per_batch)
+    monkeypatch.setattr(batches, "TOKENS_PER_BATCH", per_batch)
     model = write(tmp_path, name, sizes).double()
     checkpoint = Checkpoint(tmp_path, "key")
     measured, inputs = measure(checkpoint, CALIBRATION), expert_inputs(model)

@@ -310,6 +310,15 @@ class TestRecords:
         assert [path.name for path in (home / "results").iterdir()] == ["measure-stays"]
         assert {path.stem for path in (home / "importance").iterdir()} == {"stays"}
 
+    def test_one_of_several_entries_goes_with_any_of_them(self, home: Path) -> None:
+        stays, gone = (self.importance(name) for name in ("stays", "gone"))
+        self.record("measure-both", [stays, gone], age=3 * DAY)
+        store.mark_used(stays.path)
+        store.mark_used(gone.path)
+        assert names(survey()) == set()
+        gone.path.unlink()
+        assert names(survey()) == {"results/measure-both"}
+
     def test_one_that_was_just_written_stays(self, home: Path) -> None:
         self.record("measure-x", gone := self.importance("x"), age=0)
         gone.path.unlink()

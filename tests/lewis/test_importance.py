@@ -1,11 +1,13 @@
 """Importance against a slow computation: one sample at a time, fp64, hooks of the test's own on the real model."""
 
+import gc
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from greenlet import greenlet
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -18,13 +20,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lewis import importance
-from lewis.architecture import Layer
+from lewis import batches
+from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError, LewisError
-from lewis.importance import covered_layers, measure
+from lewis.importance import covered_layers, measure, measure_sets, network_of
 from lewis.lora import LoraExpert
+from lewis.recipe import Importance
+from lewis.streaming import Streamed
 from tests.conftest import Family
 from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors
 
@@ -100,7 +104,7 @@ class TestMeasure:
         self, family: Family, monkeypatch: pytest.MonkeyPatch, tokens: int
     ) -> None:
         expected = norms_of(Checkpoint(family.base, "key"))
-        monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr(batches, "TOKENS_PER_BATCH", tokens)
         close(norms_of(Checkpoint(family.base, "key")), expected)
 
     def test_batches_cost_the_least(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +115,11 @@ class TestMeasure:
             return sum((end - start) * lengths[start] + 100 for start, end in zip(starts, ends, strict=True))
 
         every = [[*cuts, 8] for n in range(8) for cuts in combinations(range(1, 8), n)]
-        found = importance._ends(lengths, equal=False)
+        found = batches.ends(lengths, equal=False)
         assert cost(found) == min(map(cost, every)) and found == [3, 5, 8]
-        assert importance._ends(lengths, equal=True) == [1, 2, 3, 4, 5, 8]
-        monkeypatch.setattr(importance, "_TOKENS_PER_BATCH", 600)
-        assert importance._ends(lengths, equal=False) == [1, 3, 5, 8]
+        assert batches.ends(lengths, equal=True) == [1, 2, 3, 4, 5, 8]
+        monkeypatch.setattr(batches, "TOKENS_PER_BATCH", 600)
+        assert batches.ends(lengths, equal=False) == [1, 3, 5, 8]
 
     def test_the_number_of_threads_does_not_matter(self, family: Family) -> None:
         before, found = torch.get_num_threads(), []
@@ -165,6 +169,62 @@ class TestMeasure:
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: pytest.fail("the head ran"))
         norms_of(Checkpoint(family.base, "key"))
+
+
+class TestSets:
+    OTHER = Calibration("other", ((30, 31), (40, 41, 42, 43), (5,)))
+
+    @pytest.mark.parametrize("tokens", [1, 8, 10**6])
+    @pytest.mark.parametrize("room", [0, 1200, 10**9])
+    @pytest.mark.parametrize(
+        "settings", [Importance(), Importance(prune_ratio=0.5, reduce="sum")], ids=["", "official"]
+    )
+    def test_together_they_give_the_bits_that_each_gives_alone(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch, settings: Importance, room: int, tokens: int
+    ) -> None:
+        monkeypatch.setattr(batches, "TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr(Streamed, "room", 0)
+        model, sets = Checkpoint(family.base, "key"), [CALIBRATION, self.OTHER]
+        alone = [measure(model, calibration, settings) for calibration in sets]
+        monkeypatch.setattr(Streamed, "room", room)
+        together = measure_sets(model, sets, settings)
+        assert alone[0].norms != alone[1].norms
+        for one, other in zip(alone, together, strict=True):
+            assert one.norms == other.norms and one.moments.keys() == other.moments.keys()
+            assert all(torch.equal(s, other.moments[name]) for name, s in one.moments.items())
+
+    # Batches of a sample each; embeddings and hidden states take 128 bytes a token: 1280 bytes are ten tokens.
+    @pytest.mark.parametrize(("room", "rounds"), [(10**9, 1), (1280, 4), (0, 8)])
+    def test_a_block_is_read_once_a_round_for_all(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch, room: int, rounds: int
+    ) -> None:
+        monkeypatch.setattr(batches, "TOKENS_PER_BATCH", 1)
+        monkeypatch.setattr(Streamed, "room", room)
+        read: list[str] = []
+        real = Network.value
+        monkeypatch.setattr(Network, "value", lambda self, name, how: (read.append(name), real(self, name, how))[1])
+        measure_sets(Checkpoint(family.base, "key"), [CALIBRATION, self.OTHER])
+        blocks = [name for name in read if ".layers." in name]
+        assert len(set(blocks)) == 18 and {blocks.count(name) for name in blocks} == {rounds}
+        first = blocks[:18]
+        assert first == sorted(first, key=lambda name: name.split(".")[2]) and blocks == first * rounds
+
+    def test_what_waits_takes_no_more_than_a_block(self, family: Family) -> None:
+        network = network_of(Checkpoint(family.base, "key"))
+        block = sum(p.numel() for p in network.blocks["model.layers.0"].parameters())
+        assert Streamed(network, Checkpoint(family.base, "key"), "cpu", torch.float32).room == 4 * block
+
+    def test_a_pass_can_be_stopped_between_two_blocks(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(batches, "TOKENS_PER_BATCH", 1)
+
+        def stop(done: int, total: int) -> None:
+            assert (0 < done < 19) and total == 19
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            measure(Checkpoint(family.base, "key"), CALIBRATION, progress=stop)
+        assert not [each for each in gc.get_objects() if type(each) is greenlet and each and each.parent]  # alive
+        close(norms_of(Checkpoint(family.base, "key")), slow(family.base))
 
 
 class TestRefused:

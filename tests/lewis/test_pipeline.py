@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import calibration, evaluation, importance, merge, pictures, pipeline, report, store
+from lewis import calibration, evaluation, importance, measurements, merge, pictures, pipeline, report, store
+from lewis.calibration import Calibration
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Evaluated, Score
@@ -130,7 +132,7 @@ class TestGuide:
 
     def test_is_done_once(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         first = guide(open_all(family))
-        monkeypatch.setattr(importance, "measure", lambda *_, **__: pytest.fail("measured again"))
+        monkeypatch.setattr(importance, "measure_sets", lambda *_, **__: pytest.fail("measured again"))
         monkeypatch.setattr(importance, "covered_layers", lambda *_, **__: pytest.fail("allocated again"))
         assert guide(open_all(family)) == first
 
@@ -220,6 +222,73 @@ class TestGuide:
         moved = {name for name in base.norms if expert.norms[name] != pytest.approx(base.norms[name], rel=1e-6)}
         assert "model.layers.0.self_attn.q_proj.weight" in moved
         assert "model.layers.0.self_attn.k_proj.weight" not in moved  # its input is the embedding, still the base's
+
+
+class TestMeasure:
+    @pytest.fixture
+    def passes(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        """The sets of each pass that is made."""
+        seen: list[list[str]] = []
+        real = importance.measure_sets
+
+        def noted(model: Any, sets: list[Calibration], *arguments: Any, **named: Any) -> Any:
+            seen.append([each.name for each in sets])
+            time.sleep(0.1)  # long enough for another thread to come
+            return real(model, sets, *arguments, **named)
+
+        monkeypatch.setattr(importance, "measure_sets", noted)
+        return seen
+
+    @pytest.fixture
+    def case(self, family: Family) -> tuple[ModelFiles, CalibrationEntry, CalibrationEntry]:
+        o = open_all(family)
+        sums, code = (pipeline.prepare_calibration(o.recipe, name, o.base) for name in SETS)
+        return o.base, sums, code
+
+    def test_one_pass_takes_the_sets_that_the_store_does_not_have(self, case: Any, passes: list[list[str]]) -> None:
+        model, sums, code = case
+        same = code.model_copy(update={"name": "same tokens"})
+        alone = pipeline.measure(model, [sums])
+        entries = pipeline.measure(model, [code, sums, same])
+        assert passes == [["sums"], ["code"]] and entries[1:2] == alone
+        assert [entry.calibration for entry in entries] == ["code", "sums", "same tokens"]
+        assert entries[0].digest == entries[2].digest != entries[1].digest
+        for entry in entries[:2]:
+            entry.path.unlink()
+        again, total = [], sums.tokens + code.tokens
+        assert pipeline.measure(model, [sums, code], progress=lambda *step: again.append(step))[0].norms
+        assert passes[2:] == [["sums", "code"]] and again[-1] == (total, total)
+
+    def test_what_was_written_before_a_crash_is_not_measured_again(
+        self, case: Any, passes: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, sums, code = case
+        real, written = measurements.write, []
+
+        def full(path: Path, *arguments: Any) -> None:
+            written.append(path)
+            if len(written) == 2:
+                raise OSError("no space")
+            real(path, *arguments)
+
+        monkeypatch.setattr(measurements, "write", full)
+        with pytest.raises(OSError, match="no space"):
+            pipeline.measure(model, [sums, code])
+        assert len(pipeline.measure(model, [sums, code])) == 2
+        assert passes == [["sums", "code"], ["code"]]
+
+    def test_two_at_once_measure_each_set_once(self, case: Any, passes: list[list[str]]) -> None:
+        model, sums, code = case
+        found: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda sets=sets: found.append(pipeline.measure(model, sets)))
+            for sets in ([sums, code], [code, sums], [code])
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 3 and sorted(name for names in passes for name in names) == ["code", "sums"]
 
 
 class TestMerge:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lewis import importance
+from lewis.batches import batches
 from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
@@ -61,7 +61,8 @@ def test_the_first_of_equal_scores_are_pruned() -> None:
 def test_samples_keep_their_order(family: Family) -> None:
     turned = (SAMPLES[2], SAMPLES[0], SAMPLES[1])  # the rounding of their running mean decides what is pruned
     network = network_of(Checkpoint(family.base, "key"))
-    assert list(importance._batches(Calibration("x", turned), network, whole=True)) == [list(turned)]
+    [batch] = batches([Calibration("x", turned)], network, whole=True)
+    assert batch.ids.tolist() == [list(sample) for sample in turned]
 
 
 def test_rows_of_a_transposed_weight_are_its_outputs(tmp_path: Path) -> None:

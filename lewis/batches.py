@@ -1,0 +1,103 @@
+"""How calibration samples go through a model: which make a micro-batch together, and which batches go in lock-step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lewis.architecture import Network
+from lewis.calibration import Calibration
+
+TOKENS_PER_BATCH = 4096
+_TOKENS_OF_A_BATCH = 100  # in the time that a batch costs whatever is in it, about as many tokens go through
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples of one calibration set that go through a model together.
+
+    Attributes:
+        ids: token ids, int64 (samples, width), padded on the right with 0.
+        lengths: of the samples.
+        of: index of the set.
+    """
+
+    ids: torch.Tensor
+    lengths: list[int]
+    of: int
+
+    @classmethod
+    def padded(cls, samples: Sequence[Sequence[int]], of: int = 0) -> "Batch":
+        """Put samples beside each other."""
+        ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
+        for row, sample in enumerate(samples):
+            ids[row, : len(sample)] = torch.tensor(sample)
+        return cls(ids, [len(sample) for sample in samples], of)
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(self.lengths)
+
+
+def batches(calibrations: Sequence[Calibration], network: Network, *, whole: bool) -> list[Batch]:
+    """Samples of a set of similar length together, so that padding and the number of batches cost least in sum.
+
+    How a set is cut does not depend on the others, so that it gives the same bits alone and beside them.
+
+    Args:
+        calibrations: the sets.
+        network: that they are for.
+        whole: each set in one batch in its own order, on which depends how the means that prune a model are rounded.
+    """
+    if whole:
+        return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
+    equal, made = any(".experts." in each.parameter for each in network.covered), []
+    for of, calibration in enumerate(calibrations):
+        samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
+        cuts = ends([len(sample) for sample in samples], equal)
+        made += [Batch.padded(samples[start:end], of) for start, end in zip([0, *cuts], cuts, strict=False)]
+    return made
+
+
+def ends(lengths: Sequence[int], equal: bool) -> list[int]:
+    """Where batches end: those of the least cost, found from the last one back.
+
+    Args:
+        lengths: of the samples, longest first.
+        equal: only samples of one length go together, where a router hides which tokens are padding.
+    """
+    costs, nexts = [0] * (len(lengths) + 1), [0] * len(lengths)
+    for start in reversed(range(len(lengths))):
+        width, best = lengths[start], None
+        for end in range(start + 1, len(lengths) + 1):
+            tokens = (end - start) * width
+            if end > start + 1 and (tokens > TOKENS_PER_BATCH or (equal and lengths[end - 1] != width)):
+                break
+            if best is None or tokens + _TOKENS_OF_A_BATCH + costs[end] < best:
+                best, nexts[start] = tokens + _TOKENS_OF_A_BATCH + costs[end], end
+        costs[start] = best or 0
+    found = [0]
+    while found[-1] < len(lengths):
+        found.append(nexts[found[-1]])
+    return found[1:]
+
+
+def groups(made: Sequence[Batch], bytes_per_token: int, room: int) -> Iterator[list[Batch]]:
+    """Batches, in their order, that go in lock-step: what waits of them between two blocks fits into `room`.
+
+    Args:
+        made: the batches of all sets.
+        bytes_per_token: that wait.
+        room: bytes; a batch that is larger goes alone.
+    """
+    group: list[Batch] = []
+    waiting = 0
+    for batch in made:
+        own = batch.ids.numel() * bytes_per_token
+        if group and waiting + own > room:
+            yield group
+            group, waiting = [], 0
+        group.append(batch)
+        waiting += own
+    yield group
