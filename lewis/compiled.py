@@ -62,10 +62,10 @@ def merge_tensor(merge: Merge, name: str, write: Write) -> bool:
         LewisError: as `write`.
     """
     info, (out, _) = merge.base.tensors[name], merge.layout[name]
-    if info.dtype not in KINDS or out not in KINDS or not takes(merge, name):
-        return False
     if info.elements == 0:
         return True
+    if info.dtype not in KINDS or out not in KINDS or not takes(merge, name):
+        return False
     if merge.method.coefficients:
         run = _combined(merge, name)
     else:

@@ -34,12 +34,13 @@ from lewis.lora import Model
 from lewis.methods import Method, find
 from lewis.methods.streams import Stream
 from lewis.recipe import ModelEntry, Recipe
+from lewis.room import Room
 from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "4"  # bump when the same inputs would give other bytes
+SEMANTICS = "5"  # bump when the same inputs would give other bytes
 PIECE = 1 << 21  # elements of a run of rows
-_PART = 1 << 18  # elements that stay in the cache
+_PART = (1 << 15) - 1  # elements that torch does not split over threads: tensors are merged at the same time instead
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Scales = Mapping[str, "torch.Tensor"]
@@ -132,7 +133,9 @@ class Merge:
         self._check_parameters()
         self._check_scales()
         self.digest = self._digest()
-        self._stopped, self._one_at_a_time = threading.Event(), threading.Lock()
+        self._stopped = threading.Event()
+        largest = max((info.elements for info in self.base.tensors.values()), default=0)
+        self._room = Room(largest + largest // 4)  # small ones go beside the largest
 
     def run(
         self,
@@ -218,7 +221,7 @@ class Merge:
             writer.write_bytes(name, data, offset)
 
         if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
-            with self._one_at_a_time:
+            with self._room.take(self.base.tensors[name].elements):
                 offset = 0
                 for piece in self._pieces(name):
                     write(bytes_of(piece), offset)

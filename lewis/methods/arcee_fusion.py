@@ -8,7 +8,7 @@ from lewis.lazy import torch
 from lewis.methods.registry import merge_method
 
 _EPSILON = 1e-8  # added to probabilities whose logarithm is taken
-_BLOCK = 2**17  # elements of a block of rows, which stays in the cache
+_BLOCK = 2**15 - 1  # elements of a block of rows: it stays in the cache, and torch does not split it over threads
 
 
 @merge_method("arcee_fusion", paper="https://arcee.ai", experts=(1, 1))
@@ -72,9 +72,15 @@ def divergence(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """
     found = base.new_empty((*base.shape[:-1], 1), dtype=torch.float64)
     for delta, old, out in _blocks(task_vector, base, found):
-        p, q = (torch.softmax(x.double(), dim=-1).add_(_EPSILON) for x in (old + delta, old))
+        p, q = (_softmax(x.double()).add_(_EPSILON) for x in (old + delta, old))
         torch.sum((p / q).log_().mul_(p), dim=-1, keepdim=True, out=out)
     return found
+
+
+def _softmax(values: torch.Tensor) -> torch.Tensor:
+    """In place, of each row; torch's own splits any block over threads."""
+    values.sub_(values.amax(dim=-1, keepdim=True)).exp_()
+    return values.div_(values.sum(dim=-1, keepdim=True))
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
