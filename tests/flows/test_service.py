@@ -28,13 +28,16 @@ base_model: org/base
 models:
   - {model: org/%(expert)s, parameters: {weight: 1.0}}
   - {model: org/other, parameters: {weight: 1.0}}
+%(blocks)s
+register: {name: %(name)s}
+"""
+GUIDED = """
 lewis:
   calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{question} {answer}", samples: 16}}
-register: {name: %(name)s}
 """
 SCORED = """
 evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
-register: {name: %(name)s, gate: {metric: "words/acc,none", min_gain: -1}}
+register: {name: scored, gate: {metric: "words/acc,none", min_gain: -1}}
 """
 FAULTS: dict[str, dict[str, Any]] = {
     "busy": {"status": 503, "times": 3},
@@ -76,9 +79,10 @@ def schedule_once(service: Service, recipe: str, when: datetime) -> None:
 
 
 def add_recipe(service: Service, name: str, expert: str) -> None:
-    text = RECIPE % {"expert": expert, "name": name}
+    blocks = GUIDED if name in ("scored", "cron", "one", "two") else ""  # the others are plain merges, which take less
+    text = RECIPE % {"expert": expert, "name": name, "blocks": blocks}
     if name == "scored":
-        text = text.partition("register:")[0] + SCORED % {"name": name}
+        text = text.partition("register:")[0] + SCORED
     (service.recipes / f"{name}.yaml").write_text(text)
 
 
