@@ -32,6 +32,7 @@ from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
 from lewis.lora import Model, is_adapter
 from lewis.merge import Expert, Merge, excluded
+from lewis.methods import find
 from lewis.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
 from lewis.vocabulary import FIX, clash, tokenizer_folder
@@ -216,6 +217,7 @@ def allocate(
                 each = allocation.allocate(layers, names, policy, evidence)
                 _warn_if_near_uniform(recipe, files.ref, layers, each)
                 guided[files.ref] = each
+            _warn_if_rescaled(recipe, layers, guided)
             uniform = {ref: allocation.uniform_like(layers, each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
             store.write_json(path, {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()})
@@ -263,6 +265,18 @@ def _warn_if_near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], fou
             "%s: the densities are within %.1f %% of uniform %.3f: this allocation guides next to nothing; see "
             "lewis.density.scale (rank, robust), another strategy, or prune_by: activation",
             *(ref, 100 * distance, found.mean),
+        )
+
+
+def _warn_if_rescaled(recipe: Recipe, layers: Sequence[Layer], found: Mapping[str, Allocation]) -> None:
+    rescale = find(recipe.merge_method).parameters.get("rescale")
+    uneven = max(allocation.distance_to_uniform(layers, each) for each in found.values()) >= allocation.NEAR_UNIFORM
+    if recipe.guided and uneven and rescale and recipe.value(rescale, None, layers[0].tensor, 0.0):
+        logger.warning(
+            "%s brings each tensor back to its norm, so what is kept of a layer of low density is scaled up most: in "
+            "our study uneven densities did such merges more harm than good; compare with the uniform baseline, or set "
+            "parameters.rescale: false",
+            recipe.merge_method,
         )
 
 

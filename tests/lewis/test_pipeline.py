@@ -391,6 +391,29 @@ class TestMerge:
         assert leftover.name.startswith(f".{merged.digest}.")
 
 
+@pytest.mark.parametrize(
+    "method, parameters, strategy, warned",
+    [
+        ("dare_ties", {}, "depth_gradient", True),
+        ("dare_ties", {"rescale": False}, "depth_gradient", False),
+        ("dare_ties", {}, "uniform", False),
+        ("ties", {}, "depth_gradient", False),
+        ("ties", {"rescale": True}, "depth_gradient", True),
+    ],
+)
+def test_uneven_densities_where_tensors_are_rescaled(
+    family: Family,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    parameters: dict[str, Any],
+    strategy: str,
+    warned: bool,
+) -> None:
+    blocks = {"lewis": {"calibrations": SETS, "density": {"strategy": strategy}}}
+    guide(open_all(family, merge_method=method, parameters=parameters, **blocks))
+    assert ("scaled up most" in caplog.text) == warned
+
+
 class TestCalibration:
     def test_is_made_once_of_the_same_rows(
         self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
