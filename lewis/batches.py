@@ -9,7 +9,7 @@ from lewis.architecture import Network
 from lewis.calibration import Calibration
 
 TOKENS_PER_BATCH = 4096
-_TOKENS_OF_A_BATCH = 100  # in the time that a batch costs whatever is in it, about as many tokens go through
+_TOKENS_OF_A_BATCH = 100  # what a batch costs whatever is in it, in tokens: fewer on a CPU, more on a GPU
 
 
 @dataclass(frozen=True, eq=False)

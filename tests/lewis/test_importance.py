@@ -209,6 +209,24 @@ class TestSets:
         first = blocks[:18]
         assert first == sorted(first, key=lambda name: name.split(".")[2]) and blocks == first * rounds
 
+    @pytest.mark.parametrize(
+        "settings", [Importance(), Importance(prune_ratio=0.5, reduce="sum")], ids=["", "official"]
+    )
+    def test_a_model_that_stays_in_memory_gives_the_same(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch, settings: Importance
+    ) -> None:
+        model, sets, real = Checkpoint(family.base, "key"), [CALIBRATION, self.OTHER], Streamed.__init__
+        expected = measure_sets(model, sets, settings)
+
+        def as_on_a_gpu(self: Streamed, *arguments: Any, keep: bool = True) -> None:
+            real(self, *arguments, keep=keep)
+            self._keep = keep
+
+        monkeypatch.setattr(Streamed, "__init__", as_on_a_gpu)
+        seen: list[tuple[int, int]] = []
+        found = measure_sets(model, sets, settings, progress=lambda *step: seen.append(step))
+        assert [each.norms for each in found] == [each.norms for each in expected] and seen[-1] == (26, 26)
+
     def test_what_waits_takes_no_more_than_a_block(self, family: Family) -> None:
         network = network_of(Checkpoint(family.base, "key"))
         block = sum(p.numel() for p in network.blocks["model.layers.0"].parameters())
