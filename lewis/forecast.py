@@ -44,7 +44,9 @@ def forecast(merge: Merge) -> Forecast:
     """
     elements = {name: merge.base.tensors[name].elements for name in merge.layout}
     order = sorted(elements, key=lambda name: -elements[name])
-    _run(merge, order[-1:])  # loads what the first tensor has to wait for
+    begun = time.perf_counter()
+    _run(merge, order[-1:])
+    loading = time.perf_counter() - begun  # of code that the first tensor has to wait for
     before, limit = anonymous_bytes(), _FIRST
     _run(merge, _part(order, elements, _WARM_UP))
     while True:
@@ -56,9 +58,9 @@ def forecast(merge: Merge) -> Forecast:
         if took >= _ENOUGH or limit >= merge.elements:
             break
         limit *= 4
-    done, largest = sum(elements[name] for name in part), max(elements[name] for name in part)
-    growth = elements[order[0]] / max(largest, 1) if _takes_whole_tensors(merge) else 1
-    return Forecast(took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before)))
+    done, beside = sum(elements[name] for name in part), sum(elements[name] for name in part[: merge.threads])
+    growth = max(merge.room.size / max(beside, 1), 1) if _takes_whole_tensors(merge) else 1
+    return Forecast(loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before)))
 
 
 def without_models(method: str, largest: int, experts: int) -> int:

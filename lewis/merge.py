@@ -75,6 +75,7 @@ class Merge:
         digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
         size: bytes of the output's tensors.
         elements: of the output's tensors.
+        room: for the tensors that are merged in torch at a time.
         traffic: bytes of the tensors of all inputs and of the output.
     """
 
@@ -135,7 +136,7 @@ class Merge:
         self.digest = self._digest()
         self._stopped = threading.Event()
         largest = max((info.elements for info in self.base.tensors.values()), default=0)
-        self._room = Room(largest + largest // 4)  # small ones go beside the largest
+        self.room = Room(largest + largest // 4)  # small ones go beside the largest
 
     def run(
         self,
@@ -182,7 +183,7 @@ class Merge:
         threads: int | None = None,
     ) -> None:
         """Merge what a writer has to write, all of the layout or a part; arguments and errors as those of `run`."""
-        done, threads = 0, threads or len(os.sched_getaffinity(0))
+        done, threads = 0, threads or self.threads
 
         def report(name: str) -> None:
             nonlocal done
@@ -206,6 +207,11 @@ class Merge:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
 
+    @property
+    def threads(self) -> int:
+        """How many tensors are merged at a time, unless that is asked for: one per core."""
+        return len(os.sched_getaffinity(0))
+
     def _write(self, name: str, later: str | None, writer: CheckpointWriter) -> None:
         """Merge and write one tensor; meanwhile the system may read the one whose turn is `later`."""
         from lewis.compiled import merge_tensor  # it takes a moment to load, which those that only plan do not have
@@ -221,7 +227,7 @@ class Merge:
             writer.write_bytes(name, data, offset)
 
         if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
-            with self._room.take(self.base.tensors[name].elements):
+            with self.room.take(self.base.tensors[name].elements):
                 offset = 0
                 for piece in self._pieces(name):
                     write(bytes_of(piece), offset)

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 
 class Room:
-    """Room for so many elements, shared by threads."""
+    """Room for `size` elements, shared by threads."""
 
     def __init__(self, size: int) -> None:
-        self._left, self._changed = size, threading.Condition()
+        self.size, self._left, self._changed = size, size, threading.Condition()
 
     @contextmanager
     def take(self, elements: int) -> Iterator[None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lewis.lazy import torch
-from lewis.methods.registry import PerExpert, column, merge_method, per_expert
-from lewis.methods.sums import add_up, divided
+from lewis.methods.registry import PerExpert, merge_method, per_expert
+from lewis.methods.sums import combine_linearly, divided
 
 
 @merge_method("linear", paper="https://arxiv.org/abs/2203.05482", on="weights", elementwise=True)
@@ -23,7 +23,7 @@ def linear(weights: torch.Tensor, *, weight: PerExpert[float] = 1.0, normalize: 
         ValueError: if `normalize` is asked for and the weights sum to 0.
     """
     w = per_expert(weight, weights)
-    merged = add_up(weights * column(w, weights))
+    merged = combine_linearly(weights, w)
     if not normalize:
         return merged
     if sum(w) == 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lewis.lazy import torch
-from lewis.methods.registry import Fraction, column, merge_method
+from lewis.methods.registry import Fraction, merge_method
 from lewis.methods.sparsify import largest
 from lewis.methods.sums import add_up, count, inner
 from lewis.methods.ties import merge_elected
@@ -27,12 +27,17 @@ def sce(task_vectors: torch.Tensor, *, select_topk: Fraction = 1.0, int8_mask: b
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
+    chosen = None
     if select_topk < 1:
         variance = task_vectors.var(dim=0, correction=0)
-        k = int(count(variance) * select_topk)
-        task_vectors = torch.where(largest(variance, k), task_vectors, 0.0)
-    weight = shares([inner(vector, vector) for vector in task_vectors])
-    return merge_elected(task_vectors * column(weight, task_vectors), weight, add_up(task_vectors), normalize=True)
+        chosen = largest(variance, int(count(variance) * select_topk))
+
+    def kept() -> Iterator[torch.Tensor]:  # one at a time, for memory's sake
+        return (vector if chosen is None else torch.where(chosen, vector, 0.0) for vector in task_vectors)
+
+    weight = shares([inner(vector, vector) for vector in kept()])
+    weighted = (vector * share for vector, share in zip(kept(), weight, strict=True))
+    return merge_elected(weighted, weight, add_up(kept()), normalize=True)
 
 
 def shares(energies: Sequence[float]) -> list[float]:

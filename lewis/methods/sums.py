@@ -18,10 +18,11 @@ BLOCK = 2048
 _CHUNK = 512 * BLOCK  # elements in fp64 at a time
 
 
-def add_up(values: torch.Tensor) -> torch.Tensor:
+def add_up(values: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum over the first dimension, one after another: fp32 (experts, *shape) -> fp32 (*shape)."""
-    result = values[0].clone()
-    for value in values[1:]:
+    each = iter(values)
+    result = next(each).clone()
+    for value in each:
         result += value
     return result
 

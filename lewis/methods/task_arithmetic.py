@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lewis.lazy import torch
-from lewis.methods.registry import PerExpert, column, merge_method, per_expert
-from lewis.methods.sums import add_up, divided
+from lewis.methods.registry import PerExpert, merge_method, per_expert
+from lewis.methods.sums import combine_linearly, divided
 
 
 @merge_method("task_arithmetic", paper="https://arxiv.org/abs/2212.04089", elementwise=True)
@@ -34,7 +34,7 @@ def task_arithmetic(
 def combine(task_vectors: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """The sum itself, shared with `dare_linear`."""
     total = sum(weight)
-    merged = add_up(task_vectors * column(weight, task_vectors))
+    merged = combine_linearly(task_vectors, weight)
     if normalize and abs(total) >= 1e-8:
         merged = divided(merged, total)
     return merged * lambda_

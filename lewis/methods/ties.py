@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from lewis.lazy import torch
-from lewis.methods.registry import PerExpert, Scales, column, merge_method, per_expert, scale_of
+from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import match_l1, trim
 from lewis.methods.sums import add_up
 
@@ -45,11 +47,16 @@ def ties(
 
 def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """Elect the sign of the weighted sum per element (0 counts as +) and merge those that have it (TIES, section 3)."""
-    weighted = kept * column(weight, kept)
-    return merge_elected(weighted, weight, add_up(weighted), normalize=normalize) * lambda_
+
+    def weighted() -> Iterator[torch.Tensor]:  # one at a time, for memory's sake
+        return (each * own for each, own in zip(kept, weight, strict=True))
+
+    return merge_elected(weighted(), weight, add_up(weighted()), normalize=normalize) * lambda_
 
 
-def merge_elected(weighted: torch.Tensor, weight: list[float], votes: torch.Tensor, *, normalize: bool) -> torch.Tensor:
+def merge_elected(
+    weighted: Iterable[torch.Tensor], weight: list[float], votes: torch.Tensor, *, normalize: bool
+) -> torch.Tensor:
     """Add the terms that have the sign of the votes (0 counts as +), per element; `normalize`: by their weights."""
     plus, merged, divisor = votes >= 0, torch.zeros_like(votes), torch.zeros_like(votes)
     for term, its_weight in zip(weighted, weight, strict=True):
