@@ -72,9 +72,9 @@ def measure_sets(
 
     A block's weights are read when the pass reaches it, and dropped when the micro-batches of all sets have been
     through it, so that a model need not fit in memory: at any time there are the embeddings, a block, the activations
-    of one micro-batch, and the hidden states of those that wait. These take no more than a block's weights do: what is
-    beyond that follows in a round of its own, which reads the model again. With `prune_ratio`, each set is one batch
-    in a round of its own.
+    of one micro-batch, and the hidden states of those that wait. These take no more than a block's weights do, or 64
+    MiB: what is beyond that follows in a round of its own, which reads the model again. With `prune_ratio`, each set is
+    one batch in a round of its own.
 
     Args:
         model: an opened checkpoint, or a LoRA expert.

@@ -12,6 +12,8 @@ from lewis.architecture import Network
 from lewis.errors import InputError
 from lewis.lora import LoraExpert, Model
 
+_ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
+
 
 class Streamed:
     """A network with its weights, as a context: at any time in memory are those outside of the blocks, and one block.
@@ -53,10 +55,13 @@ class Streamed:
 
     @property
     def room(self) -> int:
-        """Bytes that may wait between two blocks: as many as the largest block has; 0 if waiting would save nothing."""
-        network, blocks = self._network, () if self._keep else self._network.blocks
-        sizes = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in blocks]
-        return max(sizes, default=0) * self._dtype.itemsize
+        """Bytes that may wait between two blocks: those of the largest block, at least 64 MiB.
+
+        0 if waiting saves nothing, since the weights stay in memory.
+        """
+        network = self._network
+        sizes = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks]
+        return 0 if self._keep else max(_ROOM, max(sizes) * self._dtype.itemsize)
 
     def lock_step(self, forwards: Sequence[Callable[[], None]], turn: Callable[[int], None]) -> Iterator[float]:
         """Run forward passes side by side: all go through a block, one after another, before one goes on to the next.

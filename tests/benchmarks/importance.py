@@ -6,8 +6,9 @@
 Memory: anonymous resident memory (RssAnon, to which weights mapped from files do not count) at its peak above the start
 of the pass, each in a process of its own. Time: of one pass over the rows' questions and answers against a plain
 forward pass without a head over the same samples in the same batches, weights in memory; the two alternate, and the
-ratio is that of the fastest of each. `--official`: how far `preset: lewis_official` is from the authors' procedure on
-GSM8K, run in fp32, and how long that takes beside our default pass over the same 15 rows.
+ratio is that of the fastest of each. The same rows as two sets, in one pass and in two. `--official`: how far `preset:
+lewis_official` is from the authors' procedure on GSM8K, run in fp32, and how long that takes beside our default pass
+over the same 15 rows.
 """
 
 import argparse
@@ -42,7 +43,8 @@ ROUNDS = 3
 def peak_of_pass(folder: Path) -> int:
     """The highest RssAnon during the pass above that before it."""
     model, start = Checkpoint(folder, "key"), anonymous_bytes()
-    samples = tuple(tuple(3 + (7 * i + j) % 900 for j in range(256)) for i in range(16))
+    lengths = [256] * 16 + [100] * 16  # a batch of 4096 tokens, and one that waits beside it between two blocks
+    samples = tuple(tuple(3 + (7 * i + j) % 900 for j in range(length)) for i, length in enumerate(lengths))
     with PeakMemory() as memory:
         importance.measure(model, Calibration("rows", samples))
     return memory.peak - start
@@ -86,14 +88,20 @@ def speed(base: Path, rows: Path) -> None:
             for batch in made:
                 plain.base_model(input_ids=batch.ids, use_cache=False)
 
-    times: dict[str, list[float]] = {"plain": [], "pass": []}
+    halves = [Calibration("even", samples[::2]), Calibration("odd", samples[1::2])]
+    times: dict[str, list[float]] = {"plain": [], "pass": [], "together": [], "apart": []}
     forward()
     for _ in range(ROUNDS):
         times["plain"].append(fastest(forward))
         times["pass"].append(fastest(lambda: importance.measure(model, calibration)))
+        times["together"].append(fastest(lambda: importance.measure_sets(model, halves)))
+        times["apart"].append(fastest(lambda: [importance.measure(model, half) for half in halves]))
     tokens = f"{calibration.tokens} tokens, {torch.get_num_threads()} threads"
     print(f"plain forward {min(times['plain']):.2f} s, importance pass {min(times['pass']):.2f} s ({tokens})")
     print(f"importance / plain: {min(times['pass']) / min(times['plain']):.3f}")
+    print(
+        f"the same rows as two sets: in one pass {min(times['together']):.2f} s, one by one {min(times['apart']):.2f} s"
+    )
 
 
 def official(base: Path, expert: Path, rows: Path) -> None:
