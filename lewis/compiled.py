@@ -33,7 +33,7 @@ _HOW = {
     **dict.fromkeys(("ram", "ramplus_tl"), kernels.SHARE),
 }
 _SELECTIVE = {"consensus": "tall_lambda", "ram": "epsilon", "ramplus_tl": "epsilon", "nearswap": "t"}
-METHODS = ("linear", *_HOW)  # and those that are linear combinations
+METHODS = ("linear", "passthrough", *_HOW)  # and those that are linear combinations
 _CHUNK = 1 << 19  # elements that are written at a time; whole blocks
 _own = threading.local()
 
@@ -69,7 +69,7 @@ def merge_tensor(merge: Merge, name: str, write: Write) -> bool:
     if merge.method.coefficients:
         run = _combined(merge, name)
     else:
-        run = (_average if merge.method.name == "linear" else _task_vectors)(merge, name)
+        run = (_task_vectors if merge.method.name in _HOW else _average)(merge, name)
     return run is not None and _in_chunks(run, info.elements, out, write)
 
 
@@ -120,7 +120,8 @@ class _Inputs:
 
 def _average(merge: Merge, name: str) -> Run | None:
     values = merge.parameters(name)
-    weights, total, normalize = values["weight"], sum(values["weight"]), bool(values["normalize"])
+    weights, normalize = values["weight" if "weight" in values else "scale"], bool(values.get("normalize"))
+    total = sum(weights)
     if normalize and total == 0:
         return None
     inputs = _Inputs([expert.model for expert in merge.experts], name)

@@ -2,8 +2,9 @@
 
 They compute what the methods say in torch, operation by operation, so that both give the same bytes; a test compares
 them. numba compiles them once per machine and keeps the code in its cache, beside this file or in the user's cache
-folder. They take addresses instead of arrays, so that one compiled version serves any number of experts and any mix
-of dtypes, and they run without Python's lock.
+folder; it notices changes of this one file, so all that call each other are in it. They take addresses instead of
+arrays, so that one compiled version serves any number of experts and any mix of dtypes, and they run without Python's
+lock.
 """
 
 from typing import Any

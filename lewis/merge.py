@@ -468,7 +468,8 @@ def _call(
 
 def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Flat parts of tensors of one shape, so that what is computed of them is never as large."""
-    return zip(*(tensor.reshape(-1).split(_PART) for tensor in tensors), strict=True)
+    size = _PART if tensors[0].device.type == "cpu" else 1 << 24
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -82,10 +82,13 @@ def draw(rng: random.Random, place: Path, method: str) -> Merge:
         own = [{"weight": weight} for weight in weights(rng, count)]
     if ALL[method].on != "task_vectors" and "weight" in ALL[method].parameters:
         own = [{"weight": 0.1 + abs(each["weight"])} for each in own]
+    if method == "passthrough":
+        own = [{"scale": scale} for scale in weights(rng, count)]
     densities: list[dict[str, float] | None] = [None] * count
     if "density" in ALL[method].parameters:
         densities = [{NAME: rng.choice([0.0, 1.0, 0.5, rng.uniform(0.05, 0.95)])} for _ in range(count)]
-    without = method == "linear" or (ALL[method].on != "task_vectors" and method != "slerp" and rng.random() < 0.5)
+    on_weights = ALL[method].on != "task_vectors" and method != "slerp"
+    without = method in ("linear", "passthrough") or (on_weights and rng.random() < 0.5)
     out = rng.choice(["float32", "float16", "bfloat16"])
     merge = open_merge(
         method, None if without else folders[0], folders[1:], own=own, parameters=parameters_of(method, rng),
