@@ -168,6 +168,11 @@ class MergedModel(_Entry):
             raise ValueError(f"{self.folder} is gone, damaged or cut short")
         return self
 
+    @property
+    def key(self) -> str:
+        """Identity of the content, as that of `ModelFiles`."""
+        return self.digest
+
     def files(self, ref: str) -> ModelFiles:
         """As a model to score."""
         return ModelFiles.at(ref, self.digest, self.folder)

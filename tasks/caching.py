@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -55,7 +57,8 @@ class ContentAddressed(CachePolicy):
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str:
         """The key, of characters that are safe in a file name."""
-        chosen = {field: to_jsonable_python(inputs[field]) for field in self.fields}
+        given = SimpleNamespace(**inputs)
+        chosen = {field: to_jsonable_python(attrgetter(field)(given)) for field in self.fields}
         version = f"{self.version}-{self.device_of()}" if self.device_of else self.version
         key = f"{task_ctx.task.name}-v{version}-{store.digest(chosen)[:40]}"
         store.mark_used(RESULTS / key)
@@ -71,7 +74,7 @@ def cached(*fields: str, version: str = "1", device_of: Callable[[], str] | None
     """Arguments of `@task` for a result that is kept in the store by content.
 
     Args:
-        fields: the task's arguments that decide the result.
+        fields: the task's arguments that decide the result, or `argument.attribute`.
         version: of what the code means.
         device_of: tells what the numbers depend on of the device, if they do. The machine that runs the task is asked
             when it runs: the flow's own may have no GPU.

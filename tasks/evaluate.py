@@ -23,7 +23,7 @@ def check_tasks(settings: EvalSettings, root: Path) -> str:
 @task(
     name="evaluate",
     task_run_name="evaluate {label}",
-    **cached("model", "tasks_digest", device_of=computing_in),
+    **cached("model.key", "tasks_digest", device_of=computing_in),
 )
 def evaluate(
     model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str

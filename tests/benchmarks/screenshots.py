@@ -50,11 +50,11 @@ def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
         service = Service(root, hub)
         write_recipe(family, service.recipes)
         with service:
-            hub.commit("demo/addition", write_weak(family, "addition", root / "weak"))
+            hub.commit("demo/sorting", write_weak(family, "sorting", root / "weak"))
             service.finished(RECIPE, 1, 600)
             service.until(lambda: service.start_run("merge/merge-nightly", recipe=RECIPE), 60)  # a busy server: 503
             service.finished(RECIPE, 2, 600)
-            hub.commit("demo/addition", family / "experts" / "addition")
+            hub.commit("demo/sorting", family / "experts" / "sorting")
             run = service.finished(RECIPE, 3, 600)[-1]
             service.poll(RECIPE)
             yield service, run

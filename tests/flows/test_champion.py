@@ -1,6 +1,7 @@
 """Which version is the champion after good, bad and killed runs: real flows, scores, gate and registry."""
 
 import json
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,21 @@ def versions(home: Path) -> dict[str, str]:
     return {str(each.version): each.tags.get("lewis.verdict", "") for each in found}
 
 
+def states(prefect_url: str, task: str) -> set[str]:
+    """Of the runs of a task, by its name in the UI."""
+    body = json.dumps({"task_runs": {"name": {"any_": [task]}}}).encode()
+    request = urllib.request.Request(f"{prefect_url}/task_runs/filter", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return {each["state_name"] for each in json.load(answer)}
+
+
 def test_only_a_better_model_becomes_champion(
-    run: Callable[[str], Any], lewis: Command, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[[str], Any],
+    lewis: Command,
+    recipe: Path,
+    home: Path,
+    prefect_url: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = run("half")
     assert first.promoted and [row["score"].split()[0] for row in first.comparison] == ["0", "0.5"]
@@ -100,6 +114,7 @@ def test_only_a_better_model_becomes_champion(
     worse = run("noise")
     assert worse.version == "models:/tiny/2" and worse.created and not worse.promoted
     assert aliases(home) == {"champion": "1", "challenger": "2"} and versions(home) == {"1": "passed", "2": "failed"}
+    assert states(prefect_url, "evaluate champion") == {"Cached"}  # it was the merged model of the first run
 
     better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)
     assert better.stdout is not None and better.stdout.readline() == "HERE\n"
