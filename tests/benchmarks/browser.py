@@ -83,14 +83,20 @@ class Browser:
         self._rest(RESTS)
 
     def picture(self, selector: str | None = None) -> bytes:
-        """A PNG of what is in view, or of one element, also where that is longer than the view."""
+        """A PNG of what is in view, or of one element, also where that is longer than the view, once it rests."""
         clip = {}
         if selector:
             box = f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])(document.querySelector({selector!r})"
             x, y, width, height = self.run(f"{box}.getBoundingClientRect())")
             clip = {"clip": {"x": x, "y": y, "width": width, "height": height, "scale": 1}}
-        answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=bool(selector), **clip)
-        return base64.b64decode(answer["data"])
+        seen = ""
+        for _ in range(10):  # a graph moves to its places
+            answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=bool(selector), **clip)
+            if answer["data"] == seen:
+                break
+            seen = answer["data"]
+            self._rest(RESTS)
+        return base64.b64decode(seen)
 
     def _address(self) -> str:
         file, deadline = self._profile / "DevToolsActivePort", time.monotonic() + PATIENCE
