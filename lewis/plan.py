@@ -1,10 +1,13 @@
 """What a run would do, found out without doing it: only configs and tokenizers are downloaded."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lewis import evaluation, hub, importance, pipeline, store
+from lewis.compatible import layer_of
 from lewis.device import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
@@ -110,12 +113,25 @@ def make_plan(recipe: Recipe) -> Plan:
         found = forecast(prepared)
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
     if pipeline.wanted_measurements(recipe):
-        plan.memory = max(plan.memory, 400_000_000 + plan.parameters * 5)
+        plan.memory = max(plan.memory, _memory_of_pass(count))
     if recipe.register_as:
         plan.steps.append(Step(f"register {recipe.register_as.name}", "to do"))
     if recipe.publish:
         plan.steps.append(Step(f"publish {recipe.publish.repo}", "to do"))
     return plan
+
+
+def _memory_of_pass(elements: Mapping[str, int]) -> int:
+    """Bytes that an importance pass needs at most, roughly: torch, what is outside of the layers, two layers in fp32.
+
+    Args:
+        elements: tensor -> how many.
+    """
+    sizes = Counter[int | None]()
+    for name, number in elements.items():
+        sizes[layer_of(name)] += 4 * number
+    outside = sizes.pop(None, 0)
+    return 450_000_000 + outside + 2 * max(sizes.values(), default=0)
 
 
 def _guided_steps(

@@ -62,7 +62,7 @@ class TestLocal:
         assert plan.inputs[0]["commit"].startswith("sha256:")
         assert (plan.tensors, len(plan.layers)) == (20, 14)
         assert plan.disk == 2 * plan.parameters
-        assert plan.disk_free > 0 and plan.memory > 4 * plan.parameters
+        assert plan.disk_free > 0 and plan.memory > 100e6
         text = plan.to_text()
         assert "covered self_attn.q_proj: 2 layers (0 to 1)" in text
         assert f"to do   measure {family.base} on sums" in text
