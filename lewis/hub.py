@@ -2,8 +2,10 @@
 
 The Hub's client follows a moving branch, may return an older snapshot when the Hub is down, and does not check what it
 downloaded. Here a reference is first resolved to a commit (or it is an error), and every byte is compared with the
-checksums of that commit.
+checksums of that commit. The client is loaded when the Hub is asked, which a merge of folders does not do.
 """
+
+from __future__ import annotations
 
 import glob
 import hashlib
@@ -14,16 +16,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import constants
 
 from lewis import store
 from lewis.digests import remembered_sha256
 from lewis.errors import InputError, TransientError
-from lewis.hub_errors import CLIENT_ERRORS, explain, retryable
 from lewis.pinned import (
     FORMS,
     Headers,
@@ -36,7 +35,10 @@ from lewis.pinned import (
     pin_folder,
 )
 
-__all__ = ["Headers", "Pinned", "fetch", "is_present", "resolve", "resolve_dataset", "retryable", "tensor_headers"]
+__all__ = ["Headers", "Pinned", "fetch", "is_present", "resolve", "resolve_dataset", "tensor_headers"]
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +176,9 @@ def tensor_headers(pinned: Pinned) -> Headers:
 
 
 def _check_repo_id(ref: str, source: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(source)
     except HFValidationError as error:
@@ -208,6 +213,8 @@ def api() -> HfApi:
     Raises:
         InputError: if the token holds what no token has.
     """
+    from huggingface_hub import HfApi, get_token
+
     if not re.fullmatch(r"[!-~]*", get_token() or ""):
         # The HTTP library would quote the header, token and all, in its error.
         raise InputError("HF_TOKEN holds characters that no token has (a space, a line break?); copy it again")
@@ -285,6 +292,8 @@ def _discard(path: Path) -> None:
 @contextmanager
 def errors(ref: str) -> Iterator[None]:
     """Tell what the client raises in the block in the user's terms, as `lewis.hub_errors.explain`."""
+    from lewis.hub_errors import CLIENT_ERRORS, explain
+
     try:
         yield
     except InputError:

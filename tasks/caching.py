@@ -15,9 +15,10 @@ from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 from pydantic_core import to_jsonable_python
 
-from lewis import hub, store
+from lewis import store
 from lewis.device import default_device, precision
 from lewis.errors import LewisError
+from lewis.hub_errors import retryable
 from tasks.logs import quieten
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ RETRIES: dict[str, Any] = {
     "retries": 4,
     "retry_delay_seconds": exponential_backoff(2),
     "retry_jitter_factor": 0.5,
-    "retry_condition_fn": lambda task, run, state: hub.retryable(_exception_of(state)),
+    "retry_condition_fn": lambda task, run, state: retryable(_exception_of(state)),
 }
 
 

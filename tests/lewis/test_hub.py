@@ -18,10 +18,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.numpy import save
 
-from lewis import hub as lewis_hub
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.hub import Pinned, fetch, resolve, resolve_dataset, retryable, tensor_headers
+from lewis.hub import Pinned, fetch, resolve, resolve_dataset, tensor_headers
+from lewis.hub_errors import retryable
 from tests.support.local_hub import LocalHub
 
 WEIGHTS = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.zeros(2, np.float16)})
@@ -504,4 +504,4 @@ def answered(status: int) -> HfHubHTTPError:
     ],
 )
 def test_retryable(error: Exception, expected: bool) -> None:
-    assert lewis_hub.retryable(error) is expected
+    assert retryable(error) is expected
