@@ -6,6 +6,7 @@ An entry is written beside its place and renamed in, so a reader never sees half
 manifest (`lewis.json`) with the size and checksum of each file; what a cache says exists is checked against it.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -52,8 +53,14 @@ def lock(name: str) -> FileLock:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a path to write a file at; it takes the place of `path` when the block ends well, else it is removed."""
+    """Give a path to write a file at; it takes the place of `path` when the block ends well, else it is removed.
+
+    What processes that died were writing to `path` is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if is_abandoned(leftover):
+            leftover.unlink(missing_ok=True)
     scratch = beside(path)
     try:
         yield scratch

@@ -112,6 +112,15 @@ class TestPublish:
             (tmp_path / "out" / "lewis.json").write_text("[]")
         assert store.read_manifest(tmp_path / "out") is None
 
+    def test_a_file_takes_the_place_of_what_a_killed_process_left(self, tmp_path: Path) -> None:
+        path = tmp_path / "a[1].json"
+        dead = path.with_name(f".{path.name}.999999999.abc.partial")
+        alive = path.with_name(f".{path.name}.{os.getpid()}.abc.partial")
+        for leftover in (dead, alive):
+            leftover.write_text("half")
+        store.write_json(path, {})
+        assert sorted(tmp_path.iterdir()) == sorted([alive, path])
+
     def test_sweeps_what_a_killed_process_left(self, tmp_path: Path) -> None:
         code = (
             "import os, sys; from pathlib import Path; from lewis import store\n"
