@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline, store
+from lewis import eval_tasks, pipeline, store
 from lewis.device import default_device
 from lewis.errors import InputError
 from lewis.plan import Plan, make_plan
@@ -105,6 +105,7 @@ class TestLocal:
             f"evaluate {family.base}",
         } <= found.keys()
         assert found["evaluate lewis"] == "to do"
+        monkeypatch.setattr(eval_tasks, "_builtin_index", dict)  # to read lm-eval's takes seconds
         data["evaluate"]["tasks"] = ["smus"]
         with pytest.raises(InputError, match="smus"):
             make_plan(parse(data, root=tmp_path))
