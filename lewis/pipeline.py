@@ -19,6 +19,7 @@ from lewis.calibration import Calibration
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.compatible import in_layers
 from lewis.device import merge_device, precision
+from lewis.digests import place_of
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -131,10 +132,8 @@ def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> Calibrat
     def note() -> Path:
         libraries = [version("datasets"), version("transformers")]
         rows = calibration.origin(f"lewis.calibrations.{name}", spec, recipe.root)
-        digest = store.digest(
-            [calibration.SEMANTICS, libraries, base.key, spec.model_dump(mode="json", exclude_unset=True), rows]
-        )
-        return store.home() / "digests" / f"{digest}.json"
+        block = spec.model_dump(mode="json", exclude_unset=True)
+        return place_of([calibration.SEMANTICS, libraries, base.key, block, rows])
 
     place = note()
     known = store.entry(place, "calibration") or {}
@@ -515,8 +514,7 @@ def layers_of(base: ModelFiles) -> list[Layer]:
 
 def _covered(base: ModelFiles, opened: Model) -> list[Layer]:
     """`importance.covered_layers`, found once: it builds the model's modules, which takes seconds to load."""
-    digest = store.digest([importance.SEMANTICS, version("transformers"), base.key])
-    place = store.home() / "digests" / f"{digest}.json"
+    place = place_of([importance.SEMANTICS, version("transformers"), base.key])
     known = store.entry(place, "layers")
     if known is None:
         known = [asdict(layer) for layer in importance.covered_layers(base.folder, opened.shapes)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
+from lewis.methods.slerp import arc
 from lewis.methods.sums import combine_linearly, cosine, gram
 
 _TINY = 1e-7  # norms below count as this (mergekit's)
@@ -23,8 +22,7 @@ def coefficients(
     t, cos = _share(per_expert(weight, dots)), cosine(dots, 0, 1)
     if 1 - cos * cos <= _FLAT:
         return [1 - t, t]
-    angle = math.acos(cos)
-    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+    return arc(t, cos)
 
 
 def _share(weights: list[float]) -> float:

@@ -18,6 +18,11 @@ def coefficients(dots: np.ndarray, *, t: float) -> list[float]:
     cos = cosine(dots, 0, 1)
     if t in (0, 1) or abs(cos) > _PARALLEL:
         return [1 - t, t]
+    return arc(t, cos)
+
+
+def arc(t: float, cos: float) -> list[float]:
+    """Coefficients of two vectors for the point at `t` of the arc between them; `cos` is the cosine of their angle."""
     angle = math.acos(cos)
     return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
