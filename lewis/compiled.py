@@ -7,6 +7,7 @@ method without a compiled loop, fp64, a number that is not finite) it says so, a
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,30 @@ class _Inputs:
         return counts
 
 
+class _Scales:
+    """What the elements of a tensor are multiplied with, as `kernels._times` takes it; keeps it in memory.
+
+    Attributes:
+        addresses: of each; uint64.
+        known: whether each can be told so: it broadcasts along the last dimensions before the columns, or along none.
+    """
+
+    def __init__(self, scales: Sequence[torch.Tensor | None], shape: tuple[int, ...]) -> None:
+        self._arrays, self.known = list[np.ndarray](), True
+        self.addresses = np.zeros(len(scales), np.uint64)
+        for i, scale in enumerate(scales):
+            if scale is not None:
+                *rows, width = (1,) * (len(shape) - scale.dim()) + tuple(scale.shape)
+                while rows and rows[-1] == 1:
+                    rows.pop()
+                self.known &= tuple(rows) == shape[: len(rows)]
+                height = math.prod(shape[len(rows) : -1]) if rows else 0
+                factors = np.ascontiguousarray(scale.numpy(), np.float32)
+                layout = np.array([factors.ctypes.data, height, width], np.int64)
+                self._arrays += factors, layout
+                self.addresses[i] = layout.ctypes.data
+
+
 def _average(merge: Merge, name: str) -> Run | None:
     values = merge.parameters(name)
     weights, normalize = values["weight" if "weight" in values else "scale"], bool(values.get("normalize"))
@@ -177,18 +202,17 @@ def _task_vectors(merge: Merge, name: str, weights: list[float] | None = None) -
     inputs = _Inputs([merge.base, *(expert.model for expert in experts)], name)
     if not inputs.known:
         return None
-    columns = (merge.base.tensors[name].shape or (1,))[-1]
-    scales, held = _by_column(merge.scales(name), columns), _by_column([merge.held_back.get(name)], columns)
-    if scales is None or held is None:
+    shape = merge.base.tensors[name].shape or (1,)
+    scales, columns = _Scales([*merge.scales(name), merge.held_back.get(name)], shape), shape[-1]
+    if not scales.known:
         return None
-    by_column = np.array([0 if scale is None else scale.ctypes.data for scale in scales], np.uint64)
     dropping = merge.method.random
     keys = np.array([merge.stream(expert, name).key for expert in experts] if dropping else [0] * count, np.uint64)
     kept = []
     for e in range(count):
         pair = Pair(
             (inputs.addresses[0], int(inputs.kinds[0]), inputs.addresses[e + 1], int(inputs.kinds[e + 1]), size,
-             columns, by_column[e])
+             columns, scales.addresses[e])
         )  # fmt: skip
         own = {key: value[e] for key, value in values.items() if isinstance(value, list)}
         kept.append(_Kept(pair, own, dropping, keys[e], rescale=bool(values.get("rescale"))))
@@ -203,23 +227,18 @@ def _task_vectors(merge: Merge, name: str, weights: list[float] | None = None) -
     divides = normalize and how == kernels.SUM and abs(total) >= 1e-8
     selective = values.get(_SELECTIVE.get(merge.method.name, ""), 0)
     arguments = (
-        by_column, np.array([k.thresholds for k in kept]), np.array([k.cuts for k in kept]), dropping, keys,
+        scales.addresses[:-1], np.array([k.thresholds for k in kept]), np.array([k.cuts for k in kept]), dropping, keys,
         np.array(densities, np.float32), np.array([k.factor for k in kept]), np.array(weights, np.float32),
         np.array(active, np.bool_), how, normalize, np.float32(total if divides else 1),
         np.float32(values.get("lambda", 1)), np.float32(selective), values.get("min_agree", 0),
-        np.uint64(0 if held[0] is None else held[0].ctypes.data),
     )  # fmt: skip
     out = KINDS[merge.layout[name][0]]
 
     def run(start: int, stop: int, address: np.uint64) -> bool:
-        assert scales is not None and held is not None  # and kept in memory
         masks = [k.mask(start, stop) for k in kept]
         where = np.array([_address(mask) for mask in masks], np.uint64)
-        return bool(
-            kernels.merge_task_vectors(
-                inputs.addresses, inputs.kinds, start, stop, columns, *arguments, where, address, out
-            )
-        )  # fmt: skip
+        given = inputs.addresses, inputs.kinds, start, stop, columns, *arguments, scales.addresses[-1]
+        return bool(kernels.merge_task_vectors(*given, where, address, out))
 
     return run
 
@@ -278,16 +297,6 @@ class _Kept:
 
 def _address(mask: np.ndarray | None) -> np.uint64:
     return np.uint64(0 if mask is None else mask.ctypes.data)
-
-
-def _by_column(given: Sequence[torch.Tensor | None], columns: int) -> list[np.ndarray | None] | None:
-    """Scales as fp32 by column, None for none; no list if one is not by column."""
-    scales: list[np.ndarray | None] = []
-    for scale in given:
-        if scale is not None and tuple(scale.shape) != (columns,):
-            return None
-        scales.append(None if scale is None else np.ascontiguousarray(scale.numpy(), np.float32))
-    return scales
 
 
 def _selector() -> Selector:

@@ -116,26 +116,39 @@ def _store(values: Any, count: Any, address: Any, kind: Any, start: Any) -> Any:
 
 
 @njit(**_options)
-def _times_columns(values: Any, count: Any, start: Any, columns: Any, address: Any) -> None:
-    """Multiply by one fp32 factor per column (the last dimension of the tensor); without an address, by none."""
-    if address == 0:
+def _times(values: Any, count: Any, start: Any, columns: Any, scale: Any) -> None:
+    """Multiply by fp32 factors.
+
+    `scale` is the address of three int64, or 0 for no factors: the address of these, how many rows (runs of the last
+    dimension of the tensor) have the same ones, 0 if all have, and how many a row has: `columns`, or 1 for all of it.
+    """
+    if scale == 0:
         return
-    factors = carray(_at(address), (columns,), dtype=np.float32)
-    done, column = 0, start % columns
+    layout, row = carray(_at(scale), (3,), dtype=np.int64), start // columns
+    address, height, width = layout[0], layout[1], layout[2]
+    done, column = 0, start - row * columns
     while done < count:
-        width = min(columns - column, count - done)
-        part, factor = values[done : done + width], factors[column : column + width]
-        for i in range(width):
-            part[i] *= factor[i]
-        done, column = done + width, 0
+        length = min(columns - column, count - done)
+        part, first = values[done : done + length], address
+        if height > 0:
+            first += 4 * width * (row // height)
+        if width == 1:
+            factor = carray(_at(first), (1,), dtype=np.float32)[0]
+            for i in range(length):
+                part[i] *= factor
+        else:
+            factors = carray(_at(first + 4 * column), (length,), dtype=np.float32)
+            for i in range(length):
+                part[i] *= factors[i]
+        done, row, column = done + length, row + 1, 0
 
 
 @njit(**_options)
 def _scores(base: Any, own: Any, start: Any, count: Any, columns: Any, scale: Any, score: Any) -> None:
-    """|own - base|, times the scale of the column."""
+    """|own - base|, times its scale."""
     for i in range(count):
         score[i] = abs(own[i] - base[i])
-    _times_columns(score, count, start, columns, scale)
+    _times(score, count, start, columns, scale)
 
 
 @njit("void(uint64,int64,uint64,int64,int64,int64,uint64,int64,float32[::1])", **_options)
@@ -520,6 +533,7 @@ def merge_task_vectors(
         addresses, kinds: of the base, then of each expert.
         columns: the last dimension of the tensor.
         scales, thresholds, cuts: of each expert, for keeping by score: what is in the first cut, but not in the second.
+            A scale is an address as `_times` takes it.
         dropping, keys, densities: whether elements are dropped at random instead, and each expert's stream and density.
         factors, weights, active: of each expert: the rescaling, the weight, whether it has a say.
         how: SUM; ELECT signs as TIES does; VOTE: elect the signs of the sum without weights, as SCE does; CLAIM: keep
@@ -527,7 +541,7 @@ def merge_task_vectors(
             as RAM does; NEAR: the nearer the more, as NearSwap does.
         normalize: divide what was elected by the agreeing weights.
         divisor: of the plain sum.
-        lambda_, after: of the merged delta: its scale, and the address of a factor per column.
+        lambda_, after: what the merged delta is multiplied with: a number, and a scale.
         selective, least: how large a term has to be to claim the sum, and how many have to; or how far an element has
             to be moved to count, or may be moved to be taken whole.
         masks: of each expert, the address of one byte for each element from `start` on, 0 if it is dropped; or 0.
@@ -586,7 +600,7 @@ def merge_task_vectors(
                 delta[i] = total[i] / divisor
         for i in range(count):
             delta[i] *= lambda_
-        _times_columns(delta, count, first, columns, after)
+        _times(delta, count, first, columns, after)
         for i in range(count):
             origin, sum_ = base[i], base[i] + delta[i]
             total[i] = origin if delta[i] == np.float32(0.0) else sum_

@@ -26,7 +26,7 @@ class Pair:
     """A base's tensor and an expert's, as the kernels take them.
 
     Attributes:
-        addresses: base's address and kind, expert's address and kind, elements, columns, address of the scale.
+        addresses: base's address and kind, expert's address and kind, elements, columns, address of the scale's layout.
     """
 
     addresses: tuple[np.uint64, int, np.uint64, int, int, int, np.uint64]

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ NAME = "model.layers.0.a.weight"
 COMPILED = (*METHODS, *(name for name, method in ALL.items() if method.coefficients))
 DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "6"))  # of each method
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1,), (7,), (2048,), (2049,), (3, 5), (64, 33), (3, 4, 5), (70, 100), (1, 4097), (5000, 1), ()]
+SHAPES = [(1,), (7,), (2048,), (2049,), (3, 5), (64, 33), (3, 4, 5), (70, 100), (1, 4097), (5000, 1), (), (5, 70, 33)]
 
 
 def compiled(merge: Merge) -> bytes:
@@ -58,6 +59,15 @@ def parameters_of(method: str, rng: random.Random) -> dict[str, Any]:
     if method == "linear":
         del drawn["lambda"]
     return {key: value for key, value in drawn.items() if key in ALL[method].parameters}
+
+
+def layouts(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of the activations into a linear layer, GPT-2's Conv1D and stacked experts as stored or transposed; others."""
+    *rows, columns = shape
+    ones = [1] * len(rows)
+    found = [[columns], [*ones, columns], [*rows, 1], [*ones, 1], [*rows, columns]]
+    found += [[rows[0], *ones[1:], columns], [rows[0], *ones[1:], 1]] if rows else []
+    return [tuple(layout) for layout in found]
 
 
 def draw(rng: random.Random, place: Path, method: str) -> Merge:
@@ -95,11 +105,11 @@ def draw(rng: random.Random, place: Path, method: str) -> Merge:
         densities=densities, out_dtype=out, seed=3,
     )  # fmt: skip
     if ALL[method].takes_scales and shape and rng.random() < 0.5:
-        scales = [{NAME: torch.rand(shape[-1], generator=generator)} for _ in merge.experts]
+        scales = [{NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)} for _ in merge.experts]
         experts = [Expert(e.entry, e.model, e.densities, s) for e, s in zip(merge.experts, scales, strict=True)]
         merge = Merge(merge.recipe, merge.base, experts)
     if merge.adds_to_base and shape and rng.random() < 0.2:
-        held_back = {NAME: torch.rand(shape[-1], generator=generator)}
+        held_back = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
         return Merge(merge.recipe, merge.base, merge.experts, held_back)
     return merge
 
@@ -173,6 +183,25 @@ def test_a_stream_is_splitmix64() -> None:
     first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of the key 0, as its authors publish it
     assert Stream(0).random(3).tolist() == [(number >> 40) * 2.0**-24 for number in first]
     assert np.array_equal(np.concatenate([(s := Stream(7)).random(5), s.random(400_000)]), Stream(7).random(400_005))
+
+
+@pytest.mark.parametrize("shape", [(64, 33), (5, 70, 33)])
+def test_activations_of_every_layout_are_compiled(shape: tuple[int, ...], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    folders = [write_tensors(tmp_path / str(i), {NAME: torch.randn(shape, generator=generator)}) for i in range(3)]
+    plain = open_merge("ties", folders[0], folders[1:], parameters={"density": 0.4})
+    for layout in layouts(shape):
+        scales, held_back = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
+        merge = Merge(plain.recipe, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
+        assert compiled(merge) == bits(merge.tensor(NAME))
+
+
+def test_activations_of_another_layout_are_left_to_the_function(tmp_path: Path) -> None:
+    folders = [write_tensors(tmp_path / str(i), {NAME: torch.full((3, 4, 5), 1.0 * i)}) for i in range(2)]
+    plain = open_merge("task_arithmetic", folders[0], folders[1:])
+    for layout in ((4, 1), (4, 5), (1, 4, 5)):
+        merge = Merge(plain.recipe, plain.base, plain.experts, {NAME: torch.ones(layout)})
+        assert not merge_tensor(merge, NAME, lambda data, offset: None)
 
 
 def test_what_is_not_compiled_is_left_to_the_function(tmp_path: Path) -> None:
