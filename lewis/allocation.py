@@ -1,5 +1,7 @@
 """Allocation: evidence about the layers of base and expert -> a density for every tensor."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +10,7 @@ from lewis.allocators import ALLOCATORS, target_of
 from lewis.architecture import Layer
 from lewis.recipe import Density
 
-SEMANTICS = "2"  # bump when the same inputs would give other densities
+SEMANTICS = "3"  # bump when the same inputs would give other densities
 NEAR_UNIFORM = 0.02  # closer to uniform than this, an allocation guides nothing
 
 
@@ -60,6 +62,11 @@ def allocate(
         if budget is not None and policy.strategy != "global":
             of_layers = _meet_budget(reached, policy, of_layers, budget)
     densities = _of_tensors(reached, of_layers)
+    if policy.strategy == "global":
+        sizes = Counter[str]()
+        for layer in reached:
+            sizes[layer.tensor] += layer.parameters
+        densities = {tensor: min(policy.max, _keeping(rho, sizes[tensor])) for tensor, rho in densities.items()}
     mean = weighted_mean(reached, densities) if reached else target_of(policy)
     rest = {"expert": 1.0, "base": 0.0, "mean": mean}[policy.uncovered]
     return Allocation({name: densities.get(name, rest) for name in tensors}, mean, evidence)
@@ -98,6 +105,14 @@ def _of_tensors(layers: Sequence[Layer], of_layers: Mapping[str, float]) -> dict
         tensor: parts[0][0] if len(parts) == 1 else sum(rho * n for rho, n in parts) / sum(n for _, n in parts)
         for tensor, parts in sums.items()
     }
+
+
+def _keeping(density: float, size: int) -> float:
+    """A share of whole elements, raised by rounding errors until `int(density * size)` is their number."""
+    count = round(density * size)
+    while abs(density * size - count) < 1e-6 and int(density * size) < count:
+        density = math.nextafter(density, 1.0)
+    return density
 
 
 def _meet_budget(

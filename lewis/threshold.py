@@ -45,7 +45,7 @@ def shares(
         base, expert: opened.
         covered: the covered tensors.
         moments: s of the expert per tensor.
-        target: mean density, weighted by parameters, which is met to one element.
+        target: mean density, weighted by parameters, which is met exactly.
         low, high: bounds of each density.
 
     Returns:
@@ -54,8 +54,7 @@ def shares(
     reached = [each for each in covered if each.tensor in moments]
     layers = [layer for each in reached for layer in each.layers]
     sizes = np.array([layer.parameters for layer in layers])
-    least, most = np.ceil(low * sizes), np.floor(high * sizes)
-    wanted = round(target * float(sizes.sum()))
+    wanted = target * float(sizes.sum())
 
     def scores() -> Iterator[np.ndarray]:
         for each in reached:
@@ -63,7 +62,7 @@ def shares(
             yield from by_layer(delta, each)
 
     def kept(above: np.ndarray) -> np.ndarray:
-        return above.clip(least, np.maximum(least, most))
+        return above.clip(low * sizes, high * sizes)
 
     coarse = np.stack([np.bincount(_bits(x) >> 16, minlength=_COARSE) for x in scores()])
     above = _above(coarse)

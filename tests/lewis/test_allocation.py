@@ -45,6 +45,16 @@ def test_shares_are_scaled_by_one_global_min_max() -> None:
     }
 
 
+def test_a_share_under_one_threshold_keeps_the_elements_that_it_counted() -> None:
+    layers = [Layer("0.q.weight", 0, "q", 49), Layer("0.k.weight", 0, "k", 93)]
+    counts = {"0.q.weight": 1, "0.k.weight": 29}
+    shares = {layer.tensor: counts[layer.tensor] / layer.parameters for layer in layers}
+    policy = Density(strategy="global", min=0.01, max=1.0, budget=30 / 142)
+    found = allocate(layers, list(shares), policy, shares).densities
+    assert int(shares["0.q.weight"] * 49) == 0  # 1 / 49 * 49 is less than 1
+    assert {name: int(found[name] * layer.parameters) for name, layer in zip(found, layers, strict=True)} == counts
+
+
 def test_a_projection_that_did_not_move_has_no_share() -> None:
     assert covered(run([1, 3, 0, 0], min=0.2, max=0.6)) == pytest.approx([0.2 + 0.4 / 3, 0.6, 0.2, 0.2])
 
