@@ -17,7 +17,7 @@ from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "1"  # bump when the same rows would give other token ids
+SEMANTICS = "2"  # bump when the same rows would give other token ids
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -189,7 +189,7 @@ def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
         if column not in row:
             raise InputError(f"{where}.text: there is no column {column!r}; the dataset has {', '.join(row)}")
     try:
-        return template.format_map(row)
+        return template.format_map({column: "" if value is None else value for column, value in row.items()})
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
 
@@ -200,4 +200,9 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # many kinds, by tokenizer
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder}: its tokenizer needs code that comes with it (auto_map in its tokenizer_config.json), which "
+                "LEWIS never runs; leave the lewis block out to merge it without guidance"
+            ) from error
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -178,6 +179,12 @@ class TestMistakes:
     def test_in_the_template(self, family: Family, data: Path, text: str, expected: str) -> None:
         self.refused(expected, family.base, data, dataset="json", data_files="data/train.jsonl", text=text)
 
+    def test_null_is_no_text(self, family: Family, data: Path) -> None:
+        (data / "null.jsonl").write_text('{"a": null, "b": "w1"}\n{"a": null, "b": "w2"}\n')
+        files: dict[str, Any] = {"dataset": "json", "data_files": "null.jsonl"}
+        self.refused("no tokens: all 2 texts are empty", family.base, data, **files, text="{a}")
+        assert set(run(family.base, data, **files, text="{b} {a}").samples) == {ids(1), ids(2)}
+
     def test_in_the_files(self, family: Family, data: Path) -> None:
         self.refused(
             f"no such file: {data / 'x.jsonl'}", family.base, data, dataset="json", data_files="x.jsonl", text="{a}"
@@ -196,6 +203,12 @@ class TestMistakes:
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         self.refused(f"{tmp_path}: its tokenizer cannot be loaded", tmp_path, texts=["w1"])
+
+    def test_a_tokenizer_that_comes_with_code(self, family: Family, tmp_path: Path) -> None:
+        own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+        shutil.copyfile(family.base / "config.json", tmp_path / "config.json")
+        self.refused("its tokenizer needs code that comes with it", tmp_path, texts=["w1"])
 
 
 def test_sets_that_are_loaded_at_once_take_turns(
