@@ -23,7 +23,7 @@ SLANTED = 4  # from here on, labels would overlap
 VECTORS = re.compile(
     r"norm|\bln_|\.bias$"
 )  # norms and biases are no projections: LEWIS gives them one policy, no density
-LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+LAYER = re.compile(r"^(.*?)(?:^|\.)(\d+)\.(.+)$")
 
 
 class Scored(Protocol):
@@ -120,11 +120,13 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
     """Names of the projections, and rows of densities by layer; NaN where a layer lacks the projection."""
+    found = [(layer, rho) for tensor, rho in densities.items() if (layer := LAYER.search(tensor))]
+    shown = [(layer, rho) for layer, rho in found if not VECTORS.search(layer[0])]
+    several = len({layer[1] for layer, _ in shown}) > 1  # an encoder and a decoder
     places = {}
-    for tensor, density in densities.items():
-        layer = LAYER.search(tensor)
-        if layer and not VECTORS.search(tensor):
-            places[layer[2].removesuffix(".weight"), int(layer[1])] = density
+    for layer, density in shown:
+        name = layer[3].removesuffix(".weight")
+        places[f"{layer[1]}.{name}" if several else name, int(layer[2])] = density
     full = list(dict.fromkeys(name for name, _ in places))
     layers = range(max((index for _, index in places), default=-1) + 1)
     return short_names(full), [[places.get((name, index), math.nan) for index in layers] for name in full]

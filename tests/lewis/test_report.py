@@ -67,6 +67,13 @@ def test_rows_are_projections_and_columns_are_layers() -> None:
     assert [row[0] for row in grid[1:]] == [0.6, 0.7] and all(np.isnan(row[1]) for row in grid[1:])
 
 
+def test_layers_of_an_encoder_and_a_decoder_stay_apart() -> None:
+    own = {"encoder.block.0.layer.0.SelfAttention.q.weight": 0.4, "decoder.block.0.layer.0.SelfAttention.q.weight": 0.6}
+    names, grid = report._grid(own)
+    assert names == ["encoder.block.layer.0.SelfAttention.q", "decoder.block.layer.0.SelfAttention.q"]
+    assert grid == [[0.4], [0.6]]
+
+
 def test_layers_go_down_and_projections_across() -> None:
     few, many = (report.density_heat_map({"e": densities(n, 0.3)}, {}) for n in (10, 80))
     low, high = (Image.open(io.BytesIO(picture)) for picture in (few, many))
