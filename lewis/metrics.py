@@ -6,7 +6,6 @@ weighted by the activations of the expert: they need no pass over the base.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +16,6 @@ from lewis.importance import row_sums
 from lewis.lazy import torch
 from lewis.lora import Model
 
-logger = logging.getLogger(__name__)
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
 UNRELATED = 0.3  # relative difference in every layer beyond which a base is hardly this expert's ancestor
 SAMPLE = 8  # tensors that are looked at for it
@@ -43,26 +41,23 @@ def norm_difference(base: Norms, expert: Norms) -> dict[str, float | None]:
     return found
 
 
-def warn_if_unrelated(ref: str, base: Model, expert: Model, tensors: Sequence[str]) -> float:
-    """Warn if the weights differ so much everywhere that the base is hardly the ancestor of this expert.
+def unrelated(ref: str, base: Model, expert: Model, tensors: Sequence[str]) -> str | None:
+    """A warning if the weights differ so much everywhere that the base is hardly the ancestor of this expert.
 
     Independent weights of one size differ by 141 % of it, fine-tunes from their base by a few percent. Looks at some of
     the tensors.
-
-    Returns:
-        The least relative difference, ||W_expert - W_base|| / ||W_base||.
     """
     few = tensors[:: max(1, len(tensors) // SAMPLE)]
     norms = [float(base.read(name).to(torch.float32).norm()) for name in few]
     moved = [float(task_vector(base, expert, name).norm()) for name in few]
     gaps = [gap / norm if norm else 0.0 for gap, norm in zip(moved, norms, strict=True)]
-    if min(gaps) > UNRELATED:
-        logger.warning(
-            "%s: its weights differ from the base's by %.0f to %.0f %% of their norm in all %d layers looked at (a "
-            "fine-tune's by a few percent): is base_model the model that it was fine-tuned from?",
-            *(ref, 100 * min(gaps), 100 * max(gaps), len(gaps)),
-        )
-    return min(gaps)
+    if min(gaps) <= UNRELATED:
+        return None
+    return (
+        f"{ref}: its weights differ from the base's by {100 * min(gaps):.0f} to {100 * max(gaps):.0f} % of their norm "
+        f"in all {len(gaps)} layers looked at (a fine-tune's by a few percent): is base_model the model that it was "
+        "fine-tuned from?"
+    )
 
 
 def of_task_vector(

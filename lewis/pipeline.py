@@ -211,15 +211,20 @@ def allocate(
                 raise InputError("exclude: it matches every covered layer; leave the lewis block out")
             layers = [layer for covered in network.covered for layer in covered.layers]
             names, guided = [name for name in opened.tensors if name not in left_out], {}
+            tensors, warnings = [covered.tensor for covered in network.covered], list[str | None]()
             for entry, files in zip(recipe.experts, experts, strict=True):
                 evidence = _evidence(recipe, entry, base, files, measured, network)
                 each = allocation.allocate(layers, names, policy, evidence)
-                _warn_if_near_uniform(recipe, files.ref, layers, each)
+                warnings.append(metrics.unrelated(files.ref, opened, files.open(), tensors))
+                warnings.append(_near_uniform(recipe, files.ref, layers, each))
                 guided[files.ref] = each
-            _warn_if_rescaled(recipe, layers, guided)
+            warnings.append(_rescaled(recipe, layers, guided))
             uniform = {ref: allocation.uniform_like(layers, each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
-            store.write_json(path, {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()})
+            content = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
+            store.write_json(path, {**content, "warnings": list(filter(None, warnings))})
+    for text in store.entry(path, "warnings") or []:  # also of densities that were found
+        logger.warning("%s", text)
     found = find_allocated(recipe, base, experts, measured)
     assert found is not None
     return found
@@ -236,7 +241,6 @@ def _evidence(
     """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
     assert recipe.lewis is not None
     policy, own_base, own = recipe.lewis.density, base.open(), expert.open()
-    metrics.warn_if_unrelated(expert.ref, own_base, own, [covered.tensor for covered in network.covered])
     if not recipe.measures or policy.strategy in ("uniform", "depth_gradient"):
         return None
     name = recipe.calibration_of(entry)
@@ -257,26 +261,26 @@ def _by_model(measured: Sequence[ImportanceEntry]) -> dict[tuple[str, str], Impo
     return {(each.ref, each.calibration): each for each in measured}
 
 
-def _warn_if_near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allocation) -> None:
+def _near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allocation) -> str | None:
     distance = allocation.distance_to_uniform(layers, found)
-    if recipe.guided and distance < allocation.NEAR_UNIFORM:
-        logger.warning(
-            "%s: the densities are within %.1f %% of uniform %.3f: this allocation guides next to nothing; see "
-            "lewis.density.scale (rank, robust), another strategy, or prune_by: activation",
-            *(ref, 100 * distance, found.mean),
-        )
+    if not recipe.guided or distance >= allocation.NEAR_UNIFORM:
+        return None
+    return (
+        f"{ref}: the densities are within {100 * distance:.1f} % of uniform {found.mean:.3f}: this allocation guides "
+        "next to nothing; see lewis.density.scale (rank, robust), another strategy, or prune_by: activation"
+    )
 
 
-def _warn_if_rescaled(recipe: Recipe, layers: Sequence[Layer], found: Mapping[str, Allocation]) -> None:
+def _rescaled(recipe: Recipe, layers: Sequence[Layer], found: Mapping[str, Allocation]) -> str | None:
     rescale = find(recipe.merge_method).parameters.get("rescale")
     uneven = max(allocation.distance_to_uniform(layers, each) for each in found.values()) >= allocation.NEAR_UNIFORM
-    if recipe.guided and uneven and rescale and recipe.value(rescale, None, layers[0].tensor, 0.0):
-        logger.warning(
-            "%s brings each tensor back to its norm, so what is kept of a layer of low density is scaled up most: in "
-            "our study uneven densities did such merges more harm than good; compare with the uniform baseline, or set "
-            "parameters.rescale: false",
-            recipe.merge_method,
-        )
+    if not (recipe.guided and uneven and rescale and recipe.value(rescale, None, layers[0].tensor, 0.0)):
+        return None
+    return (
+        f"{recipe.merge_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
+        "scaled up most: in our study uneven densities did such merges more harm than good; compare with the uniform "
+        "baseline, or set parameters.rescale: false"
+    )
 
 
 def find_allocated(

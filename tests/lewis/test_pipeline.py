@@ -147,6 +147,15 @@ class TestGuide:
         again, allocated_again = guide(open_all(family))
         assert again == measured and again[0].norms and allocated_again.experts() == allocated.experts()
 
+    def test_warnings_are_given_with_densities_that_were_found_too(
+        self, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        o = open_all(family, write_llama(tmp_path / "stranger", seed=9))
+        for _ in range(2):
+            caplog.clear()
+            guide(o)
+            assert "stranger: its weights differ from the base's by" in caplog.text
+
     def test_the_uniform_strategy_measures_nothing(self, family: Family) -> None:
         lewis = {"calibrations": SETS, "density": {"strategy": "uniform", "budget": 0.4}}
         measured, allocated = guide(open_all(family, lewis=lewis))
