@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--json", action="store_true", help=json_help)
     importance = add("importance", _importance, "measure the importance of every covered layer")
     importance.add_argument("-o", "--output", metavar="FILE.json", type=Path, required=True)
-    allocate = add("allocate", _allocate, "allocate a density to every tensor of every expert")
+    allocate = add("allocate", _allocate, "allocate a density to every tensor of every expert; draws FILE.png too")
     allocate.add_argument("-o", "--output", metavar="FILE.json", type=Path, required=True)
     add("export", _export, "print a mergekit config with the LEWIS densities as filters")
     demo = add("demo", _demo, "train a family of tiny models and run the whole DAG on it", recipe=False)
@@ -343,31 +343,40 @@ def _guide(options: argparse.Namespace) -> Any:
     _log_to_terminal()
     base, experts = _fetch(recipe)
     assert base is not None
+    pipeline.prepare_merge(recipe, base, experts)  # whatever does not fit is told before the long part
     parameters = sum(info.elements for info in base.open().tensors.values())
     layers = [layer for layer in pipeline.layers_of(base) if not recipe.excludes(layer.tensor)]
+    passes = set[str]()
     with bars.progress() as report:
-        return layers, parameters, *pipeline.guide(recipe, base, experts, device=default_device(), progress=report)
+
+        def noted(what: str, done: int, total: int) -> None:
+            passes.add(what)
+            report(what, done, total)
+
+        measured, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=noted)
+    return layers, parameters, measured, allocated, len(passes)
 
 
 def _importance(options: argparse.Namespace) -> None:
     from lewis import store, tables
 
-    layers, parameters, measured, allocated = _guide(options)
+    layers, parameters, measured, allocated, passes = _guide(options)
     rows = [{"model": entry.ref, "calibration": entry.calibration, "norms": entry.norms} for entry in measured]
     store.write_json(options.output, {"importance": rows})
     for entry in measured:
         print(f"importance of {entry.ref} on {entry.calibration}\n{tables.grid(layers, entry.norms, '.4g')}\n")
     for ref, each in allocated.experts().items():
         print(tables.allocation_text(ref, layers, each, parameters), end="\n\n")
-    print(f"{options.output}: {len(rows)} passes")
+    print(f"{options.output}: {len(rows)} measurements; passes run now: {passes}")
 
 
 def _allocate(options: argparse.Namespace) -> None:
-    from lewis import store, tables
+    from lewis import pictures, store, tables
 
-    layers, parameters, _, allocated = _guide(options)
+    layers, parameters, _, allocated, _ = _guide(options)
     experts = {ref: each.to_json() for ref, each in allocated.experts().items()}
     store.write_json(options.output, {"experts": experts})
+    store.write_bytes(options.output.with_suffix(".png"), pictures.densities(allocated))
     for ref, each in allocated.experts().items():
         print(tables.allocation_text(ref, layers, each, parameters), end="\n\n")
 

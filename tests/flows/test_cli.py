@@ -70,9 +70,13 @@ def test_importance_allocate_and_export(
     assert "covered: 14 linear layers" in caplog.text
     rows = json.loads((home / "i.json").read_text())["importance"]
     assert len(rows) == 3 and all(len(row["norms"]) == 14 for row in rows)
+    assert capsys.readouterr().out.endswith("i.json: 3 measurements; passes run now: 3\n")
+    assert main(["importance", str(recipe), "-o", str(home / "i.json")]) == 0
+    assert capsys.readouterr().out.endswith("i.json: 3 measurements; passes run now: 0\n")
 
     assert main(["allocate", str(recipe), "-o", str(home / "a.json"), "--set", "lewis.density.max=0.7"]) == 0
     capsys.readouterr()
+    assert (home / "a.png").read_bytes().startswith(b"\x89PNG")
     experts = json.loads((home / "a.json").read_text())["experts"]
     covered = [
         rho for each in experts.values() for name, rho in each["densities"].items() if name in each["differences"]
@@ -144,6 +148,8 @@ def test_a_wrong_expert_is_named(
     error = capsys.readouterr().err
     assert message in error and str(odd) in error
     assert not out.exists() and not list(home.parent.glob(".out*"))
+    assert main(["allocate", str(recipe), "-o", str(out), "--set", f"models[0].model={odd}"]) == 2
+    assert capsys.readouterr().err == error and not out.exists()
 
 
 SETTINGS = {
