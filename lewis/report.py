@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = "viridis"  # its steps stay apart for colour-blind readers and in grey
 MAX_BARS = 80  # more cannot be told apart
 MAX_LABEL = 60  # characters
+MAX_COLUMNS = 48  # whose names fit below a heat map
 SLANTED = 4  # from here on, labels would overlap
 
 VECTORS = re.compile(
@@ -60,7 +61,9 @@ def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping
     columns = max((len(names) for names, _ in grids.values()), default=1)
     layers = max((len(grid[0]) for _, grid in grids.values() if grid), default=1)
     width = min(2.2 + 0.42 * max(columns, 2), 9)
-    size = (width * max(len(grids), 1), min(1.8 + 0.17 * layers, 18))
+    longest = max((len(name) for names, _ in grids.values() for name in names), default=0)
+    labels = 0.07 * max(longest - 12, 0)  # inches
+    size = (width * max(len(grids), 1), min(1.8 + 0.17 * layers, 18) + labels)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     panels = figure.subplots(1, max(len(grids), 1), squeeze=False)[0]
     for panel, (expert, (names, grid)) in zip(panels, grids.items(), strict=False):
@@ -138,7 +141,8 @@ def _draw_grid(panel: "Axes", names: Sequence[str], grid: Sequence[Sequence[floa
     colours = colormaps[COLOURS].with_extremes(bad="lightgrey")
     rows = [list(row) for row in zip(*grid, strict=True)] or [[math.nan]]
     image = panel.imshow(rows, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    panel.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+    every = -(-len(names) // MAX_COLUMNS)  # labels of more would overlap
+    panel.set_xticks(range(0, len(names), every or 1), names[:: every or 1], fontsize=8, rotation=90)
     panel.set_yticks(range(len(rows)), [str(i) for i in range(len(rows))], fontsize=8 if len(rows) <= 40 else 7)
     panel.set_ylabel("layer", fontsize=9)
     for y, row in enumerate(rows if len(rows) <= 32 and len(names) <= 16 else []):

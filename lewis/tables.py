@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from lewis.allocation import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
 from lewis.architecture import Layer, short_names
 
+WIDTH = 120  # of a table, in characters
+
 
 def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: str) -> str:
-    """One number per layer and projection.
+    """One number per layer and projection; where there are many projections, as of stacked experts, in several tables.
 
     Args:
         layers: the covered layers.
@@ -22,7 +24,12 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
     rows = [["layer", *short_names(projections)]]
     rows += [[str(i), *(cells[i].get(name, "-") for name in projections)] for i in sorted(cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    blocks = [[0]]  # columns beside each other, the layer first
+    for column in range(1, len(widths)):
+        if len(blocks[-1]) > 1 and sum(widths[i] + 2 for i in (*blocks[-1], column)) > WIDTH:
+            blocks.append([0])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join("  ".join(row[i].rjust(widths[i]) for i in block) for row in rows) for block in blocks)
 
 
 def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, parameters: int) -> str:

@@ -1,12 +1,14 @@
 """Pictures are decoded and their pixels compared; Markdown is parsed back."""
 
 import io
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lewis import report
@@ -72,12 +74,22 @@ def test_layers_of_an_encoder_and_a_decoder_stay_apart() -> None:
     names, grid = report._grid(own)
     assert names == ["encoder.block.layer.0.SelfAttention.q", "decoder.block.layer.0.SelfAttention.q"]
     assert grid == [[0.4], [0.6]]
+    with warnings.catch_warnings(action="error"):  # of matplotlib, if the names leave no room for the rest
+        assert share(report.density_heat_map({"e": own}, {}), 0.4) > 0.01
 
 
 def test_layers_go_down_and_projections_across() -> None:
     few, many = (report.density_heat_map({"e": densities(n, 0.3)}, {}) for n in (10, 80))
     low, high = (Image.open(io.BytesIO(picture)) for picture in (few, many))
     assert low.width == high.width and high.height - low.height >= 70 * 17 - 1  # pixels: each layer has its label
+
+
+def test_names_of_many_experts_do_not_overlap() -> None:
+    for columns, shown in ((7, 7), (48, 48), (100, 34)):
+        panel = Figure().subplots()
+        report._draw_grid(panel, [f"p{i}" for i in range(columns)], [[0.5]] * columns)
+        names = {tick.get_position()[0]: tick.get_text() for tick in panel.get_xticklabels()}
+        assert len(names) == shown and all(text == f"p{place:.0f}" for place, text in names.items())
 
 
 def test_large_models_stay_small_pictures() -> None:

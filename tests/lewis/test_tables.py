@@ -16,6 +16,16 @@ def test_layers_go_down_and_projections_across() -> None:
     ]
 
 
+def test_projections_that_do_not_fit_beside_each_other_follow_below() -> None:
+    layers = [Layer(f"m.{i}.experts.{e}.w1", i, f"experts.{e}.w1", 4) for i in range(2) for e in range(30)]
+    tables = grid(layers, {layer.key: 0.5 for layer in layers}, ".2f").split("\n\n")
+    assert all(len(line) <= 120 for table in tables for line in table.splitlines())
+    assert [column for table in tables for column in table.split("\n")[0].split()[1:]] == [
+        f"experts.{e}.w1" for e in range(30)
+    ]
+    assert all([row.split()[0] for row in table.splitlines()] == ["layer", "0", "1"] for table in tables)
+
+
 def test_the_summary_tells_mean_spread_share_and_distance() -> None:
     densities = dict(zip((x.tensor for x in LAYERS), [0.2, 0.4, 0.6, 0.4], strict=True))
     text = allocation_text("org/math", LAYERS, Allocation(densities, 0.4, {}), 160)
