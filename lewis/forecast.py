@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lewis import store
-from lewis.lora import LoraExpert
+from lewis.in_torch import PIECE, is_computed, is_whole
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge import PIECE, Merge
+from lewis.merge import Merge
 from lewis.methods import find
 from lewis.writer import CheckpointWriter
 
@@ -69,8 +69,9 @@ def without_models(method: str, largest: int, experts: int) -> int:
 
     if method in METHODS or find(method).coefficients:
         return 130_000_000
+    by_rows = find(method).elementwise or find(method).by_rows
     # The base, and of each expert its weights and task vector, then a few temporaries, in fp32.
-    return 400_000_000 + (PIECE if find(method).elementwise else largest) * 4 * (4 + 4 * experts)
+    return 400_000_000 + (PIECE if by_rows else largest) * 4 * (4 + 4 * experts)
 
 
 def _part(order: list[str], elements: dict[str, int], limit: int) -> list[str]:
@@ -96,9 +97,8 @@ def _run(merge: Merge, names: Iterable[str]) -> None:
 def _takes_whole_tensors(merge: Merge) -> bool:
     from lewis.compiled import takes
 
-    if any(isinstance(model, LoraExpert) for model in [merge.base, *(expert.model for expert in merge.experts)]):
-        return True
-    if merge.method.elementwise:
-        return False
-    merged = [name for name in merge.layout if merge.base.tensors[name].floating and name not in merge.excluded]
-    return merge.device != "cpu" or not all(takes(merge, name) for name in merged)
+    return any(
+        is_computed(merge, name) or (is_whole(merge, name) and not (merge.device == "cpu" and takes(merge, name)))
+        for name, info in merge.base.tensors.items()
+        if info.floating and name not in merge.excluded
+    )

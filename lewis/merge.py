@@ -9,38 +9,30 @@ keys first, and random streams are keyed by (seed, expert key, tensor name): the
 from __future__ import annotations
 
 import hashlib
-import itertools
-import keyword
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lewis import store
+from lewis import in_torch, store
 from lewis.alignment import align
-from lewis.checkpoint import DTYPES
 from lewis.compatible import check_compatible, layer_of
 from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
 from lewis.lora import Model
-from lewis.methods import Method, find
+from lewis.methods import find
 from lewis.methods.streams import Stream
 from lewis.recipe import ModelEntry, Recipe
 from lewis.room import Room
 from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "5"  # bump when the same inputs would give other bytes
-PIECE = 1 << 21  # elements of a run of rows
-_PART = (1 << 15) - 1  # elements that torch does not split over threads: tensors are merged at the same time instead
+SEMANTICS = "6"  # bump when the same inputs would give other bytes
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Scales = Mapping[str, "torch.Tensor"]
@@ -227,64 +219,16 @@ class Merge:
             writer.write_bytes(name, data, offset)
 
         if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
-            with self.room.take(self.base.tensors[name].elements):
-                offset = 0
-                for piece in self._pieces(name):
-                    write(bytes_of(piece), offset)
-                    offset += piece.nbytes
+            offset = 0
+            for piece in in_torch.merge_by_rows(self, name):
+                write(bytes_of(piece), offset)
+                offset += piece.nbytes
         for model in models[: 1 if name in self.excluded else None]:
             model.done_with(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Merge one tensor.
-
-        Returns:
-            In the dtype and shape of the layout.
-
-        Raises:
-            LewisError: naming the tensor and model of a value that is not finite.
-        """
-        return self._merged(name, lambda model: model.read(name), slice(None))
-
-    def _pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """`tensor`; where the method allows it, in runs of rows, so that a large one is never whole in memory."""
-        info, raw = self.base.tensors[name], dict[int, tuple[str, np.ndarray]]()
-        count = -(-info.elements // PIECE) if self.method.elementwise and info.shape else 1
-        if count <= 1 or name in self.excluded:
-            yield self.tensor(name)
-            return
-
-        def read(model: Model, rows: slice) -> torch.Tensor:
-            if id(model) not in raw:  # a LoRA expert's is computed as a whole
-                raw[id(model)] = model.raw(name)
-            dtype, bits = raw[id(model)]
-            width = bits.size // info.shape[0]
-            part = torch.from_numpy(bits[rows.start * width : rows.stop * width].copy())
-            return part.view(getattr(torch, DTYPES[dtype][0])).reshape(-1, *info.shape[1:])
-
-        bounds = sorted({info.shape[0] * i // count for i in range(count + 1)})
-        for rows in itertools.starmap(slice, itertools.pairwise(bounds)):
-            yield self._merged(name, partial(read, rows=rows), rows)
-
-    def _merged(self, name: str, read: Callable[[Model], torch.Tensor], rows: slice) -> torch.Tensor:
-        """Merge what `read` gives of each model: these rows of a tensor."""
-        dtype = getattr(torch, DTYPES[self.layout[name][0]][0])
-        if name in self.excluded or not self.base.tensors[name].floating:
-            return read(self.base).to(dtype)  # a base with an adapter on it is read in fp32
-
-        def finite(model: Model) -> torch.Tensor:
-            return _finite(read(model).to(self.device).to(torch.float32), name, model)
-
-        with torch.inference_mode():
-            base = finite(self.base)
-            if self.adds_to_base:
-                merged = self._on_task_vectors(name, base, finite, rows)
-            else:
-                merged = self._on_weights(name, base, finite)
-            if merged.shape != base.shape:
-                given, expected = list(merged.shape), list(base.shape)
-                raise LewisError(f"{name}: {self.method.name} gave the shape {given}, expected {expected}")
-            return self._rounded(merged, dtype, name).cpu()
+        """Merge one tensor with the method's own function; returns and raises as `in_torch.merge_whole`."""
+        return in_torch.merge_whole(self, name)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor: a list in the experts' order for each expert's own."""
@@ -303,46 +247,6 @@ class Merge:
                 ]
         return values
 
-    def _on_weights(self, name: str, base: torch.Tensor, finite: Callable[[Model], torch.Tensor]) -> torch.Tensor:
-        weights = torch.stack([finite(expert.model) for expert in self.experts])
-        values = self.parameters(name)
-        merged = _call(self.method, name, values, weights, base)
-        if values.get("normalize"):
-            merged = torch.where(
-                (weights == weights[0]).all(dim=0), weights[0], merged
-            )  # an average of equals is exact
-        if self.method.takes_base:
-            return merged
-        for weight in weights:
-            merged = torch.where(merged == weight, weight, merged)  # a sum loses the sign of -0.0
-        return merged
-
-    def _on_task_vectors(
-        self, name: str, base: torch.Tensor, finite: Callable[[Model], torch.Tensor], rows: slice
-    ) -> torch.Tensor:
-        values = self.parameters(name)
-        active = self.active(name, values)
-        if "density" in values and not any(active):
-            return base
-        vectors = torch.empty((len(self.experts), *base.shape), device=base.device)
-        for i, expert in enumerate(self.experts):
-            torch.sub(finite(expert.model), base, out=vectors[i])
-        streams = [self.stream(expert, name) for expert in self.experts] if self.method.random else None
-        scales = [None if scale is None else scale.to(self.device) for scale in self.scales(name)]
-        delta = _call(self.method, name, values, vectors, base, streams, scales)
-        if name in self.held_back:
-            factor = self.held_back[name].to(delta.device)
-            delta = delta * (factor[rows] if factor.dim() == delta.dim() and len(factor) > 1 else factor)
-        del vectors  # the models are read again instead, so that less is in memory at once
-        merged = torch.empty(base.shape, device=base.device)
-        for part, old, out in _in_parts(delta, base, merged):
-            out.copy_(torch.where(part == 0, old, old + part))
-        for expert, is_active in zip(self.experts, active, strict=True):
-            if is_active:
-                for own, part, old, out in _in_parts(finite(expert.model), delta, base, merged):
-                    out.copy_(torch.where(part == own - old, own, out))
-        return merged
-
     def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
         """Which experts have a say in a tensor, by the method's parameters for it."""
         elements = self.base.tensors[name].elements
@@ -358,17 +262,6 @@ class Merge:
     def scales(self, name: str) -> list[torch.Tensor | None]:
         """What each expert's task vector of a tensor is multiplied with to be ranked; None for nothing."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
-
-    def _rounded(self, merged: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-        rounded = merged.to(dtype)
-        if not _is_finite(rounded):
-            if _is_finite(merged):
-                raise LewisError(
-                    f"{name}: the merged value {float(merged.abs().max()):.4g} does not fit {dtype}; "
-                    "set out_dtype: bfloat16 or float32"
-                )
-            raise LewisError(f"{name}: {self.method.name} gave NaN or Inf; lower its weights or lambda")
-        return rounded
 
     def _check_parameters(self) -> None:
         for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
@@ -446,38 +339,3 @@ def excluded(recipe: Recipe, base: Model) -> frozenset[str]:
     """The tensors of the base that a recipe excludes; a name that is tied to another's stands for that."""
     names = [*base.tensors, *base.tied] if recipe.exclude else []
     return frozenset(base.tied.get(name, name) for name in names if recipe.excludes(name))
-
-
-def _call(
-    method: Method,
-    name: str,
-    values: dict[str, Any],
-    tensors: torch.Tensor,
-    base: torch.Tensor,
-    streams: Any = None,
-    scales: Any = None,
-) -> torch.Tensor:
-    arguments = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
-    arguments |= ({"base": base} if method.takes_base else {}) | ({"streams": streams} if method.random else {})
-    arguments |= {"scales": scales} if method.takes_scales else {}
-    try:
-        return method(tensors, **arguments)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Flat parts of tensors of one shape, so that what is computed of them is never as large."""
-    size = _PART if tensors[0].device.type == "cpu" else 1 << 24
-    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for (part,) in _in_parts(tensor))
-
-
-def _finite(tensor: torch.Tensor, name: str, model: Model) -> torch.Tensor:
-    if not _is_finite(tensor):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise LewisError(f"{model.folder}: tensor {name!r} has {bad} values that are NaN or Inf; the model is damaged")
-    return tensor

@@ -5,13 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lewis.lazy import torch
+from lewis.methods.cuts import keys, kth_largest, number_of
 from lewis.methods.registry import merge_method
+from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 
 _EPSILON = 1e-8  # added to probabilities whose logarithm is taken
 _BLOCK = 2**15 - 1  # elements of a block of rows: it stays in the cache, and torch does not split it over threads
 
 
-@merge_method("arcee_fusion", paper="https://arcee.ai", experts=(1, 1))
+def by_rows(pieces: Pieces) -> Finish:
+    """Find each row's divergence, then the quartiles of the importance."""
+    information = torch.cat([divergence(piece.tensors[0], _base(piece)) for piece in pieces])
+    elements, columns = len(information) * (pieces.shape or (1,))[-1], (pieces.shape or (1,))[-1]
+
+    def of_rows(piece: Piece) -> torch.Tensor:
+        first = piece.start // columns
+        return information[first : first + piece.tensors.shape[1]]
+
+    def scored() -> Iterator[list[torch.Tensor]]:
+        return ([keys(_scores(piece.tensors[0], of_rows(piece)))] * 3 for piece in pieces)
+
+    ranks = [elements - int(share * (elements - 1)) for share in (0.25, 0.5, 0.75)]  # rounded down
+    first, median, third = (number_of(each.key) for each in kth_largest(scored, ranks))
+
+    def finish(piece: Piece) -> torch.Tensor:
+        delta = piece.tensors[0]
+        return torch.where(_scores(delta, of_rows(piece)) >= median + 1.5 * (third - first), delta, 0.0)
+
+    return finish
+
+
+@merge_method("arcee_fusion", paper="https://arcee.ai", experts=(1, 1), by_rows=by_rows)
 def arcee_fusion(task_vectors: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Keep the elements of the task vector with importance >= median + 1.5 * (third - first quartile).
 
@@ -27,25 +51,12 @@ def arcee_fusion(task_vectors: torch.Tensor, base: torch.Tensor) -> torch.Tensor
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    delta, kept = task_vectors[0], torch.empty(base.shape, device=base.device)
-    information = divergence(delta, base)
-    first, median, third = quartiles(_scores(delta, information))
-    for part, row, out in _blocks(delta, information, kept):
-        out.copy_(torch.where(part.abs() * row >= median + 1.5 * (third - first), part, 0.0))
-    return kept
+    return in_one_piece(by_rows, task_vectors, base)
 
 
-def quartiles(scores: torch.Tensor) -> list[float]:
-    """The elements a quarter, half and three quarters of the way up, rounded down; may leave `scores` in disorder."""
-    flat = scores.cpu().reshape(-1).numpy()
-    first, middle, third = (int(share * (flat.size - 1)) for share in (0.25, 0.5, 0.75))
-    flat.partition(middle)  # one place at a time: three at once are much slower
-    below, above = flat[:middle], flat[middle + 1 :]
-    if first < middle:
-        below.partition(first)
-    if third > middle:
-        above.partition(third - middle - 1)
-    return [float(flat[place]) for place in (first, middle, third)]
+def _base(piece: Piece) -> torch.Tensor:
+    assert piece.base is not None
+    return piece.base
 
 
 def importance(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lewis.lazy import torch
 from lewis.methods.registry import merge_method
+from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.sums import add_up, combine_linearly, cosine, gram
 
 
@@ -21,7 +22,18 @@ def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
     return [0.0 if abs(divisor) < 1e-6 else c / divisor] * len(dots)
 
 
-@merge_method("model_stock", paper="https://arxiv.org/abs/2403.19522", experts=(2, None), coefficients=coefficients)
+def by_rows(pieces: Pieces, *, filter_wise: bool) -> Finish | None:
+    """Each row by itself, if it has an angle of its own."""
+    return _finish if filter_wise else None
+
+
+@merge_method(
+    "model_stock",
+    paper="https://arxiv.org/abs/2403.19522",
+    experts=(2, None),
+    coefficients=coefficients,
+    by_rows=by_rows,
+)
 def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> torch.Tensor:
     """Scale the mean task vector by t = N c / (1 + (N - 1) c), c the mean cosine between the N task vectors.
 
@@ -40,10 +52,14 @@ def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> tor
         found = coefficients(gram(task_vectors), filter_wise=False)
         assert found is not None
         return combine_linearly(task_vectors, found)
-    count = len(task_vectors)
-    c = torch.stack([_by_row(a, b) for a, b in itertools.combinations(task_vectors, 2)]).mean(dim=0)
+    return in_one_piece(by_rows, task_vectors, filter_wise=filter_wise)
+
+
+def _finish(piece: Piece) -> torch.Tensor:
+    count = len(piece.tensors)
+    c = torch.stack([_by_row(a, b) for a, b in itertools.combinations(piece.tensors, 2)]).mean(dim=0)
     divisor = 1 + (count - 1) * c
-    return torch.where(divisor.abs() < 1e-6, 0.0, c / divisor) * add_up(task_vectors)
+    return torch.where(divisor.abs() < 1e-6, 0.0, c / divisor) * add_up(piece.tensors)
 
 
 def _by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 
 from lewis.lazy import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
+from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.slerp import arc
 from lewis.methods.sums import combine_linearly, cosine, gram
 
@@ -30,12 +31,28 @@ def _share(weights: list[float]) -> float:
     return 0.5 if abs(first + second) < 1e-6 else second / (first + second)
 
 
+def by_rows(
+    pieces: Pieces, *, weight: PerExpert[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
+) -> Finish | None:
+    """Vector by vector: each row by itself, or by the dot products of the columns."""
+    if nuslerp_flatten or (nuslerp_row_wise and len(pieces.shape) > 2):
+        return None
+    of_columns = sum((_dots(piece.tensors, -2) for piece in pieces), torch.zeros(())) if nuslerp_row_wise else None
+
+    def finish(piece: Piece) -> torch.Tensor:
+        dots = _dots(piece.tensors, -1) if of_columns is None else of_columns.to(piece.tensors.device)
+        return _between(piece.tensors, dots, _share(per_expert(weight, piece.tensors)))
+
+    return finish
+
+
 @merge_method(
     "nuslerp",
     paper="https://dl.acm.org/doi/10.1145/325165.325242",
     on="either",
     experts=(2, 2),
     coefficients=coefficients,
+    by_rows=by_rows,
 )
 def nuslerp(
     tensors: torch.Tensor,
@@ -63,9 +80,22 @@ def nuslerp(
         found = coefficients(gram(tensors), weight=weight, nuslerp_flatten=True, nuslerp_row_wise=nuslerp_row_wise)
         assert found is not None
         return combine_linearly(tensors, found)
-    t, dim = _share(per_expert(weight, tensors)), 0 if nuslerp_row_wise else -1
-    unit = [v / torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=_TINY) for v in tensors]
-    cos = (unit[0] * unit[1]).sum(dim=dim, keepdim=True).double().clamp(-1, 1)
+    if nuslerp_row_wise:
+        return _between(tensors, _dots(tensors, 1), _share(per_expert(weight, tensors)))
+    return in_one_piece(
+        by_rows, tensors, weight=weight, nuslerp_flatten=nuslerp_flatten, nuslerp_row_wise=nuslerp_row_wise
+    )
+
+
+def _dots(tensors: torch.Tensor, dim: int) -> torch.Tensor:
+    """x.x, x.y and y.y of the vectors along one dimension of (2, *shape), in fp64: (3, *shape), that one being 1."""
+    x, y = tensors.double()
+    return torch.stack([(a * b).sum(dim=dim % tensors.dim() - 1, keepdim=True) for a, b in ((x, x), (x, y), (y, y))])
+
+
+def _between(tensors: torch.Tensor, dots: torch.Tensor, t: float) -> torch.Tensor:
+    lengths = dots[0].sqrt().clamp(min=_TINY) * dots[2].sqrt().clamp(min=_TINY)
+    cos = (dots[1] / lengths).clamp(-1, 1)
     straight = 1 - cos.square() <= _FLAT
     angle = torch.acos(torch.where(straight, 0.0, cos))
     of_first = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / torch.sin(angle)).float()

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lewis.lazy import torch
+from lewis.methods.cuts import cuts
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
-from lewis.methods.sparsify import largest, size
+from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
+from lewis.methods.sparsify import size
 from lewis.methods.sums import add_up
 
 
-@merge_method("pcb", paper="https://arxiv.org/abs/2410.02396")
+def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Finish:
+    """Find each expert's span of sizes, then its cut and its largest score."""
+    elements, spans, tops, shares = 0, list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor](), list[float]()
+    for piece in pieces:
+        own = [_size(piece, i).aminmax() for i in range(len(piece.tensors))]
+        spans = spans or [(each.min, each.max) for each in own]
+        spans = [
+            (torch.minimum(low, each.min), torch.maximum(high, each.max))
+            for (low, high), each in zip(spans, own, strict=True)
+        ]
+        elements, shares = elements + piece.tensors[0].numel(), per_expert(density, piece.tensors)
+
+    def scored() -> Iterator[tuple[int, list[torch.Tensor]]]:
+        nonlocal tops
+        for piece in pieces:
+            scores = _scores(piece, spans)
+            largest = [own.max() for own in scores]
+            tops = [torch.maximum(a, b) for a, b in zip(tops or largest, largest, strict=True)]
+            yield piece.start, scores
+
+    found = cuts(scored, [int(share * elements) for share in shares])
+
+    def finish(piece: Piece) -> torch.Tensor:
+        b = torch.zeros_like(piece.tensors)
+        for i, scores in enumerate(_scores(piece, spans) if tops else []):
+            share = scores / torch.where(tops[i] > 0, tops[i], 1.0)
+            share = share.float().clamp(min=torch.finfo(torch.float32).tiny)  # what is kept has a say, however small
+            b[i] = torch.where((scores > 0) & found[i].keeps(scores, piece.start), share, 0.0)
+        divisor = add_up(b)
+        return add_up(piece.tensors * (b / torch.where(divisor == 0, 1.0, divisor))) * lambda_
+
+    return finish
+
+
+@merge_method("pcb", paper="https://arxiv.org/abs/2410.02396", by_rows=by_rows)
 def pcb(
     task_vectors: torch.Tensor, scales: Scales = None, *, density: PerExpert[float] = 1.0, lambda_: float = 1.0
 ) -> torch.Tensor:
@@ -32,22 +70,19 @@ def pcb(
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    together = add_up(task_vectors)
-    scores = []
-    for i, (task_vector, rho) in enumerate(zip(task_vectors, per_expert(density, task_vectors), strict=True)):
-        own = size(task_vector, scale_of(scales, i))
-        low, high = own.min(), own.max()
-        own = (own - low) / torch.where(high > low, high - low, 1.0)
-        beta = torch.exp(len(task_vectors) * own.square()) * _tanh(task_vector, together)
-        kept = torch.where(largest(beta, int(rho * beta.numel())), beta, 0.0).clamp(min=0)
-        top = kept.max()
-        share = (kept / torch.where(top > 0, top, 1.0)).float().clamp(min=torch.finfo(torch.float32).tiny)
-        scores.append(torch.where(kept > 0, share, 0.0))  # what is kept has a say, however small
-    b = torch.stack(scores)
-    divisor = add_up(b)
-    return add_up(task_vectors * (b / torch.where(divisor == 0, 1.0, divisor))) * lambda_
+    return in_one_piece(by_rows, task_vectors, scales=scales, density=density, lambda_=lambda_)
 
 
-def _tanh(task_vector: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
-    """In fp64: the product of two small deltas underflows in fp32."""
-    return torch.tanh(task_vector.double() * together)
+def _size(piece: Piece, expert: int) -> torch.Tensor:
+    return size(piece.tensors[expert], scale_of(piece.scales, expert))
+
+
+def _scores(piece: Piece, spans: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """beta of each expert, or 0 where it is negative; fp64."""
+    together, scores = add_up(piece.tensors), []
+    for i, (low, high) in enumerate(spans):
+        own = (_size(piece, i) - low) / torch.where(high > low, high - low, 1.0)
+        # In fp64: the product of two small deltas underflows in fp32.
+        agreement = torch.tanh(piece.tensors[i].double() * together)
+        scores.append((torch.exp(len(spans) * own.square()) * agreement).clamp(min=0))
+    return scores

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from lewis.lazy import torch
+from lewis.methods.rows import ByRows
 
 T = TypeVar("T")
 _PER_EXPERT = "one value per expert"
@@ -110,6 +111,8 @@ class Method:
             and these) that depends on nothing but their dot products: takes those, as `sums.gram` gives them, and the
             parameters; gives one coefficient for each tensor, or None if the parameters ask for something else. Then a
             large tensor is never in memory.
+        by_rows: its way to merge a tensor by rows although it has to know all of it first (`rows.ByRows`). Then a large
+            tensor is never in memory.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """
 
@@ -125,6 +128,7 @@ class Method:
     check: Check | None
     elementwise: bool = False
     coefficients: Callable[..., list[float] | None] | None = None
+    by_rows: ByRows | None = None
     origin: str = ""
 
     @property
@@ -150,6 +154,7 @@ def merge_method(
     check: Check | None = None,
     elementwise: bool = False,
     coefficients: Callable[..., list[float] | None] | None = None,
+    by_rows: ByRows | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a function as the merge method `name`.
 
@@ -160,7 +165,7 @@ def merge_method(
     Args:
         name: as `merge_method` in a recipe.
         paper: where the method comes from, a URL.
-        on, experts, check, elementwise, coefficients: as in `Method`.
+        on, experts, check, elementwise, coefficients, by_rows: as in `Method`.
 
     Raises:
         ValueError: if another function has that name.
@@ -194,6 +199,7 @@ def merge_method(
             check=check,
             elementwise=elementwise,
             coefficients=coefficients,
+            by_rows=by_rows,
         )
         return function
 

@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lewis.lazy import torch
+from lewis.methods.cuts import cuts
 from lewis.methods.registry import Fraction, merge_method
-from lewis.methods.sparsify import largest
-from lewis.methods.sums import add_up, count, inner
+from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
+from lewis.methods.sums import add_up, count, exact_sum, inner
 from lewis.methods.ties import merge_elected
 
 
-@merge_method("sce", paper="https://arxiv.org/abs/2408.07990")
+def by_rows(pieces: Pieces, *, select_topk: float, int8_mask: bool) -> Finish:
+    """Find the cut, then the energies of what is kept."""
+    cut = None
+    if select_topk < 1:
+        number = sum(count(_variance(piece)) for piece in pieces)
+        [cut] = cuts(lambda: ((piece.start, [_variance(piece)]) for piece in pieces), [int(number * select_topk)])
+
+    def kept(piece: Piece) -> Iterator[torch.Tensor]:  # one at a time, for memory's sake
+        chosen = cut.keeps(_variance(piece), piece.start) if cut else None
+        return (vector if chosen is None else torch.where(chosen, vector, 0.0) for vector in piece.tensors)
+
+    energies = [[inner(vector, vector) for vector in kept(piece)] for piece in pieces]
+    weight = shares([exact_sum(each) for each in zip(*energies, strict=True)])
+
+    def finish(piece: Piece) -> torch.Tensor:
+        weighted = (vector * share for vector, share in zip(kept(piece), weight, strict=True))
+        return merge_elected(weighted, weight, add_up(kept(piece)), normalize=True)
+
+    return finish
+
+
+@merge_method("sce", paper="https://arxiv.org/abs/2408.07990", by_rows=by_rows)
 def sce(task_vectors: torch.Tensor, *, select_topk: Fraction = 1.0, int8_mask: bool = False) -> torch.Tensor:
     """Keep the elements the experts differ most in, weigh experts by their energy, merge those of the elected sign.
 
@@ -27,17 +49,14 @@ def sce(task_vectors: torch.Tensor, *, select_topk: Fraction = 1.0, int8_mask: b
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    chosen = None
-    if select_topk < 1:
-        variance = task_vectors.var(dim=0, correction=0)
-        chosen = largest(variance, int(count(variance) * select_topk))
+    return in_one_piece(by_rows, task_vectors, select_topk=select_topk, int8_mask=int8_mask)
 
-    def kept() -> Iterator[torch.Tensor]:  # one at a time, for memory's sake
-        return (vector if chosen is None else torch.where(chosen, vector, 0.0) for vector in task_vectors)
 
-    weight = shares([inner(vector, vector) for vector in kept()])
-    weighted = (vector * share for vector, share in zip(kept(), weight, strict=True))
-    return merge_elected(weighted, weight, add_up(kept()), normalize=True)
+def _variance(piece: Piece) -> torch.Tensor:
+    """Over the experts; in fp64 and then rounded, so that what is equal but for the order of experts is equal."""
+    mean = add_up(vector.double() for vector in piece.tensors) / len(piece.tensors)
+    squares = ((vector - mean).square() for vector in piece.tensors)
+    return (add_up(squares) / len(piece.tensors)).float()
 
 
 def shares(energies: Sequence[float]) -> list[float]:

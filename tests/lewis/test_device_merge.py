@@ -11,6 +11,7 @@ from lewis.device import merge_device
 from lewis.errors import InputError
 from lewis.merge import Merge, random_stream
 from lewis.methods import METHODS
+from lewis.methods.cuts import Kth
 from lewis.methods.sparsify import _largest_there, largest
 from tests.lewis.test_compiled import NAME, draw
 
@@ -21,6 +22,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def kth_of_nothing(passes: Any, ranks: Any) -> list[Kth]:
+    assert all(numbers.device.type == "meta" for pieces in (passes() if any(ranks) else ()) for numbers in pieces)
+    return [Kth(1, 1, 1)] * len(ranks)
+
+
 @pytest.mark.parametrize("name, more", [(name, more) for name in METHODS for more in SETTINGS.get(name, [{}])])
 def test_a_method_stays_on_the_device_of_its_tensors(
     name: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -28,7 +34,8 @@ def test_a_method_stays_on_the_device_of_its_tensors(
     # Tensors without values, on a device that will not meet another: what depends on values is put in their place.
     monkeypatch.setattr("lewis.methods.sums._by_halves", lambda values: [float(len(values))])
     monkeypatch.setattr("lewis.methods.sparsify._largest_there", lambda values, k: values > 0)
-    monkeypatch.setattr("lewis.methods.arcee_fusion.quartiles", lambda scores: [0.0, 0.0, 0.0])
+    for module in ("cuts", "arcee_fusion"):
+        monkeypatch.setattr(f"lewis.methods.{module}.kth_largest", kth_of_nothing)
     for module in ("ram", "sce"):
         monkeypatch.setattr(f"lewis.methods.{module}.count", lambda mask: 3)
     method = METHODS[name]

@@ -1,6 +1,7 @@
 """What a merge is said to take, against what it takes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lewis import store
 from lewis.forecast import forecast, without_models
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge import Merge
+from lewis.methods import METHODS
 from tests.support.models import open_merge, write_tensors
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -49,21 +51,25 @@ def test_time_grows_with_the_elements(merge_of: Any, monkeypatch: pytest.MonkeyP
     assert len(done) == 1 + 1 + 2 + 8 and list(store.home().iterdir()) == []
 
 
-def test_memory_of_whole_tensors_grows_with_the_largest(merge_of: Any, tmp_path: Path) -> None:
-    merge, before = merge_of("pcb", 3 << 21, *[1 << 20] * 3), anonymous_bytes()
+def test_memory_of_whole_tensors_grows_with_the_largest(
+    merge_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A method of somebody's that says nothing of rows.
+    monkeypatch.setitem(METHODS, "whole", replace(METHODS["pcb"], name="whole", by_rows=None))
+    merge, before = merge_of("whole", 3 << 21, *[1 << 20] * 3), anonymous_bytes()
     found = forecast(merge)
     with PeakMemory() as memory:
         merge.run(tmp_path / "out")
     needed = memory.peak - before
     assert needed > 60e6 and needed / 2 < found.memory - before < needed * 2
-    assert without_models("pcb", 1 << 22, 3) - without_models("pcb", 1 << 20, 3) > 3 << 22
+    assert without_models("whole", 1 << 22, 3) - without_models("whole", 1 << 20, 3) > 3 << 22
 
 
 @pytest.mark.parametrize("method", ["ties", "ram"])
 def test_memory_of_what_goes_by_chunks_or_rows_does_not(
     method: str, merge_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lewis.merge.PIECE", 1 << 18)
+    monkeypatch.setattr("lewis.in_torch.PIECE", 1 << 18)
     forecast(merge_of(method, 10))  # what is loaded once
     before = anonymous_bytes()
     assert forecast(merge_of(method, 3 << 22)).memory - before < 110e6  # the three are 150 MB in fp32

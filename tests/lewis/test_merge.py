@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis import store
+from lewis import in_torch, store
 from lewis.checkpoint import INDEX, SINGLE, Checkpoint
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.lora import LoraExpert
@@ -41,6 +41,12 @@ TIES = ("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "
 METHODS = ("linear", "task_arithmetic", *TIES, "sce", "pcb", "multislerp")  # one expert, whole, is itself
 OF_ANY_NUMBER = [name for name, method in ALL.items() if method.experts[1] is None]
 TRIMMING = [name for name, method in ALL.items() if "density" in method.parameters]
+BY_ROWS: dict[str, list[dict[str, Any]]] = {
+    **{name: [{}] for name, method in ALL.items() if method.elementwise or method.by_rows},
+    "sce": [{"select_topk": 0.3}],
+    "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
+    "model_stock": [{"filter_wise": True}],
+}
 NAME = "model.layers.0.a.weight"
 FORMATS = {torch.float32: (torch.int32, 32, 0x7F800000), torch.float16: (torch.int16, 16, 0x7C00)}
 FORMATS[torch.bfloat16] = (torch.int16, 16, 0x7F80)
@@ -315,28 +321,31 @@ class TestRun:
         )
         assert all(bits(whole.tensor(name)) == bits(parts.tensor(name)) for name in whole.layout)
 
-    @pytest.mark.parametrize("method", [name for name, method in ALL.items() if method.elementwise])
+    @pytest.mark.parametrize("method, settings", [(name, more) for name in ALL for more in BY_ROWS.get(name, [])])
     def test_a_large_tensor_is_merged_by_rows(
-        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, Any]
     ) -> None:
         experts = [family.lora, family.code][: ALL[method].experts[1]]
         base = None if ALL[method].base_is_a_model else family.base
-        parameters = known(method, t=0.01, weight=0.7)
+        parameters = known(method, t=0.01, weight=0.7, density=0.4) | settings
         merge = open_merge(method, base, experts if base else [family.math], parameters=parameters, dtype="bfloat16")
+        names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
         if base:  # as aim does, for a tensor of (out, in) and one of (in, out)
-            names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
             merge.held_back = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
+        if merge.method.takes_scales:
+            scales = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
+            merge.experts = [replace(expert, scales=scales) for expert in merge.experts]
         expected = {name: bits(merge.tensor(name)) for name in merge.layout}
         parts: list[int] = []
-        merged = Merge._merged
+        merged = in_torch._Tensor.merged
 
-        def noted(self: Merge, *arguments: Any) -> torch.Tensor:
+        def noted(self: Any, *arguments: Any) -> torch.Tensor:
             part = merged(self, *arguments)
             parts.append(part.numel())
             return part
 
-        monkeypatch.setattr(Merge, "_merged", noted)
-        monkeypatch.setattr("lewis.merge.PIECE", 100)
+        monkeypatch.setattr(in_torch._Tensor, "merged", noted)
+        monkeypatch.setattr(in_torch, "PIECE", 100)
         monkeypatch.setattr("lewis.compiled.merge_tensor", lambda *_: False)
         merge.run(tmp_path / "out")
         assert {

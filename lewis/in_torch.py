@@ -1,0 +1,227 @@
+"""Merge tensors with the methods' own functions in torch: on a GPU, and on the CPU what has no compiled loop.
+
+Where the method allows it a large tensor is read and merged in runs of rows, so that it is never whole in memory. Its
+rows are those of a matrix whose columns are the tensor's last dimension.
+"""
+
+from __future__ import annotations
+
+import itertools
+import keyword
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lewis.checkpoint import DTYPES
+from lewis.errors import InputError, LewisError
+from lewis.lazy import torch
+from lewis.lora import LoraExpert, Model
+from lewis.methods.rows import Finish, Piece, Pieces, rows_of
+
+if TYPE_CHECKING:
+    from lewis.merge import Merge
+
+PIECE = 1 << 18  # elements of a run of rows
+_PIECE_THERE = 1 << 24  # on a GPU
+_PART = (1 << 15) - 1  # elements that torch does not split over threads: tensors are merged at the same time instead
+
+
+def merge_whole(merge: Merge, name: str) -> torch.Tensor:
+    """Merge one tensor, all of it at once.
+
+    Returns:
+        In the dtype and shape of the layout.
+
+    Raises:
+        LewisError: naming the tensor and model of a value that is not finite.
+    """
+    tensor = _Tensor(merge, name)
+    return tensor.merged(None, tensor.function)
+
+
+def merge_by_rows(merge: Merge, name: str) -> Iterator[torch.Tensor]:
+    """`merge_whole` in pieces, one after another, if the tensor is large and the method has a way by rows."""
+    tensor = _Tensor(merge, name)
+    with merge.room.take(tensor.at_a_time):
+        finish = tensor.finish() if len(tensor.runs) > 1 else None
+        if finish is not None:
+            for rows in tensor.runs:
+                yield tensor.merged(rows, finish)
+            return
+    with merge.room.take(tensor.elements):
+        yield tensor.merged(None, tensor.function)
+
+
+def is_whole(merge: Merge, name: str) -> bool:
+    """Whether a tensor is whole in memory where no compiled loop merges it."""
+    return _Tensor(merge, name).at_a_time == merge.base.tensors[name].elements > PIECE
+
+
+def is_computed(merge: Merge, name: str) -> bool:
+    """Whether a tensor of a model is computed, and so whole in memory in any case: a LoRA expert's."""
+    models = (getattr(model, "model", model) for model in (merge.base, *(expert.model for expert in merge.experts)))
+    return any(isinstance(model, LoraExpert) and model.touches(name) for model in models)
+
+
+class _Tensor:
+    """One tensor of a merge.
+
+    Attributes:
+        elements: of the tensor.
+        runs: the runs of rows that it is merged in; one if it is small, or the method takes it whole.
+        at_a_time: elements in memory at a time, if it is merged in these runs.
+    """
+
+    def __init__(self, merge: Merge, name: str) -> None:
+        self._merge, self._name, self._method = merge, name, merge.method
+        self._copied = name in merge.excluded or not merge.base.tensors[name].floating
+        self._shape, self.elements = merge.base.tensors[name].shape, merge.base.tensors[name].elements
+        self._raw: dict[int, tuple[str, np.ndarray]] = {}
+        rows, count = math.prod(self._shape[:-1]), 1
+        if len(self._shape) > 1 and (self._copied or self._method.elementwise or self._method.by_rows):
+            count = max(min(-(-self.elements // (PIECE if merge.device == "cpu" else _PIECE_THERE)), rows), 1)
+        bounds = [rows * i // count for i in range(count + 1)]
+        self.runs = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        longest = max(run.stop - run.start for run in self.runs)
+        self.at_a_time = self.elements if is_computed(merge, name) else longest * math.prod(self._shape[-1:])
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return self._merge.parameters(self._name)
+
+    @cached_property
+    def _arguments(self) -> dict[str, Any]:
+        return {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in self._values.items()}
+
+    def function(self, piece: Piece) -> torch.Tensor:
+        """What the method's function gives."""
+        method, arguments = self._method, dict(self._arguments)
+        if method.takes_base:
+            arguments["base"] = piece.base
+        if method.random:
+            arguments["streams"] = [self._merge.stream(expert, self._name) for expert in self._merge.experts]
+        if method.takes_scales:
+            arguments["scales"] = piece.scales
+        with self._named():
+            return method(piece.tensors, **arguments)
+
+    def finish(self) -> Finish | None:
+        """What merges each run of rows, after what passes it takes; None if there is no way by rows."""
+        if self._copied or self._method.elementwise:
+            return self.function
+        assert self._method.by_rows
+        with torch.inference_mode(), self._named():
+            pieces = Pieces(self._shape, lambda: map(self._piece, self.runs))
+            return self._method.by_rows(pieces, **self._arguments)
+
+    def merged(self, rows: slice | None, finish: Finish) -> torch.Tensor:
+        """Merge these rows, or all of them in the tensor's own shape; rounded, on the CPU."""
+        merge, dtype = self._merge, getattr(torch, DTYPES[self._merge.layout[self._name][0]][0])
+        if self._copied:
+            return self._read(merge.base, rows).to(dtype)  # a base with an adapter on it is read in fp32
+        with torch.inference_mode():
+            merged = (self._on_task_vectors if merge.adds_to_base else self._on_weights)(rows, finish)
+            return self._rounded(merged, dtype).cpu()
+
+    def _on_weights(self, rows: slice | None, finish: Finish) -> torch.Tensor:
+        piece = self._piece(rows)
+        merged = self._checked(finish(piece), piece.tensors[0])
+        if self._values.get("normalize"):
+            same = (piece.tensors == piece.tensors[0]).all(dim=0)
+            merged = torch.where(same, piece.tensors[0], merged)  # an average of equals is exact
+        if self._method.takes_base:
+            return merged
+        for weight in piece.tensors:
+            merged = torch.where(merged == weight, weight, merged)  # a sum loses the sign of -0.0
+        return merged
+
+    def _on_task_vectors(self, rows: slice | None, finish: Finish) -> torch.Tensor:
+        merge, active = self._merge, self._merge.active(self._name, self._values)
+        base = self._finite(merge.base, rows)
+        if "density" in self._values and not any(active):
+            return base
+        delta = self._checked(finish(self._piece(rows, base)), base)
+        if self._name in merge.held_back:
+            delta = delta * self._of_rows(merge.held_back[self._name], rows)
+        # The models are read again instead of being kept, so that less is in memory at once.
+        merged = torch.empty(base.shape, device=base.device)
+        for part, old, out in _in_parts(delta, base, merged):
+            out.copy_(torch.where(part == 0, old, old + part))
+        for expert, is_active in zip(merge.experts, active, strict=True):
+            if is_active:
+                for own, part, old, out in _in_parts(self._finite(expert.model, rows), delta, base, merged):
+                    out.copy_(torch.where(part == own - old, own, out))
+        return merged
+
+    def _piece(self, rows: slice | None, base: torch.Tensor | None = None) -> Piece:
+        merge = self._merge
+        if base is None:
+            base = self._finite(merge.base, rows)
+        tensors = torch.empty((len(merge.experts), *base.shape), device=base.device)
+        for expert, out in zip(merge.experts, tensors, strict=True):
+            own = self._finite(expert.model, rows)
+            if merge.adds_to_base:
+                torch.sub(own, base, out=out)
+            else:
+                out.copy_(own)
+        scales = [None if scale is None else self._of_rows(scale, rows) for scale in merge.scales(self._name)]
+        return Piece(tensors, base, scales, rows.start * self._shape[-1] if rows else 0)
+
+    def _of_rows(self, factor: torch.Tensor, rows: slice | None) -> torch.Tensor:
+        return (factor if rows is None else rows_of(factor, self._shape, rows)).to(self._merge.device)
+
+    def _read(self, model: Model, rows: slice | None) -> torch.Tensor:
+        if rows is None:
+            return model.read(self._name)
+        if id(model) not in self._raw:  # a LoRA expert's is computed as a whole
+            self._raw[id(model)] = model.raw(self._name)
+        dtype, bits = self._raw[id(model)]
+        part = torch.from_numpy(bits[rows.start * self._shape[-1] : rows.stop * self._shape[-1]].copy())
+        return part.view(getattr(torch, DTYPES[dtype][0])).reshape(-1, self._shape[-1])
+
+    def _finite(self, model: Model, rows: slice | None) -> torch.Tensor:
+        tensor = self._read(model, rows).to(self._merge.device).to(torch.float32)
+        if not _is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise LewisError(
+                f"{model.folder}: tensor {self._name!r} has {bad} values that are NaN or Inf; the model is damaged"
+            )
+        return tensor
+
+    def _checked(self, merged: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if merged.shape != like.shape:
+            given, expected = list(merged.shape), list(like.shape)
+            raise LewisError(f"{self._name}: {self._method.name} gave the shape {given}, expected {expected}")
+        return merged
+
+    def _rounded(self, merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rounded = merged.to(dtype)
+        if not _is_finite(rounded):
+            if _is_finite(merged):
+                raise LewisError(
+                    f"{self._name}: the merged value {float(merged.abs().max()):.4g} does not fit {dtype}; "
+                    "set out_dtype: bfloat16 or float32"
+                )
+            raise LewisError(f"{self._name}: {self._method.name} gave NaN or Inf; lower its weights or lambda")
+        return rounded
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise InputError(f"{self._name}: {error}") from error
+
+
+def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Flat parts of tensors of one shape, so that what is computed of them is never as large."""
+    size = _PART if tensors[0].device.type == "cpu" else 1 << 24
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for (part,) in _in_parts(tensor))
