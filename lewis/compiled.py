@@ -19,7 +19,7 @@ from lewis.kernels import KINDS
 from lewis.methods.ram import scale_alone
 from lewis.methods.sce import shares
 from lewis.methods.sums import exact_sum
-from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector
+from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector, Spread
 from lewis.writer import SIZES
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def takes(merge: Merge, name: str) -> bool:
             return method.coefficients(np.eye(len(merge.experts) + method.takes_base), **values) is not None
         except ValueError:  # the method's function tells it
             return False
-    return method.name in METHODS and not method.origin and values.get("select_topk", 1) >= 1
+    return method.name in METHODS and not method.origin
 
 
 def merge_tensor(merge: Merge, name: str, write: Write) -> bool:
@@ -100,17 +100,26 @@ class _Inputs:
         self.addresses = np.array([bits.ctypes.data for bits in self._arrays], np.uint64)
         self.kinds = np.array([KINDS.get(dtype, -1) for dtype, _ in raw], np.int64)
 
-    def gram(self, *, relative: bool, crossed: bool = True) -> np.ndarray:
-        """`sums.gram` of these tensors, or of their differences to the first one; without `crossed` of each alone."""
+    def gram(self, *, relative: bool) -> np.ndarray:
+        """`sums.gram` of these tensors, or of their differences to the first one."""
         count, first = len(self.addresses), int(relative)
-        places = itertools.combinations_with_replacement(range(first, count), 2)
-        pairs = np.array([(i, j) for i, j in places if crossed or i == j], np.int64)
-        blocks = np.empty((-(-self.size // kernels.BLOCK), len(pairs)))
-        kernels.dots(self.addresses, self.kinds, self.size, relative, pairs, blocks)
+        pairs = np.array(list(itertools.combinations_with_replacement(range(first, count), 2)), np.int64)
         found = np.zeros((count - first, count - first))
-        for (i, j), dots in zip(pairs - first, blocks.T, strict=True):
-            found[i, j] = found[j, i] = exact_sum(dots.tolist())
+        for (i, j), dot in zip(pairs - first, self._dots(pairs, relative=relative), strict=True):
+            found[i, j] = found[j, i] = dot
         return found
+
+    def energies(self, chosen: Spread | None) -> list[float]:
+        """`sums.inner` of the differences to the first one, each with itself; of the elements that are chosen."""
+        return self._dots(np.array([(i, i) for i in range(1, len(self.addresses))], np.int64), chosen, relative=True)
+
+    def _dots(self, pairs: np.ndarray, chosen: Spread | None = None, *, relative: bool) -> list[float]:
+        blocks = np.empty((-(-self.size // kernels.BLOCK), len(pairs)))
+        for start in range(0, self.size, _CHUNK):
+            mask = chosen.kept(start, min(start + _CHUNK, self.size)) if chosen else None
+            part = blocks[start // kernels.BLOCK : (start + _CHUNK) // kernels.BLOCK]
+            kernels.dots(self.addresses, self.kinds, self.size, relative, pairs, _address(mask), start, part)
+        return [exact_sum(column.tolist()) for column in blocks.T]
 
     def owned(self, least: float) -> np.ndarray:
         """How many elements each model changed by more than `least` of the first one's, and how many alone."""
@@ -216,9 +225,11 @@ def _task_vectors(merge: Merge, name: str, weights: list[float] | None = None) -
         )  # fmt: skip
         own = {key: value[e] for key, value in values.items() if isinstance(value, list)}
         kept.append(_Kept(pair, own, dropping, keys[e], rescale=bool(values.get("rescale"))))
-    how = _HOW.get(merge.method.name, kernels.SUM)
+    how, chosen = _HOW.get(merge.method.name, kernels.SUM), None
     if merge.method.name == "sce":
-        weights = shares(inputs.gram(relative=True, crossed=False).diagonal().tolist())
+        if values["select_topk"] < 1:
+            chosen = Spread(inputs.addresses, inputs.kinds, size, values["select_topk"])
+        weights = shares(inputs.energies(chosen))
     elif merge.method.name == "ramplus_tl":
         counts = inputs.owned(values["epsilon"])
         weights = [scale_alone(alone, moved - alone, values["r"], values["alpha"]) for moved, alone in counts.tolist()]
@@ -235,7 +246,7 @@ def _task_vectors(merge: Merge, name: str, weights: list[float] | None = None) -
     out = KINDS[merge.layout[name][0]]
 
     def run(start: int, stop: int, address: np.uint64) -> bool:
-        masks = [k.mask(start, stop) for k in kept]
+        masks = [chosen.kept(start, stop)] * count if chosen else [k.mask(start, stop) for k in kept]
         where = np.array([_address(mask) for mask in masks], np.uint64)
         given = inputs.addresses, inputs.kinds, start, stop, columns, *arguments, scales.addresses[-1]
         return bool(kernels.merge_task_vectors(*given, where, address, out))

@@ -385,13 +385,18 @@ def _block_dot(first: Any, second: Any, count: Any, halves: Any) -> float:
     return float(halves[0])
 
 
-@njit("void(uint64[::1],int64[::1],int64,boolean,int64[:,::1],float64[:,::1])", **_options)
-def dots(addresses: Any, kinds: Any, size: Any, relative: Any, pairs: Any, out: Any) -> None:
-    """The dot products of pairs of models in each block, in fp64; `relative`: of their differences to the first one."""
+@njit("void(uint64[::1],int64[::1],int64,boolean,int64[:,::1],uint64,int64,float64[:,::1])", **_options)
+def dots(
+    addresses: Any, kinds: Any, size: Any, relative: Any, pairs: Any, mask: Any, begin: Any, out: Any
+) -> None:  # fmt: skip
+    """The dot products of pairs of models in each block from element `begin` on, in fp64.
+
+    `relative`: of their differences to the first one; of what a mask keeps, if there is one, as `merge_task_vectors`.
+    """
     models = addresses.size
     own, halves = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float64)
     for number in range(out.shape[0]):
-        start = number * BLOCK
+        start = begin + number * BLOCK
         count = min(BLOCK, size - start)
         for m in range(models):
             values = own[m]
@@ -399,8 +404,36 @@ def dots(addresses: Any, kinds: Any, size: Any, relative: Any, pairs: Any, out: 
             if relative and m > 0:
                 for i in range(count):
                     values[i] -= own[0, i]
+                if mask != 0:
+                    _mask(mask, start - begin, count, values)
         for pair in range(pairs.shape[0]):
             out[number, pair] = _block_dot(own[pairs[pair, 0]], own[pairs[pair, 1]], count, halves)
+
+
+@njit("void(uint64[::1],int64[::1],int64,float32[::1])", **_options)
+def variances(addresses: Any, kinds: Any, start: Any, out: Any) -> None:
+    """Of the differences to the first model, over the others, from element `start` on: `sce._variance`."""
+    experts = addresses.size - 1
+    base, moved = np.empty(BLOCK, np.float32), np.empty((experts, BLOCK), np.float32)
+    mean, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    for first in range(0, out.size, BLOCK):
+        count = min(BLOCK, out.size - first)
+        _load(addresses[0], kinds[0], start + first, count, base)
+        for e in range(experts):
+            vector = moved[e]
+            _load(addresses[e + 1], kinds[e + 1], start + first, count, vector)
+            for i in range(count):
+                vector[i] -= base[i]
+                mean[i] = np.float64(vector[i]) + (mean[i] if e else 0.0)
+        for i in range(count):
+            mean[i] /= experts
+        for e in range(experts):
+            vector = moved[e]
+            for i in range(count):
+                away = np.float64(vector[i]) - mean[i]
+                squares[i] = away * away + (squares[i] if e else 0.0)
+        for i in range(count):
+            out[first + i] = np.float32(squares[i] / experts)
 
 
 @njit("void(uint64,int64,uint64,int64,int64,int64,uint64,int64,uint64[:,::1])", **_options)

@@ -3,14 +3,19 @@
 A sample tells roughly where the cut is. One pass over the tensor then counts what lies above that bracket and collects
 what lies inside, a few percent; the exact cut is found among those. A bracket that misses, or holds too many, is
 moved, and each pass leaves fewer scores that can be the cut: so it ends, and what it gives depends on no sample.
+SCE's selection, of numbers that several experts have in common, goes by `methods.cuts`.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from lewis import kernels
+from lewis.lazy import torch
 from lewis.methods.sparsify import SPREAD
 
 NOTHING = (kernels.NONE, np.uint64(0))
@@ -18,6 +23,7 @@ EVERYTHING = (np.uint32(0), kernels.ALL)
 _TOP = 0x7FFFFFFF
 _LAST = int(kernels.ALL)
 _ROOM = 1 << 20  # scores that a pass can collect
+_CHUNK = 1 << 19  # elements whose variances are in memory
 _WIDTH = 3.5  # half of a bracket, in standard errors of the sample
 
 
@@ -54,6 +60,32 @@ class Ranks:
         kept = np.empty(keys.size, np.uint8)
         kernels.draw_by_rank(keys, first * columns, self._key, *self._chances, kept)
         return kept[start - first * columns : stop - first * columns]
+
+
+class Spread:
+    """Which elements SCE selects, those in which experts differ most, a chunk at a time."""
+
+    def __init__(self, addresses: np.ndarray, kinds: np.ndarray, size: int, share: float) -> None:
+        from lewis.methods.cuts import cuts  # with torch, which no other merge has to load
+
+        self._addresses, self._kinds = addresses, kinds
+        starts = range(0, size, _CHUNK)
+        number = sum(np.count_nonzero(self._variances(start, min(start + _CHUNK, size))) for start in starts)
+
+        def passes() -> Iterator[tuple[int, list[torch.Tensor]]]:
+            return ((start, [torch.from_numpy(self._variances(start, min(start + _CHUNK, size)))]) for start in starts)
+
+        [self._cut] = cuts(passes, [int(number * share)])
+
+    def kept(self, start: int, stop: int) -> np.ndarray:
+        """For the elements from `start` to `stop`, 1 if it is kept, else 0; uint8."""
+        kept: np.ndarray = self._cut.keeps(torch.from_numpy(self._variances(start, stop)), start).numpy()
+        return kept.view(np.uint8)
+
+    def _variances(self, start: int, stop: int) -> np.ndarray:
+        found = np.empty(stop - start, np.float32)
+        kernels.variances(self._addresses, self._kinds, start, found)
+        return found
 
 
 class Selector:

@@ -52,7 +52,7 @@ def parameters_of(method: str, rng: random.Random) -> dict[str, Any]:
         "gamma": rng.choice([0.0, 0.01, 0.3, 1.0]), "epsilon": rng.choice([0.0, 0.04]),
         "t": rng.choice([0, 0.3, 0.5, 1]), "min_agree": rng.choice([1, 2]),
         "tall_lambda": rng.choice([0.0, 0.4, 1.1]), "tol": rng.choice([0.0, 1e-5]),
-        "normalize_weights": rng.random() < 0.5,
+        "normalize_weights": rng.random() < 0.5, "select_topk": rng.choice([0.0, 0.3, 0.9, 1.0]),
     }  # fmt: skip
     if method.startswith("ram"):
         drawn |= {"epsilon": rng.choice([0.0, 1e-5, 0.01]), "r": rng.choice([0.1, 1.0]), "alpha": rng.random()}
