@@ -52,27 +52,37 @@ def batches(calibrations: Sequence[Calibration], network: Network, *, whole: boo
     """
     if whole:
         return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
-    equal, made = any(".experts." in each.parameter for each in network.covered), []
+    equal, apart = any(".experts." in each.parameter for each in network.covered), _other_positions_from(network)
+    made = []
     for of, calibration in enumerate(calibrations):
         samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
-        cuts = ends([len(sample) for sample in samples], equal)
+        cuts = ends([len(sample) for sample in samples], equal, apart)
         made += [Batch.padded(samples[start:end], of) for start, end in zip([0, *cuts], cuts, strict=False)]
     return made
 
 
-def ends(lengths: Sequence[int], equal: bool) -> list[int]:
+def _other_positions_from(network: Network) -> int:
+    """LongRoPE (Phi-3) has other frequencies for a whole batch whose width is beyond this length; 0 for all others."""
+    found = getattr(network.module.config.get_text_config(), "rope_parameters", None) or {}
+    long = isinstance(found, dict) and found.get("rope_type") == "longrope"
+    return int(found["original_max_position_embeddings"]) if long else 0
+
+
+def ends(lengths: Sequence[int], equal: bool, apart: int = 0) -> list[int]:
     """Where batches end: those of the least cost, found from the last one back.
 
     Args:
         lengths: of the samples, longest first.
         equal: only samples of one length go together, where a router hides which tokens are padding.
+        apart: samples that are longer than this do not go with those that are not.
     """
     costs, nexts = [0] * (len(lengths) + 1), [0] * len(lengths)
     for start in reversed(range(len(lengths))):
         width, best = lengths[start], None
         for end in range(start + 1, len(lengths) + 1):
-            tokens = (end - start) * width
-            if end > start + 1 and (tokens > TOKENS_PER_BATCH or (equal and lengths[end - 1] != width)):
+            tokens, shortest = (end - start) * width, lengths[end - 1]
+            other = (equal and shortest != width) or shortest <= apart < width
+            if end > start + 1 and (other or tokens > TOKENS_PER_BATCH):
                 break
             if best is None or tokens + _TOKENS_OF_A_BATCH + costs[end] < best:
                 best, nexts[start] = tokens + _TOKENS_OF_A_BATCH + costs[end], end

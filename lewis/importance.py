@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lewis.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "5"  # bump when the same inputs would give other numbers
+SEMANTICS = "6"  # bump when the same inputs would give other numbers
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -154,7 +154,7 @@ def _norms(
         silent = [covered.tensor for covered in network.covered if covered.tensor not in measured.moments]
         if silent:
             told = (model.folder, calibration.name, len(silent), silent[0])
-            logger.warning("%s on %s: no token reached %d tensors, such as %s: left out", *told)
+            logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *told)
     return found
 
 

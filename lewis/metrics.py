@@ -51,7 +51,7 @@ def unrelated(ref: str, base: Model, expert: Model, tensors: Sequence[str]) -> s
     norms = [float(base.read(name).to(torch.float32).norm()) for name in few]
     moved = [float(task_vector(base, expert, name).norm()) for name in few]
     gaps = [gap / norm if norm else 0.0 for gap, norm in zip(moved, norms, strict=True)]
-    if min(gaps) <= UNRELATED:
+    if not min(gaps) > UNRELATED:  # or NaN, which the measurement or the merge refuses
         return None
     return (
         f"{ref}: its weights differ from the base's by {100 * min(gaps):.0f} to {100 * max(gaps):.0f} % of their norm "
