@@ -1,9 +1,14 @@
-"""Models whose embeddings are brought to one vocabulary, row by row, as they are read."""
+"""Models whose embeddings are brought to one vocabulary, row by row, as they are read.
+
+Where rows move, the tensor is written by runs of rows to a file without a name in the store, which is mapped as the
+model's own files are: so it is never whole in memory, and gone when it has been merged, or the process has died.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,13 +16,14 @@ import numpy as np
 
 from lewis import store
 from lewis.checkpoint import DTYPES, PER_TOKEN
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
 from lewis.lora import Model
 from lewis.recipe import Recipe, TokenRow
 from lewis.vocabulary import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
+from lewis.writer import bytes_of
 
-_KINDS = {word: kind for kind, (word, _) in DTYPES.items()}
+_RUN = 1 << 20  # elements that are written at a time
 
 Origin = tuple[tuple[int, int], ...]
 """(model, row) of each row that one row is the mean of; none: it is 0."""
@@ -133,7 +139,10 @@ class Aligned:
         self.model, self.folder, self.key = model, model.folder, model.key
         self.config, self.tied = model.config, model.tied
         self._names, self._rows, self._lent = frozenset(names), rows, lent
+        self._own_rows, self._copies = _rows_of(model, names), dict[str, tuple[str, np.ndarray]]()
         self._mean_from = target.padded_from if target.padded_from < target.rows else None
+        in_order = self._mean_from is None and rows[0] >= 0 and np.array_equal(rows, np.arange(len(rows)) + rows[0])
+        self._first = int(rows[0]) if in_order else None
         self.tensors = {
             name: replace(info, shape=(target.rows, *info.shape[1:])) if name in self._names else info
             for name, info in model.tensors.items()
@@ -150,32 +159,63 @@ class Aligned:
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor, in its stored dtype; in fp32 where rows are means, or come from models of other dtypes."""
+        """Read one tensor, in the dtype of `raw`."""
         if not self._touches(name):
             return self.model.read(name)
-        own, missing = _take(self.model, name, self._rows.clip(0)), np.flatnonzero(self._rows < 0)
-        others, exact = self._lent.read(name, missing.tolist(), own.shape[1:])
-        if exact - {own.dtype} or self._mean_from is not None:
-            own = own.to(torch.float32)
-        own[torch.from_numpy(missing)] = others.to(own.dtype)
-        if self._mean_from is not None:
-            own[self._mean_from :] = own[: self._mean_from].mean(dim=0)
-        return own
+        dtype, bits = self.raw(name)
+        shape = self.tensors[self.tied.get(name, name)].shape
+        return torch.from_numpy(bits.copy()).view(getattr(torch, DTYPES[dtype][0])).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`; computed where there is a row per token."""
+        """One tensor's dtype and bits, as `Checkpoint.raw`; fp32 where rows are means, or come from other dtypes."""
         if not self._touches(name):
             return self.model.raw(name)
-        tensor = self.read(name).reshape(-1)
-        kind = _KINDS[str(tensor.dtype).removeprefix("torch.")]
-        return kind, tensor.view(torch.uint8).numpy().view(f"u{DTYPES[kind][1]}")
+        if self._first is not None:
+            dtype, bits = self.model.raw(name)
+            width = bits.size // self._own_rows
+            return dtype, bits[self._first * width : (self._first + len(self._rows)) * width]
+        if name not in self._copies:
+            self._copies[name] = self._copy(name)
+        return self._copies[name]
+
+    def _copy(self, name: str) -> tuple[str, np.ndarray]:
+        lent, (dtype, bits) = self._lent.of(name, np.flatnonzero(self._rows < 0)), self.model.raw(name)
+        out = dtype if lent.dtypes <= {dtype} and self._mean_from is None else "F32"
+        try:
+            store.home().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=store.home()) as file:
+                for part in self._parts(dtype, bits.reshape(self._own_rows, -1), lent, out):
+                    file.write(bytes_of(part))
+                file.flush()
+                return out, np.memmap(file, np.dtype(f"u{DTYPES[out][1]}"), mode="r")
+        except OSError as error:
+            raise LewisError(
+                f"{store.home()}: cannot write the rows of {name!r} in their new order: {error.strerror}; free space"
+            ) from error
+
+    def _parts(self, dtype: str, own: np.ndarray, lent: _LentRows, out: str) -> Iterator[torch.Tensor]:
+        """The rows in their new order; those of padding are the mean of the others, if that is asked for."""
+        run, rows = max(_RUN // max(own.shape[1], 1), 1), self._rows[: self._mean_from]
+        total = torch.zeros(own.shape[1], dtype=torch.float64)
+        for start in range(0, len(rows), run):
+            taken = rows[start : start + run]
+            part = _numbers(dtype, own[taken.clip(0)]).to(getattr(torch, DTYPES[out][0]))
+            missing = np.flatnonzero(taken < 0)
+            part[torch.from_numpy(missing)] = lent.read(start + missing).to(part.dtype)
+            if self._mean_from is not None:
+                total += part.sum(dim=0, dtype=torch.float64)
+            yield part
+        padding = len(self._rows) - len(rows)
+        for start in range(0, padding, run):
+            yield (total / len(rows)).float().expand(min(run, padding - start), -1)
 
     def will_need(self, name: str) -> None:
         """As of the model."""
         self.model.will_need(name)
 
     def done_with(self, name: str) -> None:
-        """As of the model."""
+        """As of the model; what was written for it is gone."""
+        self._copies.pop(name, None)
         self.model.done_with(name)
 
     def _touches(self, name: str) -> bool:
@@ -189,20 +229,40 @@ class _Lent:
     def __init__(self, models: Sequence[Model], origins: Mapping[int, Origin]) -> None:
         self._models, self._origins = models, origins
 
-    def read(self, name: str, rows: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, set[torch.dtype]]:
-        """These rows, fp32, shape (len(rows), *shape), and the dtypes that could hold them exactly."""
-        result, dtypes = torch.zeros(len(rows), *shape), set[torch.dtype]()
-        counts = torch.tensor([max(len(self._origins[row]), 1) for row in rows]).reshape(-1, *[1] * len(shape))
+    def of(self, name: str, rows: np.ndarray) -> _LentRows:
+        """These rows of one tensor."""
+        models = {model for row in rows.tolist() for model, _ in self._origins[row]}
+        return _LentRows({i: _matrix(self._models[i], name) for i in sorted(models)}, self._origins, rows)
+
+
+class _LentRows:
+    """Rows of one tensor that a model has not itself.
+
+    Attributes:
+        dtypes: those that hold them exactly.
+    """
+
+    def __init__(
+        self, lenders: Mapping[int, tuple[str, np.ndarray]], origins: Mapping[int, Origin], rows: np.ndarray
+    ) -> None:
+        self._lenders, self._origins = lenders, origins
+        means = any(len(origins[row]) > 1 for row in rows.tolist())
+        self.dtypes = {"F32"} if means else {dtype for dtype, _ in lenders.values()}
+
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """Some of them, in fp32, one row each."""
         wanted: dict[int, list[tuple[int, int]]] = {}
-        for place, row in enumerate(rows):
+        for place, row in enumerate(rows.tolist()):
             for model, number in self._origins[row]:
                 wanted.setdefault(model, []).append((place, number))
+        width = next((matrix.shape[1] for _, matrix in self._lenders.values()), 1)
+        result = torch.zeros(len(rows), width)
         for model, pairs in sorted(wanted.items()):
             places, numbers = (np.array(column) for column in zip(*pairs, strict=True))
-            taken = _take(self._models[model], name, numbers)
-            dtypes.add(taken.dtype if int(counts.max()) == 1 else torch.float32)
-            result[torch.from_numpy(places)] += taken.to(torch.float32)
-        return result / counts, dtypes
+            dtype, matrix = self._lenders[model]
+            result[torch.from_numpy(places)] += _numbers(dtype, matrix[numbers]).to(torch.float32)
+        counts = [max(len(self._origins[row]), 1) for row in rows.tolist()]
+        return result / torch.tensor(counts).reshape(-1, 1)
 
 
 def _match(
@@ -262,16 +322,18 @@ def _find(name: str, by_name: Mapping[str, Model], where: str) -> Model:
     return by_name[name]
 
 
-def _rows_of(model: Model, names: Sequence[str]) -> int:
+def _rows_of(model: Model, names: Collection[str]) -> int:
     """How many rows a model's embeddings have; 0 if it has none, or they differ."""
     stored = {model.tied.get(name, name) for name in names}
     found = {model.tensors[name].shape[:1] for name in stored if name in model.tensors}
     return found.pop()[0] if len(found) == 1 and () not in found else 0
 
 
-def _take(model: Model, name: str, rows: np.ndarray) -> torch.Tensor:
-    """Rows of a tensor, as stored; those of a file are read alone."""
+def _matrix(model: Model, name: str) -> tuple[str, np.ndarray]:
+    """A tensor's dtype and bits, one row per token."""
     dtype, bits = model.raw(name)
-    shape = model.tensors[model.tied.get(name, name)].shape
-    taken = bits.reshape(shape[0], -1)[rows]
-    return torch.from_numpy(taken).view(getattr(torch, DTYPES[dtype][0])).reshape(len(rows), *shape[1:])
+    return dtype, bits.reshape(model.tensors[model.tied.get(name, name)].shape[0], -1)
+
+
+def _numbers(dtype: str, bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(bits).view(getattr(torch, DTYPES[dtype][0]))

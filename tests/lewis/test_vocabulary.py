@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,12 +14,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import evaluation, pipeline
+from lewis.alignment import Aligned, _Lent
 from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
+from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge import Merge
+from lewis.vocabulary import Target
 from tests.conftest import Family
-from tests.support.models import bits, edit_json, open_merge, parse, rewrite, write_llama, write_tokenizer
+from tests.support.models import (
+    bits,
+    edit_json,
+    open_merge,
+    parse,
+    rewrite,
+    write_llama,
+    write_tensors,
+    write_tokenizer,
+)
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -370,3 +383,24 @@ def test_equals_mergekit(models: list[Path], tmp_path: Path, source: str, method
             assert ours.shape == theirs.shape
             ours, theirs = ours[order[0]], theirs[order[1]]
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_large_embedding_is_not_whole_in_memory(home: Path, tmp_path: Path) -> None:
+    rows = torch.arange(1 << 18).reshape(-1, 1).expand(-1, 64).to(torch.float32).contiguous()  # 67 MB
+    model = Checkpoint(write_tensors(tmp_path / "m", {EMBED: rows}), "key")
+    moved = np.arange(len(rows))[::-1].copy()
+    moved[5] = -1
+    target = Target({}, len(rows), len(rows), [])
+    aligned = Aligned(model, [EMBED], moved, _Lent([model], {5: ((0, 7),)}), target)
+    before = anonymous_bytes()
+    with PeakMemory() as memory:
+        dtype, bits = aligned.raw(EMBED)
+    assert memory.peak - before < 40e6
+    found = torch.from_numpy(bits.copy()).view(torch.float32).reshape(-1, 64)[:, 0]
+    assert dtype == "F32" and found[5] == 7 and torch.equal(found[6:], rows[:-6, 0].flip(0))
+    assert aligned.raw(EMBED)[1] is bits and list(home.iterdir()) == []
+    aligned.done_with(EMBED)
+    assert aligned.raw(EMBED)[1] is not bits
+    # Rows that only end earlier are the file's own.
+    shorter = Aligned(model, [EMBED], np.arange(100), _Lent([model], {}), Target({}, 100, 100, []))
+    assert np.shares_memory(shorter.raw(EMBED)[1], model.raw(EMBED)[1])
