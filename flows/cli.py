@@ -357,9 +357,19 @@ def _guide(options: argparse.Namespace) -> Any:
     return layers, parameters, measured, allocated, len(passes)
 
 
+def _check_file(path: Path) -> None:
+    """What cannot be written is told before the long part."""
+    from lewis.errors import InputError
+
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or path.suffix == ".png":
+        raise InputError(f"-o {path}: expected the name of a JSON file in a folder")
+
+
 def _importance(options: argparse.Namespace) -> None:
     from lewis import store, tables
 
+    _check_file(options.output)
     layers, parameters, measured, allocated, passes = _guide(options)
     rows = [{"model": entry.ref, "calibration": entry.calibration, "norms": entry.norms} for entry in measured]
     store.write_json(options.output, {"importance": rows})
@@ -373,6 +383,7 @@ def _importance(options: argparse.Namespace) -> None:
 def _allocate(options: argparse.Namespace) -> None:
     from lewis import pictures, store, tables
 
+    _check_file(options.output)
     layers, parameters, _, allocated, _ = _guide(options)
     experts = {ref: each.to_json() for ref, each in allocated.experts().items()}
     store.write_json(options.output, {"experts": experts})

@@ -107,7 +107,10 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
     if len(order) < spec.samples and "samples" in spec.model_fields_set:
         raise InputError(f"{where}.samples: {spec.samples} asked for, the set has {len(order)}; set it to that or less")
-    chosen = [rows[int(i)] for i in order]
+    try:
+        chosen = [rows[int(i)] for i in order]
+    except UnicodeDecodeError as error:  # JSON is decoded when a row is read
+        raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
     texts = [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
     encode = _load_tokenizer(tokenizer)
     cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]

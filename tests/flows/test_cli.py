@@ -89,6 +89,16 @@ def test_importance_allocate_and_export(
     assert len(exported["models"][0]["parameters"]["density"]) == 20
 
 
+@pytest.mark.parametrize("command", ["importance", "allocate"])
+def test_what_is_no_place_for_a_file_is_told_before_any_work(
+    command: str, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (home.parent, recipe / "a.json", home / "a.png"):
+        assert main([command, str(recipe), "-o", str(place)]) == 2
+        assert f"-o {place}: expected the name of a JSON file in a folder" in capsys.readouterr().err
+    assert not (home / "importance").exists()
+
+
 def _edited(change: Callable[[Path], None]) -> Callable[[Family, Path], Path]:
     def make(family: Family, folder: Path) -> Path:
         shutil.copytree(family.math, folder)

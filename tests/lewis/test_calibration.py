@@ -185,6 +185,11 @@ class TestMistakes:
         self.refused("no tokens: all 2 texts are empty", family.base, data, **files, text="{a}")
         assert set(run(family.base, data, **files, text="{b} {a}").samples) == {ids(1), ids(2)}
 
+    def test_other_than_utf_8(self, family: Family, data: Path) -> None:
+        (data / "latin.jsonl").write_bytes('{"a": "w1 \u00e9"}\n'.encode("latin-1"))
+        expected = "lewis.calibrations.sums: a row is no UTF-8 text"
+        self.refused(expected, family.base, data, dataset="json", data_files="latin.jsonl", text="{a}")
+
     def test_in_the_files(self, family: Family, data: Path) -> None:
         self.refused(
             f"no such file: {data / 'x.jsonl'}", family.base, data, dataset="json", data_files="x.jsonl", text="{a}"
