@@ -7,6 +7,9 @@ from typing import Any
 
 from lewis.lazy import torch
 
+_QKV = ("qkv_proj", "wqkv", "qkv", "c_attn", "query_key_value")
+_SPLIT_OTHERWISE = ("codegen", "minimax")  # their qkv_proj is cut for the devices of its training, or by heads
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -53,7 +56,8 @@ def parts_of(parameter: str, outputs: int, config: Any) -> dict[str, Rows]:
     if "gate_up" in name and outputs % 2 == 0 and not getattr(config, "swiglu_alpha", None):
         half = outputs // 2
         return {"gate": Rows(0, half, outputs), "up": Rows(half, half, outputs)}
-    if not ("qkv" in name or name in ("c_attn", "query_key_value")):
+    by_head = name == "c_attn" and getattr(config, "multi_query", True) is False  # GPTBigCode
+    if name not in _QKV or by_head or config.model_type in _SPLIT_OTHERWISE:
         return {}
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
