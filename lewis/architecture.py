@@ -139,13 +139,15 @@ class Network:
         return [name for name in self._state if name.startswith(f"{path}.")]
 
     def parameters_outside(self) -> list[str]:
-        """Names of those in no block, without the head that makes logits (unless it is the embedding)."""
-        head = self.module.get_output_embeddings()
-        mine = {id(value) for value in head.state_dict(keep_vars=True).values()} if head is not None else set()
-        used = self.module.get_input_embeddings()
-        mine -= {id(value) for value in used.state_dict(keep_vars=True).values()}
+        """Names of those in no block, without the head that makes logits (but with what it shares with others)."""
+        head, used = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
         inside = tuple(f"{path}." for path in self.blocks)
-        return [n for n, value in self._state.items() if not n.startswith(inside) and id(value) not in mine]
+        return [
+            name
+            for name in self._state
+            if not name.startswith(inside) and not all(each.startswith(heads) for each in self.same(name))
+        ]
 
     def same(self, parameter: str) -> list[str]:
         """All names of a parameter that is tied."""

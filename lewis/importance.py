@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis.architecture import Covered, Layer, Network
 from lewis.calibration import Calibration
@@ -246,10 +246,17 @@ def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
         return
     mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
     encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-    start = torch.full_like(ids[:, :1], module.config.decoder_start_token_id or 0)
+    start = torch.full_like(ids[:, :1], _decoder_start(module.config))
     module.get_decoder()(  # the decoder reads the same text
         input_ids=torch.cat([start, ids[:, :-1]], dim=1),
         encoder_hidden_states=encoded,
         encoder_attention_mask=mask,
         use_cache=False,
     )
+
+
+def _decoder_start(config: Any) -> int:
+    """The token that a decoder begins with: T5's config names it, T5Gemma's begins with its decoder's first token."""
+    decoder = config.get_text_config(decoder=True)
+    named = (getattr(config, "decoder_start_token_id", None), getattr(decoder, "bos_token_id", None))
+    return next((token for token in named if token is not None), 0)

@@ -130,6 +130,18 @@ class TestFused:
         assert parts_of("a.gate_up_proj.weight", 48, config) == {"gate": Rows(0, 24, 48), "up": Rows(24, 24, 48)}
         assert parts_of("a.o_proj.weight", 16, config) == parts_of("a.qkv_proj.weight", 33, config) == {}
 
+    @pytest.mark.parametrize(
+        ("config", "parameter", "outputs"),
+        [
+            (transformers.CodeGenConfig(n_embd=16, n_head=4), "attn.qkv_proj.weight", 48),
+            (transformers.MiniMaxConfig(**SIZES), "self_attn.qkv_proj.weight", 48),
+            (transformers.GPTBigCodeConfig(n_embd=16, n_head=4, multi_query=False), "attn.c_attn.weight", 48),
+            (transformers.Qwen3NextConfig(**SIZES | {"head_dim": 4}), "linear_attn.in_proj_qkvz.weight", 32),
+        ],
+    )
+    def test_what_is_cut_in_other_ways_stays_whole(self, config: Any, parameter: str, outputs: int) -> None:
+        assert parts_of(parameter, outputs, config) == {}
+
     def test_neox_by_heads(self) -> None:
         found = parts_of("x.query_key_value.weight", 48, transformers.GPTNeoXConfig(**NEOX))
         assert found == {"q": Rows(0, 4, 12, 4), "k": Rows(4, 4, 12, 4), "v": Rows(8, 4, 12, 4)}
@@ -242,6 +254,25 @@ def test_an_encoder_with_a_decoder(tmp_path: Path) -> None:
         assert measured.norms[name] == pytest.approx(float(rows.sum().sqrt()), rel=2e-6), name
     kinds = {layer.projection for layer in covered_layers(tmp_path)}
     assert "encoder.block.layer.0.SelfAttention.q" in kinds and "decoder.block.layer.1.EncDecAttention.k" in kinds
+
+
+def test_a_decoder_whose_embedding_is_the_head(tmp_path: Path) -> None:
+    """T5Gemma: the encoder has an embedding of its own, and the decoder begins with its own first token."""
+    torch.manual_seed(0)
+    side = SIZES | {"head_dim": 8, "bos_token_id": 2}
+    model = transformers.T5GemmaForConditionalGeneration(
+        transformers.T5GemmaConfig(encoder=dict(side), decoder=dict(side), vocab_size=64)
+    )
+    model.save_pretrained(tmp_path)
+
+    def run(ids: torch.Tensor) -> None:
+        model(input_ids=ids, decoder_input_ids=torch.cat([torch.full((1, 1), 2), ids[:, :-1]], dim=1))
+
+    measured = measure(Checkpoint(tmp_path, "key"), CALIBRATION)
+    expected = norms(model.double().eval(), run)
+    assert measured.norms.keys() == expected.keys()
+    for name, rows in expected.items():
+        assert measured.norms[name] == pytest.approx(float(rows.sum().sqrt()), rel=2e-6), name
 
 
 def test_names_without_the_prefix_of_the_head_class(tmp_path: Path) -> None:
