@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import keyword
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18  # elements of a run of rows
 _PIECE_THERE = 1 << 24  # on a GPU
-_PART = (1 << 15) - 1  # elements that torch does not split over threads: tensors are merged at the same time instead
+_PART = 1 << 15  # elements of a part that stays in the cache
+_threads, _lock = {"users": 0, "before": 1}, threading.Lock()
 
 
 def merge_whole(merge: Merge, name: str) -> torch.Tensor:
@@ -46,13 +48,13 @@ def merge_whole(merge: Merge, name: str) -> torch.Tensor:
 def merge_by_rows(merge: Merge, name: str) -> Iterator[torch.Tensor]:
     """`merge_whole` in pieces, one after another, if the tensor is large and the method has a way by rows."""
     tensor = _Tensor(merge, name)
-    with merge.room.take(tensor.at_a_time):
+    with _one_thread(), merge.room.take(tensor.at_a_time):
         finish = tensor.finish() if len(tensor.runs) > 1 else None
         if finish is not None:
             for rows in tensor.runs:
                 yield tensor.merged(rows, finish)
             return
-    with merge.room.take(tensor.elements):
+    with _one_thread(), merge.room.take(tensor.elements):
         yield tensor.merged(None, tensor.function)
 
 
@@ -80,7 +82,7 @@ class _Tensor:
         self._merge, self._name, self._method = merge, name, merge.method
         self._copied = name in merge.excluded or not merge.base.tensors[name].floating
         self._shape, self.elements = merge.base.tensors[name].shape, merge.base.tensors[name].elements
-        self._raw: dict[int, tuple[str, np.ndarray]] = {}
+        self._raw, self._looked_at = dict[int, tuple[str, np.ndarray]](), set[tuple[int, int]]()
         rows, count = math.prod(self._shape[:-1]), 1
         if len(self._shape) > 1 and (self._copied or self._method.elementwise or self._method.by_rows):
             count = max(min(-(-self.elements // (PIECE if merge.device == "cpu" else _PIECE_THERE)), rows), 1)
@@ -185,6 +187,10 @@ class _Tensor:
 
     def _finite(self, model: Model, rows: slice | None) -> torch.Tensor:
         tensor = self._read(model, rows).to(self._merge.device).to(torch.float32)
+        place = (id(model), rows.start if rows else -1)
+        if place in self._looked_at:
+            return tensor
+        self._looked_at.add(place)
         if not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LewisError(
@@ -215,6 +221,22 @@ class _Tensor:
             yield
         except ValueError as error:
             raise InputError(f"{self._name}: {error}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch's operations in this thread use no others: tensors are merged at the same time instead."""
+    with _lock:
+        if _threads["users"] == 0:
+            _threads["before"] = torch.get_num_threads()
+        _threads["users"] += 1
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _threads["users"] -= 1
+        torch.set_num_threads(_threads["before"])  # threads that begin later take it over
 
 
 def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

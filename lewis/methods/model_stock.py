@@ -57,12 +57,9 @@ def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> tor
 
 def _finish(piece: Piece) -> torch.Tensor:
     count = len(piece.tensors)
-    c = torch.stack([_by_row(a, b) for a, b in itertools.combinations(piece.tensors, 2)]).mean(dim=0)
+    lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in piece.tensors]
+    units = [v / torch.where(length == 0, 1.0, length) for v, length in zip(piece.tensors, lengths, strict=True)]
+    cosines = [(a * b).sum(dim=-1, keepdim=True).clamp(-1, 1) for a, b in itertools.combinations(units, 2)]
+    c = add_up(cosines) / len(cosines)
     divisor = 1 + (count - 1) * c
     return torch.where(divisor.abs() < 1e-6, 0.0, c / divisor) * add_up(piece.tensors)
-
-
-def _by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (a, b)]
-    units = [v / torch.where(length == 0, 1.0, length) for v, length in zip((a, b), lengths, strict=True)]
-    return (units[0] * units[1]).sum(dim=-1, keepdim=True).clamp(-1, 1)

@@ -4,14 +4,15 @@
     LEWIS_MERGEKIT=VENV/bin/python python -m tests.benchmarks.merge_vs_mergekit --folder DIR --size 0.1 --methods all
     python -m tests.benchmarks.merge_vs_mergekit --folder DIR --table
 
-The first form prints, for each method, wall time, CPU time and peak anonymous memory of both, their ratios, and the
-ratio to the floor: all inputs read and an output of the same size written, by plain copies. The last form prints the
-table of model sizes and numbers of experts for `lewis merge` alone. Models are Llama-shaped, random, bf16, of one layer
-width; those that DIR has already are used again.
+A method may be named with one setting. The first form prints, for each method, wall time, CPU time and peak anonymous
+memory of both, their ratios, and the ratio to the floor: all inputs read and an output of the same size written, by
+plain copies. The last form prints the table of model sizes and numbers of experts for `lewis merge` alone. Models are
+Llama-shaped, random, bf16, of one layer width; those that DIR has already are used again.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -39,7 +40,9 @@ METHODS = ("ties", "dare_ties", "linear")
 ALL = (
     *METHODS, "task_arithmetic", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce",
     "model_stock", "multislerp", "karcher", "nuslerp", "slerp", "ram", "ramplus_tl", "nearswap", "arcee_fusion",
+    "sce:select_topk=0.5", "model_stock:filter_wise=true", "nuslerp:nuslerp_flatten=false", "consensus", "pcb",
 )  # fmt: skip
+OURS_ALONE = ("consensus", "pcb")
 WITHOUT_BASE = ("linear", "nuslerp", "karcher")
 AT_MOST = {"nuslerp": 2, "slerp": 1, "nearswap": 1, "arcee_fusion": 1}  # experts
 HIDDEN, INNER, KEYS, VOCABULARY = 1536, 4096, 512, 32000
@@ -87,10 +90,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def compare(folder: Path, size: str, count: int, method: str, rounds: int) -> bool:
     """Print how both do at one merge; whether the bars are met."""
-    base, experts = family(folder, size, min(count, AT_MOST.get(method, count)))
+    kind = method.partition(":")[0]
+    base, experts = family(folder, size, min(count, AT_MOST.get(kind, count)))
     recipe, out = write_recipe(folder, method, base, experts), folder / "out"
     theirs = [str(MERGEKIT), "-m", "mergekit.scripts.run_yaml", str(recipe), str(out), "--quiet", "--no-copy-tokenizer"]
-    inputs = experts if method in WITHOUT_BASE else [base, *experts]
+    inputs = experts if kind in WITHOUT_BASE else [base, *experts]
     floor(inputs, out)  # warms the files
     shutil.rmtree(folder / "home", ignore_errors=True)  # it remembers the hashes of inputs
     first = run(lewis(recipe, out), folder)
@@ -98,13 +102,15 @@ def compare(folder: Path, size: str, count: int, method: str, rounds: int) -> bo
     for _ in range(rounds):
         floors.append(floor(inputs, out))
         ours.append(run(lewis(recipe, out), folder))
-        others.append(run(theirs, folder))
+        others.append(Taken(math.nan) if method in OURS_ALONE else run(theirs, folder))
     least, mine, other = (middle(each) for each in (floors, ours, others))
     gb = weights(experts[0]) * (len(inputs) + 1) / 1e9
     print(f"\n{method}, {size} B, {len(experts)} experts, {gb:.2f} GB in and out")
     print(f"  floor     {least.wall:7.2f} s")
-    for name, took in (("lewis", mine), ("first", first), ("mergekit", other)):
+    for name, took in (("lewis", mine), ("first", first), ("mergekit", other))[: 2 if method in OURS_ALONE else 3]:
         print(f"  {name:<9} {took.wall:7.2f} s {took.cpu:7.2f} s of CPU {took.peak / 1e6:7.0f} MB")
+    if method in OURS_ALONE:
+        return True
     faster = other.wall / mine.wall
     print(f"  wall: {faster:.1f} times faster than mergekit, {other.wall / first.wall:.1f} if inputs must be hashed")
     print(f"  memory: {mine.peak / other.peak:.3f} of mergekit's;  wall to the floor: {mine.wall / least.wall:.1f}")
@@ -265,6 +271,7 @@ def known(method: str, **parameters: Any) -> dict[str, Any]:
 
 def write_recipe(folder: Path, method: str, base: Path, experts: list[Path]) -> Path:
     """One config for both: a density for each projection of each layer as a filter, as `lewis export` writes it."""
+    method, _, setting = method.partition(":")
     layers, models = json.loads((base / "config.json").read_text())["num_hidden_layers"], []
     names = [f"model.layers.{layer}.{name}.weight" for layer in range(layers) for name in PROJECTIONS]
     for number, path in enumerate(experts):
@@ -279,6 +286,8 @@ def write_recipe(folder: Path, method: str, base: Path, experts: list[Path]) -> 
         data["parameters"] = known(method, normalize=True, t={"slerp": 0.3, "nearswap": 0.001}.get(method))
     if method in ("slerp", "nearswap", "arcee_fusion"):
         models.insert(0, {"model": str(base.resolve())})
+    if setting:
+        data["parameters"] = data.get("parameters", {}) | yaml.safe_load(setting.replace("=", ": "))
     recipe = folder / f"{method}.yaml"
     recipe.write_text(yaml.safe_dump(data, sort_keys=False))
     return recipe
