@@ -257,7 +257,8 @@ def _check_tokenizer(data: dict[str, Any], models: list[str]) -> list[str]:
 def _check_density(data: dict[str, Any]) -> list[str]:
     block = data.get("lewis")
     density = block.get("density") if isinstance(block, dict) else None
-    given: dict[str, Any] = {"min": 0.3, "max": 0.8, "budget": None} | (density if isinstance(density, dict) else {})
+    own: dict[str, Any] = density if isinstance(density, dict) else {}
+    given = {"min": 0.3, "max": 0.8, "budget": None} | own
     try:  # YAML reads 1e-1 as text
         low, high, budget = (None if given[key] is None else float(given[key]) for key in ("min", "max", "budget"))
     except (TypeError, ValueError, OverflowError):
@@ -266,7 +267,9 @@ def _check_density(data: dict[str, Any]) -> list[str]:
         return []  # told by the schema
     if low > high:
         return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
-    if budget is not None and given.get("strategy") != "uniform" and not low <= budget <= high:
+    if own.get("strategy") == "uniform":  # what is the same everywhere has no bounds but those that are given
+        low, high = (low if "min" in own else 0.0), (high if "max" in own else 1.0)
+    if budget is not None and not low <= budget <= high:
         return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
     return []
 

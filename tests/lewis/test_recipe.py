@@ -204,6 +204,8 @@ class TestMistakes:
                 "lewis.density.budget: expected min <= budget",
             ),
             ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
+            ("{density: {strategy: uniform, budget: 0.2, min: 0.3}}", "lewis.density.budget: expected min <= budget"),
+            ("{density: {strategy: uniform, budget: 0.9, max: 0.8}}", "lewis.density.budget: expected min <= budget"),
             ("{prune_by: activation, density: {strategy: uniform}}", "lewis.calibrations: LEWIS measures activations"),
             ("{aim: {}, density: {strategy: uniform}}", "lewis.calibrations: LEWIS measures activations"),
             (
