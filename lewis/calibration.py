@@ -116,7 +116,8 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]
     special = set(encode.all_special_ids)
     if all(special.issuperset(ids) for ids in cut):
-        raise InputError(f"{where}: no tokens: all {len(texts)} texts are empty; check `text`")
+        unknown = ", or of nothing that the tokenizer knows" if any(cut) else ""
+        raise InputError(f"{where}: no tokens: all {len(texts)} texts are empty{unknown}; check `text`")
     if spec.padding == "max_tokens":
         cut = [_filled_up(where, encode, ids, spec.max_tokens) for ids in cut]
     samples = tuple(tuple(int(i) for i in ids) for ids in cut if ids)

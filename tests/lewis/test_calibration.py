@@ -155,7 +155,8 @@ class TestMistakes:
 
     def test_nothing_in_it(self, family: Family, data: Path) -> None:
         self.refused("lewis.calibrations.sums: the calibration set is empty", family.base, texts=[])
-        self.refused("lewis.calibrations.sums: no tokens: all 2 texts are empty", family.base, texts=["", " "])
+        self.refused("lewis.calibrations.sums: no tokens: all 2 texts are empty; ", family.base, texts=["", " "])
+        self.refused("all 2 texts are empty, or of nothing that the tokenizer knows", family.base, texts=["", "zz"])
         (data / "empty.jsonl").write_text("")
         message = f"lewis.calibrations.sums.data_files: {data / 'empty.jsonl'} is empty; give it rows"
         self.refused(message, family.base, data, dataset="json", data_files="empty.jsonl", text="{a}")
