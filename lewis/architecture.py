@@ -108,6 +108,12 @@ class Network:
         """Whether it is an encoder with a decoder."""
         return bool(getattr(self.module.config, "is_encoder_decoder", False))
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether an attention sees later tokens too (BERT, EmbeddingGemma)."""
+        modules = (module for block in self.blocks.values() for module in block.modules())
+        return any(getattr(module, "is_causal", True) is False for module in modules)
+
     def sources(self, parameter: str) -> list[str]:
         """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
         return [tensor for tensor, _ in self._sources.get(parameter, [])]

@@ -239,12 +239,13 @@ def _begin(moments: SecondMoments, group: Sequence[Batch], i: int) -> None:
 
 
 def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
-    """One batch through all blocks. A decoder never looks ahead, so what is padded on its right needs no mask."""
+    """One batch through all blocks. What never looks ahead needs no mask for what is padded on its right."""
     module = network.module
-    if not network.encodes:
-        module.base_model(input_ids=ids, use_cache=False)
-        return
     mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
+    if not network.encodes:
+        masked = {"attention_mask": mask} if network.looks_ahead and min(lengths) < ids.shape[1] else {}
+        module.base_model(input_ids=ids, use_cache=False, **masked)
+        return
     encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
     start = torch.full_like(ids[:, :1], _decoder_start(module.config))
     module.get_decoder()(  # the decoder reads the same text

@@ -42,6 +42,7 @@ DENSE = {
     "qwen3": ("Qwen3", SIZES | {"head_dim": 8}, 7),
     "gemma2": ("Gemma2", SIZES | {"head_dim": 8}, 7),
     "gemma3": ("Gemma3", SIZES | {"head_dim": 8}, 7),
+    "gemma3-both-ways": ("Gemma3", SIZES | {"head_dim": 8, "use_bidirectional_attention": True}, 7),
     "phi3": ("Phi3", SIZES, 7),
     "phi3-longrope": ("Phi3", SIZES | LONGROPE, 7),
     "olmo": ("Olmo", SIZES, 7),
@@ -50,7 +51,11 @@ DENSE = {
     "neox": ("GPTNeoX", NEOX, 6),
     "falcon": ("Falcon", FALCON, 6),
 }
-CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
+CLASSES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+    "Bert": ("BertConfig", "BertLMHeadModel"),
+}
 
 
 def write(folder: Path, name: str, sizes: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
