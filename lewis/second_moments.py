@@ -156,7 +156,8 @@ class SecondMoments:
         expert = weight.storage_offset() // (weight.shape[0] * weight.shape[1])
         key = (name.rpartition(".")[0], expert)
         if key not in self._real_rows:
-            self._real_rows[key] = inputs.ne(0).any(dim=1)
+            all_real = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+            self._real_rows[key] = inputs.ne(0).any(dim=1) if self._padded else all_real
         rows = self._real_rows[key].double()
         squares = rows @ inputs.double().square()
         if name not in self.sums:

@@ -226,6 +226,20 @@ def test_experts_that_no_token_reaches_are_left_out(tmp_path: Path, caplog: pyte
     assert "no token was seen to reach" in caplog.text
 
 
+def test_a_token_that_is_all_zeros_counts_where_nothing_is_padded(tmp_path: Path) -> None:
+    name, sizes, tensor, (gate, *_) = MOES["mixtral"]
+    model = write(tmp_path, name, sizes).to(torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = 0  # as of a padding token; first in its sample, it stays zero
+    model.save_pretrained(tmp_path)
+    one, two = (measure(Checkpoint(tmp_path, "key"), Calibration("x", ((5,), *zeros))) for zeros in ((), ((3,),)))
+    pairs = [(one.norms[key], two.norms[key]) for key in (tensor.format(0, e, gate) for e in range(4))]
+    moved = [pair for pair in pairs if pair[0] is None or pair[1] != pytest.approx(pair[0])]
+    moved = [pair for pair in moved if pair != (None, None)]
+    assert len(moved) == 2  # the experts that the zeros went to: half of the mean, or nothing before
+    assert all(after == pytest.approx((before or 0.0) / 2**0.5) for before, after in moved)
+
+
 def test_experts_stacked_in_the_checkpoint_too(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
