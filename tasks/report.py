@@ -168,11 +168,18 @@ def importance_rows(measured: list[ImportanceEntry], allocated: AllocationEntry)
     """One row per covered layer: the norm in each model, then difference and density of each expert."""
     norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
     experts, rows = allocated.experts(), []
-    for tensor in next(iter(norms.values())):
-        row: dict[str, Any] = {"layer": tensor.removesuffix(".weight")}
-        row |= {name: float(f"{values[tensor]:.6g}") for name, values in norms.items()}
+    moved = {ref for ref, each in experts.items() if len(set(each.differences.values())) > 1}
+    for key in next(iter(norms.values())):
+        tensor = key.partition("[")[0]  # of a part of a fused projection
+        row: dict[str, Any] = {"layer": key.removesuffix(".weight")}
+        row |= {name: _rounded(values[key], 6) for name, values in norms.items()}
         for ref, each in experts.items():
-            row |= {f"D {ref}": float(f"{each.differences[tensor]:.4g}")} if each.differences else {}
-            row |= {f"density {ref}": round(each.densities[tensor], 4)}
+            row |= {f"D {ref}": _rounded(each.differences.get(key), 4)} if ref in moved else {}
+            row |= {f"density {ref}": _rounded(each.densities.get(tensor), 4)}
         rows.append(row)
     return rows
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    """None where no token reached a layer, or the recipe excludes it."""
+    return None if value is None else float(f"{value:.{digits}g}")
