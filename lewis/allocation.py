@@ -10,7 +10,7 @@ from lewis.allocators import ALLOCATORS, target_of
 from lewis.architecture import Layer
 from lewis.recipe import Density
 
-SEMANTICS = "3"  # bump when the same inputs would give other densities
+SEMANTICS = "4"  # bump when the same inputs would give other densities
 NEAR_UNIFORM = 0.02  # closer to uniform than this, an allocation guides nothing
 
 
@@ -21,8 +21,8 @@ class Allocation:
     Attributes:
         densities: tensor name -> density, covered and uncovered.
         mean: parameter-weighted mean density of the covered tensors.
-        differences: key of a layer -> D(l,c), how far it moved, or the allocator's other evidence; empty for those that
-            need none.
+        differences: key of a layer -> D(l,c), how far it moved, or the allocator's other evidence; for those that need
+            none 1 for each layer that a token reached, or empty, if nothing was measured.
     """
 
     densities: dict[str, float]
@@ -46,7 +46,7 @@ def allocate(
         tensors: all tensor names; those that are not covered follow `policy.uncovered`.
         policy: strategy, bounds and budget.
         differences: key of a layer -> evidence, None for a layer that no token reached: it counts as not covered. None
-            in all for `uniform` and `depth_gradient`.
+            in all if nothing was measured.
 
     Returns:
         Densities in [min, max] for covered tensors; with a budget, their weighted mean is exactly that.

@@ -241,10 +241,12 @@ def _evidence(
     """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
     assert recipe.lewis is not None
     policy, own_base, own = recipe.lewis.density, base.open(), expert.open()
-    if not recipe.measures or policy.strategy in ("uniform", "depth_gradient"):
+    if not recipe.measures:
         return None
     name = recipe.calibration_of(entry)
     found = _by_model(measured)
+    if policy.strategy in ("uniform", "depth_gradient"):  # they need to know only what no token reached
+        return {key: None if norm is None else 1.0 for key, norm in found[expert.ref, name].norms.items()}
     if recipe.compares_norms:
         return metrics.norm_difference(found[base.ref, name].norms, found[expert.ref, name].norms)
     moments = found[expert.ref, name].moments

@@ -198,6 +198,26 @@ class TestGuide:
         ]
         assert allocated.scales().keys() == allocated.means.keys() == {str(e) for e in family.experts}
 
+    @pytest.mark.parametrize("strategy", ["uniform", "depth_gradient", "lewis"])
+    def test_what_no_token_reached_is_not_covered_by_any_strategy(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch, strategy: str
+    ) -> None:
+        silent, real = "model.layers.1.mlp.up_proj.weight", importance.measure_sets
+
+        def measure_sets(*arguments: Any, **named: Any) -> Any:
+            found = real(*arguments, **named)
+            for each in found:
+                each.norms[silent] = None
+                each.moments.pop(silent)
+            return found
+
+        monkeypatch.setattr(importance, "measure_sets", measure_sets)
+        block = {"calibrations": SETS, "prune_by": "activation", "density": {"strategy": strategy, "budget": 0.4}}
+        _, allocated = guide(open_all(family, lewis=block))
+        for each in allocated.experts().values():
+            assert each.densities[silent] == 1.0 and each.mean == pytest.approx(0.4, rel=1e-12)
+            assert each.densities["model.layers.1.mlp.gate_proj.weight"] < 1
+
     def test_aim_holds_the_delta_back_by_the_activations_of_the_base(self, family: Family) -> None:
         name, other = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
         density = {"strategy": "uniform", "budget": 0.4}
