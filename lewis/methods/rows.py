@@ -42,7 +42,7 @@ class Pieces:
         return self.read()
 
 
-Finish = Callable[[Piece], torch.Tensor]
+Finish = Callable[[Piece], "torch.Tensor"]
 """Merges one piece: fp32, shape (rows, columns)."""
 
 ByRows = Callable[..., Finish | None]

@@ -31,6 +31,21 @@ finally:
         assert command in done.stdout
 
 
+def test_a_compiled_merge_needs_no_torch(family: Family, home: Path) -> None:
+    """Its import alone would double the time and the memory of a small merge."""
+    experts = [{"model": str(folder), "parameters": {"density": 0.5}} for folder in family.experts]
+    recipe = {"merge_method": "ties", "base_model": str(family.base), "models": experts, "dtype": "bfloat16"}
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    check = """
+import sys, flows.cli
+code = flows.cli.main(["merge", *sys.argv[1:]])
+sys.exit(code or "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", check, str(home / "recipe.yaml"), "-o", str(home / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
