@@ -80,8 +80,8 @@ class _Tensor:
 
     def __init__(self, merge: Merge, name: str) -> None:
         self._merge, self._name, self._method = merge, name, merge.method
-        self._copied = name in merge.excluded or not merge.base.tensors[name].floating
         self._shape, self.elements = merge.base.tensors[name].shape, merge.base.tensors[name].elements
+        self._copied = name in merge.excluded or not merge.base.tensors[name].floating or self.elements == 0
         self._raw, self._looked_at = dict[int, tuple[str, np.ndarray]](), set[tuple[int, int]]()
         rows, count = math.prod(self._shape[:-1]), 1
         if len(self._shape) > 1 and (self._copied or self._method.elementwise or self._method.by_rows):

@@ -152,20 +152,28 @@ class Merge:
             threads: how many tensors are merged at a time; by default one per core.
 
         Raises:
-            InputError: if there is no space, or `folder` holds something else.
-            LewisError: naming the tensor and model of a value that is not finite.
+            InputError: if there is no space, or `folder` is one of the models, or holds something else.
+            LewisError: naming the tensor and model of a value that is not finite; or if the disk fails.
         """
+        models = [self.base, *(expert.model for expert in self.experts)]
+        if folder.resolve() in {place.resolve() for model in models for place in (model.folder, model.home)}:
+            raise InputError(f"{folder}: one of the models that are merged; choose another path")
         checksums: dict[str, str] = {}
         key = store.digest([self.digest, max_shard_size])
-        with store.publish(folder, {"digest": self.digest, **(manifest or {})}, key, checksums) as scratch:
-            store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
-            with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
-                self.write_tensors(writer, progress, threads)
-            checksums |= writer.checksums
-            kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
-            write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
-            copy_tokenizer(self.vocabulary.donor, scratch)
-            self.vocabulary.finish(scratch)
+        try:
+            with store.publish(folder, {"digest": self.digest, **(manifest or {})}, key, checksums) as scratch:
+                store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
+                with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
+                    self.write_tensors(writer, progress, threads)
+                checksums |= writer.checksums
+                kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
+                write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
+                copy_tokenizer(self.vocabulary.donor, scratch)
+                self.vocabulary.finish(scratch)
+        except OSError as error:
+            raise LewisError(
+                f"{folder}: cannot be written: {error.strerror or error}; free space, or write elsewhere"
+            ) from error
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
 
     def write_tensors(

@@ -129,11 +129,14 @@ def _described(path: Path, sha256: str | None) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise InputError unless `folder` is absent, empty, or an earlier output of `publish`."""
+    """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
+    above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder}: {above} is no folder, or may not be written to; choose another path")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
 
 METHODS: dict[str, Method] = {}
 _ADJECTIVES = {float: "finite", int: "whole"}
+_LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, which all is computed in
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Parameter:
             number = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = float("nan")
-        if not -float("inf") < number < float("inf") or (self.kind is int and number != int(number)):
+        if not -_LARGEST <= number <= _LARGEST or (self.kind is int and number != int(number)):
             raise ValueError(f"expected a {_ADJECTIVES[self.kind]} number, got {value!r}")
         if self.name == "density" and not 0 < number <= 1:
             raise ValueError(f"expected 0 < density <= 1 (the fraction kept), got {value!r}")

@@ -353,6 +353,11 @@ class TestRun:
         } == expected
         assert max(parts) <= 100 and sum(parts) == merge.elements
 
+    @pytest.mark.parametrize("method", ["arcee_fusion", "sce", "ties"])
+    def test_a_tensor_of_no_elements(self, tmp_path: Path, method: str) -> None:
+        folders = [write_tensors(tmp_path / str(i), {NAME: torch.zeros(0, 3)}) for i in range(2)]
+        assert small_merge(method, folders, dtype="bfloat16").tensor(NAME).shape == (0, 3)  # as on a GPU
+
     def test_whole_numbers_are_copied_from_the_base(self, tmp_path: Path) -> None:
         folders = [
             write_tensors(tmp_path / str(i), {NAME: torch.ones(2) * i, "ids": torch.tensor([i, 2**40])})
@@ -600,6 +605,23 @@ class TestRefused:
         monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(1, 1, 1000))
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", "no space: the output needs 0.01 GB")
+
+    @pytest.mark.parametrize("failing", ["CheckpointWriter._lay_out", "shutil.copyfile"])
+    def test_a_disk_that_fails_beside_the_tensors(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(f"lewis.writer.{failing}", full)
+        merge = open_merge("ties", family.base, family.experts)
+        self.fails(merge, tmp_path / "out", f"{tmp_path / 'out'}: cannot be written: No space left on device")
+
+    def test_one_of_the_models(self, family: Family, tmp_path: Path) -> None:
+        open_merge("ties", family.base, family.experts).run(tmp_path / "earlier")
+        merge = open_merge("ties", family.base, [tmp_path / "earlier"])
+        with pytest.raises(InputError, match="one of the models that are merged"):
+            merge.run(tmp_path / "earlier")
 
     def test_a_folder_that_is_not_ours(self, family: Family, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()

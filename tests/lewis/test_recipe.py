@@ -144,6 +144,7 @@ class TestMistakes:
                 {"parameters": {"weight": [{"filter": "x", "value": "much"}]}},
                 "parameters.weight: expected a finite number",
             ),
+            ({"parameters": {"lambda": 1e39}}, "parameters.lambda: expected a finite number"),  # of fp32
             ({"parameters": {"density": [0.5, 1.5]}}, "parameters.density: expected 0 < density <= 1"),
             ({"parameters": [1]}, "parameters: "),
             ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),

@@ -94,6 +94,11 @@ class TestPublish:
             pass
         assert mine.read_text() == "mine"
 
+    def test_a_place_where_no_folder_can_be_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(InputError, match="file is no folder, or may not be written to"):
+            store.check_replaceable(tmp_path / "file" / "some" / "out")
+
     def test_may_fill_an_empty_folder(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with store.publish(tmp_path / "out", {}):
