@@ -394,9 +394,10 @@ def _allocate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from lewis import pipeline
-    from lewis.export import to_mergekit
+    from lewis.export import check_exportable, to_mergekit
 
     recipe = _load(options)
+    check_exportable(recipe)  # before anything is measured
     base, experts = pipeline.pin_all(recipe)
     allocations = _guide(options)[3].experts() if recipe.lewis else {}
     print(to_mergekit(recipe, base, experts, allocations), end="")

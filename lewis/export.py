@@ -11,8 +11,25 @@ from lewis.errors import InputError
 from lewis.methods import find
 from lewis.recipe import Recipe
 
-_OURS = ("lewis", "evaluate", "register", "seed")
+_OURS = ("lewis", "evaluate", "register", "publish", "search", "seed")
 _NOT_THEIRS = ("pcb", "consensus")
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Raise InputError if mergekit does not know the method, or cannot do what the recipe asks for."""
+    if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
+        raise InputError(
+            "lewis.prune_by: mergekit keeps elements by magnitude, it cannot prune by activation; merge with LEWIS, or "
+            "export with --set lewis.prune_by=magnitude, which is another merge"
+        )
+    if recipe.lewis is not None and recipe.lewis.aim is not None:
+        raise InputError("lewis.aim: mergekit has nothing like it; this recipe runs in LEWIS only")
+    if recipe.exclude:
+        raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
+    if recipe.merge_method in _NOT_THEIRS or find(recipe.merge_method).origin:
+        raise InputError(
+            f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"
+        )
 
 
 def to_mergekit(
@@ -32,21 +49,9 @@ def to_mergekit(
         YAML.
 
     Raises:
-        InputError: if mergekit does not know the method, or cannot prune as the recipe does.
+        InputError: as `check_exportable`.
     """
-    if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
-        raise InputError(
-            "lewis.prune_by: mergekit keeps elements by magnitude, it cannot prune by activation; merge with LEWIS, or "
-            "export with --set lewis.prune_by=magnitude, which is another merge"
-        )
-    if recipe.lewis is not None and recipe.lewis.aim is not None:
-        raise InputError("lewis.aim: mergekit has nothing like it; this recipe runs in LEWIS only")
-    if recipe.exclude:
-        raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
-    if recipe.merge_method in _NOT_THEIRS or find(recipe.merge_method).origin:
-        raise InputError(
-            f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"
-        )
+    check_exportable(recipe)
     data: dict[str, Any] = {key: value for key, value in yaml.safe_load(recipe.text).items() if key not in _OURS}
     names = {entry.model: _pinned_name(source) for entry, source in zip(recipe.experts, experts, strict=True)}
     if base is not None and recipe.base_model is not None:

@@ -199,6 +199,8 @@ class _Tensor:
         return tensor
 
     def _checked(self, merged: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if not isinstance(merged, torch.Tensor):
+            raise LewisError(f"{self._name}: {self._method.name} gave {type(merged).__name__}, expected a tensor")
         if merged.shape != like.shape:
             given, expected = list(merged.shape), list(like.shape)
             raise LewisError(f"{self._name}: {self._method.name} gave the shape {given}, expected {expected}")

@@ -104,6 +104,14 @@ def test_importance_allocate_and_export(
     assert len(exported["models"][0]["parameters"]["density"]) == 20
 
 
+def test_what_mergekit_cannot_do_is_told_before_any_work(
+    recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(recipe), "--set", "lewis.prune_by=activation"]) == 2
+    assert "lewis.prune_by: mergekit keeps elements by magnitude" in capsys.readouterr().err
+    assert not (home / "importance").exists()
+
+
 @pytest.mark.parametrize("command", ["importance", "allocate"])
 def test_what_is_no_place_for_a_file_is_told_before_any_work(
     command: str, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]

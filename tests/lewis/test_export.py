@@ -52,7 +52,8 @@ class TestConfig:
             "evaluate": {"tasks": ["x"]},
             "tokenizer_source": "org/math@v1",
         }
-        data |= {"register": {"name": "x"}, "dtype": "float32"}
+        data |= {"register": {"name": "x"}, "dtype": "float32", "publish": {"repo": "org/x"}}
+        data |= {"search": {"space": {"parameters.lambda": [1, 2]}, "metrics": ["x/acc,none"]}}
         assert exported(data, Allocation({"a.b": 0.25, "a.b.c": 0.5, "z": 1.0}, 0.5, {})) == {
             "merge_method": "ties",
             "base_model": f"org/base@{'b' * 40}",

@@ -353,6 +353,13 @@ class TestRun:
         } == expected
         assert max(parts) <= 100 and sum(parts) == merge.elements
 
+    def test_a_function_that_gives_no_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folders = [write_tensors(tmp_path / str(i), {NAME: torch.ones(2) * i}) for i in range(2)]
+        merge = small_merge("ties", folders)
+        merge.method = replace(merge.method, function=lambda *_, **__: None)
+        with pytest.raises(LewisError, match=f"{NAME}: ties gave NoneType, expected a tensor"):
+            merge.tensor(NAME)
+
     @pytest.mark.parametrize("method", ["arcee_fusion", "sce", "ties"])
     def test_a_tensor_of_no_elements(self, tmp_path: Path, method: str) -> None:
         folders = [write_tensors(tmp_path / str(i), {NAME: torch.zeros(0, 3)}) for i in range(2)]
