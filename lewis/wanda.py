@@ -33,6 +33,11 @@ class PruneAfter:
             return self
         if any(covered.expert is not None for covered in self._network.covered):
             raise InputError("lewis.importance.prune_ratio: stacked experts cannot be pruned in the pass; set it to 0")
+        if _adds_positions_to_heads(self._network.module.config):
+            raise InputError(
+                "lewis.importance.prune_ratio: a model that adds its positions to the heads (ALiBi) cannot be run by "
+                "single samples; set it to 0"
+            )
         for path, block in self._network.blocks.items():
             self._hooks.callback(delattr, block, "forward")
             block.forward = self._in_place_of(path, block.forward)
@@ -91,6 +96,12 @@ class _RunningMean:
         """The mean, fp32 (in,); no more is added."""
         self._hook.remove()
         return self._mean
+
+
+def _adds_positions_to_heads(config: Any) -> bool:
+    """Whether a block is given one bias for each head of each sample, which `_sample` could not tell apart."""
+    attention = getattr(config, "attn_config", None)
+    return config.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (config, attention))
 
 
 def _sample(value: Any, i: int, samples: int) -> Any:

@@ -80,3 +80,14 @@ def test_stacked_experts_are_refused(tmp_path: Path) -> None:
     write(tmp_path, name, sizes)
     with pytest.raises(InputError, match=r"prune_ratio: stacked experts cannot be pruned"):
         measure(Checkpoint(tmp_path, "key"), Calibration("sums", SAMPLES), OFFICIAL)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("Bloom", {"n_layer": 2, "n_head": 4}), ("Mpt", {"n_layers": 2, "n_heads": 4})]
+)
+def test_alibi_is_refused(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    hidden = {"Bloom": "hidden_size", "Mpt": "d_model"}[name]
+    write(tmp_path, name, {"vocab_size": 64, hidden: 16, **sizes})
+    assert measure(Checkpoint(tmp_path, "key"), Calibration("sums", SAMPLES), Importance()).norms
+    with pytest.raises(InputError, match=r"prune_ratio: a model that adds its positions to the heads \(ALiBi\)"):
+        measure(Checkpoint(tmp_path, "key"), Calibration("sums", SAMPLES), OFFICIAL)
