@@ -32,6 +32,7 @@ DTYPES = {  # safetensors' name of each dtype that a checkpoint may hold -> torc
 }
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
+COMPUTED = "rotary_emb.inv_freq"  # no weight: it follows from the config, and only old checkpoints hold it
 PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
 
 
@@ -61,7 +62,7 @@ class Checkpoint:
         folder: the folder.
         key: identity of the content (a commit, a digest); random streams are keyed by it.
         config: the parsed config.json.
-        tensors: name -> TensorInfo, without the names that are tied to others.
+        tensors: name -> TensorInfo, without the names that are tied to others, and `COMPUTED`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -87,7 +88,8 @@ class Checkpoint:
                 raise InputError(
                     f"{folder / file}: the index places {missing[0]!r} here, but the file has no such tensor"
                 )
-            tensors |= {name: info for name, info in found.items() if wanted is None or name in wanted}
+            chosen = {name: info for name, info in found.items() if wanted is None or name in wanted}
+            tensors |= {name: info for name, info in chosen.items() if not name.endswith(COMPUTED)}
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
         for name, info in tensors.items():

@@ -22,8 +22,8 @@ def layer_of(name: str) -> int | None:
 
 
 def in_layers(names: Iterable[str]) -> list[str]:
-    """Those of the tensors that are in a layer, without what old checkpoints hold there that is no weight."""
-    return [name for name in names if layer_of(name) is not None and not name.endswith("rotary_emb.inv_freq")]
+    """Those of the tensors that are in a layer."""
+    return [name for name in names if layer_of(name) is not None]
 
 
 def check_compatible(

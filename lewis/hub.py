@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 
 from lewis import store
+from lewis.checkpoint import COMPUTED
 from lewis.digests import remembered_sha256
 from lewis.errors import InputError, TransientError
 from lewis.pinned import (
@@ -153,7 +154,7 @@ def is_present(pinned: Pinned) -> bool:
 
 
 def tensor_headers(pinned: Pinned) -> Headers:
-    """Name, dtype and shape of every stored tensor; a Hub repo's are read without downloading the weights.
+    """Name, dtype and shape of every stored weight; a Hub repo's are read without downloading the weights.
 
     Raises:
         InputError: a safetensors file is damaged.
@@ -172,7 +173,8 @@ def tensor_headers(pinned: Pinned) -> Headers:
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
     with ThreadPoolExecutor(8) as pool:
-        return {key: header for headers in pool.map(read, names) for key, header in headers.items()}
+        found = {key: header for headers in pool.map(read, names) for key, header in headers.items()}
+    return {key: header for key, header in found.items() if not key.endswith(COMPUTED)}
 
 
 def _check_repo_id(ref: str, source: str) -> None:

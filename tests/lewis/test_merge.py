@@ -469,13 +469,14 @@ class TestRefused:
         self.refused(family, deep, "9 tensors are not in the base, the first is 'model.layers.2.")
 
     def test_old_rotary_buffers_are_no_reason(self, family: Family, tmp_path: Path) -> None:
-        tensors = load_file(family.math / "model.safetensors")
-        expert = shard(family.math, tmp_path / "old", parts=1)
-        write_tensors(tmp_path / "tensors", tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
-        for path in expert.glob("model*"):
+        old, name = shard(family.math, tmp_path / "old", parts=1), "model.layers.0.self_attn.rotary_emb.inv_freq"
+        for path in old.glob("model*"):
             path.unlink()
-        (tmp_path / "tensors" / "model.safetensors").rename(expert / "model.safetensors")
-        assert open_merge("ties", family.base, [expert]).layout
+        tensors = load_file(family.math / "model.safetensors") | {name: torch.ones(2)}
+        save_file(tensors, old / "model.safetensors")
+        plain = open_merge("ties", family.base, [family.math])
+        for base, expert in ((family.base, old), (old, family.base)):
+            assert open_merge("ties", base, [expert]).layout == plain.layout
 
     def test_an_untied_expert_of_a_tied_base(self, family: Family, tmp_path: Path) -> None:
         expert = write_llama(tmp_path / "untied", tied=False)
