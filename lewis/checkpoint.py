@@ -14,7 +14,7 @@ import numpy as np
 from lewis.errors import InputError
 from lewis.lazy import torch
 from lewis.pinned import refuse_pickled
-from lewis.tensor_file import TensorFile
+from lewis.tensor_file import TensorFile, same_bits
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -100,7 +100,19 @@ class Checkpoint:
                     "expected float32, float16 or bfloat16: use the unquantised model"
                 )
         self.tied = _tied_head(self.config, tensors, folder)
+        embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
+        for head in self.tied.keys() & tensors.keys():
+            if not any(self._same(tensors, head, embedding) for embedding in embeddings):
+                raise InputError(
+                    f"{folder}: {head!r} is tied to {self.tied[head]!r}, but both are stored and differ; set "
+                    "tie_word_embeddings in config.json to false if the head is a weight of its own, else remove it"
+                )
         self.tensors = {name: info for name, info in tensors.items() if name not in self.tied}
+
+    def _same(self, tensors: Mapping[str, TensorInfo], *names: str) -> bool:
+        infos = [tensors[name] for name in names]
+        bits = [self._files[i.file].bits(name, DTYPES[i.dtype][1]) for i, name in zip(infos, names, strict=True)]
+        return len({(info.dtype, info.shape) for info in infos}) == 1 and same_bits(*bits)
 
     @property
     def home(self) -> Path:

@@ -4,11 +4,10 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-import numpy as np
-
 from lewis.checkpoint import PER_TOKEN
 from lewis.errors import InputError
 from lewis.lora import Model
+from lewis.tensor_file import same_bits
 from lewis.vocabulary import FIX, clash, tokenizer_folder
 
 logger = logging.getLogger(__name__)
@@ -82,4 +81,4 @@ def _differences(base: Model, expert: Model, excluded: Collection[str], fix: str
 
 def _equal(model: Model, one: str, other: str) -> bool:
     (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
-    return kind == other_kind and bool(np.array_equal(bits, other_bits))
+    return kind == other_kind and same_bits(bits, other_bits)

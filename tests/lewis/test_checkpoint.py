@@ -64,6 +64,13 @@ class TestTying:
         opened = Checkpoint(write_tensors(tmp_path, tensors, tie_word_embeddings=True), "key")
         assert "lm_head.weight" not in opened.tensors and "lm_head.weight" in opened.tied
 
+    def test_a_tied_head_that_differs_is_refused(self, family: Family, tmp_path: Path) -> None:
+        """Transformers 5 unties it, transformers 4 drops it: whoever wrote it has to say which."""
+        tensors = load_file(family.base / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        folder = write_tensors(tmp_path, tensors, tie_word_embeddings=True)
+        refused(folder, "'lm_head.weight' is tied to 'model.embed_tokens.weight', but both are stored and differ")
+
     def test_an_untied_head_is_a_tensor_of_its_own(self, tmp_path: Path) -> None:
         opened = Checkpoint(write_llama(tmp_path / "m", tied=False), "key")
         assert opened.tied == {} and "lm_head.weight" in opened.tensors
