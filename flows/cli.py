@@ -100,9 +100,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Terminal(logging.Handler):
+    """Writes to what `sys.stderr` is now: while there is a bar, it goes above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def _log_to_terminal() -> None:
     """For the commands without Prefect, which has handlers of its own."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Terminal()])
     logging.getLogger("lewis").setLevel(logging.INFO)
 
 

@@ -1,6 +1,8 @@
 """The command line: what each command prints and writes, and the exit code and message of wrong input."""
 
+import io
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.cli import main
+from flows.cli import _Terminal, main
 from lewis.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.support.models import edit_json, rewrite, write_llama, write_tokenizer
@@ -44,6 +46,14 @@ sys.exit(code or "torch" in sys.modules)
     command = [sys.executable, "-c", check, str(home / "recipe.yaml"), "-o", str(home / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_messages_go_to_what_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar takes its place while it is drawn; what goes past it ends up in its line."""
+    handler = _Terminal()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    handler.emit(logging.makeLogRecord({"msg": "merged"}))
+    assert sys.stderr.getvalue() == "merged\n"
 
 
 def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
