@@ -47,10 +47,13 @@ def forecast(merge: Merge) -> Forecast:
     begun = time.perf_counter()
     _run(merge, order[-1:])
     loading = time.perf_counter() - begun  # of code that the first tensor has to wait for
-    before, limit = anonymous_bytes(), _FIRST
+    whole, limit = [name for name in order if _is_whole(merge, name)], _FIRST
+    before = anonymous_bytes()
     _run(merge, _part(order, elements, _WARM_UP))
     while True:
         part = _part(order, elements, limit)
+        sample = [name for name in part if name in whole] or whole[-1:]
+        part += [name for name in sample if name not in part]
         begun = time.perf_counter()
         with PeakMemory() as memory:
             _run(merge, part)
@@ -58,8 +61,10 @@ def forecast(merge: Merge) -> Forecast:
         if took >= _ENOUGH or limit >= merge.elements:
             break
         limit *= 4
-    done, beside = sum(elements[name] for name in part), sum(elements[name] for name in part[: merge.threads])
-    growth = max(merge.room.size / max(beside, 1), 1) if _takes_whole_tensors(merge) else 1
+    done, growth = sum(elements[name] for name in part), 1.0
+    if whole:
+        largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
+        growth = max(min(largest, merge.room.size) / max(tried, 1), 1)
     return Forecast(loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before)))
 
 
@@ -94,11 +99,10 @@ def _run(merge: Merge, names: Iterable[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _takes_whole_tensors(merge: Merge) -> bool:
+def _is_whole(merge: Merge, name: str) -> bool:
+    """Whether a tensor is whole in memory while it is merged."""
     from lewis.compiled import takes
 
-    return any(
-        is_computed(merge, name) or (is_whole(merge, name) and not (merge.device == "cpu" and takes(merge, name)))
-        for name, info in merge.base.tensors.items()
-        if info.floating and name not in merge.excluded
-    )
+    if name in merge.excluded or not merge.base.tensors[name].floating:
+        return False
+    return is_computed(merge, name) or (is_whole(merge, name) and not (merge.device == "cpu" and takes(merge, name)))

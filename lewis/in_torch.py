@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import keyword
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,6 +21,7 @@ from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
 from lewis.lora import LoraExpert, Model
 from lewis.methods.rows import Finish, Piece, Pieces, rows_of
+from lewis.one_thread import one_thread
 
 if TYPE_CHECKING:
     from lewis.merge import Merge
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 PIECE = 1 << 18  # elements of a run of rows
 _PIECE_THERE = 1 << 24  # on a GPU
 _PART = 1 << 15  # elements of a part that stays in the cache
-_threads, _lock = {"users": 0, "before": 1}, threading.Lock()
 
 
 def merge_whole(merge: Merge, name: str) -> torch.Tensor:
@@ -48,13 +47,13 @@ def merge_whole(merge: Merge, name: str) -> torch.Tensor:
 def merge_by_rows(merge: Merge, name: str) -> Iterator[torch.Tensor]:
     """`merge_whole` in pieces, one after another, if the tensor is large and the method has a way by rows."""
     tensor = _Tensor(merge, name)
-    with _one_thread(), merge.room.take(tensor.at_a_time):
+    with one_thread(), merge.room.take(tensor.at_a_time):
         finish = tensor.finish() if len(tensor.runs) > 1 else None
         if finish is not None:
             for rows in tensor.runs:
                 yield tensor.merged(rows, finish)
             return
-    with _one_thread(), merge.room.take(tensor.elements):
+    with one_thread(), merge.room.take(tensor.elements):
         yield tensor.merged(None, tensor.function)
 
 
@@ -66,7 +65,7 @@ def is_whole(merge: Merge, name: str) -> bool:
 def is_computed(merge: Merge, name: str) -> bool:
     """Whether a tensor of a model is computed, and so whole in memory in any case: a LoRA expert's."""
     models = (getattr(model, "model", model) for model in (merge.base, *(expert.model for expert in merge.experts)))
-    return any(isinstance(model, LoraExpert) and model.touches(name) for model in models)
+    return any(isinstance(model, LoraExpert) and model.computes(name) for model in models)
 
 
 class _Tensor:
@@ -223,22 +222,6 @@ class _Tensor:
             yield
         except ValueError as error:
             raise InputError(f"{self._name}: {error}") from error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch's operations in this thread use no others: tensors are merged at the same time instead."""
-    with _lock:
-        if _threads["users"] == 0:
-            _threads["before"] = torch.get_num_threads()
-        _threads["users"] += 1
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _threads["users"] -= 1
-        torch.set_num_threads(_threads["before"])  # threads that begin later take it over
 
 
 def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 from lewis.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo
 from lewis.errors import InputError
 from lewis.lazy import torch
+from lewis.one_thread import one_thread
 from lewis.tensor_file import TensorFile
 
 CONFIG = "adapter_config.json"
@@ -92,7 +93,7 @@ class LoraExpert:
         if not self.touches(name):
             return self.base.read(name)
         whole = self._part(self._whole[stored]) if stored in self._whole else self.base.read(name)
-        return whole.to(torch.float32) + self._low_rank(stored)
+        return self._low_rank(stored).add_(whole)  # in fp32, and with no copy of it
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """One tensor's dtype and bits, as `Checkpoint.raw`; computed where the adapter changes the base."""
@@ -115,6 +116,10 @@ class LoraExpert:
     def touches(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
         return self.tied.get(name, name) in self._parts or self.tied.get(name, name) in self._whole
+
+    def computes(self, name: str) -> bool:
+        """Whether this tensor is computed, and so whole in memory while it is used."""
+        return self.tied.get(name, name) in self._parts
 
     def _place(self, key: str) -> None:
         """Find the tensor of the base that a key of the adapter file changes."""
@@ -185,7 +190,8 @@ class LoraExpert:
         module, rank = name.removesuffix(".weight"), a.shape[0]
         alpha = _pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
-        delta = (b @ a) * scale
+        with one_thread():  # over several, small products are summed in another order
+            delta = (b @ a).mul_(scale)
         return delta.T.contiguous() if self._transposed(parts) else delta
 
     def _transposed(self, parts: dict[str, str]) -> bool:

@@ -1,6 +1,7 @@
 """What a merge is said to take, against what it takes."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lewis import forecast as module
 from lewis import store
@@ -63,6 +65,26 @@ def test_memory_of_whole_tensors_grows_with_the_largest(
     needed = memory.peak - before
     assert needed > 60e6 and needed / 2 < found.memory - before < needed * 2
     assert without_models("whole", 1 << 22, 3) - without_models("whole", 1 << 20, 3) > 3 << 22
+
+
+def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"large": torch.ones(64, 64)} | {f"{i}.weight": torch.ones(16, 16 * (i + 1)) for i in range(4)}
+    base, adapter = write_tensors(tmp_path / "base", tensors), tmp_path / "adapter"
+    adapter.mkdir()
+    shapes = {
+        f"{i}.lora_{part}.weight": shape for i in range(4) for part, shape in (("A", (2, 16 + 16 * i)), ("B", (16, 2)))
+    }
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    merge = open_merge("ties", base, [adapter])
+    monkeypatch.setattr(Merge, "threads", 2)
+    monkeypatch.setattr(module, "anonymous_bytes", lambda: 1000)
+    monkeypatch.setattr(module, "PeakMemory", lambda: nullcontext(SimpleNamespace(peak=1300)))
+    monkeypatch.setattr(module, "_ENOUGH", 0)
+    monkeypatch.setattr(module, "_FIRST", 16 * 16 * 4)  # the sample: one of 4 units, where two of 4 and 3 are merged
+    assert forecast(merge).memory == 1000 + 300 * 7 / 4
 
 
 @pytest.mark.parametrize("method", ["ties", "ram"])

@@ -11,7 +11,7 @@ from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
 from lewis.lora import LoraExpert, is_adapter
 from tests.conftest import Family
-from tests.support.models import bits, edit_json, materialise, write_llama, write_lora
+from tests.support.models import bits, edit_json, materialise, write_llama, write_lora, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,6 +71,22 @@ def test_a_whole_module_is_read_exactly(family: Family, tmp_path: Path) -> None:
     tensors[key] = torch.full_like(tensors[key], 1e-12)  # base + (whole - base) would round it to 0
     save_file(tensors, adapter / WEIGHTS)
     assert bits(open_on(family.base, adapter).read("model.norm.weight")) == bits(tensors[key])
+
+
+def test_the_bytes_do_not_depend_on_torchs_threads(tmp_path: Path) -> None:
+    base = write_tensors(tmp_path / "base", {"x.weight": torch.randn(7, 33)})
+    adapter, before, found = tmp_path / "adapter", torch.get_num_threads(), set()
+    adapter.mkdir()
+    save_file({"x.lora_A.weight": torch.randn(64, 33), "x.lora_B.weight": torch.randn(7, 64)}, adapter / WEIGHTS)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    try:
+        for threads in (1, 2, 3, 8):  # so small a product is split along what is summed
+            torch.set_num_threads(threads)
+            found.add(bits(open_on(base, adapter).read("x.weight")))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
 
 
 def test_what_it_leaves_alone_is_the_bases(family: Family) -> None:
