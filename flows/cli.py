@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lewis: it failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("lewis: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
+        print("lewis: stopped; finished steps are kept, run the same command to go on", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"lewis: it failed: {error}", file=sys.stderr)

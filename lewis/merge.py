@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lewis import in_torch, store
 from lewis.alignment import align
 from lewis.compatible import check_compatible, layer_of
@@ -226,11 +228,12 @@ class Merge:
                 raise LewisError("the merge was stopped")
             writer.write_bytes(name, data, offset)
 
-        if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
-            offset = 0
-            for piece in in_torch.merge_by_rows(self, name):
-                write(bytes_of(piece), offset)
-                offset += piece.nbytes
+        with np.errstate(all="ignore"):  # what is not finite is told by name
+            if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
+                offset = 0
+                for piece in in_torch.merge_by_rows(self, name):
+                    write(bytes_of(piece), offset)
+                    offset += piece.nbytes
         for model in models[: 1 if name in self.excluded else None]:
             model.done_with(name)
 

@@ -608,6 +608,14 @@ class TestRefused:
         merge = open_merge("task_arithmetic", family.base, family.experts, parameters={"weight": 1e38, "lambda": 1e38})
         self.fails(merge, tmp_path / "out", "task_arithmetic gave NaN or Inf; lower its weights or lambda")
 
+    def test_what_overflows_is_told_once(
+        self, family: Family, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        parameters = {"weight": 3e38, "normalize_weights": False}
+        merge = open_merge("multislerp", family.base, family.experts, parameters=parameters)
+        self.fails(merge, tmp_path / "out", "multislerp gave NaN or Inf; lower its weights or lambda")
+        assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
     def test_no_disk_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(1, 1, 1000))
