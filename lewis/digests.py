@@ -1,6 +1,7 @@
 """What was found out once and is remembered, such as checksums: hashing gigabytes at every start would cost minutes."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def remembered_sha256(path: Path) -> str:
     sha256 = store.file_sha256(path)
     changed_at = stamp[2]
     if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
-        store.write_json(entry, {"stamp": stamp, "sha256": sha256})
+        with suppress(OSError):  # a store that is full or may only be read: it is found out again
+            store.write_json(entry, {"stamp": stamp, "sha256": sha256})
     return sha256
 
 

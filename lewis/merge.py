@@ -173,9 +173,8 @@ class Merge:
                 copy_tokenizer(self.vocabulary.donor, scratch)
                 self.vocabulary.finish(scratch)
         except OSError as error:
-            raise LewisError(
-                f"{folder}: cannot be written: {error.strerror or error}; free space, or write elsewhere"
-            ) from error
+            place, why = error.filename or folder, error.strerror or error
+            raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
 
     def write_tensors(

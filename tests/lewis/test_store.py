@@ -227,6 +227,18 @@ class TestRememberedSha256:
         path.write_text("two")
         assert remembered_sha256(path) == store.file_sha256(path) != first
 
+    def test_needs_no_room_in_the_store(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path, asked = tmp_path / "file", list[Path]()
+
+        def full(entry: Path, _: object) -> None:
+            asked.append(entry)
+            raise OSError(28, "No space left on device")
+
+        path.write_text("one")
+        monkeypatch.setattr("lewis.digests._TIMESTAMP_TICK", -1)
+        monkeypatch.setattr(store, "write_json", full)
+        assert remembered_sha256(path) == store.file_sha256(path) and asked
+
     def test_is_not_read_twice(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "file"
         path.write_text("one")
