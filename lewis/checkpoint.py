@@ -32,7 +32,6 @@ DTYPES = {  # safetensors' name of each dtype that a checkpoint may hold -> torc
 }
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
-COMPUTED = "rotary_emb.inv_freq"  # no weight: it follows from the config, and only old checkpoints hold it
 PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
 
 
@@ -62,7 +61,7 @@ class Checkpoint:
         folder: the folder.
         key: identity of the content (a commit, a digest); random streams are keyed by it.
         config: the parsed config.json.
-        tensors: name -> TensorInfo, without the names that are tied to others, and `COMPUTED`.
+        tensors: name -> TensorInfo, without the names that are tied to others, and old buffers.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -89,7 +88,7 @@ class Checkpoint:
                     f"{folder / file}: the index places {missing[0]!r} here, but the file has no such tensor"
                 )
             chosen = {name: info for name, info in found.items() if wanted is None or name in wanted}
-            tensors |= {name: info for name, info in chosen.items() if not name.endswith(COMPUTED)}
+            tensors |= {name: info for name, info in chosen.items() if not is_buffer(name, info.shape)}
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
         for name, info in tensors.items():
@@ -145,6 +144,12 @@ class Checkpoint:
         """Let go of the memory that a tensor is mapped to."""
         name = self.tied.get(name, name)
         self._files[self.tensors[name].file].done_with(name)
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it follows from the config, so that only old checkpoints (of Llama 2, Pythia, GPT-2) hold it."""
+    mask = name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
+    return mask or name.endswith("rotary_emb.inv_freq") or (name.endswith(".masked_bias") and math.prod(shape) == 1)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

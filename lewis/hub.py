@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 
 from lewis import store
-from lewis.checkpoint import COMPUTED
+from lewis.checkpoint import is_buffer
 from lewis.digests import remembered_sha256
 from lewis.errors import InputError, TransientError
 from lewis.pinned import (
@@ -174,7 +174,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
 
     with ThreadPoolExecutor(8) as pool:
         found = {key: header for headers in pool.map(read, names) for key, header in headers.items()}
-    return {key: header for key, header in found.items() if not key.endswith(COMPUTED)}
+    return {key: header for key, header in found.items() if not is_buffer(key, header[1])}
 
 
 def _check_repo_id(ref: str, source: str) -> None:

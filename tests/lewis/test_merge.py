@@ -468,12 +468,16 @@ class TestRefused:
         deep = write_llama(tmp_path / "deep", layers=3)
         self.refused(family, deep, "9 tensors are not in the base, the first is 'model.layers.2.")
 
-    def test_old_rotary_buffers_are_no_reason(self, family: Family, tmp_path: Path) -> None:
-        old, name = shard(family.math, tmp_path / "old", parts=1), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    def test_old_buffers_are_no_reason(self, family: Family, tmp_path: Path) -> None:
+        old, layer = shard(family.math, tmp_path / "old", parts=1), "model.layers.0"
+        buffers = {
+            f"{layer}.self_attn.rotary_emb.inv_freq": torch.ones(2),
+            f"{layer}.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+            f"{layer}.attention.masked_bias": torch.tensor(-1e9),
+        }
         for path in old.glob("model*"):
             path.unlink()
-        tensors = load_file(family.math / "model.safetensors") | {name: torch.ones(2)}
-        save_file(tensors, old / "model.safetensors")
+        save_file(load_file(family.math / "model.safetensors") | buffers, old / "model.safetensors")
         plain = open_merge("ties", family.base, [family.math])
         for base, expert in ((family.base, old), (old, family.base)):
             assert open_merge("ties", base, [expert]).layout == plain.layout
