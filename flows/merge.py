@@ -218,12 +218,8 @@ def _models_to_score(
     merged: PrefectFuture[Any],
 ) -> dict[str, Any]:
     """Label -> model, in the order of the table: the parents, the uniform baseline, the merged model."""
-    assert plan.evaluate is not None
-    models: dict[str, Any] = {}
-    gated = plan.register_as is not None and plan.register_as.gate is not None
-    if base and ("base" in plan.evaluate.baselines or gated):  # the first champion has to beat the base
-        models["base"] = base
-    if "experts" in plan.evaluate.baselines or (gated and not base):  # without a base, the best of the experts
+    models: dict[str, Any] = {"base": base} if plan.scores_base else {}
+    if plan.scores_experts:
         pairs = zip(pipeline.short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
         models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
     return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}

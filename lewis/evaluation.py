@@ -232,7 +232,10 @@ def _scores(model: str, result: Mapping[str, Any]) -> list[Score]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             if not math.isfinite(value):
-                raise LewisError(f"{model}: {task}/{key} is {value}: look for NaN or Inf in the model's weights")
+                raise LewisError(
+                    f"{model}: {task}/{key} is {value}: look for NaN or Inf in the model's weights, "
+                    "or in what a function of the task gives"
+                )
             higher = result["higher_is_better"].get(task, {}).get(metric)
             stderr = found.get(f"{metric}_stderr,{filter_}")
             scores.append(

@@ -113,7 +113,7 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
-    loaded = manager.load(tasks)
+    loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # simple_evaluate would load the data a second time
     lm = get_model("hf").create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
@@ -137,6 +137,24 @@ def evaluate(
     kept["ends"] = _ends(lm, rows, loaded["tasks"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
+
+
+def _load(manager: Any, tasks: list[str]) -> Any:
+    """The tasks with their data.
+
+    Raises:
+        ValueError: naming the task whose YAML or data lm-eval cannot use; it names none itself.
+    """
+    try:
+        return manager.load(tasks)
+    except Exception:
+        for name in tasks:
+            try:
+                manager.load([name])
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {told}") from error
+        raise  # it takes all of them: a task that is in a group too
 
 
 def _half(task: Any, documents: str, limit: int | float | None) -> list[int]:

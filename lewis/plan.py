@@ -177,7 +177,10 @@ def _guided_steps(
         writes += [] if cached else [which]
     if recipe.evaluate:
         settings = pipeline.eval_settings(recipe)
-        keys = {source.ref: source.key for source in ([base] if base else []) + experts}
+        scored_parents = [base] if base and recipe.scores_base else []
+        if recipe.scores_experts:
+            scored_parents += [e for e in experts if base is None or e.ref != base.ref]
+        keys = {source.ref: source.key for source in scored_parents}
         for label, key in {**keys, **merged_keys}.items():
             scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))

@@ -83,7 +83,7 @@ def rollback(name: str, why: str) -> str:
     """Put the previous champion back; gives its `uri`. No gate promotes the withdrawn version again.
 
     Raises:
-        InputError: if there is no previous champion, or its files are gone.
+        InputError: if there is no previous champion, it was withdrawn itself, or its files are gone.
     """
     name = registry.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
@@ -91,8 +91,13 @@ def rollback(name: str, why: str) -> str:
         current, previous = aliases.get("champion"), aliases.get("previous")
         if current is None or previous is None or current == previous:
             raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
-        _move(client, name, previous, "rolled back", why)
-        client.set_model_version_tag(name, current, WITHDRAWN, why)
+        told = dict(client.get_model_version(name, previous).tags).get(WITHDRAWN)
+        if told is not None:
+            raise InputError(
+                f"models:/{name}/{previous}, the previous champion, was rolled back itself ({told}); "
+                f"`lewis history {name}` shows all, `lewis promote` makes one of them the champion"
+            )
+        _move(client, name, previous, "rolled back", why, withdrawing=current)
         return f"models:/{name}/{previous}"
 
 
@@ -115,7 +120,7 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
         )
 
 
-def _move(client: "MlflowClient", name: str, version: str, what: str, why: str) -> str:
+def _move(client: "MlflowClient", name: str, version: str, what: str, why: str, withdrawing: str | None = None) -> str:
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
     current = _aliases(client, name).get("champion")
@@ -127,6 +132,8 @@ def _move(client: "MlflowClient", name: str, version: str, what: str, why: str) 
         )
     before = f"models:/{name}/{current}" if current else None
     history.record(client, name, what, f"models:/{name}/{version}", before, why)
+    if withdrawing is not None:
+        client.set_model_version_tag(name, withdrawing, WITHDRAWN, why)
     if WITHDRAWN in client.get_model_version(name, version).tags:
         client.delete_model_version_tag(name, version, WITHDRAWN)
     _crown(client, name, version, current)

@@ -504,6 +504,20 @@ class Recipe(_Block):
         return self.guided and self.evaluate is not None and "uniform" in self.evaluate.baselines
 
     @property
+    def scores_base(self) -> bool:
+        """Whether the base is scored: as a baseline, or since the first champion has to beat it."""
+        gated = self.register_as is not None and self.register_as.gate is not None
+        return (
+            self.base_model is not None and self.evaluate is not None and ("base" in self.evaluate.baselines or gated)
+        )
+
+    @property
+    def scores_experts(self) -> bool:
+        """Whether the experts are scored: as baselines, or since the best is what a gate has where there is no base."""
+        gated = self.register_as is not None and self.register_as.gate is not None
+        return self.evaluate is not None and ("experts" in self.evaluate.baselines or (gated and not self.base_model))
+
+    @property
     def label(self) -> str:
         """What to call the merged model in tables."""
         return "lewis" if self.guided else "merged"

@@ -352,7 +352,9 @@ class TestBadEnds:
         config = {**CHOICE, "task": "broken"}
         write_task(root / "tasks/broken.yaml", config, "process_docs: !function broken.docs\n")
         (root / "random.py").write_text("raise SystemExit('this is not the library')")
-        with pytest.raises(LewisError, match=r"exit code 1\): ValueError: row 3 has no answer") as caught:
+        with pytest.raises(
+            LewisError, match=r"exit code 1\): ValueError: task broken: .*: ValueError: row 3 has no answer"
+        ) as caught:
             evaluate(model, EvalSettings(("broken",)), root=root)
         assert str(model) in str(caught.value)
 

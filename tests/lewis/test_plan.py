@@ -97,13 +97,8 @@ class TestLocal:
         data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}]}
         data |= {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["sums"], "baselines": ["base", "uniform"]}}
         found = states(make_plan(parse(data, root=tmp_path)))
-        assert {
-            "merge lewis",
-            "merge uniform",
-            "evaluate lewis",
-            "evaluate uniform",
-            f"evaluate {family.base}",
-        } <= found.keys()
+        ours = {"merge lewis", "merge uniform", "evaluate lewis", "evaluate uniform", f"evaluate {family.base}"}
+        assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
         assert found["evaluate lewis"] == "to do"
         monkeypatch.setattr(eval_tasks, "_builtin_index", dict)  # to read lm-eval's takes seconds
         data["evaluate"]["tasks"] = ["smus"]

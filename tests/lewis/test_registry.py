@@ -382,6 +382,9 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Entry, tiny_model: P
     assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
     assert told[0].by == "the run x" and history.rows(told)[0]["what"] == "rolled back"
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
+    with pytest.raises(InputError, match=r"models:/tiny/2, .* was rolled back itself \(it was rude\)"):
+        promotion.rollback("tiny", "once too often")
+    assert aliases()["champion"] == "3" and history.history("tiny") == told
     promotion.promote_by_hand("tiny", "2", "it is polite now")
     assert promotion.withdrawn("tiny", "b" * 64) is None
 
