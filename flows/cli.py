@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run the whole DAG: merge, score, register, promote")
     run.add_argument("--json", action="store_true", help=json_help)
     search = add("search", _search, "try the values of the recipe's `search` block, and register the best")
-    search.add_argument("--trials", metavar="N", type=int, help="how many in all, instead of the recipe's number")
-    search.add_argument("--minutes", metavar="M", type=float, help="begin no further trial after this time")
+    search.add_argument(
+        "--trials", metavar="N", type=_positive(int), help="how many in all, instead of the recipe's number"
+    )
+    search.add_argument("--minutes", metavar="M", type=_positive(float), help="begin no further trial after this time")
     search.add_argument("--json", action="store_true", help=json_help)
     plan = add("plan", _plan, "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers")
     plan.add_argument("--json", action="store_true", help=json_help)
@@ -105,6 +108,16 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if (value := kind(text)) > 0:
+                return value
+        raise argparse.ArgumentTypeError(f"expected a {'whole ' if kind is int else ''}number above 0, got {text!r}")
+
+    return number
 
 
 def _log_to_terminal() -> None:

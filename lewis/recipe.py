@@ -306,7 +306,13 @@ class Search(_Block):
         seed: of the sampler.
     """
 
-    space: dict[str, Range | tuple[bool | int | float | str, ...]] = Field(min_length=1)
+    space: dict[
+        str,
+        Annotated[
+            Annotated[Range, Tag("a range")] | Annotated[tuple[bool | int | float | str, ...], Tag("a list")],
+            Discriminator(lambda value: "a range" if isinstance(value, dict | Range) else "a list"),
+        ],
+    ] = Field(min_length=1)
     trials: int = Field(default=30, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     metrics: tuple[str, ...] = Field(default=(), max_length=2)

@@ -64,7 +64,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 def _is_kind(part: Any) -> bool:
     """Whether a part of pydantic's location is the kind of value that it tried, and no key."""
-    return part in ("int", "float", "str", "literal['auto']", "constrained-int", "TokenRow", "ModelName")
+    kinds = ("bool", "int", "float", "str", "literal['auto']", "constrained-int", "TokenRow", "ModelName")
+    return part in (*kinds, "a range", "a list")
 
 
 def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -94,6 +94,9 @@ def check_space(recipe: Recipe) -> None:
     problems = []
     for path, wanted in recipe.search.space.items():
         where = f"search.space.{path}"
+        if path.endswith("].model"):
+            problems.append(f"{where}: a search keeps its models, since they are measured once; vary their weights")
+            continue
         if not path.startswith(ALLOWED):
             problems.append(f"{where}: expected a value that the merge depends on: {', '.join(ALLOWED)}")
             continue

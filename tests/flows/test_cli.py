@@ -33,6 +33,14 @@ finally:
         assert command in done.stdout
 
 
+@pytest.mark.parametrize("option", [["--trials", "0"], ["--trials", "2.5"], ["--minutes", "-1"]])
+def test_a_search_of_nothing_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`--trials 0` made as many trials as the recipe says."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", "recipe.yaml", *option])
+    assert f"number above 0, got '{option[1]}'" in capsys.readouterr().err
+
+
 def test_a_compiled_merge_needs_no_torch(family: Family, home: Path) -> None:
     """Its import alone would double the time and the memory of a small merge."""
     experts = [{"model": str(folder), "parameters": {"density": 0.5}} for folder in family.experts]

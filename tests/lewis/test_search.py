@@ -66,9 +66,17 @@ class TestSpace:
             ("evaluate.limit: [1, 2]", "search.space.evaluate.limit: expected a value that the merge depends on"),
             ("'models[7].parameters.weight': [1]", "there is no models.7 in the recipe"),
             ("parameters.lambda: []", "search.space.parameters.lambda: expected at least one choice"),
-            ("parameters.lambda: {min: 2, max: 1}", "expected min < max, got min=2, max=1"),
-            ("parameters.lambda: {min: 0, max: 1, log: true}", "a log scale needs min > 0"),
-            ("parameters.lambda: {min: 0, mx: 1}", "search.space.parameters.lambda"),
+            ("'models[0].model': [a, b]", "search.space.models[0].model: a search keeps its models"),
+            (
+                "parameters.lambda: {min: 2, max: 1}",
+                "search.space.parameters.lambda: expected min < max, got min=2, max=1",
+            ),
+            ("parameters.lambda: {min: 0, max: 1, log: true}", "search.space.parameters.lambda: a log scale needs min"),
+            (
+                "parameters.lambda: {min: 0, mx: 1}",
+                "search.space.parameters.lambda.mx: unknown key; did you mean 'max'?",
+            ),
+            ("parameters.lambda: 5", "search.space.parameters.lambda: input should be a valid list, got 5"),
         ],
     )
     def test_what_is_wrong_is_told_at_its_path(self, space: str, problem: str) -> None:
