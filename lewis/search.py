@@ -146,21 +146,20 @@ class Log:
         self.digest = store.digest([SEMANTICS, recipe.blocks, space, names, dict(inputs), tasks])
         self.path = store.home() / "search" / f"{self.digest}.log"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        sampler: Any
-        if len(objectives) > 1:
-            sampler = optuna.samplers.NSGAIISampler(seed=self.search.seed, population_size=8)
-        else:
-            sampler = optuna.samplers.TPESampler(
-                seed=self.search.seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True
-            )
         self._study: Study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(self.path))),
             study_name=self.digest,
             load_if_exists=True,
             directions=["maximize" if o.higher_is_better else "minimize" for o in objectives],
-            sampler=sampler,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
         )
+        seed = self.search.seed + len(self._study.get_trials())  # one that goes on must not draw what it drew before
+        if len(objectives) > 1:
+            self._study.sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=8)
+        else:
+            self._study.sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True
+            )
         self._live: dict[int, OptunaTrial] = {}
         self._recover()
 

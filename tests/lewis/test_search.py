@@ -147,6 +147,15 @@ class TestLog:
         more = Log(parse(**{"  space:": "  trials: 50\n  space:"}), [ACC], INPUTS, "t")
         assert len(more.trials) == 3
 
+    @pytest.mark.parametrize("objectives", [[ACC], [ACC, LOSS]])
+    def test_what_goes_on_tries_something_new(self, recipe: Recipe, objectives: list[Objective]) -> None:
+        """A sampler that starts with the same seed again draws the same values again."""
+        for _ in range(5):
+            log = Log(recipe, objectives, INPUTS, "t")
+            log.done(log.ask(), [0.5] * len(objectives))
+        values = [tuple(trial.values.values()) for trial in log.trials]
+        assert len(values) == 5 and len(set(values)) > 3
+
     def test_other_inputs_tasks_or_spaces_are_another_search(self, recipe: Recipe) -> None:
         digests = {
             Log(each, objectives, inputs, tasks).digest
