@@ -35,6 +35,7 @@ from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, toke
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
+_COPIED = 1 << 22  # bytes that are copied at a time
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Scales = Mapping[str, "torch.Tensor"]
@@ -228,13 +229,25 @@ class Merge:
             writer.write_bytes(name, data, offset)
 
         with np.errstate(all="ignore"):  # what is not finite is told by name
-            if name in self.excluded or self.device != "cpu" or not merge_tensor(self, name, write):
+            if not self._copy(name, write) and (self.device != "cpu" or not merge_tensor(self, name, write)):
                 offset = 0
                 for piece in in_torch.merge_by_rows(self, name):
                     write(bytes_of(piece), offset)
                     offset += piece.nbytes
         for model in models[: 1 if name in self.excluded else None]:
             model.done_with(name)
+
+    def _copy(self, name: str, write: Callable[[memoryview, int], None]) -> bool:
+        """Copy a tensor that is the base's own, if it is stored as it is to be."""
+        if name not in self.excluded and self.base.tensors[name].floating:
+            return False
+        dtype, bits = self.base.raw(name)
+        data = bits.view(np.uint8).data
+        if dtype != self.layout[name][0]:  # a base with an adapter on it is read in fp32
+            return False
+        for start in range(0, len(data), _COPIED):
+            write(data[start : start + _COPIED], start)
+        return True
 
     def tensor(self, name: str) -> torch.Tensor:
         """Merge one tensor with the method's own function; returns and raises as `in_torch.merge_whole`."""
