@@ -25,6 +25,7 @@ def model_card(
     recipe: str,
     lineage: Mapping[str, str],
     mean_density: Mapping[str, float],
+    strategy: str = "",
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
     results: Sequence[Scored] = (),
@@ -36,6 +37,7 @@ def model_card(
         base, experts: as the recipe names them; those on the Hub become `base_model`.
         lineage: reference -> commit or content digest.
         mean_density: expert -> mean density; empty for a plain merge.
+        strategy: how the densities were allocated; empty for a plain merge.
         scores: rows of `lewis.evaluation.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.scored.comparison_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
@@ -50,11 +52,11 @@ def model_card(
         "tags": list(dict.fromkeys(["merge", "lewis", method])),
         **({"model-index": _model_index(name, results)} if results else {}),
     }
-    how = "with LEWIS densities (arXiv:2503.03874)" if mean_density else "with uniform densities"
+    how = ", with LEWIS densities (arXiv:2503.03874)" if strategy == "lewis" else f", with {strategy} densities"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`, {how}.",
+        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`{how if strategy else ''}.",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
         "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",

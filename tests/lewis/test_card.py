@@ -84,6 +84,19 @@ def test_the_card_is_one_the_hub_accepts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        ("lewis", "by `ties`, with LEWIS densities (arXiv:2503.03874)."),
+        ("uniform", "by `ties`, with uniform densities."),
+        ("", "by `ties`.\n"),
+    ],
+)
+def test_the_card_says_how_the_densities_were_found(strategy: str, told: str) -> None:
+    named = {"base": "org/b", "experts": ["org/a"], "recipe": "{}", "lineage": {}, "scores": []}
+    assert told in card.model_card("m", method="ties", **named, mean_density={}, strategy=strategy)
+
+
+@pytest.mark.parametrize(
     ("text", "licence"),
     [
         ("---\nlicense: apache-2.0\n---\n# A", "apache-2.0"),
