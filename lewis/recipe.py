@@ -49,7 +49,7 @@ Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TokenRow(_Block):

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,10 @@ UNSUPPORTED = {
     "chat_template": "replacing the chat template",
     "trust_remote_code": "running code that a model brings along",
 }
+# What pydantic calls the kinds of value that a key may have.
+_KIND = re.compile(
+    r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
+)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -57,15 +62,14 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
         elif kind == "literal_error":
             lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {given!r}")
         else:
-            message = str(problem["msg"]).replace("tuple", "list")
+            message = re.sub("(?i)tuple", "list", str(problem["msg"]))
             lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {given!r}")
     return lines
 
 
 def _is_kind(part: Any) -> bool:
     """Whether a part of pydantic's location is the kind of value that it tried, and no key."""
-    kinds = ("bool", "int", "float", "str", "literal['auto']", "constrained-int", "TokenRow", "ModelName")
-    return part in (*kinds, "a range", "a list")
+    return isinstance(part, str) and _KIND.fullmatch(part) is not None
 
 
 def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

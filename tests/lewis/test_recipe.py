@@ -1,5 +1,6 @@
 """Recipes: mergekit's YAML runs unchanged, and every mistake is told at once, where it is, with what was meant."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,16 @@ class TestMistakes:
             ({"chat_template": "auto"}, "chat_template: replacing the chat template is not supported yet"),
             ({"register": {"name": "a/b"}}, "register.name: "),
             ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
-            ({"evaluate": {"tasks": []}}, "evaluate.tasks: "),
+            (
+                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": math.nan}}},
+                "register.gate.min_gain: input",
+            ),
+            ({"register": {"name": "x", "gate": {"metric": "m", "tolerance": -1}}}, "register.gate.tolerance: input"),
+            (
+                {"evaluate": {"tasks": ["x"], "weights": {"x": math.inf}}},
+                "evaluate.weights.x: input should be a finite",
+            ),
+            ({"evaluate": {"tasks": []}}, "evaluate.tasks: list should have at least 1 item"),
             ({"evaluate": {"tasks": ["x"], "batch_size": 0}}, "evaluate.batch_size: "),
             ({"evaluate": {"tasks": ["x"], "baselines": ["bases"]}}, "evaluate.baselines[0]: expected 'base'"),
         ],
