@@ -83,14 +83,14 @@ def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: 
         plan = Recipe.load(path, overrides or [])
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds)
-        report, computed = _merge(plan)
-    if computed or report.created:
+        report, changed = _merge(plan)
+    if changed:
         return Completed(data=report)
     return Completed(name="Cached", message=f"{path.stem}: nothing has changed, everything was found done", data=report)
 
 
 def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
-    """The DAG; gives its report, and whether anything was computed."""
+    """The DAG; gives its report, and whether anything was computed, registered or promoted."""
     # The recipe goes to the tasks quoted: Prefect would take the names in it for results of the tasks that return them,
     # and draw edges from everywhere to everywhere.
     settings = pipeline.eval_settings(plan) if plan.evaluate else None
@@ -127,6 +127,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         report.scores, report.comparison = table.result()["scores"], table.result()["comparison"]
 
     verdict = version = published = None
+    moved = False
     inputs = [_known(each) for each in (base, experts, sets, allocated)]
     if plan.register_as:
         verdict = gate.submit(quote(plan), champion, merged, scores)
@@ -135,6 +136,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+        before = champion.result() if champion else None
+        moved = report.promoted and (before is None or before.version.uri != report.version)
         if plan.publish:
             published = publish.submit(quote(plan), version, merged, wait_for=[promoted])
             published.wait()  # what it raises comes after the report
@@ -154,7 +157,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     if published:
         report.published = result_of(published)
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
-    return report, any(future.state.name != "Cached" for future in results if future)
+    computed = any(future.state.name != "Cached" for future in results if future)
+    return report, computed or report.created or moved
 
 
 class Models(NamedTuple):

@@ -100,6 +100,14 @@ def states(prefect_url: str, task: str) -> set[str]:
         return {each["state_name"] for each in json.load(answer)}
 
 
+def newest_run(prefect_url: str) -> str:
+    """The state that the UI shows for the newest flow run that has ended."""
+    body = json.dumps({"sort": "END_TIME_DESC", "limit": 1}).encode()
+    request = urllib.request.Request(f"{prefect_url}/flow_runs/filter", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return str(json.load(answer)[0]["state_name"])
+
+
 def test_only_a_better_model_becomes_champion(
     run: Callable[[str], Any],
     lewis: Command,
@@ -124,6 +132,7 @@ def test_only_a_better_model_becomes_champion(
 
     healed = run("good")
     assert healed.version == "models:/tiny/3" and healed.promoted and not healed.created
+    assert newest_run(prefect_url) == "Completed"  # not Cached: there is a new champion
     assert versions(home) == {"1": "passed", "2": "failed", "3": "passed"}
     assert aliases(home) == {"champion": "3", "previous": "1", "challenger": "2"}
 
