@@ -106,12 +106,12 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), shapes)
     writes, prepared = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
-    plan.memory = without_models(recipe.merge_method, max(count.values()), len(experts))
-    if not writes:
-        plan.seconds = 0.0
-    elif prepared and plan.disk < plan.disk_free:
-        found = forecast(prepared)
+    if writes and prepared and plan.disk < plan.disk_free:
+        found = forecast(prepared)  # before anything loads the compiled loops, which takes a part of the time
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
+    else:
+        plan.seconds = None if writes else 0.0
+        plan.memory = without_models(recipe.merge_method, max(count.values()), len(experts))
     if pipeline.wanted_measurements(recipe):
         plan.memory = max(plan.memory, _memory_of_pass(count))
     if recipe.register_as:
