@@ -4,11 +4,11 @@
     python -m tests.benchmarks.importance --official --base DIR --expert DIR --rows FILE.jsonl
 
 Memory: anonymous resident memory (RssAnon, to which weights mapped from files do not count) at its peak above the start
-of the pass, in a process of its own: the median of three, since one differs from the next by up to 15 %. Time: of one pass over the rows' questions and answers against a plain
-forward pass without a head over the same samples in the same batches, weights in memory; the two alternate, and the
-ratio is that of the fastest of each. The same rows as two sets, in one pass and in two. `--official`: how far `preset:
-lewis_official` is from the authors' procedure on GSM8K, run in fp32, and how long that takes beside our default pass
-over the same 15 rows.
+of the pass, in a process of its own: the median of three, since one differs from the next by up to 15 %. Time: of one
+pass over the rows' questions and answers against a plain forward pass without a head over the same samples in the same
+batches, weights in memory; the two alternate, and the ratio is that of the fastest of each. The same rows as two sets,
+in one pass and in two. `--official`: how far `preset: lewis_official` is from the authors' procedure on GSM8K, run in
+fp32, and how long that takes beside our default pass over the same 15 rows.
 """
 
 import argparse
