@@ -16,7 +16,8 @@ _BLOCK = 2**15 - 1  # elements of a block of rows: it stays in the cache, and to
 def by_rows(pieces: Pieces) -> Finish:
     """Find each row's divergence, then the quartiles of the importance."""
     information = torch.cat([divergence(piece.tensors[0], _base(piece)) for piece in pieces])
-    elements, columns = len(information) * (pieces.shape or (1,))[-1], (pieces.shape or (1,))[-1]
+    columns = (pieces.shape or (1,))[-1]
+    elements = len(information) * columns
 
     def of_rows(piece: Piece) -> torch.Tensor:
         first = piece.start // columns

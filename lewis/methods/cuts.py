@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lewis.lazy import torch
-from lewis.methods.sparsify import SPREAD
+from lewis.methods.sparsify import tie_order
 
 _BITS = 17  # a pass tells apart this many bits of a number
 _ROOM = 1 << 21  # numbers that are collected
@@ -38,7 +38,7 @@ class Cut:
 
     Attributes:
         key: the `keys` of the smallest of them; None if there are none.
-        last: of the scores that equal it, the last place in the order of ties that is among them, as `_order` has it.
+        last: of the scores that equal it, the last place that is among them, as `sparsify.tie_order` has it.
     """
 
     key: int | None
@@ -53,7 +53,7 @@ class Cut:
         if self.last == _LAST:
             return kept | (found == self.key)
         ties = (found == self.key).reshape(-1).nonzero().reshape(-1)
-        kept.view(-1)[ties] = _order(ties + start) <= self.last
+        kept.view(-1)[ties] = tie_order(ties + start) <= self.last
         return kept
 
 
@@ -76,7 +76,7 @@ def cuts(passes: Callable[[], Iterator[tuple[int, Sequence[torch.Tensor]]]], cou
         for start, scores in passes():
             equal = [keys(own) == each.key for own, each in zip(scores, found, strict=True)]
             ties = [each.reshape(-1).nonzero().reshape(-1) for each in equal]
-            yield [~_order(places + start) for places in ties]
+            yield [~tie_order(places + start) for places in ties]
 
     found = kth_largest(score_keys, counts)
     tied = [each.wanted if 0 < each.wanted < each.equal else 0 for each in found]
@@ -164,8 +164,3 @@ class _Search:
             self.found = Kth(self._low, self._wanted, inside)
         elif inside <= _ROOM:
             self._collected = []
-
-
-def _order(places: torch.Tensor) -> torch.Tensor:
-    """The order of ties of `sparsify.largest`, as whole numbers with a sign; int64, as the places."""
-    return places * int(SPREAD.view("int64")) ^ torch.iinfo(torch.int64).min

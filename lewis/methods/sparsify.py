@@ -112,9 +112,14 @@ def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
     threshold = values.kthvalue(len(values) - k + 1).values
     keep = values > threshold
     ties, wanted = (values == threshold).nonzero().reshape(-1), k - int(keep.sum())
-    order = ties * int(SPREAD.view(np.int64)) ^ torch.iinfo(torch.int64).min  # compares as without a sign
+    order = tie_order(ties)
     keep[ties[order <= order.kthvalue(wanted).values]] = True
     return keep
+
+
+def tie_order(places: torch.Tensor) -> torch.Tensor:
+    """The places of ties in the order of `largest`, moved so that numbers with a sign compare as it does; int64."""
+    return places * int(SPREAD.view(np.int64)) ^ torch.iinfo(torch.int64).min
 
 
 def drop(task_vector: torch.Tensor, density: float, stream: Stream) -> torch.Tensor:
