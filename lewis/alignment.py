@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lewis import store
-from lewis.checkpoint import DTYPES, PER_TOKEN
+from lewis.checkpoint import DTYPES, PER_TOKEN, as_tensor
 from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
 from lewis.lora import Model
@@ -164,7 +164,7 @@ class Aligned:
             return self.model.read(name)
         dtype, bits = self.raw(name)
         shape = self.tensors[self.tied.get(name, name)].shape
-        return torch.from_numpy(bits.copy()).view(getattr(torch, DTYPES[dtype][0])).reshape(shape)
+        return as_tensor(dtype, bits.copy()).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """One tensor's dtype and bits, as `Checkpoint.raw`; fp32 where rows are means, or come from other dtypes."""
@@ -199,7 +199,7 @@ class Aligned:
         total = torch.zeros(own.shape[1], dtype=torch.float64)
         for start in range(0, len(rows), run):
             taken = rows[start : start + run]
-            part = _numbers(dtype, own[taken.clip(0)]).to(getattr(torch, DTYPES[out][0]))
+            part = as_tensor(dtype, own[taken.clip(0)]).to(getattr(torch, DTYPES[out][0]))
             missing = np.flatnonzero(taken < 0)
             part[torch.from_numpy(missing)] = lent.read(start + missing).to(part.dtype)
             if self._mean_from is not None:
@@ -260,7 +260,7 @@ class _LentRows:
         for model, pairs in sorted(wanted.items()):
             places, numbers = (np.array(column) for column in zip(*pairs, strict=True))
             dtype, matrix = self._lenders[model]
-            result[torch.from_numpy(places)] += _numbers(dtype, matrix[numbers]).to(torch.float32)
+            result[torch.from_numpy(places)] += as_tensor(dtype, matrix[numbers]).to(torch.float32)
         counts = [max(len(self._origins[row]), 1) for row in rows.tolist()]
         return result / torch.tensor(counts).reshape(-1, 1)
 
@@ -333,7 +333,3 @@ def _matrix(model: Model, name: str) -> tuple[str, np.ndarray]:
     """A tensor's dtype and bits, one row per token."""
     dtype, bits = model.raw(name)
     return dtype, bits.reshape(model.tensors[model.tied.get(name, name)].shape[0], -1)
-
-
-def _numbers(dtype: str, bits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(bits).view(getattr(torch, DTYPES[dtype][0]))

@@ -127,7 +127,7 @@ class Checkpoint:
         """Read one tensor, in its stored dtype."""
         dtype, bits = self.raw(name)
         shape = self.tensors[self.tied.get(name, name)].shape
-        return torch.from_numpy(bits.copy()).view(getattr(torch, DTYPES[dtype][0])).reshape(shape)
+        return as_tensor(dtype, bits.copy()).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """One tensor's dtype, as safetensors names it, and its bits: flat, a view of the file."""
@@ -150,6 +150,11 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     """Whether it follows from the config, so that only old checkpoints (of Llama 2, Pythia, GPT-2) hold it."""
     mask = name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
     return mask or name.endswith("rotary_emb.inv_freq") or (name.endswith(".masked_bias") and math.prod(shape) == 1)
+
+
+def as_tensor(dtype: str, bits: np.ndarray) -> torch.Tensor:
+    """Bits of a dtype as safetensors names it, as `Checkpoint.raw` gives them; shares their memory."""
+    return torch.from_numpy(bits).view(getattr(torch, DTYPES[dtype][0]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lewis.checkpoint import DTYPES
+from lewis.checkpoint import DTYPES, as_tensor
 from lewis.errors import InputError, LewisError
 from lewis.lazy import torch
 from lewis.lora import LoraExpert, Model
@@ -181,8 +181,8 @@ class _Tensor:
         if id(model) not in self._raw:  # a LoRA expert's is computed as a whole
             self._raw[id(model)] = model.raw(self._name)
         dtype, bits = self._raw[id(model)]
-        part = torch.from_numpy(bits[rows.start * self._shape[-1] : rows.stop * self._shape[-1]].copy())
-        return part.view(getattr(torch, DTYPES[dtype][0])).reshape(-1, self._shape[-1])
+        columns = self._shape[-1]
+        return as_tensor(dtype, bits[rows.start * columns : rows.stop * columns].copy()).reshape(-1, columns)
 
     def _finite(self, model: Model, rows: slice | None) -> torch.Tensor:
         tensor = self._read(model, rows).to(self._merge.device).to(torch.float32)

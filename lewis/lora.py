@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lewis.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo
+from lewis.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo, as_tensor
 from lewis.errors import InputError
 from lewis.lazy import torch
 from lewis.one_thread import one_thread
@@ -180,9 +180,7 @@ class LoraExpert:
 
     def _part(self, key: str) -> torch.Tensor:
         place = self._file.places[key]
-        name, width = DTYPES[place.dtype]
-        bits = torch.from_numpy(self._file.bits(key, width).copy())
-        return bits.view(getattr(torch, name)).reshape(place.shape)
+        return as_tensor(place.dtype, self._file.bits(key, DTYPES[place.dtype][1]).copy()).reshape(place.shape)
 
     def _low_rank(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
