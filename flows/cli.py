@@ -320,7 +320,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from lewis import card, pictures, pipeline, store
-    from lewis.device import default_device
+    from lewis.devices import default_device
     from lewis.registration import lineage_of, model_card
     from lewis.writer import parse_size
 
@@ -354,7 +354,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _guide(options: argparse.Namespace) -> Any:
     from lewis import pipeline
-    from lewis.device import default_device
+    from lewis.devices import default_device
     from lewis.errors import RecipeError
 
     recipe = _load(options)

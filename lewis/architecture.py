@@ -16,7 +16,7 @@ from typing import Any
 from lewis.checkpoint import read_config
 from lewis.errors import InputError
 from lewis.fused import Rows, parts_of
-from lewis.lazy import nn, torch
+from lewis.lazy_torch import nn, torch
 
 
 @dataclass(frozen=True)

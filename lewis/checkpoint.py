@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.pinned import refuse_pickled
 from lewis.tensor_file import TensorFile, same_bits
 

@@ -22,7 +22,6 @@ from lewis.demo_training import (
     make_batches,
     new_model,
     new_tokenizer,
-    one_thread,
     pretraining_optimizers,
     save,
     train,

@@ -2,7 +2,6 @@
 
 import string
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Train on one thread: the bytes depend on the number of threads, and two of them crawl on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def new_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":

@@ -13,7 +13,7 @@ from lewis import measurements, store
 from lewis.allocation import Allocation
 from lewis.checkpoint import Checkpoint
 from lewis.evaluation import Evaluated, Score
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.lora import LoraExpert, Model
 from lewis.merge import Scales
 from lewis.methods.aim import aim

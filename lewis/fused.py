@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 
 _QKV = ("qkv_proj", "wqkv", "qkv", "c_attn", "query_key_value")
 _SPLIT_OTHERWISE = ("codegen", "minimax")  # their qkv_proj is cut for the devices of its training, or by heads

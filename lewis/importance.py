@@ -17,7 +17,7 @@ from lewis.architecture import Covered, Layer, Network
 from lewis.calibration import Calibration
 from lewis.checkpoint import DTYPES
 from lewis.errors import InputError, LewisError
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.lora import Model
 from lewis.measurements import Measured
 from lewis.recipe import Importance

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lewis.checkpoint import DTYPES, as_tensor
+from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.lora import LoraExpert, Model
 from lewis.methods.rows import Finish, Piece, Pieces, rows_of
-from lewis.one_thread import one_thread
 
 if TYPE_CHECKING:
     from lewis.merge import Merge

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lewis.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo, as_tensor
+from lewis.devices import one_thread
 from lewis.errors import InputError
-from lewis.lazy import torch
-from lewis.one_thread import one_thread
+from lewis.lazy_torch import torch
 from lewis.tensor_file import TensorFile
 
 CONFIG = "adapter_config.json"

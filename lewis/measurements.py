@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 
 NORMS = "norms"
 

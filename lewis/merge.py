@@ -25,7 +25,7 @@ from lewis import in_torch, store
 from lewis.alignment import align
 from lewis.compatible import check_compatible, layer_of
 from lewis.errors import InputError, LewisError
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.lora import Model
 from lewis.methods import find
 from lewis.methods.streams import Stream
@@ -90,7 +90,7 @@ class Merge:
             experts: as `Recipe.experts`, opened.
             held_back: factors that merged deltas are multiplied with (`lewis.methods.aim`); none for names left out.
             device: where the methods compute, by torch's name; on `cpu` in compiled loops where there are some. Part
-                of the digest, as `lewis.device.merge_device` says.
+                of the digest, as `lewis.devices.merge_device` says.
 
         Raises:
             InputError: naming every tensor, vocabulary or filter that does not fit.

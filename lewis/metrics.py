@@ -13,7 +13,7 @@ import numpy as np
 from lewis.architecture import Covered
 from lewis.errors import InputError
 from lewis.importance import row_sums
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.lora import Model
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean

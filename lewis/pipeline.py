@@ -18,7 +18,7 @@ from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.compatible import in_layers
-from lewis.device import merge_device, precision
+from lewis.devices import merge_device, precision
 from lewis.digests import place_of
 from lewis.entries import (
     AllocationEntry,
@@ -374,7 +374,7 @@ def prepare_merge(
         experts: in the order of `recipe.experts`.
         allocated: densities, for a guided merge.
         which: `experts` for the guided densities, `uniform` for the baseline's.
-        gpu: which one to compute on, if `lewis.device.merge_device` says so.
+        gpu: which one to compute on, if `lewis.devices.merge_device` says so.
 
     Raises:
         InputError: naming what does not fit.

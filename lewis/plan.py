@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import evaluation, hub, importance, pipeline, store
 from lewis.compatible import layer_of
-from lewis.device import default_device
+from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.forecast import forecast, without_models

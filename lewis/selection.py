@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lewis import kernels
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.sparsify import SPREAD
 
 NOTHING = (kernels.NONE, np.uint64(0))

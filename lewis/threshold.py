@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lewis.architecture import Covered
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.lora import Model
 from lewis.metrics import by_layer, task_vector
 

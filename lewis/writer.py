@@ -20,7 +20,7 @@ from typing import IO, Any
 from lewis.checkpoint import DTYPES, INDEX, SINGLE
 from lewis.errors import InputError, LewisError
 from lewis.journal import Journal
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 
 SIZES = {name: size for name, (_, size) in DTYPES.items()}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

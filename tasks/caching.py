@@ -16,7 +16,7 @@ from prefect.tasks import exponential_backoff
 from pydantic_core import to_jsonable_python
 
 from lewis import store
-from lewis.device import default_device, precision
+from lewis.devices import default_device, precision
 from lewis.errors import LewisError
 from lewis.hub_errors import retryable
 from tasks.logs import quieten

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.context import TaskRunContext
 from prefect.settings import PREFECT_API_URL
 
-from lewis.device import devices
+from lewis.devices import devices
 from lewis.errors import InputError
 from tasks.caching import raise_if_stopping
 

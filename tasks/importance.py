@@ -10,7 +10,7 @@ from prefect.tasks import MaterializingTask
 
 from lewis import importance as library
 from lewis import pipeline
-from lewis.device import default_device
+from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe import Importance, Recipe
 from tasks import assets

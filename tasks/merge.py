@@ -7,7 +7,7 @@ from prefect.tasks import MaterializingTask
 
 from lewis import merge as library
 from lewis import pipeline
-from lewis.device import merge_device
+from lewis.devices import merge_device
 from lewis.entries import AllocationEntry, MergedModel, ModelFiles
 from lewis.recipe import Recipe
 from tasks import assets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 
 
 def aim(scale: torch.Tensor, omega: float) -> torch.Tensor:

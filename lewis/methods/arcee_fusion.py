@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.cuts import keys, kth_largest, number_of
 from lewis.methods.registry import merge_method
 from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import match_l1, trim_between
 from lewis.methods.task_arithmetic import combine

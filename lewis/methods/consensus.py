@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import trim
 from lewis.methods.sums import add_up

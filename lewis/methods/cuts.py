@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.sparsify import tie_order
 
 _BITS = 17  # a pass tells apart this many bits of a number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.sparsify import drop, match_l1
 from lewis.methods.streams import Stream

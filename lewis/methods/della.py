@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import NotNegative, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import drop_by_rank, match_l1
 from lewis.methods.streams import Stream

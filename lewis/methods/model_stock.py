@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import merge_method
 from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.sums import add_up, combine_linearly, cosine, gram

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
 from lewis.methods.sums import combine_linearly, exact_sum, gram
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import NotNegative, merge_method
 
 NEAREST = np.float32(1e-6)  # differences below count as this (mergekit's)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.slerp import arc

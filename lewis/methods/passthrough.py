@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.cuts import cuts
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece

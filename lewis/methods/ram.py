@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import NotNegative, column, merge_method
 from lewis.methods.sums import add_up, count
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.rows import ByRows
 
 T = TypeVar("T")

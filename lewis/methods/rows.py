@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 
 
 @dataclass(frozen=True)

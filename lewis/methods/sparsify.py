@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.streams import Stream
 from lewis.methods.sums import divided, total
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 
 BLOCK = 2048
 _CHUNK = 512 * BLOCK  # elements in fp64 at a time

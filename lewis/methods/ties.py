@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lewis.lazy import torch
+from lewis.lazy_torch import torch
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.sparsify import match_l1, trim
 from lewis.methods.sums import add_up

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lewis.device import merge_device
+from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.merge import Merge, random_stream
 from lewis.methods import METHODS
@@ -64,11 +64,11 @@ def test_a_gpu_selects_what_the_cpu_does(kind: str, share: float) -> None:
 
 def test_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEWIS_MERGE_DEVICE", raising=False)
-    monkeypatch.setattr("lewis.device.default_device", lambda: "cuda")
+    monkeypatch.setattr("lewis.devices.default_device", lambda: "cuda")
     assert merge_device("cuda:1") == "cpu"
     monkeypatch.setenv("LEWIS_MERGE_DEVICE", "cuda")
     assert (merge_device(), merge_device("cuda:1")) == ("cuda", "cuda:1")
-    monkeypatch.setattr("lewis.device.default_device", lambda: "cpu")
+    monkeypatch.setattr("lewis.devices.default_device", lambda: "cpu")
     with pytest.raises(InputError, match="LEWIS_MERGE_DEVICE: it is cuda, but torch finds no GPU"):
         merge_device()
     monkeypatch.setenv("LEWIS_MERGE_DEVICE", "tpu")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lewis import eval_tasks, pipeline, store
-from lewis.device import default_device
+from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.plan import Plan, make_plan
 from lewis.recipe import Recipe

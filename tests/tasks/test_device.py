@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import environment
 from flows.service import prefect_server
-from lewis.device import precision
+from lewis.devices import precision
 from lewis.errors import InputError, LewisError
 from tasks import caching, device
 from tasks.device import LIMIT, device_slot, slots

@@ -1,13 +1,20 @@
 """The devices that torch works on, and what they mean for numbers."""
 
+from __future__ import annotations
+
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lewis.errors import InputError
+from lewis.lazy_torch import torch
 
 # What the drivers of NVIDIA (also on a Jetson and in WSL) and AMD put into /dev.
 _DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")
+_threads, _lock, _own = {"users": 0, "before": 1}, threading.Lock(), threading.local()
 
 
 def default_device() -> str:
@@ -19,8 +26,6 @@ def devices() -> list[str]:
     """All devices of this machine by torch's names: `cuda:0`, `cuda:1` ..., or `cpu` alone."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DRIVERS):
         return ["cpu"]  # without a driver torch sees no GPU, and it takes seconds to load
-    import torch
-
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -49,3 +54,24 @@ def precision(device: str) -> str:
     It is the same for all GPUs: a result does not depend on which of them (`cuda:0`, `cuda:1`) computed it.
     """
     return "fp32" if device == "cpu" else "stored"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch single-threaded here: more threads change the order of sums, and so the bytes. Blocks may be nested."""
+    if getattr(_own, "inside", False):
+        yield
+        return
+    with _lock:
+        if _threads["users"] == 0:
+            _threads["before"] = torch.get_num_threads()
+        _threads["users"] += 1
+    torch.set_num_threads(1)
+    _own.inside = True
+    try:
+        yield
+    finally:
+        _own.inside = False
+        with _lock:
+            _threads["users"] -= 1
+        torch.set_num_threads(_threads["before"])  # threads that begin later take it over
