@@ -139,7 +139,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from lewis import store
-    from lewis.demo import make_family
+    from lewis.demo.family import make_family
 
     with bars.progress() as report:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
@@ -186,7 +186,7 @@ def _status(options: argparse.Namespace) -> None:
 
 def _gc(options: argparse.Namespace) -> None:
     from flows import turn
-    from lewis import housekeeping
+    from lewis.store import housekeeping
 
     _log_to_terminal()
     found = housekeeping.survey(options.days, active_since=turn.active_since())

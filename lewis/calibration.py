@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.digests import remembered_sha256
 from lewis.errors import InputError, LewisError
 from lewis.recipe import CalibrationSet
+from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids

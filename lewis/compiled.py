@@ -16,9 +16,9 @@ import numpy as np
 
 from lewis import kernels
 from lewis.kernels import KINDS
+from lewis.methods.arithmetic.sums import exact_sum
 from lewis.methods.ram import scale_alone
 from lewis.methods.sce import shares
-from lewis.methods.sums import exact_sum
 from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector, Spread
 from lewis.writer import SIZES
 

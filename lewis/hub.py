@@ -22,7 +22,6 @@ from huggingface_hub import constants
 
 from lewis import store
 from lewis.checkpoint import is_buffer
-from lewis.digests import remembered_sha256
 from lewis.errors import InputError, TransientError
 from lewis.pinned import (
     FORMS,
@@ -35,6 +34,7 @@ from lewis.pinned import (
     needed,
     pin_folder,
 )
+from lewis.store.checksums import remembered_sha256
 
 __all__ = ["Headers", "Pinned", "fetch", "is_present", "resolve", "resolve_dataset", "tensor_headers"]
 

@@ -21,7 +21,7 @@ from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.lora import LoraExpert, Model
-from lewis.methods.rows import Finish, Piece, Pieces, rows_of
+from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
 
 if TYPE_CHECKING:
     from lewis.merge import Merge

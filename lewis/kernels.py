@@ -13,10 +13,10 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from lewis.methods.arithmetic.sparsify import SPREAD
+from lewis.methods.arithmetic.streams import GAMMA, MIX_1, MIX_2
+from lewis.methods.arithmetic.sums import BLOCK
 from lewis.methods.nearswap import NEAREST
-from lewis.methods.sparsify import SPREAD
-from lewis.methods.streams import GAMMA, MIX_1, MIX_2
-from lewis.methods.sums import BLOCK
 
 F32, F16, BF16 = 0, 1, 2
 KINDS = {"F32": F32, "F16": F16, "BF16": BF16}

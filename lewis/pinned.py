@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lewis import store
-from lewis.digests import remembered_sha256
 from lewis.errors import InputError, LewisError
+from lewis.store.checksums import remembered_sha256
 
 FORMS = "expected 'org/name', 'org/name@revision' or a local folder"
 

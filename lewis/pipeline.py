@@ -19,7 +19,6 @@ from lewis.calibration import Calibration
 from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.compatible import in_layers
 from lewis.devices import merge_device, precision
-from lewis.digests import place_of
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -36,6 +35,7 @@ from lewis.merge import Expert, Merge, excluded
 from lewis.methods import find
 from lewis.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
+from lewis.store.checksums import place_of
 from lewis.vocabulary import FIX, clash, tokenizer_folder
 
 logger = logging.getLogger(__name__)

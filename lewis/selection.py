@@ -16,7 +16,7 @@ import numpy as np
 
 from lewis import kernels
 from lewis.lazy_torch import torch
-from lewis.methods.sparsify import SPREAD
+from lewis.methods.arithmetic.sparsify import SPREAD
 
 NOTHING = (kernels.NONE, np.uint64(0))
 EVERYTHING = (np.uint32(0), kernels.ALL)
@@ -66,7 +66,7 @@ class Spread:
     """Which elements SCE selects, those in which experts differ most, a chunk at a time."""
 
     def __init__(self, addresses: np.ndarray, kinds: np.ndarray, size: int, share: float) -> None:
-        from lewis.methods.cuts import cuts  # with torch, which no other merge has to load
+        from lewis.methods.arithmetic.cuts import cuts  # with torch, which no other merge has to load
 
         self._addresses, self._kinds = addresses, kinds
         starts = range(0, size, _CHUNK)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lewis.lazy_torch import torch
-from lewis.methods.cuts import keys, kth_largest, number_of
+from lewis.methods.arithmetic.cuts import keys, kth_largest, number_of
+from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.registry import merge_method
-from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 
 _EPSILON = 1e-8  # added to probabilities whose logarithm is taken
 _BLOCK = 2**15 - 1  # elements of a block of rows: it stays in the cache, and torch does not split it over threads

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sparsify import match_l1, trim_between
 from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert, scale_of
-from lewis.methods.sparsify import match_l1, trim_between
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
 

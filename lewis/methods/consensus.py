@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sparsify import trim
+from lewis.methods.arithmetic.sums import add_up
 from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
-from lewis.methods.sparsify import trim
-from lewis.methods.sums import add_up
 
 
 def can_agree(values: Mapping[str, Any], experts: int) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sparsify import drop, match_l1
+from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.registry import PerExpert, merge_method, per_expert
-from lewis.methods.sparsify import drop, match_l1
-from lewis.methods.streams import Stream
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sparsify import drop_by_rank, match_l1
+from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.registry import NotNegative, PerExpert, Scales, merge_method, per_expert, scale_of
-from lewis.methods.sparsify import drop_by_rank, match_l1
-from lewis.methods.streams import Stream
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sums import combine_linearly, exact_sum, gram
 from lewis.methods.registry import Count, NotNegative, merge_method
-from lewis.methods.sums import combine_linearly, exact_sum, gram
 
 _NOISE = 1e-7  # what a length that should be 0 may be by rounding
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sums import combine_linearly, divided
 from lewis.methods.registry import PerExpert, merge_method, per_expert
-from lewis.methods.sums import combine_linearly, divided
 
 
 @merge_method("linear", paper="https://arxiv.org/abs/2203.05482", on="weights", elementwise=True)

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
+from lewis.methods.arithmetic.sums import add_up, combine_linearly, cosine, gram
 from lewis.methods.registry import merge_method
-from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
-from lewis.methods.sums import add_up, combine_linearly, cosine, gram
 
 
 def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:

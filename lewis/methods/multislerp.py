@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sums import combine_linearly, exact_sum, gram
 from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
-from lewis.methods.sums import combine_linearly, exact_sum, gram
 
 _NOISE = 1e-7  # what a length of directions that cancel may be by rounding, as a share of what was added up
 

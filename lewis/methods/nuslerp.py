@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
+from lewis.methods.arithmetic.sums import combine_linearly, cosine, gram
 from lewis.methods.registry import PerExpert, merge_method, per_expert
-from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.slerp import arc
-from lewis.methods.sums import combine_linearly, cosine, gram
 
 _TINY = 1e-7  # norms below count as this (mergekit's)
 _FLAT = 2e-6  # 1 - cos^2 below which fp32 cannot tell two directions from one line

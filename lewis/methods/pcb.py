@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lewis.lazy_torch import torch
-from lewis.methods.cuts import cuts
+from lewis.methods.arithmetic.cuts import cuts
+from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
+from lewis.methods.arithmetic.sparsify import size
+from lewis.methods.arithmetic.sums import add_up
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
-from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
-from lewis.methods.sparsify import size
-from lewis.methods.sums import add_up
 
 
 def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Finish:

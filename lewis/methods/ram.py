@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sums import add_up, count
 from lewis.methods.registry import NotNegative, column, merge_method
-from lewis.methods.sums import add_up, count
 
 PAPER = "https://arxiv.org/abs/2601.13572"
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from lewis.lazy_torch import torch
-from lewis.methods.rows import ByRows
+from lewis.methods.arithmetic.rows import ByRows
 
 T = TypeVar("T")
 _PER_EXPERT = "one value per expert"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lewis.lazy_torch import torch
-from lewis.methods.cuts import cuts
+from lewis.methods.arithmetic.cuts import cuts
+from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
+from lewis.methods.arithmetic.sums import add_up, count, exact_sum, inner
 from lewis.methods.registry import Fraction, merge_method
-from lewis.methods.rows import Finish, Piece, Pieces, in_one_piece
-from lewis.methods.sums import add_up, count, exact_sum, inner
 from lewis.methods.ties import merge_elected
 
 

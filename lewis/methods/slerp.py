@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sums import combine_linearly, cosine, gram
 from lewis.methods.registry import Fraction, merge_method
-from lewis.methods.sums import combine_linearly, cosine, gram
 
 _PARALLEL = 0.9995  # |cosine| beyond which the arc is a straight line (mergekit's)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.sparsify import match_l1, trim
+from lewis.methods.arithmetic.sums import add_up
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
-from lewis.methods.sparsify import match_l1, trim
-from lewis.methods.sums import add_up
 
 
 @merge_method("ties", paper="https://arxiv.org/abs/2306.01708")

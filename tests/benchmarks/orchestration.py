@@ -124,7 +124,7 @@ def remerge(root: Path) -> list[bool]:
 
 def train_demo(folder: Path) -> Path:
     """Train the demo family."""
-    from lewis.demo import make_family
+    from lewis.demo.family import make_family
 
     return make_family(folder, lambda what, part: None)
 

@@ -40,7 +40,7 @@ def main() -> int:
 @contextmanager
 def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
     """The service after a release and a better one; gives it and the run of the second."""
-    from lewis.demo import SKILLS, make_family
+    from lewis.demo.family import SKILLS, make_family
 
     family = make_family(root / "family", lambda what, part: None)
     with LocalHub(root / "hub") as hub:

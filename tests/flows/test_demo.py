@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lewis.demo import SKILLS
+from lewis.demo.family import SKILLS
 from tests.flows.conftest import Command
 from tests.flows.test_run import finished, states
 

@@ -17,8 +17,8 @@ from lewis.errors import LewisError
 from lewis.kernels import KINDS
 from lewis.merge import Expert, Merge
 from lewis.methods import METHODS as ALL
-from lewis.methods.sparsify import largest
-from lewis.methods.streams import Stream
+from lewis.methods.arithmetic.sparsify import largest
+from lewis.methods.arithmetic.streams import Stream
 from lewis.selection import Pair, Selector
 from tests.support.models import bits, open_merge, write_tensors
 

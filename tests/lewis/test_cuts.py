@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lewis.methods import cuts as module
-from lewis.methods.cuts import cuts, keys, kth_largest, number_of
-from lewis.methods.sparsify import largest
+from lewis.methods.arithmetic import cuts as module
+from lewis.methods.arithmetic.cuts import cuts, keys, kth_largest, number_of
+from lewis.methods.arithmetic.sparsify import largest
 
 
 @pytest.mark.parametrize("room", [16, 1 << 21])

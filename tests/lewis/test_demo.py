@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lewis import search, store
-from lewis.demo import RIGHT_ANSWERS, SKILLS, Plan, _rows, make_family
+from lewis.demo.family import RIGHT_ANSWERS, SKILLS, Plan, _rows, make_family
 from lewis.errors import InputError
 from lewis.recipe import Recipe, value_of
 

@@ -11,8 +11,8 @@ from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.merge import Merge, random_stream
 from lewis.methods import METHODS
-from lewis.methods.cuts import Kth
-from lewis.methods.sparsify import _largest_there, largest
+from lewis.methods.arithmetic.cuts import Kth
+from lewis.methods.arithmetic.sparsify import _largest_there, largest
 from tests.lewis.test_compiled import NAME, draw
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -32,8 +32,8 @@ def test_a_method_stays_on_the_device_of_its_tensors(
     name: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tensors without values, on a device that will not meet another: what depends on values is put in their place.
-    monkeypatch.setattr("lewis.methods.sums._by_halves", lambda values: [float(len(values))])
-    monkeypatch.setattr("lewis.methods.sparsify._largest_there", lambda values, k: values > 0)
+    monkeypatch.setattr("lewis.methods.arithmetic.sums._by_halves", lambda values: [float(len(values))])
+    monkeypatch.setattr("lewis.methods.arithmetic.sparsify._largest_there", lambda values, k: values > 0)
     for module in ("cuts", "arcee_fusion"):
         monkeypatch.setattr(f"lewis.methods.{module}.kth_largest", kth_of_nothing)
     for module in ("ram", "sce"):

@@ -16,10 +16,10 @@ from lewis import measurements, pipeline, promotion, registry, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
-from lewis.housekeeping import Removable, remove, survey
 from lewis.measurements import Measured
 from lewis.recipe import Recipe
 from lewis.registration import registry_entry
+from lewis.store.housekeeping import Removable, remove, survey
 from tests.conftest import Family
 from tests.support.lineage import make_home
 from tests.support.models import parse

@@ -12,6 +12,7 @@ from lewis.merge import random_stream
 from lewis.methods import METHODS, Parameter, registry
 from lewis.methods.aim import aim
 from lewis.methods.arcee_fusion import arcee_fusion
+from lewis.methods.arithmetic.sparsify import drop, match_l1, trim
 from lewis.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from lewis.methods.consensus import consensus
 from lewis.methods.dare import dare_linear, dare_ties
@@ -28,7 +29,6 @@ from lewis.methods.ram import ram, ramplus_tl
 from lewis.methods.registry import Count, Fraction, NotNegative, PerExpert, Range, merge_method
 from lewis.methods.sce import sce
 from lewis.methods.slerp import slerp
-from lewis.methods.sparsify import drop, match_l1, trim
 from lewis.methods.task_arithmetic import task_arithmetic
 from lewis.methods.ties import ties
 

@@ -19,7 +19,7 @@ import torch
 from lewis.merge import random_stream
 from lewis.methods import METHODS
 from lewis.methods.arcee_fusion import importance
-from lewis.methods.sparsify import largest
+from lewis.methods.arithmetic.sparsify import largest
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
 DRAWS = int(os.environ.get("LEWIS_PARITY_DRAWS", "20"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lewis.lazy_torch import torch
-from lewis.methods.sparsify import tie_order
+from lewis.methods.arithmetic.sparsify import tie_order
 
 _BITS = 17  # a pass tells apart this many bits of a number
 _ROOM = 1 << 21  # numbers that are collected

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from lewis import store
-from lewis.demo_training import (
+from lewis.demo.training import (
     finetuning_optimizers,
     make_batches,
     new_model,
@@ -26,6 +26,7 @@ from lewis.demo_training import (
     save,
     train,
 )
+from lewis.devices import one_thread
 from lewis.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.methods.streams import Stream
-from lewis.methods.sums import divided, total
+from lewis.methods.arithmetic.streams import Stream
+from lewis.methods.arithmetic.sums import divided, total
 
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * SPREAD mod 2^64 is a permutation
 
