@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.recipe import Recipe
-from lewis.recipe_errors import nearest
+from lewis.recipe.checks import nearest
+from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flows import bars
 
 if TYPE_CHECKING:
-    from lewis.recipe import Recipe
+    from lewis.recipe.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +127,7 @@ def _log_to_terminal() -> None:
 
 
 def _load(options: argparse.Namespace) -> "Recipe":
-    from lewis.recipe import Recipe
+    from lewis.recipe.recipe import Recipe
 
     return Recipe.load(options.recipe, options.overrides)
 

@@ -14,7 +14,7 @@ from flows import catalog, runner
 from flows.turn import turn
 from lewis import pipeline
 from lewis.entries import ModelFiles
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tasks.allocate import allocate
 from tasks.download import download
 from tasks.evaluate import check_tasks, evaluate

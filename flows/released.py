@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.pinned import find_folder
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 EVENT = "lewis.expert.released"
 

@@ -20,8 +20,8 @@ from lewis import pipeline, search
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings
-from lewis.recipe import Recipe
-from lewis.recipe_errors import nearest
+from lewis.recipe.checks import nearest
+from lewis.recipe.recipe import Recipe
 from lewis.search import Log, Objective, Trial
 from tasks.caching import STOPPING
 from tasks.evaluate import check_tasks

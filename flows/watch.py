@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from flows import catalog, released
 from lewis import releases
 from lewis.errors import LewisError, TransientError
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.releases import Held, Moved
 from tasks.caching import RETRIES
 

@@ -19,7 +19,7 @@ from lewis.checkpoint import DTYPES, PER_TOKEN, as_tensor
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.lora import Model
-from lewis.recipe import Recipe, TokenRow
+from lewis.recipe.recipe import Recipe, TokenRow
 from lewis.vocabulary import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
 from lewis.writer import bytes_of
 

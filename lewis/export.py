@@ -9,7 +9,7 @@ from lewis.allocation import Allocation
 from lewis.entries import Source
 from lewis.errors import InputError
 from lewis.methods import find
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 _OURS = ("lewis", "evaluate", "register", "publish", "search", "seed")
 _NOT_THEIRS = ("pcb", "consensus")

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from lewis.comparison import LEVEL, holm
 from lewis.errors import InputError
-from lewis.recipe_errors import nearest
+from lewis.recipe.checks import nearest
 from lewis.samples import Samples, by_key
 from lewis.scored import WEIGHTED, Scored, gain
 

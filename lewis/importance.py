@@ -20,7 +20,7 @@ from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.lora import Model
 from lewis.measurements import Measured
-from lewis.recipe import Importance
+from lewis.recipe.recipe import Importance
 
 if TYPE_CHECKING:
     from lewis.batches import Batch

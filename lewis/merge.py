@@ -29,7 +29,7 @@ from lewis.lazy_torch import torch
 from lewis.lora import Model
 from lewis.methods import find
 from lewis.methods.arithmetic.streams import Stream
-from lewis.recipe import ModelEntry, Recipe
+from lewis.recipe.recipe import ModelEntry, Recipe
 from lewis.room import Room
 from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 

@@ -6,7 +6,7 @@ from typing import Any
 from lewis import report, store
 from lewis.entries import AllocationEntry, ScoresEntry
 from lewis.pipeline import scored
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.scored import intervals, scores_of
 
 SEMANTICS = "2"  # bump when the same numbers would be drawn in another way

@@ -33,7 +33,7 @@ from lewis.evaluation import EvalSettings
 from lewis.lora import Model, is_adapter
 from lewis.merge import Expert, Merge, excluded
 from lewis.methods import find
-from lewis.recipe import Importance, ModelEntry, Recipe
+from lewis.recipe.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
 from lewis.store.checksums import place_of
 from lewis.vocabulary import FIX, clash, tokenizer_folder

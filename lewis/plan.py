@@ -14,7 +14,7 @@ from lewis.errors import LewisError
 from lewis.forecast import forecast, without_models
 from lewis.importance import Layer
 from lewis.merge import Merge, stored_dtype
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.writer import SIZES
 
 

@@ -8,7 +8,7 @@ from lewis import card, pictures, store
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import score_table
 from lewis.pipeline import scored
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.registry import Entry
 from lewis.scored import Scored, comparison_rows, gain, scores_of
 

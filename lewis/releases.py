@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lewis import pipeline, registry, tracking
 from lewis.pinned import find_folder
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lewis.comparison import Comparison, compare, interval
 from lewis.errors import InputError
 from lewis.evaluation import Evaluated, Score
-from lewis.recipe_errors import nearest
+from lewis.recipe.checks import nearest
 from lewis.samples import Ends, Samples, by_key, combined
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the score that `evaluate.weights` makes

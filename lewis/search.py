@@ -12,7 +12,7 @@ import yaml
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.recipe import Range, Recipe, value_of
+from lewis.recipe.recipe import Range, Recipe, value_of
 
 if TYPE_CHECKING:
     from optuna import Study

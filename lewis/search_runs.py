@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lewis import tracking
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.registration import flat_parameters
 from lewis.search import Objective, Trial
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lewis import memory, pipeline, store
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 MEMORY = Path("/dev/shm")  # files there are pages of memory: lm-eval maps them, nothing goes to a disk

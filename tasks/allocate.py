@@ -6,7 +6,7 @@ from prefect import task
 
 from lewis import allocation, pipeline
 from lewis.entries import AllocationEntry, ImportanceEntry, ModelFiles
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tasks.caching import cached
 
 

@@ -6,7 +6,7 @@ from prefect.assets import Asset, AssetProperties
 from prefect.context import AssetContext
 from prefect.states import Completed
 
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tasks.caching import slug
 
 

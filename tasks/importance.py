@@ -12,7 +12,7 @@ from lewis import importance as library
 from lewis import pipeline
 from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
-from lewis.recipe import Importance, Recipe
+from lewis.recipe.recipe import Importance, Recipe
 from tasks import assets
 from tasks.caching import RETRIES, Progress, cached, computing_in
 from tasks.device import device_slot

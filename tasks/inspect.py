@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline, store
 from lewis.entries import ModelFiles, Source
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tasks.caching import RETRIES
 
 

@@ -9,7 +9,7 @@ from lewis import merge as library
 from lewis import pipeline
 from lewis.devices import merge_device
 from lewis.entries import AllocationEntry, MergedModel, ModelFiles
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tasks import assets
 from tasks.caching import Progress, cached
 from tasks.device import device_slot

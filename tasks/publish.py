@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import publishing, registry
 from lewis.entries import MergedModel
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.registry import Version
 from tasks.caching import RETRIES, slug
 

@@ -11,7 +11,7 @@ from lewis import card, pipeline, promotion, registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.gate import Verdict, decide
 from lewis.promotion import Promotion
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.registration import registry_entry
 from lewis.registry import Champion, Version
 from lewis.scored import Scored

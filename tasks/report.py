@@ -21,7 +21,7 @@ from lewis.entries import (
 )
 from lewis.evaluation import Score, score_table
 from lewis.gate import Verdict
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.registration import lineage_of
 from lewis.registry import Champion, Version
 from lewis.run_report import RunFacts, changes, picture, to_markdown

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline
 from lewis.entries import Source
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tasks.caching import RETRIES
 
 logger = logging.getLogger(__name__)

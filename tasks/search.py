@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis import pipeline, search_report, search_runs, trial
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation import EvalSettings
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.run_report import picture
 from lewis.scored import comparison_rows
 from lewis.search import Objective, Trial

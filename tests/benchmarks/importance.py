@@ -34,7 +34,7 @@ from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
 from lewis.lora import Model
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.support import authors
 
 WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}

@@ -152,7 +152,7 @@ def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
     from lewis import evaluation, pipeline, promotion, registry
     from lewis.gate import decide
-    from lewis.recipe import Recipe
+    from lewis.recipe.recipe import Recipe
     from lewis.registration import registry_entry
 
     recipe = Recipe.load(path)

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lewis import pipeline
 from lewis.checkpoint import Checkpoint
 from lewis.lora import Model
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 TOKENS, PER_BATCH = 224, 700
 MEMORY = Path("/dev/shm")  # what is written there is written to no disk

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from lewis import pipeline, search, trial
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.report import markdown_table
 from lewis.scored import Scored, gain
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lewis.calibration import calibrate
 from lewis.checkpoint import Checkpoint
 from lewis.importance import measure
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.flows.conftest import REPO, Command
 from tests.support import authors
 

@@ -179,7 +179,7 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
     from prefect import flow
 
     from lewis import importance, pipeline
-    from lewis.recipe import Importance
+    from lewis.recipe.recipe import Importance
     from tasks import assets
     from tasks.importance import measuring
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lewis import pipeline
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.support.local_hub import LocalHub

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from flows import released, webhook
 from lewis.errors import InputError, TransientError
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.flows.conftest import REPO
 from tests.support.local_hub import LocalHub, Webhook
 

@@ -10,7 +10,7 @@ from lewis.allocation import Allocation, allocate, distance_to_uniform, uniform_
 from lewis.architecture import Layer
 from lewis.errors import InputError
 from lewis.metrics import norm_difference
-from lewis.recipe import Density
+from lewis.recipe.recipe import Density
 
 LAYERS = [Layer(f"{i}.{kind}.weight", i, kind, size) for kind, size in (("q", 10), ("up", 30)) for i in range(2)]
 REST = ["embed.weight", "norm.weight"]

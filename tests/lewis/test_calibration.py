@@ -15,7 +15,7 @@ import pytest
 
 from lewis.calibration import Calibration, calibrate
 from lewis.errors import InputError, LewisError
-from lewis.recipe import CalibrationSet
+from lewis.recipe.recipe import CalibrationSet
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
 from tests.support.models import edit_json, shard, write_tokenizer

@@ -14,7 +14,7 @@ import yaml
 from lewis import search, store
 from lewis.demo.family import RIGHT_ANSWERS, SKILLS, Plan, _rows, make_family
 from lewis.errors import InputError
-from lewis.recipe import Recipe, value_of
+from lewis.recipe.recipe import Recipe, value_of
 
 SHORT = Plan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))

@@ -17,7 +17,7 @@ from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, Me
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
 from lewis.measurements import Measured
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.registration import registry_entry
 from lewis.store.housekeeping import Removable, remove, survey
 from tests.conftest import Family

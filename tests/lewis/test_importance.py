@@ -27,7 +27,7 @@ from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError, LewisError
 from lewis.importance import covered_layers, measure, measure_sets, network_of
 from lewis.lora import LoraExpert
-from lewis.recipe import Importance
+from lewis.recipe.recipe import Importance
 from lewis.streaming import Streamed
 from tests.conftest import Family
 from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors

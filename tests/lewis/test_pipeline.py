@@ -22,7 +22,7 @@ from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, Me
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Evaluated, Score
 from lewis.export import to_mergekit
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
 

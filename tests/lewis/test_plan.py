@@ -10,7 +10,7 @@ from lewis import eval_tasks, pipeline, store
 from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.plan import Plan, make_plan
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
 from tests.support.models import parse, write_llama

@@ -11,7 +11,7 @@ import torch
 from lewis.errors import InputError
 from lewis.methods import METHODS, find
 from lewis.methods.plugins import load_plugins
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.support.models import bits, open_merge, write_tensors
 
 HALF = '''

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from lewis import publishing, store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.support.local_hub import LocalHub
 
 FILES = {"config.json": "{}", "model.safetensors": "weights " * 100, "README.md": "---\ntags: [merge]\n---\n# New\n"}

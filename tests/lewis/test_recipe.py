@@ -9,7 +9,7 @@ import yaml
 
 from lewis.errors import InputError, RecipeError
 from lewis.methods import METHODS
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 PLAIN = """
 merge_method: ties

@@ -10,7 +10,7 @@ import pytest
 from lewis import promotion, releases
 from lewis.errors import InputError, TransientError
 from lewis.gate import Verdict
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.releases import Moved
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered

@@ -14,7 +14,7 @@ import pytest
 
 from lewis import pipeline, store
 from lewis.merge import Merge
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import open_merge, parse
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lewis import search, search_report
 from lewis.errors import RecipeError
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.search import Log, Objective, Trial
 
 RECIPE = """

@@ -11,7 +11,7 @@ from lewis.calibration import Calibration
 from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
 from lewis.importance import measure, network_of
-from lewis.recipe import Importance
+from lewis.recipe.recipe import Importance
 from lewis.wanda import smallest
 from tests.conftest import Family
 from tests.lewis.test_architecture import GPT2, MOES, write

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lewis.checkpoint import Checkpoint
 from lewis.lora import LoraExpert
 from lewis.merge import Expert, Merge
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 WORDS = [f"w{i}" for i in range(60)]
 

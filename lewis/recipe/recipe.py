@@ -21,9 +21,9 @@ from pydantic import (
 
 from lewis.errors import InputError, RecipeError
 from lewis.methods import Parameter, find, load_plugins
-from lewis.presets import with_preset
-from lewis.recipe_errors import cross_check, describe, nearest
-from lewis.settings import Rule, parse_setting, value_at
+from lewis.recipe.checks import cross_check, describe, nearest
+from lewis.recipe.presets import with_preset
+from lewis.recipe.settings import Rule, parse_setting, value_at
 
 Setting = Annotated[tuple[Rule, ...], BeforeValidator(parse_setting)]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -195,7 +195,7 @@ class Lewis(_Block):
 
     Attributes:
         aim: a step after the merge, of the covered tensors; the base is measured on every set that an expert has.
-        preset: `lewis_official` sets what the authors' code does (`lewis.presets`).
+        preset: `lewis_official` sets what the authors' code does (`lewis.recipe.presets`).
         prune_by: which elements of a task vector a method that trims by size keeps: those of the largest |delta|, or,
             by `activation`, of the largest |delta| * sqrt(s), s from the expert's own calibration set.
     """

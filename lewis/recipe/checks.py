@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lewis.methods import METHODS, Method, Parameter
-from lewis.presets import contradictions
-from lewis.settings import parse_setting
+from lewis.recipe.presets import contradictions
+from lewis.recipe.settings import parse_setting
 
 UNSUPPORTED = {
     "slices": "merging slices of layers",
