@@ -321,8 +321,8 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from lewis import card, pictures, pipeline, store
     from lewis.devices import default_device
+    from lewis.models.writer import parse_size
     from lewis.registration import lineage_of, model_card
-    from lewis.writer import parse_size
 
     recipe, shard = _load(options), parse_size(options.max_shard_size)
     _log_to_terminal()

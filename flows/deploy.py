@@ -24,7 +24,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows import catalog
 from lewis.errors import InputError, LewisError
-from lewis.pinned import find_folder
+from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
 from tasks.device import LIMIT, slots
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from urllib.parse import quote
 
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.pinned import find_folder
+from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
 
 EVENT = "lewis.expert.released"

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from lewis import store
-from lewis.checkpoint import DTYPES, PER_TOKEN, as_tensor
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.lora import Model
+from lewis.models.checkpoint import DTYPES, PER_TOKEN, as_tensor
+from lewis.models.lora import Model
+from lewis.models.tokenizer import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
+from lewis.models.writer import bytes_of
 from lewis.recipe.recipe import Recipe, TokenRow
-from lewis.vocabulary import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
-from lewis.writer import bytes_of
 
 _RUN = 1 << 20  # elements that are written at a time
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lewis.checkpoint import read_config
 from lewis.errors import InputError
 from lewis.fused import Rows, parts_of
 from lewis.lazy_torch import nn, torch
+from lewis.models.checkpoint import read_config
 
 
 @dataclass(frozen=True)

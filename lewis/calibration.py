@@ -173,7 +173,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     if repo in ("json", "parquet"):
         arguments["cache_dir"] = str(store.home() / "datasets")
     else:
-        from lewis.hub import resolve_dataset
+        from lewis.models.hub import resolve_dataset
 
         arguments["revision"] = resolve_dataset(repo, revision or None)
     return arguments

@@ -19,8 +19,8 @@ from lewis.kernels import KINDS
 from lewis.methods.arithmetic.sums import exact_sum
 from lewis.methods.ram import scale_alone
 from lewis.methods.sce import shares
+from lewis.models.writer import SIZES
 from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector, Spread
-from lewis.writer import SIZES
 
 if TYPE_CHECKING:
     import torch

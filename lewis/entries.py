@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from lewis import measurements, store
 from lewis.allocation import Allocation
-from lewis.checkpoint import Checkpoint
 from lewis.evaluation import Evaluated, Score
 from lewis.lazy_torch import torch
-from lewis.lora import LoraExpert, Model
 from lewis.merge import Scales
 from lewis.methods.aim import aim
-from lewis.pinned import Pinned
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.lora import LoraExpert, Model
+from lewis.models.pin import Pinned
 
 
 class _Entry(BaseModel):

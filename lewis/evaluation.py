@@ -12,9 +12,9 @@ from typing import Any, Literal
 from lewis import harness
 from lewis.errors import InputError, LewisError
 from lewis.eval_tasks import check_builtin, check_unsafe, data_files, find_tasks
+from lewis.models.tokenizer import read_vocabulary
 from lewis.samples import Ends, Samples, read
 from lewis.store import digest, file_sha256
-from lewis.vocabulary import read_vocabulary
 
 logger = logging.getLogger(__name__)
 

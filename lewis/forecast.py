@@ -16,7 +16,7 @@ from lewis.in_torch import PIECE, is_computed, is_whole
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge import Merge
 from lewis.methods import find
-from lewis.writer import CheckpointWriter
+from lewis.models.writer import CheckpointWriter
 
 _WARM_UP = 1 << 20  # elements before the first sample: what is done first is slow
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large

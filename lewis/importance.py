@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from lewis.architecture import Covered, Layer, Network
 from lewis.calibration import Calibration
-from lewis.checkpoint import DTYPES
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.lora import Model
 from lewis.measurements import Measured
+from lewis.models.checkpoint import DTYPES
+from lewis.models.lora import Model
 from lewis.recipe.recipe import Importance
 
 if TYPE_CHECKING:

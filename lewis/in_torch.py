@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lewis.checkpoint import DTYPES, as_tensor
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.lora import LoraExpert, Model
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
+from lewis.models.checkpoint import DTYPES, as_tensor
+from lewis.models.lora import LoraExpert, Model
 
 if TYPE_CHECKING:
     from lewis.merge import Merge

@@ -23,15 +23,15 @@ import numpy as np
 
 from lewis import in_torch, store
 from lewis.alignment import align
-from lewis.compatible import check_compatible, layer_of
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.lora import Model
 from lewis.methods import find
 from lewis.methods.arithmetic.streams import Stream
+from lewis.models.compatible import check_compatible, layer_of
+from lewis.models.lora import Model
+from lewis.models.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 from lewis.recipe.recipe import ModelEntry, Recipe
 from lewis.room import Room
-from lewis.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other bytes

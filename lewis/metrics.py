@@ -14,7 +14,7 @@ from lewis.architecture import Covered
 from lewis.errors import InputError
 from lewis.importance import row_sums
 from lewis.lazy_torch import torch
-from lewis.lora import Model
+from lewis.models.lora import Model
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
 UNRELATED = 0.3  # relative difference in every layer beyond which a base is hardly this expert's ancestor

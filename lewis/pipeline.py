@@ -12,12 +12,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from lewis import allocation, calibration, evaluation, hub, importance, measurements, metrics, store, threshold
+from lewis import allocation, calibration, evaluation, importance, measurements, metrics, store, threshold
 from lewis.allocation import Allocation
 from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration
-from lewis.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
-from lewis.compatible import in_layers
 from lewis.devices import merge_device, precision
 from lewis.entries import (
     AllocationEntry,
@@ -30,13 +28,16 @@ from lewis.entries import (
 )
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
-from lewis.lora import Model, is_adapter
 from lewis.merge import Expert, Merge, excluded
 from lewis.methods import find
+from lewis.models import hub
+from lewis.models.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
+from lewis.models.compatible import in_layers
+from lewis.models.lora import Model, is_adapter
+from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 from lewis.recipe.recipe import Importance, ModelEntry, Recipe
 from lewis.scored import Scored
 from lewis.store.checksums import place_of
-from lewis.vocabulary import FIX, clash, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 

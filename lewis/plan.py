@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lewis import evaluation, hub, importance, pipeline, store
-from lewis.compatible import layer_of
+from lewis import evaluation, importance, pipeline, store
 from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.forecast import forecast, without_models
 from lewis.importance import Layer
 from lewis.merge import Merge, stored_dtype
+from lewis.models import hub
+from lewis.models.compatible import layer_of
+from lewis.models.writer import SIZES
 from lewis.recipe.recipe import Recipe
-from lewis.writer import SIZES
 
 
 @dataclass(frozen=True)

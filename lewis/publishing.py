@@ -13,8 +13,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from lewis import hub, store
+from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.models import hub
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lewis import pipeline, registry, tracking
-from lewis.pinned import find_folder
+from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lewis.architecture import Network
 from lewis.errors import InputError
-from lewis.lora import LoraExpert, Model
+from lewis.models.lora import LoraExpert, Model
 
 _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
 

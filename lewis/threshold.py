@@ -23,8 +23,8 @@ import numpy as np
 
 from lewis.architecture import Covered
 from lewis.lazy_torch import torch
-from lewis.lora import Model
 from lewis.metrics import by_layer, task_vector
+from lewis.models.lora import Model
 
 _COARSE, _FINE = 1 << 15, 1 << 16  # a non-negative fp32 has 31 bits, and their order as whole numbers is its own
 

@@ -18,7 +18,7 @@ from pydantic_core import to_jsonable_python
 from lewis import store
 from lewis.devices import default_device, precision
 from lewis.errors import LewisError
-from lewis.hub_errors import retryable
+from lewis.models.hub_errors import retryable
 from tasks.logs import quieten
 
 logger = logging.getLogger(__name__)

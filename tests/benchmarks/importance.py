@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lewis import importance, pipeline
 from lewis.batches import batches
 from lewis.calibration import Calibration
-from lewis.checkpoint import Checkpoint
-from lewis.lora import Model
 from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.lora import Model
 from lewis.recipe.recipe import Recipe
 from tests.support import authors
 

@@ -28,8 +28,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import pipeline
-from lewis.checkpoint import Checkpoint
-from lewis.lora import Model
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.lora import Model
 from lewis.recipe.recipe import Recipe
 
 TOKENS, PER_BATCH = 224, 700

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from flows.cli import _Terminal, main
-from lewis.checkpoint import Checkpoint
+from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.support.models import edit_json, rewrite, write_llama, write_tokenizer
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis.calibration import calibrate
-from lewis.checkpoint import Checkpoint
 from lewis.importance import measure
+from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.flows.conftest import REPO, Command
 from tests.support import authors

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from lewis import batches
 from lewis.architecture import Network
 from lewis.calibration import Calibration
-from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
 from lewis.fused import Rows, parts_of
 from lewis.importance import covered_layers, measure
+from lewis.models.checkpoint import Checkpoint
 from tests.support.models import write_tensors
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10, 11), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis.checkpoint import INDEX, Checkpoint, TensorInfo
 from lewis.errors import InputError, LewisError
+from lewis.models.checkpoint import INDEX, Checkpoint, TensorInfo
 from tests.conftest import Family
 from tests.support.models import edit_json, shard, write_llama, write_tensors
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from lewis import pipeline
 from lewis.allocation import Allocation
-from lewis.checkpoint import Checkpoint
 from lewis.entries import Source
 from lewis.errors import InputError
 from lewis.export import to_mergekit
-from lewis.hub import Pinned
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.hub import Pinned
 from tests.conftest import Family
 from tests.support.models import parse
 

@@ -1,4 +1,4 @@
-"""lewis.hub against a real Hub server on loopback: what it pins, downloads, verifies and refuses."""
+"""lewis.models.hub against a real Hub server on loopback: what it pins, downloads, verifies and refuses."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from safetensors.numpy import save
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.hub import Pinned, fetch, resolve, resolve_dataset, tensor_headers
-from lewis.hub_errors import retryable
+from lewis.models.hub import Pinned, fetch, resolve, resolve_dataset, tensor_headers
+from lewis.models.hub_errors import retryable
 from tests.support.local_hub import LocalHub
 
 WEIGHTS = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.zeros(2, np.float16)})

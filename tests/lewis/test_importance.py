@@ -23,10 +23,10 @@ from transformers import (
 from lewis import batches, streaming
 from lewis.architecture import Layer, Network
 from lewis.calibration import Calibration
-from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError, LewisError
 from lewis.importance import covered_layers, measure, measure_sets, network_of
-from lewis.lora import LoraExpert
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Importance
 from lewis.streaming import Streamed
 from tests.conftest import Family

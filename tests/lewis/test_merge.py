@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import in_torch, store
-from lewis.checkpoint import INDEX, SINGLE, Checkpoint
 from lewis.errors import InputError, LewisError, RecipeError
-from lewis.lora import LoraExpert
 from lewis.merge import Expert, Merge
 from lewis.methods import METHODS as ALL
+from lewis.models.checkpoint import INDEX, SINGLE, Checkpoint
+from lewis.models.lora import LoraExpert
 from tests.conftest import Family
 from tests.support.models import (
     bits,
@@ -633,7 +633,7 @@ class TestRefused:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(f"lewis.writer.{failing}", full)
+        monkeypatch.setattr(f"lewis.models.writer.{failing}", full)
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", f"{tmp_path / 'out'}: cannot be written: No space left on device")
 

@@ -10,8 +10,8 @@ import torch
 
 from lewis import metrics, threshold
 from lewis.calibration import Calibration
-from lewis.checkpoint import Checkpoint
 from lewis.importance import measure, network_of
+from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.support.models import rewrite, write_llama
 

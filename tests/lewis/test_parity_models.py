@@ -16,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis.checkpoint import Checkpoint
 from lewis.merge import Expert, Merge
 from lewis.methods import METHODS
+from lewis.models.checkpoint import Checkpoint
 from tests.lewis.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold
 from tests.support.models import parse, shard, write_tensors
 

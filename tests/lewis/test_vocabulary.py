@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import evaluation, pipeline
 from lewis.alignment import Aligned, _Lent
-from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge import Merge
-from lewis.vocabulary import Target
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.tokenizer import Target
 from tests.conftest import Family
 from tests.support.models import (
     bits,
@@ -309,7 +309,7 @@ class TestAdapters:
     def test_importance_is_measured_as_ever(self, family: Family, adapter: Path) -> None:
         from lewis.calibration import Calibration
         from lewis.importance import measure
-        from lewis.lora import LoraExpert
+        from lewis.models.lora import LoraExpert
 
         found = measure(LoraExpert(Checkpoint(family.base, "b"), adapter, "b+a"), Calibration("c", ((3, 5, 62),)))
         assert all(norm is not None and norm > 0 for norm in found.norms.values())

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from lewis.batches import batches
 from lewis.calibration import Calibration
-from lewis.checkpoint import Checkpoint
 from lewis.errors import InputError
 from lewis.importance import measure, network_of
+from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Importance
 from lewis.wanda import smallest
 from tests.conftest import Family

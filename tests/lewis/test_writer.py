@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis.checkpoint import DTYPES, INDEX, Checkpoint
 from lewis.errors import InputError, LewisError
-from lewis.writer import CheckpointWriter, copy_tokenizer, parse_size, write_config
+from lewis.models.checkpoint import DTYPES, INDEX, Checkpoint
+from lewis.models.writer import CheckpointWriter, copy_tokenizer, parse_size, write_config
 from tests.conftest import Family
 from tests.support.models import bits
 
@@ -112,7 +112,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     with CheckpointWriter(tmp_path, {"a": ("F32", (2,))}, 100) as writer:
-        monkeypatch.setattr("lewis.writer.os.pwrite", full)
+        monkeypatch.setattr("lewis.models.writer.os.pwrite", full)
         with pytest.raises(LewisError, match="cannot write 'a': No space left on device"):
             writer.write("a", torch.zeros(2))
 

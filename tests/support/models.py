@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.checkpoint import Checkpoint
-from lewis.lora import LoraExpert
 from lewis.merge import Expert, Merge
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Recipe
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lewis.checkpoint import DTYPES, INDEX, SINGLE
 from lewis.errors import InputError, LewisError
-from lewis.journal import Journal
 from lewis.lazy_torch import torch
+from lewis.models.checkpoint import DTYPES, INDEX, SINGLE
+from lewis.models.journal import Journal
 
 SIZES = {name: size for name, (_, size) in DTYPES.items()}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -18,8 +18,8 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.lora import LoraExpert, Model
-from lewis.writer import tokenizer_files
+from lewis.models.lora import LoraExpert, Model
+from lewis.models.writer import tokenizer_files
 
 logger = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"

@@ -4,11 +4,11 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from lewis.checkpoint import PER_TOKEN
 from lewis.errors import InputError
-from lewis.lora import Model
-from lewis.tensor_file import same_bits
-from lewis.vocabulary import FIX, clash, tokenizer_folder
+from lewis.models.checkpoint import PER_TOKEN
+from lewis.models.lora import Model
+from lewis.models.safetensors_file import same_bits
+from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

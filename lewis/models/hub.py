@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 
 from lewis import store
-from lewis.checkpoint import is_buffer
 from lewis.errors import InputError, TransientError
-from lewis.pinned import (
+from lewis.models.checkpoint import is_buffer
+from lewis.models.pin import (
     FORMS,
     Headers,
     Pinned,
@@ -293,8 +293,8 @@ def _discard(path: Path) -> None:
 
 @contextmanager
 def errors(ref: str) -> Iterator[None]:
-    """Tell what the client raises in the block in the user's terms, as `lewis.hub_errors.explain`."""
-    from lewis.hub_errors import CLIENT_ERRORS, explain
+    """Tell what the client raises in the block in the user's terms, as `lewis.models.hub_errors.explain`."""
+    from lewis.models.hub_errors import CLIENT_ERRORS, explain
 
     try:
         yield

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lewis.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo, as_tensor
 from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.tensor_file import TensorFile
+from lewis.models.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo, as_tensor
+from lewis.models.safetensors_file import TensorFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

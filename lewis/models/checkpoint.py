@@ -13,8 +13,8 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.pinned import refuse_pickled
-from lewis.tensor_file import TensorFile, same_bits
+from lewis.models.pin import refuse_pickled
+from lewis.models.safetensors_file import TensorFile, same_bits
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
