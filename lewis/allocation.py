@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lewis.allocators import ALLOCATORS, target_of
-from lewis.architecture import Layer
+from lewis.importance.architecture import Layer
 from lewis.recipe.recipe import Density
 
 SEMANTICS = "4"  # bump when the same inputs would give other densities

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lewis.architecture import Layer
+from lewis.importance.architecture import Layer
 from lewis.recipe.recipe import Density
 
 Evidence = Mapping[str, float]

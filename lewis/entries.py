@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from lewis import measurements, store
+from lewis import store
 from lewis.allocation import Allocation
 from lewis.evaluation import Evaluated, Score
+from lewis.importance import measured as measurements
 from lewis.lazy_torch import torch
 from lewis.merge import Scales
 from lewis.methods.aim import aim

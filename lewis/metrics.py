@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lewis.architecture import Covered
 from lewis.errors import InputError
-from lewis.importance import row_sums
+from lewis.importance.architecture import Covered
+from lewis.importance.measure import row_sums
 from lewis.lazy_torch import torch
 from lewis.models.lora import Model
 

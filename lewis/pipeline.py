@@ -12,10 +12,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from lewis import allocation, calibration, evaluation, importance, measurements, metrics, store, threshold
+from lewis import allocation, evaluation, metrics, store, threshold
 from lewis.allocation import Allocation
-from lewis.architecture import Layer, Network
-from lewis.calibration import Calibration
 from lewis.devices import merge_device, precision
 from lewis.entries import (
     AllocationEntry,
@@ -28,6 +26,11 @@ from lewis.entries import (
 )
 from lewis.errors import InputError
 from lewis.evaluation import EvalSettings
+from lewis.importance import calibration
+from lewis.importance import measure as importance
+from lewis.importance import measured as measurements
+from lewis.importance.architecture import Layer, Network
+from lewis.importance.calibration import Calibration
 from lewis.merge import Expert, Merge, excluded
 from lewis.methods import find
 from lewis.models import hub

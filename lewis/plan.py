@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lewis import evaluation, importance, pipeline, store
+from lewis import evaluation, pipeline, store
 from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.forecast import forecast, without_models
-from lewis.importance import Layer
+from lewis.importance import measure
+from lewis.importance.measure import Layer
 from lewis.merge import Merge, stored_dtype
 from lewis.models import hub
 from lewis.models.compatible import layer_of
@@ -104,7 +105,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
         shapes = {name: shape for name, (_, shape) in headers.items()}
-        plan.layers = importance.covered_layers(hub.fetch(base.model, weights=False), shapes)
+        plan.layers = measure.covered_layers(hub.fetch(base.model, weights=False), shapes)
     writes, prepared = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
     if writes and prepared and plan.disk < plan.disk_free:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lewis.architecture import short_names
+from lewis.importance.architecture import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

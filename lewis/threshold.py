@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lewis.architecture import Covered
+from lewis.importance.architecture import Covered
 from lewis.lazy_torch import torch
 from lewis.metrics import by_layer, task_vector
 from lewis.models.lora import Model

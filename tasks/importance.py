@@ -8,10 +8,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 from prefect.tasks import MaterializingTask
 
-from lewis import importance as library
 from lewis import pipeline
 from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
+from lewis.importance import measure as library
 from lewis.recipe.recipe import Importance, Recipe
 from tasks import assets
 from tasks.caching import RETRIES, Progress, cached, computing_in

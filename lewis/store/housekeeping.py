@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from filelock import Timeout
 
-from lewis import measurements, registry, store, tracking
+from lewis import registry, store, tracking
 from lewis.errors import InputError, LewisError
+from lewis.importance import measured
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _entries(kind: str, needed: _Needed, now: float, unused: float, running: boo
         with suppress(FileNotFoundError):  # another process removes it
             used = _last_used(kind, path)
             if used < unused and not needed.includes(kind, path):
-                beside = measurements.moments_path(path)
+                beside = measured.moments_path(path)
                 size = _size(path) + (_size(beside) if kind == "importance" and beside.is_file() else 0)
                 yield Removable(path, kind, size, used, _ago(now, used) + _KINDS[kind].why)
 
@@ -213,7 +214,7 @@ def _remove(item: Removable) -> int:
 
 def _beside(item: Removable) -> int:
     """Remove the second moments of a measurement; gives the bytes freed."""
-    moments = measurements.moments_path(item.path)
+    moments = measured.moments_path(item.path)
     if item.kind != "importance" or not moments.is_file():
         return 0
     freed = moments.stat().st_size

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis.calibration import calibrate
-from lewis.importance import measure
+from lewis.importance.calibration import calibrate
+from lewis.importance.measure import measure
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.flows.conftest import REPO, Command

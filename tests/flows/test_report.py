@@ -178,15 +178,16 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
 ) -> None:
     from prefect import flow
 
-    from lewis import importance, pipeline
+    from lewis import pipeline
+    from lewis.importance import measure
     from lewis.recipe.recipe import Importance
     from tasks import assets
     from tasks.importance import measuring
 
     made: list[list[str]] = []
-    real = importance.measure_sets
+    real = measure.measure_sets
     monkeypatch.setattr(
-        importance,
+        measure,
         "measure_sets",
         lambda m, sets, *a, **k: (made.append([s.name for s in sets]), real(m, sets, *a, **k))[1],
     )

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis.allocation import Allocation, allocate, distance_to_uniform, uniform_like, weighted_mean
-from lewis.architecture import Layer
 from lewis.errors import InputError
+from lewis.importance.architecture import Layer
 from lewis.metrics import norm_difference
 from lewis.recipe.recipe import Density
 

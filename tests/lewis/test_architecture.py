@@ -9,12 +9,12 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lewis import batches
-from lewis.architecture import Network
-from lewis.calibration import Calibration
 from lewis.errors import InputError
-from lewis.fused import Rows, parts_of
-from lewis.importance import covered_layers, measure
+from lewis.importance import batches
+from lewis.importance.architecture import Network
+from lewis.importance.calibration import Calibration
+from lewis.importance.fused import Rows, parts_of
+from lewis.importance.measure import covered_layers, measure
 from lewis.models.checkpoint import Checkpoint
 from tests.support.models import write_tensors
 

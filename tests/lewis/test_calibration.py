@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lewis.calibration import Calibration, calibrate
 from lewis.errors import InputError, LewisError
+from lewis.importance.calibration import Calibration, calibrate
 from lewis.recipe.recipe import CalibrationSet
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lewis import measurements, pipeline, promotion, registry, store
+from lewis import pipeline, promotion, registry, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.gate import Verdict
-from lewis.measurements import Measured
+from lewis.importance import measured
+from lewis.importance.measured import Measured
 from lewis.recipe.recipe import Recipe
 from lewis.registration import registry_entry
 from lewis.store.housekeeping import Removable, remove, survey
@@ -292,7 +293,7 @@ class TestRecords:
 
     def importance(self, name: str) -> ImportanceEntry:
         path = store.home() / "importance" / f"{name}.json"
-        measurements.write(path, Measured({"x": 1.0}, {"x": torch.ones(2)}), {})
+        measured.write(path, Measured({"x": 1.0}, {"x": torch.ones(2)}), {})
         entry = ImportanceEntry(ref="r", calibration="c", digest=name, path=path)
         old(path, 30 * DAY)
         return entry

@@ -20,15 +20,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lewis import batches, streaming
-from lewis.architecture import Layer, Network
-from lewis.calibration import Calibration
 from lewis.errors import InputError, LewisError
-from lewis.importance import covered_layers, measure, measure_sets, network_of
+from lewis.importance import batches, streaming
+from lewis.importance.architecture import Layer, Network
+from lewis.importance.calibration import Calibration
+from lewis.importance.measure import covered_layers, measure, measure_sets, network_of
+from lewis.importance.streaming import Streamed
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Importance
-from lewis.streaming import Streamed
 from tests.conftest import Family
 from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lewis import metrics, threshold
-from lewis.calibration import Calibration
-from lewis.importance import measure, network_of
+from lewis.importance.calibration import Calibration
+from lewis.importance.measure import measure, network_of
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.support.models import rewrite, write_llama

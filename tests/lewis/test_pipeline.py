@@ -16,12 +16,14 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import calibration, evaluation, importance, measurements, merge, pictures, pipeline, report, store
-from lewis.calibration import Calibration
+from lewis import evaluation, merge, pictures, pipeline, report, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import EvalSettings, Evaluated, Score
 from lewis.export import to_mergekit
+from lewis.importance import calibration, measure
+from lewis.importance import measured as measurements
+from lewis.importance.calibration import Calibration
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
@@ -132,8 +134,8 @@ class TestGuide:
 
     def test_is_done_once(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         first = guide(open_all(family))
-        monkeypatch.setattr(importance, "measure_sets", lambda *_, **__: pytest.fail("measured again"))
-        monkeypatch.setattr(importance, "covered_layers", lambda *_, **__: pytest.fail("allocated again"))
+        monkeypatch.setattr(measure, "measure_sets", lambda *_, **__: pytest.fail("measured again"))
+        monkeypatch.setattr(measure, "covered_layers", lambda *_, **__: pytest.fail("allocated again"))
         assert guide(open_all(family)) == first
 
     @pytest.mark.parametrize("damage", ["", "{", "{}", '{"norms": {}}'])
@@ -202,7 +204,7 @@ class TestGuide:
     def test_what_no_token_reached_is_not_covered_by_any_strategy(
         self, family: Family, monkeypatch: pytest.MonkeyPatch, strategy: str
     ) -> None:
-        silent, real = "model.layers.1.mlp.up_proj.weight", importance.measure_sets
+        silent, real = "model.layers.1.mlp.up_proj.weight", measure.measure_sets
 
         def measure_sets(*arguments: Any, **named: Any) -> Any:
             found = real(*arguments, **named)
@@ -211,7 +213,7 @@ class TestGuide:
                 each.moments.pop(silent)
             return found
 
-        monkeypatch.setattr(importance, "measure_sets", measure_sets)
+        monkeypatch.setattr(measure, "measure_sets", measure_sets)
         block = {"calibrations": SETS, "prune_by": "activation", "density": {"strategy": strategy, "budget": 0.4}}
         _, allocated = guide(open_all(family, lewis=block))
         for each in allocated.experts().values():
@@ -258,14 +260,14 @@ class TestMeasure:
     def passes(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         """The sets of each pass that is made."""
         seen: list[list[str]] = []
-        real = importance.measure_sets
+        real = measure.measure_sets
 
         def noted(model: Any, sets: list[Calibration], *arguments: Any, **named: Any) -> Any:
             seen.append([each.name for each in sets])
             time.sleep(0.1)  # long enough for another thread to come
             return real(model, sets, *arguments, **named)
 
-        monkeypatch.setattr(importance, "measure_sets", noted)
+        monkeypatch.setattr(measure, "measure_sets", noted)
         return seen
 
     @pytest.fixture
@@ -473,7 +475,7 @@ class TestCalibration:
 def test_the_covered_layers_are_found_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     o = open_all(family)
     layers = pipeline.layers_of(o.base)
-    monkeypatch.setattr(importance, "covered_layers", lambda *_, **__: pytest.fail("found again"))
+    monkeypatch.setattr(measure, "covered_layers", lambda *_, **__: pytest.fail("found again"))
     assert pipeline.layers_of(o.base) == layers and len(layers) == 14
 
 

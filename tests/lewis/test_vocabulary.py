@@ -307,8 +307,8 @@ class TestAdapters:
         )
 
     def test_importance_is_measured_as_ever(self, family: Family, adapter: Path) -> None:
-        from lewis.calibration import Calibration
-        from lewis.importance import measure
+        from lewis.importance.calibration import Calibration
+        from lewis.importance.measure import measure
         from lewis.models.lora import LoraExpert
 
         found = measure(LoraExpert(Checkpoint(family.base, "b"), adapter, "b+a"), Calibration("c", ((3, 5, 62),)))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lewis.batches import batches
-from lewis.calibration import Calibration
 from lewis.errors import InputError
-from lewis.importance import measure, network_of
+from lewis.importance.batches import batches
+from lewis.importance.calibration import Calibration
+from lewis.importance.measure import measure, network_of
+from lewis.importance.wanda import smallest
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Importance
-from lewis.wanda import smallest
 from tests.conftest import Family
 from tests.lewis.test_architecture import GPT2, MOES, write
 from tests.support import authors

@@ -1,6 +1,6 @@
 """Importance: the activation-weighted norm of every covered layer of one model (DESIGN section 4).
 
-Covered are the projections in the repeated blocks, as `lewis.architecture` finds them. Everything else (embeddings,
+Covered are the projections in the repeated blocks, as `lewis.importance.architecture` finds them. Everything else (embeddings,
 norms, head, biases) is left to the recipe's `uncovered` policy.
 """
 
@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis.architecture import Covered, Layer, Network
-from lewis.calibration import Calibration
 from lewis.errors import InputError, LewisError
+from lewis.importance.architecture import Covered, Layer, Network
+from lewis.importance.calibration import Calibration
+from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
-from lewis.measurements import Measured
 from lewis.models.checkpoint import DTYPES
 from lewis.models.lora import Model
 from lewis.recipe.recipe import Importance
 
 if TYPE_CHECKING:
-    from lewis.batches import Batch
-    from lewis.second_moments import SecondMoments
+    from lewis.importance.batches import Batch
+    from lewis.importance.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other numbers
@@ -91,10 +91,10 @@ def measure_sets(
         InputError: if no layer is covered, or a token id is out of the vocabulary.
         LewisError: if activations are not finite, naming the layer.
     """
-    from lewis.batches import batches, groups
-    from lewis.second_moments import SecondMoments
-    from lewis.streaming import Streamed
-    from lewis.wanda import PruneAfter
+    from lewis.importance.batches import batches, groups
+    from lewis.importance.second_moments import SecondMoments
+    from lewis.importance.streaming import Streamed
+    from lewis.importance.wanda import PruneAfter
 
     settings = settings or Importance()
     dtype = torch.float32 if device == "cpu" else _stored_dtype(model)

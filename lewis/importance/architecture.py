@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.fused import Rows, parts_of
+from lewis.importance.fused import Rows, parts_of
 from lewis.lazy_torch import nn, torch
 from lewis.models.checkpoint import read_config
 

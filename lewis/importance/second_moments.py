@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lewis.architecture import Network
 from lewis.errors import LewisError
+from lewis.importance.architecture import Network
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
 

@@ -8,8 +8,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from lewis.architecture import Network
 from lewis.errors import InputError
+from lewis.importance.architecture import Network
 from lewis.models.lora import LoraExpert, Model
 
 _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model

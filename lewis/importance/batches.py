@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lewis.architecture import Network
-from lewis.calibration import Calibration
+from lewis.importance.architecture import Network
+from lewis.importance.calibration import Calibration
 
 TOKENS_PER_BATCH = 4096
 _TOKENS_OF_A_BATCH = 100  # what a batch costs whatever is in it, in tokens: fewer on a CPU, more on a GPU

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lewis.architecture import Network
 from lewis.errors import InputError
-from lewis.second_moments import SecondMoments
+from lewis.importance.architecture import Network
+from lewis.importance.second_moments import SecondMoments
 
 
 class PruneAfter:
