@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from lewis import store
-from lewis.allocation import Allocation
+from lewis.allocation.aim import aim
+from lewis.allocation.densities import Allocation
 from lewis.evaluation import Evaluated, Score
 from lewis.importance import measured as measurements
 from lewis.lazy_torch import torch
 from lewis.merge import Scales
-from lewis.methods.aim import aim
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert, Model
 from lewis.models.pin import Pinned

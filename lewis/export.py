@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from lewis.allocation import Allocation
+from lewis.allocation.densities import Allocation
 from lewis.entries import Source
 from lewis.errors import InputError
 from lewis.methods import find

@@ -12,8 +12,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from lewis import allocation, evaluation, metrics, store, threshold
-from lewis.allocation import Allocation
+from lewis import evaluation, store
+from lewis.allocation import densities as allocation
+from lewis.allocation import evidence as metrics
+from lewis.allocation import global_threshold
+from lewis.allocation.densities import Allocation
 from lewis.devices import merge_device, precision
 from lewis.entries import (
     AllocationEntry,
@@ -257,7 +260,7 @@ def _evidence(
     if policy.strategy == "global":
         target = allocation.target_of(policy)
         bounds = {"target": target, "low": policy.min, "high": policy.max}
-        return threshold.shares(own_base, own, network.covered, moments, **bounds)
+        return global_threshold.shares(own_base, own, network.covered, moments, **bounds)
     metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
     return metrics.of_task_vector(metric, own_base, own, network.covered, moments)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from lewis.allocation import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
+from lewis.allocation.densities import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
 from lewis.importance.architecture import Layer, short_names
 
 WIDTH = 120  # of a table, in characters

@@ -4,7 +4,8 @@ from itertools import chain
 
 from prefect import task
 
-from lewis import allocation, pipeline
+from lewis import pipeline
+from lewis.allocation import densities
 from lewis.entries import AllocationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe.recipe import Recipe
 from tasks.caching import cached
@@ -13,7 +14,7 @@ from tasks.caching import cached
 @task(
     name="allocate",
     timeout_seconds=1800,
-    **cached("blocks", "base", "experts", "measured", version=allocation.SEMANTICS),
+    **cached("blocks", "base", "experts", "measured", version=densities.SEMANTICS),
 )
 def allocate(
     recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[list[ImportanceEntry]]

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lewis import pipeline
-from lewis.allocation import Allocation
+from lewis.allocation.densities import Allocation
 from lewis.entries import Source
 from lewis.errors import InputError
 from lewis.export import to_mergekit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis import metrics, threshold
+from lewis.allocation import evidence, global_threshold
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure, network_of
 from lewis.models.checkpoint import Checkpoint
@@ -31,10 +31,10 @@ class Case:
         }
 
     def metric(self, name: str) -> dict[str, float | None]:
-        return metrics.of_task_vector(name, self.base, self.expert, self.covered, self.moments)
+        return evidence.of_task_vector(name, self.base, self.expert, self.covered, self.moments)
 
     def shares(self, **bounds: float) -> dict[str, float]:
-        found = threshold.shares(self.base, self.expert, self.covered, self.moments, **bounds)  # type: ignore[arg-type]
+        found = global_threshold.shares(self.base, self.expert, self.covered, self.moments, **bounds)  # type: ignore[arg-type]
         return {key: value for key, value in found.items() if value is not None}
 
 
@@ -52,7 +52,7 @@ def test_delta_norm_sees_a_change_of_sign_that_norms_do_not(family: Family, tmp_
     turned = rewrite(family.base, tmp_path / "turned", lambda name, t: -t if "layers.1.mlp.down" in name else t)
     case, key = Case(family.base, turned), "model.layers.1.mlp.down_proj.weight"
     base, own = (measure(each, CALIBRATION).norms for each in (case.base, case.expert))
-    assert metrics.norm_difference(base, own)[key] == pytest.approx(0, abs=1e-6)
+    assert evidence.norm_difference(base, own)[key] == pytest.approx(0, abs=1e-6)
     assert case.metric("delta_norm")[key] == pytest.approx(2 * float(base[key] or 0), rel=1e-5)
 
 
@@ -129,7 +129,7 @@ class TestThreshold:
 def test_a_base_that_is_no_ancestor_is_told_with_numbers(family: Family, tmp_path: Path) -> None:
     base, tensors = Checkpoint(family.base, "b"), [x.tensor for x in network_of(Checkpoint(family.base, "b")).covered]
     stranger = Checkpoint(write_llama(tmp_path / "stranger", seed=9), "s")
-    told = metrics.unrelated("org/stranger", base, stranger, tensors) or ""
+    told = evidence.unrelated("org/stranger", base, stranger, tensors) or ""
     assert told.startswith("org/stranger: its weights differ from the base's by 1") and "is base_model" in told
     kin = Checkpoint(rewrite(family.base, tmp_path / "kin", lambda _, t: t * 1.05), "k")
-    assert metrics.unrelated("kin", base, kin, tensors) is None
+    assert evidence.unrelated("kin", base, kin, tensors) is None

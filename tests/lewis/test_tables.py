@@ -1,6 +1,6 @@
 """Tables for a terminal, parsed back."""
 
-from lewis.allocation import Allocation
+from lewis.allocation.densities import Allocation
 from lewis.importance.architecture import Layer
 from lewis.tables import allocation_text, grid
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lewis.allocators import ALLOCATORS, target_of
+from lewis.allocation.strategies import ALLOCATORS, target_of
 from lewis.importance.architecture import Layer
 from lewis.recipe.recipe import Density
 

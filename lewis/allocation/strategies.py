@@ -65,7 +65,7 @@ def depth_gradient(layers: Sequence[Layer], evidence: Evidence, policy: Density)
 
 
 def given(layers: Sequence[Layer], shares: Evidence, policy: Density) -> dict[str, float]:
-    """`global`: the evidence is the density already (`lewis.threshold`)."""
+    """`global`: the evidence is the density already (`lewis.allocation.global_threshold`)."""
     return {layer.key: shares[layer.key] for layer in layers}
 
 
