@@ -19,7 +19,7 @@ from flows.turn import turn
 from lewis import pipeline, search
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import EvalSettings
+from lewis.evaluation.lm_eval import EvalSettings
 from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
 from lewis.search import Log, Objective, Trial

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from lewis import store
 from lewis.allocation.aim import aim
 from lewis.allocation.densities import Allocation
-from lewis.evaluation import Evaluated, Score
+from lewis.evaluation.lm_eval import Evaluated, Score
 from lewis.importance import measured as measurements
 from lewis.lazy_torch import torch
 from lewis.merge import Scales

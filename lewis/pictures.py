@@ -5,9 +5,9 @@ from typing import Any
 
 from lewis import report, store
 from lewis.entries import AllocationEntry, ScoresEntry
+from lewis.evaluation.scored import intervals, scores_of
 from lewis.pipeline import scored
 from lewis.recipe.recipe import Recipe
-from lewis.scored import intervals, scores_of
 
 SEMANTICS = "2"  # bump when the same numbers would be drawn in another way
 _END_OF_PNG = b"IEND\xaeB`\x82"

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from lewis import evaluation, store
+from lewis import store
 from lewis.allocation import densities as allocation
 from lewis.allocation import evidence as metrics
 from lewis.allocation import global_threshold
@@ -28,7 +28,9 @@ from lewis.entries import (
     Source,
 )
 from lewis.errors import InputError
-from lewis.evaluation import EvalSettings
+from lewis.evaluation import lm_eval
+from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.scored import Scored
 from lewis.importance import calibration
 from lewis.importance import measure as importance
 from lewis.importance import measured as measurements
@@ -42,7 +44,6 @@ from lewis.models.compatible import in_layers
 from lewis.models.lora import Model, is_adapter
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 from lewis.recipe.recipe import Importance, ModelEntry, Recipe
-from lewis.scored import Scored
 from lewis.store.checksums import place_of
 
 logger = logging.getLogger(__name__)
@@ -451,7 +452,7 @@ def score(
     digest, path = _scores_place(files.key, settings, root, device)
     with store.lock(f"scores-{digest}"):
         if store.entry(path, "results") is None:
-            found = evaluation.evaluate(
+            found = lm_eval.evaluate(
                 files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
             )
             store.write_json(path, {"model": files.key, "ref": files.ref, **found.content})
@@ -465,7 +466,7 @@ def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: 
 
 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
-    digest = store.digest([key, evaluation.tasks_digest(settings, root), precision(device)])
+    digest = store.digest([key, lm_eval.tasks_digest(settings, root), precision(device)])
     return digest, store.home() / "scores" / f"{digest}.json"
 
 

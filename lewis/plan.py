@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lewis import evaluation, pipeline, store
+from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
+from lewis.evaluation import lm_eval
 from lewis.forecast import forecast, without_models
 from lewis.importance import measure
 from lewis.importance.measure import Layer
@@ -88,7 +89,7 @@ def make_plan(recipe: Recipe) -> Plan:
         InputError: as a run would, for everything that can be known before the work.
     """
     if recipe.evaluate:
-        evaluation.check_tasks(
+        lm_eval.check_tasks(
             recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
         )
     base, experts = pipeline.pin_all(recipe)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lewis import history, registry, store, tracking
 from lewis.errors import InputError, LewisError
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
 from lewis.registry import Champion, Version
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lewis.evaluation import Score
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.lm_eval import Score
 from lewis.registry import SOURCE, source_tag
 from lewis.report import markdown_table
 
@@ -55,7 +55,7 @@ class RunFacts:
         work: step -> (how many were computed, how many were found in the cache).
         scores: label -> scores, in the order of the columns; those of the `champion` may come from the registry.
         merged: the label of the merged model in `scores`.
-        comparison: rows of `lewis.scored.comparison_rows`.
+        comparison: rows of `lewis.evaluation.scored.comparison_rows`.
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.

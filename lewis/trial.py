@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lewis import memory, pipeline, store
 from lewis.entries import ModelFiles, ScoresEntry
-from lewis.evaluation import EvalSettings
+from lewis.evaluation.lm_eval import EvalSettings
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)

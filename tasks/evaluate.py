@@ -5,9 +5,10 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lewis import evaluation, pipeline
+from lewis import pipeline
 from lewis.entries import MergedModel, ModelFiles, ScoresEntry
-from lewis.evaluation import EvalSettings
+from lewis.evaluation import lm_eval
+from lewis.evaluation.lm_eval import EvalSettings
 from tasks.caching import Progress, cached, computing_in
 from tasks.device import device_slot
 
@@ -15,8 +16,8 @@ from tasks.device import device_slot
 @task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
 def check_tasks(settings: EvalSettings, root: Path) -> str:
     """Fail before any work if a task does not exist; gives the digest of the tasks, which scores are cached by."""
-    evaluation.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
-    return evaluation.tasks_digest(settings, root)
+    lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
+    return lm_eval.tasks_digest(settings, root)
 
 
 # No timeout here: lm-eval runs in a child process that has the recipe's time limit.

@@ -9,12 +9,12 @@ from prefect.events import emit_event
 
 from lewis import card, pipeline, promotion, registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
-from lewis.gate import Verdict, decide
+from lewis.evaluation.gate import Verdict, decide
+from lewis.evaluation.scored import Scored
 from lewis.promotion import Promotion
 from lewis.recipe.recipe import Recipe
 from lewis.registration import registry_entry
 from lewis.registry import Champion, Version
-from lewis.scored import Scored
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 

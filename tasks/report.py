@@ -19,13 +19,13 @@ from lewis.entries import (
     ScoresEntry,
     Source,
 )
-from lewis.evaluation import Score, score_table
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.lm_eval import Score, score_table
+from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.recipe.recipe import Recipe
 from lewis.registration import lineage_of
 from lewis.registry import Champion, Version
 from lewis.run_report import RunFacts, changes, picture, to_markdown
-from lewis.scored import comparison_rows, scores_of
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 

@@ -9,10 +9,10 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline, search_report, search_runs, trial
 from lewis.entries import ModelFiles, ScoresEntry
-from lewis.evaluation import EvalSettings
+from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.scored import comparison_rows
 from lewis.recipe.recipe import Recipe
 from lewis.run_report import picture
-from lewis.scored import comparison_rows
 from lewis.search import Objective, Trial
 from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
 from tasks.device import device_slot

@@ -137,7 +137,7 @@ def time_runs(side: str, recipe: Path) -> list[float]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     from flows.merge import merge_flow
-    from lewis import harness  # noqa: F401
+    from lewis.evaluation import harness  # noqa: F401
 
     run: Callable[[str], Any] = merge_flow if side == "dag" else run_library
     took = []
@@ -150,15 +150,16 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
-    from lewis import evaluation, pipeline, promotion, registry
-    from lewis.gate import decide
+    from lewis import pipeline, promotion, registry
+    from lewis.evaluation import lm_eval
+    from lewis.evaluation.gate import decide
     from lewis.recipe.recipe import Recipe
     from lewis.registration import registry_entry
 
     recipe = Recipe.load(path)
     assert recipe.base_model and recipe.register_as and recipe.evaluate
     settings = pipeline.eval_settings(recipe)
-    evaluation.check_tasks(settings.tasks, recipe.root)
+    lm_eval.check_tasks(settings.tasks, recipe.root)
     champion = registry.champion(recipe.register_as.name)
     pinned, sources = pipeline.pin_all(recipe)
     assert pinned is not None

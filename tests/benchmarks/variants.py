@@ -9,9 +9,9 @@ import argparse
 import sys
 
 from lewis import pipeline, search, trial
+from lewis.evaluation.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
 from lewis.report import markdown_table
-from lewis.scored import Scored, gain
 
 
 def main(arguments: list[str]) -> None:

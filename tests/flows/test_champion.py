@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flows.cli import main
-from lewis import harness, harness_child
+from lewis.evaluation import harness, harness_child
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.models import WORDS, rewrite, write_expert, write_llama
 

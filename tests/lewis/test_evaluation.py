@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
-from lewis import harness, nursery
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import EvalSettings, Evaluated, Score, check_tasks, evaluate, score_table, tasks_digest
+from lewis.evaluation import fork_server, harness
+from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score, check_tasks, evaluate, score_table, tasks_digest
 
 RECIPES = Path(__file__).parents[2] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
@@ -406,31 +406,31 @@ class TestBadEnds:
         with subprocess.Popen(command, start_new_session=True) as parent:
             try:
                 assert wait_until(lambda: pids.exists() and pids.read_text().endswith(" "), 60)
-                nursery = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
+                fork_server = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
             finally:
                 os.kill(parent.pid, signal.SIGKILL)
-        family = [nursery, *map(int, pids.read_text().split())]
+        family = [fork_server, *map(int, pids.read_text().split())]
         assert wait_until(lambda: not any(map(alive, family)), 10)
 
     def test_a_killed_nursery_is_replaced(self, model, root):
         evaluate(model, EvalSettings(("pets",)), root=root)
-        dead = nursery._nursery
+        dead = fork_server._nursery
         assert dead is not None
         dead._process.kill()
         dead._process.wait()
         assert evaluate(model, EvalSettings(("pets",)), root=root).scores
-        assert nursery._nursery is not dead
+        assert fork_server._nursery is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
-        before = nursery._nursery
-        child = nursery.new_child(dict(os.environ), loaded=False)
+        before = fork_server._nursery
+        child = fork_server.new_child(dict(os.environ), loaded=False)
         assert wait_until(lambda: child.poll() is None and child._told)
         maps = Path(f"/proc/{child._told.decode().strip()}/maps").read_text()
         child.send({})  # without an environment
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
         child.end()
-        assert "python" in maps and "torch" not in maps and nursery._nursery is before
+        assert "python" in maps and "torch" not in maps and fork_server._nursery is before
 
 
 class TestCheckTasks:

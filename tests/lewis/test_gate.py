@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lewis.comparison import PairingError
 from lewis.errors import InputError
-from lewis.evaluation import Evaluated, Score
-from lewis.gate import decide
-from lewis.samples import Ends, Part, Samples
-from lewis.scored import Scored
+from lewis.evaluation.comparison import PairingError
+from lewis.evaluation.gate import decide
+from lewis.evaluation.lm_eval import Evaluated, Score
+from lewis.evaluation.samples import Ends, Part, Samples
+from lewis.evaluation.scored import Scored
 
 KEY = "maths/exact_match,none"
 GOOD = Ends({"maths": 0.0}, 4, 2, 5.0)

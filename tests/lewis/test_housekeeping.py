@@ -15,7 +15,7 @@ import torch
 from lewis import pipeline, promotion, registry, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
 from lewis.importance import measured
 from lewis.importance.measured import Measured
 from lewis.recipe.recipe import Recipe

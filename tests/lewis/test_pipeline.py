@@ -16,10 +16,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import evaluation, merge, pictures, pipeline, report, store
+from lewis import merge, pictures, pipeline, report, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import EvalSettings, Evaluated, Score
+from lewis.evaluation import lm_eval
+from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score
 from lewis.export import to_mergekit
 from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
@@ -527,8 +528,8 @@ class TestScore:
             kept = {"documents": {}, "samples": [], "groups": {}, "ends": ends}
             return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"sums": {"acc": True}}, **kept})
 
-        monkeypatch.setattr(evaluation, "evaluate", evaluate)
-        monkeypatch.setattr(evaluation, "tasks_digest", lambda settings, root: store.digest(settings.tasks))
+        monkeypatch.setattr(lm_eval, "evaluate", evaluate)
+        monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings, root: store.digest(settings.tasks))
         recipe = parse(recipe_data(family, *family.experts, evaluate={"tasks": ["sums"], "timeout_minutes": 2}))
         settings, files = pipeline.eval_settings(recipe), ModelFiles.at("math", "key", family.math)
         assert settings == EvalSettings(tasks=("sums",), timeout_s=120, batch_size=16)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from lewis import eval_tasks, pipeline, store
+from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import InputError
+from lewis.evaluation import task_files
 from lewis.plan import Plan, make_plan
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
@@ -100,7 +101,7 @@ class TestLocal:
         ours = {"merge lewis", "merge uniform", "evaluate lewis", "evaluate uniform", f"evaluate {family.base}"}
         assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
         assert found["evaluate lewis"] == "to do"
-        monkeypatch.setattr(eval_tasks, "_builtin_index", dict)  # to read lm-eval's takes seconds
+        monkeypatch.setattr(task_files, "_builtin_index", dict)  # to read lm-eval's takes seconds
         data["evaluate"]["tasks"] = ["smus"]
         with pytest.raises(InputError, match="smus"):
             make_plan(parse(data, root=tmp_path))

@@ -21,7 +21,7 @@ import pytest
 
 from lewis import history, logged_model, promotion, registry, store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
 from lewis.registry import Entry, Version
 from tests.support.lineage import make_home
 

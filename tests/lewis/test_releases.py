@@ -9,7 +9,7 @@ import pytest
 
 from lewis import promotion, releases
 from lewis.errors import InputError, TransientError
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
 from lewis.recipe.recipe import Recipe
 from lewis.releases import Moved
 from tests.conftest import Family

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from lewis.evaluation import Score
-from lewis.gate import Verdict
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.lm_eval import Score
 from lewis.run_report import Change, RunFacts, changes, code, duration, plain, score_rows, short, to_markdown
 
 OLD, NEW = "1" * 40, "2" * 40

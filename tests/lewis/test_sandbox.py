@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lewis import sandbox
 from lewis.errors import InputError
+from lewis.evaluation import sandbox
 
 try:
     sandbox.check()

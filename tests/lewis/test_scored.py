@@ -2,11 +2,11 @@
 
 import pytest
 
-from lewis.comparison import PairingError
 from lewis.errors import InputError
-from lewis.evaluation import Evaluated, Score
-from lewis.samples import Ends, Part, Samples
-from lewis.scored import Scored, comparison_rows, intervals
+from lewis.evaluation.comparison import PairingError
+from lewis.evaluation.lm_eval import Evaluated, Score
+from lewis.evaluation.samples import Ends, Part, Samples
+from lewis.evaluation.scored import Scored, comparison_rows, intervals
 
 DOCUMENTS = tuple("abcdefgh")
 

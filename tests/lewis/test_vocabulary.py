@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis import evaluation, pipeline
+from lewis import pipeline
 from lewis.alignment import Aligned, _Lent
 from lewis.errors import InputError
-from lewis.evaluation import EvalSettings
+from lewis.evaluation import lm_eval
+from lewis.evaluation.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge import Merge
 from lewis.models.checkpoint import Checkpoint
@@ -318,10 +319,10 @@ class TestAdapters:
         self, family: Family, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen = []
-        monkeypatch.setattr(evaluation.harness, "run", lambda request, **_: seen.append(request["model_args"]))
+        monkeypatch.setattr(lm_eval.harness, "run", lambda request, **_: seen.append(request["model_args"]))
         for each in (adapter, family.lora):
             with pytest.raises(TypeError):  # there is nothing that lm-eval said
-                evaluation.evaluate(family.base, EvalSettings(tasks=()), root=family.base, adapter=each)
+                lm_eval.evaluate(family.base, EvalSettings(tasks=()), root=family.base, adapter=each)
         assert [Path(arguments["tokenizer"]) for arguments in seen] == [adapter, family.base]
 
     def test_a_head_that_is_not_the_embeddings_is_refused(self, family: Family, adapter: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lewis import sandbox
+from lewis.evaluation import sandbox
 
 SECONDS = 10.0  # for one program and its tests
 _FENCE = re.compile(r"```[a-z0-9]*", re.IGNORECASE)

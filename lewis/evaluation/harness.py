@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import LewisError
-from lewis.nursery import Child, new_child
+from lewis.evaluation.fork_server import Child, new_child
 from lewis.store import read_json
 
 Progress = Callable[[float, str], None]

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lewis.comparison import Comparison, compare, interval
 from lewis.errors import InputError
-from lewis.evaluation import Evaluated, Score
+from lewis.evaluation.comparison import Comparison, compare, interval
+from lewis.evaluation.lm_eval import Evaluated, Score
+from lewis.evaluation.samples import Ends, Samples, by_key, combined
 from lewis.recipe.checks import nearest
-from lewis.samples import Ends, Samples, by_key, combined
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the score that `evaluate.weights` makes
 

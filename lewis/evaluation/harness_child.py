@@ -1,6 +1,6 @@
-"""The child's side of `lewis.harness`: lm-eval on one model, and what it says of each document.
+"""The child's side of `lewis.evaluation.harness`: lm-eval on one model, and what it says of each document.
 
-`python -m lewis.harness_child SOCKET [loaded]` is the nursery of `lewis.nursery`: it is forked for each message on the
+`python -m lewis.evaluation.lm_eval.harness_child SOCKET [loaded]` is the nursery of `lewis.evaluation.fork_server`: it is forked for each message on the
 socket, which brings standard input, standard output and the pipe of the keeper. The request comes as one line of JSON
 on the standard input, which stays open: its end is the death of the parent.
 """
@@ -106,7 +106,7 @@ def evaluate(
 
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
-        `lewis.samples.read` takes them; `ends` as `lewis.samples.Ends`.
+        `lewis.evaluation.samples.read` takes them; `ends` as `lewis.evaluation.samples.Ends`.
     """
     from lm_eval import evaluator
     from lm_eval.api.registry import get_model

@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lewis import harness
 from lewis.errors import InputError, LewisError
-from lewis.eval_tasks import check_builtin, check_unsafe, data_files, find_tasks
+from lewis.evaluation import harness
+from lewis.evaluation.samples import Ends, Samples, read
+from lewis.evaluation.task_files import check_builtin, check_unsafe, data_files, find_tasks
 from lewis.models.tokenizer import read_vocabulary
-from lewis.samples import Ends, Samples, read
 from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Scores by lm-eval, paired comparisons, and the gate's verdict."""
