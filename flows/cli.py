@@ -414,7 +414,7 @@ def _allocate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from lewis import pipeline
-    from lewis.export import check_exportable, to_mergekit
+    from lewis.merge.export import check_exportable, to_mergekit
 
     recipe = _load(options)
     check_exportable(recipe)  # before anything is measured

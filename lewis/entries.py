@@ -15,7 +15,7 @@ from lewis.allocation.densities import Allocation
 from lewis.evaluation.lm_eval import Evaluated, Score
 from lewis.importance import measured as measurements
 from lewis.lazy_torch import torch
-from lewis.merge import Scales
+from lewis.merge.run import Scales
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert, Model
 from lewis.models.pin import Pinned

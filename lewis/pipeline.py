@@ -36,7 +36,7 @@ from lewis.importance import measure as importance
 from lewis.importance import measured as measurements
 from lewis.importance.architecture import Layer, Network
 from lewis.importance.calibration import Calibration
-from lewis.merge import Expert, Merge, excluded
+from lewis.merge.run import Expert, Merge, excluded
 from lewis.methods import find
 from lewis.models import hub
 from lewis.models.checkpoint import HEADS, PER_TOKEN, read_config, weight_files

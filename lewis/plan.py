@@ -11,10 +11,10 @@ from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
-from lewis.forecast import forecast, without_models
 from lewis.importance import measure
 from lewis.importance.measure import Layer
-from lewis.merge import Merge, stored_dtype
+from lewis.merge.forecast import forecast, without_models
+from lewis.merge.run import Merge, stored_dtype
 from lewis.models import hub
 from lewis.models.compatible import layer_of
 from lewis.models.writer import SIZES

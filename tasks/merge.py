@@ -5,10 +5,10 @@ from typing import Literal
 from prefect.assets import materialize
 from prefect.tasks import MaterializingTask
 
-from lewis import merge as library
 from lewis import pipeline
 from lewis.devices import merge_device
 from lewis.entries import AllocationEntry, MergedModel, ModelFiles
+from lewis.merge import run as library
 from lewis.recipe.recipe import Recipe
 from tasks import assets
 from tasks.caching import Progress, cached

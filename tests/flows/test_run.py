@@ -19,7 +19,7 @@ from tests.support.local_hub import LocalHub
 SLOW = {
     "importance": "import time, lewis.importance as m; f = m.measure_sets\n"
     "m.measure_sets = lambda *a, **k: (print('HERE', flush=True), time.sleep(60), f(*a, **k))[2]",
-    "merge": "import time, lewis.merge as m; f = m.Merge._write; n = []\n"
+    "merge": "import time, lewis.merge.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and (print('HERE', flush=True), time.sleep(60)),"
     " f(s, *a))[2]",
     "registration": "import time, lewis.logged_model as m; f = m.write\n"

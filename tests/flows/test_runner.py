@@ -119,7 +119,7 @@ def test_a_cluster_that_does_not_answer_is_named(lewis: Command, recipe: Path) -
 
 
 SLOW_MERGE = """
-    import os, time, lewis.merge as m
+    import os, time, lewis.merge.run as m
     f, n = m.Merge._write, []
     def write(self, *arguments):
         n.append(arguments)

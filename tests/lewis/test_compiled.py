@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from lewis import selection
-from lewis.compiled import METHODS, merge_tensor
 from lewis.errors import LewisError
-from lewis.kernels import KINDS
-from lewis.merge import Expert, Merge
+from lewis.merge import selection
+from lewis.merge.compiled import METHODS, merge_tensor
+from lewis.merge.kernels import KINDS
+from lewis.merge.run import Expert, Merge
+from lewis.merge.selection import Pair, Selector
 from lewis.methods import METHODS as ALL
 from lewis.methods.arithmetic.sparsify import largest
 from lewis.methods.arithmetic.streams import Stream
-from lewis.selection import Pair, Selector
 from tests.support.models import bits, open_merge, write_tensors
 
 NAME = "model.layers.0.a.weight"
@@ -122,8 +122,8 @@ def test_the_bytes_of_the_methods_own_functions(
     rng = random.Random(f"{method} {number}")
     if number % 2:  # so that small tensors take the way of large ones
         monkeypatch.setattr(selection, "_ROOM", 4096)
-        monkeypatch.setattr("lewis.compiled._own", type("Fresh", (), {})())
-        monkeypatch.setattr("lewis.compiled._CHUNK", 2048)
+        monkeypatch.setattr("lewis.merge.run.compiled._own", type("Fresh", (), {})())
+        monkeypatch.setattr("lewis.merge.run.compiled._CHUNK", 2048)
     merge = draw(rng, tmp_path, method)
     try:
         expected = bits(merge.tensor(NAME))

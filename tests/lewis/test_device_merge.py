@@ -9,7 +9,7 @@ import torch
 
 from lewis.devices import merge_device
 from lewis.errors import InputError
-from lewis.merge import Merge, random_stream
+from lewis.merge.run import Merge, random_stream
 from lewis.methods import METHODS
 from lewis.methods.arithmetic.cuts import Kth
 from lewis.methods.arithmetic.sparsify import _largest_there, largest

@@ -14,7 +14,7 @@ from lewis import pipeline
 from lewis.allocation.densities import Allocation
 from lewis.entries import Source
 from lewis.errors import InputError
-from lewis.export import to_mergekit
+from lewis.merge.export import to_mergekit
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.hub import Pinned
 from tests.conftest import Family

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lewis import forecast as module
 from lewis import store
-from lewis.forecast import forecast, without_models
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge import Merge
+from lewis.merge import forecast as module
+from lewis.merge.forecast import forecast, without_models
+from lewis.merge.run import Merge
 from lewis.methods import METHODS
 from tests.support.models import open_merge, write_tensors
 
@@ -91,7 +91,7 @@ def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
 def test_memory_of_what_goes_by_chunks_or_rows_does_not(
     method: str, merge_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lewis.in_torch.PIECE", 1 << 18)
+    monkeypatch.setattr("lewis.merge.run.in_torch.PIECE", 1 << 18)
     forecast(merge_of(method, 10))  # what is loaded once
     before = anonymous_bytes()
     assert forecast(merge_of(method, 3 << 22)).memory - before < 110e6  # the three are 150 MB in fp32

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis import in_torch, store
+from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
-from lewis.merge import Expert, Merge
+from lewis.merge import in_torch
+from lewis.merge.run import Expert, Merge
 from lewis.methods import METHODS as ALL
 from lewis.models.checkpoint import INDEX, SINGLE, Checkpoint
 from lewis.models.lora import LoraExpert
@@ -346,7 +347,7 @@ class TestRun:
 
         monkeypatch.setattr(in_torch._Tensor, "merged", noted)
         monkeypatch.setattr(in_torch, "PIECE", 100)
-        monkeypatch.setattr("lewis.compiled.merge_tensor", lambda *_: False)
+        monkeypatch.setattr("lewis.merge.run.compiled.merge_tensor", lambda *_: False)
         merge.run(tmp_path / "out")
         assert {
             name: bits(tensor) for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()

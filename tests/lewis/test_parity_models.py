@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis.merge import Expert, Merge
+from lewis.merge.run import Expert, Merge
 from lewis.methods import METHODS
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold

@@ -16,15 +16,16 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import merge, pictures, pipeline, report, store
+from lewis import pictures, pipeline, report, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score
-from lewis.export import to_mergekit
 from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
+from lewis.merge import run
+from lewis.merge.export import to_mergekit
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
@@ -334,7 +335,7 @@ class TestMerge:
         assert manifest is not None
         assert manifest["inputs"] == {files.ref: files.key for files in (o.base, *o.experts)}
         assert (manifest["mean_density"], manifest["recipe"]) == (allocated.means, o.recipe.text)
-        monkeypatch.setattr(merge.Merge, "run", lambda *_, **__: pytest.fail("merged again"))
+        monkeypatch.setattr(run.Merge, "run", lambda *_, **__: pytest.fail("merged again"))
         assert pipeline.merge(o.recipe, o.base, o.experts, allocated) == merged
 
     def test_the_order_of_the_recipe_does_not_matter(self, family: Family) -> None:
@@ -387,13 +388,13 @@ class TestMerge:
 
     def test_two_at_once_make_one(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         o, runs, made = open_all(family), [], []
-        real = merge.Merge.run
+        real = run.Merge.run
 
-        def counted(self: merge.Merge, *args: Any, **kwargs: Any) -> None:
+        def counted(self: run.Merge, *args: Any, **kwargs: Any) -> None:
             runs.append(self.digest)
             real(self, *args, **kwargs)
 
-        monkeypatch.setattr(merge.Merge, "run", counted)
+        monkeypatch.setattr(run.Merge, "run", counted)
         threads = [
             threading.Thread(target=lambda: made.append(pipeline.merge(o.recipe, o.base, o.experts))) for _ in range(3)
         ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lewis import pipeline, store
-from lewis.merge import Merge
+from lewis.merge.run import Merge
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.support.models import open_merge, parse

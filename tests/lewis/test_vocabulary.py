@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import pipeline
-from lewis.alignment import Aligned, _Lent
 from lewis.errors import InputError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge import Merge
+from lewis.merge.alignment import Aligned, _Lent
+from lewis.merge.run import Merge
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.tokenizer import Target
 from tests.conftest import Family

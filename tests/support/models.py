@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.merge import Expert, Merge
+from lewis.merge.run import Expert, Merge
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Recipe

@@ -21,17 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from lewis import in_torch, store
-from lewis.alignment import align
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
+from lewis.merge import in_torch
+from lewis.merge.alignment import align
+from lewis.merge.memory_budget import Room
 from lewis.methods import find
 from lewis.methods.arithmetic.streams import Stream
 from lewis.models.compatible import check_compatible, layer_of
 from lewis.models.lora import Model
 from lewis.models.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
 from lewis.recipe.recipe import ModelEntry, Recipe
-from lewis.room import Room
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
@@ -216,7 +217,9 @@ class Merge:
 
     def _write(self, name: str, later: str | None, writer: CheckpointWriter) -> None:
         """Merge and write one tensor; meanwhile the system may read the one whose turn is `later`."""
-        from lewis.compiled import merge_tensor  # it takes a moment to load, which those that only plan do not have
+        from lewis.merge.compiled import (
+            merge_tensor,  # it takes a moment to load, which those that only plan do not have
+        )
 
         models: list[Model] = [self.base, *(expert.model for expert in self.experts)]
         if later is not None:

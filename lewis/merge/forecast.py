@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lewis import store
-from lewis.in_torch import PIECE, is_computed, is_whole
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge import Merge
+from lewis.merge.in_torch import PIECE, is_computed, is_whole
+from lewis.merge.run import Merge
 from lewis.methods import find
 from lewis.models.writer import CheckpointWriter
 
@@ -70,7 +70,7 @@ def forecast(merge: Merge) -> Forecast:
 
 def without_models(method: str, largest: int, experts: int) -> int:
     """Bytes that a merge needs whose models are not here yet, by the elements of its largest tensor."""
-    from lewis.compiled import METHODS
+    from lewis.merge.compiled import METHODS
 
     if method in METHODS or find(method).coefficients:
         return 130_000_000
@@ -101,7 +101,7 @@ def _run(merge: Merge, names: Iterable[str]) -> None:
 
 def _is_whole(merge: Merge, name: str) -> bool:
     """Whether a tensor is whole in memory while it is merged."""
-    from lewis.compiled import takes
+    from lewis.merge.compiled import takes
 
     if name in merge.excluded or not merge.base.tensors[name].floating:
         return False

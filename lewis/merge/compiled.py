@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lewis import kernels
-from lewis.kernels import KINDS
+from lewis.merge import kernels
+from lewis.merge.kernels import KINDS
+from lewis.merge.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector, Spread
 from lewis.methods.arithmetic.sums import exact_sum
 from lewis.methods.ram import scale_alone
 from lewis.methods.sce import shares
 from lewis.models.writer import SIZES
-from lewis.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector, Spread
 
 if TYPE_CHECKING:
     import torch
 
-    from lewis.merge import Merge
+    from lewis.merge.run import Merge
 
 _HOW = {
     **dict.fromkeys(("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"), kernels.SUM),

@@ -24,7 +24,7 @@ from lewis.models.checkpoint import DTYPES, as_tensor
 from lewis.models.lora import LoraExpert, Model
 
 if TYPE_CHECKING:
-    from lewis.merge import Merge
+    from lewis.merge.run import Merge
 
 PIECE = 1 << 18  # elements of a run of rows
 _PIECE_THERE = 1 << 24  # on a GPU

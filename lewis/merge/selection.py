@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lewis import kernels
 from lewis.lazy_torch import torch
+from lewis.merge import kernels
 from lewis.methods.arithmetic.sparsify import SPREAD
 
 NOTHING = (kernels.NONE, np.uint64(0))

@@ -1,0 +1,1 @@
+"""The merge engine: streams a checkpoint tensor by tensor, in compiled loops or in torch."""
