@@ -319,10 +319,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from lewis import card, pictures, pipeline, store
+    from lewis import pipeline, store
     from lewis.devices import default_device
     from lewis.models.writer import parse_size
     from lewis.registration import lineage_of, model_card
+    from lewis.reports import card, pictures
 
     recipe, shard = _load(options), parse_size(options.max_shard_size)
     _log_to_terminal()
@@ -387,7 +388,8 @@ def _check_file(path: Path) -> None:
 
 
 def _importance(options: argparse.Namespace) -> None:
-    from lewis import store, tables
+    from lewis import store
+    from lewis.reports import tables
 
     _check_file(options.output)
     layers, parameters, measured, allocated, passes = _guide(options)
@@ -401,7 +403,8 @@ def _importance(options: argparse.Namespace) -> None:
 
 
 def _allocate(options: argparse.Namespace) -> None:
-    from lewis import pictures, store, tables
+    from lewis import store
+    from lewis.reports import pictures, tables
 
     _check_file(options.output)
     layers, parameters, _, allocated, _ = _guide(options)

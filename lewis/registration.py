@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lewis import card, pictures, store
+from lewis import store
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation.lm_eval import score_table
 from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.pipeline import scored
 from lewis.recipe.recipe import Recipe
 from lewis.registry import Entry
+from lewis.reports import card, pictures
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from lewis import logged_model, store, tracking
-from lewis.card import FRONT_MATTER
 from lewis.errors import InputError, LewisError
+from lewis.reports.card import FRONT_MATTER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

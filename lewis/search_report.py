@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lewis.report import png
+from lewis.reports.charts import png
 from lewis.search import Objective, Trial
 
 _COLOURS = {"done": "#31688e", "front": "#35b779", "pruned": "#b0b0b0"}

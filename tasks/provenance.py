@@ -15,7 +15,7 @@ from prefect.runtime import flow_run as current
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.utilities.urls import url_for
 
-from lewis.run_report import duration, short
+from lewis.reports.run_report import duration, short
 
 logger = logging.getLogger(__name__)
 MAX_NAMED = 4  # commits in the name of a run; a list of runs has no room for more

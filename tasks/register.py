@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import card, pipeline, promotion, registry
+from lewis import pipeline, promotion, registry
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation.gate import Verdict, decide
 from lewis.evaluation.scored import Scored
@@ -15,6 +15,7 @@ from lewis.promotion import Promotion
 from lewis.recipe.recipe import Recipe
 from lewis.registration import registry_entry
 from lewis.registry import Champion, Version
+from lewis.reports import card
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 

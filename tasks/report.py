@@ -9,7 +9,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pictures, pipeline, registry
+from lewis import pipeline, registry
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -25,7 +25,8 @@ from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.recipe.recipe import Recipe
 from lewis.registration import lineage_of
 from lewis.registry import Champion, Version
-from lewis.run_report import RunFacts, changes, picture, to_markdown
+from lewis.reports import pictures
+from lewis.reports.run_report import RunFacts, changes, picture, to_markdown
 from tasks import provenance
 from tasks.caching import RETRIES, slug
 

@@ -12,7 +12,7 @@ from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import comparison_rows
 from lewis.recipe.recipe import Recipe
-from lewis.run_report import picture
+from lewis.reports.run_report import picture
 from lewis.search import Objective, Trial
 from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
 from tasks.device import device_slot

@@ -11,7 +11,7 @@ import sys
 from lewis import pipeline, search, trial
 from lewis.evaluation.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
-from lewis.report import markdown_table
+from lewis.reports.charts import markdown_table
 
 
 def main(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lewis import card
+from lewis.reports import card
 
 
 def score(metric: str, value: float) -> SimpleNamespace:

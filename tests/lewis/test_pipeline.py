@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import pictures, pipeline, report, store
+from lewis import pipeline, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import lm_eval
@@ -27,6 +27,7 @@ from lewis.importance.calibration import Calibration
 from lewis.merge import run
 from lewis.merge.export import to_mergekit
 from lewis.recipe.recipe import Recipe
+from lewis.reports import charts, pictures
 from tests.conftest import Family
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
 
@@ -482,8 +483,8 @@ def test_the_covered_layers_are_found_once(family: Family, monkeypatch: pytest.M
 
 
 def test_a_picture_is_drawn_once_and_again_where_damaged(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, real = [], report.density_heat_map
-    monkeypatch.setattr(report, "density_heat_map", lambda *a: drawn.append(a) or real(*a))
+    drawn, real = [], charts.density_heat_map
+    monkeypatch.setattr(charts, "density_heat_map", lambda *a: drawn.append(a) or real(*a))
     _, allocated = guide(open_all(family))
     picture = pictures.densities(allocated)
     assert pictures.densities(allocated) == picture and len(drawn) == 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.lm_eval import Score
 from lewis.registry import SOURCE, source_tag
-from lewis.report import markdown_table
+from lewis.reports.charts import markdown_table
 
 SHORT = 8  # characters of a commit or digest
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lewis import report, store
+from lewis import store
 from lewis.entries import AllocationEntry, ScoresEntry
 from lewis.evaluation.scored import intervals, scores_of
 from lewis.pipeline import scored
 from lewis.recipe.recipe import Recipe
+from lewis.reports import charts
 
 SEMANTICS = "2"  # bump when the same numbers would be drawn in another way
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -18,7 +19,7 @@ def densities(allocated: AllocationEntry) -> bytes:
 
     def draw() -> bytes:
         shown = {ref: each.densities for ref, each in allocated.experts().items()}
-        return report.density_heat_map(shown, allocated.means)
+        return charts.density_heat_map(shown, allocated.means)
 
     return _kept(["densities", allocated.digest], draw)
 
@@ -32,7 +33,7 @@ def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
 
     def draw() -> bytes:
         models = scored(recipe, found)
-        return report.score_bars(scores_of(models), intervals(models))
+        return charts.score_bars(scores_of(models), intervals(models))
 
     weights = recipe.evaluate.weights if recipe.evaluate else {}
     return _kept(["scores", [[label, entry.digest] for label, entry in found.items()], dict(weights)], draw)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lewis import store
-from lewis.report import Scored, markdown_table
+from lewis.reports.charts import Scored, markdown_table
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
