@@ -251,7 +251,7 @@ def _with_prefect(flow: Callable[[], Any]) -> Any:
 
 
 def _history(options: argparse.Namespace) -> None:
-    from lewis import history
+    from lewis.registry import history
 
     records = history.history(options.name)
     if options.json:
@@ -261,8 +261,8 @@ def _history(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from lewis import promotion
     from lewis.errors import InputError
+    from lewis.registry import promotion
 
     name, _, version = options.version.removeprefix("models:/").rpartition("/")
     if not name or not version.isdecimal():
@@ -272,7 +272,7 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    from lewis import promotion
+    from lewis.registry import promotion
 
     print(f"{promotion.rollback(options.name, options.why)} is the champion again")
 
@@ -322,7 +322,7 @@ def _merge(options: argparse.Namespace) -> None:
     from lewis import pipeline, store
     from lewis.devices import default_device
     from lewis.models.writer import parse_size
-    from lewis.registration import lineage_of, model_card
+    from lewis.registry.registration import lineage_of, model_card
     from lewis.reports import card, pictures
 
     recipe, shard = _load(options), parse_size(options.max_shard_size)

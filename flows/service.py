@@ -107,9 +107,9 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     urls["mlflow"] = given
     if not given.startswith("http"):
-        from lewis import registry
+        from lewis.registry import versions
 
-        registry.configure()
+        versions.configure()
         database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
         port = usable_port("MLFLOW_PORT", 5000)
         urls["mlflow"] = f"http://127.0.0.1:{port}"

@@ -19,9 +19,10 @@ from pydantic import BaseModel
 from flows import catalog
 from flows.status_text import as_text
 from flows.watch import ENDED, recipe_name
-from lewis import releases, store
+from lewis import store
 from lewis.errors import LewisError
-from lewis.releases import Held
+from lewis.registry import releases
+from lewis.registry.releases import Held
 
 FLOWS = ["merge", "watch-releases"]
 POOL = "lewis"

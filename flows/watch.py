@@ -24,10 +24,10 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from flows import catalog, released
-from lewis import releases
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.recipe import Recipe
-from lewis.releases import Held, Moved
+from lewis.registry import releases
+from lewis.registry.releases import Held, Moved
 from tasks.caching import RETRIES
 
 RETRY_AFTER = timedelta(hours=1)  # a release whose run failed is announced again

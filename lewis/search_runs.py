@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lewis import tracking
 from lewis.recipe.recipe import Recipe
-from lewis.registration import flat_parameters
+from lewis.registry import tracking
+from lewis.registry.registration import flat_parameters
 from lewis.search import Objective, Trial
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from prefect import task
 from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import publishing, registry
 from lewis.entries import MergedModel
 from lewis.recipe.recipe import Recipe
-from lewis.registry import Version
+from lewis.registry import publishing, versions
+from lewis.registry.versions import Version
 from tasks.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,12 @@ def publish(recipe: Recipe, version: Version, merged: MergedModel) -> str | None
     None, and nothing is pushed, if the version is not the champion: the gate refused it, or another took its place.
     """
     assert recipe.publish is not None
-    current = registry.champion(version.name)
+    current = versions.champion(version.name)
     if current is None or current.version.version != version.version:
         logger.info("%s is not the champion; nothing is published", version.uri)
         return None
     title = f"{version.name} version {version.version}, merge {merged.digest[:8]}"
     made = publishing.publish(merged.folder, recipe.publish.repo, recipe.publish.private, title)
-    registry.tag(version, {"lewis.published": f"{made.repo}@{made.commit}"})
+    versions.tag(version, {"lewis.published": f"{made.repo}@{made.commit}"})
     create_link_artifact(made.url, made.repo, key=f"{slug(recipe.name)}-hub", description="On the Hub")
     return made.url

@@ -7,14 +7,15 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import pipeline, promotion, registry
+from lewis import pipeline
 from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation.gate import Verdict, decide
 from lewis.evaluation.scored import Scored
-from lewis.promotion import Promotion
 from lewis.recipe.recipe import Recipe
-from lewis.registration import registry_entry
-from lewis.registry import Champion, Version
+from lewis.registry import promotion, versions
+from lewis.registry.promotion import Promotion
+from lewis.registry.registration import registry_entry
+from lewis.registry.versions import Champion, Version
 from lewis.reports import card
 from tasks import provenance
 from tasks.caching import RETRIES, slug
@@ -26,8 +27,8 @@ PROMOTED = "lewis.model.promoted"  # for automations: notify, deploy
 @task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def find_champion(name: str, to_score: bool) -> Champion | None:
     """The version in use, with its checkpoint on this disk if it is to be scored."""
-    current = registry.champion(name)
-    return registry.fetch(current) if current and to_score else current
+    current = versions.champion(name)
+    return versions.fetch(current) if current and to_score else current
 
 
 @task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -77,7 +78,7 @@ def register(
     tags = provenance.tags()
     entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
     card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
-    version = registry.register(entry)
+    version = versions.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version
 
@@ -96,7 +97,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     ]
     create_markdown_artifact("\n\n".join(lines), key=f"{slug(recipe.name)}-verdict", description="The gate's verdict")
     text = f"{version.uri} (run {version.run_id})"
-    create_link_artifact(registry.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
+    create_link_artifact(versions.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
     return verdict.passed
 
 
@@ -108,7 +109,7 @@ def _announce(recipe: Recipe, version: Version, verdict: Verdict, merged: Merged
             "recipe": recipe.name,
             "version": version.version,
             "uri": version.uri,
-            "url": registry.link(version),
+            "url": versions.link(version),
             "digest": merged.digest,
             "previous": done.previous,
             "reasons": list(verdict.reasons),

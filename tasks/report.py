@@ -9,7 +9,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline, registry
+from lewis import pipeline
 from lewis.entries import (
     AllocationEntry,
     CalibrationEntry,
@@ -23,8 +23,9 @@ from lewis.evaluation.gate import Verdict
 from lewis.evaluation.lm_eval import Score, score_table
 from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.recipe.recipe import Recipe
-from lewis.registration import lineage_of
-from lewis.registry import Champion, Version
+from lewis.registry import versions
+from lewis.registry.registration import lineage_of
+from lewis.registry.versions import Champion, Version
 from lewis.reports import pictures
 from lewis.reports.run_report import RunFacts, changes, picture, to_markdown
 from tasks import provenance
@@ -104,7 +105,7 @@ def report_run(
     run = provenance.this_run()
     links = {"Prefect run": provenance.url()}
     if version:
-        links |= {"MLflow version": registry.link(version), "MLflow run": registry.run_link(version)}
+        links |= {"MLflow version": versions.link(version), "MLflow run": versions.run_link(version)}
     if published:
         links["Hub"] = published
     facts = RunFacts(
@@ -127,7 +128,7 @@ def report_run(
     text = to_markdown(facts)
     create_markdown_artifact(text, key=f"{slug(recipe.name)}-run-report", description=facts.outcome)
     if version and version.created:
-        registry.attach(version, {"run_report.md": text})
+        versions.attach(version, {"run_report.md": text})
     return text
 
 

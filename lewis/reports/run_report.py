@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.lm_eval import Score
-from lewis.registry import SOURCE, source_tag
+from lewis.registry.versions import SOURCE, source_tag
 from lewis.reports.charts import markdown_table
 
 SHORT = 8  # characters of a commit or digest

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from filelock import Timeout
 
-from lewis import registry, store, tracking
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.importance import measured
+from lewis.registry import tracking, versions
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _needed() -> _Needed:
                 tags += [version.tags for version in page]
                 token = page.token or ""
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
-    inputs = {value for each in tags for key, value in each.items() if key.startswith(registry.SOURCE)}
+    inputs = {value for each in tags for key, value in each.items() if key.startswith(versions.SOURCE)}
     manifests = [store.read_json(store.home() / "merged" / digest / store.MANIFEST) or {} for digest in merges]
     return _Needed(merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")])
 

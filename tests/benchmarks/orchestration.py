@@ -150,17 +150,18 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
-    from lewis import pipeline, promotion, registry
+    from lewis import pipeline
     from lewis.evaluation import lm_eval
     from lewis.evaluation.gate import decide
     from lewis.recipe.recipe import Recipe
-    from lewis.registration import registry_entry
+    from lewis.registry import promotion, versions
+    from lewis.registry.registration import registry_entry
 
     recipe = Recipe.load(path)
     assert recipe.base_model and recipe.register_as and recipe.evaluate
     settings = pipeline.eval_settings(recipe)
     lm_eval.check_tasks(settings.tasks, recipe.root)
-    champion = registry.champion(recipe.register_as.name)
+    champion = versions.champion(recipe.register_as.name)
     pinned, sources = pipeline.pin_all(recipe)
     assert pinned is not None
     pipeline.preflight(recipe, pinned, sources)
@@ -175,7 +176,7 @@ def run_library(path: str) -> None:
     scored = {model.label: model for model in pipeline.scored(recipe, scores)}
     against = champion.version.uri if champion else "base"
     verdict = decide(recipe.register_as.gate, scored[recipe.label], scored["base"], against, base=scored["base"])
-    version = registry.register(registry_entry(recipe, base, experts, [], allocated, merged, scores))
+    version = versions.register(registry_entry(recipe, base, experts, [], allocated, merged, scores))
     promotion.promote(version, verdict)
 
 

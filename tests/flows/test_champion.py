@@ -22,7 +22,7 @@ models: [{model: half, parameters: {weight: 1.0}}]
 evaluate: {tasks: [words.yaml], baselines: []}
 register: {name: tiny, gate: {metric: "words/acc,none"}}
 """
-DIES = "import time, lewis.promotion as m\nm.promote = lambda *a: (print('HERE', flush=True), time.sleep(60))"
+DIES = "import time, lewis.registry.promotion as m\nm.promote = lambda *a: (print('HERE', flush=True), time.sleep(60))"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ SLOW = {
     "merge": "import time, lewis.merge.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and (print('HERE', flush=True), time.sleep(60)),"
     " f(s, *a))[2]",
-    "registration": "import time, lewis.logged_model as m; f = m.write\n"
+    "registration": "import time, lewis.registry.logged_model as m; f = m.write\n"
     "m.write = lambda *a, **k: (f(*a, **k), print('HERE', flush=True), time.sleep(60))[0]",
 }
 NO_SCORES = ("--set", "evaluate=null", "--set", "register.gate=null")

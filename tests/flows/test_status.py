@@ -15,8 +15,8 @@ from prefect.states import Completed, Failed, Running, Scheduled, State
 
 from flows.status import Part, Status, status
 from flows.status_text import moment, short
-from lewis import promotion
 from lewis.evaluation.gate import Verdict
+from lewis.registry import promotion
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub

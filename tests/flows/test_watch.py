@@ -17,9 +17,9 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 
 from flows import released, watch
 from flows.watch import WatchReport, watch_flow
-from lewis import releases
 from lewis.errors import TransientError
-from lewis.releases import Moved
+from lewis.registry import releases
+from lewis.registry.releases import Moved
 from tests.conftest import Family
 from tests.support.lineage import registered
 from tests.support.local_hub import LocalHub

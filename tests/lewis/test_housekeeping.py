@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from lewis import pipeline, promotion, registry, store
+from lewis import pipeline, store
 from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
 from lewis.importance import measured
 from lewis.importance.measured import Measured
 from lewis.recipe.recipe import Recipe
-from lewis.registration import registry_entry
+from lewis.registry import promotion, versions
+from lewis.registry.registration import registry_entry
 from lewis.store.housekeeping import Removable, remove, survey
 from tests.conftest import Family
 from tests.support.lineage import make_home
@@ -100,11 +101,11 @@ class Made:
     def merge(self, which: str = "experts") -> MergedModel:
         return pipeline.merge(self.recipe, self.base, self.experts, self.allocated, which)
 
-    def register(self) -> registry.Version:
+    def register(self) -> versions.Version:
         entry = registry_entry(
             self.recipe, self.base, self.experts, [self.calibration], self.allocated, self.merged, {}
         )
-        return registry.register(entry)
+        return versions.register(entry)
 
 
 def test_registered_merges_and_what_they_were_made_from_stay(family: Family, mlflow_home: Path) -> None:
@@ -134,7 +135,7 @@ def test_registered_merges_and_what_they_were_made_from_stay(family: Family, mlf
     assert not list(mlflow_home.rglob(".*.partial"))
     pipe = mlflow.transformers.load_model("models:/tiny@champion")
     assert type(pipe).__name__ == "TextGenerationPipeline"
-    assert [registry.find("tiny", made.merged.digest).version for made in (champion, refused)] == ["1", "2"]
+    assert [versions.find("tiny", made.merged.digest).version for made in (champion, refused)] == ["1", "2"]
     assert champion.merge().folder.stat().st_ino == inode  # found, not made again
     assert pipeline.find_merged(refused.merged.digest) is not None
     assert survey() == []

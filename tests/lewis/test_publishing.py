@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lewis import publishing, store
+from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.recipe import Recipe
+from lewis.registry import publishing
 from tests.support.local_hub import LocalHub
 
 FILES = {"config.json": "{}", "model.safetensors": "weights " * 100, "README.md": "---\ntags: [merge]\n---\n# New\n"}

@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
-from lewis import history, logged_model, promotion, registry, store
+from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import Entry, Version
+from lewis.registry import history, logged_model, promotion
+from lewis.registry import versions as registry
+from lewis.registry.versions import Entry, Version
 from tests.support.lineage import make_home
 
 DIGEST, OTHER = "a" * 64, "b" * 64

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lewis import promotion, releases
 from lewis.errors import InputError, TransientError
 from lewis.evaluation.gate import Verdict
 from lewis.recipe.recipe import Recipe
-from lewis.releases import Moved
+from lewis.registry import promotion, releases
+from lewis.registry.releases import Moved
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub

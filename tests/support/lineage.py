@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lewis import registry, store, tracking
-from lewis.registry import Entry, Version
+from lewis import store
+from lewis.registry import tracking, versions
+from lewis.registry.versions import Entry, Version
 
 
 def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -26,7 +27,7 @@ def registered(
     checkpoint = store.home() / "merged" / digest
     with store.publish(checkpoint, {"digest": digest}) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
-    version = registry.register(Entry(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
+    version = versions.register(Entry(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
     if verdict:
         with tracking.client("setting a verdict") as client:
             client.set_model_version_tag(version.name, version.version, "lewis.verdict", verdict)

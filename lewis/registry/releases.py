@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lewis import pipeline, registry, tracking
+from lewis import pipeline
 from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
+from lewis.registry import tracking
+from lewis.registry import versions as registry
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Who replaced whom as champion, and why: an append-only list in the tags of the registered model.
 
-`lewis.promotion` writes a record before it moves the alias, and not again in the run that heals one which died in
+`lewis.registry.promotion` writes a record before it moves the alias, and not again in the run that heals one which died in
 between.
 """
 
@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from lewis import registry, tracking
 from lewis.errors import InputError
+from lewis.registry import tracking, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
 
-TAG = "lewis.history."
+TAG = "lewis.registry.history."
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def history(name: str) -> list[Record]:
     Raises:
         InputError: if there is no such model.
     """
-    name = registry.model_name(name)
+    name = versions.model_name(name)
     with tracking.client(f"reading the history of {name}") as client:
         return read(client, name)
 

@@ -10,7 +10,7 @@ from lewis.evaluation.lm_eval import score_table
 from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.pipeline import scored
 from lewis.recipe.recipe import Recipe
-from lewis.registry import Entry
+from lewis.registry.versions import Entry
 from lewis.reports import card, pictures
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from lewis import logged_model, store, tracking
+from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.registry import logged_model, tracking
 from lewis.reports.card import FRONT_MATTER
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lewis import history, registry, store, tracking
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import Champion, Version
+from lewis.registry import history, tracking, versions
+from lewis.registry.versions import Champion, Version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +46,7 @@ def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
         LewisError: if the champion changed after the comparison.
     """
     with store.lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
-        current = registry.champion_of(client, version.name)
+        current = versions.champion_of(client, version.name)
         before = current.version.uri if current is not None else None
         if before == version.uri:
             logger.info("%s already is the champion", version.uri)
@@ -74,7 +75,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
     Raises:
         InputError: if there is no such version, its files are gone, or it is the champion already.
     """
-    name = registry.model_name(name)
+    name = versions.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         return _move(client, name, version, "promoted by hand", why)
 
@@ -85,7 +86,7 @@ def rollback(name: str, why: str) -> str:
     Raises:
         InputError: if there is no previous champion, it was withdrawn itself, or its files are gone.
     """
-    name = registry.model_name(name)
+    name = versions.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
@@ -103,7 +104,7 @@ def rollback(name: str, why: str) -> str:
 
 def withdrawn(name: str, digest: str) -> str | None:
     """Why the version of a merge was rolled back by hand; None if it was not."""
-    found = registry.find(name, digest)
+    found = versions.find(name, digest)
     if found is None:
         return None
     with tracking.client(f"reading {found.uri}") as client:
@@ -126,7 +127,7 @@ def _move(client: "MlflowClient", name: str, version: str, what: str, why: str, 
     current = _aliases(client, name).get("champion")
     if version == current:
         raise InputError(f"models:/{name}/{version} is the champion already")
-    if not registry.is_whole(client, name, version):
+    if not versions.is_whole(client, name, version):
         raise InputError(
             f"models:/{name}/{version}: no such version, or its files are gone; see `lewis history {name}`"
         )

@@ -1,0 +1,1 @@
+"""MLflow: versions, their lineage, aliases, releases and what is published."""
