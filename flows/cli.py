@@ -62,12 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     json_help = "print JSON instead of text"
     run = add("run", _run, "run the whole DAG: merge, score, register, promote")
     run.add_argument("--json", action="store_true", help=json_help)
-    search = add("search", _search, "try the values of the recipe's `search` block, and register the best")
-    search.add_argument(
+    study = add("search", _search, "try the values of the recipe's `search` block, and register the best")
+    study.add_argument(
         "--trials", metavar="N", type=_positive(int), help="how many in all, instead of the recipe's number"
     )
-    search.add_argument("--minutes", metavar="M", type=_positive(float), help="begin no further trial after this time")
-    search.add_argument("--json", action="store_true", help=json_help)
+    study.add_argument("--minutes", metavar="M", type=_positive(float), help="begin no further trial after this time")
+    study.add_argument("--json", action="store_true", help=json_help)
     plan = add("plan", _plan, "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers")
     plan.add_argument("--json", action="store_true", help=json_help)
     merge = add("merge", _merge, "merge with the library alone: no Prefect, no MLflow")
@@ -202,11 +202,11 @@ def _gc(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from lewis import search
+    from lewis.search import study
 
     recipe = _load(options)  # a wrong recipe should not cost the start of a server
-    search.objectives_of(recipe)
-    search.check_space(recipe)
+    study.objectives_of(recipe)
+    study.check_space(recipe)
 
     def flow() -> Any:
         from flows.search import search_flow

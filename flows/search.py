@@ -16,13 +16,14 @@ from pydantic import BaseModel
 from flows import catalog, runner
 from flows.merge import MergeReport, fetch, finish, guide, merge_flow
 from flows.turn import turn
-from lewis import pipeline, search
+from lewis import pipeline
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
-from lewis.search import Log, Objective, Trial
+from lewis.search import study
+from lewis.search.study import Log, Objective, Trial
 from tasks.caching import STOPPING
 from tasks.evaluate import check_tasks
 from tasks.failures import result_of, says_why
@@ -78,8 +79,8 @@ def search_flow(
     path = catalog.find(recipe)
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         plan = Recipe.load(path, overrides or [])
-        metrics = search.objectives_of(plan)
-        search.check_space(plan)
+        metrics = study.objectives_of(plan)
+        study.check_space(plan)
         assert plan.search is not None
         wanted = trials or plan.search.trials
         limit = minutes or plan.search.minutes
@@ -143,7 +144,7 @@ class _Trials:
         live: list[tuple[Trial, Recipe]] = []
         for trial in [self.log.ask() for _ in range(count)]:
             try:
-                live.append((trial, search.with_values(self.plan, trial.values, SEARCH)))
+                live.append((trial, study.with_values(self.plan, trial.values, SEARCH)))
             except LewisError as error:
                 self._fail(trial, error)
         if self.part is not None:
@@ -193,7 +194,7 @@ class _Trials:
 def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial) -> SearchReport:
     """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is."""
     settings = _settings(plan, CONFIRM)
-    winner = search.with_values(plan, best.values, CONFIRM)
+    winner = study.with_values(plan, best.values, CONFIRM)
     run = tried.end()
     merged = merge_flow(str(path), [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
     default = tried.submit(plan, 0, "confirm", settings)
@@ -212,7 +213,7 @@ def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, bes
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:
-    return pipeline.eval_settings(search.with_values(plan, {}, documents))
+    return pipeline.eval_settings(study.with_values(plan, {}, documents))
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:

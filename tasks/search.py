@@ -7,13 +7,15 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline, search_report, search_runs, trial
+from lewis import pipeline
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import comparison_rows
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import picture
-from lewis.search import Objective, Trial
+from lewis.search import report as search_report
+from lewis.search import runs, trial
+from lewis.search.study import Objective, Trial
 from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
 from tasks.device import device_slot
 
@@ -46,7 +48,7 @@ def record_search(
     key = f"{slug(recipe.name)}-search"
     create_table_artifact(table, key=f"{key}-table", description="What the search has tried")
     if not ended:
-        return search_runs.record(recipe, digest, objectives, trials)
+        return runs.record(recipe, digest, objectives, trials)
     files = {"search_history.png": search_report.history(trials, objectives), "recipe.yaml": recipe.text.encode()}
     if len(objectives) > 1:
         files["search_pareto.png"] = search_report.pareto(trials, front, objectives)
@@ -54,7 +56,7 @@ def record_search(
     create_markdown_artifact(f"# Search\n\n{pictures}", key=f"{key}-history", description="The trials' scores")
     files["trials.json"] = json.dumps([asdict(trial) for trial in trials], indent=2).encode()
     tags = {"lewis.best": json.dumps(dict(front[0].values))} if front else {}
-    return search_runs.record(recipe, digest, objectives, trials, files=files, tags=tags)
+    return runs.record(recipe, digest, objectives, trials, files=files, tags=tags)
 
 
 @task(name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)

@@ -8,10 +8,11 @@ What a search has scored with the same settings (`LEWIS_HOME`) is found.
 import argparse
 import sys
 
-from lewis import pipeline, search, trial
+from lewis import pipeline
 from lewis.evaluation.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
 from lewis.reports.charts import markdown_table
+from lewis.search import study, trial
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
     models = [score("default", plan)]
     for name, *overrides in options.variant:
         models.append(score(name, Recipe.load(options.recipe, [*common, *overrides])))
-    print(markdown_table([row(model, models[0], search.objectives_of(plan)[0]) for model in models]))
+    print(markdown_table([row(model, models[0], study.objectives_of(plan)[0]) for model in models]))
 
 
 def score(name: str, recipe: Recipe) -> Scored:

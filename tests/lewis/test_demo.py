@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from lewis import search, store
+from lewis import store
 from lewis.demo.family import RIGHT_ANSWERS, SKILLS, Plan, _rows, make_family
 from lewis.errors import InputError
 from lewis.recipe.recipe import Recipe, value_of
+from lewis.search import study
 
 SHORT = Plan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))
@@ -123,8 +124,8 @@ def test_recipe_is_valid_and_its_files_exist(family):
 
 def test_the_recipe_of_the_search_is_valid_and_begins_with_its_own_values(family):
     recipe = Recipe.load(family / "sparse.yaml")
-    search.check_space(recipe)
-    assert search.objectives_of(recipe) == ("weighted/mean,none",)
+    study.check_space(recipe)
+    assert study.objectives_of(recipe) == ("weighted/mean,none",)
     assert recipe.search.minutes < 10
     own = {path: value_of(recipe, path) for path in recipe.search.space}
     assert own["lewis.density.strategy"] == "uniform" and own["parameters.lambda"] == 1.0 and None not in own.values()

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis import search, search_report
 from lewis.errors import RecipeError
 from lewis.recipe.recipe import Recipe
-from lewis.search import Log, Objective, Trial
+from lewis.search import report, study
+from lewis.search.study import Log, Objective, Trial
 
 RECIPE = """
 merge_method: ties
@@ -81,22 +81,22 @@ class TestSpace:
     )
     def test_what_is_wrong_is_told_at_its_path(self, space: str, problem: str) -> None:
         with pytest.raises(RecipeError) as caught:
-            search.check_space(parse(space))
+            study.check_space(parse(space))
         assert problem in str(caught.value)
 
     def test_what_is_right(self, recipe: Recipe) -> None:
-        search.check_space(recipe)
+        study.check_space(recipe)
 
     def test_the_metrics(self, recipe: Recipe) -> None:
         with pytest.raises(RecipeError, match=r"search\.metrics: missing"):
-            search.objectives_of(recipe)
+            study.objectives_of(recipe)
         gate = "register: {name: n, gate: {metric: 'x/acc,none'}}\nsearch:"
-        assert search.objectives_of(parse(**{"search:": gate})) == ("x/acc,none",)
-        assert search.objectives_of(parse(**{"search:": "search:\n  metrics: [a, b]"})) == ("a", "b")
+        assert study.objectives_of(parse(**{"search:": gate})) == ("x/acc,none",)
+        assert study.objectives_of(parse(**{"search:": "search:\n  metrics: [a, b]"})) == ("a", "b")
         with pytest.raises(RecipeError, match="search: missing; `lewis search` needs this block"):
-            search.objectives_of(Recipe.parse(RECIPE.partition("search:")[0], root=Path(".")))
+            study.objectives_of(Recipe.parse(RECIPE.partition("search:")[0], root=Path(".")))
         with pytest.raises(RecipeError, match="add an evaluate block"):
-            search.objectives_of(parse(**{"evaluate: {tasks: [x]}": "", "search:": "search:\n  metrics: [a]"}))
+            study.objectives_of(parse(**{"evaluate: {tasks: [x]}": "", "search:": "search:\n  metrics: [a]"}))
 
     @settings(max_examples=30, deadline=None)
     @given(st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.4, 1), st.sampled_from(["ties", "dare_ties"]))
@@ -107,7 +107,7 @@ class TestSpace:
             "lewis.density.max": top,
             "merge_method": method,
         }
-        made = search.with_values(parse(), values, "evaluate.limit=3")
+        made = study.with_values(parse(), values, "evaluate.limit=3")
         assert made.lewis and made.evaluate
         assert (made.merge_method, made.lewis.density.max, made.evaluate.limit) == (method, top, 3)
         assert made.parameters["lambda"][0].value == scale
@@ -132,7 +132,7 @@ class TestLog:
         assert best.scores[0] == max(trial.scores[0] for trial in log.trials) > -0.01
         space = recipe.search.space if recipe.search else {}
         for trial in log.trials:
-            assert all(search._holds(space[path], value) for path, value in trial.values.items())
+            assert all(study._holds(space[path], value) for path, value in trial.values.items())
             assert float(trial.values["models[0].parameters.weight"]) % 0.5 == 0
         assert {trial.values["merge_method"] for trial in log.trials} == {"ties", "dare_ties"}
 
@@ -171,7 +171,7 @@ class TestLog:
 
     def test_failed_and_pruned(self, recipe: Recipe) -> None:
         log = Log(recipe, [ACC], INPUTS, "t")
-        for number in range(search.STARTUP):
+        for number in range(study.STARTUP):
             trial = log.ask()
             assert not log.behind(trial, float(number))
             log.done(trial, [number])
@@ -182,7 +182,7 @@ class TestLog:
         trial = log.ask()
         assert not log.behind(trial, 9.0)
         seen = Log(recipe, [ACC], INPUTS, "t").trials
-        assert [each.state for each in seen[search.STARTUP :]] == ["pruned", "failed"]
+        assert [each.state for each in seen[study.STARTUP :]] == ["pruned", "failed"]
         assert seen[-1].reason == "no such density" and Log(recipe, [ACC], INPUTS, "t").front[0].scores == (4.0,)
 
     def test_nothing_done_has_no_front(self, recipe: Recipe) -> None:
@@ -208,12 +208,12 @@ def test_tables_and_pictures(recipe: Recipe) -> None:
     for acc, loss in [(0.5, 1.0), (0.9, 2.0), (0.1, 0.5)]:
         log.done(log.ask(), [acc, loss])
     log.failed(log.ask(), "it broke")
-    table = search_report.rows(log.trials, log.objectives)
+    table = report.rows(log.trials, log.objectives)
     assert [row["state"] for row in table] == ["done"] * 3 + ["failed"]
     assert table[1]["x/acc,none ↑"] == "0.9" and table[3]["x/loss,none ↓"] == "" and table[3]["reason"] == "it broke"
     pictures = [
-        search_report.history(log.trials, log.objectives),
-        search_report.history([], [ACC]),
-        search_report.pareto(log.trials, log.front, log.objectives),
+        report.history(log.trials, log.objectives),
+        report.history([], [ACC]),
+        report.pareto(log.trials, log.front, log.objectives),
     ]
     assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in pictures)

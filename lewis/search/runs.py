@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lewis.recipe.recipe import Recipe
 from lewis.registry import tracking
 from lewis.registry.registration import flat_parameters
-from lewis.search import Objective, Trial
+from lewis.search.study import Objective, Trial
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

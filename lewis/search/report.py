@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lewis.reports.charts import png
-from lewis.search import Objective, Trial
+from lewis.search.study import Objective, Trial
 
 _COLOURS = {"done": "#31688e", "front": "#35b779", "pruned": "#b0b0b0"}
 

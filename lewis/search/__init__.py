@@ -1,0 +1,1 @@
+"""Try values of a recipe, keep the best."""
