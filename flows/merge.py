@@ -10,23 +10,24 @@ from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from flows import catalog, runner
-from flows.turn import turn
 from lewis import pipeline
 from lewis.entries import ModelFiles
 from lewis.recipe.recipe import Recipe
-from tasks.allocate import allocate
-from tasks.download import download
-from tasks.evaluate import check_tasks, evaluate
-from tasks.failures import result_of, says_why
-from tasks.importance import calibrate, measuring
-from tasks.inspect import inspect, preflight
-from tasks.merge import merging
-from tasks.provenance import tally
-from tasks.publish import check_publish, publish
-from tasks.register import find_champion, gate, promote, register
-from tasks.report import name_run, report_densities, report_run, report_scores
-from tasks.resolve import resolve, settle
+from lewis_flows import recipes_folder
+from lewis_flows.runners import choose
+from lewis_flows.turn import turn
+from lewis_tasks.allocate import allocate
+from lewis_tasks.download import download
+from lewis_tasks.evaluate import check_tasks, evaluate
+from lewis_tasks.importance import calibrate, measuring
+from lewis_tasks.inspect import inspect, preflight
+from lewis_tasks.merge import merging
+from lewis_tasks.publish import check_publish, publish
+from lewis_tasks.register import find_champion, gate, promote, register
+from lewis_tasks.report import name_run, report_densities, report_run, report_scores
+from lewis_tasks.resolve import resolve, settle
+from lewis_tasks.support.failures import result_of, says_why
+from lewis_tasks.support.flow_run import tally
 
 
 class MergeReport(BaseModel):
@@ -61,7 +62,7 @@ def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name="merge", flow_run_name=_run_name, task_runner=runner.task_runner())
+@flow(name="merge", flow_run_name=_run_name, task_runner=choose.task_runner())
 @says_why
 def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0) -> State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
@@ -73,8 +74,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: 
         overrides: `key.path=value` each, as `lewis run --set`.
         settle_seconds: how long no model may have moved before the work begins; for runs that a release starts.
     """
-    runner.check()
-    path = catalog.find(recipe)
+    choose.check()
+    path = recipes_folder.find(recipe)
     with turn(path, str(flow_run.id), skip=deployment.id is not None) as ours:
         if not ours:
             return Completed(

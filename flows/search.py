@@ -13,9 +13,6 @@ from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from flows import catalog, runner
-from flows.merge import MergeReport, fetch, finish, guide, merge_flow
-from flows.turn import turn
 from lewis import pipeline
 from lewis.entries import ModelFiles, ScoresEntry
 from lewis.errors import InputError, LewisError
@@ -24,10 +21,14 @@ from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
 from lewis.search import study
 from lewis.search.study import Log, Objective, Trial
-from tasks.caching import STOPPING
-from tasks.evaluate import check_tasks
-from tasks.failures import result_of, says_why
-from tasks.search import compare_with_default, record_search, score_trial
+from lewis_flows import recipes_folder
+from lewis_flows.merge import MergeReport, fetch, finish, guide, merge_flow
+from lewis_flows.runners import choose
+from lewis_flows.turn import turn
+from lewis_tasks.evaluate import check_tasks
+from lewis_tasks.search import compare_with_default, record_search, score_trial
+from lewis_tasks.support.caching import STOPPING
+from lewis_tasks.support.failures import result_of, says_why
 
 logger = logging.getLogger(__name__)
 SEARCH, CONFIRM = "evaluate.documents=search", "evaluate.documents=confirm"  # disjoint halves
@@ -60,7 +61,7 @@ def _run_name() -> str:
     return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name="search", flow_run_name=_run_name, task_runner=runner.task_runner())
+@flow(name="search", flow_run_name=_run_name, task_runner=choose.task_runner())
 @says_why
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
@@ -75,8 +76,8 @@ def search_flow(
         trials: how many in all, instead of the recipe's number.
         minutes: begin no further trial after this time, instead of the recipe's.
     """
-    runner.check()
-    path = catalog.find(recipe)
+    choose.check()
+    path = recipes_folder.find(recipe)
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         plan = Recipe.load(path, overrides or [])
         metrics = study.objectives_of(plan)

@@ -23,12 +23,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from flows import catalog, released
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from tasks.caching import RETRIES
+from lewis_flows import recipes_folder
+from lewis_flows.service import release_event
+from lewis_tasks.support.caching import RETRIES
 
 RETRY_AFTER = timedelta(hours=1)  # a release whose run failed is announced again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement starts a run, or it was lost
@@ -80,7 +81,7 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport:
             news = _is_news(name, move)
             if news:
                 logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
-                released.announce(name, move.ref, move.repo, move.old, move.new)
+                release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
     counts = (len(report.checked), len(report.announced), len(report.waiting), len(problems))
     logger.info("recipes checked: %d; releases announced: %d, known already: %d; problems: %d", *counts)
@@ -97,9 +98,9 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
     """What moved, for each recipe that could be checked, and what was wrong with the others."""
     problems: dict[str, Exception] = {}
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
-    for name in map(recipe_name, recipes or catalog.names()):
+    for name in map(recipe_name, recipes or recipes_folder.names()):
         try:
-            plan = catalog.load(name)
+            plan = recipes_folder.load(name)
             if plan.register_as is None:
                 get_run_logger().info("%s has no `register` block: there is nothing to compare releases with", name)
             else:
@@ -121,7 +122,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
 def recipe_name(recipe: str) -> str:
     """The name of a recipe given by name or by path; a path outside the folder of recipes stays as it is."""
     path = Path(recipe)
-    known = path.suffix in (".yaml", ".yml") and path.parent.resolve() == catalog.folder().resolve()
+    known = path.suffix in (".yaml", ".yml") and path.parent.resolve() == recipes_folder.folder().resolve()
     return path.stem if known else recipe
 
 
@@ -152,8 +153,8 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
 
 
 def _last_announced(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> datetime | None:
-    resource = {"id": [released.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
-    wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [released.EVENT]}, "resource": resource}
+    resource = {"id": [release_event.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
+    wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [release_event.EVENT]}, "resource": resource}
     events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the most the server gives
     commits = {move.new, *move.new.split("+")}  # a webhook knows the commit of a part only
     times = [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]

@@ -8,7 +8,7 @@ from lewis import pipeline
 from lewis.allocation import densities
 from lewis.entries import AllocationEntry, ImportanceEntry, ModelFiles
 from lewis.recipe.recipe import Recipe
-from tasks.caching import cached
+from lewis_tasks.support.caching import cached
 
 
 @task(

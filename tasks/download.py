@@ -4,7 +4,7 @@ from prefect import task
 
 from lewis import pipeline
 from lewis.entries import ModelFiles, Source
-from tasks.caching import RETRIES, cached
+from lewis_tasks.support.caching import RETRIES, cached
 
 
 @task(name="download", task_run_name="download {source.ref}", timeout_seconds=6 * 3600, **cached("source"), **RETRIES)

@@ -9,8 +9,8 @@ from lewis import pipeline
 from lewis.entries import MergedModel, ModelFiles, ScoresEntry
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings
-from tasks.caching import Progress, cached, computing_in
-from tasks.device import device_slot
+from lewis_tasks.support.caching import Progress, cached, computing_in
+from lewis_tasks.support.device_slot import device_slot
 
 
 @task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)

@@ -13,9 +13,9 @@ from lewis.devices import default_device
 from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.importance import measure as library
 from lewis.recipe.recipe import Importance, Recipe
-from tasks import assets
-from tasks.caching import RETRIES, Progress, cached, computing_in
-from tasks.device import device_slot
+from lewis_tasks.support import assets
+from lewis_tasks.support.caching import RETRIES, Progress, cached, computing_in
+from lewis_tasks.support.device_slot import device_slot
 
 
 # Not cached: it is cheap, and its result, the digest of the token ids, is what the passes are cached by.

@@ -6,7 +6,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis import pipeline, store
 from lewis.entries import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
-from tasks.caching import RETRIES
+from lewis_tasks.support.caching import RETRIES
 
 
 @task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)

@@ -10,9 +10,9 @@ from lewis.devices import merge_device
 from lewis.entries import AllocationEntry, MergedModel, ModelFiles
 from lewis.merge import run as library
 from lewis.recipe.recipe import Recipe
-from tasks import assets
-from tasks.caching import Progress, cached
-from tasks.device import device_slot
+from lewis_tasks.support import assets
+from lewis_tasks.support.caching import Progress, cached
+from lewis_tasks.support.device_slot import device_slot
 
 
 @materialize(

@@ -10,7 +10,7 @@ from lewis.entries import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing, versions
 from lewis.registry.versions import Version
-from tasks.caching import RETRIES, slug
+from lewis_tasks.support.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
 

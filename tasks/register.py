@@ -17,8 +17,8 @@ from lewis.registry.promotion import Promotion
 from lewis.registry.registration import registry_entry
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
-from tasks import provenance
-from tasks.caching import RETRIES, slug
+from lewis_tasks.support import flow_run
+from lewis_tasks.support.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
 PROMOTED = "lewis.model.promoted"  # for automations: notify, deploy
@@ -75,7 +75,7 @@ def register(
     scores: dict[str, ScoresEntry],
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
-    tags = provenance.tags()
+    tags = flow_run.tags()
     entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
     card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
     version = versions.register(entry)
@@ -86,7 +86,7 @@ def register(
 @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; says whether the version is the champion now."""
-    done = promotion.promote(version, verdict, f"the run {provenance.url()}")
+    done = promotion.promote(version, verdict, f"the run {flow_run.url()}")
     if done.moved:
         _announce(recipe, version, verdict, merged, done)
     word = "passed: champion" if verdict.passed else "failed: the champion stays"

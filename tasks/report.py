@@ -28,8 +28,8 @@ from lewis.registry.registration import lineage_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import pictures
 from lewis.reports.run_report import RunFacts, changes, picture, to_markdown
-from tasks import provenance
-from tasks.caching import RETRIES, slug
+from lewis_tasks.support import flow_run
+from lewis_tasks.support.caching import RETRIES, slug
 
 
 @task(name="report-densities", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -74,7 +74,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
 @task(name="name-run", cache_policy=NO_CACHE, timeout_seconds=60)
 def name_run(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Name the flow run by the commits that it merges; its report adds the digest."""
-    provenance.rename(provenance.run_name(recipe.name, [source.key for source in _models(base, experts)]))
+    flow_run.rename(flow_run.run_name(recipe.name, [source.key for source in _models(base, experts)]))
 
 
 @task(name="report-run", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
@@ -101,9 +101,9 @@ def report_run(
         comparison: as `report_scores` gave it.
         published: where the champion is on the Hub.
     """
-    provenance.rename(provenance.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
-    run = provenance.this_run()
-    links = {"Prefect run": provenance.url()}
+    flow_run.rename(flow_run.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
+    run = flow_run.this_run()
+    links = {"Prefect run": flow_run.url()}
     if version:
         links |= {"MLflow version": versions.link(version), "MLflow run": versions.run_link(version)}
     if published:
@@ -111,7 +111,7 @@ def report_run(
     facts = RunFacts(
         recipe=recipe.name,
         outcome=_outcome(champion, verdict, version),
-        why=provenance.why(run),
+        why=flow_run.why(run),
         seconds=(datetime.now(UTC) - run.start_time).total_seconds() if run.start_time else 0,
         digest=merged.digest,
         champion=champion.version.uri if champion else None,

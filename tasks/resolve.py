@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis import pipeline
 from lewis.entries import Source
 from lewis.recipe.recipe import Recipe
-from tasks.caching import RETRIES
+from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
 POLL = 2.0  # seconds

@@ -16,8 +16,8 @@ from lewis.reports.run_report import picture
 from lewis.search import report as search_report
 from lewis.search import runs, trial
 from lewis.search.study import Objective, Trial
-from tasks.caching import RETRIES, Progress, raise_if_stopping, slug
-from tasks.device import device_slot
+from lewis_tasks.support.caching import RETRIES, Progress, raise_if_stopping, slug
+from lewis_tasks.support.device_slot import device_slot
 
 
 # No cache in front of it: it finds the scores of a merge that was scored before. A failed trial is a result: no retry.

@@ -144,7 +144,7 @@ def table(folder: Path, sizes: Sequence[str], counts: Sequence[int], rounds: int
 
 def lewis(recipe: Path, out: Path) -> list[str]:
     """The command of our merge."""
-    return [sys.executable, "-m", "flows.cli", "merge", str(recipe), "-o", str(out), "--json"]
+    return [sys.executable, "-m", "lewis_flows.cli.main", "merge", str(recipe), "-o", str(out), "--json"]
 
 
 def run(command: list[str], folder: Path) -> Taken:

@@ -77,8 +77,8 @@ def event(root: Path) -> list[bool]:
 
 def overhead(root: Path) -> list[bool]:
     """The same merge with and without the DAG; each full run in a new process, from an empty store, in alternation."""
-    from flows import environment
-    from flows.service import prefect_server
+    from lewis_flows import environment
+    from lewis_flows.service.servers import prefect_server
 
     family = in_new_process(root / "training", train_demo, root / "demo")
     os.environ["LEWIS_HOME"] = str(root / "server")
@@ -136,8 +136,8 @@ def time_runs(side: str, recipe: Path) -> list[float]:
     import mlflow.transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from flows.merge import merge_flow
     from lewis.evaluation import harness  # noqa: F401
+    from lewis_flows.merge import merge_flow
 
     run: Callable[[str], Any] = merge_flow if side == "dag" else run_library
     took = []
@@ -183,7 +183,7 @@ def run_library(path: str) -> None:
 def time_process(side: str, recipe: Path, home: Path, url: str) -> float:
     """Seconds from the start to the end of a Python that makes one run."""
     bare = "import sys; from tests.benchmarks.orchestration import run_library; run_library(sys.argv[1])"
-    command = ["-m", "flows.cli", "run"] if side == "dag" else ["-c", bare]
+    command = ["-m", "lewis_flows.cli.main", "run"] if side == "dag" else ["-c", bare]
     environment = {**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": url, "TMPDIR": str(home / "tmp")}
     began = time.perf_counter()
     subprocess.run([sys.executable, *command, str(recipe)], check=True, cwd=REPO, env=environment, capture_output=True)
@@ -192,7 +192,7 @@ def time_process(side: str, recipe: Path, home: Path, url: str) -> float:
 
 def time_remerge(root: Path) -> list[dict[str, float]]:
     """A full run and a re-merge, after a small one of other models has warmed up all code."""
-    from flows.service import prefect_server
+    from lewis_flows.service.servers import prefect_server
 
     experts = ["one", "two", "three", "four"]
     with LocalHub(root / "hub") as hub:
@@ -218,7 +218,7 @@ def time_tasks(recipe: Path) -> dict[str, float]:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-    from flows.merge import merge_flow
+    from lewis_flows.merge import merge_flow
 
     began = time.perf_counter()
     state = merge_flow(str(recipe), return_state=True)
@@ -254,7 +254,7 @@ def in_new_process(home: Path, function: Callable[..., Any], *arguments: Any, **
 
 def begin(output: Path) -> None:
     """Send what the process prints to a file, and set its environment as the command line does."""
-    from flows import environment
+    from lewis_flows import environment
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)

@@ -43,8 +43,8 @@ register: {name: tiny, gate: {metric: "words/acc,none", min_gain: -1}}
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One server for all commands that the tests run."""
-    from flows import environment
-    from flows.service import prefect_server
+    from lewis_flows import environment
+    from lewis_flows.service.servers import prefect_server
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEWIS_HOME", str(tmp_path_factory.mktemp("prefect-home")))
@@ -89,7 +89,7 @@ def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str | Path, patch: str = "", **environment: str) -> subprocess.Popen[str]:
-        code = f"{patch}\nimport sys\nfrom flows.cli import main\nsys.exit(main(sys.argv[1:]))"
+        code = f"{patch}\nimport sys\nfrom lewis_flows.cli.main import main\nsys.exit(main(sys.argv[1:]))"
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             stdout=subprocess.PIPE,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows import bars
 from lewis.memory import PeakMemory, anonymous_bytes
+from lewis_flows.cli import bars
 from tests.conftest import Family
 from tests.support.models import open_merge
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from flows.cli import main
 from lewis.evaluation import harness, harness_child
+from lewis_flows.cli.main import main
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.models import WORDS, rewrite, write_expert, write_llama
 
@@ -62,7 +62,7 @@ def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPa
     """Merge an expert in this process, which spares the imports of another one."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.merge import merge_flow
+    from lewis_flows.merge import merge_flow
 
     def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
         return harness_child.evaluate(**json.loads(json.dumps(request)))

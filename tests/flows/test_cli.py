@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.cli import _Terminal, main
 from lewis.models.checkpoint import Checkpoint
+from lewis_flows.cli.main import _Terminal, main
 from tests.conftest import Family
 from tests.support.models import edit_json, rewrite, write_llama, write_tokenizer
 
 
 def test_help_needs_no_heavy_import() -> None:
     check = """
-import sys, flows.cli
+import sys, lewis_flows.cli.main
 try:
-    flows.cli.main(["--help"])
+    lewis_flows.cli.main.main(["--help"])
 finally:
     sys.exit(1 if {"torch", "prefect", "mlflow"} & set(sys.modules) else 0)
 """
@@ -48,8 +48,8 @@ def test_a_compiled_merge_needs_no_torch(family: Family, home: Path) -> None:
     recipe["exclude"] = ["embed_tokens"]
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     check = """
-import sys, flows.cli
-code = flows.cli.main(["merge", *sys.argv[1:]])
+import sys, lewis_flows.cli.main
+code = lewis_flows.cli.main.main(["merge", *sys.argv[1:]])
 sys.exit(code or "torch" in sys.modules)
 """
     command = [sys.executable, "-c", check, str(home / "recipe.yaml"), "-o", str(home / "out")]

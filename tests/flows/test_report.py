@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flows import cli
-from flows.merge import MergeReport
+from lewis_flows.cli import main
+from lewis_flows.merge import MergeReport
 from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, finished, report
@@ -88,7 +88,7 @@ def test_the_story_of_two_runs(
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
     _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
-    cli._print_merge(MergeReport.model_validate(second))
+    main._print_merge(MergeReport.model_validate(second))
     _check_tables(client, own, home, second, text, capsys.readouterr().out)
     _check_events(client, own.stem, first, second)
     _check_assets(client, own.stem, math, family, second)
@@ -135,7 +135,7 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
 
 
 def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
-    from tasks.register import PROMOTED
+    from lewis_tasks.register import PROMOTED
 
     def both() -> list[Any]:
         found = events(client, PROMOTED, f"lewis.model.{name}")
@@ -148,7 +148,7 @@ def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[st
 
 
 def _check_assets(client: Any, name: str, math: Path, family: Family, second: dict[str, Any]) -> None:
-    from tasks import assets
+    from lewis_tasks.support import assets
 
     done = "prefect.asset.materialization.succeeded"
     merged = eventually(lambda: events(client, done, f"lewis://merged/{name}"))[0]
@@ -181,8 +181,8 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
     from lewis import pipeline
     from lewis.importance import measure
     from lewis.recipe.recipe import Importance
-    from tasks import assets
-    from tasks.importance import measuring
+    from lewis_tasks.importance import measuring
+    from lewis_tasks.support import assets
 
     made: list[list[str]] = []
     real = measure.measure_sets
@@ -221,7 +221,7 @@ def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
     from prefect import flow, task
 
     from lewis.errors import InputError, LewisError, RecipeError, TransientError
-    from tasks.failures import result_of, says_why
+    from lewis_tasks.support.failures import result_of, says_why
 
     @task(task_run_name="try {number}")
     def fail(number: int, error: Exception) -> None:
@@ -253,7 +253,7 @@ def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
 
 
 def test_a_wrong_recipe_is_told_in_the_state_of_the_run(own: Path, client: Any, home: Path) -> None:
-    from flows.merge import merge_flow
+    from lewis_flows.merge import merge_flow
 
     own.write_text(own.read_text().replace("merge_method", "merge_methode"))
     state = merge_flow(str(own), return_state=True)
@@ -267,13 +267,13 @@ def test_a_run_that_cannot_be_named_goes_on(
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from tasks import provenance
+    from lewis_tasks.support import flow_run
 
     @flow
     def named() -> str:
-        provenance.rename("a better name")
+        flow_run.rename("a better name")
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-            provenance.rename("the best name")
+            flow_run.rename("the best name")
         return "went on"
 
     state = named(return_state=True)
@@ -289,8 +289,8 @@ def test_why_a_run_started(client: Any, prefect_url: str) -> None:
     from prefect.events.actions import RunDeployment
     from prefect.events.schemas.automations import EventTrigger, Posture
 
-    from flows.released import EVENT, announce
-    from tasks.provenance import why
+    from lewis_flows.service.release_event import EVENT, announce
+    from lewis_tasks.support.flow_run import why
 
     @flow(name="why")
     def nothing() -> None: ...

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import runner
 from lewis.errors import InputError
+from lewis_flows.runners import choose
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, by_the_library, finished, leftovers, report
 
@@ -39,9 +39,9 @@ def test_a_wrong_setting_is_told_in_the_flow_and_not_while_it_is_loaded(
 ) -> None:
     for name, value in settings.items():
         environment.setenv(name, value)
-    assert runner.task_runner().name == "threadpool"
+    assert choose.task_runner().name == "threadpool"
     with pytest.raises(InputError, match=message):
-        runner.check()
+        choose.check()
 
 
 @pytest.mark.parametrize("name", ["dask", "ray"])
@@ -49,16 +49,16 @@ def test_an_extra_that_is_not_installed_is_named(name: str, environment: pytest.
     environment.setenv("LEWIS_TASK_RUNNER", name)
     environment.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=rf"pip install 'lewis-merge\[{name}\]'"):
-        runner.check()
+        choose.check()
 
 
 def test_as_many_workers_as_can_compute_and_one_more(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("LEWIS_DEVICE_SLOTS", "3")
-    assert runner.task_runner()._max_workers == 8
+    assert choose.task_runner()._max_workers == 8
     environment.setenv("LEWIS_TASK_RUNNER", "process")
-    assert runner.task_runner()._max_workers == 4
+    assert choose.task_runner()._max_workers == 4
     environment.setenv("LEWIS_MAX_WORKERS", "2")
-    assert runner.task_runner()._max_workers == 2
+    assert choose.task_runner()._max_workers == 2
 
 
 def in_worker(module: str, task: str, code: str) -> str:
@@ -67,7 +67,7 @@ def in_worker(module: str, task: str, code: str) -> str:
     A function of `__main__` travels to the workers as it is, a patch of a module would stay behind.
     """
     return (
-        f"import functools\nfrom tasks.{module} import {task} as task\nfunction = task.fn\n@functools.wraps(function)\n"
+        f"import functools\nfrom lewis_tasks.{module} import {task} as task\nfunction = task.fn\n@functools.wraps(function)\n"
         f"def first(*arguments, **named):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
         f"    return function(*arguments, **named)\ntask.fn = first"
     )
@@ -125,7 +125,7 @@ SLOW_MERGE = """
         n.append(arguments)
         if len(n) == 5:
             print(os.getpid(), flush=True)
-            from tasks.caching import STOPPING
+            from lewis_tasks.support.caching import STOPPING
             STOPPING.wait(60)
         return f(self, *arguments)
     m.Merge._write = write

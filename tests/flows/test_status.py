@@ -13,10 +13,10 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running, Scheduled, State
 
-from flows.status import Part, Status, status
-from flows.status_text import moment, short
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
+from lewis_flows.service.status import Part, Status, status
+from lewis_flows.service.status_text import moment, short
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub

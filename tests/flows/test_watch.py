@@ -15,11 +15,12 @@ from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
 
-from flows import released, watch
-from flows.watch import WatchReport, watch_flow
 from lewis.errors import TransientError
 from lewis.registry import releases
 from lewis.registry.releases import Moved
+from lewis_flows import watch
+from lewis_flows.service import release_event
+from lewis_flows.watch import WatchReport, watch_flow
 from tests.conftest import Family
 from tests.support.lineage import registered
 from tests.support.local_hub import LocalHub
@@ -63,7 +64,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
     """What was announced of a recipe, the newest first."""
-    wanted = {"event": {"name": [released.EVENT]}, "resource": {"labels": {"lewis.recipe": recipe}}}
+    wanted = {"event": {"name": [release_event.EVENT]}, "resource": {"labels": {"lewis.recipe": recipe}}}
     return [event.payload for event in client.read_events(EventFilter.model_validate(wanted), limit=50).events]
 
 
@@ -100,9 +101,9 @@ def test_a_release_is_announced_once_and_not_again_after_the_merge(
     assert events(client, "life") == [first]
     assert watch_flow().waiting == ["life: org/math"]
 
-    from flows import catalog
+    from lewis_flows import recipes_folder
 
-    heads = releases.heads(catalog.load("life"))
+    heads = releases.heads(recipes_folder.load("life"))
     registered(family.base, "a", heads, "life")
     assert watch_flow() == WatchReport(checked=["life"])
     new = hub.commit("org/code", family.math)
@@ -165,11 +166,11 @@ def test_an_announcement_that_prefect_did_not_take_fails_the_run(
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
             return real(*_)
 
-    real = released.announce
-    monkeypatch.setattr(released, "announce", announce)
+    real = release_event.announce
+    monkeypatch.setattr(release_event, "announce", announce)
     state = watch_flow(return_state=True)
     assert state.is_failed() and "Prefect did not take the event" in state.message
-    monkeypatch.setattr(released, "announce", real)
+    monkeypatch.setattr(release_event, "announce", real)
     assert watch_flow().announced == ["lost: org/math"]
 
 
@@ -211,7 +212,7 @@ CASES: dict[str, tuple[list[tuple[State, ...]], dict[str, timedelta], bool]] = {
 def announced(client: SyncPrefectClient) -> None:
     """One release for each case, in the server's records."""
     for name in [*CASES, "by path", "of another"]:
-        released.announce(name, "org/math", "org/math", OLD_RELEASE, RELEASE)
+        release_event.announce(name, "org/math", "org/math", OLD_RELEASE, RELEASE)
     until(lambda: bool(events(client, "of another")))
 
 
@@ -243,6 +244,6 @@ def test_a_run_by_path_counts_and_that_of_another_recipe_does_not(
 
 
 def test_a_webhook_that_knew_the_adapters_commit_only_announced_it(client: SyncPrefectClient, recipes: Path) -> None:
-    released.announce("adapter", "org/lora", "org/lora", None, RELEASE)
+    release_event.announce("adapter", "org/lora", "org/lora", None, RELEASE)
     until(lambda: bool(events(client, "adapter")))
     assert not watch._is_news("adapter", Moved("org/lora", "org/lora", None, f"{OLD_RELEASE}+{RELEASE}"))

@@ -24,9 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows import released, webhook
 from lewis.errors import InputError, TransientError
 from lewis.recipe.recipe import Recipe
+from lewis_flows.service import release_event, webhook
 from tests.flows.conftest import REPO
 from tests.support.local_hub import LocalHub, Webhook
 
@@ -86,7 +86,7 @@ def receiving(folder: Path, api: str) -> Iterator[Receiver]:
     variables |= {"PREFECT_API_URL": api, "LEWIS_HOME": str(folder / "home")}
     with logs.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.webhook"],
+            [sys.executable, "-m", "lewis_flows.service.webhook"],
             cwd=REPO,
             env={**os.environ, **variables},
             stdout=output,
@@ -118,7 +118,7 @@ def receiver(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def stored(api: str, new: str, expected: int) -> list[dict[str, Any]]:
     """The events about a commit that the server has on disk; waits until there are so many."""
-    body = json.dumps({"filter": {"event": {"name": [released.EVENT]}}, "limit": 50}).encode()
+    body = json.dumps({"filter": {"event": {"name": [release_event.EVENT]}}, "limit": 50}).encode()
     deadline = time.monotonic() + 20
     while True:
         request = urllib.request.Request(f"{api}/events/filter", body, {"Content-Type": "application/json"})
@@ -390,7 +390,7 @@ def api(prefect_url: str) -> Iterator[str]:
 
 def test_an_event_about_a_folder_is_stored(api: str) -> None:
     folder, new = "/tmp/my models/{{ 7*7 }}*\n", "sha256:" + "6" * 64
-    found = released.announce("nightly", "./x", folder, None, new)
+    found = release_event.announce("nightly", "./x", folder, None, new)
     (event,) = stored(api, new, 1)
     assert event["id"] == found
     assert event["resource"]["prefect.resource.id"] == "lewis.expert./tmp/my%20models/%7B%7B%207%2A7%20%7D%7D%2A%0A"
@@ -405,14 +405,14 @@ def test_an_event_that_is_not_taken_is_an_error() -> None:
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
         pytest.raises(TransientError, match="ConnectError"),
     ):
-        released.announce("r", "org/x", "org/x", OLD, NEW)
+        release_event.announce("r", "org/x", "org/x", OLD, NEW)
     assert time.monotonic() - started < 8
 
 
 def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:
     (tmp_path / "org" / "math").mkdir(parents=True)
     recipe = Recipe.parse(ALPHA.replace("org/base\n", "./gone\n"), root=tmp_path)
-    assert list(released.hub_repos(recipe)) == [
+    assert list(release_event.hub_repos(recipe)) == [
         ("org/code", "org/code@main"),
         ("org/base", "org/base+org/lora"),
         ("org/lora", "org/base+org/lora"),

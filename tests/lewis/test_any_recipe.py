@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from flows.cli import main
 from lewis.methods import METHODS, Parameter
+from lewis_flows.cli.main import main
 from tests.conftest import Family
 from tests.lewis.test_vocabulary import WORDS, with_vocabulary
 from tests.support.models import rewrite

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flows.cli import main
+from lewis_flows.cli.main import main
 from tests.conftest import Family
 from tests.support.models import bits, open_merge, rewrite
 

@@ -623,7 +623,7 @@ class TestRefused:
 
     def test_no_disk_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(1, 1, 1000))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 1000))
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", "no space: the output needs 0.01 GB")
 

@@ -185,7 +185,7 @@ class TestUse:
 class TestSpace:
     def test_is_checked_before(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(2e9, 1e9, 10**9))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage(2e9, 1e9, 10**9))
         store.check_space(tmp_path / "not" / "yet" / "there", 10**9)
         with pytest.raises(InputError, match=r"no space: the output needs 2.00 GB, 1.00 GB are free"):
             store.check_space(tmp_path, 2 * 10**9)

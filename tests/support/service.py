@@ -118,7 +118,7 @@ class Service:
         environment = {key: value for key, value in os.environ.items() if key not in left_out}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "up", "--prefect-file", str(self.prefect_file)],
+                [sys.executable, "-m", "lewis_flows.cli.main", "up", "--prefect-file", str(self.prefect_file)],
                 stdout=log,
                 stderr=log,
                 cwd=REPO,

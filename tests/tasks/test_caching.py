@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
-from tasks import caching
-from tasks.caching import RETRIES, ContentAddressed, Progress, slug
-from tasks.logs import worth_reading
+from lewis_tasks.support import caching
+from lewis_tasks.support.caching import RETRIES, ContentAddressed, Progress, slug
+from lewis_tasks.support.logs import worth_reading
 
 
 def key(inputs: dict[str, Any], **policy: Any) -> str:

@@ -15,12 +15,13 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import environment
-from flows.service import prefect_server
 from lewis.devices import precision
 from lewis.errors import InputError, LewisError
-from tasks import caching, device
-from tasks.device import LIMIT, device_slot, slots
+from lewis_flows import environment
+from lewis_flows.service.servers import prefect_server
+from lewis_tasks.support import caching
+from lewis_tasks.support import device_slot as device
+from lewis_tasks.support.device_slot import LIMIT, device_slot, slots
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_a_wrong_number_of_slots_is_refused(given: str, monkeypatch: pytest.Monk
 
 
 def test_the_slot_of_a_killed_holder_is_free_at_once(machine: Path) -> None:
-    code = "import time, tasks.device as d\nwith d.device_slot(): print('HELD', flush=True), time.sleep(60)"
+    code = "import time, lewis_tasks.support.device_slot as d\nwith d.device_slot(): print('HELD', flush=True), time.sleep(60)"
     environment = {**os.environ, "TMPDIR": str(machine), "LEWIS_DEVICE_SLOTS": "1"}
     environment.pop("PREFECT_API_URL", None)
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)

@@ -21,8 +21,8 @@ from prefect.utilities.annotations import quote
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from lewis.errors import InputError, LewisError
-from tasks.caching import STOPPING
-from tasks.device import slots
+from lewis_tasks.support.caching import STOPPING
+from lewis_tasks.support.device_slot import slots
 
 RUNNERS = ("thread", "process", "dask", "ray")
 THREADS = 8
@@ -64,7 +64,7 @@ def _chosen() -> TaskRunner[Any]:
         return Processes(max_workers=workers, initializer=_begin_process)
     if importlib.util.find_spec(f"prefect_{name}") is None:
         raise InputError(f"LEWIS_TASK_RUNNER={name}: not installed; run: pip install 'lewis-merge[{name}]'")
-    cluster = importlib.import_module(f"flows.{name}_runner")
+    cluster = importlib.import_module(f"lewis_flows.runners.{name}")
     address = os.environ.get(f"LEWIS_{name.upper()}_ADDRESS")
     runner: TaskRunner[Any] = cluster.existing(address) if address else cluster.local(workers)
     return runner

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import bars
+from lewis_flows.cli import bars
 
 if TYPE_CHECKING:
     from lewis.recipe.recipe import Recipe
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what it did is the exit code."""
     options = _parser().parse_args(arguments)
-    from flows import environment
     from lewis.errors import InputError, LewisError
+    from lewis_flows import environment
 
     environment.prepare()
     try:
@@ -150,7 +150,7 @@ def _up(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from flows.service import up
+    from lewis_flows.service.servers import up
 
     console, colours = Console(), {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green"}
 
@@ -165,28 +165,28 @@ def _up(options: argparse.Namespace) -> None:
 
 
 def _deploy(options: argparse.Namespace) -> None:
-    from flows.service import prefect_server
+    from lewis_flows.service.servers import prefect_server
 
     with prefect_server() as url:
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: url}):
-            from flows import deploy
+            from lewis_flows.service import deploy
 
             recipes = deploy.deploy(options.prefect_file or deploy.PREFECT_YAML)
     print(f"deployed to {url}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
 
 
 def _status(options: argparse.Namespace) -> None:
-    from flows.status import status
+    from lewis_flows.service.status import status
 
     found, width = status(), shutil.get_terminal_size((120, 40)).columns
     print(found.model_dump_json(indent=2) if options.json else found.to_text(width), end="")
 
 
 def _gc(options: argparse.Namespace) -> None:
-    from flows import turn
     from lewis.store import housekeeping
+    from lewis_flows import turn
 
     _log_to_terminal()
     found = housekeeping.survey(options.days, active_since=turn.active_since())
@@ -209,7 +209,7 @@ def _search(options: argparse.Namespace) -> None:
     study.check_space(recipe)
 
     def flow() -> Any:
-        from flows.search import search_flow
+        from lewis_flows.search import search_flow
 
         path = str(Path(options.recipe).resolve())
         return search_flow(path, options.overrides, options.trials, options.minutes)
@@ -229,7 +229,7 @@ def _search(options: argparse.Namespace) -> None:
 
 def _with_prefect(flow: Callable[[], Any]) -> Any:
     """Run a flow on the server that there is, or on one for as long as it takes."""
-    from flows.service import prefect_server
+    from lewis_flows.service.servers import prefect_server
 
     with prefect_server() as url:
         from prefect.logging.handlers import APILogWorker
@@ -238,7 +238,7 @@ def _with_prefect(flow: Callable[[], Any]) -> Any:
         with temporary_settings({PREFECT_API_URL: url}):
             from prefect import tags
 
-            from flows.turn import crash_dead_runs
+            from lewis_flows.turn import crash_dead_runs
 
             crash_dead_runs()
             signal.signal(signal.SIGINT, _stop_tasks)
@@ -279,7 +279,7 @@ def _rollback(options: argparse.Namespace) -> None:
 
 def _run_flow(recipe: str, overrides: list[str], *, as_json: bool) -> None:
     def flow() -> Any:
-        from flows.merge import merge_flow
+        from lewis_flows.merge import merge_flow
 
         return merge_flow(recipe, overrides)
 
@@ -305,7 +305,7 @@ def _print_merge(report: Any) -> None:
 
 
 def _stop_tasks(number: int, frame: Any) -> None:
-    from tasks.caching import STOPPING
+    from lewis_tasks.support.caching import STOPPING
 
     STOPPING.set()
     raise KeyboardInterrupt

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from flows.processes import Process, answers, free_port, usable_port
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis_flows.service.processes import Process, answers, free_port, usable_port
 
 Say = Callable[[str, str], None]
 """Called with the name of a part and a line it says."""
@@ -135,8 +135,8 @@ def _prefect(port: int, echo: Callable[[str], None] | None) -> tuple[Process, st
 
 def _prepare_server(say: Say, prefect_file: Path | None) -> None:
     # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
-    from flows import deploy
-    from flows.turn import crash_dead_runs, drop_missed_polls
+    from lewis_flows.service import deploy
+    from lewis_flows.turn import crash_dead_runs, drop_missed_polls
 
     say("lewis", "deploying")
     crash_dead_runs()
@@ -169,16 +169,18 @@ def _receiver(urls: dict[str, str], say: Say) -> Process:
     urls["webhook"] = f"http://127.0.0.1:{port}/webhook"
     environment = {"LEWIS_WEBHOOK_HOST": "127.0.0.1", "LEWIS_WEBHOOK_PORT": str(port)}
     health = f"http://127.0.0.1:{port}/health"
-    return Process("webhook", ["-m", "flows.webhook"], environment, health=health, echo=_echo("webhook", say))
+    return Process(
+        "webhook", ["-m", "lewis_flows.service.webhook"], environment, health=health, echo=_echo("webhook", say)
+    )
 
 
 def _keep_up(parts: list[Process], say: Say, prefect_file: Path | None) -> None:
     """Start again what ends, and deploy again when a recipe comes or goes."""
-    from flows import catalog
+    from lewis_flows import recipes_folder
 
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
-    recipes, looked = catalog.names(), time.monotonic()
+    recipes, looked = recipes_folder.names(), time.monotonic()
     while True:
         time.sleep(0.5)
         for part in parts:
@@ -193,7 +195,7 @@ def _keep_up(parts: list[Process], say: Say, prefect_file: Path | None) -> None:
             started[part.name] = time.monotonic()
         if time.monotonic() - looked > 5:
             looked = time.monotonic()
-            if (now := catalog.names()) != recipes:
+            if (now := recipes_folder.names()) != recipes:
                 recipes = now
                 _prepare_server(say, prefect_file)
 

@@ -13,9 +13,9 @@ import ray
 from prefect_ray import RayTaskRunner
 from prefect_ray.task_runners import PrefectRayFuture
 
-from flows import worker
-from flows.runner import unquoted
 from lewis.errors import LewisError
+from lewis_flows.runners import worker_environment
+from lewis_flows.runners.choose import unquoted
 
 _STOP_SECONDS = 10.0
 
@@ -79,9 +79,9 @@ def local(workers: int) -> RayRunner:
 
 
 def _environment() -> dict[str, Any]:
-    values = worker.shared_environment()
+    values = worker_environment.shared_environment()
 
     def begin() -> None:
-        worker.prepare(values)
+        worker_environment.prepare(values)
 
     return {"worker_process_setup_hook": begin}

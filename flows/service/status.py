@@ -16,13 +16,13 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from pydantic import BaseModel
 
-from flows import catalog
-from flows.status_text import as_text
-from flows.watch import ENDED, recipe_name
 from lewis import store
 from lewis.errors import LewisError
 from lewis.registry import releases
 from lewis.registry.releases import Held
+from lewis_flows import recipes_folder
+from lewis_flows.service.status_text import as_text
+from lewis_flows.watch import ENDED, recipe_name
 
 FLOWS = ["merge", "watch-releases"]
 POOL = "lewis"
@@ -106,7 +106,7 @@ def status() -> Status:
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"
     try:
-        names = catalog.names()
+        names = recipes_folder.names()
     except LewisError as error:
         found.unknown["recipes"] = str(error)
         return found
@@ -214,7 +214,7 @@ def _watched(name: str, mlflow: Part) -> Watched:
     """One recipe: what its champion holds, and the heads now."""
     found = Watched(recipe=name)
     try:
-        recipe = catalog.load(name)
+        recipe = recipes_folder.load(name)
     except (LewisError, OSError) as error:
         found.unknown.append(str(error))
         return found

@@ -19,7 +19,7 @@ from lewis import store
 from lewis.devices import default_device, precision
 from lewis.errors import LewisError
 from lewis.models.hub_errors import retryable
-from tasks.logs import quieten
+from lewis_tasks.support.logs import quieten
 
 logger = logging.getLogger(__name__)
 STOPPING = threading.Event()

@@ -7,7 +7,7 @@ from prefect.context import AssetContext
 from prefect.states import Completed
 
 from lewis.recipe.recipe import Recipe
-from tasks.caching import slug
+from lewis_tasks.support.caching import slug
 
 
 def model(ref: str) -> Asset:

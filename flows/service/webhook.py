@@ -1,6 +1,6 @@
 """The receiver of the Hub's webhooks: a push to a repo that a recipe follows becomes the event that starts a merge.
 
-    PREFECT_API_URL=http://127.0.0.1:4200/api python -m flows.webhook
+    PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.webhook
 
 It listens on loopback; a reverse proxy with TLS belongs before it. A delivery only says that something moved: the merge
 asks the Hub itself what the newest commit is.
@@ -26,11 +26,11 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flows import catalog, environment
-from flows.delivery import Delivery, UpdatedRef
-from flows.released import announce, hub_repos
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis_flows import environment, recipes_folder
+from lewis_flows.service.hub_payload import Delivery, UpdatedRef
+from lewis_flows.service.release_event import announce, hub_repos
 
 logger = logging.getLogger("lewis.webhook")
 
@@ -70,7 +70,7 @@ class _Receiver:
         # The recipes are read anew: one that was dropped in since counts.
         followers = {
             recipe: (repo, ref)
-            for recipe, content in catalog.load_all().items()
+            for recipe, content in recipes_folder.load_all().items()
             for repo, ref in hub_repos(content)
             if repo.lower() == name.lower()  # the Hub knows a repo in any case, its payload has the official one
         }
@@ -221,7 +221,7 @@ def serve(host: str, port: int, secret: str) -> None:
 
 
 def main() -> int:
-    """`python -m flows.webhook`; the exit code is 2 if a setting is wrong."""
+    """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
     environment.prepare()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)

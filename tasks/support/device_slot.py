@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL
 
 from lewis.devices import devices
 from lewis.errors import InputError
-from tasks.caching import raise_if_stopping
+from lewis_tasks.support.caching import raise_if_stopping
 
 logger = logging.getLogger(__name__)
 LIMIT = "lewis-device"

@@ -22,17 +22,17 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from flows import catalog
 from lewis.errors import InputError, LewisError
 from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
-from tasks.device import LIMIT, slots
+from lewis_flows import recipes_folder
+from lewis_tasks.support.device_slot import LIMIT, slots
 
 logger = logging.getLogger(__name__)
 POOL = "lewis"
 TAG = "lewis"  # of our runs; a server may have others, whose heartbeats are slower
 DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
-PREFECT_YAML = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"
+PREFECT_YAML = Path(__file__).resolve().parents[2] / "deployments" / "prefect.yaml"
 
 
 def deploy(file: Path = PREFECT_YAML) -> list[str]:
@@ -47,7 +47,7 @@ def deploy(file: Path = PREFECT_YAML) -> list[str]:
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file; give the path of your prefect.yaml, or deploy from a checkout")
-    recipes = catalog.load_all()
+    recipes = recipes_folder.load_all()
     with get_client(sync_client=True) as client:
         _create_pool(client)
         _create_limit(client)

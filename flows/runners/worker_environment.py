@@ -3,8 +3,8 @@
 import os
 from collections.abc import Mapping
 
-from flows import environment
 from lewis import store
+from lewis_flows import environment
 
 # No secrets: a cluster shows its settings. HF_TOKEN belongs into the environment of the workers themselves.
 _SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI")
@@ -24,6 +24,6 @@ def prepare(values: Mapping[str, str]) -> None:
 
 def stop() -> None:
     """Let the tasks of this process end at their next report of progress."""
-    from tasks.caching import STOPPING
+    from lewis_tasks.support.caching import STOPPING
 
     STOPPING.set()

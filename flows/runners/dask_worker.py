@@ -1,10 +1,10 @@
-"""The part of `flows.dask_runner` that its workers load before they load Prefect."""
+"""The part of `lewis_flows.runners.dask` that its workers load before they load Prefect."""
 
 from collections.abc import Mapping
 
 from distributed import Worker, WorkerPlugin
 
-from flows import worker
+from lewis_flows.runners import worker_environment
 
 
 class Environment(WorkerPlugin):
@@ -20,4 +20,4 @@ class Environment(WorkerPlugin):
         _prepare(self._values)
 
 
-_prepare = worker.prepare
+_prepare = worker_environment.prepare

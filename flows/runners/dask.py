@@ -7,10 +7,10 @@ from typing import Any
 from prefect_dask import DaskTaskRunner, PrefectDaskClient
 from prefect_dask.task_runners import PrefectDaskFuture
 
-from flows import worker
-from flows.dask_worker import Environment
-from flows.runner import unquoted
 from lewis.errors import LewisError
+from lewis_flows.runners import worker_environment
+from lewis_flows.runners.choose import unquoted
+from lewis_flows.runners.dask_worker import Environment
 
 _STOP_SECONDS = 10.0
 logging.getLogger("distributed").setLevel(logging.WARNING)  # it tells of every connection
@@ -28,7 +28,7 @@ class DaskRunner(DaskTaskRunner):
         """
         if self._client is None:
             try:
-                super().client.register_plugin(Environment(worker.shared_environment()))
+                super().client.register_plugin(Environment(worker_environment.shared_environment()))
             except (OSError, ValueError) as error:
                 place = self.address or "a cluster of this machine"
                 raise LewisError(f"LEWIS_DASK_ADDRESS: no Dask scheduler at {place}: {error}; start it") from error
@@ -41,7 +41,7 @@ class DaskRunner(DaskTaskRunner):
 
     def __exit__(self, exc_type: Any, *rest: Any) -> None:
         if exc_type is not None and self._client is not None and self.address is None:
-            self._client.run(worker.stop)  # its processes are killed next: first let them clean up
+            self._client.run(worker_environment.stop)  # its processes are killed next: first let them clean up
             deadline = time.monotonic() + _STOP_SECONDS
             while any(self._client.processing().values()) and time.monotonic() < deadline:
                 time.sleep(0.1)

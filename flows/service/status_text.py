@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from flows.status import Input, Run, Status, Watched
+    from lewis_flows.service.status import Input, Run, Status, Watched
 
 
 def as_text(status: "Status", now: datetime, width: int) -> str:

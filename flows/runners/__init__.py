@@ -1,0 +1,1 @@
+"""Task runners: where the tasks of a run are executed."""
