@@ -77,7 +77,7 @@ class _Nursery:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._owner = (os.getpid(), _when_loaded(environment))
         # -P: a random.py in the working directory must not stand in for the library's
-        command = [sys.executable, "-P", "-m", "lewis.evaluation.lm_eval.harness_child", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "lewis.evaluation.harness_child", str(theirs.fileno())]
         command += ["loaded"] if loaded else []
         with theirs:
             self._process = subprocess.Popen(

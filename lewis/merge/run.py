@@ -89,7 +89,7 @@ class Merge:
             recipe: the recipe.
             base: the base, or None for a method on weights without one.
             experts: as `Recipe.experts`, opened.
-            held_back: factors that merged deltas are multiplied with (`lewis.allocation.densities.aim`); none for names left out.
+            held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`); none for names left out.
             device: where the methods compute, by torch's name; on `cpu` in compiled loops where there are some. Part
                 of the digest, as `lewis.devices.merge_device` says.
 

@@ -181,7 +181,7 @@ class Density(_Block):
 
 
 class Aim(_Block):
-    """Hold the merged delta back where the base's activations are large (`lewis.allocation.densities.aim`, arXiv 2502.02421).
+    """Hold the merged delta back where the base's activations are large (`lewis.allocation.aim`, arXiv 2502.02421).
 
     Attributes:
         omega: what is left of the delta in the input channel that the base uses most; 1 changes nothing.

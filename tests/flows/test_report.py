@@ -163,9 +163,7 @@ def _check_assets(client: Any, name: str, math: Path, family: Family, second: di
 
 
 def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client: Any, family: Family) -> None:
-    full_disk = (
-        "import lewis.importance as m\ndef full(*_, **__): raise OSError(28, 'No space left')\nm.measure_sets = full"
-    )
+    full_disk = "import lewis.importance.measure as m\ndef full(*_, **__): raise OSError(28, 'No space left')\nm.measure_sets = full"
     code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
     [run] = runs(client, own)
     told = f"measure {family.base} on words: OSError: [Errno 28] No space left; the traceback is in the task's log"

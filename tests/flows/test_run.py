@@ -122,7 +122,7 @@ def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
     lewis: Command, recipe: Path, home: Path
 ) -> None:
     patch = (
-        "import lewis.merge as m; f = m.Merge.run\n"
+        "import lewis.merge.run as m; f = m.Merge.run\n"
         "m.Merge.run = lambda *a, **k: (print('COMPUTED', flush=True), f(*a, **k))[1]"
     )
     both = [lewis("run", recipe, *NO_SCORES, patch=patch) for _ in range(2)]

@@ -93,7 +93,7 @@ class TestSamples:
     def test_of_a_hub_dataset_are_those_of_its_commit(self, family: Family, data: Path) -> None:
         code = (
             "import sys; from pathlib import Path\n"
-            "from lewis.calibration import calibrate; from lewis.recipe import CalibrationSet\n"
+            "from lewis.importance.calibration import calibrate; from lewis.recipe.recipe import CalibrationSet\n"
             "spec = CalibrationSet(dataset=sys.argv[2], text='{question}', samples=3)\n"
             "print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
         )  # a process of its own: `datasets` reads the environment once, at import

@@ -122,8 +122,8 @@ def test_the_bytes_of_the_methods_own_functions(
     rng = random.Random(f"{method} {number}")
     if number % 2:  # so that small tensors take the way of large ones
         monkeypatch.setattr(selection, "_ROOM", 4096)
-        monkeypatch.setattr("lewis.merge.run.compiled._own", type("Fresh", (), {})())
-        monkeypatch.setattr("lewis.merge.run.compiled._CHUNK", 2048)
+        monkeypatch.setattr("lewis.merge.compiled._own", type("Fresh", (), {})())
+        monkeypatch.setattr("lewis.merge.compiled._CHUNK", 2048)
     merge = draw(rng, tmp_path, method)
     try:
         expected = bits(merge.tensor(NAME))

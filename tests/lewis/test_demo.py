@@ -217,7 +217,7 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lewis.demo import Plan, make_family
+from lewis.demo.family import Plan, make_family
 def die(name, share):
     if name == "experts/sorting":
         os.kill(os.getpid(), signal.SIGKILL)

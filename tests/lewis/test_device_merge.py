@@ -34,7 +34,7 @@ def test_a_method_stays_on_the_device_of_its_tensors(
     # Tensors without values, on a device that will not meet another: what depends on values is put in their place.
     monkeypatch.setattr("lewis.methods.arithmetic.sums._by_halves", lambda values: [float(len(values))])
     monkeypatch.setattr("lewis.methods.arithmetic.sparsify._largest_there", lambda values, k: values > 0)
-    for module in ("cuts", "arcee_fusion"):
+    for module in ("arithmetic.cuts", "arcee_fusion"):
         monkeypatch.setattr(f"lewis.methods.{module}.kth_largest", kth_of_nothing)
     for module in ("ram", "sce"):
         monkeypatch.setattr(f"lewis.methods.{module}.count", lambda mask: 3)

@@ -399,7 +399,7 @@ class TestBadEnds:
         told = f"pathlib.Path('{pids}').write_text(f'{{os.getpid()}} {{os.getppid()}} '); time.sleep(600)"
         task = faulty(root, told)
         code = (
-            "import sys; from pathlib import Path; from lewis.evaluation import *\n"
+            "import sys; from pathlib import Path; from lewis.evaluation.lm_eval import *\n"
             "evaluate(Path(sys.argv[1]), EvalSettings((sys.argv[3],)), root=Path(sys.argv[2]))"
         )
         command = [sys.executable, "-c", code, str(model), str(root), task]

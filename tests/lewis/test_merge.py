@@ -347,7 +347,7 @@ class TestRun:
 
         monkeypatch.setattr(in_torch._Tensor, "merged", noted)
         monkeypatch.setattr(in_torch, "PIECE", 100)
-        monkeypatch.setattr("lewis.merge.run.compiled.merge_tensor", lambda *_: False)
+        monkeypatch.setattr("lewis.merge.compiled.merge_tensor", lambda *_: False)
         merge.run(tmp_path / "out")
         assert {
             name: bits(tensor) for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()

@@ -296,7 +296,7 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path) ->
     (home / "mlflow" / "mlflow.db").unlink()
     dies = (
         "import os, mlflow.store.db.utils as m; m._upgrade_db = lambda engine: os.kill(os.getpid(), 9)\n"
-        "from lewis import registry; registry.configure()"
+        "from lewis.registry import versions; versions.configure()"
     )
     assert subprocess.run([sys.executable, "-c", dies]).returncode == -signal.SIGKILL
     assert registry.champion("tiny") is None

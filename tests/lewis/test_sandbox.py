@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lewis
 from lewis.errors import InputError
 from lewis.evaluation import sandbox
 
@@ -127,13 +128,12 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
     python = Path("/usr/bin/python3")
     if not python.exists():
         pytest.skip("there is no /usr/bin/python3")
-    package = tmp_path / "lewis"
-    package.mkdir()
-    for name in ("sandbox", "errors"):
-        (package / f"{name}.py").write_bytes(Path(sandbox.__file__).with_name(f"{name}.py").read_bytes())
-    (package / "__init__.py").touch()
+    (tmp_path / "lewis" / "evaluation").mkdir(parents=True)
+    source = Path(lewis.__file__).parent
+    for name in ("__init__.py", "errors.py", "evaluation/__init__.py", "evaluation/sandbox.py"):
+        (tmp_path / "lewis" / name).write_bytes((source / name).read_bytes())
     code = (
-        "import sys; sys.path.insert(0, '.'); from lewis import sandbox\n"
+        "import sys; sys.path.insert(0, '.'); from lewis.evaluation import sandbox\n"
         "print(sandbox.run('assert 1 == 1').passed)\n"
         'for program in (\'open("/etc/passwd")\', \'open("/usr/x", "w")\', \'import os; os.chroot("/work")\'):\n'
         "    print(sandbox.run(program).reason.split(':')[0])"
