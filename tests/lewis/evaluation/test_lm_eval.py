@@ -22,7 +22,7 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import fork_server, harness
 from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score, check_tasks, evaluate, score_table, tasks_digest
 
-RECIPES = Path(__file__).parents[2] / "deployments/recipes"
+RECIPES = Path(__file__).parents[3] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 CHOICES = [" cat", " dog", " red"]
 ROWS = [

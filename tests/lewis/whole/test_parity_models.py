@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lewis.merge.run import Expert, Merge
 from lewis.methods import METHODS
 from lewis.models.checkpoint import Checkpoint
-from tests.lewis.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold
+from tests.lewis.whole.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold
 from tests.support.models import parse, shard, write_tensors
 
 pytestmark = [
@@ -102,7 +102,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     place = tmp_path_factory.mktemp("draws")
     chosen = [method for method in METHODS_DRAWN if any(f"[{method}]" in item.nodeid for item in request.session.items)]
     found = {method: [draw(method, number, place) for number in range(DRAWS)] for method in chosen}
-    command = [str(MERGEKIT), str(Path(__file__).parents[1] / "support" / "mergekit_oracle.py")]
+    command = [str(MERGEKIT), str(Path(__file__).parents[2] / "support" / "mergekit_oracle.py")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, input=f"{place}\n", text=True, check=True, capture_output=True, env=environment)
     return found

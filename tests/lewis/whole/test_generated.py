@@ -12,7 +12,7 @@ import pytest
 from lewis.errors import InputError
 from lewis.evaluation import sandbox
 
-TASKS = Path(__file__).parents[2] / "deployments/recipes/tasks"
+TASKS = Path(__file__).parents[3] / "deployments/recipes/tasks"
 QUESTIONS = [{"question": f"how many {thing} ?", "answer": "6*7 is <<6*7=42>>42\n#### 1,042"} for thing in "abcdef"]
 PROGRAMS = [
     {

@@ -39,7 +39,7 @@ Oracle = Callable[[list[Draw]], list[torch.Tensor | str]]
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
     """mergekit, in one process for all tests: draws in, results (or what it stops with) out."""
     folder = tmp_path_factory.mktemp("mergekit")
-    command = [str(MERGEKIT), str(Path(__file__).parents[1] / "support" / "mergekit_oracle.py")]
+    command = [str(MERGEKIT), str(Path(__file__).parents[2] / "support" / "mergekit_oracle.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         assert process.stdin is not None and process.stdout is not None
         pipes = process.stdin, process.stdout

@@ -13,7 +13,7 @@ from lewis.merge.run import Merge, random_stream
 from lewis.methods import METHODS
 from lewis.methods.arithmetic.cuts import Kth
 from lewis.methods.arithmetic.sparsify import _largest_there, largest
-from tests.lewis.test_compiled import NAME, draw
+from tests.lewis.merge.test_compiled import NAME, draw
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sce": [{}, {"select_topk": 0.5}],
