@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from lewis import pipeline
 from lewis.entries import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis_flows import recipes_folder
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.runners import choose
 from lewis_flows.turn import turn
 from lewis_tasks.allocate import allocate
@@ -62,7 +62,7 @@ def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name="merge", flow_run_name=_run_name, task_runner=choose.task_runner())
+@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner())
 @says_why
 def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0) -> State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.

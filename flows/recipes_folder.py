@@ -45,6 +45,17 @@ def find(recipe: str) -> Path:
     return path.absolute()
 
 
+def name_of(recipe: str) -> str:
+    """The name of a recipe that is given by name or by path; the path of a file outside the folder stays as it is.
+
+    Raises:
+        InputError: if the folder of recipes does not exist.
+    """
+    path = Path(recipe)
+    inside = path.suffix in (".yaml", ".yml") and path.parent.resolve() == folder().resolve()
+    return path.stem if inside else recipe
+
+
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe, as `find` and `Recipe.load`."""
     return Recipe.load(find(recipe), overrides)

@@ -21,7 +21,7 @@ from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
 from lewis.search import study
 from lewis.search.study import Log, Objective, Trial
-from lewis_flows import recipes_folder
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import MergeReport, fetch, finish, guide, merge_flow
 from lewis_flows.runners import choose
 from lewis_flows.turn import turn
@@ -61,7 +61,7 @@ def _run_name() -> str:
     return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name="search", flow_run_name=_run_name, task_runner=choose.task_runner())
+@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner())
 @says_why
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Crashed
 
 from lewis import store
+from lewis_flows import prefect_runs
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,9 @@ def crash_dead_runs() -> None:
 
     Only runs of this store's file system are known to be dead; the heartbeats tell of the others.
     """
-    states = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}})
+    flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH), {"type": {"any_": ["RUNNING"]}}
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=["merge", "search"])), flow_run_filter=states
-        )
+        runs = prefect_runs.of_flows(client, flows, running)
         for run in filter(_died, runs):
             message = "Its process died. Run it again: what was finished is kept."
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
@@ -87,10 +85,8 @@ def crash_dead_runs() -> None:
 
 def drop_missed_polls() -> None:
     """Delete the polls that were due while no worker was there: the next one finds all that they would have found."""
-    states = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Late"]}}})
-    flow = FlowFilter(name=FlowFilterName(any_=["watch-releases"]))
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_filter=flow, flow_run_filter=states):
+        for run in prefect_runs.of_flows(client, (prefect_runs.WATCH,), {"name": {"any_": ["Late"]}}):
             client.delete_flow_run(run.id)
 
 

@@ -7,14 +7,12 @@ that was lost, and a run that died, are found by the next poll.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter
@@ -27,15 +25,12 @@ from lewis.errors import LewisError, TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import recipes_folder
-from lewis_flows.service import release_event
+from lewis_flows import prefect_runs, recipes_folder, release_event
 from lewis_tasks.support.caching import RETRIES
 
 RETRY_AFTER = timedelta(hours=1)  # a release whose run failed is announced again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement starts a run, or it was lost
 REMEMBER = timedelta(hours=24)  # how far back announcements count
-ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 class WatchReport(BaseModel):
@@ -58,7 +53,7 @@ def _run_name() -> str:
     return f"watch {', '.join(flow_run.parameters['recipes'] or ['all recipes'])}"
 
 
-@flow(name="watch-releases", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8))
+@flow(name=prefect_runs.WATCH, flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8))
 def watch_flow(recipes: list[str] | None = None) -> WatchReport:
     """Compare the models of each recipe with what its registered versions hold, and announce what is new.
 
@@ -98,7 +93,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
     """What moved, for each recipe that could be checked, and what was wrong with the others."""
     problems: dict[str, Exception] = {}
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
-    for name in map(recipe_name, recipes or recipes_folder.names()):
+    for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
         try:
             plan = recipes_folder.load(name)
             if plan.register_as is None:
@@ -119,13 +114,6 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
     return found, problems
 
 
-def recipe_name(recipe: str) -> str:
-    """The name of a recipe given by name or by path; a path outside the folder of recipes stays as it is."""
-    path = Path(recipe)
-    known = path.suffix in (".yaml", ".yml") and path.parent.resolve() == recipes_folder.folder().resolve()
-    return path.stem if known else recipe
-
-
 def _is_news(recipe: str, move: Moved) -> bool:
     """Whether to announce a release: nobody did, or nothing came of it."""
     now = datetime.now(UTC)
@@ -134,9 +122,9 @@ def _is_news(recipe: str, move: Moved) -> bool:
         if announced is None:
             return True
         soon = {"before_": now + ANSWER_WITHIN}  # a schedule's runs of the days to come do not count
-        if _runs(client, recipe, ACTIVE, expected_start_time=soon):
+        if _runs(client, recipe, ("SCHEDULED", *prefect_runs.UNFINISHED), expected_start_time=soon):
             return False
-        ended = _runs(client, recipe, ENDED, end_time={"after_": announced})
+        ended = _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": announced})
     answers = [run for run in ended if run.state_type != "COMPLETED" or _looked_since(run, announced)]
     if not answers:
         return now - announced >= ANSWER_WITHIN
@@ -162,13 +150,10 @@ def _last_announced(client: SyncPrefectClient, recipe: str, move: Moved, now: da
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
-    """The newest runs of a recipe in some states, the last to end first."""
-    runs = client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=["merge"])),
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}, **limits}),
-        sort=FlowRunSort.END_TIME_DESC,
-    )
-    return [run for run in runs if recipe_name(str(run.parameters.get("recipe", ""))) == recipe]
+    """The newest merges of a recipe in some states, the last to end first."""
+    newest = FlowRunSort.END_TIME_DESC
+    runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": states}}, newest, **limits)
+    return [run for run in runs if prefect_runs.recipe_of(run) == recipe]
 
 
 @contextmanager

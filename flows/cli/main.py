@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def _up(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from lewis_flows.service.servers import up
+    from lewis_flows.service.up import up
 
     console, colours = Console(), {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green"}
 
@@ -179,9 +180,10 @@ def _deploy(options: argparse.Namespace) -> None:
 
 def _status(options: argparse.Namespace) -> None:
     from lewis_flows.service.status import status
+    from lewis_flows.service.status_text import as_text
 
     found, width = status(), shutil.get_terminal_size((120, 40)).columns
-    print(found.model_dump_json(indent=2) if options.json else found.to_text(width), end="")
+    print(found.model_dump_json(indent=2) if options.json else as_text(found, datetime.now(UTC), width), end="")
 
 
 def _gc(options: argparse.Namespace) -> None:

@@ -1,37 +1,27 @@
 """What a Prefect server needs to know: work pool, device limit, deployments, automations. Safe to repeat."""
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import yaml
-from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
-from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, SendNotification
-from prefect.events.schemas.automations import EventTrigger, Posture
-from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from lewis.errors import InputError, LewisError
 from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
 from lewis_flows import recipes_folder
+from lewis_flows.service.automations import put_automations
 from lewis_tasks.support.device_slot import LIMIT, slots
 
 logger = logging.getLogger(__name__)
 POOL = "lewis"
-TAG = "lewis"  # of our runs; a server may have others, whose heartbeats are slower
-DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
 PREFECT_YAML = Path(__file__).resolve().parents[2] / "deployments" / "prefect.yaml"
 
 
@@ -51,8 +41,7 @@ def deploy(file: Path = PREFECT_YAML) -> list[str]:
     with get_client(sync_client=True) as client:
         _create_pool(client)
         _create_limit(client)
-        for automation in _automations(client):
-            _put(client, automation)
+        put_automations(client)
     content = yaml.safe_load(file.read_text())
     add_schedules(content, recipes)
     with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
@@ -115,84 +104,3 @@ def _create_limit(client: SyncPrefectClient) -> None:
         client.read_global_concurrency_limit_by_name(LIMIT)
     except ObjectNotFound:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
-
-
-def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
-    yield AutomationCore(
-        name="lewis-dead-runs",
-        description="A run whose heartbeats stop has died with its process or machine.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.*"},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=_ours(),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=DEAD_AFTER,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message="Its heartbeats stopped: the process or machine died. Run it again: what was finished is kept.",
-            )
-        ],
-    )
-    block = _notification_block(client)
-    if block is None:
-        return
-    failed = EventTrigger(
-        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-        match_related=_ours(),
-        posture=Posture.Reactive,
-        threshold=1,
-    )
-    text = "{{ flow_run.name }}: {{ flow_run.state.name }}\n\n{{ flow_run.state.message }}\n\n{{ flow_run|ui_url }}"
-    yield _notification("lewis-notify-failure", failed, block, "LEWIS: a run failed", text)
-    promoted = EventTrigger(expect={"lewis.model.promoted"}, posture=Posture.Reactive, threshold=1)
-    text = "{{ event.payload.uri }} is the champion now (recipe {{ event.payload.recipe }})"
-    yield _notification("lewis-notify-promotion", promoted, block, "LEWIS: a new champion", text)
-
-
-def _ours() -> ResourceSpecification:
-    return ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]})
-
-
-def _notification(name: str, trigger: EventTrigger, block: UUID, subject: str, body: str) -> AutomationCore:
-    return AutomationCore(
-        name=name,
-        trigger=trigger,
-        actions=[SendNotification(block_document_id=block, subject=subject, body=body)],
-    )
-
-
-def _notification_block(client: SyncPrefectClient) -> UUID | None:
-    """The id of the block that `LEWIS_NOTIFY` names, or that calls `LEWIS_NOTIFY_URL`; None if neither is set."""
-    named, url = os.environ.get("LEWIS_NOTIFY"), os.environ.get("LEWIS_NOTIFY_URL")
-    if url and not named:
-        from prefect.blocks.notifications import CustomWebhookNotificationBlock
-
-        block = CustomWebhookNotificationBlock(
-            name="lewis", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
-        )
-        return block.save("lewis-notify", overwrite=True)
-    if not named:
-        return None
-    kind, _, name = named.partition("/")
-    try:
-        return client.read_block_document_by_name(name, kind).id
-    except ObjectNotFound:
-        raise InputError(
-            f"LEWIS_NOTIFY={named}: no such block; expected the type and name of a notification block of this "
-            "server, for example slack-webhook/ops; `prefect block ls` lists them"
-        ) from None
-
-
-def _put(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Create an automation, or bring the one of its name up to date."""
-    found = client.read_automations_by_name(automation.name)
-    if found:
-        client.update_automation(found[0].id, automation.model_copy(update={"enabled": found[0].enabled}))
-    else:
-        client.create_automation(automation)

@@ -3,23 +3,22 @@
 import io
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from lewis_flows.service.status import Input, Run, Status, Watched
+from lewis.reports.run_report import short
+from lewis_flows.service.status_data import Input, Run, Status, Watched
 
 
-def as_text(status: "Status", now: datetime, width: int) -> str:
-    """The whole status.
+def as_text(status: Status, now: datetime, width: int = 120) -> str:
+    """Tables for a terminal; times are relative, and in the local time zone.
 
     Args:
         status: what to tell.
         now: in UTC, which times are relative to.
-        width: in characters.
+        width: of the terminal, in characters.
     """
     output = io.StringIO()
     console = Console(file=output, width=width)
@@ -30,7 +29,7 @@ def as_text(status: "Status", now: datetime, width: int) -> str:
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines()) + "\n"
 
 
-def _sections(status: "Status", now: datetime) -> Iterator[tuple[str, Table | str]]:
+def _sections(status: Status, now: datetime) -> Iterator[tuple[str, Table | str]]:
     yield "Service", _table((), [(part.name, part.url, part.state) for part in status.parts])
     runs = {"Running": status.running, "Next": status.scheduled, "Last finished": status.finished}
     for title, listed in runs.items():
@@ -46,7 +45,7 @@ def _sections(status: "Status", now: datetime) -> Iterator[tuple[str, Table | st
         yield _heading(recipe), _recipe(recipe)
 
 
-def _runs(runs: Sequence["Run"], now: datetime) -> Table:
+def _runs(runs: Sequence[Run], now: datetime) -> Table:
     rows = []
     for run in runs:
         what = f"{run.name} ({run.deployment})" if run.deployment else run.name
@@ -57,7 +56,7 @@ def _runs(runs: Sequence["Run"], now: datetime) -> Table:
     return _table(columns[:kept], [row[:kept] for row in rows])
 
 
-def _heading(recipe: "Watched") -> str:
+def _heading(recipe: Watched) -> str:
     if not recipe.registered:
         return f"Recipe {recipe.recipe}" + ("" if recipe.unknown else ": registers nothing")
     unknown = any(line.startswith("the champion: ") for line in recipe.unknown)
@@ -65,7 +64,7 @@ def _heading(recipe: "Watched") -> str:
     return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}"
 
 
-def _recipe(recipe: "Watched") -> Table:
+def _recipe(recipe: Watched) -> Table:
     rows = [(each.ref, short(each.held) if each.held else "", _news(each)) for each in recipe.inputs]
     table = _table(("model", "champion holds", "now"), rows)
     for line in recipe.unknown:
@@ -73,7 +72,7 @@ def _recipe(recipe: "Watched") -> Table:
     return table
 
 
-def _news(model: "Input") -> str:
+def _news(model: Input) -> str:
     if model.head is None:
         return "unknown"
     if model.held is None:
@@ -88,11 +87,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a name with brackets is no markup
     return table
-
-
-def short(key: str) -> str:
-    """A commit key for reading: eight digits of each part."""
-    return "+".join(part.removeprefix("sha256:")[:8] for part in key.split("+"))
 
 
 def moment(when: datetime, now: datetime) -> str:

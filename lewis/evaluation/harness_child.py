@@ -1,8 +1,8 @@
 """The child's side of `lewis.evaluation.harness`: lm-eval on one model, and what it says of each document.
 
-`python -m lewis.evaluation.harness_child SOCKET [loaded]` is the nursery of `lewis.evaluation.fork_server`: it is forked for each message on the
-socket, which brings standard input, standard output and the pipe of the keeper. The request comes as one line of JSON
-on the standard input, which stays open: its end is the death of the parent.
+`python -m lewis.evaluation.harness_child SOCKET [loaded]` is the nursery of `lewis.evaluation.fork_server`: it is
+forked for each message on the socket, which brings standard input, standard output and the pipe of the keeper. The
+request comes as one line of JSON on the standard input, which stays open: its end is the death of the parent.
 """
 
 import importlib

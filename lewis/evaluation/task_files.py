@@ -148,7 +148,8 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
         if any(map(_is_unsafe, _builtin_configs(name))):
             raise InputError(
                 f"evaluate.tasks: {name} of lm-eval runs code that the model writes, on the bare machine; "
-                "use a task file that runs it in lewis.evaluation.sandbox, as deployments/recipes/tasks/mbpp_generate.yaml does"
+                "use a task file that runs it in lewis.evaluation.sandbox, "
+                "as deployments/recipes/tasks/mbpp_generate.yaml does"
             )
 
 

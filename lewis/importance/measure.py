@@ -1,7 +1,7 @@
 """Importance: the activation-weighted norm of every covered layer of one model (DESIGN section 4).
 
-Covered are the projections in the repeated blocks, as `lewis.importance.architecture` finds them. Everything else (embeddings,
-norms, head, biases) is left to the recipe's `uncovered` policy.
+Covered are the projections in the repeated blocks, as `lewis.importance.architecture` finds them. Everything else
+(embeddings, norms, head, biases) is left to the recipe's `uncovered` policy.
 """
 
 from __future__ import annotations

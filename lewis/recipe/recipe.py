@@ -161,8 +161,8 @@ class Density(_Block):
     """How densities are allocated.
 
     Attributes:
-        strategy: `lewis`, `owl`, `dlp`, `depth_gradient` (see `lewis.allocation.strategies`), `global` (one threshold over all
-            tensors, see `lewis.allocation.global_threshold`) or `uniform` (the same everywhere).
+        strategy: `lewis`, `owl`, `dlp`, `depth_gradient` (see `lewis.allocation.strategies`), `global` (one threshold
+            over all tensors, see `lewis.allocation.global_threshold`) or `uniform` (the same everywhere).
         min, max: bounds of every density, 0 < min <= max <= 1.
         budget: if given, the exact parameter-weighted mean density of the covered tensors. Without one, `lewis` and
             `depth_gradient` give what they give, and the others have the midpoint of the bounds as their mean.

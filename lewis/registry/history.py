@@ -1,7 +1,7 @@
 """Who replaced whom as champion, and why: an append-only list in the tags of the registered model.
 
-`lewis.registry.promotion` writes a record before it moves the alias, and not again in the run that heals one which died in
-between.
+`lewis.registry.promotion` writes a record before it moves the alias, and not again in the run that heals one which
+died in between.
 """
 
 import getpass

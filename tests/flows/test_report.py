@@ -163,7 +163,10 @@ def _check_assets(client: Any, name: str, math: Path, family: Family, second: di
 
 
 def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client: Any, family: Family) -> None:
-    full_disk = "import lewis.importance.measure as m\ndef full(*_, **__): raise OSError(28, 'No space left')\nm.measure_sets = full"
+    full_disk = (
+        "import lewis.importance.measure as m\n"
+        "def full(*_, **__): raise OSError(28, 'No space left')\nm.measure_sets = full"
+    )
     code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
     [run] = runs(client, own)
     told = f"measure {family.base} on words: OSError: [Errno 28] No space left; the traceback is in the task's log"
@@ -287,7 +290,7 @@ def test_why_a_run_started(client: Any, prefect_url: str) -> None:
     from prefect.events.actions import RunDeployment
     from prefect.events.schemas.automations import EventTrigger, Posture
 
-    from lewis_flows.service.release_event import EVENT, announce
+    from lewis_flows.release_event import EVENT, announce
     from lewis_tasks.support.flow_run import why
 
     @flow(name="why")

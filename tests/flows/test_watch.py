@@ -18,8 +18,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 from lewis.errors import TransientError
 from lewis.registry import releases
 from lewis.registry.releases import Moved
-from lewis_flows import watch
-from lewis_flows.service import release_event
+from lewis_flows import release_event, watch
 from lewis_flows.watch import WatchReport, watch_flow
 from tests.conftest import Family
 from tests.support.lineage import registered

@@ -67,7 +67,8 @@ def in_worker(module: str, task: str, code: str) -> str:
     A function of `__main__` travels to the workers as it is, a patch of a module would stay behind.
     """
     return (
-        f"import functools\nfrom lewis_tasks.{module} import {task} as task\nfunction = task.fn\n@functools.wraps(function)\n"
+        f"import functools\nfrom lewis_tasks.{module} import {task} as task\nfunction = task.fn\n"
+        "@functools.wraps(function)\n"
         f"def first(*arguments, **named):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
         f"    return function(*arguments, **named)\ntask.fn = first"
     )

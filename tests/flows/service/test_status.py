@@ -15,8 +15,9 @@ from prefect.states import Completed, Failed, Running, Scheduled, State
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
-from lewis_flows.service.status import Part, Status, status
-from lewis_flows.service.status_text import moment, short
+from lewis_flows.service.status import status
+from lewis_flows.service.status_data import Part, Status
+from lewis_flows.service.status_text import as_text, moment
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub
@@ -97,7 +98,7 @@ def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) 
     assert {each.ref: (each.held, each.head) for each in tiny.inputs} == {
         ref: (head, new if ref == "org/code" else head) for ref, head in commits.items()
     }
-    lines = [" ".join(line.split()) for line in found.to_text().splitlines()]
+    lines = [" ".join(line.split()) for line in as_text(found, datetime.now(UTC)).splitlines()]
     assert "Recipe tiny: tiny, champion version 1" in lines
     assert f"org/math {commits['org/math'][:8]} the same" in lines
     assert f"org/code {commits['org/code'][:8]} newer: {new[:8]}" in lines
@@ -108,7 +109,7 @@ def test_nothing_runs(home: Path, recipes: Path) -> None:
     found = status()
     assert {part.name: part.up for part in found.parts} == {"Prefect": False, "MLflow": True, "webhooks": False}
     assert found.running is found.scheduled is found.finished is None and found.recipes == []
-    text = found.to_text()
+    text = as_text(found, datetime.now(UTC))
     assert text.count("is not running; `lewis up` starts it") == 5 and "none in the folder of recipes" in text
 
 
@@ -138,7 +139,7 @@ def test_what_cannot_be_asked_is_told_beside_what_can(
     assert "merge_metod" in broken.unknown[0] and broken.inputs == []
     assert good.unknown == ["the champion: MLflow does not answer (ConnectError)"] and good.inputs[0].head
     assert plain.registered == "" and "org/none" in plain.unknown[0] and plain.inputs[0].head is None
-    text = found.to_text()
+    text = as_text(found, datetime.now(UTC))
     assert "Recipe good: good, champion unknown" in text and "Recipe plain: registers nothing" not in text
     monkeypatch.setenv("LEWIS_RECIPES", str(recipes / "none"))
     assert "LEWIS_RECIPES" in status().unknown["recipes"]
@@ -165,7 +166,7 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     assert (run.deployment, run.state, run.since) == ("merge-nightly", "Scheduled", soon)
     (run,) = [run for run in found.finished or [] if run.recipe == "night"]
     assert (run.name, run.state, run.message) == ("newer", "Failed", "org/math: the Hub refuses [404]")
-    text = found.to_text(200)
+    text = as_text(found, datetime.now(UTC), 200)
     assert "(merge-nightly)" in text and "in 30 min (" in text and "the Hub refuses [404]" in text
     assert Status.model_validate_json(found.model_dump_json()) == found
 
@@ -202,9 +203,3 @@ def test_times_as_a_person_says_them(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         monkeypatch.undo()
         time.tzset()
-
-
-def test_commits_are_cut_for_reading() -> None:
-    assert short("3f2a1b0c" + "0" * 32) == "3f2a1b0c"
-    assert short("sha256:" + "ab" * 32) == "abababab"
-    assert short("1" * 40 + "+" + "2" * 40) == "11111111+22222222"

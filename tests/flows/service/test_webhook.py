@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 
 from lewis.errors import InputError, TransientError
 from lewis.recipe.recipe import Recipe
-from lewis_flows.service import release_event, webhook
+from lewis_flows import release_event
+from lewis_flows.service import webhook
+from lewis_flows.service.webhook_secret import webhook_secret
 from tests.flows.conftest import REPO
 from tests.support.local_hub import LocalHub, Webhook
 
@@ -422,18 +424,18 @@ def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:
 def test_the_secret_is_made_once_and_for_nobody_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEWIS_WEBHOOK_SECRET", raising=False)
     with ThreadPoolExecutor(4) as pool:
-        (made,) = set(pool.map(lambda _: webhook.secret(), range(4)))
+        (made,) = set(pool.map(lambda _: webhook_secret(), range(4)))
     assert len(made) >= 32 and made == (home / "webhook-secret").read_text().strip()
     assert stat.S_IMODE((home / "webhook-secret").stat().st_mode) == 0o600
     monkeypatch.setenv("LEWIS_WEBHOOK_SECRET", " mine ")
-    assert webhook.secret() == "mine"
+    assert webhook_secret() == "mine"
     monkeypatch.setenv("LEWIS_WEBHOOK_SECRET", "")
     (home / "webhook-secret").chmod(0o644)
     with pytest.raises(InputError, match="others may read it"):
-        webhook.secret()
+        webhook_secret()
     (home / "webhook-secret").chmod(0o600)
     (home / "webhook-secret").write_text("\n")
     with pytest.raises(InputError, match="it is empty"):
-        webhook.secret()
+        webhook_secret()
     with pytest.raises(InputError, match="LEWIS_WEBHOOK_SECRET"):
         webhook.create_app("")

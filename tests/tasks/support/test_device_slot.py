@@ -79,7 +79,10 @@ def test_a_wrong_number_of_slots_is_refused(given: str, monkeypatch: pytest.Monk
 
 
 def test_the_slot_of_a_killed_holder_is_free_at_once(machine: Path) -> None:
-    code = "import time, lewis_tasks.support.device_slot as d\nwith d.device_slot(): print('HELD', flush=True), time.sleep(60)"
+    code = (
+        "import time, lewis_tasks.support.device_slot as d\n"
+        "with d.device_slot(): print('HELD', flush=True), time.sleep(60)"
+    )
     environment = {**os.environ, "TMPDIR": str(machine), "LEWIS_DEVICE_SLOTS": "1"}
     environment.pop("PREFECT_API_URL", None)
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)

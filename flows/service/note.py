@@ -1,0 +1,27 @@
+"""The note that `lewis up` keeps in the store while it runs: its process, and the URL of each part."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+
+
+def read() -> dict[str, Any]:
+    """The keys `pid`, `prefect`, `mlflow` and `webhook`; empty without a note. A killed `lewis up` leaves its note."""
+    return store.read_json(_path()) or {}
+
+
+def write(urls: Mapping[str, str]) -> None:
+    """Tell other commands of this store where the parts of this process answer."""
+    store.write_json(_path(), {**urls, "pid": os.getpid()})
+
+
+def remove() -> None:
+    """Remove the note, if there is one."""
+    _path().unlink(missing_ok=True)
+
+
+def _path() -> Path:
+    return store.home() / "service.json"

@@ -1,0 +1,104 @@
+"""What Prefect's server says for `lewis status`: workers, and the runs that go on, come next and ended last."""
+
+from collections.abc import Callable, Hashable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from lewis_flows import prefect_runs
+from lewis_flows.prefect_runs import MERGE, WATCH, recipe_of
+from lewis_flows.service.deploy import POOL
+from lewis_flows.service.status_data import Part, Run, Status
+
+PATIENCE = 10.0  # seconds for one request
+
+
+def ask_prefect(found: Status, api: str) -> None:
+    """Add the work pool and the runs to a status.
+
+    Args:
+        found: the status so far.
+        api: URL of Prefect's API.
+
+    Raises:
+        httpx.HTTPError: if the server does not answer, or answers with an error.
+    """
+    settings: dict[Any, Any] = {PREFECT_API_URL: api, PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(settings), get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client:
+        found.parts.append(_workers(client))
+        found.running, found.scheduled, found.finished = _running(client), _scheduled(client), _finished(client)
+
+
+def _workers(client: SyncPrefectClient) -> Part:
+    name = f"work pool {POOL}"
+    try:
+        pool = client.read_work_pool(POOL)
+    except ObjectNotFound:
+        return Part(name=name, up=False, state="does not exist; `lewis up` or `lewis deploy` makes it")
+    online = [worker for worker in client.read_workers_for_work_pool(POOL) if worker.status == "ONLINE"]
+    if pool.is_paused:
+        return Part(name=name, up=False, state=f"is paused; run `prefect work-pool resume {POOL}`")
+    if not online:
+        return Part(name=name, up=False, state=f"has no worker; start one: `prefect worker start --pool {POOL}`")
+    return Part(name=name, up=True, state=f"{len(online)} worker{'s' if len(online) > 1 else ''}")
+
+
+def _running(client: SyncPrefectClient) -> list[Run]:
+    runs = _runs(client, (MERGE, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
+
+
+def _scheduled(client: SyncPrefectClient) -> list[Run]:
+    """The next run of each deployment and recipe, the soonest first."""
+    # Ask for each flow by itself: the server gives 200 runs at most, and a poll every minute would leave no room for
+    # the nightly merges.
+    soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
+    runs = [run for flow in (MERGE, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
+    described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
+    return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
+
+
+def _finished(client: SyncPrefectClient) -> list[Run]:
+    """The last merge of each recipe, the newest first."""
+    runs = _runs(client, (MERGE,), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
+    return _described(client, _first(runs, recipe_of), lambda run: run.end_time)
+
+
+def _runs(
+    client: SyncPrefectClient, flows: tuple[str, ...], states: tuple[str, ...], sort: FlowRunSort
+) -> list[FlowRun]:
+    return prefect_runs.of_flows(client, flows, {"type": {"any_": states}}, sort)
+
+
+def _described(
+    client: SyncPrefectClient, runs: list[FlowRun], since: Callable[[FlowRun], datetime | None]
+) -> list[Run]:
+    ids = {run.deployment_id for run in runs if run.deployment_id}
+    wanted = DeploymentFilter.model_validate({"id": {"any_": list(ids)}})
+    names = {each.id: each.name for each in client.read_deployments(deployment_filter=wanted)} if ids else {}
+    return [
+        Run(
+            recipe=recipe_of(run),
+            name=run.name,
+            deployment=names.get(run.deployment_id, "") if run.deployment_id else "",
+            state=run.state_name or "",
+            message=(run.state.message if run.state else None) or "",
+            since=since(run),
+        )
+        for run in runs
+    ]
+
+
+def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:
+    """Of the runs with the same key, the first."""
+    kept: dict[Hashable, FlowRun] = {}
+    for run in runs:
+        kept.setdefault(key(run), run)
+    return list(kept.values())

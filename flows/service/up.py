@@ -1,0 +1,156 @@
+"""`lewis up`: the whole service in the foreground, on loopback."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+
+from filelock import Timeout
+
+from lewis import store
+from lewis.errors import InputError, LewisError
+from lewis_flows import recipes_folder
+from lewis_flows.service import note
+from lewis_flows.service.processes import Process, usable_port
+from lewis_flows.service.servers import mlflow_process, prefect_process
+
+Say = Callable[[str, str], None]
+"""Called with the name of a part and a line of its output."""
+
+_NOISE = (
+    *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
+    "already in terminal state",  # of a run that ended on the very beat
+    *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
+)
+_RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up
+
+
+def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | None = None) -> None:
+    """Run the service until Ctrl-C: servers, deployments, a worker, the receiver; what dies is started again.
+
+    `PREFECT_API_URL` and `MLFLOW_TRACKING_URI` of servers that exist are used instead of starting those.
+
+    Args:
+        say: is given the parts' output, line by line.
+        ready: called with the URL of each part when all of them answer.
+        prefect_file: what to deploy; by default, `deployments/prefect.yaml` of this checkout.
+
+    Raises:
+        InputError: if a port is taken, or another `lewis up` runs on this store.
+        LewisError: if a part does not come up, or does not stay up.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts its background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
+    alone = store.lock("up")
+    try:
+        alone.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"`lewis up` runs on {store.home()} already (process {note.read().get('pid')}); stop it first"
+        ) from None
+    with alone, ExitStack() as stack:
+        stack.callback(note.remove)
+        parts: list[Process] = []
+
+        def add(part: Process) -> None:
+            say("lewis", f"starting {part.name}")
+            part.start()
+            stack.callback(part.stop)
+            stack.callback(say, "lewis", f"stopping {part.name}")
+            parts.append(part)
+
+        urls = _start_servers(add, say)
+        note.write(urls)
+        _prepare_server(say, prefect_file)
+        add(Process("worker", _worker(), {"LEWIS_MLFLOW_UI": urls["mlflow"]}, echo=_echo("worker", say)))
+        add(_receiver(urls, say))
+        note.write(urls)
+        ready(urls)
+        _keep_up(parts, say, prefect_file)
+
+
+def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
+    """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL`."""
+    urls = {"prefect": os.environ.get("PREFECT_API_URL", "")}
+    if not urls["prefect"]:
+        server, urls["prefect"] = prefect_process(usable_port("PREFECT_SERVER_API_PORT", 4200), _echo("prefect", say))
+        add(server)
+        os.environ["PREFECT_API_URL"] = urls["prefect"]
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    urls["mlflow"] = given
+    if not given.startswith("http"):
+        from lewis.registry import versions
+
+        versions.configure()
+        database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
+        server, urls["mlflow"] = mlflow_process(usable_port("MLFLOW_PORT", 5000), database, _echo("mlflow", say))
+        add(server)
+    return urls
+
+
+def _prepare_server(say: Say, prefect_file: Path | None) -> None:
+    # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
+    from lewis_flows.service import deploy
+    from lewis_flows.turn import crash_dead_runs, drop_missed_polls
+
+    say("lewis", "deploying")
+    crash_dead_runs()
+    drop_missed_polls()
+    recipes = deploy.deploy(prefect_file or deploy.PREFECT_YAML)
+    say("lewis", f"recipes: {', '.join(recipes) or 'none'}")
+
+
+def _worker() -> list[str]:
+    options = {
+        "--pool": "lewis",
+        "--type": "process",
+        "--name": f"lewis-{socket.gethostname()}",
+        "--limit": os.environ.get("LEWIS_WORKER_LIMIT", "4"),
+    }
+    return ["-m", "prefect", "worker", "start", *chain.from_iterable(options.items())]
+
+
+def _receiver(urls: dict[str, str], say: Say) -> Process:
+    port = usable_port("LEWIS_WEBHOOK_PORT", 4300)
+    urls["webhook"] = f"http://127.0.0.1:{port}/webhook"
+    environment = {"LEWIS_WEBHOOK_HOST": "127.0.0.1", "LEWIS_WEBHOOK_PORT": str(port)}
+    health = f"http://127.0.0.1:{port}/health"
+    return Process(
+        "webhook", ["-m", "lewis_flows.service.webhook"], environment, health=health, echo=_echo("webhook", say)
+    )
+
+
+def _keep_up(parts: list[Process], say: Say, prefect_file: Path | None) -> None:
+    """Start again what ends, and deploy again when a recipe comes or goes."""
+    failures = dict.fromkeys((part.name for part in parts), 0)
+    started = dict.fromkeys(failures, time.monotonic())
+    recipes, looked = recipes_folder.names(), time.monotonic()
+    while True:
+        time.sleep(0.5)
+        for part in parts:
+            if part.ended() is None:
+                continue
+            failures[part.name] = failures[part.name] + 1 if time.monotonic() - started[part.name] < 60 else 1
+            if failures[part.name] > _RESTARTS:
+                raise LewisError(f"{part.name} does not stay up; its log is {part.log}")
+            say("lewis", f"{part.name} ended with exit code {part.ended()}; starting it again")
+            time.sleep(2 ** (failures[part.name] - 1) - 1)
+            part.start()
+            started[part.name] = time.monotonic()
+        if time.monotonic() - looked > 5:
+            looked = time.monotonic()
+            if (now := recipes_folder.names()) != recipes:
+                recipes = now
+                _prepare_server(say, prefect_file)
+
+
+def _echo(name: str, say: Say) -> Callable[[str], None]:
+    def echo(line: str) -> None:
+        if not any(words in line for words in _NOISE):
+            say(name, line)
+
+    return echo
