@@ -10,8 +10,9 @@ from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from lewis import pipeline
-from lewis.entries import ModelFiles
+from lewis.evaluation.step import eval_settings
+from lewis.importance.step import wanted_measurements
+from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.runners import choose
@@ -94,7 +95,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     """The DAG; gives its report, and whether anything was computed, registered or promoted."""
     # The recipe goes to the tasks quoted: Prefect would take the names in it for results of the tasks that return them,
     # and draw edges from everywhere to everywhere.
-    settings = pipeline.eval_settings(plan) if plan.evaluate else None
+    settings = eval_settings(plan) if plan.evaluate else None
     tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
     champion = find_champion.submit(plan.register_as.name, bool(settings)) if plan.register_as else None
     publishable = check_publish.submit(quote(plan)) if plan.publish else None
@@ -199,7 +200,7 @@ def guide(
     if plan.lewis is None or base is None:
         return [], [], None, None
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
-    wanted = pipeline.wanted_measurements(plan)
+    wanted = wanted_measurements(plan)
     sets = {
         name: calibrate.submit(quote(plan), name, base, wait_for=[inspected])
         for name in dict.fromkeys(name for _, names in wanted for name in names)
@@ -225,7 +226,7 @@ def _models_to_score(
     """Label -> model, in the order of the table: the parents, the uniform baseline, the merged model."""
     models: dict[str, Any] = {"base": base} if plan.scores_base else {}
     if plan.scores_experts:
-        pairs = zip(pipeline.short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
+        pairs = zip(short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
         models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
     return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}
 

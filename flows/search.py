@@ -13,10 +13,11 @@ from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from lewis import pipeline
-from lewis.entries import ModelFiles, ScoresEntry
 from lewis.errors import InputError, LewisError
+from lewis.evaluation import step
 from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry
+from lewis.models.source import ModelFiles
 from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
 from lewis.search import study
@@ -214,8 +215,8 @@ def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, bes
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:
-    return pipeline.eval_settings(study.with_values(plan, {}, documents))
+    return step.eval_settings(study.with_values(plan, {}, documents))
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
-    return pipeline.scored(plan, {"trial": entry})[0].by_name
+    return step.scored(plan, {"trial": entry})[0].by_name

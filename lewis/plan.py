@@ -8,15 +8,16 @@ from typing import Any
 
 from lewis import pipeline, store
 from lewis.devices import default_device
-from lewis.entries import CalibrationEntry, ModelFiles, Source
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
 from lewis.importance import measure
 from lewis.importance.measure import Layer
+from lewis.importance.step import CalibrationEntry
 from lewis.merge.forecast import forecast, without_models
 from lewis.merge.run import Merge, stored_dtype
 from lewis.models import hub
 from lewis.models.compatible import layer_of
+from lewis.models.source import ModelFiles, Source
 from lewis.models.writer import SIZES
 from lewis.recipe.recipe import Recipe
 

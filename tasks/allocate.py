@@ -4,9 +4,10 @@ from itertools import chain
 
 from prefect import task
 
-from lewis import pipeline
-from lewis.allocation import densities
-from lewis.entries import AllocationEntry, ImportanceEntry, ModelFiles
+from lewis.allocation import densities, step
+from lewis.allocation.step import AllocationEntry
+from lewis.importance.step import ImportanceEntry
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support.caching import cached
 
@@ -20,4 +21,4 @@ def allocate(
     recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[list[ImportanceEntry]]
 ) -> AllocationEntry:
     """A density for every tensor of every expert; `blocks` is the recipe's, for the cache key."""
-    return pipeline.allocate(recipe, base, experts, list(chain.from_iterable(measured)))
+    return step.allocate(recipe, base, experts, list(chain.from_iterable(measured)))

@@ -2,12 +2,12 @@
 
 from prefect import task
 
-from lewis import pipeline
-from lewis.entries import ModelFiles, Source
+from lewis.models import source as models
+from lewis.models.source import ModelFiles, Source
 from lewis_tasks.support.caching import RETRIES, cached
 
 
 @task(name="download", task_run_name="download {source.ref}", timeout_seconds=6 * 3600, **cached("source"), **RETRIES)
 def download(source: Source) -> ModelFiles:
     """Files of exactly the pinned commit, checksums verified."""
-    return pipeline.download(source)
+    return models.download(source)

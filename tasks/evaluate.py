@@ -5,10 +5,11 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline
-from lewis.entries import MergedModel, ModelFiles, ScoresEntry
-from lewis.evaluation import lm_eval
+from lewis.evaluation import lm_eval, step
 from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
 from lewis_tasks.support.caching import Progress, cached, computing_in
 from lewis_tasks.support.device_slot import device_slot
 
@@ -33,4 +34,4 @@ def evaluate(
     files = model.files(label) if isinstance(model, MergedModel) else model
     report = Progress("evaluate", f"evaluate {label}")
     with device_slot() as device:
-        return pipeline.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
+        return step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))

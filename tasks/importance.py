@@ -8,10 +8,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 from prefect.tasks import MaterializingTask
 
-from lewis import pipeline
 from lewis.devices import default_device
-from lewis.entries import CalibrationEntry, ImportanceEntry, ModelFiles
 from lewis.importance import measure as library
+from lewis.importance import step
+from lewis.importance.step import CalibrationEntry, ImportanceEntry
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Importance, Recipe
 from lewis_tasks.support import assets
 from lewis_tasks.support.caching import RETRIES, Progress, cached, computing_in
@@ -22,7 +23,7 @@ from lewis_tasks.support.device_slot import device_slot
 @task(name="calibrate", task_run_name="calibrate {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
 def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     """Turn a calibration set into token ids."""
-    return pipeline.prepare_calibration(recipe, name, base)
+    return step.prepare_calibration(recipe, name, base)
 
 
 def _what(files: ModelFiles, calibrations: list[CalibrationEntry]) -> str:
@@ -49,9 +50,7 @@ def measure(
     `settings` are those of `Importance` without the metric.
     """
     chosen = Importance(**settings)
-    found = {
-        each: pipeline.find_measured(files.ref, files.key, each, chosen, default_device()) for each in calibrations
-    }
+    found = {each: step.find_measured(files.ref, files.key, each, chosen, default_device()) for each in calibrations}
     missing = [each for each, entry in found.items() if entry is None]
     if not missing:
         entries = [entry for entry in found.values() if entry]
@@ -60,7 +59,7 @@ def measure(
         return Completed(name="Cached", message=f"{_what(files, calibrations)}: in the store", data=entries)
     report = Progress("measure", _what(files, missing))
     with device_slot() as device:
-        entries = pipeline.measure(
+        entries = step.measure(
             files, calibrations, chosen, device=device, progress=lambda done, total: report(done / total)
         )
     _describe(files, calibrations, entries)

@@ -3,8 +3,11 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline, store
-from lewis.entries import ModelFiles, Source
+from lewis import store
+from lewis.importance.step import layers_of
+from lewis.merge.step import prepare_merge
+from lewis.models import compatible
+from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support.caching import RETRIES
 
@@ -12,14 +15,14 @@ from lewis_tasks.support.caching import RETRIES
 @task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Refuse models that cannot fit before they are downloaded."""
-    pipeline.preflight(recipe, base, experts)
+    compatible.preflight(recipe, base, experts)
 
 
 @task(name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
 def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
     """Check everything that headers and configs tell; gives the number of covered layers (0 without a lewis block)."""
-    prepared = pipeline.prepare_merge(recipe, base, experts)
+    prepared = prepare_merge(recipe, base, experts)
     store.check_space(store.home() / "merged", (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0
-    return len(pipeline.layers_of(base))
+    return len(layers_of(base))

@@ -5,10 +5,12 @@ from typing import Literal
 from prefect.assets import materialize
 from prefect.tasks import MaterializingTask
 
-from lewis import pipeline
+from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
-from lewis.entries import AllocationEntry, MergedModel, ModelFiles
 from lewis.merge import run as library
+from lewis.merge import step
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support import assets
 from lewis_tasks.support.caching import Progress, cached
@@ -34,7 +36,7 @@ def merge(
     """Merge with the densities of the `experts`, or of the `uniform` baseline; `blocks` is for the cache key."""
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
     with device_slot() as slot:
-        made = pipeline.merge(
+        made = step.merge(
             recipe, base, experts, allocated, which, progress=lambda done, total, name: report(done / total), gpu=slot
         )
     inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}

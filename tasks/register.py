@@ -7,10 +7,13 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
-from lewis import pipeline
-from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
+from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Verdict, decide
 from lewis.evaluation.scored import Scored
+from lewis.evaluation.step import ScoresEntry, scored
+from lewis.importance.step import CalibrationEntry
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion, versions
 from lewis.registry.promotion import Promotion
@@ -43,7 +46,7 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
         return Verdict(False, (told,), champion.version.uri if champion else "nothing")
     if rule is None:
         return Verdict(True, ("no gate in the recipe",), champion.version.uri if champion else "nothing")
-    models = {model.label: model for model in pipeline.scored(recipe, scores)}
+    models = {model.label: model for model in scored(recipe, scores)}
     ours, base = models.pop(recipe.label), models.get("base")
     if champion and "champion" not in models:
         lost = f"{champion.version.uri} must be scored again: its files are gone; see `lewis promote`: fail"

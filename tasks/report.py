@@ -9,19 +9,14 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline
-from lewis.entries import (
-    AllocationEntry,
-    CalibrationEntry,
-    ImportanceEntry,
-    MergedModel,
-    ModelFiles,
-    ScoresEntry,
-    Source,
-)
+from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.lm_eval import Score, score_table
 from lewis.evaluation.scored import comparison_rows, scores_of
+from lewis.evaluation.step import ScoresEntry, scored
+from lewis.importance.step import CalibrationEntry, ImportanceEntry
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.registry.registration import lineage_of
@@ -53,7 +48,7 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
 @task(name="report-scores", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
     """The score table, the comparison document by document, and their picture; gives the rows of both."""
-    models = pipeline.scored(recipe, scores)
+    models = scored(recipe, scores)
     tables = {"scores": score_table(scores_of(models)), "comparison": comparison_rows(models)}
     create_table_artifact(
         tables["scores"], key=f"{slug(recipe.name)}-score-table", description="Scores beside the parents'"
@@ -158,7 +153,7 @@ def _columns(
     recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]
 ) -> dict[str, list[Score]]:
     """Scores by label, the merged model's last; a champion that was not scored again has those of its version."""
-    found = {model.label: list(model.scores) for model in pipeline.scored(recipe, scores)}
+    found = {model.label: list(model.scores) for model in scored(recipe, scores)}
     ours = found.pop(recipe.label, [])
     if champion and champion.digest != merged.digest and "champion" not in found:
         known = {s: champion.metrics.get(f"{s.task}/{s.metric}") for s in ours}

@@ -6,8 +6,8 @@ import time
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline
-from lewis.entries import Source
+from lewis.models import source as models
+from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support.caching import RETRIES
 
@@ -20,7 +20,7 @@ PATIENCE = 20  # times `seconds`: a repo that never rests is merged all the same
 @task(name="resolve", task_run_name="resolve {ref}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def resolve(recipe: Recipe, ref: str, base: Source | None = None) -> Source:
     """Pin one model; `base` is what an adapter without a base of its own sits on."""
-    return pipeline.pin(ref, recipe.root, base)
+    return models.pin(ref, recipe.root, base)
 
 
 @task(name="settle", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
@@ -29,7 +29,7 @@ def settle(recipe: Recipe, seconds: float) -> None:
     seen, began = None, time.monotonic()
     quiet_since = began
     while time.monotonic() - quiet_since < seconds and time.monotonic() - began < PATIENCE * seconds:
-        base, experts = pipeline.pin_all(recipe)
+        base, experts = models.pin_all(recipe)
         heads = [source.key for source in ([base] if base else []) + experts]
         if heads != seen:
             seen, quiet_since = heads, time.monotonic()

@@ -7,10 +7,10 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import pipeline
-from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import comparison_rows
+from lewis.evaluation.step import ScoresEntry, scored
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import picture
 from lewis.search import report as search_report
@@ -62,7 +62,7 @@ def record_search(
 @task(name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
     """The best trial against the recipe as it is, on the documents that the search did not see."""
-    rows = comparison_rows(pipeline.scored(recipe, {"default": default, "searched": best}))
+    rows = comparison_rows(scored(recipe, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=f"{slug(recipe.name)}-search-confirmed", description="On the documents that the search did not see"
     )

@@ -1,4 +1,4 @@
-"""Importance: the activation-weighted norm of every covered layer of one model (DESIGN section 4).
+"""Importance: the activation-weighted norm of every covered layer of one model.
 
 Covered are the projections in the repeated blocks, as `lewis.importance.architecture` finds them. Everything else
 (embeddings, norms, head, biases) is left to the recipe's `uncovered` policy.

@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 from lewis.allocation.densities import Allocation
-from lewis.entries import Source
 from lewis.errors import InputError
 from lewis.methods import find
+from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 
 _OURS = ("lewis", "evaluate", "register", "publish", "search", "seed")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lewis import store
+from lewis.allocation.scales import Densities, Scales
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.merge import in_torch
@@ -32,18 +33,12 @@ from lewis.methods.arithmetic.streams import Stream
 from lewis.models.compatible import check_compatible, layer_of
 from lewis.models.lora import Model
 from lewis.models.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
-from lewis.recipe.recipe import ModelEntry, Recipe
+from lewis.recipe.recipe import ModelEntry, Recipe, excluded
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 _COPIED = 1 << 22  # bytes that are copied at a time
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-Scales = Mapping[str, "torch.Tensor"]
-"""Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
-
-Densities = Mapping[str, float]
-"""Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ class Merge:
         self.experts = [replace(expert, model=self.vocabulary.of(expert.model)) for expert in experts_by_key]
         self.base: Model = self.vocabulary.of(base or experts[0].model)
         self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
-        self.excluded = excluded(recipe, self.base)
+        self.excluded = excluded(recipe, self.base.tensors, self.base.tied)
         check_compatible(
             self.base, [e.model for e in self.experts], self.excluded, by_token=recipe.vocabulary is not None
         )
@@ -359,9 +354,3 @@ def random_stream(seed: int, expert: str, tensor: str) -> Stream:
     """The random stream of one (seed, expert, tensor), the same on every machine."""
     key = hashlib.sha256(f"{seed}\0{expert}\0{tensor}".encode()).digest()
     return Stream(int.from_bytes(key[:8], "little"))
-
-
-def excluded(recipe: Recipe, base: Model) -> frozenset[str]:
-    """The tensors of the base that a recipe excludes; a name that is tied to another's stands for that."""
-    names = [*base.tensors, *base.tied] if recipe.exclude else []
-    return frozenset(base.tied.get(name, name) for name in names if recipe.excludes(name))

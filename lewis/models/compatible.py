@@ -3,12 +3,16 @@
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.models.checkpoint import PER_TOKEN
+from lewis.models import hub
+from lewis.models.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
 from lewis.models.lora import Model
 from lewis.models.safetensors_file import same_bits
+from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
+from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -82,3 +86,42 @@ def _differences(base: Model, expert: Model, excluded: Collection[str], fix: str
 def _equal(model: Model, one: str, other: str) -> bool:
     (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
     return kind == other_kind and same_bits(bits, other_bits)
+
+
+def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
+    """Check names, shapes and filters from the weight files' headers, before gigabytes are downloaded.
+
+    Raises:
+        InputError: naming every expert and tensor that does not fit.
+        RecipeError: naming every filter that matches nothing.
+    """
+    for source in ([base] if base else []) + list(experts):
+        if source.model.is_local:  # what is wrong with a folder itself is told first
+            read_config(Path(source.model.source))
+            weight_files(Path(source.model.source))
+    first = base or experts[0]
+    full = [source for source in experts if source.model.commit != first.model.commit]
+    ours, problems = hub.tensor_headers(first.model), []
+    wanted, by_token = [name for name in ours if not recipe.excludes(name)], recipe.vocabulary is not None
+    for source in full:
+        theirs = hub.tensor_headers(source.model)
+        missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
+        extra = in_layers(name for name in theirs if name not in ours)
+        other = []
+        for name in wanted:
+            free = int(by_token and name.endswith(PER_TOKEN))  # the first dimension may differ
+            if name in theirs and theirs[name][1][free:] != ours[name][1][free:]:
+                other.append(name)
+        if missing:
+            problems.append(
+                f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
+            )
+        if extra:
+            problems.append(f"{source.ref}: {len(extra)} tensors are not in the base, the first is {extra[0]!r}")
+        if other:
+            shapes = f"{list(theirs[other[0]][1])}, in the base it is {list(ours[other[0]][1])}"
+            fix = f"; {FIX}" if other[0].endswith(PER_TOKEN) and not by_token else ""
+            problems.append(f"{source.ref}: {other[0]!r} has shape {shapes}{fix}")
+    if problems:
+        raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
+    recipe.check_filters(ours)

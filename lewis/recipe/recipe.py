@@ -534,6 +534,18 @@ class Recipe(_Block):
         return self.model_dump_json(exclude={"evaluate", "register_as", "publish", "search"})
 
 
+def excluded(recipe: Recipe, names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:
+    """The tensors of the base that a recipe excludes.
+
+    Args:
+        names: of the base's stored tensors.
+        tied: name -> the stored tensor that it is tied to. A pattern that matches such a name excludes that tensor.
+    """
+    if not recipe.exclude:
+        return frozenset()
+    return frozenset(tied.get(name, name) for name in [*names, *tied] if recipe.excludes(name))
+
+
 def _matches(pattern: str, tensor: str) -> bool:
     return fnmatch.fnmatchcase(tensor, f"*{pattern}*")
 

@@ -5,10 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lewis import store
-from lewis.entries import AllocationEntry, CalibrationEntry, MergedModel, ModelFiles, ScoresEntry
+from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.lm_eval import score_table
 from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
-from lewis.pipeline import scored
+from lewis.evaluation.step import ScoresEntry, scored
+from lewis.importance.step import CalibrationEntry
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry.versions import Entry
 from lewis.reports import card, pictures

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lewis import pipeline
 from lewis.models.pin import find_folder
+from lewis.models.source import pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import tracking
 from lewis.registry import versions as registry
@@ -62,7 +62,7 @@ def heads(recipe: Recipe) -> dict[str, str]:
         TransientError: if the Hub cannot be asked right now.
         LewisError: if a local folder changes while it is read.
     """
-    base, experts = pipeline.pin_all(recipe)
+    base, experts = pin_all(recipe)
     return {source.ref: source.key for source in ([base] if base else []) + experts}
 
 
@@ -126,7 +126,7 @@ def _same_adapter(old: str | None, new: str) -> bool:
 
 
 def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
-    if "+" in ref and not any(place.exists() for place in (recipe.root / ref, Path(ref))):  # as `pipeline.pin`
+    if "+" in ref and not any(place.exists() for place in (recipe.root / ref, Path(ref))):  # as `pin`
         model, _, adapter = ref.rpartition("+")
         ref = model if _same_adapter(old, new) else adapter
     folder = find_folder(ref, recipe.root)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lewis import store
-from lewis.entries import AllocationEntry, ScoresEntry
+from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.scored import intervals, scores_of
-from lewis.pipeline import scored
+from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
 

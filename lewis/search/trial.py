@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lewis import memory, pipeline, store
-from lewis.entries import ModelFiles, ScoresEntry
 from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from lewis import pipeline, store
-from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
+from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
 from lewis.importance import measured
 from lewis.importance.measured import Measured
+from lewis.importance.step import CalibrationEntry, ImportanceEntry
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion, versions
 from lewis.registry.registration import registry_entry

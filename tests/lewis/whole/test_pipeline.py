@@ -17,15 +17,18 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lewis import pipeline, store
-from lewis.entries import AllocationEntry, CalibrationEntry, ImportanceEntry, MergedModel, ModelFiles
+from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score
 from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
+from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge import run
 from lewis.merge.export import to_mergekit
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from tests.conftest import Family

@@ -1,0 +1,13 @@
+"""What the merge takes from the allocation: densities, and the scales that rank the elements of a task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lewis.lazy_torch import torch
+
+Scales = Mapping[str, "torch.Tensor"]
+"""Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
+
+Densities = Mapping[str, float]
+"""Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""

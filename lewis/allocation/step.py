@@ -1,0 +1,182 @@
+"""The allocation step: the densities of all experts, found in the store or made once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from lewis import store
+from lewis.allocation import densities, evidence, global_threshold
+from lewis.allocation.aim import aim
+from lewis.allocation.densities import Allocation
+from lewis.allocation.scales import Scales
+from lewis.errors import InputError
+from lewis.importance.architecture import Layer, Network
+from lewis.importance.measure import network_of
+from lewis.importance.step import ImportanceEntry
+from lewis.lazy_torch import torch
+from lewis.methods import find
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import ModelEntry, Recipe, excluded
+from lewis.store.reference import JsonReference
+
+logger = logging.getLogger(__name__)
+
+
+class AllocationEntry(JsonReference):
+    """Densities of all experts in the store, and those of the uniform baseline with the same means.
+
+    Attributes:
+        measured: expert -> the measurement whose activations its task vector is pruned by; empty if by magnitude.
+        base: the base's measurements, if the merged delta is held back by them (`lewis.aim`).
+    """
+
+    holds: ClassVar[str] = "experts"
+    means: dict[str, float]
+    measured: dict[str, ImportanceEntry] = {}  # noqa: RUF012 (pydantic copies it)
+    base: tuple[ImportanceEntry, ...] = ()
+
+    def experts(self, which: str = "experts") -> dict[str, Allocation]:
+        """Expert -> allocation; `which` is `experts` or `uniform`. Read from the disk at each call."""
+        return {ref: Allocation(**fields) for ref, fields in self.content(which).items()}
+
+    def scales(self) -> dict[str, Scales]:
+        """Expert -> sqrt(s) of every covered tensor; empty if pruned by magnitude. Read from the disk at each call."""
+        return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
+
+    def held_back(self, omega: float) -> Scales:
+        """Tensor name -> what its merged delta is multiplied with; s is the mean over the base's calibration sets."""
+        sets = [entry.moments for entry in self.base]
+        names = [name for name in (sets[0] if sets else ()) if all(name in moments for moments in sets)]
+        return {name: aim(torch.stack([s[name] for s in sets]).mean(dim=0).sqrt(), omega) for name in names}
+
+
+def allocate(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
+) -> AllocationEntry:
+    """Densities of every expert, and of the uniform baseline.
+
+    Args:
+        recipe: with a `lewis` block.
+        base: the base.
+        experts: in the order of `recipe.experts`.
+        measured: importance of base and experts on the sets they need; empty for `uniform`.
+    """
+    assert recipe.lewis is not None
+    policy = recipe.lewis.density
+    digest, path = _allocation_place(recipe, base, experts, measured)
+    with store.lock(f"allocation-{digest}"):
+        if store.entry(path, "experts") is None:
+            opened = base.open()
+            network, left_out = network_of(opened), excluded(recipe, opened.tensors, opened.tied)
+            network.covered = tuple(each for each in network.covered if each.tensor not in left_out)
+            if not network.covered:
+                raise InputError("exclude: it matches every covered layer; leave the lewis block out")
+            layers = [layer for covered in network.covered for layer in covered.layers]
+            names, guided = [name for name in opened.tensors if name not in left_out], {}
+            tensors, warnings = [covered.tensor for covered in network.covered], list[str | None]()
+            for entry, files in zip(recipe.experts, experts, strict=True):
+                moved = _evidence(recipe, entry, base, files, measured, network)
+                each = densities.allocate(layers, names, policy, moved)
+                warnings.append(evidence.unrelated(files.ref, opened, files.open(), tensors))
+                warnings.append(_near_uniform(recipe, files.ref, layers, each))
+                guided[files.ref] = each
+            warnings.append(_rescaled(recipe, layers, guided))
+            uniform = {ref: densities.uniform_like(layers, each) for ref, each in guided.items()}
+            named = {"experts": guided, "uniform": uniform}
+            content = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
+            store.write_json(path, {**content, "warnings": list(filter(None, warnings))})
+    for text in store.entry(path, "warnings") or []:  # also of densities that were found
+        logger.warning("%s", text)
+    found = find_allocated(recipe, base, experts, measured)
+    assert found is not None
+    return found
+
+
+def _evidence(
+    recipe: Recipe,
+    entry: ModelEntry,
+    base: ModelFiles,
+    expert: ModelFiles,
+    measured: Sequence[ImportanceEntry],
+    network: Network,
+) -> dict[str, float | None] | None:
+    """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
+    assert recipe.lewis is not None
+    policy, own_base, own = recipe.lewis.density, base.open(), expert.open()
+    if not recipe.measures:
+        return None
+    name = recipe.calibration_of(entry)
+    found = _by_model(measured)
+    if policy.strategy in ("uniform", "depth_gradient"):  # they need to know only what no token reached
+        return {key: None if norm is None else 1.0 for key, norm in found[expert.ref, name].norms.items()}
+    if recipe.compares_norms:
+        return evidence.norm_difference(found[base.ref, name].norms, found[expert.ref, name].norms)
+    moments = found[expert.ref, name].moments
+    if policy.strategy == "global":
+        target = densities.target_of(policy)
+        bounds = {"target": target, "low": policy.min, "high": policy.max}
+        return global_threshold.shares(own_base, own, network.covered, moments, **bounds)
+    metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
+    return evidence.of_task_vector(metric, own_base, own, network.covered, moments)
+
+
+def _by_model(measured: Sequence[ImportanceEntry]) -> dict[tuple[str, str], ImportanceEntry]:
+    """(reference of a model, calibration set) -> what was measured."""
+    return {(each.ref, each.calibration): each for each in measured}
+
+
+def _near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allocation) -> str | None:
+    distance = densities.distance_to_uniform(layers, found)
+    if not recipe.guided or distance >= densities.NEAR_UNIFORM:
+        return None
+    return (
+        f"{ref}: the densities are within {100 * distance:.1f} % of uniform {found.mean:.3f}: this allocation guides "
+        "next to nothing; see lewis.density.scale (rank, robust), another strategy, or prune_by: activation"
+    )
+
+
+def _rescaled(recipe: Recipe, layers: Sequence[Layer], found: Mapping[str, Allocation]) -> str | None:
+    rescale = find(recipe.merge_method).parameters.get("rescale")
+    uneven = max(densities.distance_to_uniform(layers, each) for each in found.values()) >= densities.NEAR_UNIFORM
+    if not (recipe.guided and uneven and rescale and recipe.value(rescale, None, layers[0].tensor, 0.0)):
+        return None
+    return (
+        f"{recipe.merge_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
+        "scaled up most: in our study uneven densities did such merges more harm than good; compare with the uniform "
+        "baseline, or set parameters.rescale: false"
+    )
+
+
+def find_allocated(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
+) -> AllocationEntry | None:
+    """The densities, if the store has them."""
+    digest, path = _allocation_place(recipe, base, experts, measured)
+    content = store.entry(path, "experts")
+    if content is None:
+        return None
+    assert recipe.lewis is not None
+    own, of_base = {}, list[ImportanceEntry]()
+    if recipe.lewis.prune_by == "activation":
+        found = _by_model(measured)
+        pairs = zip(recipe.experts, experts, strict=True)
+        own = {files.ref: found[files.ref, recipe.calibration_of(entry)] for entry, files in pairs}
+    if recipe.lewis.aim is not None:
+        of_base = [entry for entry in measured if entry.ref == base.ref]
+    means = {ref: fields["mean"] for ref, fields in content.items()}
+    return AllocationEntry(digest=digest, path=path, means=means, measured=own, base=tuple(of_base))
+
+
+def _allocation_place(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
+) -> tuple[str, Path]:
+    assert recipe.lewis is not None
+    policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump(), recipe.lewis.importance.metric]
+    models = [[files.ref, files.key] for files in (base, *experts)]
+    passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
+    left_out = [sorted(recipe.exclude)] if recipe.exclude else []
+    digest = store.digest([densities.SEMANTICS, policy, models, passes, *left_out])
+    return digest, store.home() / "allocations" / f"{digest}.json"

@@ -1,0 +1,90 @@
+"""The evaluation step: the scores of a model, found in the store or computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from lewis import store
+from lewis.devices import precision
+from lewis.evaluation import lm_eval
+from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score
+from lewis.evaluation.scored import Scored
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis.store.reference import JsonReference
+
+
+class ScoresEntry(JsonReference):
+    """What lm-eval said of one model, in the store."""
+
+    holds: ClassVar[str] = "results"
+    ref: str
+
+    @property
+    def evaluated(self) -> Evaluated:
+        """Scores and samples; read from the disk at each call."""
+        self.content(self.holds)
+        return Evaluated.of(self.ref, store.read_json(self.path) or {})
+
+    @property
+    def scores(self) -> list[Score]:
+        """One per task and metric; read from the disk at each call."""
+        return self.evaluated.scores
+
+
+def score(
+    files: ModelFiles,
+    settings: EvalSettings,
+    *,
+    root: Path,
+    device: str = "cpu",
+    progress: Callable[[float, str], None] | None = None,
+) -> ScoresEntry:
+    """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
+    digest, path = _scores_place(files.key, settings, root, device)
+    with store.lock(f"scores-{digest}"):
+        if store.entry(path, "results") is None:
+            found = lm_eval.evaluate(
+                files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
+            )
+            store.write_json(path, {"model": files.key, "ref": files.ref, **found.content})
+    return ScoresEntry(ref=files.ref, digest=digest, path=path)
+
+
+def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: str = "cpu") -> ScoresEntry | None:
+    """The scores of a model, if the store has them."""
+    digest, path = _scores_place(key, settings, root, device)
+    return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
+
+
+def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
+    digest = store.digest([key, lm_eval.tasks_digest(settings, root), precision(device)])
+    return digest, store.home() / "scores" / f"{digest}.json"
+
+
+def scored(recipe: Recipe, entries: Mapping[str, ScoresEntry]) -> list[Scored]:
+    """The models of an evaluation side by side, with the recipe's weighted mean, in the order of the tables.
+
+    Raises:
+        InputError: if a weight is for a score that there is not.
+    """
+    weights = recipe.evaluate.weights if recipe.evaluate else {}
+    return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]
+
+
+def eval_settings(recipe: Recipe) -> EvalSettings:
+    """The recipe's `evaluate` block as lm-eval settings."""
+    block = recipe.evaluate
+    assert block is not None
+    return EvalSettings(
+        tasks=block.tasks,
+        limit=block.limit,
+        num_fewshot=block.num_fewshot,
+        batch_size=block.batch_size,
+        timeout_s=60 * block.timeout_minutes,
+        apply_chat_template=block.apply_chat_template,
+        documents=block.documents,
+        allow_code_execution=block.allow_code_execution,
+    )

@@ -1,0 +1,172 @@
+"""The importance step: calibration sets, norms and second moments of each model, found in the store or made once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from lewis import store
+from lewis.devices import precision
+from lewis.importance import calibration
+from lewis.importance import measure as measuring
+from lewis.importance import measured as measurements
+from lewis.importance.architecture import Layer
+from lewis.importance.calibration import Calibration
+from lewis.lazy_torch import torch
+from lewis.models.lora import Model
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Importance, ModelEntry, Recipe
+from lewis.store.checksums import place_of
+from lewis.store.reference import JsonReference, Reference
+
+logger = logging.getLogger(__name__)
+
+
+class CalibrationEntry(Reference):
+    """A calibration set in the store."""
+
+    name: str
+    digest: str
+    tokens: int
+    path: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> CalibrationEntry:
+        store.mark_used(self.path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is gone")
+        return self
+
+
+class ImportanceEntry(JsonReference):
+    """Norms and second moments of one model on one calibration set, in the store."""
+
+    holds: ClassVar[str] = measurements.NORMS
+    ref: str
+    calibration: str
+
+    @model_validator(mode="after")
+    def _with_moments(self) -> Self:
+        if not measurements.is_whole(self.path):
+            raise ValueError(f"{self.path} is gone or damaged")
+        return self
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Tensor name -> I(l,c); read from the disk at each call."""
+        return dict(self.content(self.holds))
+
+    @property
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Tensor name -> s, the mean of x_j^2; read from the disk at each call."""
+        return measurements.read_moments(self.path)
+
+
+def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, list[str]]]:
+    """(model, calibration sets) for each pass that the recipe needs; None is the base.
+
+    The base's is needed for the difference of norms, and for `aim`, on every set that an expert has; the experts' not
+    for `uniform` and `depth_gradient`, unless the recipe prunes by activation.
+    """
+    sets = list(dict.fromkeys(map(recipe.calibration_of, recipe.experts))) if recipe.measures_base else []
+    own = [(entry, [recipe.calibration_of(entry)]) for entry in recipe.experts] if recipe.measures else []
+    return [*([(None, sets)] if sets else []), *own]
+
+
+def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
+    """Tokenise one calibration set of the recipe and put it into the store.
+
+    What was made of the same rows by the same tokenizer is found, so that a run which has nothing to do need not load
+    the libraries that do it.
+    """
+    assert recipe.lewis is not None
+    spec = recipe.lewis.calibrations[name]
+
+    def note() -> Path:
+        libraries = [version("datasets"), version("transformers")]
+        rows = calibration.origin(f"lewis.calibrations.{name}", spec, recipe.root)
+        block = spec.model_dump(mode="json", exclude_unset=True)
+        return place_of([calibration.SEMANTICS, libraries, base.key, block, rows])
+
+    place = note()
+    known = store.entry(place, "calibration") or {}
+    path = calibration.path_of(known.get("digest", ""))
+    if store.read_entry(path) is None:
+        made = calibration.calibrate(name, spec, tokenizer=base.folder, root=recipe.root)
+        known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
+        if note() == place:  # no row moved meanwhile
+            store.write_json(place, {"calibration": known})
+    return CalibrationEntry(name=name, path=path, **known)
+
+
+def measure(
+    files: ModelFiles,
+    calibrations: Sequence[CalibrationEntry],
+    settings: Importance | None = None,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ImportanceEntry]:
+    """Importance of one model on each calibration set; what the store does not have is measured, in one pass."""
+    settings = settings or Importance()
+    places = {each.digest: _importance_place(files.key, each, settings, device) for each in calibrations}
+    missing = {each.digest: each for each in calibrations if not measurements.is_whole(places[each.digest][1])}
+    with ExitStack() as locks:
+        for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
+            locks.enter_context(store.lock(f"importance-{digest}"))
+        absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
+        if absent:
+            sets = [Calibration.load(each.path) for each in absent]
+            found = measuring.measure_sets(files.open(), sets, settings, device=device, progress=progress)
+            for each, measured in zip(absent, found, strict=True):
+                facts = {"model": files.key, "ref": files.ref, "calibration": each.digest}
+                measurements.write(places[each.digest][1], measured, facts)
+    pairs = [(each.name, *places[each.digest]) for each in calibrations]
+    return [ImportanceEntry(ref=files.ref, calibration=name, digest=digest, path=path) for name, digest, path in pairs]
+
+
+def find_measured(
+    ref: str, key: str, calibration: CalibrationEntry, settings: Importance, device: str = "cpu"
+) -> ImportanceEntry | None:
+    """The importance of a model on a calibration set, if the store has it."""
+    digest, path = _importance_place(key, calibration, settings, device)
+    if not measurements.is_whole(path):
+        return None
+    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path)
+
+
+def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:
+    of_pass = settings.model_dump(exclude={"metric"})  # every metric is made of what one pass measures
+    digest = store.digest([measuring.SEMANTICS, key, calibration.digest, precision(device), of_pass])
+    return digest, store.home() / "importance" / f"{digest}.json"
+
+
+def layers_of(base: ModelFiles) -> list[Layer]:
+    """The covered layers of the base; logs which they are.
+
+    Raises:
+        InputError: if there are none.
+    """
+    opened = base.open()
+    layers, tensors = _covered(base, opened), opened.tensors
+    share = sum(x.parameters for x in layers) / sum(info.elements for info in tensors.values())
+    kinds = ", ".join(sorted({layer.projection for layer in layers}))
+    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
+    return layers
+
+
+def _covered(base: ModelFiles, opened: Model) -> list[Layer]:
+    """`covered_layers`, found once: it builds the model's modules, which takes seconds to load."""
+    place = place_of([measuring.SEMANTICS, version("transformers"), base.key])
+    known = store.entry(place, "layers")
+    if known is None:
+        known = [asdict(layer) for layer in measuring.covered_layers(base.folder, opened.shapes)]
+        store.write_json(place, {"layers": known})
+    return [Layer(**fields) for fields in known]

@@ -1,0 +1,124 @@
+"""The merge step: the merged checkpoint, found in the store or made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import model_validator
+
+from lewis import store
+from lewis.allocation.step import AllocationEntry
+from lewis.devices import merge_device
+from lewis.errors import InputError
+from lewis.merge.run import Expert, Merge
+from lewis.models.lora import Model
+from lewis.models.source import ModelFiles
+from lewis.models.tokenizer import clash, tokenizer_folder
+from lewis.recipe.recipe import Recipe
+from lewis.store.reference import Reference
+
+
+class MergedModel(Reference):
+    """A merged checkpoint in the store."""
+
+    digest: str
+    folder: Path
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> MergedModel:
+        if (store.read_manifest(self.folder) or {}).get("digest") != self.digest:
+            raise ValueError(f"{self.folder} is gone, damaged or cut short")
+        return self
+
+    @property
+    def key(self) -> str:
+        """Identity of the content, as that of `ModelFiles`."""
+        return self.digest
+
+    def files(self, ref: str) -> ModelFiles:
+        """As a model to score."""
+        return ModelFiles.at(ref, self.digest, self.folder)
+
+
+def prepare_merge(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    allocated: AllocationEntry | None = None,
+    which: str = "experts",
+    gpu: str = "cuda",
+) -> Merge:
+    """Open all models and check that they fit.
+
+    Args:
+        recipe: the recipe.
+        base: the base, if there is one.
+        experts: in the order of `recipe.experts`.
+        allocated: densities, for a guided merge.
+        which: `experts` for the guided densities, `uniform` for the baseline's.
+        gpu: which one to compute on, if `lewis.devices.merge_device` says so.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
+    scales = allocated.scales() if allocated else {}
+    step = recipe.lewis.aim if recipe.lewis else None
+    held_back = allocated.held_back(step.omega) if allocated and step else None
+    opened = [
+        Expert(entry, files.open(), densities.get(files.ref), scales.get(files.ref))
+        for entry, files in zip(recipe.experts, experts, strict=True)
+    ]
+    opened_base = base.open() if base else None
+    if recipe.measures and opened_base is not None:
+        _check_token_ids(opened_base, [expert.model for expert in opened])
+    return Merge(recipe, opened_base, opened, held_back, merge_device(gpu))
+
+
+def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:
+    """A calibration set is the base's token ids, which have to mean the same to each expert."""
+    for expert in experts:
+        if other := clash(tokenizer_folder(base), tokenizer_folder(expert)):
+            raise InputError(
+                f"{expert.folder}: another vocabulary: {other}; importance is measured on the base's token ids, so "
+                "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
+            )
+
+
+def merge(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    allocated: AllocationEntry | None = None,
+    which: str = "experts",
+    progress: Callable[[int, int, str], None] | None = None,
+    gpu: str = "cuda",
+) -> MergedModel:
+    """The merged checkpoint in the store, `merged/<digest>/`; made once, then found."""
+    prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
+    folder = _merged_folder(prepared.digest)
+    with store.lock(f"merged-{prepared.digest}"):
+        if find_merged(prepared.digest) is None:
+            prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
+    return MergedModel(digest=prepared.digest, folder=folder)
+
+
+def find_merged(digest: str) -> MergedModel | None:
+    """A merged checkpoint, if the store has it whole."""
+    folder = _merged_folder(digest)
+    whole = (store.read_manifest(folder) or {}).get("digest") == digest
+    return MergedModel(digest=digest, folder=folder) if whole else None
+
+
+def _merged_folder(digest: str) -> Path:
+    return store.home() / "merged" / digest
+
+
+def lineage(
+    recipe: Recipe, base: ModelFiles | None, experts: Sequence[ModelFiles], allocated: AllocationEntry | None
+) -> dict[str, object]:
+    """What a merged model was made of, for its manifest."""
+    inputs = {files.ref: files.key for files in ([base] if base else []) + list(experts)}
+    means = allocated.means if allocated else None
+    return {"method": recipe.merge_method, "inputs": inputs, "mean_density": means, "recipe": recipe.text}

@@ -1,0 +1,128 @@
+"""A model of the recipe: resolved to commits, then as files on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import model_validator
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.models import hub
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.lora import LoraExpert, Model, is_adapter
+from lewis.models.pin import Pinned
+from lewis.recipe.recipe import Recipe
+from lewis.store.reference import Reference
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of the recipe, pinned: a full model, and an adapter on it if it is a LoRA expert."""
+
+    ref: str
+    model: Pinned
+    adapter: Pinned | None = None
+
+    @property
+    def key(self) -> str:
+        """Identity of the content."""
+        return self.model.commit + (f"+{self.adapter.commit}" if self.adapter else "")
+
+    @property
+    def size(self) -> int:
+        """Bytes to download, or on disk."""
+        return self.model.size + (self.adapter.size if self.adapter else 0)
+
+
+class ModelFiles(Reference):
+    """A model on disk: a folder, and an adapter's folder if it is a LoRA expert.
+
+    Attributes:
+        ref: as the recipe names it.
+        key: identity of the content: commits or content digests.
+        sizes: file -> bytes, checked whenever a reference is loaded.
+    """
+
+    ref: str
+    key: str
+    folder: Path
+    adapter: Path | None = None
+    sizes: dict[str, int]
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> ModelFiles:
+        if self.folder.parent == store.home() / "merged":  # a merged model, to be scored or merged again
+            store.mark_used(self.folder / store.MANIFEST)
+        for name, size in self.sizes.items():
+            if not os.path.isfile(name) or os.path.getsize(name) != size:
+                raise ValueError(f"{name} is gone or was cut short")
+        return self
+
+    @classmethod
+    def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> ModelFiles:
+        """Refer to folders as they are now."""
+        paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
+        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
+        return cls(ref=ref, key=key, folder=folder, adapter=adapter, sizes=sizes)
+
+    def open(self) -> Model:
+        """Open it for reading.
+
+        Raises:
+            InputError: as `Checkpoint` and `LoraExpert`.
+        """
+        if self.adapter is None:
+            return Checkpoint(self.folder, self.key)
+        return LoraExpert(Checkpoint(self.folder, self.key.partition("+")[0]), self.adapter, self.key)
+
+
+def pin(ref: str, root: Path, base: Source | None = None) -> Source:
+    """Resolve a model reference to commits: `model`, `model+adapter`, or an adapter of `base`.
+
+    Raises:
+        InputError: if it does not exist, or is an adapter and there is no base.
+        TransientError: if the Hub cannot be asked right now.
+    """
+    if "+" in ref and not any(place.exists() for place in (root / ref, Path(ref))):
+        model, _, adapter = ref.rpartition("+")
+        return Source(ref, hub.resolve(model, root), hub.resolve(adapter, root))
+    pinned = hub.resolve(ref, root)
+    if not is_adapter(hub.fetch(pinned, weights=False)):
+        return Source(ref, pinned)
+    if base is None:
+        raise InputError(f"{ref}: a LoRA adapter needs its base: set base_model, or write base+adapter")
+    if base.adapter is not None:
+        raise InputError(f"{ref}: a LoRA adapter on a base that is one itself ({base.ref}); merge the base's first")
+    return Source(ref, base.model, pinned)
+
+
+def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
+    """Pin the base (None if the recipe has none) and the experts, in the recipe's order.
+
+    Experts are pinned several at a time: to hash the files of new folders takes longer than to merge them.
+    """
+    base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return base, list(pool.map(lambda entry: pin(entry.model, recipe.root, base), recipe.experts))
+
+
+def download(source: Source) -> ModelFiles:
+    """Bring a pinned model to the disk, verified.
+
+    Raises:
+        TransientError: if the transfer broke; trying again can help.
+    """
+    adapter = hub.fetch(source.adapter) if source.adapter else None
+    return ModelFiles.at(source.ref, source.key, hub.fetch(source.model), adapter)
+
+
+def short_names(refs: Sequence[str]) -> list[str]:
+    """What to call experts in tables: the last part of each reference, or the whole where that would be ambiguous."""
+    short = [ref.rpartition("+")[2].partition("@")[0].rstrip("/").rpartition("/")[2] or ref for ref in refs]
+    taken = [*short, "base", "uniform", "lewis", "merged", "champion"]
+    return [name if taken.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
