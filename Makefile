@@ -27,4 +27,4 @@ test: setup
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv build .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -14,7 +14,7 @@ _DEFAULTS = {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages ask a host of Amplitude's, analytics off or not
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # how often a worker asks for work
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "lewis,tasks",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "lewis,lewis_tasks",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }

@@ -1,28 +1,71 @@
-"""The recipes that the service keeps up to date: every YAML file at the top of one folder."""
+"""The recipes that the service keeps up to date: every YAML file at the top of one folder.
+
+The folder is the one that `LEWIS_RECIPES` names. If that is not set, it is `deployments/recipes` in a checkout of the
+project, and `recipes` in the store (`LEWIS_HOME`) where the package was installed from a wheel.
+"""
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
+from lewis import store
 from lewis.errors import InputError
 from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+SHIPPED = Path(str(files("lewis_deployments"))).resolve()
+"""What comes with the project: in a checkout its folder `deployments`, else a folder of the installed package."""
+
+EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
+
+
+def location() -> Path:
+    """The absolute path of the folder, which need not exist: see the top of this module."""
+    if given := os.environ.get("LEWIS_RECIPES"):
+        return Path(given).expanduser().absolute()
+    # A checkout has the links by which its folders are installed; a folder of installed packages has not.
+    in_checkout = (SHIPPED.parent / ".packages").is_dir()
+    return SHIPPED / "recipes" if in_checkout else store.home() / "recipes"
+
 
 def folder() -> Path:
-    """`LEWIS_RECIPES`, by default `deployments/recipes` of this checkout.
+    """The folder.
 
     Raises:
         InputError: if it does not exist.
     """
-    default = Path(__file__).resolve().parents[1] / "deployments" / "recipes"
-    path = Path(os.environ.get("LEWIS_RECIPES") or default).expanduser().absolute()
+    path = location()
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; set LEWIS_RECIPES to the folder of your recipes")
+        fix = "set LEWIS_RECIPES to the folder of your recipes"
+        raise InputError(
+            f"{path}: LEWIS_RECIPES names no folder; {fix}"
+            if os.environ.get("LEWIS_RECIPES")
+            else f"{path}: no such folder; `lewis up` and `lewis deploy` make it, or {fix}"
+        )
     return path
+
+
+def make() -> None:
+    """Make the folder in the store, if that is where the recipes are and it is missing.
+
+    It gets an example of a recipe, which is not taken for one, and the evaluation tasks that come with the project. A
+    folder that `LEWIS_RECIPES` names is not made, so that a wrong path is told.
+    """
+    path = location()
+    if os.environ.get("LEWIS_RECIPES") or path.exists():
+        return
+    with store.lock("recipes"):
+        if path.exists():
+            return
+        scratch = store.beside(path)
+        shutil.copytree(SHIPPED / "recipes" / "tasks", scratch / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(SHIPPED / "recipes" / EXAMPLE, scratch)
+        scratch.rename(path)
 
 
 def names() -> list[str]:
@@ -46,13 +89,9 @@ def find(recipe: str) -> Path:
 
 
 def name_of(recipe: str) -> str:
-    """The name of a recipe that is given by name or by path; the path of a file outside the folder stays as it is.
-
-    Raises:
-        InputError: if the folder of recipes does not exist.
-    """
+    """The name of a recipe that is given by name or by path; the path of a file outside the folder stays as it is."""
     path = Path(recipe)
-    inside = path.suffix in (".yaml", ".yml") and path.parent.resolve() == folder().resolve()
+    inside = path.suffix in (".yaml", ".yml") and path.parent.resolve() == location().resolve()
     return path.stem if inside else recipe
 
 

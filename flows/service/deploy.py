@@ -22,11 +22,13 @@ from lewis_tasks.support.device_slot import LIMIT, slots
 
 logger = logging.getLogger(__name__)
 POOL = "lewis"
-PREFECT_YAML = Path(__file__).resolve().parents[2] / "deployments" / "prefect.yaml"
+PREFECT_YAML = recipes_folder.SHIPPED / "prefect.yaml"
 
 
 def deploy(file: Path = PREFECT_YAML) -> list[str]:
     """Create or update the pool, the limit, the deployments of `file` and the automations.
+
+    Where the recipes are in the store, their folder is made first if it is missing.
 
     Returns:
         The names of the recipes that have a nightly schedule.
@@ -36,7 +38,10 @@ def deploy(file: Path = PREFECT_YAML) -> list[str]:
         LewisError: if Prefect refuses a deployment.
     """
     if not file.is_file():
-        raise InputError(f"{file}: no such file; give the path of your prefect.yaml, or deploy from a checkout")
+        raise InputError(
+            f"{file}: no such file; give the path of your prefect.yaml with --prefect-file, or leave it out"
+        )
+    recipes_folder.make()
     recipes = recipes_folder.load_all()
     with get_client(sync_client=True) as client:
         _create_pool(client)

@@ -37,7 +37,7 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
     Args:
         say: is given the parts' output, line by line.
         ready: called with the URL of each part when all of them answer.
-        prefect_file: what to deploy; by default, `deployments/prefect.yaml` of this checkout.
+        prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
 
     Raises:
         InputError: if a port is taken, or another `lewis up` runs on this store.
@@ -101,7 +101,7 @@ def _prepare_server(say: Say, prefect_file: Path | None) -> None:
     crash_dead_runs()
     drop_missed_polls()
     recipes = deploy.deploy(prefect_file or deploy.PREFECT_YAML)
-    say("lewis", f"recipes: {', '.join(recipes) or 'none'}")
+    say("lewis", f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")
 
 
 def _worker() -> list[str]:

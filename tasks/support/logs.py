@@ -6,8 +6,8 @@ from lewis.errors import LewisError
 
 
 def quieten() -> None:
-    """Let lewis and tasks log at INFO, and take noise out of Prefect's run logs."""
-    for library in ("lewis", "tasks"):
+    """Let lewis and lewis_tasks log at INFO, and take noise out of Prefect's run logs."""
+    for library in ("lewis", "lewis_tasks"):
         logging.getLogger(library).setLevel(logging.INFO)
     for runs in ("prefect.task_runs", "prefect.flow_runs"):
         logging.getLogger(runs).addFilter(worth_reading)
