@@ -24,10 +24,25 @@ from lewis.recipe.recipe import Recipe
 
 __all__ = [
     "AllocationEntry", "CalibrationEntry", "ImportanceEntry", "MergedModel", "ModelFiles", "ScoresEntry", "Source",
-    "allocate", "download", "eval_settings", "find_allocated", "find_measured", "find_merged", "find_scores", "guide",
-    "layers_of", "lineage", "measure", "merge", "pin", "pin_all", "preflight", "prepare_calibration", "prepare_merge",
-    "score", "scored", "short_names", "wanted_measurements",
+    "allocate", "download", "eval_settings", "fetch", "find_allocated", "find_measured", "find_merged", "find_scores",
+    "guide", "layers_of", "lineage", "measure", "merge", "pin", "pin_all", "preflight", "prepare_calibration",
+    "prepare_merge", "score", "scored", "short_names", "wanted_measurements",
 ]  # fmt: skip
+
+
+def fetch(recipe: Recipe) -> tuple[ModelFiles | None, list[ModelFiles]]:
+    """Pin base and experts, check from their headers that they fit together, and bring them to the disk.
+
+    Returns:
+        The base, None if the recipe has none, and the experts in the recipe's order.
+
+    Raises:
+        InputError: naming what does not exist or does not fit, before anything is downloaded.
+        TransientError: if the Hub cannot be asked right now; trying again can help.
+    """
+    base, experts = pin_all(recipe)
+    preflight(recipe, base, experts)
+    return download(base) if base else None, [download(source) for source in experts]
 
 
 def guide(

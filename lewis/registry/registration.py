@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lewis import store
@@ -118,6 +119,19 @@ def model_card(
         results=found.get(recipe.label, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
     )
+
+
+def write_card(
+    folder: Path,
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: Sequence[ModelFiles],
+    allocated: AllocationEntry | None,
+) -> None:
+    """Put the card of a merge that was not scored, with the picture of its densities, into the model's folder."""
+    means = dict(allocated.means) if allocated else {}
+    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means)
+    card.write(folder, text, pictures.densities(allocated) if allocated else None)
 
 
 def _gains(models: Sequence[Scored]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lewis_flows.cli import main
+from lewis_flows.cli.run import print_merge
 from lewis_flows.merge import MergeReport
 from tests.conftest import Family
 from tests.flows.conftest import Command
@@ -88,7 +88,7 @@ def test_the_story_of_two_runs(
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
     _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
-    main._print_merge(MergeReport.model_validate(second))
+    print_merge(MergeReport.model_validate(second))
     _check_tables(client, own, home, second, text, capsys.readouterr().out)
     _check_events(client, own.stem, first, second)
     _check_assets(client, own.stem, math, family, second)

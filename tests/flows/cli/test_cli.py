@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from lewis.models.checkpoint import Checkpoint
-from lewis_flows.cli.main import _Terminal, main
+from lewis_flows.cli.main import main
+from lewis_flows.cli.terminal import Terminal
 from tests.conftest import Family
 from tests.support.models import edit_json, rewrite, write_llama, write_tokenizer
 
@@ -59,7 +60,7 @@ sys.exit(code or "torch" in sys.modules)
 
 def test_messages_go_to_what_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar takes its place while it is drawn; what goes past it ends up in its line."""
-    handler = _Terminal()
+    handler = Terminal()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     handler.emit(logging.makeLogRecord({"msg": "merged"}))
     assert sys.stderr.getvalue() == "merged\n"

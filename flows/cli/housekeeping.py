@@ -1,0 +1,33 @@
+"""`lewis gc`: remove from the store what nothing needs."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from lewis_flows.cli.terminal import show_log
+
+
+def gc_options(command: argparse.ArgumentParser) -> None:
+    """`--days N` and `--yes`."""
+    command.add_argument(
+        "--days", metavar="N", type=float, default=14.0, help="keep what was used in the last N days (14)"
+    )
+    command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
+
+
+def gc(options: argparse.Namespace) -> None:
+    """Show what can go, and with `--yes` remove it."""
+    from lewis.store import housekeeping
+    from lewis_flows import turn
+
+    show_log()
+    found = housekeeping.survey(options.days, active_since=turn.active_since())
+    freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
+    if options.json:
+        facts = {"found": [asdict(item) for item in found], "bytes": total, "removed": options.yes, "freed": freed}
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    for item in found:
+        print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
+    done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
+    print(f"{len(found)} entries, {done}" if found else "nothing to remove")

@@ -1,0 +1,164 @@
+"""`lewis plan`, `merge`, `importance`, `allocate` and `export`: the library alone, without Prefect and MLflow."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lewis.errors import InputError, RecipeError
+from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.terminal import show_log
+
+if TYPE_CHECKING:
+    from lewis.allocation.step import AllocationEntry
+    from lewis.importance.architecture import Layer
+    from lewis.importance.step import ImportanceEntry
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what a run would do."""
+    from lewis.plan import make_plan
+
+    made = make_plan(arguments.load(options))
+    print(json.dumps(made.to_json(), indent=2) if options.json else made.to_text())
+
+
+def merge_output(command: argparse.ArgumentParser) -> None:
+    """`-o DIR` and `--max-shard-size SIZE`."""
+    command.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model")
+    command.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file to write, default 5GB")
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write a merged model, with its card, into a folder."""
+    from lewis import pipeline, store
+    from lewis.devices import default_device
+    from lewis.models.writer import parse_size
+    from lewis.registry.registration import write_card
+
+    recipe, shard, folder = arguments.load(options), parse_size(options.max_shard_size), options.output.resolve()
+    show_log()
+    store.check_replaceable(options.output)
+    base, experts = pipeline.fetch(recipe)
+    pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
+    allocated = None
+    if recipe.lewis and base:
+        pipeline.layers_of(base)
+        with bars.progress() as shown:
+            _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)
+    prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
+    manifest = pipeline.lineage(recipe, base, experts, allocated)
+    effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
+    write_card(folder, recipe, base, experts, allocated)
+    if options.json:
+        facts = {"folder": str(folder), "digest": prepared.digest, "bytes": prepared.size}
+        means = dict(allocated.means) if allocated else {}
+        print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
+    else:
+        size = f"{len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB"
+        print(f"{options.output}: {size}, digest {prepared.digest}\n{effort.to_text()}")
+
+
+def importance(options: argparse.Namespace) -> None:
+    """Write the importance of every layer as JSON, and print it with the densities."""
+    from lewis import store
+    from lewis.reports import tables
+
+    _check_file(options.output)
+    guided = _guide(options)
+    rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in guided.measured]
+    store.write_json(options.output, {"importance": rows})
+    for each in guided.measured:
+        print(f"importance of {each.ref} on {each.calibration}\n{tables.grid(guided.layers, each.norms, '.4g')}\n")
+    _print_densities(guided)
+    print(f"{options.output}: {len(rows)} measurements; passes run now: {guided.passes}")
+
+
+def allocate(options: argparse.Namespace) -> None:
+    """Write the densities as JSON and as a picture, and print them."""
+    from lewis import store
+    from lewis.reports import pictures
+
+    _check_file(options.output)
+    guided = _guide(options)
+    experts = {ref: each.to_json() for ref, each in guided.allocated.experts().items()}
+    store.write_json(options.output, {"experts": experts})
+    store.write_bytes(options.output.with_suffix(".png"), pictures.densities(guided.allocated))
+    _print_densities(guided)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Print a config of mergekit."""
+    from lewis import pipeline
+    from lewis.merge.export import check_exportable, to_mergekit
+
+    recipe = arguments.load(options)
+    check_exportable(recipe)  # before anything is measured
+    base, experts = pipeline.pin_all(recipe)
+    allocations = _guide(options).allocated.experts() if recipe.lewis else {}
+    print(to_mergekit(recipe, base, experts, allocations), end="")
+
+
+class _Guided(NamedTuple):
+    """What guides a merge.
+
+    Attributes:
+        layers: the covered layers that the recipe does not exclude.
+        parameters: number of parameters of the base.
+        measured: importance of base and experts.
+        allocated: the densities.
+        passes: how many forward passes ran now; the store had the others.
+    """
+
+    layers: "list[Layer]"
+    parameters: int
+    measured: "list[ImportanceEntry]"
+    allocated: "AllocationEntry"
+    passes: int
+
+
+def _guide(options: argparse.Namespace) -> _Guided:
+    """Measure and allocate.
+
+    Raises:
+        RecipeError: if the recipe has no `lewis` block or no base.
+    """
+    from lewis import pipeline
+    from lewis.devices import default_device
+
+    recipe = arguments.load(options)
+    if recipe.lewis is None or recipe.base_model is None:
+        raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
+    show_log()
+    base, experts = pipeline.fetch(recipe)
+    assert base is not None
+    pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
+    parameters = sum(info.elements for info in base.open().tensors.values())
+    layers = [layer for layer in pipeline.layers_of(base) if not recipe.excludes(layer.tensor)]
+    passes = set[str]()
+    with bars.progress() as report:
+
+        def noted(what: str, done: int, total: int) -> None:
+            passes.add(what)
+            report(what, done, total)
+
+        measured, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=noted)
+    return _Guided(layers, parameters, measured, allocated, len(passes))
+
+
+def _print_densities(guided: _Guided) -> None:
+    from lewis.reports import tables
+
+    for ref, each in guided.allocated.experts().items():
+        print(tables.allocation_text(ref, guided.layers, each, guided.parameters), end="\n\n")
+
+
+def _check_file(path: Path) -> None:
+    """Find out before the long part whether the output can be written.
+
+    Raises:
+        InputError: if it can not.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or path.suffix == ".png":
+        raise InputError(f"-o {path}: expected the name of a JSON file in a folder")

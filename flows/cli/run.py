@@ -1,0 +1,126 @@
+"""`lewis run` and `lewis search`: the flows in this process, on a Prefect server."""
+
+import argparse
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from lewis_flows.cli import arguments
+from lewis_flows.cli.terminal import print_table
+
+if TYPE_CHECKING:
+    from lewis_flows.merge import MergeReport
+    from lewis_flows.search import SearchReport
+
+R = TypeVar("R")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the DAG of a recipe."""
+    arguments.load(options)  # find a mistake in the recipe before a server is started
+    run_merge(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
+
+
+def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Run the flow `merge` and print its report.
+
+    Args:
+        recipe: path of the YAML file.
+        overrides: `key.path=value` each.
+        as_json: print JSON instead of text.
+    """
+
+    def flow() -> "MergeReport":
+        from lewis_flows.merge import merge_flow
+
+        return merge_flow(recipe, list(overrides))
+
+    report = _with_prefect(flow)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print_merge(report)
+
+
+def search_limits(command: argparse.ArgumentParser) -> None:
+    """`--trials N` and `--minutes M`."""
+    command.add_argument(
+        "--trials", metavar="N", type=arguments.positive(int), help="how many in all, instead of the recipe's number"
+    )
+    command.add_argument(
+        "--minutes", metavar="M", type=arguments.positive(float), help="begin no further trial after this time"
+    )
+
+
+def search(options: argparse.Namespace) -> None:
+    """Run the search of a recipe."""
+    from lewis.search import study
+
+    recipe = arguments.load(options)  # find a mistake in the recipe before a server is started
+    study.objectives_of(recipe)
+    study.check_space(recipe)
+
+    def flow() -> "SearchReport":
+        from lewis_flows.search import search_flow
+
+        path = str(Path(options.recipe).resolve())
+        return search_flow(path, options.overrides, options.trials, options.minutes)
+
+    report = _with_prefect(flow)
+    if options.json:
+        print(report.model_dump_json(indent=2))
+        return
+    print(f"{len(report.trials)} trials; the best, beside the recipe as it is, on documents that no trial saw:")
+    print_table(report.confirmed)
+    for override in report.overrides:
+        print(f"  --set {override}")
+    print(f"MLflow run of the search: {report.mlflow_run}")
+    if report.merge:
+        print_merge(report.merge)
+
+
+def print_merge(report: "MergeReport") -> None:
+    """Print what a run of the DAG gave."""
+    print_table(report.scores)
+    print_table(report.comparison)
+    for expert, mean in report.mean_density.items():
+        print(f"mean density of {expert}: {mean:.3f}")
+    print(f"merged model: {report.folder}")
+    if report.version:
+        print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
+        print(f"verdict: {'champion' if report.promoted else 'not promoted'}")
+        print("\n".join(f"  {reason}" for reason in report.verdict))
+    if report.published:
+        print(f"published: {report.published}")
+
+
+def _with_prefect(flow: Callable[[], R]) -> R:
+    """Run a flow on the server that there is, or on one that is started for it."""
+    from lewis_flows.service.servers import prefect_server
+
+    with prefect_server() as url:
+        from prefect.logging.handlers import APILogWorker
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            from prefect import tags
+
+            from lewis_flows.turn import crash_dead_runs
+
+            crash_dead_runs()
+            signal.signal(signal.SIGINT, _stop_tasks)
+            try:
+                with tags("lewis"):
+                    return flow()
+            finally:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                APILogWorker.drain_all(timeout=10)  # send the log before the server is stopped
+
+
+def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:
+    from lewis_tasks.support.caching import STOPPING
+
+    STOPPING.set()
+    raise KeyboardInterrupt

@@ -1,0 +1,38 @@
+"""What commands print in the same way: log messages and tables."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+
+
+class Terminal(logging.Handler):
+    """Writes to what `sys.stderr` is now: while a progress bar is drawn, the messages appear above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def show_log() -> None:
+    """Show the messages of `lewis`; for commands without Prefect, which has handlers of its own."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Terminal()])
+    logging.getLogger("lewis").setLevel(logging.INFO)
+
+
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Print rows that have the same keys; if one key is `metric`, a table for each metric, under its name."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 132
+    for metric in dict.fromkeys(str(row.get("metric", "")) for row in rows):
+        table = Table(title=metric or None, title_justify="left", box=box.SIMPLE_HEAD)
+        shown = [{k: v for k, v in row.items() if k != "metric"} for row in rows if row.get("metric", "") == metric]
+        for name in shown[0]:
+            table.add_column(name, overflow="fold")
+        for row in shown:
+            table.add_row(*(str(value) for value in row.values()))
+        console.print(table)
