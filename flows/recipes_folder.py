@@ -12,8 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lewis import store
-from lewis.errors import InputError
-from lewis.recipe.checks import nearest
+from lewis.errors import InputError, nearest
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)

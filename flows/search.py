@@ -13,12 +13,11 @@ from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
-from lewis.recipe.checks import nearest
 from lewis.recipe.recipe import Recipe
 from lewis.search import study
 from lewis.search.study import Log, Objective, Trial

@@ -1,14 +1,15 @@
 """What can go wrong, in two kinds: the input is wrong (exit code 2), or the work failed half way (exit code 1)."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class LewisError(Exception):
-    """The work failed while running. The message says what failed and what to do about it."""
+    """The work failed while running (exit code 1). The message says what failed and what to do about it."""
 
 
 class InputError(LewisError, ValueError):
-    """The input is wrong: running again without changing it cannot help, so it is never retried."""
+    """The input is wrong (exit code 2). It is never retried: only changed input can help."""
 
 
 class RecipeError(InputError):
@@ -19,8 +20,25 @@ class RecipeError(InputError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
-        return type(self), (self.problems,)
+        return type(self), (self.problems,)  # pickle would pass the joined message, and so lose the list
 
 
 class TransientError(LewisError):
-    """A failure that can heal by itself (a busy server, a broken transfer): worth a retry."""
+    """A failure that may go away by itself, such as a busy server or a broken transfer: it is retried."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message about an unknown name.
+
+    Args:
+        name: what was given.
+        names: what is known.
+
+    Returns:
+        `; did you mean ...?`; or `; expected one of ...` if no name is similar and there are at most 24; or nothing.
+    """
+    choices = sorted(names)
+    close = difflib.get_close_matches(name, choices, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; expected one of {', '.join(choices)}" if len(choices) <= 24 else ""

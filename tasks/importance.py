@@ -13,7 +13,8 @@ from lewis.importance import measure as library
 from lewis.importance import step
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.models.source import ModelFiles
-from lewis.recipe.recipe import Importance, Recipe
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Importance
 from lewis_tasks.support import assets
 from lewis_tasks.support.caching import RETRIES, Progress, cached, computing_in
 from lewis_tasks.support.device_slot import device_slot

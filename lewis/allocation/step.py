@@ -19,7 +19,8 @@ from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
 from lewis.models.source import ModelFiles
-from lewis.recipe.recipe import ModelEntry, Recipe, excluded
+from lewis.recipe.recipe import Recipe, excluded
+from lewis.recipe.schema import ModelEntry
 from lewis.store.reference import JsonReference
 
 logger = logging.getLogger(__name__)

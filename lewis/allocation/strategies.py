@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from lewis.importance.architecture import Layer
-from lewis.recipe.recipe import Density
+from lewis.recipe.schema import Density
 
 Evidence = Mapping[str, float]
 Allocator = Callable[[Sequence[Layer], Evidence, Density], dict[str, float]]

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from lewis.errors import InputError
+from lewis.errors import InputError, nearest
 from lewis.evaluation.comparison import LEVEL, holm
 from lewis.evaluation.samples import Samples, by_key
 from lewis.evaluation.scored import WEIGHTED, Scored, gain
-from lewis.recipe.checks import nearest
 
 CHANCE = 0.05  # largest p of a rule that holds
 ROUNDING = 1e-9  # 0.57 - 0.55 is a little less than 0.02 in floating point

@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lewis.errors import InputError
+from lewis.errors import InputError, nearest
 from lewis.evaluation.comparison import Comparison, compare, interval
 from lewis.evaluation.lm_eval import Evaluated, Score
 from lewis.evaluation.samples import Ends, Samples, by_key, combined
-from lewis.recipe.checks import nearest
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the score that `evaluate.weights` makes
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.recipe.recipe import CalibrationSet
+from lewis.recipe.schema import CalibrationSet
 from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)

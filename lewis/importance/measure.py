@@ -20,7 +20,7 @@ from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
 from lewis.models.checkpoint import DTYPES
 from lewis.models.lora import Model
-from lewis.recipe.recipe import Importance
+from lewis.recipe.schema import Importance
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch

@@ -22,7 +22,8 @@ from lewis.importance.calibration import Calibration
 from lewis.lazy_torch import torch
 from lewis.models.lora import Model
 from lewis.models.source import ModelFiles
-from lewis.recipe.recipe import Importance, ModelEntry, Recipe
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Importance, ModelEntry
 from lewis.store.checksums import place_of
 from lewis.store.reference import JsonReference, Reference
 

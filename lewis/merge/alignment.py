@@ -21,7 +21,8 @@ from lewis.models.checkpoint import DTYPES, PER_TOKEN, as_tensor
 from lewis.models.lora import Model
 from lewis.models.tokenizer import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
 from lewis.models.writer import bytes_of
-from lewis.recipe.recipe import Recipe, TokenRow
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import TokenRow
 
 _RUN = 1 << 20  # elements that are written at a time
 

@@ -33,7 +33,8 @@ from lewis.methods.arithmetic.streams import Stream
 from lewis.models.compatible import check_compatible, layer_of
 from lewis.models.lora import Model
 from lewis.models.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
-from lewis.recipe.recipe import ModelEntry, Recipe, excluded
+from lewis.recipe.recipe import Recipe, excluded
+from lewis.recipe.schema import ModelEntry
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other bytes

@@ -1,100 +1,20 @@
-"""Problems of a recipe, found together and told in the user's terms: YAML path, what was expected, nearest name."""
+"""Checks that span several blocks of a recipe. They read the raw YAML, so that all problems are reported together."""
 
-import difflib
 import itertools
-import re
-from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
+from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
 from lewis.recipe.presets import contradictions
 from lewis.recipe.settings import parse_setting
 
-UNSUPPORTED = {
-    "slices": "merging slices of layers",
-    "modules": "merging by modules",
-    "chat_template": "replacing the chat template",
-    "trust_remote_code": "running code that a model brings along",
-}
-# What pydantic calls the kinds of value that a key may have.
-_KIND = re.compile(
-    r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
-)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean ...?`, or the choices where nothing is near."""
-    choices = sorted(names)
-    close = difflib.get_close_matches(name, choices, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; expected one of {', '.join(choices)}" if len(choices) <= 24 else ""
-
-
-def dotted(location: Iterable[Any]) -> str:
-    """`("models", 0, "model")` as `models[0].model`."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    return path
-
-
-def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Each problem that pydantic found, as a line."""
-    lines = []
-    for problem in error.errors():
-        location, kind, given = problem["loc"], problem["type"], problem["input"]
-        if kind == "too_short" and given:
-            continue  # pydantic counts the items that are right; the wrong ones are told themselves
-        where = dotted(part for part in location if not _is_kind(part))
-        if kind == "extra_forbidden":
-            key = str(location[-1])
-            if len(location) == 1 and key in UNSUPPORTED:
-                lines.append(f"{where}: {UNSUPPORTED[key]} is not supported yet; remove it (models and parameters are)")
-            else:
-                lines.append(f"{where}: unknown key{nearest(key, _keys(root, location[:-1]))}")
-        elif kind == "missing":
-            lines.append(f"{where}: missing; it is required")
-        elif kind == "value_error":
-            lines.append(f"{where}: {str(problem['msg']).removeprefix('Value error, ')}")
-        elif kind == "literal_error":
-            lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {given!r}")
-        else:
-            message = re.sub("(?i)tuple", "list", str(problem["msg"]))
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {given!r}")
-    return lines
-
-
-def _is_kind(part: Any) -> bool:
-    """Whether a part of pydantic's location is the kind of value that it tried, and no key."""
-    return isinstance(part, str) and _KIND.fullmatch(part) is not None
-
-
-def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that are valid at a location of the schema."""
-    current: Any = model
-    for part in location:
-        annotations: list[Any] = []
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            annotations = [f.annotation for name, f in current.model_fields.items() if part in (name, f.alias)]
-        current = next(iter(_models_in(annotations)), current)
-    if not (isinstance(current, type) and issubclass(current, BaseModel)):
-        return []
-    return [field.alias or name for name, field in current.model_fields.items()]
-
-
-def _models_in(annotations: Iterable[Any]) -> Iterable[type[BaseModel]]:
-    for annotation in annotations:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield annotation
-        else:
-            yield from _models_in(getattr(annotation, "__args__", ()))
-
 
 def cross_check(data: dict[str, Any]) -> list[str]:
-    """Problems that span blocks, found on the raw YAML so that they are told beside all others."""
+    """Problems that span blocks, each a line that begins with its YAML path.
+
+    Args:
+        data: the raw YAML. What is wrong within one block is left to the schema.
+    """
     problems: list[str] = []
     entries = data.get("models")
     models = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
@@ -158,7 +78,7 @@ def _check_values(path: str, raw: Any, parse: Any) -> list[str]:
     try:
         rules = parse_setting(raw)
     except ValueError:
-        return []  # told with its place by the schema
+        return []  # the schema reports it, with its place
     problems = []
     for rule in rules:
         for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
@@ -184,7 +104,7 @@ def _check_count(data: dict[str, Any], models: list[dict[str, Any]], method: Met
 
 
 def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
-    """Parameters that must fit together, where no filter decides them; the rest is checked with the tensors' names."""
+    """Parameters that must fit together. Those with filters are checked later, when the tensors' names are known."""
     experts = [(i, entry) for i, entry in enumerate(models) if str(entry.get("model")) != str(data.get("base_model"))]
     block, problems = data.get("lewis"), []
     for i, entry in experts if method.check else ():
@@ -194,7 +114,7 @@ def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: 
         if isinstance(block, dict) and "density" in choices:
             where, choices["density"] = "lewis.density", _guided_densities(block)
         if sum(len(values) > 1 for values in choices.values()) > 1:
-            continue  # which of them meet depends on the layer
+            continue  # two gradients: which of their values meet depends on the layer
         for values in itertools.product(*choices.values()):
             if method.check and (problem := method.check(dict(zip(choices, values, strict=True)), len(experts))):
                 problems.append(f"{where}: {problem}")
@@ -202,7 +122,7 @@ def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: 
 
 
 def _constants(parameter: Parameter, *blocks: Any) -> list[Any]:
-    """The value of a parameter, or the ends of its gradient; none if a filter decides, or it is wrong."""
+    """The value of a parameter, or the smallest and largest of its gradient; empty if it has filters or is invalid."""
     raw = next((b[parameter.name] for b in blocks if isinstance(b, dict) and parameter.name in b), parameter.default)
     try:
         rules = parse_setting(raw)
@@ -211,12 +131,12 @@ def _constants(parameter: Parameter, *blocks: Any) -> list[Any]:
         value = rules[0].value
         values = [parameter.parse(each) for each in (value if isinstance(value, tuple) else (value,))]
     except ValueError:
-        return []  # told with its place
+        return []  # reported elsewhere, with its place
     return sorted({min(values), max(values)})
 
 
 def _guided_densities(block: dict[str, Any]) -> list[float]:
-    """The ends of the densities that LEWIS gives."""
+    """The smallest and the largest density that LEWIS may give; empty if the block is invalid."""
     found = block.get("density")
     density: dict[str, Any] = found if isinstance(found, dict) else {}
     try:
@@ -224,7 +144,7 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
         if density.get("strategy") == "uniform":
             low = high = float(density.get("budget") or (low + high) / 2)
     except (TypeError, ValueError, OverflowError):
-        return []  # told by the schema
+        return []  # the schema reports it
     return sorted({low, high})
 
 
@@ -267,12 +187,12 @@ def _check_density(data: dict[str, Any]) -> list[str]:
     try:  # YAML reads 1e-1 as text
         low, high, budget = (None if given[key] is None else float(given[key]) for key in ("min", "max", "budget"))
     except (TypeError, ValueError, OverflowError):
-        return []  # told by the schema
+        return []  # the schema reports it
     if low is None or high is None:
-        return []  # told by the schema
+        return []  # the schema reports it
     if low > high:
         return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
-    if own.get("strategy") == "uniform":  # what is the same everywhere has no bounds but those that are given
+    if own.get("strategy") == "uniform":  # the default bounds do not apply to one density for all
         low, high = (low if "min" in own else 0.0), (high if "max" in own else 1.0)
     if budget is not None and not low <= budget <= high:
         return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
@@ -285,7 +205,7 @@ def _prunes_by_activation(data: dict[str, Any]) -> bool:
 
 
 def _check_guidance(data: dict[str, Any]) -> list[str]:
-    """Keys of the lewis block that its strategy or preset has no use for."""
+    """Keys of the lewis block that its strategy does not use, or that contradict its preset."""
     block = data.get("lewis")
     if not isinstance(block, dict):
         return []

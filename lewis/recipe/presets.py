@@ -1,9 +1,9 @@
-"""Presets of the `lewis` block: settings that belong together."""
+"""Presets of the `lewis` block: several settings under one name."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# What the authors' code does (arXiv 2503.03874). Their configs set the numbers in FREE, so a recipe may too.
+# What the LEWIS authors' code does (arXiv 2503.03874). Their configs set the settings in FREE, so a recipe may too.
 OFFICIAL: dict[str, dict[str, Any]] = {
     "calibration": {"samples": 15, "max_tokens": 512, "seed": 42, "padding": "max_tokens"},
     "importance": {"metric": "norm_difference", "prune_ratio": 0.5, "reduce": "sum"},
@@ -17,7 +17,7 @@ FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")
 
 
 def with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The `lewis` block of a recipe with what its preset sets and the recipe does not."""
+    """A recipe's `lewis` block, with its preset's value for each setting that the recipe leaves out."""
     preset = PRESETS.get(str(block.get("preset")))
     if preset is None:
         return dict(block)
@@ -34,7 +34,7 @@ def with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
-    """What a recipe sets otherwise than its preset must have it."""
+    """Problems: the settings of a recipe that contradict its preset."""
     preset = PRESETS.get(str(block.get("preset")))
     if preset is None:
         return

@@ -16,7 +16,7 @@ class Rule:
 
 
 def parse_setting(raw: Any) -> tuple[Rule, ...]:
-    """Turn the YAML of a setting into rules, the first that matches a tensor holds.
+    """Turn the YAML of a setting into rules; the first rule that matches a tensor applies.
 
     Raises:
         ValueError: saying what was expected.
@@ -53,8 +53,9 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
     Args:
         rules: as from `parse_setting`.
         tensor: name of the tensor; a filter matches as a substring, `*` matches all (mergekit's rule).
-        position: in [0, 1]; numbers of a gradient are interpolated there, whole numbers and other values picked.
-        parse: checks a scalar and gives it its type.
+        position: depth in [0, 1], for gradients: floats are interpolated, of other values the one at or before the
+            position is taken.
+        parse: checks a scalar and converts it to its type; raises ValueError.
     """
     for rule in rules:
         if rule.filter in (None, "*") or (rule.filter or "") in tensor:

@@ -12,7 +12,8 @@ import yaml
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.recipe.recipe import Range, Recipe, value_of
+from lewis.recipe.recipe import Recipe, value_of
+from lewis.recipe.schema import SearchRange
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -100,7 +101,7 @@ def check_space(recipe: Recipe) -> None:
         if not path.startswith(ALLOWED):
             problems.append(f"{where}: expected a value that the merge depends on: {', '.join(ALLOWED)}")
             continue
-        ends = [wanted.min, wanted.max] if isinstance(wanted, Range) else list(wanted)
+        ends = [wanted.min, wanted.max] if isinstance(wanted, SearchRange) else list(wanted)
         if not ends:
             problems.append(f"{where}: expected at least one choice, got an empty list")
         for value in ends:
@@ -238,14 +239,14 @@ class Log:
 def _distribution(wanted: Any) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    if isinstance(wanted, Range):
+    if isinstance(wanted, SearchRange):
         return FloatDistribution(wanted.min, wanted.max, log=wanted.log, step=wanted.step)
     return CategoricalDistribution(wanted)
 
 
 def _rounded(wanted: Any, value: Any) -> Any:
     """Four digits, which are enough to tell trials apart; a whole number where the range has only such."""
-    if not isinstance(wanted, Range):
+    if not isinstance(wanted, SearchRange):
         return value
     if wanted.step and wanted.step.is_integer() and wanted.min.is_integer():
         return round(value)
@@ -253,6 +254,6 @@ def _rounded(wanted: Any, value: Any) -> Any:
 
 
 def _holds(wanted: Any, value: Any) -> bool:
-    if not isinstance(wanted, Range):
+    if not isinstance(wanted, SearchRange):
         return value in wanted
     return isinstance(value, int | float) and wanted.min <= value <= wanted.max

@@ -1,4 +1,4 @@
-"""Densities: worked by hand, and the promises of DESIGN section 4 for any importance."""
+"""Densities: worked by hand, and what every strategy promises for any importance."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lewis.allocation.densities import Allocation, allocate, distance_to_uniform
 from lewis.allocation.evidence import norm_difference
 from lewis.errors import InputError
 from lewis.importance.architecture import Layer
-from lewis.recipe.recipe import Density
+from lewis.recipe.schema import Density
 
 LAYERS = [Layer(f"{i}.{kind}.weight", i, kind, size) for kind, size in (("q", 10), ("up", 30)) for i in range(2)]
 REST = ["embed.weight", "norm.weight"]

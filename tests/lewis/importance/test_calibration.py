@@ -15,7 +15,7 @@ import pytest
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration, calibrate
-from lewis.recipe.recipe import CalibrationSet
+from lewis.recipe.schema import CalibrationSet
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
 from tests.support.models import edit_json, shard, write_tokenizer
@@ -93,7 +93,7 @@ class TestSamples:
     def test_of_a_hub_dataset_are_those_of_its_commit(self, family: Family, data: Path) -> None:
         code = (
             "import sys; from pathlib import Path\n"
-            "from lewis.importance.calibration import calibrate; from lewis.recipe.recipe import CalibrationSet\n"
+            "from lewis.importance.calibration import calibrate; from lewis.recipe.schema import CalibrationSet\n"
             "spec = CalibrationSet(dataset=sys.argv[2], text='{question}', samples=3)\n"
             "print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
         )  # a process of its own: `datasets` reads the environment once, at import

@@ -28,7 +28,7 @@ from lewis.importance.measure import covered_layers, measure, measure_sets, netw
 from lewis.importance.streaming import Streamed
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert
-from lewis.recipe.recipe import Importance
+from lewis.recipe.schema import Importance
 from tests.conftest import Family
 from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors
 
@@ -39,7 +39,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 
 def slow(folder: Path) -> dict[str, float]:
-    """I(l,c) = || W * sqrt(s) ||_F of every nn.Linear in the layers, as DESIGN section 4 writes it."""
+    """I(l,c) = || W * sqrt(s) ||_F of every nn.Linear in the layers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}

@@ -12,7 +12,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure, network_of
 from lewis.importance.wanda import smallest
 from lewis.models.checkpoint import Checkpoint
-from lewis.recipe.recipe import Importance
+from lewis.recipe.schema import Importance
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import GPT2, MOES, write
 from tests.support import authors

@@ -1,4 +1,4 @@
-"""The engine: what DESIGN section 4 promises of every method, and what it refuses."""
+"""The engine: what it promises for every method, and what it refuses."""
 
 import itertools
 import json

@@ -1,0 +1,323 @@
+"""The blocks of a recipe: a mergekit config, and the blocks `lewis`, `evaluate`, `register`, `publish` and `search`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from lewis.recipe.presets import with_preset
+from lewis.recipe.settings import Rule, parse_setting
+
+Setting = Annotated[tuple[Rule, ...], BeforeValidator(parse_setting)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+def _empty_if_null(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def _model_name(value: Any) -> Any:
+    """mergekit also writes a model as {model: {path, revision}, lora: {path, revision}}."""
+    if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
+        if "model" in value:
+            parts = [_model_name(value["model"])] + ([_model_name(value["lora"])] if value.get("lora") else [])
+            return "+".join(str(part) for part in parts)
+        if "path" in value:
+            return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
+    return value
+
+
+ModelName = Annotated[str, BeforeValidator(_model_name), Field(min_length=1)]
+Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
+
+
+class Block(BaseModel):
+    """A block of the recipe: it cannot be changed after it was read, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TokenRow(Block):
+    """Where a token's row comes from: all zeros (`zero`), or the row of a token of a model (`model_token`)."""
+
+    kind: Literal["zero", "model_token"]
+    model: ModelName | None = None
+    token: str | None = None
+    token_id: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_row(self) -> "TokenRow":
+        given = (self.model, self.token if self.token is not None else self.token_id)
+        if self.kind == "zero" and (given != (None, None)):
+            raise ValueError("kind zero takes no model or token")
+        if self.kind == "model_token" and (None in given or None not in (self.token, self.token_id)):
+            raise ValueError("kind model_token needs a model, and either token or token_id")
+        return self
+
+
+def _kind_of_source(value: Any) -> str:
+    return "TokenRow" if isinstance(value, TokenRow) or (isinstance(value, dict) and "kind" in value) else "ModelName"
+
+
+class TokenEmbedding(Block):
+    """The embedding row of one token, for the models that lack it.
+
+    Attributes:
+        source: a model, or a `TokenRow`; None: the rule of `lewis.merge.vocabulary`.
+        force: use it in the models that have the token, too.
+    """
+
+    source: (
+        Annotated[
+            Annotated[ModelName, Tag("ModelName")] | Annotated[TokenRow, Tag("TokenRow")],
+            Discriminator(_kind_of_source),
+        ]
+        | None
+    ) = None
+    force: bool = False
+
+
+class Tokenizer(Block):
+    """The vocabulary of the result: mergekit's `tokenizer`.
+
+    Attributes:
+        source: `base`, `union`, or one of the models.
+        tokens: token -> where its row comes from; a token that no model has is added.
+        pad_to_multiple_of: embeddings have one row per token, rounded up to a multiple of this.
+    """
+
+    source: ModelName = "union"
+    tokens: dict[Annotated[str, Field(min_length=1)], TokenEmbedding] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+
+
+class ModelEntry(Block):
+    """One model of the merge."""
+
+    model: ModelName
+    parameters: Parameters = Field(default_factory=dict)
+    calibration: str | None = None
+
+
+class CalibrationSet(Block):
+    """Where calibration texts come from: a dataset (of the Hub, or `json`/`parquet` files), or `texts` given inline.
+
+    Attributes:
+        dataset: a dataset repo of the Hub, `json` or `parquet`.
+        text: template that turns a row into text, such as `{question} {answer}`.
+        samples: number of texts.
+        max_tokens: longer texts are cut to this.
+        padding: `max_tokens` fills each sample up with end-of-text tokens, which then count like all others (as the
+            authors' code does).
+    """
+
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    data_files: str | tuple[str, ...] | None = None
+    text: str | None = None
+    texts: tuple[str, ...] | None = None
+    samples: int = Field(default=128, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
+    seed: int = Field(default=42, ge=0)
+    padding: Literal["none", "max_tokens"] = "none"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CalibrationSet":
+        if (self.dataset is None) == (self.texts is None):
+            raise ValueError("expected either `dataset` or inline `texts`")
+        if self.dataset is not None and not self.text:
+            raise ValueError('expected `text`, a template such as "{question} {answer}" that turns a row into text')
+        if self.dataset in ("json", "parquet") and not self.data_files:
+            raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
+        if self.texts is not None and (self.text or self.data_files or self.config):
+            raise ValueError("inline `texts` take no `text`, `config` or `data_files`")
+        return self
+
+
+class Importance(Block):
+    """How the importance of a layer is measured, and how far fine-tuning moved it.
+
+    Attributes:
+        metric: how far a layer moved, for `strategy: lewis`: `norm_difference` (LEWIS's), `delta_norm` (the norm of the
+            activation-weighted task vector), or `outlier` (its share of outliers, as in OWL).
+        prune_ratio: share of each row's weights that Wanda prunes before the layer's output feeds the next layer; the
+            authors' code uses 0.5.
+        reduce: squared activations: their `mean` over all tokens, or their `sum` over a sample's tokens, averaged over
+            the samples (as the authors' code does).
+    """
+
+    metric: Literal["norm_difference", "delta_norm", "outlier"] = "norm_difference"
+    prune_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    reduce: Literal["mean", "sum"] = "mean"
+
+
+class Density(Block):
+    """How densities are allocated.
+
+    Attributes:
+        strategy: `lewis`, `owl`, `dlp`, `depth_gradient` (see `lewis.allocation.strategies`), `global` (one threshold
+            over all tensors, see `lewis.allocation.global_threshold`) or `uniform` (the same everywhere).
+        min, max: bounds of every density, 0 < min <= max <= 1.
+        budget: the exact mean density of the covered tensors, weighted by their number of parameters. Without one,
+            the mean of `lewis` and `depth_gradient` follows from their formula, and is the midpoint of the bounds for
+            the others.
+        scale: how `lewis` maps its shares to the bounds: `minmax`, by `rank`, or `robust` against outliers.
+        decimals: `lewis` first rounds its shares to so many decimals; the authors' code uses 5.
+        uncovered: density of all other tensors: `expert` 1, `base` 0, `mean` that of the covered tensors.
+    """
+
+    strategy: Literal["lewis", "uniform", "owl", "dlp", "depth_gradient", "global"] = "lewis"
+    min: float = Field(default=0.3, gt=0, le=1)
+    max: float = Field(default=0.8, gt=0, le=1)
+    budget: float | None = Field(default=None, gt=0, le=1)
+    scale: Literal["minmax", "rank", "robust"] = "minmax"
+    decimals: int | None = Field(default=None, ge=1)
+    uncovered: Literal["expert", "base", "mean"] = "expert"
+
+
+class Aim(Block):
+    """Shrink the merged delta where the base's activations are large (`lewis.allocation.aim`, arXiv 2502.02421).
+
+    Attributes:
+        omega: the factor for the input channel that the base uses most, in [0, 1]; 1 changes nothing.
+    """
+
+    omega: float = Field(default=0.4, ge=0, le=1)
+
+
+class Lewis(Block):
+    """The LEWIS block: calibration sets, importance, densities.
+
+    Attributes:
+        preset: `lewis_official` sets what the authors' code does (`lewis.recipe.presets`).
+        calibrations: name -> calibration set.
+        prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
+            (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
+        aim: a step after the merge, for the covered tensors. It measures the base on the sets of all experts.
+    """
+
+    preset: Literal["lewis_official"] | None = None
+    calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
+    importance: Importance = Importance()
+    prune_by: Literal["magnitude", "activation"] = "magnitude"
+    density: Density = Density()
+    aim: Aim | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, data: Any) -> Any:
+        return with_preset(data) if isinstance(data, dict) else data
+
+
+class Evaluate(Block):
+    """What lm-eval scores.
+
+    Attributes:
+        tasks: names of its own tasks or groups, or YAML files beside the recipe.
+        limit: documents per task: a number, or below 1 a share; None: all.
+        documents: `all`, or one of two disjoint halves of every task's documents (`search`, `confirm`); `limit` counts
+            within the half.
+        weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
+            first metric. Empty: there is no such score.
+        allow_code_execution: whether task files beside the recipe may run code that a model writes
+            (`unsafe_code: true`).
+        baselines: which other models are scored for comparison.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: int | float | None = Field(default=None, gt=0)
+    documents: Literal["all", "search", "confirm"] = "all"
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool = False
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
+    timeout_minutes: float = Field(default=60, gt=0)
+    allow_code_execution: bool = False
+    baselines: tuple[Literal["base", "experts", "uniform"], ...] = ("base", "experts", "uniform")
+
+
+class Gate(Block):
+    """When a merge becomes the champion. It is compared with a reference: the champion, or the base if there is none.
+
+    Attributes:
+        metric: `task/metric,filter`, or `weighted/mean,none`.
+        min_gain: the smallest gain in `metric`.
+        superiority: whether the paired 95 % interval of the gain must lie above 0. By default it must, unless
+            `min_gain` is negative.
+        tolerance: the non-inferiority margin: a test must show that each task is at most this much worse than the
+            reference. One number, or one for each task or `task/metric,filter`: absolute for scores between 0 and 1,
+            else relative to the reference's value.
+        allow_limit: whether a run with `evaluate.limit` may promote.
+    """
+
+    metric: str
+    min_gain: float = 0.0
+    superiority: bool | None = None
+    tolerance: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] = 0.05
+    allow_limit: bool = False
+
+
+class Register(Block):
+    """The registered model in MLflow."""
+
+    name: str = Field(pattern=r"^[^/:]+$")
+    gate: Gate | None = None
+
+
+class Publish(Block):
+    """The Hub repo that the champion is pushed to.
+
+    Attributes:
+        repo: `org/name`; it is created if it does not exist.
+        private: whether it is created as private; with True, an existing public repo is refused.
+    """
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    private: bool = True
+
+
+class SearchRange(Block):
+    """The numbers that a search may try: from `min` to `max`, on a `log` scale, or in steps of `step` from `min`."""
+
+    min: float
+    max: float
+    log: bool = False
+    step: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "SearchRange":
+        if self.min >= self.max:
+            raise ValueError(f"expected min < max, got min={self.min:g}, max={self.max:g}")
+        if self.log and (self.min <= 0 or self.step):
+            raise ValueError("a log scale needs min > 0, and takes no step")
+        return self
+
+
+class Search(Block):
+    """Values of the recipe to search for (`lewis search`).
+
+    Attributes:
+        space: YAML path, as in `--set` -> a range, or a list of choices.
+        trials: number of trials in all.
+        minutes: no trial begins after this time; None: no limit.
+        metrics: one or two of `task/metric,filter`; by default the gate's metric. With two, a Pareto front is searched,
+            and the first metric decides among the trials on it.
+        parallel: number of trials that run at the same time.
+        prune: stop a trial that is behind after the first quarter of the documents; only with one metric.
+        seed: of the sampler.
+    """
+
+    space: dict[
+        str,
+        Annotated[
+            Annotated[SearchRange, Tag("a range")] | Annotated[tuple[bool | int | float | str, ...], Tag("a list")],
+            Discriminator(lambda value: "a range" if isinstance(value, dict | SearchRange) else "a list"),
+        ],
+    ] = Field(min_length=1)
+    trials: int = Field(default=30, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    metrics: tuple[str, ...] = Field(default=(), max_length=2)
+    parallel: int = Field(default=1, ge=1)
+    prune: bool = True
+    seed: int = Field(default=0, ge=0)

@@ -1,0 +1,85 @@
+"""A recipe as YAML text: read it strictly, change it by `--set`, look up a value by its path."""
+
+import re
+from typing import Any
+
+import yaml
+
+from lewis.errors import InputError, RecipeError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error. PyYAML itself takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def read(text: str, name: str) -> dict[str, Any]:
+    """The mapping that a recipe's text holds, not checked any further.
+
+    Args:
+        text: YAML.
+        name: of the recipe, for error messages.
+
+    Raises:
+        RecipeError: if the text is not valid YAML, gives a key twice, or is no mapping.
+    """
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name}: expected a mapping with `merge_method` and `models`, got {type(data).__name__}")
+    return data
+
+
+def write(data: dict[str, Any]) -> str:
+    """`data` as YAML text, its keys in their order."""
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def override(data: dict[str, Any], setting: str) -> None:
+    """Change `data` by one `--set key.path=value`; blocks that are missing on the way are added.
+
+    Raises:
+        InputError: if the setting is malformed, or its path leads nowhere.
+    """
+    path, equals, text = setting.partition("=")
+    keys = _keys(path)
+    if not equals or "" in keys:
+        raise InputError(f"--set {setting}: expected key.path=value, for example lewis.density.max=0.7")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {setting}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    place: Any = data
+    for i, key in enumerate(keys):
+        if isinstance(place, list) != isinstance(key, int) or (isinstance(key, int) and key >= len(place)):
+            raise InputError(f"--set {setting}: there is no {'.'.join(map(str, keys[: i + 1]))} in the recipe")
+        if i == len(keys) - 1:
+            place[key] = value
+        else:
+            if isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+            if not isinstance(place, dict | list):
+                raise InputError(f"--set {setting}: {'.'.join(map(str, keys[: i + 1]))} is {place!r}, not a block")
+
+
+def look_up(data: Any, path: str) -> Any:
+    """What `data` holds at a path as in `--set`; None if it holds nothing there."""
+    for key in _keys(path):
+        found = key in data if isinstance(data, dict) else isinstance(key, int) and 0 <= key < len(data or ())
+        data = data[key] if found else None
+    return data
+
+
+def _keys(path: str) -> list[str | int]:
+    """`models[0].model` as `["models", 0, "model"]`."""
+    return [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
