@@ -9,6 +9,7 @@ from lewis.merge.step import prepare_merge
 from lewis.models import compatible
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
+from lewis.store import kinds
 from lewis_tasks.support.caching import RETRIES
 
 
@@ -22,7 +23,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
 def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
     """Check everything that headers and configs tell; gives the number of covered layers (0 without a lewis block)."""
     prepared = prepare_merge(recipe, base, experts)
-    store.check_space(store.home() / "merged", (1 + recipe.wants_uniform) * prepared.size)
+    store.check_space(kinds.MERGED.folder, (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0
     return len(layers_of(base))

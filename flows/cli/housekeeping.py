@@ -17,11 +17,13 @@ def gc_options(command: argparse.ArgumentParser) -> None:
 
 def gc(options: argparse.Namespace) -> None:
     """Show what can go, and with `--yes` remove it."""
+    from lewis.registry.needed import by_versions
     from lewis.store import housekeeping
     from lewis_flows import turn
 
     show_log()
-    found = housekeeping.survey(options.days, active_since=turn.active_since())
+    active_since = turn.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
+    found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since)
     freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
     if options.json:
         facts = {"found": [asdict(item) for item in found], "bytes": total, "removed": options.yes, "freed": freed}

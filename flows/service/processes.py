@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.store import kinds
 
 _PR_SET_PDEATHSIG = 1
 _READY = 180  # seconds to answer after a start
@@ -47,7 +48,7 @@ class Process:
         """
         self.name, self._command, self._environment = name, [sys.executable, *command], environment
         self._health, self._echo = health, echo
-        self.log = store.home() / "logs" / f"{name}-{os.getpid()}.log"
+        self.log = kinds.LOGS.path(f"{name}-{os.getpid()}")
 
     def start(self) -> None:
         """Start it and wait until it is ready. Call from a thread that lives as long as it should.

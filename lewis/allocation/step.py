@@ -21,6 +21,7 @@ from lewis.methods import find
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe, excluded
 from lewis.recipe.schema import ModelEntry
+from lewis.store import kinds
 from lewis.store.reference import JsonReference
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def allocate(
     assert recipe.lewis is not None
     policy = recipe.lewis.density
     digest, path = _allocation_place(recipe, base, experts, measured)
-    with store.lock(f"allocation-{digest}"):
+    with kinds.ALLOCATIONS.lock(digest):
         if store.entry(path, "experts") is None:
             opened = base.open()
             network, left_out = network_of(opened), excluded(recipe, opened.tensors, opened.tied)
@@ -180,4 +181,4 @@ def _allocation_place(
     passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
     left_out = [sorted(recipe.exclude)] if recipe.exclude else []
     digest = store.digest([densities.SEMANTICS, policy, models, passes, *left_out])
-    return digest, store.home() / "allocations" / f"{digest}.json"
+    return digest, kinds.ALLOCATIONS.path(digest)

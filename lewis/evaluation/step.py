@@ -13,6 +13,7 @@ from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score
 from lewis.evaluation.scored import Scored
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
+from lewis.store import kinds
 from lewis.store.reference import JsonReference
 
 
@@ -44,7 +45,7 @@ def score(
 ) -> ScoresEntry:
     """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
     digest, path = _scores_place(files.key, settings, root, device)
-    with store.lock(f"scores-{digest}"):
+    with kinds.SCORES.lock(digest):
         if store.entry(path, "results") is None:
             found = lm_eval.evaluate(
                 files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
@@ -61,7 +62,7 @@ def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: 
 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
     digest = store.digest([key, lm_eval.tasks_digest(settings, root), precision(device)])
-    return digest, store.home() / "scores" / f"{digest}.json"
+    return digest, kinds.SCORES.path(digest)
 
 
 def scored(recipe: Recipe, entries: Mapping[str, ScoresEntry]) -> list[Scored]:

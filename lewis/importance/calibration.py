@@ -14,6 +14,7 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.recipe.schema import CalibrationSet
+from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Calibration:
 
 def path_of(digest: str) -> Path:
     """Where the store has a calibration set."""
-    return store.home() / "calibrations" / f"{digest}.json"
+    return kinds.CALIBRATIONS.path(digest)
 
 
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
@@ -171,7 +172,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
             )
         arguments["data_files"] = paths
     if repo in ("json", "parquet"):
-        arguments["cache_dir"] = str(store.home() / "datasets")
+        arguments["cache_dir"] = str(kinds.DATASETS.folder)
     else:
         from lewis.models.hub import resolve_dataset
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lewis import store
 from lewis.lazy_torch import torch
+from lewis.store import kinds
 
 NORMS = "norms"
 
@@ -32,7 +33,7 @@ class Measured:
 
 def moments_path(path: Path) -> Path:
     """Where the moments of the entry `path` are."""
-    return path.with_suffix(".safetensors")
+    return kinds.IMPORTANCE.beside_of(path)
 
 
 def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from lewis.models.lora import Model
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Importance, ModelEntry
+from lewis.store import kinds
 from lewis.store.checksums import place_of
 from lewis.store.reference import JsonReference, Reference
 
@@ -121,7 +122,7 @@ def measure(
     missing = {each.digest: each for each in calibrations if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
         for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
-            locks.enter_context(store.lock(f"importance-{digest}"))
+            locks.enter_context(kinds.IMPORTANCE.lock(digest))
         absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
         if absent:
             sets = [Calibration.load(each.path) for each in absent]
@@ -146,7 +147,7 @@ def find_measured(
 def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:
     of_pass = settings.model_dump(exclude={"metric"})  # every metric is made of what one pass measures
     digest = store.digest([measuring.SEMANTICS, key, calibration.digest, precision(device), of_pass])
-    return digest, store.home() / "importance" / f"{digest}.json"
+    return digest, kinds.IMPORTANCE.path(digest)
 
 
 def layers_of(base: ModelFiles) -> list[Layer]:

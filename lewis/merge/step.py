@@ -16,6 +16,7 @@ from lewis.models.lora import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe
+from lewis.store import kinds
 from lewis.store.reference import Reference
 
 
@@ -97,8 +98,8 @@ def merge(
 ) -> MergedModel:
     """The merged checkpoint in the store, `merged/<digest>/`; made once, then found."""
     prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
-    folder = _merged_folder(prepared.digest)
-    with store.lock(f"merged-{prepared.digest}"):
+    folder = kinds.MERGED.path(prepared.digest)
+    with kinds.MERGED.lock(prepared.digest):
         if find_merged(prepared.digest) is None:
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
     return MergedModel(digest=prepared.digest, folder=folder)
@@ -106,13 +107,9 @@ def merge(
 
 def find_merged(digest: str) -> MergedModel | None:
     """A merged checkpoint, if the store has it whole."""
-    folder = _merged_folder(digest)
+    folder = kinds.MERGED.path(digest)
     whole = (store.read_manifest(folder) or {}).get("digest") == digest
     return MergedModel(digest=digest, folder=folder) if whole else None
-
-
-def _merged_folder(digest: str) -> Path:
-    return store.home() / "merged" / digest
 
 
 def lineage(

@@ -34,6 +34,7 @@ from lewis.models.pin import (
     needed,
     pin_folder,
 )
+from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
 
 __all__ = ["Headers", "Pinned", "fetch", "is_present", "resolve", "resolve_dataset", "tensor_headers"]
@@ -240,7 +241,7 @@ def _listing(pinned: Pinned) -> Listing:
 
 
 def _listing_entry(source: str, commit: str) -> Path:
-    return store.home() / "digests" / f"{source.replace('/', '--')}@{commit}.json"
+    return kinds.DIGESTS.path(f"{source.replace('/', '--')}@{commit}")
 
 
 def _remembered_listing(source: str, commit: str) -> Listing | None:

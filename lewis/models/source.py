@@ -17,6 +17,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert, Model, is_adapter
 from lewis.models.pin import Pinned
 from lewis.recipe.recipe import Recipe
+from lewis.store import kinds
 from lewis.store.reference import Reference
 
 
@@ -56,7 +57,7 @@ class ModelFiles(Reference):
 
     @model_validator(mode="after")
     def _on_disk(self) -> ModelFiles:
-        if self.folder.parent == store.home() / "merged":  # a merged model, to be scored or merged again
+        if self.folder.parent == kinds.MERGED.folder:  # a merged model, to be scored or merged again
             store.mark_used(self.folder / store.MANIFEST)
         for name, size in self.sizes.items():
             if not os.path.isfile(name) or os.path.getsize(name) != size:

@@ -53,6 +53,11 @@ def client(doing: str) -> Iterator["MlflowClient"]:
         raise LewisError(f"MLflow at {uri}: {doing}: {error}") from error
 
 
+def exists() -> bool:
+    """Whether there is a tracking store: one that `MLFLOW_TRACKING_URI` names, or a database in the store."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()
+
+
 def experiment(client: "MlflowClient") -> str:
     """The id of the experiment `MLFLOW_EXPERIMENT_NAME`, by default `lewis`; created if it does not exist.
 

@@ -19,6 +19,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.registry import logged_model, tracking
 from lewis.reports.card import FRONT_MATTER
+from lewis.store import kinds
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -147,8 +148,8 @@ def fetch(current: Champion) -> Champion:
     """
     if current.folder is not None or not re.fullmatch("[0-9a-f]{64}", current.digest):
         return current
-    folder = store.home() / "merged" / current.digest
-    with store.lock(f"merged-{current.digest}"), tracking.client(f"fetching {current.version.uri}") as client:
+    folder = kinds.MERGED.path(current.digest)
+    with kinds.MERGED.lock(current.digest), tracking.client(f"fetching {current.version.uri}") as client:
         if (store.read_manifest(folder) or {}).get("digest") != current.digest:
             version = client.get_model_version(current.version.name, current.version.version)
             model = _model_of(client, version)

@@ -9,6 +9,7 @@ from lewis.evaluation.scored import intervals, scores_of
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
+from lewis.store import kinds
 
 SEMANTICS = "2"  # bump when the same numbers would be drawn in another way
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -40,7 +41,7 @@ def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
 
 
 def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
-    path = store.home() / "pictures" / f"{store.digest([SEMANTICS, *shown])}.png"
+    path = kinds.PICTURES.path(store.digest([SEMANTICS, *shown]))
     store.mark_used(path)
     found = path.read_bytes() if path.is_file() else b""
     if not found.endswith(_END_OF_PNG):

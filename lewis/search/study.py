@@ -14,6 +14,7 @@ from lewis import store
 from lewis.errors import InputError, RecipeError
 from lewis.recipe.recipe import Recipe, value_of
 from lewis.recipe.schema import SearchRange
+from lewis.store import kinds
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -145,7 +146,7 @@ class Log:
         space = recipe.search.model_dump(mode="json", include={"space", "seed"})
         names = [o.metric for o in objectives]
         self.digest = store.digest([SEMANTICS, recipe.blocks, space, names, dict(inputs), tasks])
-        self.path = store.home() / "search" / f"{self.digest}.log"
+        self.path = kinds.SEARCHES.path(self.digest)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._study: Study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(self.path))),

@@ -1,4 +1,4 @@
-"""What was found out once and is remembered, such as checksums: hashing gigabytes at every start would cost minutes."""
+"""Facts that are computed once and remembered, such as checksums: to hash gigabytes at every start takes minutes."""
 
 import time
 from contextlib import suppress
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
+from lewis.store import kinds
 
-_TIMESTAMP_TICK = 100_000_000  # ns; a file changed twice within a tick of the file system's clock keeps its stamp
+_TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
 
 
 def place_of(facts: Any) -> Path:
-    """Where the store remembers what was found out about `facts`, which are plain data."""
-    return store.home() / "digests" / f"{store.digest(facts)[:40]}.json"
+    """Where the store remembers what was computed from `facts`, which are plain data."""
+    return kinds.DIGESTS.path(store.digest(facts)[:40])
 
 
 def remembered_sha256(path: Path) -> str:
@@ -25,7 +26,7 @@ def remembered_sha256(path: Path) -> str:
     sha256 = store.file_sha256(path)
     changed_at = stamp[2]
     if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
-        with suppress(OSError):  # a store that is full or may only be read: it is found out again
+        with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
             store.write_json(entry, {"stamp": stamp, "sha256": sha256})
     return sha256
 

@@ -2,8 +2,8 @@
 
     importance/<digest>.json  merged/<digest>/  scores/<digest>.json  ...
 
-An entry is written beside its place and renamed in, so a reader never sees half of one. A merged folder carries a
-manifest (`lewis.json`) with the size and checksum of each file; what a cache says exists is checked against it.
+An entry is written beside its final path and renamed, so a reader never sees half of one. A merged folder has a
+manifest (`lewis.json`) with the size and checksum of each file, against which the folder is checked before it is used.
 """
 
 import glob
@@ -24,8 +24,8 @@ from lewis.errors import InputError
 
 MANIFEST = "lewis.json"
 _RESUMABLE = ".resumable.partial"
-_KEPT = 86400.0  # seconds that a resumable part is kept for
-MARK_EVERY = 3600.0  # seconds; `mark_used` lags behind the last use by no more
+_KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
+MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much older than the last use
 
 
 def home() -> Path:
@@ -53,9 +53,9 @@ def lock(name: str) -> FileLock:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a path to write a file at; it takes the place of `path` when the block ends well, else it is removed.
+    """Give a scratch path to write to. It replaces `path` if the block ends without an exception, else it is removed.
 
-    What processes that died were writing to `path` is removed.
+    Scratch files that dead processes left for `path` are removed too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -70,7 +70,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
+    """Write a file so that readers see the old content or the new, never a part."""
     with written_beside(path) as scratch, scratch.open("wb") as file:
         file.write(data)
         file.flush()
@@ -91,14 +91,14 @@ def write_json(path: Path, value: Any) -> None:
 def publish(
     folder: Path, manifest: dict[str, Any], key: str | None = None, checksums: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-    """Give a scratch folder to write into; when the block ends well, add the manifest and rename it to `folder`.
+    """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
 
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
         manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
-        key: identity of what is written, if the block can go on from a part of it: then the scratch folder may hold
-            what a process left that was writing the same to `folder` and died. Without a key, it is empty.
-        checksums: SHA-256 of files by their names, as far as the block knows them; the others are read.
+        key: identity of what is written, if the block can continue a half-written folder. The scratch folder then
+            holds what a process left that was writing the same to `folder` and died. Without a key, it is empty.
+        checksums: file name -> SHA-256, for the files whose checksum the block knows; the others are read.
 
     Raises:
         InputError: if `folder` holds something that was not written by this function.
@@ -111,7 +111,10 @@ def publish(
         scratch.mkdir(exist_ok=bool(key))
         try:
             yield scratch
-            for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):  # of one that died when it was almost done
+            for path in (
+                scratch / MANIFEST,
+                *scratch.glob(".*.partial"),
+            ):  # a dead process left them
                 path.unlink(missing_ok=True)
             paths = sorted(p for p in scratch.rglob("*") if p.is_file())
             names = [str(path.relative_to(scratch)) for path in paths]
@@ -140,7 +143,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published folder whose files are all there with their sizes, now marked as used; else None."""
+    """The manifest of a published folder, which is marked as used; None if a file is missing or has another size."""
     mark_used(folder / MANIFEST)
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
@@ -159,23 +162,23 @@ def read_json(path: Path) -> Any | None:
 
 
 def read_entry(path: Path) -> Any | None:
-    """`read_json` of an entry of the store, which is marked as used."""
+    """`read_json` of an entry of the store, and mark it as used."""
     mark_used(path)
     return read_json(path)
 
 
 def entry(path: Path, key: str) -> Any | None:
-    """What a JSON entry holds under `key`, marked as used; None if the entry is absent, damaged or empty."""
+    """What a JSON entry holds under `key`, and mark it as used; None if the entry is absent, damaged or empty."""
     content = read_entry(path)
     return (content.get(key) or None) if isinstance(content, dict) else None
 
 
 def mark_used(path: Path) -> None:
-    """Note for housekeeping that an entry is in use: in its modification time, which is renewed every `MARK_EVERY`.
+    """Note for housekeeping that an entry is in use, by its modification time; at most once every `MARK_EVERY`.
 
-    To be called before the entry is read, so that one which is being removed is seen to be in use.
+    Call it before you read the entry, so that housekeeping sees the use before it removes the entry.
     """
-    with suppress(OSError):  # absent, or of a store that may only be read
+    with suppress(OSError):  # the entry is absent, or the store is read-only
         if path.stat().st_mtime < time.time() - MARK_EVERY:
             os.utime(path)
 
@@ -196,14 +199,15 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """What the files of a folder occupy; a part that was laid out and not written does not count."""
+    """Bytes that the files of a folder occupy; allocated parts that were never written do not count."""
     return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
 
 
 def sweep(folder: Path, target: str | None = None) -> None:
-    """Remove what processes that died (kill -9, power) left half-written in `folder`.
+    """Remove what dead processes (kill -9, power failure) left half-written in `folder`.
 
-    What the same command could go on from is kept for a day, unless something else is to be written to `target`.
+    A folder that the same command could continue is kept for a day, unless `target` is its name: then something else
+    is about to be written there.
     """
     for leftover in folder.glob(".*.partial"):
         if is_abandoned(leftover) and not (_can_resume(leftover) and _target(leftover) != target):
@@ -211,7 +215,7 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that was writing at `leftover`, a scratch path of this module, is dead."""
+    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead."""
     if leftover.name.endswith(_RESUMABLE):
         try:
             with lock(str(leftover.absolute())).acquire(timeout=0):
@@ -236,13 +240,13 @@ def _target(leftover: Path) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # it runs, as another user
     return True
 
 
@@ -252,5 +256,5 @@ def discard(path: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """A name in the same folder, of this process, that readers do not look at and `sweep` removes when it has died."""
+    """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead."""
     return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")

@@ -19,6 +19,7 @@ from lewis import store
 from lewis.devices import default_device, precision
 from lewis.errors import LewisError
 from lewis.models.hub_errors import retryable
+from lewis.store import kinds
 from lewis_tasks.support.logs import quieten
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ STOPPING = threading.Event()
 """Set on Ctrl-C: long tasks, which run in threads, end at their next report of progress."""
 quieten()
 
-RESULTS = store.home() / "results"
+RESULTS = kinds.RESULTS.folder
 """Prefect's cache records: small references, one file a key."""
 
 # For what can heal by itself: five tries in about a minute, never for a wrong input.

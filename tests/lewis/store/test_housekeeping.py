@@ -23,8 +23,10 @@ from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion, versions
+from lewis.registry.needed import by_versions
 from lewis.registry.registration import registry_entry
-from lewis.store.housekeeping import Removable, remove, survey
+from lewis.store import housekeeping
+from lewis.store.housekeeping import Removable, remove
 from tests.conftest import Family
 from tests.support.lineage import make_home
 from tests.support.models import parse
@@ -35,6 +37,11 @@ HOUR, DAY = 3600.0, 86400.0
 @pytest.fixture
 def mlflow_home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+def survey(*args: Any, **options: Any) -> list[Removable]:
+    """As `lewis gc` asks for it: what the registered versions need is kept."""
+    return housekeeping.survey(*args, needed=by_versions(), **options)
 
 
 def age(home: Path, days: float) -> None:

@@ -1,0 +1,70 @@
+"""The kinds of entries in the store: where each kind is, how its entries are named and locked, what belongs to one.
+
+The steps that make entries and the housekeeping that removes them both read this table.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from lewis.store import files
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of entries.
+
+    Attributes:
+        name: of the kind, and of its folder in the store.
+        pattern: of its entries in that folder, with the entry's digest in place of `*`.
+        locks: first part of the names of its locks; empty if entries are made without a lock.
+        beside: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
+        notes_use: whether readers call `store.mark_used` on an entry.
+    """
+
+    name: str
+    pattern: str = "*.json"
+    locks: str = ""
+    beside: str = ""
+    notes_use: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all entries of this kind."""
+        return files.home() / self.name
+
+    def path(self, digest: str) -> Path:
+        """Where the entry of a digest is, whether or not it exists."""
+        return self.folder / self.pattern.replace("*", digest)
+
+    def lock(self, digest: str) -> FileLock:
+        """The lock to hold while one looks for an entry and makes it."""
+        return files.lock(self.locks + digest)
+
+    def beside_of(self, path: Path) -> Path:
+        """The second file of the entry at `path`."""
+        return path.with_suffix(self.beside)
+
+    def files_of(self, path: Path) -> list[Path]:
+        """The file or folder of an entry, then its second file if it has one."""
+        second = self.beside_of(path) if self.beside else None
+        return [path, second] if second and second.is_file() else [path]
+
+    def entries(self) -> list[Path]:
+        """All entries on disk, sorted, without those being written."""
+        return sorted(path for path in self.folder.glob(self.pattern) if not path.name.startswith("."))
+
+
+MERGED = Kind("merged", "*", "merged-")  # merged checkpoints, folders with a manifest
+IMPORTANCE = Kind("importance", locks="importance-", beside=".safetensors")  # norms; second moments beside them
+ALLOCATIONS = Kind("allocations", locks="allocation-")  # densities
+CALIBRATIONS = Kind("calibrations")  # token ids of calibration sets
+SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
+DIGESTS = Kind("digests")  # remembered checksums and other facts
+PICTURES = Kind("pictures", "*.png")
+DATASETS = Kind("datasets", "*/*", notes_use=False)  # what `datasets` built from a file, in <builder>/<config>
+LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<process id>
+RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
+SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
+REMOVABLE = (MERGED, IMPORTANCE, ALLOCATIONS, CALIBRATIONS, SCORES, DIGESTS, PICTURES, DATASETS, LOGS)
