@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lewis import methods
 from lewis.errors import InputError
 from lewis.methods import METHODS, find
 from lewis.methods.plugins import load_plugins
@@ -63,7 +64,7 @@ def test_a_recipe_names_a_method_of_another_package(install: Install) -> None:
 
 
 def test_the_one_of_the_readme(install: Install, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = (Path(methods.__file__).parent / "README.md").read_text()
     source = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "@merge_method" in block)
     install(source, entry="loudest = lewis_half")
     values = [[0.0, 0, 0], [1, -2, 3], [2, 1, -4]]
