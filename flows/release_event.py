@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.models.pin import find_folder
+from lewis.models.source import split_adapter
 from lewis.recipe.recipe import Recipe
 
 EVENT = "lewis.expert.released"
@@ -58,7 +59,7 @@ def hub_repos(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """
     refs = [recipe.base_model, *(entry.model for entry in recipe.models)]
     for ref in dict.fromkeys(ref for ref in refs if ref):
-        for part in [ref] if _is_folder(ref, recipe) else ref.rsplit("+", 1):
+        for part in filter(None, split_adapter(ref, recipe.root)):
             repo, _, revision = part.partition("@")
             if revision in ("", "main") and repo.count("/") == 1 and not _is_folder(part, recipe):
                 yield repo, ref

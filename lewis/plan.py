@@ -16,9 +16,9 @@ from lewis.importance.step import CalibrationEntry
 from lewis.merge.forecast import forecast, without_models
 from lewis.merge.run import Merge, stored_dtype
 from lewis.models import hub
-from lewis.models.compatible import layer_of
+from lewis.models.dtypes import DTYPES
+from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
-from lewis.models.writer import SIZES
 from lewis.recipe.recipe import Recipe
 
 
@@ -102,7 +102,7 @@ def make_plan(recipe: Recipe) -> Plan:
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
     out = stored_dtype(recipe)
-    output = sum(count[name] * SIZES.get(out or dtype, 4) for name, (dtype, _) in headers.items())
+    output = sum(count[name] * _width(out or dtype) for name, (dtype, _) in headers.items())
     files = {source.ref: _files(source) for source in sources}
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
@@ -123,6 +123,11 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.publish:
         plan.steps.append(Step(f"publish {recipe.publish.repo}", "to do"))
     return plan
+
+
+def _width(dtype: str) -> int:
+    """Bytes per element; 4 for a dtype that no merge takes, which is reported later."""
+    return DTYPES[dtype].size if dtype in DTYPES else 4
 
 
 def _memory_of_pass(elements: Mapping[str, int]) -> int:

@@ -33,7 +33,7 @@ def merge(options: argparse.Namespace) -> None:
     """Write a merged model, with its card, into a folder."""
     from lewis import pipeline, store
     from lewis.devices import default_device
-    from lewis.models.writer import parse_size
+    from lewis.models.shards import parse_size
     from lewis.registry.registration import write_card
 
     recipe, shard, folder = arguments.load(options), parse_size(options.max_shard_size), options.output.resolve()

@@ -14,7 +14,7 @@ from lewis.errors import InputError
 from lewis.importance.architecture import Covered
 from lewis.importance.measure import row_sums
 from lewis.lazy_torch import torch
-from lewis.models.lora import Model
+from lewis.models.model import Model
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
 UNRELATED = 0.3  # relative difference in every layer beyond which a base is hardly this expert's ancestor

@@ -16,7 +16,8 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.importance.fused import Rows, parts_of
 from lewis.lazy_torch import nn, torch
-from lewis.models.checkpoint import read_config
+from lewis.models.config import read_config
+from lewis.models.names import short_or_whole
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,9 @@ class Layer:
         return f"{self.tensor}[{self.part}]" if self.part else self.tensor
 
 
-def short_names(projections: Sequence[str]) -> list[str]:
-    """What to call projections in tables: the last part of each, or the whole where that would be ambiguous."""
-    last = [name.rpartition(".")[2] for name in projections]
-    return [short if last.count(short) == 1 else name for short, name in zip(last, projections, strict=True)]
+def projection_names(projections: Sequence[str]) -> list[str]:
+    """What to call projections in tables: the last part of each, or all of it where that would be ambiguous."""
+    return short_or_whole([name.rpartition(".")[2] for name in projections], projections)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lewis.importance.architecture import Covered, Layer, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
-from lewis.models.checkpoint import DTYPES
-from lewis.models.lora import Model
+from lewis.models.dtypes import torch_dtype
+from lewis.models.model import Model
 from lewis.recipe.schema import Importance
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _network(folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> Networ
 
 def _stored_dtype(model: Model) -> torch.dtype:
     largest = max(model.tensors.values(), key=lambda info: info.elements)
-    dtype: torch.dtype = getattr(torch, DTYPES[largest.dtype][0])
+    dtype = torch_dtype(largest.dtype)
     return dtype
 
 

@@ -20,7 +20,7 @@ from lewis.importance import measured as measurements
 from lewis.importance.architecture import Layer
 from lewis.importance.calibration import Calibration
 from lewis.lazy_torch import torch
-from lewis.models.lora import Model
+from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Importance, ModelEntry

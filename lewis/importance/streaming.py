@@ -10,7 +10,8 @@ from torch import nn
 
 from lewis.errors import InputError
 from lewis.importance.architecture import Network
-from lewis.models.lora import LoraExpert, Model
+from lewis.models.lora import LoraExpert
+from lewis.models.model import Model
 
 _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
 

@@ -17,10 +17,11 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.models.checkpoint import DTYPES, PER_TOKEN, as_tensor
-from lewis.models.lora import Model
-from lewis.models.tokenizer import Target, plain_entry, read_vocabulary, same, tokenizer_folder, union, vocabulary_of
-from lewis.models.writer import bytes_of
+from lewis.merge.vocabulary import Target, plain_entry, union
+from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, torch_dtype
+from lewis.models.model import Model
+from lewis.models.names import PER_TOKEN
+from lewis.models.tokenizer import read_vocabulary, same, tokenizer_folder, vocabulary_of
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import TokenRow
 
@@ -188,7 +189,7 @@ class Aligned:
                 for part in self._parts(dtype, bits.reshape(self._own_rows, -1), lent, out):
                     file.write(bytes_of(part))
                 file.flush()
-                return out, np.memmap(file, np.dtype(f"u{DTYPES[out][1]}"), mode="r")
+                return out, np.memmap(file, bits_dtype(out), mode="r")
         except OSError as error:
             raise LewisError(
                 f"{store.home()}: cannot write the rows of {name!r} in their new order: {error.strerror}; free space"
@@ -200,7 +201,7 @@ class Aligned:
         total = torch.zeros(own.shape[1], dtype=torch.float64)
         for start in range(0, len(rows), run):
             taken = rows[start : start + run]
-            part = as_tensor(dtype, own[taken.clip(0)]).to(getattr(torch, DTYPES[out][0]))
+            part = as_tensor(dtype, own[taken.clip(0)]).to(torch_dtype(out))
             missing = np.flatnonzero(taken < 0)
             part[torch.from_numpy(missing)] = lent.read(start + missing).to(part.dtype)
             if self._mean_from is not None:

@@ -20,7 +20,7 @@ from lewis.merge.selection import EVERYTHING, NOTHING, Pair, Ranks, Selector, Sp
 from lewis.methods.arithmetic.sums import exact_sum
 from lewis.methods.ram import scale_alone
 from lewis.methods.sce import shares
-from lewis.models.writer import SIZES
+from lewis.models.dtypes import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ Run = Callable[[int, int, np.uint64], bool]
 
 
 def _in_chunks(run: Run, size: int, out: str, write: Write) -> bool:
-    width = SIZES[out]
+    width = DTYPES[out].size
     buffer = np.empty(min(size, _CHUNK) * width, np.uint8)
     for start in range(0, size, _CHUNK):
         stop = min(start + _CHUNK, size)

@@ -20,8 +20,9 @@ from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
-from lewis.models.checkpoint import DTYPES, as_tensor
-from lewis.models.lora import LoraExpert, Model
+from lewis.models.dtypes import as_tensor, torch_dtype
+from lewis.models.lora import LoraExpert
+from lewis.models.model import Model
 
 if TYPE_CHECKING:
     from lewis.merge.run import Merge
@@ -121,7 +122,7 @@ class _Tensor:
 
     def merged(self, rows: slice | None, finish: Finish) -> torch.Tensor:
         """Merge these rows, or all of them in the tensor's own shape; rounded, on the CPU."""
-        merge, dtype = self._merge, getattr(torch, DTYPES[self._merge.layout[self._name][0]][0])
+        merge, dtype = self._merge, torch_dtype(self._merge.layout[self._name][0])
         if self._copied:
             return self._read(merge.base, rows).to(dtype)  # a base with an adapter on it is read in fp32
         with torch.inference_mode():

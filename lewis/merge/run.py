@@ -30,16 +30,19 @@ from lewis.merge.alignment import align
 from lewis.merge.memory_budget import Room
 from lewis.methods import find
 from lewis.methods.arithmetic.streams import Stream
-from lewis.models.compatible import check_compatible, layer_of
-from lewis.models.lora import Model
-from lewis.models.writer import SIZES, CheckpointWriter, bytes_of, copy_tokenizer, tokenizer_files, write_config
+from lewis.models.compatible import check_compatible
+from lewis.models.config import write_config
+from lewis.models.dtypes import MERGED, bytes_of, size_of
+from lewis.models.files import copy_tokenizer, tokenizer_files
+from lewis.models.model import Model
+from lewis.models.names import layer_of
+from lewis.models.writer import CheckpointWriter
 from lewis.recipe.recipe import Recipe, excluded
 from lewis.recipe.schema import ModelEntry
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 _COPIED = 1 << 22  # bytes that are copied at a time
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,11 @@ class Merge:
             name: (out if out and info.floating and name not in self.excluded else info.dtype, info.shape)
             for name, info in self.base.tensors.items()
         }
-        self.size = sum(SIZES[dtype] * math.prod(shape) for dtype, shape in self.layout.values())
+        self.size = sum(size_of(dtype, shape) for dtype, shape in self.layout.values())
         self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
         inputs = {model.key: model for model in [self.base, *(expert.model for expert in self.experts)]}
         self.traffic = self.size + sum(
-            SIZES[info.dtype] * info.elements for model in inputs.values() for info in model.tensors.values()
+            size_of(info.dtype, info.shape) for model in inputs.values() for info in model.tensors.values()
         )
         self._check_parameters()
         self._check_scales()
@@ -348,7 +351,7 @@ def _fingerprint(scales: Scales | None) -> str | None:
 
 def stored_dtype(recipe: Recipe) -> str | None:
     """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's."""
-    return _STORED.get(recipe.out_dtype or recipe.dtype or "")
+    return MERGED.get(recipe.out_dtype or recipe.dtype or "")
 
 
 def random_stream(seed: int, expert: str, tensor: str) -> Stream:

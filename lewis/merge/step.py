@@ -12,7 +12,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.merge.run import Expert, Merge
-from lewis.models.lora import Model
+from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe

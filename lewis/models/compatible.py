@@ -1,44 +1,39 @@
-"""Whether models can be merged: the base's set of tensors decides."""
+"""Whether models can be merged: every expert needs the base's tensors, in their shapes, and its vocabulary."""
 
 import logging
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.models import hub
-from lewis.models.checkpoint import HEADS, PER_TOKEN, read_config, weight_files
-from lewis.models.lora import Model
+from lewis.models.config import read_config
+from lewis.models.files import weight_files
+from lewis.models.model import Model
+from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.safetensors_file import same_bits
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer that a tensor is in, by its name; None outside of the layers."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
-
-
-def in_layers(names: Iterable[str]) -> list[str]:
-    """Those of the tensors that are in a layer."""
-    return [name for name in names if layer_of(name) is not None]
+Shapes = Mapping[str, tuple[int, ...]]  # tensor -> shape
 
 
 def check_compatible(
     base: Model, experts: Sequence[Model], excluded: Collection[str] = (), *, by_token: bool = False
 ) -> None:
-    """Check that every expert has the base's tensors (but those that are excluded), shapes and vocabulary.
+    """Check that every expert has the base's tensors (but for the excluded ones), shapes and vocabulary.
 
-    What an expert has besides makes another architecture in a layer; outside of the layers (a classifier, a value head)
-    it is left out of the merge with a warning. An expert that ties its head to its embedding lends that to a base that
-    does not. The other way round the head must equal the expert's own embedding, since there is no place for another.
+    Tensors that only the expert has are an error in a layer, since they make it another architecture. Outside of the
+    layers (a classifier, a value head) they are left out of the merge, with a warning. If only the expert ties its head
+    to its embedding, its embedding serves as the head. If only the base ties them, the expert's head must equal its
+    own embedding, since the result has one tensor for both.
 
     Args:
+        base: the base.
+        experts: the base may be among them.
+        excluded: tensors of the base that are not merged.
         by_token: whether embeddings have been matched by token, so that vocabularies may differ.
 
     Raises:
@@ -47,7 +42,7 @@ def check_compatible(
     problems = []
     for expert in experts:
         if expert is not base:
-            found = list(_differences(base, expert, excluded, "" if by_token else f"; {FIX}"))
+            found = [*_check_tensors(base, expert, excluded, by_token), *_check_heads(base, expert)]
             if not by_token and (differ := clash(tokenizer_folder(base), tokenizer_folder(expert))):
                 found.append(f"another vocabulary: {differ}; {FIX}")
             problems += [f"{expert.folder}: {problem}" for problem in found]
@@ -57,24 +52,75 @@ def check_compatible(
         )
 
 
-def _differences(base: Model, expert: Model, excluded: Collection[str], fix: str) -> Iterator[str]:
-    wanted = [name for name in base.tensors if name not in excluded]
-    missing = [name for name in wanted if name not in expert.tensors and name not in expert.tied]
+def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
+    """Check names, shapes and filters from the headers of the weight files, before gigabytes are downloaded.
+
+    Raises:
+        InputError: naming every expert and tensor that does not fit.
+        RecipeError: naming every filter that matches nothing.
+    """
+    for source in ([base] if base else []) + list(experts):
+        if source.model.is_local:  # a folder that is broken by itself is reported first
+            read_config(Path(source.model.source))
+            weight_files(Path(source.model.source))
+    first = base or experts[0]
+    ours, problems = _shapes(first), []
+    left_out, by_token = {name for name in ours if recipe.excludes(name)}, recipe.vocabulary is not None
+    for source in experts:
+        if source.model.commit == first.model.commit:
+            continue  # the base itself, or an adapter on it
+        theirs = _shapes(source)
+        # A head that is not stored may be tied to the embedding: only the model's config says so.
+        theirs = {**{name: shape for name, shape in ours.items() if name.endswith(HEADS)}, **theirs}
+        found = _differences(ours, theirs, left_out, matched=False, by_token=by_token)
+        problems += [f"{source.ref}: {problem}" for problem in found]
+    if problems:
+        raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
+    recipe.check_filters(ours)
+
+
+def _shapes(source: Source) -> Shapes:
+    return {name: shape for name, (_, shape) in hub.tensor_headers(source.model).items()}
+
+
+def _differences(
+    base: Shapes, expert: Shapes, excluded: Collection[str], *, matched: bool, by_token: bool
+) -> Iterator[str]:
+    """How the tensors of an expert differ from the base's: at most one problem of each kind.
+
+    Args:
+        base: the shapes of its tensors.
+        expert: likewise, with the names that it ties, if the base stores them.
+        excluded: tensors of the base that are not merged.
+        by_token: whether embeddings are matched by token.
+        matched: whether that is done: before, the first dimension of embeddings may differ; after it, it may not.
+    """
+    wanted = {name: shape for name, shape in base.items() if name not in excluded}
+    missing = [name for name in wanted if name not in expert]
     if missing:
         yield f"{len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
-    extra = [name for name in expert.tensors if name not in base.tensors and name not in base.tied]
-    inside = in_layers(extra)
-    outside = [name for name in extra if layer_of(name) is None]
-    if inside:
-        yield f"{len(inside)} tensors are not in the base, the first is {inside[0]!r}"
-    elif outside:
-        logger.warning("%s: left out of the merge, since the base has no %s", expert.folder, ", ".join(outside))
-    for name in wanted:
-        other, shape = expert.tensors.get(expert.tied.get(name, name)), base.tensors[name].shape
-        if other is not None and other.shape != shape:
-            told = f"{name!r} has shape {list(other.shape)}, in the base it is {list(shape)}"
-            yield told + (fix if name.endswith(PER_TOKEN) else "")
+    extra = in_layers(name for name in expert if name not in base)
+    if extra:
+        yield f"{len(extra)} tensors are not in the base, the first is {extra[0]!r}"
+    for name, shape in wanted.items():
+        start = int(by_token and not matched and name.endswith(PER_TOKEN))
+        if name in expert and expert[name][start:] != shape[start:]:
+            told = f"{name!r} has shape {list(expert[name])}, in the base it is {list(shape)}"
+            yield told + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
             break
+
+
+def _check_tensors(base: Model, expert: Model, excluded: Collection[str], by_token: bool) -> Iterator[str]:
+    ours = {name: info.shape for name, info in base.tensors.items()}
+    lent = {head: expert.tensors[embedding].shape for head, embedding in expert.tied.items() if head in ours}
+    theirs = {name: info.shape for name, info in expert.tensors.items() if name not in base.tied} | lent
+    yield from _differences(ours, theirs, excluded, matched=True, by_token=by_token)
+    extra = [name for name in theirs if name not in ours]
+    if extra and not in_layers(extra):
+        logger.warning("%s: left out of the merge, since the base has no %s", expert.folder, ", ".join(extra))
+
+
+def _check_heads(base: Model, expert: Model) -> Iterator[str]:
     for head, embedding in base.tied.items():
         if head in expert.tensors and embedding in expert.tensors and not _equal(expert, head, embedding):
             yield (
@@ -86,42 +132,3 @@ def _differences(base: Model, expert: Model, excluded: Collection[str], fix: str
 def _equal(model: Model, one: str, other: str) -> bool:
     (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
     return kind == other_kind and same_bits(bits, other_bits)
-
-
-def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
-    """Check names, shapes and filters from the weight files' headers, before gigabytes are downloaded.
-
-    Raises:
-        InputError: naming every expert and tensor that does not fit.
-        RecipeError: naming every filter that matches nothing.
-    """
-    for source in ([base] if base else []) + list(experts):
-        if source.model.is_local:  # what is wrong with a folder itself is told first
-            read_config(Path(source.model.source))
-            weight_files(Path(source.model.source))
-    first = base or experts[0]
-    full = [source for source in experts if source.model.commit != first.model.commit]
-    ours, problems = hub.tensor_headers(first.model), []
-    wanted, by_token = [name for name in ours if not recipe.excludes(name)], recipe.vocabulary is not None
-    for source in full:
-        theirs = hub.tensor_headers(source.model)
-        missing = [name for name in wanted if name not in theirs and not name.endswith(HEADS)]
-        extra = in_layers(name for name in theirs if name not in ours)
-        other = []
-        for name in wanted:
-            free = int(by_token and name.endswith(PER_TOKEN))  # the first dimension may differ
-            if name in theirs and theirs[name][1][free:] != ours[name][1][free:]:
-                other.append(name)
-        if missing:
-            problems.append(
-                f"{source.ref}: {len(missing)} tensors of the base are missing, the first is {missing[0]!r}"
-            )
-        if extra:
-            problems.append(f"{source.ref}: {len(extra)} tensors are not in the base, the first is {extra[0]!r}")
-        if other:
-            shapes = f"{list(theirs[other[0]][1])}, in the base it is {list(ours[other[0]][1])}"
-            fix = f"; {FIX}" if other[0].endswith(PER_TOKEN) and not by_token else ""
-            problems.append(f"{source.ref}: {other[0]!r} has shape {shapes}{fix}")
-    if problems:
-        raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
-    recipe.check_filters(ours)

@@ -1,4 +1,4 @@
-"""What the Hub client's errors mean to a user, and which of them can heal."""
+"""What the Hub client's errors mean to a user, and which of them may go away by themselves."""
 
 import errno
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ CLIENT_ERRORS = (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL, Safet
 
 
 def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
-    """The error to raise instead of one of CLIENT_ERRORS. It never quotes a header, where the token is.
+    """The error to raise instead of one of CLIENT_ERRORS. It quotes no HTTP header: the token is in one.
 
     Args:
         ref: the model or dataset, as the user wrote it.
         endpoint: URL of the Hub that was asked.
     """
-    # The client wraps what the server said in "not in the local cache"; the server's answer is the cause.
+    # The client may raise "not in the local cache" with the server's answer as its cause; the answer says more.
     error = next((e for e in _chain(error) if isinstance(e, HfHubHTTPError)), error)
     server = urlsplit(endpoint).netloc.rpartition("@")[2]
     match error:
@@ -49,7 +49,7 @@ def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
 
 
 def retryable(error: BaseException) -> bool:
-    """Whether running again can help: true of a busy or unreachable server and of a broken transfer."""
+    """Whether running again can help: yes for a busy or unreachable server, and for a broken transfer."""
     chain = list(_chain(error))
     if any(isinstance(e, InputError | OfflineModeIsEnabled) for e in chain):
         return False
@@ -79,12 +79,13 @@ def _explain_answer(ref: str, error: HfHubHTTPError, server: str) -> LewisError:
         return InputError(f"{ref}: HF_TOKEN {advice} (401 from {server})")
     if status == 403:
         return InputError(f"{ref}: {server} forbids it (403); give HF_TOKEN the permission to read this repo")
-    if _heals(status) or status == 404:  # 404 for a file that the commit lists: a mirror that lags behind
+    if _heals(status) or status == 404:  # 404 for a file that the commit lists: the mirror is not up to date
         return TransientError(f"{ref}: {server} answered {status}; try again later")
     return InputError(f"{ref}: {server} answered {status}; check the name and HF_ENDPOINT")
 
 
 def _heals(status: int) -> bool:
+    """Whether an HTTP status may go away by itself."""
     return status in (408, 429) or status >= 500
 
 

@@ -1,8 +1,8 @@
-"""How far the files of a checkpoint are written: a running SHA-256 of each, noted now and then in a file beside them.
+"""The journal of a checkpoint that is being written: how far each of its files is written, with SHA-256 checksums.
 
-A note says that the first so many bytes of a file have this SHA-256. Whoever lays out the same files again hashes them
-from the start and compares where there is a note: a file is believed up to the last note that fits, and not beyond the
-first that does not. The same pass over the bytes gives the checksums of the finished files.
+A note says that the first N bytes of a file have this SHA-256. A writer that takes over the same files hashes them from
+the start and compares at each note: a file is trusted up to the last note that matches before the first that does not.
+The same pass over the bytes gives the checksums of the finished files.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ _BUFFER = 1 << 20  # bytes that are read at a time
 
 
 class Journal:
-    """The notes on the files of one folder, for one thread at a time."""
+    """The notes on the files of one folder. Only one thread may use it at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Read what an earlier process noted at `path`, if anything, and go on there."""
+        """Read the notes of an earlier process at `path`, if there are any; new ones are appended."""
         self._path, self._known = path, _read(path)
         self._notes = path.open("ab", buffering=0)
         self._prefixes: dict[str, _Prefix] = {}
 
     def begin(self, name: str, file: IO[bytes]) -> int:
-        """Begin with a file whose header is written; gives how many of its first bytes are as they were noted.
+        """Start with a file whose header is written.
+
+        Returns:
+            How many of its first bytes are as an earlier process noted them.
 
         Raises:
-            OSError: if it cannot be read.
+            OSError: if the file cannot be read.
         """
         prefix, whole = _Prefix(file), 0
         for stop, sha256 in sorted(self._known.get(name, {}).items()):
@@ -41,7 +44,7 @@ class Journal:
         return whole
 
     def note(self, name: str, stop: int) -> None:
-        """Note that the first `stop` bytes of a file, no fewer than before, are written.
+        """Note that the first `stop` bytes of a file are written; `stop` must not be less than before.
 
         Raises:
             OSError: if they cannot be read, or the note cannot be written.
@@ -57,12 +60,12 @@ class Journal:
         return {name: prefix.read_to(None) for name, prefix in self._prefixes.items()}
 
     def remove(self) -> None:
-        """Remove the notes: the files are whole."""
+        """Remove the notes, once the files are complete."""
         self.close()
         self._path.unlink()
 
     def close(self) -> None:
-        """Keep the notes for another process."""
+        """Close the notes and keep them, for another process."""
         self._notes.close()
 
 
@@ -78,7 +81,7 @@ class _Prefix:
         return other
 
     def read_to(self, stop: int | None) -> str:
-        """Read on to a place, or to the end; gives the SHA-256 of all that was read."""
+        """Read on to byte `stop`, or to the end; returns the SHA-256 of all bytes so far."""
         buffer = memoryview(bytearray(_BUFFER))
         while stop is None or self._stop < stop:
             wanted = _BUFFER if stop is None else min(_BUFFER, stop - self._stop)
@@ -91,13 +94,13 @@ class _Prefix:
 
 
 def _read(path: Path) -> dict[str, dict[int, str]]:
-    """File -> place -> SHA-256 of what is before; a line that is no note is left out."""
+    """File -> number of bytes -> their SHA-256. Lines that are no notes are skipped."""
     known: dict[str, dict[int, str]] = {}
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in lines:
         try:
             name, stop, sha256 = json.loads(line)
             known.setdefault(name, {})[int(stop)] = sha256
-        except (ValueError, TypeError):  # its process died while writing it
+        except (ValueError, TypeError):  # the process died while it wrote this line
             continue
     return known

@@ -1,66 +1,58 @@
-"""PEFT LoRA adapters as experts: the delta of each tensor is computed when it is read, nothing is written to disk."""
+"""PEFT LoRA adapters as experts. The delta of a tensor is computed when it is read; nothing is written to disk."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.checkpoint import DTYPES, PER_TOKEN, Checkpoint, TensorInfo, as_tensor
-from lewis.models.safetensors_file import TensorFile
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.dtypes import as_tensor
+from lewis.models.lora_config import CONFIG, by_pattern, read_settings
+from lewis.models.names import PER_TOKEN
+from lewis.models.safetensors_file import TensorFile, same_bits
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+?)\.lora_(?P<part>embedding_[AB]|[AB])(?:\.\w+)?(?:\.weight)?$"
 )
-_REFUSED = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "a LoRA with biases (lora_bias)",
-    "layer_replication": "a LoRA that replicates layers",
-    "target_parameters": "a LoRA on bare parameters (target_parameters)",
-    "trainable_token_indices": "a LoRA with trained tokens (trainable_token_indices)",
-    "alora_invocation_tokens": "an activated LoRA (aLoRA), which is not always on,",
-}
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no model."""
+    """Whether a folder holds a PEFT adapter, not a full model."""
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 class LoraExpert:
-    """The base with a LoRA adapter on it; reads like a `Checkpoint`.
+    """A base with a LoRA adapter on it; reads like a `Checkpoint`.
 
     The delta of a module is `scale * B @ A` in fp32, with `scale = alpha / r`, or `alpha / sqrt(r)` for rsLoRA
-    (arXiv 2312.03732); `alpha_pattern` and `rank_pattern` are honoured. Modules saved whole (`modules_to_save`) replace
-    the base's, and so do embeddings that were resized for new tokens.
+    (arXiv 2312.03732); `alpha_pattern` and `rank_pattern` are followed. Modules that the adapter saves whole
+    (`modules_to_save`) replace the base's, and so do embeddings that were resized for new tokens.
 
     Attributes:
+        base: the base.
         folder: the adapter's folder.
         key: identity of base and adapter.
-        base, config, tied: as of the base.
-        tensors: as of the base, in the shapes that the adapter gives embeddings.
+        config, tied: the base's.
+        tensors: the base's; embeddings that the adapter resized have its shapes.
     """
 
     def __init__(self, base: Checkpoint, folder: Path, key: str) -> None:
         """Open an adapter.
 
         Raises:
-            InputError: naming the key: another kind of adapter, a key that matches nothing in the base, other shapes.
+            InputError: if it is another kind of adapter, or one of its keys matches nothing in the base, or has
+                another shape.
         """
         self.base, self.folder, self.key = base, folder, key
         self.config, self.tensors, self.tied = base.config, base.tensors, base.tied
-        self._settings = _read_settings(folder)
+        self._settings = read_settings(folder)
         path = folder / WEIGHTS
         if not path.is_file():
             raise InputError(f"{folder}: no {WEIGHTS}; expected the folder of a PEFT adapter saved with safetensors")
@@ -77,7 +69,7 @@ class LoraExpert:
 
     @property
     def home(self) -> Path:
-        """Where its config.json is."""
+        """The folder with its config.json: the base's."""
         return self.base.folder
 
     @property
@@ -86,31 +78,31 @@ class LoraExpert:
         return self.base.shapes
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor: the base's or the adapter's own if it is whole, otherwise base plus delta in fp32."""
+        """One tensor: the base's, or the one that the adapter saves whole; with a delta, their sum in fp32."""
         stored = self.tied.get(name, name)
         if stored in self._whole and stored not in self._parts:
             return self._part(self._whole[stored])
         if not self.touches(name):
             return self.base.read(name)
         whole = self._part(self._whole[stored]) if stored in self._whole else self.base.read(name)
-        return self._low_rank(stored).add_(whole)  # in fp32, and with no copy of it
+        return self._low_rank(stored).add_(whole)  # fp32, added in place
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`; computed where the adapter changes the base."""
+        """One tensor's dtype and bits, as `Checkpoint.raw`; computed, in fp32, where the adapter has a delta."""
         if not self.touches(name):
             return self.base.raw(name)
         stored = self.tied.get(name, name)
         if stored in self._whole and stored not in self._parts:
-            dtype = self._file.places[self._whole[stored]].dtype
-            return dtype, self._file.bits(self._whole[stored], DTYPES[dtype][1])
+            key = self._whole[stored]
+            return self._file.places[key].dtype, self._file.bits(key)
         return "F32", self.read(name).contiguous().reshape(-1).numpy().view(np.uint32)
 
     def will_need(self, name: str) -> None:
-        """As of the base; an adapter is small."""
+        """As `Checkpoint`, for the base: an adapter is small."""
         self.base.will_need(name)
 
     def done_with(self, name: str) -> None:
-        """As of the base; an adapter is small."""
+        """As `Checkpoint`, for the base: an adapter is small."""
         self.base.done_with(name)
 
     def touches(self, name: str) -> bool:
@@ -118,13 +110,13 @@ class LoraExpert:
         return self.tied.get(name, name) in self._parts or self.tied.get(name, name) in self._whole
 
     def computes(self, name: str) -> bool:
-        """Whether this tensor is computed, and so whole in memory while it is used."""
+        """Whether this tensor is computed, and so takes memory while it is used."""
         return self.tied.get(name, name) in self._parts
 
     def _place(self, key: str) -> None:
         """Find the tensor of the base that a key of the adapter file changes."""
         match = _KEY.match(key)
-        # Beside a LoRA on an embedding, PEFT saves the embedding itself as its base_layer.
+        # With a LoRA on an embedding, PEFT saves the embedding itself too, as base_layer.
         whole = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         name = (match["module"] + ".weight") if match else whole
         if match is None and self._is_copy(key, name):
@@ -146,14 +138,14 @@ class LoraExpert:
             self._whole[name] = key
 
     def _is_copy(self, key: str, name: str) -> bool:
-        """Whether it is the head beside the embedding that it is tied to: PEFT saves both."""
+        """Whether it is a tied head, equal to the embedding that is saved too: PEFT saves both."""
         embedding = self.tied.get(name)
         other = next((k for k in self._file.places if embedding and k.endswith(f".{embedding}")), None)
-        return (
-            other is not None
-            and self._file.places[key].shape == self._file.places[other].shape
-            and bool(np.array_equal(self._file.bits(key, 1), self._file.bits(other, 1)))
-        )
+        if other is None:
+            return False
+        place, embedded = self._file.places[key], self._file.places[other]
+        alike = (place.dtype, place.shape) == (embedded.dtype, embedded.shape)
+        return alike and same_bits(self._file.bits(key), self._file.bits(other))
 
     def _check_shapes(self) -> None:
         for name, parts in self._parts.items():
@@ -180,93 +172,18 @@ class LoraExpert:
 
     def _part(self, key: str) -> torch.Tensor:
         place = self._file.places[key]
-        return as_tensor(place.dtype, self._file.bits(key, DTYPES[place.dtype][1]).copy()).reshape(place.shape)
+        return as_tensor(place.dtype, self._file.bits(key).copy()).reshape(place.shape)
 
     def _low_rank(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
         a, b = (self._part(parts[part]).to(torch.float32) for part in "AB")
         module, rank = name.removesuffix(".weight"), a.shape[0]
-        alpha = _pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
+        alpha = by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
-        with one_thread():  # over several, small products are summed in another order
+        with one_thread():  # several threads would change the order of sums even in small products
             delta = (b @ a).mul_(scale)
         return delta.T.contiguous() if self._transposed(parts) else delta
 
     def _transposed(self, parts: dict[str, str]) -> bool:
         """Whether the weight is stored as (in, out): an embedding, or GPT-2's Conv1D."""
         return "lora_embedding_A" in parts["A"] or bool(self._settings.get("fan_in_fan_out"))
-
-
-class Model(Protocol):
-    """What is merged: a `Checkpoint`, or what reads like one."""
-
-    folder: Path
-    key: str
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    tied: dict[str, str]
-
-    @property
-    def home(self) -> Path:
-        """Where its config.json is."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
-
-    def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype, as safetensors names it, and its bits."""
-
-    def will_need(self, name: str) -> None:
-        """Let the system read a tensor ahead."""
-
-    def done_with(self, name: str) -> None:
-        """Let go of the memory that a tensor is mapped to."""
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise InputError(
-            f"{path}: expected a LoRA adapter (peft_type LORA), got {kind!r}; merge it into its base first"
-        )
-    refused = [words for key, words in _REFUSED.items() if settings.get(key)]
-    initial = settings.get("init_lora_weights")
-    if isinstance(initial, str) and initial.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        refused.append(f"a LoRA that changes its base (init_lora_weights {initial})")
-    if settings.get("bias", "none") != "none":
-        refused.append(f"a LoRA with trained biases (bias {settings['bias']})")
-    if refused:
-        raise InputError(
-            f"{path}: {refused[0]} is not supported; merge it into its base with PEFT's merge_and_unload first"
-        )
-    patterns = settings.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: alpha_pattern: expected a JSON object, got {patterns!r}")
-    for key, value in {"lora_alpha": settings.get("lora_alpha", 8), **patterns}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{path}: {key}: expected a number, got {value!r}")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{path}: alpha_pattern: {pattern!r} is no regular expression: {error}") from error
-    return settings
-
-
-def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """PEFT's rule: the first pattern that equals the module's name or matches its end as a regular expression."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return float(default)

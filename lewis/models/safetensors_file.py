@@ -1,4 +1,4 @@
-"""One safetensors file, mapped into memory: tensors are views of it, and its pages come and go with their use."""
+"""One safetensors file, mapped into memory: its tensors are views of the file, so that reading them copies nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lewis.errors import InputError, LewisError
+from lewis.models.dtypes import bits_dtype
 
-_PART = 1 << 18  # numbers that are compared at a time
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_PART = 1 << 18  # elements that are compared at a time
+
+Headers = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype as safetensors names it ("BF16"), shape
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of a file: dtype as safetensors names it, shape, first and last byte in the file."""
+    """A tensor of a file: its dtype as safetensors names it, its shape, and its bytes `start` to `stop` (exclusive)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,11 +34,11 @@ class TensorFile:
 
     Attributes:
         path: of the file.
-        places: name -> where a tensor is.
+        places: tensor -> where it is.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open and check it; its tensors are not read.
+        """Open a file and check its header; its tensors are not read.
 
         Raises:
             InputError: if it is truncated, or no safetensors file.
@@ -57,11 +59,11 @@ class TensorFile:
             shape = tuple(header[name]["shape"])
             self.places[name] = Place(header[name]["dtype"], shape, 8 + length + start, 8 + length + stop)
 
-    def bits(self, name: str, width: int) -> np.ndarray:
-        """A tensor's bits: flat, unsigned whole numbers of `width` bytes, a view of the file.
+    def bits(self, name: str) -> np.ndarray:
+        """A tensor's bits: flat, unsigned whole numbers of the dtype's size, a view of the file.
 
         Raises:
-            LewisError: if they are gone; to touch them would end the process.
+            LewisError: if the file was cut short since. Without this check the system would kill the process.
         """
         place = self.places[name]
         try:
@@ -70,14 +72,15 @@ class TensorFile:
             raise LewisError(f"{self.path}: cannot read {name!r}: {error.strerror}") from error
         if not whole:
             raise LewisError(f"{self.path}: cannot read {name!r}: the file was cut short while it was open")
-        return np.frombuffer(self._map, _BITS[width], (place.stop - place.start) // width, place.start)
+        kind = bits_dtype(place.dtype)
+        return np.frombuffer(self._map, kind, (place.stop - place.start) // kind.itemsize, place.start)
 
     def will_need(self, name: str) -> None:
-        """Let the system read a tensor ahead."""
+        """Ask the system to read a tensor ahead."""
         self._advise(name, mmap.MADV_WILLNEED)
 
     def done_with(self, name: str) -> None:
-        """Take a tensor's pages off this process; the system's cache of the file keeps them."""
+        """Unmap a tensor's pages from this process; they stay in the system's cache of the file."""
         self._advise(name, mmap.MADV_DONTNEED)
 
     def _advise(self, name: str, advice: int) -> None:
@@ -91,3 +94,17 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two tensors of one dtype have the same bits."""
     starts = range(0, one.size, _PART)
     return one.size == other.size and all(np.array_equal(one[i : i + _PART], other[i : i + _PART]) for i in starts)
+
+
+def file_headers(path: Path) -> Headers:
+    """Name, dtype and shape of each tensor in a safetensors file.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error

@@ -14,7 +14,9 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert, Model, is_adapter
+from lewis.models.lora import LoraExpert, is_adapter
+from lewis.models.model import Model
+from lewis.models.names import short_or_whole
 from lewis.models.pin import Pinned
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
@@ -82,15 +84,34 @@ class ModelFiles(Reference):
         return LoraExpert(Checkpoint(self.folder, self.key.partition("+")[0]), self.adapter, self.key)
 
 
+def split_adapter(ref: str, root: Path | None = None) -> tuple[str, str | None]:
+    """`model+adapter` as its two parts; any other reference, and None.
+
+    Args:
+        ref: a reference to a model.
+        root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
+            looked for, and the last `+` separates the parts.
+    """
+    if "+" not in ref or (root is not None and any(place.exists() for place in (root / ref, Path(ref)))):
+        return ref, None
+    model, _, adapter = ref.rpartition("+")
+    return model, adapter
+
+
 def pin(ref: str, root: Path, base: Source | None = None) -> Source:
-    """Resolve a model reference to commits: `model`, `model+adapter`, or an adapter of `base`.
+    """Pin a model reference to commits: `model`, `model+adapter`, or an adapter of `base`.
+
+    Args:
+        ref: as in a recipe.
+        root: where relative folders start (the recipe's folder).
+        base: of the recipe, which an adapter without a base of its own is for.
 
     Raises:
         InputError: if it does not exist, or is an adapter and there is no base.
         TransientError: if the Hub cannot be asked right now.
     """
-    if "+" in ref and not any(place.exists() for place in (root / ref, Path(ref))):
-        model, _, adapter = ref.rpartition("+")
+    model, adapter = split_adapter(ref, root)
+    if adapter is not None:
         return Source(ref, hub.resolve(model, root), hub.resolve(adapter, root))
     pinned = hub.resolve(ref, root)
     if not is_adapter(hub.fetch(pinned, weights=False)):
@@ -105,7 +126,7 @@ def pin(ref: str, root: Path, base: Source | None = None) -> Source:
 def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
     """Pin the base (None if the recipe has none) and the experts, in the recipe's order.
 
-    Experts are pinned several at a time: to hash the files of new folders takes longer than to merge them.
+    Experts are pinned in parallel: hashing the files of new folders takes longer than merging them.
     """
     base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -113,7 +134,7 @@ def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
 
 
 def download(source: Source) -> ModelFiles:
-    """Bring a pinned model to the disk, verified.
+    """Download and verify a pinned model.
 
     Raises:
         TransientError: if the transfer broke; trying again can help.
@@ -123,7 +144,7 @@ def download(source: Source) -> ModelFiles:
 
 
 def short_names(refs: Sequence[str]) -> list[str]:
-    """What to call experts in tables: the last part of each reference, or the whole where that would be ambiguous."""
-    short = [ref.rpartition("+")[2].partition("@")[0].rstrip("/").rpartition("/")[2] or ref for ref in refs]
-    taken = [*short, "base", "uniform", "lewis", "merged", "champion"]
-    return [name if taken.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
+    """What to call experts in tables: the last part of each reference, or all of it where that would be ambiguous."""
+    parts = [split_adapter(ref) for ref in refs]
+    last = [(adapter or model).partition("@")[0].rstrip("/").rpartition("/")[2] for model, adapter in parts]
+    return short_or_whole(last, refs, taken=("base", "uniform", "lewis", "merged", "champion"))

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.models import hub
+from lewis.models import hub_client
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         there = _look(repo, private)
         if there is None:
             with _errors(repo):
-                hub.api().create_repo(repo, private=private, exist_ok=True)
+                hub_client.api().create_repo(repo, private=private, exist_ok=True)
             there = _look(repo, private)
             assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -90,21 +90,23 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         added = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
         removed = [CommitOperationDelete(name) for name in stale]
         with _errors(repo):
-            made = hub.api().create_commit(repo, [*added, *removed], commit_message=title, parent_commit=there.head)
+            made = hub_client.api().create_commit(
+                repo, [*added, *removed], commit_message=title, parent_commit=there.head
+            )
     new = made.oid != there.head
     logger.info("%s %s", made.commit_url, "is new" if new else "has this model already")
-    return Published(repo, made.oid, f"{hub.endpoint()}/{repo}/tree/{made.oid}", new)
+    return Published(repo, made.oid, f"{hub_client.endpoint()}/{repo}/tree/{made.oid}", new)
 
 
 def _look(repo: str, private: bool) -> _Remote | None:
     """What the repo holds, None if there is none."""
-    if hub.offline():
+    if hub_client.offline():
         raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
     if not get_token():
         raise InputError(f"publish: HF_TOKEN is needed to push to {repo}; set one that may write")
     with _errors(repo):
         try:
-            info = hub.api().model_info(repo)
+            info = hub_client.api().model_info(repo)
         except HfHubHTTPError as error:
             if error.response.status_code == 404:
                 return None
@@ -114,7 +116,9 @@ def _look(repo: str, private: bool) -> _Remote | None:
         files = frozenset(file.rfilename for file in info.siblings or ())
         digest = None
         if store.MANIFEST in files:
-            place = hub.api().hf_hub_download(repo, store.MANIFEST, revision=info.sha, cache_dir=hub.cache_folder())
+            place = hub_client.api().hf_hub_download(
+                repo, store.MANIFEST, revision=info.sha, cache_dir=hub_client.cache_folder()
+            )
             digest = (store.read_json(Path(place)) or {}).get("digest")
     if digest is None and any(WEIGHTS.search(name) for name in files):
         raise InputError(f"publish.repo: {repo} holds a model that LEWIS did not publish; choose another repo")
@@ -123,7 +127,7 @@ def _look(repo: str, private: bool) -> _Remote | None:
 
 @contextmanager
 def _errors(repo: str) -> Iterator[None]:
-    with hub.errors(f"publish.repo: {repo}"):
+    with hub_client.errors(f"publish.repo: {repo}"):
         try:
             yield
         except HfHubHTTPError as error:

@@ -5,10 +5,9 @@ There is no state to lose: what has been merged is read from the tags of the reg
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from lewis.models.pin import find_folder
-from lewis.models.source import pin_all
+from lewis.models.source import pin_all, split_adapter
 from lewis.recipe.recipe import Recipe
 from lewis.registry import tracking
 from lewis.registry import versions as registry
@@ -126,8 +125,8 @@ def _same_adapter(old: str | None, new: str) -> bool:
 
 
 def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
-    if "+" in ref and not any(place.exists() for place in (recipe.root / ref, Path(ref))):  # as `pin`
-        model, _, adapter = ref.rpartition("+")
+    model, adapter = split_adapter(ref, recipe.root)
+    if adapter is not None:
         ref = model if _same_adapter(old, new) else adapter
     folder = find_folder(ref, recipe.root)
     return str(folder) if folder else ref.partition("@")[0]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lewis.importance.architecture import short_names
+from lewis.importance.architecture import projection_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]
         places[f"{layer[1]}.{name}" if several else name, int(layer[2])] = density
     full = list(dict.fromkeys(name for name, _ in places))
     layers = range(max((index for _, index in places), default=-1) + 1)
-    return short_names(full), [[places.get((name, index), math.nan) for index in layers] for name in full]
+    return projection_names(full), [[places.get((name, index), math.nan) for index in layers] for name in full]
 
 
 def _draw_grid(panel: "Axes", names: Sequence[str], grid: Sequence[Sequence[float]]) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lewis.allocation.densities import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
-from lewis.importance.architecture import Layer, short_names
+from lewis.importance.architecture import Layer, projection_names
 
 WIDTH = 120  # of a table, in characters
 
@@ -21,7 +21,7 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
     for layer in layers:
         value = values.get(layer.key)
         cells.setdefault(layer.index, {})[layer.projection] = "-" if value is None else format(value, digits)
-    rows = [["layer", *short_names(projections)]]
+    rows = [["layer", *projection_names(projections)]]
     rows += [[str(i), *(cells[i].get(name, "-") for name in projections)] for i in sorted(cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     blocks = [[0]]  # columns beside each other, the layer first

@@ -34,7 +34,7 @@ from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import Model
+from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
 from tests.support import authors
 

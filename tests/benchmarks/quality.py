@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import pipeline
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import Model
+from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
 
 TOKENS, PER_BATCH = 224, 700

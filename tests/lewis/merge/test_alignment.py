@@ -20,8 +20,8 @@ from lewis.evaluation.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge.alignment import Aligned, _Lent
 from lewis.merge.run import Merge
+from lewis.merge.vocabulary import Target
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.tokenizer import Target
 from tests.conftest import Family
 from tests.support.models import (
     bits,

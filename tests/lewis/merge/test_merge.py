@@ -21,7 +21,8 @@ from lewis.errors import InputError, LewisError, RecipeError
 from lewis.merge import in_torch
 from lewis.merge.run import Expert, Merge
 from lewis.methods import METHODS as ALL
-from lewis.models.checkpoint import INDEX, SINGLE, Checkpoint
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.files import INDEX, SINGLE
 from lewis.models.lora import LoraExpert
 from tests.conftest import Family
 from tests.support.models import (

@@ -20,8 +20,9 @@ from safetensors.numpy import save
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.models.hub import Pinned, fetch, resolve, resolve_dataset, tensor_headers
+from lewis.models.hub import fetch, resolve, resolve_dataset, tensor_headers
 from lewis.models.hub_errors import retryable
+from lewis.models.pin import Pinned
 from tests.support.local_hub import LocalHub
 
 WEIGHTS = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.zeros(2, np.float16)})

@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis.errors import InputError, LewisError
-from lewis.models.checkpoint import DTYPES, INDEX, Checkpoint
-from lewis.models.writer import CheckpointWriter, copy_tokenizer, parse_size, write_config
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.config import write_config
+from lewis.models.dtypes import DTYPES, torch_dtype
+from lewis.models.files import INDEX, copy_tokenizer
+from lewis.models.shards import parse_size
+from lewis.models.writer import CheckpointWriter
 from tests.conftest import Family
 from tests.support.models import bits
 
-NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}
+NAMES = {torch_dtype(key): key for key in DTYPES}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], limit: int = 10**9) -> None:

@@ -1,0 +1,56 @@
+"""A model's config.json: read and check it, write it with the dtype of merged weights."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+from lewis.models.dtypes import MERGED
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        InputError: if it is missing or no valid JSON, or says that the weights are quantised.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no config.json; expected the folder of a Hugging Face model") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise InputError(f"{path}: text_config: expected a JSON object, got {config['text_config']!r}")
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+        raise InputError(f"{folder}: a quantised checkpoint ({method}) cannot be merged; use the unquantised model")
+    return config
+
+
+def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:
+    """Write config.json with the dtype of the weights.
+
+    Args:
+        config: the base's.
+        donor: the folder that `config` was read from. If nothing changes, its file is copied byte by byte.
+        folder: where to write.
+        dtype: of all floating tensors, as safetensors names it; None if they differ.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    name = next((name for name, stored in MERGED.items() if stored == dtype), None)
+    if name:
+        keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]
+        changed.update(dict.fromkeys(keys, name))
+        for inner in changed.values():
+            if isinstance(inner, dict):
+                inner.update({key: name for key in ("dtype", "torch_dtype") if inner.get(key)})
+    if changed == config:
+        shutil.copyfile(donor / "config.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")

@@ -1,0 +1,75 @@
+"""The dtypes that a checkpoint may hold: the one table of their names, sizes and bits.
+
+Safetensors calls a dtype `BF16`, config.json and torch call it `bfloat16`. In this project a dtype is named as
+safetensors names it, unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lewis.lazy_torch import torch
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A dtype.
+
+    Attributes:
+        torch_name: what torch and config.json call it.
+        size: bytes per element.
+        floating: whether tensors of it are merged; all others are copied from the base.
+    """
+
+    torch_name: str
+    size: int
+    floating: bool = False
+
+
+DTYPES = {
+    "F64": Dtype("float64", 8, floating=True),
+    "F32": Dtype("float32", 4, floating=True),
+    "F16": Dtype("float16", 2, floating=True),
+    "BF16": Dtype("bfloat16", 2, floating=True),
+    "I64": Dtype("int64", 8),
+    "I32": Dtype("int32", 4),
+    "I16": Dtype("int16", 2),
+    "I8": Dtype("int8", 1),
+    "U8": Dtype("uint8", 1),
+    "BOOL": Dtype("bool", 1),
+}
+MERGED = {DTYPES[name].torch_name: name for name in ("F32", "F16", "BF16")}  # of merged weights: torch's name -> ours
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Torch's object for a dtype."""
+    found: torch.dtype = getattr(torch, DTYPES[dtype].torch_name)
+    return found
+
+
+def bits_dtype(dtype: str) -> np.dtype:
+    """Unsigned whole numbers of the same size: numpy has no bfloat16, so tensors are passed on as their bits."""
+    return np.dtype(f"u{DTYPES[dtype].size}")
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return DTYPES[dtype].size * math.prod(shape)
+
+
+def as_tensor(dtype: str, bits: np.ndarray) -> torch.Tensor:
+    """The tensor that has these bits: flat, sharing their memory.
+
+    Args:
+        dtype: of the tensor.
+        bits: of `bits_dtype(dtype)`, as `Model.raw` gives them.
+    """
+    return torch.from_numpy(bits).view(torch_dtype(dtype))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the order in which a safetensors file holds them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,76 @@
+"""What the merge reads: a `Model`, which is a checkpoint or reads like one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lewis.lazy_torch import torch
+from lewis.models.dtypes import DTYPES
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor, not read yet.
+
+    Attributes:
+        dtype: as safetensors names it (`BF16`).
+        shape: its shape.
+        file: name of the file that holds it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def floating(self) -> bool:
+        """Whether it is merged; integer and boolean tensors are copied from the base."""
+        return self.dtype in DTYPES and DTYPES[self.dtype].floating
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Model(Protocol):
+    """A full model, or an adapter on its base.
+
+    Attributes:
+        folder: where its weights are.
+        key: identity of the content (a commit, a digest); random streams depend on it.
+        config: the parsed config.json.
+        tensors: name -> what is stored. A tied name is not among them.
+        tied: name -> the stored tensor that it is tied to. `read` and `raw` accept both.
+    """
+
+    folder: Path
+    key: str
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    tied: dict[str, str]
+
+    @property
+    def home(self) -> Path:
+        """The folder with its config.json."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored dtype or, where it is computed, in fp32."""
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype and its bits: flat, of `dtypes.bits_dtype`, often a view of the file."""
+
+    def will_need(self, name: str) -> None:
+        """Ask the system to read a tensor ahead."""
+
+    def done_with(self, name: str) -> None:
+        """Release the memory that a tensor is mapped to."""

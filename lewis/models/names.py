@@ -1,0 +1,40 @@
+"""What the names of tensors say: embeddings and heads, old buffers, the layer. And short names for tables."""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor follows from the config. Only old checkpoints (Llama 2, Pythia, GPT-2) store such buffers."""
+    mask = name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
+    return mask or name.endswith("rotary_emb.inv_freq") or (name.endswith(".masked_bias") and math.prod(shape) == 1)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor is in; None outside of the layers."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def in_layers(names: Iterable[str]) -> list[str]:
+    """The tensors that are in a layer, in the given order."""
+    return [name for name in names if layer_of(name) is not None]
+
+
+def short_or_whole(short: Sequence[str], whole: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """Each short name that is unique; otherwise the whole name.
+
+    Args:
+        short: may be empty where there is no short name.
+        whole: the same names, whole.
+        taken: names that mean something else.
+    """
+    chosen = [name or full for name, full in zip(short, whole, strict=True)]
+    used = [*chosen, *taken]
+    return [name if used.count(name) == 1 else full for name, full in zip(chosen, whole, strict=True)]
