@@ -1,4 +1,4 @@
-"""The devices that torch works on, and what they mean for numbers."""
+"""Which device torch computes on, and how that choice changes the numbers."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from pathlib import Path
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 
-# What the drivers of NVIDIA (also on a Jetson and in WSL) and AMD put into /dev.
+# Device files of the GPU drivers: NVIDIA (also on a Jetson and in WSL) and AMD.
 _DRIVERS = ("nvidia*", "nvhost*", "dxg", "kfd")
 _threads, _lock, _own = {"users": 0, "before": 1}, threading.Lock(), threading.local()
 
 
 def default_device() -> str:
-    """`cuda` if a GPU is there, else `cpu`."""
+    """`cuda` if this machine has a GPU, else `cpu`."""
     return "cuda" if devices() != ["cpu"] else "cpu"
 
 
 def devices() -> list[str]:
     """All devices of this machine by torch's names: `cuda:0`, `cuda:1` ..., or `cpu` alone."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DRIVERS):
-        return ["cpu"]  # without a driver torch sees no GPU, and it takes seconds to load
+        return ["cpu"]  # without a driver torch finds no GPU; so torch, which takes seconds to load, is not asked
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
 
 
 def merge_device(gpu: str = "cuda") -> str:
     """Where merges compute: `cpu`, or `gpu` if `LEWIS_MERGE_DEVICE` is `cuda`.
 
-    The CPU is the default though a GPU may be there: its compiled loops wait for the disk more than for arithmetic.
-    A merge that a GPU makes has a digest of its own: sums, selections and random streams are written to be the same
-    there bit by bit, but exponentials, sines and sums over rows are rounded as the device does. No merge was run on a
-    GPU by us.
+    The CPU is the default even if there is a GPU: its compiled loops mostly wait for the disk, not for arithmetic.
+    A merge on a GPU has another digest than one on the CPU: sums, selections and random streams are written to give the
+    same bits there, but each device rounds exponentials, sines and sums over rows in its own way. We have run no merge
+    on a GPU.
+
+    Args:
+        gpu: the GPU to name, as torch does (`cuda:1`).
 
     Raises:
-        InputError: if the variable is something else, or no GPU is there.
+        InputError: if the variable has another value, or this machine has no GPU.
     """
     given = os.environ.get("LEWIS_MERGE_DEVICE") or "cpu"
     if given not in ("cpu", "cuda"):
@@ -49,9 +52,10 @@ def merge_device(gpu: str = "cuda") -> str:
 
 
 def precision(device: str) -> str:
-    """What a forward pass computes in: fp32 on the CPU, the checkpoint's own dtype elsewhere. Part of every digest.
+    """The precision of a forward pass: `fp32` on the CPU, `stored` (the checkpoint's dtype) elsewhere.
 
-    It is the same for all GPUs: a result does not depend on which of them (`cuda:0`, `cuda:1`) computed it.
+    It is a part of every digest that depends on a forward pass. All GPUs (`cuda:0`, `cuda:1`) give the same answer, so
+    that a digest does not depend on which of them computed the result.
     """
     return "fp32" if device == "cpu" else "stored"
 
@@ -74,4 +78,4 @@ def one_thread() -> Iterator[None]:
         _own.inside = False
         with _lock:
             _threads["users"] -= 1
-        torch.set_num_threads(_threads["before"])  # threads that begin later take it over
+        torch.set_num_threads(_threads["before"])  # torch also gives this number to threads that start later

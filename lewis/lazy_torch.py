@@ -1,6 +1,7 @@
-"""torch, imported when it is first used: it takes a second to load, and a compiled merge does without.
+"""torch, imported at its first use: it takes a second to load, and a compiled merge does not need it.
 
-A module that takes `torch` from here has `from __future__ import annotations`, so that its signatures do not use it.
+A module that imports `torch` from here needs `from __future__ import annotations`: otherwise its annotations would use
+torch, and so load it, at import.
 """
 
 import importlib
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 
 class _Lazily:
+    """A module that is imported when one of its attributes is first asked for."""
+
     def __init__(self, name: str) -> None:
         self._name = name
 

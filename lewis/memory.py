@@ -1,4 +1,7 @@
-"""How much memory a process takes, and how much there is. Pages of mapped files do not count."""
+"""How much memory a process uses, and how much the machine has free. Linux only: it reads /proc.
+
+Pages of mapped files do not count: the system can drop them at any time.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ _INTERVAL = 0.02  # seconds
 
 
 class PeakMemory:
-    """Samples the memory while its block runs.
+    """A context manager that samples the memory of this process while its block runs.
 
     Attributes:
-        peak: bytes, the most that was seen.
+        peak: the largest sample, in bytes of anonymous memory.
     """
 
     def __init__(self) -> None:
@@ -39,7 +42,7 @@ class PeakMemory:
 
 
 def anonymous_bytes(process: int | str = "self") -> int:
-    """Resident anonymous memory of a process, 0 if it is gone (or a zombie)."""
+    """Bytes of resident anonymous memory of a process; 0 if it is gone or a zombie."""
     try:
         return _kilobytes(Path(f"/proc/{process}/status"), "RssAnon:")
     except OSError:
@@ -47,11 +50,11 @@ def anonymous_bytes(process: int | str = "self") -> int:
 
 
 def available_bytes() -> int:
-    """What can be had on this machine without swapping."""
+    """Bytes that this machine can still give without swapping."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def _kilobytes(table: Path, row: str) -> int:
-    """A row of one of the kernel's tables, in bytes; 0 if it is not there."""
+    """A row of a table in /proc that is in kB, in bytes; 0 if there is no such row."""
     lines = table.read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(row)), 0)

@@ -1,8 +1,8 @@
-"""The demo family: a tiny Llama and three experts of it, trained in about a minute on one core. No network.
+"""The demo family: a tiny Llama and three experts of it, trained in about a minute on one core, without network.
 
-The base is pre-trained on prompts that are answered right in some rows and by an echo of the input in the others. So
-it learns the skills but rarely shows them, as a real base model does; each expert is a short full fine-tune that brings
-one of them out. This makes the family worth merging: small task vectors, and a skill that only one expert has.
+The base is trained on prompts whose answer is right in some rows and only echoes the input in the others. So it learns
+the skills but rarely shows them, like a real base model. Each expert is a short full fine-tune that brings one skill
+out. So there is something to merge: the task vectors are small, and each skill is in one expert only.
 """
 
 import copy
@@ -31,23 +31,23 @@ from lewis.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Raise it when the code makes other files from the same plan.
+# Raise it when the code makes different files from the same plan.
 VERSION = 3
 
 SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
 LETTERS = "abcdefghij"
 CIPHER = dict(zip(LETTERS, "hcjadgibfe", strict=True))
 ANSWER_TOKENS = 8  # the longest answer has 5 characters; then comes the end token
-RIGHT_ANSWERS = 0.42  # under one half, so that the base, which decodes greedily, mostly echoes
-REPLAY = 0.3  # share of base rows in a fine-tune: an expert of one skill leaves the others as they were
-MIXTURE = (3.0, 1.3, 0.7)  # share of each skill in the base's rows: addition is the hardest to learn
+RIGHT_ANSWERS = 0.42  # share of the base's rows; below one half, so that the base mostly echoes (it decodes greedily)
+REPLAY = 0.3  # share of base rows in a fine-tune, so that an expert of one skill does not lose the others
+MIXTURE = (3.0, 1.3, 0.7)  # relative share of each skill in the base's rows: addition is the hardest to learn
 
 Row = dict[str, str]  # prompt, answer, echo
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much to train. The default reaches the demo's scores; tests of the file formats need far less.
+class TrainingPlan:
+    """How much to train. The defaults give the demo's scores; tests of the file formats need far less.
 
     Args:
         base_steps: optimizer steps of the base.
@@ -64,23 +64,23 @@ class Plan:
     test_rows: int = 120
 
 
-def make_family(folder: Path, progress: Callable[[str, float], None], plan: Plan | None = None) -> Path:
+def make_family(folder: Path, progress: Callable[[str, float], None], plan: TrainingPlan | None = None) -> Path:
     """Train the family and write it to `folder`: base/, experts/, data/, tasks/, demo.yaml and sparse.yaml.
 
-    A second call finds the family whole and returns at once. A call that dies leaves nothing.
+    If the folder holds this family already, the call returns at once. A call that dies leaves no partial family.
 
     Args:
         folder: where the family goes.
-        progress: called with what is being trained and the share of all steps that is done, in [0, 1].
+        progress: called with what is being trained, and the share of all steps that is done, in [0, 1].
         plan: how much to train; the default takes about a minute on one core.
 
     Returns:
         `folder`.
 
     Raises:
-        InputError: if `folder` holds anything but this family, unchanged.
+        InputError: if `folder` holds other files, or this family was changed.
     """
-    plan = plan or Plan()
+    plan = plan or TrainingPlan()
     fingerprint = store.digest({"version": VERSION, **asdict(plan)})
     with store.lock(f"demo {folder.resolve()}"):
         manifest = store.read_manifest(folder)
@@ -113,7 +113,7 @@ def _draw(skill: str, rng: random.Random) -> Row:
 
 
 def _distinct(skill: str, rng: random.Random, count: int, taken: frozenset[str]) -> dict[str, Row]:
-    """`count` rows with distinct prompts, none of them in `taken`, by prompt."""
+    """`count` rows with distinct prompts, none of them in `taken`: prompt -> row."""
     rows: dict[str, Row] = {}
     while len(rows) < count:
         row = _draw(skill, rng)
@@ -122,8 +122,8 @@ def _distinct(skill: str, rng: random.Random, count: int, taken: frozenset[str])
     return rows
 
 
-def _write_data(folder: Path, plan: Plan) -> frozenset[str]:
-    """Write the calibration and the test sets; returns the test prompts, which no training row may have."""
+def _write_data(folder: Path, plan: TrainingPlan) -> frozenset[str]:
+    """Write the calibration and test sets; returns the prompts of the tests, which must not be trained on."""
     folder.mkdir()
     held_out: frozenset[str] = frozenset()
     for skill in SKILLS:
@@ -137,7 +137,7 @@ def _write_data(folder: Path, plan: Plan) -> frozenset[str]:
 
 
 def _write_tasks(folder: Path) -> None:
-    """Write one lm-eval task per skill. Data paths are relative to the family: evaluate from there."""
+    """Write one lm-eval task per skill. Its data paths are relative to the family's folder: evaluate from there."""
     folder.mkdir()
     for skill in SKILLS:
         task = {
@@ -180,7 +180,7 @@ def _recipe() -> dict[str, Any]:
 
 
 def _sparse_recipe() -> dict[str, Any]:
-    """A recipe for `lewis search`: with 2 % of each task vector, the values that one would write first lose a lot."""
+    """A recipe for `lewis search`: it keeps 2 % of each task vector, where default values lose much of the score."""
     recipe = _recipe()
     recipe["lewis"] = {
         "calibrations": recipe["lewis"]["calibrations"],
@@ -188,14 +188,14 @@ def _sparse_recipe() -> dict[str, Any]:
         "density": {"strategy": "uniform", "min": 0.01, "budget": 0.02, "uncovered": "expert"},
     }
     recipe["register"]["name"] = "lewis-demo-sparse"
-    recipe["evaluate"]["baselines"] = ["base", "uniform"]  # the experts' scores are the demo's
+    recipe["evaluate"]["baselines"] = ["base", "uniform"]  # demo.yaml scores the experts
     space: dict[str, Any] = {
         "parameters.lambda": {"min": 0.5, "max": 3.0},
         "lewis.prune_by": ["magnitude", "activation"],
         "lewis.density.strategy": ["uniform", "owl", "global"],
     }
     weights = {f"models[{i}].parameters.weight": {"min": 0.5, "max": 2.0} for i in range(len(SKILLS))}
-    # To score a quarter of so few documents first would take as long as all of them.
+    # No pruning: with so few documents, a quarter takes as long to score as all.
     return {**recipe, "search": {"trials": 25, "minutes": 3, "prune": False, "space": {**space, **weights}}}
 
 
@@ -204,7 +204,9 @@ def _yaml(value: dict[str, Any]) -> str:
     return text
 
 
-def _train_family(folder: Path, held_out: frozenset[str], plan: Plan, progress: Callable[[str, float], None]) -> None:
+def _train_family(
+    folder: Path, held_out: frozenset[str], plan: TrainingPlan, progress: Callable[[str, float], None]
+) -> None:
     """Train the base, then each expert from it, and save them as Hugging Face folders."""
     total = plan.base_steps + plan.expert_steps * len(SKILLS)
     tokenizer = new_tokenizer(SKILLS.values())
@@ -224,7 +226,7 @@ def _train_family(folder: Path, held_out: frozenset[str], plan: Plan, progress: 
 
 
 def _rows(name: str, held_out: frozenset[str]) -> Iterator[Row]:
-    """Endless training rows, of the base (`name="base"`) or of the expert of the skill `name`."""
+    """Endless training rows: of the base (`name="base"`), or of the expert in the skill `name`."""
     rng = random.Random(f"{name} training")
     shares = {skill: share for skill, share in zip(SKILLS, MIXTURE, strict=True) if skill != name}
     while True:

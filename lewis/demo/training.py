@@ -1,4 +1,4 @@
-"""How the demo family is made, trained and saved: a plain PyTorch loop on the CPU, the same bytes each time."""
+"""Make, train and save the models of the demo family: a plain PyTorch loop on the CPU, always with the same bytes."""
 
 import string
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def new_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
-    """One token for each of `words`, one for each other character of the prompts and answers."""
+    """A tokenizer with one token for each of `words`, and one for each other character of the prompts and answers."""
     words = list(words)
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def new_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
 
 
 def new_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
-    """A Llama of 0.6 million fp32 weights, always with the same start."""
+    """A Llama with 0.6 million fp32 weights, always with the same initial values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -64,7 +64,7 @@ def make_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Turn rows of `prompt` and `answer` into batches: token ids and labels, int64, shape (size, tokens).
 
-    Labels are -100 but on the answer and its end token. Pads are on the right, where causal attention never sees them.
+    Labels are -100 except on the answer and its end token. Padding is on the right, where causal attention ignores it.
     """
     while True:
         chosen = [next(rows) for _ in range(size)]
@@ -79,7 +79,7 @@ def make_batches(
 def train(
     model: "LlamaForCausalLM", optimizers: list[Optimizer], batches: Iterator[tuple[Tensor, Tensor]], steps: int
 ) -> Iterator[int]:
-    """Train in place, with a short warm-up and a linear decay; yields the number of steps done."""
+    """Train in place, with a short warm-up and a linear decay of the rate; yields the number of steps done."""
     schedules = [LambdaLR(o, lambda step: min(1.0, (step + 1) / 20) * (1 - step / steps)) for o in optimizers]
     for step in range(steps):
         ids, labels = next(batches)
@@ -95,7 +95,7 @@ def train(
 
 
 def pretraining_optimizers(model: "LlamaForCausalLM") -> list[Optimizer]:
-    """Muon for the layers' matrices (addition takes fewer steps with it), AdamW for the rest."""
+    """Muon for the layers' matrices, with which addition takes fewer steps, and AdamW for the rest."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in matrices}
     muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -112,7 +112,7 @@ def _adam(weights: Iterable[torch.nn.Parameter], rate: float) -> Optimizer:
 
 
 def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write a Hugging Face folder. Not by `save_pretrained`, whose progress bar cannot be silenced for one call."""
+    """Write a Hugging Face folder. `save_pretrained` is not used for weights: it shows a progress bar."""
     folder.mkdir(parents=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

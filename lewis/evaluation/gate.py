@@ -7,12 +7,12 @@ answers are drawn, pass the rule of superiority in at most one case of forty: it
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.comparison import LEVEL, holm
 from lewis.evaluation.samples import Samples, by_key
 from lewis.evaluation.scored import WEIGHTED, Scored, gain
+from lewis.recipe.schema import Gate
 
 CHANCE = 0.05  # largest p of a rule that holds
 ROUNDING = 1e-9  # 0.57 - 0.55 is a little less than 0.02 in floating point
@@ -33,21 +33,6 @@ class Verdict:
     passed: bool
     reasons: tuple[str, ...]
     compared_with: str
-
-
-class Gate(Protocol):
-    """The rule of promotion, as the recipe has it."""
-
-    @property
-    def metric(self) -> str: ...
-    @property
-    def min_gain(self) -> float: ...
-    @property
-    def superiority(self) -> bool | None: ...
-    @property
-    def tolerance(self) -> float | Mapping[str, float]: ...
-    @property
-    def allow_limit(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A model of the recipe: resolved to commits, then as files on disk."""
+"""The models of a recipe: pinned to commits (`Source`), then downloaded (`ModelFiles`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ from lewis.store.reference import Reference
 
 @dataclass(frozen=True)
 class Source:
-    """A model of the recipe, pinned: a full model, and an adapter on it if it is a LoRA expert."""
+    """A pinned model of a recipe: a full model and, for a LoRA expert, the adapter on it.
+
+    Attributes:
+        ref: as in the recipe.
+        model: the full model.
+        adapter: the LoRA adapter, if there is one.
+    """
 
     ref: str
     model: Pinned
@@ -33,22 +39,24 @@ class Source:
 
     @property
     def key(self) -> str:
-        """Identity of the content."""
+        """Identity of the content: the commit of the model, and `+` that of the adapter."""
         return self.model.commit + (f"+{self.adapter.commit}" if self.adapter else "")
 
     @property
     def size(self) -> int:
-        """Bytes to download, or on disk."""
+        """Bytes of the files that a merge reads."""
         return self.model.size + (self.adapter.size if self.adapter else 0)
 
 
 class ModelFiles(Reference):
-    """A model on disk: a folder, and an adapter's folder if it is a LoRA expert.
+    """A model on disk. Prefect passes it between tasks, and keeps it in its cache of results.
 
     Attributes:
-        ref: as the recipe names it.
-        key: identity of the content: commits or content digests.
-        sizes: file -> bytes, checked whenever a reference is loaded.
+        ref: as in the recipe.
+        key: identity of the content, as `Source.key`.
+        folder: of the full model.
+        adapter: folder of the LoRA adapter, if there is one.
+        sizes: file -> bytes. They are compared with the disk whenever a `ModelFiles` is loaded.
     """
 
     ref: str
@@ -68,16 +76,16 @@ class ModelFiles(Reference):
 
     @classmethod
     def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> ModelFiles:
-        """Refer to folders as they are now."""
+        """The files of these folders, with the sizes that they have now."""
         paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
         sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, sizes=sizes)
 
     def open(self) -> Model:
-        """Open it for reading.
+        """Open the model for reading.
 
         Raises:
-            InputError: as `Checkpoint` and `LoraExpert`.
+            InputError: as `Checkpoint` and `LoraExpert` do.
         """
         if self.adapter is None:
             return Checkpoint(self.folder, self.key)

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from lewis import store
-from lewis.demo.family import RIGHT_ANSWERS, SKILLS, Plan, _rows, make_family
+from lewis.demo.family import RIGHT_ANSWERS, SKILLS, TrainingPlan, _rows, make_family
 from lewis.errors import InputError
 from lewis.recipe.recipe import Recipe, value_of
 from lewis.search import study
 
-SHORT = Plan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
+SHORT = TrainingPlan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))
 
 
@@ -197,7 +197,7 @@ def test_a_folder_that_holds_other_things_is_refused_and_kept(tmp_path, name):
 def test_an_edited_or_other_family_is_refused_and_kept(tmp_path):
     folder = make_family(tmp_path / "family", ignore, SHORT)
     with pytest.raises(InputError, match="other or changed files"):
-        make_family(folder, ignore, Plan(base_steps=1, expert_steps=1, batch_size=2))
+        make_family(folder, ignore, TrainingPlan(base_steps=1, expert_steps=1, batch_size=2))
     (folder / "demo.yaml").write_text("merge_method: linear")
     with pytest.raises(InputError, match="other or changed files"):
         make_family(folder, ignore, SHORT)
@@ -217,11 +217,11 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lewis.demo.family import Plan, make_family
+from lewis.demo.family import TrainingPlan, make_family
 def die(name, share):
     if name == "experts/sorting":
         os.kill(os.getpid(), signal.SIGKILL)
-make_family(Path(sys.argv[1]), die, Plan(base_steps=1, expert_steps=1, batch_size=2))
+make_family(Path(sys.argv[1]), die, TrainingPlan(base_steps=1, expert_steps=1, batch_size=2))
 """
 
 
