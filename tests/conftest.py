@@ -85,6 +85,15 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(base, math, code, write_lora(base, folder / "lora"))
 
 
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The environment that the wheel is installed in, made once for all test processes."""
+    from tests.support import wheel
+
+    mine = tmp_path_factory.getbasetemp()
+    return wheel.install((mine if worker_id == "master" else mine.parent) / "wheel")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _remove_session_home() -> Iterator[None]:
     yield

@@ -85,17 +85,22 @@ Command = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
-    """Start `lewis ARGUMENTS` as a process of its own; `patch` is Python that runs before it."""
+    """Start `lewis ARGUMENTS` as a process of its own.
+
+    `patch` is Python that runs before it; `program` another `lewis` to start; `folder` where to start it.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str | Path, patch: str = "", **environment: str) -> subprocess.Popen[str]:
+    def start(
+        *arguments: str | Path, patch: str = "", program: Path | None = None, folder: Path = REPO, **environment: str
+    ) -> subprocess.Popen[str]:
         code = f"{patch}\nimport sys\nfrom lewis_flows.cli.main import main\nsys.exit(main(sys.argv[1:]))"
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
+            [*([program] if program else [sys.executable, "-c", code]), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=REPO,
+            cwd=folder,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
             env={
                 **os.environ,

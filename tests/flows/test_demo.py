@@ -1,6 +1,7 @@
-"""The demo as a newcomer runs it: trained, merged, scored, registered, and the second time found."""
+"""The demo as a newcomer runs it: installed, trained, merged, scored, registered, and the second time found."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,13 @@ from tests.flows.test_run import finished, states
 
 
 @pytest.mark.timeout(900)
-def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(lewis: Command) -> None:
-    code, out, err = finished(lewis("demo", "--json"), timeout=800)
+def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
+    lewis: Command, installed: Path, tmp_path: Path
+) -> None:
+    """From the wheel, in an empty folder."""
+    (tmp_path / "empty").mkdir()
+    wheel = {"program": installed / "bin" / "lewis", "folder": tmp_path / "empty", "PYTHONPATH": ""}
+    code, out, err = finished(lewis("demo", "--json", **wheel), timeout=800)
     assert code == 0, err
     first = json.loads(out)
     rows = {row["model"]: row for row in first["scores"]}
@@ -23,7 +29,7 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(lewis:
         assert all(score[other] < 0.8 * score[skill] for other in SKILLS if other != skill)
     assert first["version"] == "models:/lewis-demo/1" and first["promoted"]
 
-    code, out, err = finished(lewis("demo", "--json"))
+    code, out, err = finished(lewis("demo", "--json", **wheel))
     assert code == 0, err
     done = {name: state for name, state in states(err).items() if name.split()[0] in ("measure", "merge", "evaluate")}
     assert len(done) == 4 + 2 + 6 and set(done.values()) == {"Cached"}

@@ -33,7 +33,9 @@ def free_port() -> int:
 
 def children(pid: int) -> dict[int, str]:
     """Process id -> command line of all descendants."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True
+    ).stdout.splitlines()
     rows = [(int(line.split()[0]), int(line.split()[1]), line.split(None, 2)[2]) for line in listed]
     found, parents = {}, {pid}
     while True:
@@ -72,7 +74,8 @@ class Service:
         home: its store.
         recipes: its recipes folder, empty at first.
         sink: what it notifies.
-        environment: of the service, beyond that of the tests; changes count from the next `start`.
+        environment: of the service, beyond that of the tests.
+        command, folder: how it is started, and where. Changes of these three count from the next `start`.
     """
 
     def __init__(self, root: Path, hub: LocalHub, *, poll: int = 3600) -> None:
@@ -90,7 +93,8 @@ class Service:
             "LEWIS_RECIPES": str(self.recipes),
             "LEWIS_WEBHOOK_SECRET": SECRET,
             "LEWIS_NOTIFY_URL": self.sink.url,
-            "PYTHONPATH": f"{root / 'patch'}{os.pathsep}{REPO}",  # the first is a place for a sitecustomize.py
+            # The first is a place for a sitecustomize.py.
+            "PYTHONPATH": os.pathsep.join(map(str, (root / "patch", REPO / ".packages", REPO))),
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
         (root / "tmp").mkdir()
@@ -101,6 +105,8 @@ class Service:
         watch["schedules"] = [{"interval": poll}]
         self.prefect_file = root / "prefect.yaml"
         self.prefect_file.write_text(yaml.safe_dump(deployments))
+        self.command = [sys.executable, "-m", "lewis_flows.cli.main", "up", "--prefect-file", str(self.prefect_file)]
+        self.folder = REPO
         self.log = root / "up.log"
 
     def __enter__(self) -> "Service":
@@ -118,10 +124,10 @@ class Service:
         environment = {key: value for key, value in os.environ.items() if key not in left_out}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lewis_flows.cli.main", "up", "--prefect-file", str(self.prefect_file)],
+                self.command,
                 stdout=log,
                 stderr=log,
-                cwd=REPO,
+                cwd=self.folder,
                 env={**environment, **self.environment},
             )
         self.until(lambda: "webhook" in self.note() or self.process.poll() is not None, 120)

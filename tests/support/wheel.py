@@ -1,0 +1,70 @@
+"""The wheel, built from a copy of the checkout and installed in an environment of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+from filelock import FileLock
+
+REPO = Path(__file__).resolve().parents[2]
+PARTS = (".packages", "lewis", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
+
+
+def install(root: Path) -> Path:
+    """Build an sdist, of that a wheel, and install the wheel; a second call with the same `root` finds it done.
+
+    The environment takes the dependencies from the one that the tests run in, but nothing of ours: an editable install
+    works through a .pth file, and those count only in an environment's own folder.
+
+    Returns:
+        The environment's folder. `bin/lewis` and `bin/python` are in it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    environment, done = root / "environment", root / "done"
+    with FileLock(root / "lock"):
+        if not done.exists():
+            _make(environment, wheel(root, sdist(root)))
+            done.touch()
+    return environment
+
+
+def sdist(root: Path) -> Path:
+    """Build an sdist from a copy of the checkout: a build leaves files beside its sources."""
+    copy, target = root / "checkout", root / "sdist"
+    copy.mkdir()
+    for part in PARTS:
+        if (REPO / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(REPO / part, copy / part, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(REPO / part, copy)
+    _run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(target)!r})", cwd=copy)
+    return next(target.glob("*.tar.gz"))
+
+
+def wheel(root: Path, source: Path) -> Path:
+    """Build a wheel from an sdist or a checkout, into the folder `root/wheels-from-<name of the source>`."""
+    target = root / f"wheels-from-{source.name}"
+    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-q", "-w", str(target)]
+    _run(sys.executable, "-m", "pip", "wheel", *options, str(source), cwd=root)
+    return next(target.glob("*.whl"))
+
+
+def _make(environment: Path, built: Path) -> None:
+    venv.create(environment, symlinks=True)
+    pip = ["-m", "pip", "--python", str(environment / "bin" / "python"), "install", "--disable-pip-version-check"]
+    _run(sys.executable, *pip, "-q", "--no-deps", "--no-index", str(built), cwd=environment.parent)
+    folders = dict.fromkeys(("base", "platbase"), str(environment))
+    own = Path(sysconfig.get_path("purelib", vars=folders))
+    theirs = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (own / "dependencies.pth").write_text("\n".join(theirs) + "\n")
+
+
+def _run(*command: str, cwd: Path) -> None:
+    ours = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=ours, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,121 @@
+"""The wheel as a user has it: installed in an environment of its own, far from any checkout.
+
+`tests/flows/test_demo.py` runs the demo from it, in an empty folder.
+"""
+
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Family
+from tests.support import wheel
+from tests.support.local_hub import LocalHub
+from tests.support.models import write_expert
+from tests.support.service import Service
+
+REPO = Path(__file__).resolve().parents[1]
+FOLDERS = {"lewis": "lewis", "tasks": "lewis_tasks", "flows": "lewis_flows", "deployments": "lewis_deployments"}
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models:
+  - {model: org/math, parameters: {weight: 1.0}}
+  - {model: org/code, parameters: {weight: 1.0}}
+register: {name: tiny}
+"""
+
+
+@pytest.fixture(params=["empty", "with flows and tasks"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where a user is: in an empty folder, or in one that has packages `flows` and `tasks`, as Prefect's users do."""
+    return make_folder(tmp_path / "user", crowded=request.param != "empty")
+
+
+def make_folder(path: Path, *, crowded: bool) -> Path:
+    path.mkdir()
+    for name in ("flows", "tasks") if crowded else ():
+        (path / name).mkdir()
+        (path / name / "__init__.py").write_text("raise RuntimeError('the code of the user')")
+    return path
+
+
+def run(command: list[str | Path], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a folder, which is on Python's path."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    mine |= {"PYTHONPATH": ".", "LEWIS_HOME": str(folder.parent / "home"), **environment}
+    return subprocess.run(command, cwd=folder, env=mine, capture_output=True, text=True, timeout=120)
+
+
+def test_it_holds_the_packages_with_their_data_and_no_tests(installed: Path, tmp_path: Path) -> None:
+    built = next(installed.parent.glob("wheels-from-*.tar.gz/*.whl"))
+    expected = {
+        f"{name}/{path.relative_to(REPO / folder).as_posix()}"
+        for folder, name in FOLDERS.items()
+        for path in (REPO / folder).rglob("*.py")
+    }
+    shipped = REPO / "deployments"
+    data = [shipped / "prefect.yaml", *shipped.glob("recipes/*.y*ml*"), *shipped.glob("recipes/tasks/*.yaml")]
+    expected |= {f"lewis_deployments/{path.relative_to(shipped).as_posix()}" for path in data}
+    names = zipfile.ZipFile(built).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+    straight = wheel.wheel(tmp_path, installed.parent / "checkout")  # not by way of an sdist
+    assert sorted(zipfile.ZipFile(straight).namelist()) == sorted(names)
+
+
+def test_what_runs_is_the_wheel(installed: Path, folder: Path) -> None:
+    modules = ", ".join(FOLDERS.values())
+    code = f"import {modules}\nprint(*(m.__file__ for m in ({modules})), sep='\\n')"
+    done = run([installed / "bin" / "python", "-c", code], folder)
+    assert done.returncode == 0, done.stderr
+    assert all(Path(line).is_relative_to(installed) for line in done.stdout.split())
+
+
+def test_the_commands_start(installed: Path, folder: Path) -> None:
+    done = run([installed / "bin" / "lewis", "--help"], folder)
+    assert done.returncode == 0 and "merge" in done.stdout, done.stderr
+    done = run([installed / "bin" / "python", "-m", "lewis_flows.service.webhook"], folder)
+    assert done.returncode == 2 and "PREFECT_API_URL is not set" in done.stderr, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) in ([], ["flows", "tasks"])
+
+
+@pytest.fixture(scope="module")
+def service(installed: Path, tmp_path_factory: pytest.TempPathFactory, family: Family) -> Iterator[Service]:
+    """`lewis up` of the wheel with its own deployments, in a folder that has packages `flows` and `tasks`."""
+    root = tmp_path_factory.mktemp("service")
+    with LocalHub(root / "hub") as hub:
+        for name, model in (("base", family.base), ("math", family.math), ("code", family.code)):
+            hub.commit(f"org/{name}", model)
+        service = Service(root, hub)
+        service.command, service.folder = (
+            [str(installed / "bin" / "lewis"), "up"],
+            make_folder(root / "user", crowded=True),
+        )
+        service.environment["PYTHONPATH"] = "."
+        del service.environment["LEWIS_RECIPES"]
+        service.recipes = service.home / "recipes"
+        with service:
+            yield service
+
+
+def test_the_service_merges_what_is_put_into_the_folder_that_it_made(service: Service, installed: Path) -> None:
+    assert sorted(path.name for path in service.recipes.iterdir()) == ["example.yaml.txt", "tasks"]
+    assert f"recipes in {service.recipes}: none" in service.log.read_text()
+    (service.recipes / "tiny.yaml").write_text(RECIPE)
+    service.start_run("merge/merge-nightly", recipe="tiny")
+    [merge] = service.finished("tiny", 1, 300)
+    assert merge["state_name"] == "Completed", service.log.read_text()
+    assert len(service.versions("tiny")) == 1
+
+
+def test_its_receiver_takes_a_release(service: Service, family: Family) -> None:
+    expert = write_expert(family.base, service.home.parent / "release", seed=9)
+    service.hub.commit("org/math", expert)
+    shutil.rmtree(expert)
+    service.until(lambda: "/webhook 202 accepted org/math" in service.log.read_text(), 30)
