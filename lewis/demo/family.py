@@ -148,7 +148,7 @@ def _write_tasks(folder: Path) -> None:
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
-            "target_delimiter": "",  # answers follow the = at once; the guard on perplexity asks for them
+            "target_delimiter": "",  # lm-eval's default, a space, is in no training row
             "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0},

@@ -92,8 +92,8 @@ def _differences(
         base: the shapes of its tensors.
         expert: likewise, with the names that it ties, if the base stores them.
         excluded: tensors of the base that are not merged.
-        by_token: whether embeddings are matched by token.
-        matched: whether that is done: before, the first dimension of embeddings may differ; after it, it may not.
+        matched: whether the embeddings have been matched by token already.
+        by_token: whether embeddings are matched by token. Until that is done, their first dimension may differ.
     """
     wanted = {name: shape for name, shape in base.items() if name not in excluded}
     missing = [name for name in wanted if name not in expert]

@@ -16,7 +16,7 @@ from lewis.lazy_torch import torch
 
 @dataclass(frozen=True)
 class Dtype:
-    """A dtype.
+    """A dtype of tensors in a checkpoint.
 
     Attributes:
         torch_name: what torch and config.json call it.

@@ -80,7 +80,7 @@ def check_repo_id(ref: str, source: str) -> None:
 
 @contextmanager
 def errors(ref: str) -> Iterator[None]:
-    """Raise what the client raises in the block in the user's terms instead, by `lewis.models.hub_errors.explain`."""
+    """Turn what the client raises in this block into our errors, by `lewis.models.hub_errors.explain`."""
     from lewis.models.hub_errors import CLIENT_ERRORS, explain
 
     try:

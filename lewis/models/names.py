@@ -28,7 +28,7 @@ def in_layers(names: Iterable[str]) -> list[str]:
 
 
 def short_or_whole(short: Sequence[str], whole: Sequence[str], taken: Collection[str] = ()) -> list[str]:
-    """Each short name that is unique; otherwise the whole name.
+    """For each name the short form if it is unique, else the whole name.
 
     Args:
         short: may be empty where there is no short name.

@@ -30,7 +30,7 @@ class Place:
 
 
 class TensorFile:
-    """An open file.
+    """An open safetensors file.
 
     Attributes:
         path: of the file.

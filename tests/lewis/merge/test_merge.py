@@ -628,14 +628,14 @@ class TestRefused:
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", "no space: the output needs 0.01 GB")
 
-    @pytest.mark.parametrize("failing", ["CheckpointWriter._lay_out", "shutil.copyfile"])
+    @pytest.mark.parametrize("failing", ["writer.CheckpointWriter._lay_out", "files.shutil.copyfile"])
     def test_a_disk_that_fails_beside_the_tensors(
         self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
     ) -> None:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(f"lewis.models.writer.{failing}", full)
+        monkeypatch.setattr(f"lewis.models.{failing}", full)
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", f"{tmp_path / 'out'}: cannot be written: No space left on device")
 

@@ -550,15 +550,3 @@ class TestScore:
         with pytest.raises(ValidationError, match="is gone or damaged"):
             type(entry).model_validate(entry.model_dump())
         assert pipeline.score(files, settings, root=tmp_path).scores and len(ran) == 2
-
-
-@pytest.mark.parametrize(
-    "refs, names",
-    [
-        (["org/base@v1", "/models/math/", "org/base+org/lora@v2"], ["org/base@v1", "math", "lora"]),
-        (["a/math", "b/math", "b/code"], ["a/math", "b/math", "code"]),
-        (["a/champion", "b/code"], ["a/champion", "code"]),
-    ],
-)
-def test_short_names(refs: list[str], names: list[str]) -> None:
-    assert pipeline.short_names(refs) == names
