@@ -14,7 +14,9 @@ from lewis.importance import measure
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.forecast import forecast, without_models
-from lewis.merge.run import Merge, stored_dtype
+from lewis.merge.run import Merge
+from lewis.merge.step import stored_dtype
+from lewis.methods import find
 from lewis.models import hub
 from lewis.models.dtypes import DTYPES
 from lewis.models.names import layer_of
@@ -115,7 +117,7 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
     else:
         plan.seconds = None if writes else 0.0
-        plan.memory = without_models(recipe.merge_method, max(count.values()), len(experts))
+        plan.memory = without_models(find(recipe.merge_method), max(count.values()), len(experts))
     if pipeline.wanted_measurements(recipe):
         plan.memory = max(plan.memory, _memory_of_pass(count))
     if recipe.register_as:

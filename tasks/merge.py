@@ -7,8 +7,8 @@ from prefect.tasks import MaterializingTask
 
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
-from lewis.merge import run as library
 from lewis.merge import step
+from lewis.merge.prepared import SEMANTICS
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -23,7 +23,7 @@ from lewis_tasks.support.device_slot import device_slot
     name="merge",
     task_run_name="merge {which}",
     timeout_seconds=6 * 3600,
-    **cached("blocks", "base", "experts", "allocated", "which", version=library.SEMANTICS, device_of=merge_device),
+    **cached("blocks", "base", "experts", "allocated", "which", version=SEMANTICS, device_of=merge_device),
 )
 def merge(
     recipe: Recipe,

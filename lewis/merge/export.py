@@ -12,7 +12,6 @@ from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 
 _OURS = ("lewis", "evaluate", "register", "publish", "search", "seed")
-_NOT_THEIRS = ("pcb", "consensus")
 
 
 def check_exportable(recipe: Recipe) -> None:
@@ -26,7 +25,7 @@ def check_exportable(recipe: Recipe) -> None:
         raise InputError("lewis.aim: mergekit has nothing like it; this recipe runs in LEWIS only")
     if recipe.exclude:
         raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
-    if recipe.merge_method in _NOT_THEIRS or find(recipe.merge_method).origin:
+    if not find(recipe.merge_method).in_mergekit:
         raise InputError(
             f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"
         )

@@ -1,7 +1,8 @@
-"""How long a merge takes and how much memory it needs: a part of it is done as a sample, then thrown away.
+"""How long a merge takes and how much memory it needs: a part of it is done as a sample, and the output deleted.
 
-Time grows with the elements. So does the memory of a method's own function, which takes a tensor as a whole, and that
-of a LoRA expert, whose weights are computed: there the largest tensor decides. The compiled loops need as much for any.
+Time grows with the number of elements. The memory of the compiled loops does not depend on the size of tensors. That of
+a method's own function, if it takes a tensor as a whole, and that of a LoRA expert, whose weights are computed, grows
+with the largest tensor.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from lewis import store
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge.in_torch import PIECE, is_computed, is_whole
 from lewis.merge.run import Merge
-from lewis.methods import find
+from lewis.methods import Method
 from lewis.models.writer import CheckpointWriter
 
-_WARM_UP = 1 << 20  # elements before the first sample: what is done first is slow
+_WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large
-_ENOUGH = 0.3  # seconds that the last sample takes at least
+_ENOUGH = 0.3  # seconds: a sample that takes this long is the last
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Forecast:
 
 
 def forecast(merge: Merge) -> Forecast:
-    """Do parts of a merge until one has taken long enough to tell.
+    """Do larger and larger parts of a merge until one takes long enough to be a measure of the whole.
 
     Raises:
         LewisError: as the merge.
@@ -46,7 +47,7 @@ def forecast(merge: Merge) -> Forecast:
     order = sorted(elements, key=lambda name: -elements[name])
     begun = time.perf_counter()
     _run(merge, order[-1:])
-    loading = time.perf_counter() - begun  # of code that the first tensor has to wait for
+    loading = time.perf_counter() - begun  # of code, which the first tensor waits for
     whole, limit = [name for name in order if _is_whole(merge, name)], _FIRST
     before = anonymous_bytes()
     _run(merge, _part(order, elements, _WARM_UP))
@@ -64,18 +65,22 @@ def forecast(merge: Merge) -> Forecast:
     done, growth = sum(elements[name] for name in part), 1.0
     if whole:
         largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
-        growth = max(min(largest, merge.room.size) / max(tried, 1), 1)
+        growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
     return Forecast(loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before)))
 
 
-def without_models(method: str, largest: int, experts: int) -> int:
-    """Bytes that a merge needs whose models are not here yet, by the elements of its largest tensor."""
-    from lewis.merge.compiled import METHODS
+def without_models(method: Method, largest: int, experts: int) -> int:
+    """Bytes of memory that a merge needs whose models are not on this disk yet.
 
-    if method in METHODS or find(method).coefficients:
+    Args:
+        method: the merge method.
+        largest: elements of the largest tensor.
+        experts: number of experts.
+    """
+    if method.compiled or method.coefficients:
         return 130_000_000
-    by_rows = find(method).elementwise or find(method).by_rows
-    # The base, and of each expert its weights and task vector, then a few temporaries, in fp32.
+    by_rows = method.elementwise or method.by_rows
+    # The base, each expert's weights and task vector, then a few temporaries, in fp32.
     return 400_000_000 + (PIECE if by_rows else largest) * 4 * (4 + 4 * experts)
 
 
@@ -101,8 +106,7 @@ def _run(merge: Merge, names: Iterable[str]) -> None:
 
 def _is_whole(merge: Merge, name: str) -> bool:
     """Whether a tensor is whole in memory while it is merged."""
-    from lewis.merge.compiled import takes
-
-    if name in merge.excluded or not merge.base.tensors[name].floating:
+    if not merge.merges(name):
         return False
-    return is_computed(merge, name) or (is_whole(merge, name) and not (merge.device == "cpu" and takes(merge, name)))
+    in_loops = merge.device == "cpu" and merge.compiles(name)
+    return is_computed(merge, name) or (is_whole(merge, name) and not in_loops)

@@ -12,27 +12,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
+from lewis.merge.prepared import Prepared
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
 from lewis.models.dtypes import as_tensor, torch_dtype
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
-
-if TYPE_CHECKING:
-    from lewis.merge.run import Merge
 
 PIECE = 1 << 18  # elements of a run of rows
 _PIECE_THERE = 1 << 24  # on a GPU
 _PART = 1 << 15  # elements of a part that stays in the cache
 
 
-def merge_whole(merge: Merge, name: str) -> torch.Tensor:
+def merge_whole(merge: Prepared, name: str) -> torch.Tensor:
     """Merge one tensor, all of it at once.
 
     Returns:
@@ -45,25 +43,25 @@ def merge_whole(merge: Merge, name: str) -> torch.Tensor:
     return tensor.merged(None, tensor.function)
 
 
-def merge_by_rows(merge: Merge, name: str) -> Iterator[torch.Tensor]:
+def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
     """`merge_whole` in pieces, one after another, if the tensor is large and the method has a way by rows."""
     tensor = _Tensor(merge, name)
-    with one_thread(), merge.room.take(tensor.at_a_time):
+    with one_thread(), merge.budget.take(tensor.at_a_time):
         finish = tensor.finish() if len(tensor.runs) > 1 else None
         if finish is not None:
             for rows in tensor.runs:
                 yield tensor.merged(rows, finish)
             return
-    with one_thread(), merge.room.take(tensor.elements):
+    with one_thread(), merge.budget.take(tensor.elements):
         yield tensor.merged(None, tensor.function)
 
 
-def is_whole(merge: Merge, name: str) -> bool:
+def is_whole(merge: Prepared, name: str) -> bool:
     """Whether a tensor is whole in memory where no compiled loop merges it."""
     return _Tensor(merge, name).at_a_time == merge.base.tensors[name].elements > PIECE
 
 
-def is_computed(merge: Merge, name: str) -> bool:
+def is_computed(merge: Prepared, name: str) -> bool:
     """Whether a tensor of a model is computed, and so whole in memory in any case: a LoRA expert's."""
     models = (getattr(model, "model", model) for model in (merge.base, *(expert.model for expert in merge.experts)))
     return any(isinstance(model, LoraExpert) and model.computes(name) for model in models)
@@ -78,7 +76,7 @@ class _Tensor:
         at_a_time: elements in memory at a time, if it is merged in these runs.
     """
 
-    def __init__(self, merge: Merge, name: str) -> None:
+    def __init__(self, merge: Prepared, name: str) -> None:
         self._merge, self._name, self._method = merge, name, merge.method
         self._shape, self.elements = merge.base.tensors[name].shape, merge.base.tensors[name].elements
         self._copied = name in merge.excluded or not merge.base.tensors[name].floating or self.elements == 0

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from lewis.methods.arithmetic.sparsify import SPREAD
 from lewis.methods.arithmetic.streams import GAMMA, MIX_1, MIX_2
 from lewis.methods.arithmetic.sums import BLOCK
-from lewis.methods.nearswap import NEAREST
+from lewis.methods.loops import NEAREST, Combine
 
 F32, F16, BF16 = 0, 1, 2
 KINDS = {"F32": F32, "F16": F16, "BF16": BF16}
@@ -25,7 +25,9 @@ INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = np.uint32(0xFFFFFFFF)  # above the bits of all scores
-SUM, ELECT, VOTE, CLAIM, SHARE, NEAR = range(6)  # how task vectors are combined
+SUM, ELECT, VOTE, CLAIM, SHARE, NEAR = (  # how task vectors are combined, as numbers that numba compiles in
+    how.value for how in (Combine.SUM, Combine.ELECT, Combine.VOTE, Combine.CLAIM, Combine.SHARE, Combine.NEAR)
+)
 
 _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 

@@ -1,14 +1,21 @@
-"""Which elements of a task vector are kept: by a cut at exactly k (`sparsify.largest`), or by rank (`drop_by_rank`).
+"""Which elements of a task vector the compiled loops keep.
 
-A sample tells roughly where the cut is. One pass over the tensor then counts what lies above that bracket and collects
-what lies inside, a few percent; the exact cut is found among those. A bracket that misses, or holds too many, is
-moved, and each pass leaves fewer scores that can be the cut: so it ends, and what it gives depends on no sample.
-SCE's selection, of numbers that several experts have in common, goes by `methods.cuts`.
+* By size: `Selector` finds the cut above which exactly k elements lie, as `sparsify.largest` does.
+* By rank in the row, at random: `Ranks`, as `sparsify.drop_by_rank`.
+* By variance over the experts: `Varied`, for all experts alike.
+
+`Kept` brings together what one method keeps of one task vector.
+
+The selector takes a sample, which says roughly where the cut is, and brackets it. One pass over the tensor counts the
+scores above the bracket and collects those inside, a few percent; the exact cut is found among those. A bracket that
+misses the cut, or holds too many scores, is moved. Each pass leaves fewer scores that can be the cut, so the search
+ends, and its result does not depend on the sample.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,15 +23,18 @@ import numpy as np
 
 from lewis.lazy_torch import torch
 from lewis.merge import kernels
+from lewis.merge.chunks import chunks
+from lewis.methods.arithmetic.cuts import cuts
 from lewis.methods.arithmetic.sparsify import SPREAD
+from lewis.methods.arithmetic.sums import exact_sum
 
-NOTHING = (kernels.NONE, np.uint64(0))
+NOTHING = (kernels.NONE, np.uint64(0))  # the cut that keeps nothing
 EVERYTHING = (np.uint32(0), kernels.ALL)
 _TOP = 0x7FFFFFFF
 _LAST = int(kernels.ALL)
 _ROOM = 1 << 20  # scores that a pass can collect
-_CHUNK = 1 << 19  # elements whose variances are in memory
 _WIDTH = 3.5  # half of a bracket, in standard errors of the sample
+_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Pair:
 
 
 class Ranks:
-    """Which elements `sparsify.drop_by_rank` keeps, a chunk at a time: the rows that it touches are sorted."""
+    """The elements that `sparsify.drop_by_rank` keeps, a chunk at a time: the rows that a chunk touches are sorted."""
 
     def __init__(self, pair: Pair, key: np.uint64, density: float, epsilon: float) -> None:
         self._pair, self._key = pair, key
@@ -62,18 +72,25 @@ class Ranks:
         return kept[start - first * columns : stop - first * columns]
 
 
-class Spread:
-    """Which elements SCE selects, those in which experts differ most, a chunk at a time."""
+class Varied:
+    """The elements in which experts differ most, a chunk at a time.
+
+    Of the elements whose variance over the experts is not 0, the given share is kept, largest variance first.
+    """
 
     def __init__(self, addresses: np.ndarray, kinds: np.ndarray, size: int, share: float) -> None:
-        from lewis.methods.arithmetic.cuts import cuts  # with torch, which no other merge has to load
+        """Find the cut.
 
+        Args:
+            addresses, kinds: of the base, then of each expert, as in `Inputs`.
+            size: number of elements.
+            share: fraction kept, in [0, 1].
+        """
         self._addresses, self._kinds = addresses, kinds
-        starts = range(0, size, _CHUNK)
-        number = sum(np.count_nonzero(self._variances(start, min(start + _CHUNK, size))) for start in starts)
+        number = sum(np.count_nonzero(self._variances(*chunk)) for chunk in chunks(size))
 
         def passes() -> Iterator[tuple[int, list[torch.Tensor]]]:
-            return ((start, [torch.from_numpy(self._variances(start, min(start + _CHUNK, size)))]) for start in starts)
+            return ((start, [torch.from_numpy(self._variances(start, stop))]) for start, stop in chunks(size))
 
         [self._cut] = cuts(passes, [int(number * share)])
 
@@ -89,7 +106,7 @@ class Spread:
 
 
 class Selector:
-    """Finds cuts one after another; each thread has its own, for the memory it works in."""
+    """Finds cuts one after another; each thread has its own, since it holds the memory that it works in."""
 
     def __init__(self) -> None:
         self._found = np.empty(_ROOM, np.uint32)
@@ -105,7 +122,7 @@ class Selector:
             return NOTHING
         if k >= pair.size:
             return EVERYTHING
-        low, high, floor, top = 0, _TOP, 0, _TOP  # the cut lies in [floor, top]; [low, high] is looked at
+        low, high, floor, top = 0, _TOP, 0, _TOP  # the cut lies in [floor, top]; a pass looks at [low, high]
         if pair.size > _ROOM // 2:
             low, high = self._bracket(self._sample(pair), k / pair.size)
         while True:
@@ -132,7 +149,7 @@ class Selector:
 
     @staticmethod
     def _bracket(sample: np.ndarray, share: float) -> tuple[int, int]:
-        """Between which two scores the cut probably lies, by a sample of which `share` is above it."""
+        """Two scores between which the cut probably lies; `share` of the sample is above the cut."""
         n = sample.size
         spread = _WIDTH * math.sqrt(n * share * (1 - share)) + 4
         places = [min(max(math.floor(n * (1 - share) + sign * spread), 0), n - 1) for sign in (-1, 1)]
@@ -140,7 +157,7 @@ class Selector:
         return (0 if places[0] == 0 else low), (_TOP if places[1] == n - 1 else high)
 
     def _narrower(self, sample: np.ndarray, share: float, low: int, high: int) -> tuple[int, int]:
-        """A bracket within [low, high] that holds fewer scores; at last one score alone."""
+        """A bracket within [low, high] that holds fewer scores; in the end only one score."""
         first, last = self._bracket(sample, share)
         first, last = max(first, low), min(last, high)
         if (first, last) == (low, high):
@@ -149,7 +166,7 @@ class Selector:
         return first, last
 
     def _among(self, count: int, wanted: int) -> tuple[np.uint32, np.uint64]:
-        """The cut that keeps `wanted` of the scores that were collected."""
+        """The cut that keeps the `wanted` largest of the `count` scores that were collected."""
         scores = self._found[:count]
         threshold = np.partition(scores, count - wanted)[count - wanted]
         ties = self._places[:count][scores == threshold]
@@ -160,9 +177,9 @@ class Selector:
         return threshold, np.partition(order, wanted - 1)[wanted - 1]
 
     def _last_tie(self, pair: Pair, score: int, wanted: int, ties: int) -> np.uint64:
-        """The place in the order of ties of the last of `ties` equal scores that is kept; `wanted` are.
+        """Of `ties` equal scores `wanted` are kept: the place, in the order of ties, of the last one that is.
 
-        Their places are spread evenly over [0, 2^64), so where to look needs no sample.
+        Their places are spread evenly over [0, 2^64), so no sample is needed to know where to look.
         """
         if wanted == ties:
             return kernels.ALL
@@ -184,3 +201,79 @@ class Selector:
                 return np.partition(found[:kept], wanted - before - 1)[wanted - before - 1]
             else:
                 floor, top, before_floor, up_to_top = low, high, before, before + inside
+
+
+class Kept:
+    """What is kept of one task vector.
+
+    Attributes:
+        thresholds, cuts: an element is kept if it lies in the first cut but not in the second; uint32 and uint64, shape
+            (2,) each.
+        factor: brings what is kept back to the L1 norm of the whole, if that is asked for; fp32.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        density: float,
+        *,
+        outliers: float = 0.0,
+        key: np.uint64 | None = None,
+        rank_width: float | None = None,
+        rescale: bool = False,
+    ) -> None:
+        """Find it.
+
+        Args:
+            pair: the tensor of the base and of the expert.
+            density: fraction kept.
+            outliers: fraction of the largest elements that is dropped first.
+            key: of the expert's random stream, if elements are dropped at random.
+            rank_width: half the width of the probabilities by rank; None if all elements have the same one.
+            rescale: whether the factor is asked for.
+        """
+        k = int(density * pair.size)
+        self._ranks: Ranks | None = None
+        within, without = EVERYTHING, NOTHING
+        if k >= pair.size if key is None else density >= 1:
+            rescale = False
+        elif key is None:
+            dropped = min(int(outliers * pair.size), pair.size - k) if k > 0 else 0
+            within, without = _selector().cut(pair, dropped + k), _selector().cut(pair, dropped)
+        elif rank_width is not None and density > 0:
+            self._ranks = Ranks(pair, key, density, rank_width)
+        self.thresholds = np.array([within[0], without[0]], np.uint32)
+        self.cuts = np.array([within[1], without[1]], np.uint64)
+        self.factor = self._factor(pair, key, np.float32(density)) if rescale else np.float32(1)
+
+    def mask(self, start: int, stop: int) -> np.ndarray | None:
+        """If elements are kept by rank: for those from `start` to `stop`, 1 if it is kept, else 0; uint8."""
+        return self._ranks.kept(start, stop) if self._ranks else None
+
+    def _factor(self, pair: Pair, key: np.uint64 | None, density: np.float32) -> np.float32:
+        """The factor of `sparsify.match_l1`."""
+        dropping, key = key is not None, np.uint64(0) if key is None else key
+        blocks = -(-pair.size // kernels.BLOCK)
+        whole, kept = np.empty(blocks), np.empty(blocks)
+        for start, stop in chunks(pair.size):
+            mask = self.mask(start, stop)
+            part = slice(start // kernels.BLOCK, -(-stop // kernels.BLOCK))
+            kernels.norms(
+                *pair.addresses, self.thresholds, self.cuts, dropping, key, density, address_of(mask), start,
+                whole[part], kept[part],
+            )  # fmt: skip
+        before, after = exact_sum(whole.tolist()), exact_sum(kept.tolist())
+        return np.float32(1) if after == 0 or before == after else np.float32(before / after)
+
+
+def address_of(mask: np.ndarray | None) -> np.uint64:
+    """The address of a mask, or 0 for none, as the kernels take it."""
+    return np.uint64(0 if mask is None else mask.ctypes.data)
+
+
+def _selector() -> Selector:
+    """This thread's own."""
+    if not hasattr(_own, "selector"):
+        _own.selector = Selector()
+    selector: Selector = _own.selector
+    return selector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import model_validator
 
@@ -11,11 +12,15 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.errors import InputError
-from lewis.merge.run import Expert, Merge
+from lewis.merge.prepared import Expert
+from lewis.merge.run import Merge
+from lewis.merge.settings import MergeSettings
+from lewis.methods import Parameter, find
+from lewis.models.dtypes import MERGED
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.recipe import Recipe, excluded
 from lewis.store import kinds
 from lewis.store.reference import Reference
 
@@ -65,20 +70,53 @@ def prepare_merge(
     """
     densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
     scales = allocated.scales() if allocated else {}
-    step = recipe.lewis.aim if recipe.lewis else None
-    held_back = allocated.held_back(step.omega) if allocated and step else None
+    aim = recipe.lewis.aim if recipe.lewis else None
+    held_back = allocated.held_back(aim.omega) if allocated and aim else None
     opened = [
-        Expert(entry, files.open(), densities.get(files.ref), scales.get(files.ref))
+        Expert(entry.model, files.open(), densities.get(files.ref), scales.get(files.ref))
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
     opened_base = base.open() if base else None
     if recipe.measures and opened_base is not None:
         _check_token_ids(opened_base, [expert.model for expert in opened])
-    return Merge(recipe, opened_base, opened, held_back, merge_device(gpu))
+    settings = resolve(recipe, opened_base or opened[0].model)
+    return Merge(settings, opened_base, opened, held_back, merge_device(gpu))
+
+
+def resolve(recipe: Recipe, base: Model) -> MergeSettings:
+    """The settings of the merge that a recipe asks for; from here on no module needs the recipe.
+
+    Args:
+        recipe: the recipe.
+        base: the base, whose tensors are merged; the first model, if there is no base.
+
+    Raises:
+        RecipeError: naming each filter and each pattern of `exclude` that matches no tensor.
+    """
+    recipe.check_filters([*base.tensors, *base.tied])
+    entries = {entry.model: entry for entry in recipe.experts}
+
+    def value(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
+        return recipe.value(parameter, None if expert is None else entries[expert], tensor, depth)
+
+    return MergeSettings(
+        method=find(recipe.merge_method),
+        value=value,
+        base=recipe.base_model,
+        seed=recipe.seed,
+        dtype=stored_dtype(recipe),
+        excluded=excluded(recipe, base.tensors, base.tied),
+        vocabulary=recipe.vocabulary,
+    )
+
+
+def stored_dtype(recipe: Recipe) -> str | None:
+    """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's."""
+    return MERGED.get(recipe.out_dtype or recipe.dtype or "")
 
 
 def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:
-    """A calibration set is the base's token ids, which have to mean the same to each expert."""
+    """Check that the base's token ids, which a calibration set consists of, mean the same to each expert."""
     for expert in experts:
         if other := clash(tokenizer_folder(base), tokenizer_folder(expert)):
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import match_l1, trim_between
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
@@ -11,7 +12,7 @@ from lewis.methods.ties import elect_and_merge
 PAPER = "https://arxiv.org/abs/2312.06795"
 
 
-@merge_method("breadcrumbs", paper=PAPER)
+@merge_method("breadcrumbs", paper=PAPER, compiled=Loops(Combine.SUM, outliers="gamma"))
 def breadcrumbs(
     task_vectors: torch.Tensor,
     scales: Scales = None,
@@ -47,7 +48,7 @@ def breadcrumbs(
     return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
-@merge_method("breadcrumbs_ties", paper=PAPER)
+@merge_method("breadcrumbs_ties", paper=PAPER, compiled=Loops(Combine.ELECT, outliers="gamma"))
 def breadcrumbs_ties(
     task_vectors: torch.Tensor,
     scales: Scales = None,

@@ -8,6 +8,7 @@ from typing import Any
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import trim
 from lewis.methods.arithmetic.sums import add_up
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
 
 
@@ -18,7 +19,14 @@ def can_agree(values: Mapping[str, Any], experts: int) -> str | None:
     return f"expected min_agree <= {experts}, the number of experts, got min_agree={values['min_agree']}"
 
 
-@merge_method("consensus", paper="https://arxiv.org/abs/2405.07813", experts=(2, None), check=can_agree)
+@merge_method(
+    "consensus",
+    paper="https://arxiv.org/abs/2405.07813",
+    experts=(2, None),
+    check=can_agree,
+    in_mergekit=False,
+    compiled=Loops(Combine.CLAIM, threshold="tall_lambda", at_least="min_agree"),
+)
 def consensus(
     task_vectors: torch.Tensor,
     scales: Scales = None,

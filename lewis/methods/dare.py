@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import drop, match_l1
 from lewis.methods.arithmetic.streams import Stream
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
@@ -14,7 +15,7 @@ from lewis.methods.ties import elect_and_merge
 PAPER = "https://arxiv.org/abs/2311.03099"
 
 
-@merge_method("dare_linear", paper=PAPER)
+@merge_method("dare_linear", paper=PAPER, compiled=Loops(Combine.SUM))
 def dare_linear(
     task_vectors: torch.Tensor,
     streams: Sequence[Stream],
@@ -48,7 +49,7 @@ def dare_linear(
     return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
-@merge_method("dare_ties", paper=PAPER)
+@merge_method("dare_ties", paper=PAPER, compiled=Loops(Combine.ELECT))
 def dare_ties(
     task_vectors: torch.Tensor,
     streams: Sequence[Stream],

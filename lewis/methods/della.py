@@ -8,6 +8,7 @@ from typing import Any
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import drop_by_rank, match_l1
 from lewis.methods.arithmetic.streams import Stream
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import NotNegative, PerExpert, Scales, merge_method, per_expert, scale_of
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge
@@ -26,7 +27,7 @@ def probabilities_fit(values: Mapping[str, Any], experts: int) -> str | None:
     )
 
 
-@merge_method("della", paper=PAPER, check=probabilities_fit)
+@merge_method("della", paper=PAPER, check=probabilities_fit, compiled=Loops(Combine.ELECT, rank_width="epsilon"))
 def della(
     task_vectors: torch.Tensor,
     streams: Sequence[Stream],
@@ -68,7 +69,7 @@ def della(
     return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
-@merge_method("della_linear", paper=PAPER, check=probabilities_fit)
+@merge_method("della_linear", paper=PAPER, check=probabilities_fit, compiled=Loops(Combine.SUM, rank_width="epsilon"))
 def della_linear(
     task_vectors: torch.Tensor,
     streams: Sequence[Stream],

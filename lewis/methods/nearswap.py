@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from lewis.lazy_torch import torch
+from lewis.methods.loops import NEAREST, Combine, Loops
 from lewis.methods.registry import NotNegative, merge_method
-
-NEAREST = np.float32(1e-6)  # differences below count as this (mergekit's)
 
 
 @merge_method(
-    "nearswap", paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", experts=(1, 1), elementwise=True
+    "nearswap",
+    paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    experts=(1, 1),
+    elementwise=True,
+    compiled=Loops(Combine.NEAR, threshold="t"),
 )
 def nearswap(task_vectors: torch.Tensor, *, t: NotNegative) -> torch.Tensor:
     """Move each weight of the base towards the other model's by min(1, t / |tau|) of the way, tau their difference.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 
 
@@ -12,6 +13,7 @@ from lewis.methods.registry import PerExpert, merge_method, per_expert
     on="weights",
     experts=(1, 1),
     elementwise=True,
+    compiled=Loops(Combine.AVERAGE, weight="scale"),
 )
 def passthrough(weights: torch.Tensor, *, scale: PerExpert[float] = 1.0) -> torch.Tensor:
     """Copy the model, times `scale`.

@@ -46,7 +46,7 @@ def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Fin
     return finish
 
 
-@merge_method("pcb", paper="https://arxiv.org/abs/2410.02396", by_rows=by_rows)
+@merge_method("pcb", paper="https://arxiv.org/abs/2410.02396", by_rows=by_rows, in_mergekit=False)
 def pcb(
     task_vectors: torch.Tensor, scales: Scales = None, *, density: PerExpert[float] = 1.0, lambda_: float = 1.0
 ) -> torch.Tensor:

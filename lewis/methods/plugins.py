@@ -56,4 +56,4 @@ def _load(point: EntryPoint) -> None:
     home = method.function.__module__
     if home.partition(".")[0] != point.module.partition(".")[0]:
         raise InputError(f"{told} takes a name that there is already, in {home}; rename its method")
-    METHODS[point.name] = replace(method, origin=package)
+    METHODS[point.name] = replace(method, origin=package, in_mergekit=False)

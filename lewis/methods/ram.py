@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sums import add_up, count
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import NotNegative, column, merge_method
 
 PAPER = "https://arxiv.org/abs/2601.13572"
 
 
-@merge_method("ram", paper=PAPER, elementwise=True)
+@merge_method("ram", paper=PAPER, elementwise=True, compiled=Loops(Combine.SHARE, threshold="epsilon"))
 def ram(task_vectors: torch.Tensor, *, epsilon: NotNegative = 1e-5) -> torch.Tensor:
     """Average each element over the experts that changed it.
 
@@ -24,7 +27,17 @@ def ram(task_vectors: torch.Tensor, *, epsilon: NotNegative = 1e-5) -> torch.Ten
     return add_up(torch.where(changed, task_vectors, 0.0)) / changed.sum(dim=0).clamp(min=1)
 
 
-@merge_method("ramplus_tl", paper=PAPER)
+def weights(counts: Iterable[tuple[int, int]], *, r: float, alpha: float, epsilon: float) -> list[float]:
+    """What each expert's own changes are multiplied with.
+
+    Args:
+        counts: for each expert, how many elements it moved by more than `epsilon`, and how many of these it alone did.
+        r, alpha, epsilon: as in `ramplus_tl`.
+    """
+    return [1 + r * min(alpha, (moved - alone) / max(alone, 1)) for moved, alone in counts]
+
+
+@merge_method("ramplus_tl", paper=PAPER, compiled=Loops(Combine.SHARE, threshold="epsilon", weights_by_owners=weights))
 def ramplus_tl(
     task_vectors: torch.Tensor, *, r: float = 0.1, alpha: NotNegative = 0.2, epsilon: NotNegative = 1e-5
 ) -> torch.Tensor:
@@ -41,15 +54,6 @@ def ramplus_tl(
     """
     changed = task_vectors.abs() > epsilon
     owners = changed.sum(dim=0)
-    scales = []
-    for own in changed:
-        alone = count(own & (owners == 1))
-        shared = count(own) - alone
-        scales.append(scale_alone(alone, shared, r, alpha))
+    scales = weights(((count(own), count(own & (owners == 1))) for own in changed), r=r, alpha=alpha, epsilon=epsilon)
     kept = torch.where(changed, task_vectors, 0.0)
     return add_up(torch.where(owners == 1, kept * column(scales, kept), kept)) / owners.clamp(min=1)
-
-
-def scale_alone(alone: int, shared: int, r: float, alpha: float) -> float:
-    """What an expert's own changes are multiplied with, by how many it made alone and how many others made too."""
-    return 1 + r * min(alpha, shared / max(alone, 1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.rows import ByRows
+from lewis.methods.loops import Loops
 
 T = TypeVar("T")
 _PER_EXPERT = "one value per expert"
@@ -114,6 +115,9 @@ class Method:
             large tensor is never in memory.
         by_rows: its way to merge a tensor by rows although it has to know all of it first (`rows.ByRows`). Then a large
             tensor is never in memory.
+        compiled: which compiled loops do the same as the function, faster and in less memory; None: the function does
+            it in torch, unless `coefficients` are given.
+        in_mergekit: whether mergekit has it too, so that a recipe can be exported; never of a plug-in.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """
 
@@ -130,6 +134,8 @@ class Method:
     elementwise: bool = False
     coefficients: Callable[..., list[float] | None] | None = None
     by_rows: ByRows | None = None
+    compiled: Loops | None = None
+    in_mergekit: bool = True
     origin: str = ""
 
     @property
@@ -156,6 +162,8 @@ def merge_method(
     elementwise: bool = False,
     coefficients: Callable[..., list[float] | None] | None = None,
     by_rows: ByRows | None = None,
+    compiled: Loops | None = None,
+    in_mergekit: bool = True,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a function as the merge method `name`.
 
@@ -166,10 +174,10 @@ def merge_method(
     Args:
         name: as `merge_method` in a recipe.
         paper: where the method comes from, a URL.
-        on, experts, check, elementwise, coefficients, by_rows: as in `Method`.
+        on, experts, check, elementwise, coefficients, by_rows, compiled, in_mergekit: as in `Method`.
 
     Raises:
-        ValueError: if another function has that name.
+        ValueError: if another function has that name, or `compiled` names a parameter that the function does not have.
     """
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -187,6 +195,8 @@ def merge_method(
             if argument.kind is argument.KEYWORD_ONLY:
                 parameter = _parameter(argument, hints[argument.name])
                 parameters[parameter.name] = parameter
+        if unknown := [each for each in (compiled.parameters if compiled else ()) if each not in parameters]:
+            raise ValueError(f"{name}: `compiled` names the parameters {unknown}, which the function does not have")
         METHODS[name] = Method(
             name,
             function,
@@ -201,6 +211,8 @@ def merge_method(
             elementwise=elementwise,
             coefficients=coefficients,
             by_rows=by_rows,
+            compiled=compiled,
+            in_mergekit=in_mergekit,
         )
         return function
 

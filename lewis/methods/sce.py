@@ -8,6 +8,7 @@ from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.cuts import cuts
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.arithmetic.sums import add_up, count, exact_sum, inner
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import Fraction, merge_method
 from lewis.methods.ties import merge_elected
 
@@ -33,7 +34,17 @@ def by_rows(pieces: Pieces, *, select_topk: float, int8_mask: bool) -> Finish:
     return finish
 
 
-@merge_method("sce", paper="https://arxiv.org/abs/2408.07990", by_rows=by_rows)
+def shares(energies: Sequence[float]) -> list[float]:
+    """Each energy divided by the sum of all; 0 if that sum is 0."""
+    return [energy / sum(energies) if sum(energies) else 0.0 for energy in energies]
+
+
+@merge_method(
+    "sce",
+    paper="https://arxiv.org/abs/2408.07990",
+    by_rows=by_rows,
+    compiled=Loops(Combine.VOTE, most_varied="select_topk", weights_by_energy=shares),
+)
 def sce(task_vectors: torch.Tensor, *, select_topk: Fraction = 1.0, int8_mask: bool = False) -> torch.Tensor:
     """Keep the elements the experts differ most in, weigh experts by their energy, merge those of the elected sign.
 
@@ -57,8 +68,3 @@ def _variance(piece: Piece) -> torch.Tensor:
     mean = add_up(vector.double() for vector in piece.tensors) / len(piece.tensors)
     squares = ((vector - mean).square() for vector in piece.tensors)
     return (add_up(squares) / len(piece.tensors)).float()
-
-
-def shares(energies: Sequence[float]) -> list[float]:
-    """Each in the sum of all; 0 if that is 0."""
-    return [energy / sum(energies) if sum(energies) else 0.0 for energy in energies]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sums import combine_linearly, divided
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 
 
-@merge_method("task_arithmetic", paper="https://arxiv.org/abs/2212.04089", elementwise=True)
+@merge_method(
+    "task_arithmetic", paper="https://arxiv.org/abs/2212.04089", elementwise=True, compiled=Loops(Combine.SUM)
+)
 def task_arithmetic(
     task_vectors: torch.Tensor,
     *,

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import match_l1, trim
 from lewis.methods.arithmetic.sums import add_up
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 
 
-@merge_method("ties", paper="https://arxiv.org/abs/2306.01708")
+@merge_method("ties", paper="https://arxiv.org/abs/2306.01708", compiled=Loops(Combine.ELECT))
 def ties(
     task_vectors: torch.Tensor,
     scales: Scales = None,

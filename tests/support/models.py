@@ -9,7 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.merge.run import Expert, Merge
+from lewis.merge.prepared import Expert
+from lewis.merge.run import Merge
+from lewis.merge.step import resolve
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Recipe
@@ -179,10 +181,10 @@ def open_merge(
         path, each = Path(entry.model), given.get(entry.model)
         if (path / "adapter_config.json").exists():
             assert opened_base is not None
-            opened.append(Expert(entry, LoraExpert(opened_base, path, str(path)), each))
+            opened.append(Expert(entry.model, LoraExpert(opened_base, path, str(path)), each))
         else:
-            opened.append(Expert(entry, Checkpoint(path, str(path)), each))
-    return Merge(recipe, opened_base, opened)
+            opened.append(Expert(entry.model, Checkpoint(path, str(path)), each))
+    return Merge(resolve(recipe, opened_base or opened[0].model), opened_base, opened)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

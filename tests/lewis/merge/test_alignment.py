@@ -18,7 +18,8 @@ from lewis.errors import InputError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge.alignment import Aligned, _Lent
+from lewis.merge.aligned import Aligned
+from lewis.merge.lent_rows import Lenders
 from lewis.merge.run import Merge
 from lewis.merge.vocabulary import Target
 from lewis.models.checkpoint import Checkpoint
@@ -392,7 +393,7 @@ def test_a_large_embedding_is_not_whole_in_memory(home: Path, tmp_path: Path) ->
     moved = np.arange(len(rows))[::-1].copy()
     moved[5] = -1
     target = Target({}, len(rows), len(rows), [])
-    aligned = Aligned(model, [EMBED], moved, _Lent([model], {5: ((0, 7),)}), target)
+    aligned = Aligned(model, [EMBED], moved, Lenders([model], {5: ((0, 7),)}), target)
     before = anonymous_bytes()
     with PeakMemory() as memory:
         dtype, bits = aligned.raw(EMBED)
@@ -403,5 +404,5 @@ def test_a_large_embedding_is_not_whole_in_memory(home: Path, tmp_path: Path) ->
     aligned.done_with(EMBED)
     assert aligned.raw(EMBED)[1] is not bits
     # Rows that only end earlier are the file's own.
-    shorter = Aligned(model, [EMBED], np.arange(100), _Lent([model], {}), Target({}, 100, 100, []))
+    shorter = Aligned(model, [EMBED], np.arange(100), Lenders([model], {}), Target({}, 100, 100, []))
     assert np.shares_memory(shorter.raw(EMBED)[1], model.raw(EMBED)[1])

@@ -1,5 +1,6 @@
 """The compiled loops give the bytes of the methods' own functions, whatever goes in."""
 
+import ast
 import itertools
 import os
 import random
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from lewis.errors import LewisError
-from lewis.merge import selection
-from lewis.merge.compiled import METHODS, merge_tensor
+from lewis.merge import kernels, selection
+from lewis.merge.compiled import merge_tensor
 from lewis.merge.kernels import KINDS
-from lewis.merge.run import Expert, Merge
+from lewis.merge.run import Merge
 from lewis.merge.selection import Pair, Selector
 from lewis.methods import METHODS as ALL
 from lewis.methods.arithmetic.sparsify import largest
@@ -23,7 +24,7 @@ from lewis.methods.arithmetic.streams import Stream
 from tests.support.models import bits, open_merge, write_tensors
 
 NAME = "model.layers.0.a.weight"
-COMPILED = (*METHODS, *(name for name, method in ALL.items() if method.coefficients))
+COMPILED = [name for name, method in ALL.items() if method.compiled or method.coefficients]
 DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "6"))  # of each method
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (7,), (2048,), (2049,), (3, 5), (64, 33), (3, 4, 5), (70, 100), (1, 4097), (5000, 1), (), (5, 70, 33)]
@@ -106,11 +107,11 @@ def draw(rng: random.Random, place: Path, method: str) -> Merge:
     )  # fmt: skip
     if ALL[method].takes_scales and shape and rng.random() < 0.5:
         scales = [{NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)} for _ in merge.experts]
-        experts = [Expert(e.entry, e.model, e.densities, s) for e, s in zip(merge.experts, scales, strict=True)]
-        merge = Merge(merge.recipe, merge.base, experts)
+        experts = [replace(e, scales=s) for e, s in zip(merge.experts, scales, strict=True)]
+        merge = Merge(merge.settings, merge.base, experts)
     if merge.adds_to_base and shape and rng.random() < 0.2:
         held_back = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
-        return Merge(merge.recipe, merge.base, merge.experts, held_back)
+        return Merge(merge.settings, merge.base, merge.experts, held_back)
     return merge
 
 
@@ -122,8 +123,8 @@ def test_the_bytes_of_the_methods_own_functions(
     rng = random.Random(f"{method} {number}")
     if number % 2:  # so that small tensors take the way of large ones
         monkeypatch.setattr(selection, "_ROOM", 4096)
-        monkeypatch.setattr("lewis.merge.compiled._own", type("Fresh", (), {})())
-        monkeypatch.setattr("lewis.merge.compiled._CHUNK", 2048)
+        monkeypatch.setattr("lewis.merge.selection._own", type("Fresh", (), {})())
+        monkeypatch.setattr("lewis.merge.chunks.CHUNK", 2048)
     merge = draw(rng, tmp_path, method)
     try:
         expected = bits(merge.tensor(NAME))
@@ -192,7 +193,7 @@ def test_activations_of_every_layout_are_compiled(shape: tuple[int, ...], tmp_pa
     plain = open_merge("ties", folders[0], folders[1:], parameters={"density": 0.4})
     for layout in layouts(shape):
         scales, held_back = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
-        merge = Merge(plain.recipe, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
+        merge = Merge(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
         assert compiled(merge) == bits(merge.tensor(NAME))
 
 
@@ -200,8 +201,23 @@ def test_activations_of_another_layout_are_left_to_the_function(tmp_path: Path) 
     folders = [write_tensors(tmp_path / str(i), {NAME: torch.full((3, 4, 5), 1.0 * i)}) for i in range(2)]
     plain = open_merge("task_arithmetic", folders[0], folders[1:])
     for layout in ((4, 1), (4, 5), (1, 4, 5)):
-        merge = Merge(plain.recipe, plain.base, plain.experts, {NAME: torch.ones(layout)})
+        merge = Merge(plain.settings, plain.base, plain.experts, {NAME: torch.ones(layout)})
         assert not merge_tensor(merge, NAME, lambda data, offset: None)
+
+
+def test_the_loops_of_a_method_are_data_and_not_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [write_tensors(tmp_path / str(i), {NAME: torch.full((8,), 1.0 * i)}) for i in range(3)]
+    monkeypatch.setitem(ALL, "mine", replace(ALL["ties"], name="mine", origin="mine 1.0"))
+    merge = open_merge("mine", folders[0], folders[1:])
+    assert compiled(merge) == bits(merge.tensor(NAME))
+    merge.method = replace(merge.method, compiled=None)
+    assert not merge_tensor(merge, NAME, lambda data, offset: None)
+
+
+def test_the_engine_names_no_method() -> None:
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not constants & ALL.keys(), path.name
 
 
 def test_what_is_not_compiled_is_left_to_the_function(tmp_path: Path) -> None:

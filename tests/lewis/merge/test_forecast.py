@@ -64,7 +64,7 @@ def test_memory_of_whole_tensors_grows_with_the_largest(
         merge.run(tmp_path / "out")
     needed = memory.peak - before
     assert needed > 60e6 and needed / 2 < found.memory - before < needed * 2
-    assert without_models("whole", 1 << 22, 3) - without_models("whole", 1 << 20, 3) > 3 << 22
+    assert without_models(METHODS["whole"], 1 << 22, 3) - without_models(METHODS["whole"], 1 << 20, 3) > 3 << 22
 
 
 def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
@@ -95,4 +95,4 @@ def test_memory_of_what_goes_by_chunks_or_rows_does_not(
     forecast(merge_of(method, 10))  # what is loaded once
     before = anonymous_bytes()
     assert forecast(merge_of(method, 3 << 22)).memory - before < 110e6  # the three are 150 MB in fp32
-    assert without_models(method, 1 << 30, 3) == without_models(method, 1 << 20, 3) < 600e6
+    assert without_models(METHODS[method], 1 << 30, 3) == without_models(METHODS[method], 1 << 20, 3) < 600e6

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.merge import in_torch
-from lewis.merge.run import Expert, Merge
+from lewis.merge.prepared import Expert
+from lewis.merge.run import Merge
 from lewis.methods import METHODS as ALL
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.files import INDEX, SINGLE
@@ -403,23 +404,23 @@ class TestRun:
         scale = torch.zeros(16)
         scale[3:7] = 1.0
         expert = replace(plain.experts[0], scales={name: scale})
-        merge = Merge(plain.recipe, plain.base, [expert])
+        merge = Merge(plain.settings, plain.base, [expert])
         changed = (merge.tensor(name) != plain.base.read(name)).nonzero()
         assert len(changed) == 32 * 16 // 4 and set(changed[:, 1].tolist()) == {3, 4, 5, 6}
         assert bits(merge.tensor(other)) == bits(plain.tensor(other))
-        louder = Merge(plain.recipe, plain.base, [replace(expert, scales={name: 2 * scale})])
+        louder = Merge(plain.settings, plain.base, [replace(expert, scales={name: 2 * scale})])
         assert len({plain.digest, merge.digest, louder.digest}) == 3
-        assert Merge(plain.recipe, plain.base, [replace(expert, scales={})]).digest == plain.digest
+        assert Merge(plain.settings, plain.base, [replace(expert, scales={})]).digest == plain.digest
 
     @pytest.mark.parametrize("scale", [torch.ones(15), torch.ones(2, 32, 16)])
     def test_scales_that_do_not_fit_are_refused(self, family: Family, scale: torch.Tensor) -> None:
         merge = open_merge("ties", family.base, [family.math])
         expert = replace(merge.experts[0], scales={"model.layers.0.mlp.up_proj.weight": scale})
         with pytest.raises(InputError, match=r"activations of shape .* do not fit 'model.layers.0.mlp.up_proj.weight'"):
-            Merge(merge.recipe, merge.base, [expert])
+            Merge(merge.settings, merge.base, [expert])
         random = open_merge("dare_ties", family.base, [family.math])
         with pytest.raises(InputError, match="dare_ties does not trim by size"):
-            Merge(random.recipe, random.base, [expert])
+            Merge(random.settings, random.base, [expert])
 
     @pytest.mark.parametrize(
         "settings", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"up_proj": 32}}]
@@ -549,7 +550,7 @@ class TestRefused:
         adapter = LoraExpert(Checkpoint(wide, "wide"), write_lora(wide, tmp_path / "adapter"), "wide+adapter")
         merge = open_merge("ties", family.base, [family.math])
         with pytest.raises(InputError, match=r"has shape \[64, 32\], in the base it is \[64, 16\]"):
-            Merge(merge.recipe, merge.base, [Expert(merge.experts[0].entry, adapter)])
+            Merge(merge.settings, merge.base, [Expert(merge.experts[0].ref, adapter)])
 
     def test_a_filter_that_matches_nothing(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"parameters.weight\[0\].filter: 'self_atn' matches no tensor"):

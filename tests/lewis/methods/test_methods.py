@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis.allocation.aim import aim
-from lewis.merge.run import random_stream
+from lewis.merge.prepared import random_stream
 from lewis.methods import METHODS, Parameter, registry
 from lewis.methods.arcee_fusion import arcee_fusion
 from lewis.methods.arithmetic.sparsify import drop, match_l1, trim
@@ -19,6 +19,7 @@ from lewis.methods.dare import dare_linear, dare_ties
 from lewis.methods.della import della, della_linear
 from lewis.methods.karcher import karcher
 from lewis.methods.linear import linear
+from lewis.methods.loops import Combine, Loops
 from lewis.methods.model_stock import model_stock
 from lewis.methods.multislerp import multislerp
 from lewis.methods.nearswap import nearswap
@@ -563,6 +564,7 @@ class TestRegistry:
         assert set(METHODS) == {*mergekits.split(), "pcb", "consensus"}
         assert Counter(m.on for m in METHODS.values()) == {"task_vectors": 16, "weights": 4, "either": 2}
         assert {m.name for m in METHODS.values() if m.random} == {"dare_linear", "dare_ties", "della", "della_linear"}
+        assert {m.name for m in METHODS.values() if m.in_mergekit} == set(mergekits.split())
         assert {m.name for m in METHODS.values() if m.takes_base} == {"slerp", "arcee_fusion"}
 
     def test_a_name_is_given_once(self) -> None:
@@ -592,6 +594,13 @@ class TestRegistry:
 
             @merge_method("unfinished", paper="https://example.org")
             def unfinished(task_vectors: torch.Tensor, *, how: str = "well") -> torch.Tensor:
+                return task_vectors[0]
+
+    def test_compiled_loops_of_a_parameter_that_there_is_not_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"unfinished: `compiled` names the parameters \['gamma'\]"):
+
+            @merge_method("unfinished", paper="https://example.org", compiled=Loops(Combine.SUM, outliers="gamma"))
+            def unfinished(task_vectors: torch.Tensor, *, density: float = 1.0) -> torch.Tensor:
                 return task_vectors[0]
 
     def test_the_signature_is_the_schema(self) -> None:

@@ -16,7 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis.merge.run import Expert, Merge
+from lewis.merge.prepared import Expert
+from lewis.merge.run import Merge
+from lewis.merge.step import resolve
 from lewis.methods import METHODS
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.whole.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold
@@ -136,8 +138,8 @@ def test_equals_mergekit(method: str, drawn: dict[str, list[Path]]) -> None:
     for folder in drawn[method]:
         recipe = parse(yaml.safe_load((folder / "recipe.yaml").read_text()))
         base = Checkpoint(folder / "base", "base") if recipe.base_model else None
-        experts = [Expert(entry, Checkpoint(Path(entry.model), entry.model)) for entry in recipe.experts]
-        merge = Merge(recipe, base, experts)
+        experts = [Expert(entry.model, Checkpoint(Path(entry.model), entry.model)) for entry in recipe.experts]
+        merge = Merge(resolve(recipe, base or experts[0].model), base, experts)
         merge.run(folder / "ours")
         ours = load_file(folder / "ours" / "model.safetensors")
         error = folder / "error.txt"

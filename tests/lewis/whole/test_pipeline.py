@@ -188,7 +188,7 @@ class TestGuide:
         prepared = pipeline.prepare_merge(o.recipe, o.base, o.experts, allocated)
         for expert in prepared.experts:
             assert expert.scales is not None
-            assert torch.equal(expert.scales[name], own[expert.entry.model].moments[name].sqrt())
+            assert torch.equal(expert.scales[name], own[expert.ref].moments[name].sqrt())
         by_magnitude = guide(p := open_all(family))[1]
         assert by_magnitude.means == allocated.means
         other = pipeline.prepare_merge(p.recipe, p.base, p.experts, by_magnitude)
@@ -364,8 +364,7 @@ class TestMerge:
         assert len({guided.digest, uniform.digest, plain.digest}) == 3
         name = "model.layers.0.mlp.up_proj.weight"
         by_ref = {
-            expert.entry.model: rho
-            for expert, rho in zip(uniform.experts, uniform.parameters(name)["density"], strict=True)
+            expert.ref: rho for expert, rho in zip(uniform.experts, uniform.parameters(name)["density"], strict=True)
         }
         assert by_ref == allocated.means
 

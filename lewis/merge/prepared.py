@@ -1,0 +1,244 @@
+"""A merge before it is run: checked inputs, the layout of the result, each tensor's parameters, and the digest.
+
+Experts are put in the order of their keys, and random streams are keyed by (seed, expert key, tensor name): the order
+of the models in a recipe changes nothing. Both engines, `compiled` and `in_torch`, read what is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lewis import store
+from lewis.allocation.scales import Densities, Scales
+from lewis.errors import InputError
+from lewis.lazy_torch import torch
+from lewis.merge.alignment import align
+from lewis.merge.memory_budget import MemoryBudget
+from lewis.merge.settings import MergeSettings
+from lewis.methods.arithmetic.streams import Stream
+from lewis.models.compatible import check_compatible
+from lewis.models.dtypes import size_of
+from lewis.models.files import tokenizer_files
+from lewis.models.model import Model
+from lewis.models.names import layer_of
+
+SEMANTICS = "6"  # bump when the same inputs would give other bytes
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An opened expert.
+
+    Attributes:
+        ref: its reference in the recipe, which the settings look its parameters up by.
+        model: the opened model.
+        densities: if LEWIS guides the merge, its density per tensor.
+        scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
+            are ranked; tensors that are left out are ranked by magnitude.
+    """
+
+    ref: str
+    model: Model
+    densities: Densities | None = None
+    scales: Scales | None = None
+
+
+class Prepared:
+    """A merge that has been checked.
+
+    Attributes:
+        settings: as given.
+        method: the merge method.
+        base: the base as it is read, its embeddings in the result's vocabulary; the first model if there is no base.
+        experts: in the order of their keys, read likewise.
+        adds_to_base: whether task vectors are merged and the result is added to the base.
+        held_back: tensor name -> factors of the merged delta.
+        device: where the methods compute.
+        vocabulary: whose tokenizer the result has.
+        layout: tensor name -> dtype and shape of the output.
+        excluded: names of the tensors that are copied from the base, in its dtype.
+        digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
+        size: bytes of the output's tensors.
+        elements: number of elements of the output's tensors.
+        budget: limits how many elements are merged in torch at a time.
+        traffic: bytes of the tensors of all inputs and of the output.
+    """
+
+    def __init__(
+        self,
+        settings: MergeSettings,
+        base: Model | None,
+        experts: Sequence[Expert],
+        held_back: Scales | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Check that the models fit together, and the parameters and scales fit the models.
+
+        Args:
+            settings: what the recipe asks for.
+            base: the base, or None for a method on weights without one.
+            experts: all models to merge, as `Recipe.experts` lists them.
+            held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`); tensors that are left
+                out are not held back.
+            device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part
+                of the digest, as `lewis.devices.merge_device` says.
+
+        Raises:
+            InputError: naming every tensor, vocabulary or parameter that does not fit.
+        """
+        self.settings, self.method, self.device = settings, settings.method, device
+        self.held_back, self.excluded = held_back or {}, settings.excluded
+        by_key = sorted(experts, key=lambda expert: expert.model.key)
+        first = base or experts[0].model
+        base_ref = None if base is None else settings.base
+        self.vocabulary = align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
+        self.experts = [replace(expert, model=self.vocabulary.of(expert.model)) for expert in by_key]
+        self.base: Model = self.vocabulary.of(first)
+        self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
+        by_token = settings.vocabulary is not None
+        check_compatible(self.base, [e.model for e in self.experts], self.excluded, by_token=by_token)
+        if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
+            raise InputError("exclude: it matches every tensor; nothing is left to merge")
+        self._layers = 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
+        self.layout = {
+            name: (settings.dtype or info.dtype if self.merges(name) else info.dtype, info.shape)
+            for name, info in self.base.tensors.items()
+        }
+        self.size = sum(size_of(dtype, shape) for dtype, shape in self.layout.values())
+        self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
+        inputs = {model.key: model for model in self.models}
+        self.traffic = self.size + sum(
+            size_of(info.dtype, info.shape) for model in inputs.values() for info in model.tensors.values()
+        )
+        self._check_parameters()
+        self._check_scales()
+        self.digest = self._digest()
+        largest = max((info.elements for info in self.base.tensors.values()), default=0)
+        self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
+
+    @property
+    def models(self) -> list[Model]:
+        """The base, then the experts."""
+        return [self.base, *(expert.model for expert in self.experts)]
+
+    @property
+    def threads(self) -> int:
+        """How many tensors are merged at a time by default: one per core."""
+        return len(os.sched_getaffinity(0))
+
+    def merges(self, name: str) -> bool:
+        """Whether a tensor is merged; the base's is copied if it is excluded or not floating-point."""
+        return name not in self.excluded and self.base.tensors[name].floating
+
+    def compiles(self, name: str) -> bool:
+        """Whether there are compiled loops for one tensor's method and parameters."""
+        if not self.method.coefficients:
+            return self.method.compiled is not None
+        count = len(self.experts) + self.method.takes_base
+        try:
+            return self.method.coefficients(np.eye(count), **self.parameters(name)) is not None
+        except ValueError:  # the method's function raises it again, and names the tensor
+            return False
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        """The method's parameters for one tensor; for a parameter per expert, a list in the experts' order."""
+        layer, value = layer_of(name), self.settings.value
+        depth = 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
+        values: dict[str, Any] = {}
+        for parameter in self.method.parameters.values():
+            if parameter.per_expert:
+                values[parameter.name] = [value(parameter, expert.ref, name, depth) for expert in self.experts]
+            else:
+                values[parameter.name] = value(parameter, None, name, depth)
+        if "density" in values:
+            each = zip(self.experts, values["density"], strict=True)
+            values["density"] = [(expert.densities or {}).get(name, own) for expert, own in each]
+        return values
+
+    def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
+        """Which experts take part in a tensor, given the method's parameters for it."""
+        elements = self.base.tensors[name].elements
+        density = values.get("density", [1.0] * len(self.experts))
+        # A random method may keep elements of a tensor that is too small for an exact share.
+        kept = [d > 0 if self.method.random else int(d * elements) > 0 for d in density]
+        return [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+
+    def stream(self, expert: Expert, name: str) -> Stream:
+        """The random stream of one expert's tensor."""
+        return random_stream(self.settings.seed, expert.model.key, name)
+
+    def scales(self, name: str) -> list[torch.Tensor | None]:
+        """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
+        return [(expert.scales or {}).get(name) for expert in self.experts]
+
+    def _check_parameters(self) -> None:
+        for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
+            values = self.parameters(name)
+            for i, expert in enumerate(self.experts):
+                each = {
+                    p.name: values[p.name][i] if p.per_expert else values[p.name]
+                    for p in self.method.parameters.values()
+                }
+                if self.method.check and (problem := self.method.check(each, len(self.experts))):
+                    raise InputError(f"{name}: {expert.ref}: {problem}")
+
+    def _check_scales(self) -> None:
+        if any(expert.scales for expert in self.experts) and not self.method.takes_scales:
+            raise InputError(f"lewis.prune_by: {self.method.name} does not trim by size; use magnitude")
+        if self.held_back and not self.adds_to_base:
+            raise InputError(f"lewis.aim: {self.method.name} merges no task vectors that could be held back")
+        of_base = (str(self.settings.base), self.held_back)
+        for model, scales in (of_base, *((expert.ref, expert.scales or {}) for expert in self.experts)):
+            for name, scale in scales.items():
+                shape = self.base.tensors[name].shape if name in self.base.tensors else ()
+                axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)
+                if len(shape) < scale.dim() or any(size not in (1, length) for length, size in axes):
+                    raise InputError(
+                        f"{model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
+                        f"{list(shape)}; measure the importance of this model again"
+                    )
+
+    def _digest(self) -> str:
+        """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
+        resolved = [[name, self.parameters(name)] for name in self.base.tensors if self.merges(name)]
+        return store.digest(
+            {
+                "semantics": SEMANTICS,
+                "method": self.method.name,
+                "base": self.base.key,
+                "experts": [expert.model.key for expert in self.experts],
+                "parameters": resolved,
+                "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
+                "seed": self.settings.seed if self.method.random else None,
+                **({"device": torch.device(self.device).type} if self.device != "cpu" else {}),
+                **({"excluded": sorted(self.excluded)} if self.excluded else {}),
+                **({"plugin": self.method.origin} if self.method.origin else {}),
+                **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
+                **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
+                **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
+                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
+            }
+        )
+
+
+def _fingerprint(scales: Scales | None) -> str | None:
+    """SHA-256 of the names, shapes and bytes of the scales; None if there are none."""
+    if not scales:
+        return None
+    found = hashlib.sha256()
+    for name in sorted(scales):
+        found.update(f"{name}\0{list(scales[name].shape)}\0".encode() + scales[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+def random_stream(seed: int, expert: str, tensor: str) -> Stream:
+    """The random stream of one (seed, expert key, tensor name), the same on every machine."""
+    key = hashlib.sha256(f"{seed}\0{expert}\0{tensor}".encode()).digest()
+    return Stream(int.from_bytes(key[:8], "little"))

@@ -1,0 +1,34 @@
+"""What one merge needs to know of a recipe, resolved once: the engine itself knows no recipe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lewis.methods import Method, Parameter
+from lewis.recipe.schema import Tokenizer
+
+ParameterValue = Callable[[Parameter, str | None, str, float], Any]
+"""The value of a parameter, by (parameter, reference of the expert or None for all, tensor name, depth in [0, 1])."""
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """The settings of one merge; `lewis.merge.step.resolve` makes them of a recipe.
+
+    Attributes:
+        method: the merge method.
+        value: looks a parameter up for one tensor; depth is the position of the tensor's layer, 0 outside the layers.
+        base: the base's reference in the recipe; None without a base.
+        seed: of the random streams.
+        dtype: of the result's floating-point tensors, as safetensors names it (`BF16`); None: each keeps the base's.
+        excluded: names of the tensors that are copied from the base.
+        vocabulary: whose tokens the result has; None: all models must have the base's.
+    """
+
+    method: Method
+    value: ParameterValue
+    base: str | None = None
+    seed: int = 0
+    dtype: str | None = None
+    excluded: frozenset[str] = frozenset()
+    vocabulary: Tokenizer | None = None
