@@ -8,8 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.gate import Verdict, decide
-from lewis.evaluation.scored import Scored
+from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.step import MergedModel
@@ -39,31 +38,14 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
     """May the merged model be promoted? Compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
-    if champion and champion.digest == merged.digest:
-        return Verdict(True, ("this very model is the champion already",), champion.version.uri)
-    if (why := promotion.withdrawn(recipe.register_as.name, merged.digest)) is not None:
-        told = f"this very model was rolled back by hand ({why}); only `lewis promote` brings it back: fail"
-        return Verdict(False, (told,), champion.version.uri if champion else "nothing")
-    if rule is None:
-        return Verdict(True, ("no gate in the recipe",), champion.version.uri if champion else "nothing")
-    models = {model.label: model for model in scored(recipe, scores)}
-    ours, base = models.pop(recipe.label), models.get("base")
-    if champion and "champion" not in models:
-        lost = f"{champion.version.uri} must be scored again: its files are gone; see `lewis promote`: fail"
-        return Verdict(False, (lost,), champion.version.uri)
-    reference = models["champion"] if champion else base or _best(rule.metric, models)
-    against = champion.version.uri if champion else reference.label
-    limit = recipe.evaluate.limit if recipe.evaluate else None
-    return decide(rule, ours, reference, against, base=base, limit=limit)
-
-
-def _best(metric: str, parents: dict[str, Scored]) -> Scored:
-    """The parent to beat where there is neither a champion nor a base."""
-    known = {label: model.by_name[metric] for label, model in parents.items() if metric in model.by_name}
-    if not known:
-        return next(iter(parents.values()))
-    higher = next(iter(known.values())).higher_is_better
-    return parents[max(known, key=lambda label: known[label].value if higher else -known[label].value)]
+    return judge(
+        rule,
+        scored(recipe, scores) if rule else (),
+        merged.digest,
+        champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
+        withdrawn=promotion.withdrawn(recipe.register_as.name, merged.digest),
+        limit=recipe.evaluate.limit if recipe.evaluate else None,
+    )
 
 
 # MLflow decides whether this very merge is registered already: no cache in front of it.

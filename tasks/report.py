@@ -11,8 +11,8 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.lm_eval import Score, score_table
 from lewis.evaluation.scored import comparison_rows, scores_of
+from lewis.evaluation.scores import Score, score_table
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge.step import MergedModel

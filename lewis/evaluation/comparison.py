@@ -1,6 +1,6 @@
 """Two models on the same documents: how far apart they are, and whether that could be chance.
 
-Differences are paired document by document, which takes the difficulty of the documents out (Miller 2024,
+Differences are taken document by document, which removes the variance between documents (Miller 2024,
 arXiv 2411.00640), and resampled within each task. All draws are seeded: the same samples give the same numbers.
 """
 
@@ -18,28 +18,28 @@ from lewis.evaluation.samples import Part, Samples
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
 LEVEL = 0.95
-CELLS = 4_000_000  # of the counts drawn at once: 32 MB
+CELLS = 4_000_000  # numbers drawn at once: 32 MB
 ROUNDING = 1e-12
 
 
 class PairingError(LewisError):
-    """Two models were not scored on the same documents."""
+    """Two models were not scored on the same documents, so they cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better the candidate is than a reference, on one metric. Positive is better, whichever way is better.
+    """How much better the candidate is than a reference on one metric. A positive gain is always better.
 
     Attributes:
         key: `task/metric,filter`.
-        documents: how many pairs.
+        documents: how many documents both models were scored on.
         delta: gain of the candidate.
-        low, high: ends of the paired bootstrap's 95 % interval of the gain.
+        low, high: the 95 % interval of the gain, from a paired bootstrap.
         wins, losses: documents on which the candidate is better, and worse.
         binary: whether every value is 0 or 1.
-        p: two-sided, that wins and losses are as likely: McNemar's exact test where every value is 0 or 1, else the
-            paired permutation of models (sign flips).
-        draws: gains of the resamples, sorted.
+        p: two-sided, of the hypothesis that the models are equally good. McNemar's exact test if every value is 0 or 1,
+            else a permutation test that swaps the two models' values (sign flips).
+        draws: the resampled gains, sorted.
     """
 
     key: str
@@ -54,11 +54,11 @@ class Comparison:
     draws: Array = field(repr=False, compare=False)
 
     def p_inferior(self, tolerance: float) -> float:
-        """One-sided: how often the resampled candidate is worse by `tolerance` or more."""
+        """One-sided p: the share of resamples in which the candidate is worse by `tolerance` or more."""
         return float((1 + np.count_nonzero(~(self.draws > -tolerance))) / (1 + len(self.draws)))
 
 
-@functools.lru_cache(256)  # the gate, the tables and the reports ask for the same
+@functools.lru_cache(256)  # the gate, the tables and the reports ask for the same comparisons
 def compare(
     candidate: Samples, reference: Samples, *, higher_is_better: bool = True, who: str = "the reference"
 ) -> Comparison:
@@ -66,7 +66,7 @@ def compare(
 
     Args:
         candidate, reference: of the same metric.
-        who: the reference, for the error message.
+        who: what the error message calls the reference.
 
     Raises:
         PairingError: if the two were not scored on the same documents.
@@ -85,19 +85,19 @@ def compare(
 
 @functools.lru_cache(256)
 def interval(samples: Samples) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of a model's own value."""
+    """The 95 % interval of one model's value, from a bootstrap."""
     return _interval(_resampled([(part, part.sums()) for part in samples.parts], _own))
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """McNemar's exact two-sided p, from the documents on which exactly one of two models is right."""
-    from scipy.special import bdtr  # it takes a moment to load, which a merge does without
+    """McNemar's exact two-sided p; only the documents count on which exactly one of the two models is right."""
+    from scipy.special import bdtr  # slow to import, and a merge does not need it
 
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p: each may be held against the level of the whole family."""
+    """Holm's adjusted p-values: compare each with the significance level of the whole family of tests."""
     adjusted, largest = {}, 0.0
     for rank, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(p) - rank) * value))
@@ -113,7 +113,7 @@ def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part,
 
 
 def _aligned(ours: Part, theirs: Part, who: str) -> tuple[Part, Array]:
-    """Sums of both models per document: fp64, shape (documents, 4). Documents that both left out count nothing."""
+    """The sums of both models per document: fp64, shape (documents, 4), zero where a metric skips the document."""
     place = _places(theirs)
     order = _places(ours)
     if place.keys() != order.keys():
@@ -126,7 +126,7 @@ def _aligned(ours: Part, theirs: Part, who: str) -> tuple[Part, Array]:
 
 
 def _places(part: Part) -> dict[tuple[str, int], int]:
-    """Where each document stands; the n-th of equal ones is its own document."""
+    """The index of each document; the n-th of several equal documents has the key (document, n)."""
     seen: dict[str, int] = {}
     places = {}
     for place, document in enumerate(part.documents):
@@ -136,26 +136,27 @@ def _places(part: Part) -> dict[tuple[str, int], int]:
 
 
 def _gain(part: Part, sums: Array) -> Array:
-    """What a part adds to the gain of the candidate, before the sign: fp64, shape (..., 4) -> (...)."""
+    """A part's share of candidate minus reference: fp64, shape (..., 4) -> (...)."""
     return part.weight * (part.aggregate(sums[..., :2]) - part.aggregate(sums[..., 2:]))
 
 
 def _own(part: Part, sums: Array) -> Array:
-    """What a part adds to a model's own value: fp64, shape (..., 2) -> (...)."""
+    """A part's share of one model's value: fp64, shape (..., 2) -> (...)."""
     return part.weight * part.aggregate(sums)
 
 
 def _resampled(parts: Sequence[tuple[Part, Array]], statistic: Callable[[Part, Array], Array]) -> Array:
     """The statistic on resamples of the documents within each part: fp64, shape (RESAMPLES,).
 
-    A resample varies less than documents do, by (n - 1) / n: small samples would look more certain than they are. So
-    it is drawn away from the observed value by the square root of n / (n - 1).
+    The variance of a bootstrap is too small by (n - 1) / n, so small samples would look more certain than they are.
+    The distance of each draw from the observed value is therefore scaled by the square root of n / (n - 1).
     """
     rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
     for part, sums in parts:
         count, observed = len(sums), statistic(part, sums.sum(axis=0))
-        wider = math.sqrt(count / (count - 1)) if count > 1 else math.nan  # one document tells no spread
-        kinds, often = np.unique(sums, axis=0, return_counts=True)  # right and wrong answers are four kinds of rows
+        wider = math.sqrt(count / (count - 1)) if count > 1 else math.nan  # one document has no spread
+        # Many documents have equal sums: right and wrong answers give only four kinds of rows.
+        kinds, often = np.unique(sums, axis=0, return_counts=True)
         for rows in _chunks(RESAMPLES, len(kinds)):
             drawn = rng.multinomial(count, often / count, size=len(rows)).astype(np.float64)
             total[rows] += observed + wider * (statistic(part, drawn @ kinds) - observed)
@@ -163,7 +164,7 @@ def _resampled(parts: Sequence[tuple[Part, Array]], statistic: Callable[[Part, A
 
 
 def _chunks(rows: int, columns: int) -> Iterator[range]:
-    """Rows in pieces of at most `CELLS` cells."""
+    """Split rows so that each piece has at most `CELLS` cells."""
     step = max(1, CELLS // max(columns, 1))
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -176,7 +177,7 @@ def _interval(draws: Array) -> tuple[float, float]:
 
 
 def _per_document(part: Part, sums: Array) -> Array:
-    """By how much the candidate is better on each document; 0 where a model has no value."""
+    """Candidate minus reference on each document: fp64, shape (documents,); 0 where a model has no value."""
     gain = part.aggregate(sums[:, :2]) - part.aggregate(sums[:, 2:])
     return np.nan_to_num(np.where((sums[:, 1] > 0) & (sums[:, 3] > 0), gain, 0.0))
 
@@ -184,8 +185,8 @@ def _per_document(part: Part, sums: Array) -> Array:
 def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
     """Two-sided p of a gain when the two models' values are swapped at random on each document.
 
-    Exact for two models that are exchangeable, which two copies of one are. All swaps of few unequal documents are
-    counted.
+    The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
+    swaps are counted instead of random ones.
     """
     unequal = [(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in pairs]
     number = sum(int(each.sum()) for each in unequal)

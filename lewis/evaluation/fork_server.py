@@ -1,7 +1,8 @@
-"""Children that evaluate, forked by a process that has lm-eval and transformers loaded.
+"""Children that evaluate, forked by a server process that has imported lm-eval and transformers already.
 
-To load them takes longer than many an evaluation. CUDA does not survive a fork, so a child that is to use it is forked
-before anything is loaded. A child has a session of its own, with a keeper that waits for it and tells how it ended.
+Importing them takes longer than many evaluations. CUDA does not work after a fork, so a child that uses a GPU is forked
+by a server that has imported nothing. A child has a session of its own, in which a second process, its keeper, waits
+for it and reports how it ended.
 """
 
 import json
@@ -19,17 +20,17 @@ from typing import Any
 
 from lewis.errors import LewisError
 
-_NOT_READ_WHEN_LOADED = ("LEWIS_", "MLFLOW_", "PREFECT_", "PYTEST_")  # a nursery serves whatever these are
+_NOT_READ_WHEN_LOADED = ("LEWIS_", "MLFLOW_", "PREFECT_", "PYTEST_")  # changing these needs no new server
 _guard = threading.Lock()
-_nursery: "_Nursery | None" = None
+_current: "_ForkServer | None" = None
 
 
 class Child:
     """A process that answers one request.
 
     Attributes:
-        stdout: the file descriptor of its output.
-        returncode: as that of `subprocess.Popen`; None while it runs.
+        stdout: file descriptor of its output.
+        returncode: as in `subprocess.Popen`; None while it runs.
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,14 @@ class Child:
         self.stdout, stdout = os.pipe()
         self._status, status = os.pipe()
         self.far_ends = [stdin, stdout, status]
-        self._told = b""  # by its keeper: the process group, and the exit code when it has ended
+        self._told = b""  # what the keeper wrote: the process group, then the exit code
         self._over = False
         self.returncode: int | None = None
 
     def send(self, request: dict[str, Any]) -> None:
         """Write the request as a line of JSON; the pipe stays open."""
         data = json.dumps(request).encode() + b"\n"
-        with suppress(BrokenPipeError):  # it died at once: its exit code says more
+        with suppress(BrokenPipeError):  # it died at once: its exit code tells why
             while data:
                 data = data[os.write(self._stdin, data) :]
 
@@ -56,14 +57,14 @@ class Child:
         _, _, code = self._told.decode().partition("\n")
         if code:
             self.returncode = int(code)
-        elif self._over:  # its keeper or the nursery was killed
+        elif self._over:  # its keeper or the server was killed
             self.returncode = -signal.SIGKILL
         return self.returncode
 
     def end(self) -> None:
-        """Kill it and all that it started, and close its pipes."""
+        """Kill it and all processes that it started, and close its pipes."""
         self.poll()
-        os.close(self._stdin)  # if it has hardly begun, it takes this for the death of its parent
+        os.close(self._stdin)  # if its keeper has not yet told the group, this ends it: it takes its parent for dead
         if group := self._told.decode().partition("\n")[0]:
             with suppress(ProcessLookupError):
                 os.killpg(int(group), signal.SIGKILL)
@@ -71,7 +72,7 @@ class Child:
         os.close(self._status)
 
 
-class _Nursery:
+class _ForkServer:
     def __init__(self, environment: Mapping[str, str], *, loaded: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
@@ -91,11 +92,11 @@ class _Nursery:
             )
 
     def serves(self, environment: Mapping[str, str]) -> bool:
-        """Whether what it has loaded is what this process would load in this environment."""
+        """Whether it was started by this process, in the same environment as far as imports depend on it."""
         return self._owner == (os.getpid(), _when_loaded(environment))
 
     def fork(self) -> Child:
-        """A new child; OSError if the nursery is dead."""
+        """A new child; OSError if the server is dead."""
         child = Child()
         try:
             socket.send_fds(self._socket, [b"."], child.far_ends)
@@ -108,30 +109,30 @@ class _Nursery:
         return child
 
     def output(self) -> str:
-        """What it wrote."""
+        """What the server wrote to its output."""
         self._output.seek(0)
         return self._output.read().decode(errors="replace").strip() or "(none)"
 
     def close(self) -> None:
-        """Let it end; its children live on."""
+        """Let the server end; its children continue."""
         self._socket.close()
         self._output.close()
-        threading.Thread(target=self._process.wait, daemon=True).start()  # it may be loading still
+        threading.Thread(target=self._process.wait, daemon=True).start()  # it may still be importing
 
 
 def new_child(environment: Mapping[str, str], *, loaded: bool) -> Child:
-    """A new child, which waits for its request.
+    """Fork a child, which waits for its request.
 
     Args:
-        environment: what the libraries are loaded in. The child takes its own from the request.
-        loaded: whether it has the libraries loaded.
+        environment: in which the libraries are imported. The child's own environment is in its request.
+        loaded: whether the child has the libraries imported already.
 
     Raises:
-        LewisError: if the nursery does not live.
+        LewisError: if the server does not start.
     """
-    global _nursery
+    global _current
     if not loaded:
-        alone = _Nursery(environment, loaded=False)
+        alone = _ForkServer(environment, loaded=False)
         try:
             return alone.fork()
         finally:
@@ -139,15 +140,15 @@ def new_child(environment: Mapping[str, str], *, loaded: bool) -> Child:
     told = ""
     with _guard:
         for _ in range(2):
-            if _nursery is None or not _nursery.serves(environment):
-                if _nursery is not None:
-                    _nursery.close()
-                _nursery = _Nursery(environment, loaded=True)
-            with suppress(OSError):  # it is dead: once more with a new one
-                return _nursery.fork()
-            told = _nursery.output()
-            _nursery.close()
-            _nursery = None
+            if _current is None or not _current.serves(environment):
+                if _current is not None:
+                    _current.close()
+                _current = _ForkServer(environment, loaded=True)
+            with suppress(OSError):  # it is dead: try again with a new one
+                return _current.fork()
+            told = _current.output()
+            _current.close()
+            _current = None
     raise LewisError(f"the process that loads lm-eval does not live\nThe end of its output:\n{told}")
 
 

@@ -1,7 +1,8 @@
-"""lm-eval in a child process: a time limit that holds, and memory that comes back, whatever the evaluation does.
+"""Run lm-eval in a child process, so that a time limit always holds and all memory is freed afterwards.
 
-The request goes down the child's stdin as one line of JSON. The pipe stays open: when the parent dies, even by SIGKILL,
-the child reads its end and kills itself and all it started. The result comes back as a file, renamed in when whole.
+The request is one line of JSON on the child's standard input, which stays open: when the parent dies, even by SIGKILL,
+the child sees the end of its input and kills itself and all processes that it started. The result is a file that
+appears when it is complete.
 """
 
 import os
@@ -25,7 +26,7 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
-    "DISABLE_MULTIPROC": "1",  # lm-eval's bootstrap would fork one worker per core
+    "DISABLE_MULTIPROC": "1",  # else lm-eval's bootstrap forks one worker per core
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
 }
@@ -35,11 +36,10 @@ def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progr
     """Run lm-eval in a process of its own session.
 
     Args:
-        request: keyword arguments of `harness_child.evaluate`; `tasks` are names, `include` is a folder of task files
-            (None: there are none), `defaults` says whether lm-eval's own tasks are needed.
-        cwd: relative paths of data files start here.
-        timeout_s: seconds until the process and all that it started are killed.
-        progress: called with the fraction done of the running kind of requests, and that kind.
+        request: keyword arguments of `harness_child.evaluate`.
+        cwd: working folder of the child; relative paths of data files start here.
+        timeout_s: seconds until the process and all processes that it started are killed.
+        progress: called with the fraction done of the current kind of requests, and the name of that kind.
 
     Returns:
         what `harness_child.evaluate` returns.
@@ -78,7 +78,7 @@ def _watch(child: Child, output: "_Output", timeout_s: float) -> None:
 
 
 class _Output:
-    """What the child prints: progress bars become calls, the last lines are kept for the error message."""
+    """The output of the child: progress bars become calls, the last lines are kept for an error message."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
@@ -88,7 +88,7 @@ class _Output:
         self._documents = 0
 
     def feed(self, data: bytes) -> bool:
-        """Take a piece of output; False at its end."""
+        """Take the next bytes of output; False at its end."""
         *lines, self._rest = re.split(rb"[\r\n]+", self._rest + data)
         for line in (line.decode(errors="replace").strip() for line in lines):
             if bar := _BAR.fullmatch(line, endpos=line.rfind("[") + 1):
@@ -98,10 +98,10 @@ class _Output:
         return bool(data)
 
     def _bar(self, kind: str | None, percent: int, total: int) -> None:
-        if kind is None:  # of the documents of a task, before their requests run
+        if kind is None:  # the bar over a task's documents, which comes before their requests
             self._documents = total
-        # Rolling requests have a bar for every batch and none for all: progress that starts anew would tell nothing.
-        elif total >= self._documents and (kind, percent) != self._last:  # tqdm repeats a percentage for every batch
+        # Rolling requests have one bar per batch and none for the whole: those bars, which start anew, are left out.
+        elif total >= self._documents and (kind, percent) != self._last:  # tqdm repeats the same percentage
             self._last = (kind, percent)
             if self._progress:
                 self._progress(percent / 100, kind)

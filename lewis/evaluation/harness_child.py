@@ -1,8 +1,9 @@
-"""The child's side of `lewis.evaluation.harness`: lm-eval on one model, and what it says of each document.
+"""The child of `lewis.evaluation.harness`: runs lm-eval on one model and keeps the value of each document.
 
-`python -m lewis.evaluation.harness_child SOCKET [loaded]` is the nursery of `lewis.evaluation.fork_server`: it is
-forked for each message on the socket, which brings standard input, standard output and the pipe of the keeper. The
-request comes as one line of JSON on the standard input, which stays open: its end is the death of the parent.
+`python -m lewis.evaluation.harness_child SOCKET [loaded]` is the fork server of `lewis.evaluation.fork_server`. It
+forks a child for each message on the socket, which carries three file descriptors: the child's standard input and
+output, and the pipe of its keeper. The request is one line of JSON on the standard input, which stays open: when it
+ends, the parent is dead.
 """
 
 import importlib
@@ -14,18 +15,16 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from lewis.evaluation import smoke
 from lewis.store import write_json
 
-HASH = 16  # hex digits of lm-eval's document hash that are kept: enough for one data set, a quarter of the disk
-SMOKE_PROMPTS, SMOKE_TOKENS = 4, 128
-ANSWERS = 64  # reference answers whose perplexity is measured
-# What an evaluation loads, whatever the model; the last is what most of the time goes into.
+HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
+# What every evaluation imports; the last takes most of the time.
 LIBRARIES = ("lm_eval", "lm_eval.models.huggingface", "accelerate", "transformers.models.llama.modeling_llama")
 
 
@@ -35,9 +34,9 @@ def main(descriptor: str, loaded: str = "") -> None:
         for name in LIBRARIES if loaded else ():
             if select.select([messages], [], [], 0)[0] and not messages.recv(1, socket.MSG_PEEK):
                 return
-            with suppress(ImportError):  # the child will say it
+            with suppress(ImportError):  # the child will report it
                 importlib.import_module(name)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need nobody to wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nothing waits for the keepers
         while True:
             _, ends, _, _ = socket.recv_fds(messages, 1, 3)
             if not ends:
@@ -51,7 +50,7 @@ def main(descriptor: str, loaded: str = "") -> None:
 
 
 def _become_child(stdin: int, stdout: int, status: int) -> None:
-    """Return in a new process, while this one becomes its keeper."""
+    """Fork: the new process returns, and this one becomes its keeper, which waits and reports how it ended."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
@@ -69,7 +68,7 @@ def _become_child(stdin: int, stdout: int, status: int) -> None:
 
 
 def _answer() -> None:
-    """Read the request, evaluate, leave the result."""
+    """Read the request, evaluate, write the result file."""
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.clear()
@@ -97,10 +96,13 @@ def evaluate(
     device: str,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run `simple_evaluate`, keep what it found of each document, then try the guards' generations.
+    """Run `simple_evaluate`, keep the value of each document, then measure what the gate's guards check.
 
     Args:
-        documents: `all`, or the half of every task's documents that `search` or `confirm` names.
+        include: a folder of task files; None if there are none.
+        defaults: whether lm-eval's own tasks are needed.
+        tasks: names.
+        documents: `all`, or one half of every task's documents: `search` or `confirm`.
         limit: documents per task, within that half.
         options: further arguments of `simple_evaluate`.
 
@@ -114,10 +116,10 @@ def evaluate(
 
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
     loaded = _load(manager, tasks)
-    manager.load = lambda _: loaded  # simple_evaluate would load the data a second time
+    manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = get_model("hf").create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
-    vars(evaluator)["add_env_info"] = lambda _: None  # it has pip list all packages, which nobody reads
+    vars(evaluator)["add_env_info"] = lambda _: None  # it lists all packages with pip, which nobody reads
     found: Any = evaluator.simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -134,7 +136,7 @@ def evaluate(
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
-    kept["ends"] = _ends(lm, rows, loaded["tasks"])
+    kept["ends"] = smoke.ends(lm, rows, loaded["tasks"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
 
@@ -143,7 +145,7 @@ def _load(manager: Any, tasks: list[str]) -> Any:
     """The tasks with their data.
 
     Raises:
-        ValueError: naming the task whose YAML or data lm-eval cannot use; it names none itself.
+        ValueError: naming the task whose YAML or data lm-eval cannot use; lm-eval's own error names none.
     """
     try:
         return manager.load(tasks)
@@ -154,14 +156,14 @@ def _load(manager: Any, tasks: list[str]) -> Any:
             except Exception as error:
                 told = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {told}") from error
-        raise  # it takes all of them: a task that is in a group too
+        raise  # each loads alone: for example, a task that is in one of the groups too
 
 
 def _half(task: Any, documents: str, limit: int | float | None) -> list[int]:
-    """Indices of the documents in one of two halves, which their hashes tell apart.
+    """Indices of the documents in one of two halves; a document's hash decides its half.
 
     Raises:
-        ValueError: if it would be empty.
+        ValueError: if the half is empty.
     """
     wanted = ("search", "confirm").index(documents)
     indices = [i for i, doc in enumerate(task.eval_docs) if int(_hash(doc), 16) % 2 == wanted]
@@ -181,9 +183,9 @@ def _hash(doc: Any) -> str:
 
 
 def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, list[str], list[dict[str, Any]]]:
-    """The documents of a task, and of each metric and filter a value per document, None where it has none."""
+    """Name, document hashes, and for each metric and filter one value per document (None if it has none) of a task."""
     by_filter: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:  # one for each document and filter
+    for row in rows:  # one row per document and filter
         by_filter.setdefault(row["filter"], {})[row["doc_id"]] = row
     first = next(iter(by_filter.values()), {})
     found = []
@@ -199,7 +201,7 @@ def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, lis
 
 
 def _aggregation(task: Any, metric: str) -> str | None:
-    """How the values of the documents become one, by name; None for a way that is no function of two sums."""
+    """lm-eval's name of the aggregation over documents; None if it is not a function of two sums."""
     from lm_eval.api import metrics
 
     known = {getattr(metrics, name): name for name in ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")}
@@ -217,7 +219,7 @@ def _value(value: Any) -> Any:
 
 
 def _weights(group: Any, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """For each metric of a group, what each task counts in it: as `Group.aggregate` weights them."""
+    """For each metric of a group, the weight of each task, as in lm-eval's `Group.aggregate`."""
     found: dict[str, dict[str, float]] = {}
     members = [task.task_name for task in group.get_all_tasks()]
     for config in group.aggregate_metric_list or ():
@@ -229,90 +231,8 @@ def _weights(group: Any, results: Mapping[str, Any]) -> dict[str, dict[str, floa
     return found
 
 
-def _ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """What the gate's guards look at; an `auto` batch size would be searched for anew for these few requests."""
-    lm.batch_size_per_gpu = SMOKE_PROMPTS
-    mixed = [pair for each in zip_longest(*_by_task(rows, tasks)) for pair in each if pair is not None]
-    prompts = dict.fromkeys(row["arguments"][0][0] for _, row in mixed if len(row["arguments"][0]) > 1)
-    ended = _smoke(lm, list(islice((prompt for prompt in prompts if prompt), SMOKE_PROMPTS)))
-    return {
-        "empty": {
-            name: sum(not any(text.strip() for text in _texts(row["resps"])) for _, row in pairs) / len(pairs)
-            for name, pairs in ((n, p) for n, p in zip(rows, _by_task(rows, tasks), strict=True))
-            if pairs and tasks[name].OUTPUT_TYPE == "generate_until"
-        },
-        "tried": len(ended),
-        "ended": sum(ended),
-        "perplexity": _perplexity(lm, list(islice(_answers(mixed), ANSWERS))),
-    }
-
-
-def _by_task(rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any]) -> list[list[tuple[Any, Any]]]:
-    """(task, row of a document) of each task; the first filter's rows stand for the documents."""
-    return [[(tasks[n], row) for row in each if row["filter"] == each[0]["filter"]] for n, each in rows.items()]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _texts(each)
-
-
-def _smoke(lm: Any, prompts: list[str]) -> list[bool]:
-    """Whether a greedy generation from each prompt comes to its end token; a chat model is asked as in a chat."""
-    import torch
-
-    if not prompts:
-        return []
-    if getattr(lm.tokenizer, "chat_template", None):
-        prompts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
-    wanted = min(SMOKE_TOKENS, lm.max_length // 2)
-    ids, mask = lm.tok_batch_encode(prompts, left_truncate_len=lm.max_length - wanted)
-    settings = lm.model.generation_config
-    listed = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    stops = sorted({stop for stop in (*listed, lm.tokenizer.eos_token_id) if stop is not None})
-    with torch.no_grad():
-        made = lm.model.generate(
-            input_ids=ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            max_new_tokens=wanted,
-            do_sample=False,
-            pad_token_id=lm.tokenizer.pad_token_id,
-            eos_token_id=stops or None,
-        )
-    return [bool(set(stops) & set(row.tolist())) for row in made[:, ids.shape[1] :]]
-
-
-def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
-    """Prompt and reference answer of documents."""
-    for task, row in rows:
-        arguments, target = row["arguments"], row["target"]
-        if task.OUTPUT_TYPE == "loglikelihood":
-            yield arguments[0][0], arguments[0][1]
-        elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(arguments):
-            yield arguments[target][0], arguments[target][1]
-        elif task.OUTPUT_TYPE == "generate_until":
-            answer = next(_texts(target), "")
-            if answer.strip():
-                yield arguments[0][0], f"{task.config.target_delimiter}{answer}"
-
-
-def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
-    """Perplexity per token over reference answers; None if there are none."""
-    from lm_eval.api.instance import Instance
-
-    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(answers)]
-    tokens = sum(len(lm.tok_encode(answer, add_special_tokens=False)) for _, answer in answers)
-    if not tokens:
-        return None
-    mean = sum(found[0] for found in lm.loglikelihood(requests, disable_tqdm=True)) / tokens
-    return math.exp(-mean) if -mean < 700 else math.inf  # NaN stays NaN
-
-
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as Python's; anything else, which is no score, as text."""
+    """A NumPy scalar as a Python number; anything else, which is no score, as text."""
     return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
 
 

@@ -1,72 +1,24 @@
-"""Scores: lm-eval on the base, the experts, the baselines and the merged model."""
+"""Ask lm-eval for the scores of a model: which tasks, with which options, in a child process."""
 
 import logging
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import harness
-from lewis.evaluation.samples import Ends, Samples, read
+from lewis.evaluation.scores import Evaluated, Score
 from lewis.evaluation.task_files import check_builtin, check_unsafe, data_files, find_tasks
 from lewis.models.tokenizer import read_vocabulary
 from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)
 
-SEMANTICS = 2  # raise it when the same model and tasks would get other scores than before
-BOOTSTRAPS = 100  # for the metrics without a closed form of the standard error
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of lm-eval.
-
-    Attributes:
-        metric: lm-eval's key, metric and filter, as in `exact_match,flexible-extract`.
-        stderr: standard error, None where lm-eval has none.
-        samples: number of documents behind the value.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-    samples: int
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What lm-eval says of one model.
-
-    Attributes:
-        scores: every numeric metric of every task, and of every group that aggregates.
-        samples: the values of each document, of every metric that a function of two sums makes of them.
-        ends: what the gate's guards look at.
-        content: all of it as plain data, for the store.
-    """
-
-    scores: list[Score]
-    samples: list[Samples]
-    ends: Ends
-    content: Mapping[str, Any] = field(repr=False, compare=False)
-
-    @classmethod
-    def of(cls, model: str, content: Mapping[str, Any]) -> "Evaluated":
-        """Read what the harness returned, or the store kept.
-
-        Args:
-            model: for the error message.
-
-        Raises:
-            LewisError: if a number is not finite, or there is none.
-        """
-        return cls(_scores(model, content), read(content), Ends(**content["ends"]), content)
+SEMANTICS = 2  # raise it when the same model and tasks would get different scores
+BOOTSTRAPS = 100  # for the standard error of metrics that have no formula for it
 
 
 @dataclass(frozen=True)
@@ -76,11 +28,11 @@ class EvalSettings:
     Attributes:
         tasks: names of lm-eval's tasks or groups, or of YAML files beside the recipe.
         limit: documents per task; below 1 it is a fraction.
-        num_fewshot: examples in the prompt; None is the task's own number, and a task that says 0 keeps it.
+        num_fewshot: examples in the prompt; None takes each task's own number. A task that sets 0 keeps 0.
         batch_size: requests per forward pass, or "auto".
         timeout_s: seconds for all the tasks of one model.
-        documents: `all`, or one of two disjoint halves of every task's documents, which their hashes tell apart; the
-            limit counts within it.
+        documents: `all`, or one of two disjoint halves of every task's documents. A document's hash decides its half;
+            the limit applies within the half.
         allow_code_execution: whether task files may run programs that the model writes.
     """
 
@@ -95,7 +47,7 @@ class EvalSettings:
 
 
 def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool = False) -> None:
-    """Check that every task can be found and read, that its data are there and that it may run what it runs.
+    """Check that every task is found and readable, that its data exist, and that the recipe allows the code it runs.
 
     Args:
         tasks: as in `EvalSettings`.
@@ -113,9 +65,9 @@ def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool 
 
 
 def tasks_digest(settings: EvalSettings, root: Path) -> str:
-    """Digest of all that decides a model's scores except the model: task and data files, options, lm-eval's version.
+    """Digest of everything but the model that decides its scores: task and data files, options, lm-eval's version.
 
-    Of a built-in task only the name counts: its documents come from the Hub. The device is not covered.
+    A built-in task counts by its name alone, since its documents come from the Hub. The device does not count.
     """
     found = find_tasks(settings.tasks, root)
     files = {
@@ -152,7 +104,7 @@ def evaluate(
         model: folder of a Hugging Face checkpoint with its tokenizer.
         root: the recipe's folder; relative paths in task files start here.
         adapter: folder of a LoRA adapter to apply to `model`.
-        device: torch's name of it. The CPU computes in float32, another device in the checkpoint's dtype.
+        device: as torch names it. The CPU computes in float32, any other device in the checkpoint's dtype.
         progress: called with the fraction done of the running kind of requests, and that kind.
 
     Raises:
@@ -170,12 +122,13 @@ def evaluate(
     if adapter is not None:
         _check_folder(adapter, "adapter_model.safetensors")
         arguments["peft"] = str(adapter.resolve())
-        if read_vocabulary(adapter) not in (None, read_vocabulary(model)):  # tokens of its own: lm-eval makes room
+        if read_vocabulary(adapter) not in (None, read_vocabulary(model)):  # lm-eval makes room for added tokens
             arguments["tokenizer"] = arguments["peft"]
     found = find_tasks(settings.tasks, root)
     with tempfile.TemporaryDirectory(prefix="lewis-tasks-") as include:
         for number, task in enumerate(found.files.values()):
-            (Path(include) / f"{number}.yaml").symlink_to(task.path)  # lm-eval resolves it: functions are found beside
+            # A link, which lm-eval follows: so it finds the functions beside the file.
+            (Path(include) / f"{number}.yaml").symlink_to(task.path)
         request = {
             "model_args": arguments,
             "tasks": found.names,
@@ -198,59 +151,6 @@ def evaluate(
     _warn_of_fewshot(settings, result["n-shot"])
     _warn_of_direction(evaluated.scores, result["higher_is_better"])
     return evaluated
-
-
-def score_table(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
-    """One row per model, one column per task and metric, as `0.93 ± 0.02`; `*` marks the best of a column.
-
-    The arrow in a column's name says which way is better.
-    """
-    columns = {(s.task, s.metric): s.higher_is_better for found in scores.values() for s in found}
-    cells = {(model, s.task, s.metric): s for model, found in scores.items() for s in found}
-    rows = [{"model": model} for model in scores]
-    for (task, metric), higher in columns.items():
-        values = [cells[key].value for key in cells if key[1:] == (task, metric)]
-        best = max(values) if higher else min(values)
-        for row in rows:
-            score = cells.get((row["model"], task, metric))
-            row[f"{task}/{metric} {'↑' if higher else '↓'}"] = _cell(score, best, mark=len(values) > 1)
-    return rows
-
-
-def _cell(score: Score | None, best: float, mark: bool) -> str:
-    if score is None:
-        return "-"
-    spread = "" if score.stderr is None else f" ± {score.stderr:.2g}"
-    return f"{score.value:.4g}{spread}" + (" *" if mark and score.value == best else "")
-
-
-def _scores(model: str, result: Mapping[str, Any]) -> list[Score]:
-    scores = []
-    for task, found in result["results"].items():
-        for key, value in found.items():
-            metric, comma, filter_ = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            if not math.isfinite(value):
-                raise LewisError(
-                    f"{model}: {task}/{key} is {value}: look for NaN or Inf in the model's weights, "
-                    "or in what a function of the task gives"
-                )
-            higher = result["higher_is_better"].get(task, {}).get(metric)
-            stderr = found.get(f"{metric}_stderr,{filter_}")
-            scores.append(
-                Score(
-                    task=task,
-                    metric=key,
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
-                    higher_is_better=higher is not False,
-                    samples=int(found.get("sample_count", {}).get(key, found["sample_len"])),
-                )
-            )
-    if not scores:
-        raise LewisError(f"{model}: lm-eval gave no number for {', '.join(result['results'])}")
-    return scores
 
 
 def _warn_of_fewshot(settings: EvalSettings, shots: Mapping[str, int]) -> None:

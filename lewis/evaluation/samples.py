@@ -1,4 +1,4 @@
-"""What an evaluation says of each document: the material of every comparison of two models."""
+"""The value of each document in an evaluation, which every comparison of two models is computed from."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ class Part:
 
     Attributes:
         task: its name.
-        weight: what the part counts in the metric's value: 1, or less in a group or a weighted mean.
+        weight: of the part in the metric's value: 1, or less in a group or a weighted mean.
         aggregation: `mean`, `perplexity`, `weighted_perplexity` or `bits_per_byte`, as lm-eval names them.
-        documents: hashes.
-        values: one per document: a number, a pair (log-likelihood, weight), or None where the metric left it out.
+        documents: a hash of each.
+        values: one per document: a number, a pair (log-likelihood, weight), or None if the metric skips it.
     """
 
     task: str
@@ -30,9 +30,9 @@ class Part:
     values: tuple[Value, ...]
 
     def sums(self) -> NDArray[np.float64]:
-        """Per document a numerator and a denominator: fp64, shape (documents, 2).
+        """The numerator and the denominator of each document: fp64, shape (documents, 2).
 
-        Every aggregation is a function of the ratio of the two sums.
+        Summed over documents, every aggregation is a function of their ratio.
         """
         pairs = [(v, 1.0) if isinstance(v, float) else (0.0, 0.0) if v is None else v for v in self.values]
         return np.array(pairs, dtype=np.float64).reshape(-1, 2)
@@ -48,11 +48,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Samples:
-    """A metric's values of every document.
+    """The values of one metric, document by document.
 
     Attributes:
-        task: of a task, a group, or `weighted`.
-        metric: lm-eval's key, metric and filter.
+        task: the name of a task or a group, or `weighted`.
+        metric: lm-eval's key of metric and filter.
         parts: one for a task, one per member for a group or a weighted mean.
     """
 
@@ -62,7 +62,7 @@ class Samples:
 
     @property
     def key(self) -> str:
-        """`task/metric,filter`, as gates name it."""
+        """`task/metric,filter`, as a recipe names it."""
         return f"{self.task}/{self.metric}"
 
     @property
@@ -71,7 +71,7 @@ class Samples:
         return sum(len(part.documents) for part in self.parts)
 
     def value(self) -> float:
-        """The metric over all documents: lm-eval's number."""
+        """The metric over all documents, as lm-eval computes it."""
         return float(sum(part.weight * part.aggregate(part.sums().sum(axis=0)) for part in self.parts))
 
     def is_finite(self) -> bool:
@@ -79,19 +79,19 @@ class Samples:
         return all(bool(np.isfinite(part.sums()).all()) for part in self.parts)
 
     def weighted(self, factor: float) -> Iterator[Part]:
-        """The parts, each counting `factor` times as much."""
+        """The parts, with `factor` times their weight."""
         return (replace(part, weight=factor * part.weight) for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What the gate's guards look at, beside the scores.
+    """What the gate's guards check beside the scores.
 
     Attributes:
-        empty: task that generates -> share of its documents with an empty answer.
-        tried: number of smoke generations, greedy, from the tasks' first prompts.
-        ended: how many of them came to an end token.
-        perplexity: per token, over the first reference answers of the tasks; None where tasks have none.
+        empty: name of a task that generates -> share of its documents with an empty answer.
+        tried: how many greedy generations were made from the tasks' first prompts.
+        ended: how many of these reached an end token.
+        perplexity: per token, over the first reference answers of the tasks; None if there are no reference answers.
     """
 
     empty: Mapping[str, float]
@@ -101,7 +101,7 @@ class Ends:
 
 
 def read(content: Mapping[str, Any]) -> list[Samples]:
-    """The samples in what the harness returned, of tasks and of groups.
+    """The samples of tasks and of groups, from what the harness returned.
 
     Args:
         content: `documents`, task -> hashes; `samples`, a mapping per task and metric; `groups`, group -> metric ->
@@ -120,7 +120,7 @@ def read(content: Mapping[str, Any]) -> list[Samples]:
 
 
 def combined(task: str, metric: str, of: Sequence[tuple[Samples, float]]) -> Samples:
-    """The weighted sum of other metrics as one of its own."""
+    """The weighted sum of several metrics, as a metric."""
     return Samples(task, metric, tuple(part for each, weight in of for part in each.weighted(weight)))
 
 

@@ -1,8 +1,9 @@
-"""Generated programs, run where they can do no harm: without network, without the host's files, within limits.
+"""Run generated programs where they can do no harm: without network, without the host's files, within limits.
 
-The walls are Linux namespaces, put up by util-linux (`unshare`, `setpriv`), which every Debian and Ubuntu has. A
-program sees the Python that runs LEWIS without its packages, a working folder in memory and nothing else, as a user
-without rights, and whatever it started ends with it. This guards the host; a program may still praise itself.
+The sandbox is made of Linux namespaces by util-linux (`unshare`, `setpriv`), which every Debian and Ubuntu has. A
+program runs as a user without rights. It sees only the Python that runs LEWIS, without installed packages, and a
+working folder in memory. All processes that it started end with it. This protects the host, not the score: a program
+can still cheat in the tests that it contains.
 """
 
 import functools
@@ -22,10 +23,10 @@ from lewis.errors import InputError
 LIMITS = {"memory": 1 << 30, "file": 8 << 20, "processes": 32, "files": 64}  # bytes, bytes, and numbers
 _FOLDER = 16  # MiB: the size of the working folder
 _SHOWN = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
-_WORDS = 300  # of a failure's message, in characters
+_WORDS = 300  # longest message of a failure, in characters
 
-# $1: an empty folder; $2: setpriv's options for the user; $3: Python; $4: its program; then what is shown, read-only.
-# The shell stays: as the first process of its namespace it takes all others with it when it is killed.
+# $1: an empty folder; $2: setpriv's options for the user; $3: Python; $4: its program; then paths to show read-only.
+# The shell must not `exec` Python: it is the first process of its namespace, so all others die when it is killed.
 _SETUP = f"""
 set -eu
 root=$1 user=$2 python=$3 runner=$4; shift 4
@@ -42,7 +43,7 @@ chroot "$root" setpriv $user --no-new-privs --bounding-set=-all --inh-caps=-all 
 exit $?
 """
 
-# Runs inside. What the program prints is dropped, so the only way to pass is to come to the end.
+# Runs inside the sandbox. What the program prints is dropped, so it can pass only by running to its end.
 _RUNNER = """
 import json, os, resource, sys
 request = json.load(sys.stdin)
@@ -64,7 +65,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program came to its end without an exception, and if not, why."""
+    """Whether a program ran to its end without an exception, and if not, why."""
 
     passed: bool
     reason: str = ""
@@ -74,11 +75,11 @@ def run(program: str, *, timeout_s: float = 10) -> Outcome:
     """Run a Python program, its tests included, in the sandbox.
 
     Args:
-        program: source code; it passes if its last line has run and nothing was raised. An early `exit()` fails.
-        timeout_s: wall-clock and CPU seconds, after which it and all it started are killed.
+        program: source code. It passes if its last line ran and nothing was raised; an early `exit()` fails.
+        timeout_s: wall-clock and CPU seconds, after which it and all processes that it started are killed.
 
     Raises:
-        InputError: if this machine cannot make the sandbox, with the reason.
+        InputError: if this machine cannot create the sandbox, with the reason.
     """
     passed = secrets.token_hex(16)
     limits = [
@@ -124,7 +125,7 @@ def run(program: str, *, timeout_s: float = 10) -> Outcome:
 
 @functools.cache
 def check() -> None:
-    """Raise InputError, with the reason, if this machine cannot make the sandbox."""
+    """Raise InputError, with the reason, if this machine cannot create the sandbox."""
     run("pass", timeout_s=60)
 
 
@@ -135,7 +136,7 @@ def _command(root: str) -> list[str]:
         shown.append(prefix)
     walls = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child=SIGKILL"]
     if os.geteuid() == 0:
-        number = 2_000_000_000 + os.getpid()  # nobody's: the limit of processes is counted by user
+        number = 2_000_000_000 + os.getpid()  # a user of its own, since the limit of processes counts per user
         user = f"--reuid={number} --regid={number} --clear-groups"
     else:
         walls += ["--user", "--map-root-user"]

@@ -1,4 +1,4 @@
-"""The models of one evaluation side by side, and the table that tells how far the merged one is from each."""
+"""The models of one evaluation side by side, and the table of how much the merged model gains on each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.comparison import Comparison, compare, interval
-from lewis.evaluation.lm_eval import Evaluated, Score
 from lewis.evaluation.samples import Ends, Samples, by_key, combined
+from lewis.evaluation.scores import Evaluated, Score
 
-WEIGHTED = ("weighted", "mean,none")  # task and metric of the score that `evaluate.weights` makes
+WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Scored:
     """One model of an evaluation.
 
     Attributes:
-        label: what tables call it: `base`, an expert's name, `uniform`, `champion`, `lewis`.
-        key: identity of its content.
+        label: its name in tables: `base`, an expert's name, `uniform`, `champion`, `lewis`.
+        key: identity of its content, as in `ModelFiles`.
         scores: one per task and metric.
-        samples: the values of each document, of the metrics that can be compared.
+        samples: the value of each document, for the metrics that can be compared.
         ends: what the gate's guards look at.
     """
 
@@ -32,13 +32,13 @@ class Scored:
 
     @classmethod
     def of(cls, label: str, key: str, found: Evaluated, weights: Mapping[str, float] | None = None) -> "Scored":
-        """With the weighted mean beside lm-eval's own metrics, if there are weights.
+        """One model of an evaluation; weights add the weighted mean to lm-eval's metrics.
 
         Args:
-            weights: as `evaluate.weights` of the recipe.
+            weights: `evaluate.weights` of the recipe.
 
         Raises:
-            InputError: if a weight is for a score that there is not.
+            InputError: if a weight names a score that does not exist.
         """
         scores, samples = list(found.scores), list(found.samples)
         if weights:
@@ -59,7 +59,7 @@ def scores_of(models: Sequence[Scored]) -> dict[str, Sequence[Score]]:
 
 
 def gain(candidate: Scored, reference: Scored, key: str) -> Comparison | None:
-    """The candidate against a reference on one metric; None where a model lacks its samples.
+    """Compare the candidate with a reference on one metric; None if a model has no samples of it.
 
     Raises:
         PairingError: if the two were not scored on the same documents.
@@ -73,12 +73,12 @@ def gain(candidate: Scored, reference: Scored, key: str) -> Comparison | None:
 def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
     """The table of a run: one row per metric and model, the last model against each of the others.
 
-    A gain is positive where the last model is better, whichever way is better. Its interval is the paired
-    bootstrap's of 95 %; wins and losses count documents; p is McNemar's exact one, or that of sign flips where values
-    are not 0 or 1.
+    A gain is positive if the last model is better, also where lower values are better. Its 95 % interval is from a
+    paired bootstrap. Wins and losses count documents. p is from McNemar's exact test where all values are 0 or 1, else
+    from random sign flips.
 
     Args:
-        models: the merged model is the last.
+        models: the merged model last.
 
     Raises:
         PairingError: if they were not scored on the same documents.
@@ -107,7 +107,7 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
 
 
 def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """(label, task, metric) -> the 95 % interval of the score, of the metrics that have samples."""
+    """(label, task, metric) -> the 95 % interval of the score, for the metrics that have samples."""
     found = {(m.label, s.task, s.metric): interval(s) for m in models for s in m.samples if s.count > 1}
     return {key: ends for key, ends in found.items() if all(map(math.isfinite, ends))}
 

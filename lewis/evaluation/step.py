@@ -9,8 +9,9 @@ from typing import ClassVar
 from lewis import store
 from lewis.devices import precision
 from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score
+from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import Scored
+from lewis.evaluation.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
@@ -25,13 +26,13 @@ class ScoresEntry(JsonReference):
 
     @property
     def evaluated(self) -> Evaluated:
-        """Scores and samples; read from the disk at each call."""
+        """Scores and samples; read from the disk at each access."""
         self.content(self.holds)
         return Evaluated.of(self.ref, store.read_json(self.path) or {})
 
     @property
     def scores(self) -> list[Score]:
-        """One per task and metric; read from the disk at each call."""
+        """One per task and metric; read from the disk at each access."""
         return self.evaluated.scores
 
 
@@ -43,7 +44,7 @@ def score(
     device: str = "cpu",
     progress: Callable[[float, str], None] | None = None,
 ) -> ScoresEntry:
-    """Scores of one model; computed once for the model's content, the tasks and lm-eval's version, then found."""
+    """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval."""
     digest, path = _scores_place(files.key, settings, root, device)
     with kinds.SCORES.lock(digest):
         if store.entry(path, "results") is None:
@@ -69,7 +70,7 @@ def scored(recipe: Recipe, entries: Mapping[str, ScoresEntry]) -> list[Scored]:
     """The models of an evaluation side by side, with the recipe's weighted mean, in the order of the tables.
 
     Raises:
-        InputError: if a weight is for a score that there is not.
+        InputError: if `evaluate.weights` names a score that does not exist.
     """
     weights = recipe.evaluate.weights if recipe.evaluate else {}
     return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]

@@ -1,7 +1,7 @@
-"""The lm-eval tasks a recipe names: found, read and checked before a model is loaded.
+"""Find, read and check the lm-eval tasks that a recipe names, before a model is loaded.
 
-A name is looked up in the recipe's folder first. lm-eval's own index of 14 000 tasks takes 7 seconds to read, so it is
-read only for a name that is not found there.
+A name is looked up in the recipe's folder first. lm-eval's index of 14 000 tasks takes 7 seconds to read, so it is read
+only for a name that is not found there.
 """
 
 import difflib
@@ -26,8 +26,8 @@ class TaskFile:
 
     Attributes:
         name: the value of its key `group` or `task`.
-        config: its content with what it includes merged in; a `!function` tag is its text.
-        sources: the YAML file, the files it includes and the Python files it takes functions from.
+        config: its content, merged with the files that it includes; a `!function` tag is kept as text.
+        sources: the YAML file, the files that it includes and the Python files that its functions are in.
     """
 
     name: str
@@ -38,13 +38,13 @@ class TaskFile:
 
 @dataclass(frozen=True)
 class FoundTasks:
-    """What a list of tasks stands for.
+    """Where the tasks of a list are defined.
 
     Attributes:
-        names: what to ask lm-eval for.
-        files: the files that define some of them, or members of these, by name.
-        builtin: the names and members that are left for lm-eval to know.
-        beside: all names that files in the recipe's folder define, asked for or not.
+        names: of the tasks and groups to ask lm-eval for.
+        files: name -> the file that defines it, for these names and the members of groups.
+        builtin: names and members that no file defines, so lm-eval must know them.
+        beside: all names that files in the recipe's folder define, whether asked for or not.
     """
 
     names: tuple[str, ...]
@@ -54,14 +54,14 @@ class FoundTasks:
 
 
 def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
-    """Tell the tasks that YAML files beside the recipe define from those that lm-eval should know.
+    """Sort tasks into those that YAML files beside the recipe define and those that lm-eval has to know.
 
     Args:
         tasks: paths of YAML files relative to `root`, and names of tasks or groups.
         root: the recipe's folder; a name is looked up beside the named files, in `root/tasks` and in `root`.
 
     Raises:
-        InputError: if a file that is named cannot be read, or two of them define the same task.
+        InputError: if a named file cannot be read, or two named files define the same task.
     """
     named = {item: read_task(root / item) for item in tasks if item.endswith((".yaml", ".yml"))}
     folders = dict.fromkeys(
@@ -89,10 +89,10 @@ def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
 
 
 def read_task(path: Path) -> TaskFile:
-    """Read an lm-eval YAML file without running anything.
+    """Read an lm-eval YAML file without running any code.
 
     Raises:
-        InputError: if the file, one that it includes, or a Python file it takes functions from is missing or broken.
+        InputError: if the file, a file that it includes or a Python file of its functions is missing or broken.
     """
     sources: list[Path] = []
     try:
@@ -106,7 +106,7 @@ def read_task(path: Path) -> TaskFile:
 
 
 def data_files(task: TaskFile, root: Path) -> list[Path]:
-    """The local files a task reads its documents from, sorted; relative paths start at `root`, as lm-eval runs there.
+    """The local files that a task reads its documents from, sorted. Relative paths start at `root`, where lm-eval runs.
 
     Raises:
         InputError: if one is missing or empty.
@@ -116,7 +116,7 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
         source, options = str(block.get("dataset_path", "")), block.get("dataset_kwargs") or {}
         base = root / source if source and (root / source).is_dir() else root
         if base == root and "/" in source:
-            continue  # a dataset of the Hub: its data_files are there
+            continue  # a dataset on the Hub: its data_files are there
         base = base / options.get("data_dir", "")
         for pattern in _texts(options.get("data_files")) or (["**"] if base != root else []):
             if "://" in pattern:
@@ -132,10 +132,10 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
 
 
 def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
-    """Check that lm-eval has these tasks and that none of them runs generated code.
+    """Check that lm-eval has these tasks, and that none of them runs generated code.
 
     Raises:
-        InputError: naming the nearest of lm-eval's names and of the `local` ones.
+        InputError: with the nearest names, of lm-eval's and the `local` ones.
     """
     for name in names:
         index = _builtin_index()
@@ -154,10 +154,10 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
 
 
 def check_unsafe(name: str, task: TaskFile, allowed: bool) -> None:
-    """Check that a task file which runs what the model writes (`unsafe_code: true`) may do so, and can.
+    """Check a task file that runs code the model writes (`unsafe_code: true`): is it allowed, and is there a sandbox?
 
     Raises:
-        InputError: if the recipe does not allow it, or this machine cannot make the sandbox.
+        InputError: if the recipe does not allow it, or this machine cannot create the sandbox.
     """
     if not _is_unsafe(task.config):
         return
@@ -193,10 +193,10 @@ def _builtin_configs(name: str) -> list[Any]:
 
 
 def _read_folders(folders: Iterable[Path]) -> dict[str, TaskFile]:
-    """Every task that a file directly in one of the folders defines; the first folder wins."""
+    """The tasks that files directly in these folders define; if several define one, the first folder wins."""
     tasks: dict[str, TaskFile] = {}
     for path in (path for folder in folders for path in sorted(folder.glob("*.y*ml"))):
-        with suppress(InputError):  # recipes lie there too, and files that nobody asked for
+        with suppress(InputError):  # recipes are there too, and files that no recipe uses
             task = read_task(path)
             tasks.setdefault(task.name, task)
     return tasks
@@ -231,7 +231,7 @@ def _read_yaml(path: Path, sources: list[Path]) -> dict[str, Any]:
 
 
 def _members(tasks: Any) -> Iterator[str]:
-    """The names in a group's `task` list; a task or a group that is written out inside it has none."""
+    """The names in a group's `task` list; an unnamed task or group that is defined inside the list is skipped."""
     for item in [tasks] if isinstance(tasks, str) else tasks or ():
         if isinstance(item, str):
             yield item

@@ -7,8 +7,8 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.lm_eval import score_table
 from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
+from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.step import MergedModel

@@ -38,7 +38,7 @@ def model_card(
         lineage: reference -> commit or content digest.
         mean_density: expert -> mean density; empty for a plain merge.
         strategy: how the densities were allocated; empty for a plain merge.
-        scores: rows of `lewis.evaluation.lm_eval.score_table`; empty if nothing was scored.
+        scores: rows of `lewis.evaluation.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> licence as `licence_of` reads it, None for a parent that states none.

@@ -28,7 +28,7 @@ LAYER = re.compile(r"^(.*?)(?:^|\.)(\d+)\.(.+)$")
 
 
 class Scored(Protocol):
-    """One number of an evaluation, as `lewis.evaluation.lm_eval.Score`."""
+    """One number of an evaluation, as `lewis.evaluation.scores.Score`."""
 
     @property
     def task(self) -> str: ...

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.lm_eval import Score
+from lewis.evaluation.scores import Score
 from lewis.registry.versions import SOURCE, source_tag
 from lewis.reports.charts import markdown_table
 

@@ -10,9 +10,9 @@ import pytest
 from lewis.errors import InputError
 from lewis.evaluation.comparison import PairingError
 from lewis.evaluation.gate import decide
-from lewis.evaluation.lm_eval import Evaluated, Score
 from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.scored import Scored
+from lewis.evaluation.scores import Evaluated, Score
 
 KEY = "maths/exact_match,none"
 GOOD = Ends({"maths": 0.0}, 4, 2, 5.0)

@@ -20,7 +20,8 @@ import yaml
 
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import fork_server, harness
-from lewis.evaluation.lm_eval import EvalSettings, Evaluated, Score, check_tasks, evaluate, score_table, tasks_digest
+from lewis.evaluation.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
+from lewis.evaluation.scores import Evaluated, Score, score_table
 
 RECIPES = Path(__file__).parents[3] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
@@ -394,7 +395,7 @@ class TestBadEnds:
             evaluate(model, EvalSettings((task,)), root=root, progress=interrupt)
         assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
-    def test_child_and_nursery_die_with_a_killed_parent(self, model, root, tmp_path):
+    def test_child_and_current_die_with_a_killed_parent(self, model, root, tmp_path):
         pids = tmp_path / "pids"
         told = f"pathlib.Path('{pids}').write_text(f'{{os.getpid()}} {{os.getppid()}} '); time.sleep(600)"
         task = faulty(root, told)
@@ -412,17 +413,17 @@ class TestBadEnds:
         family = [fork_server, *map(int, pids.read_text().split())]
         assert wait_until(lambda: not any(map(alive, family)), 10)
 
-    def test_a_killed_nursery_is_replaced(self, model, root):
+    def test_a_killed_current_is_replaced(self, model, root):
         evaluate(model, EvalSettings(("pets",)), root=root)
-        dead = fork_server._nursery
+        dead = fork_server._current
         assert dead is not None
         dead._process.kill()
         dead._process.wait()
         assert evaluate(model, EvalSettings(("pets",)), root=root).scores
-        assert fork_server._nursery is not dead
+        assert fork_server._current is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
-        before = fork_server._nursery
+        before = fork_server._current
         child = fork_server.new_child(dict(os.environ), loaded=False)
         assert wait_until(lambda: child.poll() is None and child._told)
         maps = Path(f"/proc/{child._told.decode().strip()}/maps").read_text()
@@ -430,7 +431,7 @@ class TestBadEnds:
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
         child.end()
-        assert "python" in maps and "torch" not in maps and fork_server._nursery is before
+        assert "python" in maps and "torch" not in maps and fork_server._current is before
 
 
 class TestCheckTasks:

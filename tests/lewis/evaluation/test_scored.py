@@ -4,9 +4,9 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.evaluation.comparison import PairingError
-from lewis.evaluation.lm_eval import Evaluated, Score
 from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.scored import Scored, comparison_rows, intervals
+from lewis.evaluation.scores import Evaluated, Score
 
 DOCUMENTS = tuple("abcdefgh")
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.lm_eval import Score
+from lewis.evaluation.scores import Score
 from lewis.reports.run_report import Change, RunFacts, changes, code, duration, plain, score_rows, short, to_markdown
 
 OLD, NEW = "1" * 40, "2" * 40
