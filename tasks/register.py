@@ -14,9 +14,9 @@ from lewis.importance.step import CalibrationEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.registry import promotion, versions
+from lewis.registry import creation, promotion, versions
 from lewis.registry.promotion import Promotion
-from lewis.registry.registration import registry_entry
+from lewis.registry.registration import registration_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
 from lewis_tasks.support import flow_run
@@ -61,9 +61,9 @@ def register(
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
     tags = flow_run.tags()
-    entry = registry_entry(recipe, base, experts, calibrations, allocated, merged, scores, tags)
+    entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags)
     card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
-    version = versions.register(entry)
+    version = creation.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version
 

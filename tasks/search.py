@@ -12,7 +12,7 @@ from lewis.evaluation.scored import comparison_rows
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.reports.run_report import picture
+from lewis.reports.markdown import picture
 from lewis.search import report as search_report
 from lewis.search import runs, trial
 from lewis.search.study import Objective, Trial

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from lewis.errors import InputError
-from lewis.registry import tracking, versions
+from lewis.registry import tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,7 +49,7 @@ def history(name: str) -> list[Record]:
     Raises:
         InputError: if there is no such model.
     """
-    name = versions.model_name(name)
+    name = tracking.model_name(name)
     with tracking.client(f"reading the history of {name}") as client:
         return read(client, name)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.registry import tracking, versions
+from lewis.registry import lineage, tracking
 from lewis.store import kinds
 from lewis.store.housekeeping import Needed
 
@@ -76,7 +76,7 @@ def _read() -> _Versions:
                 tags += [version.tags for version in page]
                 token = page.token or ""
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
-    inputs = {value for each in tags for key, value in each.items() if key.startswith(versions.SOURCE)}
+    inputs = {key for each in tags for key in lineage.sources(each).values()}
     manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]
     return _Versions(merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")])
 

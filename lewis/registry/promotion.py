@@ -75,7 +75,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
     Raises:
         InputError: if there is no such version, its files are gone, or it is the champion already.
     """
-    name = versions.model_name(name)
+    name = tracking.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         return _move(client, name, version, "promoted by hand", why)
 
@@ -86,7 +86,7 @@ def rollback(name: str, why: str) -> str:
     Raises:
         InputError: if there is no previous champion, it was withdrawn itself, or its files are gone.
     """
-    name = versions.model_name(name)
+    name = tracking.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")

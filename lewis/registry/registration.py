@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,46 @@ from lewis.importance.step import CalibrationEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.registry.versions import Entry
+from lewis.registry.lineage import lineage_of
 from lewis.reports import card, pictures
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 
 
-def registry_entry(
+@dataclass(frozen=True)
+class Registration:
+    """What MLflow is told about a merged model.
+
+    Attributes:
+        name: of the registered model.
+        folder: the merged checkpoint as `store.publish` left it; never rewritten afterwards.
+        digest: of the merge, 64 hex digits: the identity of the version.
+        params: of the recipe, flat.
+        metrics: as in `{"merged/gsm8k/exact_match,none": 0.5, "base/...": ...}`. Those of `merged` go on the version.
+        lineage: commit or content digest of every input, by its reference in the recipe.
+        recipe: YAML.
+        pictures: PNG files by name.
+        tables: rows by name.
+        card: Markdown, the version's description.
+        tags: further tags of a new version, such as where it was made.
+        documents: name of a metric -> task and digest of the documents that it was measured on.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    lineage: Mapping[str, str]
+    recipe: str
+    pictures: Mapping[str, bytes]
+    tables: Mapping[str, list[dict[str, Any]]]
+    card: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def registration_of(
     recipe: Recipe,
     base: ModelFiles | None,
     experts: Sequence[ModelFiles],
@@ -29,7 +63,7 @@ def registry_entry(
     merged: MergedModel,
     scores: Mapping[str, ScoresEntry],
     tags: Mapping[str, str] | None = None,
-) -> Entry:
+) -> Registration:
     """Gather parameters, scores, lineage and pictures of one merge.
 
     Args:
@@ -63,7 +97,7 @@ def registry_entry(
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
     metrics |= _gains(models)
-    return Entry(
+    return Registration(
         name=recipe.register_as.name,
         folder=merged.folder,
         digest=merged.digest,
@@ -143,14 +177,6 @@ def _gains(models: Sequence[Scored]) -> dict[str, float]:
                 named = {"": each.delta, " low": each.low, " high": each.high}
                 found |= {f"gain on {model.label}{end}/{key}": v for end, v in named.items() if math.isfinite(v)}
     return found
-
-
-def lineage_of(
-    base: ModelFiles | None, experts: Sequence[ModelFiles], calibrations: Sequence[CalibrationEntry]
-) -> dict[str, str]:
-    """Commit or content digest of every input, by its reference in the recipe."""
-    models = {files.ref: files.key for files in [*([base] if base else []), *experts]}
-    return models | {f"calibration:{each.name}": each.digest for each in calibrations}
 
 
 def flat_parameters(recipe: Recipe) -> dict[str, str]:

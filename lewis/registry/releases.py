@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from lewis.models.pin import find_folder
 from lewis.models.source import pin_all, split_adapter
 from lewis.recipe.recipe import Recipe
-from lewis.registry import tracking
-from lewis.registry import versions as registry
+from lewis.registry import lineage, tracking
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Held:
 
     def commit_of(self, ref: str) -> str | None:
         """The commit key of an input, by its reference in the recipe; None if it was no input."""
-        return self.sources.get(registry.source_tag(ref))
+        return self.sources.get(lineage.source_tag(ref))
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def merged(name: str) -> list[Held]:
     """
     from mlflow.exceptions import MlflowException
 
-    name = registry.model_name(name)
+    name = tracking.model_name(name)
     with tracking.client(f"reading the versions of {name}") as client:
         try:
             aliases = client.get_registered_model(name).aliases
@@ -89,7 +88,7 @@ def merged(name: str) -> list[Held]:
             digest=version.tags["lewis.digest"],
             verdict=version.tags.get("lewis.verdict", ""),
             aliases=tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))),
-            sources={key: commit for key, commit in version.tags.items() if key.startswith(registry.SOURCE)},
+            sources=lineage.sources(version.tags),
         )
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
     ]

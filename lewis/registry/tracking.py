@@ -132,6 +132,18 @@ def key(name: str) -> str:
     return posixpath.normpath(allowed).lstrip("/")[:MAX_KEY]
 
 
+def model_name(name: str) -> str:
+    """`name` without the characters that MLflow or its filters refuse.
+
+    Raises:
+        InputError: if nothing is left of it.
+    """
+    cleaned = re.sub(r"[/:\"'`]", "_", name).strip()
+    if not cleaned.strip("."):
+        raise InputError(f"register.name: expected the name of a registered model, got {name!r}")
+    return cleaned
+
+
 def cut(text: str, limit: int, whole: str) -> str:
     """At most `limit` characters of `text`; a cut one ends with the name of the file that has it `whole`."""
     note = f"... (cut, all of it is in {whole})"

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from lewis import store
-from lewis.reports.charts import Scored, markdown_table
+from lewis.evaluation.scores import Score
+from lewis.reports.markdown import markdown_table
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -28,7 +29,7 @@ def model_card(
     strategy: str = "",
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
-    results: Sequence[Scored] = (),
+    results: Sequence[Score] = (),
     licences: Mapping[str, str | None] | None = None,
 ) -> str:
     """The README of a merged model, with the front matter of the Hub.
@@ -67,7 +68,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _model_index(name: str, results: Sequence[Scored]) -> list[dict[str, Any]]:
+def _model_index(name: str, results: Sequence[Score]) -> list[dict[str, Any]]:
     """Scores as the Hub reads them."""
     entries = [
         {

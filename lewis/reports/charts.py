@@ -1,4 +1,4 @@
-"""Pictures and tables for people: density heat map, score bars, Markdown.
+"""Pictures for people: density heat map and score bars.
 
 Figures are made without pyplot: its state is global, and tasks run in threads.
 """
@@ -7,8 +7,9 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from lewis.evaluation.scores import Score
 from lewis.importance.architecture import projection_names
 
 if TYPE_CHECKING:
@@ -25,21 +26,6 @@ VECTORS = re.compile(
     r"norm|\bln_|\.bias$"
 )  # norms and biases are no projections: LEWIS gives them one policy, no density
 LAYER = re.compile(r"^(.*?)(?:^|\.)(\d+)\.(.+)$")
-
-
-class Scored(Protocol):
-    """One number of an evaluation, as `lewis.evaluation.scores.Score`."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def stderr(self) -> float | None: ...
-    @property
-    def higher_is_better(self) -> bool: ...
 
 
 Intervals = Mapping[tuple[str, str, str], tuple[float, float]]
@@ -68,14 +54,14 @@ def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping
     panels = figure.subplots(1, max(len(grids), 1), squeeze=False)[0]
     for panel, (expert, (names, grid)) in zip(panels, grids.items(), strict=False):
         image = _draw_grid(panel, names, grid)
-        title = _short(expert, 40) + (f"\nmean density {mean[expert]:.3f}" if expert in mean else "")
+        title = _clipped(expert, 40) + (f"\nmean density {mean[expert]:.3f}" if expert in mean else "")
         panel.set_title(title, fontsize=9, loc="left", parse_math=False)
         if panel is panels[-1]:  # one scale for all
             figure.colorbar(image, ax=panels.tolist(), label="density", ticks=[0, 0.25, 0.5, 0.75, 1], aspect=40)
     return png(figure)
 
 
-def score_bars(scores: Mapping[str, Sequence[Scored]], intervals: Intervals | None = None) -> bytes:
+def score_bars(scores: Mapping[str, Sequence[Score]], intervals: Intervals | None = None) -> bytes:
     """Draw the scores, one group of bars per task and metric, one bar per model with its 95 % interval.
 
     Args:
@@ -109,16 +95,6 @@ def score_bars(scores: Mapping[str, Sequence[Scored]], intervals: Intervals | No
     if hidden:
         figure.supxlabel(f"{hidden} more in the table", fontsize=9)
     return png(figure)
-
-
-def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table; the columns are those of the first row, a missing cell is empty."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    lines: list[list[object]] = [[*columns], ["---"] * len(columns)]
-    lines += [[row.get(column, "") for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
@@ -157,7 +133,7 @@ def _draw_bars(
     panel: "Axes",
     models: Sequence[str],
     groups: Sequence[tuple[str, str]],
-    found: Mapping[tuple[str, str, str], Scored],
+    found: Mapping[tuple[str, str, str], Score],
     intervals: Intervals,
 ) -> None:
     from matplotlib import colormaps
@@ -174,10 +150,10 @@ def _draw_bars(
             color=colormaps[COLOURS](0.1 + 0.85 * number / max(len(models) - 1, 1)),
             edgecolor="black" if number == len(models) - 1 else "none",
             linewidth=1.2,
-            label=_short(model),
+            label=_clipped(model),
         )
     arrows = ["↑" if next(s for key, s in found.items() if key[1:] == g).higher_is_better else "↓" for g in groups]
-    labels = [f"{_short(task)}\n{metric} {arrow}" for (task, metric), arrow in zip(groups, arrows, strict=True)]
+    labels = [f"{_clipped(task)}\n{metric} {arrow}" for (task, metric), arrow in zip(groups, arrows, strict=True)]
     slanted = len(groups) > SLANTED
     panel.set_xlim(-0.6, len(groups) - 0.4)
     panel.set_xticks(
@@ -187,7 +163,7 @@ def _draw_bars(
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _reach(model: str, score: Scored, intervals: Intervals) -> tuple[float, float]:
+def _reach(model: str, score: Score, intervals: Intervals) -> tuple[float, float]:
     """How far the interval reaches below and above the score."""
     if ends := intervals.get((model, score.task, score.metric)):
         return max(0.0, score.value - ends[0]), max(0.0, ends[1] - score.value)
@@ -202,9 +178,5 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _short(name: str, length: int = MAX_LABEL) -> str:
+def _clipped(name: str, length: int = MAX_LABEL) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,21 +1,16 @@
-"""The report of one run as Markdown: why it ran, what changed, what was computed, how good the result is.
+"""The report of one run as Markdown: why it ran, what changed, what was computed, how good the result is."""
 
-Names and references are the users': they go into code spans, where no Markdown and no HTML is read.
-"""
-
-import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lewis.evaluation.gate import Verdict
+from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Score
-from lewis.registry.versions import SOURCE, source_tag
-from lewis.reports.charts import markdown_table
+from lewis.reports.markdown import code, link, markdown_table, picture, plain
 
 SHORT = 8  # characters of a commit or digest
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~$])")
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class RunFacts:
 def to_markdown(facts: RunFacts) -> str:
     """The report. Parts that a run has nothing to say in are left out."""
     since = f"since the champion {code(facts.champion)}" if facts.champion else "(there was no champion before)"
-    links = " · ".join(f"[{plain(text)}]({_url(url)})" for text, url in facts.links.items())
+    links = " · ".join(link(text, url) for text, url in facts.links.items())
     parts = [
         f"# Run of {code(facts.recipe)}",
         f"**{plain(facts.outcome)}**",
@@ -121,17 +116,52 @@ def score_rows(scores: Mapping[str, Sequence[Score]], merged: str) -> list[dict[
     return rows
 
 
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """What became of every input since the champion.
+def score_columns(models: Sequence[Scored], champion: Mapping[str, float] | None = None) -> dict[str, Sequence[Score]]:
+    """Label -> scores, the merged model's last; models without scores are left out.
 
     Args:
-        before: commits and digests as the champion's version has them, by `registry.source_tag`.
-        now: those of this run, by reference in the recipe.
+        models: everything that was scored, the merged model last.
+        champion: `task/metric,filter` -> score of the champion, as the registry has it. It gets a column, without
+            standard errors, if it was not scored in this run.
     """
-    known = {source_tag(ref): ref for ref in now}
-    found = [Change(ref, before.get(tag), now[ref]) for tag, ref in known.items()]
-    gone = [(tag.removeprefix(SOURCE).replace("--", "/"), key) for tag, key in before.items() if tag not in known]
-    return found + [Change(ref, key, None) for ref, key in gone]
+    if not models:
+        return {}
+    *others, ours = models
+    found: dict[str, Sequence[Score]] = {model.label: model.scores for model in others}
+    if champion is not None and "champion" not in found:
+        known = {s: champion.get(f"{s.task}/{s.metric}") for s in ours.scores}
+        found["champion"] = [replace(s, value=v, stderr=None) for s, v in known.items() if v is not None]
+    return {label: each for label, each in {**found, ours.label: ours.scores}.items() if each}
+
+
+def outcome(version: str | None, verdict: Verdict | None, champion: str | None, *, created: bool = True) -> str:
+    """What came of a run, in a sentence.
+
+    Args:
+        version: `uri` of the version that the run registered or found registered; None if there is none.
+        verdict: the gate's; None if there is none.
+        champion: `uri` of the version that was in use before; None if there was none.
+        created: whether this run registered the version.
+    """
+    if version is None or verdict is None:
+        return "Merged; the recipe registers nothing."
+    new = "" if created else ", registered by an earlier run,"
+    if champion == version:
+        return f"{version} is the champion already; nothing to promote."
+    if verdict.passed:
+        return f"{version}{new} is the new champion."
+    return f"{version}{new} was not promoted; " + (f"{champion} stays." if champion else "none is yet.")
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
+    """What became of every input since the champion: first the inputs of this run, then those that it no longer has.
+
+    Args:
+        before: reference -> commit or content digest, of the champion's inputs.
+        now: the same, of this run's inputs.
+    """
+    gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now]
+    return [Change(ref, before.get(ref), key) for ref, key in now.items()] + gone
 
 
 def short(key: str) -> str:
@@ -145,27 +175,6 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def code(text: str) -> str:
-    """A code span of any text: its fence is longer than every row of backticks in it."""
-    line = " ".join(text.split()) or " "
-    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
-    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
-
-
-def plain(text: str) -> str:
-    """Any text on one line, without meaning in Markdown or HTML."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
-
-
-def _url(url: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._~:/?#@!$&+,;=%" else f"%{ord(c):02X}" for c in url if c.isascii())
-
-
-def picture(name: str, png: bytes) -> str:
-    """A picture inside Markdown, so that a viewer needs no file."""
-    return f"![{plain(name)}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 def _comparison(rows: Sequence[Mapping[str, str]]) -> str:

@@ -1,9 +1,12 @@
-"""What importance and allocation did, for a terminal: layers down, projections across, and a summary."""
+"""Tables of importance and densities: for a terminal, with layers down and projections across, and as rows."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lewis.allocation.densities import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
+from lewis.allocation.step import AllocationEntry
 from lewis.importance.architecture import Layer, projection_names
+from lewis.importance.step import ImportanceEntry
 
 WIDTH = 120  # of a table, in characters
 
@@ -58,3 +61,24 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
     if distance < NEAR_UNIFORM:
         lines.append(f"warning: within {100 * NEAR_UNIFORM:.0f} % of uniform: this allocation guides next to nothing")
     return "\n".join(lines)
+
+
+def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
+    """One row per covered layer: the norm in each model, then difference and density of each expert."""
+    norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
+    experts, rows = allocated.experts(), []
+    moved = {ref for ref, each in experts.items() if len(set(each.differences.values())) > 1}
+    for key in next(iter(norms.values())):
+        tensor = key.partition("[")[0]  # of a part of a fused projection
+        row: dict[str, Any] = {"layer": key.removesuffix(".weight")}
+        row |= {name: _rounded(values[key], 6) for name, values in norms.items()}
+        for ref, each in experts.items():
+            row |= {f"D {ref}": _rounded(each.differences.get(key), 4)} if ref in moved else {}
+            row |= {f"density {ref}": _rounded(each.densities.get(tensor), 4)}
+        rows.append(row)
+    return rows
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    """None where no token reached a layer, or the recipe excludes it."""
+    return None if value is None else float(f"{value:.{digits}g}")

@@ -154,8 +154,8 @@ def run_library(path: str) -> None:
     from lewis.evaluation import lm_eval
     from lewis.evaluation.gate import decide
     from lewis.recipe.recipe import Recipe
-    from lewis.registry import promotion, versions
-    from lewis.registry.registration import registry_entry
+    from lewis.registry import creation, promotion, versions
+    from lewis.registry.registration import registration_of
 
     recipe = Recipe.load(path)
     assert recipe.base_model and recipe.register_as and recipe.evaluate
@@ -176,7 +176,7 @@ def run_library(path: str) -> None:
     scored = {model.label: model for model in pipeline.scored(recipe, scores)}
     against = champion.version.uri if champion else "base"
     verdict = decide(recipe.register_as.gate, scored[recipe.label], scored["base"], against, base=scored["base"])
-    version = versions.register(registry_entry(recipe, base, experts, [], allocated, merged, scores))
+    version = creation.register(registration_of(recipe, base, experts, [], allocated, merged, scores))
     promotion.promote(version, verdict)
 
 

@@ -11,7 +11,7 @@ import sys
 from lewis import pipeline
 from lewis.evaluation.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
-from lewis.reports.charts import markdown_table
+from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lewis import store
-from lewis.registry import tracking, versions
-from lewis.registry.versions import Entry, Version
+from lewis.registry import creation, tracking
+from lewis.registry.registration import Registration
+from lewis.registry.versions import Version
 
 
 def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -27,7 +28,7 @@ def registered(
     checkpoint = store.home() / "merged" / digest
     with store.publish(checkpoint, {"digest": digest}) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
-    version = versions.register(Entry(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
+    version = creation.register(Registration(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
     if verdict:
         with tracking.client("setting a verdict") as client:
             client.set_model_version_tag(version.name, version.version, "lewis.verdict", verdict)

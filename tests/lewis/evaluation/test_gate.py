@@ -9,7 +9,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.evaluation.comparison import PairingError
-from lewis.evaluation.gate import decide
+from lewis.evaluation.gate import Incumbent, decide, judge
 from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Evaluated, Score
@@ -208,3 +208,27 @@ def test_a_true_gain_is_seen() -> None:
         ours = np.where(rng.random(300) < 0.2, True, theirs)  # a tenth more
         promoted += verdict(gate(), model("m", maths=ours), model("base", maths=theirs)).passed
     assert promoted >= 48
+
+
+CHAMPION = Incumbent("models:/m/1", "a" * 64)
+
+
+def test_a_merge_is_compared_with_the_champion_else_the_base_else_the_best_parent() -> None:
+    ours, base = model("lewis", maths=right(70)), model("base", maths=right(50))
+    weak, strong = model("weak", maths=right(20)), model("strong", maths=right(60))
+    again = model("champion", maths=right(55))
+    assert judge(gate(), [base, weak, strong, again, ours], "b" * 64, champion=CHAMPION).compared_with == "models:/m/1"
+    assert judge(gate(), [weak, base, strong, ours], "b" * 64).compared_with == "base"
+    assert judge(gate(), [weak, strong, ours], "b" * 64).compared_with == "strong"
+    low = [replace(each, scores=(replace(each.scores[0], higher_is_better=False),)) for each in (weak, strong, ours)]
+    assert judge(gate(), low, "b" * 64).compared_with == "weak"
+
+
+def test_no_rule_is_applied_where_there_is_nothing_to_decide() -> None:
+    same = judge(gate(), [], CHAMPION.digest, champion=CHAMPION)
+    assert same.passed and same.reasons == ("this very model is the champion already",)
+    gone = judge(gate(), [], "b" * 64, champion=CHAMPION, withdrawn="it swore")
+    assert not gone.passed and "rolled back by hand (it swore)" in gone.reasons[0]
+    assert judge(None, [], "b" * 64).reasons == ("no gate in the recipe",)
+    lost = judge(gate(), [model("lewis", maths=right(70))], "b" * 64, champion=CHAMPION)
+    assert not lost.passed and lost.reasons[0].startswith("models:/m/1 must be scored again")

@@ -22,9 +22,10 @@ import pytest
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, logged_model, promotion
+from lewis.registry import creation, history, logged_model, promotion
 from lewis.registry import versions as registry
-from lewis.registry.versions import Entry, Version
+from lewis.registry.registration import Registration
+from lewis.registry.versions import Version
 from tests.support.lineage import make_home
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -67,8 +68,8 @@ def merged(tiny_model: Path, digest: str = DIGEST) -> Path:
 
 
 @pytest.fixture
-def entry(home: Path, tiny_model: Path) -> Entry:
-    return Entry(
+def entry(home: Path, tiny_model: Path) -> Registration:
+    return Registration(
         name="tiny",
         folder=merged(tiny_model),
         digest=DIGEST,
@@ -106,8 +107,8 @@ def artifacts(home: Path) -> Path:
     return home / "mlflow" / "artifacts"
 
 
-def test_a_registered_model_says_what_it_was_made_of(entry: Entry, home: Path) -> None:
-    made = registry.register(entry)
+def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: Path) -> None:
+    made = creation.register(entry)
     assert made == Version("tiny", "1", made.run_id, "models:/tiny/1", created=True)
     (version,) = versions()
     assert version.tags["lewis.digest"] == DIGEST
@@ -140,13 +141,13 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Entry, home: Path) -
     assert "source_model_name: tiny\n" in description and "/lewis-" not in description  # no scratch folder
 
 
-def test_the_champion_loads_and_outlives_the_store_without_a_second_copy(entry: Entry, home: Path) -> None:
+def test_the_champion_loads_and_outlives_the_store_without_a_second_copy(entry: Registration, home: Path) -> None:
     import mlflow
     import torch
     from transformers import AutoModelForCausalLM
 
     expected = AutoModelForCausalLM.from_pretrained(entry.folder)
-    version = registry.register(entry)
+    version = creation.register(entry)
     for weights in entry.folder.glob("*.safetensors"):
         assert weights.stat().st_nlink == 2
     promotion.promote(version, PASSED)
@@ -162,32 +163,32 @@ def test_the_champion_loads_and_outlives_the_store_without_a_second_copy(entry: 
     assert current is not None and current.folder is not None and current.digest == DIGEST
     assert store.read_manifest(current.folder) is not None
     assert current.metrics["addition/acc,none"] == 0.9
-    assert registry.register(replace(entry, folder=current.folder)) == replace(version, created=False)
+    assert creation.register(replace(entry, folder=current.folder)) == replace(version, created=False)
 
 
-def test_where_files_cannot_be_linked_they_are_copied(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_files_cannot_be_linked_they_are_copied(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    version = registry.register(entry)
+    version = creation.register(entry)
     assert registry.find("tiny", DIGEST) == replace(version, created=False)
     assert all(weights.stat().st_nlink == 1 for weights in entry.folder.glob("*.safetensors"))
 
 
-def test_a_digest_is_registered_once_and_another_one_is_another_version(entry: Entry, tiny_model: Path) -> None:
+def test_a_digest_is_registered_once_and_another_one_is_another_version(entry: Registration, tiny_model: Path) -> None:
     assert registry.find("tiny", DIGEST) is None
-    first = registry.register(entry)
-    assert registry.register(entry) == replace(first, created=False) == registry.find("tiny", DIGEST)
-    second = registry.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    first = creation.register(entry)
+    assert creation.register(entry) == replace(first, created=False) == registry.find("tiny", DIGEST)
+    second = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
     assert (second.version, second.created) == ("2", True)
-    assert registry.register(entry).version == "1"
+    assert creation.register(entry).version == "1"
     assert len(versions()) == 2 and runs() == ["FINISHED", "FINISHED"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "all"])
-def test_a_version_that_lost_its_files_is_registered_anew(entry: Entry, home: Path, damage: str) -> None:
-    registry.register(entry)
+def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, home: Path, damage: str) -> None:
+    creation.register(entry)
     (model,) = artifacts(home).glob("models/*")
     weights = next((model / "artifacts" / "model").glob("*.safetensors"))
     if damage == "all":
@@ -198,24 +199,24 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Entry, home: Pa
         if damage == "cut":
             weights.write_bytes(content[:-1])
     assert registry.find("tiny", DIGEST) is None
-    again = registry.register(entry)
+    again = creation.register(entry)
     assert (again.version, again.created) == ("2", True)
     assert {str(v.version): v.tags.get("lewis.digest") for v in versions()} == {"1": None, "2": DIGEST}
-    assert registry.register(entry) == replace(again, created=False)
+    assert creation.register(entry) == replace(again, created=False)
 
 
-def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(entry: Entry) -> None:
-    promotion.promote(registry.register(entry), PASSED)
+def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(entry: Registration) -> None:
+    promotion.promote(creation.register(entry), PASSED)
     client().delete_logged_model(versions()[0].source.removeprefix("models:/"))
     assert registry.find("tiny", DIGEST) is None
     current = registry.champion("tiny")
     assert current is not None and current.folder is None
-    assert registry.register(entry).version == "2"
+    assert creation.register(entry).version == "2"
 
 
-def test_threads_get_one_version(entry: Entry) -> None:
+def test_threads_get_one_version(entry: Registration) -> None:
     with ThreadPoolExecutor(4) as threads:
-        made = list(threads.map(registry.register, [entry] * 4))
+        made = list(threads.map(creation.register, [entry] * 4))
     assert {v.version for v in made} == {"1"} and sum(v.created for v in made) == 1
 
 
@@ -228,7 +229,7 @@ def processes() -> BaseContext:
     return context
 
 
-def in_child(home: Path, entry: Entry, send: Connection, stop_at: str | None = None, server: str = "") -> None:
+def in_child(home: Path, entry: Registration, send: Connection, stop_at: str | None = None, server: str = "") -> None:
     """Register in a process of its own. At `stop_at` say so, and stay there until killed."""
     from mlflow import MlflowClient
 
@@ -241,12 +242,12 @@ def in_child(home: Path, entry: Entry, send: Connection, stop_at: str | None = N
     if stop_at is not None:
         owner: Any = logged_model if stop_at == "_link" else MlflowClient
         setattr(owner, stop_at, stop)
-    version = registry.register(entry)
+    version = creation.register(entry)
     promotion.promote(version, PASSED)
     send.send(version)
 
 
-def race(processes: Any, home: Path, entry: Entry, server: str = "") -> Version:
+def race(processes: Any, home: Path, entry: Registration, server: str = "") -> Version:
     """Let eight processes register and promote at once; there must be one version, which is the champion."""
     children = []
     for _ in range(8):
@@ -265,13 +266,13 @@ def race(processes: Any, home: Path, entry: Entry, server: str = "") -> Version:
     return next(version for version in answers if version.created)
 
 
-def test_eight_processes_on_a_fresh_database_get_one_version(entry: Entry, home: Path, processes: Any) -> None:
+def test_eight_processes_on_a_fresh_database_get_one_version(entry: Registration, home: Path, processes: Any) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
     race(processes, home, entry)
 
 
 @pytest.mark.parametrize("where", ["_link", "log_batch", "create_model_version", "set_terminated"])
-def test_kill_9_then_again_ends_with_one_version(entry: Entry, home: Path, processes: Any, where: str) -> None:
+def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path, processes: Any, where: str) -> None:
     receive, send = processes.Pipe(duplex=False)
     child = processes.Process(target=in_child, args=(home, entry, send, where))
     child.start()
@@ -283,7 +284,7 @@ def test_kill_9_then_again_ends_with_one_version(entry: Entry, home: Path, proce
     survived = where == "set_terminated"  # the only step after the version exists
     assert (registry.find("tiny", DIGEST) is not None) == survived == (len(versions()) == 1)
 
-    again = registry.register(entry)
+    again = creation.register(entry)
     assert (again.version, again.created) == ("1", not survived)
     assert len(versions()) == 1
     assert runs() == (["FINISHED"] if survived else ["FAILED", "FINISHED"])
@@ -303,39 +304,39 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path) ->
     assert [path.name for path in (home / "mlflow").iterdir() if path.is_file()] == ["mlflow.db"]
 
 
-def test_a_failure_half_way_leaves_a_failed_run_and_no_version(entry: Entry, home: Path) -> None:
+def test_a_failure_half_way_leaves_a_failed_run_and_no_version(entry: Registration, home: Path) -> None:
     broken = replace(entry, pictures={"no such folder/density.png": b""})
     with pytest.raises(LewisError, match=r"registering tiny: .*No such file"):
-        registry.register(broken)
+        creation.register(broken)
     assert runs() == ["FAILED"] and versions() == []
-    assert registry.register(entry).created
+    assert creation.register(entry).created
     assert runs() == ["FAILED", "FINISHED"] and len(list(artifacts(home).glob("models/*/artifacts"))) == 1
 
 
-def test_a_damaged_checkpoint_is_refused(entry: Entry) -> None:
+def test_a_damaged_checkpoint_is_refused(entry: Registration) -> None:
     next(entry.folder.glob("*.safetensors")).unlink()
     with pytest.raises(LewisError, match="expected a whole merged checkpoint"):
-        registry.register(entry)
+        creation.register(entry)
 
 
 @pytest.mark.parametrize(("name", "digest"), [("tiny", "abc"), ("tiny", "A" * 64), ("..", DIGEST), (" ", DIGEST)])
-def test_malformed_names_and_digests_are_refused(entry: Entry, name: str, digest: str) -> None:
+def test_malformed_names_and_digests_are_refused(entry: Registration, name: str, digest: str) -> None:
     with pytest.raises(InputError, match="expected"):
-        registry.register(replace(entry, name=name, digest=digest))
+        creation.register(replace(entry, name=name, digest=digest))
 
 
-def test_names_that_mlflow_refuses_are_cleaned(entry: Entry) -> None:
-    made = registry.register(replace(entry, name="org/smol-1.7b:it's"))
+def test_names_that_mlflow_refuses_are_cleaned(entry: Registration) -> None:
+    made = creation.register(replace(entry, name="org/smol-1.7b:it's"))
     assert made.uri == "models:/org_smol-1.7b_it_s/1"
     assert registry.find("org/smol-1.7b:it's", DIGEST) == replace(made, created=False)
 
 
-def test_the_gate_moves_the_aliases(entry: Entry, tiny_model: Path) -> None:
+def test_the_gate_moves_the_aliases(entry: Registration, tiny_model: Path) -> None:
     assert registry.champion("tiny") is None
-    first = registry.register(entry)
+    first = creation.register(entry)
     assert registry.champion("tiny") is None
     promotion.promote(first, PASSED)
-    second, third = (registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "bc")
+    second, third = (creation.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "bc")
     promotion.promote(second, FAILED)
     assert aliases() == {"champion": "1", "challenger": "2"}
     promotion.promote(third, replace(PASSED, compared_with=first.uri))
@@ -348,9 +349,9 @@ def test_the_gate_moves_the_aliases(entry: Entry, tiny_model: Path) -> None:
     assert tags["3"]["lewis.verdict.compared_with"] == "models:/tiny/1"
 
 
-def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Entry, tiny_model: Path) -> None:
+def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Registration, tiny_model: Path) -> None:
     first, second, third = (
-        registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
+        creation.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
     )
     promotion.promote(first, PASSED)
     promotion.promote(second, replace(PASSED, compared_with=first.uri))
@@ -361,9 +362,9 @@ def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Entry
     assert aliases() == {"champion": "2", "previous": "1"}
 
 
-def test_the_history_tells_who_replaced_whom_and_why(entry: Entry, tiny_model: Path) -> None:
+def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_model: Path) -> None:
     first, second, third = (
-        registry.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
+        creation.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
     )
     promotion.promote(first, PASSED, by="the run x")
     promotion.promote(second, FAILED)
@@ -391,10 +392,10 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Entry, tiny_model: P
     assert promotion.withdrawn("tiny", "b" * 64) is None
 
 
-def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Entry) -> None:
+def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Registration) -> None:
     with pytest.raises(InputError, match="no registered model of this name"):
         history.history("tiny")
-    promotion.promote(registry.register(entry), PASSED)
+    promotion.promote(creation.register(entry), PASSED)
     for version, why, message in (
         ("1", "x", "is the champion already"),
         ("7", "x", "no such version"),
@@ -411,11 +412,11 @@ def aliases() -> dict[str, str]:
     return {alias: str(version) for alias, version in client().get_registered_model("tiny").aliases.items()}
 
 
-def test_a_deleted_experiment_is_explained(entry: Entry) -> None:
+def test_a_deleted_experiment_is_explained(entry: Registration) -> None:
     registry.configure()
     client().delete_experiment(client().get_experiment_by_name("lewis").experiment_id)
     with pytest.raises(InputError, match="mlflow experiments restore"):
-        registry.register(entry)
+        creation.register(entry)
 
 
 @pytest.fixture
@@ -444,11 +445,13 @@ def server(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         process.wait()
 
 
-def test_over_http_with_remote_artifacts(server: str, entry: Entry, home: Path, tmp_path: Path, processes: Any) -> None:
+def test_over_http_with_remote_artifacts(
+    server: str, entry: Registration, home: Path, tmp_path: Path, processes: Any
+) -> None:
     import mlflow
 
     made = race(processes, home, entry, server)
-    assert registry.register(entry) == replace(made, created=False)
+    assert creation.register(entry) == replace(made, created=False)
     current = registry.champion("tiny")
     assert current is not None and current.folder is None and current.metrics["addition/acc,none"] == 0.9
     assert type(mlflow.transformers.load_model("models:/tiny@champion")).__name__ == "TextGenerationPipeline"
@@ -465,8 +468,8 @@ def test_over_http_with_remote_artifacts(server: str, entry: Entry, home: Path, 
     assert registry.fetch(current).folder is None
 
 
-def test_a_server_that_does_not_answer_is_transient(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_transient(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TransientError, match="registering tiny"):
-        registry.register(entry)
+        creation.register(entry)

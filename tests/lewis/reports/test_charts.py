@@ -1,4 +1,4 @@
-"""Pictures are decoded and their pixels compared; Markdown is parsed back."""
+"""Pictures are decoded and their pixels compared."""
 
 import io
 import warnings
@@ -127,10 +127,3 @@ def test_threads_draw_the_same_picture() -> None:
     with ThreadPoolExecutor(4) as threads:
         drawn = set(threads.map(lambda _: charts.density_heat_map({"e": densities(4, 0.5)}, {}), range(4)))
     assert len(drawn) == 1
-
-
-def test_a_table_escapes_what_would_break_it() -> None:
-    assert charts.markdown_table([{"a": "x|y", "b": 1}, {"a": "two\nlines"}]) == (
-        "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
-    )
-    assert charts.markdown_table([]) == ""

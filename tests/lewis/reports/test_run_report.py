@@ -5,8 +5,21 @@ import re
 import pytest
 
 from lewis.evaluation.gate import Verdict
+from lewis.evaluation.samples import Ends
+from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Score
-from lewis.reports.run_report import Change, RunFacts, changes, code, duration, plain, score_rows, short, to_markdown
+from lewis.registry.lineage import by_reference
+from lewis.reports.run_report import (
+    Change,
+    RunFacts,
+    changes,
+    duration,
+    outcome,
+    score_columns,
+    score_rows,
+    short,
+    to_markdown,
+)
 
 OLD, NEW = "1" * 40, "2" * 40
 
@@ -92,8 +105,8 @@ def test_what_became_of_an_input(before: str | None, now: str | None, status: st
 
 def test_changes_are_found_by_the_tags_of_the_registry() -> None:
     held = {"lewis.source.org--math_main": OLD, "lewis.source.org--gone": OLD}
-    found = changes(held, {"org/math@main": NEW, "/data/code": NEW})
-    assert found == [
+    now = {"org/math@main": NEW, "/data/code": NEW}
+    assert changes(by_reference(held, now), now) == [
         Change("org/math@main", OLD, NEW),
         Change("/data/code", None, NEW),
         Change("org/gone", OLD, None),
@@ -147,7 +160,29 @@ def test_names_stay_names() -> None:
 
 
 def test_small_words() -> None:
-    assert code("a`b``c") == "``` a`b``c ```" and code("") == "` `"
-    assert plain("a_b <c>\nd") == r"a\_b \<c\> d"
     assert short("sha256:" + "a" * 64) == "aaaaaaaa" and short(f"{OLD}+{NEW}") == "11111111+22222222"
     assert [duration(s) for s in (59.4, 59.6, 3599, 7440)] == ["59 s", "1 min 0 s", "59 min 59 s", "2 h 4 min"]
+
+
+def test_a_champion_that_was_not_scored_again_has_the_scores_of_its_version() -> None:
+    def model(label: str, *scores: Score) -> Scored:
+        return Scored(label, label, scores, (), Ends({}, 0, 0, None))
+
+    ours = model("lewis", score(0.5))
+    held = {"gsm8k/exact_match,none": 0.4, "other/acc,none": 0.1}
+    old = Score("gsm8k", "exact_match,none", 0.4, None, True, 200)
+    assert score_columns([model("base"), ours], held) == {"champion": [old], "lewis": ours.scores}
+    again = model("champion", score(0.3))
+    assert list(score_columns([again, ours], held).items()) == [("champion", again.scores), ("lewis", ours.scores)]
+    assert score_columns([], held) == {} and list(score_columns([ours])) == ["lewis"]
+
+
+def test_the_outcome_says_which_version_is_in_use() -> None:
+    passed, refused = Verdict(True, (), "x"), Verdict(False, (), "x")
+    assert outcome("m/2", passed, "m/1") == "m/2 is the new champion."
+    assert outcome("m/1", passed, "m/1", created=False) == "m/1 is the champion already; nothing to promote."
+    assert outcome("m/2", refused, "m/1") == "m/2 was not promoted; m/1 stays."
+    assert outcome("m/2", refused, None, created=False) == (
+        "m/2, registered by an earlier run, was not promoted; none is yet."
+    )
+    assert outcome(None, None, "m/1") == "Merged; the recipe registers nothing."

@@ -22,9 +22,9 @@ from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.registry import promotion, versions
+from lewis.registry import creation, promotion, versions
 from lewis.registry.needed import by_versions
-from lewis.registry.registration import registry_entry
+from lewis.registry.registration import registration_of
 from lewis.store import housekeeping
 from lewis.store.housekeeping import Removable, remove
 from tests.conftest import Family
@@ -112,10 +112,10 @@ class Made:
         return pipeline.merge(self.recipe, self.base, self.experts, self.allocated, which)
 
     def register(self) -> versions.Version:
-        entry = registry_entry(
+        entry = registration_of(
             self.recipe, self.base, self.experts, [self.calibration], self.allocated, self.merged, {}
         )
-        return versions.register(entry)
+        return creation.register(entry)
 
 
 def test_registered_merges_and_what_they_were_made_from_stay(family: Family, mlflow_home: Path) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lewis.allocation.densities import Allocation
-from lewis_tasks.report import importance_rows
+from lewis.reports.tables import importance_rows
 
 Q, V, EXPERT, OUT = "h.0.qkv.weight[q]", "h.0.qkv.weight[v]", "h.0.experts.3.w1.weight", "h.1.qkv.weight"
 

@@ -1,0 +1,144 @@
+"""Create a version of a registered model: once per digest of a merge, and complete or not at all.
+
+The version itself is created last, so whatever is visible in the registry is complete. What a killed process left is
+cleared by the next attempt.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.registry import lineage, logged_model, tracking, versions
+from lewis.registry.registration import Registration
+from lewis.registry.versions import Version
+from lewis.reports.card import FRONT_MATTER
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+MAX_DESCRIPTION = 5000  # characters
+
+
+def register(new: Registration) -> Version:
+    """Register a merged checkpoint, once per digest.
+
+    Raises:
+        InputError: if the name or the digest is malformed.
+        LewisError: if the checkpoint is damaged, or MLflow or the disk refuses. The run is then FAILED, and there is
+            no version.
+        TransientError: if the server does not answer.
+    """
+    name = versions.check(new.name, new.digest)
+    if store.read_manifest(new.folder) is None:
+        raise LewisError(f"{new.folder}: expected a whole merged checkpoint, files are missing or cut; merge again")
+    with store.lock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
+        found = versions.find_with(client, name, new.digest)
+        if found is not None:
+            _close_runs(client, name, new.digest, finished=found.run_id)
+            return found
+        _clear_leftovers(client, name, new.digest)
+        return _create(client, name, new)
+
+
+def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
+    from mlflow.entities import LoggedModelOutput
+
+    experiment = tracking.experiment(client)
+    tags = {"lewis.name": name, "lewis.digest": new.digest}
+    run_id = client.create_run(experiment, tags=tags, run_name=f"{name}-{new.digest[:8]}").info.run_id
+    try:
+        plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
+        model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
+        sizes = logged_model.write(client, model, new.folder, new.card)
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        _log_run(client, run_id, model.model_id, new)
+        _create_registered_model(client, name)
+        version = client.create_model_version(
+            name,
+            source=f"models:/{model.model_id}",
+            run_id=run_id,
+            model_id=model.model_id,
+            tags=_tags_of(new, sizes),
+            # without the front matter, which MLflow would show as text
+            description=tracking.cut(FRONT_MATTER.sub("", new.card), MAX_DESCRIPTION, "card.md"),
+            await_creation_for=0,
+        )
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            _fail(client, experiment, run_id)
+        raise
+    client.set_terminated(run_id)
+    logger.info("registered %s as version %s", name, version.version)
+    return Version.of(version, created=True)
+
+
+def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:
+    import pandas as pd
+
+    tracking.log_numbers(client, run_id, model_id, new.params, new.metrics, new.documents)
+    inputs = json.dumps(dict(new.lineage), indent=2)
+    texts = {"recipe.yaml": new.recipe, "card.md": new.card, "lineage.json": inputs}
+    tracking.log_files(client, run_id, {**{name: text.encode() for name, text in texts.items()}, **new.pictures})
+    for name, rows in new.tables.items():
+        client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
+
+
+def _tags_of(new: Registration, sizes: Mapping[str, int]) -> dict[str, str]:
+    merged = {k.removeprefix("merged/"): v for k, v in new.metrics.items() if k.startswith("merged/")}
+    return {
+        "lewis.digest": new.digest,
+        "lewis.metrics": json.dumps(merged, sort_keys=True),
+        "lewis.files": json.dumps(sizes),
+        "lewis.recipe_digest": store.digest(new.recipe),
+        **{lineage.source_tag(ref): commit for ref, commit in new.lineage.items()},
+        **new.tags,
+    }
+
+
+def _create_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:
+    """Clear what earlier attempts left: half-made runs of killed processes, and versions that lost their files."""
+    for version in versions.of_digest(client, name, digest):
+        logger.warning("version %s of %s lost its files; registering it anew", version.version, name)
+        client.set_model_version_tag(name, version.version, "lewis.damaged", digest)
+        client.delete_model_version_tag(name, version.version, "lewis.digest")
+    _close_runs(client, name, digest, finished=None)
+    for model in client.search_logged_models([tracking.experiment(client)], _made_by(name, digest)):
+        if model.status == "FAILED":
+            logged_model.discard(client, model)
+
+
+def _close_runs(client: "MlflowClient", name: str, digest: str, finished: str | None) -> None:
+    """End the runs whose process died: the run `finished`, which created a version, well; all others as FAILED."""
+    experiment = tracking.experiment(client)
+    for run in client.search_runs([experiment], f"{_made_by(name, digest)} and attributes.status = 'RUNNING'"):
+        if run.info.run_id == finished:
+            client.set_terminated(run.info.run_id)
+        else:
+            _fail(client, experiment, run.info.run_id)
+
+
+def _fail(client: "MlflowClient", experiment: str, run_id: str) -> None:
+    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        client.finalize_logged_model(model.model_id, "FAILED")
+    client.set_terminated(run_id, "FAILED")
+
+
+def _made_by(name: str, digest: str) -> str:
+    return f"tags.`lewis.name` = '{name}' and tags.`lewis.digest` = '{digest}'"

@@ -1,0 +1,45 @@
+"""What a version was merged from: commits and content digests of its inputs, kept in its tags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lewis.registry import tracking
+
+if TYPE_CHECKING:
+    from lewis.importance.step import CalibrationEntry
+    from lewis.models.source import ModelFiles
+
+SOURCE = "lewis.source."  # first part of the tags that hold the inputs of a version
+
+
+def lineage_of(
+    base: ModelFiles | None, experts: Sequence[ModelFiles], calibrations: Sequence[CalibrationEntry]
+) -> dict[str, str]:
+    """Commit or content digest of every input, by its reference in the recipe."""
+    models = {files.ref: files.key for files in [*([base] if base else []), *experts]}
+    return models | {f"calibration:{each.name}": each.digest for each in calibrations}
+
+
+def source_tag(ref: str) -> str:
+    """The tag of a version that holds the commit or content digest of an input."""
+    return tracking.key(f"{SOURCE}{ref.replace('/', '--')}")
+
+
+def sources(tags: Mapping[str, str]) -> dict[str, str]:
+    """Those tags of a version that hold its inputs."""
+    return {tag: key for tag, key in tags.items() if tag.startswith(SOURCE)}
+
+
+def by_reference(sources: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
+    """Commit or content digest of the inputs of a version, by reference.
+
+    A tag does not hold a reference letter by letter, because MLflow does not take every character.
+
+    Args:
+        sources: as `sources` gives them.
+        known: references that may be among the inputs; any other reference is derived from its tag.
+    """
+    names = {source_tag(ref): ref for ref in known}
+    return {names.get(tag) or tag.removeprefix(SOURCE).replace("--", "/"): key for tag, key in sources.items()}

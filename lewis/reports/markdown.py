@@ -1,0 +1,47 @@
+"""Markdown that shows any text as it is: tables, code spans, links, pictures.
+
+Names and references come from users. They go into code spans, in which neither Markdown nor HTML is read.
+"""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~$])")
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as a Markdown table; the columns are those of the first row, a missing cell is empty."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    lines: list[list[object]] = [[*columns], ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    """A code span of any text: its fence is longer than every row of backticks in it."""
+    line = " ".join(text.split()) or " "
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def plain(text: str) -> str:
+    """Any text on one line, without meaning in Markdown or HTML."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def picture(name: str, png: bytes) -> str:
+    """A picture inside Markdown, so that a viewer needs no file."""
+    return f"![{plain(name)}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def link(text: str, url: str) -> str:
+    """A link with any text, to any address."""
+    address = "".join(c if c.isalnum() or c in "-._~:/?#@!$&+,;=%" else f"%{ord(c):02X}" for c in url if c.isascii())
+    return f"[{plain(text)}]({address})"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

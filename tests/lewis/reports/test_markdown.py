@@ -1,0 +1,15 @@
+"""Markdown that shows any text as it is."""
+
+from lewis.reports.markdown import code, markdown_table, plain
+
+
+def test_a_table_escapes_what_would_break_it() -> None:
+    assert markdown_table([{"a": "x|y", "b": 1}, {"a": "two\nlines"}]) == (
+        "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
+    )
+    assert markdown_table([]) == ""
+
+
+def test_code_and_plain_text() -> None:
+    assert code("a`b``c") == "``` a`b``c ```" and code("") == "` `"
+    assert plain("a_b <c>\nd") == r"a\_b \<c\> d"
