@@ -19,7 +19,7 @@ from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.search import study
+from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import MergeReport, fetch, finish, guide, merge_flow
@@ -81,7 +81,7 @@ def search_flow(
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         plan = Recipe.load(path, overrides or [])
         metrics = study.objectives_of(plan)
-        study.check_space(plan)
+        space.check(plan)
         assert plan.search is not None
         wanted = trials or plan.search.trials
         limit = minutes or plan.search.minutes
@@ -145,7 +145,7 @@ class _Trials:
         live: list[tuple[Trial, Recipe]] = []
         for trial in [self.log.ask() for _ in range(count)]:
             try:
-                live.append((trial, study.with_values(self.plan, trial.values, SEARCH)))
+                live.append((trial, space.with_values(self.plan, trial.values, SEARCH)))
             except LewisError as error:
                 self._fail(trial, error)
         if self.part is not None:
@@ -195,7 +195,7 @@ class _Trials:
 def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial) -> SearchReport:
     """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is."""
     settings = _settings(plan, CONFIRM)
-    winner = study.with_values(plan, best.values, CONFIRM)
+    winner = space.with_values(plan, best.values, CONFIRM)
     run = tried.end()
     merged = merge_flow(str(path), [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
     default = tried.submit(plan, 0, "confirm", settings)
@@ -214,7 +214,7 @@ def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, bes
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:
-    return step.eval_settings(study.with_values(plan, {}, documents))
+    return step.eval_settings(space.with_values(plan, {}, documents))
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:

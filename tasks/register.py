@@ -1,4 +1,4 @@
-"""The registry's side: compare with the champion, register, promote."""
+"""The tasks around the registry: find the champion, compare with it, register, promote."""
 
 import logging
 
@@ -23,19 +23,19 @@ from lewis_tasks.support import flow_run
 from lewis_tasks.support.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
-PROMOTED = "lewis.model.promoted"  # for automations: notify, deploy
+PROMOTED = "lewis.model.promoted"  # the event that automations can react to, to notify or deploy
 
 
 @task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def find_champion(name: str, to_score: bool) -> Champion | None:
-    """The version in use, with its checkpoint on this disk if it is to be scored."""
+    """The version in use; its checkpoint is brought to this disk if it will be scored."""
     current = versions.champion(name)
     return versions.fetch(current) if current and to_score else current
 
 
 @task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
 def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
-    """May the merged model be promoted? Compared with the champion, or with a parent before there is one."""
+    """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
     return judge(
@@ -48,7 +48,7 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
     )
 
 
-# MLflow decides whether this very merge is registered already: no cache in front of it.
+# Not cached: MLflow itself knows whether this merge is registered already.
 @task(name="register", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def register(
     recipe: Recipe,
@@ -70,7 +70,7 @@ def register(
 
 @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
-    """Move the alias `champion` if the verdict allows it; says whether the version is the champion now."""
+    """Move the alias `champion` if the verdict allows it; return whether the version is the champion now."""
     done = promotion.promote(version, verdict, f"the run {flow_run.url()}")
     if done.moved:
         _announce(recipe, version, verdict, merged, done)

@@ -47,7 +47,7 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
 
 @task(name="report-scores", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
-    """The score table, the comparison document by document, and their picture; gives the rows of both."""
+    """The score table, the comparison document by document, and a picture; returns the rows of both tables."""
     models = scored(recipe, scores)
     found = {"scores": score_table(scores_of(models)), "comparison": comparison_rows(models)}
     create_table_artifact(
@@ -88,13 +88,13 @@ def report_run(
     comparison: list[dict[str, str]],
     published: str | None,
 ) -> str:
-    """The story of the run, in the UI and beside the version in MLflow; gives it as Markdown.
+    """Write the report of the run to the UI, and to the run of a new version in MLflow; return its Markdown.
 
     Args:
         champion: the version in use when the run began.
-        work: as `provenance.tally` counts it.
-        comparison: as `report_scores` gave it.
-        published: where the champion is on the Hub.
+        work: step -> (how many results were computed, how many were found in the cache).
+        comparison: rows from `report_scores`.
+        published: URL of the champion on the Hub.
     """
     flow_run.rename(flow_run.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
     run = flow_run.this_run()

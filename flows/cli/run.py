@@ -56,11 +56,11 @@ def search_limits(command: argparse.ArgumentParser) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Run the search of a recipe."""
-    from lewis.search import study
+    from lewis.search import space, study
 
     recipe = arguments.load(options)  # find a mistake in the recipe before a server is started
     study.objectives_of(recipe)
-    study.check_space(recipe)
+    space.check(recipe)
 
     def flow() -> "SearchReport":
         from lewis_flows.search import search_flow

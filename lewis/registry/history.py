@@ -1,7 +1,7 @@
-"""Who replaced whom as champion, and why: an append-only list in the tags of the registered model.
+"""Which version replaced which as champion, and why: an append-only list in the tags of the registered model.
 
-`lewis.registry.promotion` writes a record before it moves the alias, and not again in the run that heals one which
-died in between.
+`lewis.registry.promotion` writes a record before it moves the alias. If it dies in between, the next run moves the
+alias without a second record.
 """
 
 import getpass
@@ -29,10 +29,10 @@ class Record:
     Attributes:
         time: UTC, ISO 8601.
         what: `promoted`, `rejected`, `promoted by hand` or `rolled back`.
-        version: the version it is about: the new champion, or the one that was refused.
+        version: the new champion, or the version that was refused.
         champion: the version that was in use before; None if there was none.
-        why: the gate's rules, or what a person said.
-        by: who did it.
+        why: the gate's rules, or a person's reason.
+        by: the user, or the run.
     """
 
     time: str
@@ -57,7 +57,7 @@ def history(name: str) -> list[Record]:
 def record(
     client: "MlflowClient", name: str, what: str, version: str, champion: str | None, why: str, by: str = ""
 ) -> None:
-    """Append a record, unless it says what the newest one says. To be called under the registry's lock."""
+    """Append a record, unless the newest record says the same. Call it under the registry's lock."""
     new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or getpass.getuser())
     known = read(client, name)
     if known and (known[-1].what, known[-1].version, known[-1].champion) == (what, version, champion):
@@ -88,10 +88,10 @@ def read(client: "MlflowClient", name: str) -> list[Record]:
 
 
 def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":
-    """What MLflow knows of a model.
+    """A registered model.
 
     Raises:
-        InputError: if there is none of this name.
+        InputError: if there is no model of this name.
     """
     from mlflow.exceptions import MlflowException
 

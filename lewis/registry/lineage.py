@@ -1,4 +1,4 @@
-"""What a version was merged from: commits and content digests of its inputs, kept in its tags."""
+"""The inputs that a version was merged from: their commits and content digests, which its tags hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lewis.importance.step import CalibrationEntry
     from lewis.models.source import ModelFiles
 
-SOURCE = "lewis.source."  # first part of the tags that hold the inputs of a version
+SOURCE = "lewis.source."  # the tag of an input starts with it
 
 
 def lineage_of(
@@ -35,11 +35,11 @@ def sources(tags: Mapping[str, str]) -> dict[str, str]:
 def by_reference(sources: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
     """Commit or content digest of the inputs of a version, by reference.
 
-    A tag does not hold a reference letter by letter, because MLflow does not take every character.
+    A reference cannot be read from its tag exactly, because MLflow does not accept every character.
 
     Args:
         sources: as `sources` gives them.
-        known: references that may be among the inputs; any other reference is derived from its tag.
+        known: references to look for. Where a tag belongs to none of them, the reference is guessed from the tag.
     """
     names = {source_tag(ref): ref for ref in known}
     return {names.get(tag) or tag.removeprefix(SOURCE).replace("--", "/"): key for tag, key in sources.items()}

@@ -1,7 +1,7 @@
-"""The weights side of the registry: a checkpoint as an MLflow LoggedModel, without a second copy on disk.
+"""A checkpoint as an MLflow LoggedModel, without a second copy of the weights on disk.
 
-MLflow's own `log_model` copies the weights twice. Here it writes everything but the weights, then links them.
-A link shares its bytes with the file in the store: safe, because the store replaces files and never rewrites them.
+MLflow's own `log_model` copies the weights twice. Here MLflow writes everything but the weights, which are then
+hard-linked. This is safe because the store never changes the content of a file: it replaces the file.
 """
 
 import importlib
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "model"  # where MLflow's transformers flavor keeps the Hugging Face folder
+CHECKPOINT = "model"  # the subfolder in which MLflow's transformers flavor keeps the Hugging Face folder
 WEIGHTS = "*.safetensors"
 
 
 def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str) -> dict[str, int]:
-    """Fill a pending LoggedModel with a checkpoint and mark it READY.
+    """Write a checkpoint into a pending LoggedModel and mark it READY.
 
     Args:
         folder: Hugging Face folder with config, tokenizer and safetensors; left untouched.
@@ -48,7 +48,7 @@ def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str)
 
 
 def is_whole(client: "MlflowClient", model_id: str, sizes: Mapping[str, int]) -> bool:
-    """Whether the artifact store still holds every file with its size. `sizes` is what `write` returned."""
+    """Whether the artifact store still has every file with its size; `sizes` is what `write` returned."""
     if not sizes:
         return False
     for parent, names in groupby(sorted(sizes, key=_parent), _parent):
@@ -60,13 +60,13 @@ def is_whole(client: "MlflowClient", model_id: str, sizes: Mapping[str, int]) ->
 
 
 def local_folder(model: "LoggedModel") -> Path | None:
-    """The folder of the model's artifacts if they live on a file system, None if they are remote."""
+    """The folder of the model's artifacts; None if they are not on a file system of this machine."""
     location = urlparse(model.artifact_location)
     return Path(url2pathname(location.path)) if location.scheme in ("", "file") else None
 
 
 def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None:
-    """Put the checkpoint of a remote model back into the store, with the manifest it was published with."""
+    """Download the checkpoint of a remote model into the store, with its original manifest."""
     from mlflow.artifacts import download_artifacts
 
     with tempfile.TemporaryDirectory(prefix="lewis-", dir=folder.parent) as scratch:
@@ -81,7 +81,7 @@ def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None
 
 
 def discard(client: "MlflowClient", model: "LoggedModel") -> None:
-    """Delete a model that no version uses, and its local files; `mlflow gc` removes remote ones."""
+    """Delete a model that no version uses, with its local files; `mlflow gc` removes remote files."""
     if (folder := local_folder(model)) is not None:
         shutil.rmtree(folder, ignore_errors=True)
     client.delete_logged_model(model.model_id)
@@ -89,7 +89,7 @@ def discard(client: "MlflowClient", model: "LoggedModel") -> None:
 
 @contextmanager
 def _target(client: "MlflowClient", model: "LoggedModel") -> Iterator[Path]:
-    """The folder to build in: the place itself (nobody uses a pending model), or one that is then uploaded."""
+    """The folder to build in: the model's own, which nobody reads while it is pending, or one that is then uploaded."""
     if (folder := local_folder(model)) is not None:
         yield folder
         return
@@ -125,7 +125,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
             task="llm/v1/chat" if _has_chat_template(folder) else "text-generation",
             mlflow_model=description,
             model_card=ModelCard(card, ignore_metadata_errors=True),
-            # Left to itself MLflow imports the model to find them, and asks for torchvision.
+            # By default MLflow imports the model to find its requirements, which needs torchvision.
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "transformers", "torch")],
         )
     (target / "LICENSE.txt").unlink(
@@ -140,7 +140,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
 
 
 def _restore_pipeline_class() -> None:
-    """Put the class where MLflow 3.17 looks for it: transformers 5.23 made `impl` a dotted name, and takes both."""
+    """Make `impl` a class again, as MLflow 3.17 expects; transformers 5.23 has a dotted name there and accepts both."""
     from transformers import pipelines
 
     task = pipelines.check_task("text-generation")[1]

@@ -1,4 +1,4 @@
-"""What the registered versions need of the store: their checkpoints, what these were made from, and their scores."""
+"""Which entries of the store the registered versions need: their checkpoints, the inputs of these, and scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ _NOT_MADE_FROM = ", no registered version was made from it"
 
 @dataclass(frozen=True)
 class _Versions:
-    """What the tags and manifests of all registered versions say.
+    """What all registered versions were made of, from their tags and manifests.
 
     Attributes:
         merges: digests of the registered merges.
-        inputs: commits and digests of all that they were made from.
-        means: expert -> mean density, of each merge that has densities.
+        inputs: commits and content digests of everything that they were made from.
+        means: expert -> mean density, one mapping for each merge that has densities.
     """
 
     merges: set[str]
@@ -35,22 +35,22 @@ class _Versions:
         return path.stem in self.inputs
 
     def is_importance(self, path: Path) -> bool:
-        """Whether a version was made from this model and this calibration set."""
+        """Whether a version was made from the model and the calibration set of a measurement."""
         content = _content(path)
         return {content.get("model"), content.get("calibration")} <= self.inputs
 
     def is_allocation(self, path: Path) -> bool:
-        """Whether a version has these mean densities: an allocation does not say which merge it is for."""
+        """Whether a version has the mean densities of an allocation, which does not name its merge."""
         experts = _content(path).get("experts") or {}
         return {ref: fields.get("mean") for ref, fields in experts.items()} in self.means
 
     def is_score(self, path: Path) -> bool:
-        """Whether a registered model, or one that it was made from, has these scores."""
+        """Whether scores are of a registered merge, or of a model that one was made from."""
         return _content(path).get("model") in self.inputs | self.merges
 
 
 def by_versions() -> dict[str, Needed]:
-    """What `housekeeping.survey` has to keep, by the name of the kind; asks MLflow for all registered versions.
+    """For `housekeeping.survey`: name of a kind -> what to keep of it. Asks MLflow for all registered versions.
 
     Raises:
         TransientError: if MLflow does not answer.

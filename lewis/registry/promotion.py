@@ -1,7 +1,7 @@
-"""Which version is in use: the aliases of a registered model, moved by the gate's verdict or by hand.
+"""Promotion: the aliases of a registered model are moved by the gate's verdict or by hand.
 
-All of it happens under the registry's lock: what was compared with is still the champion, the record is written first,
-and the alias `champion` moves last, which is the only thing that readers go by.
+Everything happens under the registry's lock. First the champion must still be the version that the gate compared with.
+Then a record is written to the history. The alias `champion`, which alone tells readers what to use, moves last.
 """
 
 import logging
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
-WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand: why
+WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; its value is the reason
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Promotion:
 
     Attributes:
         moved: whether the alias `champion` moved to the version.
-        previous: the `uri` that had it before; None if there was no champion.
+        previous: `uri` of the version that had the alias before; None if there was no champion.
     """
 
     moved: bool
@@ -37,10 +37,10 @@ class Promotion:
 def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
     """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
 
-    A version that already is the champion stays as it is.
+    Nothing changes if the version already is the champion.
 
     Args:
-        by: who promotes, for the history; by default the user.
+        by: who promotes, for the history; by default the name of the user.
 
     Raises:
         LewisError: if the champion changed after the comparison.
@@ -70,10 +70,10 @@ def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
 
 
 def promote_by_hand(name: str, version: str, why: str) -> str:
-    """Make a version the champion by hand; gives the `uri` that it replaced, or an empty text.
+    """Make a version the champion by hand; return the `uri` of the champion before, empty if there was none.
 
     Raises:
-        InputError: if there is no such version, its files are gone, or it is the champion already.
+        InputError: if there is no such version, its files are gone, it is the champion already, or no reason is given.
     """
     name = tracking.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
@@ -81,7 +81,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
 
 
 def rollback(name: str, why: str) -> str:
-    """Put the previous champion back; gives its `uri`. No gate promotes the withdrawn version again.
+    """Make the previous champion the champion again; return its `uri`. No gate promotes the withdrawn version again.
 
     Raises:
         InputError: if there is no previous champion, it was withdrawn itself, or its files are gone.

@@ -1,6 +1,6 @@
-"""Publish a merged model: its folder as one commit of a Hub repo.
+"""Publish a merged model: its folder becomes one commit of a repo on the Hub.
 
-The commit names the one it replaces (`parent_commit`), so a push by somebody else in between is never overwritten.
+The commit names the commit that it replaces (`parent_commit`), so it never overwrites what somebody pushed meanwhile.
 """
 
 import logging
@@ -29,7 +29,7 @@ class Published:
     Attributes:
         commit: 40 hex digits.
         url: of the commit's files.
-        new: whether this made the commit; else everything was there already.
+        new: whether this call made the commit; if not, the repo had everything already.
     """
 
     repo: str
@@ -46,11 +46,11 @@ class _Remote:
 
 
 def check(repo: str, private: bool) -> None:
-    """Refuse what `publish` would refuse, as far as the Hub tells before anything is pushed.
+    """Raise what `publish` would raise, as far as that is known before anything is pushed.
 
     Args:
         repo: `org/name`; it need not exist.
-        private: what it has to be.
+        private: whether the repo must be private.
 
     Raises:
         InputError: if there is no valid token, or the repo is public or holds a model that LEWIS did not publish.
@@ -60,16 +60,17 @@ def check(repo: str, private: bool) -> None:
 
 
 def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
-    """Push a merged folder, unless the repo has it already. Files of other names stay, but for weights.
+    """Push a merged folder, unless the repo has it already. Other files in the repo stay, except weights.
 
     Args:
-        folder: as `store.publish` left it, with its model card.
-        repo: `org/name`; it is made if it does not exist.
-        private: how it is made. One that is public is refused, one that is private stays so.
+        folder: as `store.publish` wrote it, with its model card.
+        repo: `org/name`; created if it does not exist.
+        private: whether a new repo is private. If it is true, an existing public repo is refused. An existing private
+            repo stays private.
         title: of the commit.
 
     Raises:
-        InputError: as `check`, or if the token may not write there.
+        InputError: as `check`, or if the token has no right to write to the repo.
         LewisError: if the folder is damaged, or somebody pushed to the repo meanwhile.
         TransientError: if the Hub is busy or unreachable, or another commit is under way.
     """
@@ -84,7 +85,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
             there = _look(repo, private)
             assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        # The client would hash gigabytes to find that they are there.
+        # Weights that the repo has are left out: the client would hash gigabytes to find that out.
         wanted = [name for name in names if there.digest != manifest["digest"] or not WEIGHTS.search(name)]
         stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name)]
         added = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
@@ -99,7 +100,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
 
 
 def _look(repo: str, private: bool) -> _Remote | None:
-    """What the repo holds, None if there is none."""
+    """What the repo has; None if there is no repo."""
     if hub_client.offline():
         raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
     if not get_token():
@@ -137,7 +138,7 @@ def _errors(repo: str) -> Iterator[None]:
 
 
 def _refusal(repo: str, status: int) -> LewisError | None:
-    """What the answers to a write mean; the rest is as for a read."""
+    """The error for a status that has its own meaning when one writes; None for all others."""
     match status:
         case 401:
             return InputError("publish: the Hub refuses HF_TOKEN as invalid or expired (401); make one that may write")

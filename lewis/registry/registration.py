@@ -27,16 +27,17 @@ class Registration:
 
     Attributes:
         name: of the registered model.
-        folder: the merged checkpoint as `store.publish` left it; never rewritten afterwards.
-        digest: of the merge, 64 hex digits: the identity of the version.
-        params: of the recipe, flat.
-        metrics: as in `{"merged/gsm8k/exact_match,none": 0.5, "base/...": ...}`. Those of `merged` go on the version.
-        lineage: commit or content digest of every input, by its reference in the recipe.
-        recipe: YAML.
-        pictures: PNG files by name.
-        tables: rows by name.
-        card: Markdown, the version's description.
-        tags: further tags of a new version, such as where it was made.
+        folder: the merged checkpoint as `store.publish` wrote it; its files never change afterwards.
+        digest: of the merge, 64 hex digits; it identifies the version.
+        params: the recipe, flat: `a.b.0.c` -> value.
+        metrics: such as `{"merged/gsm8k/exact_match,none": 0.5, "base/...": ...}`. Those of `merged` also become
+            a tag of the version.
+        lineage: reference in the recipe -> commit or content digest, of every input.
+        recipe: its YAML text.
+        pictures: file name -> PNG.
+        tables: name -> rows.
+        card: the model card, Markdown, which becomes the version's description.
+        tags: further tags of a new version, such as the flow run that made it.
         documents: name of a metric -> task and digest of the documents that it was measured on.
     """
 
@@ -64,7 +65,7 @@ def registration_of(
     scores: Mapping[str, ScoresEntry],
     tags: Mapping[str, str] | None = None,
 ) -> Registration:
-    """Gather parameters, scores, lineage and pictures of one merge.
+    """Collect parameters, scores, lineage and pictures of one merge.
 
     Args:
         recipe: with a `register` block.
@@ -93,7 +94,7 @@ def registration_of(
     if found:
         drawn["scores.png"] = pictures.scores(recipe, scores)
         tables |= {"scores": rows, "comparison": comparison}
-    # The merged model goes by one name in all versions, whatever the score table calls it.
+    # The merged model's metrics have the same names in all versions, whatever its label in the score table.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
     metrics |= _gains(models)
@@ -114,7 +115,7 @@ def registration_of(
 
 
 def _documents(models: Sequence[Scored], metrics: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Metric -> task and digest of the documents behind it, where they are known; they are the same for all models."""
+    """Metric -> task and digest of its documents, where they are known; all models have the same documents."""
     known = {
         f"/{samples.key}": (samples.task, store.digest([part.documents for part in samples.parts])[:DIGEST])
         for samples in (models[-1].samples if models else ())
@@ -136,7 +137,7 @@ def model_card(
     Args:
         lineage: as `lineage_of`.
         means: expert -> mean density; empty for a plain merge.
-        models: what was scored, the merged model last.
+        models: everything that was scored, the merged model last.
     """
     found, parents = scores_of(models), [*([base] if base else []), *experts]
     return card.model_card(
@@ -169,7 +170,7 @@ def write_card(
 
 
 def _gains(models: Sequence[Scored]) -> dict[str, float]:
-    """The candidate's gain on each other model, with its interval, as metrics."""
+    """The merged model's gain on each other model, with its interval, as metrics."""
     found: dict[str, float] = {}
     for model in models[:-1]:
         for key in models[-1].by_name:

@@ -1,6 +1,6 @@
-"""What was released since the last merge: the heads of base and experts now, against the lineage in the registry.
+"""What was released since the last merge: compares the current commits of base and experts with the registry.
 
-There is no state to lose: what has been merged is read from the tags of the registered versions at each call.
+No state is kept: what has been merged is read from the tags of the registered versions at each call.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class Held:
     Attributes:
         version: its number in MLflow.
         digest: of the merge, 64 hex digits.
-        verdict: of the gate: `passed`, `failed`, or empty if it has not decided.
-        aliases: that point to it, sorted.
-        sources: tag -> commit key of an input; ask with `commit_of`.
+        verdict: of the gate: `passed`, `failed`, or empty if there is none yet.
+        aliases: the aliases that point to it, sorted.
+        sources: tag -> commit key of an input; see `commit_of`.
     """
 
     version: str
@@ -31,17 +31,17 @@ class Held:
     sources: Mapping[str, str]
 
     def commit_of(self, ref: str) -> str | None:
-        """The commit key of an input, by its reference in the recipe; None if it was no input."""
+        """The commit key of an input, by its reference in the recipe; None if the version has no such input."""
         return self.sources.get(lineage.source_tag(ref))
 
 
 @dataclass(frozen=True)
 class Moved:
-    """A model that has another head than what was merged.
+    """A model whose current commit is not the one that was merged.
 
     Attributes:
         ref: as the recipe names it.
-        repo: `org/name`, or the absolute path of a folder; of `base+adapter`, the part that moved.
+        repo: `org/name`, or the absolute path of a folder; for `base+adapter`, the part that moved.
         old: the commit key that was merged; None if none was.
         new: the commit key now.
     """
@@ -53,7 +53,7 @@ class Moved:
 
 
 def heads(recipe: Recipe) -> dict[str, str]:
-    """The commit key of the base and of every expert as it is now, by reference; no weights are downloaded.
+    """The current commit key of the base and of every expert, by reference; no weights are downloaded.
 
     Raises:
         InputError: if a model does not exist or cannot be read.
@@ -65,7 +65,7 @@ def heads(recipe: Recipe) -> dict[str, str]:
 
 
 def merged(name: str) -> list[Held]:
-    """The versions of a registered model that LEWIS made and that have not lost their files, newest first.
+    """The versions of a registered model that LEWIS made and whose files were not found lost, newest first.
 
     Raises:
         TransientError: if MLflow does not answer.
@@ -95,14 +95,14 @@ def merged(name: str) -> list[Held]:
 
 
 def moved(recipe: Recipe, heads: Mapping[str, str], held: list[Held]) -> list[Moved]:
-    """The models whose head is in no merge yet; empty if any version holds all heads.
+    """The models whose current commit is not in the newest merge; empty if any version has all current commits.
 
-    Of a recipe that was never merged, only the first expert is given: one release is enough to start a merge of all.
+    If the recipe was never merged, only the first expert is returned: one release is enough to start a merge.
 
     Args:
         recipe: the recipe.
-        heads: as `heads` gives them.
-        held: as `merged` gives them; the first one is compared with.
+        heads: what `heads` returned.
+        held: what `merged` returned; the heads are compared with the first.
     """
     first = recipe.experts[0].model
     if not held:
@@ -110,12 +110,12 @@ def moved(recipe: Recipe, heads: Mapping[str, str], held: list[Held]) -> list[Mo
     current = [version for version in held if all(version.commit_of(ref) == head for ref, head in heads.items())]
     if any(version.verdict for version in current):
         return []
-    if current:  # its run died before it decided on a champion
+    if current:  # its run died before the gate's verdict
         return [Moved(first, _repo(recipe, first, None, heads[first]), heads[first], heads[first])]
     pairs = {ref: (held[0].commit_of(ref), head) for ref, head in heads.items()}
     found = [Moved(ref, _repo(recipe, ref, old, new), old, new) for ref, (old, new) in pairs.items() if old != new]
     base_moved = any(each.ref == recipe.base_model for each in found)
-    # An adapter without a base of its own is pinned with the recipe's: that one's release is not the adapter's.
+    # The commit key of an adapter without its own base contains the recipe's base, which may have moved alone.
     return [x for x in found if not (base_moved and "+" not in x.ref and _same_adapter(x.old, x.new))]
 
 

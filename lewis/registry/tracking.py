@@ -1,4 +1,4 @@
-"""MLflow as LEWIS uses it: which store, one experiment, errors that say what to do, names and values it accepts."""
+"""The connection to MLflow: which store, one experiment, errors that say what to do, names and values it accepts."""
 
 import json
 import os
@@ -23,7 +23,7 @@ HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"
 
 @contextmanager
 def client(doing: str) -> Iterator["MlflowClient"]:
-    """Give a client of `MLFLOW_TRACKING_URI`, or of a database in the store; create it and the experiment if need be.
+    """Give a client of `MLFLOW_TRACKING_URI`, or of a database in the store; create database and experiment if missing.
 
     Args:
         doing: what the block does, for the error message.
@@ -39,7 +39,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_folder() / 'mlflow.db'}"
     try:
-        # Processes that create one database or one experiment at once would fail; making a client already creates.
+        # Two processes that create the same database or experiment at once fail, and a client creates both.
         with store.lock("mlflow"):
             _create_database(uri)
             mlflow.set_tracking_uri(uri)
@@ -69,7 +69,7 @@ def experiment(client: "MlflowClient") -> str:
     artifacts.mkdir(parents=True, exist_ok=True)
     found = client.get_experiment_by_name(name)
     if found is None:
-        # A server knows where its artifacts go; without one, MLflow would take the current folder.
+        # A server knows where its artifacts go. Without a server, MLflow would put them into the current folder.
         location = None if client.tracking_uri.startswith("http") else artifacts.as_uri()
         return str(client.create_experiment(name, artifact_location=location))
     if found.lifecycle_stage != "active":
@@ -86,10 +86,12 @@ def log_numbers(
     metrics: Mapping[str, float],
     documents: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
-    """Log parameters on a run, and metrics on it and its model, if it has one, whatever their number and names.
+    """Log parameters on a run, and metrics on the run and its model, with any names and in any number.
 
     Args:
-        documents: name of a metric -> task and digest of what it was measured on: its dataset, an input of the run.
+        model_id: of the run's model; None if it has none.
+        documents: name of a metric -> task and digest of the documents that it was measured on. MLflow shows them as
+            datasets, the inputs of the run.
     """
     from mlflow.entities import Metric, Param
     from mlflow.utils.time import get_current_time_millis
@@ -116,7 +118,7 @@ def _dataset(task: str, digest: str) -> Any:
 
 
 def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
-    """Log files by name."""
+    """Log files, by name, as artifacts of a run."""
     with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
         for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
@@ -124,7 +126,7 @@ def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -
 
 
 def key(name: str) -> str:
-    """`name` as MLflow accepts it for a metric, a parameter or a tag.
+    """`name` with only the characters that MLflow accepts in the name of a metric, a parameter or a tag.
 
     `gsm8k/exact_match,strict-match` becomes `gsm8k/exact_match/strict-match`, and `arc/acc,none` becomes `arc/acc`.
     """
@@ -145,13 +147,13 @@ def model_name(name: str) -> str:
 
 
 def cut(text: str, limit: int, whole: str) -> str:
-    """At most `limit` characters of `text`; a cut one ends with the name of the file that has it `whole`."""
+    """At most `limit` characters of `text`. If it is cut, it ends with `whole`, the name of the file with all of it."""
     note = f"... (cut, all of it is in {whole})"
     return text if len(text) <= limit else text[: limit - len(note)] + note
 
 
 def _create_database(uri: str) -> None:
-    """Create a new sqlite database beside its place and rename it in: MLflow cannot go on with half of its tables."""
+    """Create a sqlite database under a scratch name and rename it: MLflow cannot use one with half of its tables."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return

@@ -1,4 +1,4 @@
-"""The model card: what a merge was made of, how good it is, and under which licences its parents are."""
+"""The model card: what a merge was made of, how good it is, and the licences of its parents."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from lewis.reports.markdown import markdown_table
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML for the Hub
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
 NAME, HEAT_MAP = "README.md", "density.png"
 
 
@@ -32,17 +32,17 @@ def model_card(
     results: Sequence[Score] = (),
     licences: Mapping[str, str | None] | None = None,
 ) -> str:
-    """The README of a merged model, with the front matter of the Hub.
+    """The README of a merged model, with YAML front matter for the Hub.
 
     Args:
-        base, experts: as the recipe names them; those on the Hub become `base_model`.
+        base, experts: references in the recipe; those on the Hub become `base_model`.
         lineage: reference -> commit or content digest.
         mean_density: expert -> mean density; empty for a plain merge.
         strategy: how the densities were allocated; empty for a plain merge.
         scores: rows of `lewis.evaluation.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
-        licences: reference -> licence as `licence_of` reads it, None for a parent that states none.
+        licences: reference -> what `licence_of` returned for that parent.
     """
     parents = [*([base] if base else []), *experts]
     repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
@@ -69,7 +69,7 @@ def model_card(
 
 
 def _model_index(name: str, results: Sequence[Score]) -> list[dict[str, Any]]:
-    """Scores as the Hub reads them."""
+    """Scores in the form of the Hub's `model-index`."""
     entries = [
         {
             "task": {"type": "text-generation"},
@@ -97,13 +97,13 @@ def _inputs(
 
 
 def _repo(ref: str, commit: str) -> str | None:
-    """The Hub's name of a model, None for a local one: of a folder the lineage has a digest, longer than a commit."""
+    """The Hub's name of a model; None for a local folder, whose lineage is a digest and longer than a commit."""
     repo = ref.rpartition("+")[2].partition("@")[0]
     return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commit.rpartition("+")[2]) else None
 
 
 def write(folder: Path, text: str, heat_map: bytes | None = None) -> None:
-    """Put a card, and the picture of the densities that it shows, into a model's folder."""
+    """Write a card, and the picture of the densities that it shows, into a model's folder."""
     if heat_map is not None:
         with store.written_beside(folder / HEAT_MAP) as scratch:
             scratch.write_bytes(heat_map)
@@ -111,7 +111,7 @@ def write(folder: Path, text: str, heat_map: bytes | None = None) -> None:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that the model card in a folder states, with its link if it has one; None if it states none."""
+    """The licence in the model card of a folder, with its link if there is one; None if it states none."""
     try:
         found = FRONT_MATTER.match((folder / NAME).read_text())
         stated = yaml.safe_load(found[1]) if found else None
@@ -137,7 +137,7 @@ def _licences(licences: Mapping[str, str | None]) -> str:
 
 
 def _common_licence(licences: Mapping[str, str | None]) -> dict[str, str]:
-    """The Hub's `license`, where all parents state the same."""
+    """The Hub's `license`, if all parents state the same."""
     names = set(licences.values())
     name = names.pop() if len(names) == 1 else None
     return {"license": name} if name and re.fullmatch(r"[a-z0-9.-]+", name) else {}

@@ -1,6 +1,6 @@
 """Pictures for people: density heat map and score bars.
 
-Figures are made without pyplot: its state is global, and tasks run in threads.
+Figures are made without pyplot, whose global state is not safe in threads.
 """
 
 import io
@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = "viridis"  # its steps stay apart for colour-blind readers and in grey
-MAX_BARS = 80  # more cannot be told apart
+COLOURS = "viridis"  # readable for colour-blind readers and in grey
+MAX_BARS = 80  # more are too thin to read
 MAX_LABEL = 60  # characters
-MAX_COLUMNS = 48  # whose names fit below a heat map
-SLANTED = 4  # from here on, labels would overlap
+MAX_COLUMNS = 48  # the most column names that fit below a heat map
+SLANTED = 4  # with more groups, horizontal labels would overlap
 
-VECTORS = re.compile(
-    r"norm|\bln_|\.bias$"
-)  # norms and biases are no projections: LEWIS gives them one policy, no density
+VECTORS = re.compile(r"norm|\bln_|\.bias$")  # norms and biases, to which LEWIS gives no density of their own
 LAYER = re.compile(r"^(.*?)(?:^|\.)(\d+)\.(.+)$")
 
 
@@ -32,14 +30,14 @@ Intervals = Mapping[tuple[str, str, str], tuple[float, float]]
 
 
 def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> bytes:
-    """Draw where each expert's task vector is kept: one panel per expert, layers down, projections across.
+    """Draw how much of each expert's task vector is kept: one panel per expert, layers down, projections across.
 
     Args:
         densities: expert -> tensor name -> density in [0, 1]. Embeddings, norms and biases are left out.
         mean: expert -> mean density, for the title.
 
     Returns:
-        a PNG file, which is readable at 80 layers.
+        a PNG file, readable with up to 80 layers.
     """
     from matplotlib.figure import Figure
 
@@ -66,10 +64,10 @@ def score_bars(scores: Mapping[str, Sequence[Score]], intervals: Intervals | Non
 
     Args:
         scores: model -> scores, in the order of the bars; the last model is outlined.
-        intervals: (model, task, metric) -> ends of the interval; where one is missing, 1.96 standard errors.
+        intervals: (model, task, metric) -> ends of the interval; by default 1.96 standard errors on both sides.
 
     Returns:
-        a PNG file. Metrics that leave [0, 1], such as perplexity, get a panel each.
+        a PNG file. A metric with values outside of [0, 1], such as perplexity, gets a panel of its own.
     """
     from matplotlib.figure import Figure
 
@@ -98,10 +96,10 @@ def score_bars(scores: Mapping[str, Sequence[Score]], intervals: Intervals | Non
 
 
 def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
-    """Names of the projections, and rows of densities by layer; NaN where a layer lacks the projection."""
+    """Names of the projections and, for each, its density in every layer; NaN where a layer has no such projection."""
     found = [(layer, rho) for tensor, rho in densities.items() if (layer := LAYER.search(tensor))]
     shown = [(layer, rho) for layer, rho in found if not VECTORS.search(layer[0])]
-    several = len({layer[1] for layer, _ in shown}) > 1  # an encoder and a decoder
+    several = len({layer[1] for layer, _ in shown}) > 1  # such as an encoder and a decoder
     places = {}
     for layer, density in shown:
         name = layer[3].removesuffix(".weight")

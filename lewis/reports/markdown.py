@@ -1,6 +1,6 @@
-"""Markdown that shows any text as it is: tables, code spans, links, pictures.
+"""Markdown for any text: tables, code spans, links, pictures.
 
-Names and references come from users. They go into code spans, in which neither Markdown nor HTML is read.
+Names and references come from users, so they are put into code spans, in which Markdown and HTML have no effect.
 """
 
 import base64
@@ -11,7 +11,7 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~$])")
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table; the columns are those of the first row, a missing cell is empty."""
+    """Rows as a Markdown table. The first row decides the columns; a missing cell is empty."""
     if not rows:
         return ""
     columns = list(rows[0])
@@ -21,19 +21,19 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def code(text: str) -> str:
-    """A code span of any text: its fence is longer than every row of backticks in it."""
+    """A code span of any text; its fence is longer than any sequence of backticks in the text."""
     line = " ".join(text.split()) or " "
     fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
 def plain(text: str) -> str:
-    """Any text on one line, without meaning in Markdown or HTML."""
+    """Any text on one line, with everything escaped that Markdown or HTML would interpret."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def picture(name: str, png: bytes) -> str:
-    """A picture inside Markdown, so that a viewer needs no file."""
+    """A picture as a data URL inside the Markdown, so that no second file is needed."""
     return f"![{plain(name)}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a merge. Each is drawn once and then found in the store: many places show the same."""
+"""The pictures of a merge. Each is drawn once and then found in the store, since many places show the same."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
 from lewis.store import kinds
 
-SEMANTICS = "2"  # bump when the same numbers would be drawn in another way
+SEMANTICS = "2"  # raise it when the same numbers would be drawn in another way
 _END_OF_PNG = b"IEND\xaeB`\x82"
 
 
 def densities(allocated: AllocationEntry) -> bytes:
-    """`report.density_heat_map` of an allocation, a PNG file."""
+    """`charts.density_heat_map` of an allocation; a PNG file."""
 
     def draw() -> bytes:
         shown = {ref: each.densities for ref, each in allocated.experts().items()}
@@ -26,7 +26,7 @@ def densities(allocated: AllocationEntry) -> bytes:
 
 
 def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
-    """`report.score_bars` of what was scored, with 95 % intervals, a PNG file.
+    """`charts.score_bars` of what was scored, with 95 % intervals; a PNG file.
 
     Args:
         found: label -> scores, in the order of the bars.

@@ -18,9 +18,9 @@ class Change:
     """An input of the merge, a model or a calibration set.
 
     Attributes:
-        ref: as the recipe names it.
-        before: commit or digest that the champion was made of; None if it was no input.
-        now: that of this run; None if it no longer is an input.
+        ref: its reference in the recipe.
+        before: commit or digest that the champion was made of; None if the champion has no such input.
+        now: commit or digest in this run; None if this run has no such input.
     """
 
     ref: str
@@ -37,18 +37,18 @@ class Change:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a report tells.
+    """What the report of a run says.
 
     Attributes:
         recipe: its name.
-        outcome: one sentence.
+        outcome: what came of the run, in one sentence.
         why: what started the run.
         seconds: how long it took.
         digest: of the merge, 64 hex digits.
-        champion: the version that was in use before, and what the changes are relative to.
-        changes: the inputs.
-        work: step -> (how many were computed, how many were found in the cache).
-        scores: label -> scores, in the order of the columns; those of the `champion` may come from the registry.
+        champion: `uri` of the version that was in use before, whose inputs are compared; None if there was none.
+        changes: one per input.
+        work: step -> (how many results were computed, how many were found in the cache).
+        scores: label -> scores, in the order of the columns; the registry may give those of the `champion`.
         merged: the label of the merged model in `scores`.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
         pictures: title -> PNG, shown inside the text.
@@ -75,7 +75,7 @@ class RunFacts:
 
 
 def to_markdown(facts: RunFacts) -> str:
-    """The report. Parts that a run has nothing to say in are left out."""
+    """The report; sections without content are left out."""
     since = f"since the champion {code(facts.champion)}" if facts.champion else "(there was no champion before)"
     links = " · ".join(link(text, url) for text, url in facts.links.items())
     parts = [
@@ -95,9 +95,9 @@ def to_markdown(facts: RunFacts) -> str:
 
 
 def score_rows(scores: Mapping[str, Sequence[Score]], merged: str) -> list[dict[str, str]]:
-    """One row per task and metric, one column per model, then how far the merged model is from base and champion.
+    """One row per task and metric, one column per model, then the merged model minus base and minus champion.
 
-    A gap ends with ✓ if the merged model is better and ✗ if it is worse, whichever way is better.
+    A difference ends with ✓ if the merged model is better and with ✗ if it is worse, also where lower is better.
     """
     cells = {(s.task, s.metric, label): s for label, found in scores.items() for s in found}
     rows = []
@@ -165,7 +165,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
 
 
 def short(key: str) -> str:
-    """A commit, a digest or `commit+commit` with 8 characters of each."""
+    """A text in which each commit or digest is cut to 8 characters."""
     return KEY.sub(lambda found: found[1][:SHORT], key)
 
 

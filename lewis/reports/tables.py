@@ -12,11 +12,11 @@ WIDTH = 120  # of a table, in characters
 
 
 def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: str) -> str:
-    """One number per layer and projection; where there are many projections, as of stacked experts, in several tables.
+    """A table with one number per layer and projection; many projections, as of stacked experts, make several tables.
 
     Args:
         layers: the covered layers.
-        values: key of a layer -> number; None or absent: a dash.
+        values: key of a layer -> number; a layer without a number shows a dash.
         digits: format of a number, such as `.3f`.
     """
     projections = list(dict.fromkeys(layer.projection for layer in layers))
@@ -27,7 +27,7 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
     rows = [["layer", *projection_names(projections)]]
     rows += [[str(i), *(cells[i].get(name, "-") for name in projections)] for i in sorted(cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    blocks = [[0]]  # columns beside each other, the layer first
+    blocks = [[0]]  # for each table, the indices of its columns; column 0 is the layer
     for column in range(1, len(widths)):
         if len(blocks[-1]) > 1 and sum(widths[i] + 2 for i in (*blocks[-1], column)) > WIDTH:
             blocks.append([0])
@@ -36,13 +36,13 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
 
 
 def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, parameters: int) -> str:
-    """The densities of one expert and what they amount to.
+    """The densities of one expert, and a summary of them.
 
     Args:
-        ref: the expert.
+        ref: the expert's reference.
         layers: the covered layers.
         allocation: its densities.
-        parameters: of the whole model.
+        parameters: how many the whole model has.
     """
     covered = covered_by(layers, allocation)
     values: dict[str, float | None] = {layer.key: allocation.densities[layer.tensor] for layer in covered}
@@ -64,7 +64,10 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
 
 
 def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
-    """One row per covered layer: the norm in each model, then difference and density of each expert."""
+    """One row per covered layer: its norm in each model, then difference and density of each expert.
+
+    Differences are left out for an expert whose layers all moved equally far.
+    """
     norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
     experts, rows = allocated.experts(), []
     moved = {ref for ref, each in experts.items() if len(set(each.differences.values())) > 1}
@@ -80,5 +83,5 @@ def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEn
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
-    """None where no token reached a layer, or the recipe excludes it."""
+    """With so many significant digits; None where no token reached a layer, or the recipe excludes it."""
     return None if value is None else float(f"{value:.{digits}g}")

@@ -1,4 +1,4 @@
-"""What a search found, for people: a table of its trials, its history, and the Pareto front of two metrics."""
+"""The report of a search: a table of its trials, a plot of their history, and the Pareto front of two metrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _COLOURS = {"done": "#31688e", "front": "#35b779", "pruned": "#b0b0b0"}
 
 
 def rows(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[dict[str, str]]:
-    """One row per trial: values, scores, what became of it."""
+    """One row per trial: state, scores, values, seconds, and the reason if it failed."""
     found = []
     for trial in trials:
         row = {"trial": str(trial.number), "state": trial.state}
@@ -22,7 +22,7 @@ def rows(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[dict[
 
 
 def history(trials: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
-    """Draw the trials' scores in the order they were made, with the best so far: one panel per metric; a PNG file."""
+    """Plot the score of each trial and the best so far, one panel per metric; a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2 * len(objectives)), dpi=100, layout="constrained")
@@ -49,7 +49,7 @@ def history(trials: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
 
 
 def pareto(trials: Sequence[Trial], front: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
-    """Draw two metrics against each other, with the trials that no other beats in both; a PNG file."""
+    """Plot two metrics against each other, with the trials that no other beats in both; a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 5), dpi=100, layout="constrained")

@@ -1,4 +1,4 @@
-"""A search in MLflow: one run with a nested run per trial. Safe to repeat, also after a kill."""
+"""A search in MLflow: one run, with a nested run per trial. Recording can be repeated, also after a kill."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,14 @@ def record(
     files: Mapping[str, bytes] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> str:
-    """Bring MLflow up to date with a search: the trials that have ended, and at its end what came of it.
+    """Record in MLflow the trials of a search that have ended, and at the end of the search its result.
 
     Args:
         recipe: with its `search` block.
         digest: of the search.
-        objectives: what the trials' scores are of.
+        objectives: the metrics of the trials' scores.
         trials: all of them.
-        files: name -> content; with them the search's run ends.
+        files: name -> content of the search's report. If they are given, the search's run ends.
         tags: of the search's run, such as its winner.
 
     Returns:
@@ -59,7 +59,7 @@ def _parent(client: "MlflowClient", experiment: str, recipe: Recipe, digest: str
     found = client.search_runs([experiment], f"tags.`{_SEARCH}` = '{digest}' and tags.`{_TRIAL}` = 'all'")
     if found:
         if found[0].info.status != "RUNNING":
-            client.update_run(found[0].info.run_id, status="RUNNING")  # it goes on
+            client.update_run(found[0].info.run_id, status="RUNNING")  # the search continues
         return str(found[0].info.run_id)
     run = client.create_run(experiment, run_name=f"search {recipe.name}", tags={_SEARCH: digest, _TRIAL: "all"})
     tracking.log_numbers(client, run.info.run_id, None, flat_parameters(recipe), {})

@@ -1,4 +1,4 @@
-"""One trial of a search: allocate, merge into memory, score; nothing of the merged model stays."""
+"""One trial of a search: allocate, merge into memory, score, and remove the merged model."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-MEMORY = Path("/dev/shm")  # files there are pages of memory: lm-eval maps them, nothing goes to a disk
-SHARE = 0.5  # of what is free, at most, for a merged model
+MEMORY = Path("/dev/shm")  # a file system in memory, whose files lm-eval maps without a copy
+SHARE = 0.5  # largest share of the free memory for a merged model
 
 
 def score_trial(
@@ -27,17 +27,17 @@ def score_trial(
     device: str = "cpu",
     progress: Callable[[float, str], None] | None = None,
 ) -> ScoresEntry:
-    """Scores of the model that a recipe gives; found, if that very merge has been scored before.
+    """Scores of the model that a recipe gives; found in the store if the same merge has been scored before.
 
     Args:
         recipe: with a trial's values.
-        base, experts: as `pipeline.merge`; what their importance needs is measured if the store does not have it.
+        base, experts: as in `lewis.merge.step.merge`; their importance is measured if the store does not have it.
         settings: tasks and documents.
         device: of the forward passes.
-        progress: called with the fraction done of the running kind of requests, and that kind.
+        progress: called with the fraction done of the current kind of requests, and the name of that kind.
 
     Raises:
-        InputError, LewisError: if the values do not go together, or the merge or lm-eval fails.
+        InputError, LewisError: if the values are not valid together, or the merge or lm-eval fails.
     """
     allocated = None
     if recipe.lewis and base:
@@ -55,7 +55,7 @@ def score_trial(
 
 @contextmanager
 def _folder(digest: str, size: int) -> Iterator[Path]:
-    """The merged model of the store, if it is there; else a place for one, gone afterwards: in memory, if it fits."""
+    """The merged model in the store if it has it; else a path for one, in memory if it fits, removed afterwards."""
     known = pipeline.find_merged(digest)
     if known is not None:
         yield known.folder
@@ -65,7 +65,7 @@ def _folder(digest: str, size: int) -> Iterator[Path]:
         logger.info("the merged model, %.1f GB, is written to the disk: it does not fit in memory", size / 1e9)
     parent = MEMORY / f"lewis-{os.getuid()}" if fits else store.home() / "trials"
     parent.mkdir(parents=True, exist_ok=True)
-    store.sweep(parent)  # of trials that were killed
+    store.sweep(parent)  # left by killed trials
     scratch = store.beside(parent / digest[:12])
     scratch.mkdir()
     try:

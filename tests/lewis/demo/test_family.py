@@ -15,7 +15,7 @@ from lewis import store
 from lewis.demo.family import RIGHT_ANSWERS, SKILLS, TrainingPlan, _rows, make_family
 from lewis.errors import InputError
 from lewis.recipe.recipe import Recipe, value_of
-from lewis.search import study
+from lewis.search import space, study
 
 SHORT = TrainingPlan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))
@@ -124,7 +124,7 @@ def test_recipe_is_valid_and_its_files_exist(family):
 
 def test_the_recipe_of_the_search_is_valid_and_begins_with_its_own_values(family):
     recipe = Recipe.load(family / "sparse.yaml")
-    study.check_space(recipe)
+    space.check(recipe)
     assert study.objectives_of(recipe) == ("weighted/mean,none",)
     assert recipe.search.minutes < 10
     own = {path: value_of(recipe, path) for path in recipe.search.space}

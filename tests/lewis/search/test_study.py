@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lewis.errors import RecipeError
 from lewis.recipe.recipe import Recipe
-from lewis.search import report, study
+from lewis.search import report, space, study
 from lewis.search.study import Log, Objective, Trial
 
 RECIPE = """
@@ -55,7 +55,7 @@ def closeness(trial: Trial) -> float:
 
 class TestSpace:
     @pytest.mark.parametrize(
-        ("space", "problem"),
+        ("given", "problem"),
         [
             (
                 "parameters.lamda: {min: 1, max: 2}",
@@ -79,13 +79,13 @@ class TestSpace:
             ("parameters.lambda: 5", "search.space.parameters.lambda: input should be a valid list, got 5"),
         ],
     )
-    def test_what_is_wrong_is_told_at_its_path(self, space: str, problem: str) -> None:
+    def test_what_is_wrong_is_told_at_its_path(self, given: str, problem: str) -> None:
         with pytest.raises(RecipeError) as caught:
-            study.check_space(parse(space))
+            space.check(parse(given))
         assert problem in str(caught.value)
 
     def test_what_is_right(self, recipe: Recipe) -> None:
-        study.check_space(recipe)
+        space.check(recipe)
 
     def test_the_metrics(self, recipe: Recipe) -> None:
         with pytest.raises(RecipeError, match=r"search\.metrics: missing"):
@@ -107,7 +107,7 @@ class TestSpace:
             "lewis.density.max": top,
             "merge_method": method,
         }
-        made = study.with_values(parse(), values, "evaluate.limit=3")
+        made = space.with_values(parse(), values, "evaluate.limit=3")
         assert made.lewis and made.evaluate
         assert (made.merge_method, made.lewis.density.max, made.evaluate.limit) == (method, top, 3)
         assert made.parameters["lambda"][0].value == scale
@@ -130,9 +130,9 @@ class TestLog:
         run(log, 25, closeness)
         (best,) = log.front
         assert best.scores[0] == max(trial.scores[0] for trial in log.trials) > -0.01
-        space = recipe.search.space if recipe.search else {}
+        wanted = recipe.search.space if recipe.search else {}
         for trial in log.trials:
-            assert all(study._holds(space[path], value) for path, value in trial.values.items())
+            assert all(space.holds(wanted[path], value) for path, value in trial.values.items())
             assert float(trial.values["models[0].parameters.weight"]) % 0.5 == 0
         assert {trial.values["merge_method"] for trial in log.trials} == {"ties", "dare_ties"}
 

@@ -1,0 +1,81 @@
+"""The space of a search: which values of a recipe it varies, and within which ranges or choices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from lewis.errors import InputError, RecipeError
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import SearchRange
+
+ALLOWED = ("merge_method", "parameters.", "models[", "lewis.density.", "lewis.importance.", "lewis.prune_by", "seed")
+Values = Mapping[str, bool | int | float | str]  # YAML path -> value
+
+
+def check(recipe: Recipe) -> None:
+    """Check that the recipe is valid with every choice and with both ends of every range of its space.
+
+    Raises:
+        RecipeError: with every problem, at its YAML path.
+    """
+    assert recipe.search is not None
+    problems = []
+    for path, wanted in recipe.search.space.items():
+        where = f"search.space.{path}"
+        if path.endswith("].model"):
+            problems.append(f"{where}: a search keeps its models, since they are measured once; vary their weights")
+            continue
+        if not path.startswith(ALLOWED):
+            problems.append(f"{where}: expected a value that the merge depends on: {', '.join(ALLOWED)}")
+            continue
+        ends = [wanted.min, wanted.max] if isinstance(wanted, SearchRange) else list(wanted)
+        if not ends:
+            problems.append(f"{where}: expected at least one choice, got an empty list")
+        for value in ends:
+            try:
+                with_values(recipe, {path: rounded(wanted, value)})
+            except InputError as error:
+                problems += [f"{where}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+
+
+def with_values(recipe: Recipe, values: Values, *more: str) -> Recipe:
+    """The recipe with a trial's values and further overrides.
+
+    Raises:
+        RecipeError: if the values are not valid together.
+    """
+    given = [*overrides(values), *more]
+    return Recipe.parse(recipe.text, root=recipe.root, name=recipe.name, overrides=given)
+
+
+def overrides(values: Values) -> list[str]:
+    """Values as `--set` takes them: `path=value`, with the value in YAML."""
+    return [f"{path}={yaml.safe_dump(value).removesuffix('...' + chr(10)).strip()}" for path, value in values.items()]
+
+
+def distribution(wanted: Any) -> Any:
+    """A range or a list of choices, as Optuna has it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if isinstance(wanted, SearchRange):
+        return FloatDistribution(wanted.min, wanted.max, log=wanted.log, step=wanted.step)
+    return CategoricalDistribution(wanted)
+
+
+def rounded(wanted: Any, value: Any) -> Any:
+    """A value of a range with four digits, or a whole number if the range has only those; a choice unchanged."""
+    if not isinstance(wanted, SearchRange):
+        return value
+    if wanted.step and wanted.step.is_integer() and wanted.min.is_integer():
+        return round(value)
+    return min(wanted.max, max(wanted.min, float(f"{value:.4g}")))
+
+
+def holds(wanted: Any, value: Any) -> bool:
+    """Whether a value is within a range, or one of the choices."""
+    if not isinstance(wanted, SearchRange):
+        return value in wanted
+    return isinstance(value, int | float) and wanted.min <= value <= wanted.max
