@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lewis.lazy_torch import torch
 
-Scales = Mapping[str, "torch.Tensor"]
+ScalesByTensor = Mapping[str, "torch.Tensor"]
 """Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
 
 Densities = Mapping[str, float]

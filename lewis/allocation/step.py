@@ -11,7 +11,7 @@ from lewis import store
 from lewis.allocation import densities, evidence, global_threshold
 from lewis.allocation.aim import aim
 from lewis.allocation.densities import Allocation
-from lewis.allocation.scales import Scales
+from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError
 from lewis.importance.architecture import Layer, Network
 from lewis.importance.measure import network_of
@@ -44,11 +44,11 @@ class AllocationEntry(JsonReference):
         """Expert -> allocation; `which` is `experts` or `uniform`. Read from the disk at each call."""
         return {ref: Allocation(**fields) for ref, fields in self.content(which).items()}
 
-    def scales(self) -> dict[str, Scales]:
+    def scales(self) -> dict[str, ScalesByTensor]:
         """Expert -> sqrt(s) of every covered tensor; empty if pruned by magnitude. Read from the disk at each call."""
         return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
 
-    def held_back(self, omega: float) -> Scales:
+    def held_back(self, omega: float) -> ScalesByTensor:
         """Tensor name -> what its merged delta is multiplied with; s is the mean over the base's calibration sets."""
         sets = [entry.moments for entry in self.base]
         names = [name for name in (sets[0] if sets else ()) if all(name in moments for moments in sets)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import Densities, Scales
+from lewis.allocation.scales import Densities, ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.merge.alignment import align
@@ -47,7 +47,7 @@ class Expert:
     ref: str
     model: Model
     densities: Densities | None = None
-    scales: Scales | None = None
+    scales: ScalesByTensor | None = None
 
 
 class Prepared:
@@ -76,7 +76,7 @@ class Prepared:
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
-        held_back: Scales | None = None,
+        held_back: ScalesByTensor | None = None,
         device: str = "cpu",
     ) -> None:
         """Check that the models fit together, and the parameters and scales fit the models.
@@ -228,7 +228,7 @@ class Prepared:
         )
 
 
-def _fingerprint(scales: Scales | None) -> str | None:
+def _fingerprint(scales: ScalesByTensor | None) -> str | None:
     """SHA-256 of the names, shapes and bytes of the scales; None if there are none."""
     if not scales:
         return None

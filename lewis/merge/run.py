@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import Scales
+from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.merge import in_torch
@@ -41,7 +41,7 @@ class Merge(Prepared):
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
-        held_back: Scales | None = None,
+        held_back: ScalesByTensor | None = None,
         device: str = "cpu",
     ) -> None:
         """Arguments and errors as those of `Prepared`."""
