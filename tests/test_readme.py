@@ -1,4 +1,4 @@
-"""What the READMEs promise: commands that there are, a recipe and a program that run."""
+"""What the READMEs promise: links that lead somewhere, commands that there are, a recipe and a program that run."""
 
 import re
 from pathlib import Path
@@ -23,11 +23,39 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page.parent / file).resolve() if file else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
+    assert not lost
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_command_is_one(page: Path) -> None:
     text = (ROOT / page).read_text()
     named = re.findall(r"^ {4}(?:\.venv/bin/)?lewis (\w+)", text, re.MULTILINE) + re.findall(r"`lewis (\w+)", text)
     assert set(named) - {"COMMAND"} <= {command.name for command in COMMANDS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_file_and_module_is_there(page: Path) -> None:
+    text = (ROOT / page).read_text()
+    files = re.findall(r"(?<![\w./])(?:tests|lewis|flows|deployments|tasks/support)/[\w/.-]+\.(?:py|yaml|md)\b", text)
+    modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (tests[\w.]+)", text)]
+    assert [name for name in [*files, *modules] if not (ROOT / name).exists()] == []
 
 
 def test_the_readme_is_short() -> None:
