@@ -1,5 +1,5 @@
 # make demo   sets everything up and runs the whole DAG on a family of tiny models
-# make test   sets everything up and runs ruff, mypy and the tests
+# make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
 # make setup  only installs: a venv in .venv and this package, editable
 
 PYTHON ?= python3
@@ -23,8 +23,9 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
 
 clean:
-	rm -rf .venv build .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv build .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

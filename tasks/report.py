@@ -104,20 +104,17 @@ def report_run(
     if published:
         links["Hub"] = published
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
+    earlier = champion.metrics if champion and champion.digest != merged.digest else None
     facts = RunFacts(
         recipe=recipe.name,
-        outcome=outcome(
-            version.uri if version else None, verdict, in_use, created=version.created if version else True
-        ),
+        outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
         why=flow_run.why(run),
         seconds=(datetime.now(UTC) - run.start_time).total_seconds() if run.start_time else 0,
         digest=merged.digest,
         champion=in_use,
         changes=changes(by_reference(champion.sources, inputs) if champion else {}, inputs),
         work=work,
-        scores=score_columns(
-            scored(recipe, scores), champion.metrics if champion and champion.digest != merged.digest else None
-        ),
+        scores=score_columns(scored(recipe, scores), earlier),
         merged=recipe.label,
         comparison=comparison,
         pictures=_pictures(recipe, allocated, scores),

@@ -38,7 +38,7 @@ class Child:
         self.stdout, stdout = os.pipe()
         self._status, status = os.pipe()
         self.far_ends = [stdin, stdout, status]
-        self._told = b""  # what the keeper wrote: the process group, then the exit code
+        self._reported = b""  # what the keeper wrote: the process group, then the exit code
         self._over = False
         self.returncode: int | None = None
 
@@ -53,8 +53,8 @@ class Child:
         """The exit code, None while it runs."""
         while not self._over and select.select([self._status], [], [], 0)[0]:
             told = os.read(self._status, 64)
-            self._told, self._over = self._told + told, not told
-        _, _, code = self._told.decode().partition("\n")
+            self._reported, self._over = self._reported + told, not told
+        _, _, code = self._reported.decode().partition("\n")
         if code:
             self.returncode = int(code)
         elif self._over:  # its keeper or the server was killed
@@ -64,8 +64,8 @@ class Child:
     def end(self) -> None:
         """Kill it and all processes that it started, and close its pipes."""
         self.poll()
-        os.close(self._stdin)  # if its keeper has not yet told the group, this ends it: it takes its parent for dead
-        if group := self._told.decode().partition("\n")[0]:
+        os.close(self._stdin)  # the child ends itself then, if its group is not known yet
+        if group := self._reported.decode().partition("\n")[0]:
             with suppress(ProcessLookupError):
                 os.killpg(int(group), signal.SIGKILL)
         os.close(self.stdout)

@@ -21,7 +21,7 @@ TOLERANCE = 0.05  # of a task for which the recipe gives none
 
 
 @dataclass(frozen=True)
-class Rule:
+class RuleResult:
     """One rule: what it asks for and what was found, and whether that passes."""
 
     text: str
@@ -33,7 +33,7 @@ class Rule:
 
 def apply(
     gate: Gate, candidate: Scored, reference: Scored, base: Scored | None = None, limit: float | None = None
-) -> list[Rule]:
+) -> list[RuleResult]:
     """All rules of a gate, in the order of the verdict.
 
     Args:
@@ -59,25 +59,25 @@ def _superiority(gate: Gate) -> bool:
     return gate.min_gain >= 0 if gate.superiority is None else gate.superiority
 
 
-def _gain(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[Rule]:
+def _gain(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[RuleResult]:
     ours, theirs = candidate.by_name[gate.metric], reference.by_name[gate.metric]
     new, old = ours.value, theirs.value
     passed = (new - old if ours.higher_is_better else old - new) >= gate.min_gain - ROUNDING  # NaN compares false
     direction = "gain" if ours.higher_is_better else "drop"
-    yield Rule(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {new:.4f} vs {old:.4f}", passed)
+    yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {new:.4f} vs {old:.4f}", passed)
     if _superiority(gate):
         found = gain(candidate, reference, gate.metric)
         text = (
             f"{gate.metric}, lower {LEVEL * 100:.0f} % bound of the paired gain must be above 0, p at most {CHANCE:g}"
         )
         if found is None:
-            yield Rule(f"{text}: it has no value per document", False)
+            yield RuleResult(f"{text}: it has no value per document", False)
         else:
             certain = found.low > 0 and found.p <= CHANCE
-            yield Rule(f"{text}: {found.low:+.4f}, p {found.p:.3g}", certain)
+            yield RuleResult(f"{text}: {found.low:+.4f}, p {found.p:.3g}", certain)
 
 
-def _non_inferiority(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[Rule]:
+def _non_inferiority(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[RuleResult]:
     """Tests that each task is worse by no more than its tolerance; p is adjusted by Holm for the number of tests."""
     judged = {}
     for key, samples in _judged(gate, candidate).items():
@@ -85,7 +85,7 @@ def _non_inferiority(gate: Gate, candidate: Scored, reference: Scored) -> Iterat
             judged[key] = (found, _tolerance(gate, samples, reference))
     adjusted = holm({key: found.p_inferior(tolerance) for key, (found, tolerance) in judged.items()})
     for key, (found, tolerance) in judged.items():
-        yield Rule(
+        yield RuleResult(
             f"{key} must not be worse by {tolerance:.4g}: gain {found.delta:+.4f}, from {found.low:+.4f}, "
             f"Holm's p {adjusted[key]:.3g}",
             adjusted[key] <= CHANCE,
@@ -132,21 +132,21 @@ def _tolerance(gate: Gate, samples: Samples, reference: Scored) -> float:
     return max(share * unit, allowed)
 
 
-def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterator[Rule]:
+def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterator[RuleResult]:
     """What disqualifies a model, whatever its other scores."""
     ours = candidate.ends
     broken = [score for score in candidate.by_name.values() if not math.isfinite(score.value)]
     bad = len(broken) + sum(not samples.is_finite() for samples in candidate.samples)
-    yield Rule(f"no score may be NaN or infinite: {bad} of {len(candidate.scores)}", bad == 0)
+    yield RuleResult(f"no score may be NaN or infinite: {bad} of {len(candidate.scores)}", bad == 0)
     parent = base or reference
     for task, share in ours.empty.items():
         theirs = parent.ends.empty.get(task, 0.0)
         text = f"{task} must have no empty answers, or no more than {parent.label}"
-        yield Rule(f"{text}: {share:.1%} vs {theirs:.1%}", share <= theirs + ROUNDING)
+        yield RuleResult(f"{text}: {share:.1%} vs {theirs:.1%}", share <= theirs + ROUNDING)
     if ours.tried:
         words = f"a generation must come to its end: {ours.ended} of {ours.tried}"
         ends = parent.ends.ended
-        yield Rule(words if ends else f"{words}, and none of {parent.label}", ours.ended > 0 or not ends)
+        yield RuleResult(words if ends else f"{words}, and none of {parent.label}", ours.ended > 0 or not ends)
     if base is None:
         return
     numbers: dict[str, tuple[float | None, float | None]] = {
@@ -158,10 +158,10 @@ def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterat
     for what, (new, old) in numbers.items():
         if new is not None and old is not None:
             text = f"{what} must be at most {MORE_PERPLEXITY:g} times the base's: {new:.4g} vs {old:.4g}"
-            yield Rule(text, new <= MORE_PERPLEXITY * old)
+            yield RuleResult(text, new <= MORE_PERPLEXITY * old)
 
 
-def _whole(gate: Gate, limit: float | None) -> Iterator[Rule]:
+def _whole(gate: Gate, limit: float | None) -> Iterator[RuleResult]:
     if limit is not None:
         allowed = "allow_limit: true" if gate.allow_limit else "set register.gate.allow_limit to promote all the same"
-        yield Rule(f"all documents must be scored: evaluate.limit is {limit:g} ({allowed})", gate.allow_limit)
+        yield RuleResult(f"all documents must be scored: evaluate.limit is {limit:g} ({allowed})", gate.allow_limit)

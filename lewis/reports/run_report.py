@@ -134,7 +134,7 @@ def score_columns(models: Sequence[Scored], champion: Mapping[str, float] | None
     return {label: each for label, each in {**found, ours.label: ours.scores}.items() if each}
 
 
-def outcome(version: str | None, verdict: Verdict | None, champion: str | None, *, created: bool = True) -> str:
+def outcome(version: str | None, verdict: Verdict | None, champion: str | None, *, created: bool) -> str:
     """What came of a run, in a sentence.
 
     Args:

@@ -179,10 +179,10 @@ def test_a_champion_that_was_not_scored_again_has_the_scores_of_its_version() ->
 
 def test_the_outcome_says_which_version_is_in_use() -> None:
     passed, refused = Verdict(True, (), "x"), Verdict(False, (), "x")
-    assert outcome("m/2", passed, "m/1") == "m/2 is the new champion."
+    assert outcome("m/2", passed, "m/1", created=True) == "m/2 is the new champion."
     assert outcome("m/1", passed, "m/1", created=False) == "m/1 is the champion already; nothing to promote."
-    assert outcome("m/2", refused, "m/1") == "m/2 was not promoted; m/1 stays."
+    assert outcome("m/2", refused, "m/1", created=True) == "m/2 was not promoted; m/1 stays."
     assert outcome("m/2", refused, None, created=False) == (
         "m/2, registered by an earlier run, was not promoted; none is yet."
     )
-    assert outcome(None, None, "m/1") == "Merged; the recipe registers nothing."
+    assert outcome(None, None, "m/1", created=False) == "Merged; the recipe registers nothing."
