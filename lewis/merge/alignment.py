@@ -65,53 +65,73 @@ def align(
     Raises:
         InputError: if a tokenizer that is needed cannot be read.
     """
-    source = base
     if policy is None:
         return Alignment(tokenizer_folder(base), base)
     by_ref = {**({} if base_ref is None else {base_ref: base}), **dict(experts)}
-    if policy.source not in ("base", "union"):
-        source = _find(policy.source, by_ref, "tokenizer.source")
+    source = base if policy.source in ("base", "union") else _find(policy.source, by_ref, "tokenizer.source")
     plain = Alignment(tokenizer_folder(source), source)
     models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
     names = [name for name in base.tensors if name.endswith(PER_TOKEN)]
     sizes = [embedding_rows(model, names) for model in models]
-    plainly = len(set(sizes)) == 1 and not policy.tokens and policy.pad_to_multiple_of is None
-    if plainly and all(same(plain.donor, tokenizer_folder(model)) for model in models):
+    of_one_size = len(set(sizes)) == 1
+    as_they_are = of_one_size and not policy.tokens and policy.pad_to_multiple_of is None
+    if as_they_are and all(same(plain.donor, tokenizer_folder(model)) for model in models):
         return plain
     known = read_vocabulary(tokenizer_folder(base))
-    if min(sizes) == 0 or (known is None and len(set(sizes)) == 1):
+    if min(sizes) == 0 or (known is None and of_one_size):
         return plain  # a tensor that a model lacks is reported later, with all else that does not fit
     if known is None:
         raise InputError(f"{tokenizer_folder(base)}: no tokenizer.json; the models' embeddings cannot be matched")
     ids = [vocabulary_of(model, known, rows) for model, rows in zip(models, sizes, strict=True)]
-    chosen, added = models.index(source), []
-    there = read_vocabulary(plain.donor) or known
-    if policy.source == "union":
-        added = union(base, models[1:], ids[1:])
-        there = there | {entry["content"]: entry["id"] for entry in added}
-    after = 1 + max(there.values(), default=-1)
-    added += [plain_entry(token, after + i) for i, token in enumerate(sorted(policy.tokens.keys() - there.keys()))]
-    there = there | {entry["content"]: entry["id"] for entry in added}
-    has_row = set[str]().union(policy.tokens, *(ids if policy.source == "union" else [ids[chosen]]))
-    wanted = {token: row for token, row in there.items() if token in has_row}
-    count = 1 + max(wanted.values(), default=-1)
-    pad = policy.pad_to_multiple_of
-    rows = -(-count // pad) * pad if pad else max(count, sizes[chosen])
-    target = Target(wanted, rows, count if pad else rows, added)
+    chosen = models.index(source)
+    target = _target(policy, read_vocabulary(plain.donor) or known, models, ids, chosen, sizes[chosen])
     maps, lent = _match(target, ids, sizes, chosen, has_base=base_ref is not None)
     for token, embedding in policy.tokens.items():
-        row = wanted[token]
         if embedding.source is not None:
+            row = target.ids[token]
             lent[row] = _origin(token, embedding.source, by_ref, models, ids, sizes)
-        for own in maps if embedding.force and embedding.source is not None else ():
-            own[row] = -1
-    kept = [size == rows and np.array_equal(own, np.arange(rows)) for size, own in zip(sizes, maps, strict=True)]
-    if all(kept) and not added and target.padded_from == rows:
+            for own in maps if embedding.force else ():
+                own[row] = -1
+    size = target.rows
+    unmoved = [rows == size and np.array_equal(own, np.arange(size)) for rows, own in zip(sizes, maps, strict=True)]
+    if all(unmoved) and not target.added and target.padded_from == size:
         return plain
     lenders = Lenders(models, lent)
     views = {id(m): Aligned(m, names, own, lenders, target) for m, own in zip(models, maps, strict=True)}
-    digest = store.digest([[own.tolist() for own in maps], sorted(lent.items()), target.padded_from, added])
+    digest = store.digest([[own.tolist() for own in maps], sorted(lent.items()), target.padded_from, target.added])
     return replace(plain, target=target, views=views, digest=digest)
+
+
+def _target(
+    policy: Tokenizer,
+    donated: Mapping[str, int],
+    models: Sequence[Model],
+    ids: Sequence[Mapping[str, int]],
+    chosen: int,
+    rows: int,
+) -> Target:
+    """The tokens of the result, and the row of each.
+
+    Args:
+        policy: whose tokens the result has.
+        donated: token -> id of the donor's tokenizer.
+        models: the base, then the experts.
+        ids: of each model, token -> row.
+        chosen: number of the model whose tokenizer the result has.
+        rows: of that model's embeddings.
+    """
+    added = union(models[0], models[1:], ids[1:]) if policy.source == "union" else []
+    there = {**donated, **{entry["content"]: entry["id"] for entry in added}}
+    after = 1 + max(there.values(), default=-1)
+    new = [plain_entry(token, after + i) for i, token in enumerate(sorted(policy.tokens.keys() - there.keys()))]
+    there |= {entry["content"]: entry["id"] for entry in new}
+    has_row = set[str]().union(policy.tokens, *(ids if policy.source == "union" else [ids[chosen]]))
+    wanted = {token: row for token, row in there.items() if token in has_row}
+    count, pad = 1 + max(wanted.values(), default=-1), policy.pad_to_multiple_of
+    if pad:
+        return Target(wanted, -(-count // pad) * pad, count, added + new)
+    size = max(count, rows)
+    return Target(wanted, size, size, added + new)
 
 
 def _match(

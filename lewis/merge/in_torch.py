@@ -1,7 +1,7 @@
-"""Merge tensors with the methods' own functions in torch: on a GPU, and on the CPU what has no compiled loop.
+"""Merge tensors with the methods' own functions in torch: all tensors on a GPU, and on the CPU those without loops.
 
-Where the method allows it a large tensor is read and merged in runs of rows, so that it is never whole in memory. Its
-rows are those of a matrix whose columns are the tensor's last dimension.
+If the method allows it, a large tensor is read and merged in runs of rows, so that it is never whole in memory. Such a
+tensor is seen as a matrix whose columns are the last dimension.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lewis.models.dtypes import as_tensor, torch_dtype
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 
-PIECE = 1 << 18  # elements of a run of rows
-_PIECE_THERE = 1 << 24  # on a GPU
-_PART = 1 << 15  # elements of a part that stays in the cache
+PIECE = 1 << 18  # elements of a run of rows on the CPU
+_PIECE_ON_GPU = 1 << 24
+_PART = 1 << 15  # elements of a temporary tensor on the CPU: it stays in the cache
 
 
 def merge_whole(merge: Prepared, name: str) -> torch.Tensor:
-    """Merge one tensor, all of it at once.
+    """Merge one tensor as a whole.
 
     Returns:
-        In the dtype and shape of the layout.
+        The merged tensor, in the dtype and shape of the layout, on the CPU.
 
     Raises:
         LewisError: naming the tensor and model of a value that is not finite.
@@ -44,7 +44,7 @@ def merge_whole(merge: Prepared, name: str) -> torch.Tensor:
 
 
 def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
-    """`merge_whole` in pieces, one after another, if the tensor is large and the method has a way by rows."""
+    """Merge one tensor in pieces, in order, if it is large and the method can merge by rows; else in one piece."""
     tensor = _Tensor(merge, name)
     with one_thread(), merge.budget.take(tensor.at_a_time):
         finish = tensor.finish() if len(tensor.runs) > 1 else None
@@ -57,13 +57,13 @@ def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
 
 
 def is_whole(merge: Prepared, name: str) -> bool:
-    """Whether a tensor is whole in memory where no compiled loop merges it."""
+    """Whether a large tensor is whole in memory while torch merges it."""
     return _Tensor(merge, name).at_a_time == merge.base.tensors[name].elements > PIECE
 
 
 def is_computed(merge: Prepared, name: str) -> bool:
-    """Whether a tensor of a model is computed, and so whole in memory in any case: a LoRA expert's."""
-    models = (getattr(model, "model", model) for model in (merge.base, *(expert.model for expert in merge.experts)))
+    """Whether a model's tensor is computed, as a LoRA expert's is: then it is whole in memory in any engine."""
+    models = (getattr(model, "model", model) for model in merge.models)
     return any(isinstance(model, LoraExpert) and model.computes(name) for model in models)
 
 
@@ -71,9 +71,9 @@ class _Tensor:
     """One tensor of a merge.
 
     Attributes:
-        elements: of the tensor.
-        runs: the runs of rows that it is merged in; one if it is small, or the method takes it whole.
-        at_a_time: elements in memory at a time, if it is merged in these runs.
+        elements: number of elements.
+        runs: the runs of rows that it is merged in; one run if it is small, or the method takes it whole.
+        at_a_time: how many of its elements are in memory at a time, if it is merged in these runs.
     """
 
     def __init__(self, merge: Prepared, name: str) -> None:
@@ -83,7 +83,7 @@ class _Tensor:
         self._raw, self._looked_at = dict[int, tuple[str, np.ndarray]](), set[tuple[int, int]]()
         rows, count = math.prod(self._shape[:-1]), 1
         if len(self._shape) > 1 and (self._copied or self._method.elementwise or self._method.by_rows):
-            count = max(min(-(-self.elements // (PIECE if merge.device == "cpu" else _PIECE_THERE)), rows), 1)
+            count = max(min(-(-self.elements // (PIECE if merge.device == "cpu" else _PIECE_ON_GPU)), rows), 1)
         bounds = [rows * i // count for i in range(count + 1)]
         self.runs = [slice(*pair) for pair in itertools.pairwise(bounds)]
         longest = max(run.stop - run.start for run in self.runs)
@@ -98,7 +98,7 @@ class _Tensor:
         return {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in self._values.items()}
 
     def function(self, piece: Piece) -> torch.Tensor:
-        """What the method's function gives."""
+        """Call the method's function."""
         method, arguments = self._method, dict(self._arguments)
         if method.takes_base:
             arguments["base"] = piece.base
@@ -110,7 +110,11 @@ class _Tensor:
             return method(piece.tensors, **arguments)
 
     def finish(self) -> Finish | None:
-        """What merges each run of rows, after what passes it takes; None if there is no way by rows."""
+        """Make the passes over the tensor that the method needs.
+
+        Returns:
+            What then merges each run of rows; None if the method cannot merge by rows with these parameters.
+        """
         if self._copied or self._method.elementwise:
             return self.function
         assert self._method.by_rows
@@ -119,7 +123,7 @@ class _Tensor:
             return self._method.by_rows(pieces, **self._arguments)
 
     def merged(self, rows: slice | None, finish: Finish) -> torch.Tensor:
-        """Merge these rows, or all of them in the tensor's own shape; rounded, on the CPU."""
+        """Merge these rows, or with None all of them in the tensor's own shape; rounded, on the CPU."""
         merge, dtype = self._merge, torch_dtype(self._merge.layout[self._name][0])
         if self._copied:
             return self._read(merge.base, rows).to(dtype)  # a base with an adapter on it is read in fp32
@@ -147,7 +151,7 @@ class _Tensor:
         delta = self._checked(finish(self._piece(rows, base)), base)
         if self._name in merge.held_back:
             delta = delta * self._of_rows(merge.held_back[self._name], rows)
-        # The models are read again instead of being kept, so that less is in memory at once.
+        # The models are read a second time instead of being kept in memory.
         merged = torch.empty(base.shape, device=base.device)
         for part, old, out in _in_parts(delta, base, merged):
             out.copy_(torch.where(part == 0, old, old + part))
@@ -177,7 +181,7 @@ class _Tensor:
     def _read(self, model: Model, rows: slice | None) -> torch.Tensor:
         if rows is None:
             return model.read(self._name)
-        if id(model) not in self._raw:  # a LoRA expert's is computed as a whole
+        if id(model) not in self._raw:  # read once: a LoRA expert's is computed
             self._raw[id(model)] = model.raw(self._name)
         dtype, bits = self._raw[id(model)]
         columns = self._shape[-1]
@@ -224,8 +228,8 @@ class _Tensor:
 
 
 def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Flat parts of tensors of one shape, so that what is computed of them is never as large."""
-    size = _PART if tensors[0].device.type == "cpu" else 1 << 24
+    """Flat parts of tensors of one shape, so that temporary results are small."""
+    size = _PART if tensors[0].device.type == "cpu" else _PIECE_ON_GPU
     return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 

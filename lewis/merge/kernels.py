@@ -1,10 +1,14 @@
-"""The compiled inner loops of a merge: raw bits in, raw bits out, a block that stays in the cache at a time.
+"""The compiled inner loops of a merge: they read and write raw bits, one block that fits the cache at a time.
 
-They compute what the methods say in torch, operation by operation, so that both give the same bytes; a test compares
-them. numba compiles them once per machine and keeps the code in its cache, beside this file or in the user's cache
-folder; it notices changes of this one file, so all that call each other are in it. They take addresses instead of
-arrays, so that one compiled version serves any number of experts and any mix of dtypes, and they run without Python's
-lock.
+They do the operations of the methods' torch functions in the same order, so that both give the same bytes; a test
+compares them. numba compiles the loops once per machine and keeps the code in a cache, beside this file or in the
+user's cache folder. It compiles again only when this file changes, so functions that call each other must all be in
+this file. The loops take addresses instead of arrays, so that one compiled version serves any number of experts and any
+mix of dtypes. They release Python's global lock.
+
+Names that many functions share: a tensor is given by `addresses` and `kinds` (of the base, then of each expert), its
+`size` and its `columns` (the last dimension); `start` is the number of an element in the flat tensor and `count` a
+number of elements, at most BLOCK. A "score" is the size that elements are ranked by: |expert - base|, times a scale.
 """
 
 from typing import Any
@@ -20,8 +24,8 @@ from lewis.methods.loops import NEAREST, Combine
 
 F32, F16, BF16 = 0, 1, 2
 KINDS = {"F32": F32, "F16": F16, "BF16": BF16}
-RUN = 32  # neighbours that `sample` takes together
-INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite magnitude are less
+RUN = 32  # neighbouring elements that `sample` takes together
+INFINITE = np.uint32(0x7F800000)  # the bits of infinity; the bits of every finite magnitude are less, as a whole number
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = np.uint32(0xFFFFFFFF)  # above the bits of all scores
@@ -34,7 +38,7 @@ _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"
 
 @intrinsic
 def _pointer(_: Any, address: Any) -> Any:
-    """An address as a pointer: numba gives the first argument."""
+    """Turn an address into a pointer; numba passes the typing context as the first argument."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -53,7 +57,7 @@ def _brain(bits: Any) -> Any:
 
 @njit(**_options)
 def _load(address: Any, kind: Any, start: Any, count: Any, out: Any) -> Any:
-    """Read `count` elements from `start` on as fp32; gives whether one of them is not finite."""
+    """Read `count` elements from `start` on as fp32; returns whether one of them is not finite."""
     bits = out.view(np.uint32)
     largest = np.uint32(0)
     if kind == F32:
@@ -82,7 +86,7 @@ def _load(address: Any, kind: Any, start: Any, count: Any, out: Any) -> Any:
 
 @njit(**_options)
 def _store(values: Any, count: Any, address: Any, kind: Any, start: Any) -> Any:
-    """Round fp32 to the nearest, halves to even, and write it; gives whether a result is not finite."""
+    """Round fp32 to the nearest number of a dtype, ties to even, and write it; returns whether one is not finite."""
     bits = values.view(np.uint32)
     largest = np.uint32(0)
     if kind == F32:
@@ -97,13 +101,14 @@ def _store(values: Any, count: Any, address: Any, kind: Any, start: Any) -> Any:
             odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
             rounded = (bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
             narrow[i] = np.uint16(rounded)
-            # The carry could turn a NaN into a number, so what was to be rounded counts too.
+            # Rounding up could turn a NaN into a number, so the unrounded bits are checked too.
             largest = max(largest, max(np.uint32(rounded & 0x7FFF), np.uint32((bits[i] & MAGNITUDE) >> 16)))
         return largest >= np.uint32(0x7F80)
     small = np.empty(count, np.float32)
     small_bits = small.view(np.uint32)
     for i in range(count):
-        small[i] = abs(values[i]) + np.float32(0.5)  # the last place of numbers from 0.5 on is fp16's smallest number
+        # From 0.5 on, the last place of fp32 numbers is fp16's smallest number: the sum is rounded to that.
+        small[i] = abs(values[i]) + np.float32(0.5)
     for i in range(count):
         magnitude = bits[i] & MAGNITUDE
         odd = (magnitude >> np.uint32(13)) & np.uint32(1)
@@ -119,10 +124,10 @@ def _store(values: Any, count: Any, address: Any, kind: Any, start: Any) -> Any:
 
 @njit(**_options)
 def _times(values: Any, count: Any, start: Any, columns: Any, scale: Any) -> None:
-    """Multiply by fp32 factors.
+    """Multiply elements by fp32 factors.
 
-    `scale` is the address of three int64, or 0 for no factors: the address of these, how many rows (runs of the last
-    dimension of the tensor) have the same ones, 0 if all have, and how many a row has: `columns`, or 1 for all of it.
+    `scale` is 0 for no factors, or the address of three int64: the address of the factors; how many consecutive rows
+    have the same factors, 0 if all have; and how many factors a row has, which is `columns`, or 1 for the whole row.
     """
     if scale == 0:
         return
@@ -147,7 +152,7 @@ def _times(values: Any, count: Any, start: Any, columns: Any, scale: Any) -> Non
 
 @njit(**_options)
 def _scores(base: Any, own: Any, start: Any, count: Any, columns: Any, scale: Any, score: Any) -> None:
-    """|own - base|, times its scale."""
+    """The score of each element: |own - base|, times its scale."""
     for i in range(count):
         score[i] = abs(own[i] - base[i])
     _times(score, count, start, columns, scale)
@@ -176,13 +181,13 @@ def scan(
     """Look for scores whose bits, as a whole number, lie in [low, high].
 
     Returns:
-        How many are above, how many inside, and how many of those were put into `found` and `places`: all of them,
-        unless no block more was sure to fit.
+        How many scores are above, how many are inside, and how many of these were written to `found` (bits) and
+        `places` (element numbers): all of them, or fewer once another block might not fit.
     """
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score, hits = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint8)
     bits, eight = score.view(np.uint32), hits.view(np.uint64)
-    plain = base_kind == BF16 and own_kind == BF16 and scale == 0  # most often; one loop is twice as fast
+    plain = base_kind == BF16 and own_kind == BF16 and scale == 0  # the usual case; one loop for all is twice as fast
     above = inside = kept = np.int64(0)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
@@ -211,7 +216,7 @@ def scan(
             for i in range(count, BLOCK):
                 hits[i] = 0
             for word in range((count + 7) // 8):
-                if eight[word]:  # seldom, so that not each element need be looked at
+                if eight[word]:  # few words have a hit, so most elements are skipped
                     for i in range(8 * word, 8 * word + 8):
                         found[kept] = bits[i]
                         places[kept] = start + i
@@ -227,7 +232,7 @@ def scan_ties(
     """Of the scores with the bits `tie`, look for those whose place in the order of ties lies in [low, high].
 
     Returns:
-        How many come before, how many are inside, and how many of those were put into `found`, as in `scan`.
+        How many places are before, how many are inside, and how many of these were written to `found`, as in `scan`.
     """
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score = np.empty(BLOCK, np.float32)
@@ -253,7 +258,7 @@ def scan_ties(
 
 @njit(**_options)
 def _uniform(key: Any, place: Any) -> Any:
-    """Number `place` of `streams.Stream(key)`."""
+    """The random number at `place` of `streams.Stream(key)`."""
     z = key + np.uint64(place + 1) * GAMMA
     z = (z ^ (z >> np.uint64(30))) * MIX_1
     z = (z ^ (z >> np.uint64(27))) * MIX_2
@@ -263,7 +268,7 @@ def _uniform(key: Any, place: Any) -> Any:
 
 @njit(**_options)
 def _keep(score: Any, start: Any, count: Any, threshold: Any, cut: Any, delta: Any) -> None:
-    """Set the elements of `delta` to 0 whose score is below the threshold, or at it and late in the order of ties."""
+    """Set an element of `delta` to 0 if its score is below the threshold, or equals it and comes after the cut."""
     bits = score.view(np.uint32)
     if cut == ALL:
         for i in range(count):
@@ -278,7 +283,7 @@ def _keep(score: Any, start: Any, count: Any, threshold: Any, cut: Any, delta: A
 
 @njit(**_options)
 def _leave_out(score: Any, start: Any, count: Any, threshold: Any, cut: Any, delta: Any) -> None:
-    """Set the elements of `delta` to 0 that `_keep` would keep."""
+    """Set an element of `delta` to 0 if `_keep` would keep it."""
     bits = score.view(np.uint32)
     for i in range(count):
         first = (bits[i] > threshold) | ((bits[i] == threshold) & (np.uint64(start + i) * SPREAD <= cut))
@@ -291,7 +296,7 @@ def _between(
     base: Any, own: Any, start: Any, count: Any, columns: Any, scale: Any, thresholds: Any, cuts: Any, score: Any,
     delta: Any,
 ) -> None:  # fmt: skip
-    """Keep what lies in the first cut, but not in the second."""
+    """Set an element of `delta` to 0 unless it lies in the first cut and not in the second."""
     below, above = thresholds[0] > 0 or cuts[0] != ALL, thresholds[1] != NONE
     if below or above:
         _scores(base, own, start, count, columns, scale, score)
@@ -303,7 +308,7 @@ def _between(
 
 @njit(**_options)
 def _mask(address: Any, start: Any, count: Any, delta: Any) -> None:
-    """Set the elements of `delta` to 0 whose byte of a mask is 0."""
+    """Set an element of `delta` to 0 if its byte of a mask is 0."""
     kept = carray(_at(address + np.uint64(start)), (count,), dtype=np.uint8)
     for i in range(count):
         value = delta[i]
@@ -312,7 +317,7 @@ def _mask(address: Any, start: Any, count: Any, delta: Any) -> None:
 
 @njit(**_options)
 def _drop(start: Any, count: Any, key: Any, density: Any, delta: Any) -> None:
-    """Set the elements of `delta` to 0 whose random number is not below the density."""
+    """Set an element of `delta` to 0 if its random number is not below the density."""
     for i in range(count):
         value = delta[i]
         delta[i] = value if _uniform(key, start + i) < density else np.float32(0.0)
@@ -320,7 +325,7 @@ def _drop(start: Any, count: Any, key: Any, density: Any, delta: Any) -> None:
 
 @njit(**_options)
 def _block_sum(values: Any, count: Any, halves: Any) -> float:
-    """The sum of magnitudes in fp64, by halves of a whole block: the order of `sums.total`."""
+    """The sum of magnitudes in fp64; the halves of the block are added first, as in `sums.total`."""
     width, quarter = BLOCK // 2, BLOCK // 4
     if count == BLOCK:  # the first two rounds at once
         for i in range(quarter):
@@ -349,9 +354,9 @@ def norms(
     base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, thresholds: Any, cuts: Any,
     dropping: Any, key: Any, density: Any, mask: Any, begin: Any, whole: Any, kept: Any,
 ) -> None:  # fmt: skip
-    """The L1 norm of each block of a task vector from element `begin` on, as it is and as it is kept.
+    """The L1 norm of each block of a task vector from element `begin` on: before and after sparsification.
 
-    What is kept is told as in `merge_task_vectors`.
+    The arguments that say what is kept are those of `merge_task_vectors`.
     """
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     delta, score, halves = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
@@ -374,7 +379,7 @@ def norms(
 
 @njit(**_options)
 def _block_dot(first: Any, second: Any, count: Any, halves: Any) -> float:
-    """The dot product in fp64, by halves of a whole block: the order of `sums.gram`."""
+    """The dot product in fp64; the halves of the block are added first, as in `sums.gram`."""
     for i in range(count):
         halves[i] = np.float64(first[i]) * np.float64(second[i])
     for i in range(count, BLOCK):
@@ -393,7 +398,7 @@ def dots(
 ) -> None:  # fmt: skip
     """The dot products of pairs of models in each block from element `begin` on, in fp64.
 
-    `relative`: of their differences to the first one; of what a mask keeps, if there is one, as `merge_task_vectors`.
+    With `relative`, of their differences to the first model, and of these only what a mask keeps, if there is one.
     """
     models = addresses.size
     own, halves = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float64)
@@ -414,7 +419,7 @@ def dots(
 
 @njit("void(uint64[::1],int64[::1],int64,float32[::1])", **_options)
 def variances(addresses: Any, kinds: Any, start: Any, out: Any) -> None:
-    """Of the differences to the first model, over the others, from element `start` on: `sce._variance`."""
+    """The variance over the experts of their differences to the base, for each element from `start` on."""
     experts = addresses.size - 1
     base, moved = np.empty(BLOCK, np.float32), np.empty((experts, BLOCK), np.float32)
     mean, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
@@ -442,7 +447,7 @@ def variances(addresses: Any, kinds: Any, start: Any, out: Any) -> None:
 def sort_keys(
     base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, begin: Any, out: Any
 ) -> None:
-    """For rows from element `begin` on: the bits of each score, then its column, as one number to sort a row by."""
+    """One number per element, from `begin` on, to sort its row by: the bits of its score, then its column."""
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score = np.empty(BLOCK, np.float32)
     bits, flat, column = score.view(np.uint32), out.reshape(-1), 0
@@ -458,7 +463,7 @@ def sort_keys(
 
 @njit("void(uint64[:,::1],int64,uint64,float32,float32,uint8[::1])", **_options)
 def draw_by_rank(ordered: Any, begin: Any, key: Any, least: Any, width: Any, kept: Any) -> None:
-    """Of rows of sorted `sort_keys`, keep elements by their random numbers: `sparsify.drop_by_rank`."""
+    """Draw which elements of rows are kept, as `sparsify.drop_by_rank`; `ordered` holds the sorted keys of each row."""
     rows, columns = ordered.shape
     upper, lower = np.uint64(32), np.uint64(0xFFFFFFFF)
     for row in range(rows):
@@ -479,7 +484,7 @@ def draw_by_rank(ordered: Any, begin: Any, key: Any, least: Any, width: Any, kep
 
 @njit(**_options)
 def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, delta: Any) -> None:
-    """Add what has the sign of the total; `normalize`: divided by its weights."""
+    """Add the terms that have the sign of the total; with `normalize`, divide by the sum of their weights."""
     divisor = np.zeros(BLOCK, np.float32)
     for i in range(count):
         delta[i] = np.float32(0.0)
@@ -497,7 +502,7 @@ def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, 
 
 @njit(**_options)
 def _claim(weighted: Any, total: Any, count: Any, selective: Any, least: Any, delta: Any) -> None:
-    """The total, where at least so many terms claim it."""
+    """The total, where at least `least` terms claim it, else 0."""
     claims = np.zeros(BLOCK, np.int32)
     for e in range(weighted.shape[0]):
         term = weighted[e]
@@ -509,7 +514,7 @@ def _claim(weighted: Any, total: Any, count: Any, selective: Any, least: Any, de
 
 @njit(**_options)
 def _share(moved: Any, scales: Any, count: Any, least: Any, delta: Any) -> None:
-    """The mean over those that moved an element by more than `least`; times its scale if one alone did."""
+    """The mean over the experts that moved an element by more than `least`; if only one did, times its scale."""
     owners = np.zeros(BLOCK, np.float32)
     for e in range(moved.shape[0]):
         vector = moved[e]
@@ -528,7 +533,7 @@ def _share(moved: Any, scales: Any, count: Any, least: Any, delta: Any) -> None:
 
 @njit("void(uint64[::1],int64[::1],int64,float32,int64[:,::1])", **_options)
 def owned(addresses: Any, kinds: Any, size: Any, least: Any, out: Any) -> None:
-    """How many elements each expert moved by more than `least`, and how many of these it moved alone."""
+    """Count the elements that each expert moved by more than `least`, and those of them that no other expert did."""
     experts = addresses.size - 1
     base, moved = np.empty(BLOCK, np.float32), np.empty((experts, BLOCK), np.float32)
     out[:] = 0
@@ -567,20 +572,18 @@ def merge_task_vectors(
     Args:
         addresses, kinds: of the base, then of each expert.
         columns: the last dimension of the tensor.
-        scales, thresholds, cuts: of each expert, for keeping by score: what is in the first cut, but not in the second.
-            A scale is an address as `_times` takes it.
+        scales, thresholds, cuts: of each expert: an element is kept if its score is in the first of two cuts and not
+            in the second. A scale is an address as `_times` takes it.
         dropping, keys, densities: whether elements are dropped at random instead, and each expert's stream and density.
-        factors, weights, active: of each expert: the rescaling, the weight, whether it has a say.
-        how: SUM; ELECT signs as TIES does; VOTE: elect the signs of the sum without weights, as SCE does; CLAIM: keep
-            the sum where enough experts claim it, as consensus does; SHARE: the mean of those that moved an element,
-            as RAM does; NEAR: the nearer the more, as NearSwap does.
-        normalize: divide what was elected by the agreeing weights.
-        divisor: of the plain sum.
+        factors, weights, active: of each expert: the factor of rescaling, the weight, whether it takes part.
+        how: how the task vectors are combined, as `lewis.methods.loops.Combine` describes.
+        normalize: of ELECT and VOTE: whether to divide by the sum of the agreeing weights.
+        divisor: of SUM: what the sum is divided by.
         lambda_, after: what the merged delta is multiplied with: a number, and a scale.
-        selective, least: how large a term has to be to claim the sum, and how many have to; or how far an element has
-            to be moved to count, or may be moved to be taken whole.
+        selective: the threshold of CLAIM, SHARE or NEAR.
+        least: how many experts have to CLAIM an element.
         masks: of each expert, the address of one byte for each element from `start` on, 0 if it is dropped; or 0.
-        out, out_kind: where the result goes, its first element at `out`.
+        out, out_kind: the address of the result's first element, and its dtype.
 
     Returns:
         Whether a model or the result holds a number that is not finite.
@@ -654,9 +657,10 @@ def average(
     addresses: Any, kinds: Any, start: Any, stop: Any, weights: Any, normalize: Any, signed: Any, divisor: Any,
     out: Any, out_kind: Any,
 ) -> Any:  # fmt: skip
-    """The weighted sum of models, divided; returns as `merge_task_vectors`.
+    """The weighted sum of models, divided by `divisor`; returns as `merge_task_vectors`.
 
-    `normalize`: what all models agree on stays; `signed`: a result that equals a model's number has its sign of zero.
+    With `normalize`, an element that is equal in all models stays as it is. With `signed`, a result of 0 that equals a
+    model's element takes its sign.
     """
     models = weights.size
     own, total = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float32)
