@@ -4,18 +4,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefect import State, flow
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from lewis.evaluation.step import eval_settings
-from lewis.importance.step import wanted_measurements
-from lewis.models.source import ModelFiles, short_names
+from lewis.allocation.step import AllocationEntry
+from lewis.evaluation.step import ScoresEntry, eval_settings
+from lewis.importance.step import CalibrationEntry, ImportanceEntry, wanted_measurements
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles, Source, short_names
 from lewis.recipe.recipe import Recipe
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.runners import choose
+from lewis_flows.submit import finish, known, submit
 from lewis_flows.turn import turn
 from lewis_tasks.allocate import allocate
 from lewis_tasks.download import download
@@ -65,7 +68,9 @@ def _run_name() -> str:
 
 @flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner())
 @says_why
-def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0) -> State[MergeReport]:
+def merge_flow(
+    recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0
+) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
     Ends `Cached` if everything was found done, and `Skipped` if a run of the recipe waits for its turn already.
@@ -84,7 +89,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None, settle_seconds: 
             )
         plan = Recipe.load(path, overrides or [])
         if settle_seconds > 0:
-            settle(quote(plan), settle_seconds)
+            settle(quote(plan), settle_seconds, return_state=False)
         report, changed = _merge(plan)
     if changed:
         return Completed(data=report)
@@ -96,26 +101,26 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     # The recipe goes to the tasks quoted: Prefect would take the names in it for results of the tasks that return them,
     # and draw edges from everywhere to everywhere.
     settings = eval_settings(plan) if plan.evaluate else None
-    tasks_digest = check_tasks.submit(settings, plan.root) if settings else None
-    champion = find_champion.submit(plan.register_as.name, bool(settings)) if plan.register_as else None
-    publishable = check_publish.submit(quote(plan)) if plan.publish else None
+    tasks_digest = submit(check_tasks, settings, plan.root) if settings else None
+    champion = submit(find_champion, plan.register_as.name, bool(settings)) if plan.register_as else None
+    publishable = submit(check_publish, quote(plan)) if plan.publish else None
 
     models = fetch(plan, tasks_digest)
     base, experts, inspected = models.base, models.experts, models.inspected
-    named = name_run.submit(quote(plan), models.base_source, models.sources)
+    named = submit(name_run, quote(plan), models.base_source, models.sources)
     sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
-    merged = merging(plan).submit(quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
+    merged = submit(merging(plan), quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
     uniform = None
     if allocated and plan.wants_uniform:
         baseline = merging(plan, "uniform")
-        uniform = baseline.submit(quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
+        uniform = submit(baseline, quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
     finish(tasks_digest, champion, publishable, *models.futures)
     finish(*sets, *measured, allocated, drawn, merged, uniform)
     result = merged.result()
     report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
     report.mean_density = allocated.result().means if allocated else {}
 
-    scores: dict[str, PrefectFuture[Any]] = {}
+    scores: dict[str, PrefectFuture[ScoresEntry]] = {}
     if settings:
         to_score = _models_to_score(plan, base, experts, uniform, merged)
         current = champion.result() if champion else None
@@ -123,25 +128,25 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
             to_score["champion"] = ModelFiles.at("champion", current.digest, current.folder)
             to_score[plan.label] = to_score.pop(plan.label)  # stays the last, which the pictures outline
         for label, model in to_score.items():
-            scores[label] = evaluate.submit(model, label, settings, plan.root, tasks_digest)
-        table = report_scores.submit(quote(plan), scores)
+            scores[label] = submit(evaluate, model, label, settings, plan.root, tasks_digest)
+        table = submit(report_scores, quote(plan), scores)
         finish(*scores.values(), table)
         report.scores, report.comparison = table.result()["scores"], table.result()["comparison"]
 
     verdict = version = published = None
     moved = False
-    inputs = [_known(each) for each in (base, experts, sets, allocated)]
+    inputs = [known(each) for each in (base, experts, sets, allocated)]
     if plan.register_as:
-        verdict = gate.submit(quote(plan), champion, merged, scores)
-        version = register.submit(quote(plan), *inputs, merged, _known(scores), wait_for=[verdict])
-        promoted = promote.submit(quote(plan), version, verdict, _known(merged))
+        verdict = submit(gate, quote(plan), champion, merged, scores)
+        version = submit(register, quote(plan), *inputs, merged, known(scores), wait_for=[verdict])
+        promoted = submit(promote, quote(plan), version, verdict, known(merged))
         finish(verdict, version, promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
         before = champion.result() if champion else None
         moved = report.promoted and (before is None or before.version.uri != report.version)
         if plan.publish:
-            published = publish.submit(quote(plan), version, merged, wait_for=[promoted])
+            published = submit(publish, quote(plan), version, merged, wait_for=[promoted])
             published.wait()  # what it raises comes after the report
     work = tally(
         download=[base, *experts],
@@ -150,10 +155,10 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         merge=[merged, uniform],
         evaluate=scores.values(),
     )
-    facts = [_known(each) for each in (merged, champion, scores, verdict)]
+    facts = [known(each) for each in (merged, champion, scores, verdict)]
     url = published.result() if published and published.state.is_completed() else None
-    told = report_run.submit(
-        quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
+    told = submit(
+        report_run, quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
     )
     told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
     if published:
@@ -166,12 +171,12 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
 class Models(NamedTuple):
     """The models of a recipe on their way here; base and its source are None if the recipe has none."""
 
-    base_source: PrefectFuture[Any] | None
-    sources: list[PrefectFuture[Any]]
-    checked: PrefectFuture[Any]
-    base: PrefectFuture[Any] | None
-    experts: list[PrefectFuture[Any]]
-    inspected: PrefectFuture[Any]
+    base_source: PrefectFuture[Source] | None
+    sources: list[PrefectFuture[Source]]
+    checked: PrefectFuture[None]
+    base: PrefectFuture[ModelFiles] | None
+    experts: list[PrefectFuture[ModelFiles]]
+    inspected: PrefectFuture[int]
 
     @property
     def futures(self) -> list[PrefectFuture[Any] | None]:
@@ -179,49 +184,72 @@ class Models(NamedTuple):
         return [self.base_source, *self.sources, self.checked, self.base, *self.experts, self.inspected]
 
 
-def fetch(plan: Recipe, tasks_digest: PrefectFuture[Any] | None) -> Models:
+class Guide(NamedTuple):
+    """The calibration sets, importance and densities of a recipe on their way; all empty for a plain merge.
+
+    Attributes:
+        sets: the calibration sets.
+        measured: importance of base and experts.
+        allocated: the densities.
+        drawn: ends when the UI shows the densities.
+    """
+
+    sets: list[PrefectFuture[CalibrationEntry]]
+    measured: list[PrefectFuture[list[ImportanceEntry]]]
+    allocated: PrefectFuture[AllocationEntry] | None
+    drawn: PrefectFuture[None] | None
+
+
+def fetch(plan: Recipe, tasks_digest: PrefectFuture[str] | None) -> Models:
     """Resolve, check from headers, download and inspect base and experts; `tasks_digest` is waited for first."""
-    base_source = resolve.submit(quote(plan), plan.base_model) if plan.base_model else None
-    sources = [resolve.submit(quote(plan), entry.model, base_source) for entry in plan.experts]
-    checked = preflight.submit(quote(plan), base_source, sources)
+    base_source = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
+    sources = [submit(resolve, quote(plan), entry.model, base_source) for entry in plan.experts]
+    checked = submit(preflight, quote(plan), base_source, sources)
     ready = [future for future in (tasks_digest, checked) if future]
-    base = download.submit(base_source, wait_for=ready) if base_source else None
-    experts = [download.submit(source, wait_for=ready) for source in sources]
-    return Models(base_source, sources, checked, base, experts, inspect.submit(quote(plan), base, experts))
+    base = submit(download, base_source, wait_for=ready) if base_source else None
+    experts = [submit(download, source, wait_for=ready) for source in sources]
+    return Models(base_source, sources, checked, base, experts, submit(inspect, quote(plan), base, experts))
 
 
 def guide(
-    plan: Recipe, base: PrefectFuture[Any] | None, experts: list[PrefectFuture[Any]], inspected: PrefectFuture[Any]
-) -> tuple[list[PrefectFuture[Any]], list[PrefectFuture[Any]], PrefectFuture[Any] | None, PrefectFuture[Any] | None]:
+    plan: Recipe,
+    base: PrefectFuture[ModelFiles] | None,
+    experts: list[PrefectFuture[ModelFiles]],
+    inspected: PrefectFuture[int],
+) -> Guide:
     """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge.
 
     Base and experts are measured in tasks of their own, each with one pass over all of its sets.
     """
     if plan.lewis is None or base is None:
-        return [], [], None, None
+        return Guide([], [], None, None)
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = wanted_measurements(plan)
     sets = {
-        name: calibrate.submit(quote(plan), name, base, wait_for=[inspected])
+        name: submit(calibrate, quote(plan), name, base, wait_for=[inspected])
         for name in dict.fromkeys(name for _, names in wanted for name in names)
     }
     settings = plan.lewis.importance.model_dump(exclude={"metric"})
     measured = [
-        measuring(entry.model if entry else str(plan.base_model)).submit(
-            files[entry.model] if entry else base, [sets[name] for name in names], settings
+        submit(
+            measuring(entry.model if entry else str(plan.base_model)),
+            files[entry.model] if entry else base,
+            [sets[name] for name in names],
+            settings,
         )
         for entry, names in wanted
     ]
-    allocated = allocate.submit(quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
-    return list(sets.values()), measured, allocated, report_densities.submit(quote(plan), measured, allocated)
+    allocated = submit(allocate, quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
+    drawn = submit(report_densities, quote(plan), measured, allocated)
+    return Guide(list(sets.values()), measured, allocated, drawn)
 
 
 def _models_to_score(
     plan: Recipe,
-    base: PrefectFuture[Any] | None,
-    experts: list[PrefectFuture[Any]],
-    uniform: PrefectFuture[Any] | None,
-    merged: PrefectFuture[Any],
+    base: PrefectFuture[ModelFiles] | None,
+    experts: list[PrefectFuture[ModelFiles]],
+    uniform: PrefectFuture[MergedModel] | None,
+    merged: PrefectFuture[MergedModel],
 ) -> dict[str, Any]:
     """Label -> model, in the order of the table: the parents, the uniform baseline, the merged model."""
     models: dict[str, Any] = {"base": base} if plan.scores_base else {}
@@ -229,24 +257,3 @@ def _models_to_score(
         pairs = zip(short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
         models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
     return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}
-
-
-def _known(futures: Any) -> Any:
-    """The results of finished tasks, quoted: for a task that writes down what is known, no edge says anything.
-
-    Prefect's server sends each edge as many times as the task it comes from has inputs, and its UI draws none of them
-    where it counts more than 500.
-    """
-    if isinstance(futures, dict):
-        return quote({name: future.result() for name, future in futures.items()})
-    if isinstance(futures, list):
-        return quote([future.result() for future in futures])
-    return quote(futures.result() if futures else None)
-
-
-def finish(*futures: PrefectFuture[Any] | None) -> None:
-    """Wait for all; raise what the first one in this order raised, so that the cause comes before what it broke."""
-    given = [future for future in futures if future is not None]
-    wait(given)
-    for future in given:
-        result_of(future)

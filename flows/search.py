@@ -22,8 +22,9 @@ from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.merge import MergeReport, fetch, finish, guide, merge_flow
+from lewis_flows.merge import MergeReport, fetch, guide, merge_flow
 from lewis_flows.runners import choose
+from lewis_flows.submit import finish, submit
 from lewis_flows.turn import turn
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
@@ -94,10 +95,10 @@ def search_flow(
 def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
     """Bring the models here and measure their importance, once for all trials; with the digest of the tasks."""
     settings = _settings(plan, SEARCH)
-    tasks = check_tasks.submit(settings, plan.root)
+    tasks = submit(check_tasks, settings, plan.root)
     models = fetch(plan, tasks)
     finish(tasks, *models.futures)
-    finish(*guide(plan, models.base, models.experts, models.inspected)[1])
+    finish(*guide(plan, models.base, models.experts, models.inspected).measured)
     base = models.base.result() if models.base else None
     return base, [future.result() for future in models.experts], tasks.result()
 
@@ -125,7 +126,7 @@ class _Trials:
 
     def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ScoresEntry]:
         """Score a recipe in a task."""
-        return score_trial.submit(quote(recipe), number, part, quote(self.base), quote(self.experts), settings)
+        return submit(score_trial, quote(recipe), number, part, quote(self.base), quote(self.experts), settings)
 
     def run(self, wanted: int, deadline: float) -> Trial:
         """Make trials until there are enough, or no time is left; gives the best.
@@ -182,8 +183,14 @@ class _Trials:
 
     def _record(self, ended: bool) -> str:
         log = self.log
-        told = record_search.submit(
-            quote(self.plan), log.digest, quote(self.objectives), quote(log.trials), quote(log.front), ended
+        told = submit(
+            record_search,
+            quote(self.plan),
+            log.digest,
+            quote(self.objectives),
+            quote(log.trials),
+            quote(log.front),
+            ended,
         )
         return str(result_of(told))
 
@@ -200,7 +207,7 @@ def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, bes
     merged = merge_flow(str(path), [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
     default = tried.submit(plan, 0, "confirm", settings)
     chosen = tried.submit(winner, best.number, "confirm", settings)  # found: the run has scored it
-    rows = result_of(compare_with_default.submit(quote(plan), default, chosen))
+    rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
     return SearchReport(
         recipe=plan.name,
         digest=tried.log.digest,

@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
@@ -26,11 +26,14 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import prefect_runs, recipes_folder, release_event
+from lewis_flows.submit import submit
 from lewis_tasks.support.caching import RETRIES
 
 RETRY_AFTER = timedelta(hours=1)  # a release whose run failed is announced again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement starts a run, or it was lost
 REMEMBER = timedelta(hours=24)  # how far back announcements count
+
+_RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=8)  # each thread waits for the Hub
 
 
 class WatchReport(BaseModel):
@@ -53,7 +56,7 @@ def _run_name() -> str:
     return f"watch {', '.join(flow_run.parameters['recipes'] or ['all recipes'])}"
 
 
-@flow(name=prefect_runs.WATCH, flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8))
+@flow(name=prefect_runs.WATCH, flow_run_name=_run_name, task_runner=_RUNNER)
 def watch_flow(recipes: list[str] | None = None) -> WatchReport:
     """Compare the models of each recipe with what its registered versions hold, and announce what is new.
 
@@ -104,7 +107,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
             raise
         except (LewisError, OSError) as error:
             problems[name] = error
-    asked = {name: find_heads.submit(quote(plan), name) for name, (plan, _) in plans.items()}
+    asked = {name: submit(find_heads, quote(plan), name) for name, (plan, _) in plans.items()}
     found: dict[str, list[Moved]] = {}
     for name, (plan, held) in plans.items():
         try:

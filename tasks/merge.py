@@ -46,4 +46,4 @@ def merge(
 
 def merging(recipe: Recipe, which: str = "experts") -> MaterializingTask[..., MergedModel]:
     """`merge`, with the lineage of one recipe."""
-    return merge.with_options(assets=[assets.merged(recipe, which)], asset_deps=assets.parents(recipe))
+    return merge.with_options(assets=[assets.merged(recipe, which)], asset_deps=[*assets.parents(recipe)])

@@ -92,7 +92,9 @@ def _notification_block(client: SyncPrefectClient) -> UUID | None:
         block = CustomWebhookNotificationBlock(
             name="lewis", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
         )
-        return block.save("lewis-notify", overwrite=True)
+        saved = block.save("lewis-notify", overwrite=True)
+        assert isinstance(saved, UUID)  # not awaitable, as there is no event loop here
+        return saved
     if not named:
         return None
     kind, _, name = named.partition("/")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
@@ -103,7 +104,8 @@ class Progress:
     """Progress of a long task: an artifact in the UI and a line in the log, every two seconds."""
 
     def __init__(self, kind: str, what: str) -> None:
-        self._kind, self._what, self._artifact, self._last = kind, what, None, time.monotonic()
+        self._kind, self._what, self._last = kind, what, time.monotonic()
+        self._artifact: UUID | None = None
 
     def __call__(self, fraction: float) -> None:
         """Report a fraction in [0, 1].
@@ -117,9 +119,10 @@ class Progress:
         self._last = time.monotonic()
         percent = round(100 * fraction, 1)
         if self._artifact is None:
-            self._artifact = create_progress_artifact(
-                progress=percent, key=f"{self._kind}-progress", description=self._what
-            )
+            key = f"{self._kind}-progress"
+            made = create_progress_artifact(progress=percent, key=key, description=self._what)
+            assert isinstance(made, UUID)  # not awaitable, as there is no event loop here
+            self._artifact = made
         else:
             update_progress_artifact(artifact_id=self._artifact, progress=percent)
         logger.info("%s: %.0f %%", self._what, percent)

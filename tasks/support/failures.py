@@ -13,7 +13,8 @@ from prefect.states import Failed, State
 
 from lewis.errors import InputError, LewisError, TransientError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 PATIENCE = 10.0  # seconds; the server learns of task runs, and of their names, by events that are a little late
 MAX_MESSAGE = 2000  # characters
 AUTOMATIC = re.compile(r"-[0-9a-f]{3}$")  # what Prefect puts after the name of a task
@@ -21,14 +22,15 @@ DETAILS = "\nThe end of its output:"  # of lm-eval, for whoever reads the log
 AGAIN = "the traceback is in the task's log; what was finished is kept, run it again to go on"
 
 
-def says_why(function: Callable[P, R]) -> Callable[P, R | State[Any]]:
+def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
     """Make a flow function end in a Failed state whose message is that of the error; the caller still gets the error.
 
-    An exception raised in a flow would come with Prefect's words and its class's name around the message.
+    If the function raised the error, Prefect would put its own words and the name of the class around the message.
+    The result is typed as what the flow's caller gets: Prefect takes it out of the state.
     """
 
     @functools.wraps(function)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
+    def told(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
             return function(*args, **kwargs)
         except LewisError as error:
