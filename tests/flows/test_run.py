@@ -17,7 +17,7 @@ from tests.flows.conftest import Command
 from tests.support.local_hub import LocalHub
 
 SLOW = {
-    "importance": "import time, lewis.importance as m; f = m.measure_sets\n"
+    "importance": "import time, lewis.importance.measure as m; f = m.measure_sets\n"
     "m.measure_sets = lambda *a, **k: (print('HERE', flush=True), time.sleep(60), f(*a, **k))[2]",
     "merge": "import time, lewis.merge.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and (print('HERE', flush=True), time.sleep(60)),"

@@ -47,7 +47,7 @@ def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
 ) -> None:
     searching(recipe, **{"trials: 4": "trials: 4\n  parallel: 2"})
     patch = (
-        "import time, lewis.trial as m; f = m.score_trial; n = []\n"
+        "import time, lewis.search.trial as m; f = m.score_trial; n = []\n"
         "def slow(*a, **k):\n"
         "    n.append(1)\n"
         "    if len(n) == 4: print('HERE', flush=True); time.sleep(60)\n"
