@@ -1,7 +1,7 @@
 """The DAG: from a recipe to a scored, registered and, if it is better, promoted merged model."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from prefect import State, flow
 from prefect.futures import PrefectFuture
@@ -10,26 +10,21 @@ from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
-from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.step import ScoresEntry, eval_settings
-from lewis.importance.step import CalibrationEntry, ImportanceEntry, wanted_measurements
 from lewis.merge.step import MergedModel
-from lewis.models.source import ModelFiles, Source, short_names
+from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.runners import choose
+from lewis_flows.stages import fetch, guide
 from lewis_flows.submit import finish, known, submit
 from lewis_flows.turn import turn
-from lewis_tasks.allocate import allocate
-from lewis_tasks.download import download
 from lewis_tasks.evaluate import check_tasks, evaluate
-from lewis_tasks.importance import calibrate, measuring
-from lewis_tasks.inspect import inspect, preflight
 from lewis_tasks.merge import merging
 from lewis_tasks.publish import check_publish, publish
 from lewis_tasks.register import find_champion, gate, promote, register
-from lewis_tasks.report import name_run, report_densities, report_run, report_scores
-from lewis_tasks.resolve import resolve, settle
+from lewis_tasks.report import name_run, report_run, report_scores
+from lewis_tasks.resolve import settle
 from lewis_tasks.support.failures import result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
@@ -166,82 +161,6 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     computed = any(future.state.name != "Cached" for future in results if future)
     return report, computed or report.created or moved
-
-
-class Models(NamedTuple):
-    """The models of a recipe on their way here; base and its source are None if the recipe has none."""
-
-    base_source: PrefectFuture[Source] | None
-    sources: list[PrefectFuture[Source]]
-    checked: PrefectFuture[None]
-    base: PrefectFuture[ModelFiles] | None
-    experts: list[PrefectFuture[ModelFiles]]
-    inspected: PrefectFuture[int]
-
-    @property
-    def futures(self) -> list[PrefectFuture[Any] | None]:
-        """All of them, causes before what they break."""
-        return [self.base_source, *self.sources, self.checked, self.base, *self.experts, self.inspected]
-
-
-class Guide(NamedTuple):
-    """The calibration sets, importance and densities of a recipe on their way; all empty for a plain merge.
-
-    Attributes:
-        sets: the calibration sets.
-        measured: importance of base and experts.
-        allocated: the densities.
-        drawn: ends when the UI shows the densities.
-    """
-
-    sets: list[PrefectFuture[CalibrationEntry]]
-    measured: list[PrefectFuture[list[ImportanceEntry]]]
-    allocated: PrefectFuture[AllocationEntry] | None
-    drawn: PrefectFuture[None] | None
-
-
-def fetch(plan: Recipe, tasks_digest: PrefectFuture[str] | None) -> Models:
-    """Resolve, check from headers, download and inspect base and experts; `tasks_digest` is waited for first."""
-    base_source = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
-    sources = [submit(resolve, quote(plan), entry.model, base_source) for entry in plan.experts]
-    checked = submit(preflight, quote(plan), base_source, sources)
-    ready = [future for future in (tasks_digest, checked) if future]
-    base = submit(download, base_source, wait_for=ready) if base_source else None
-    experts = [submit(download, source, wait_for=ready) for source in sources]
-    return Models(base_source, sources, checked, base, experts, submit(inspect, quote(plan), base, experts))
-
-
-def guide(
-    plan: Recipe,
-    base: PrefectFuture[ModelFiles] | None,
-    experts: list[PrefectFuture[ModelFiles]],
-    inspected: PrefectFuture[int],
-) -> Guide:
-    """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge.
-
-    Base and experts are measured in tasks of their own, each with one pass over all of its sets.
-    """
-    if plan.lewis is None or base is None:
-        return Guide([], [], None, None)
-    files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
-    wanted = wanted_measurements(plan)
-    sets = {
-        name: submit(calibrate, quote(plan), name, base, wait_for=[inspected])
-        for name in dict.fromkeys(name for _, names in wanted for name in names)
-    }
-    settings = plan.lewis.importance.model_dump(exclude={"metric"})
-    measured = [
-        submit(
-            measuring(entry.model if entry else str(plan.base_model)),
-            files[entry.model] if entry else base,
-            [sets[name] for name in names],
-            settings,
-        )
-        for entry, names in wanted
-    ]
-    allocated = submit(allocate, quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
-    drawn = submit(report_densities, quote(plan), measured, allocated)
-    return Guide(list(sets.values()), measured, allocated, drawn)
 
 
 def _models_to_score(

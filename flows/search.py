@@ -22,8 +22,9 @@ from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.merge import MergeReport, fetch, guide, merge_flow
+from lewis_flows.merge import MergeReport, merge_flow
 from lewis_flows.runners import choose
+from lewis_flows.stages import fetch, guide
 from lewis_flows.submit import finish, submit
 from lewis_flows.turn import turn
 from lewis_tasks.evaluate import check_tasks
