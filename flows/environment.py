@@ -9,10 +9,10 @@ _DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; by them the server tells a dead run from a long one
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; without heartbeats the server takes a run for dead
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages ask a host of Amplitude's, analytics off or not
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages call Amplitude even if analytics are off
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # how often a worker asks for work
     "PREFECT_LOGGING_EXTRA_LOGGERS": "lewis,lewis_tasks",
     "TOKENIZERS_PARALLELISM": "false",

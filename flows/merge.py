@@ -1,4 +1,4 @@
-"""The DAG: from a recipe to a scored, registered and, if it is better, promoted merged model."""
+"""The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
 
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ class MergeReport(BaseModel):
     """What a run of the DAG gives back.
 
     Attributes:
-        digest, folder: the merged checkpoint in the store.
+        recipe: its name.
+        digest, folder: of the merged checkpoint in the store.
         mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
         scores: rows of the score table.
-        comparison: the merged model against each other one, document by document: gain, interval, wins, losses, p.
+        comparison: rows of the merged model against each other model: gain, interval, wins, losses, p.
         version: `models:/name/version`, if the recipe registers.
         created: whether that version is new.
         promoted: whether it is the champion now.
@@ -68,12 +69,13 @@ def merge_flow(
 ) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
-    Ends `Cached` if everything was found done, and `Skipped` if a run of the recipe waits for its turn already.
+    The run ends as `Cached` if nothing was left to do. It ends as `Skipped`, without a report, if a deployment started
+    it and another run of the recipe waits for its turn already.
 
     Args:
         recipe: the name of a recipe in the recipes folder, or the path of a YAML file.
         overrides: `key.path=value` each, as `lewis run --set`.
-        settle_seconds: how long no model may have moved before the work begins; for runs that a release starts.
+        settle_seconds: wait until no model has moved for so long; for runs that a release starts.
     """
     choose.check()
     path = recipes_folder.find(recipe)
@@ -93,8 +95,8 @@ def merge_flow(
 
 def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     """The DAG; gives its report, and whether anything was computed, registered or promoted."""
-    # The recipe goes to the tasks quoted: Prefect would take the names in it for results of the tasks that return them,
-    # and draw edges from everywhere to everywhere.
+    # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
+    # draws edges between tasks that have nothing to do with each other.
     settings = eval_settings(plan) if plan.evaluate else None
     tasks_digest = submit(check_tasks, settings, plan.root) if settings else None
     champion = submit(find_champion, plan.register_as.name, bool(settings)) if plan.register_as else None
@@ -121,7 +123,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         current = champion.result() if champion else None
         if current and current.folder and current.digest != result.digest:
             to_score["champion"] = ModelFiles.at("champion", current.digest, current.folder)
-            to_score[plan.label] = to_score.pop(plan.label)  # stays the last, which the pictures outline
+            to_score[plan.label] = to_score.pop(plan.label)  # keep it the last: the pictures outline the last model
         for label, model in to_score.items():
             scores[label] = submit(evaluate, model, label, settings, plan.root, tasks_digest)
         table = submit(report_scores, quote(plan), scores)
@@ -142,7 +144,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         moved = report.promoted and (before is None or before.version.uri != report.version)
         if plan.publish:
             published = submit(publish, quote(plan), version, merged, wait_for=[promoted])
-            published.wait()  # what it raises comes after the report
+            published.wait()  # raise its error after the report
     work = tally(
         download=[base, *experts],
         measure=measured,
@@ -155,7 +157,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     told = submit(
         report_run, quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
     )
-    told.wait()  # and no more: a version is none the worse for a report that failed, which the UI shows as such
+    told.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
     if published:
         report.published = result_of(published)
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]

@@ -68,12 +68,12 @@ def make() -> None:
 
 
 def names() -> list[str]:
-    """The recipes' names, sorted: their files' names without the ending."""
+    """The names of the recipes, sorted; a recipe has the name of its file without the ending."""
     return sorted(path.stem for path in _files())
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe, given by the name it has in the folder or by a path.
+    """The file of a recipe that is given by its name in the folder, or by a path.
 
     Raises:
         InputError: if there is none.
@@ -100,7 +100,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_all() -> dict[str, Recipe]:
-    """All recipes by name. One that is wrong is logged and left out: it must not stop the others."""
+    """All recipes by name. A recipe with a mistake is logged and left out, so that it does not stop the others."""
     found = {}
     for name in names():
         try:

@@ -1,4 +1,4 @@
-"""The event that a new release is, which starts the merges: the poll and the webhook both announce it here."""
+"""The event of a new release, which starts merges. The poll and the receiver of webhooks both announce it here."""
 
 import uuid
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from lewis.recipe.recipe import Recipe
 
 EVENT = "lewis.expert.released"
 
-_PATIENCE = 10.0  # seconds for one request; who calls is expected to try again, so the client need not
+_PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
-    """Give Prefect the event, and return only when its server took it.
+    """Send the event to Prefect's server; returns when the server has taken it.
 
-    The resource is `lewis.expert.<repo>`. Its label `lewis.recipe` lets a trigger collect the events of each recipe by
-    itself: two recipes that share an expert get two events about one resource.
+    The resource is `lewis.expert.<repo>`, with the recipe's name as the label `lewis.recipe`. If two recipes share an
+    expert, there are two events about one resource, and a trigger can collect those of each recipe separately.
 
     Args:
         recipe: its name in the folder of recipes.
         ref: the model as the recipe writes it.
         repo: `org/name`, or the path of a local folder.
-        old: the commit before, if it is known.
-        new: the commit released.
+        old: the commit before; None if it is not known.
+        new: the commit that was released.
 
     Returns:
         The event's id, a UUID.
@@ -48,14 +48,15 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
 
 
 def resource_id(repo: str) -> str:
-    """The resource that events about a repo or folder name: `lewis.expert.org/name`, odd characters quoted."""
+    """Id of the resource of a repo or folder: `lewis.expert.org/name`; special characters are quoted as in a URL."""
     return f"lewis.expert.{quote(repo, safe='/')}"
 
 
 def hub_repos(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The Hub repos whose main branch the recipe's base and experts follow: pairs of `org/name` and reference.
 
-    A repo pinned to a commit, a tag or another branch is not followed. Of `base+adapter`, both are.
+    A recipe does not follow a repo that it pins to a commit, a tag or another branch. Of `base+adapter`, it follows
+    both.
     """
     refs = [recipe.base_model, *(entry.model for entry in recipe.models)]
     for ref in dict.fromkeys(ref for ref in refs if ref):
@@ -68,12 +69,12 @@ def hub_repos(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _is_folder(ref: str, recipe: Recipe) -> bool:
     try:
         return find_folder(ref, recipe.root) is not None
-    except InputError:  # it can only mean a folder, which is not there now
+    except InputError:  # it can only be a folder, and the folder does not exist now
         return True
 
 
 def _post(event: dict[str, object]) -> None:
-    # Prefect's own emit_event hands the event to a thread and forgets it: it could be lost without a word.
+    # Not Prefect's emit_event: it sends from a thread, and an event that is lost there raises no error.
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings

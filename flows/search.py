@@ -1,4 +1,4 @@
-"""The search: try a recipe's values on one half of the documents, confirm the best on the other, register that."""
+"""The search: try values on one half of the documents, confirm the best on the other half, and register it."""
 
 import logging
 import time
@@ -34,7 +34,7 @@ from lewis_tasks.support.failures import result_of, says_why
 
 logger = logging.getLogger(__name__)
 SEARCH, CONFIRM = "evaluate.documents=search", "evaluate.documents=confirm"  # disjoint halves
-FEWEST = 8  # documents of the first quarter; of fewer, a trial is not given up
+FEWEST = 8  # documents in the first quarter; with fewer, no trial is given up early
 
 
 class SearchReport(BaseModel):
@@ -43,9 +43,9 @@ class SearchReport(BaseModel):
     Attributes:
         trials: all that was tried.
         best: YAML path -> value, of the winner.
-        overrides: the same as `--set` takes it.
+        overrides: the same as text for `--set`.
         confirmed: rows of the winner against the recipe as it is, on the other half of the documents.
-        merge: of the run that merged, gated and registered the winner.
+        merge: report of the run that merged the winner, compared it with the champion and registered it.
         mlflow_run: id of the search's run.
     """
 
@@ -70,7 +70,7 @@ def search_flow(
 ) -> SearchReport:
     """Measure once; allocate, merge and score each trial; confirm, gate and register the best.
 
-    A search that was killed goes on where it was; one that is run again with more `trials` adds to what it has.
+    A search that was killed goes on where it was. Run again with more `trials`, it adds to those it has.
 
     Args:
         recipe: the name of a recipe in the recipes folder, or the path of a YAML file; it has a `search` block.
@@ -94,7 +94,7 @@ def search_flow(
 
 
 def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
-    """Bring the models here and measure their importance, once for all trials; with the digest of the tasks."""
+    """Fetch the models and measure their importance, once for all trials; gives base, experts and the tasks' digest."""
     settings = _settings(plan, SEARCH)
     tasks = submit(check_tasks, settings, plan.root)
     models = fetch(plan, tasks)
@@ -113,7 +113,7 @@ class _Trials:
         self.plan, self.base, self.experts = plan, base, experts
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
-        # The recipe as it is comes first: what it scores tells which way is better, and how many documents there are.
+        # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
         first = _by_name(plan, result_of(self.submit(plan, 0, "all", self.settings)))
         unknown = [metric for metric in metrics if metric not in first]
         if unknown:
@@ -130,7 +130,7 @@ class _Trials:
         return submit(score_trial, quote(recipe), number, part, quote(self.base), quote(self.experts), settings)
 
     def run(self, wanted: int, deadline: float) -> Trial:
-        """Make trials until there are enough, or no time is left; gives the best.
+        """Make trials until there are enough, or no time is left; gives the best trial.
 
         Raises:
             LewisError: if none could be scored.
@@ -196,7 +196,7 @@ class _Trials:
         return str(result_of(told))
 
     def end(self) -> str:
-        """Tell of all of it; gives MLflow's run."""
+        """Record that the search has ended; gives the id of its MLflow run."""
         return self._record(ended=True)
 
 
@@ -207,7 +207,7 @@ def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, bes
     run = tried.end()
     merged = merge_flow(str(path), [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
     default = tried.submit(plan, 0, "confirm", settings)
-    chosen = tried.submit(winner, best.number, "confirm", settings)  # found: the run has scored it
+    chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
     return SearchReport(
         recipe=plan.name,

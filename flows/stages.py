@@ -19,7 +19,7 @@ from lewis_tasks.resolve import resolve
 
 
 class Models(NamedTuple):
-    """The models of a recipe on their way here; base and its source are None if the recipe has none."""
+    """Futures of the models of a recipe; `base` and `base_source` are None if the recipe has no base."""
 
     base_source: PrefectFuture[Source] | None
     sources: list[PrefectFuture[Source]]
@@ -30,12 +30,12 @@ class Models(NamedTuple):
 
     @property
     def futures(self) -> list[PrefectFuture[Any] | None]:
-        """All of them, causes before what they break."""
+        """All of them, each before those that fail if it fails."""
         return [self.base_source, *self.sources, self.checked, self.base, *self.experts, self.inspected]
 
 
 class Guide(NamedTuple):
-    """The calibration sets, importance and densities of a recipe on their way; all empty for a plain merge.
+    """Futures of the calibration sets, importance and densities of a recipe; all empty for a plain merge.
 
     Attributes:
         sets: the calibration sets.
@@ -51,7 +51,12 @@ class Guide(NamedTuple):
 
 
 def fetch(plan: Recipe, tasks_digest: PrefectFuture[str] | None) -> Models:
-    """Resolve, check from headers, download and inspect base and experts; `tasks_digest` is waited for first."""
+    """Resolve base and experts, check them from their headers, download and inspect them.
+
+    Args:
+        plan: the recipe.
+        tasks_digest: nothing is downloaded before it is there: if a task does not exist, the run fails early.
+    """
     base_source = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
     sources = [submit(resolve, quote(plan), entry.model, base_source) for entry in plan.experts]
     checked = submit(preflight, quote(plan), base_source, sources)
@@ -67,9 +72,9 @@ def guide(
     experts: list[PrefectFuture[ModelFiles]],
     inspected: PrefectFuture[int],
 ) -> Guide:
-    """Importance of base and experts on their calibration sets, and the densities; nothing for a plain merge.
+    """Measure the importance of base and experts, then allocate the densities; does nothing for a plain merge.
 
-    Base and experts are measured in tasks of their own, each with one pass over all of its sets.
+    Each model is measured in a task of its own, in one pass over all its calibration sets.
     """
     if plan.lewis is None or base is None:
         return Guide([], [], None, None)

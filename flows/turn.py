@@ -1,6 +1,6 @@
-"""Whose turn it is: one run at a time per recipe, at most one waiting, and no dead run that seems to run.
+"""Turns: of each recipe one run at a time, at most one that waits, and no dead run that Prefect shows as running.
 
-All of it is kernel locks on files in the store. They are free at once when their holder dies, however it dies.
+It works by kernel locks on files in the store. The kernel frees a lock as soon as its holder dies.
 """
 
 import logging
@@ -26,10 +26,11 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     Args:
         recipe: the recipe's file.
         run: id of the flow run.
-        skip: what a third run does: give up, since the one that waits will find the newest state too; or also wait.
+        skip: what a third run does. True: it gives up, because the run that waits will find the newest state too.
+            False: it waits as well.
 
     Yields:
-        Whether the turn is held. False: a run of this recipe waits already.
+        True if this run has the turn; False if it gave up.
     """
     waiting, running, alive = store.lock(f"waiting-{recipe}"), store.lock(f"turn-{recipe}"), store.lock(f"run-{run}")
     note = _note(run)
@@ -69,7 +70,7 @@ def active_since() -> float | None:
 def crash_dead_runs() -> None:
     """Mark as Crashed the runs that Prefect believes running though their process has died.
 
-    Only runs of this store's file system are known to be dead; the heartbeats tell of the others.
+    The locks tell only of runs on this store's file system; the server learns of others by their missing heartbeats.
     """
     flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH), {"type": {"any_": ["RUNNING"]}}
     with get_client(sync_client=True) as client:
@@ -84,7 +85,7 @@ def crash_dead_runs() -> None:
 
 
 def drop_missed_polls() -> None:
-    """Delete the polls that were due while no worker was there: the next one finds all that they would have found."""
+    """Delete the polls that were due while no worker was there: the next poll finds everything they would have."""
     with get_client(sync_client=True) as client:
         for run in prefect_runs.of_flows(client, (prefect_runs.WATCH,), {"name": {"any_": ["Late"]}}):
             client.delete_flow_run(run.id)

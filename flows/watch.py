@@ -1,7 +1,7 @@
-"""The poll: ask where every model of every recipe is now, and announce what no merge holds yet.
+"""The poll: look up the newest commit of every model of every recipe, and announce those that no merge holds yet.
 
-It keeps no state: what was merged is in the registry, what was announced and what became of it in Prefect. So an event
-that was lost, and a run that died, are found by the next poll.
+The poll keeps no state of its own. The registry knows what was merged; Prefect knows what was announced, and how the
+runs ended. So the next poll finds an event that was lost, or a run that died.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ from lewis_flows import prefect_runs, recipes_folder, release_event
 from lewis_flows.submit import submit
 from lewis_tasks.support.caching import RETRIES
 
-RETRY_AFTER = timedelta(hours=1)  # a release whose run failed is announced again
-ANSWER_WITHIN = timedelta(minutes=2)  # an announcement starts a run, or it was lost
-REMEMBER = timedelta(hours=24)  # how far back announcements count
+RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
+ANSWER_WITHIN = timedelta(minutes=2)  # an announcement that has started no run by then was lost
+REMEMBER = timedelta(hours=24)  # older announcements do not count
 
 _RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=8)  # each thread waits for the Hub
 
@@ -41,8 +41,8 @@ class WatchReport(BaseModel):
 
     Attributes:
         checked: recipes that were compared with the registry.
-        announced: `recipe: ref` of each release that was announced now.
-        waiting: of each that was announced before, and is being dealt with.
+        announced: `recipe: ref` of each release that this poll announced.
+        waiting: `recipe: ref` of each release that was announced before, and whose run has not failed.
         problems: recipe -> why it could not be checked.
     """
 
@@ -88,12 +88,12 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport:
 
 @task(name="heads", task_run_name="heads {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
 def find_heads(recipe: Recipe, name: str) -> dict[str, str]:
-    """Where the base and the experts of one recipe are now; `name` is for the UI."""
+    """The newest commits of base and experts of one recipe; `name` is for the UI."""
     return releases.heads(recipe)
 
 
 def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[str, Exception]]:
-    """What moved, for each recipe that could be checked, and what was wrong with the others."""
+    """What moved, of each recipe that could be checked; and the errors of the others."""
     problems: dict[str, Exception] = {}
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
     for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
@@ -103,7 +103,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
                 get_run_logger().info("%s has no `register` block: there is nothing to compare releases with", name)
             else:
                 plans[name] = plan, releases.merged(plan.register_as.name)
-        except TransientError:  # there is one MLflow for all
+        except TransientError:  # MLflow does not answer, so no recipe can be checked
             raise
         except (LewisError, OSError) as error:
             problems[name] = error
@@ -118,13 +118,13 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
 
 
 def _is_news(recipe: str, move: Moved) -> bool:
-    """Whether to announce a release: nobody did, or nothing came of it."""
+    """Whether to announce a release: it was not announced yet, or its run did not merge it."""
     now = datetime.now(UTC)
     with _prefect() as client:
         announced = _last_announced(client, recipe, move, now)
         if announced is None:
             return True
-        soon = {"before_": now + ANSWER_WITHIN}  # a schedule's runs of the days to come do not count
+        soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
         if _runs(client, recipe, ("SCHEDULED", *prefect_runs.UNFINISHED), expected_start_time=soon):
             return False
         ended = _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": announced})
@@ -138,7 +138,7 @@ def _is_news(recipe: str, move: Moved) -> bool:
 
 
 def _looked_since(run: FlowRun, announced: datetime) -> bool:
-    """Whether a run asked for the heads after an announcement: one that was skipped never did."""
+    """Whether a run looked up the newest commits after an announcement; a run that was skipped did not."""
     began = run.start_time or run.expected_start_time
     return run.state_name != "Skipped" and began is not None and began >= announced
 
@@ -146,8 +146,8 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
 def _last_announced(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> datetime | None:
     resource = {"id": [release_event.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
     wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [release_event.EVENT]}, "resource": resource}
-    events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the most the server gives
-    commits = {move.new, *move.new.split("+")}  # a webhook knows the commit of a part only
+    events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the server gives 50 at most
+    commits = {move.new, *move.new.split("+")}  # of `base+adapter`, a webhook knows only the part that moved
     times = [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
     return max(times, default=None)
 

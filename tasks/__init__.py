@@ -1,1 +1,1 @@
-"""One file per Prefect task: cache key, retries, timeout and slot visible in the decorator, no algorithm inside."""
+"""Prefect tasks, one file for each step. The decorator shows cache key, retries and timeout; lewis does the work."""

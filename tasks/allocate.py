@@ -20,5 +20,10 @@ from lewis_tasks.support.caching import cached
 def allocate(
     recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[list[ImportanceEntry]]
 ) -> AllocationEntry:
-    """A density for every tensor of every expert; `blocks` is the recipe's, for the cache key."""
+    """Allocate a density to every tensor of every expert.
+
+    Args:
+        blocks: the recipe's `blocks`, for the cache key.
+        measured: importance of each measured model on its calibration sets.
+    """
     return step.allocate(recipe, base, experts, list(chain.from_iterable(measured)))

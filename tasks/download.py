@@ -9,5 +9,5 @@ from lewis_tasks.support.caching import RETRIES, cached
 
 @task(name="download", task_run_name="download {source.ref}", timeout_seconds=6 * 3600, **cached("source"), **RETRIES)
 def download(source: Source) -> ModelFiles:
-    """Files of exactly the pinned commit, checksums verified."""
+    """The files of exactly the pinned commit, with verified checksums."""
     return models.download(source)

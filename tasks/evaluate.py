@@ -16,12 +16,12 @@ from lewis_tasks.support.device_slot import device_slot
 
 @task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
 def check_tasks(settings: EvalSettings, root: Path) -> str:
-    """Fail before any work if a task does not exist; gives the digest of the tasks, which scores are cached by."""
+    """Check that the tasks of lm-eval exist, before any other work; gives their digest, for the cache key of scores."""
     lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
     return lm_eval.tasks_digest(settings, root)
 
 
-# No timeout here: lm-eval runs in a child process that has the recipe's time limit.
+# No timeout here: lm-eval runs in a child process, under the recipe's time limit.
 @task(
     name="evaluate",
     task_run_name="evaluate {label}",
@@ -30,7 +30,7 @@ def check_tasks(settings: EvalSettings, root: Path) -> str:
 def evaluate(
     model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str
 ) -> ScoresEntry:
-    """Scores of one model on all tasks; `tasks_digest` is theirs, for the cache key."""
+    """Score one model on all tasks of lm-eval; `tasks_digest` is for the cache key."""
     files = model.files(label) if isinstance(model, MergedModel) else model
     report = Progress("evaluate", f"evaluate {label}")
     with device_slot() as device:

@@ -20,7 +20,7 @@ from lewis_tasks.support.caching import RETRIES, Progress, cached, computing_in
 from lewis_tasks.support.device_slot import device_slot
 
 
-# Not cached: it is cheap, and its result, the digest of the token ids, is what the passes are cached by.
+# Not cached: it is cheap, and it gives the digest of the token ids, by which the passes are cached.
 @task(name="calibrate", task_run_name="calibrate {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
 def calibrate(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
     """Turn a calibration set into token ids."""
@@ -36,7 +36,7 @@ def _run_name(parameters: dict[str, Any]) -> str:
 
 
 @materialize(
-    "lewis://importance/of-a-model",  # `measuring` knows of which
+    "lewis://importance/of-a-model",  # `measuring` puts the real name in its place
     by="lewis",
     name="measure",
     task_run_name=_run_name,  # type: ignore[arg-type]  # Prefect's protocol asks for a class method of a function
@@ -46,9 +46,12 @@ def _run_name(parameters: dict[str, Any]) -> str:
 def measure(
     files: ModelFiles, calibrations: list[CalibrationEntry], settings: dict[str, Any]
 ) -> list[ImportanceEntry] | State[list[ImportanceEntry]]:
-    """One pass of one model over the calibration sets that it was not measured on; `Cached` if there are none.
+    """Measure one model in one pass over those of the calibration sets that it was not measured on before.
 
-    `settings` are those of `Importance` without the metric.
+    Ends as `Cached` if the store has all measurements.
+
+    Args:
+        settings: the fields of `Importance` without the metric, which does not change what a pass measures.
     """
     chosen = Importance(**settings)
     found = {each: step.find_measured(files.ref, files.key, each, chosen, default_device()) for each in calibrations}
@@ -73,5 +76,5 @@ def _describe(files: ModelFiles, calibrations: list[CalibrationEntry], entries: 
 
 
 def measuring(ref: str) -> MaterializingTask[..., Any]:
-    """`measure`, with the lineage of one model."""
+    """The task `measure` with the assets of one model: Prefect shows the lineage from the model to its importance."""
     return measure.with_options(assets=[assets.importance(ref)], asset_deps=[assets.model(ref)])

@@ -1,4 +1,4 @@
-"""Look at the models before any work: do they fit together, what is covered, is there space."""
+"""Check the models before any work: whether they fit together, what is covered, whether there is space."""
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,13 +15,13 @@ from lewis_tasks.support.caching import RETRIES
 
 @task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
-    """Refuse models that cannot fit before they are downloaded."""
+    """Refuse models that do not fit together, before they are downloaded."""
     compatible.preflight(recipe, base, experts)
 
 
 @task(name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
 def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
-    """Check everything that headers and configs tell; gives the number of covered layers (0 without a lewis block)."""
+    """Check what headers and configs tell, and the space; gives the number of covered layers, 0 for a plain merge."""
     prepared = prepare_merge(recipe, base, experts)
     store.check_space(kinds.MERGED.folder, (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:

@@ -18,7 +18,7 @@ from lewis_tasks.support.device_slot import device_slot
 
 
 @materialize(
-    "lewis://merged/of-a-recipe",  # `merging` knows of which
+    "lewis://merged/of-a-recipe",  # `merging` puts the real name in its place
     by="lewis",
     name="merge",
     task_run_name="merge {which}",
@@ -45,5 +45,5 @@ def merge(
 
 
 def merging(recipe: Recipe, which: str = "experts") -> MaterializingTask[..., MergedModel]:
-    """`merge`, with the lineage of one recipe."""
+    """The task `merge` with the assets of one recipe: Prefect shows the lineage from its models to the merged one."""
     return merge.with_options(assets=[assets.merged(recipe, which)], asset_deps=[*assets.parents(recipe)])

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @task(name="check-publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def check_publish(recipe: Recipe) -> None:
-    """Refuse before the work what the Hub would refuse after it."""
+    """Check, before any work, that the Hub will let us publish."""
     assert recipe.publish is not None
     publishing.check(recipe.publish.repo, recipe.publish.private)
 
@@ -26,7 +26,8 @@ def check_publish(recipe: Recipe) -> None:
 def publish(recipe: Recipe, version: Version, merged: MergedModel) -> str | None:
     """Push the champion to the recipe's repo, with the commit in the version's tags; gives the URL.
 
-    None, and nothing is pushed, if the version is not the champion: the gate refused it, or another took its place.
+    If the version is not the champion, because the gate refused it or another took its place, it gives None and pushes
+    nothing.
     """
     assert recipe.publish is not None
     current = versions.champion(version.name)

@@ -13,13 +13,13 @@ from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
 POLL = 2.0  # seconds
-PATIENCE = 20  # times `seconds`: a repo that never rests is merged all the same
+PATIENCE = 20  # times `seconds`; a repo that still moves is merged then all the same
 
 
-# Never cached: what a branch points to is the one thing that must be asked anew.
+# Never cached: each run must ask again what a branch points to.
 @task(name="resolve", task_run_name="resolve {ref}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def resolve(recipe: Recipe, ref: str, base: Source | None = None) -> Source:
-    """Pin one model; `base` is what an adapter without a base of its own sits on."""
+    """Pin one model; `base` is the base of an adapter that names none."""
     return models.pin(ref, recipe.root, base)
 
 

@@ -1,4 +1,4 @@
-"""The search: one trial, what is told of all of them, and the comparison at its end."""
+"""Tasks of the search: score a trial, record all trials, compare the best with the recipe as it is."""
 
 import json
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from lewis_tasks.support.caching import RETRIES, Progress, raise_if_stopping, sl
 from lewis_tasks.support.device_slot import device_slot
 
 
-# No cache in front of it: it finds the scores of a merge that was scored before. A failed trial is a result: no retry.
+# No cache: the step itself finds the scores of a merge that was scored before. No retry: a failed trial is a result.
 @task(name="trial", task_run_name="trial {number}, {part}", cache_policy=NO_CACHE)
 def score_trial(
     recipe: Recipe,
@@ -30,7 +30,13 @@ def score_trial(
     experts: list[ModelFiles],
     settings: EvalSettings,
 ) -> ScoresEntry:
-    """Scores of the model that a recipe with a trial's values gives, on `part` of the search's documents."""
+    """Merge with a trial's values and score the result.
+
+    Args:
+        recipe: with the trial's values in it.
+        number: of the trial.
+        part: which of the search's documents, for the name of the task run.
+    """
     report = Progress("trial", f"trial {number}")
     with device_slot() as device:
         raise_if_stopping(f"trial {number}")
@@ -43,7 +49,7 @@ def score_trial(
 def record_search(
     recipe: Recipe, digest: str, objectives: list[Objective], trials: list[Trial], front: list[Trial], ended: bool
 ) -> str:
-    """What was tried: a table in the UI, a run per trial in MLflow, and at the end the pictures; gives MLflow's run."""
+    """Record the trials: a table in the UI, a run for each in MLflow, at the end pictures; gives MLflow's run id."""
     table = search_report.rows(trials, objectives)
     key = f"{slug(recipe.name)}-search"
     create_table_artifact(table, key=f"{key}-table", description="What the search has tried")
@@ -61,7 +67,7 @@ def record_search(
 
 @task(name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
-    """The best trial against the recipe as it is, on the documents that the search did not see."""
+    """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
     rows = comparison_rows(scored(recipe, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=f"{slug(recipe.name)}-search-confirmed", description="On the documents that the search did not see"

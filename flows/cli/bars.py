@@ -1,4 +1,4 @@
-"""Progress bars of the command line: on a terminal; elsewhere, one line for each thing begun."""
+"""Progress bars on a terminal; elsewhere, one line when each thing begins."""
 
 import sys
 import time
@@ -20,8 +20,8 @@ class Effort:
 
     Attributes:
         seconds: wall time.
-        bytes: of the weights read and written.
-        peak: bytes of anonymous memory.
+        bytes: how many bytes of weights were read and written.
+        peak: largest anonymous memory, in bytes.
     """
 
     seconds: float
@@ -44,7 +44,7 @@ class Effort:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A bar for each thing, with its share done and the time left."""
+    """Draw a bar for each thing: the percentage done and the time left."""
     from rich.progress import TextColumn
 
     with _bars(TextColumn("{task.percentage:>3.0f} %")) as bars:
@@ -59,7 +59,7 @@ def progress() -> Iterator[Report]:
 
 
 def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> Effort:
-    """Run a merge with a bar of its tensors, GB/s and time left; the arguments are `Merge.run`'s."""
+    """Run a merge with a bar: tensors done, GB/s and the time left. The arguments are those of `Merge.run`."""
     from rich.progress import TextColumn
 
     from lewis.memory import PeakMemory

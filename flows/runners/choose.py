@@ -1,7 +1,7 @@
-"""Where the tasks of a flow run: threads, processes, a Dask or a Ray cluster, by `LEWIS_TASK_RUNNER`.
+"""`LEWIS_TASK_RUNNER` says where the tasks of a flow run: threads, processes, a Dask or a Ray cluster.
 
-All of them take the same tasks and give the same results. Tasks hand each other small references; the models are on a
-file system, so the machines of a cluster share that of the store, and have this package installed.
+The results are the same everywhere. Tasks hand each other small references to files in the store. So the machines of a
+cluster must share the store's file system, and have this package installed.
 """
 
 import importlib
@@ -29,10 +29,10 @@ THREADS = 8
 
 
 def task_runner() -> TaskRunner[Any]:
-    """The runner of the environment's settings, for the decorator of a flow.
+    """The runner that the environment asks for, for the decorator of a flow.
 
-    Where they are wrong it is threads, and `check` tells in the flow: what fails while a flow is loaded by a worker
-    leaves no message in the run's state.
+    If a setting is wrong, it is threads, and `check` raises the error inside the flow: an error while a worker loads
+    the flow would leave no message in the run's state.
     """
     try:
         return _chosen()
@@ -58,7 +58,8 @@ def _chosen() -> TaskRunner[Any]:
         raise InputError(f"LEWIS_MAX_WORKERS: expected a whole number from 1 up, got {given!r}; set or unset it")
     if name == "thread":
         return ThreadPoolTaskRunner(max_workers=int(given or THREADS))
-    # A process holds torch and Prefect, half a gigabyte: as many as may compute, and one for what needs no device.
+    # A process takes half a gigabyte for torch and Prefect. So start one for each task that may hold a device, and one
+    # for the tasks that need no device.
     workers = int(given or max(2, slots() + 1))
     if name == "process":
         return Processes(max_workers=workers, initializer=_begin_process)
@@ -71,17 +72,20 @@ def _chosen() -> TaskRunner[Any]:
 
 
 def unquoted(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a task without Prefect's `quote`, which is a tuple: Dask and Ray would hand over a plain one."""
+    """Arguments of a task without Prefect's `quote`: it is a tuple, and Dask and Ray would pass on a plain tuple."""
     return {name: value.unwrap() if isinstance(value, quote) else value for name, value in parameters.items()}
 
 
 class Processes(ProcessPoolTaskRunner):
-    """Prefect's, whose processes end their tasks when the flow is interrupted, and end with it when it is killed."""
+    """Prefect's runner of processes, with two changes for the flow's end.
+
+    If the flow is interrupted, the processes end their tasks; if it is killed, they end too.
+    """
 
     def submit(
         self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any
     ) -> PrefectConcurrentFuture[Any]:
-        """As Prefect's, and it notes which tasks the arguments come from: the process is handed plain values."""
+        """As Prefect's, and note which tasks the arguments come from: the process gets only their values."""
         named["dependencies"] = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
         return super().submit(task, parameters, *arguments, **named)
 
@@ -91,14 +95,14 @@ class Processes(ProcessPoolTaskRunner):
             process.terminate()
         super().__exit__(exc_type, exc_value, traceback)
         for process in interrupted:
-            process.kill()  # they have had their time to clean up
+            process.kill()  # it had the time to clean up
 
 
 def _begin_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the flow, which then terminates its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the flow terminates its processes
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The last thing it does: to take torch and MLflow apart, piece by piece, would keep the flow waiting for seconds.
+    # End at once, without the orderly shutdown of torch and MLflow: the flow would wait seconds for it.
     multiprocessing.util.Finalize(None, _end, exitpriority=-100)
 
 
@@ -109,9 +113,9 @@ def _end() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    """End the running task, so that it cleans up; once, not again while it does.
+    """End the running task by an error, so that it cleans up; a second signal does not disturb the cleaning.
 
-    By an error of ours: Prefect's runner hangs where a process ends a task by SystemExit or KeyboardInterrupt.
+    The error is a LewisError: Prefect's runner hangs if a task ends by SystemExit or KeyboardInterrupt.
     """
     if not STOPPING.is_set():
         STOPPING.set()

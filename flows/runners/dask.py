@@ -13,15 +13,15 @@ from lewis_flows.runners.choose import unquoted
 from lewis_flows.runners.dask_worker import Environment
 
 _STOP_SECONDS = 10.0
-logging.getLogger("distributed").setLevel(logging.WARNING)  # it tells of every connection
+logging.getLogger("distributed").setLevel(logging.WARNING)  # it logs every connection
 
 
 class DaskRunner(DaskTaskRunner):
-    """Prefect's, whose workers have the flow's environment and end their tasks when it is interrupted."""
+    """Prefect's Dask runner; its workers get the flow's environment, and end their tasks if the flow is interrupted."""
 
     @property
     def client(self) -> PrefectDaskClient:
-        """The cluster's client, connected at the first use.
+        """The client of the cluster, connected at the first use.
 
         Raises:
             LewisError: if no scheduler answers.
@@ -41,7 +41,7 @@ class DaskRunner(DaskTaskRunner):
 
     def __exit__(self, exc_type: Any, *rest: Any) -> None:
         if exc_type is not None and self._client is not None and self.address is None:
-            self._client.run(worker_environment.stop)  # its processes are killed next: first let them clean up
+            self._client.run(worker_environment.stop)  # let the processes clean up before they are killed
             deadline = time.monotonic() + _STOP_SECONDS
             while any(self._client.processing().values()) and time.monotonic() < deadline:
                 time.sleep(0.1)

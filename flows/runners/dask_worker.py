@@ -1,4 +1,4 @@
-"""The part of `lewis_flows.runners.dask` that its workers load before they load Prefect."""
+"""What Dask workers load before they load Prefect, which reads the environment when it is imported."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from lewis_flows.runners import worker_environment
 
 
 class Environment(WorkerPlugin):
-    """Gives every worker of a cluster, also one that joins later, the flow's environment."""
+    """Gives the flow's environment to every worker of a cluster, also to those that join later."""
 
-    name = "lewis-environment"  # one per cluster: the next flow's replaces it
+    name = "lewis-environment"  # a cluster keeps one plug-in of a name: the next flow replaces it
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = dict(values)

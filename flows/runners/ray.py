@@ -3,8 +3,8 @@
 import os
 from typing import Any, Self
 
-# Before Ray is imported: it sends nothing home, shows every line of its workers' logs, and does not hide the GPUs from
-# tasks that reserve none of them: the device slots decide who uses one.
+# Set before Ray is imported: send no usage data, show every line of the workers' logs, and do not hide the GPUs from
+# tasks that reserve none. The device slots decide which task uses a GPU.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -21,7 +21,7 @@ _STOP_SECONDS = 10.0
 
 
 class RayRunner(RayTaskRunner):
-    """Prefect's, whose workers have the flow's environment and end their tasks when it is interrupted."""
+    """Prefect's Ray runner; its workers get the flow's environment, and end their tasks if the flow is interrupted."""
 
     def __init__(self, address: str | None = None, init_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__(address, init_kwargs)
@@ -32,7 +32,7 @@ class RayRunner(RayTaskRunner):
         try:
             return super().__enter__()
         except (OSError, RuntimeError, ValueError) as error:
-            # Told when the first task is submitted: what fails before the flow begins leaves it Running for ever.
+            # Raise it when the first task is submitted: an error before the flow begins would leave the run Running.
             place = self.init_kwargs["address"]
             self._failure = LewisError(f"LEWIS_RAY_ADDRESS: no Ray cluster at {place}: {error}; start it")
             return self
@@ -52,7 +52,7 @@ class RayRunner(RayTaskRunner):
     def __exit__(self, exc_type: Any, *rest: Any) -> None:
         if exc_type is not None and self._submitted:
             for task in self._submitted:
-                ray.cancel(task)  # a KeyboardInterrupt in its process, which cleans up
+                ray.cancel(task)  # raises KeyboardInterrupt in the task's process, which cleans up
             ray.wait(self._submitted, num_returns=len(self._submitted), timeout=_STOP_SECONDS)
         if self._failure is None:
             super().__exit__(exc_type, *rest)
@@ -66,7 +66,7 @@ def existing(address: str) -> RayRunner:
 def local(workers: int) -> RayRunner:
     """A cluster of this machine, without a dashboard.
 
-    Ray listens on all interfaces, whatever it is told: a firewall and its token, on by default, keep others out.
+    Ray always listens on all interfaces. Its token, which is on by default, and a firewall keep others out.
     """
     return RayRunner(
         init_kwargs={

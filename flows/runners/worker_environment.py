@@ -1,4 +1,7 @@
-"""What a cluster's workers share with the flow. It imports no Prefect, which reads the environment when imported."""
+"""The environment that a flow gives to the workers of a cluster.
+
+This module must not import Prefect, which reads the environment when it is imported.
+"""
 
 import os
 from collections.abc import Mapping
@@ -6,12 +9,12 @@ from collections.abc import Mapping
 from lewis import store
 from lewis_flows import environment
 
-# No secrets: a cluster shows its settings. HF_TOKEN belongs into the environment of the workers themselves.
+# No secrets, because a cluster shows its settings: start the workers with HF_TOKEN in their own environment.
 _SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI")
 
 
 def shared_environment() -> dict[str, str]:
-    """What workers that were started elsewhere have to know: the store, the registry, the Hub."""
+    """Variables that tell a worker which store, registry and Hub to use."""
     given = {name: os.environ[name] for name in _SHARED if name in os.environ}
     return {"LEWIS_HOME": str(store.home()), **given}
 

@@ -84,7 +84,7 @@ def _notification(name: str, trigger: EventTrigger, block: UUID, subject: str, b
 
 
 def _notification_block(client: SyncPrefectClient) -> UUID | None:
-    """The id of the block that `LEWIS_NOTIFY` names, or that calls `LEWIS_NOTIFY_URL`; None if neither is set."""
+    """The id of the block that `LEWIS_NOTIFY` names, or of one for `LEWIS_NOTIFY_URL`; None if neither is set."""
     named, url = os.environ.get("LEWIS_NOTIFY"), os.environ.get("LEWIS_NOTIFY_URL")
     if url and not named:
         from prefect.blocks.notifications import CustomWebhookNotificationBlock

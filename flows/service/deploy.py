@@ -1,4 +1,4 @@
-"""What a Prefect server needs to know: work pool, device limit, deployments, automations. Safe to repeat."""
+"""Put work pool, device limit, deployments and automations on a Prefect server, or bring them up to date."""
 
 import logging
 import subprocess
@@ -54,7 +54,7 @@ def deploy(file: Path = PREFECT_YAML) -> list[str]:
         complete.write_text(yaml.safe_dump(content, sort_keys=False))
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(complete)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
-        # It exits with 0 when it skips a file that it cannot read.
+        # Check the output too: the command exits with 0 if it skips a file that it cannot read.
         if done.returncode or "successfully created" not in done.stdout:
             raise LewisError(f"{file}: prefect deploy refused it:\n{done.stdout}{done.stderr}")
     return sorted(recipes)
@@ -66,7 +66,7 @@ def add_schedules(content: dict[str, Any], recipes: dict[str, Recipe]) -> None:
     if nightly is None:
         return
     schedules = nightly.setdefault("schedules", None) or []
-    # Those of recipes that are gone would fail every night.
+    # Leave out the schedules of recipes that are gone: their runs would fail every night.
     schedules = [s for s in schedules if (s.get("parameters") or {}).get("recipe") in recipes]
     hour = {k: v for k, v in (nightly["schedules"] or [{}])[0].items() if k in ("cron", "timezone")}
     hour.setdefault("cron", "0 3 * * *")
@@ -81,7 +81,7 @@ def add_schedules(content: dict[str, Any], recipes: dict[str, Recipe]) -> None:
 
 
 def _missing_folder(recipe: Recipe) -> str | None:
-    """What is wrong with the first model that can only be a folder, and is not there."""
+    """The error of the first model that can only be a folder, if that folder does not exist."""
     for ref in [recipe.base_model, *(entry.model for entry in recipe.models)]:
         for part in (ref or "").split("+"):
             try:
@@ -104,7 +104,7 @@ def _create_pool(client: SyncPrefectClient) -> None:
 
 
 def _create_limit(client: SyncPrefectClient) -> None:
-    """The number of devices that may be busy at once, over all machines; one that exists is the user's to change."""
+    """Limit how many devices are busy at once, over all machines; a limit that exists stays as the user set it."""
     try:
         client.read_global_concurrency_limit_by_name(LIMIT)
     except ObjectNotFound:

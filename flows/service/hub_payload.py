@@ -1,4 +1,4 @@
-"""What the Hub's webhooks say (payload version 3), as far as it is read here."""
+"""The payload of the Hub's webhooks, version 3: the part of it that is read here."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ _BRANCH = "refs/heads/main"
 
 
 def _repo_name(name: str) -> str:
-    validate_repo_id(name)  # no "..", no other path trick; its error is a ValueError
+    validate_repo_id(name)  # refuses `..` and the like with a ValueError
     return name
 
 
@@ -18,18 +18,18 @@ Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True)  # unknown keys pass: the Hub sends more than is read here, and may add some
+    model_config = ConfigDict(strict=True)  # ignores unknown keys: the Hub sends more, and may add some
 
 
 class Event(_Part):
-    """What was done, to which kind of thing."""
+    """What was done, and to what kind of thing."""
 
     action: str
     scope: str
 
 
 class Repo(_Part):
-    """Where."""
+    """The repo it was done to; `type` is `model`, `dataset` or `space`."""
 
     type: str
     name: RepoName
@@ -44,14 +44,14 @@ class UpdatedRef(_Part):
 
 
 class Delivery(_Part):
-    """What is read of the Hub's webhook payload, version 3."""
+    """One payload."""
 
     event: Event
     repo: Repo
     updatedRefs: list[UpdatedRef] | None = None
 
     def push(self) -> UpdatedRef | str:
-        """The release in it: a push to the main branch of a model; else why it is none."""
+        """The push to the main branch of a model; if it is none, the reason."""
         if self.repo.type != "model":
             return "not a model"
         if self.event.scope != "repo.content" or self.event.action not in ("update", "create"):

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive us: started, waited for, read, watched, stopped."""
+"""Child processes: start them, wait until they answer, log their output, stop them. They end when this one ends."""
 
 import ctypes
 import os
@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import IO
 
 from lewis import store
 from lewis.errors import InputError, LewisError
@@ -22,10 +23,10 @@ _STOP = 15  # seconds to end after SIGTERM
 
 
 class Process:
-    """One long-running child: its output goes to a log in the store, and line by line to `echo`.
+    """One long-running child process; its output goes to a log in the store, and line by line to `echo`.
 
     Attributes:
-        log: `logs/<name>-<our pid>.log` in the store; `stop` removes it, so one that is left tells of a failure.
+        log: `logs/<name>-<pid of this process>.log` in the store; `stop` removes it, so it is left after a failure.
     """
 
     def __init__(
@@ -37,27 +38,29 @@ class Process:
         health: str | None = None,
         echo: Callable[[str], None] | None = None,
     ) -> None:
-        """Describe it; `start` starts it.
+        """Describe the process; `start` starts it.
 
         Args:
             name: for messages and the log.
-            command: of Python, after the interpreter: `["-m", "prefect", ...]`.
-            environment: on top of ours.
-            health: URL that answers 200 when it is ready; None: ready at once.
-            echo: called with each line it prints, from a thread.
+            command: arguments of the Python interpreter, such as `["-m", "prefect", ...]`.
+            environment: variables in addition to those of this process.
+            health: URL that answers 200 when the process is ready; None if it is ready at once.
+            echo: called with each line of its output, from a thread.
         """
         self.name, self._command, self._environment = name, [sys.executable, *command], environment
         self._health, self._echo = health, echo
         self.log = kinds.LOGS.path(f"{name}-{os.getpid()}")
 
     def start(self) -> None:
-        """Start it and wait until it is ready. Call from a thread that lives as long as it should.
+        """Start it and wait until it is ready.
+
+        Call it from a thread that lives long enough: the process ends when the thread that started it ends.
 
         Raises:
-            LewisError: if it ends, or does not answer, with where to read why.
+            LewisError: if it ends or does not answer in time; names its log.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with store.lock(f"{self.name}-start"):  # one start at a time: the first one migrates the database
+        with store.lock(f"{self.name}-start"):  # one start at a time, because the first migrates the database
             self._child = subprocess.Popen(
                 self._command,
                 stdout=subprocess.PIPE,
@@ -66,8 +69,9 @@ class Process:
                 errors="replace",
                 env={**os.environ, **self._environment},
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-                start_new_session=True,  # Ctrl-C is for us, who stop the parts in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the parts in order
             )
+            assert self._child.stdout is not None
             threading.Thread(target=self._read, args=(self._child.stdout,), daemon=True).start()
             try:
                 self._wait_until_ready()
@@ -80,7 +84,7 @@ class Process:
         return self._child.poll()
 
     def stop(self) -> None:
-        """End it and its own children: asked first, killed after a while."""
+        """End it and its own children: ask it first, kill it after a while."""
         if self.ended() is None:
             self._child.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
@@ -93,7 +97,7 @@ class Process:
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
 
-    def _read(self, lines: "subprocess.IO[str]") -> None:  # type: ignore[name-defined]
+    def _read(self, lines: IO[str]) -> None:
         with self.log.open("w") as log:
             for line in lines:
                 log.write(line)
@@ -131,7 +135,7 @@ def usable_port(variable: str, default: int) -> int:
     """The port that an environment variable names, or the default.
 
     Raises:
-        InputError: if it is no port, or taken.
+        InputError: if the variable is no port number, or the port is taken.
     """
     text = os.environ.get(variable) or str(default)
     if not text.isdigit() or not 0 < int(text) < 65536:

@@ -17,7 +17,7 @@ def prefect_server() -> Iterator[str]:
     even if this process is killed.
 
     Raises:
-        LewisError: if the server does not come up, with where to read why.
+        LewisError: if the server does not come up; names its log.
     """
     known = note.read()
     served = known.get("prefect")

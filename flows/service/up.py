@@ -23,19 +23,19 @@ Say = Callable[[str, str], None]
 
 _NOISE = (
     *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
-    "already in terminal state",  # of a run that ended on the very beat
+    "already in terminal state",  # if a run ends while its heartbeat is on the way
     *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
 )
 _RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up
 
 
 def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | None = None) -> None:
-    """Run the service until Ctrl-C: servers, deployments, a worker, the receiver; what dies is started again.
+    """Run servers, deployments, a worker and the receiver until Ctrl-C; a part that dies is started again.
 
-    `PREFECT_API_URL` and `MLFLOW_TRACKING_URI` of servers that exist are used instead of starting those.
+    If `PREFECT_API_URL` or `MLFLOW_TRACKING_URI` names a server, that one is used instead of starting one.
 
     Args:
-        say: is given the parts' output, line by line.
+        say: called with each line that a part prints.
         ready: called with the URL of each part when all of them answer.
         prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
 

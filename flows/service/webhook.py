@@ -1,9 +1,9 @@
-"""The receiver of the Hub's webhooks: a push to a repo that a recipe follows becomes the event that starts a merge.
+"""The receiver of the Hub's webhooks: it turns a push to a repo that a recipe follows into the event of a release.
 
     PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.webhook
 
-It listens on loopback; a reverse proxy with TLS belongs before it. A delivery only says that something moved: the merge
-asks the Hub itself what the newest commit is.
+It listens on loopback; put a reverse proxy with TLS before it. A delivery only says that something moved: the merge
+asks the Hub for the newest commit.
 """
 
 import hmac
@@ -26,11 +26,11 @@ from lewis_flows.service.webhook_secret import webhook_secret
 
 logger = logging.getLogger("lewis.webhook")
 
-MAX_BODY = 1 << 20  # bytes; the Hub's deliveries have about two thousand
+MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
 def create_app(secret: str) -> FastAPI:
-    """The receiver: `POST /webhook` for the Hub, `GET /health` for whoever watches it.
+    """The receiver as a web application: `POST /webhook` for the Hub, `GET /health` for whoever watches it.
 
     Args:
         secret: what the Hub sends in `X-Webhook-Secret`.
@@ -50,7 +50,7 @@ def create_app(secret: str) -> FastAPI:
 
     @app.post("/webhook")
     async def webhook(request: Request) -> Response:
-        given = request.headers.get("x-webhook-secret", "").encode("latin-1")  # the bytes as they came
+        given = request.headers.get("x-webhook-secret", "").encode("latin-1")  # as sent
         if not hmac.compare_digest(given, secret.encode()):
             status, answer = 401, {"status": "refused", "why": "wrong or missing X-Webhook-Secret"}
         elif (body := await _read(request)) is None:
@@ -64,7 +64,7 @@ def create_app(secret: str) -> FastAPI:
 
 
 async def _read(request: Request) -> bytes | None:
-    """The body, or None if it is too long: then the rest is not kept."""
+    """The body, or None if it is too long; then the rest is not read into memory."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 9 or int(length) > MAX_BODY):
         return None

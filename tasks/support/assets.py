@@ -21,13 +21,13 @@ def importance(ref: str) -> Asset:
 
 
 def merged(recipe: Recipe, which: str = "experts") -> Asset:
-    """The merged model of a recipe, by the name it is registered with; the uniform baseline is one of its own."""
+    """The merged model of a recipe, by the name it is registered under; the uniform baseline is another asset."""
     name = recipe.register_as.name if recipe.register_as else recipe.name
     return _asset("merged", name if which == "experts" else f"{name} {which}", f"Merged model {name} ({which})")
 
 
 def parents(recipe: Recipe) -> list[Asset]:
-    """What the merged model of a recipe comes from: base, experts, and the importance of those that are measured."""
+    """What the merged model of a recipe is made from: base, experts, and the importance of the measured ones."""
     refs = dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(e.model for e in recipe.experts)])
     measured = [str(recipe.base_model)] if recipe.measures_base else []
     measured += [e.model for e in recipe.experts] if recipe.measures else []
@@ -35,16 +35,17 @@ def parents(recipe: Recipe) -> list[Asset]:
 
 
 def describe(**metadata: Any) -> None:
-    """Add metadata to what the running task materialises; nothing outside of such a task."""
+    """Add metadata to the assets of the running task; does nothing outside of a task that has assets."""
     context = AssetContext.get()
     for asset in context.downstream_assets if context else ():
         asset.add_metadata(metadata)
 
 
 def found() -> None:
-    """Tell of the assets of the running task before it ends as `Cached`, of which Prefect tells nothing.
+    """Report the assets of the running task, which then ends as `Cached`: for that state Prefect reports none.
 
-    For what was made outside of Prefect, or for a model of the same content: in the lineage it is new.
+    The store may have them from a run outside of Prefect, or from another model with the same content. Then the lineage
+    does not have them yet.
     """
     if context := AssetContext.get():
         context.emit_events(Completed())

@@ -1,4 +1,4 @@
-"""What the tasks share: cache keys by content, the retry rule, progress in the UI."""
+"""What the tasks share: cache keys made from content, the retry rule, progress in the UI."""
 
 import logging
 import threading
@@ -25,13 +25,13 @@ from lewis_tasks.support.logs import quieten
 
 logger = logging.getLogger(__name__)
 STOPPING = threading.Event()
-"""Set on Ctrl-C: long tasks, which run in threads, end at their next report of progress."""
+"""Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
 quieten()
 
 RESULTS = kinds.RESULTS.folder
-"""Prefect's cache records: small references, one file a key."""
+"""Folder of Prefect's cache records: small references, one file for each key."""
 
-# For what can heal by itself: five tries in about a minute, never for a wrong input.
+# For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
 RETRIES: dict[str, Any] = {
     "retries": 4,
     "retry_delay_seconds": exponential_backoff(2),
@@ -50,7 +50,11 @@ def _exception_of(state: Any) -> BaseException:
 
 @dataclass
 class ContentAddressed(CachePolicy):
-    """Key = task name, version, SHA-256 of the chosen inputs: the same in every flow run, process and deployment."""
+    """A key of task name, version and SHA-256 of the chosen inputs; the same in every flow run and process.
+
+    Attributes:
+        fields, version, device_of: as for `cached`.
+    """
 
     fields: tuple[str, ...] = ()
     version: str = "1"
@@ -59,7 +63,7 @@ class ContentAddressed(CachePolicy):
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str:
-        """The key, of characters that are safe in a file name."""
+        """The key, which is safe as a file name."""
         given = SimpleNamespace(**inputs)
         chosen = {field: to_jsonable_python(attrgetter(field)(given)) for field in self.fields}
         version = f"{self.version}-{self.device_of()}" if self.device_of else self.version
@@ -69,21 +73,21 @@ class ContentAddressed(CachePolicy):
 
 
 def computing_in() -> str:
-    """What forward passes of this machine compute in."""
+    """The number format in which forward passes on this machine compute."""
     return precision(default_device())
 
 
 def cached(*fields: str, version: str = "1", device_of: Callable[[], str] | None = None) -> dict[str, Any]:
-    """Arguments of `@task` for a result that is kept in the store by content.
+    """Arguments of `@task` for a result that Prefect finds again by the content of the inputs.
 
     Args:
         fields: the task's arguments that decide the result, or `argument.attribute`.
-        version: of what the code means.
-        device_of: tells what the numbers depend on of the device, if they do. The machine that runs the task is asked
-            when it runs: the flow's own may have no GPU.
+        version: to be changed when the same inputs give another result.
+        device_of: if the numbers depend on the device, gives what they depend on. It is called on the machine that runs
+            the task, because the machine of the flow may have no GPU.
 
-    A result is a small reference that checks the disk when it is loaded: one to deleted or truncated files cannot be
-    loaded, so the task runs again. Two runs at once both enter the task, and the store's lock lets one compute.
+    A result is a small reference, which checks its files when it is loaded. If they are deleted or truncated, it cannot
+    be loaded, and the task runs again. If two runs enter a task at once, the store's lock lets one of them compute.
     """
     return {
         "cache_policy": ContentAddressed(fields=fields, version=version, device_of=device_of),
@@ -95,7 +99,11 @@ def cached(*fields: str, version: str = "1", device_of: Callable[[], str] | None
 
 
 def raise_if_stopping(what: str) -> None:
-    """Raise LewisError if the process was told to stop: a thread cannot be interrupted, so it asks."""
+    """End a task if the process was told to stop.
+
+    Raises:
+        LewisError: if it was; the message begins with `what`.
+    """
     if STOPPING.is_set():
         raise LewisError(f"{what}: stopped")
 
@@ -129,6 +137,6 @@ class Progress:
 
 
 def slug(text: str) -> str:
-    """Letters, digits and dashes only, as artifact keys must be."""
+    """A text in small letters, digits and dashes, of which the keys of artifacts must consist."""
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).split("-")
     return "-".join(word for word in words if word) or "x"

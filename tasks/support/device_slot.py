@@ -24,8 +24,8 @@ from lewis_tasks.support.caching import raise_if_stopping
 
 logger = logging.getLogger(__name__)
 LIMIT = "lewis-device"
-"""Name of Prefect's global concurrency limit over all machines. Where there is none, each machine's slots are all."""
-LEASE_SECONDS = 60.0  # the least that Prefect takes: how long a killed holder keeps its part of the limit
+"""Name of Prefect's global limit over all machines; without it, only the slots of each machine limit the tasks."""
+LEASE_SECONDS = 60.0  # the least that Prefect takes; for so long a killed holder keeps its part of the limit
 _POLL_SECONDS = 0.1
 _ASK_SECONDS = 1.0
 
@@ -34,7 +34,7 @@ def slots() -> int:
     """How many tasks may hold a device of this machine at once: `LEWIS_DEVICE_SLOTS`, by default its GPUs, or 1.
 
     Raises:
-        InputError: if the variable is no positive number.
+        InputError: if the variable is no whole number from 1 up.
     """
     given = os.environ.get("LEWIS_DEVICE_SLOTS", "")
     if not given:
@@ -48,8 +48,8 @@ def slots() -> int:
 def device_slot() -> Iterator[str]:
     """Hold one of this machine's slots while torch works; gives the device's name, `cpu` or `cuda:<i>`.
 
-    The slot is a kernel lock: a killed holder's is free at once. While it is held, a part of the limit `lewis-device`
-    is held too, if the Prefect server has one; of a killed holder, that is free after its lease.
+    The slot is a kernel lock, which is free as soon as its holder dies. If the Prefect server has the limit
+    `lewis-device`, a part of it is held too; that is free when the lease of a killed holder ends.
 
     Raises:
         LewisError: if the process was told to stop while it waited.
@@ -88,7 +88,7 @@ def _first_free(locks: list[FileLock]) -> int:
 def _shared_limit() -> Iterator[None]:
     """Hold a part of the server's limit. Whatever becomes of the server or the lease, the work goes on.
 
-    Prefect's own `concurrency` would wait for ever where its first request fails, and warn where there is no limit.
+    Not Prefect's own `concurrency`: it waits for ever if its first request fails, and warns if there is no limit.
     """
     with ExitStack() as held:
         if PREFECT_API_URL.value():
@@ -104,7 +104,7 @@ def _shared_limit() -> Iterator[None]:
 
 
 def _acquire(client: SyncPrefectClient) -> UUID | None:
-    """A lease on a part of the limit, waited for; None if there is no such limit."""
+    """Wait for a part of the limit; gives its lease, None if there is no such limit."""
     run = TaskRunContext.get()
     holder = ConcurrencyLeaseHolder(type="task_run", id=run.task_run.id) if run else None
     told = False
@@ -125,7 +125,7 @@ def _acquire(client: SyncPrefectClient) -> UUID | None:
 
 
 def _keep(client: SyncPrefectClient, lease: UUID) -> Callable[[], None]:
-    """Renew a lease from a thread; what it gives back ends that."""
+    """Start a thread that renews a lease; gives the function that ends it."""
     ended = threading.Event()
 
     def renew() -> None:

@@ -1,4 +1,4 @@
-"""What a person reads of a failed run: which task, what went wrong, and what to do; no traceback."""
+"""What a person reads about a failed run: which task failed, why, and what to do; no traceback."""
 
 import functools
 import re
@@ -15,10 +15,10 @@ from lewis.errors import InputError, LewisError, TransientError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PATIENCE = 10.0  # seconds; the server learns of task runs, and of their names, by events that are a little late
+PATIENCE = 10.0  # seconds; the server learns of task runs and their names from events, which arrive a little late
 MAX_MESSAGE = 2000  # characters
-AUTOMATIC = re.compile(r"-[0-9a-f]{3}$")  # what Prefect puts after the name of a task
-DETAILS = "\nThe end of its output:"  # of lm-eval, for whoever reads the log
+AUTOMATIC = re.compile(r"-[0-9a-f]{3}$")  # what Prefect appends to the name of a task
+DETAILS = "\nThe end of its output:"  # what follows is output of lm-eval, for the log
 AGAIN = "the traceback is in the task's log; what was finished is kept, run it again to go on"
 
 
@@ -43,7 +43,7 @@ def result_of(future: PrefectFuture[Any]) -> Any:
     """The result of a finished task.
 
     Raises:
-        InputError, TransientError, LewisError: of the task, with the name of its run before the message.
+        InputError, TransientError, LewisError: as the task raised it, with the name of its run before the message.
     """
     try:
         return future.result()
@@ -59,10 +59,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _name(future: PrefectFuture[Any]) -> str:
-    """The name of a task's run; of one that the server has not seen the end of yet, what it is called until then."""
+    """The name of a task's run. A run gets its last name at its end: wait a while until the server knows of that."""
     name, deadline = "a task", time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        with suppress(Exception), get_client(sync_client=True) as client:  # whatever the server does, the error is told
+        with (
+            suppress(Exception),
+            get_client(sync_client=True) as client,
+        ):  # tell the task's error in any case
             run = client.read_task_run(future.task_run_id)
             name = AUTOMATIC.sub("", run.name)
             if run.state and run.state.is_final():

@@ -1,4 +1,4 @@
-"""About the flow run that a task belongs to: its name, why it started, where the UI shows it."""
+"""The flow run that a task belongs to: its name, what started it, where the UI shows it."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ MAX_NAMED = 4  # commits in the name of a run; a list of runs has no room for mo
 
 
 def rename(name: str) -> None:
-    """Give the flow run a name that is known only by now. It is for people: a failure is logged and that is all."""
+    """Rename the flow run, now that more is known. The name is only for people: a failure is logged, not raised."""
     try:
         once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
         with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
@@ -36,7 +36,7 @@ def run_name(recipe: str, keys: Sequence[str], digest: str = "") -> str:
 
     Args:
         recipe: its name.
-        keys: identity of each model; of an adapter on its base only the adapter's is shown.
+        keys: commit key of each model; of `base+adapter`, only the adapter's is shown.
         digest: of the merge.
     """
     named = [short(key.rpartition("+")[2]) for key in keys[:MAX_NAMED]]
@@ -67,7 +67,7 @@ def why(run: FlowRun) -> str:
         return "by another flow"
     if made is None or made.type not in ("SCHEDULE", "AUTOMATION"):
         return "by hand"
-    # What the server no longer knows does not spoil the report: the name of what started the run is in the run.
+    # The server may have forgotten the schedule or event; then fall back to the name that is kept in the run.
     with suppress(Exception), get_client(sync_client=True) as client:
         return f"by schedule ({_schedule(client, run)})" if made.type == "SCHEDULE" else _event(client, run)
     return f"by {made.type.lower()} {made.display_value}"
@@ -92,7 +92,7 @@ def _schedule(client: SyncPrefectClient, run: FlowRun) -> str:
 
 
 def _event(client: SyncPrefectClient, run: FlowRun) -> str:
-    """From the run to the action that created it, to the event that triggered the action."""
+    """Look up the action that created the run, then the event that triggered the action."""
     assert run.created_by is not None
     started = {"event": {"name": ["prefect.automation.action.executed"]}}
     started["related"] = {"id": [f"prefect.flow-run.{run.id}"]}

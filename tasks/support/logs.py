@@ -1,4 +1,4 @@
-"""What a person reads of a run: our own lines, and of a failure its message, without what Prefect adds around it."""
+"""The log of a run: our own messages, and the message of a failure without what Prefect adds to it."""
 
 import logging
 
@@ -6,7 +6,7 @@ from lewis.errors import LewisError
 
 
 def quieten() -> None:
-    """Let lewis and lewis_tasks log at INFO, and take noise out of Prefect's run logs."""
+    """Let lewis and lewis_tasks log at INFO, and remove noise from Prefect's run logs."""
     for library in ("lewis", "lewis_tasks"):
         logging.getLogger(library).setLevel(logging.INFO)
     for runs in ("prefect.task_runs", "prefect.flow_runs"):
@@ -14,11 +14,11 @@ def quieten() -> None:
 
 
 def worth_reading(record: logging.LogRecord) -> bool:
-    """Filter of log records.
+    """Filter of log records: False drops the record.
 
-    An error of ours says what went wrong in its message: its traceback is dropped. Tasks that did not start because of
-    it are dropped too; the UI shows them. So is Prefect's warning, at the start of each task with a timeout, that a
-    thread is only stopped between calls: the work is loops over tensors and batches, and lm-eval has a child process.
+    Of a LewisError the traceback is dropped, because the message says what went wrong. Records of tasks that did not
+    start because another failed are dropped; the UI shows those tasks. Dropped too is Prefect's warning that a timeout
+    stops a thread only between calls: our threads loop over tensors and batches, and lm-eval runs in a child process.
     """
     if record.exc_info and isinstance(record.exc_info[1], LewisError):
         record.exc_info = record.exc_text = None
