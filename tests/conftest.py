@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Property tests go through the same lines hundreds of times, which other tests go through too: to count them there
     would take a third of their time.
     """
-    items.sort(key=lambda item: item.path.name != "test_servers.py")
+    items.sort(key=lambda item: item.path.name != "test_up.py")
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.no_cover)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -24,11 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis.errors import InputError, TransientError
-from lewis.recipe.recipe import Recipe
+from lewis.errors import InputError
 from lewis_flows import release_event
 from lewis_flows.service import webhook
-from lewis_flows.service.webhook_secret import webhook_secret
 from tests.flows.conftest import REPO
 from tests.support.local_hub import LocalHub, Webhook
 
@@ -382,60 +379,6 @@ def test_a_release_is_not_lost_while_prefect_is_down(prefect_url: str, tmp_path:
             assert len(stored(prefect_url, new, 2)) == 2
 
 
-@pytest.fixture
-def api(prefect_url: str) -> Iterator[str]:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    with temporary_settings({PREFECT_API_URL: prefect_url}):
-        yield prefect_url
-
-
-def test_an_event_about_a_folder_is_stored(api: str) -> None:
-    folder, new = "/tmp/my models/{{ 7*7 }}*\n", "sha256:" + "6" * 64
-    found = release_event.announce("nightly", "./x", folder, None, new)
-    (event,) = stored(api, new, 1)
-    assert event["id"] == found
-    assert event["resource"]["prefect.resource.id"] == "lewis.expert./tmp/my%20models/%7B%7B%207%2A7%20%7D%7D%2A%0A"
-    assert event["payload"] == {"recipe": "nightly", "ref": "./x", "repo": folder, "old": None, "new": new}
-
-
-def test_an_event_that_is_not_taken_is_an_error() -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    started = time.monotonic()
-    with (
-        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
-        pytest.raises(TransientError, match="ConnectError"),
-    ):
-        release_event.announce("r", "org/x", "org/x", OLD, NEW)
-    assert time.monotonic() - started < 8
-
-
-def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:
-    (tmp_path / "org" / "math").mkdir(parents=True)
-    recipe = Recipe.parse(ALPHA.replace("org/base\n", "./gone\n"), root=tmp_path)
-    assert list(release_event.hub_repos(recipe)) == [
-        ("org/code", "org/code@main"),
-        ("org/base", "org/base+org/lora"),
-        ("org/lora", "org/base+org/lora"),
-    ]
-
-
-def test_the_secret_is_made_once_and_for_nobody_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LEWIS_WEBHOOK_SECRET", raising=False)
-    with ThreadPoolExecutor(4) as pool:
-        (made,) = set(pool.map(lambda _: webhook_secret(), range(4)))
-    assert len(made) >= 32 and made == (home / "webhook-secret").read_text().strip()
-    assert stat.S_IMODE((home / "webhook-secret").stat().st_mode) == 0o600
-    monkeypatch.setenv("LEWIS_WEBHOOK_SECRET", " mine ")
-    assert webhook_secret() == "mine"
-    monkeypatch.setenv("LEWIS_WEBHOOK_SECRET", "")
-    (home / "webhook-secret").chmod(0o644)
-    with pytest.raises(InputError, match="others may read it"):
-        webhook_secret()
-    (home / "webhook-secret").chmod(0o600)
-    (home / "webhook-secret").write_text("\n")
-    with pytest.raises(InputError, match="it is empty"):
-        webhook_secret()
+def test_an_empty_secret_is_refused() -> None:
     with pytest.raises(InputError, match="LEWIS_WEBHOOK_SECRET"):
         webhook.create_app("")

@@ -1,0 +1,51 @@
+"""The event of a release: what the server stores, and which repos a recipe follows."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lewis.errors import TransientError
+from lewis.recipe.recipe import Recipe
+from lewis_flows import release_event
+from tests.flows.service.test_webhook import ALPHA, NEW, OLD, stored
+
+
+@pytest.fixture
+def api(prefect_url: str) -> Iterator[str]:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        yield prefect_url
+
+
+def test_an_event_about_a_folder_is_stored(api: str) -> None:
+    folder, new = "/tmp/my models/{{ 7*7 }}*\n", "sha256:" + "6" * 64
+    found = release_event.announce("nightly", "./x", folder, None, new)
+    (event,) = stored(api, new, 1)
+    assert event["id"] == found
+    assert event["resource"]["prefect.resource.id"] == "lewis.expert./tmp/my%20models/%7B%7B%207%2A7%20%7D%7D%2A%0A"
+    assert event["payload"] == {"recipe": "nightly", "ref": "./x", "repo": folder, "old": None, "new": new}
+
+
+def test_an_event_that_is_not_taken_is_an_error() -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    started = time.monotonic()
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(TransientError, match="ConnectError"),
+    ):
+        release_event.announce("r", "org/x", "org/x", OLD, NEW)
+    assert time.monotonic() - started < 8
+
+
+def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:
+    (tmp_path / "org" / "math").mkdir(parents=True)
+    recipe = Recipe.parse(ALPHA.replace("org/base\n", "./gone\n"), root=tmp_path)
+    assert list(release_event.hub_repos(recipe)) == [
+        ("org/code", "org/code@main"),
+        ("org/base", "org/base+org/lora"),
+        ("org/lora", "org/base+org/lora"),
+    ]
