@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Covered, Layer, Network
@@ -93,7 +93,7 @@ def measure_sets(
     """
     from lewis.importance.batches import batches, groups
     from lewis.importance.second_moments import SecondMoments
-    from lewis.importance.streaming import Streamed
+    from lewis.importance.streaming import Streamed, forward
     from lewis.importance.wanda import PruneAfter
 
     settings = settings or Importance()
@@ -113,7 +113,7 @@ def measure_sets(
         streamed = contexts.enter_context(Streamed(network, model, device, dtype, keep=not pruned))
         contexts.enter_context(moments)
         for group in groups(made, per_token, 0 if pruned else streamed.room):
-            forwards = [partial(_forward, network, batch.ids.to(device), batch.lengths) for batch in group]
+            forwards = [partial(forward, network, batch.ids.to(device), batch.lengths) for batch in group]
             tokens = sum(batch.tokens for batch in group)
             for share in streamed.lock_step(forwards, partial(_begin, moments, group)):
                 report(done + int(share * tokens), total)
@@ -236,28 +236,3 @@ def _begin(moments: SecondMoments, group: Sequence[Batch], i: int) -> None:
     batch = group[i]
     moments.select(batch.of)
     moments.begin(batch.lengths, batch.ids.shape[1])
-
-
-def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
-    """One batch through all blocks. What never looks ahead needs no mask for what is padded on its right."""
-    module = network.module
-    mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
-    if not network.encodes:
-        masked = {"attention_mask": mask} if network.looks_ahead and min(lengths) < ids.shape[1] else {}
-        module.base_model(input_ids=ids, use_cache=False, **masked)
-        return
-    encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-    start = torch.full_like(ids[:, :1], _decoder_start(module.config))
-    module.get_decoder()(  # the decoder reads the same text
-        input_ids=torch.cat([start, ids[:, :-1]], dim=1),
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    )
-
-
-def _decoder_start(config: Any) -> int:
-    """The token that a decoder begins with: T5's config names it, T5Gemma's begins with its decoder's first token."""
-    decoder = config.get_text_config(decoder=True)
-    named = (getattr(config, "decoder_start_token_id", None), getattr(decoder, "bos_token_id", None))
-    return next((token for token in named if token is not None), 0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -14,6 +15,59 @@ from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 
 _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
+
+
+class Weights:
+    """The parameters of a network on the meta device: read from a model when they are needed, and let go again."""
+
+    def __init__(self, network: Network, model: Model, device: str, dtype: torch.dtype) -> None:
+        """
+        Args:
+            network: on the meta device.
+            model: that has its weights.
+            device, dtype: of the parameters when they are loaded.
+        """
+        self.network, self.model, self._device, self._dtype = network, model, device, dtype
+
+    def move_buffers(self) -> None:
+        """Bring what no checkpoint holds to the device: tables of rotary embeddings and the like."""
+        for module in self.network.module.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self._device)
+
+    def check(self) -> None:
+        """Raise InputError unless the model has every weight that the network needs."""
+        where = self.model.folder
+        if isinstance(self.model, LoraExpert):
+            for name in filter(self.model.touches, self.network.unplaced):
+                raise InputError(f"{where}: changes {name!r}, which is no parameter of the loaded model")
+        needed = [name for path in self.network.blocks for name in self.network.parameters_in(path)]
+        for name in filter(self.network.is_parameter, [*self.network.parameters_outside(), *needed]):
+            if not any(map(self.network.sources, self.network.same(name))):
+                raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read these parameters and saved buffers, by their full names."""
+        network, done = self.network, set[str]()
+        for name in names:
+            same = network.same(name)
+            source = next(filter(network.sources, same), None)
+            if name in done or source is None:
+                continue
+            value = network.value(source, self.model.read)
+            value = value.to(self._device, self._dtype if network.is_parameter(name) else None)
+            for each in same:
+                _put(network.module, each, value)
+            done.update(same)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Let go of these parameters: they are on the meta device again."""
+        for name in filter(self.network.is_parameter, names):
+            _put(self.network.module, name, self.network.empty(name))
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Give one parameter a value that is not the model's own."""
+        _put(self.network.module, name, value.to(self._device, self._dtype))
 
 
 class Streamed:
@@ -31,22 +85,21 @@ class Streamed:
             keep: whether the weights may stay in a GPU's memory.
         """
         self._network, self._model, self._device, self._dtype = network, model, device, dtype
+        self.weights = Weights(network, model, device, dtype)
         self._hooks = ExitStack()
         self._runs: list[greenlet] = []
         self._keep = keep and device != "cpu" and self._fits()
 
     def __enter__(self) -> "Streamed":
-        self._check()
+        self.weights.check()
         network = self._network
-        self._load(network.parameters_outside())
+        self.weights.load(network.parameters_outside())
         for path, block in network.blocks.items():
             if self._keep:
-                self._load(network.parameters_in(path))
+                self.weights.load(network.parameters_in(path))
             else:
                 self._hooks.callback(block.register_forward_pre_hook(partial(_wait, path)).remove)
-        for module in network.module.modules():  # tables of rotary embeddings and the like
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self._device)
+        self.weights.move_buffers()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,12 +137,12 @@ class Streamed:
             places.append(run.switch())
         while path := next(filter(None, places), None):
             names = self._network.parameters_in(path)
-            self._load(names)
+            self.weights.load(names)
             for i, run in enumerate(runs):
                 if places[i] == path:
                     turn(i)
                     places[i] = run.switch()
-            self._drop(names)
+            self.weights.drop(names)
             passed += 1
             yield min(1.0, passed / len(self._network.blocks))
 
@@ -97,34 +150,6 @@ class Streamed:
         needed = sum(info.elements for info in self._model.tensors.values()) * self._dtype.itemsize
         free, _ = torch.cuda.mem_get_info(self._device)
         return needed * 5 // 4 < free
-
-    def _check(self) -> None:
-        """Raise InputError unless the model has every weight that the network needs."""
-        where = self._model.folder
-        if isinstance(self._model, LoraExpert):
-            for name in filter(self._model.touches, self._network.unplaced):
-                raise InputError(f"{where}: changes {name!r}, which is no parameter of the loaded model")
-        needed = [name for path in self._network.blocks for name in self._network.parameters_in(path)]
-        for name in filter(self._network.is_parameter, [*self._network.parameters_outside(), *needed]):
-            if not any(map(self._network.sources, self._network.same(name))):
-                raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
-
-    def _load(self, names: Iterable[str]) -> None:
-        network, done = self._network, set[str]()
-        for name in names:
-            same = network.same(name)
-            source = next(filter(network.sources, same), None)
-            if name in done or source is None:
-                continue
-            value = network.value(source, self._model.read)
-            value = value.to(self._device, self._dtype if network.is_parameter(name) else None)
-            for each in same:
-                _put(network.module, each, value)
-            done.update(same)
-
-    def _drop(self, names: Iterable[str]) -> None:
-        for name in filter(self._network.is_parameter, names):
-            _put(self._network.module, name, self._network.empty(name))
 
 
 def _wait(path: str, *_: object) -> None:
@@ -139,3 +164,35 @@ def _put(network: nn.Module, name: str, value: torch.Tensor) -> None:
         module._buffers[leaf] = value
     else:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
+    """Send one batch through all blocks, without the head.
+
+    A model that never looks ahead needs no mask for padding on the right.
+
+    Args:
+        ids: token ids, int64 (samples, width).
+        lengths: of the samples, without padding.
+    """
+    module = network.module
+    mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
+    if not network.encodes:
+        masked = {"attention_mask": mask} if network.looks_ahead and min(lengths) < ids.shape[1] else {}
+        module.base_model(input_ids=ids, use_cache=False, **masked)
+        return
+    encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+    start = torch.full_like(ids[:, :1], _decoder_start(module.config))
+    module.get_decoder()(  # the decoder reads the same text
+        input_ids=torch.cat([start, ids[:, :-1]], dim=1),
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    )
+
+
+def _decoder_start(config: Any) -> int:
+    """The token that a decoder begins with: T5's config names it, T5Gemma's begins with its decoder's first token."""
+    decoder = config.get_text_config(decoder=True)
+    named = (getattr(config, "decoder_start_token_id", None), getattr(decoder, "bos_token_id", None))
+    return next((token for token in named if token is not None), 0)

@@ -1,0 +1,236 @@
+"""Ridge regression of one linear layer: the closed form behind RegMean and its forward-order form.
+
+Let W_a be an anchor (for instance the base and the sum of the task vectors), W_t the weight of expert t, X_t the inputs
+of the layer in the merged model and Z_t its inputs in expert t, one row per calibration token of expert t. The fit is
+
+    W = argmin  sum_t c_t || X_t W^T - Z_t W_t^T ||_F^2 + r || W - W_a ||_F^2  =  W_a + R (S + r I)^-1
+    S = sum_t c_t X_t^T X_t                                              (in, in)
+    R = sum_t c_t [ (W_t - W_a) X_t^T X_t + W_t (Z_t - X_t)^T X_t ]        (out, in)
+
+With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, equation 3) with a ridge towards an anchor;
+with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is written with
+differences, so that nothing is lost to rounding where the merged model is close to the experts.
+
+Where there are fewer tokens than inputs, the same solution follows from the tokens' own products (the dual form): with
+X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^T + (Z_t - X_t) W_t^T, scaled alike,
+
+    W = W_a + E^T (X X^T + r I)^-1 X.
+
+Every sum is cut into jobs in a way that depends on the shapes only, and each job runs single-threaded: so the result has
+the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lewis.lazy_torch import torch
+
+COLUMNS = 384  # of a product that one job computes
+ROWS = 512  # output rows that one job solves for
+DUAL_ABOVE = 8192  # inputs: beyond as many, the products of all pairs of inputs are not worth their memory
+DUAL_TOKENS = 4096  # that the dual form keeps of such a layer, spread evenly
+
+Jobs = Callable[[Sequence[Callable[[], None]]], None]
+"""Runs jobs, each single-threaded, in any order, at the same time or one after another."""
+
+
+def one_after_another(jobs: Sequence[Callable[[], None]]) -> None:
+    """`Jobs` without threads."""
+    for job in jobs:
+        job()
+
+
+@dataclass
+class Rows:
+    """The tokens of one expert at one layer.
+
+    Attributes:
+        merged: X_t, fp32: parts whose rows together are the tokens, each (tokens, in).
+        own: Z_t, alike; the same objects as `merged` where there is no difference.
+        weight: c_t times the number of tokens; c_t itself is `weight / tokens`.
+    """
+
+    merged: list[torch.Tensor]
+    own: list[torch.Tensor]
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """How many rows."""
+        return sum(len(part) for part in self.merged)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the inputs of the expert are others than those of the merged model."""
+        return any(own is not merged for own, merged in zip(self.own, self.merged, strict=True))
+
+
+@dataclass
+class Inputs:
+    """The inputs of layers that share them (q, k and v): what is computed of them is computed once.
+
+    Attributes:
+        experts: the tokens of each expert.
+        ridge: r in units of the mean diagonal of S.
+        jobs: runs what is computed.
+    """
+
+    experts: list[Rows]
+    ridge: float
+    jobs: Jobs = one_after_another
+    _grams: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    _factor: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of inputs of the layer."""
+        return self.experts[0].merged[0].shape[1]
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether the dual form is cheaper, or the other one is too large."""
+        return self.size > DUAL_ABOVE or sum(rows.tokens for rows in self.experts) < self.size // 2
+
+    def solve(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Fit one layer.
+
+        Args:
+            anchor: W_a, fp32 (out, in).
+            weights: W_t of each expert, fp32 (out, in).
+
+        Returns:
+            W, fp32 (out, in).
+
+        Raises:
+            ValueError: if the inputs are not finite.
+        """
+        if self.size == 0 or all(rows.tokens == 0 for rows in self.experts):
+            return anchor.clone()
+        return self._dual(anchor, weights) if self.is_dual else self._primal(anchor, weights)
+
+    # ----- the primal form
+
+    def _primal(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self._factor is None:
+            self._grams = [(self._product(rows), self._shift(rows)) for rows in self.experts]
+            total = torch.zeros(self.size, self.size, dtype=torch.float64)
+            for rows, (gram, _) in zip(self.experts, self._grams, strict=True):
+                total.add_(gram, alpha=rows.weight / max(rows.tokens, 1))
+            self._factor = _cholesky(total, self.ridge)
+        solved = torch.empty_like(anchor)
+
+        def job(part: slice) -> None:
+            right = torch.zeros(part.stop - part.start, self.size, dtype=torch.float64)
+            for rows, (gram, shift), weight in zip(self.experts, self._grams, weights, strict=True):
+                found = (weight[part] - anchor[part]) @ gram
+                if shift is not None:
+                    found += weight[part] @ shift
+                right.add_(found, alpha=rows.weight / max(rows.tokens, 1))
+            moved = torch.cholesky_solve(right.T.contiguous(), self._factor).T
+            solved[part] = (anchor[part].double() + moved).float()
+
+        self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
+        return solved
+
+    def _product(self, rows: Rows) -> torch.Tensor:
+        """X_t^T X_t: only the blocks on and above the diagonal are computed."""
+        gram = torch.empty(self.size, self.size)
+
+        def job(columns: slice) -> None:
+            block = torch.zeros(columns.stop - columns.start, self.size - columns.start)
+            for part in rows.merged:
+                block.addmm_(part[:, columns].T, part[:, columns.start :])
+            gram[columns, columns.start :] = block
+            gram[columns.start :, columns] = block.T
+
+        self.jobs([_bound(job, columns) for columns in _slices(self.size, COLUMNS)])
+        return gram
+
+    def _shift(self, rows: Rows) -> torch.Tensor | None:
+        """(Z_t - X_t)^T X_t; None if there is no difference."""
+        if not rows.shifted:
+            return None
+        shift = torch.empty(self.size, self.size)
+
+        def job(columns: slice) -> None:
+            block = torch.zeros(columns.stop - columns.start, self.size)
+            for own, merged in zip(rows.own, rows.merged, strict=True):
+                block.addmm_((own[:, columns] - merged[:, columns]).T, merged)
+            shift[columns] = block
+
+        self.jobs([_bound(job, columns) for columns in _slices(self.size, COLUMNS)])
+        return shift
+
+    # ----- the dual form
+
+    def _dual(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        merged, own, scales = self._sampled()
+        if self._factor is None:
+            kernel = torch.empty(len(merged), len(merged), dtype=torch.float64)
+
+            def multiply(columns: slice) -> None:
+                kernel[columns] = (merged[columns] @ merged.T).double()
+
+            self.jobs([_bound(multiply, columns) for columns in _slices(len(merged), COLUMNS)])
+            mean = float(kernel.diagonal().sum()) / self.size
+            self._factor = _cholesky(kernel, self.ridge, mean)
+        solved = torch.empty_like(anchor)
+
+        def job(part: slice) -> None:
+            missed = [
+                x @ (weight[part] - anchor[part]).T + (z - x) @ weight[part].T
+                for x, z, weight in zip(merged.split(scales), own.split(scales), weights, strict=True)
+            ]
+            found = torch.cholesky_solve(torch.cat(missed).double(), self._factor)
+            solved[part] = anchor[part] + found.T.float() @ merged
+
+        self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
+        return solved
+
+    def _sampled(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """X and Z with their rows scaled by sqrt(c_t), and the number of rows of each expert."""
+        limit = DUAL_TOKENS if self.size > DUAL_ABOVE else None
+        merged, own, counts = list[torch.Tensor](), list[torch.Tensor](), list[int]()
+        total = sum(rows.tokens for rows in self.experts)
+        for rows in self.experts:
+            x, z = torch.cat(rows.merged), torch.cat(rows.own)
+            if limit is not None and total > limit:
+                wanted = max(1, limit * len(x) // total)
+                taken = torch.arange(wanted) * len(x) // wanted
+                x, z = x[taken], z[taken]
+            scale = (rows.weight / max(len(x), 1)) ** 0.5
+            merged.append(x * scale)
+            own.append(z * scale)
+            counts.append(len(x))
+        return torch.cat(merged), torch.cat(own), counts
+
+
+def _cholesky(matrix: torch.Tensor, ridge: float, mean: float | None = None) -> torch.Tensor:
+    """The lower factor of a symmetric matrix, fp64, with `ridge` times its mean diagonal (or `mean`) on the diagonal.
+
+    A ridge that is too small for the rounding errors of a singular matrix is raised tenfold until it holds.
+
+    Raises:
+        ValueError: if the matrix is not finite.
+    """
+    diagonal = matrix.diagonal()
+    mean = float(diagonal.mean()) if mean is None else mean
+    if not bool(torch.isfinite(diagonal).all()):
+        raise ValueError("activations into it are NaN, Inf or too large for fp32")
+    added, before = max(ridge * mean, torch.finfo(torch.float32).tiny), 0.0
+    while True:
+        diagonal += added - before
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            return factor
+        before, added = added, 10 * max(added, 1e-9 * mean)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _bound(job: Callable[[slice], None], part: slice) -> Callable[[], None]:
+    return lambda: job(part)
