@@ -1,13 +1,13 @@
 """Merge by regression in forward order: every projection is fitted to what the experts do, from the first block on.
 
-The calibration rows of expert t go through two models at once: through expert t itself, and through the model merged so
-far. Where all passes have come to a projection, its weight is fitted (`lewis.methods.arithmetic.regression`): given the
-inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go on with
-their own weights. So each layer makes up for the errors of those before it.
+The calibration rows of expert t go through two models at once: through expert t itself, and through the model merged
+so far. Where all passes have come to a projection, its weight is fitted (`lewis.methods.arithmetic.regression`): given
+the inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go
+on with their own weights. So each layer makes up for the errors of those before it.
 
-Each pass is a greenlet that stops in front of every projection, in the code of whatever model it is. At any time there are
-in memory: what lies outside of the blocks, the small tensors of one block, one projection of each model, and what the
-passes hold between two projections.
+Each pass is a greenlet that stops in front of every projection, in the code of whatever model it is. At any time there
+are in memory: what lies outside of the blocks, the small tensors of one block, one projection of each model, and what
+the passes hold between two projections.
 
 What is no such projection (embeddings, norms, biases, head, stacked experts of a mixture) is the anchor's own.
 """
@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis import store
+from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
 from lewis.lazy_torch import nn, torch
 from lewis.merge.workers import Workers
 from lewis.methods.arithmetic.regression import Inputs, Rows
-from lewis.models.checkpoint import DTYPES
-from lewis.models.lora import Model
+from lewis.models.dtypes import torch_dtype
+from lewis.models.model import Model
 
 if TYPE_CHECKING:
     from greenlet import greenlet
@@ -238,6 +239,7 @@ class ForwardOrder:
             for model in (batch.of, merged)
         ]
         with ExitStack() as contexts:
+            contexts.enter_context(one_thread())
             workers = contexts.enter_context(Workers(threads))
             contexts.callback(lambda: workers([each.stop for each in passes]))
             for each in weights:
@@ -267,6 +269,7 @@ class _Walk:
     ) -> None:
         self._order, self._weights, self._passes, self._workers, self._solved = order, weights, passes, workers, solved
         self._loaded: list[tuple[Any, list[str]]] = []
+        self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
         self._inputs: Inputs | None = None
 
@@ -292,8 +295,8 @@ class _Walk:
         places = {each.place for each in self._passes}
         if len(places) > 1:
             raise LewisError(
-                f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its projections in "
-                "one order for every text; use another merge_method"
+                f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its projections "
+                "in one order for every text; use another merge_method"
             )
         return places.pop()
 
@@ -312,11 +315,11 @@ class _Walk:
     def _drop_block(self) -> None:
         self._drop()
         for weights in self._weights:
-            weights.drop(getattr(self, "_in_block", []))
+            weights.drop(self._in_block)
+        self._in_block = []
 
     def _keep(self, block: str) -> None:
         self._drop_block()
-        self._in_block: list[str] = []
         self._inputs = None
         if self._found:
             self._solved.add(block, self._found)
@@ -324,30 +327,39 @@ class _Walk:
 
     def _fit(self, place: str) -> None:
         self._drop()
-        order = self._order
-        covered = order._of_place[place]
-        weights = [model.read(covered.tensor).to(torch.float32) for model in order._experts]
-        if covered.tensor in self._solved:
-            value = self._solved.read(covered.tensor)
-        else:
-            value = self._solve(covered, weights)
-            self._found[covered.tensor] = value
+        covered = self._order._of_place[place]
+        known = covered.tensor in self._solved
+        readers: list[Callable[[str], torch.Tensor]] = [model.read for model in self._order._experts]
+        readers.append(self._solved.read if known else self._order._anchor)
+        *weights, value = self._read(covered.tensor, readers)
+        if not known:
+            value = self._found[covered.tensor] = self._solve(covered, weights, value)
         for each, weight in zip(self._weights, [*weights, value], strict=True):
             each.put(covered.parameter, weight)
             self._loaded.append((each, [covered.parameter]))
 
-    def _solve(self, covered: Covered, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
+        found = [torch.empty(0)] * len(readers)
+
+        def read(i: int) -> None:
+            found[i] = readers[i](tensor).to(torch.float32)
+
+        self._workers([partial(read, i) for i in range(len(readers))])
+        return found
+
+    def _solve(self, covered: Covered, weights: Sequence[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
         order = self._order
         if self._inputs is None or any(each.is_new for each in self._passes):
             self._inputs = Inputs(self._rows(), order._fit.ridge, self._workers)
-        anchor = order._anchor(covered.tensor).to(torch.float32)
-        turn = (lambda tensor: tensor.T) if covered.transposed else (lambda tensor: tensor)
+        if covered.transposed:
+            anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
             with torch.inference_mode():
-                value = turn(self._inputs.solve(turn(anchor).contiguous(), [turn(w).contiguous() for w in weights]))
+                value = self._inputs.solve(anchor, weights)
         except ValueError as error:
             raise LewisError(f"{covered.tensor}: {error}; a model is damaged") from error
-        rounded = value.to(getattr(torch, DTYPES[order._layout[covered.tensor][0]][0])).contiguous()
+        value = value.T if covered.transposed else value
+        rounded = value.to(torch_dtype(order._layout[covered.tensor][0])).contiguous()
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(
                 f"{covered.tensor}: the regression gave values that are NaN or Inf; raise parameters.ridge"

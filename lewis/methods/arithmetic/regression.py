@@ -7,17 +7,17 @@ of the layer in the merged model and Z_t its inputs in expert t, one row per cal
     S = sum_t c_t X_t^T X_t                                              (in, in)
     R = sum_t c_t [ (W_t - W_a) X_t^T X_t + W_t (Z_t - X_t)^T X_t ]        (out, in)
 
-With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, equation 3) with a ridge towards an anchor;
-with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is written with
-differences, so that nothing is lost to rounding where the merged model is close to the experts.
+With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, equation 3) with a ridge towards an
+anchor; with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is
+written with differences, so that nothing is lost to rounding where the merged model is close to the experts.
 
 Where there are fewer tokens than inputs, the same solution follows from the tokens' own products (the dual form): with
 X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^T + (Z_t - X_t) W_t^T, scaled alike,
 
     W = W_a + E^T (X X^T + r I)^-1 X.
 
-Every sum is cut into jobs in a way that depends on the shapes only, and each job runs single-threaded: so the result has
-the same bits for any number of threads.
+Every sum is cut into jobs in a way that depends on the shapes only, and each job runs single-threaded: so the result
+has the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Inputs:
             for rows, (gram, _) in zip(self.experts, self._grams, strict=True):
                 total.add_(gram, alpha=rows.weight / max(rows.tokens, 1))
             self._factor = _cholesky(total, self.ridge)
-        solved = torch.empty_like(anchor)
+        solved, factor = torch.empty_like(anchor), self._factor
 
         def job(part: slice) -> None:
             right = torch.zeros(part.stop - part.start, self.size, dtype=torch.float64)
@@ -128,7 +128,7 @@ class Inputs:
                 if shift is not None:
                     found += weight[part] @ shift
                 right.add_(found, alpha=rows.weight / max(rows.tokens, 1))
-            moved = torch.cholesky_solve(right.T.contiguous(), self._factor).T
+            moved = torch.cholesky_solve(right.T.contiguous(), factor).T
             solved[part] = (anchor[part].double() + moved).float()
 
         self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
@@ -176,14 +176,14 @@ class Inputs:
             self.jobs([_bound(multiply, columns) for columns in _slices(len(merged), COLUMNS)])
             mean = float(kernel.diagonal().sum()) / self.size
             self._factor = _cholesky(kernel, self.ridge, mean)
-        solved = torch.empty_like(anchor)
+        solved, factor = torch.empty_like(anchor), self._factor
 
         def job(part: slice) -> None:
             missed = [
                 x @ (weight[part] - anchor[part]).T + (z - x) @ weight[part].T
                 for x, z, weight in zip(merged.split(scales), own.split(scales), weights, strict=True)
             ]
-            found = torch.cholesky_solve(torch.cat(missed).double(), self._factor)
+            found = torch.cholesky_solve(torch.cat(missed).double(), factor)
             solved[part] = anchor[part] + found.T.float() @ merged
 
         self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
