@@ -106,7 +106,13 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     base, experts, inspected = models.base, models.experts, models.inspected
     named = submit(name_run, quote(plan), models.base_source, models.sources)
     sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
-    merged = submit(merging(plan), quote(plan), plan.blocks, base, experts, allocated, wait_for=[inspected])
+    fitted_on = sets if plan.fits else []
+    merged = submit(
+        merging(plan),
+        *(quote(plan), plan.blocks, base, experts, allocated),
+        calibrations=fitted_on,
+        wait_for=[inspected],
+    )
     uniform = None
     if allocated and plan.wants_uniform:
         baseline = merging(plan, "uniform")

@@ -74,10 +74,15 @@ def guide(
 ) -> Guide:
     """Measure the importance of base and experts, then allocate the densities; does nothing for a plain merge.
 
-    Each model is measured in a task of its own, in one pass over all its calibration sets.
+    Each model is measured in a task of its own, in one pass over all its calibration sets. A method that fits needs the
+    sets only: its merge sends all models through them side by side, and anew when one of the models has moved.
     """
     if plan.lewis is None or base is None:
         return Guide([], [], None, None)
+    if plan.fits:
+        names = dict.fromkeys(map(plan.calibration_of, plan.experts))
+        sets = {name: submit(calibrate, quote(plan), name, base) for name in names}
+        return Guide(list(sets.values()), [], None, None)
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = wanted_measurements(plan)
     sets = {

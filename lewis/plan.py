@@ -154,7 +154,7 @@ def _guided_steps(
     present = [each for each in known if each is not None]
     complete = len(present) == len(known) and (base is None or known_base is not None)
     allocated = None
-    if recipe.lewis and base:
+    if recipe.allocator and base:
         sets: dict[str, CalibrationEntry] = {}
         measured = []
         for entry, names in pipeline.wanted_measurements(recipe):
@@ -164,7 +164,7 @@ def _guided_steps(
                     configs = hub.fetch(base.model, weights=False)
                     sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
                 found = pipeline.find_measured(
-                    source.ref, source.key, sets[name], recipe.lewis.importance, default_device()
+                    source.ref, source.key, sets[name], recipe.allocator.importance, default_device()
                 )
                 plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
                 measured.append(found)
@@ -174,12 +174,12 @@ def _guided_steps(
     writes, merged_keys, prepared = [], {}, None
     if complete:
         prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
-        if recipe.lewis and not allocated:  # any density takes as long
+        if recipe.allocator and not allocated:  # any density takes as long
             guess = dict.fromkeys(prepared.layout, 0.5)
             prepared.experts = [replace(expert, densities=guess) for expert in prepared.experts]
     for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
-        if prepared and (allocated or not recipe.lewis):
+        if prepared and (allocated or not recipe.allocator):
             own = which == "experts"
             digest = (prepared if own else pipeline.prepare_merge(recipe, known_base, present, allocated, which)).digest
         cached = digest and pipeline.find_merged(digest)

@@ -7,8 +7,9 @@ from prefect.tasks import MaterializingTask
 
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
+from lewis.importance.step import CalibrationEntry
 from lewis.merge import step
-from lewis.merge.prepared import SEMANTICS
+from lewis.merge.prepared import FIT_SEMANTICS, SEMANTICS
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -23,7 +24,9 @@ from lewis_tasks.support.device_slot import device_slot
     name="merge",
     task_run_name="merge {which}",
     timeout_seconds=6 * 3600,
-    **cached("blocks", "base", "experts", "allocated", "which", version=SEMANTICS, device_of=merge_device),
+    **cached(
+        "blocks", "base", "experts", "allocated", "which", "calibrations", version=SEMANTICS, device_of=merge_device
+    ),
 )
 def merge(
     recipe: Recipe,
@@ -32,8 +35,12 @@ def merge(
     experts: list[ModelFiles],
     allocated: AllocationEntry | None,
     which: Literal["experts", "uniform"] = "experts",
+    calibrations: list[CalibrationEntry] | None = None,
 ) -> MergedModel:
-    """Merge with the densities of the `experts`, or of the `uniform` baseline; `blocks` is for the cache key."""
+    """Merge with the densities of the `experts`, or of the `uniform` baseline.
+
+    `blocks`, and the `calibrations` that a method fits to, are for the cache key.
+    """
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
     with device_slot() as slot:
         made = step.merge(

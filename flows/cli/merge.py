@@ -42,7 +42,7 @@ def merge(options: argparse.Namespace) -> None:
     base, experts = pipeline.fetch(recipe)
     pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
     allocated = None
-    if recipe.lewis and base:
+    if recipe.allocator and base:
         pipeline.layers_of(base)
         with bars.progress() as shown:
             _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)
@@ -95,7 +95,7 @@ def export(options: argparse.Namespace) -> None:
     recipe = arguments.load(options)
     check_exportable(recipe)  # before anything is measured
     base, experts = pipeline.pin_all(recipe)
-    allocations = _guide(options).allocated.experts() if recipe.lewis else {}
+    allocations = _guide(options).allocated.experts() if recipe.allocator else {}
     print(to_mergekit(recipe, base, experts, allocations), end="")
 
 
@@ -127,6 +127,8 @@ def _guide(options: argparse.Namespace) -> _Guided:
     from lewis.devices import default_device
 
     recipe = arguments.load(options)
+    if recipe.fits:
+        raise RecipeError(f"merge_method: {recipe.merge_method} takes no densities; there is nothing to allocate")
     if recipe.lewis is None or recipe.base_model is None:
         raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
     show_log()

@@ -18,6 +18,7 @@ import numpy as np
 from lewis import store
 from lewis.allocation.scales import Densities, ScalesByTensor
 from lewis.errors import InputError
+from lewis.importance.calibration import Calibration
 from lewis.lazy_torch import torch
 from lewis.merge.alignment import align
 from lewis.merge.memory_budget import MemoryBudget
@@ -30,6 +31,7 @@ from lewis.models.model import Model
 from lewis.models.names import layer_of
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
+FIT_SEMANTICS = "1"  # bump when a method that fits would give other bytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Expert:
         ref: its reference in the recipe, which the settings look its parameters up by.
         model: the opened model.
         densities: if LEWIS guides the merge, its density per tensor.
+        calibration: token ids that the merge is fitted to this expert on, if the method fits.
         scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
             are ranked; tensors that are left out are ranked by magnitude.
     """
@@ -48,6 +51,7 @@ class Expert:
     model: Model
     densities: Densities | None = None
     scales: ScalesByTensor | None = None
+    calibration: Calibration | None = None
 
 
 class Prepared:
@@ -119,6 +123,7 @@ class Prepared:
         )
         self._check_parameters()
         self._check_scales()
+        self._check_fit()
         self.digest = self._digest()
         largest = max((info.elements for info in self.base.tensors.values()), default=0)
         self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
@@ -178,6 +183,9 @@ class Prepared:
         """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
+    def _fit_digest(self) -> list[str]:
+        return [FIT_SEMANTICS, *(expert.calibration.digest for expert in self.experts if expert.calibration)]
+
     def _check_parameters(self) -> None:
         for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
             values = self.parameters(name)
@@ -205,6 +213,17 @@ class Prepared:
                         f"{list(shape)}; measure the importance of this model again"
                     )
 
+    def _check_fit(self) -> None:
+        if not self.method.fits:
+            return
+        if self.vocabulary.target is not None:
+            raise InputError(
+                f"tokenizer: {self.method.name} sends the same tokens through all models, which have other "
+                "vocabularies here; bring the experts to the base's vocabulary, or use another merge_method"
+            )
+        if lacking := [expert.ref for expert in self.experts if expert.calibration is None]:
+            raise InputError(f"{lacking[0]}: {self.method.name} needs its calibration set; see lewis.calibrations")
+
     def _digest(self) -> str:
         """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
         resolved = [[name, self.parameters(name)] for name in self.base.tensors if self.merges(name)]
@@ -222,6 +241,7 @@ class Prepared:
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
                 **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
+                **({"fit": self._fit_digest()} if self.method.fits else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }

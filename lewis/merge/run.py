@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +31,11 @@ from lewis.models.files import copy_tokenizer
 from lewis.models.model import Model
 from lewis.models.writer import CheckpointWriter
 
+if TYPE_CHECKING:
+    from lewis.merge.fitted import Fitted
+
 logger = logging.getLogger(__name__)
+_FITTED = ".fitted"  # folder of what is fitted, in that of the output until it is whole
 
 
 class Merge(Prepared):
@@ -47,6 +52,7 @@ class Merge(Prepared):
         """Arguments and errors as those of `Prepared`."""
         super().__init__(settings, base, experts, held_back, device)
         self._stopped = threading.Event()
+        self._fitted: Fitted | None = None
 
     def run(
         self,
@@ -66,7 +72,8 @@ class Merge(Prepared):
             folder: the output; absent, empty, or an earlier output.
             max_shard_size: bytes.
             manifest: recorded in `lewis.json`, beside the digest.
-            progress: called with (elements done, elements in all, tensor name).
+            progress: called with (elements done, elements in all, tensor name); if the method fits, every element
+                counts twice, first as one to be fitted.
             threads: how many tensors are merged at a time; by default one per core.
 
         Raises:
@@ -80,7 +87,10 @@ class Merge(Prepared):
         try:
             with store.publish(folder, {"digest": self.digest, **(manifest or {})}, key, checksums) as scratch:
                 store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
-                with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
+                with (
+                    self._fitted_in(scratch / _FITTED, progress, threads),
+                    CheckpointWriter(scratch, self.layout, max_shard_size) as writer,
+                ):
                     self.write_tensors(writer, progress, threads)
                 checksums |= writer.checksums
                 kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
@@ -91,6 +101,28 @@ class Merge(Prepared):
             place, why = error.filename or folder, error.strerror or error
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
+
+    @property
+    def steps(self) -> int:
+        """What `progress` counts up to."""
+        return self.elements * (2 if self.method.fits else 1)
+
+    @contextmanager
+    def _fitted_in(
+        self, folder: Path, progress: Callable[[int, int, str], None] | None, threads: int | None
+    ) -> Iterator[None]:
+        """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards."""
+        if self.method.fits:
+            from lewis.merge.fit import fit
+
+            def report(share: float) -> None:
+                if progress:
+                    progress(int(share * self.elements), self.steps, "fit")
+
+            self._fitted = fit(self, folder, report, threads)
+        yield
+        self._fitted = None
+        store.discard(folder)
 
     def write_tensors(
         self,
@@ -105,7 +137,7 @@ class Merge(Prepared):
             nonlocal done
             done += self.base.tensors[name].elements
             if progress:
-                progress(done, self.elements, name)
+                progress(self.steps - self.elements + done, self.steps, name)
 
         names = [name for name in writer.names if name not in writer.finished]
         if writer.finished:
@@ -139,7 +171,9 @@ class Merge(Prepared):
             writer.write_bytes(name, data, offset)
 
         with np.errstate(all="ignore"):  # values that are not finite are reported by the tensor's name
-            if not self._copy(name, write) and not self._in_compiled_loops(name, write):
+            if self._fitted and name in self._fitted:
+                write(bytes_of(self._fitted.read(name)), 0)
+            elif not self._copy(name, write) and not self._in_compiled_loops(name, write):
                 offset = 0
                 for piece in in_torch.merge_by_rows(self, name):
                     write(bytes_of(piece), offset)

@@ -12,6 +12,8 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.errors import InputError
+from lewis.importance.calibration import Calibration
+from lewis.importance.step import prepare_calibration
 from lewis.merge.prepared import Expert
 from lewis.merge.run import Merge
 from lewis.merge.settings import MergeSettings
@@ -69,18 +71,26 @@ def prepare_merge(
         InputError: naming what does not fit.
     """
     densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
+    sets = calibrations_of(recipe, base) if recipe.fits and base else {}
     scales = allocated.scales() if allocated else {}
     aim = recipe.lewis.aim if recipe.lewis else None
     held_back = allocated.held_back(aim.omega) if allocated and aim else None
     opened = [
-        Expert(entry.model, files.open(), densities.get(files.ref), scales.get(files.ref))
+        Expert(entry.model, files.open(), densities.get(files.ref), scales.get(files.ref), sets.get(entry.model))
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
     opened_base = base.open() if base else None
-    if recipe.measures and opened_base is not None:
+    if (recipe.measures or recipe.fits) and opened_base is not None:
         _check_token_ids(opened_base, [expert.model for expert in opened])
     settings = resolve(recipe, opened_base or opened[0].model)
     return Merge(settings, opened_base, opened, held_back, merge_device(gpu))
+
+
+def calibrations_of(recipe: Recipe, base: ModelFiles) -> dict[str, Calibration]:
+    """Expert, as the recipe names it -> its calibration set, found in the store or made."""
+    names = {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}
+    sets = {name: Calibration.load(prepare_calibration(recipe, name, base).path) for name in set(names.values())}
+    return {model: sets[name] for model, name in names.items()}
 
 
 def resolve(recipe: Recipe, base: Model) -> MergeSettings:

@@ -11,7 +11,7 @@ from lewis.methods.registry import METHODS, Method, Parameter, PerExpert, Range,
 
 from lewis.methods import linear, task_arithmetic, ties, dare, breadcrumbs, della, sce, pcb, consensus  # isort: skip
 from lewis.methods import model_stock, ram, nearswap, arcee_fusion, passthrough  # isort: skip
-from lewis.methods import slerp, nuslerp, multislerp, karcher  # isort: skip
+from lewis.methods import slerp, nuslerp, multislerp, karcher, regmean  # isort: skip
 
 __all__ = [
     "METHODS",
@@ -37,6 +37,7 @@ __all__ = [
     "pcb",
     "per_expert",
     "ram",
+    "regmean",
     "sce",
     "slerp",
     "task_arithmetic",

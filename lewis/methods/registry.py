@@ -117,6 +117,10 @@ class Method:
             tensor is never in memory.
         compiled: which compiled loops do the same as the function, faster and in less memory; None: the function does
             it in torch, unless `coefficients` are given.
+        fits: what its regression on the calibration rows of the experts fits the projections to: `static`, each to what
+            it gives for the experts' own inputs; `forward`, from the first block on, for the inputs that the model
+            merged so far has there. The function then gives what is not fitted, and what the fit is pulled towards.
+            It takes `ridge`, and `weight` of each expert. None: the function gives all tensors.
         in_mergekit: whether mergekit has it too, so that a recipe can be exported; never of a plug-in.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """
@@ -135,6 +139,7 @@ class Method:
     coefficients: Callable[..., list[float] | None] | None = None
     by_rows: ByRows | None = None
     compiled: Loops | None = None
+    fits: Literal["static", "forward"] | None = None
     in_mergekit: bool = True
     origin: str = ""
 
@@ -163,6 +168,7 @@ def merge_method(
     coefficients: Callable[..., list[float] | None] | None = None,
     by_rows: ByRows | None = None,
     compiled: Loops | None = None,
+    fits: Literal["static", "forward"] | None = None,
     in_mergekit: bool = True,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a function as the merge method `name`.
@@ -174,7 +180,7 @@ def merge_method(
     Args:
         name: as `merge_method` in a recipe.
         paper: where the method comes from, a URL.
-        on, experts, check, elementwise, coefficients, by_rows, compiled, in_mergekit: as in `Method`.
+        on, experts, check, elementwise, coefficients, by_rows, compiled, fits, in_mergekit: as in `Method`.
 
     Raises:
         ValueError: if another function has that name, or `compiled` names a parameter that the function does not have.
@@ -212,6 +218,7 @@ def merge_method(
             coefficients=coefficients,
             by_rows=by_rows,
             compiled=compiled,
+            fits=fits,
             in_mergekit=in_mergekit,
         )
         return function

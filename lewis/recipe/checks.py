@@ -30,7 +30,9 @@ def cross_check(data: dict[str, Any]) -> list[str]:
             problems.append(f"base_model: {method.name} {what} needs one")
         problems += _check_count(data, models, method)
         problems += _check_together(data, models, method)
-        if data.get("lewis") is not None and "density" not in method.parameters:
+        if method.fits:
+            problems += _check_fit(data, method)
+        elif data.get("lewis") is not None and "density" not in method.parameters:
             trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
             problems.append(f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}")
         elif _prunes_by_activation(data) and not method.takes_scales:
@@ -199,6 +201,22 @@ def _check_density(data: dict[str, Any]) -> list[str]:
     return []
 
 
+def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
+    """A method that fits needs calibration sets, and has no use for what decides densities."""
+    block = data.get("lewis")
+    if block is None:
+        return [
+            f"lewis.calibrations: missing; {method.name} fits the projections to the experts on calibration rows; add "
+            'lewis: {calibrations: {NAME: {dataset: ..., text: "{question} {answer}"}}}'
+        ]
+    unused = [key for key in ("preset", "importance", "prune_by", "aim", "density") if _is_given(block, key)]
+    return [f"lewis.{key}: {method.name} keeps whole task vectors and has no use for it; remove it" for key in unused]
+
+
+def _is_given(block: Any, key: str) -> bool:
+    return isinstance(block, dict) and block.get(key) is not None
+
+
 def _prunes_by_activation(data: dict[str, Any]) -> bool:
     block = data.get("lewis")
     return isinstance(block, dict) and block.get("prune_by") == "activation"
@@ -234,7 +252,7 @@ def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> l
     holds_back = isinstance(block, dict) and block.get("aim") is not None
     uniform = blind and not holds_back and not _prunes_by_activation(data)
     if isinstance(block, dict) and not names and not uniform:
-        problems.append("lewis.calibrations: LEWIS measures activations and needs at least one calibration set")
+        problems.append("lewis.calibrations: LEWIS runs models on calibration rows and needs at least one set of them")
     base = str(data.get("base_model"))
     for i, entry in enumerate(models):
         wanted, where = entry.get("calibration"), f"models[{i}].calibration"

@@ -202,26 +202,38 @@ class Recipe(Block):
         return [*own, ("parameters", self.parameters)]
 
     @property
+    def fits(self) -> bool:
+        """Whether the merge method fits the projections to the experts on their calibration sets."""
+        return find(self.merge_method).fits is not None
+
+    @property
+    def allocator(self) -> Lewis | None:
+        """The `lewis` block, if it decides densities; None if there is none, or the method fits instead."""
+        return None if self.fits else self.lewis
+
+    @property
     def guided(self) -> bool:
         """Whether importance decides the densities."""
-        return self.lewis is not None and self.lewis.density.strategy != "uniform"
+        return self.allocator is not None and self.allocator.density.strategy != "uniform"
 
     @property
     def measures(self) -> bool:
         """Whether the merge needs the importance pass of the experts."""
-        blind = self.lewis is None or self.lewis.density.strategy in ("uniform", "depth_gradient")
-        return not blind or (self.lewis is not None and self.lewis.prune_by == "activation")
+        block = self.allocator
+        if block is None:
+            return False
+        return block.density.strategy not in ("uniform", "depth_gradient") or block.prune_by == "activation"
 
     @property
     def compares_norms(self) -> bool:
         """Whether densities come from the difference of norms, which needs those of the base too."""
-        block = self.lewis
+        block = self.allocator
         return block is not None and (block.density.strategy, block.importance.metric) == ("lewis", "norm_difference")
 
     @property
     def measures_base(self) -> bool:
         """Whether the merge needs the importance pass of the base."""
-        return self.compares_norms or (self.lewis is not None and self.lewis.aim is not None)
+        return self.compares_norms or (self.allocator is not None and self.allocator.aim is not None)
 
     @property
     def wants_uniform(self) -> bool:

@@ -148,7 +148,7 @@ def model_card(
         recipe=recipe.text,
         lineage=lineage,
         mean_density=means,
-        strategy=recipe.lewis.density.strategy if recipe.lewis else "",
+        strategy=recipe.allocator.density.strategy if recipe.allocator else "",
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
         results=found.get(recipe.label, ()),

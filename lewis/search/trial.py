@@ -40,7 +40,7 @@ def score_trial(
         InputError, LewisError: if the values are not valid together, or the merge or lm-eval fails.
     """
     allocated = None
-    if recipe.lewis and base:
+    if recipe.allocator and base:
         allocated = pipeline.guide(recipe, base, experts, device=device)[1]
     prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
     found = pipeline.find_scores(recipe.label, prepared.digest, settings, recipe.root, device)

@@ -1,0 +1,75 @@
+"""Forward passes that stop in front of every projection, so that many of them can be led side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lewis.errors import LewisError
+from lewis.lazy_torch import nn, torch
+
+if TYPE_CHECKING:
+    from greenlet import greenlet
+
+    from lewis.importance.batches import Batch
+
+
+@dataclass(eq=False)
+class Pass:
+    """One batch on its way through one model.
+
+    Attributes:
+        model: index of the model: the expert, or one more than there are experts for the merged model.
+        place: path of the block or projection that it waits in front of; None at its end.
+        rows: inputs of that projection without padding, fp32 (tokens, in).
+    """
+
+    model: int
+    batch: Batch
+    forward: Callable[[], None]
+    run: greenlet | None = None
+    place: str | None = None
+    rows: torch.Tensor | None = None
+    _raw: torch.Tensor | None = None
+    is_new: bool = True
+
+    def go_on(self) -> None:
+        """Run to the next place; always in the same thread."""
+        from greenlet import greenlet
+
+        if self.run is None:
+            self.run = greenlet(self.forward)
+        found = self.run.switch()
+        self.place, inputs = (None, None) if self.run.dead else found
+        self.is_new = inputs is None or inputs is not self._raw
+        if self.is_new:
+            self._raw = inputs
+            self.rows = None if inputs is None else self._without_padding(inputs)
+
+    def stop(self) -> None:
+        """End what waits here, in its own thread."""
+        if self.run is not None and not self.run.dead:
+            self.run.throw()
+        self._raw = self.rows = None
+
+    def _without_padding(self, inputs: torch.Tensor) -> torch.Tensor:
+        width, flat = self.batch.ids.shape[1], inputs.reshape(-1, inputs.shape[-1]).float()
+        if inputs.shape[:-1].numel() != self.batch.ids.numel():
+            if min(self.batch.lengths) < width:
+                raise LewisError(
+                    f"{self.place}: sees {inputs.shape[:-1].numel()} of {self.batch.ids.numel()} tokens, and which are "
+                    "padding is unknown; this way of routing is not supported"
+                )
+            return flat
+        if min(self.batch.lengths) == width:
+            return flat
+        real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
+        return flat[real.reshape(-1).to(flat.device)]
+
+
+def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Let the others go on, until it is this pass's turn again."""
+    from greenlet import getcurrent
+
+    getcurrent().parent.switch((path, inputs[0] if with_inputs else None))

@@ -1,0 +1,71 @@
+"""RegMean and its form in forward order: projections fitted to the experts on their calibration rows.
+
+The fit itself is `lewis.methods.arithmetic.regression`; the functions here give what it is pulled towards, which is
+also what all other tensors (embeddings, norms, head, biases) become.
+"""
+
+from __future__ import annotations
+
+from lewis.lazy_torch import torch
+from lewis.methods.loops import Combine, Loops
+from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
+from lewis.methods.task_arithmetic import combine
+
+_SUM = Loops(Combine.SUM)
+
+
+@merge_method(
+    "regmean",
+    paper="https://arxiv.org/abs/2212.09849",
+    elementwise=True,
+    compiled=_SUM,
+    fits="static",
+    in_mergekit=False,
+)
+def regmean(
+    task_vectors: torch.Tensor,
+    *,
+    weight: PerExpert[NotNegative] = 1.0,
+    lambda_: float = 1.0,
+    ridge: NotNegative = 1e-4,
+) -> torch.Tensor:
+    """Fit each projection to what the experts give for their own inputs, with a ridge towards the sum of task vectors.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        weight: of each expert, in the sum and in the regression.
+        lambda_: scale of the sum.
+        ridge: pull towards the sum, in units of the mean diagonal of the inputs' products; large values give task
+            arithmetic, 0 RegMean.
+
+    Returns:
+        fp32 delta of what is not fitted, shape tensor.shape.
+    """
+    return combine(task_vectors, per_expert(weight, task_vectors), normalize=False, lambda_=lambda_)
+
+
+@merge_method(
+    "regmean_forward",
+    paper="https://arxiv.org/abs/2605.13030",
+    elementwise=True,
+    compiled=_SUM,
+    fits="forward",
+    in_mergekit=False,
+)
+def regmean_forward(
+    task_vectors: torch.Tensor,
+    *,
+    weight: PerExpert[NotNegative] = 1.0,
+    lambda_: float = 1.0,
+    ridge: NotNegative = 1e-4,
+) -> torch.Tensor:
+    """Fit each projection, from the first block on, to what the experts give, for the inputs of the merged model.
+
+    Args:
+        task_vectors: fp32, shape (experts, *tensor.shape).
+        weight, lambda_, ridge: as of `regmean`.
+
+    Returns:
+        fp32 delta of what is not fitted, shape tensor.shape.
+    """
+    return combine(task_vectors, per_expert(weight, task_vectors), normalize=False, lambda_=lambda_)

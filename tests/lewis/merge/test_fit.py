@@ -1,0 +1,235 @@
+"""Merging by regression on calibration rows: against a plain implementation, and what must not change the result."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lewis import pipeline, store
+from lewis.errors import InputError, RecipeError
+from lewis.merge.run import Merge
+from lewis.recipe.recipe import Recipe
+from tests.conftest import Family
+from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama
+
+pytestmark = pytest.mark.usefixtures("home")
+RIDGE = 1e-3
+
+
+def texts(seed: int, count: int = 6) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 20, (count,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator)) for n in lengths]
+
+
+def recipe_of(base: Path, experts: list[Path], method: str = "regmean_forward", **blocks: Any) -> Recipe:
+    sets = {f"s{path.name}": {"texts": texts(len(path.name)), "samples": 6} for path in experts}
+    models = [{"model": str(path), "calibration": f"s{path.name}"} for path in experts]
+    data = {"merge_method": method, "base_model": str(base), "models": models, "parameters": {"ridge": RIDGE}}
+    return parse({**data, "lewis": {"calibrations": sets}, **blocks})
+
+
+def prepare(recipe: Recipe) -> Merge:
+    base, experts = pipeline.pin_all(recipe)
+    return pipeline.prepare_merge(recipe, pipeline.download(base), [pipeline.download(each) for each in experts])
+
+
+def run(recipe: Recipe, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    prepare(recipe).run(folder, **options)
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
+    """The definition, one projection after another, each with passes of its own through whole models."""
+    models = [AutoModelForCausalLM.from_pretrained(e.model.folder, dtype=torch.float32) for e in merge.experts]
+    merged = AutoModelForCausalLM.from_pretrained(merge.base.folder, dtype=torch.float32)
+    base = merged.state_dict()
+    anchor = {n: b + sum(m.state_dict()[n] - b for m in models) for n, b in base.items()}
+    merged.load_state_dict(anchor)
+
+    def inputs(model: Any, path: str, samples: Any) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hook = model.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+        for sample in samples:
+            model(torch.tensor([sample]))
+        hook.remove()
+        return torch.cat(seen).double()
+
+    found = {}
+    with torch.no_grad():
+        for layer in range(merged.config.num_hidden_layers):
+            for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+                path = f"model.layers.{layer}.{name}_proj"
+                start = anchor[f"{path}.weight"].double()
+                left, right = 0.0, 0.0
+                for expert, model in zip(merge.experts, models, strict=True):
+                    samples = expert.calibration.samples
+                    own = inputs(model, path, samples)
+                    there = inputs(merged, path, samples) if forward else own
+                    left = left + there.T @ there / len(own)
+                    wanted = own @ model.state_dict()[f"{path}.weight"].double().T - there @ start.T
+                    right = right + wanted.T @ there / len(own)
+                left = left + RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+                found[f"{path}.weight"] = (start + right @ torch.linalg.inv(left)).float()
+                merged.get_submodule(path).weight.copy_(found[f"{path}.weight"])
+    return {n: found.get(n, anchor[n]) for n in merge.layout}
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
+def test_equals_a_plain_implementation(method: str, family: Family, tmp_path: Path) -> None:
+    recipe = recipe_of(family.base, family.experts, method)
+    expected = plainly(prepare(recipe), forward=method == "regmean_forward")
+    found = run(recipe, tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_does_on_an_experts_rows_what_the_expert_does(family: Family, tmp_path: Path) -> None:
+    """Closer to each expert's hidden states, on its own rows, than the sum of the task vectors is."""
+
+    def expert_of(name: str, seed: int) -> Path:
+        noise = torch.Generator().manual_seed(seed)
+        return rewrite(
+            family.base,
+            tmp_path / name,
+            lambda tensor, value: (
+                value + 0.1 * torch.randn(value.shape, generator=noise) if "proj" in tensor else value
+            ),
+        )
+
+    experts = [expert_of("a", 1), expert_of("bb", 2)]
+    recipe = recipe_of(family.base, experts)
+    run(recipe, tmp_path / "fit")
+    summed = {"merge_method": "task_arithmetic", "base_model": str(family.base)}
+    prepare(parse({**summed, "models": [{"model": str(each)} for each in experts]})).run(tmp_path / "sum")
+    for expert in prepare(recipe).experts:
+        ids = [torch.tensor([sample]) for sample in expert.calibration.samples]
+
+        def states(folder: Path, ids: list[torch.Tensor] = ids) -> torch.Tensor:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+            with torch.no_grad():
+                return torch.cat([model(each)[0][0] for each in ids])
+
+        wanted = states(expert.model.folder)
+        assert (states(tmp_path / "fit") - wanted).norm() < 0.7 * (states(tmp_path / "sum") - wanted).norm()
+
+
+def test_same_bytes_and_digest_for_any_order_threads_and_shards(family: Family, tmp_path: Path) -> None:
+    recipe = recipe_of(family.base, [*family.experts, family.lora])
+    first = run(recipe, tmp_path / "one", threads=1)
+    other = recipe_of(family.base, [family.lora, *reversed(family.experts)])
+    again = run(other, tmp_path / "two", threads=3, max_shard_size=6000)
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    assert prepare(recipe).digest == prepare(other).digest
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_other_rows_ridge_or_weights_give_another_digest(family: Family) -> None:
+    recipe = recipe_of(family.base, family.experts)
+    others = [
+        recipe_of(family.base, family.experts, parameters={"ridge": 1.0}),
+        recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "weight": 0.5}),
+        recipe_of(family.base, family.experts, "regmean"),
+        Recipe.parse(recipe.text, root=Path("/"), overrides=["lewis.calibrations.smath.samples=5"]),
+    ]
+    digests = {prepare(each).digest for each in (recipe, *others)}
+    assert len(digests) == 1 + len(others)
+
+
+def test_one_expert_comes_out_as_it_is(family: Family, tmp_path: Path) -> None:
+    found, expert = (
+        run(recipe_of(family.base, [family.math]), tmp_path / "out"),
+        load_file(family.math / "model.safetensors"),
+    )
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expert[name]), name
+
+
+def test_excluded_tensors_are_the_bases(family: Family, tmp_path: Path) -> None:
+    found = run(recipe_of(family.base, family.experts, exclude=["mlp"]), tmp_path / "out")
+    base = load_file(family.base / "model.safetensors")
+    assert all(torch.equal(tensor, base[name]) == ("mlp" in name) for name, tensor in found.items())
+
+
+def test_fitted_in_half_precision_is_written_so(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", dtype=torch.bfloat16)
+    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
+    found = run(recipe_of(base, experts, dtype="float16"), tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from lewis import pipeline
+from lewis.recipe import Recipe
+recipe = Recipe.load(sys.argv[1])
+base, experts = pipeline.pin_all(recipe)
+merge = pipeline.prepare_merge(recipe, pipeline.download(base), [pipeline.download(expert) for expert in experts])
+kill = lambda done, total, name: done >= float(sys.argv[3]) * total and os.kill(os.getpid(), 9)
+merge.run(Path(sys.argv[2]), progress=kill)
+"""
+
+
+@pytest.mark.parametrize("share", [0.25, 0.8])
+def test_goes_on_after_a_kill_with_the_same_bytes(
+    share: float, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block was fitted by the killed process, and is not fitted again."""
+    from lewis.methods.arithmetic.regression import Inputs
+
+    recipe = recipe_of(family.base, family.experts)
+    (tmp_path / "recipe.yaml").write_text(recipe.text)
+    command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", str(share)]
+    assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
+    solve, solved = Inputs.solve, []
+    monkeypatch.setattr(Inputs, "solve", lambda *given: solved.append(1) or solve(*given))
+    found = run(recipe, tmp_path / "out" / "model")
+    assert len(solved) == (7 if share < 0.5 else 0)
+    expected = run(recipe, tmp_path / "undisturbed")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not list((tmp_path / "out" / "model").glob(".fitted*"))
+
+
+def test_a_damaged_part_of_a_killed_fit_is_not_believed(family: Family, tmp_path: Path) -> None:
+    from lewis.merge.fitted import Fitted
+
+    kept = Fitted(tmp_path / "fitted")
+    kept.add("block", {"a": torch.ones(3)})
+    assert "a" in Fitted(tmp_path / "fitted")
+    path = tmp_path / "fitted" / "block.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "a" not in Fitted(tmp_path / "fitted")
+
+
+class TestRefused:
+    def test_without_calibration_sets(self, family: Family) -> None:
+        with pytest.raises(RecipeError, match=r"lewis\.calibrations: missing; regmean_forward fits"):
+            recipe_of(family.base, family.experts, lewis=None)
+
+    def test_with_densities(self, family: Family) -> None:
+        block = {"calibrations": {"a": {"texts": ["w1 w2"], "samples": 1}}, "density": {"budget": 0.5}}
+        with pytest.raises(RecipeError, match=r"lewis\.density: regmean_forward keeps whole task vectors"):
+            recipe_of(family.base, family.experts, lewis=block)
+
+    def test_another_vocabulary(self, family: Family, tmp_path: Path) -> None:
+        other = shutil.copytree(family.math, tmp_path / "other")
+        text = (other / "tokenizer.json").read_text().replace('"w7"', '"x7"')
+        (other / "tokenizer.json").write_text(text)
+        with pytest.raises(InputError, match="another vocabulary"):
+            prepare(recipe_of(family.base, [family.code, other], tokenizer_source="base"))
+
+    def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lewis.store.files.free_space", lambda _: 1000)
+        with pytest.raises(InputError, match="no space"):
+            run(recipe_of(family.base, family.experts), tmp_path / "out")
+        assert not (tmp_path / "out").exists() and store.home()

@@ -1,0 +1,114 @@
+"""The closed form of a layer's regression, against hand-made numbers and other ways to the same solution."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lewis.methods.arithmetic import regression
+from lewis.methods.arithmetic.regression import Inputs, Rows
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_least_squares(
+    anchor: torch.Tensor, weights: list[torch.Tensor], experts: list[Rows], ridge: float
+) -> torch.Tensor:
+    """The same minimum as one large system of equations, fp64."""
+    left, right, squares = [], [], 0.0
+    for rows, weight in zip(experts, weights, strict=True):
+        x, z = torch.cat(rows.merged).double(), torch.cat(rows.own).double()
+        scale = (rows.weight / len(x)) ** 0.5
+        left.append(scale * x)
+        right.append(scale * (z @ weight.double().T))
+        squares += float((scale * x).square().sum())
+    pull = (ridge * squares / anchor.shape[1]) ** 0.5
+    left.append(pull * torch.eye(anchor.shape[1], dtype=torch.float64))
+    right.append(pull * anchor.double().T)
+    return torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
+
+
+def test_a_2_by_3_layer_by_hand() -> None:
+    """Expert 1 uses inputs 1 and 2 only, expert 2 input 3 only: each has its own columns, as there is no conflict."""
+    first = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    second = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
+    one = [torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])]
+    two = [torch.tensor([[0.0, 0.0, 1.0]])]
+    found = Inputs([Rows(one, one), Rows(two, two)], 0.0).solve(torch.zeros(2, 3), [first, second])
+    assert torch.allclose(found, torch.tensor([[1.0, 2.0, -3.0], [4.0, 5.0, -6.0]]), atol=1e-5)
+
+
+def test_a_shared_input_is_the_mean_weighted_by_its_square() -> None:
+    """One input: W = (x1^2 w1 + x2^2 w2) / (x1^2 + x2^2) = (4 * 3 + 1 * 8) / 5."""
+    one, two = [torch.tensor([[2.0]])], [torch.tensor([[1.0]])]
+    found = Inputs([Rows(one, one), Rows(two, two)], 0.0).solve(
+        torch.zeros(1, 1), [torch.tensor([[3.0]]), torch.tensor([[8.0]])]
+    )
+    assert found.item() == pytest.approx(4.0)
+
+
+def test_the_merged_models_input_is_scaled_to_the_experts_output() -> None:
+    """The expert sees 2 and has weight 3; the merged model sees 4: its weight must be 6 / 4."""
+    own, merged = [torch.tensor([[2.0]])], [torch.tensor([[4.0]])]
+    found = Inputs([Rows(merged, own)], 0.0).solve(torch.zeros(1, 1), [torch.tensor([[3.0]])])
+    assert found.item() == pytest.approx(1.5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    tokens=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    size=st.integers(1, 24),
+    outputs=st.integers(1, 9),
+    ridge=st.sampled_from([1e-3, 0.1, 10.0]),
+)
+def test_both_forms_are_the_least_squares_solution(
+    seed: int, tokens: list[int], size: int, outputs: int, ridge: float
+) -> None:
+    experts, weights = [], []
+    for i, count in enumerate(tokens):
+        merged = draw(seed + 10 * i, count, size)
+        own = merged + 0.1 * draw(seed + 10 * i + 1, count, size)
+        cut = count // 2
+        experts.append(Rows([merged[:cut], merged[cut:]], [own[:cut], own[cut:]], 1.0 + i))
+        weights.append(draw(seed + 10 * i + 2, outputs, size))
+    anchor = draw(seed + 99, outputs, size)
+    expected = by_least_squares(anchor, weights, experts, ridge)
+    inputs = Inputs(experts, ridge)
+    for form in (inputs._primal, Inputs(experts, ridge)._dual):
+        assert torch.allclose(form(anchor, weights).double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "DUAL_ABOVE", 4)
+    monkeypatch.setattr(regression, "DUAL_TOKENS", 50)
+    rows = [draw(1, 300, 6)]
+    inputs = Inputs([Rows(rows, rows), Rows([rows[0][:100]], [rows[0][:100]])], 1e-4)
+    merged, own, counts = inputs._sampled()
+    assert counts == [37, 12] and len(merged) == len(own) == 49
+    weight = draw(2, 3, 6)  # an exact fit is found from any part of the tokens
+    assert torch.allclose(inputs.solve(torch.zeros(3, 6), [weight, weight]), weight, atol=1e-2)
+
+
+def test_a_large_ridge_gives_the_anchor_and_an_expert_alone_itself() -> None:
+    rows, weight, anchor = [draw(1, 30, 8)], draw(2, 4, 8), draw(3, 4, 8)
+    assert torch.allclose(Inputs([Rows(rows, rows)], 1e9).solve(anchor, [weight]), anchor, atol=1e-5)
+    assert torch.equal(Inputs([Rows(rows, rows)], 1e-4).solve(weight, [weight]), weight)
+
+
+def test_a_singular_system_without_ridge_is_finite() -> None:
+    rows = [draw(1, 3, 1).expand(3, 8).contiguous()]
+    assert bool(Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)]).isfinite().all())
+
+
+def test_inputs_that_are_not_finite_are_an_error() -> None:
+    rows = [torch.full((30, 4), float("inf"))]
+    with pytest.raises(ValueError, match="NaN, Inf"):
+        Inputs([Rows(rows, rows)], 1e-4).solve(draw(1, 2, 4), [draw(2, 2, 4)])
+
+
+def test_a_layer_that_no_token_reached_is_the_anchor() -> None:
+    none, anchor = [torch.empty(0, 4)], draw(1, 2, 4)
+    assert torch.equal(Inputs([Rows(none, none)], 1e-4).solve(anchor, [draw(2, 2, 4)]), anchor)
