@@ -9,7 +9,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.importance.step import CalibrationEntry
 from lewis.merge import step
-from lewis.merge.prepared import FIT_SEMANTICS, SEMANTICS
+from lewis.merge.prepared import SEMANTICS
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -25,7 +25,9 @@ from lewis_tasks.support.device_slot import device_slot
     task_run_name="merge {which}",
     timeout_seconds=6 * 3600,
     **cached(
-        "blocks", "base", "experts", "allocated", "which", "calibrations", version=SEMANTICS, device_of=merge_device
+        *("blocks", "base", "experts", "allocated", "which", "calibrations"),
+        version=f"{SEMANTICS}.{FIT_SEMANTICS}",
+        device_of=merge_device,
     ),
 )
 def merge(
