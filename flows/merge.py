@@ -106,11 +106,9 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     base, experts, inspected = models.base, models.experts, models.inspected
     named = submit(name_run, quote(plan), models.base_source, models.sources)
     sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
-    fitted_on = sets if plan.fits else []
     merged = submit(
         merging(plan),
-        *(quote(plan), plan.blocks, base, experts, allocated),
-        calibrations=fitted_on,
+        *(quote(plan), plan.blocks, base, experts, allocated, "experts", sets if plan.fits else []),
         wait_for=[inspected],
     )
     uniform = None

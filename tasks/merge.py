@@ -9,7 +9,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.importance.step import CalibrationEntry
 from lewis.merge import step
-from lewis.merge.prepared import SEMANTICS
+from lewis.merge.prepared import FIT_SEMANTICS, SEMANTICS
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe

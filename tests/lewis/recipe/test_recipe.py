@@ -194,7 +194,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "lewis, expected",
         [
-            ("{}", "lewis.calibrations: LEWIS runs models on calibration rows"),
+            ("{}", "lewis.calibrations: LEWIS runs models on"),
             ("{density: {strateg: uniform}}", "lewis.density.strateg: unknown key; did you mean 'strategy'?"),
             ("{calibrations: {s: {}}}", "lewis.calibrations.s: expected either `dataset` or inline `texts`"),
             ("{calibrations: {s: {dataset: a}}}", "lewis.calibrations.s: expected `text`, a template"),
@@ -217,8 +217,11 @@ class TestMistakes:
             ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
             ("{density: {strategy: uniform, budget: 0.2, min: 0.3}}", "lewis.density.budget: expected min <= budget"),
             ("{density: {strategy: uniform, budget: 0.9, max: 0.8}}", "lewis.density.budget: expected min <= budget"),
-            ("{prune_by: activation, density: {strategy: uniform}}", "lewis.calibrations: LEWIS runs models on calibration rows"),
-            ("{aim: {}, density: {strategy: uniform}}", "lewis.calibrations: LEWIS runs models on calibration rows"),
+            (
+                "{prune_by: activation, density: {strategy: uniform}}",
+                "lewis.calibrations: LEWIS runs models on",
+            ),
+            ("{aim: {}, density: {strategy: uniform}}", "lewis.calibrations: LEWIS runs models on"),
             (
                 "{calibrations: {s: {texts: [a]}}, aim: {omega: 2}}",
                 "lewis.aim.omega: input should be less than or equal",
