@@ -125,7 +125,7 @@ def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:
 
 
 def _close_runs(client: "MlflowClient", name: str, digest: str, finished: str | None) -> None:
-    """End the runs whose process died: the run `finished`, which created a version, well; all others as FAILED."""
+    """End the runs whose process died: `finished`, which created a version, as FINISHED; all others as FAILED."""
     experiment = tracking.experiment(client)
     for run in client.search_runs([experiment], f"{_made_by(name, digest)} and attributes.status = 'RUNNING'"):
         if run.info.run_id == finished:

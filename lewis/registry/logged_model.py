@@ -128,9 +128,8 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
             # By default MLflow imports the model to find its requirements, which needs torchvision.
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "transformers", "torch")],
         )
-    (target / "LICENSE.txt").unlink(
-        missing_ok=True
-    )  # it only sends the reader to the scratch folder, as if it were a repo
+    # MLflow's LICENSE.txt only names the scratch folder as if it were a repo.
+    (target / "LICENSE.txt").unlink(missing_ok=True)
     weights = [path for path in _files(folder) if path.match(WEIGHTS)]
     for path in weights:
         _link(path, target / CHECKPOINT / path.relative_to(folder))

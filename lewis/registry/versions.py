@@ -190,10 +190,7 @@ def champion_of(client: "MlflowClient", name: str) -> Champion | None:
     try:
         version = client.get_model_version_by_alias(name, "champion")
     except MlflowException as error:
-        if error.error_code in (
-            "RESOURCE_DOES_NOT_EXIST",
-            "INVALID_PARAMETER_VALUE",
-        ):  # no such model or alias
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model or alias
             return None
         raise
     model = model_of(client, version)

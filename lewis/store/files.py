@@ -111,10 +111,8 @@ def publish(
         scratch.mkdir(exist_ok=bool(key))
         try:
             yield scratch
-            for path in (
-                scratch / MANIFEST,
-                *scratch.glob(".*.partial"),
-            ):  # a dead process left them
+            # What a process left that died when it was almost done.
+            for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):
                 path.unlink(missing_ok=True)
             paths = sorted(p for p in scratch.rglob("*") if p.is_file())
             names = [str(path.relative_to(scratch)) for path in paths]
