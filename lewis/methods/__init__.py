@@ -2,8 +2,8 @@
 
 Importing this package registers the methods; `METHODS` maps their names to them. A function takes fp32 tensors of shape
 (experts, *tensor.shape): task vectors (expert minus base) to return a delta for the base, or, with `on="weights"`, the
-models' own weights to return the merged ones. It may be called by itself, with one number for all experts. Methods of
-other packages are found by their entry points (`lewis.methods.plugins`).
+models' own weights to return the merged ones. The functions may also be called directly, with one number for all
+experts. Methods of other packages are found by their entry points (`lewis.methods.plugins`).
 """
 
 from lewis.methods.plugins import find, load_plugins

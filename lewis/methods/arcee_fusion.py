@@ -1,4 +1,4 @@
-"""Arcee Fusion: take over the changes that matter most, by a threshold that each tensor sets itself."""
+"""Arcee Fusion: keep the most important changes, above a threshold that follows from the tensor's own quartiles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lewis.methods.arithmetic.cuts import keys, kth_largest, number_of
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, in_one_piece
 from lewis.methods.registry import merge_method
 
-_EPSILON = 1e-8  # added to probabilities whose logarithm is taken
-_BLOCK = 2**15 - 1  # elements of a block of rows: it stays in the cache, and torch does not split it over threads
+_EPSILON = 1e-8  # added to probabilities before their logarithm is taken
+_BLOCK = 2**15 - 1  # elements of a block of rows: it fits the cache, and torch does not split it over threads
 
 
 def by_rows(pieces: Pieces) -> Finish:
@@ -26,7 +26,7 @@ def by_rows(pieces: Pieces) -> Finish:
     def scored() -> Iterator[list[torch.Tensor]]:
         return ([keys(_scores(piece.tensors[0], of_rows(piece)))] * 3 for piece in pieces)
 
-    ranks = [elements - int(share * (elements - 1)) for share in (0.25, 0.5, 0.75)]  # rounded down
+    ranks = [elements - int(share * (elements - 1)) for share in (0.25, 0.5, 0.75)]  # quartiles, ranks rounded down
     first, median, third = (number_of(each.key) for each in kth_largest(scored, ranks))
 
     def finish(piece: Piece) -> torch.Tensor:
@@ -43,7 +43,7 @@ def arcee_fusion(task_vectors: torch.Tensor, base: torch.Tensor) -> torch.Tensor
     The importance of an element is |delta| times the Kullback-Leibler divergence of its row, softmax(W) against
     softmax(W_base). It is computed in fp64: for the small deltas of a fine-tune mergekit's fp32 divergence is mostly
     rounding. Quartiles are exact: of a tensor of over a million elements mergekit draws a million without a seed, so
-    that each run differs.
+    each of its runs differs.
 
     Args:
         task_vectors: fp32, shape (1, *tensor.shape).
@@ -90,13 +90,13 @@ def divergence(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(values: torch.Tensor) -> torch.Tensor:
-    """In place, of each row; torch's own splits any block over threads."""
+    """The softmax of each row, in place; torch's own function splits a block over threads."""
     values.sub_(values.amax(dim=-1, keepdim=True)).exp_()
     return values.div_(values.sum(dim=-1, keepdim=True))
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of each, as views of two dimensions; one element or a row of the first one's each."""
+    """Blocks of the same rows of each tensor, as 2-d views. Beside the first, a tensor may have one column."""
     width = tensors[0].shape[-1] if tensors[0].dim() else 1
     rows = max(1, _BLOCK // max(width, 1))
     height = tensors[0].numel() // max(width, 1)

@@ -1,4 +1,4 @@
-"""Consensus merging with TALL masks: keep what several experts have a use for."""
+"""Consensus merging with TALL masks: keep the elements that several experts claim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column
 
 
 def can_agree(values: Mapping[str, Any], experts: int) -> str | None:
-    """No more experts can agree than there are."""
+    """Check that `min_agree` is not more than the number of experts."""
     if values["min_agree"] <= experts:
         return None
     return f"expected min_agree <= {experts}, the number of experts, got min_agree={values['min_agree']}"
@@ -39,13 +39,13 @@ def consensus(
 ) -> torch.Tensor:
     """Add the task vectors up, and keep the sum where at least `min_agree` experts claim it.
 
-    With tau = sum_i w_i tau_i, expert i claims an element where |w_i tau_i| > tall_lambda * |tau - w_i tau_i|: the sum
-    serves it better than the base does. What one expert alone claims ("selfish") or nobody does is left out.
+    With tau = sum_i w_i tau_i, expert i claims an element where |w_i tau_i| > tall_lambda * |tau - w_i tau_i|: its own
+    change is large beside the others'. An element that only one expert claims ("selfish"), or none, is left out.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         scales: of each expert, as in `sparsify.size`.
-        density: fraction of each task vector that is kept, largest size first, before all this.
+        density: fraction of each task vector that is kept, largest size first, before the masks are made.
         weight: w_i.
         lambda_: scale of the merged delta.
         tall_lambda: how selective the masks are (the authors search 0.2 to 0.6).

@@ -29,8 +29,8 @@ def dare_linear(
 ) -> torch.Tensor:
     """Drop at random, then task arithmetic.
 
-    mergekit draws without a seed unless it is given one, and then in the order of the models; here each expert's tensor
-    has a stream of its own, so that the same recipe gives the same bytes in any order.
+    mergekit uses no seed unless it is given one, and then draws in the order of the models. Here each expert's tensor
+    has its own random stream, so a recipe gives the same bytes in any order of its models.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).

@@ -17,7 +17,7 @@ PAPER = "https://arxiv.org/abs/2406.11617"
 
 
 def probabilities_fit(values: Mapping[str, Any], experts: int) -> str | None:
-    """Probabilities must lie in (0, 1); densities 0 and 1 need none."""
+    """Check that the probabilities lie in (0, 1); densities 0 and 1 use no probabilities."""
     density, epsilon = values["density"], values["epsilon"]
     if density in (0, 1) or (density - epsilon > 0 and density + epsilon < 1):
         return None
@@ -45,14 +45,14 @@ def della(
 
     mergekit ranks along the second dimension, which for a tensor of three is not the row; here it is always the last.
     A row of one element, whose rank mergekit divides by 0, is kept with probability `density`. An epsilon that does
-    not fit is told with the recipe, not in the middle of the merge.
+    not fit the density is refused before the merge, not in the middle of it.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         streams: one random stream per expert.
         scales: of each expert, as in `sparsify.size`.
         density: mean probability that an element is kept.
-        epsilon: it goes from density - epsilon (smallest of its row) to density + epsilon (largest).
+        epsilon: probabilities rise from density - epsilon (smallest of a row) to density + epsilon (largest).
         weight: w_i.
         normalize: divide by the sum of the agreeing weights, per element.
         rescale: bring each task vector back to its L1 norm (mergekit's rule; the paper divides by the probabilities).

@@ -10,11 +10,11 @@ from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sums import combine_linearly, exact_sum, gram
 from lewis.methods.registry import Count, NotNegative, merge_method
 
-_NOISE = 1e-7  # what a length that should be 0 may be by rounding
+_NOISE = 1e-7  # a length below this may be 0 but for rounding
 
 
 def coefficients(dots: np.ndarray, *, max_iter: int, tol: float) -> list[float]:
-    """Those of the models by their dot products: the mean, each step and each distance are combinations of them."""
+    """The coefficients of the models, by their dot products; each step of the search combines them linearly."""
     if len(dots) == 1:
         return [1.0]
     lengths = np.sqrt(dots.diagonal())
@@ -54,7 +54,7 @@ def _product(a: np.ndarray, between: np.ndarray, b: np.ndarray) -> float:
 
 
 def _log_factor(angle: float) -> float:
-    """a / sin(a); 0 for opposite tensors, as no direction leads from one to the other."""
+    """a / sin(a); 0 for opposite tensors, since no single direction leads from one to the other."""
     if angle < 1e-6:
         return 1.0
     return angle / math.sin(angle) if math.pi - angle > 1e-3 else 0.0
@@ -67,8 +67,8 @@ def karcher(weights: torch.Tensor, *, max_iter: Count = 10, tol: NotNegative = 1
     From the mean of the unit tensors u_i, step along the mean of log_m(u_i) = a_i / sin(a_i) * (u_i - cos(a_i) m),
     a_i the angle between m and u_i, until that step is shorter than `tol`. The models have equal say; a base_model
     counts as one of them. Angles are taken from the distances |u_i - m|: mergekit's fp32 arc cosine reads less than
-    3e-4, which is where fine-tunes lie, as 0, and leaves those models out. A model opposite to m does not pull:
-    mergekit divides by the rounding error of sin(pi).
+    3e-4, which is where fine-tunes lie, as 0, and leaves those models out. A model opposite to m is
+    ignored: mergekit divides by the rounding error of sin(pi).
 
     Args:
         weights: fp32, shape (models, *tensor.shape).

@@ -13,7 +13,7 @@ from lewis.methods.registry import merge_method
 
 
 def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
-    """Those of the task vectors by their dot products, if there is one angle for the tensor."""
+    """The coefficients of the task vectors, by their dot products; None if each row has its own angle."""
     if filter_wise:
         return None
     pairs = list(itertools.combinations(range(len(dots)), 2))
@@ -23,7 +23,7 @@ def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
 
 
 def by_rows(pieces: Pieces, *, filter_wise: bool) -> Finish | None:
-    """Each row by itself, if it has an angle of its own."""
+    """Merge each row by itself; None if there is one angle for the whole tensor."""
     return _finish if filter_wise else None
 
 
@@ -38,8 +38,8 @@ def model_stock(task_vectors: torch.Tensor, *, filter_wise: bool = False) -> tor
     """Scale the mean task vector by t = N c / (1 + (N - 1) c), c the mean cosine between the N task vectors.
 
     Where 1 + (N - 1) c is 0 (task vectors that cancel out), t is 0. mergekit divides the dot products by at least
-    1e-6, which takes the task vectors of small tensors for perpendicular; here the cosine is of any scale, and 0 only
-    where a task vector is 0.
+    1e-6, so that the task vectors of small tensors count as perpendicular. Here the cosine does not depend on the
+    scale, and is 0 only if a task vector is 0.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).

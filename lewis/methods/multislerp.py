@@ -10,11 +10,11 @@ from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sums import combine_linearly, exact_sum, gram
 from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
 
-_NOISE = 1e-7  # what a length of directions that cancel may be by rounding, as a share of what was added up
+_NOISE = 1e-7  # directions cancel if their sum is at most this share of what was added up
 
 
 def coefficients(dots: np.ndarray, *, weight: PerExpert[float], normalize_weights: bool, eps: float) -> list[float]:
-    """Those of the tensors by their dot products.
+    """The coefficients of the tensors, by their dot products.
 
     Raises:
         ValueError: as `multislerp`.
@@ -55,8 +55,8 @@ def multislerp(
 ) -> torch.Tensor:
     """Interpolate any number of tensors on the sphere: m / |m| * sum_i w_i |x_i|, with m = sum_i w_i x_i / |x_i|.
 
-    mergekit projects the directions to the tangent space at m / |m|, sums them there and maps back. The sum in the
-    tangent space is always 0, as sum_i w_i u_i is itself |m| times that point: only this formula is left of it.
+    mergekit projects the directions to the tangent space at m / |m|, sums them there and maps back. But sum_i w_i u_i
+    is |m| times that point, so the sum in the tangent space is always 0, and only the formula above is left.
     Two tensors whose directions cancel are added up with their weights. Where every tensor is 0 (a layer that was
     frozen in all experts) the result is 0; mergekit stops there with an error from three experts on.
 
@@ -64,7 +64,7 @@ def multislerp(
         tensors: fp32 task vectors (with a base) or weights, shape (experts, *tensor.shape).
         weight: w_i.
         normalize_weights: divide the weights by their sum first.
-        eps: added to the lengths that are divided by; a shorter |m| counts as cancelled.
+        eps: added to the lengths that are divided by; a shorter |m| counts as 0, that is, the directions cancel.
 
     Returns:
         fp32, shape tensor.shape: a delta to add to the base, or the merged weights.

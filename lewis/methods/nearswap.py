@@ -1,4 +1,4 @@
-"""NearSwap: take over the other model's weights where the two are near, less the farther they are apart."""
+"""NearSwap: take the other model's weight where it is near the base's, and less of it the farther it is."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _FLAT = 2e-6  # 1 - cos^2 below which fp32 cannot tell two directions from one l
 def coefficients(
     dots: np.ndarray, *, weight: PerExpert[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
 ) -> list[float] | None:
-    """Those of the two tensors by their dot products, if each is taken as one vector."""
+    """The coefficients of the two tensors, by their dot products; None if a tensor is not taken as one vector."""
     if not nuslerp_flatten:
         return None
     t, cos = _share(per_expert(weight, dots)), cosine(dots, 0, 1)
@@ -34,7 +34,7 @@ def _share(weights: list[float]) -> float:
 def by_rows(
     pieces: Pieces, *, weight: PerExpert[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
 ) -> Finish | None:
-    """Vector by vector: each row by itself, or by the dot products of the columns."""
+    """Merge vector by vector: each row by itself, or by the dot products of whole columns, which take a pass."""
     if nuslerp_flatten or (nuslerp_row_wise and len(pieces.shape) > 2):
         return None
     of_columns = sum((_dots(piece.tensors, -2) for piece in pieces), torch.zeros(())) if nuslerp_row_wise else None
@@ -64,8 +64,8 @@ def nuslerp(
     """Interpolate two tensors on the sphere, at t = w_2 / (w_1 + w_2); t = 1/2 if the weights cancel.
 
     With a base, task vectors are interpolated; without, the weights themselves. Directions on one line are
-    interpolated on it. mergekit takes only 1 - cos^2 <= 1e-16 for one line, which fp32 rounding passes by luck: it
-    multiplies antiparallel rows by 1/sin, some thousands.
+    interpolated on it. mergekit takes only 1 - cos^2 <= 1e-16 for one line, which fp32 rounding may miss; then
+    antiparallel rows are multiplied by 1/sin, which is some thousands.
 
     Args:
         tensors: fp32 task vectors or weights, shape (2, *tensor.shape).

@@ -20,7 +20,7 @@ def passthrough(weights: torch.Tensor, *, scale: PerExpert[float] = 1.0) -> torc
 
     Args:
         weights: fp32, shape (1, *tensor.shape).
-        scale: factor, mostly given by a filter, to weaken one kind of tensor.
+        scale: factor; usually given by a filter, to weaken one kind of tensor.
 
     Returns:
         fp32 weights, shape tensor.shape.

@@ -1,4 +1,4 @@
-"""PCB: let parameters compete, inside their task vector and with the other ones."""
+"""PCB: score elements by how they compare within their own task vector and with the other task vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, 
 
 
 def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Finish:
-    """Find each expert's span of sizes, then its cut and its largest score."""
+    """First pass: each expert's smallest and largest size. Then, in a few passes, its cut and its largest score."""
     elements, spans, tops, shares = 0, list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor](), list[float]()
     for piece in pieces:
         own = [_size(piece, i).aminmax() for i in range(len(piece.tensors))]
@@ -38,7 +38,7 @@ def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Fin
         b = torch.zeros_like(piece.tensors)
         for i, scores in enumerate(_scores(piece, spans) if tops else []):
             share = scores / torch.where(tops[i] > 0, tops[i], 1.0)
-            share = share.float().clamp(min=torch.finfo(torch.float32).tiny)  # what is kept has a say, however small
+            share = share.float().clamp(min=torch.finfo(torch.float32).tiny)  # kept elements always count
             b[i] = torch.where((scores > 0) & found[i].keeps(scores, piece.start), share, 0.0)
         divisor = add_up(b)
         return add_up(piece.tensors * (b / torch.where(divisor == 0, 1.0, divisor))) * lambda_
@@ -50,16 +50,16 @@ def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Fin
 def pcb(
     task_vectors: torch.Tensor, scales: Scales = None, *, density: PerExpert[float] = 1.0, lambda_: float = 1.0
 ) -> torch.Tensor:
-    """Average the task vectors, each element by the score beta of how it fares in the competition.
+    """Average the task vectors, each element weighted by its score beta.
 
     beta_i = exp(N * s_i^2) * tanh(tau_i * sum_j tau_j), with s_i = |tau_i| (times the scale, if there is one) brought
     to [0, 1] over the tensor and N the number of experts: high for an element that is large in its own task vector and
-    goes the way of the others. The int(density * n) elements of the highest score are kept; result: lambda *
+    has the sign of the sum. The int(density * n) elements of the highest score are kept; result: lambda *
     sum_i b_i tau_i / sum_i b_i, with b_i the kept positive beta_i over their maximum.
 
-    The authors' code works on the flattened model and clips its 0.01 % largest and smallest elements; here each
-    tensor is on its own and nothing is clipped (the largest of three elements would be). It also shifts the kept
-    scores to begin at 0, which loses the last one kept.
+    The authors' code works on the flattened model and clips its 0.01 % largest and smallest elements. Here each tensor
+    is merged by itself, and nothing is clipped (of a tensor of three elements that would be the largest). Their code
+    also shifts the kept scores so that the smallest is 0, which drops that element.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).

@@ -21,18 +21,18 @@ def load_plugins() -> None:
     """Import what the installed packages register, once.
 
     Raises:
-        InputError: naming the package whose method cannot be had: it does not import, registers nothing under the
-            entry point's name, or takes a name that there is already.
+        InputError: naming the package whose method cannot be loaded: its import fails, it registers nothing under the
+            entry point's name, or its name is taken.
     """
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         _load(point)
 
 
 def find(name: str) -> Method:
-    """The method of that name; in a process that has not parsed a recipe, other packages' are loaded first.
+    """The method of that name; the methods of other packages are loaded first if it is not known yet.
 
     Raises:
-        InputError: if there is none, or a package's cannot be had.
+        InputError: if there is none, or a package's methods cannot be loaded.
     """
     if name not in METHODS:
         load_plugins()

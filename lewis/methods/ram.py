@@ -46,7 +46,7 @@ def ramplus_tl(
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         r: strength of the scaling.
-        alpha: the ratio of elements changed by others too to elements changed alone counts up to this.
+        alpha: upper bound of the ratio of elements that others changed too to elements that this expert alone changed.
         epsilon: a change up to this size counts as none, and is left out.
 
     Returns:

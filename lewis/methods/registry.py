@@ -15,11 +15,11 @@ from lewis.methods.loops import Loops
 T = TypeVar("T")
 _PER_EXPERT = "one value per expert"
 PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
-"""A parameter that each expert has its own value of: a sequence in the experts' order, or one value for all."""
+"""The type of a parameter with a value per expert: a sequence in the experts' order, or one value for all."""
 
 METHODS: dict[str, Method] = {}
 _ADJECTIVES = {float: "finite", int: "whole"}
-_LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, which all is computed in
+_LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, the dtype of all arithmetic
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Parameter:
         name: as in the recipe (`lambda`, where the function says `lambda_`).
         kind: `float`, `int` or `bool`.
         per_expert: whether each expert has its own value.
-        default: what holds where the recipe says nothing; `inspect.Parameter.empty`: the recipe must say it.
+        default: the value if the recipe gives none; `inspect.Parameter.empty`: the recipe must give one.
         range: bounds of a number.
     """
 
@@ -90,7 +90,7 @@ class Parameter:
 
 
 Check = Callable[[Mapping[str, Any], int], str | None]
-"""Looks at one expert's parameters (and the number of experts) together; says what is wrong with them, or None."""
+"""Takes one expert's parameters and the number of experts; returns what is wrong with them together, or None."""
 
 
 @dataclass(frozen=True)
@@ -98,23 +98,23 @@ class Method:
     """A registered merge method; calling it calls the function.
 
     Attributes:
-        on: what the function works on: `task_vectors` (needs a base), `weights` (all models alike, or, if the function
-            takes `base`, the experts' and the base's) or `either`: task vectors if the recipe names a base.
+        on: what the function works on: `task_vectors` (needs a base); `weights`: the models' own, where a base is one
+            of the models unless the function takes `base`; or `either`: task vectors if the recipe names a base.
         random: whether it takes `streams`, one `streams.Stream` per expert.
         takes_base: whether it takes `base`, the base's own tensor.
         takes_scales: whether it takes `scales`, per expert sqrt(mean x^2) of the tensor's input channels (fp32,
             broadcasts to the tensor) or None: it trims by size, and can trim by |delta| * sqrt(s).
-        experts: how many models it merges, at least and at most (None: any number), not counting a base that has a
-            role of its own.
-        check: of parameters that must fit together.
-        elementwise: whether each element of the result depends on the same elements of the models and on nothing else
-            of the tensor: then a large tensor is merged by rows.
-        coefficients: of a method whose result is a linear combination of its tensors (with `takes_base`: of the base
-            and these) that depends on nothing but their dot products: takes those, as `sums.gram` gives them, and the
-            parameters; gives one coefficient for each tensor, or None if the parameters ask for something else. Then a
-            large tensor is never in memory.
-        by_rows: its way to merge a tensor by rows although it has to know all of it first (`rows.ByRows`). Then a large
-            tensor is never in memory.
+        experts: how many models it merges, at least and at most (None: any number), without a base that has a role of
+            its own.
+        check: checks parameters that must fit together.
+        elementwise: whether each element of the result depends only on the same element of the models. Then a large
+            tensor is merged by rows.
+        coefficients: for a method whose result is a linear combination of its tensors (with `takes_base`, of the base
+            and its tensors) with coefficients that depend only on their dot products. It takes these, as `sums.gram`
+            returns them, and the parameters; it returns one coefficient for each tensor, or None if with these
+            parameters the result is something else. Then a large tensor is never whole in memory.
+        by_rows: how to merge a tensor by rows although the method has to know all of it first (`rows.ByRows`). Then a
+            large tensor is never whole in memory.
         compiled: which compiled loops do the same as the function, faster and in less memory; None: the function does
             it in torch, unless `coefficients` are given.
         fits: what its regression on the calibration rows of the experts fits the projections to: `static`, each to what
@@ -150,7 +150,7 @@ class Method:
 
     @property
     def base_is_a_model(self) -> bool:
-        """Whether a base is merged like any other model."""
+        """Whether the base is merged like any other model."""
         return self.on == "weights" and not self.takes_base
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -173,9 +173,9 @@ def merge_method(
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a function as the merge method `name`.
 
-    Its keyword-only arguments become YAML parameters, one without a default is required. Before them it takes the
-    stacked tensors, then, if it names them so, `base` (the base's tensor), `streams` (a random stream per expert) and
-    `scales` (what each expert's size is multiplied with to trim by activation, as `Method.takes_scales` says).
+    Its keyword-only arguments become YAML parameters; one without a default is required. Before them the function takes
+    the stacked tensors, then any of these, by their names: `base` (the base's tensor), `streams` (a random stream per
+    expert) and `scales` (what each expert's magnitudes are multiplied with, as `Method.takes_scales` says).
 
     Args:
         name: as `merge_method` in a recipe.
@@ -227,7 +227,7 @@ def merge_method(
 
 
 def _hints(function: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
-    """The annotations of these arguments, evaluated; those of the tensors would import torch."""
+    """The annotations of these arguments, evaluated. Those of the tensors are not, since that would import torch."""
     chosen = {name: function.__annotations__[name] for name in names}
     holder = SimpleNamespace(__annotations__=chosen)
     return get_type_hints(holder, globalns=getattr(function, "__globals__", None), include_extras=True)
@@ -249,7 +249,7 @@ if TYPE_CHECKING:
     Scales = Sequence[torch.Tensor | None] | None
 else:
     Scales = Any
-"""One scale per expert, or None for those (or all) whose size is the magnitude alone."""
+"""One scale per expert; None for an expert (or for all) that is trimmed by magnitude alone."""
 
 
 def scale_of(scales: Scales, expert: int) -> torch.Tensor | None:
@@ -258,7 +258,7 @@ def scale_of(scales: Scales, expert: int) -> torch.Tensor | None:
 
 
 def per_expert(value: Sequence[float] | float, task_vectors: torch.Tensor | np.ndarray) -> list[float]:
-    """Give one value per expert, whether one or all were given.
+    """Make one value per expert of one value for all, or of a sequence.
 
     Raises:
         ValueError: if a sequence has another length than there are experts.

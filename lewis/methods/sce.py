@@ -14,13 +14,13 @@ from lewis.methods.ties import merge_elected
 
 
 def by_rows(pieces: Pieces, *, select_topk: float, int8_mask: bool) -> Finish:
-    """Find the cut, then the energies of what is kept."""
+    """First find the cut, then the energies of what is kept; then merge each piece."""
     cut = None
     if select_topk < 1:
         number = sum(count(_variance(piece)) for piece in pieces)
         [cut] = cuts(lambda: ((piece.start, [_variance(piece)]) for piece in pieces), [int(number * select_topk)])
 
-    def kept(piece: Piece) -> Iterator[torch.Tensor]:  # one at a time, for memory's sake
+    def kept(piece: Piece) -> Iterator[torch.Tensor]:  # one at a time, to save memory
         chosen = cut.keeps(_variance(piece), piece.start) if cut else None
         return (vector if chosen is None else torch.where(chosen, vector, 0.0) for vector in piece.tensors)
 
@@ -64,7 +64,7 @@ def sce(task_vectors: torch.Tensor, *, select_topk: Fraction = 1.0, int8_mask: b
 
 
 def _variance(piece: Piece) -> torch.Tensor:
-    """Over the experts; in fp64 and then rounded, so that what is equal but for the order of experts is equal."""
+    """The variance over the experts; in fp64, then rounded, so that the order of the experts makes no difference."""
     mean = add_up(vector.double() for vector in piece.tensors) / len(piece.tensors)
     squares = ((vector - mean).square() for vector in piece.tensors)
     return (add_up(squares) / len(piece.tensors)).float()

@@ -14,7 +14,7 @@ _PARALLEL = 0.9995  # |cosine| beyond which the arc is a straight line (mergekit
 
 
 def coefficients(dots: np.ndarray, *, t: float) -> list[float]:
-    """Those of the base and the other model, by their dot products."""
+    """The coefficients of the base and the other model, by their dot products."""
     cos = cosine(dots, 0, 1)
     if t in (0, 1) or abs(cos) > _PARALLEL:
         return [1 - t, t]
@@ -48,6 +48,6 @@ def slerp(weights: torch.Tensor, base: torch.Tensor, *, t: Fraction) -> torch.Te
         fp32 merged weights, shape tensor.shape.
     """
     other = weights[0]
-    if t in (0, 1):  # byte by byte, where a sum would lose the sign of -0.0
+    if t in (0, 1):  # the model itself, byte by byte: a sum would lose the sign of -0.0
         return other if t else base
     return combine_linearly([base, other], coefficients(gram([base, other]), t=t))

@@ -49,7 +49,7 @@ def ties(
 def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """Elect the sign of the weighted sum per element (0 counts as +) and merge those that have it (TIES, section 3)."""
 
-    def weighted() -> Iterator[torch.Tensor]:  # one at a time, for memory's sake
+    def weighted() -> Iterator[torch.Tensor]:  # one at a time, to save memory
         return (each * own for each, own in zip(kept, weight, strict=True))
 
     return merge_elected(weighted(), weight, add_up(weighted()), normalize=normalize) * lambda_
@@ -58,7 +58,7 @@ def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool,
 def merge_elected(
     weighted: Iterable[torch.Tensor], weight: list[float], votes: torch.Tensor, *, normalize: bool
 ) -> torch.Tensor:
-    """Add the terms that have the sign of the votes (0 counts as +), per element; `normalize`: by their weights."""
+    """Per element, add the terms with the sign of the votes (0 counts as +); `normalize` divides by their weights."""
     plus, merged, divisor = votes >= 0, torch.zeros_like(votes), torch.zeros_like(votes)
     for term, its_weight in zip(weighted, weight, strict=True):
         agrees = torch.where(plus, term > 0, term < 0)

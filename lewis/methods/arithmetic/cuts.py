@@ -1,7 +1,7 @@
-"""Numbers that come in pieces, pass after pass, and are never all in memory: the k-th largest, and exactly the k first.
+"""Find the k largest of numbers that are read in pieces, in several passes, and are never all in memory.
 
-A pass counts into bins by the upper bits of the numbers; the next one looks into the bin that holds the k-th, and
-collects it as soon as it is small enough. What it finds is exact, and the same for any pieces.
+The first pass counts the numbers in bins by their upper bits. Each further pass looks only at the bin that holds the
+k-th largest, and collects its numbers as soon as they are few enough. The result is exact, and the same for any pieces.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import tie_order
 
-_BITS = 17  # a pass tells apart this many bits of a number
-_ROOM = 1 << 21  # numbers that are collected
+_BITS = 17  # bits of a number that one pass sorts into bins
+_ROOM = 1 << 21  # numbers that are collected at most
 _LAST = (1 << 63) - 1
 
 
@@ -22,9 +22,9 @@ class Kth:
     """The k-th largest of many numbers.
 
     Attributes:
-        key: its `keys`.
-        wanted: how many of those that equal it are among the k largest.
-        equal: how many equal it.
+        key: the number, as a whole number (`keys`).
+        wanted: how many of the numbers equal to it are among the k largest.
+        equal: how many numbers are equal to it.
     """
 
     key: int
@@ -37,15 +37,15 @@ class Cut:
     """Which scores are among the k largest.
 
     Attributes:
-        key: the `keys` of the smallest of them; None if there are none.
-        last: of the scores that equal it, the last place that is among them, as `sparsify.tie_order` has it.
+        key: the smallest of the k largest, as a whole number (`keys`); None if k is 0.
+        last: of the scores equal to it, those up to this place of `sparsify.tie_order` are among the k largest.
     """
 
     key: int | None
     last: int = _LAST
 
     def keeps(self, scores: torch.Tensor, start: int) -> torch.Tensor:
-        """Which of these scores are among them: bool, of their shape; the first one is number `start` of all."""
+        """Which of these scores are among the k largest: bool, same shape; `start` is the number of the first score."""
         found = keys(scores)
         if self.key is None:
             return torch.zeros_like(found, dtype=torch.bool)
@@ -61,8 +61,8 @@ def cuts(passes: Callable[[], Iterator[tuple[int, Sequence[torch.Tensor]]]], cou
     """Find the k largest of each of several sets of scores; ties are broken as in `sparsify.largest`.
 
     Args:
-        passes: gives, in pieces, the number of the first element and the scores of each set (fp32 or fp64, of one
-            shape).
+        passes: called once per pass; yields for each piece the number of its first element and the scores of each set
+            (fp32 or fp64, all of one shape).
         counts: k of each set.
 
     Returns:
@@ -91,11 +91,11 @@ def kth_largest(passes: Callable[[], Iterator[Sequence[torch.Tensor]]], ranks: S
     """Find the k-th largest of each of several sets of whole numbers.
 
     Args:
-        passes: gives, in pieces, some of each set: int32 or int64 tensors of any shape.
-        ranks: k of each set, at most its size; less than 1 for none.
+        passes: called once per pass; yields for each piece some numbers of each set: int32 or int64, of any shape.
+        ranks: k of each set, at most its size; less than 1: nothing is looked for.
 
     Returns:
-        One for each set; what is told of a set without a rank means nothing.
+        One for each set; of a set with a rank less than 1 it means nothing.
     """
     searches = [_Search(rank) for rank in ranks]
     while not all(search.found for search in searches):
@@ -110,7 +110,7 @@ def kth_largest(passes: Callable[[], Iterator[Sequence[torch.Tensor]]], ranks: S
 
 
 def keys(numbers: torch.Tensor) -> torch.Tensor:
-    """Whole numbers in the order of fp32 (int32) or fp64 (int64) ones without NaN; -0.0 comes right before 0.0."""
+    """Map fp32 to int32, or fp64 to int64, so that the order stays; no NaN, and -0.0 comes right before 0.0."""
     kind = torch.int32 if numbers.dtype == torch.float32 else torch.int64
     bits = numbers.contiguous().view(kind)
     return torch.where(bits < 0, bits ^ torch.iinfo(kind).max, bits)
@@ -123,7 +123,7 @@ def number_of(key: int) -> float:
 
 
 class _Search:
-    """The search for one k-th largest: it lies in [low, low + 2^width)."""
+    """The search for one k-th largest number, which lies in [low, low + 2^width)."""
 
     def __init__(self, rank: int) -> None:
         self.found: Kth | None = Kth(0, 0, 0) if rank < 1 else None
@@ -132,7 +132,7 @@ class _Search:
         self._collected: list[torch.Tensor] | None = None
 
     def look(self, numbers: torch.Tensor) -> None:
-        if self._width == 0:  # the first piece of all
+        if self._width == 0:  # this is the first piece
             self._width = self._total = 8 * numbers.element_size()
             self._low = -(1 << (self._total - 1))
         if self._width < self._total:
@@ -154,7 +154,7 @@ class _Search:
             return
         assert self._counts is not None
         up_to = self._counts.flip(0).cumsum(0)
-        place = int(torch.searchsorted(up_to, self._wanted))  # from above
+        place = int(torch.searchsorted(up_to, self._wanted))  # counted from the top bin
         inside = int(self._counts[-1 - place])
         self._wanted -= int(up_to[place]) - inside
         shift = max(self._width - _BITS, 0)

@@ -1,4 +1,4 @@
-"""Methods that take a tensor by rows: passes that find out what has to be known of the whole, then each piece alone."""
+"""How a method merges a large tensor by rows: passes over all rows first, if it needs them, then each piece alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Piece:
 
     Attributes:
         tensors: task vectors or weights, as the method takes them: fp32, shape (experts, rows, columns).
-        base: the base's own: fp32, shape (rows, columns); None if the method was called without.
-        scales: of each expert, what broadcasts to (rows, columns), or None; None for no expert.
-        start: number of the first element in the flat tensor.
+        base: the base's rows: fp32, shape (rows, columns); None if the method was called without a base.
+        scales: for each expert a tensor that broadcasts to (rows, columns), or None; None if no expert has one.
+        start: the number of the piece's first element in the flat tensor.
     """
 
     tensors: torch.Tensor
@@ -28,11 +28,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """One tensor's pieces, in order, as often as they are asked for.
+    """One tensor's pieces, in order; each iteration reads them again.
 
     Attributes:
         shape: of the tensor.
-        read: reads them.
+        read: called for each iteration; yields the pieces.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ Finish = Callable[[Piece], "torch.Tensor"]
 """Merges one piece: fp32, shape (rows, columns)."""
 
 ByRows = Callable[..., Finish | None]
-"""Takes `Pieces` and the parameters; gives None if, with these, the method has no way by rows."""
+"""Takes `Pieces` and the parameters, makes its passes and returns what merges a piece; None: cannot merge by rows."""
 
 
 def in_one_piece(
@@ -56,12 +56,14 @@ def in_one_piece(
     scales: Sequence[torch.Tensor | None] | None = None,
     **parameters: Any,
 ) -> torch.Tensor:
-    """Merge a whole tensor by a method's way by rows.
+    """Merge a whole tensor with a method's `by_rows`, as one piece.
 
     Args:
-        by_rows: the way.
+        by_rows: the method's.
         tensors: fp32, shape (experts, *tensor.shape).
-        base, scales: as in `Piece`, of the tensor's shape, and broadcasting to it.
+        base: fp32, shape tensor.shape; or None.
+        scales: for each expert a tensor that broadcasts to tensor.shape, or None.
+        parameters: of the method.
 
     Returns:
         fp32, shape tensor.shape.
@@ -76,7 +78,16 @@ def in_one_piece(
 
 
 def rows_of(scale: torch.Tensor, shape: Sequence[int], rows: slice) -> torch.Tensor:
-    """These rows of what broadcasts to a tensor of this shape, such that it broadcasts to (rows, columns)."""
+    """The part of a scale for some rows.
+
+    Args:
+        scale: broadcasts to the tensor.
+        shape: of the tensor.
+        rows: of the tensor seen as a matrix, whose columns are the last dimension.
+
+    Returns:
+        A tensor that broadcasts to (rows, columns).
+    """
     if scale.dim() < 2:
         return scale
     width, leading = scale.shape[-1], tuple(shape[:-1])

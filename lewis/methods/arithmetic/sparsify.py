@@ -1,4 +1,4 @@
-"""Which elements of a task vector are kept."""
+"""Sparsification: which elements of a task vector are kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None =
 
 
 def size(task_vector: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """What elements are trimmed by: the magnitude, times `scale` if given.
+    """The score that elements are trimmed by: the magnitude, times `scale` if given.
 
     With scale = sqrt(mean x^2) of the layer's inputs it is Wanda's score (arXiv 2306.11695) on the task vector,
     |delta| * sqrt(s).
@@ -77,7 +77,7 @@ def trim_between(
 
 
 def largest(score: torch.Tensor, k: int) -> torch.Tensor:
-    """Which `k` elements have the largest score: exactly `k`, and for a larger `k` those and more.
+    """Which `k` elements have the largest score: exactly `k`, and a larger `k` keeps a superset.
 
     Equal scores at the threshold (the difference of two bf16 weights takes few values) are broken by a fixed
     permutation of the flat index, `i * 0x9E3779B97F4A7C15 mod 2^64`, smallest first: the same on every machine, and
@@ -108,7 +108,7 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
-    """`largest` of flat values, on their own device."""
+    """`largest` for flat values on a GPU."""
     threshold = values.kthvalue(len(values) - k + 1).values
     keep = values > threshold
     ties, wanted = (values == threshold).nonzero().reshape(-1), k - int(keep.sum())
@@ -118,7 +118,7 @@ def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def tie_order(places: torch.Tensor) -> torch.Tensor:
-    """The places of ties in the order of `largest`, moved so that numbers with a sign compare as it does; int64."""
+    """Where each tie comes in the order of `largest`: int64, shifted so that signed comparison gives that order."""
     return places * int(SPREAD.view(np.int64)) ^ torch.iinfo(torch.int64).min
 
 
@@ -148,9 +148,9 @@ def drop_by_rank(
 ) -> torch.Tensor:
     """Keep each element with a probability that grows with the rank of its size in its row (DELLA's MagPrune).
 
-    From the smallest to the largest of a row it goes linearly from `density - epsilon` to `density + epsilon`; its
-    mean is the density. Equal sizes get the mean of their ranks, so no element is favoured for its place, and
-    the only element of a row gets the density.
+    From the smallest to the largest element of a row the probability rises linearly from `density - epsilon` to
+    `density + epsilon`; its mean is the density. Equal sizes get the mean of their ranks, so the place of an element
+    does not matter. The only element of a row gets the density.
 
     Args:
         task_vector: fp32, any shape; a row is its last dimension.

@@ -1,7 +1,7 @@
-"""Random numbers that can be drawn at any place: element i of a stream depends on nothing but its key and i.
+"""Random numbers that can be drawn at any place: number i of a stream depends only on the stream's key and i.
 
 It is SplitMix64 (Steele, Lea and Flood, doi 10.1145/2660193.2660195), whose i-th output is a hash of key + i * gamma.
-So a tensor may be cut into any chunks, on any number of threads, and the same elements are drawn.
+So the same elements are dropped however a tensor is cut into chunks, and on any number of threads.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
-_CHUNK = 1 << 18  # what stays in the cache
+_CHUNK = 1 << 18  # numbers that are drawn at a time: they fit the cache
 
 
 @dataclass

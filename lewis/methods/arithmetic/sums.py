@@ -1,7 +1,7 @@
-"""Sums in one order, the same for any number of threads, chunks, shapes or devices.
+"""Sums in a fixed order: the same bits for any number of threads, chunks, shapes or devices.
 
-torch splits a sum over its threads and picks an order by the shape, so that its last bits depend on both. Sums over
-whole tensors are in fp64, so that nothing overflows.
+torch splits a sum over its threads and chooses the order by the shape, so the last bits of its sums depend on both.
+Sums over whole tensors are in fp64, so that they do not overflow.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from lewis.lazy_torch import torch
 
 BLOCK = 2048
-_CHUNK = 512 * BLOCK  # elements in fp64 at a time
+_CHUNK = 512 * BLOCK  # elements that are converted to fp64 at a time
 
 
 def add_up(values: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum over the first dimension, one after another: fp32 (experts, *shape) -> fp32 (*shape)."""
+    """Add along the first dimension, in order: fp32 (experts, *shape) -> fp32 (*shape)."""
     each = iter(values)
     result = next(each).clone()
     for value in each:
@@ -28,7 +28,7 @@ def add_up(values: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def combine_linearly(tensors: Sequence[torch.Tensor] | torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
-    """sum_i c_i x_i of fp32 tensors of one shape, one after another; c_i is rounded to fp32 first."""
+    """sum_i c_i x_i of fp32 tensors of one shape, added in order; c_i is rounded to fp32 first."""
     result = tensors[0] * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
         result += tensor * coefficient
@@ -41,17 +41,17 @@ def count(mask: torch.Tensor) -> int:
 
 
 def divided(tensor: torch.Tensor, number: float) -> torch.Tensor:
-    """An fp32 tensor through a number: by a number that is no tensor, torch multiplies with its inverse on a GPU."""
+    """Divide an fp32 tensor by a number. It is made a tensor, since on a GPU torch multiplies by a number's inverse."""
     return tensor / torch.tensor(number, dtype=torch.float32, device=tensor.device)
 
 
 def total(values: torch.Tensor) -> float:
-    """The sum of fp32 `values` of any shape: by halves within blocks of BLOCK elements, and exactly over these."""
+    """The sum of fp32 `values` of any shape: `_by_halves` in blocks of BLOCK elements, exact over the blocks."""
     return exact_sum(block for part in values.detach().reshape(-1).split(_CHUNK) for block in _by_halves(part.double()))
 
 
 def _by_halves(values: torch.Tensor) -> list[float]:
-    """The sum of each block of flat fp64 `values`."""
+    """The sum of each block of flat fp64 `values`: add the second half to the first until one number is left."""
     padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
     blocks = padded.reshape(-1, BLOCK)
     while blocks.shape[1] > 1:
@@ -62,13 +62,13 @@ def _by_halves(values: torch.Tensor) -> list[float]:
 
 
 def exact_sum(sums: Iterable[float]) -> float:
-    """The exact sum, rounded; NaN or infinity where it is none."""
+    """The exact sum, rounded once; NaN or infinity if a number is not finite."""
     found = list(sums)
     return math.fsum(found) if all(map(math.isfinite, found)) else sum(found)
 
 
 def inner(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The dot product of two fp32 tensors of one shape, in the order of `total`; a product of two is exact in fp64."""
+    """The dot product of two fp32 tensors of one shape, added as in `total`; each product is exact in fp64."""
     parts = zip(*(x.detach().reshape(-1).split(_CHUNK) for x in (a, b)), strict=True)
     return exact_sum(block for x, y in parts for block in _by_halves(x.double() * y.double()))
 
@@ -82,6 +82,6 @@ def gram(tensors: Sequence[torch.Tensor] | torch.Tensor) -> np.ndarray:
 
 
 def cosine(dots: np.ndarray, i: int, j: int) -> float:
-    """The cosine between two tensors by the `gram` of them and others, in [-1, 1]; 0 if one is all zeros."""
+    """The cosine between tensors i and j of a `gram`, in [-1, 1]; 0 if one of them is all zeros."""
     norms = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])
     return min(max(float(dots[i, j]) / norms, -1.0), 1.0) if norms > 0 else 0.0
