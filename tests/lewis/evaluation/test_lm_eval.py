@@ -425,8 +425,8 @@ class TestBadEnds:
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
         before = fork_server._current
         child = fork_server.new_child(dict(os.environ), loaded=False)
-        assert wait_until(lambda: child.poll() is None and child._told)
-        maps = Path(f"/proc/{child._told.decode().strip()}/maps").read_text()
+        assert wait_until(lambda: child.poll() is None and child._reported)
+        maps = Path(f"/proc/{child._reported.decode().strip()}/maps").read_text()
         child.send({})  # without an environment
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
