@@ -561,8 +561,8 @@ class TestRegistry:
     def test_holds_the_methods_of_mergekit_by_name(self) -> None:
         mergekits = """linear slerp nuslerp multislerp karcher task_arithmetic ties dare_linear dare_ties breadcrumbs
             breadcrumbs_ties della della_linear sce model_stock nearswap arcee_fusion ram ramplus_tl passthrough"""
-        assert set(METHODS) == {*mergekits.split(), "pcb", "consensus"}
-        assert Counter(m.on for m in METHODS.values()) == {"task_vectors": 16, "weights": 4, "either": 2}
+        assert set(METHODS) == {*mergekits.split(), "pcb", "consensus", "regmean", "regmean_forward"}
+        assert Counter(m.on for m in METHODS.values()) == {"task_vectors": 18, "weights": 4, "either": 2}
         assert {m.name for m in METHODS.values() if m.random} == {"dare_linear", "dare_ties", "della", "della_linear"}
         assert {m.name for m in METHODS.values() if m.in_mergekit} == set(mergekits.split())
         assert {m.name for m in METHODS.values() if m.takes_base} == {"slerp", "arcee_fusion"}
