@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Covered, Network
+from lewis.importance.residuals import writers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
 from lewis.merge.in_torch import merge_whole
-from lewis.merge.passes import Pass, stop
+from lewis.merge.passes import Pass, note_stream, stop
 from lewis.merge.prepared import Prepared
 from lewis.merge.workers import Workers
 from lewis.methods.arithmetic.regression import Inputs, Rows
@@ -95,6 +96,7 @@ def fit(
         workers = contexts.enter_context(Workers(threads))
         contexts.callback(lambda: workers([each.stop for each in passes]))
         weights = [Weights(n, model, "cpu", torch.float32) for n, model in zip(networks, models, strict=True)]
+        streams = writers(networks[-1], places) if len(models) > len(experts) else {}
         for each in weights:
             each.check()
             each.load(each.network.parameters_outside())
@@ -102,7 +104,10 @@ def fit(
             for path in (*each.network.blocks, *places):
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(stop, path, path in places)).remove)
-        for share in _Walk(merge, places, weights, passes, workers, fitted).blocks():
+            for path in set(streams.values()):  # before the hooks that stop: the block's own input is noted, too
+                module = each.network.module.get_submodule(path)
+                contexts.callback(module.register_forward_pre_hook(partial(note_stream, path), prepend=True).remove)
+        for share in _Walk(merge, places, streams, weights, passes, workers, fitted).blocks():
             if progress:
                 progress(share)
     return fitted
@@ -126,6 +131,7 @@ class _Walk:
         self,
         merge: Prepared,
         places: Mapping[str, Covered],
+        streams: Mapping[str, str],
         weights: Sequence[Weights],
         passes: list[Pass],
         workers: Workers,
@@ -135,12 +141,14 @@ class _Walk:
         Args:
             merge: what is fitted.
             places: path of a module -> its tensor.
+            streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
             weights: of the experts, then of the merged model if passes go through it.
             passes: through all of them.
             workers: run the passes and the regressions.
             fitted: takes the tensors.
         """
         self._merge, self._places, self._weights, self._passes = merge, places, weights, passes
+        self._streams = streams
         self._workers, self._fitted = workers, fitted
         self._loaded: list[tuple[Weights, list[str]]] = []
         self._in_block: list[str] = []
@@ -207,7 +215,7 @@ class _Walk:
         readers.append(self._fitted.read if known else partial(merge_whole, self._merge))
         *weights, value = self._read(covered.tensor, readers)
         if not known:
-            value = self._found[covered.tensor] = self._solve(covered, weights, value)
+            value = self._found[covered.tensor] = self._solve(place, covered, weights, value)
         for each, weight in zip(self._weights, [*weights, value], strict=False):
             each.put(covered.parameter, weight)
             self._loaded.append((each, [covered.parameter]))
@@ -221,7 +229,9 @@ class _Walk:
         self._workers([partial(read, i) for i in range(len(readers))])
         return found
 
-    def _solve(self, covered: Covered, weights: Sequence[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
+    def _solve(
+        self, place: str, covered: Covered, weights: Sequence[torch.Tensor], anchor: torch.Tensor
+    ) -> torch.Tensor:
         """Fit one tensor; fp32 in, the dtype of the output out."""
         name = covered.tensor
         values = self._merge.parameters(name)
@@ -232,7 +242,7 @@ class _Walk:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
             with torch.inference_mode():
-                value = self._inputs[1].solve(anchor, weights)
+                value = self._inputs[1].solve(anchor, weights, self._besides(place, values.get("residual", 0.0)))
         except ValueError as error:
             raise LewisError(f"{name}: {error}; a model is damaged") from error
         value = value.T if covered.transposed else value
@@ -240,6 +250,23 @@ class _Walk:
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
+
+    def _besides(self, place: str, residual: float) -> list[list[torch.Tensor] | None]:
+        """What the projection shall give besides: what the merged model's residual stream lacks, and its bias."""
+        merged, found = len(self._merge.experts), list[list[torch.Tensor] | None]()
+        stream = self._streams.get(place) if residual else None
+        biases = [each.network.module.get_submodule(place).bias for each in self._weights]
+        for expert in range(merged):
+            own = [each for each in self._passes if each.model == expert]
+            there = [each for each in self._passes if each.model == merged and each.batch.of == expert]
+            parts: list[torch.Tensor] | None = None
+            if stream:
+                parts = [residual * (a.streams[stream] - b.streams[stream]) for a, b in zip(own, there, strict=True)]
+            if there and biases[expert] is not None:
+                parts = parts or [torch.zeros(each.batch.tokens, len(biases[merged])) for each in own]
+                parts = [part + biases[expert] - biases[merged] for part in parts]
+            found.append(parts)
+        return found
 
     def _rows(self, weights: Sequence[float]) -> list[Rows]:
         merged, found = len(self._merge.experts), []

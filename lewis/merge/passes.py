@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from greenlet import getcurrent, greenlet
 
 from lewis.errors import LewisError
 from lewis.lazy_torch import nn, torch
 
 if TYPE_CHECKING:
-    from greenlet import greenlet
-
     from lewis.importance.batches import Batch
+
+
+_OF_RUN: WeakKeyDictionary[greenlet, Pass] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -23,6 +27,7 @@ class Pass:
         model: index of the model: the expert, or one more than there are experts for the merged model.
         place: path of the block or projection that it waits in front of; None at its end.
         rows: inputs of that projection without padding, fp32 (tokens, in).
+        streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
     """
 
     model: int
@@ -31,29 +36,31 @@ class Pass:
     run: greenlet | None = None
     place: str | None = None
     rows: torch.Tensor | None = None
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
     _raw: torch.Tensor | None = None
     is_new: bool = True
 
     def go_on(self) -> None:
         """Run to the next place; always in the same thread."""
-        from greenlet import greenlet
-
         if self.run is None:
             self.run = greenlet(self.forward)
+            _OF_RUN[self.run] = self
         found = self.run.switch()
         self.place, inputs = (None, None) if self.run.dead else found
         self.is_new = inputs is None or inputs is not self._raw
         if self.is_new:
             self._raw = inputs
-            self.rows = None if inputs is None else self._without_padding(inputs)
+            self.rows = None if inputs is None else self.without_padding(inputs)
 
     def stop(self) -> None:
         """End what waits here, in its own thread."""
         if self.run is not None and not self.run.dead:
             self.run.throw()
         self._raw = self.rows = None
+        self.streams = {}
 
-    def _without_padding(self, inputs: torch.Tensor) -> torch.Tensor:
+    def without_padding(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The rows of real tokens, fp32 (tokens, features)."""
         width, flat = self.batch.ids.shape[1], inputs.reshape(-1, inputs.shape[-1]).float()
         if inputs.shape[:-1].numel() != self.batch.ids.numel():
             if min(self.batch.lengths) < width:
@@ -69,7 +76,12 @@ class Pass:
 
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Let the others go on, until it is this pass's turn again."""
-    from greenlet import getcurrent
-
+    """A hook before a module: let the others go on, until it is this pass's turn again."""
     getcurrent().parent.switch((path, inputs[0] if with_inputs else None))
+
+
+def note_stream(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook before a module: note what goes into it as the residual stream of the pass that is running."""
+    run = _OF_RUN.get(getcurrent())
+    if run is not None:
+        run.streams[path] = run.without_padding(inputs[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lewis.lazy_torch import torch
 from lewis.methods.loops import Combine, Loops
-from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
+from lewis.methods.registry import Fraction, NotNegative, PerExpert, merge_method, per_expert
 from lewis.methods.task_arithmetic import combine
 
 _SUM = Loops(Combine.SUM)
@@ -57,13 +57,16 @@ def regmean_forward(
     *,
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
-    ridge: NotNegative = 1e-4,
+    ridge: NotNegative = 1e-3,
+    residual: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection, from the first block on, to what the experts give, for the inputs of the merged model.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         weight, lambda_, ridge: as of `regmean`.
+        residual: share of what the merged model's residual stream lacks that the layers which write into it make up
+            for.
 
     Returns:
         fp32 delta of what is not fitted, shape tensor.shape.

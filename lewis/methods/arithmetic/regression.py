@@ -3,9 +3,12 @@
 Let W_a be an anchor (for instance the base and the sum of the task vectors), W_t the weight of expert t, X_t the inputs
 of the layer in the merged model and Z_t its inputs in expert t, one row per calibration token of expert t. The fit is
 
-    W = argmin  sum_t c_t || X_t W^T - Z_t W_t^T ||_F^2 + r || W - W_a ||_F^2  =  W_a + R (S + r I)^-1
-    S = sum_t c_t X_t^T X_t                                              (in, in)
-    R = sum_t c_t [ (W_t - W_a) X_t^T X_t + W_t (Z_t - X_t)^T X_t ]        (out, in)
+    W = argmin  sum_t c_t || X_t W^T - Z_t W_t^T - B_t ||_F^2 + r || W - W_a ||_F^2  =  W_a + R (S + r I)^-1
+    S = sum_t c_t X_t^T X_t                                                          (in, in)
+    R = sum_t c_t [ (W_t - W_a) X_t^T X_t + W_t (Z_t - X_t)^T X_t + B_t^T X_t ]        (out, in)
+
+B_t, one row per token, is what the layer shall give besides: what the merged model's residual stream lacks there, or
+the difference of the biases. It may be 0.
 
 With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, equation 3) with a ridge towards an
 anchor; with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is
@@ -14,7 +17,7 @@ written with differences, so that nothing is lost to rounding where the merged m
 Where there are fewer tokens than inputs, the same solution follows from the tokens' own products (the dual form): with
 X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^T + (Z_t - X_t) W_t^T, scaled alike,
 
-    W = W_a + E^T (X X^T + r I)^-1 X.
+    W = W_a + E^T (X X^T + r I)^-1 X         (E with the rows of B_t added)
 
 Every sum is cut into jobs in a way that depends on the shapes only, and each job runs single-threaded: so the result
 has the same bits for any number of threads.
@@ -40,6 +43,10 @@ def one_after_another(jobs: Sequence[Callable[[], None]]) -> None:
     """`Jobs` without threads."""
     for job in jobs:
         job()
+
+
+Besides = Sequence["torch.Tensor"] | None
+"""B_t of one expert: fp32 parts beside those of its rows, each (tokens, out); None: 0."""
 
 
 @dataclass
@@ -93,12 +100,15 @@ class Inputs:
         """Whether the dual form is cheaper, or the other one is too large."""
         return self.size > DUAL_ABOVE or sum(rows.tokens for rows in self.experts) < self.size // 2
 
-    def solve(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    def solve(
+        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides] | None = None
+    ) -> torch.Tensor:
         """Fit one layer.
 
         Args:
             anchor: W_a, fp32 (out, in).
             weights: W_t of each expert, fp32 (out, in).
+            besides: B_t of each expert, in the parts of its rows.
 
         Returns:
             W, fp32 (out, in).
@@ -108,11 +118,14 @@ class Inputs:
         """
         if self.size == 0 or all(rows.tokens == 0 for rows in self.experts):
             return anchor.clone()
-        return self._dual(anchor, weights) if self.is_dual else self._primal(anchor, weights)
+        besides = besides or [None] * len(self.experts)
+        return (self._dual if self.is_dual else self._primal)(anchor, weights, besides)
 
     # ----- the primal form
 
-    def _primal(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _primal(
+        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]
+    ) -> torch.Tensor:
         if self._factor is None:
             self._grams = [(self._product(rows), self._shift(rows)) for rows in self.experts]
             total = torch.zeros(self.size, self.size, dtype=torch.float64)
@@ -123,10 +136,12 @@ class Inputs:
 
         def job(part: slice) -> None:
             right = torch.zeros(part.stop - part.start, self.size, dtype=torch.float64)
-            for rows, (gram, shift), weight in zip(self.experts, self._grams, weights, strict=True):
+            for rows, (gram, shift), weight, more in zip(self.experts, self._grams, weights, besides, strict=True):
                 found = (weight[part] - anchor[part]) @ gram
                 if shift is not None:
-                    found += weight[part] @ shift
+                    found.addmm_(weight[part], shift)
+                for given, merged in zip(more or (), rows.merged, strict=False):
+                    found.addmm_(given[:, part].T, merged)
                 right.add_(found, alpha=rows.weight / max(rows.tokens, 1))
             moved = torch.cholesky_solve(right.T.contiguous(), factor).T
             solved[part] = (anchor[part].double() + moved).float()
@@ -165,8 +180,10 @@ class Inputs:
 
     # ----- the dual form
 
-    def _dual(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        merged, own, scales = self._sampled()
+    def _dual(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]) -> torch.Tensor:
+        sampled = [self._sampled(rows, more) for rows, more in zip(self.experts, besides, strict=True)]
+        merged, own = (torch.cat([each[i] for each in sampled]) for i in range(2))  # type: ignore[misc]
+        counts = [len(each[0]) for each in sampled]
         if self._factor is None:
             kernel = torch.empty(len(merged), len(merged), dtype=torch.float64)
 
@@ -180,8 +197,10 @@ class Inputs:
 
         def job(part: slice) -> None:
             missed = [
-                x @ (weight[part] - anchor[part]).T + (z - x) @ weight[part].T
-                for x, z, weight in zip(merged.split(scales), own.split(scales), weights, strict=True)
+                x @ (weight[part] - anchor[part]).T + (z - x) @ weight[part].T + (0 if more is None else more[:, part])
+                for x, z, weight, (_, _, more) in zip(
+                    merged.split(counts), own.split(counts), weights, sampled, strict=True
+                )
             ]
             found = torch.cholesky_solve(torch.cat(missed).double(), factor)
             solved[part] = anchor[part] + found.T.float() @ merged
@@ -189,22 +208,19 @@ class Inputs:
         self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
         return solved
 
-    def _sampled(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """X and Z with their rows scaled by sqrt(c_t), and the number of rows of each expert."""
-        limit = DUAL_TOKENS if self.size > DUAL_ABOVE else None
-        merged, own, counts = list[torch.Tensor](), list[torch.Tensor](), list[int]()
-        total = sum(rows.tokens for rows in self.experts)
-        for rows in self.experts:
-            x, z = torch.cat(rows.merged), torch.cat(rows.own)
-            if limit is not None and total > limit:
-                wanted = max(1, limit * len(x) // total)
-                taken = torch.arange(wanted) * len(x) // wanted
-                x, z = x[taken], z[taken]
-            scale = (rows.weight / max(len(x), 1)) ** 0.5
-            merged.append(x * scale)
-            own.append(z * scale)
-            counts.append(len(x))
-        return torch.cat(merged), torch.cat(own), counts
+    def _sampled(self, rows: Rows, more: Besides) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """X_t, Z_t and B_t with their rows scaled by sqrt(c_t); of a large layer, an even share of the rows."""
+        given = torch.cat(list(more)) if more else None
+        parts: list[torch.Tensor | None] = [torch.cat(rows.merged), torch.cat(rows.own), given]
+        total, count = sum(each.tokens for each in self.experts), rows.tokens
+        if self.size > DUAL_ABOVE and total > DUAL_TOKENS:
+            wanted = max(1, DUAL_TOKENS * count // total)
+            taken = torch.arange(wanted) * count // wanted
+            parts, count = [None if part is None else part[taken] for part in parts], wanted
+        scale = (rows.weight / max(count, 1)) ** 0.5
+        merged, own, scaled = (None if part is None else part * scale for part in parts)
+        assert merged is not None and own is not None
+        return merged, own, scaled
 
 
 def _cholesky(matrix: torch.Tensor, ridge: float, mean: float | None = None) -> torch.Tensor:

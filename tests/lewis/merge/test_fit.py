@@ -55,6 +55,8 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
     anchor = {n: b + sum(m.state_dict()[n] - b for m in models) for n, b in base.items()}
     merged.load_state_dict(anchor)
 
+    before = {"self_attn.o": "input_layernorm", "mlp.down": "post_attention_layernorm"}  # whose input is the stream
+
     def inputs(model: Any, path: str, samples: Any) -> torch.Tensor:
         seen: list[torch.Tensor] = []
         hook = model.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
@@ -76,6 +78,9 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
                     there = inputs(merged, path, samples) if forward else own
                     left = left + there.T @ there / len(own)
                     wanted = own @ model.state_dict()[f"{path}.weight"].double().T - there @ start.T
+                    if forward and name in before:
+                        norm = f"model.layers.{layer}.{before[name]}"
+                        wanted = wanted + inputs(model, norm, samples) - inputs(merged, norm, samples)
                     right = right + wanted.T @ there / len(own)
                 left = left + RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
                 found[f"{path}.weight"] = (start + right @ torch.linalg.inv(left)).float()

@@ -14,15 +14,15 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def by_least_squares(
-    anchor: torch.Tensor, weights: list[torch.Tensor], experts: list[Rows], ridge: float
+    anchor: torch.Tensor, weights: list[torch.Tensor], experts: list[Rows], ridge: float, besides: list[torch.Tensor]
 ) -> torch.Tensor:
     """The same minimum as one large system of equations, fp64."""
     left, right, squares = [], [], 0.0
-    for rows, weight in zip(experts, weights, strict=True):
+    for rows, weight, more in zip(experts, weights, besides, strict=True):
         x, z = torch.cat(rows.merged).double(), torch.cat(rows.own).double()
         scale = (rows.weight / len(x)) ** 0.5
         left.append(scale * x)
-        right.append(scale * (z @ weight.double().T))
+        right.append(scale * (z @ weight.double().T + more))
         squares += float((scale * x).square().sum())
     pull = (ridge * squares / anchor.shape[1]) ** 0.5
     left.append(pull * torch.eye(anchor.shape[1], dtype=torch.float64))
@@ -67,18 +67,21 @@ def test_the_merged_models_input_is_scaled_to_the_experts_output() -> None:
 def test_both_forms_are_the_least_squares_solution(
     seed: int, tokens: list[int], size: int, outputs: int, ridge: float
 ) -> None:
-    experts, weights = [], []
+    experts, weights, besides = [], [], []
     for i, count in enumerate(tokens):
         merged = draw(seed + 10 * i, count, size)
         own = merged + 0.1 * draw(seed + 10 * i + 1, count, size)
         cut = count // 2
         experts.append(Rows([merged[:cut], merged[cut:]], [own[:cut], own[cut:]], 1.0 + i))
         weights.append(draw(seed + 10 * i + 2, outputs, size))
+        besides.append(draw(seed + 10 * i + 3, count, outputs))
     anchor = draw(seed + 99, outputs, size)
-    expected = by_least_squares(anchor, weights, experts, ridge)
-    inputs = Inputs(experts, ridge)
-    for form in (inputs._primal, Inputs(experts, ridge)._dual):
-        assert torch.allclose(form(anchor, weights).double(), expected, rtol=2e-3, atol=2e-3)
+    expected = by_least_squares(anchor, weights, experts, ridge, besides)
+    parts = [
+        [more[: len(rows.merged[0])], more[len(rows.merged[0]) :]] for rows, more in zip(experts, besides, strict=True)
+    ]
+    for form in (Inputs(experts, ridge)._primal, Inputs(experts, ridge)._dual):
+        assert torch.allclose(form(anchor, weights, parts).double(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +89,8 @@ def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.Monk
     monkeypatch.setattr(regression, "DUAL_TOKENS", 50)
     rows = [draw(1, 300, 6)]
     inputs = Inputs([Rows(rows, rows), Rows([rows[0][:100]], [rows[0][:100]])], 1e-4)
-    merged, own, counts = inputs._sampled()
-    assert counts == [37, 12] and len(merged) == len(own) == 49
+    sampled = [inputs._sampled(rows, None) for rows in inputs.experts]
+    assert [len(part) for merged, own, _ in sampled for part in (merged, own)] == [37, 37, 12, 12]
     weight = draw(2, 3, 6)  # an exact fit is found from any part of the tokens
     assert torch.allclose(inputs.solve(torch.zeros(3, 6), [weight, weight]), weight, atol=1e-2)
 
@@ -100,7 +103,7 @@ def test_a_large_ridge_gives_the_anchor_and_an_expert_alone_itself() -> None:
 
 def test_a_singular_system_without_ridge_is_finite() -> None:
     rows = [draw(1, 3, 1).expand(3, 8).contiguous()]
-    assert bool(Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)]).isfinite().all())
+    assert bool(Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)], [None]).isfinite().all())
 
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
