@@ -40,7 +40,9 @@ class Batch:
         return sum(self.lengths)
 
 
-def batches(calibrations: Sequence[Calibration], network: Network, *, whole: bool) -> list[Batch]:
+def batches(
+    calibrations: Sequence[Calibration], network: Network, *, whole: bool = False, tokens: int = TOKENS_PER_BATCH
+) -> list[Batch]:
     """Samples of a set of similar length together, so that padding and the number of batches cost least in sum.
 
     How a set is cut does not depend on the others, so that it gives the same bits alone and beside them.
@@ -49,6 +51,7 @@ def batches(calibrations: Sequence[Calibration], network: Network, *, whole: boo
         calibrations: the sets.
         network: that they are for.
         whole: each set in one batch in its own order, on which depends how the means that prune a model are rounded.
+        tokens: of a batch with its padding, at most; a longer sample goes alone.
     """
     if whole:
         return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
@@ -56,7 +59,7 @@ def batches(calibrations: Sequence[Calibration], network: Network, *, whole: boo
     made = []
     for of, calibration in enumerate(calibrations):
         samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
-        cuts = ends([len(sample) for sample in samples], equal, apart)
+        cuts = ends([len(sample) for sample in samples], equal, apart, tokens)
         made += [Batch.padded(samples[start:end], of) for start, end in zip([0, *cuts], cuts, strict=False)]
     return made
 
@@ -68,13 +71,14 @@ def _other_positions_from(network: Network) -> int:
     return int(found["original_max_position_embeddings"]) if long else 0
 
 
-def ends(lengths: Sequence[int], equal: bool, apart: int = 0) -> list[int]:
+def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int = TOKENS_PER_BATCH) -> list[int]:
     """Where batches end: those of the least cost, found from the last one back.
 
     Args:
         lengths: of the samples, longest first.
         equal: only samples of one length go together, where a router hides which tokens are padding.
         apart: samples that are longer than this do not go with those that are not.
+        limit: tokens of a batch, with its padding.
     """
     costs, nexts = [0] * (len(lengths) + 1), [0] * len(lengths)
     for start in reversed(range(len(lengths))):
@@ -82,7 +86,7 @@ def ends(lengths: Sequence[int], equal: bool, apart: int = 0) -> list[int]:
         for end in range(start + 1, len(lengths) + 1):
             tokens, shortest = (end - start) * width, lengths[end - 1]
             other = (equal and shortest != width) or shortest <= apart < width
-            if end > start + 1 and (other or tokens > TOKENS_PER_BATCH):
+            if end > start + 1 and (other or tokens > limit):
                 break
             if best is None or tokens + _TOKENS_OF_A_BATCH + costs[end] < best:
                 best, nexts[start] = tokens + _TOKENS_OF_A_BATCH + costs[end], end

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from lewis.importance.streaming import Weights
 
 
+TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
+
+
 class _Merged:
     """The merged model as far as it is not fitted: reads like a checkpoint."""
 
@@ -84,7 +87,7 @@ def fit(
             f"{merge.base.folder}: no projection that {merge.method.name} could fit; use another merge_method"
         )
     sets = [expert.calibration for expert in merge.experts if expert.calibration]
-    made = batches(sets, networks[-1], whole=False)
+    made = batches(sets, networks[-1], tokens=TOKENS_PER_PASS)
     passes = [
         Pass(model, batch, partial(forward, networks[model], batch.ids, batch.lengths))
         for batch in made
@@ -94,7 +97,7 @@ def fit(
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
-        contexts.callback(lambda: workers([each.stop for each in passes]))
+        contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
         weights = [Weights(n, model, "cpu", torch.float32) for n, model in zip(networks, models, strict=True)]
         streams = writers(networks[-1], places) if len(models) > len(experts) else {}
         for each in weights:
@@ -173,7 +176,7 @@ class _Walk:
         yield 1.0
 
     def _next(self) -> str | None:
-        self._workers([each.go_on for each in self._passes])
+        self._workers.in_place([each.go_on for each in self._passes])
         places = {each.place for each in self._passes}
         if len(places) > 1:
             raise LewisError(
@@ -251,27 +254,39 @@ class _Walk:
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
 
-    def _besides(self, place: str, residual: float) -> list[list[torch.Tensor] | None]:
+    def _besides(self, place: str, residual: float) -> Sequence[list[torch.Tensor] | None]:
         """What the projection shall give besides: what the merged model's residual stream lacks, and its bias."""
-        merged, found = len(self._merge.experts), list[list[torch.Tensor] | None]()
+        merged = len(self._merge.experts)
         stream = self._streams.get(place) if residual else None
         biases = [each.network.module.get_submodule(place).bias for each in self._weights]
-        for expert in range(merged):
-            own = [each for each in self._passes if each.model == expert]
-            there = [each for each in self._passes if each.model == merged and each.batch.of == expert]
-            parts: list[torch.Tensor] | None = None
-            if stream:
-                parts = [residual * (a.streams[stream] - b.streams[stream]) for a, b in zip(own, there, strict=True)]
-            if there and biases[expert] is not None:
-                parts = parts or [torch.zeros(each.batch.tokens, len(biases[merged])) for each in own]
-                parts = [part + biases[expert] - biases[merged] for part in parts]
-            found.append(parts)
+        if len(biases) == merged or (stream is None and biases[merged] is None):
+            return [None] * merged
+        found = [[torch.empty(0)] * len(own) for own, _ in map(self._of_expert, range(merged))]
+
+        def compare(expert: int, i: int, own: Pass, there: Pass) -> None:
+            missing = residual * (own.streams[stream] - there.streams[stream]) if stream else torch.zeros(1)
+            if biases[expert] is not None:
+                missing = missing + (biases[expert] - biases[merged])
+            found[expert][i] = missing.expand(own.batch.tokens, -1)
+
+        self._workers(
+            [
+                partial(compare, expert, i, own, there)
+                for expert in range(merged)
+                for i, (own, there) in enumerate(zip(*self._of_expert(expert), strict=True))
+            ]
+        )
         return found
 
+    def _of_expert(self, expert: int) -> tuple[list[Pass], list[Pass]]:
+        """The passes with the rows of one expert, through itself and through the merged model."""
+        merged = len(self._merge.experts)
+        own = [each for each in self._passes if each.model == expert]
+        return own, [each for each in self._passes if each.model == merged and each.batch.of == expert]
+
     def _rows(self, weights: Sequence[float]) -> list[Rows]:
-        merged, found = len(self._merge.experts), []
+        found = []
         for expert, weight in enumerate(weights):
-            own = [each.rows for each in self._passes if each.model == expert and each.rows is not None]
-            there = [e.rows for e in self._passes if e.model == merged and e.batch.of == expert and e.rows is not None]
+            own, there = ([each.rows for each in passes if each.rows is not None] for passes in self._of_expert(expert))
             found.append(Rows(there or own, own, weight))
         return found

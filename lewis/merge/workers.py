@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from types import TracebackType
 
 from lewis.devices import one_thread
@@ -12,9 +13,9 @@ from lewis.lazy_torch import torch
 
 
 class Workers:
-    """Threads that share out jobs by their place in the list; use as a context.
+    """Threads that share out jobs; use as a context.
 
-    A greenlet belongs to the thread that began it: the job at one place always runs in the same thread.
+    A greenlet belongs to the thread that began it: what leads greenlets runs `in_place`.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -35,16 +36,34 @@ class Workers:
             thread.shutdown(cancel_futures=True)
 
     def __call__(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run the jobs and wait for all; raises what the first one in their order raised."""
+        """Run the jobs, each in whichever thread is free, and wait for all.
+
+        Raises:
+            Exception: what a job raised; the others that have not begun are not run.
+        """
+        waiting = iter(jobs)
+        self._in_all([waiting] * min(len(self._threads), len(jobs)))
+
+    def in_place(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run the jobs, the one at each place always in the same thread, and wait for all; raises as a call does."""
         count = len(self._threads)
-        futures = [thread.submit(_run, jobs[i::count]) for i, thread in enumerate(self._threads) if i < len(jobs)]
+        self._in_all([iter(jobs[i::count]) for i in range(min(count, len(jobs)))])
+
+    def _in_all(self, shares: Sequence[Iterator[Callable[[], None]]]) -> None:
+        taking = Lock()
+        threads = zip(self._threads, shares, strict=False)
+        futures = [thread.submit(_run, share, taking) for thread, share in threads]
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
                 raise error
 
 
-def _run(jobs: Sequence[Callable[[], None]]) -> None:
+def _run(jobs: Iterator[Callable[[], None]], taking: Lock) -> None:
     with one_thread(), torch.inference_mode():
-        for job in jobs:
+        while True:
+            with taking:
+                job = next(jobs, None)
+            if job is None:
+                return
             job()

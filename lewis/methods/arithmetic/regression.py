@@ -25,13 +25,14 @@ has the same bits for any number of threads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lewis.lazy_torch import torch
 
-COLUMNS = 384  # of a product that one job computes
-ROWS = 512  # output rows that one job solves for
+COLUMNS = 256  # of a product that one job computes
+ROWS = 384  # output rows that one job solves for
 DUAL_ABOVE = 8192  # inputs: beyond as many, the products of all pairs of inputs are not worth their memory
 DUAL_TOKENS = 4096  # that the dual form keeps of such a layer, spread evenly
 
@@ -69,6 +70,11 @@ class Rows:
         return sum(len(part) for part in self.merged)
 
     @property
+    def share(self) -> float:
+        """c_t."""
+        return self.weight / max(self.tokens, 1)
+
+    @property
     def shifted(self) -> bool:
         """Whether the inputs of the expert are others than those of the merged model."""
         return any(own is not merged for own, merged in zip(self.own, self.merged, strict=True))
@@ -87,7 +93,8 @@ class Inputs:
     experts: list[Rows]
     ridge: float
     jobs: Jobs = one_after_another
-    _grams: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    _grams: list[torch.Tensor] = field(default_factory=list)
+    _shifts: list[torch.Tensor | None] | None = None
     _factor: torch.Tensor | None = None
 
     @property
@@ -127,46 +134,55 @@ class Inputs:
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]
     ) -> torch.Tensor:
         if self._factor is None:
-            self._grams = [(self._product(rows), self._shift(rows)) for rows in self.experts]
-            total = torch.zeros(self.size, self.size, dtype=torch.float64)
-            for rows, (gram, _) in zip(self.experts, self._grams, strict=True):
-                total.add_(gram, alpha=rows.weight / max(rows.tokens, 1))
-            self._factor = _cholesky(total, self.ridge)
+            self._factor = _cholesky(self._products(), self.ridge)
         solved, factor = torch.empty_like(anchor), self._factor
+        # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
+        by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
+        if not by_token and self._shifts is None:
+            self._shifts = [self._shift(rows) if rows.shifted else None for rows in self.experts]
+        shifts = [None] * len(self.experts) if by_token or self._shifts is None else self._shifts
 
         def job(part: slice) -> None:
             right = torch.zeros(part.stop - part.start, self.size, dtype=torch.float64)
-            for rows, (gram, shift), weight, more in zip(self.experts, self._grams, weights, besides, strict=True):
+            for rows, gram, shift, weight, more in zip(
+                self.experts, self._grams, shifts, weights, besides, strict=True
+            ):
                 found = (weight[part] - anchor[part]) @ gram
                 if shift is not None:
                     found.addmm_(weight[part], shift)
-                for given, merged in zip(more or (), rows.merged, strict=False):
-                    found.addmm_(given[:, part].T, merged)
-                right.add_(found, alpha=rows.weight / max(rows.tokens, 1))
+                elif by_token:
+                    for i, (merged, own) in enumerate(zip(rows.merged, rows.own, strict=True)):
+                        missed = (own - merged) @ weight[part].T
+                        found.addmm_((missed if more is None else missed.add_(more[i][:, part])).T, merged)
+                right.add_(found, alpha=rows.share)
             moved = torch.cholesky_solve(right.T.contiguous(), factor).T
             solved[part] = (anchor[part].double() + moved).float()
 
         self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
         return solved
 
-    def _product(self, rows: Rows) -> torch.Tensor:
-        """X_t^T X_t: only the blocks on and above the diagonal are computed."""
-        gram = torch.empty(self.size, self.size)
+    def _products(self) -> torch.Tensor:
+        """Set the X_t^T X_t, of which only the blocks on and above the diagonal are computed; gives S, fp64."""
+        total = torch.empty(self.size, self.size, dtype=torch.float64)
+        self._grams = [torch.empty(self.size, self.size) for _ in self.experts]
 
         def job(columns: slice) -> None:
-            block = torch.zeros(columns.stop - columns.start, self.size - columns.start)
-            for part in rows.merged:
-                block.addmm_(part[:, columns].T, part[:, columns.start :])
-            gram[columns, columns.start :] = block
-            gram[columns.start :, columns] = block.T
+            summed = torch.zeros(columns.stop - columns.start, self.size - columns.start, dtype=torch.float64)
+            for rows, gram in zip(self.experts, self._grams, strict=True):
+                block = torch.zeros(summed.shape)
+                for part in rows.merged:
+                    block.addmm_(part[:, columns].T, part[:, columns.start :])
+                gram[columns, columns.start :] = block
+                gram[columns.start :, columns] = block.T
+                summed.add_(block, alpha=rows.share)
+            total[columns, columns.start :] = summed
+            total[columns.start :, columns] = summed.T
 
         self.jobs([_bound(job, columns) for columns in _slices(self.size, COLUMNS)])
-        return gram
+        return total
 
-    def _shift(self, rows: Rows) -> torch.Tensor | None:
-        """(Z_t - X_t)^T X_t; None if there is no difference."""
-        if not rows.shifted:
-            return None
+    def _shift(self, rows: Rows) -> torch.Tensor:
+        """(Z_t - X_t)^T X_t."""
         shift = torch.empty(self.size, self.size)
 
         def job(columns: slice) -> None:
@@ -245,7 +261,10 @@ def _cholesky(matrix: torch.Tensor, ridge: float, mean: float | None = None) -> 
 
 
 def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    """Parts of nearly equal length, at most `step`, an even number of them."""
+    count = min(2 * -(-length // (2 * step)), length)
+    bounds = [length * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _bound(job: Callable[[slice], None], part: slice) -> Callable[[], None]:
