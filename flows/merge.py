@@ -38,6 +38,7 @@ class MergeReport(BaseModel):
         mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
         scores: rows of the score table.
         comparison: rows of the merged model against each other model: gain, interval, wins, losses, p.
+        kept: rows of how much of each expert's gain over the base is kept; empty if base or experts are not scored.
         version: `models:/name/version`, if the recipe registers.
         created: whether that version is new.
         promoted: whether it is the champion now.
@@ -51,6 +52,7 @@ class MergeReport(BaseModel):
     mean_density: dict[str, float] = {}
     scores: list[dict[str, str]] = []
     comparison: list[dict[str, str]] = []
+    kept: list[dict[str, str]] = []
     version: str | None = None
     created: bool = False
     promoted: bool = False
@@ -132,7 +134,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
             scores[label] = submit(evaluate, model, label, settings, plan.root, tasks_digest)
         table = submit(report_scores, quote(plan), scores)
         finish(*scores.values(), table)
-        report.scores, report.comparison = table.result()["scores"], table.result()["comparison"]
+        rows = table.result()
+        report.scores, report.comparison, report.kept = rows["scores"], rows["comparison"], rows["kept"]
 
     verdict = version = published = None
     moved = False

@@ -10,9 +10,10 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Verdict
+from lewis.evaluation.kept import kept_rows
 from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.evaluation.scores import score_table
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles, Source
@@ -47,9 +48,17 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
 
 @task(name="report-scores", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
-    """The score table, the comparison document by document, and a picture; returns the rows of both tables."""
+    """The score table, the comparison document by document, what is kept of the experts' gains, and a picture.
+
+    Returns:
+        the rows of the tables `scores`, `comparison` and `kept`.
+    """
     models = scored(recipe, scores)
-    found = {"scores": score_table(scores_of(models)), "comparison": comparison_rows(models)}
+    found = {
+        "scores": score_table(scores_of(models)),
+        "comparison": comparison_rows(models),
+        "kept": kept_rows(kept_gains(recipe, models)),
+    }
     create_table_artifact(
         found["scores"], key=f"{slug(recipe.name)}-score-table", description="Scores beside the parents'"
     )
@@ -58,6 +67,12 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
         key=f"{slug(recipe.name)}-comparison",
         description="The merged model against each other one, document by document",
     )
+    if found["kept"]:
+        create_table_artifact(
+            found["kept"],
+            key=f"{slug(recipe.name)}-kept",
+            description="How much of each expert's gain over the base is kept on its own task",
+        )
     create_markdown_artifact(
         f"# Scores\n\n{picture('scores', pictures.scores(recipe, scores))}",
         key=f"{slug(recipe.name)}-score-bars",
@@ -105,6 +120,7 @@ def report_run(
         links["Hub"] = published
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
     earlier = champion.metrics if champion and champion.digest != merged.digest else None
+    models = scored(recipe, scores)
     facts = RunFacts(
         recipe=recipe.name,
         outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
@@ -114,9 +130,10 @@ def report_run(
         champion=in_use,
         changes=changes(by_reference(champion.sources, inputs) if champion else {}, inputs),
         work=work,
-        scores=score_columns(scored(recipe, scores), earlier),
+        scores=score_columns(models, earlier),
         merged=recipe.label,
         comparison=comparison,
+        kept=kept_rows(kept_gains(recipe, models)),
         pictures=_pictures(recipe, allocated, scores),
         verdict=verdict,
         means=allocated.means if allocated else {},

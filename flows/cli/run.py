@@ -85,6 +85,9 @@ def print_merge(report: "MergeReport") -> None:
     """Print what a run of the DAG gave."""
     print_table(report.scores)
     print_table(report.comparison)
+    if report.kept:
+        print("what is kept of each expert's gain over the base, on its own task:")
+        print_table(report.kept)
     for expert, mean in report.mean_density.items():
         print(f"mean density of {expert}: {mean:.3f}")
     print(f"merged model: {report.folder}")

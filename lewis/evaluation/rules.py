@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lewis.errors import InputError, nearest
 from lewis.evaluation.comparison import LEVEL, holm
 from lewis.evaluation.samples import Samples, by_key
-from lewis.evaluation.scored import WEIGHTED, Scored, gain
+from lewis.evaluation.scored import WEIGHTED, Scored, gain, grouped_tasks
 from lewis.recipe.schema import Gate
 
 CHANCE = 0.05  # the largest p at which a test counts as passed
@@ -100,8 +100,7 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
     """
     weighted = "/".join(WEIGHTED)
     tasks: dict[str, tuple[tuple[bool, bool], Samples]] = {}
-    groups = [each for each in candidate.samples if len(each.parts) > 1 and each.key != weighted]
-    members = {part.task for each in groups for part in each.parts}
+    members = grouped_tasks(candidate.samples)
     named = gate.tolerance if isinstance(gate.tolerance, Mapping) else {}
     for each in candidate.samples:
         if each.key == weighted or (each.task in members and not {each.key, each.task} & set(named)):

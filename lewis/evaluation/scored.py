@@ -106,6 +106,12 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
     return rows
 
 
+def grouped_tasks(samples: Sequence[Samples]) -> set[str]:
+    """The tasks that are members of a group which was scored as a whole, so that the group stands for them."""
+    groups = [each for each in samples if len(each.parts) > 1 and each.key != "/".join(WEIGHTED)]
+    return {part.task for each in groups for part in each.parts}
+
+
 def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[float, float]]:
     """(label, task, metric) -> the 95 % interval of the score, for the metrics that have samples."""
     found = {(m.label, s.task, s.metric): interval(s) for m in models for s in m.samples if s.count > 1}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from lewis import store
 from lewis.devices import precision
 from lewis.evaluation import lm_eval
+from lewis.evaluation.kept import Kept, kept
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Evaluated, Score
@@ -74,6 +75,16 @@ def scored(recipe: Recipe, entries: Mapping[str, ScoresEntry]) -> list[Scored]:
     """
     weights = recipe.evaluate.weights if recipe.evaluate else {}
     return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]
+
+
+def kept_gains(recipe: Recipe, models: Sequence[Scored]) -> list[Kept]:
+    """`kept`, where the gate's metric is the primary one of its task.
+
+    Args:
+        models: everything that was scored, the merged model last.
+    """
+    gate = recipe.register_as.gate if recipe.register_as else None
+    return kept(models, gate.metric if gate else None)
 
 
 def eval_settings(recipe: Recipe) -> EvalSettings:

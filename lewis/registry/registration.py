@@ -8,9 +8,10 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
+from lewis.evaluation.kept import Kept, kept_rows
 from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.scores import score_table
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -80,6 +81,7 @@ def registration_of(
     found = scores_of(models)
     rows = score_table(found)
     comparison = comparison_rows(models) if models else []
+    kept = kept_gains(recipe, models)
     lineage = lineage_of(base, experts, calibrations)
     means = dict(allocated.means) if allocated else {}
     drawn: dict[str, bytes] = {}
@@ -93,11 +95,11 @@ def registration_of(
         ]
     if found:
         drawn["scores.png"] = pictures.scores(recipe, scores)
-        tables |= {"scores": rows, "comparison": comparison}
+        tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
     # The merged model's metrics have the same names in all versions, whatever its label in the score table.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
-    metrics |= _gains(models)
+    metrics |= _gains(models) | _kept(kept)
     return Registration(
         name=recipe.register_as.name,
         folder=merged.folder,
@@ -151,6 +153,7 @@ def model_card(
         strategy=recipe.allocator.density.strategy if recipe.allocator else "",
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
+        kept=kept_rows(kept_gains(recipe, models)),
         results=found.get(recipe.label, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
     )
@@ -177,6 +180,15 @@ def _gains(models: Sequence[Scored]) -> dict[str, float]:
             if (each := gain(models[-1], model, key)) is not None:
                 named = {"": each.delta, " low": each.low, " high": each.high}
                 found |= {f"gain on {model.label}{end}/{key}": v for end, v in named.items() if math.isfinite(v)}
+    return found
+
+
+def _kept(kept: Sequence[Kept]) -> dict[str, float]:
+    """The fraction of each expert's gain that the merged model and the baselines keep, as metrics."""
+    found: dict[str, float] = {}
+    for each in kept:
+        fractions = {"kept": each.fraction} | {f"kept by {label}": value for label, value in each.baselines.items()}
+        found |= {f"{name}/{each.best.task}": value for name, value in fractions.items() if math.isfinite(value)}
     return found
 
 

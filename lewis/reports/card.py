@@ -29,6 +29,7 @@ def model_card(
     strategy: str = "",
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
+    kept: Sequence[Mapping[str, object]] = (),
     results: Sequence[Score] = (),
     licences: Mapping[str, str | None] | None = None,
 ) -> str:
@@ -41,6 +42,7 @@ def model_card(
         strategy: how the densities were allocated; empty for a plain merge.
         scores: rows of `lewis.evaluation.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
+        kept: rows of `lewis.evaluation.kept.kept_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> what `licence_of` returned for that parent.
     """
@@ -59,6 +61,7 @@ def model_card(
         f"# {name}",
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`{how if strategy else ''}.",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
+        "## What is kept of each expert's gain\n\n" + markdown_table(kept) if kept else "",
         "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
         "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",
         "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),

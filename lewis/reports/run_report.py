@@ -51,6 +51,7 @@ class RunFacts:
         scores: label -> scores, in the order of the columns; the registry may give those of the `champion`.
         merged: the label of the merged model in `scores`.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
+        kept: rows of `lewis.evaluation.kept.kept_rows`.
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.
@@ -68,6 +69,7 @@ class RunFacts:
     scores: Mapping[str, Sequence[Score]] = field(default_factory=dict)
     merged: str = "merged"
     comparison: Sequence[Mapping[str, str]] = ()
+    kept: Sequence[Mapping[str, str]] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     verdict: Verdict | None = None
     means: Mapping[str, float] = field(default_factory=dict)
@@ -86,6 +88,7 @@ def to_markdown(facts: RunFacts) -> str:
         _section(f"What changed {since}", _changes(facts.changes)),
         _section("What was computed", _work(facts.work)),
         _section("Scores", markdown_table(score_rows(facts.scores, facts.merged))),
+        _section("What is kept of each expert's gain", _kept(facts.kept)),
         _section("Compared, document by document", _comparison(facts.comparison)),
         _verdict(facts.verdict),
         _section("Mean density", _means(facts.means)),
@@ -179,6 +182,10 @@ def duration(seconds: float) -> str:
 
 def _comparison(rows: Sequence[Mapping[str, str]]) -> str:
     return markdown_table([{**row, "metric": code(row["metric"]), "model": code(row["model"])} for row in rows])
+
+
+def _kept(rows: Sequence[Mapping[str, str]]) -> str:
+    return markdown_table([{**row, "expert": code(row["expert"]), "task": code(row["task"])} for row in rows])
 
 
 def _section(title: str, content: str) -> str:

@@ -27,6 +27,8 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
         assert score["base"] < 0.5 and score[skill] >= 0.9
         assert score["lewis"] >= 0.8 * score[skill]
         assert all(score[other] < 0.8 * score[skill] for other in SKILLS if other != skill)
+    assert [row["expert"] for row in first["kept"]] == list(SKILLS)
+    assert all(row["task"] == f"{row['expert']}/exact_match,none ↑" for row in first["kept"])
     assert first["version"] == "models:/lewis-demo/1" and first["promoted"]
 
     code, out, err = finished(lewis("demo", "--json", **wheel))

@@ -18,7 +18,7 @@ from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, finished, report
 from tests.support.models import parse, rewrite
 
-FEW_SCORES = ("--set", "evaluate.baselines=[]")  # the base is scored all the same: the first champion has to beat it
+SCORES = ("--set", "evaluate.baselines=[experts]")  # the base is scored all the same: the first champion has to beat it
 
 
 @pytest.fixture
@@ -72,7 +72,10 @@ def test_the_story_of_two_runs(
     math = home.parent / "math"
     shutil.copytree(family.math, math)
     own.write_text(own.read_text().replace(str(family.math), str(math)).replace("name: tiny", f"name: {own.stem}"))
+    words = own.with_name("words.yaml")
+    words.write_text(words.read_text().replace("doc_to_target: 0", "doc_to_target: 2"))  # there `math` beats the base
     first = report(lewis("run", own, "--json", *NO_SCORES))
+    assert first["kept"] == []
     text = artifact(client, own, "run-report")
     assert f"**models:/{own.stem}/1 is the new champion.**" in text and "Started by hand." in text
     assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "## Scores" not in text
@@ -81,7 +84,7 @@ def test_the_story_of_two_runs(
 
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
-    second = report(lewis("run", own, "--json", *FEW_SCORES))
+    second = report(lewis("run", own, "--json", *SCORES))
     text = artifact(client, own, "run-report")
     assert f"What changed since the champion `models:/{own.stem}/1`" in text
     assert text.count("unchanged") == 3 and text.count("**moved**") == 1
@@ -89,7 +92,9 @@ def test_the_story_of_two_runs(
 
     _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
     print_merge(MergeReport.model_validate(second))
-    _check_tables(client, own, home, second, text, capsys.readouterr().out)
+    terminal = capsys.readouterr().out
+    _check_tables(client, own, home, second, text, terminal)
+    _check_kept(client, own, home, second, text, terminal)
     _check_events(client, own.stem, first, second)
     _check_assets(client, own.stem, math, family, second)
 
@@ -110,7 +115,7 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     from mlflow import MlflowClient
 
     rows = second["comparison"]
-    assert [row["model"] for row in rows] == ["base", "champion", "lewis"] and rows[0]["95 % interval"]
+    assert [row["model"] for row in rows] == ["base", "math", "code", "champion", "lewis"] and rows[0]["95 % interval"]
     wanted = [[cell for cell in row.values() if cell] for row in rows]
     card = (Path(second["folder"]) / "README.md").read_text()
     for table in (text, card):
@@ -132,6 +137,29 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
     assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
     assert version.description in card
+
+
+def _check_kept(client: Any, own: Path, home: Path, second: dict[str, Any], text: str, terminal: str) -> None:
+    """How much of the expert's gain is kept, in the same places."""
+    from mlflow import MlflowClient
+
+    [row] = second["kept"]
+    assert list(row) == ["expert", "task", "base", "expert's score", "merged", "kept", "kept by champion"]
+    assert (row["expert"], row["task"]) == ("math", "words/acc,none ↑")
+    base, best, merged = (float(row[name]) for name in ("base", "expert's score", "merged"))
+    assert best > base and row["kept"] == f"{round(100 * (merged - base) / (best - base))} %"
+    title = "## What is kept of each expert's gain"
+    for table in (text, (Path(second["folder"]) / "README.md").read_text()):
+        assert title in table and "| " + " | ".join(row.values()) + " |" in table.replace("`", "")
+    assert "what is kept of each expert's gain over the base, on its own task:" in terminal
+    assert re.search(r"\s+".join(map(re.escape, row.values())), terminal)
+    assert json.loads(artifact(client, own, "kept")) == [row]
+    mlflow = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    run = mlflow.get_model_version(own.stem, "2").run_id
+    measured = mlflow.get_run(run).data.metrics
+    assert measured["kept/words"] == pytest.approx((merged - base) / (best - base))
+    assert f"{round(100 * measured['kept by champion/words'])} %" == row["kept by champion"]
+    assert Path(mlflow.download_artifacts(run, "kept.json", home.parent)).exists()
 
 
 def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
         },
         mean_density={"org/math": 0.55},
         scores=[{"model": "base", "acc ↑": "0.5"}],
+        kept=[{"expert": "math", "task": "gsm8k/acc,none ↑", "kept": "97 %"}],
     )
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -40,6 +41,8 @@ def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
     for digest in ("1" * 40, "2" * 40, "3" * 64, "4" * 40, "5" * 64):
         assert digest in body
     assert f"| `org/math` | `{'2' * 40}` | 0.550 |" in body
+    assert "## What is kept of each expert's gain\n\n| expert | task | kept |" in body
+    assert "| math | gsm8k/acc,none ↑ | 97 % |" in body
     assert "| base | 0.5 |" in body and "```yaml\nmerge_method: ties\n```" in body
 
 
@@ -80,7 +83,12 @@ def test_the_card_is_one_the_hub_accepts() -> None:
         scores=[],
     )
     assert ModelCard(text).data.tags == ["merge", "lewis", "linear"]
-    assert "base_model" not in text and "## Scores" not in text and "A merge of 1 expert by" in text
+    assert (
+        "base_model" not in text
+        and "## Scores" not in text
+        and "What is kept" not in text
+        and "A merge of 1 expert by" in text
+    )
 
 
 @pytest.mark.parametrize(

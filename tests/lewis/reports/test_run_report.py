@@ -122,6 +122,16 @@ def test_the_comparison_and_the_pictures_are_in_the_report() -> None:
     assert text.endswith("## Scores\n\n![Scores](data:image/png;base64,iVBORw==)\n")
 
 
+def test_what_is_kept_of_the_experts_gains_is_in_the_report() -> None:
+    rows = [{"expert": "math", "task": "gsm8k/acc,none ↑", "base": "0.2", "kept": "97 %", "kept by uniform": "-"}]
+    text = to_markdown(RunFacts("r", "Merged.", "by hand", 3, "a" * 64, kept=rows))
+    assert text.endswith(
+        "## What is kept of each expert's gain\n\n"
+        "| expert | task | base | kept | kept by uniform |\n| --- | --- | --- | --- | --- |\n"
+        "| `math` | `gsm8k/acc,none ↑` | 0.2 | 97 % | - |\n"
+    )
+
+
 def test_a_gap_is_marked_by_which_way_is_better() -> None:
     scores = {"base": [score(2.0, False)], "champion": [score(1.0, False)], "lewis": [score(1.5, False)]}
     assert score_rows(scores, "lewis") == [
