@@ -196,6 +196,8 @@ class _Walk:
         self._in_block = [name for name in self._weights[-1].network.parameters_in(block) if name not in of_places]
         for weights in self._weights:
             weights.load(self._in_block)
+        for each in self._passes:  # what was noted in the blocks before is not needed any more
+            each.streams = {path: stream for path, stream in each.streams.items() if path == block}
 
     def _drop_block(self) -> None:
         self._drop()

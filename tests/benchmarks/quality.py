@@ -115,11 +115,11 @@ def test_rows(data: Path, rows: int, skip: int) -> dict[str, list[tuple[str, str
 class Scorer:
     """The test rows as token ids, and a model that takes the weights of one merge after another."""
 
-    def __init__(self, base: Path, data: Path, rows: int, skip: int) -> None:
+    def __init__(self, base: Path, rows: dict[str, list[tuple[str, str]]]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base)
         self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
         self._rows: list[tuple[str, list[int], int]] = []  # task, ids, length of the prompt
-        for task, pairs in test_rows(data, rows, skip).items():
+        for task, pairs in rows.items():
             for prompt, answer in pairs:
                 p, a = tokenizer(prompt)["input_ids"], [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
                 self._rows.append((task, (p + a)[:TOKENS], len(p)))
@@ -254,7 +254,7 @@ def main() -> None:
         if options.full_math and options.full_code:
             families["fully fine-tuned"] = [options.full_math, options.full_code]
         start, data = time.perf_counter(), options.shared / "data"
-        scorer = Scorer(options.base, data, options.rows, options.skip)
+        scorer = Scorer(options.base, test_rows(data, options.rows, options.skip))
         for case in grid(options.grid, families, options.rows, options.samples, options.skip):
             if case in known or time.perf_counter() - start > 60 * options.minutes:
                 continue
