@@ -32,7 +32,7 @@ from lewis.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Raise it when the code makes different files from the same plan.
-VERSION = 3
+VERSION = 4
 
 SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
 LETTERS = "abcdefghij"
@@ -65,7 +65,9 @@ class TrainingPlan:
 
 
 def make_family(folder: Path, progress: Callable[[str, float], None], plan: TrainingPlan | None = None) -> Path:
-    """Train the family and write it to `folder`: base/, experts/, data/, tasks/, demo.yaml and sparse.yaml.
+    """Train the family and write it to `folder`: base/, experts/, data/, tasks/, and recipes.
+
+    The recipes: demo.yaml, lewis.yaml (densities by LEWIS) and sparse.yaml (worth a search).
 
     If the folder holds this family already, the call returns at once. A call that dies leaves no partial family.
 
@@ -95,6 +97,7 @@ def make_family(folder: Path, progress: Callable[[str, float], None], plan: Trai
             held_out = _write_data(scratch / "data", plan)
             _write_tasks(scratch / "tasks")
             (scratch / "demo.yaml").write_text(_yaml(_recipe()))
+            (scratch / "lewis.yaml").write_text(_yaml(_guided_recipe()))
             (scratch / "sparse.yaml").write_text(_yaml(_sparse_recipe()))
             _train_family(scratch, held_out, plan, progress)
     logger.info("demo family written to %s", folder)
@@ -158,30 +161,38 @@ def _write_tasks(folder: Path) -> None:
 
 def _recipe() -> dict[str, Any]:
     """The recipe that merges the family; its paths are relative to its folder."""
-    calibration = {"dataset": "json", "text": "{prompt}{answer}", "samples": 64, "max_tokens": 64, "seed": 42}
+    calibration = {"dataset": "json", "text": "{prompt}{answer}\n", "samples": 64, "max_tokens": 64, "seed": 42}
     return {
-        "merge_method": "ties",
+        "merge_method": "regmean_forward",
         "base_model": "./base",
         "models": [{"model": f"./experts/{s}", "parameters": {"weight": 1.0}, "calibration": s} for s in SKILLS],
-        "parameters": {"normalize": True},
         "dtype": "float32",
-        "lewis": {
-            "calibrations": {skill: {**calibration, "data_files": f"data/{skill}.jsonl"} for skill in SKILLS},
-            "importance": {"metric": "norm_difference"},
-            "density": {"strategy": "lewis", "min": 0.3, "max": 0.8, "uncovered": "expert"},
-        },
+        "lewis": {"calibrations": {skill: {**calibration, "data_files": f"data/{skill}.jsonl"} for skill in SKILLS}},
         "evaluate": {
             "tasks": [f"tasks/{skill}.yaml" for skill in SKILLS],
             "weights": dict.fromkeys(SKILLS, 1.0),
-            "baselines": ["base", "experts", "uniform"],
+            "baselines": ["base", "experts"],
         },
         "register": {"name": "lewis-demo", "gate": {"metric": "weighted/mean,none", "min_gain": 0.0}},
     }
 
 
+def _guided_recipe() -> dict[str, Any]:
+    """The same with TIES, whose densities LEWIS decides, beside uniform ones."""
+    recipe = _recipe()
+    recipe |= {"merge_method": "ties", "parameters": {"normalize": True}}
+    recipe["lewis"] |= {
+        "importance": {"metric": "norm_difference"},
+        "density": {"strategy": "lewis", "min": 0.3, "max": 0.8, "uncovered": "expert"},
+    }
+    recipe["evaluate"]["baselines"] = ["base", "experts", "uniform"]
+    recipe["register"]["name"] = "lewis-demo-guided"
+    return recipe
+
+
 def _sparse_recipe() -> dict[str, Any]:
     """A recipe for `lewis search`: it keeps 2 % of each task vector, where default values lose much of the score."""
-    recipe = _recipe()
+    recipe = _guided_recipe()
     recipe["lewis"] = {
         "calibrations": recipe["lewis"]["calibrations"],
         "prune_by": "magnitude",

@@ -27,7 +27,7 @@ def regmean(
     *,
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
-    ridge: NotNegative = 1e-4,
+    ridge: NotNegative = 0.1,
 ) -> torch.Tensor:
     """Fit each projection to what the experts give for their own inputs, with a ridge towards the sum of task vectors.
 
@@ -57,7 +57,7 @@ def regmean_forward(
     *,
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
-    ridge: NotNegative = 1e-3,
+    ridge: NotNegative = 0.01,
     residual: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection, from the first block on, to what the experts give, for the inputs of the merged model.

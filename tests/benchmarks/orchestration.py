@@ -89,10 +89,10 @@ def overhead(root: Path) -> list[bool]:
         for number in range(FULL_RUNS):
             for side in ("library", "dag") if number % 2 else ("dag", "library"):
                 home = root / f"{side}-{number}"
-                took[side].append(in_new_process(home, time_runs, side, family / "demo.yaml", PREFECT_API_URL=url))
+                took[side].append(in_new_process(home, time_runs, side, family / "lewis.yaml", PREFECT_API_URL=url))
         for _ in range(CACHED_RUNS):
             for side, homes in (("library", root / "library-0"), ("dag", root / "dag-0")):
-                whole[side].append(time_process(side, family / "demo.yaml", homes, url))
+                whole[side].append(time_process(side, family / "lewis.yaml", homes, url))
     full = {side: [runs[0] for runs in each] for side, each in took.items()}
     cached = {side: [second for runs in each for second in runs[1:]] for side, each in took.items()}
     heading(f"overhead of the DAG on the demo family: median / max, {FULL_RUNS} full and {CACHED_RUNS} cached a store")

@@ -74,7 +74,7 @@ def write_recipe(family: Path, folder: Path) -> None:
     """The demo's recipe, with its models on the Hub, beside its data and tasks."""
     for name in ("data", "tasks"):
         (folder / name).symlink_to(family / name)
-    content = yaml.safe_load((family / "demo.yaml").read_text())
+    content = yaml.safe_load((family / "lewis.yaml").read_text())
     content["base_model"] = "demo/base"
     for entry in content["models"]:
         entry["model"] = entry["model"].replace("./experts", "demo")

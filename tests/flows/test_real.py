@@ -55,11 +55,10 @@ def test_the_merge_predicts_both_kinds_of_answers_better_than_the_base(real: Pat
     assert process.returncode == 0, err[-3000:]
     found = json.loads(out)
     base, merged = ({k: v for k, v in row.items() if k != "model"} for row in found["scores"])
-    assert [row["model"] for row in found["scores"]] == ["base", "lewis"] and len(base) == 3
+    assert [row["model"] for row in found["scores"]] == ["base", "merged"] and len(base) == 3
     for task, cell in base.items():  # bits per byte of both kinds of reference answers, and their mean: lower is better
         assert float(merged[task].split()[0]) < float(cell.split()[0]) - 0.05, task
     assert found["version"] == "models:/smollm2-lewis/1" and found["promoted"]
-    assert all(0.3 < mean < 0.5 for mean in found["mean_density"].values())
 
 
 def test_official_norms_are_those_of_the_authors_procedure(real: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_training_rows_never_hold_a_test_prompt_and_an_expert_sees_only_right_an
 
 def test_recipe_is_valid_and_its_files_exist(family):
     recipe = Recipe.load(family / "demo.yaml")
-    assert recipe.merge_method == "ties" and recipe.dtype == "float32"
+    assert recipe.merge_method == "regmean_forward" and recipe.dtype == "float32"
     assert [recipe.calibration_of(expert) for expert in recipe.experts] == list(SKILLS)
     sets = recipe.lewis.calibrations.values()
     named = [
@@ -120,6 +120,11 @@ def test_recipe_is_valid_and_its_files_exist(family):
     ]
     assert len(named) == 1 + 3 + 3 + 3
     assert all((family / name).exists() for name in named)
+
+
+def test_another_recipe_has_densities_by_lewis(family):
+    recipe = Recipe.load(family / "lewis.yaml")
+    assert recipe.guided and recipe.wants_uniform and recipe.merge_method == "ties"
 
 
 def test_the_recipe_of_the_search_is_valid_and_begins_with_its_own_values(family):
