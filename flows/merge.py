@@ -87,6 +87,7 @@ def merge_flow(
                 name="Skipped", message=f"a run of {path.stem} waits already and will find the newest state"
             )
         plan = Recipe.load(path, overrides or [])
+        plan.check_full_output()
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)
         report, changed = _merge(plan)

@@ -82,6 +82,7 @@ def search_flow(
     path = recipes_folder.find(recipe)
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         plan = Recipe.load(path, overrides or [])
+        plan.check_full_output()
         metrics = study.objectives_of(plan)
         space.check(plan)
         assert plan.search is not None

@@ -91,6 +91,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         InputError: as a run would, for everything that can be known before the work.
     """
+    recipe.check_full_output()
     if recipe.evaluate:
         lm_eval.check_tasks(
             recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution

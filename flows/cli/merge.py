@@ -30,9 +30,11 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Write a merged model, with its card, into a folder."""
+    """Write a merged model or adapter, with its card, into a folder."""
     from lewis import pipeline, store
     from lewis.devices import default_device
+    from lewis.merge.lora_output import Adapter
+    from lewis.models.lora import WEIGHTS
     from lewis.models.shards import parse_size
     from lewis.registry.registration import write_card
 
@@ -50,12 +52,17 @@ def merge(options: argparse.Namespace) -> None:
     manifest = pipeline.lineage(recipe, base, experts, allocated)
     effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
     write_card(folder, recipe, base, experts, allocated)
+    adapter = (store.read_manifest(folder) or {}).get("adapter")
+    written = (folder / WEIGHTS).stat().st_size if adapter else prepared.size
     if options.json:
-        facts = {"folder": str(folder), "digest": prepared.digest, "bytes": prepared.size}
+        facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
+        facts |= {"adapter": adapter} if adapter else {}
         means = dict(allocated.means) if allocated else {}
         print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
     else:
-        size = f"{len(prepared.layout)} tensors, {prepared.size / 1e9:.2f} GB"
+        size = f"{len(prepared.layout)} tensors, {written / 1e9:.2f} GB"
+        if adapter:
+            size = f"{Adapter(**adapter).to_text()}; {written / 1e6:.1f} MB"
         print(f"{options.output}: {size}, digest {prepared.digest}\n{effort.to_text()}")
 
 

@@ -119,6 +119,12 @@ class Network:
         return [tensor for tensor, _ in self._sources.get(parameter, [])]
 
     @property
+    def unconverted(self) -> dict[str, str]:
+        """Checkpoint tensor -> the parameter that it is, value by value."""
+        single = {found[0][0]: name for name, found in self._sources.items() if len(found) == 1}
+        return {tensor: name for tensor, name in single.items() if name not in self._converters}
+
+    @property
     def unplaced(self) -> list[str]:
         """Checkpoint tensors that the network has no place for."""
         return self._unplaced

@@ -11,7 +11,7 @@ from lewis.methods import find
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 
-_OURS = ("lewis", "evaluate", "register", "publish", "search", "seed")
+_OURS = ("lewis", "evaluate", "register", "publish", "search", "seed", "output")
 
 
 def check_exportable(recipe: Recipe) -> None:
@@ -23,6 +23,8 @@ def check_exportable(recipe: Recipe) -> None:
         )
     if recipe.lewis is not None and recipe.lewis.aim is not None:
         raise InputError("lewis.aim: mergekit has nothing like it; this recipe runs in LEWIS only")
+    if recipe.output.kind != "full":
+        raise InputError("output.kind: mergekit writes full models; use full (--set output=null)")
     if recipe.exclude:
         raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
     if not find(recipe.merge_method).in_mergekit:

@@ -27,6 +27,7 @@ from lewis.methods.arithmetic.streams import Stream
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files import tokenizer_files
+from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 from lewis.models.names import layer_of
 
@@ -72,7 +73,7 @@ class Prepared:
         size: bytes of the output's tensors.
         elements: number of elements of the output's tensors.
         budget: limits how many elements are merged in torch at a time.
-        traffic: bytes of the tensors of all inputs and of the output.
+        traffic: bytes of the tensors of all inputs and of the output; an adapter, which is small, is not counted.
     """
 
     def __init__(
@@ -118,12 +119,13 @@ class Prepared:
         self.size = sum(size_of(dtype, shape) for dtype, shape in self.layout.values())
         self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
         inputs = {model.key: model for model in self.models}
-        self.traffic = self.size + sum(
+        self.traffic = (0 if self.as_adapter else self.size) + sum(
             size_of(info.dtype, info.shape) for model in inputs.values() for info in model.tensors.values()
         )
         self._check_parameters()
         self._check_scales()
         self._check_fit()
+        self._check_output()
         self.digest = self._digest()
         largest = max((info.elements for info in self.base.tensors.values()), default=0)
         self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
@@ -132,6 +134,11 @@ class Prepared:
     def models(self) -> list[Model]:
         """The base, then the experts."""
         return [self.base, *(expert.model for expert in self.experts)]
+
+    @property
+    def as_adapter(self) -> bool:
+        """Whether a LoRA adapter is written instead of the full model."""
+        return self.settings.output.kind == "lora"
 
     @property
     def threads(self) -> int:
@@ -224,6 +231,20 @@ class Prepared:
         if lacking := [expert.ref for expert in self.experts if expert.calibration is None]:
             raise InputError(f"{lacking[0]}: {self.method.name} needs its calibration set; see lewis.calibrations")
 
+    def _check_output(self) -> None:
+        if not self.as_adapter:
+            return
+        if isinstance(self.base, LoraExpert):
+            raise InputError(
+                f"output.kind: the base {self.settings.base} is an adapter on a model itself, and PEFT puts an adapter "
+                "on a full model; merge the base's adapter into it first, or use full"
+            )
+        if self.vocabulary.target is not None:
+            raise InputError(
+                "output.kind: an adapter has its base's vocabulary, and the result has another one here; leave the "
+                "tokenizer out, or use full"
+            )
+
     def _digest(self) -> str:
         """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
         resolved = [[name, self.parameters(name)] for name in self.base.tensors if self.merges(name)]
@@ -242,6 +263,7 @@ class Prepared:
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
                 **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
+                **({"output": self.settings.output.model_dump()} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }

@@ -26,7 +26,7 @@ from lewis.merge.chunks import chunks
 from lewis.merge.prepared import Expert, Prepared
 from lewis.merge.settings import MergeSettings
 from lewis.models.config import write_config
-from lewis.models.dtypes import bytes_of
+from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files import copy_tokenizer
 from lewis.models.model import Model
 from lewis.models.writer import CheckpointWriter
@@ -63,10 +63,10 @@ class Merge(Prepared):
         progress: Callable[[int, int, str], None] | None = None,
         threads: int | None = None,
     ) -> None:
-        """Write the merged checkpoint to `folder`, which appears whole or not at all.
+        """Write the merged checkpoint, or the adapter, to `folder`, which appears whole or not at all.
 
         If a process that wrote the same merge to `folder` died (kill -9, power), this one keeps the tensors that it had
-        finished and writes the others.
+        finished and writes the others. An adapter is begun anew.
 
         Args:
             folder: the output; absent, empty, or an earlier output.
@@ -82,6 +82,9 @@ class Merge(Prepared):
         """
         if folder.resolve() in {place.resolve() for model in self.models for place in (model.folder, model.home)}:
             raise InputError(f"{folder}: one of the models that are merged; choose another path")
+        if self.as_adapter:
+            self._run_adapter(folder, manifest, progress, threads)
+            return
         checksums: dict[str, str] = {}
         key = store.digest([self.digest, max_shard_size])
         try:
@@ -101,6 +104,38 @@ class Merge(Prepared):
             place, why = error.filename or folder, error.strerror or error
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
+
+    def _run_adapter(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any] | None,
+        progress: Callable[[int, int, str], None] | None,
+        threads: int | None,
+    ) -> None:
+        """`run` for an adapter. The manifest's `adapter` tells the ranks and the error (`lora_output.Adapter`)."""
+        from lewis.merge.lora_output import AdapterWriter
+
+        done = self.steps - self.elements
+
+        def report(name: str) -> None:
+            nonlocal done
+            done += self.base.tensors[name].elements
+            if progress:
+                progress(done, self.steps, name)
+
+        record: dict[str, Any] = {"digest": self.digest, **(manifest or {})}
+        writer = AdapterWriter(self, self._merged, report)
+        store.check_space(folder, writer.size + 10**7)
+        writer.check()  # before a fit, which takes long
+        try:
+            with store.publish(folder, record) as scratch, self._fitted_in(scratch / _FITTED, progress, threads):
+                adapter = writer.write(scratch, threads)
+                copy_tokenizer(self.vocabulary.donor, scratch)
+                record["adapter"] = adapter.to_json()
+        except OSError as error:
+            place, why = error.filename or folder, error.strerror or error
+            raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
+        logger.info("%s: %s", folder, adapter.to_text())
 
     @property
     def steps(self) -> int:
@@ -170,6 +205,23 @@ class Merge(Prepared):
                 raise LewisError("the merge was stopped")
             writer.write_bytes(name, data, offset)
 
+        self._merge_into(name, write)
+        for model in self._read_for(name):
+            model.done_with(name)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        """One tensor as `run` writes it: fitted, copied, or merged in the engine that it uses."""
+        dtype, shape = self.layout[name]
+        merged = torch.empty(shape, dtype=torch_dtype(dtype))
+        target = bytes_of(merged)
+
+        def write(data: memoryview, offset: int) -> None:
+            target[offset : offset + data.nbytes] = data
+
+        self._merge_into(name, write)
+        return merged
+
+    def _merge_into(self, name: str, write: Callable[[memoryview, int], None]) -> None:
         with np.errstate(all="ignore"):  # values that are not finite are reported by the tensor's name
             if self._fitted and name in self._fitted:
                 write(bytes_of(self._fitted.read(name)), 0)
@@ -178,8 +230,6 @@ class Merge(Prepared):
                 for piece in in_torch.merge_by_rows(self, name):
                     write(bytes_of(piece), offset)
                     offset += piece.nbytes
-        for model in self._read_for(name):
-            model.done_with(name)
 
     def _read_for(self, name: str) -> list[Model]:
         return self.models[: 1 if name in self.excluded else None]

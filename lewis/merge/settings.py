@@ -1,11 +1,11 @@
 """What one merge needs to know of a recipe, resolved once: the engine itself knows no recipe."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lewis.methods import Method, Parameter
-from lewis.recipe.schema import Tokenizer
+from lewis.recipe.schema import Output, Tokenizer
 
 ParameterValue = Callable[[Parameter, str | None, str, float], Any]
 """The value of a parameter, by (parameter, reference of the expert or None for all, tensor name, depth in [0, 1])."""
@@ -23,6 +23,8 @@ class MergeSettings:
         dtype: of the result's floating-point tensors, as safetensors names it (`BF16`); None: each keeps the base's.
         excluded: names of the tensors that are copied from the base.
         vocabulary: whose tokens the result has; None: all models must have the base's.
+        output: what is written: the full model, or an adapter.
+        base_name: how an adapter names its base: `org/name`, `org/name@revision`, or the absolute path of a folder.
     """
 
     method: Method
@@ -32,3 +34,5 @@ class MergeSettings:
     dtype: str | None = None
     excluded: frozenset[str] = frozenset()
     vocabulary: Tokenizer | None = None
+    output: Output = field(default_factory=Output)
+    base_name: str = ""

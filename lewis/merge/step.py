@@ -20,6 +20,7 @@ from lewis.merge.settings import MergeSettings
 from lewis.methods import Parameter, find
 from lewis.models.dtypes import MERGED
 from lewis.models.model import Model
+from lewis.models.pin import find_folder
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe, excluded
@@ -117,11 +118,18 @@ def resolve(recipe: Recipe, base: Model) -> MergeSettings:
         dtype=stored_dtype(recipe),
         excluded=excluded(recipe, base.tensors, base.tied),
         vocabulary=recipe.vocabulary,
+        output=recipe.output,
+        base_name=str(find_folder(name, recipe.root) or name) if (name := recipe.base_model) else "",
     )
 
 
 def stored_dtype(recipe: Recipe) -> str | None:
-    """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's."""
+    """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's.
+
+    For an adapter it is always fp32: rounding to fewer bits would add noise of full rank to the merged delta.
+    """
+    if recipe.output.kind == "lora":
+        return "F32"
     return MERGED.get(recipe.out_dtype or recipe.dtype or "")
 
 
@@ -144,7 +152,8 @@ def merge(
     progress: Callable[[int, int, str], None] | None = None,
     gpu: str = "cuda",
 ) -> MergedModel:
-    """The merged checkpoint in the store, `merged/<digest>/`; made once, then found."""
+    """The merged checkpoint in the store, `merged/<digest>/`; made once, then found. An adapter is refused."""
+    recipe.check_full_output()
     prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
     folder = kinds.MERGED.path(prepared.digest)
     with kinds.MERGED.lock(prepared.digest):

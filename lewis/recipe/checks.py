@@ -45,6 +45,9 @@ def cross_check(data: dict[str, Any]) -> list[str]:
     problems += _check_guidance(data)
     if data.get("exclude") and not data.get("base_model"):
         problems.append("exclude: what is excluded is copied from the base; set base_model")
+    output = data.get("output")
+    if isinstance(output, dict) and output.get("kind") == "lora" and not data.get("base_model"):
+        problems.append("output.kind: an adapter sits on a base; set base_model, or use full")
     register = data.get("register")
     if isinstance(register, dict) and register.get("gate") and not data.get("evaluate"):
         problems.append("register.gate: there is nothing to compare; add an evaluate block")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
 from lewis.errors import RecipeError, nearest
 from lewis.methods import Parameter, find, load_plugins
@@ -20,6 +20,7 @@ from lewis.recipe.schema import (
     Lewis,
     ModelEntry,
     ModelName,
+    Output,
     Parameters,
     Publish,
     Register,
@@ -47,6 +48,7 @@ class Recipe(Block):
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = Field(default=0, ge=0)
     lewis: Lewis | None = None
+    output: Annotated[Output, BeforeValidator(lambda value: {} if value is None else value)] = Output()
     evaluate: Evaluate | None = None
     register_as: Register | None = Field(default=None, alias="register")
     publish: Publish | None = None
@@ -261,8 +263,23 @@ class Recipe(Block):
 
     @property
     def blocks(self) -> str:
-        """What decides the merged weights, as canonical JSON: without `evaluate`, `register`, `publish`, `search`."""
-        return self.model_dump_json(exclude={"evaluate", "register_as", "publish", "search"})
+        """What decides the merged weights, as canonical JSON: without `evaluate`, `register`, `publish`, `search`.
+
+        `output` is left out too: only full models are cached by this.
+        """
+        return self.model_dump_json(exclude={"output", "evaluate", "register_as", "publish", "search"})
+
+    def check_full_output(self) -> None:
+        """Check that the merge gives a full model: only those are planned, scored, searched and registered.
+
+        Raises:
+            RecipeError: if it gives an adapter.
+        """
+        if self.output.kind != "full":
+            raise RecipeError(
+                f"output.kind: only `lewis merge {self.name}.yaml -o DIR` writes an adapter; to score or register the "
+                "merge, use full (--set output=null)"
+            )
 
 
 def excluded(recipe: Recipe, names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:

@@ -210,6 +210,29 @@ class Lewis(Block):
         return with_preset(data) if isinstance(data, dict) else data
 
 
+class Output(Block):
+    """What a merge writes: the full model, or a LoRA adapter that holds the merged delta approximately.
+
+    Attributes:
+        kind: `full`, or `lora`: a PEFT adapter on the base, which needs `rank` or `tolerance`.
+        rank: the largest rank of a module.
+        tolerance: the largest relative Frobenius error of a module's delta; its rank is then the smallest that keeps
+            within it (and at most `rank`, if that is given too). A tensor that an adapter cannot hold may have moved by
+            this share of its own norm; it then stays as the base has it.
+    """
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int | None = Field(default=None, ge=1)
+    tolerance: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> "Output":
+        if (self.kind == "lora") == (self.rank is None and self.tolerance is None):
+            full = "full takes no `rank` or `tolerance`; did you mean kind: lora?"
+            raise ValueError(full if self.kind == "full" else "kind lora needs `rank`, `tolerance` or both")
+        return self
+
+
 class Evaluate(Block):
     """What lm-eval scores.
 

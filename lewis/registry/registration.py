@@ -156,6 +156,7 @@ def model_card(
         kept=kept_rows(kept_gains(recipe, models)),
         results=found.get(recipe.label, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
+        adapter=recipe.output.kind == "lora",
     )
 
 

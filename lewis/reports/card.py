@@ -32,6 +32,7 @@ def model_card(
     kept: Sequence[Mapping[str, object]] = (),
     results: Sequence[Score] = (),
     licences: Mapping[str, str | None] | None = None,
+    adapter: bool = False,
 ) -> str:
     """The README of a merged model, with YAML front matter for the Hub.
 
@@ -45,13 +46,18 @@ def model_card(
         kept: rows of `lewis.evaluation.kept.kept_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> what `licence_of` returned for that parent.
+        adapter: whether it is a LoRA adapter on the base, not a full model.
     """
     parents = [*([base] if base else []), *experts]
     repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
+    relation = "merge"
+    if adapter:  # the Hub shows an adapter under its base alone
+        relation, own = "adapter", _repo(base, lineage.get(base, "")) if base else None
+        repos = dict.fromkeys([own] if own else [])
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         **_common_licence(licences or {}),
-        **({"base_model": list(repos), "base_model_relation": "merge"} if repos else {}),
+        **({"base_model": list(repos), "base_model_relation": relation} if repos else {}),
         "tags": list(dict.fromkeys(["merge", "lewis", method])),
         **({"model-index": _model_index(name, results)} if results else {}),
     }
@@ -59,7 +65,8 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`{how if strategy else ''}.",
+        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`{how if strategy else ''}"
+        f"{', as a LoRA adapter on the base' * adapter}.",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## What is kept of each expert's gain\n\n" + markdown_table(kept) if kept else "",
         "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",

@@ -79,6 +79,26 @@ def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: py
     assert "cached  allocate" in text and "self_attn.q_proj: 2 layers (0 to 1)" in text
 
 
+def test_merge_writes_an_adapter_and_run_refuses_it(
+    recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, wanted = home.parent / "adapter", ["--set", "output={kind: lora, rank: 4}", "--set", "exclude=[norm]"]
+    assert main(["merge", str(recipe), "-o", str(out), *wanted]) == 0
+    told = capsys.readouterr().out
+    assert re.search(
+        r"LoRA adapter of 14 modules, rank 4, 2 saved whole; it leaves a relative error of 0\.\d+, at", told
+    )
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and "as a LoRA adapter on the base." in card
+    assert main(["merge", str(recipe), "-o", str(out), "--json", *wanted]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["adapter"]["ranks"].values()) == {4}
+    assert facts["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    for command in ("run", "search", "plan"):
+        assert main([command, str(recipe), *wanted]) == 2
+        assert "output.kind: only `lewis merge" in capsys.readouterr().err
+
+
 def test_merge_writes_a_model_and_replaces_only_its_own(
     recipe: Path, home: Path, family: Family, capsys: pytest.CaptureFixture[str]
 ) -> None:

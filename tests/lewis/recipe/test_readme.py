@@ -24,6 +24,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Importance": ("importance", ""),
     "Density": ("density", ""),
     "Aim": ("aim", ""),
+    "Output": ("output", ""),
     "Evaluate": ("evaluate", ""),
     "Register": ("register", ""),
     "Gate": ("register", ""),
