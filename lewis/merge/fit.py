@@ -18,7 +18,8 @@ function. That is also what the fit is pulled towards: its anchor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ from lewis.merge.workers import Workers
 from lewis.methods.arithmetic.regression import Inputs, Rows
 from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights
@@ -81,11 +84,12 @@ def fit(
     experts = [expert.model for expert in merge.experts]
     models: list[Model] = [*experts, _Merged(merge)] if merge.method.fits == "forward" else experts
     networks = [network_of(model) for model in models]
-    places = {each.parameter.rpartition(".")[0]: each for each in _in_order(networks[-1]) if merge.merges(each.tensor)}
+    places = {each.parameter.rpartition(".")[0]: each for each in in_order(networks[-1]) if merge.merges(each.tensor)}
     if not places:
         raise InputError(
             f"{merge.base.folder}: no projection that {merge.method.name} could fit; use another merge_method"
         )
+    _warn_of_few_tokens(merge, places.values())
     sets = [expert.calibration for expert in merge.experts if expert.calibration]
     made = batches(sets, networks[-1], tokens=TOKENS_PER_PASS)
     passes = [
@@ -116,7 +120,22 @@ def fit(
     return fitted
 
 
-def _in_order(network: Network) -> list[Covered]:
+def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
+    shapes = [(merge.base.tensors[each.tensor].shape, each.transposed) for each in covered]
+    largest = max(shape[0] if transposed else shape[1] for shape, transposed in shapes)
+    for expert in merge.experts:
+        tokens = expert.calibration.tokens if expert.calibration else 0
+        if tokens < largest:
+            logger.warning(
+                "%s: its calibration set has %d tokens for projections with up to %d inputs: the ridge keeps the fit "
+                "stable, but it may not hold for other texts; raise samples or max_tokens, to 2 tokens per input",
+                expert.ref,
+                tokens,
+                largest,
+            )
+
+
+def in_order(network: Network) -> list[Covered]:
     """The covered tensors of modules that every pass comes to, in one order; not those of experts of a mixture."""
     found = []
     for each in network.covered:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lewis import store
+from lewis.devices import one_thread
+from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge.in_torch import PIECE, is_computed, is_whole
 from lewis.merge.run import Merge
@@ -66,7 +68,36 @@ def forecast(merge: Merge) -> Forecast:
     if whole:
         largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
         growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
-    return Forecast(loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before)))
+    seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
+    if merge.method.fits:
+        of_fit = _of_fit(merge)
+        seconds, peak = seconds + of_fit.seconds, max(peak, of_fit.memory)
+    return Forecast(seconds, peak)
+
+
+def _of_fit(merge: Merge) -> Forecast:
+    """What the regression takes, from the number of tokens and the sizes of the projections.
+
+    Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
+    was measured with SmolLM2-135M; how many operations a second there are is measured here.
+    """
+    from lewis.importance.measure import network_of
+    from lewis.merge.fit import in_order
+
+    network = network_of(merge.base)
+    fitted = [network.empty(each.parameter) for each in in_order(network)]
+    largest, weights = max((max(each.shape) for each in fitted), default=0), sum(each.numel() for each in fitted)
+    outside = sum(network.empty(name).numel() for name in network.parameters_outside())
+    tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
+    models = len(merge.experts) + 1
+    with one_thread(), torch.inference_mode():
+        square = torch.ones(1024, 1024)
+        square @ square
+        begun = time.perf_counter()
+        square @ square
+        per_second = 2 * 1024**3 / (time.perf_counter() - begun)
+    held = models * outside + tokens * 7 * largest + 4 * models * largest**2
+    return Forecast(8.5 * tokens * weights / (per_second * merge.threads), 600_000_000 + 4 * held)
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:

@@ -216,6 +216,21 @@ def test_a_damaged_part_of_a_killed_fit_is_not_believed(family: Family, tmp_path
     assert "a" not in Fitted(tmp_path / "fitted")
 
 
+def test_few_tokens_are_told_with_their_number(family: Family, tmp_path: Path, caplog: Any) -> None:
+    sets = {"few": {"texts": ["w1 w2 w3"], "samples": 1}}
+    models = [{"model": str(family.math)}]
+    run(recipe_of(family.base, [family.math], models=models, lewis={"calibrations": sets}), tmp_path / "out")
+    assert "its calibration set has 3 tokens for projections with up to 32 inputs" in caplog.text
+
+
+def test_a_forecast_counts_the_fit(family: Family) -> None:
+    from lewis.merge.forecast import forecast
+
+    few, many = (recipe_of(family.base, [family.math]), recipe_of(family.base, family.experts))
+    found = [forecast(prepare(each)) for each in (few, many)]
+    assert found[0].seconds > 0 and found[0].memory < found[1].memory < 2e9
+
+
 class TestRefused:
     def test_without_calibration_sets(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"lewis\.calibrations: missing; regmean_forward fits"):
