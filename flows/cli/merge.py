@@ -33,7 +33,7 @@ def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder."""
     from lewis import pipeline, store
     from lewis.devices import default_device
-    from lewis.merge.lora_output import Adapter
+    from lewis.merge.adapter import Adapter
     from lewis.models.lora import WEIGHTS
     from lewis.models.shards import parse_size
     from lewis.registry.registration import write_card

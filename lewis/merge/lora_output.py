@@ -1,7 +1,7 @@
 """Write a merge as a PEFT LoRA adapter: the merged delta of each linear module, truncated to a low rank.
 
-One delta per thread is in memory at a time. Its factors wait on the disk until the ranks of all are known, since a
-safetensors file begins with the shapes of its tensors.
+Each thread has one delta in memory at a time, and all together no more elements than the largest tensor. Factors wait
+on the disk until the ranks of all are known, since a safetensors file begins with the shapes of its tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -20,8 +19,10 @@ from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.importance.architecture import Network
 from lewis.lazy_torch import nn, torch
+from lewis.merge.adapter import Adapter, Found
 from lewis.merge.fitted import Fitted
 from lewis.merge.low_rank import factorise
+from lewis.merge.memory_budget import MemoryBudget
 from lewis.merge.prepared import Prepared
 from lewis.merge.workers import Workers
 from lewis.models.files import SINGLE
@@ -30,69 +31,8 @@ from lewis.models.lora_config import CONFIG
 from lewis.models.writer import CheckpointWriter
 
 _PREFIX = "base_model.model."
+_PART = 1 << 20  # elements of a temporary tensor
 _FACTORS = ".factors"  # folder of what waits for the adapter file
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter holds of a merge, for the manifest.
-
-    Attributes:
-        ranks: module -> rank.
-        whole: modules that are saved whole.
-        left_out: tensor that an adapter cannot hold and that moved within the tolerance -> its change, relative to it.
-        error: Frobenius norm of what the adapter leaves out of the merged delta, relative to that of the delta, over
-            all merged tensors.
-        worst: the module with the largest relative error; empty if none has a low rank.
-        worst_error: that error.
-    """
-
-    ranks: dict[str, int]
-    whole: list[str]
-    left_out: dict[str, float]
-    error: float
-    worst: str
-    worst_error: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
-
-    def to_text(self) -> str:
-        """One line."""
-        low, high = (f(self.ranks.values(), default=0) for f in (min, max))
-        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
-        parts = [f"LoRA adapter of {len(self.ranks)} modules, {ranks}"]
-        parts += [f"{len(self.whole)} saved whole"] if self.whole else []
-        parts += [f"{len(self.left_out)} tensors left as in the base"] if self.left_out else []
-        worst = f", at worst {self.worst_error:.2g} in {self.worst}" if self.worst else ""
-        return f"{', '.join(parts)}; it leaves a relative error of {self.error:.2g}{worst}"
-
-
-@dataclass
-class _Found:
-    """What is known of the tensors so far: names of modules, squared Frobenius norms, relative errors."""
-
-    ranks: dict[str, int] = field(default_factory=dict)
-    whole: set[str] = field(default_factory=set)
-    left_out: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    deltas: dict[str, float] = field(default_factory=dict)
-    lefts: dict[str, float] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def adapter(self) -> Adapter:
-        # Summed in the order of names: threads finish in any order.
-        left, norm = (sum(each[name] for name in sorted(each)) for each in (self.lefts, self.deltas))
-        worst = max(sorted(self.errors), key=lambda name: self.errors[name], default="")
-        return Adapter(
-            ranks=dict(sorted(self.ranks.items())),
-            whole=sorted(self.whole),
-            left_out=dict(sorted(self.left_out.items())),
-            error=math.sqrt(left / norm),
-            worst=worst,
-            worst_error=self.errors.get(worst, 0.0),
-        )
 
 
 class AdapterWriter:
@@ -117,7 +57,9 @@ class AdapterWriter:
         names = [name for name in merge.layout if merge.merges(name) and merge.base.tensors[name].elements]
         places = self._network.unconverted
         self._places = {name: places.get(name) for name in names}
-        self._found, self._lock = _Found(), Lock()
+        # Of its own: a merge in torch takes from the merge's, and would wait for what its delta holds.
+        self._budget = MemoryBudget(max((merge.base.tensors[name].elements for name in names), default=0))
+        self._found, self._lock = Found(), Lock()
 
     @property
     def size(self) -> int:
@@ -181,11 +123,14 @@ class AdapterWriter:
         return "linear" if kind == "weight" and (isinstance(module, nn.Linear) or _is_conv1d(module)) else "unheld"
 
     def _delta(self, name: str) -> torch.Tensor:
-        return self._merged(name) - self._merge.base.read(name).float()
+        delta = self._merged(name)
+        for part, old in zip(_parts(delta), _parts(self._merge.base.read(name)), strict=True):
+            part.sub_(old.float())
+        return delta
 
     def _leave_out(self, name: str) -> None:
-        delta, base = self._delta(name).double(), self._merge.base.read(name).double()
-        moved, norm, tolerance = float(delta.norm()), float(base.norm()), self._output.tolerance or 0.0
+        moved, norm = _norm(self._delta(name)), _norm(self._merge.base.read(name))
+        tolerance = self._output.tolerance or 0.0
         if moved > tolerance * norm:
             share = f"by {moved / norm:.2g} of its norm" if norm else "from 0"
             raise InputError(
@@ -199,7 +144,7 @@ class AdapterWriter:
 
     def _factorise(self, name: str, factors: Fitted) -> None:
         module = (self._places[name] or "").removesuffix(".weight")
-        with self._merge.budget.take(self._merge.base.tensors[name].elements):
+        with self._budget.take(self._merge.base.tensors[name].elements):
             delta = self._delta(name)
             if delta.any():
                 made = factorise(
@@ -216,8 +161,8 @@ class AdapterWriter:
             self._report(name)
 
     def _compare(self, name: str) -> None:
-        with self._merge.budget.take(self._merge.base.tensors[name].elements):
-            moved = float(self._delta(name).double().norm())
+        with self._budget.take(self._merge.base.tensors[name].elements):
+            moved = _norm(self._delta(name))
         with self._lock:
             if moved:
                 # A tied head is a module of its own in PEFT: it is saved as well.
@@ -267,6 +212,15 @@ class AdapterWriter:
             "init_lora_weights": True,
             "inference_mode": True,
         }
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensor.view(-1).split(_PART)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    """The Frobenius norm, summed in fp64."""
+    return math.sqrt(sum(float(part.double().square().sum()) for part in _parts(tensor)))
 
 
 def _is_conv1d(module: nn.Module | None) -> bool:

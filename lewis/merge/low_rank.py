@@ -57,4 +57,5 @@ def factorise(delta: torch.Tensor, rank: int | None, tolerance: float | None) ->
         lengths = a.norm(dim=1, keepdim=True)
         a, b = a / torch.where(lengths > 0, lengths, 1.0), vectors * lengths.T
     a, b = a.float().contiguous(), b.float().contiguous()
-    return Factors(a, b, float((exact - b.double() @ a.double()).norm()), float(exact.norm()))
+    norm = float(exact.norm())
+    return Factors(a, b, float(exact.addmm_(b.double(), a.double(), alpha=-1).norm()), norm)

@@ -112,7 +112,7 @@ class Merge(Prepared):
         progress: Callable[[int, int, str], None] | None,
         threads: int | None,
     ) -> None:
-        """`run` for an adapter. The manifest's `adapter` tells the ranks and the error (`lora_output.Adapter`)."""
+        """`run` for an adapter. The manifest's `adapter` tells the ranks and the error (`lewis.merge.adapter`)."""
         from lewis.merge.lora_output import AdapterWriter
 
         done = self.steps - self.elements

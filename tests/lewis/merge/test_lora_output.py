@@ -165,6 +165,12 @@ def test_any_number_of_threads_gives_the_same_bytes(family: Family, tmp_path: Pa
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
+def test_a_method_that_merges_in_torch_ends(family: Family, tmp_path: Path) -> None:
+    merge = open_merge("pcb", family.base, family.experts, output=LORA, exclude=NORMS)
+    assert not merge.compiles("model.embed_tokens.weight")
+    merge.run(tmp_path / "out", threads=3)
+
+
 def test_the_config_names_base_modules_and_ranks(family: Family, loras: list[Path], tmp_path: Path) -> None:
     output = {"kind": "lora", "tolerance": 1e-4}
     adapter_of("task_arithmetic", family.base, loras, folder=tmp_path / "out", output=output, exclude=["0.mlp"])
