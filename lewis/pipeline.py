@@ -52,13 +52,17 @@ def guide(
     *,
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[list[ImportanceEntry], AllocationEntry]:
+) -> tuple[list[ImportanceEntry], AllocationEntry | None]:
     """Calibrate, measure and allocate, one after another: the library's way, without Prefect.
 
     Args:
         progress: called with (model, tokens done, tokens in all).
+
+    Returns:
+        What was measured, and the densities: nothing and None for a plain merge, and for a method that fits.
     """
-    assert recipe.lewis is not None
+    if recipe.allocator is None:
+        return [], None
     of_entry: Mapping[str, ModelFiles] = {e.model: f for e, f in zip(recipe.experts, experts, strict=True)}
     sets: dict[str, CalibrationEntry] = {}
     measured = []
@@ -67,7 +71,7 @@ def guide(
         sets |= {name: prepare_calibration(recipe, name, base) for name in names if name not in sets}
         report = None if progress is None else _labelled(progress, f"{files.ref} on {', '.join(names)}")
         own = [sets[name] for name in names]
-        measured += measure(files, own, recipe.lewis.importance, device=device, progress=report)
+        measured += measure(files, own, recipe.allocator.importance, device=device, progress=report)
     return measured, allocate(recipe, base, experts, measured)
 
 

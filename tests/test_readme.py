@@ -69,10 +69,11 @@ def test_its_recipe_is_valid_with_its_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_its_program_merges(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["regmean_forward", "ties"])
+def test_its_program_merges(method: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = {
-        "merge_method": "ties",
+        "merge_method": method,
         "base_model": str(family.base),
         "models": [{"model": str(expert)} for expert in family.experts],
         "lewis": {"calibrations": {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},

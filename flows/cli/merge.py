@@ -152,6 +152,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
             report(what, done, total)
 
         measured, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=noted)
+        assert allocated is not None
     return _Guided(layers, parameters, measured, allocated, len(passes))
 
 

@@ -8,7 +8,7 @@ Families: `two` LoRA experts of one seed (maths, code), `seeds`: two of differen
 experts, `full`: two full fine-tunes (`real/train_expert.py math` and `code`, without --lora). The distance is the mean
 over the tasks of the loss, in nats per answer token and mean over the rows, minus that of the expert on its own task,
 with the paired 95 % interval. Each case is one merge; its line is appended to the file, and it is not run again. Models
-scored in bf16, as in `tests.benchmarks.quality`.
+are scored in fp32.
 """
 
 import argparse
@@ -219,7 +219,8 @@ def main() -> None:
         ]
         if all(case in known for case in cases):
             continue
-        scorer = Scorer(options.base, test_rows(data, FAMILIES[family], options.rows, options.skip))
+        rows = test_rows(data, FAMILIES[family], options.rows, options.skip)
+        scorer = Scorer(options.base, rows, torch.float32)
         for case in cases:
             if case in known or time.perf_counter() - start > 60 * options.minutes:
                 continue

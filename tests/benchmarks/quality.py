@@ -115,9 +115,9 @@ def test_rows(data: Path, rows: int, skip: int) -> dict[str, list[tuple[str, str
 class Scorer:
     """The test rows as token ids, and a model that takes the weights of one merge after another."""
 
-    def __init__(self, base: Path, rows: dict[str, list[tuple[str, str]]]) -> None:
+    def __init__(self, base: Path, rows: dict[str, list[tuple[str, str]]], dtype: torch.dtype = torch.bfloat16) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
         self._rows: list[tuple[str, list[int], int]] = []  # task, ids, length of the prompt
         for task, pairs in rows.items():
             for prompt, answer in pairs:
