@@ -133,7 +133,7 @@ def run(case: Case, scorer: Scorer, base: Path, experts: list[Path], data: Path)
             return {"losses": scorer.losses(pipeline.download(pinned).open())}
         losses = {}
         for task, source in zip(FAMILIES[case.family], sources, strict=True):
-            losses[task] = scorer.losses(pipeline.download(source).open())[task]
+            losses |= scorer.losses(pipeline.download(source).open(), task)
         return {"losses": losses}
     recipe = recipe_of(case, base, experts, data)
     pinned, sources = pipeline.pin_all(recipe)

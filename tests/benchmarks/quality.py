@@ -124,21 +124,22 @@ class Scorer:
                 p, a = tokenizer(prompt)["input_ids"], [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
                 self._rows.append((task, (p + a)[:TOKENS], len(p)))
 
-    def losses(self, model: Model) -> dict[str, list[float]]:
-        """Task -> nats per answer token of each row."""
+    def losses(self, model: Model, only: str | None = None) -> dict[str, list[float]]:
+        """Task -> nats per answer token of each row; of one task only, if that is asked for."""
         parameters = dict(self._model.named_parameters())
         with torch.no_grad():
             for name in model.tensors:
                 parameters[name].copy_(model.read(name))
         of_row: dict[int, float] = {}
-        order = sorted(range(len(self._rows)), key=lambda i: -len(self._rows[i][1]))
+        wanted = [i for i, (task, *_) in enumerate(self._rows) if only in (None, task)]
+        order = sorted(wanted, key=lambda i: -len(self._rows[i][1]))
         while order:
             size = max(1, PER_BATCH // len(self._rows[order[0]][1]))
             batch, order = order[:size], order[size:]
             of_row |= self._batch(batch)
         tasks: dict[str, list[float]] = {}
-        for i, (task, *_) in enumerate(self._rows):
-            tasks.setdefault(task, []).append(round(of_row[i], 6))
+        for i in wanted:
+            tasks.setdefault(self._rows[i][0], []).append(round(of_row[i], 6))
         return tasks
 
     def _batch(self, batch: list[int]) -> dict[int, float]:
