@@ -12,6 +12,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
         **{"scale": "minmax", "decimals": 5, "uncovered": "expert"},
     },
 }
+RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/results.md
 PRESETS = {"lewis_official": OFFICIAL}
 FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")
 

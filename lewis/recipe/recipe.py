@@ -12,6 +12,7 @@ from lewis.errors import RecipeError, nearest
 from lewis.methods import Parameter, find, load_plugins
 from lewis.recipe import yaml_text
 from lewis.recipe.checks import cross_check
+from lewis.recipe.presets import RECOMMENDED
 from lewis.recipe.problems import describe
 from lewis.recipe.schema import (
     Block,
@@ -109,6 +110,8 @@ class Recipe(Block):
         for setting in overrides:
             yaml_text.override(data, setting)
         load_plugins()
+        if data.get("merge_method") == "recommended":
+            data["merge_method"] = RECOMMENDED
         problems = cross_check(data)
         try:
             recipe = cls.model_validate(data)

@@ -453,3 +453,9 @@ class TestOverrides:
         with pytest.raises(InputError) as caught:
             parse(GUIDED, override)
         assert str(caught.value).startswith(f"--set {override}: ") and expected in str(caught.value)
+
+
+def test_recommended_stands_for_a_method() -> None:
+    block = "lewis: {calibrations: {a: {texts: [x], samples: 1}}}\n"
+    recipe = Recipe.parse(f"merge_method: recommended\nbase_model: b\nmodels: [{{model: m}}]\n{block}", root=Path("/"))
+    assert recipe.merge_method == "regmean_forward" and recipe.fits
