@@ -28,7 +28,7 @@ def writers(network: Network, places: Collection[str]) -> dict[str, str]:
     """Path of a projection that writes into the residual stream -> path of a module whose input is the stream before.
 
     Args:
-        network: on the meta device.
+        network: on the meta device; not to be used afterwards, since its buffers may have been computed there, too.
         places: paths of the projections.
     """
     with ExitStack() as contexts, torch.inference_mode():

@@ -89,13 +89,17 @@ def fit(
         raise InputError(
             f"{merge.base.folder}: no projection that {merge.method.name} could fit; use another merge_method"
         )
+    share = sum(merge.base.tensors[each.tensor].elements for each in places.values()) / merge.elements
+    logger.info(
+        "fitting %d projections, %.0f %% of the weights; the others are merged as they are", len(places), 100 * share
+    )
     _warn_of_few_tokens(merge, places.values())
     sets = [expert.calibration for expert in merge.experts if expert.calibration]
     made = batches(sets, networks[-1], tokens=TOKENS_PER_PASS)
     passes = [
         Pass(model, batch, partial(forward, networks[model], batch.ids, batch.lengths))
         for batch in made
-        for model in dict.fromkeys((batch.of, len(models) - 1 if len(models) > len(experts) else batch.of))
+        for model in ((batch.of, len(experts)) if len(models) > len(experts) else (batch.of,))
     ]
     fitted = Fitted(folder)
     with ExitStack() as contexts:
@@ -103,7 +107,7 @@ def fit(
         workers = contexts.enter_context(Workers(threads))
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
         weights = [Weights(n, model, "cpu", torch.float32) for n, model in zip(networks, models, strict=True)]
-        streams = writers(networks[-1], places) if len(models) > len(experts) else {}
+        streams = writers(network_of(models[-1]), places) if len(models) > len(experts) else {}
         for each in weights:
             each.check()
             each.load(each.network.parameters_outside())

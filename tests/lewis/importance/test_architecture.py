@@ -55,6 +55,7 @@ CLASSES = {
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
     "Bert": ("BertConfig", "BertLMHeadModel"),
+    "T5": ("T5Config", "T5ForConditionalGeneration"),
 }
 
 

@@ -15,10 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from lewis import pipeline, store
 from lewis.errors import InputError, RecipeError
+from lewis.importance.calibration import Calibration
+from lewis.merge.prepared import Expert
 from lewis.merge.run import Merge
+from lewis.merge.step import resolve
+from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
-from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama
+from tests.lewis.importance.test_architecture import DENSE, SAMPLES, SIZES, T5, write
+from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors
 
 pytestmark = pytest.mark.usefixtures("home")
 RIDGE = 1e-3
@@ -170,6 +175,50 @@ def test_fitted_in_half_precision_is_written_so(tmp_path: Path) -> None:
     experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
     found = run(recipe_of(base, experts, dtype="float16"), tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+
+
+SOME_MOES = {"mixtral": ("Mixtral", SIZES | {"num_local_experts": 4}), "t5": ("T5", T5)}
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *SOME_MOES])
+def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
+    """Biases, Conv1D, parallel blocks, norms after the projections, an encoder with a decoder, experts of a mixture."""
+    name, sizes = (DENSE | SOME_MOES)[kind][:2]
+    base = tmp_path / "base"
+    network = write(base, name, sizes)
+    models = []
+    for seed in (1, 2):
+        noise = torch.Generator().manual_seed(seed)
+        moved = {
+            key: value + (0.1 * torch.randn(value.shape, generator=noise) if ".bias" not in key else 0.05 * seed)
+            for key, value in load_file(base / "model.safetensors").items()
+        }
+        models.append(write_tensors(tmp_path / f"expert{seed}", moved))
+        shutil.copy(base / "config.json", models[-1] / "config.json")
+    opened = [Checkpoint(folder, folder.name) for folder in (base, *models)]
+    merge_settings = resolve(
+        recipe_of(
+            base,
+            models,
+            lewis={"calibrations": {"a": {"texts": ["x"], "samples": 1}}},
+            models=[{"model": str(folder)} for folder in models],
+        ),
+        opened[0],
+    )
+    sets = [Calibration("a", SAMPLES), Calibration("b", SAMPLES[::-1])]
+    experts = [
+        Expert(str(folder), model, calibration=each)
+        for folder, model, each in zip(models, opened[1:], sets, strict=True)
+    ]
+    merge = Merge(merge_settings, opened[0], experts)
+    merge.run(tmp_path / "out")
+    found = Checkpoint(tmp_path / "out", "out")
+    summed = {key: merge.tensor(key) for key in found.tensors}
+    fitted = [key for key in found.tensors if not torch.equal(found.read(key), summed[key])]
+    dense = [
+        key for key, module in network.named_modules() if isinstance(module, torch.nn.Linear) and "head" not in key
+    ]
+    assert len(fitted) >= (len(dense) or 8) and all(bool(found.read(key).isfinite().all()) for key in found.tensors)
 
 
 KILLED = """
