@@ -9,7 +9,7 @@ def aim(scale: torch.Tensor, omega: float) -> torch.Tensor:
     """Activation-informed merging (arXiv 2502.02421): the factors 1 - (1 - omega) * scale_j / max scale.
 
     It is no merge method but a step after any of them (`lewis.aim` in a recipe): the merged delta is multiplied by the
-    factor of its input channel, so that what the base's activations are large in is changed less.
+    factor of its input channel, so that channels in which the base's activations are large change less.
 
     Args:
         scale: fp32, not negative, broadcasts to the delta, as `Method.takes_scales` says: how large the base's

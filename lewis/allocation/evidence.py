@@ -17,8 +17,8 @@ from lewis.lazy_torch import torch
 from lewis.models.model import Model
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
-UNRELATED = 0.3  # relative difference in every layer beyond which a base is hardly this expert's ancestor
-SAMPLE = 8  # tensors that are looked at for it
+UNRELATED = 0.3  # if every layer differs by more, relative to its norm, the base is hardly this expert's ancestor
+SAMPLE = 8  # number of tensors that this is judged by
 
 Norms = Mapping[str, float | None]
 

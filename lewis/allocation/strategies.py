@@ -20,9 +20,9 @@ def lewis(layers: Sequence[Layer], differences: Evidence, policy: Density) -> di
         N(l,c)   = D(l,c) / sum over l' of D(l',c)                               per projection type c
         rho(l,c) = min + (max - min) (N - min N) / (max N - min N)               one global min-max; all equal: midpoint
 
-    With `scale: rank`, N is replaced by its rank among all layers, equals sharing theirs; with `robust`, what lies
-    beyond the 5th and the 95th percentile is moved to it. Under min-max alone one outlier takes `max` and leaves the
-    others near `min`. With `decimals`, N is rounded first, as in the authors' code.
+    With `scale: rank`, N is replaced by its rank among all layers (equal values share the mean of their ranks). With
+    `robust`, values beyond the 5th and the 95th percentile are clipped to it. Under min-max alone one outlier takes
+    `max` and leaves the others near `min`. With `decimals`, N is rounded first, as in the authors' code.
     """
     totals: dict[str, float] = {}
     for layer in layers:
@@ -41,7 +41,7 @@ def lewis(layers: Sequence[Layer], differences: Evidence, policy: Density) -> di
 
 
 def owl(layers: Sequence[Layer], outliers: Evidence, policy: Density) -> dict[str, float]:
-    """OWL (arXiv 2310.05175): a block keeps the more, the larger its share of outliers; all its layers alike.
+    """OWL (arXiv 2310.05175): blocks with a larger share of outliers keep more; all layers of a block keep the same.
 
         r_l = 2 lambda (o_l - min o) / (max o - min o);   rho_l = target + r_l - mean r
 
@@ -51,7 +51,7 @@ def owl(layers: Sequence[Layer], outliers: Evidence, policy: Density) -> dict[st
 
 
 def dlp(layers: Sequence[Layer], medians: Evidence, policy: Density) -> dict[str, float]:
-    """DLP (arXiv 2505.23807): a block keeps the more, the smaller its median score, 1 - m_l / sum m; then as `owl`."""
+    """DLP (arXiv 2505.23807): blocks with a smaller median score keep more: as `owl`, of 1 - m_l / sum m."""
     medians_of = _by_block(layers, medians)
     total = sum(medians_of.values())
     return _around_target(layers, {block: 1 - m / total if total else 0.0 for block, m in medians_of.items()}, policy)
@@ -98,7 +98,7 @@ def _block(layer: Layer) -> str:
 
 
 def _all_equal(values: np.ndarray) -> bool:
-    """Equal but for rounding, which must not be stretched over the whole range."""
+    """Whether the values differ by rounding errors only, which must not be stretched over the whole range."""
     return bool(values.max() - values.min() <= 1e-12 * values.max())
 
 

@@ -1,4 +1,4 @@
-"""How calibration samples go through a model: which make a micro-batch together, and which batches go in lock-step."""
+"""How calibration samples go through a model: which samples form a micro-batch, and which batches go in lock-step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 
 TOKENS_PER_BATCH = 4096
-_TOKENS_OF_A_BATCH = 100  # what a batch costs whatever is in it, in tokens: fewer on a CPU, more on a GPU
+_TOKENS_OF_A_BATCH = 100  # the fixed cost of a batch, in tokens: less on a CPU, more on a GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def _other_positions_from(network: Network) -> int:
 
 
 def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int = TOKENS_PER_BATCH) -> list[int]:
-    """Where batches end: those of the least cost, found from the last one back.
+    """Where batches end, so that their total cost is least; found by dynamic programming from the last sample back.
 
     Args:
         lengths: of the samples, longest first.

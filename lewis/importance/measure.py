@@ -148,7 +148,7 @@ def _norms(
                 if not norm < float("inf"):
                     raise _damaged(model, covered.tensor, s, weights)
                 measured.norms[layer.key] = norm
-            fired = s.isnan().logical_not()  # an expert that none reached is like the others
+            fired = s.isnan().logical_not()  # a stacked expert that no token reached gets the mean of the others
             measured.moments[covered.tensor] = torch.where(fired, s, s[fired].mean())
     for calibration, measured in zip(calibrations, found, strict=True):
         silent = [covered.tensor for covered in network.covered if covered.tensor not in measured.moments]
@@ -159,7 +159,7 @@ def _norms(
 
 
 def _damaged(model: Model, tensor: str, s: torch.Tensor, weights: torch.Tensor) -> LewisError:
-    """Why the first norm that is not finite is not; layers come in the order of the pass."""
+    """The error for the first layer whose norm is not finite: are its weights or its activations the cause?"""
     if not bool(weights.isfinite().all()):
         return LewisError(f"{model.folder}: tensor {tensor!r} has values that are NaN or Inf; the model is damaged")
     what = "its weights are too large for fp32"

@@ -103,7 +103,7 @@ class Streamed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for run in self._runs:  # of a round that was stopped: end what waits here, in its own thread
+        for run in self._runs:  # after an error: end the passes that still wait, in the thread that began them
             run.throw()
         self._hooks.close()
 
@@ -153,7 +153,7 @@ class Streamed:
 
 
 def _wait(path: str, *_: object) -> None:
-    """Let others go on, until it is this pass's turn to enter the block `path`."""
+    """A hook before a block: stop this pass until it is its turn to enter the block `path`."""
     getcurrent().parent.switch(path)
 
 

@@ -53,8 +53,8 @@ class PruneAfter:
             lengths, width = self._moments.lengths, self._moments.width
             modules = {name: self._network.module.get_submodule(name.rpartition(".")[0]) for name in covered}
             means = {name: _RunningMean(module) for name, module in modules.items()}
-            # One sample at a time, as the authors: a product of another size rounds otherwise, and what that changes
-            # in the order of two nearly equal scores grows with the depth.
+            # One sample at a time, as the authors do: products of another size are rounded otherwise. That can swap
+            # two nearly equal scores, and the effect grows with the depth.
             for i, length in enumerate(lengths):
                 self._moments.begin([length], width)
                 forward(*_sample((hidden, *args), i, len(lengths)), **_sample(kwargs, i, len(lengths)))
@@ -99,7 +99,7 @@ class _RunningMean:
 
 
 def _adds_positions_to_heads(config: Any) -> bool:
-    """Whether a block is given one bias for each head of each sample, which `_sample` could not tell apart."""
+    """Whether a block gets one bias per head and sample in one tensor, which `_sample` cannot split by sample."""
     attention = getattr(config, "attn_config", None)
     return config.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (config, attention))
 
@@ -120,7 +120,7 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 def smallest(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Which int(ratio * columns) elements of each row are smallest; of equal ones, the first.
+    """A mask of the int(ratio * columns) smallest elements of each row; among equal elements the first count.
 
     Args:
         scores: shape (rows, columns), no NaN.
