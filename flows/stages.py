@@ -81,7 +81,7 @@ def guide(
         return Guide([], [], None, None)
     if plan.fits:
         names = dict.fromkeys(map(plan.calibration_of, plan.experts))
-        sets = {name: submit(calibrate, quote(plan), name, base) for name in names}
+        sets = {name: submit(calibrate, quote(plan), name, base, wait_for=[inspected]) for name in names}
         return Guide(list(sets.values()), [], None, None)
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = wanted_measurements(plan)

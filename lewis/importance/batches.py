@@ -41,7 +41,7 @@ class Batch:
 
 
 def batches(
-    calibrations: Sequence[Calibration], network: Network, *, whole: bool = False, tokens: int = TOKENS_PER_BATCH
+    calibrations: Sequence[Calibration], network: Network, *, whole: bool = False, tokens: int | None = None
 ) -> list[Batch]:
     """Samples of a set of similar length together, so that padding and the number of batches cost least in sum.
 
@@ -51,7 +51,7 @@ def batches(
         calibrations: the sets.
         network: that they are for.
         whole: each set in one batch in its own order, on which depends how the means that prune a model are rounded.
-        tokens: of a batch with its padding, at most; a longer sample goes alone.
+        tokens: of a batch with its padding, at most, by default `TOKENS_PER_BATCH`; a longer sample goes alone.
     """
     if whole:
         return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
@@ -71,7 +71,7 @@ def _other_positions_from(network: Network) -> int:
     return int(found["original_max_position_embeddings"]) if long else 0
 
 
-def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int = TOKENS_PER_BATCH) -> list[int]:
+def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int | None = None) -> list[int]:
     """Where batches end, so that their total cost is least; found by dynamic programming from the last sample back.
 
     Args:
@@ -80,6 +80,7 @@ def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int = TOKEN
         apart: samples that are longer than this do not go with those that are not.
         limit: tokens of a batch, with its padding.
     """
+    limit = TOKENS_PER_BATCH if limit is None else limit
     costs, nexts = [0] * (len(lengths) + 1), [0] * len(lengths)
     for start in reversed(range(len(lengths))):
         width, best = lengths[start], None

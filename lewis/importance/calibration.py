@@ -200,7 +200,8 @@ def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    with _LOADING:  # datasets looks into transformers, which must not be half loaded then
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -64,7 +64,7 @@ class AdapterWriter:
     @property
     def size(self) -> int:
         """Bytes of the factors at most, twice, since they are written twice; 0 if `rank` does not limit them."""
-        shapes = [self._merge.base.tensors[name].shape for name in self._places if self._kind(name) == "linear"]
+        shapes = [self._merge.base.tensors[name].shape for name in self._places if self._kind(name) == "factored"]
         return sum(2 * 4 * min(self._output.rank or 0, *shape) * sum(shape) for shape in shapes)
 
     def check(self) -> None:
@@ -91,7 +91,7 @@ class AdapterWriter:
         """
         factors = Fitted(folder / _FACTORS)
         kinds = {name: self._kind(name) for name in self._places}
-        jobs = [partial(self._factorise, name, factors) for name, kind in kinds.items() if kind == "linear"]
+        jobs = [partial(self._factorise, name, factors) for name, kind in kinds.items() if kind == "factored"]
         jobs += [partial(self._compare, name) for name, kind in kinds.items() if kind == "whole"]
         for name in self._merge.layout.keys() - {name for name, kind in kinds.items() if kind != "unheld"}:
             self._report(name)  # looked at by `check`, or excluded
@@ -120,7 +120,7 @@ class AdapterWriter:
         module = self._modules.get(path) if path else None
         if module is not None and (isinstance(module, nn.Embedding) or module is self._head):
             return "whole"
-        return "linear" if kind == "weight" and (isinstance(module, nn.Linear) or _is_conv1d(module)) else "unheld"
+        return "factored" if kind == "weight" and (isinstance(module, nn.Linear) or _is_conv1d(module)) else "unheld"
 
     def _delta(self, name: str) -> torch.Tensor:
         delta = self._merged(name)
