@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from greenlet import getcurrent, greenlet
@@ -24,13 +24,13 @@ class Pass:
     """One batch on its way through one model.
 
     Attributes:
-        model: index of the model: the expert, or one more than there are experts for the merged model.
+        batch: what goes through.
+        forward: runs the model on it.
         place: path of the block or projection that it waits in front of; None at its end.
         rows: inputs of that projection without padding, fp32 (tokens, in).
         streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
     """
 
-    model: int
     batch: Batch
     forward: Callable[[], None]
     run: greenlet | None = None
@@ -73,6 +73,16 @@ class Pass:
             return flat
         real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
         return flat[real.reshape(-1).to(flat.device)]
+
+
+class Pair(NamedTuple):
+    """The two passes of a batch: through the expert that it is for, and through the merged model.
+
+    They are one where no pass goes through the merged model.
+    """
+
+    own: Pass
+    merged: Pass
 
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
