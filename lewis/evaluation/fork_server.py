@@ -20,7 +20,7 @@ from typing import Any
 
 from lewis.errors import LewisError
 
-_NOT_READ_WHEN_LOADED = ("LEWIS_", "MLFLOW_", "PREFECT_", "PYTEST_")  # changing these needs no new server
+_NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
 _guard = threading.Lock()
 _current: "_ForkServer | None" = None
 

@@ -16,28 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
+
 from lewis.errors import LewisError
+from lewis.evaluation.child_environment import for_the_hub, without_secrets
 from lewis.evaluation.fork_server import Child, new_child
 from lewis.store import read_json
 
 Progress = Callable[[float, str], None]
 _BAR = re.compile(r"(?:Running (\w+ requests):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
-_ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "DISABLE_MULTIPROC": "1",  # else lm-eval's bootstrap forks one worker per core
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONFAULTHANDLER": "1",
-}
 
 
-def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    request: dict[str, Any], *, cwd: Path, token: bool = False, timeout_s: float, progress: Progress | None = None
+) -> dict[str, Any]:
     """Run lm-eval in a process of its own session.
 
     Args:
         request: keyword arguments of `harness_child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
+        token: whether the child gets the Hub's token and the proxies; it gets no other secret of this environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         progress: called with the fraction done of the current kind of requests, and the name of that kind.
 
@@ -48,12 +46,13 @@ def run(request: dict[str, Any], *, cwd: Path, timeout_s: float, progress: Progr
         LewisError: if the time limit passes or the process fails, with the end of its output.
     """
     output = _Output(progress)
-    environment = {**os.environ, **_ENVIRONMENT}
+    environment = without_secrets(os.environ)
+    given = {**environment, **(for_the_hub(os.environ, get_token()) if token else {})}
     with tempfile.TemporaryDirectory(prefix="lewis-eval-") as scratch:
         result = Path(scratch) / "result.json"
         child = new_child(environment, loaded=request["device"] == "cpu")
         try:
-            child.send({**request, "cwd": str(cwd), "environment": environment, "result": str(result)})
+            child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
             _watch(child, output, timeout_s)
         finally:
             child.end()

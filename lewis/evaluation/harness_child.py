@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.evaluation import smoke
+from lewis.evaluation import smoke, templates
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -114,6 +114,9 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
+    templates.sandbox_templates()
+    if not options["confirm_run_unsafe_code"]:
+        templates.refuse_functions()
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again

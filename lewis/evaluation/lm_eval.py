@@ -10,8 +10,9 @@ from typing import Literal
 
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import harness
+from lewis.evaluation.permission import check_code, runs_code
 from lewis.evaluation.scores import Evaluated, Score
-from lewis.evaluation.task_files import check_builtin, check_unsafe, data_files, find_tasks
+from lewis.evaluation.task_files import check_builtin, data_files, find_tasks, reads_hub
 from lewis.models.tokenizer import read_vocabulary
 from lewis.store import digest, file_sha256
 
@@ -33,7 +34,7 @@ class EvalSettings:
         timeout_s: seconds for all the tasks of one model.
         documents: `all`, or one of two disjoint halves of every task's documents. A document's hash decides its half;
             the limit applies within the half.
-        allow_code_execution: whether task files may run programs that the model writes.
+        allow_code_execution: whether task files may run code: functions of their own, and what the model writes.
     """
 
     tasks: tuple[str, ...]
@@ -52,7 +53,7 @@ def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool 
     Args:
         tasks: as in `EvalSettings`.
         root: the recipe's folder.
-        allow_code_execution: whether a task file may run programs that the model writes.
+        allow_code_execution: whether task files may run code, as in `EvalSettings`.
 
     Raises:
         InputError: naming the task, and the nearest valid names for one that does not exist.
@@ -60,7 +61,7 @@ def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool 
     found = find_tasks(tasks, root)
     for name, task in found.files.items():
         data_files(task, root)
-        check_unsafe(name, task, allow_code_execution)
+        check_code(name, task, allow_code_execution)
     check_builtin(found.builtin, found.beside)
 
 
@@ -125,6 +126,10 @@ def evaluate(
         if read_vocabulary(adapter) not in (None, read_vocabulary(model)):  # lm-eval makes room for added tokens
             arguments["tokenizer"] = arguments["peft"]
     found = find_tasks(settings.tasks, root)
+    for name, task in found.files.items():
+        check_code(name, task, settings.allow_code_execution)
+    # The token is kept from code that the recipe brings.
+    token = reads_hub(found, root) and not any(map(runs_code, found.files.values()))
     with tempfile.TemporaryDirectory(prefix="lewis-tasks-") as include:
         for number, task in enumerate(found.files.values()):
             # A link, which lm-eval follows: so it finds the functions beside the file.
@@ -144,7 +149,7 @@ def evaluate(
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }
         try:
-            result = harness.run(request, cwd=root, timeout_s=settings.timeout_s, progress=progress)
+            result = harness.run(request, cwd=root, token=token, timeout_s=settings.timeout_s, progress=progress)
         except LewisError as error:
             raise LewisError(f"{adapter or model}: {error}") from error
     evaluated = Evaluated.of(str(adapter or model), result)

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError
-from lewis.evaluation import sandbox
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,14 @@ class TaskFile:
         name: the value of its key `group` or `task`.
         config: its content, merged with the files that it includes; a `!function` tag is kept as text.
         sources: the YAML file, the files that it includes and the Python files that its functions are in.
+        functions: the values of its `!function` tags, as `module.function`.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
     sources: tuple[Path, ...]
+    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,15 @@ def read_task(path: Path) -> TaskFile:
         InputError: if the file, a file that it includes or a Python file of its functions is missing or broken.
     """
     sources: list[Path] = []
+    functions: list[str] = []
     try:
-        config = _read_yaml(path.resolve(), sources)
+        config = _read_yaml(path.resolve(), sources, functions)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable lm-eval task: {error}") from error
     name = config.get("group", config.get("task"))
     if not isinstance(name, str):
         raise InputError(f"{path}: expected the key `task` (or `group`) with a name, got the keys {sorted(config)}")
-    return TaskFile(name, path.resolve(), config, tuple(sources))
+    return TaskFile(name, path.resolve(), config, tuple(sources), tuple(functions))
 
 
 def data_files(task: TaskFile, root: Path) -> list[Path]:
@@ -112,7 +114,7 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
         InputError: if one is missing or empty.
     """
     found: set[Path] = set()
-    for block in _blocks(task.config):
+    for block in blocks(task.config):
         source, options = str(block.get("dataset_path", "")), block.get("dataset_kwargs") or {}
         base = root / source if source and (root / source).is_dir() else root
         if base == root and "/" in source:
@@ -131,6 +133,12 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
     return sorted(found)
 
 
+def reads_hub(found: FoundTasks, root: Path) -> bool:
+    """Whether a task may read its documents from the Hub: one of lm-eval's own, or a file that names a repo there."""
+    sources = (str(b.get("dataset_path") or "") for task in found.files.values() for b in blocks(task.config))
+    return bool(found.builtin) or any("/" in source and not (root / source).exists() for source in sources)
+
+
 def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
     """Check that lm-eval has these tasks, and that none of them runs generated code.
 
@@ -145,32 +153,12 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
             raise InputError(
                 f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"
             )
-        if any(map(_is_unsafe, _builtin_configs(name))):
+        if any(block.get("unsafe_code") for config in _builtin_configs(name) for block in blocks(config)):
             raise InputError(
                 f"evaluate.tasks: {name} of lm-eval runs code that the model writes, on the bare machine; "
                 "use a task file that runs it in lewis.evaluation.sandbox, "
                 "as deployments/recipes/tasks/mbpp_generate.yaml does"
             )
-
-
-def check_unsafe(name: str, task: TaskFile, allowed: bool) -> None:
-    """Check a task file that runs code the model writes (`unsafe_code: true`): is it allowed, and is there a sandbox?
-
-    Raises:
-        InputError: if the recipe does not allow it, or this machine cannot create the sandbox.
-    """
-    if not _is_unsafe(task.config):
-        return
-    if not allowed:
-        raise InputError(
-            f"evaluate.tasks: {name} runs code that the model writes (unsafe_code: true); say "
-            "`allow_code_execution: true` in the block `evaluate`, or choose a task that scores reference answers"
-        )
-    sandbox.check()
-
-
-def _is_unsafe(config: Any) -> bool:
-    return any(block.get("unsafe_code") for block in _blocks(config))
 
 
 @functools.cache
@@ -202,7 +190,7 @@ def _read_folders(folders: Iterable[Path]) -> dict[str, TaskFile]:
     return tasks
 
 
-def _read_yaml(path: Path, sources: list[Path]) -> dict[str, Any]:
+def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[str, Any]:
     if path in sources:
         raise ValueError(f"{path} is included twice")
     sources.append(path)
@@ -212,6 +200,7 @@ def _read_yaml(path: Path, sources: list[Path]) -> dict[str, Any]:
 
     def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
         text = str(loader.construct_scalar(node))
+        functions.append(text)
         module = text.rpartition(".")[0]
         file = path.parent / (module.replace(".", "/") + ".py")
         if file.is_file():
@@ -226,7 +215,7 @@ def _read_yaml(path: Path, sources: list[Path]) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
     merged: dict[str, Any] = {}
     for included in _texts(config.pop("include", None)):
-        merged |= _read_yaml((path.parent / included).resolve(), sources)
+        merged |= _read_yaml((path.parent / included).resolve(), sources, functions)
     return merged | config
 
 
@@ -241,13 +230,13 @@ def _members(tasks: Any) -> Iterator[str]:
             yield item.get("task") or item["group"]
 
 
-def _blocks(config: Any) -> Iterator[Mapping[str, Any]]:
+def blocks(config: Any) -> Iterator[Mapping[str, Any]]:
     """A config and every mapping inside it."""
     if isinstance(config, Mapping):
         yield config
     inner = config.values() if isinstance(config, Mapping) else config if isinstance(config, list) else ()
     for value in inner:
-        yield from _blocks(value)
+        yield from blocks(value)
 
 
 def _texts(value: Any) -> list[str]:

@@ -243,8 +243,8 @@ class Evaluate(Block):
             within the half.
         weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
             first metric. Empty: there is no such score.
-        allow_code_execution: whether task files beside the recipe may run code that a model writes
-            (`unsafe_code: true`).
+        allow_code_execution: whether task files beside the recipe may run code: functions of their own (`!function`),
+            and what a model writes (`unsafe_code: true`).
         baselines: which other models are scored for comparison.
     """
 

@@ -255,7 +255,7 @@ class TestScores:
         for name, rows in {"gsm8k": gsm8k, "mbpp": mbpp}.items():
             (root / "data" / name).mkdir()
             (root / f"data/{name}/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = EvalSettings(("shipped/gsm8k_answers.yaml", "shipped/mbpp_answers.yaml"))
+        settings = EvalSettings(("shipped/gsm8k_answers.yaml", "shipped/mbpp_answers.yaml"), allow_code_execution=True)
         scores = {score.task: score for score in evaluate(model, settings, root=root).scores}
 
         def bits(prompt, answer):
@@ -347,6 +347,39 @@ class TestSamples:
         assert errors == 1
 
 
+class TestTrust:
+    """What a stranger's task file and a trusted one can reach."""
+
+    @pytest.fixture(autouse=True)
+    def secrets(self, monkeypatch):
+        for name in ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_KEY", "OTHER"):
+            monkeypatch.setenv(name, "s3cret")
+
+    @pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "description"])
+    def test_a_template_runs_no_command(self, model, root, tmp_path, key):
+        mark = tmp_path / "mark"
+        template = f"{{{{ cycler.__init__.__globals__.os.popen('env > {mark}').read() }}}}"
+        write_task(root / "tasks/pets.yaml", {**CHOICE, key: template})
+        with pytest.raises(LewisError, match="SecurityError"):
+            evaluate(model, EvalSettings(("pets",), limit=1), root=root)
+        assert not mark.exists()
+
+    def test_code_that_is_allowed_sees_no_secrets(self, model, root, tmp_path):
+        told = tmp_path / "told"
+        task = faulty(root, f"pathlib.Path('{told}').write_bytes(open('/proc/self/environ', 'rb').read())\nreturn rows")
+        with (root / "tasks/faulty.py").open("a") as more:
+            more.write(f"\nopen('{told}2', 'w').write(repr(dict(os.environ)))\n")
+        evaluate(model, EvalSettings((task,), limit=1, allow_code_execution=True), root=root)
+        for text in (told.read_text(), Path(f"{told}2").read_text()):
+            assert "PATH" in text and "s3cret" not in text
+
+    def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
+        task = faulty(root, "return rows")
+        monkeypatch.setattr("lewis.evaluation.lm_eval.check_code", lambda *_: None)
+        with pytest.raises(LewisError, match=r"!function faulty.docs of .*`allow_code_execution: true`"):
+            evaluate(model, EvalSettings((task,), limit=1), root=root)
+
+
 class TestBadEnds:
     def test_an_exception_in_a_task_is_in_the_message(self, model, root):
         (root / "tasks/broken.py").write_text("def docs(rows):\n    raise ValueError('row 3 has no answer')\n")
@@ -356,13 +389,13 @@ class TestBadEnds:
         with pytest.raises(
             LewisError, match=r"exit code 1\): ValueError: task broken: .*: ValueError: row 3 has no answer"
         ) as caught:
-            evaluate(model, EvalSettings(("broken",)), root=root)
+            evaluate(model, EvalSettings(("broken",), allow_code_execution=True), root=root)
         assert str(model) in str(caught.value)
 
     def test_a_signal_is_named_and_the_next_evaluation_is_none_the_worse(self, model, root):
         task = faulty(root, "print('loading')\nos.kill(os.getpid(), signal.SIGKILL)")
         with pytest.raises(LewisError, match=r"(?s)killed by SIGKILL: out of memory\?.*loading"):
-            evaluate(model, EvalSettings((task,)), root=root)
+            evaluate(model, EvalSettings((task,), allow_code_execution=True), root=root)
         assert evaluate(model, EvalSettings(("pets",)), root=root).scores
 
     def test_the_time_limit_kills_the_child_and_its_children(self, model, root, tmp_path, monkeypatch):
@@ -377,7 +410,7 @@ class TestBadEnds:
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * pids.exists(), sleep=time.sleep)
         monkeypatch.setattr(harness, "time", clock)
         with pytest.raises(LewisError, match="did not finish within 40 s"):
-            evaluate(model, EvalSettings((task,), timeout_s=40), root=root)
+            evaluate(model, EvalSettings((task,), allow_code_execution=True, timeout_s=40), root=root)
         assert wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
 
     def test_an_interrupt_kills_the_child(self, model, root, tmp_path):
@@ -392,7 +425,7 @@ class TestBadEnds:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            evaluate(model, EvalSettings((task,)), root=root, progress=interrupt)
+            evaluate(model, EvalSettings((task,), allow_code_execution=True), root=root, progress=interrupt)
         assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
     def test_child_and_current_die_with_a_killed_parent(self, model, root, tmp_path):
@@ -401,7 +434,8 @@ class TestBadEnds:
         task = faulty(root, told)
         code = (
             "import sys; from pathlib import Path; from lewis.evaluation.lm_eval import *\n"
-            "evaluate(Path(sys.argv[1]), EvalSettings((sys.argv[3],)), root=Path(sys.argv[2]))"
+            "settings = EvalSettings((sys.argv[3],), allow_code_execution=True)\n"
+            "evaluate(Path(sys.argv[1]), settings, root=Path(sys.argv[2]))"
         )
         command = [sys.executable, "-c", code, str(model), str(root), task]
         with subprocess.Popen(command, start_new_session=True) as parent:
