@@ -75,18 +75,20 @@ def merge_flow(
     it and another run of the recipe waits for its turn already.
 
     Args:
-        recipe: the name of a recipe in the recipes folder, or the path of a YAML file.
-        overrides: `key.path=value` each, as `lewis run --set`.
+        recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
+        overrides: `key.path=value` each, as `lewis run --set`. A run of a deployment cannot allow code or publish so.
         settle_seconds: wait until no model has moved for so long; for runs that a release starts.
     """
     choose.check()
-    path = recipes_folder.find(recipe)
-    with turn(path, str(flow_run.id), skip=deployment.id is not None) as ours:
+    deployed = deployment.id is not None
+    path = recipes_folder.find(recipe, paths=not deployed)
+    with turn(path, str(flow_run.id), skip=deployed) as ours:
         if not ours:
             return Completed(
                 name="Skipped", message=f"a run of {path.stem} waits already and will find the newest state"
             )
-        plan = Recipe.load(path, overrides or [])
+        load = recipes_folder.load_for_deployment if deployed else Recipe.load
+        plan = load(path, overrides or [])
         plan.check_full_output()
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)

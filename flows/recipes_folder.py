@@ -72,8 +72,13 @@ def names() -> list[str]:
     return sorted(path.stem for path in _files())
 
 
-def find(recipe: str) -> Path:
-    """The file of a recipe that is given by its name in the folder, or by a path.
+def find(recipe: str, *, paths: bool = True) -> Path:
+    """The file of a recipe.
+
+    Args:
+        recipe: its name in the folder, or a path.
+        paths: whether a path is accepted. It is from the command line, where the user can read that file anyway; it is
+            not from Prefect's API, an event or a webhook, whose senders must not choose what this machine reads.
 
     Raises:
         InputError: if there is none.
@@ -81,6 +86,11 @@ def find(recipe: str) -> Path:
     by_name = {path.stem: path for path in _files()} if recipe.strip(".") and "/" not in recipe else {}
     if recipe in by_name:
         return by_name[recipe]
+    if not paths:
+        raise InputError(
+            f"recipe: {recipe!r} is not the name of a recipe in {folder()}; a run of a deployment takes only such names"
+            f"{nearest(recipe, by_name)}; put the file there, or run it by its path with `lewis run`"
+        )
     path = Path(recipe).expanduser()
     if not path.is_file():
         raise InputError(f"{recipe}: no recipe of this name in {folder()} and no such file{nearest(recipe, by_name)}")
@@ -97,6 +107,29 @@ def name_of(recipe: str) -> str:
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe, as `find` and `Recipe.load`."""
     return Recipe.load(find(recipe), overrides)
+
+
+def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe whose overrides come from Prefect's API, an event or a webhook.
+
+    Raises:
+        InputError: if the recipe is wrong, or the overrides change which code runs or where the result is published.
+    """
+    recipe = Recipe.load(path, overrides)
+    if not overrides:
+        return recipe
+    written = Recipe.load(path)
+    code = recipe.evaluate if recipe.evaluate and recipe.evaluate.allow_code_execution else None
+    allowed = written.evaluate
+    if code and not (allowed and allowed.allow_code_execution and set(code.tasks) <= set(allowed.tasks)):
+        changed = "evaluate.allow_code_execution, or the tasks of a recipe that says it"
+    elif recipe.publish and recipe.publish != written.publish:
+        changed = "publish"
+    else:
+        return recipe
+    raise InputError(
+        f"overrides: a run of a deployment cannot change {changed}; write it into {path}, or use `lewis run --set`"
+    )
 
 
 def load_all() -> dict[str, Recipe]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
@@ -73,15 +73,18 @@ def search_flow(
     A search that was killed goes on where it was. Run again with more `trials`, it adds to those it has.
 
     Args:
-        recipe: the name of a recipe in the recipes folder, or the path of a YAML file; it has a `search` block.
-        overrides: `key.path=value` each, as `lewis run --set`.
+        recipe: the name of a recipe in the recipes folder; it has a `search` block. From the command line, a YAML
+            file's path too.
+        overrides: as of the flow `merge`.
         trials: how many in all, instead of the recipe's number.
         minutes: begin no further trial after this time, instead of the recipe's.
     """
     choose.check()
-    path = recipes_folder.find(recipe)
+    deployed = deployment.id is not None
+    path = recipes_folder.find(recipe, paths=not deployed)
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
-        plan = Recipe.load(path, overrides or [])
+        load = recipes_folder.load_for_deployment if deployed else Recipe.load
+        plan = load(path, overrides or [])
         plan.check_full_output()
         metrics = study.objectives_of(plan)
         space.check(plan)
@@ -91,7 +94,7 @@ def search_flow(
         base, experts, tasks = _prepare(plan)
         tried = _Trials(plan, base, experts, metrics, tasks)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
-        return _confirm(path, plan, list(overrides or []), tried, best)
+        return _confirm(recipe, plan, list(overrides or []), tried, best)
 
 
 def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
@@ -201,12 +204,12 @@ class _Trials:
         return self._record(ended=True)
 
 
-def _confirm(path: Path, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial) -> SearchReport:
+def _confirm(recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial) -> SearchReport:
     """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is."""
     settings = _settings(plan, CONFIRM)
     winner = space.with_values(plan, best.values, CONFIRM)
     run = tried.end()
-    merged = merge_flow(str(path), [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
+    merged = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
     default = tried.submit(plan, 0, "confirm", settings)
     chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))

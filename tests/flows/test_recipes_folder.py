@@ -1,6 +1,8 @@
 """Where the recipes are: a folder that is named, that of a checkout, or one in the store, made at first use."""
 
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,3 +64,59 @@ def test_a_wrong_setting_is_told_and_its_folder_not_made(
     recipes_folder.make()
     with pytest.raises(InputError, match="recipse: LEWIS_RECIPES names no folder"):
         recipes_folder.folder()
+
+
+RECIPE = """
+merge_method: linear
+models: [{model: org/a}, {model: org/b}]
+evaluate: {tasks: [gsm8k], allow_code_execution: %s}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the recipes `quiet` and `code`, and a file outside of it."""
+    path = tmp_path / "recipes"
+    path.mkdir()
+    (path / "quiet.yaml").write_text(RECIPE % "false")
+    (path / "code.yaml").write_text(RECIPE % "true")
+    (tmp_path / "evil.yaml").write_text(RECIPE % "true")
+    monkeypatch.setenv("LEWIS_RECIPES", str(path))
+    monkeypatch.chdir(path)
+    return path
+
+
+def test_a_path_is_taken_from_the_command_line_only(folder: Path) -> None:
+    evil = folder.parent / "evil.yaml"
+    for given in (str(evil), "../evil.yaml", "../evil", "./quiet.yaml", "quiet.yaml", "~/evil.yaml", ".", "", "evil"):
+        with pytest.raises(InputError, match=r"is not the name of a recipe in .*a run of a deployment takes only such"):
+            recipes_folder.find(given, paths=False)
+    assert recipes_folder.find("quiet", paths=False) == folder / "quiet.yaml"
+    assert recipes_folder.find(str(evil)) == evil
+
+
+def test_overrides_of_a_deployment_allow_no_code(folder: Path) -> None:
+    load = recipes_folder.load_for_deployment
+    quiet, code = folder / "quiet.yaml", folder / "code.yaml"
+    assert load(quiet, ["evaluate.limit=3"]).evaluate.limit == 3  # type: ignore[union-attr]
+    assert load(code, ["evaluate.limit=3"]).evaluate.allow_code_execution  # type: ignore[union-attr]
+    assert not load(code, ["evaluate={tasks: [x]}"]).evaluate.allow_code_execution  # type: ignore[union-attr]
+    for path, override in (
+        (quiet, "evaluate.allow_code_execution=true"),
+        (quiet, "evaluate={tasks: [/tmp/evil.yaml], allow_code_execution: true}"),
+        (code, "evaluate.tasks=[gsm8k, /tmp/evil.yaml]"),
+    ):
+        with pytest.raises(InputError, match=r"overrides: a run of a deployment cannot change evaluate\.allow_code"):
+            load(path, [override])
+    published = ["register={name: x}", "publish={repo: evil/x}"]
+    with pytest.raises(InputError, match="cannot change publish"):
+        load(quiet, published)
+
+
+@pytest.mark.parametrize("flow", ["merge", "search"])
+@pytest.mark.parametrize("given", ["/tmp/evil.yaml", "../evil.yaml"])
+def test_a_deployed_flow_refuses_a_path(folder: Path, flow: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"lewis_flows.{flow}")
+    monkeypatch.setattr(module, "deployment", SimpleNamespace(id="some"))
+    state = getattr(module, f"{flow}_flow").fn(given)
+    assert state.is_failed() and "a run of a deployment takes only such names" in state.message
