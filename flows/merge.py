@@ -113,7 +113,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
     merged = submit(
         merging(plan),
-        *(quote(plan), plan.blocks, base, experts, allocated, "experts", sets if plan.fits else []),
+        *(quote(plan), plan.blocks, base, experts, allocated, "experts"),
+        *((sets, measured) if plan.fits else ([], [])),
         wait_for=[inspected],
     )
     uniform = None

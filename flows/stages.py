@@ -39,7 +39,7 @@ class Guide(NamedTuple):
 
     Attributes:
         sets: the calibration sets.
-        measured: importance of base and experts.
+        measured: importance of base and experts, or the statistics of the experts that a method fits to.
         allocated: the densities.
         drawn: ends when the UI shows the densities.
     """
@@ -74,21 +74,17 @@ def guide(
 ) -> Guide:
     """Measure the importance of base and experts, then allocate the densities; does nothing for a plain merge.
 
-    Each model is measured in a task of its own, in one pass over all its calibration sets. A method that fits needs the
+    Each model is measured in a task of its own, in one pass over all its calibration sets. A method that fits has no
+    densities. Where it fits to statistics of the experts, these are what is measured; in forward order it needs the
     sets only: its merge sends all models through them side by side, and anew when one of the models has moved.
     """
     if plan.lewis is None or base is None:
         return Guide([], [], None, None)
-    if plan.fits:
-        names = dict.fromkeys(map(plan.calibration_of, plan.experts))
-        sets = {name: submit(calibrate, quote(plan), name, base, wait_for=[inspected]) for name in names}
-        return Guide(list(sets.values()), [], None, None)
     files = {entry.model: each for entry, each in zip(plan.experts, experts, strict=True)}
     wanted = wanted_measurements(plan)
-    sets = {
-        name: submit(calibrate, quote(plan), name, base, wait_for=[inspected])
-        for name in dict.fromkeys(name for _, names in wanted for name in names)
-    }
+    names = [name for _, names in wanted for name in names]
+    names += [plan.calibration_of(entry) for entry in plan.experts] if plan.fits else []
+    sets = {name: submit(calibrate, quote(plan), name, base, wait_for=[inspected]) for name in dict.fromkeys(names)}
     settings = plan.lewis.importance.model_dump(exclude={"metric"})
     measured = [
         submit(
@@ -96,9 +92,12 @@ def guide(
             files[entry.model] if entry else base,
             [sets[name] for name in names],
             settings,
+            plan.needs_grams and entry is not None,
         )
         for entry, names in wanted
     ]
+    if plan.fits:
+        return Guide(list(sets.values()), measured, None, None)
     allocated = submit(allocate, quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
     drawn = submit(report_densities, quote(plan), measured, allocated)
     return Guide(list(sets.values()), measured, allocated, drawn)

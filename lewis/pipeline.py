@@ -59,9 +59,10 @@ def guide(
         progress: called with (model, tokens done, tokens in all).
 
     Returns:
-        What was measured, and the densities: nothing and None for a plain merge, and for a method that fits.
+        What was measured, and the densities: nothing and None for a plain merge. For a method that fits there are no
+        densities; what was measured are the statistics that it fits to, if it needs any.
     """
-    if recipe.allocator is None:
+    if recipe.lewis is None:
         return [], None
     of_entry: Mapping[str, ModelFiles] = {e.model: f for e, f in zip(recipe.experts, experts, strict=True)}
     sets: dict[str, CalibrationEntry] = {}
@@ -71,8 +72,9 @@ def guide(
         sets |= {name: prepare_calibration(recipe, name, base) for name in names if name not in sets}
         report = None if progress is None else _labelled(progress, f"{files.ref} on {', '.join(names)}")
         own = [sets[name] for name in names]
-        measured += measure(files, own, recipe.allocator.importance, device=device, progress=report)
-    return measured, allocate(recipe, base, experts, measured)
+        grams = recipe.needs_grams and entry is not None
+        measured += measure(files, own, recipe.lewis.importance, grams=grams, device=device, progress=report)
+    return measured, allocate(recipe, base, experts, measured) if recipe.allocator else None
 
 
 def _labelled(progress: Callable[[str, int, int], None], label: str) -> Callable[[int, int], None]:

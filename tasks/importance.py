@@ -9,8 +9,8 @@ from prefect.states import Completed, State
 from prefect.tasks import MaterializingTask
 
 from lewis.devices import default_device
+from lewis.importance import gram_files, step
 from lewis.importance import measure as library
-from lewis.importance import step
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -41,10 +41,14 @@ def _run_name(parameters: dict[str, Any]) -> str:
     name="measure",
     task_run_name=_run_name,  # type: ignore[arg-type]  # Prefect's protocol asks for a class method of a function
     timeout_seconds=6 * 3600,
-    **cached("files", "calibrations", "settings", version=library.SEMANTICS, device_of=computing_in),
+    **cached(
+        *("files", "calibrations", "settings", "grams"),
+        version=f"{library.SEMANTICS}.{gram_files.SEMANTICS}",
+        device_of=computing_in,
+    ),
 )
 def measure(
-    files: ModelFiles, calibrations: list[CalibrationEntry], settings: dict[str, Any]
+    files: ModelFiles, calibrations: list[CalibrationEntry], settings: dict[str, Any], grams: bool = False
 ) -> list[ImportanceEntry] | State[list[ImportanceEntry]]:
     """Measure one model in one pass over those of the calibration sets that it was not measured on before.
 
@@ -52,9 +56,10 @@ def measure(
 
     Args:
         settings: the fields of `Importance` without the metric, which does not change what a pass measures.
+        grams: whether second-order statistics are wanted as well.
     """
-    chosen = Importance(**settings)
-    found = {each: step.find_measured(files.ref, files.key, each, chosen, default_device()) for each in calibrations}
+    chosen, here = Importance(**settings), default_device()
+    found = {each: step.find_measured(files.ref, files.key, each, chosen, here, grams=grams) for each in calibrations}
     missing = [each for each, entry in found.items() if entry is None]
     if not missing:
         entries = [entry for entry in found.values() if entry]
@@ -64,7 +69,10 @@ def measure(
     report = Progress("measure", _what(files, missing))
     with device_slot() as device:
         entries = step.measure(
-            files, calibrations, chosen, device=device, progress=lambda done, total: report(done / total)
+            *(files, calibrations, chosen),
+            grams=grams,
+            device=device,
+            progress=lambda done, total: report(done / total),
         )
     _describe(files, calibrations, entries)
     return entries

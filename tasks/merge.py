@@ -7,9 +7,9 @@ from prefect.tasks import MaterializingTask
 
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
-from lewis.importance.step import CalibrationEntry
+from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge import step
-from lewis.merge.prepared import FIT_SEMANTICS, SEMANTICS
+from lewis.merge.prepared import FIT_SEMANTICS, SEMANTICS, STATIC_SEMANTICS
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -25,8 +25,8 @@ from lewis_tasks.support.device_slot import device_slot
     task_run_name="merge {which}",
     timeout_seconds=6 * 3600,
     **cached(
-        *("blocks", "base", "experts", "allocated", "which", "calibrations"),
-        version=f"{SEMANTICS}.{FIT_SEMANTICS}",
+        *("blocks", "base", "experts", "allocated", "which", "calibrations", "measured"),
+        version=f"{SEMANTICS}.{FIT_SEMANTICS}.{STATIC_SEMANTICS}",
         device_of=merge_device,
     ),
 )
@@ -38,10 +38,11 @@ def merge(
     allocated: AllocationEntry | None,
     which: Literal["experts", "uniform"] = "experts",
     calibrations: list[CalibrationEntry] | None = None,
+    measured: list[list[ImportanceEntry]] | None = None,
 ) -> MergedModel:
     """Merge with the densities of the `experts`, or of the `uniform` baseline.
 
-    `blocks`, and the `calibrations` that a method fits to, are for the cache key.
+    `blocks`, and the `calibrations` and what was `measured` on them that a method fits to, are for the cache key.
     """
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
     with device_slot() as slot:

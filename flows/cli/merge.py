@@ -44,7 +44,7 @@ def merge(options: argparse.Namespace) -> None:
     base, experts = pipeline.fetch(recipe)
     pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
     allocated = None
-    if recipe.allocator and base:
+    if (recipe.allocator or recipe.needs_grams) and base:
         pipeline.layers_of(base)
         with bars.progress() as shown:
             _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)

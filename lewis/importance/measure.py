@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SEMANTICS = "6"  # bump when the same inputs would give other numbers
 Shapes = Mapping[str, tuple[int, ...]]
+Means = Callable[[str, int], "torch.Tensor | None"]
+"""(parameter, number of the set) -> mean of x_j^2, as `SecondMoments.means` gives it."""
 
 
 def covered_layers(folder: Path, tensors: Shapes | None = None) -> list[Layer]:
@@ -97,10 +99,10 @@ def measure_sets(
     from lewis.importance.wanda import PruneAfter
 
     settings = settings or Importance()
-    dtype = torch.float32 if device == "cpu" else _stored_dtype(model)
-    network = _network(model.home, model.shapes, dtype)
+    dtype = torch.float32 if device == "cpu" else stored_dtype(model)
+    network = network_of(model, dtype)
     for calibration in calibrations:
-        _check_samples(model, network, calibration)
+        check_samples(model, network, calibration)
     moments = SecondMoments(network, device, len(calibrations))
     pruned = settings.prune_ratio > 0
     made = batches(calibrations, network, whole=pruned)
@@ -119,13 +121,20 @@ def measure_sets(
                 report(done + int(share * tokens), total)
             done += tokens
             report(done, total)
-    return _norms(model, network, moments, calibrations, settings.reduce)
+    return norms(model, network, moments.means, calibrations, settings.reduce)
 
 
-def _norms(
-    model: Model, network: Network, moments: SecondMoments, calibrations: Sequence[Calibration], reduce: str
+def norms(
+    model: Model, network: Network, means: Means, calibrations: Sequence[Calibration], reduce: str
 ) -> list[Measured]:
     """Norms and moments of each set.
+
+    Args:
+        model: whose weights are read.
+        network: its modules.
+        means: what was measured.
+        calibrations: the sets.
+        reduce: as in `Importance`.
 
     With `reduce: sum` a tensor is summed in fp32 as the authors' code does, which is off by 2e-5 for the larger ones.
     """
@@ -133,8 +142,8 @@ def _norms(
     for covered in network.covered:
         weights = None
         for of, (calibration, measured) in enumerate(zip(calibrations, found, strict=True)):
-            means = moments.means(covered.parameter, of)
-            own = means if means is None or covered.expert is None else means[covered.expert]
+            found_means = means(covered.parameter, of)
+            own = found_means if found_means is None or covered.expert is None else found_means[covered.expert]
             if own is None or bool(own.isnan().all()):
                 measured.norms.update(dict.fromkeys((layer.key for layer in covered.layers), None))
                 continue
@@ -191,13 +200,17 @@ def _beside_weights(s: torch.Tensor, covered: Covered) -> torch.Tensor:
     return s[:, :, None] if covered.transposed else s[:, None, :]
 
 
-def network_of(model: Model) -> Network:
+def network_of(model: Model, dtype: torch.dtype | None = None) -> Network:
     """The module tree of a model and the covered tensors; no weight is loaded.
+
+    Args:
+        model: an opened model.
+        dtype: what it computes in; by default fp32.
 
     Raises:
         InputError: as `covered_layers`.
     """
-    return _network(model.home, model.shapes, torch.float32)
+    return _network(model.home, model.shapes, dtype or torch.float32)
 
 
 def _network(folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> Network:
@@ -210,13 +223,15 @@ def _network(folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> Networ
     return network
 
 
-def _stored_dtype(model: Model) -> torch.dtype:
+def stored_dtype(model: Model) -> torch.dtype:
+    """The dtype of a model's largest tensor."""
     largest = max(model.tensors.values(), key=lambda info: info.elements)
     dtype = torch_dtype(largest.dtype)
     return dtype
 
 
-def _check_samples(model: Model, network: Network, calibration: Calibration) -> None:
+def check_samples(model: Model, network: Network, calibration: Calibration) -> None:
+    """Raise InputError unless the model takes all tokens and samples of a set."""
     vocabulary = network.module.get_input_embeddings().num_embeddings
     largest = max(max(sample) for sample in calibration.samples)
     if largest >= vocabulary:

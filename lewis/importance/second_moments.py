@@ -4,7 +4,7 @@ Hooks see the inputs of `nn.Linear` and `Conv1D`. Experts that are stacked in on
 there the multiplication with a slice of the parameter is seen by a `TorchFunctionMode`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ class SecondMoments:
                 hook = module.register_forward_pre_hook(self._of_module(parameter))
                 self._hooks.callback(hook.remove)
         for module, parameters in stacked.items():
-            mode = _SeeProducts(self)
+            mode = SeeProducts(self.of_product)
             for hook in (
                 module.register_forward_pre_hook(self._before_experts(parameters, mode)),
                 module.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None), always_call=True),
@@ -130,7 +130,7 @@ class SecondMoments:
         flat = inputs.reshape(-1, inputs.shape[-1]).float()
         return flat.square().sum(dim=0, dtype=torch.float64), tokens
 
-    def _before_experts(self, parameters: list[str], mode: "_SeeProducts") -> Any:
+    def _before_experts(self, parameters: list[str], mode: "SeeProducts") -> Any:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             self._stacks, self._real_rows = {}, {}
             for name in parameters:
@@ -166,10 +166,12 @@ class SecondMoments:
         self.counts[name][expert] += rows.sum()
 
 
-class _SeeProducts(TorchFunctionMode):
-    def __init__(self, moments: SecondMoments) -> None:
+class SeeProducts(TorchFunctionMode):
+    """Calls a function with (inputs, weight) before each matrix product."""
+
+    def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         super().__init__()
-        self._moments = moments
+        self._see = see
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") in _PRODUCTS:
@@ -177,5 +179,5 @@ class _SeeProducts(TorchFunctionMode):
             if function.__name__ == "addmm":
                 tensors = tensors[1:]
             if len(tensors) >= 2:
-                self._moments.of_product(tensors[0], tensors[1])
+                self._see(tensors[0], tensors[1])
         return function(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Self
@@ -19,6 +20,9 @@ from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
 from lewis.importance.architecture import Layer
 from lewis.importance.calibration import Calibration
+from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
+from lewis.importance.gram_files import Grams
+from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
@@ -48,16 +52,23 @@ class CalibrationEntry(Reference):
 
 
 class ImportanceEntry(JsonReference):
-    """Norms and second moments of one model on one calibration set, in the store."""
+    """Norms and second moments of one model on one calibration set, in the store.
+
+    Attributes:
+        statistics: folder of the second-order statistics, if they were asked for.
+    """
 
     holds: ClassVar[str] = measurements.NORMS
     ref: str
     calibration: str
+    statistics: Path | None = None
 
     @model_validator(mode="after")
     def _with_moments(self) -> Self:
         if not measurements.is_whole(self.path):
             raise ValueError(f"{self.path} is gone or damaged")
+        if self.statistics is not None and store.read_manifest(self.statistics) is None:
+            raise ValueError(f"{self.statistics} is gone or cut short")
         return self
 
     @property
@@ -75,7 +86,8 @@ def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, list[st
     """(model, calibration sets) for each pass that the recipe needs; None is the base.
 
     The base's is needed for the difference of norms, and for `aim`, on every set that an expert has; the experts' not
-    for `uniform` and `depth_gradient`, unless the recipe prunes by activation.
+    for `uniform` and `depth_gradient`, unless the recipe prunes by activation. Where `Recipe.needs_grams`, the experts'
+    passes leave second-order statistics too (`measure` with `grams`).
     """
     sets = list(dict.fromkeys(map(recipe.calibration_of, recipe.experts))) if recipe.measures_base else []
     own = [(entry, [recipe.calibration_of(entry)]) for entry in recipe.experts] if recipe.measures else []
@@ -113,11 +125,30 @@ def measure(
     calibrations: Sequence[CalibrationEntry],
     settings: Importance | None = None,
     *,
+    grams: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ImportanceEntry]:
-    """Importance of one model on each calibration set; what the store does not have is measured, in one pass."""
+    """Importance of one model on each calibration set; what the store does not have is measured, in one pass.
+
+    Args:
+        files: of the model.
+        calibrations: the sets.
+        settings: of the pass.
+        grams: whether second-order statistics are wanted as well. Then each set has a pass of its own, which leaves
+            norms and moments, too, unless they are to come from a model that is pruned.
+        device: of the forward passes.
+        progress: called with (tokens done, tokens in all).
+    """
     settings = settings or Importance()
+    statistics = {}
+    if grams:
+        for each in calibrations:
+            set_ = Calibration.load(each.path)
+            model = files.open()
+            statistics[each.digest] = find_or_measure_grams(model, set_, device=device, progress=progress)
+            if settings.prune_ratio == 0:
+                _keep_norms(files, each, settings, device, partial(_from_grams, model, set_, statistics[each.digest]))
     places = {each.digest: _importance_place(files.key, each, settings, device) for each in calibrations}
     missing = {each.digest: each for each in calibrations if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
@@ -128,20 +159,92 @@ def measure(
             sets = [Calibration.load(each.path) for each in absent]
             found = measuring.measure_sets(files.open(), sets, settings, device=device, progress=progress)
             for each, measured in zip(absent, found, strict=True):
-                facts = {"model": files.key, "ref": files.ref, "calibration": each.digest}
-                measurements.write(places[each.digest][1], measured, facts)
-    pairs = [(each.name, *places[each.digest]) for each in calibrations]
-    return [ImportanceEntry(ref=files.ref, calibration=name, digest=digest, path=path) for name, digest, path in pairs]
+                measurements.write(places[each.digest][1], measured, _facts(files, each))
+    return [
+        ImportanceEntry(
+            ref=files.ref,
+            calibration=each.name,
+            digest=places[each.digest][0],
+            path=places[each.digest][1],
+            statistics=statistics.get(each.digest),
+        )
+        for each in calibrations
+    ]
+
+
+def _keep_norms(
+    files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, make: Callable[[str], Measured]
+) -> None:
+    """Write norms and moments that a pass for statistics has left, unless the store has those of another pass."""
+    digest, path = _importance_place(files.key, calibration, settings, device)
+    if not measurements.is_whole(path):
+        with kinds.IMPORTANCE.lock(digest):
+            if not measurements.is_whole(path):
+                measurements.write(path, make(settings.reduce), _facts(files, calibration))
+
+
+def _from_grams(model: Model, calibration: Calibration, folder: Path, reduce: str) -> Measured:
+    from lewis.importance.grams import measured_by
+
+    return measured_by(model, calibration, Grams(folder), reduce)
+
+
+def _facts(files: ModelFiles, calibration: CalibrationEntry) -> dict[str, str]:
+    return {"model": files.key, "ref": files.ref, "calibration": calibration.digest}
+
+
+def find_or_measure_grams(
+    model: Model,
+    calibration: Calibration,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Folder of the second-order statistics of one model on one calibration set, which `gram_files.Grams` reads.
+
+    What the store does not have is measured. A pass that was killed is begun again, but the blocks whose statistics
+    it had written are not summed up again.
+
+    Raises:
+        InputError: if there is no space for them; also as `measure`.
+    """
+    digest, folder = grams_place(model.key, calibration.digest, device)
+    with kinds.GRAMS.lock(digest):
+        if store.read_manifest(folder) is None:
+            from lewis.importance.grams import bytes_of, measure_grams
+
+            needed = bytes_of(measuring.network_of(model), calibration.tokens)
+            facts, checksums = {"model": model.key, "calibration": calibration.digest}, dict[str, str]()
+            with store.publish(folder, facts, digest, checksums) as scratch:
+                store.check_space(folder, needed - store.bytes_on_disk(scratch))
+                checksums |= measure_grams(
+                    model, calibration, scratch, device=device, threads=threads, progress=progress
+                )
+    return folder
+
+
+def grams_place(key: str, calibration: str, device: str) -> tuple[str, Path]:
+    """Digest and folder of second-order statistics, whether or not the store has them.
+
+    Args:
+        key: of the model.
+        calibration: digest of the set.
+        device: of the pass.
+    """
+    digest = store.digest([GRAMS_SEMANTICS, key, calibration, precision(device)])
+    return digest, kinds.GRAMS.path(digest)
 
 
 def find_measured(
-    ref: str, key: str, calibration: CalibrationEntry, settings: Importance, device: str = "cpu"
+    ref: str, key: str, calibration: CalibrationEntry, settings: Importance, device: str = "cpu", *, grams: bool = False
 ) -> ImportanceEntry | None:
-    """The importance of a model on a calibration set, if the store has it."""
+    """The importance of a model on a calibration set, if the store has it; with second-order statistics if wanted."""
     digest, path = _importance_place(key, calibration, settings, device)
-    if not measurements.is_whole(path):
+    statistics = grams_place(key, calibration.digest, device)[1] if grams else None
+    if not measurements.is_whole(path) or (statistics and store.read_manifest(statistics) is None):
         return None
-    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path)
+    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path, statistics=statistics)
 
 
 def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:

@@ -26,6 +26,7 @@ from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.importance.architecture import Covered, Network
 from lewis.importance.residuals import writers
+from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
 from lewis.merge.in_torch import merge_whole
@@ -33,7 +34,6 @@ from lewis.merge.passes import Pair, Pass, note_stream, stop
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
 from lewis.merge.walk import Walk
-from lewis.merge.workers import Workers
 from lewis.models.model import Model
 
 logger = logging.getLogger(__name__)

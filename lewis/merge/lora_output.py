@@ -18,13 +18,13 @@ from lewis import store
 from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.importance.architecture import Network
+from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
 from lewis.merge.adapter import Adapter, Found
 from lewis.merge.fitted import Fitted
 from lewis.merge.low_rank import factorise
 from lewis.merge.memory_budget import MemoryBudget
 from lewis.merge.prepared import Prepared
-from lewis.merge.workers import Workers
 from lewis.models.files import SINGLE
 from lewis.models.lora import WEIGHTS
 from lewis.models.lora_config import CONFIG

@@ -17,8 +17,10 @@ import numpy as np
 
 from lewis import store
 from lewis.allocation.scales import Densities, ScalesByTensor
+from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
+from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
 from lewis.merge.alignment import align
 from lewis.merge.memory_budget import MemoryBudget
@@ -32,7 +34,8 @@ from lewis.models.model import Model
 from lewis.models.names import layer_of
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
-FIT_SEMANTICS = "1"  # bump when a method that fits would give other bytes
+FIT_SEMANTICS = "1"  # bump when a method that fits in forward order would give other bytes
+STATIC_SEMANTICS = "2"  # bump when a method that fits statically would give other bytes
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,10 @@ class Prepared:
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
     def _fit_digest(self) -> list[str]:
-        return [FIT_SEMANTICS, *(expert.calibration.digest for expert in self.experts if expert.calibration)]
+        sets = [expert.calibration.digest for expert in self.experts if expert.calibration]
+        if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
+            return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
+        return [FIT_SEMANTICS, *sets]
 
     def _check_parameters(self) -> None:
         for name in self.base.tensors.keys() - self.excluded if self.method.check else ():

@@ -148,7 +148,10 @@ class Merge(Prepared):
     ) -> Iterator[None]:
         """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards."""
         if self.method.fits:
-            from lewis.merge.fit import fit
+            if self.method.fits == "static":
+                from lewis.merge.static_fit import fit
+            else:
+                from lewis.merge.fit import fit
 
             def report(share: float) -> None:
                 if progress:

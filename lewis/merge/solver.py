@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lewis.errors import LewisError
 from lewis.importance.architecture import Covered
+from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.passes import Pair
 from lewis.merge.prepared import Prepared
-from lewis.merge.workers import Workers
 from lewis.methods.arithmetic.regression import Inputs, Rows
 from lewis.models.dtypes import torch_dtype
 

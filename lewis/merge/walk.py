@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
 from lewis.importance.architecture import Covered
+from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
 from lewis.merge.in_torch import merge_whole
 from lewis.merge.passes import Pair
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
-from lewis.merge.workers import Workers
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

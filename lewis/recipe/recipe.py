@@ -222,8 +222,15 @@ class Recipe(Block):
         return self.allocator is not None and self.allocator.density.strategy != "uniform"
 
     @property
+    def needs_grams(self) -> bool:
+        """Whether the merge needs second-order statistics of the experts' inputs, which the importance pass leaves."""
+        return find(self.merge_method).fits == "static"
+
+    @property
     def measures(self) -> bool:
         """Whether the merge needs the importance pass of the experts."""
+        if self.needs_grams:
+            return True
         block = self.allocator
         if block is None:
             return False

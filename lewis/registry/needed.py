@@ -39,6 +39,11 @@ class _Versions:
         content = _content(path)
         return {content.get("model"), content.get("calibration")} <= self.inputs
 
+    def is_statistics(self, path: Path) -> bool:
+        """Whether a version was made from the model and the calibration set of second-order statistics."""
+        content = _content(path / store.MANIFEST)
+        return {content.get("model"), content.get("calibration")} <= self.inputs
+
     def is_allocation(self, path: Path) -> bool:
         """Whether a version has the mean densities of an allocation, which does not name its merge."""
         experts = _content(path).get("experts") or {}
@@ -60,6 +65,7 @@ def by_versions() -> dict[str, Needed]:
     return {
         kinds.MERGED.name: Needed(found.is_merge, ", not registered"),
         kinds.IMPORTANCE.name: Needed(found.is_importance, _NOT_MADE_FROM),
+        kinds.GRAMS.name: Needed(found.is_statistics, _NOT_MADE_FROM),
         kinds.ALLOCATIONS.name: Needed(found.is_allocation, _NOT_MADE_FROM),
         kinds.CALIBRATIONS.name: Needed(found.is_calibration, _NOT_MADE_FROM),
         kinds.SCORES.name: Needed(found.is_score, ", not of a registered version or what it was made from"),

@@ -124,7 +124,7 @@ def _entries(kind: Kind, needed: Needed | None, now: float, unused: float, runni
     if running and not kind.notes_use:
         return
     for path in kind.entries():
-        if kind is kinds.MERGED and not (path / store.MANIFEST).is_file():
+        if kind in (kinds.MERGED, kinds.GRAMS) and not (path / store.MANIFEST).is_file():
             continue  # LEWIS did not write it
         writer = _LOG_OF.search(path.name) if kind is kinds.LOGS else None
         if writer and store.is_alive(int(writer[1])):  # it may write nothing for days

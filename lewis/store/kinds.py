@@ -58,6 +58,7 @@ class Kind:
 
 MERGED = Kind("merged", "*", "merged-")  # merged checkpoints, folders with a manifest
 IMPORTANCE = Kind("importance", locks="importance-", beside=".safetensors")  # norms; second moments beside them
+GRAMS = Kind("grams", "*", "grams-")  # second-order statistics of a model's inputs, folders with a manifest
 ALLOCATIONS = Kind("allocations", locks="allocation-")  # densities
 CALIBRATIONS = Kind("calibrations")  # token ids of calibration sets
 SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
@@ -67,4 +68,4 @@ DATASETS = Kind("datasets", "*/*", notes_use=False)  # what `datasets` built fro
 LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<process id>
 RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
 SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
-REMOVABLE = (MERGED, IMPORTANCE, ALLOCATIONS, CALIBRATIONS, SCORES, DIGESTS, PICTURES, DATASETS, LOGS)
+REMOVABLE = (MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, SCORES, DIGESTS, PICTURES, DATASETS, LOGS)

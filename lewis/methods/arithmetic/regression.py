@@ -14,6 +14,9 @@ With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, eq
 anchor; with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is
 written with differences, so that nothing is lost to rounding where the merged model is close to the experts.
 
+With Z_t = X_t and B_t = 0, all that is needed of X_t is the mean of the products of its columns, X_t^T X_t / tokens: it
+can be measured once and kept (`Gram`).
+
 Where there are fewer tokens than inputs, the same solution follows from the tokens' own products (the dual form): with
 X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^T + (Z_t - X_t) W_t^T, scaled alike,
 
@@ -35,6 +38,20 @@ COLUMNS = 256  # of a product that one job computes
 ROWS = 384  # output rows that one job solves for
 DUAL_ABOVE = 8192  # inputs: beyond as many, the products of all pairs of inputs are not worth their memory
 DUAL_TOKENS = 4096  # that the dual form keeps of such a layer, spread evenly
+
+
+def keeps_rows(size: int, tokens: int) -> bool:
+    """Whether the inputs themselves are worth less room and time than the products of all pairs of them.
+
+    So it is with fewer tokens than half of the inputs, since the products are symmetric. A layer with more than
+    `DUAL_ABOVE` inputs always keeps rows, at most `DUAL_TOKENS` of them.
+
+    Args:
+        size: number of inputs of the layer.
+        tokens: rows of inputs.
+    """
+    return size > DUAL_ABOVE or tokens < size // 2
+
 
 Jobs = Callable[[Sequence[Callable[[], None]]], None]
 """Runs jobs, each single-threaded, in any order, at the same time or one after another."""
@@ -65,6 +82,11 @@ class Rows:
     weight: float = 1.0
 
     @property
+    def size(self) -> int:
+        """Number of inputs of the layer."""
+        return self.merged[0].shape[1]
+
+    @property
     def tokens(self) -> int:
         """How many rows."""
         return sum(len(part) for part in self.merged)
@@ -81,16 +103,46 @@ class Rows:
 
 
 @dataclass
+class Gram:
+    """What was measured of the tokens of one expert at one layer, for a fit with Z_t = X_t and B_t = 0.
+
+    Attributes:
+        mean: X_t^T X_t / tokens, fp32 (in, in).
+        tokens: how many.
+        weight: c_t times the number of tokens.
+    """
+
+    mean: torch.Tensor
+    tokens: int
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Number of inputs of the layer."""
+        return len(self.mean)
+
+    @property
+    def share(self) -> float:
+        """What `mean` counts in S: c_t times the number of tokens."""
+        return self.weight
+
+    @property
+    def shifted(self) -> bool:
+        """Never: the inputs are those of the expert."""
+        return False
+
+
+@dataclass
 class Inputs:
     """The inputs of layers that share them (q, k and v): what is computed of them is computed once.
 
     Attributes:
-        experts: the tokens of each expert.
+        experts: the tokens of each expert, or what was measured of them.
         ridge: r in units of the mean diagonal of S.
         jobs: runs what is computed.
     """
 
-    experts: list[Rows]
+    experts: Sequence[Rows | Gram]
     ridge: float
     jobs: Jobs = one_after_another
     _grams: list[torch.Tensor] = field(default_factory=list)
@@ -100,12 +152,14 @@ class Inputs:
     @property
     def size(self) -> int:
         """Number of inputs of the layer."""
-        return self.experts[0].merged[0].shape[1]
+        return self.experts[0].size
 
     @property
     def is_dual(self) -> bool:
-        """Whether the dual form is cheaper, or the other one is too large."""
-        return self.size > DUAL_ABOVE or sum(rows.tokens for rows in self.experts) < self.size // 2
+        """Whether the dual form is cheaper, or the other one is too large; it needs the rows of all experts."""
+        if any(isinstance(rows, Gram) for rows in self.experts):
+            return False
+        return keeps_rows(self.size, sum(rows.tokens for rows in self.experts))
 
     def solve(
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides] | None = None
@@ -139,7 +193,9 @@ class Inputs:
         # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
         by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
-            self._shifts = [self._shift(rows) if rows.shifted else None for rows in self.experts]
+            self._shifts = [
+                self._shift(each) if isinstance(each, Rows) and each.shifted else None for each in self.experts
+            ]
         shifts = [None] * len(self.experts) if by_token or self._shifts is None else self._shifts
 
         def job(part: slice) -> None:
@@ -150,7 +206,7 @@ class Inputs:
                 found = (weight[part] - anchor[part]) @ gram
                 if shift is not None:
                     found.addmm_(weight[part], shift)
-                elif by_token:
+                elif by_token and isinstance(rows, Rows) and (rows.shifted or more is not None):
                     for i, (merged, own) in enumerate(zip(rows.merged, rows.own, strict=True)):
                         missed = (own - merged) @ weight[part].T
                         found.addmm_((missed if more is None else missed.add_(more[i][:, part])).T, merged)
@@ -158,27 +214,30 @@ class Inputs:
             moved = torch.cholesky_solve(right.T.contiguous(), factor).T
             solved[part] = (anchor[part].double() + moved).float()
 
-        self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
+        self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return solved
 
     def _products(self) -> torch.Tensor:
         """Set the X_t^T X_t, of which only the blocks on and above the diagonal are computed; gives S, fp64."""
         total = torch.empty(self.size, self.size, dtype=torch.float64)
-        self._grams = [torch.empty(self.size, self.size) for _ in self.experts]
+        self._grams = [
+            rows.mean if isinstance(rows, Gram) else torch.empty(self.size, self.size) for rows in self.experts
+        ]
 
         def job(columns: slice) -> None:
             summed = torch.zeros(columns.stop - columns.start, self.size - columns.start, dtype=torch.float64)
             for rows, gram in zip(self.experts, self._grams, strict=True):
-                block = torch.zeros(summed.shape)
-                for part in rows.merged:
-                    block.addmm_(part[:, columns].T, part[:, columns.start :])
-                gram[columns, columns.start :] = block
-                gram[columns.start :, columns] = block.T
-                summed.add_(block, alpha=rows.share)
+                if isinstance(rows, Rows):
+                    block = torch.zeros(summed.shape)
+                    for part in rows.merged:
+                        block.addmm_(part[:, columns].T, part[:, columns.start :])
+                    gram[columns, columns.start :] = block
+                    gram[columns.start :, columns] = block.T
+                summed.add_(gram[columns, columns.start :], alpha=rows.share)
             total[columns, columns.start :] = summed
             total[columns.start :, columns] = summed.T
 
-        self.jobs([_bound(job, columns) for columns in _slices(self.size, COLUMNS)])
+        self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
         return total
 
     def _shift(self, rows: Rows) -> torch.Tensor:
@@ -191,13 +250,14 @@ class Inputs:
                 block.addmm_((own[:, columns] - merged[:, columns]).T, merged)
             shift[columns] = block
 
-        self.jobs([_bound(job, columns) for columns in _slices(self.size, COLUMNS)])
+        self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
         return shift
 
     # ----- the dual form
 
     def _dual(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]) -> torch.Tensor:
-        sampled = [self._sampled(rows, more) for rows, more in zip(self.experts, besides, strict=True)]
+        known = [rows for rows in self.experts if isinstance(rows, Rows)]
+        sampled = [self._sampled(rows, more) for rows, more in zip(known, besides, strict=True)]
         merged, own = (torch.cat([each[i] for each in sampled]) for i in range(2))  # type: ignore[misc]
         counts = [len(each[0]) for each in sampled]
         if self._factor is None:
@@ -206,7 +266,7 @@ class Inputs:
             def multiply(columns: slice) -> None:
                 kernel[columns] = (merged[columns] @ merged.T).double()
 
-            self.jobs([_bound(multiply, columns) for columns in _slices(len(merged), COLUMNS)])
+            self.jobs([_bound(multiply, columns) for columns in slices(len(merged), COLUMNS)])
             mean = float(kernel.diagonal().sum()) / self.size
             self._factor = _cholesky(kernel, self.ridge, mean)
         solved, factor = torch.empty_like(anchor), self._factor
@@ -221,7 +281,7 @@ class Inputs:
             found = torch.cholesky_solve(torch.cat(missed).double(), factor)
             solved[part] = anchor[part] + found.T.float() @ merged
 
-        self.jobs([_bound(job, part) for part in _slices(len(anchor), ROWS)])
+        self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return solved
 
     def _sampled(self, rows: Rows, more: Besides) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -260,7 +320,7 @@ def _cholesky(matrix: torch.Tensor, ridge: float, mean: float | None = None) -> 
         before, added = added, 10 * max(added, 1e-9 * mean)
 
 
-def _slices(length: int, step: int) -> list[slice]:
+def slices(length: int, step: int) -> list[slice]:
     """Parts of nearly equal length, at most `step`, an even number of them."""
     count = min(2 * -(-length // (2 * step)), length)
     bounds = [length * i // count for i in range(count + 1)]

@@ -16,6 +16,9 @@ class Workers:
     """Threads that share out jobs; use as a context.
 
     A greenlet belongs to the thread that began it: what leads greenlets runs `in_place`.
+
+    Attributes:
+        count: how many threads.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -23,8 +26,8 @@ class Workers:
         Args:
             threads: by default one per core.
         """
-        count = threads or len(os.sched_getaffinity(0))
-        self._threads = [ThreadPoolExecutor(1) for _ in range(count)]
+        self.count = threads or len(os.sched_getaffinity(0))
+        self._threads = [ThreadPoolExecutor(1) for _ in range(self.count)]
 
     def __enter__(self) -> Workers:
         return self
@@ -46,8 +49,7 @@ class Workers:
 
     def in_place(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Run the jobs, the one at each place always in the same thread, and wait for all; raises as a call does."""
-        count = len(self._threads)
-        self._in_all([iter(jobs[i::count]) for i in range(min(count, len(jobs)))])
+        self._in_all([iter(jobs[i :: self.count]) for i in range(min(self.count, len(jobs)))])
 
     def _in_all(self, shares: Sequence[Iterator[Callable[[], None]]]) -> None:
         taking = Lock()

@@ -1,0 +1,162 @@
+"""Second-order statistics on disk: a folder with a safetensors file for each block.
+
+Of each input of a block a file holds `squares`, and `gram` or `rows`, as `lewis.importance.collected` says; its
+metadata says how many tokens came in, and which projections got that input. The manifest of the folder has the checksum
+of each file. It is compared before anything is read from the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.importance.collected import Collected
+from lewis.lazy_torch import torch
+from lewis.methods.arithmetic import gram
+from lewis.methods.arithmetic.regression import Gram, Rows
+
+SEMANTICS = "1"  # bump when the same inputs would give other statistics
+_ENDING, _HEADER = ".safetensors", "statistics"
+
+
+class _Place(NamedTuple):
+    file: str
+    key: str
+    tokens: int
+    size: int
+
+
+def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> str:
+    """Write the statistics of a block.
+
+    Args:
+        folder: where to.
+        block: its path in the network.
+        inputs: name of an input -> what was collected.
+        sources: name of a projection -> the input that it got.
+
+    Returns:
+        The SHA-256 of the file, which is named `BLOCK.safetensors`.
+
+    Raises:
+        ValueError: naming an input that is not finite.
+    """
+    from safetensors.torch import save
+
+    tensors = dict[str, torch.Tensor]()
+    for key, each in inputs.items():
+        result = each.result()
+        if not bool(result["squares"].isfinite().all()):
+            raise ValueError(key)
+        tensors |= {f"{key}|{kind}": value for kind, value in result.items()}
+    header = {"inputs": {key: [each.tokens, each.size] for key, each in inputs.items()}, "sources": dict(sources)}
+    path = folder / f"{block}{_ENDING}"
+    store.write_bytes(path, save(tensors, {_HEADER: json.dumps(header)}))
+    return store.file_sha256(path)
+
+
+def has(folder: Path, block: str) -> bool:
+    """Whether the statistics of a block have been written: a file appears whole or not at all."""
+    return (folder / f"{block}{_ENDING}").is_file()
+
+
+class Grams:
+    """The second-order statistics of one model on one calibration set."""
+
+    def __init__(self, folder: Path, checksums: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            folder: with the files.
+            checksums: of the files, if the folder has no manifest yet.
+
+        Raises:
+            LewisError: if the folder is gone, or a file is missing or has another size.
+        """
+        self.folder, self._checked = folder, set[str]()
+        manifest = {} if checksums is not None else store.read_manifest(folder)
+        if manifest is None:
+            raise LewisError(f"{folder}: the statistics of a model's inputs are gone or cut short; run again")
+        given = {name: each["sha256"] for name, each in manifest.get("files", {}).items()}
+        self._checksums = dict(checksums or given)
+        self._places = dict[str, _Place]()
+        for name in sorted(self._checksums):
+            header = self._header(name)
+            for projection, key in header["sources"].items():
+                if key:
+                    self._places[projection] = _Place(name, key, *header["inputs"][key])
+
+    def __contains__(self, projection: str) -> bool:
+        return projection in self._places
+
+    def source(self, projection: str) -> str | None:
+        """Which input a projection got: the same name for all that share it. None if no token was seen to reach it."""
+        place = self._places.get(projection)
+        return None if place is None else f"{place.file}|{place.key}"
+
+    def tokens(self, projection: str) -> int:
+        """How many tokens reached a projection."""
+        place = self._places.get(projection)
+        return 0 if place is None else place.tokens
+
+    def size(self, projection: str) -> int:
+        """Number of inputs of a projection that tokens reached."""
+        return self._places[projection].size
+
+    def squares(self, projection: str) -> torch.Tensor:
+        """The mean of x_j^2 over the tokens, fp32 (in,)."""
+        return self._read(self._places[projection], "squares")
+
+    def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
+        """What a static fit needs to know of the inputs of a projection.
+
+        Args:
+            projection: name of the network's parameter, as `passes.of_expert` gives it for one of stacked experts.
+            weight: how much the tokens count.
+
+        Raises:
+            LewisError: if the file is damaged.
+        """
+        place = self._places[projection]
+        try:
+            packed = self._read(place, "gram")
+        except KeyError:
+            rows = [self._read(place, "rows")]
+            return Rows(rows, rows, weight)
+        return Gram(gram.unpacked(packed, place.size), place.tokens, weight)
+
+    def _header(self, name: str) -> dict[str, Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                found: dict[str, Any] = json.loads(file.metadata()[_HEADER])
+                return found
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(name) from error
+
+    def _read(self, place: _Place, kind: str) -> torch.Tensor:
+        """One tensor; KeyError if it is not there."""
+        from safetensors import safe_open
+
+        path = self.folder / place.file
+        if place.file not in self._checked:
+            if not path.is_file() or store.file_sha256(path) != self._checksums[place.file]:
+                raise self._damaged(place.file)
+            self._checked.add(place.file)
+        name = f"{place.key}|{kind}"
+        with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118 (the file is no mapping)
+                raise KeyError(name)
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+    def _damaged(self, name: str) -> LewisError:
+        """The error for a damaged file; what is damaged is removed, so that another run measures it again."""
+        store.discard(self.folder)
+        return LewisError(
+            f"{self.folder / name}: damaged: it is not as it was written; the entry is removed; run again"
+        )

@@ -1,0 +1,240 @@
+"""The pass that measures second-order statistics: for each covered projection the mean of x^T x of its inputs x.
+
+All batches go through the model side by side, block by block. What goes into the projections of a block is summed up
+and written to disk before the passes go on: so there are in memory the weights of one block, its statistics, the inputs
+of a few batches, and the hidden states of all tokens.
+
+The batches do not depend on the number of threads, each goes through the model single-threaded, and the sums are cut
+into jobs by their size only: so the numbers have the same bits for any number of threads (on the CPU).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lewis.devices import one_thread
+from lewis.errors import LewisError
+from lewis.importance import gram_files
+from lewis.importance.architecture import Network
+from lewis.importance.calibration import Calibration
+from lewis.importance.collected import Collected
+from lewis.importance.gram_files import Grams
+from lewis.importance.measure import check_samples, network_of, norms, stored_dtype
+from lewis.importance.measured import Measured
+from lewis.importance.passes import Pass, Watched, of_expert
+from lewis.importance.workers import Workers
+from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.gram import packed_length
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, keeps_rows
+from lewis.models.model import Model
+
+if TYPE_CHECKING:
+    from lewis.importance.streaming import Weights
+
+logger = logging.getLogger(__name__)
+TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
+
+
+def measure_grams(
+    model: Model,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Measure one model on one calibration set; a block that is in `folder` already is not measured again.
+
+    Args:
+        model: an opened checkpoint, or a LoRA expert.
+        calibration: token ids.
+        folder: where the files go, one for each block; it exists.
+        device: `cpu` (weights in fp32) or `cuda` (weights as stored).
+        threads: of the CPU; by default one per core.
+        progress: called with (tokens done, tokens in all); a token that is half through the blocks is half done.
+
+    Returns:
+        File name -> SHA-256, of those written now.
+
+    Raises:
+        InputError: if no layer is covered, or a token id is out of the vocabulary.
+        LewisError: if activations are not finite, naming the projection.
+    """
+    from lewis.importance.batches import batches
+    from lewis.importance.streaming import Weights, forward
+
+    dtype = torch.float32 if device == "cpu" else stored_dtype(model)
+    network = network_of(model, dtype)
+    check_samples(model, network, calibration)
+    made = batches([calibration], network, tokens=TOKENS_PER_PASS)
+    passes = [Pass(batch, partial(forward, network, batch.ids.to(device), batch.lengths)) for batch in made]
+    with ExitStack() as contexts:
+        contexts.enter_context(one_thread())
+        workers = contexts.enter_context(Workers(threads if device == "cpu" else 1))
+        contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
+        watched = contexts.enter_context(Watched(network))
+        weights = Weights(network, model, device, dtype)
+        weights.check()
+        weights.load(network.parameters_outside())
+        weights.move_buffers()
+        walk = _Walk(weights, watched, passes, workers, folder, calibration.tokens)
+        for share in walk.blocks():
+            if progress:
+                progress(int(share * calibration.tokens), calibration.tokens)
+    return walk.checksums
+
+
+class _Walk:
+    """All passes on their way from block to block.
+
+    Attributes:
+        checksums: of the files that were written.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        watched: Watched,
+        passes: list[Pass],
+        workers: Workers,
+        folder: Path,
+        tokens: int,
+    ) -> None:
+        self._weights, self._watched, self._passes, self._workers = weights, watched, passes, workers
+        self._folder, self._tokens = folder, tokens
+        self.checksums: dict[str, str] = {}
+
+    def blocks(self) -> Iterator[float]:
+        """Go through the model; yields the share of the blocks that are done, after each."""
+        network, done = self._weights.network, set[str]()
+        self._go_on(self._passes)
+        while path := next(filter(None, (each.place for each in self._passes)), None):
+            if path in done:
+                raise LewisError(f"{network.folder}: it runs {path} twice, and its inputs cannot be told apart")
+            done.add(path)
+            waiting = [each for each in self._passes if each.place == path]
+            self._watched.notes = not gram_files.has(self._folder, path)
+            names = network.parameters_in(path)
+            self._weights.load(names)
+            found = self._through(waiting)
+            self._weights.drop(names)
+            if self._watched.notes:
+                self._write(path, *found)
+            yield min(1.0, len(done) / len(network.blocks))
+        yield 1.0
+
+    def _go_on(self, some: Sequence[Pass]) -> None:
+        chosen = set(map(id, some))
+        self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes])
+
+    def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
+        """Take passes through a block, a few at a time; gives the inputs, and which projection got which."""
+        inputs, sources = dict[str, Collected](), dict[str, str]()
+        for start in range(0, len(waiting), self._workers.count):
+            some = waiting[start : start + self._workers.count]
+            self._go_on(some)
+            parts = dict[str, list[torch.Tensor]]()
+            for each in some:  # in their order, on which the rounding of the sums depends
+                for name, rows in each.inputs.items():
+                    parts.setdefault(name, []).extend(rows)
+                for name, source in each.sources.items():
+                    sources[name] = source if sources.get(name, source) == source else ""
+                each.forget()
+            jobs = []
+            for name, rows in parts.items():
+                if name not in inputs:
+                    inputs[name] = Collected(rows[0].shape[1], self._tokens)
+                jobs += inputs[name].add(rows)
+            self._workers(jobs)
+        return inputs, sources
+
+    def _write(self, path: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> None:
+        try:
+            self.checksums[f"{path}.safetensors"] = gram_files.write(self._folder, path, inputs, sources)
+        except ValueError as error:
+            raise LewisError(
+                f"{self._weights.model.folder}: activations into {str(error)!r} are NaN, Inf or too large for fp32; "
+                "the model is damaged"
+            ) from error
+
+
+def _nothing() -> None:
+    pass
+
+
+def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: str = "mean") -> Measured:
+    """Norms and second moments, of which the pass has left all that is needed.
+
+    Args:
+        model: that was measured.
+        calibration: on which.
+        grams: what was measured.
+        reduce: as in `Importance`.
+    """
+    network = network_of(model)
+
+    def means(parameter: str, _: int) -> torch.Tensor | None:
+        shape = network.empty(parameter).shape
+        if len(shape) < 3:
+            return grams.squares(parameter).double() if parameter in grams else None
+        names = [of_expert(parameter, expert) for expert in range(shape[0])]
+        found = {name: grams.squares(name).double() for name in names if name in grams}
+        if not found:
+            return None
+        unseen = torch.full_like(next(iter(found.values())), torch.nan)
+        return torch.stack([found.get(name, unseen) for name in names])
+
+    [measured] = norms(model, network, means, [calibration], reduce)
+    return measured
+
+
+def bytes_of(network: Network, tokens: int) -> int:
+    """Bytes on disk that the statistics of a model take at most, as if no two projections shared their inputs.
+
+    Args:
+        network: its modules.
+        tokens: of the calibration set. Of stacked experts, each is taken to see an even share, which takes most room.
+    """
+    return sum(each.stack * _bytes_of_input(each.size, each.tokens) for _, each in _stacks(network, tokens))
+
+
+def operations_of(network: Network, tokens: int) -> float:
+    """Floating-point operations of the pass, roughly: the products with the weights, and those of the inputs.
+
+    Args:
+        network: its modules.
+        tokens: of the calibration set.
+    """
+    total = 0
+    for parameter, each in _stacks(network, tokens):
+        products = 0 if keeps_rows(each.size, each.tokens) else packed_length(each.size) * each.stack
+        total += each.tokens * (network.empty(parameter).numel() + products)
+    return 2.0 * total
+
+
+class _Stack(NamedTuple):
+    """A covered parameter: number of inputs, how many are stacked in it, and the tokens that each of them sees."""
+
+    size: int
+    stack: int
+    tokens: int
+
+
+def _stacks(network: Network, tokens: int) -> Iterator[tuple[str, _Stack]]:
+    chosen = getattr(network.module.config.get_text_config(), "num_experts_per_tok", None) or 1
+    for parameter, transposed in {each.parameter: each.transposed for each in network.covered}.items():
+        shape = network.empty(parameter).shape
+        stack = shape[0] if len(shape) == 3 else 1
+        seen = -(-tokens * min(chosen, stack) // stack) if stack > 1 else tokens
+        yield parameter, _Stack(shape[-2 if transposed else -1], stack, seen)
+
+
+def _bytes_of_input(size: int, tokens: int) -> int:
+    kept = min(tokens, DUAL_TOKENS) if size > DUAL_ABOVE else tokens
+    return 4 * (size + (size * kept if keeps_rows(size, tokens) else packed_length(size)))

@@ -1,0 +1,149 @@
+"""Forward passes that stop in front of every block, side by side, and note what goes into the projections on the way.
+
+Each pass is a greenlet, which can stop anywhere below its first call, in the code of whatever model it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from greenlet import getcurrent, greenlet
+
+from lewis.errors import LewisError
+from lewis.importance.architecture import Network
+from lewis.lazy_torch import nn, torch
+
+if TYPE_CHECKING:
+    from lewis.importance.batches import Batch
+
+_OF_RUN: WeakKeyDictionary[greenlet, Pass] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Pass:
+    """One batch on its way through a model.
+
+    Attributes:
+        batch: what goes through.
+        forward: runs the model on it.
+        place: path of the block that it waits in front of; None at its end.
+        inputs: what went into projections since `forget`: name of the first projection that got a tensor -> the rows of
+            real tokens, fp32 (tokens, in), copied.
+        sources: name of a projection -> which of the inputs it got; empty if several.
+    """
+
+    batch: Batch
+    forward: Callable[[], None]
+    place: str | None = None
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    _run: greenlet | None = None
+    _seen: list[tuple[torch.Tensor, str]] = field(default_factory=list)
+    _mode: Any = None
+
+    def go_on(self) -> None:
+        """Run to the next block; always in the same thread."""
+        if self._run is None:
+            self._run = greenlet(self.forward)
+            _OF_RUN[self._run] = self
+        found = self._run.switch()
+        self.place = None if self._run.dead else found
+
+    def stop(self) -> None:
+        """End what waits here, in its own thread."""
+        if self._run is not None and not self._run.dead:
+            self._run.throw()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was noted."""
+        self.inputs, self.sources, self._seen = {}, {}, []
+
+    def note(self, name: str, inputs: torch.Tensor) -> None:
+        """Note what goes into a projection; what several get (q, k and v) is copied once."""
+        key = next((key for tensor, key in self._seen if tensor is inputs), None)
+        if key is None:
+            key = name
+            self._seen.append((inputs, name))
+            self.inputs.setdefault(name, []).append(self._real_rows(name, inputs))
+        self.sources[name] = key if self.sources.get(name, key) == key else ""
+
+    def _real_rows(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        width, flat = self.batch.ids.shape[1], inputs.reshape(-1, inputs.shape[-1])
+        padded = min(self.batch.lengths) < width
+        if inputs.shape[:-1].numel() != self.batch.ids.numel() and padded:
+            raise LewisError(
+                f"{name}: sees {inputs.shape[:-1].numel()} of {self.batch.ids.numel()} tokens, and which are padding "
+                "is unknown; this way of routing is not supported"
+            )
+        if not padded:
+            return flat.to(torch.float32, copy=True)  # a model may change the tensor after the projection
+        real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
+        return flat[real.reshape(-1).to(flat.device)].float()
+
+
+class Watched(ExitStack):
+    """A network whose passes stop in front of its blocks and note what goes into its covered projections; a context.
+
+    Attributes:
+        notes: whether anything is noted.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.notes = True
+        for path, block in network.blocks.items():
+            self.callback(block.register_forward_pre_hook(partial(_wait, path)).remove)
+        stacked: dict[nn.Module, list[str]] = {}
+        for parameter in dict.fromkeys(covered.parameter for covered in network.covered):
+            path, _, name = parameter.rpartition(".")
+            module = network.module.get_submodule(path)
+            if getattr(module, name).dim() == 3:
+                stacked.setdefault(module, []).append(parameter)
+            else:
+                self.callback(module.register_forward_pre_hook(partial(self._before, parameter)).remove)
+        for module, parameters in stacked.items():
+            self.callback(module.register_forward_pre_hook(partial(self._before_experts, parameters)).remove)
+            self.callback(module.register_forward_hook(_after_experts, always_call=True).remove)
+
+    def _before(self, parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.notes:
+            _OF_RUN[getcurrent()].note(parameter, inputs[0])
+
+    def _before_experts(self, parameters: Sequence[str], module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Experts in one parameter have no module to hook: see the products with slices of the parameter instead."""
+        from lewis.importance.second_moments import SeeProducts
+
+        if not self.notes:
+            return
+        run = _OF_RUN[getcurrent()]
+        stacks = {getattr(module, name.rpartition(".")[2]).untyped_storage().data_ptr(): name for name in parameters}
+
+        def note(rows: torch.Tensor, weight: torch.Tensor) -> None:
+            name = stacks.get(weight.untyped_storage().data_ptr())
+            if name is not None and rows.dim() == 2:
+                run.note(of_expert(name, weight.storage_offset() // weight.numel()), rows)
+
+        run._mode = SeeProducts(note)
+        run._mode.__enter__()
+
+
+def of_expert(parameter: str, expert: int | None) -> str:
+    """What the projection of one of the stacked experts is called."""
+    return parameter if expert is None else f"{parameter}[{expert}]"
+
+
+def _after_experts(*_: Any) -> None:
+    run = _OF_RUN[getcurrent()]
+    if run._mode is not None:
+        run._mode.__exit__(None, None, None)
+        run._mode = None
+
+
+def _wait(path: str, *_: object) -> None:
+    getcurrent().parent.switch(path)

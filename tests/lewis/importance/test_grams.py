@@ -1,0 +1,246 @@
+"""Second-order statistics against hooks of the test's own: fp64, one sample at a time, on real classes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lewis import store
+from lewis.errors import InputError, LewisError
+from lewis.importance import grams as measuring
+from lewis.importance import step
+from lewis.importance.calibration import Calibration
+from lewis.importance.gram_files import Grams
+from lewis.importance.grams import bytes_of, measure_grams, measured_by
+from lewis.importance.measure import measure, network_of
+from lewis.methods.arithmetic import regression
+from lewis.methods.arithmetic.regression import Gram, Rows
+from lewis.models.checkpoint import Checkpoint
+from tests.conftest import Family
+from tests.lewis.importance.test_architecture import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
+from tests.support.models import rewrite
+
+SAMPLES = (
+    (3, 4, 5, 6, 7, 8, 9),
+    (10, 11),
+    (11, 12, 13),
+    (3, 3, 3),
+    (20, 21, 22, 23, 24),
+    *[(i, i + 1) for i in range(9)],
+)
+CALIBRATION = Calibration("sums", SAMPLES)
+
+
+def measured(folder: Path, to: Path, calibration: Calibration = CALIBRATION, **options: Any) -> Grams:
+    to.mkdir()
+    return Grams(to, measure_grams(Checkpoint(folder, "key"), calibration, to, **options))
+
+
+def mean_products(found: Gram | Rows) -> torch.Tensor:
+    if isinstance(found, Gram):
+        return found.mean
+    rows = torch.cat(found.merged)
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "neox", "gemma2"])
+def test_dense_decoders(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, sizes, covered = DENSE[kind]
+    model = write(tmp_path, name, sizes).double()
+    monkeypatch.setattr("tests.lewis.importance.test_architecture.SAMPLES", SAMPLES)
+    expected, found = inputs_of(model), measured(tmp_path, tmp_path / "grams")
+    network = network_of(Checkpoint(tmp_path, "key"))
+    assert len(network.covered) * (7 if kind in ("llama", "gemma2") else 1) >= covered
+    for each in network.covered:
+        x = expected[each.parameter.removesuffix(".weight")]
+        assert found.tokens(each.parameter) == len(x) == CALIBRATION.tokens
+        torch.testing.assert_close(
+            mean_products(found.inputs(each.parameter)).double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_an_input_that_several_share_is_kept_once(tmp_path: Path) -> None:
+    write(tmp_path, "Llama", SIZES)
+    found = measured(tmp_path, tmp_path / "grams")
+    block = "model.layers.1."
+    q, k, v, o = (found.source(f"{block}self_attn.{name}_proj.weight") for name in "qkvo")
+    gate, up, down = (found.source(f"{block}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+    assert q == k == v and gate == up and len({q, o, gate, down}) == 4
+    kept = load_file(tmp_path / "grams" / "model.layers.1.safetensors")
+    assert len(kept) == 4 * 2  # the squares of each, and its products or rows
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe"])
+def test_stacked_experts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert by itself; gate and up share their input; one that no token reached has nothing."""
+    name, sizes, *_ = MOES[kind]
+    model = write(tmp_path, name, sizes).double()
+    monkeypatch.setattr("tests.lewis.importance.test_architecture.SAMPLES", SAMPLES)
+    inputs, found = expert_inputs(model), measured(tmp_path, tmp_path / "grams")
+    assert found.tokens("model.layers.0.mlp.experts.gate_up_proj[0]") > 0
+    network, reached = network_of(Checkpoint(tmp_path, "key")), 0
+    for each in network.covered:
+        if each.expert is None:
+            continue
+        module, _, leaf = each.parameter.rpartition(".")
+        of_expert = inputs[module].get(each.expert)
+        projection = f"{each.parameter}[{each.expert}]"
+        if of_expert is None:
+            assert projection not in found
+            continue
+        reached += 1
+        x = of_expert[leaf == "down_proj"]
+        assert found.tokens(projection) == len(x)
+        torch.testing.assert_close(
+            mean_products(found.inputs(projection)).double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6
+        )
+    assert reached > 8
+
+
+def test_an_encoder_with_a_decoder(tmp_path: Path) -> None:
+    write(tmp_path, "T5", T5)
+    found = measured(tmp_path, tmp_path / "grams")
+    assert len({found.source(each.parameter) for each in network_of(Checkpoint(tmp_path, "key")).covered}) > 12
+
+
+def test_norms_and_moments_are_those_of_the_other_pass(family: Family, tmp_path: Path) -> None:
+    model = Checkpoint(family.math, "key")
+    expected, grams = measure(model, CALIBRATION), measured(family.math, tmp_path / "grams")
+    found = measured_by(model, CALIBRATION, grams)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert all(torch.allclose(found.moments[name], s, rtol=1e-4) for name, s in expected.moments.items())
+
+
+def test_the_same_bytes_for_any_number_of_threads(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "TOKENS_PER_PASS", 8)
+    for threads in (1, 3):
+        measured(family.math, tmp_path / str(threads), threads=threads)
+    names = [path.name for path in (tmp_path / "1").iterdir()]
+    assert len(names) == 2
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes() for name in names)
+
+
+class TestRule:
+    def test_fewer_tokens_than_half_the_inputs_are_kept_as_rows(self, family: Family, tmp_path: Path) -> None:
+        few = measured(family.math, tmp_path / "few", Calibration("few", ((3, 4, 5),)))
+        many = measured(family.math, tmp_path / "many")
+        name = "model.layers.0.mlp.down_proj.weight"
+        kept = few.inputs(name)
+        assert isinstance(kept, Rows) and kept.tokens == few.tokens(name) == 3
+        assert isinstance(many.inputs(name), Gram)
+
+    def test_of_a_wide_layer_an_even_share_of_the_rows(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = "model.layers.0.mlp.down_proj.weight"
+        whole = measured(family.math, tmp_path / "whole", Calibration("one", (SAMPLES[0], SAMPLES[4])))
+        monkeypatch.setattr(regression, "DUAL_ABOVE", 20)
+        monkeypatch.setattr(regression, "DUAL_TOKENS", 5)
+        monkeypatch.setattr(measuring, "TOKENS_PER_PASS", 4)
+        found = measured(family.math, tmp_path / "wide", Calibration("one", (SAMPLES[0], SAMPLES[4])))
+        kept, rows = found.inputs(name), whole.inputs(name)
+        assert isinstance(kept, Rows) and isinstance(rows, Rows)
+        assert torch.allclose(kept.merged[0], rows.merged[0][torch.arange(5) * 12 // 5], atol=1e-5)
+        assert found.tokens(name) == 12
+        assert torch.allclose(found.squares(name), whole.squares(name), rtol=1e-4)  # of all rows
+
+    def test_both_forms_give_the_same_solution(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = "model.layers.0.mlp.down_proj.weight"
+        products = measured(family.math, tmp_path / "products").inputs(name)
+        monkeypatch.setattr(regression, "DUAL_ABOVE", 20)
+        rows = measured(family.math, tmp_path / "rows").inputs(name)
+        assert isinstance(products, Gram) and isinstance(rows, Rows)
+        noise = torch.Generator().manual_seed(0)
+        anchor, weight = (torch.randn(5, products.size, generator=noise) for _ in range(2))
+        primal, dual = (regression.Inputs([each], 1e-2) for each in (products, rows))
+        assert (primal.is_dual, dual.is_dual) == (False, True)
+        found = [each.solve(anchor, [weight]) for each in (primal, dual)]
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+class TestStore:
+    def entries(self, home: Path) -> list[Path]:
+        return [path for path in (home / "grams").iterdir() if not path.name.startswith(".")]
+
+    def test_is_made_once_and_found(self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = Checkpoint(family.math, "key")
+        folder = step.find_or_measure_grams(model, CALIBRATION)
+        monkeypatch.setattr(measuring, "measure_grams", None)
+        assert step.find_or_measure_grams(model, CALIBRATION) == folder == self.entries(home)[0]
+        assert step.grams_place("key", CALIBRATION.digest, "cpu")[1] == folder
+        others = {step.grams_place(*of, "cpu")[0] for of in (("key", "x"), ("x", CALIBRATION.digest))}
+        assert len(others | {folder.name}) == 3
+        assert step.grams_place("key", CALIBRATION.digest, "cuda")[1] != folder
+
+    def test_a_damaged_file_is_not_believed_and_measured_again(self, family: Family, home: Path) -> None:
+        model = Checkpoint(family.math, "key")
+        folder = step.find_or_measure_grams(model, CALIBRATION)
+        path = folder / "model.layers.1.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        grams = Grams(folder)
+        grams.inputs("model.layers.0.mlp.down_proj.weight")
+        with pytest.raises(LewisError, match=r"model\.layers\.1\.safetensors: damaged.*run again"):
+            grams.inputs("model.layers.1.mlp.down_proj.weight")
+        assert step.find_or_measure_grams(model, CALIBRATION) == folder
+        assert path.read_bytes() == content
+
+    def test_a_pass_that_was_killed_does_not_sum_up_again_what_is_written(
+        self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, written = Checkpoint(family.math, "key"), []
+        expected = {
+            p.name: p.read_bytes() for p in step.find_or_measure_grams(model, CALIBRATION).glob("*.safetensors")
+        }
+        for folder in self.entries(home):
+            store.discard(folder)
+        write_block = measuring.gram_files.write
+
+        class Killed(BaseException):
+            pass
+
+        def dies(folder: Path, block: str, *rest: Any) -> str:
+            if block.endswith(".1"):
+                raise Killed
+            return write_block(folder, block, *rest)
+
+        monkeypatch.setattr(measuring.gram_files, "write", dies)
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as after kill -9, nothing is tidied up
+        with pytest.raises(Killed):
+            step.find_or_measure_grams(model, CALIBRATION)
+        monkeypatch.undo()
+        monkeypatch.setenv("LEWIS_HOME", str(home))
+        monkeypatch.setattr(
+            measuring.gram_files, "write", lambda *given: written.append(given[1]) or write_block(*given)
+        )
+        folder = step.find_or_measure_grams(model, CALIBRATION)
+        assert written == ["model.layers.1"]
+        assert {p.name: p.read_bytes() for p in folder.glob("*.safetensors")} == expected
+
+    def test_space_is_checked_before_the_pass(
+        self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lewis.store.files.free_space", lambda _: 1000)
+        with pytest.raises(InputError, match="no space"):
+            step.find_or_measure_grams(Checkpoint(family.math, "key"), CALIBRATION)
+        assert not self.entries(home)
+
+    def test_the_size_is_known_before(self, family: Family, home: Path) -> None:
+        model = Checkpoint(family.math, "key")
+        folder = step.find_or_measure_grams(model, CALIBRATION)
+        size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        assert size / 2 < bytes_of(network_of(model), CALIBRATION.tokens) < 3 * size
+
+
+def test_activations_that_are_not_finite_are_told_with_their_layer(family: Family, tmp_path: Path) -> None:
+    def spoil(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value * 1e30 if name.endswith("layers.0.mlp.up_proj.weight") else value
+
+    with pytest.raises(LewisError, match=r"activations into 'model\.layers\.0\.mlp\.down_proj\.weight' are NaN, Inf"):
+        measured(rewrite(family.math, tmp_path / "spoilt", spoil), tmp_path / "grams")
