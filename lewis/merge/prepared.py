@@ -251,9 +251,14 @@ class Prepared:
                 "tokenizer out, or use full"
             )
 
+    def _resolved(self, name: str) -> dict[str, Any]:
+        """The parameters of a tensor for the digest: without those that came later, at values that change nothing."""
+        values = self.parameters(name)
+        return {k: v for k, v in values.items() if not (self.method.fits and (k, v) == ("alpha", 1.0))}
+
     def _digest(self) -> str:
         """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
-        resolved = [[name, self.parameters(name)] for name in self.base.tensors if self.merges(name)]
+        resolved = [[name, self._resolved(name)] for name in self.base.tensors if self.merges(name)]
         return store.digest(
             {
                 "semantics": SEMANTICS,

@@ -67,10 +67,11 @@ class Solver:
         """
         name = covered.tensor
         values = self._merge.parameters(name)
-        setting = (values["ridge"], tuple(values["weight"]))
+        setting = (values["alpha"], tuple(values["weight"]))
         moved = any(each.is_new for pairs in self._pairs for pair in pairs for each in (pair.own, pair.merged))
         if self._inputs is None or self._inputs[0] != setting or moved:
-            self._inputs = setting, Inputs(self._rows(setting[1]), setting[0], self._workers)
+            self._inputs = setting, Inputs(self._rows(setting[1]), values["ridge"], self._workers, setting[0])
+        self._inputs[1].ridge = values["ridge"]
         if covered.transposed:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:

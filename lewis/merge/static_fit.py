@@ -162,13 +162,12 @@ class _Solver:
 
     def _of(self, projection: str, values: Mapping[str, Any]) -> Inputs:
         sources = [grams.source(projection) for grams in self._statistics]
-        setting = (sources, values["ridge"], values["weight"])
+        setting = (sources, values["alpha"], values["weight"])
         if self._inputs is None or self._inputs[0] != setting:
             self._inputs = None  # let go of it before the next is read
-            self._inputs = (
-                setting,
-                Inputs(self._read_inputs(projection, values["weight"]), values["ridge"], self._workers),
-            )
+            read = self._read_inputs(projection, values["weight"])
+            self._inputs = setting, Inputs(read, values["ridge"], self._workers, values["alpha"])
+        self._inputs[1].ridge = values["ridge"]
         return self._inputs[1]
 
     def _read_inputs(self, projection: str, weights: Sequence[float]) -> list[Rows | Gram]:

@@ -120,7 +120,7 @@ class Method:
         fits: what its regression on the calibration rows of the experts fits the projections to: `static`, each to what
             it gives for the experts' own inputs; `forward`, from the first block on, for the inputs that the model
             merged so far has there. The function then gives what is not fitted, and what the fit is pulled towards.
-            It takes `ridge`, and `weight` of each expert. None: the function gives all tensors.
+            It takes `ridge`, `alpha`, and `weight` of each expert. None: the function gives all tensors.
         in_mergekit: whether mergekit has it too, so that a recipe can be exported; never of a plug-in.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """

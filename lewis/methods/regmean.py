@@ -28,6 +28,7 @@ def regmean(
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
     ridge: NotNegative = 0.1,
+    alpha: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection to what the experts give for their own inputs, with a ridge towards the sum of task vectors.
 
@@ -37,6 +38,7 @@ def regmean(
         lambda_: scale of the sum.
         ridge: pull towards the sum, in units of the mean diagonal of the inputs' products; large values give task
             arithmetic, 0 RegMean.
+        alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
 
     Returns:
         fp32 delta of what is not fitted, shape tensor.shape.
@@ -58,17 +60,18 @@ def regmean_forward(
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
     ridge: NotNegative = 0.01,
+    alpha: Fraction = 1.0,
     residual: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection, from the first block on, to what the experts give, for the inputs of the merged model.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
-        weight, lambda_, ridge: as of `regmean`.
+        weight, lambda_, ridge, alpha: as of `regmean`.
         residual: share of what the merged model's residual stream lacks that the layers which write into it make up
             for.
 
     Returns:
         fp32 delta of what is not fitted, shape tensor.shape.
     """
-    return combine(task_vectors, per_expert(weight, task_vectors), normalize=False, lambda_=lambda_)
+    return regmean(task_vectors, weight=weight, lambda_=lambda_)

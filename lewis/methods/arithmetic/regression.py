@@ -17,10 +17,19 @@ written with differences, so that nothing is lost to rounding where the merged m
 With Z_t = X_t and B_t = 0, all that is needed of X_t is the mean of the products of its columns, X_t^T X_t / tokens: it
 can be measured once and kept (`Gram`).
 
+alpha, RegMean's factor of the off-diagonals, mixes this with a fit in which each input stands alone, as if the inputs
+were uncorrelated and B_t = 0: of X_t^T X_t and (Z_t - X_t)^T X_t the off-diagonals are multiplied by alpha, and so is
+B_t^T X_t. At alpha = 1 it is the fit above, at 0 each column of W is a weighted mean of the experts' columns.
+
 Where there are fewer tokens than inputs, the same solution follows from the tokens' own products (the dual form): with
 X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^T + (Z_t - X_t) W_t^T, scaled alike,
 
     W = W_a + E^T (X X^T + r I)^-1 X         (E with the rows of B_t added)
+
+With alpha < 1, let Q be the part of the solution for which each input stands alone (`Uncorrelated`), D the diagonal matrix
+(1 - alpha) diag(S) + r I, and L = alpha X D^-1. Woodbury's identity gives
+
+    W = W_a + Q + (E - X Q^T)^T (X L^T + I)^-1 L
 
 Every sum is cut into jobs in a way that depends on the shapes only, and each job runs single-threaded: so the result
 has the same bits for any number of threads.
@@ -33,6 +42,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
 COLUMNS = 256  # of a product that one job computes
 ROWS = 384  # output rows that one job solves for
@@ -138,16 +148,18 @@ class Inputs:
 
     Attributes:
         experts: the tokens of each expert, or what was measured of them.
-        ridge: r in units of the mean diagonal of S.
+        ridge: r in units of the mean diagonal of S; it may be changed between two layers.
         jobs: runs what is computed.
+        alpha: factor of the off-diagonals, in [0, 1].
     """
 
     experts: Sequence[Rows | Gram]
     ridge: float
     jobs: Jobs = one_after_another
+    alpha: float = 1.0
     _grams: list[torch.Tensor] = field(default_factory=list)
     _shifts: list[torch.Tensor | None] | None = None
-    _factor: torch.Tensor | None = None
+    _factor: tuple[float, torch.Tensor] | None = None  # the ridge, and what was factored with it
 
     @property
     def size(self) -> int:
@@ -187,9 +199,9 @@ class Inputs:
     def _primal(
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]
     ) -> torch.Tensor:
-        if self._factor is None:
-            self._factor = _cholesky(self._products(), self.ridge)
-        solved, factor = torch.empty_like(anchor), self._factor
+        if self._factor is None or self._factor[0] != self.ridge:
+            self._factor = self.ridge, _cholesky(self._sum_of_products(), self.ridge)
+        solved, factor = torch.empty_like(anchor), self._factor[1]
         # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
         by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
@@ -197,11 +209,17 @@ class Inputs:
                 self._shift(each) if isinstance(each, Rows) and each.shifted else None for each in self.experts
             ]
         shifts = [None] * len(self.experts) if by_token or self._shifts is None else self._shifts
+        alone = [
+            shift_of_each(each.merged, each.own)
+            if by_token and self.alpha < 1 and isinstance(each, Rows) and each.shifted
+            else None
+            for each in self.experts
+        ]
 
         def job(part: slice) -> None:
             right = torch.zeros(part.stop - part.start, self.size, dtype=torch.float64)
-            for rows, gram, shift, weight, more in zip(
-                self.experts, self._grams, shifts, weights, besides, strict=True
+            for rows, gram, shift, own_shift, weight, more in zip(
+                self.experts, self._grams, shifts, alone, weights, besides, strict=True
             ):
                 found = (weight[part] - anchor[part]) @ gram
                 if shift is not None:
@@ -209,7 +227,10 @@ class Inputs:
                 elif by_token and isinstance(rows, Rows) and (rows.shifted or more is not None):
                     for i, (merged, own) in enumerate(zip(rows.merged, rows.own, strict=True)):
                         missed = (own - merged) @ weight[part].T
-                        found.addmm_((missed if more is None else missed.add_(more[i][:, part])).T, merged)
+                        missed = missed if more is None else missed.add_(more[i][:, part])
+                        found.addmm_(missed.T, merged, alpha=self.alpha)
+                    if own_shift is not None:
+                        found.add_(weight[part] * own_shift, alpha=1 - self.alpha)
                 right.add_(found, alpha=rows.share)
             moved = torch.cholesky_solve(right.T.contiguous(), factor).T
             solved[part] = (anchor[part].double() + moved).float()
@@ -217,20 +238,22 @@ class Inputs:
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return solved
 
-    def _products(self) -> torch.Tensor:
-        """Set the X_t^T X_t, of which only the blocks on and above the diagonal are computed; gives S, fp64."""
-        total = torch.empty(self.size, self.size, dtype=torch.float64)
-        self._grams = [
-            rows.mean if isinstance(rows, Gram) else torch.empty(self.size, self.size) for rows in self.experts
-        ]
+    def _sum_of_products(self) -> torch.Tensor:
+        """S, fp64; sets the X_t^T X_t, of which only the blocks on and above the diagonal are computed."""
+        total, known = torch.empty(self.size, self.size, dtype=torch.float64), bool(self._grams)
+        as_given = [isinstance(rows, Gram) and self.alpha == 1 for rows in self.experts]
+        if not known:
+            self._grams = [
+                rows.mean if isinstance(rows, Gram) and same else torch.empty(self.size, self.size)
+                for rows, same in zip(self.experts, as_given, strict=True)
+            ]
 
         def job(columns: slice) -> None:
             summed = torch.zeros(columns.stop - columns.start, self.size - columns.start, dtype=torch.float64)
-            for rows, gram in zip(self.experts, self._grams, strict=True):
-                if isinstance(rows, Rows):
-                    block = torch.zeros(summed.shape)
-                    for part in rows.merged:
-                        block.addmm_(part[:, columns].T, part[:, columns.start :])
+            for rows, gram, same in zip(self.experts, self._grams, as_given, strict=True):
+                if not known and not same:
+                    block = _product(rows, columns)
+                    self._damp(block, 0)
                     gram[columns, columns.start :] = block
                     gram[columns.start :, columns] = block.T
                 summed.add_(gram[columns, columns.start :], alpha=rows.share)
@@ -240,14 +263,21 @@ class Inputs:
         self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
         return total
 
+    def _damp(self, block: torch.Tensor, start: int) -> None:
+        """Multiply by alpha what lies off the diagonal of a product, which begins at column `start` of this part."""
+        if self.alpha < 1:
+            own = block.diagonal(start).clone()
+            block.mul_(self.alpha).diagonal(start).copy_(own)
+
     def _shift(self, rows: Rows) -> torch.Tensor:
-        """(Z_t - X_t)^T X_t."""
+        """(Z_t - X_t)^T X_t, its off-diagonals multiplied by alpha."""
         shift = torch.empty(self.size, self.size)
 
         def job(columns: slice) -> None:
             block = torch.zeros(columns.stop - columns.start, self.size)
             for own, merged in zip(rows.own, rows.merged, strict=True):
                 block.addmm_((own[:, columns] - merged[:, columns]).T, merged)
+            self._damp(block, columns.start)
             shift[columns] = block
 
         self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
@@ -260,26 +290,35 @@ class Inputs:
         sampled = [self._sampled(rows, more) for rows, more in zip(known, besides, strict=True)]
         merged, own = (torch.cat([each[i] for each in sampled]) for i in range(2))  # type: ignore[misc]
         counts = [len(each[0]) for each in sampled]
-        if self._factor is None:
+        alone = None
+        if self.alpha < 1:
+            alone = Uncorrelated(merged.split(counts), own.split(counts), self.alpha, self.ridge)
+        left = merged if alone is None else merged * (self.alpha / alone.pull).float()
+        if self._factor is None or self._factor[0] != self.ridge:
             kernel = torch.empty(len(merged), len(merged), dtype=torch.float64)
 
             def multiply(columns: slice) -> None:
-                kernel[columns] = (merged[columns] @ merged.T).double()
+                kernel[columns] = (merged[columns] @ left.T).double()
 
             self.jobs([_bound(multiply, columns) for columns in slices(len(merged), COLUMNS)])
             mean = float(kernel.diagonal().sum()) / self.size
-            self._factor = _cholesky(kernel, self.ridge, mean)
-        solved, factor = torch.empty_like(anchor), self._factor
+            self._factor = self.ridge, _cholesky(kernel, *((self.ridge, mean) if alone is None else (1.0, 1.0)))
+        solved, factor = torch.empty_like(anchor), self._factor[1]
 
         def job(part: slice) -> None:
+            start = anchor[part]
             missed = [
                 x @ (weight[part] - anchor[part]).T + (z - x) @ weight[part].T + (0 if more is None else more[:, part])
                 for x, z, weight, (_, _, more) in zip(
                     merged.split(counts), own.split(counts), weights, sampled, strict=True
                 )
             ]
+            if alone is not None:
+                moved = alone.solution(anchor[part], [weight[part] for weight in weights])
+                missed = [each - x @ moved.T for each, x in zip(missed, merged.split(counts), strict=True)]
+                start = start + moved
             found = torch.cholesky_solve(torch.cat(missed).double(), factor)
-            solved[part] = anchor[part] + found.T.float() @ merged
+            solved[part] = start + found.T.float() @ left
 
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return solved
@@ -297,6 +336,16 @@ class Inputs:
         merged, own, scaled = (None if part is None else part * scale for part in parts)
         assert merged is not None and own is not None
         return merged, own, scaled
+
+
+def _product(rows: Rows | Gram, columns: slice) -> torch.Tensor:
+    """Some rows of X_t^T X_t (of a `Gram` its mean), from the diagonal on."""
+    if isinstance(rows, Gram):
+        return rows.mean[columns, columns.start :].clone()
+    block = torch.zeros(columns.stop - columns.start, rows.size - columns.start)
+    for part in rows.merged:
+        block.addmm_(part[:, columns].T, part[:, columns.start :])
+    return block
 
 
 def _cholesky(matrix: torch.Tensor, ridge: float, mean: float | None = None) -> torch.Tensor:

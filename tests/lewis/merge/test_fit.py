@@ -148,11 +148,14 @@ def test_other_rows_ridge_or_weights_give_another_digest(family: Family) -> None
     others = [
         recipe_of(family.base, family.experts, parameters={"ridge": 1.0}),
         recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "weight": 0.5}),
+        recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "alpha": 0.5}),
         recipe_of(family.base, family.experts, "regmean"),
         Recipe.parse(recipe.text, root=Path("/"), overrides=["lewis.calibrations.smath.samples=5"]),
     ]
     digests = {prepare(each).digest for each in (recipe, *others)}
     assert len(digests) == 1 + len(others)
+    same = recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "alpha": 1.0})
+    assert prepare(same).digest == prepare(recipe).digest
 
 
 def test_one_expert_comes_out_as_it_is(family: Family, tmp_path: Path) -> None:

@@ -14,15 +14,23 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def by_least_squares(
-    anchor: torch.Tensor, weights: list[torch.Tensor], experts: list[Rows], ridge: float, besides: list[torch.Tensor]
+    anchor: torch.Tensor,
+    weights: list[torch.Tensor],
+    experts: list[Rows],
+    ridge: float,
+    besides: list[torch.Tensor],
+    alpha: float,
 ) -> torch.Tensor:
-    """The same minimum as one large system of equations, fp64."""
+    """The same minimum as one large system of equations, fp64; share 1 - alpha is that of each input alone."""
     left, right, squares = [], [], 0.0
     for rows, weight, more in zip(experts, weights, besides, strict=True):
         x, z = torch.cat(rows.merged).double(), torch.cat(rows.own).double()
         scale = (rows.weight / len(x)) ** 0.5
-        left.append(scale * x)
-        right.append(scale * (z @ weight.double().T + more))
+        left.append(scale * alpha**0.5 * x)
+        right.append(scale * alpha**0.5 * (z @ weight.double().T + more))
+        for j in range(x.shape[1]):
+            left.append(scale * (1 - alpha) ** 0.5 * x[:, j : j + 1] * torch.eye(x.shape[1])[j].double())
+            right.append(scale * (1 - alpha) ** 0.5 * z[:, j : j + 1] * weight[:, j].double())
         squares += float((scale * x).square().sum())
     pull = (ridge * squares / anchor.shape[1]) ** 0.5
     left.append(pull * torch.eye(anchor.shape[1], dtype=torch.float64))
@@ -38,6 +46,40 @@ def test_a_2_by_3_layer_by_hand() -> None:
     two = [torch.tensor([[0.0, 0.0, 1.0]])]
     found = Inputs([Rows(one, one), Rows(two, two)], 0.0).solve(torch.zeros(2, 3), [first, second])
     assert torch.allclose(found, torch.tensor([[1.0, 2.0, -3.0], [4.0, 5.0, -6.0]]), atol=1e-5)
+
+
+TOKENS = [torch.tensor([[1.0, 1.0, 0.0]])], [torch.tensor([[0.0, 1.0, 1.0]])]  # of expert 1 and of expert 2
+FIRST, ANCHOR = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "alpha, ridge, anchor, expected",
+    [
+        (0.0, 0.0, torch.zeros(2, 3), [[1, 0, -3], [4, 0, -6]]),  # only input 2 is shared: the mean of 2 and -2
+        (0.5, 0.0, torch.zeros(2, 3), [[2, 0, -4], [6.5, 0, -8.5]]),
+        # S + r I = [[2, .5, 0], [.5, 3, .5], [0, .5, 2]], since 0.75 of the mean of S's diagonal 1, 2, 1 is r = 1;
+        # R = [[1, -1, -3], [6.5, -1, -8.5]]
+        (0.5, 0.75, ANCHOR, [[17 / 11, -2 / 11, -27 / 11], [145 / 44, -2 / 11, -185 / 44]]),
+    ],
+)
+@pytest.mark.parametrize("form", ["_primal", "_dual"])
+def test_a_2_by_3_layer_with_alpha_and_an_anchor_by_hand(
+    form: str, alpha: float, ridge: float, anchor: torch.Tensor, expected: list[list[float]]
+) -> None:
+    inputs = Inputs([Rows(rows, rows) for rows in TOKENS], ridge, alpha=alpha)
+    found = getattr(inputs, form)(anchor, [FIRST, -FIRST], [None, None])
+    assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
+
+
+def test_the_ridge_may_change_between_layers_of_the_same_inputs() -> None:
+    rows = [draw(1, 30, 8)]
+    other = [draw(2, 25, 8)]
+    anchor, weights = draw(3, 4, 8), [draw(4, 4, 8), draw(5, 4, 8)]
+    shared = Inputs([Rows(rows, rows), Rows(other, other)], 0.1)
+    for ridge in (0.1, 2.0, 0.1):
+        shared.ridge = ridge
+        alone = Inputs(shared.experts, ridge)
+        assert torch.equal(shared.solve(anchor, weights), alone.solve(anchor, weights))
 
 
 def test_a_shared_input_is_the_mean_weighted_by_its_square() -> None:
@@ -63,9 +105,10 @@ def test_the_merged_models_input_is_scaled_to_the_experts_output() -> None:
     size=st.integers(1, 24),
     outputs=st.integers(1, 9),
     ridge=st.sampled_from([1e-3, 0.1, 10.0]),
+    alpha=st.sampled_from([1.0, 0.9, 0.3, 0.0]),
 )
 def test_both_forms_are_the_least_squares_solution(
-    seed: int, tokens: list[int], size: int, outputs: int, ridge: float
+    seed: int, tokens: list[int], size: int, outputs: int, ridge: float, alpha: float
 ) -> None:
     experts, weights, besides = [], [], []
     for i, count in enumerate(tokens):
@@ -76,12 +119,19 @@ def test_both_forms_are_the_least_squares_solution(
         weights.append(draw(seed + 10 * i + 2, outputs, size))
         besides.append(draw(seed + 10 * i + 3, count, outputs))
     anchor = draw(seed + 99, outputs, size)
-    expected = by_least_squares(anchor, weights, experts, ridge, besides)
+    expected = by_least_squares(anchor, weights, experts, ridge, besides, alpha)
     parts = [
         [more[: len(rows.merged[0])], more[len(rows.merged[0]) :]] for rows, more in zip(experts, besides, strict=True)
     ]
-    for form in (Inputs(experts, ridge)._primal, Inputs(experts, ridge)._dual):
-        assert torch.allclose(form(anchor, weights, parts).double(), expected, rtol=2e-3, atol=2e-3)
+    for form in (Inputs._primal, Inputs._dual):
+        found = form(Inputs(experts, ridge, alpha=alpha), anchor, weights, parts)
+        assert torch.allclose(found.double(), expected, rtol=2e-3, atol=2e-3)
+    assert torch.allclose(  # without what the layer gives besides: products of all pairs of inputs, not token by token
+        Inputs(experts, ridge, alpha=alpha)._primal(anchor, weights, [None] * len(tokens)).double(),
+        by_least_squares(anchor, weights, experts, ridge, [torch.zeros_like(each) for each in besides], alpha),
+        rtol=2e-3,
+        atol=2e-3,
+    )
 
 
 def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +148,8 @@ def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.Monk
 def test_a_large_ridge_gives_the_anchor_and_an_expert_alone_itself() -> None:
     rows, weight, anchor = [draw(1, 30, 8)], draw(2, 4, 8), draw(3, 4, 8)
     assert torch.allclose(Inputs([Rows(rows, rows)], 1e9).solve(anchor, [weight]), anchor, atol=1e-5)
-    assert torch.equal(Inputs([Rows(rows, rows)], 1e-4).solve(weight, [weight]), weight)
+    for alpha in (1.0, 0.5, 0.0):
+        assert torch.equal(Inputs([Rows(rows, rows)], 1e-4, alpha=alpha).solve(weight, [weight]), weight)
 
 
 def test_a_singular_system_without_ridge_is_finite() -> None:

@@ -1,0 +1,57 @@
+"""The part of a layer's regression in which each input stands alone, as if the inputs were uncorrelated.
+
+It is what RegMean's factor alpha of the off-diagonals mixes the regression with: see `regression`, whose symbols are
+used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lewis.lazy_torch import torch
+
+
+class Uncorrelated:
+    """That part, of share 1 - alpha, with the ridge.
+
+    Attributes:
+        pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,).
+    """
+
+    def __init__(
+        self, merged: Sequence[torch.Tensor], own: Sequence[torch.Tensor], alpha: float, ridge: float
+    ) -> None:
+        """Sum up the inputs.
+
+        Args:
+            merged, own: of each expert X_t and Z_t with rows scaled by sqrt(c_t), fp32 (tokens, in).
+            alpha: factor of the off-diagonals, below 1.
+            ridge: r in units of the mean diagonal of S.
+        """
+        self._share = 1 - alpha
+        self._squares = [x.double().square().sum(dim=0) for x in merged]
+        self._shifts = [shift_of_each([x], [z]).double() for x, z in zip(merged, own, strict=True)]
+        total = torch.stack(self._squares).sum(dim=0)
+        added = max(ridge * float(total.mean()), torch.finfo(torch.float32).tiny)
+        self.pull = self._share * total + added
+
+    def solution(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Q = (1 - alpha) sum_t c_t [ (W_t - W_a) diag(X_t^T X_t) + W_t diag((Z_t - X_t)^T X_t) ] D^-1.
+
+        Args:
+            anchor: W_a, or some of its rows, fp32 (out, in).
+            weights: W_t of each expert, the same rows.
+
+        Returns:
+            fp32 (out, in).
+        """
+        found = torch.zeros(anchor.shape, dtype=torch.float64)
+        for weight, square, shift in zip(weights, self._squares, self._shifts, strict=True):
+            found += (weight - anchor) * square + weight * shift
+        return (found * (self._share / self.pull)).float()
+
+
+def shift_of_each(merged: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The diagonal of (Z_t - X_t)^T X_t, fp32 (in,), of parts whose rows together are the tokens."""
+    parts = [((z - x) * x).sum(dim=0) for x, z in zip(merged, own, strict=True)]
+    return torch.stack(parts).sum(dim=0)
