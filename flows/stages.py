@@ -75,8 +75,9 @@ def guide(
     """Measure the importance of base and experts, then allocate the densities; does nothing for a plain merge.
 
     Each model is measured in a task of its own, in one pass over all its calibration sets. A method that fits has no
-    densities. Where it fits to statistics of the experts, these are what is measured; in forward order it needs the
-    sets only: its merge sends all models through them side by side, and anew when one of the models has moved.
+    densities but those that guide its anchor. Where it fits to statistics of the experts, these are what is measured;
+    in forward order it needs the sets only: its merge sends all models through them side by side, and anew when one of
+    the models has moved.
     """
     if plan.lewis is None or base is None:
         return Guide([], [], None, None)
@@ -96,7 +97,7 @@ def guide(
         )
         for entry, names in wanted
     ]
-    if plan.fits:
+    if plan.allocator is None:
         return Guide(list(sets.values()), measured, None, None)
     allocated = submit(allocate, quote(plan), plan.blocks, base, experts, measured, wait_for=[inspected])
     drawn = submit(report_densities, quote(plan), measured, allocated)

@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe) -> Plan:
         )
     base, experts = pipeline.pin_all(recipe)
     pipeline.preflight(recipe, base, experts)
-    plan = Plan(recipe.name, recipe.merge_method)
+    plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
     headers = hub.tensor_headers((base or experts[0]).model)
@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
     else:
         plan.seconds = None if writes else 0.0
-        plan.memory = without_models(find(recipe.merge_method), max(count.values()), len(experts))
+        plan.memory = without_models(find(recipe.guided_method), max(count.values()), len(experts))
     if pipeline.wanted_measurements(recipe):
         plan.memory = max(plan.memory, _memory_of_pass(count))
     if recipe.register_as:
@@ -177,7 +177,8 @@ def _guided_steps(
         prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
         if recipe.allocator and not allocated:  # any density takes as long
             guess = dict.fromkeys(prepared.layout, 0.5)
-            prepared.experts = [replace(expert, densities=guess) for expert in prepared.experts]
+            guided = prepared.anchor
+            guided.experts = [replace(expert, densities=guess) for expert in guided.experts]
     for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
         if prepared and (allocated or not recipe.allocator):

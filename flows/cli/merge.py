@@ -134,7 +134,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
     from lewis.devices import default_device
 
     recipe = arguments.load(options)
-    if recipe.fits:
+    if recipe.fits and recipe.allocator is None:
         raise RecipeError(f"merge_method: {recipe.merge_method} takes no densities; there is nothing to allocate")
     if recipe.lewis is None or recipe.base_model is None:
         raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")

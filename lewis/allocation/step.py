@@ -141,12 +141,13 @@ def _near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allo
 
 
 def _rescaled(recipe: Recipe, layers: Sequence[Layer], found: Mapping[str, Allocation]) -> str | None:
-    rescale = find(recipe.merge_method).parameters.get("rescale")
+    rescale = find(recipe.guided_method).parameters.get("rescale")
+    value = recipe.anchor_value if recipe.anchor else recipe.value
     uneven = max(densities.distance_to_uniform(layers, each) for each in found.values()) >= densities.NEAR_UNIFORM
-    if not (recipe.guided and uneven and rescale and recipe.value(rescale, None, layers[0].tensor, 0.0)):
+    if not (recipe.guided and uneven and rescale and value(rescale, None, layers[0].tensor, 0.0)):
         return None
     return (
-        f"{recipe.merge_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
+        f"{recipe.guided_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
         "scaled up most: in our study uneven densities did such merges more harm than good; compare with the uniform "
         "baseline, or set parameters.rescale: false"
     )

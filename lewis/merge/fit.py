@@ -8,8 +8,8 @@ on with their own weights. So each layer makes up for the errors of those before
 A method that fits `static`ally needs no passes through the merged model: each projection is fitted to give what the
 expert gives for the expert's own inputs.
 
-What is no such projection (embeddings, norms, biases, head, stacked experts of a mixture) is merged by the method's own
-function. That is also what the fit is pulled towards: its anchor.
+What is no such projection (embeddings, norms, biases, head, stacked experts of a mixture) is merged by the recipe's
+anchor, else by the method's own function. That is also what the fit is pulled towards.
 
 Here the models and the passes are made ready; `lewis.merge.walk` leads them through the blocks.
 """
@@ -46,7 +46,7 @@ class _Merged:
 
     def __init__(self, merge: Prepared) -> None:
         base = merge.base
-        self.read = partial(merge_whole, merge)
+        self.read = partial(merge_whole, merge.anchor)
         self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
         self.tensors, self.tied, self.shapes, self.raw = base.tensors, base.tied, base.shapes, base.raw
         self.will_need, self.done_with = base.will_need, base.done_with

@@ -139,5 +139,6 @@ def _is_whole(merge: Merge, name: str) -> bool:
     """Whether a tensor is whole in memory while it is merged."""
     if not merge.merges(name):
         return False
-    in_loops = merge.device == "cpu" and merge.compiles(name)
-    return is_computed(merge, name) or (is_whole(merge, name) and not in_loops)
+    merge_of_rest = merge.anchor
+    in_loops = merge.device == "cpu" and merge_of_rest.compiles(name)
+    return is_computed(merge, name) or (is_whole(merge_of_rest, name) and not in_loops)

@@ -49,6 +49,7 @@ class Expert:
         calibration: token ids that the merge is fitted to this expert on, if the method fits.
         scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
             are ranked; tensors that are left out are ranked by magnitude.
+        mean_density: the mean of `densities` over the covered tensors, weighted by their parameters.
     """
 
     ref: str
@@ -56,6 +57,7 @@ class Expert:
     densities: Densities | None = None
     scales: ScalesByTensor | None = None
     calibration: Calibration | None = None
+    mean_density: float = 1.0
 
 
 class Prepared:
@@ -108,6 +110,8 @@ class Prepared:
         base_ref = None if base is None else settings.base
         self.vocabulary = align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
         self.experts = [replace(expert, model=self.vocabulary.of(expert.model)) for expert in by_key]
+        if settings.anchor:  # what guides the merge guides the anchor
+            self.held_back, self.experts = {}, [replace(expert, scales=None) for expert in self.experts]
         self.base: Model = self.vocabulary.of(first)
         self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
         by_token = settings.vocabulary is not None
@@ -125,6 +129,7 @@ class Prepared:
         self.traffic = (0 if self.as_adapter else self.size) + sum(
             size_of(info.dtype, info.shape) for model in inputs.values() for info in model.tensors.values()
         )
+        self._anchor = self._prepare_anchor(base, experts, held_back)
         self._check_parameters()
         self._check_scales()
         self._check_fit()
@@ -132,6 +137,24 @@ class Prepared:
         self.digest = self._digest()
         largest = max((info.elements for info in self.base.tensors.values()), default=0)
         self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
+
+    def _prepare_anchor(
+        self, base: Model | None, experts: Sequence[Expert], held_back: ScalesByTensor | None
+    ) -> Prepared | None:
+        """The merge of the anchor, if there is one. Its weight is a factor of the delta, like those that hold back."""
+        if self.settings.anchor is None:
+            return None
+        factors = dict(held_back or {})
+        for name in filter(self.merges, self.layout):
+            weight = self.settings.anchor_weight(name, self._depth(name))
+            if weight != 1:
+                factors[name] = weight * factors.get(name, torch.ones(()))
+        return Prepared(self.settings.anchor, base, experts, factors, self.device)
+
+    @property
+    def anchor(self) -> Prepared:
+        """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
+        return self._anchor or self
 
     @property
     def models(self) -> list[Model]:
@@ -164,8 +187,7 @@ class Prepared:
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor; for a parameter per expert, a list in the experts' order."""
-        layer, value = layer_of(name), self.settings.value
-        depth = 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
+        value, depth = self.settings.value, self._depth(name)
         values: dict[str, Any] = {}
         for parameter in self.method.parameters.values():
             if parameter.per_expert:
@@ -175,7 +197,24 @@ class Prepared:
         if "density" in values:
             each = zip(self.experts, values["density"], strict=True)
             values["density"] = [(expert.densities or {}).get(name, own) for expert, own in each]
+        if self.settings.anchor:
+            values["ridge"] *= self._ridge_factor(name)
         return values
+
+    def _depth(self, name: str) -> float:
+        """The position of a tensor's layer in [0, 1], for gradients; 0 outside the layers."""
+        layer = layer_of(name)
+        return 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
+
+    def _ridge_factor(self, name: str) -> float:
+        """How much harder than on average a tensor is pulled towards a guided anchor: mean density / its density.
+
+        Both are means over the experts. A density below 0.01 counts as 0.01.
+        """
+        if any(expert.densities is None or name not in expert.densities for expert in self.experts):
+            return 1.0
+        density = sum((expert.densities or {})[name] for expert in self.experts)
+        return sum(expert.mean_density for expert in self.experts) / max(density, 0.01 * len(self.experts))
 
     def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
         """Which experts take part in a tensor, given the method's parameters for it."""
@@ -274,6 +313,7 @@ class Prepared:
                 **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
                 **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
+                **({"anchor": self._anchor.digest} if self._anchor else {}),
                 **({"output": self.settings.output.model_dump()} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},

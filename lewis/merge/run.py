@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.merge import in_torch
 from lewis.merge.chunks import chunks
-from lewis.merge.prepared import Expert, Prepared
-from lewis.merge.settings import MergeSettings
+from lewis.merge.prepared import Prepared
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files import copy_tokenizer
@@ -39,20 +37,9 @@ _FITTED = ".fitted"  # folder of what is fitted, in that of the output until it 
 
 
 class Merge(Prepared):
-    """A prepared merge that can be run."""
+    """A prepared merge that can be run; made as a `Prepared` is."""
 
-    def __init__(
-        self,
-        settings: MergeSettings,
-        base: Model | None,
-        experts: Sequence[Expert],
-        held_back: ScalesByTensor | None = None,
-        device: str = "cpu",
-    ) -> None:
-        """Arguments and errors as those of `Prepared`."""
-        super().__init__(settings, base, experts, held_back, device)
-        self._stopped = threading.Event()
-        self._fitted: Fitted | None = None
+    _fitted: Fitted | None = None
 
     def run(
         self,
@@ -182,7 +169,7 @@ class Merge(Prepared):
             logger.info("going on after %d tensors that are written already", len(writer.finished))
         for name in writer.finished:
             report(name)
-        self._stopped.clear()
+        self._stopped = threading.Event()
         pool = ThreadPoolExecutor(threads)
         try:
             following = iter([*names[threads:], *[None] * threads])
@@ -194,8 +181,8 @@ class Merge(Prepared):
             pool.shutdown(cancel_futures=True)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Merge one tensor with the method's own function; returns and raises as `in_torch.merge_whole`."""
-        return in_torch.merge_whole(self, name)
+        """Merge one tensor without a fit, in torch; returns and raises as `in_torch.merge_whole`."""
+        return in_torch.merge_whole(self.anchor, name)
 
     def _write(self, name: str, later: str | None, writer: CheckpointWriter) -> None:
         """Merge and write one tensor; meanwhile the operating system may read `later`, which is merged next."""
@@ -230,7 +217,7 @@ class Merge(Prepared):
                 write(bytes_of(self._fitted.read(name)), 0)
             elif not self._copy(name, write) and not self._in_compiled_loops(name, write):
                 offset = 0
-                for piece in in_torch.merge_by_rows(self, name):
+                for piece in in_torch.merge_by_rows(self.anchor, name):
                     write(bytes_of(piece), offset)
                     offset += piece.nbytes
 
@@ -256,4 +243,4 @@ class Merge(Prepared):
         # that is run has to wait for. Checks, digests and `lewis --help` do without.
         from lewis.merge.compiled import merge_tensor
 
-        return merge_tensor(self, name, write)
+        return merge_tensor(self.anchor, name, write)

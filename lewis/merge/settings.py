@@ -1,5 +1,7 @@
 """What one merge needs to know of a recipe, resolved once: the engine itself knows no recipe."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,9 @@ class MergeSettings:
         vocabulary: whose tokens the result has; None: all models must have the base's.
         output: what is written: the full model, or an adapter.
         base_name: how an adapter names its base: `org/name`, `org/name@revision`, or the absolute path of a folder.
+        anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that gives what is
+            not fitted; None: the method's own function does.
+        anchor_weight: with an anchor, the factor of what it adds to the base, by (tensor name, depth).
     """
 
     method: Method
@@ -36,3 +41,5 @@ class MergeSettings:
     vocabulary: Tokenizer | None = None
     output: Output = field(default_factory=Output)
     base_name: str = ""
+    anchor: MergeSettings | None = None
+    anchor_weight: Callable[[str, float], float] = field(default=lambda name, depth: 1.0)

@@ -5,7 +5,7 @@ The importance step leaves second-order statistics of every expert on its own ca
 (`lewis.methods.arithmetic.regression`), one tensor after another. No model is run.
 
 What no token reached in any expert (an expert of a mixture that no router chose), and what is no projection, is merged
-by the method's own function. That is also what the fit is pulled towards: its anchor.
+by the recipe's anchor, else by the method's own function. That is also what the fit is pulled towards.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Solver:
         if not known:
             return None
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        *weights, anchor = self._read(name, [*readers, partial(merge_whole, self._merge)])
+        *weights, anchor = self._read(name, [*readers, partial(merge_whole, self._merge.anchor)])
         values, fitted = self._merge.parameters(name), anchor.clone()
         for part in known:
             start, *own = (_part_of(tensor, part, covered).contiguous() for tensor in (anchor, *weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lewis.models.pin import find_folder
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe, excluded
+from lewis.recipe.schema import Output
 from lewis.store import kinds
 from lewis.store.reference import Reference
 
@@ -71,13 +73,20 @@ def prepare_merge(
     Raises:
         InputError: naming what does not fit.
     """
-    densities = {ref: each.densities for ref, each in allocated.experts(which).items()} if allocated else {}
+    guided = allocated.experts(which) if allocated else {}
     sets = calibrations_of(recipe, base) if recipe.fits and base else {}
     scales = allocated.scales() if allocated else {}
     aim = recipe.lewis.aim if recipe.lewis else None
     held_back = allocated.held_back(aim.omega) if allocated and aim else None
     opened = [
-        Expert(entry.model, files.open(), densities.get(files.ref), scales.get(files.ref), sets.get(entry.model))
+        Expert(
+            entry.model,
+            files.open(),
+            guided[files.ref].densities if guided else None,
+            scales.get(files.ref),
+            sets.get(entry.model),
+            guided[files.ref].mean if guided else 1.0,
+        )
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
     opened_base = base.open() if base else None
@@ -110,7 +119,7 @@ def resolve(recipe: Recipe, base: Model) -> MergeSettings:
     def value(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
         return recipe.value(parameter, None if expert is None else entries[expert], tensor, depth)
 
-    return MergeSettings(
+    settings = MergeSettings(
         method=find(recipe.merge_method),
         value=value,
         base=recipe.base_model,
@@ -121,6 +130,14 @@ def resolve(recipe: Recipe, base: Model) -> MergeSettings:
         output=recipe.output,
         base_name=str(find_folder(name, recipe.root) or name) if (name := recipe.base_model) else "",
     )
+    if recipe.anchor is None:
+        return settings
+
+    def of_anchor(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
+        return recipe.anchor_value(parameter, None if expert is None else entries[expert], tensor, depth)
+
+    anchor = replace(settings, method=find(recipe.anchor.merge_method), value=of_anchor, output=Output())
+    return replace(settings, anchor=anchor, anchor_weight=recipe.anchor_weight)
 
 
 def stored_dtype(recipe: Recipe) -> str | None:
@@ -175,4 +192,5 @@ def lineage(
     """What a merged model was made of, for its manifest."""
     inputs = {files.ref: files.key for files in ([base] if base else []) + list(experts)}
     means = allocated.means if allocated else None
-    return {"method": recipe.merge_method, "inputs": inputs, "mean_density": means, "recipe": recipe.text}
+    anchor = {"anchor": recipe.anchor.merge_method} if recipe.anchor else {}
+    return {"method": recipe.merge_method, **anchor, "inputs": inputs, "mean_density": means, "recipe": recipe.text}

@@ -119,7 +119,7 @@ class Walk:
         covered = self._places[place]
         known = covered.tensor in self._fitted
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        readers.append(self._fitted.read if known else partial(merge_whole, self._merge))
+        readers.append(self._fitted.read if known else partial(merge_whole, self._merge.anchor))
         *weights, value = self._read(covered.tensor, readers)
         if not known:
             value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)

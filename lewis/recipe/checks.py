@@ -5,7 +5,8 @@ from typing import Any
 
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
-from lewis.recipe.presets import contradictions
+from lewis.recipe import anchor
+from lewis.recipe.presets import GUIDES, contradictions
 from lewis.recipe.settings import parse_setting
 
 
@@ -30,15 +31,8 @@ def cross_check(data: dict[str, Any]) -> list[str]:
             problems.append(f"base_model: {method.name} {what} needs one")
         problems += _check_count(data, models, method)
         problems += _check_together(data, models, method)
-        if method.fits:
-            problems += _check_fit(data, method)
-        elif data.get("lewis") is not None and "density" not in method.parameters:
-            trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
-            problems.append(f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}")
-        elif _prunes_by_activation(data) and not method.takes_scales:
-            trimming = [name for name, other in METHODS.items() if other.takes_scales]
-            wanted = f"expected magnitude, or one of {', '.join(trimming)}"
-            problems.append(f"lewis.prune_by: {method.name} does not trim by size; {wanted}")
+        problems += _check_fit(data, models, method) if method.fits else _check_guided(data, method)
+    problems += anchor.problems_of(data, method)
     problems += _check_models(data, models)
     problems += _check_calibrations(data, models)
     problems += _check_density(data)
@@ -95,17 +89,22 @@ def _check_values(path: str, raw: Any, parse: Any) -> list[str]:
 
 
 def _check_count(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
-    low, high = method.experts
     names = {str(entry.get("model")) for entry in models}
     base = data.get("base_model")
     beside = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
-    if not beside or (method.needs_base and not base) or (low <= len(beside) and (high is None or len(beside) <= high)):
+    if not beside or (method.needs_base and not base):
         return []
-    wanted = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
     counted = "the base included" if method.base_is_a_model else "not counting the base"
-    return [
-        f"models: {method.name} merges {wanted} model{'' if low == high == 1 else 's'}, {counted}; got {len(beside)}"
-    ]
+    problem = _count_problem(method, len(beside), counted)
+    return [f"models: {problem}"] if problem else []
+
+
+def _count_problem(method: Method, count: int, counted: str) -> str | None:
+    low, high = method.experts
+    if low <= count and (high is None or count <= high):
+        return None
+    wanted = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+    return f"{method.name} merges {wanted} model{'' if low == high == 1 else 's'}, {counted}; got {count}"
 
 
 def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
@@ -204,16 +203,49 @@ def _check_density(data: dict[str, Any]) -> list[str]:
     return []
 
 
-def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
-    """A method that fits needs calibration sets, and has no use for what decides densities."""
-    block = data.get("lewis")
+def _check_guided(data: dict[str, Any], method: Method) -> list[str]:
+    """Whether a method takes the densities that the `lewis` block decides."""
+    if data.get("lewis") is not None and "density" not in method.parameters:
+        trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
+        return [f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}"]
+    if _prunes_by_activation(data) and not method.takes_scales:
+        trimming = [name for name, other in METHODS.items() if other.takes_scales]
+        wanted = f"expected magnitude, or one of {', '.join(trimming)}"
+        return [f"lewis.prune_by: {method.name} does not trim by size; {wanted}"]
+    return []
+
+
+def _check_fit(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
+    """A method that fits needs calibration sets. What decides densities is of use only to its anchor."""
+    block, own = data.get("lewis"), anchor.method_of(data)
+    given = [key for key in GUIDES if _is_given(block, key)]
+    problems = []
     if block is None:
-        return [
+        problems.append(
             f"lewis.calibrations: missing; {method.name} fits the projections to the experts on calibration rows; add "
             'lewis: {calibrations: {NAME: {dataset: ..., text: "{question} {answer}"}}}'
-        ]
-    unused = [key for key in ("preset", "importance", "prune_by", "aim", "density") if _is_given(block, key)]
-    return [f"lewis.{key}: {method.name} keeps whole task vectors and has no use for it; remove it" for key in unused]
+        )
+    if own is None or own.fits:
+        why = f"{method.name} keeps whole task vectors and has no use for it; remove it, or let it guide an anchor"
+        return problems + [f"lewis.{key}: {why}" for key in given]
+    return problems + (_check_guided(data, own) if given else []) + _check_anchor(data, models, own, bool(given))
+
+
+def _check_anchor(data: dict[str, Any], models: list[dict[str, Any]], own: Method, guided: bool) -> list[str]:
+    """The parameters of the anchor's method, and how many models it merges."""
+    block = data["anchor"]
+    given = block.get("parameters")
+    inner = {**data, "parameters": given, "lewis": data.get("lewis") if guided else None}
+    experts = [{"model": entry.get("model")} for entry in models if entry.get("model") != data.get("base_model")]
+    problems = _check_parameters(inner, [], own.name)
+    for parameter in own.parameters.values():
+        if parameter.required and parameter.per_expert and not (isinstance(given, dict) and parameter.name in given):
+            problems.append(f"parameters.{parameter.name}: missing; {own.name} needs it")
+    problems += _check_together(inner, experts, own)
+    problems += _check_values("weight", block.get("weight", 1.0), anchor.WEIGHT.parse)
+    if experts and (problem := _count_problem(own, len(experts), "not counting the base")):
+        problems.append(f"merge_method: {problem}")
+    return [line if line.startswith("lewis.") else f"anchor.{line}" for line in problems]
 
 
 def _is_given(block: Any, key: str) -> bool:
@@ -253,7 +285,9 @@ def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> l
     density = block.get("density") if isinstance(block, dict) else None
     blind = isinstance(density, dict) and density.get("strategy") in ("uniform", "depth_gradient")
     holds_back = isinstance(block, dict) and block.get("aim") is not None
-    uniform = blind and not holds_back and not _prunes_by_activation(data)
+    method = METHODS.get(str(data.get("merge_method")))
+    fits = method is not None and method.fits is not None
+    uniform = blind and not holds_back and not _prunes_by_activation(data) and not fits
     if isinstance(block, dict) and not names and not uniform:
         problems.append("lewis.calibrations: LEWIS runs models on calibration rows and needs at least one set of them")
     base = str(data.get("base_model"))

@@ -14,6 +14,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
 }
 RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/results.md
 PRESETS = {"lewis_official": OFFICIAL}
+GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
 FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")
 
 

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from lewis.errors import RecipeError, nearest
 from lewis.methods import Parameter, find, load_plugins
 from lewis.recipe import yaml_text
+from lewis.recipe.anchor import WEIGHT, Anchor
 from lewis.recipe.checks import cross_check
-from lewis.recipe.presets import RECOMMENDED
+from lewis.recipe.presets import GUIDES, RECOMMENDED
 from lewis.recipe.problems import describe
 from lewis.recipe.schema import (
     Block,
@@ -26,6 +27,7 @@ from lewis.recipe.schema import (
     Publish,
     Register,
     Search,
+    Setting,
     Tokenizer,
 )
 from lewis.recipe.settings import Rule, value_at
@@ -42,6 +44,7 @@ class Recipe(Block):
     base_model: ModelName | None = None
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     parameters: Parameters = Field(default_factory=dict)
+    anchor: Anchor | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: ModelName | None = None
@@ -161,16 +164,19 @@ class Recipe(Block):
             RecipeError: if the parameter is required and none of its filters matches the tensor.
         """
         sources = [expert.parameters] if parameter.per_expert and expert is not None else []
-        for source in [*sources, self.parameters]:
-            if parameter.name in source:
-                found = value_at(source[parameter.name], tensor, position, parameter.parse)
-                if found is not None:
-                    return found
-        if parameter.required:
-            raise RecipeError(
-                f"parameters.{parameter.name}: no filter matches {tensor!r}; end the list with a {{value: ...}} for all"
-            )
-        return parameter.default
+        return _first([*sources, self.parameters], parameter, tensor, position, "parameters")
+
+    def anchor_value(self, parameter: Parameter, expert: ModelEntry | None, tensor: str, position: float) -> Any:
+        """As `value`, of the anchor's method: the anchor's own, for `weight` else the recipe's, else the default."""
+        assert self.anchor is not None
+        own = [expert.parameters] if parameter.per_expert and expert is not None else []
+        sources = [*own, self.parameters] if parameter.name == "weight" else []
+        return _first([self.anchor.parameters, *sources], parameter, tensor, position, "anchor.parameters")
+
+    def anchor_weight(self, tensor: str, position: float) -> float:
+        """The weight of the anchor for one tensor; arguments as those of `value`."""
+        assert self.anchor is not None
+        return float(_first([{"weight": self.anchor.weight}], WEIGHT, tensor, position, "anchor"))
 
     def excludes(self, tensor: str) -> bool:
         """Whether a tensor is copied from the base instead of merged."""
@@ -204,7 +210,10 @@ class Recipe(Block):
 
     def _parameter_blocks(self) -> list[tuple[str, dict[str, tuple[Rule, ...]]]]:
         own = [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models)]
-        return [*own, ("parameters", self.parameters)]
+        of_anchor = []
+        if self.anchor is not None:
+            of_anchor = [("anchor.parameters", self.anchor.parameters), ("anchor", {"weight": self.anchor.weight})]
+        return [*own, ("parameters", self.parameters), *of_anchor]
 
     @property
     def fits(self) -> bool:
@@ -213,8 +222,17 @@ class Recipe(Block):
 
     @property
     def allocator(self) -> Lewis | None:
-        """The `lewis` block, if it decides densities; None if there is none, or the method fits instead."""
-        return None if self.fits else self.lewis
+        """The `lewis` block, if it decides densities: those of the merge, or of the anchor of a method that fits."""
+        if self.lewis is None or not self.fits:
+            return self.lewis
+        given = self.lewis.model_fields_set.intersection(GUIDES)
+        guides = self.anchor is not None and any(getattr(self.lewis, key) is not None for key in given)
+        return self.lewis if guides else None
+
+    @property
+    def guided_method(self) -> str:
+        """The method whose densities the `lewis` block decides: the anchor's, if there is one."""
+        return self.anchor.merge_method if self.anchor else self.merge_method
 
     @property
     def guided(self) -> bool:
@@ -277,7 +295,8 @@ class Recipe(Block):
 
         `output` is left out too: only full models are cached by this.
         """
-        return self.model_dump_json(exclude={"output", "evaluate", "register_as", "publish", "search"})
+        unset = {"anchor"} if self.anchor is None else set()  # so that what was cached without one is found
+        return self.model_dump_json(exclude={"output", "evaluate", "register_as", "publish", "search", *unset})
 
     def check_full_output(self) -> None:
         """Check that the merge gives a full model: only those are planned, scored, searched and registered.
@@ -309,12 +328,17 @@ def _matches(pattern: str, tensor: str) -> bool:
     return fnmatch.fnmatchcase(tensor, f"*{pattern}*")
 
 
-def value_of(recipe: Recipe, path: str) -> Any:
-    """The value of a recipe at a YAML path as in `--set`: as written, else its default; None if there is neither."""
-    for data in (yaml_text.read(recipe.text, recipe.name), recipe.model_dump(mode="json", by_alias=True)):
-        value = yaml_text.look_up(data, path)
-        if value is not None:
-            return value
-    name = path.rpartition(".")[2]
-    parameter = find(recipe.merge_method).parameters.get(name) if "parameters." in path else None
-    return parameter.default if parameter and not parameter.required else None
+def _first(
+    sources: Sequence[Mapping[str, Setting]], parameter: Parameter, tensor: str, position: float, where: str
+) -> Any:
+    """The value of a parameter for one tensor in the first source that has one, else the default."""
+    for source in sources:
+        if parameter.name in source:
+            found = value_at(source[parameter.name], tensor, position, parameter.parse)
+            if found is not None:
+                return found
+    if parameter.required:
+        raise RecipeError(
+            f"{where}.{parameter.name}: no filter matches {tensor!r}; end the list with a {{value: ...}} for all"
+        )
+    return parameter.default

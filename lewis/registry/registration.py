@@ -151,6 +151,7 @@ def model_card(
         lineage=lineage,
         mean_density=means,
         strategy=recipe.allocator.density.strategy if recipe.allocator else "",
+        anchor=recipe.anchor.merge_method if recipe.anchor else "",
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
         kept=kept_rows(kept_gains(recipe, models)),

@@ -27,6 +27,7 @@ def model_card(
     lineage: Mapping[str, str],
     mean_density: Mapping[str, float],
     strategy: str = "",
+    anchor: str = "",
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
     kept: Sequence[Mapping[str, object]] = (),
@@ -41,6 +42,7 @@ def model_card(
         lineage: reference -> commit or content digest.
         mean_density: expert -> mean density; empty for a plain merge.
         strategy: how the densities were allocated; empty for a plain merge.
+        anchor: the method whose merge the fit was pulled towards; empty if there was no such block.
         scores: rows of `lewis.evaluation.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
         kept: rows of `lewis.evaluation.kept.kept_rows`.
@@ -65,7 +67,8 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`{how if strategy else ''}"
+        f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`"
+        f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}{how if strategy else ''}"
         f"{', as a LoRA adapter on the base' * adapter}.",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## What is kept of each expert's gain\n\n" + markdown_table(kept) if kept else "",

@@ -6,10 +6,15 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError, RecipeError
+from lewis.methods import find
+from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import SearchRange
 
-ALLOWED = ("merge_method", "parameters.", "models[", "lewis.density.", "lewis.importance.", "lewis.prune_by", "seed")
+ALLOWED = (
+    *("merge_method", "parameters.", "models[", "anchor.", "lewis.density.", "lewis.importance.", "lewis.prune_by"),
+    "seed",
+)
 Values = Mapping[str, bool | int | float | str]  # YAML path -> value
 
 
@@ -79,3 +84,18 @@ def holds(wanted: Any, value: Any) -> bool:
     if not isinstance(wanted, SearchRange):
         return value in wanted
     return isinstance(value, int | float) and wanted.min <= value <= wanted.max
+
+
+def value_of(recipe: Recipe, path: str) -> Any:
+    """The value of a recipe at a YAML path as in `--set`: as written, else its default; None if there is neither."""
+    if (value := yaml_text.look_up(yaml_text.read(recipe.text, recipe.name), path)) is not None:
+        return value
+    if path == "anchor.weight":  # the schema's default is a list of rules
+        return 1.0
+    if (value := yaml_text.look_up(recipe.model_dump(mode="json", by_alias=True), path)) is not None:
+        return value
+    method, name = recipe.merge_method, path.rpartition(".")[2]
+    if path.startswith("anchor."):
+        method = recipe.anchor.merge_method if recipe.anchor else ""
+    parameter = find(method).parameters.get(name) if "parameters." in path and method else None
+    return parameter.default if parameter and not parameter.required else None

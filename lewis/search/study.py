@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.errors import RecipeError
-from lewis.recipe.recipe import Recipe, value_of
+from lewis.recipe.recipe import Recipe
 from lewis.search import space
 from lewis.search.space import Values
 from lewis.store import kinds
@@ -134,7 +134,7 @@ class Log:
 
     def _own_values(self) -> dict[str, Any]:
         """The recipe's own values, where they are in the space: so the best trial is no worse than the recipe."""
-        own = {path: value_of(self.recipe, path) for path in self.search.space}
+        own = {path: space.value_of(self.recipe, path) for path in self.search.space}
         return {path: v for path, v in own.items() if v is not None and space.holds(self.search.space[path], v)}
 
     def ask(self) -> Trial:

@@ -26,8 +26,8 @@ X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^
 
     W = W_a + E^T (X X^T + r I)^-1 X         (E with the rows of B_t added)
 
-With alpha < 1, let Q be the part of the solution for which each input stands alone (`Uncorrelated`), D the diagonal matrix
-(1 - alpha) diag(S) + r I, and L = alpha X D^-1. Woodbury's identity gives
+With alpha < 1, let Q be the part of the solution for which each input stands alone (`Uncorrelated`), D the diagonal
+matrix (1 - alpha) diag(S) + r I, and L = alpha X D^-1. Woodbury's identity gives
 
     W = W_a + Q + (E - X Q^T)^T (X L^T + I)^-1 L
 

@@ -18,9 +18,7 @@ class Uncorrelated:
         pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,).
     """
 
-    def __init__(
-        self, merged: Sequence[torch.Tensor], own: Sequence[torch.Tensor], alpha: float, ridge: float
-    ) -> None:
+    def __init__(self, merged: Sequence[torch.Tensor], own: Sequence[torch.Tensor], alpha: float, ridge: float) -> None:
         """Sum up the inputs.
 
         Args:

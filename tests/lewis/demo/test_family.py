@@ -14,8 +14,9 @@ import yaml
 from lewis import store
 from lewis.demo.family import RIGHT_ANSWERS, SKILLS, TrainingPlan, _rows, make_family
 from lewis.errors import InputError
-from lewis.recipe.recipe import Recipe, value_of
+from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
+from lewis.search.space import value_of
 
 SHORT = TrainingPlan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))

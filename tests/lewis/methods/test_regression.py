@@ -68,7 +68,7 @@ def test_a_2_by_3_layer_with_alpha_and_an_anchor_by_hand(
 ) -> None:
     inputs = Inputs([Rows(rows, rows) for rows in TOKENS], ridge, alpha=alpha)
     found = getattr(inputs, form)(anchor, [FIRST, -FIRST], [None, None])
-    assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
 
 
 def test_the_ridge_may_change_between_layers_of_the_same_inputs() -> None:

@@ -19,6 +19,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Tokenizer": ("Tokenizer", ""),
     "TokenEmbedding": ("Tokenizer", "tokens.*."),
     "TokenRow": ("Tokenizer", "tokens.*.source."),
+    "Anchor": ("anchor", ""),
     "Lewis": ("lewis", ""),
     "CalibrationSet": ("calibrations", ""),
     "Importance": ("importance", ""),

@@ -1,0 +1,68 @@
+"""The block `anchor`: the merge that a method which fits is pulled towards, in place of the sum of task vectors."""
+
+from typing import Any
+
+from pydantic import Field
+
+from lewis.errors import nearest
+from lewis.methods import METHODS, Method, Parameter, Range
+from lewis.recipe.schema import Block, Parameters, Setting
+from lewis.recipe.settings import Rule
+
+WEIGHT = Parameter("weight", float, per_expert=False, default=1.0, range=Range(0))
+
+
+class Anchor(Block):
+    """A merge of the same experts by another method: W_a = W_0 + weight * (W_m - W_0) for its result W_m.
+
+    W_0 is the base. What is not fitted becomes W_a, and the fit of every projection is pulled towards it.
+
+    Attributes:
+        merge_method: any method that does not fit itself.
+        parameters: of that method, for the whole merge. Each expert's `weight` is the recipe's unless it is given here.
+        weight: a number, a gradient or filters; 0 gives the base.
+    """
+
+    merge_method: str
+    parameters: Parameters = Field(default_factory=dict)
+    weight: Setting = (Rule(1.0),)
+
+
+def method_of(data: dict[str, Any]) -> Method | None:
+    """The method of the anchor in the raw YAML of a recipe; None if there is no anchor, or its method is unknown."""
+    block = data.get("anchor")
+    return METHODS.get(str(block.get("merge_method"))) if isinstance(block, dict) else None
+
+
+def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
+    """What is wrong with the anchor as such, each a line that begins with its YAML path.
+
+    Its parameters, and how many models it merges, are left to `lewis.recipe.checks`.
+
+    Args:
+        data: the raw YAML of the recipe.
+        method: of the recipe; None if it is unknown.
+    """
+    block, own = data.get("anchor"), method_of(data)
+    if block is None:
+        return []
+    fitting = [name for name, each in METHODS.items() if each.fits]
+    if method is not None and not method.fits:
+        return [f"anchor: {method.name} fits nothing that it could pull; remove it, or use one of {', '.join(fitting)}"]
+    if not isinstance(block, dict) or block.get("merge_method") is None:
+        return []  # the schema reports it
+    if own is None:
+        others = [name for name in METHODS if name not in fitting]
+        name = str(block["merge_method"])
+        return [f"anchor.merge_method: unknown method {name!r}{nearest(name, others)}"]
+    if own.fits:
+        return [f"anchor.merge_method: expected a method that does not fit itself, such as ties, got {own.name!r}"]
+    problems = []
+    if isinstance(data.get("parameters"), dict) and "lambda" in data["parameters"]:
+        problems.append(
+            "parameters.lambda: it scales the sum that the anchor takes the place of; use anchor.weight, or "
+            "anchor.parameters.lambda"
+        )
+    if own.on == "weights" and block.get("weight", 1) not in (1, None):
+        problems.append(f"anchor.weight: {own.name} merges weights, not task vectors that it could scale; remove it")
+    return problems
