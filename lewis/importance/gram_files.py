@@ -17,7 +17,7 @@ from lewis.errors import LewisError
 from lewis.importance.collected import Collected
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic import gram
-from lewis.methods.arithmetic.regression import Gram, Rows
+from lewis.methods.arithmetic.tokens import Gram, Rows
 
 SEMANTICS = "1"  # bump when the same inputs would give other statistics
 _ENDING, _HEADER = ".safetensors", "statistics"

@@ -12,7 +12,8 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.passes import Pair
 from lewis.merge.prepared import Prepared
-from lewis.methods.arithmetic.regression import Inputs, Rows
+from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import torch_dtype
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
 from lewis.merge.in_torch import merge_whole
 from lewis.merge.prepared import Prepared
-from lewis.methods.arithmetic.regression import Gram, Inputs, Rows
+from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)

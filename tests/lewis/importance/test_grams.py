@@ -16,7 +16,7 @@ from lewis.importance.gram_files import Grams
 from lewis.importance.grams import bytes_of, measure_grams, measured_by
 from lewis.importance.measure import measure, network_of
 from lewis.methods.arithmetic import regression
-from lewis.methods.arithmetic.regression import Gram, Rows
+from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write

@@ -19,7 +19,8 @@ from lewis.importance.calibration import Calibration
 from lewis.merge.prepared import Expert
 from lewis.merge.run import Merge
 from lewis.merge.step import resolve
-from lewis.methods.arithmetic.regression import Gram, Inputs, Rows
+from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import MOES, SAMPLES, expert_inputs, write

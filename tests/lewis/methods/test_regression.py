@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis.methods.arithmetic import regression
-from lewis.methods.arithmetic.regression import Inputs, Rows
+from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.tokens import Gram, Rows
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -96,6 +97,17 @@ def test_the_merged_models_input_is_scaled_to_the_experts_output() -> None:
     own, merged = [torch.tensor([[2.0]])], [torch.tensor([[4.0]])]
     found = Inputs([Rows(merged, own)], 0.0).solve(torch.zeros(1, 1), [torch.tensor([[3.0]])])
     assert found.item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
+def test_what_was_measured_of_the_tokens_gives_what_the_tokens_give(alpha: float) -> None:
+    rows = [draw(1, 40, 6)], [draw(2, 30, 6)]
+    anchor, weights = draw(3, 4, 6), [draw(4, 4, 6), draw(5, 4, 6)]
+    measured = [Gram(x.T @ x / len(x), len(x), 2.0) for (x,) in rows]
+    kept = [each.mean.clone() for each in measured]
+    by_tokens = Inputs([Rows(x, x, 2.0) for x in rows], 0.1, alpha=alpha).solve(anchor, weights)
+    assert torch.allclose(Inputs(measured, 0.1, alpha=alpha).solve(anchor, weights), by_tokens, atol=1e-5)
+    assert all(torch.equal(each.mean, before) for each, before in zip(measured, kept, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
