@@ -1,29 +1,50 @@
 """Run generated programs where they can do no harm: without network, without the host's files, within limits.
 
-The sandbox is made of Linux namespaces by util-linux (`unshare`, `setpriv`), which every Debian and Ubuntu has. A
-program runs as a user without rights. It sees only the Python that runs LEWIS, without installed packages, and a
-working folder in memory. All processes that it started end with it. This protects the host, not the score: a program
-can still cheat in the tests that it contains.
+The sandbox is made of Linux namespaces by util-linux (`unshare`, `setpriv`), which every Debian and Ubuntu has, and of
+a filter of system calls. A program runs as a user without rights. It sees only the Python that runs LEWIS, without
+installed packages, and a working folder in memory. All processes that it started end with it.
+
+The tests run in a second sandbox, which the program cannot reach. They call the program through a socket, and it
+answers with plain data. So a program passes only with right answers: it sees the arguments of a call, but neither the
+tests nor the verdict. It can still give answers that it was made to remember. A helper that the tests call and the
+program defines is believed too.
 """
 
+import base64
 import functools
 import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lewis.errors import InputError
+from lewis.evaluation.system_calls import KEYCTL, seccomp_filter
 
-LIMITS = {"memory": 1 << 30, "file": 8 << 20, "processes": 32, "files": 64}  # bytes, bytes, and numbers
+PROCESSES, MEMORY = 4, 1 << 30
+"""How many processes and threads a program may have, and how many bytes all of them together."""
+
+# Each process has an equal share of the memory: no limit of Linux counts several, but those of control groups, which
+# an ordinary user cannot set everywhere.
+LIMITS = {
+    "RLIMIT_AS": MEMORY // PROCESSES,
+    "RLIMIT_FSIZE": 8 << 20,
+    "RLIMIT_NOFILE": 64,
+    "RLIMIT_CORE": 0,
+    "RLIMIT_MSGQUEUE": 0,
+}
 _FOLDER = 16  # MiB: the size of the working folder
 _SHOWN = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
 _WORDS = 300  # longest message of a failure, in characters
+_CHILD = Path(__file__).with_name("sandbox_child.py")
 
 # $1: an empty folder; $2: setpriv's options for the user; $3: Python; $4: its program; then paths to show read-only.
 # The shell must not `exec` Python: it is the first process of its namespace, so all others die when it is killed.
@@ -43,90 +64,94 @@ chroot "$root" setpriv $user --no-new-privs --bounding-set=-all --inh-caps=-all 
 exit $?
 """
 
-# Runs inside the sandbox. What the program prints is dropped, so it can pass only by running to its end.
-_RUNNER = """
-import json, os, resource, sys
-request = json.load(sys.stdin)
-verdict, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
-for stream in range(3):
-    os.dup2(null, stream)
-os.chdir("/work")
-for name, value in request["limits"]:
-    resource.setrlimit(getattr(resource, name), (value, value))
-try:
-    exec(compile(request["program"], "program.py", "exec"), {"__name__": "__main__"})
-    said = request["passed"]
-except BaseException as error:
-    said = f"{type(error).__name__}: {error}"
-os.write(verdict, said.encode(errors="replace")[:4000])
-os._exit(0)
-"""
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end without an exception, and if not, why."""
+    """Whether a program loaded and all its tests passed, and if not, why."""
 
     passed: bool
     reason: str = ""
 
 
-def run(program: str, *, timeout_s: float = 10) -> Outcome:
-    """Run a Python program, its tests included, in the sandbox.
+def run(program: str, tests: str = "", *, timeout_s: float = 10) -> Outcome:
+    """Run a Python program in the sandbox, and its tests in another.
+
+    The tests are Python too. They use the program's top-level names as if they stood at its end, but what crosses over
+    is copied: plain data (numbers, texts, bytes, containers, `collections`, decimals, fractions, dates) as they are.
+    Other objects, such as functions and instances of the program's classes, can be called, iterated and asked for
+    attributes, but not compared. The tests cannot hand over functions or classes of their own.
 
     Args:
-        program: source code. It passes if its last line ran and nothing was raised; an early `exit()` fails.
-        timeout_s: wall-clock and CPU seconds, after which it and all processes that it started are killed.
+        program: source code. A program whose last line was not reached fails, also after an early `exit()`.
+        tests: source code. They pass if nothing was raised. Without tests a program passes if it says it has loaded.
+        timeout_s: wall-clock and CPU seconds, after which all processes are killed.
 
     Raises:
         InputError: if this machine cannot create the sandbox, with the reason.
     """
-    passed = secrets.token_hex(16)
-    limits = [
-        ("RLIMIT_CPU", int(timeout_s) + 1),
-        ("RLIMIT_AS", LIMITS["memory"]),
-        ("RLIMIT_FSIZE", LIMITS["file"]),
-        ("RLIMIT_NPROC", LIMITS["processes"]),
-        ("RLIMIT_NOFILE", LIMITS["files"]),
-        ("RLIMIT_CORE", 0),
-    ]
-    request = json.dumps({"program": program, "passed": passed, "limits": limits})
-    with tempfile.TemporaryDirectory(prefix="lewis-sandbox-") as root:
+    with ExitStack() as stack:
+        ends = [stack.enter_context(end) for end in socket.socketpair()]
+        its_place = stack.enter_context(_started({"program": program}, ends[0], timeout_s, subprocess.DEVNULL))
+        ours = stack.enter_context(_started({"tests": tests}, ends[1], timeout_s, subprocess.PIPE))
+        for end in ends:
+            end.close()
         try:
-            child = subprocess.Popen(
-                _command(root),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-                start_new_session=True,
+            said, problem = ours.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"took longer than {timeout_s:g} s")
+        verdict = json.loads(said) if said else {"began": ours.returncode > 128, "problem": "its tests were killed"}
+        if verdict["problem"] is None:
+            return Outcome(True)
+        if verdict["problem"] == "ended early":
+            with suppress(subprocess.TimeoutExpired):
+                its_place.wait(1)
+            problem = problem or (its_place.stderr.read() if its_place.stderr and its_place.returncode else b"")
+            if (its_place.returncode or 0) > 128:
+                return Outcome(False, "was killed")
+        if not verdict["began"] and problem:
+            words = " ".join(problem.decode(errors="replace").split())[:_WORDS]
+            raise InputError(
+                f"sandbox: this machine does not allow it: {words}; generated programs run only where "
+                "namespaces can be made (as root, or with user namespaces allowed)"
             )
-        except OSError as error:
-            raise InputError(f"sandbox: {error.filename}: {error.strerror}; it needs Linux with util-linux") from error
-        with child:
-            try:
-                said, problem = child.communicate(request.encode(), timeout_s)
-            except subprocess.TimeoutExpired:
-                return Outcome(False, f"took longer than {timeout_s:g} s")
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-    if said.decode(errors="replace") == passed:
-        return Outcome(True)
-    if said or child.returncode > 128:
-        return Outcome(False, said.decode(errors="replace")[:_WORDS] or "was killed")
-    if problem:
-        raise InputError(
-            f"sandbox: this machine does not allow it: {' '.join(problem.decode(errors='replace').split())[:_WORDS]}; "
-            "generated programs run only where namespaces can be made (as root, or with user namespaces allowed)"
-        )
-    return Outcome(False, "ended early")
+        return Outcome(False, str(verdict["problem"])[:_WORDS])
 
 
 @functools.cache
 def check() -> None:
     """Raise InputError, with the reason, if this machine cannot create the sandbox."""
     run("pass", timeout_s=60)
+
+
+@contextmanager
+def _started(role: dict[str, str], end: socket.socket, timeout_s: float, out: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a sandbox of its own; at the end it is killed with all that it started."""
+    as_user = os.geteuid() != 0
+    limits = {**LIMITS, "RLIMIT_CPU": int(timeout_s) + 1}
+    limits["RLIMIT_NPROC"] = PROCESSES + 2 * as_user  # an ordinary user's `unshare` and `sh` are counted with them
+    request: dict[str, Any] = {"limits": limits, "socket": end.fileno(), "keyctl": KEYCTL, **role}
+    request["filter"] = base64.b64encode(seccomp_filter()).decode()
+    with tempfile.TemporaryDirectory(prefix="lewis-sandbox-") as root, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(request).encode())
+        given.seek(0)
+        try:
+            child = subprocess.Popen(
+                _command(root),
+                stdin=given,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+                pass_fds=[end.fileno()],
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise InputError(f"sandbox: {error.filename}: {error.strerror}; it needs Linux with util-linux") from error
+        with child:
+            try:
+                yield child
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
 
 
 def _command(root: str) -> list[str]:
@@ -136,9 +161,9 @@ def _command(root: str) -> list[str]:
         shown.append(prefix)
     walls = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child=SIGKILL"]
     if os.geteuid() == 0:
-        number = 2_000_000_000 + os.getpid()  # a user of its own, since the limit of processes counts per user
+        number = 2_000_000_000 + secrets.randbelow(1 << 30)  # a user of its own: the limit of processes counts per user
         user = f"--reuid={number} --regid={number} --clear-groups"
     else:
         walls += ["--user", "--map-root-user"]
         user = "--securebits=+noroot"
-    return ["unshare", *walls, "--", "sh", "-c", _SETUP, "sandbox", root, user, python, _RUNNER, *shown]
+    return ["unshare", *walls, "--", "sh", "-c", _SETUP, "sandbox", root, user, python, _CHILD.read_text(), *shown]

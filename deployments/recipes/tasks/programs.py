@@ -44,5 +44,4 @@ def _is_python(text: str) -> bool:
 
 def passed(row: dict[str, Any], results: list[str]) -> dict[str, float]:
     """1 if the program comes through the tests, 0 if not: wrong, looping, out of memory, or no Python at all."""
-    program = f"{code_of(results[0])}\n{row['tests']}\n"
-    return {"pass_at_1": float(sandbox.run(program, timeout_s=SECONDS).passed)}
+    return {"pass_at_1": float(sandbox.run(code_of(results[0]), row["tests"], timeout_s=SECONDS).passed)}
