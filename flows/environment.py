@@ -4,7 +4,7 @@ import os
 
 from lewis import store
 
-_DEFAULTS = {
+DEFAULTS = {
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -22,7 +22,7 @@ _DEFAULTS = {
 
 def prepare() -> None:
     """Turn telemetry off and keep Prefect's files in the store, unless the user's environment says otherwise."""
-    for name, value in _DEFAULTS.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:
         os.environ.setdefault("PREFECT_HOME", str(store.home() / "prefect"))

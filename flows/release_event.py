@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from urllib.parse import quote
 
-from lewis.errors import InputError, LewisError, TransientError
+from lewis.errors import InputError
 from lewis.models.pin import find_folder
 from lewis.models.source import split_adapter
 from lewis.recipe.recipe import Recipe
+from lewis_tasks.support import events
 
 EVENT = "lewis.expert.released"
-
-_PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
@@ -43,7 +42,7 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
         "resource": {"prefect.resource.id": resource_id(repo), "prefect.resource.name": repo, "lewis.recipe": recipe},
         "payload": {"recipe": recipe, "ref": ref, "repo": repo, "old": old, "new": new},
     }
-    _post(event)
+    events.post(event)
     return str(event["id"])
 
 
@@ -71,30 +70,3 @@ def _is_folder(ref: str, recipe: Recipe) -> bool:
         return find_folder(ref, recipe.root) is not None
     except InputError:  # it can only be a folder, and the folder does not exist now
         return True
-
-
-def _post(event: dict[str, object]) -> None:
-    # Not Prefect's emit_event: it sends from a thread, and an event that is lost there raises no error.
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise InputError("PREFECT_API_URL is not set: there is no server to tell of a release; start `lewis up`")
-    try:
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-            get_client(sync_client=True, httpx_settings={"timeout": _PATIENCE}) as client,
-        ):
-            client.request("POST", "/events", json=[event])
-    except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise LewisError(
-                f"Prefect refuses the event ({status}): check PREFECT_API_AUTH_STRING or its key"
-            ) from None
-        kind = TransientError if status >= 500 or status in (408, 429) else LewisError
-        raise kind(f"Prefect did not take the event: it answered {status}; look at its server's log") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise TransientError(f"Prefect did not take the event ({type(error).__name__}); is its server up?") from None

@@ -1,5 +1,7 @@
 """The poll: look up the newest commit of every model of every recipe, and announce those that no merge holds yet.
 
+It also tells Prefect of new champions that it may not know: see `lewis_tasks.support.moves`.
+
 The poll keeps no state of its own. The registry knows what was merged; Prefect knows what was announced, and how the
 runs ended. So the next poll finds an event that was lost, or a run that died.
 """
@@ -27,6 +29,7 @@ from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import prefect_runs, recipes_folder, release_event
 from lewis_flows.submit import submit
+from lewis_tasks.support import moves
 from lewis_tasks.support.caching import RETRIES
 
 RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
@@ -67,6 +70,7 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport:
         TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
     """
     logger = get_run_logger()
+    moves.tell()
     found, problems = _compare(recipes)
     for name, problem in problems.items():
         logger.warning("%s cannot be watched: %s", name, problem)
@@ -74,8 +78,8 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport:
     if transient and not found:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
     report = WatchReport(checked=list(found), problems={name: str(problem) for name, problem in problems.items()})
-    for name, moves in found.items():
-        for move in moves:
+    for name, moved in found.items():
+        for move in moved:
             news = _is_news(name, move)
             if news:
                 logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)

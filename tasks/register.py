@@ -5,7 +5,6 @@ import logging
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.events import emit_event
 
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Incumbent, Verdict, judge
@@ -15,15 +14,13 @@ from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, promotion, versions
-from lewis.registry.promotion import Promotion
 from lewis.registry.registration import registration_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
-from lewis_tasks.support import flow_run
+from lewis_tasks.support import flow_run, moves
 from lewis_tasks.support.caching import RETRIES, slug
 
 logger = logging.getLogger(__name__)
-PROMOTED = "lewis.model.promoted"  # the event that automations can react to, to notify or deploy
 
 
 @task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
@@ -71,9 +68,9 @@ def register(
 @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; return whether the version is the champion now."""
-    done = promotion.promote(version, verdict, f"the run {flow_run.url()}")
-    if done.moved:
-        _announce(recipe, version, verdict, merged, done)
+    about = {"recipe": recipe.name, "digest": merged.digest, "flow_run": str(flow_run.current.id or "")}
+    promotion.promote(version, verdict, f"the run {flow_run.url()}", about)
+    moves.tell()  # also what an earlier run could not tell
     word = "passed: champion" if verdict.passed else "failed: the champion stays"
     lines = [
         f"# {version.uri}: {word}",
@@ -84,19 +81,3 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     text = f"{version.uri} (run {version.run_id})"
     create_link_artifact(versions.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
     return verdict.passed
-
-
-def _announce(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel, done: Promotion) -> None:
-    emit_event(
-        event=PROMOTED,
-        resource={"prefect.resource.id": f"lewis.model.{version.name}", "prefect.resource.name": version.name},
-        payload={
-            "recipe": recipe.name,
-            "version": version.version,
-            "uri": version.uri,
-            "url": versions.link(version),
-            "digest": merged.digest,
-            "previous": done.previous,
-            "reasons": list(verdict.reasons),
-        },
-    )

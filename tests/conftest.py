@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.prefect_key import KEY
+
 # Before any import reads the environment: nothing may touch the user's store or phone home.
 os.environ["LEWIS_HOME"] = SESSION_HOME = tempfile.mkdtemp(prefix="lewis-tests-")
 os.environ.pop("HF_HUB_OFFLINE", None)
@@ -17,6 +19,8 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     MLFLOW_DISABLE_TELEMETRY="true",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_SERVER_API_AUTH_STRING=KEY,
+    PREFECT_API_AUTH_STRING=KEY,
     TOKENIZERS_PARALLELISM="false",
 )
 

@@ -13,6 +13,7 @@ from lewis.errors import InputError, LewisError
 from lewis_flows import environment
 from lewis_flows.cli import demo, housekeeping, merge, registry, run, service
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
+from lewis_flows.service import api_key
 
 
 class Command(NamedTuple):
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     environment.prepare()
     try:
+        api_key.find()
         options.run(options)
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)

@@ -36,6 +36,7 @@ def promote(options: argparse.Namespace) -> None:
     if not name or not number.isdecimal():
         raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {options.version!r}")
     before = promotion.promote_by_hand(name, number, options.why)
+    _tell()
     print(f"models:/{name}/{number} is the champion" + (f" in place of {before}" if before else ""))
 
 
@@ -43,4 +44,18 @@ def rollback(options: argparse.Namespace) -> None:
     """Put the previous champion back."""
     from lewis.registry import promotion
 
-    print(f"{promotion.rollback(options.name, options.why)} is the champion again")
+    champion = promotion.rollback(options.name, options.why)
+    _tell()
+    print(f"{champion} is the champion again")
+
+
+def _tell() -> None:
+    """Tell the Prefect server that there is of the new champion; without one, the next to start is told."""
+    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.servers import running
+
+    if url := running():
+        with connected(url):
+            from lewis_tasks.support import moves
+
+            moves.tell()

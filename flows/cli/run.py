@@ -102,25 +102,25 @@ def print_merge(report: "MergeReport") -> None:
 
 def _with_prefect(flow: Callable[[], R]) -> R:
     """Run a flow on the server that there is, or on one that is started for it."""
+    from lewis_flows.service.api_key import connected
     from lewis_flows.service.servers import prefect_server
 
-    with prefect_server() as url:
+    with prefect_server() as url, connected(url):
+        from prefect import tags
         from prefect.logging.handlers import APILogWorker
-        from prefect.settings import PREFECT_API_URL, temporary_settings
 
-        with temporary_settings({PREFECT_API_URL: url}):
-            from prefect import tags
+        from lewis_flows.turn import crash_dead_runs
+        from lewis_tasks.support import moves
 
-            from lewis_flows.turn import crash_dead_runs
-
-            crash_dead_runs()
-            signal.signal(signal.SIGINT, _stop_tasks)
-            try:
-                with tags("lewis"):
-                    return flow()
-            finally:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                APILogWorker.drain_all(timeout=10)  # send the log before the server is stopped
+        crash_dead_runs()
+        signal.signal(signal.SIGINT, _stop_tasks)
+        try:
+            with tags("lewis"):
+                return flow()
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            APILogWorker.drain_all(timeout=10)  # send the log before the server is stopped
+            moves.tell(patience=10)
 
 
 def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:

@@ -26,15 +26,13 @@ def up(options: argparse.Namespace) -> None:
 
 def deploy(options: argparse.Namespace) -> None:
     """Bring a Prefect server up to date."""
+    from lewis_flows.service.api_key import connected
     from lewis_flows.service.servers import prefect_server
 
-    with prefect_server() as url:
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+    with prefect_server() as url, connected(url):
+        from lewis_flows.service import deploy
 
-        with temporary_settings({PREFECT_API_URL: url}):
-            from lewis_flows.service import deploy
-
-            recipes = deploy.deploy(options.prefect_file or deploy.PREFECT_YAML)
+        recipes = deploy.deploy(options.prefect_file or deploy.PREFECT_YAML)
     print(f"deployed to {url}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
 
 

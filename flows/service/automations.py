@@ -14,6 +14,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
+from lewis_tasks.support.moves import NOTIFIES, PROMOTED
 
 TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
 DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
@@ -66,9 +67,10 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
     )
     text = "{{ flow_run.name }}: {{ flow_run.state.name }}\n\n{{ flow_run.state.message }}\n\n{{ flow_run|ui_url }}"
     yield _notification("lewis-notify-failure", failed, block, "LEWIS: a run failed", text)
-    promoted = EventTrigger(expect={"lewis.model.promoted"}, posture=Posture.Reactive, threshold=1)
-    text = "{{ event.payload.uri }} is the champion now (recipe {{ event.payload.recipe }})"
-    yield _notification("lewis-notify-promotion", promoted, block, "LEWIS: a new champion", text)
+    promoted = EventTrigger(expect={PROMOTED}, posture=Posture.Reactive, threshold=1)
+    recipe = "{% if event.payload.recipe %} (recipe {{ event.payload.recipe }}){% endif %}"
+    text = f"{{{{ event.payload.uri }}}} is the champion now{recipe}"
+    yield _notification(NOTIFIES, promoted, block, "LEWIS: a new champion", text)
 
 
 def _ours() -> ResourceSpecification:

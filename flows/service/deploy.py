@@ -10,19 +10,27 @@ from typing import Any
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from lewis.errors import InputError, LewisError
 from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
-from lewis_flows import recipes_folder
+from lewis_flows import environment, recipes_folder
 from lewis_flows.service.automations import put_automations
 from lewis_tasks.support.device_slot import LIMIT, slots
 
 logger = logging.getLogger(__name__)
 POOL = "lewis"
 PREFECT_YAML = recipes_folder.SHIPPED / "prefect.yaml"
+JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFECT_SERVER_", "PREFECT_WORKER_"))}
+TEMPLATE: dict[str, Any] = {
+    # For a worker that was not started by `lewis up`: no telemetry, and the heartbeat that `lewis-dead-runs` waits for.
+    "job_configuration": {"env": JOB, "stream_output": True},
+    # Who starts a run may choose its parameters, and nothing of its process: no command, environment or folder.
+    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+"""The base job template of the work pool."""
 
 
 def deploy(file: Path = PREFECT_YAML) -> list[str]:
@@ -44,7 +52,7 @@ def deploy(file: Path = PREFECT_YAML) -> list[str]:
     recipes_folder.make()
     recipes = recipes_folder.load_all()
     with get_client(sync_client=True) as client:
-        _create_pool(client)
+        _put_pool(client)
         _create_limit(client)
         put_automations(client)
     content = yaml.safe_load(file.read_text())
@@ -92,15 +100,15 @@ def _missing_folder(recipe: Recipe) -> str | None:
     return None
 
 
-def _create_pool(client: SyncPrefectClient) -> None:
-    from prefect.workers.process import ProcessWorker
-
+def _put_pool(client: SyncPrefectClient) -> None:
+    """Create the work pool, or give a pool of processes that is there already our template."""
     try:
-        client.read_work_pool(POOL)
+        pool = client.read_work_pool(POOL)
+        if pool.type == "process" and pool.base_job_template != TEMPLATE:
+            client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=TEMPLATE))
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
         with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=TEMPLATE))
 
 
 def _create_limit(client: SyncPrefectClient) -> None:

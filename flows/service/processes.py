@@ -1,6 +1,8 @@
-"""Child processes: start them, wait until they answer, log their output, stop them. They end when this one ends."""
+"""Child processes: start them, wait until they answer, log their output, stop them. They end when this one ends.
 
-import ctypes
+Each is started by a guard, which ends it and whatever it has started, also if this process is killed.
+"""
+
 import os
 import signal
 import socket
@@ -16,10 +18,11 @@ from typing import IO
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.store import kinds
+from lewis_flows.service import guard
 
-_PR_SET_PDEATHSIG = 1
 _READY = 180  # seconds to answer after a start
-_STOP = 15  # seconds to end after SIGTERM
+_STOP = 15.0  # seconds to end after SIGTERM, before it is killed
+_KILLED = 15.0  # seconds until what was killed is gone
 
 
 class Process:
@@ -37,6 +40,7 @@ class Process:
         *,
         health: str | None = None,
         echo: Callable[[str], None] | None = None,
+        grace: float = _STOP,
     ) -> None:
         """Describe the process; `start` starts it.
 
@@ -46,29 +50,29 @@ class Process:
             environment: variables in addition to those of this process.
             health: URL that answers 200 when the process is ready; None if it is ready at once.
             echo: called with each line of its output, from a thread.
+            grace: how many seconds it has to end after SIGTERM.
         """
         self.name, self._command, self._environment = name, [sys.executable, *command], environment
-        self._health, self._echo = health, echo
+        self._health, self._echo, self._grace = health, echo, grace
         self.log = kinds.LOGS.path(f"{name}-{os.getpid()}")
 
     def start(self) -> None:
         """Start it and wait until it is ready.
-
-        Call it from a thread that lives long enough: the process ends when the thread that started it ends.
 
         Raises:
             LewisError: if it ends or does not answer in time; names its log.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with store.lock(f"{self.name}-start"):  # one start at a time, because the first migrates the database
+            # -I and -S: the guard needs no packages, and none may shadow Python's own modules.
+            guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._grace), *self._command]
             self._child = subprocess.Popen(
-                self._command,
+                guarded,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
                 env={**os.environ, **self._environment},
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 start_new_session=True,  # Ctrl-C reaches only this process, which stops the parts in order
             )
             assert self._child.stdout is not None
@@ -76,7 +80,7 @@ class Process:
             try:
                 self._wait_until_ready()
             except BaseException:
-                self._kill()
+                self._end()
                 raise
 
     def ended(self) -> int | None:
@@ -85,14 +89,14 @@ class Process:
 
     def stop(self) -> None:
         """End it and its own children: ask it first, kill it after a while."""
-        if self.ended() is None:
-            self._child.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                self._child.wait(_STOP)
-        self._kill()
+        self._end()
         self.log.unlink(missing_ok=True)
 
-    def _kill(self) -> None:
+    def _end(self) -> None:
+        if self.ended() is None:
+            self._child.send_signal(signal.SIGTERM)  # the guard kills what does not end in time
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(2 * self._grace + _KILLED)
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
@@ -144,7 +148,3 @@ def usable_port(variable: str, default: int) -> int:
         if probe.connect_ex(("127.0.0.1", int(text))) == 0:
             raise InputError(f"127.0.0.1:{text} is taken (by another `lewis up`?); stop it, or set {variable}")
     return int(text)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

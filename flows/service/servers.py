@@ -1,17 +1,26 @@
-"""The servers of Prefect and MLflow on loopback; for one command, a Prefect server that ends with it."""
+"""The servers of Prefect and MLflow on loopback; for one command, a Prefect server that ends with it.
+
+Both answer only requests that call them by an address of this machine and come from no page of another site. Prefect's
+asks for a key too, because whoever may start its runs may run code.
+"""
 
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lewis_flows.service import note
+from lewis_flows.service import api_key, note
+from lewis_flows.service.prefect_app import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
+
+_ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
 
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
     """Give the URL of a Prefect API: the user's own, that of `lewis up`, or one of a server started for this block.
+
+    `api_key.connected` lets Prefect's client use it.
 
     A server that is started keeps its database in the store, so the next one shows all runs. It ends with this process,
     even if this process is killed.
@@ -19,13 +28,11 @@ def prefect_server() -> Iterator[str]:
     Raises:
         LewisError: if the server does not come up; names its log.
     """
-    known = note.read()
-    served = known.get("prefect")
-    running = os.environ.get("PREFECT_API_URL") or (served if served and answers(f"{served}/health") else None)
-    if running:
-        if running == served:
+    if found := running():
+        known = note.read()
+        if found == known.get("prefect"):
             os.environ.setdefault("LEWIS_MLFLOW_UI", known.get("mlflow", ""))
-        yield running
+        yield found
         return
     server, url = prefect_process(free_port())
     server.start()
@@ -36,17 +43,29 @@ def prefect_server() -> Iterator[str]:
         server.stop()
 
 
+def running() -> str | None:
+    """The URL of the Prefect API that is there already: the user's own, or that of `lewis up` if it answers."""
+    served = note.read().get("prefect")
+    return os.environ.get("PREFECT_API_URL") or (served if served and answers(f"{served}/health") else None)
+
+
 def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:
     """A Prefect server on loopback, not started yet, and the URL of its API."""
     url = f"http://127.0.0.1:{port}/api"
     environment = {
+        # An event is on disk, and so known for good, a second after the server took it, instead of five.
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
+        api_key.SERVER: api_key.api_key(),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_LOGGING_LEVEL": os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "WARNING"),
         # On disk, so that a server that is started again still knows which tasks hold a device.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
-    return Process("prefect", ["-m", "prefect", "server", "start"], environment, health=f"{url}/health", echo=echo), url
+    if not any(name in os.environ for name in _ORIGINS):
+        environment[_ORIGINS[0]] = ",".join(own_origins(port))
+    command = ["-m", "lewis_flows.service.prefect_app"]
+    return Process("prefect", command, environment, health=f"{url}/health", echo=echo), url
 
 
 def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:

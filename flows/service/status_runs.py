@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Hashable, Iterable
 from datetime import UTC, datetime
-from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis_flows import prefect_runs
 from lewis_flows.prefect_runs import MERGE, WATCH, recipe_of
+from lewis_flows.service.api_key import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Part, Run, Status
 
@@ -29,8 +29,11 @@ def ask_prefect(found: Status, api: str) -> None:
     Raises:
         httpx.HTTPError: if the server does not answer, or answers with an error.
     """
-    settings: dict[Any, Any] = {PREFECT_API_URL: api, PREFECT_CLIENT_MAX_RETRIES: 0}
-    with temporary_settings(settings), get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client:
+    with (
+        connected(api),
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client,
+    ):
         found.parts.append(_workers(client))
         found.running, found.scheduled, found.finished = _running(client), _scheduled(client), _finished(client)
 

@@ -14,7 +14,7 @@ from filelock import Timeout
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis_flows import recipes_folder
-from lewis_flows.service import note
+from lewis_flows.service import api_key, note
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_process
 
@@ -74,12 +74,14 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
 
 
 def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
-    """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL`."""
+    """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL` and its key."""
     urls = {"prefect": os.environ.get("PREFECT_API_URL", "")}
     if not urls["prefect"]:
         server, urls["prefect"] = prefect_process(usable_port("PREFECT_SERVER_API_PORT", 4200), _echo("prefect", say))
         add(server)
-        os.environ["PREFECT_API_URL"] = urls["prefect"]
+        os.environ.update({"PREFECT_API_URL": urls["prefect"], api_key.CLIENT: api_key.api_key()})
+        if api_key.path().exists():
+            say("lewis", f"Prefect's page asks for a key, once for each browser: it is in {api_key.path()}")
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     urls["mlflow"] = given
     if not given.startswith("http"):
@@ -96,11 +98,13 @@ def _prepare_server(say: Say, prefect_file: Path | None) -> None:
     # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
     from lewis_flows.service import deploy
     from lewis_flows.turn import crash_dead_runs, drop_missed_polls
+    from lewis_tasks.support import moves
 
     say("lewis", "deploying")
     crash_dead_runs()
     drop_missed_polls()
     recipes = deploy.deploy(prefect_file or deploy.PREFECT_YAML)
+    moves.tell()
     say("lewis", f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")
 
 

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from lewis.errors import InputError
 from lewis_flows import environment
+from lewis_flows.service import api_key
 from lewis_flows.service.access_log import AccessLog
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.webhook_secret import webhook_secret
@@ -110,6 +111,7 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
     try:
+        api_key.find()
         port = os.environ.get("LEWIS_WEBHOOK_PORT", "4300")
         if not port.isdecimal() or int(port) > 65535:
             raise InputError(f"LEWIS_WEBHOOK_PORT: expected a port, 0 to 65535, got {port!r}")

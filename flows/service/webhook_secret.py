@@ -1,10 +1,8 @@
 """The secret that the Hub sends with each delivery."""
 
 import os
-import secrets
 
-from lewis import store
-from lewis.errors import InputError
+from lewis_flows.service import secret_file
 
 
 def webhook_secret() -> str:
@@ -14,17 +12,4 @@ def webhook_secret() -> str:
         InputError: if others may read the file, or it is empty.
     """
     given = os.environ.get("LEWIS_WEBHOOK_SECRET", "").strip()
-    if given:
-        return given
-    path = store.home() / "webhook-secret"
-    with store.lock("webhook-secret"):
-        if not path.exists():
-            with store.written_beside(path) as beside:
-                beside.touch(mode=0o600)
-                beside.write_text(secrets.token_urlsafe(32) + "\n")
-    if path.stat().st_mode & 0o077:
-        raise InputError(f"{path}: others may read it: expected mode 0600; remove it, and tell the Hub the new secret")
-    found = path.read_text().strip()
-    if not found:
-        raise InputError(f"{path}: it is empty; remove it, and tell the Hub the new secret")
-    return found
+    return given or secret_file.read_or_make("webhook-secret", "remove it, and tell the Hub the new secret")

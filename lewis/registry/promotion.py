@@ -1,17 +1,20 @@
 """Promotion: the aliases of a registered model are moved by the gate's verdict or by hand.
 
 Everything happens under the registry's lock. First the champion must still be the version that the gate compared with.
-Then a record is written to the history. The alias `champion`, which alone tells readers what to use, moves last.
+Then a record is written to the history, and the move to the outbox, so that it is told even if this process dies. The
+alias `champion`, which alone tells readers what to use, moves last.
 """
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, tracking, versions
+from lewis.registry import history, outbox, tracking, versions
+from lewis.registry.outbox import Move
 from lewis.registry.versions import Champion, Version
 
 if TYPE_CHECKING:
@@ -34,13 +37,14 @@ class Promotion:
     previous: str | None
 
 
-def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
+def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str, Any] | None = None) -> Promotion:
     """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
 
     Nothing changes if the version already is the champion.
 
     Args:
         by: who promotes, for the history; by default the name of the user.
+        about: what is told of the move, as `Move.about`.
 
     Raises:
         LewisError: if the champion changed after the comparison.
@@ -63,7 +67,8 @@ def promote(version: Version, verdict: Verdict, by: str = "") -> Promotion:
         what = "promoted" if verdict.passed else "rejected"
         history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
         if verdict.passed:
-            _crown(client, version.name, version.version, current.version.version if current else None)
+            number = current.version.version if current else None
+            _crown(client, version.name, version.version, number, verdict.reasons, about or {})
         else:
             client.set_registered_model_alias(version.name, "challenger", version.version)
         return Promotion(moved=verdict.passed, previous=before)
@@ -137,14 +142,37 @@ def _move(client: "MlflowClient", name: str, version: str, what: str, why: str, 
         client.set_model_version_tag(name, withdrawing, WITHDRAWN, why)
     if WITHDRAWN in client.get_model_version(name, version).tags:
         client.delete_model_version_tag(name, version, WITHDRAWN)
-    _crown(client, name, version, current)
+    digest = dict(client.get_model_version(name, version).tags).get("lewis.digest", "")
+    _crown(client, name, version, current, [f"{what}: {why}"], {"digest": digest})
     return before or ""
 
 
-def _crown(client: "MlflowClient", name: str, version: str, current: str | None) -> None:
+def settle() -> None:
+    """Find out whether the moves happened whose writers died in the middle of them."""
+    for name in outbox.unsettled():
+        with store.lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
+            try:
+                champion = _aliases(client, name).get("champion")
+            except InputError:  # the model was deleted: nobody wants to know
+                champion = None
+            outbox.settle(name, champion)
+
+
+def _crown(
+    client: "MlflowClient",
+    name: str,
+    version: str,
+    current: str | None,
+    reasons: Sequence[str],
+    about: Mapping[str, Any],
+) -> None:
+    outbox.settle(name, _aliases(client, name).get("champion"))
+    move = Move(name, version, f"models:/{name}/{current}" if current else None, list(reasons), dict(about))
+    outbox.write(move)
     if current is not None:
         client.set_registered_model_alias(name, "previous", current)
     client.set_registered_model_alias(name, "champion", version)
+    outbox.write(replace(move, happened=True))
 
 
 def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:

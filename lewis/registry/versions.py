@@ -113,7 +113,12 @@ def fetch(current: Champion) -> Champion:
 
 def link(version: Version) -> str:
     """The page of the version in MLflow's UI: on the tracking server, or at the default address of `mlflow ui`."""
-    return f"{_server()}/#/models/{quote(version.name)}/versions/{version.version}"
+    return page(version.name, version.version)
+
+
+def page(name: str, version: str) -> str:
+    """`link`, of a version by its name and number."""
+    return f"{_server()}/#/models/{quote(name)}/versions/{version}"
 
 
 def run_link(version: Version) -> str:

@@ -78,6 +78,7 @@ def event(root: Path) -> list[bool]:
 def overhead(root: Path) -> list[bool]:
     """The same merge with and without the DAG; each full run in a new process, from an empty store, in alternation."""
     from lewis_flows import environment
+    from lewis_flows.service.api_key import connected
     from lewis_flows.service.servers import prefect_server
 
     family = in_new_process(root / "training", train_demo, root / "demo")
@@ -85,14 +86,14 @@ def overhead(root: Path) -> list[bool]:
     environment.prepare()
     took: dict[str, list[list[float]]] = {"library": [], "dag": []}
     whole: dict[str, list[float]] = {"library": [], "dag": []}
-    with prefect_server() as url:
+    with prefect_server() as url, connected(url):
         for number in range(FULL_RUNS):
             for side in ("library", "dag") if number % 2 else ("dag", "library"):
                 home = root / f"{side}-{number}"
-                took[side].append(in_new_process(home, time_runs, side, family / "lewis.yaml", PREFECT_API_URL=url))
+                took[side].append(in_new_process(home, time_runs, side, family / "lewis.yaml"))
         for _ in range(CACHED_RUNS):
             for side, homes in (("library", root / "library-0"), ("dag", root / "dag-0")):
-                whole[side].append(time_process(side, family / "lewis.yaml", homes, url))
+                whole[side].append(time_process(side, family / "lewis.yaml", homes))
     full = {side: [runs[0] for runs in each] for side, each in took.items()}
     cached = {side: [second for runs in each for second in runs[1:]] for side, each in took.items()}
     heading(f"overhead of the DAG on the demo family: median / max, {FULL_RUNS} full and {CACHED_RUNS} cached a store")
@@ -180,11 +181,11 @@ def run_library(path: str) -> None:
     promotion.promote(version, verdict)
 
 
-def time_process(side: str, recipe: Path, home: Path, url: str) -> float:
+def time_process(side: str, recipe: Path, home: Path) -> float:
     """Seconds from the start to the end of a Python that makes one run."""
     bare = "import sys; from tests.benchmarks.orchestration import run_library; run_library(sys.argv[1])"
     command = ["-m", "lewis_flows.cli.main", "run"] if side == "dag" else ["-c", bare]
-    environment = {**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": url, "TMPDIR": str(home / "tmp")}
+    environment = {**os.environ, "LEWIS_HOME": str(home), "TMPDIR": str(home / "tmp")}
     began = time.perf_counter()
     subprocess.run([sys.executable, *command, str(recipe)], check=True, cwd=REPO, env=environment, capture_output=True)
     return time.perf_counter() - began
@@ -192,6 +193,7 @@ def time_process(side: str, recipe: Path, home: Path, url: str) -> float:
 
 def time_remerge(root: Path) -> list[dict[str, float]]:
     """A full run and a re-merge, after a small one of other models has warmed up all code."""
+    from lewis_flows.service.api_key import connected
     from lewis_flows.service.servers import prefect_server
 
     experts = ["one", "two", "three", "four"]
@@ -205,8 +207,7 @@ def time_remerge(root: Path) -> list[dict[str, float]]:
         warm.write_text(warm.read_text().replace("org/base", "org/tiny-base"))
         for name, path in tiny.items():
             hub.commit(f"org/tiny-{name}", path)
-        with prefect_server() as url:
-            os.environ["PREFECT_API_URL"] = url
+        with prefect_server() as url, connected(url):
             time_tasks(warm)
             full = time_tasks(recipe)
             hub.commit("org/one", write_release(paths["base"], root / "release", seed=99))

@@ -4,6 +4,7 @@ The demo family is on a local Hub, `lewis up` runs beside it, and an expert is r
 one. The second release is what the pictures show. Everything is started here, in a temporary folder, and ends here.
 """
 
+import base64
 import io
 import sys
 import tempfile
@@ -86,7 +87,8 @@ def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
     """One picture after the other."""
     ui = service.api.removesuffix("/api")
     this_run = f"{ui}/runs/flow-run/{run['id']}"
-    browser.remember(ui, {"prefect-v2-promo-dismissed": "true"})
+    password = base64.b64encode(service.key().encode()).decode()
+    browser.remember(ui, {"prefect-v2-promo-dismissed": "true", "prefect-password": password})
     browser.open(f"{ui}/dashboard", "Flow Runs", width=1200, height=700)
     save("dashboard", browser.picture())
 

@@ -13,6 +13,7 @@ from lewis.evaluation import harness, harness_child
 from lewis_flows.cli.main import main
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.models import WORDS, rewrite, write_expert, write_llama
+from tests.support.prefect_key import credentials
 
 W1, W2 = (WORDS.index(word) + 3 for word in ("w1", "w2"))  # the right answer and a wrong one, after 3 special tokens
 RECIPE = """
@@ -95,7 +96,8 @@ def versions(home: Path) -> dict[str, str]:
 def states(prefect_url: str, task: str) -> set[str]:
     """Of the runs of a task, by its name in the UI."""
     body = json.dumps({"task_runs": {"name": {"any_": [task]}}}).encode()
-    request = urllib.request.Request(f"{prefect_url}/task_runs/filter", body, {"content-type": "application/json"})
+    headers = {"content-type": "application/json", **credentials()}
+    request = urllib.request.Request(f"{prefect_url}/task_runs/filter", body, headers)
     with urllib.request.urlopen(request, timeout=10) as answer:
         return {each["state_name"] for each in json.load(answer)}
 
@@ -103,7 +105,8 @@ def states(prefect_url: str, task: str) -> set[str]:
 def newest_run(prefect_url: str) -> str:
     """The state that the UI shows for the newest flow run that has ended."""
     body = json.dumps({"sort": "END_TIME_DESC", "limit": 1}).encode()
-    request = urllib.request.Request(f"{prefect_url}/flow_runs/filter", body, {"content-type": "application/json"})
+    headers = {"content-type": "application/json", **credentials()}
+    request = urllib.request.Request(f"{prefect_url}/flow_runs/filter", body, headers)
     with urllib.request.urlopen(request, timeout=10) as answer:
         return str(json.load(answer)[0]["state_name"])
 

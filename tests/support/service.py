@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from lewis_flows.service import api_key
 from tests.support.local_hub import LocalHub, Webhook
+from tests.support.prefect_key import credentials
 
 REPO = Path(__file__).resolve().parents[2]
 SECRET = "only the Hub and the receiver know"
@@ -120,7 +122,7 @@ class Service:
 
     def start(self) -> None:
         # PREFECT_HOME is that of the tests' own server: two servers on one database would serve each other's runs.
-        left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
+        left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", api_key.SERVER, api_key.CLIENT)
         environment = {key: value for key, value in os.environ.items() if key not in left_out}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -148,6 +150,10 @@ class Service:
         path = self.home / "service.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
+    def key(self) -> str:
+        """What its Prefect server asks for."""
+        return (self.home / "prefect-api-key").read_text().strip()
+
     def parts(self) -> dict[int, str]:
         return children(self.process.pid)
 
@@ -158,7 +164,8 @@ class Service:
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """One request of Prefect's API; as Prefect's own client does, asks again when the server is too busy."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.api + path, data, {"content-type": "application/json"}, method=method)
+        headers = {"content-type": "application/json", **credentials(self.key())}
+        request = urllib.request.Request(self.api + path, data, headers, method=method)
         for pause in (1, 2, 4, 0):
             try:
                 with urllib.request.urlopen(request, timeout=10) as answer:

@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from tests.flows.conftest import TASK, write_words
 from tests.flows.test_run import SLOW
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_expert
+from tests.support.prefect_key import credentials
 from tests.support.service import Service, children, seconds
 
 RECIPE = """
@@ -190,7 +194,7 @@ def test_a_run_outlives_a_server_that_is_killed_and_started_again(service: Servi
     with slow(service) as merging:
         sha = release(service, "restarted", family)
         service.until(merging.exists, 90)
-        os.kill(service.part("prefect server start"), signal.SIGKILL)
+        os.kill(service.part("prefect_app"), signal.SIGKILL)
         service.until(lambda: not service.answers(), 10)
         service.until(service.answers, 60)
     assert service.finished("restarted", 1, 120)[0]["state_name"] == "Completed"
@@ -230,6 +234,56 @@ def test_a_stumbling_hub_gives_the_right_model(service: Service, family: Family)
     assert len(digests) == len(FAULTS)  # one expert under four commits
     weights = {(service.home / "merged" / digest / "model.safetensors").read_bytes() for digest in digests}
     assert len(weights) == 1
+
+
+def test_pages_of_other_sites_get_nothing(service: Service) -> None:
+    found = service.ask("/deployments/name/merge/merge-on-release")
+    runs = len(service.runs("scored"))
+    command = {"parameters": {"recipe": "scored"}, "job_variables": {"command": f"touch {service.home}/evil"}}
+    evil, page = {"Origin": "http://evil.example"}, {"Host": "evil.example"}
+    create = f"{service.api}/deployments/{found['id']}/create_flow_run"
+    assert status_of(create, command, evil) == 403 and status_of(create, command, page) == 400
+    assert status_of(create, command, {}) == 401
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        service.ask(f"/deployments/{found['id']}/create_flow_run", command)
+    assert len(service.runs("scored")) == runs and not (service.home / "evil").exists()
+    search = f"{service.mlflow}/api/2.0/mlflow/experiments/search"
+    assert status_of(search, {"max_results": 1}, {}) == 200
+    assert status_of(search, {"max_results": 1}, evil) == status_of(search, {"max_results": 1}, page) == 403
+
+
+def status_of(url: str, body: Any, headers: dict[str, str]) -> int:
+    sent = {"content-type": "application/json", **headers}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), sent), timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "lewis_flows.cli.main", "status", "--json"]
+    told = subprocess.run(
+        command, env={**mine, **service.environment}, capture_output=True, text=True, cwd=service.folder
+    )
+    assert told.returncode == 0 and {"scored"} <= {run["recipe"] for run in json.loads(told.stdout)["finished"]}
+
+    key = service.key()
+    secrets = [key, credentials(key)["Authorization"].split()[1]]
+    shown = [*service.parts().values(), service.log.read_text(), told.stdout, told.stderr]
+    assert f"it is in {service.home}/prefect-api-key" in service.log.read_text()
+    files = [path for path in service.home.rglob("*") if path.is_file() and path.name != "prefect-api-key"]
+    assert not [secret for secret in secrets for text in shown if secret in text]
+    assert not [path for path in files for secret in secrets if secret.encode() in content(path)]
+
+
+def content(path: Path) -> bytes:
+    """Of a file that the service may remove meanwhile."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def test_it_stops_and_comes_back_with_its_state(service: Service, family: Family) -> None:

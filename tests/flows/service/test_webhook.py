@@ -28,6 +28,7 @@ from lewis_flows import release_event
 from lewis_flows.service import webhook
 from tests.flows.conftest import REPO
 from tests.support.local_hub import LocalHub, Webhook
+from tests.support.prefect_key import credentials
 
 SECRET = "hook-Secret_Zx9"
 OLD, NEW = "0" * 40, "f" * 40
@@ -120,7 +121,8 @@ def stored(api: str, new: str, expected: int) -> list[dict[str, Any]]:
     body = json.dumps({"filter": {"event": {"name": [release_event.EVENT]}}, "limit": 50}).encode()
     deadline = time.monotonic() + 20
     while True:
-        request = urllib.request.Request(f"{api}/events/filter", body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", **credentials()}
+        request = urllib.request.Request(f"{api}/events/filter", body, headers)
         with urllib.request.urlopen(request, timeout=10) as answer:
             events = [each for each in json.load(answer)["events"] if each["payload"]["new"] == new]
         if len(events) >= expected or time.monotonic() > deadline:

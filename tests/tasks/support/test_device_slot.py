@@ -22,6 +22,7 @@ from lewis_flows.service.servers import prefect_server
 from lewis_tasks.support import caching
 from lewis_tasks.support import device_slot as device
 from lewis_tasks.support.device_slot import LIMIT, device_slot, slots
+from tests.support.prefect_key import credentials
 
 
 @pytest.fixture(autouse=True)
@@ -118,14 +119,14 @@ def test_a_task_that_waits_ends_when_it_is_to_stop(monkeypatch: pytest.MonkeyPat
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
-    for name, value in environment._DEFAULTS.items():
+    for name, value in environment.DEFAULTS.items():
         monkeypatch.setenv(name, value)
     with prefect_server() as url, temporary_settings({PREFECT_API_URL: url}):
         yield url
 
 
 def taken(url: str) -> int:
-    return httpx.get(f"{url}/v2/concurrency_limits/{LIMIT}").json()["active_slots"]
+    return httpx.get(f"{url}/v2/concurrency_limits/{LIMIT}", headers=credentials()).json()["active_slots"]
 
 
 def test_a_slot_is_a_part_of_the_servers_limit(
@@ -135,7 +136,8 @@ def test_a_slot_is_a_part_of_the_servers_limit(
         pass
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
-    httpx.post(f"{server}/v2/concurrency_limits/", json={"name": LIMIT, "limit": 1}).raise_for_status()
+    limit = {"name": LIMIT, "limit": 1}
+    httpx.post(f"{server}/v2/concurrency_limits/", json=limit, headers=credentials()).raise_for_status()
     with device_slot():
         assert taken(server) == 1
         other = machine / "other"

@@ -1,0 +1,121 @@
+"""Runs a command so that it, and all that it starts, ends with the process that asked for it, however that one ends.
+
+    python guard.py PARENT GRACE COMMAND...
+
+PARENT is the process id of who asked, GRACE how many seconds the command has to end after SIGTERM before it is killed.
+
+The guard passes SIGTERM on. If the parent has died, which also a `kill -9` cannot hide, it sends SIGTERM itself. When
+the command has ended, whatever it left running is ended too: on Linux the kernel gives orphans to the guard. If the
+guard itself is killed, the kernel kills the command. The exit code is the command's; 128 + N if signal N ended it.
+
+It is run by its path and imports only what Python has, so that it starts in milliseconds and takes little memory.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_LINUX = sys.platform == "linux"
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_ORPHANED = 5.0  # seconds of grace at most if the parent has died: nobody waits for an orderly end
+_PAUSE = 0.05  # seconds between two looks
+
+
+class Guard:
+    """Watches one command."""
+
+    def __init__(self, parent: int, grace: float) -> None:
+        self._parent, self._grace = parent, grace
+        self._asked = False
+        self._codes: dict[int, int] = {}  # exit codes of the children that have ended
+
+    def run(self, command: list[str]) -> int:
+        """Start the command, wait until it and everything that it started has ended, and give its exit code."""
+        signal.signal(signal.SIGTERM, self._note)
+        if _LINUX:
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        child = _start(command)
+        told, deadline = False, float("inf")
+        while child not in self._codes:
+            if not told and (self._asked or self._orphaned()):
+                told, deadline = True, time.monotonic() + self._patience()
+                os.kill(child, signal.SIGTERM)
+            elif told and self._orphaned():
+                deadline = min(deadline, time.monotonic() + _ORPHANED)
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(_PAUSE)
+            self._reap()
+        self._end_the_rest()
+        return self._codes[child]
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._parent
+
+    def _patience(self) -> float:
+        return min(self._grace, _ORPHANED) if self._orphaned() else self._grace
+
+    def _reap(self) -> None:
+        """Note the exit codes of children that have ended; the orphans of the command are children too."""
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                code = os.waitstatus_to_exitcode(status)
+                self._codes[pid] = code if code >= 0 else 128 - code
+
+    def _end_the_rest(self) -> None:
+        deadline = time.monotonic() + self._patience()
+        asked: set[int] = set()
+        while left := _descendants():
+            late = time.monotonic() > deadline
+            for pid in left if late else left - asked:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+            if time.monotonic() > deadline + _ORPHANED:
+                return  # the kernel keeps one in a system call
+            asked |= left
+            time.sleep(_PAUSE)
+            self._reap()
+
+
+def _start(command: list[str]) -> int:
+    guard = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        if _LINUX:  # this process has one thread, so the signal comes when the guard ends and not before
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == guard:
+            os.execv(command[0], command)
+    finally:
+        os._exit(127)
+
+
+def _descendants() -> set[int]:
+    """The processes below this one; on other systems than Linux none are found."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # "pid (name) state parent ..."; the name may have brackets.
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    new = {os.getpid()}
+    while new:
+        new = {pid for pid, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(Guard(int(sys.argv[1]), float(sys.argv[2])).run(sys.argv[3:]))

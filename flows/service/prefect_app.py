@@ -1,0 +1,70 @@
+"""Prefect's server, for requests that call it by its own address and come from its own pages.
+
+    PREFECT_SERVER_API_AUTH_STRING=... PREFECT_SERVER_API_PORT=4200 python -m lewis_flows.service.prefect_app
+
+Prefect itself has a key and CORS. A page of another site cannot read answers then, but it can send requests, and if its
+name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the page's own. So the server also looks at
+the names in `Host` and `Origin`: those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` are its own.
+"""
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class OwnPages:
+    """Middleware that refuses requests to other hosts (400), and those from pages of other sites (403)."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the application.
+            origins: such as `http://127.0.0.1:4200`; `*` allows all.
+        """
+        hosts = [urlsplit(origin).hostname or origin for origin in origins]
+        self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or let the application answer it."""
+        if scope["type"] in ("http", "websocket") and "*" not in self._origins:
+            origin = Headers(scope=scope).get("origin")
+            if origin is not None and origin not in self._origins:
+                refusal = PlainTextResponse("pages of other sites may not use this server", 403)
+                return await refusal(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def own_origins(port: int) -> list[str]:
+    """The origins of the pages that a server on a port of loopback has."""
+    return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
+
+
+def main() -> None:
+    """Serve as `prefect server start` does, with Prefect's own settings."""
+    import uvicorn
+    from prefect.logging.configuration import setup_logging
+    from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
+
+    setup_logging()
+    server = get_current_settings().server
+    origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
+    uvicorn.run(
+        OwnPages(create_app(final=True), origins),
+        host=server.api.host,
+        port=server.api.port,
+        timeout_keep_alive=server.api.keepalive_timeout,
+        ws_ping_interval=server.api.websocket_ping_interval,
+        ws_ping_timeout=server.api.websocket_ping_timeout,
+        log_level=server.logging_level.lower(),
+        timeout_graceful_shutdown=5,  # seconds; a page that is left open would hold it for ever
+    )
+
+
+if __name__ == "__main__":
+    main()

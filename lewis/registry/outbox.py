@@ -1,0 +1,93 @@
+"""Moves of the alias `champion` that are still to be told: written before the alias moves, removed when they are told.
+
+Whoever moves the alias may die before it tells of the move, and so may the server that it has told. So a move is
+written down first, as a file in the store, and the file stays until somebody has made sure that the move is known. Each
+move has one id, however often it is told.
+
+A move that is written down has not happened yet: its writer may have died before it. `settle` finds that out from the
+alias. Until then, a move is neither told nor forgotten.
+"""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+
+
+@dataclass(frozen=True)
+class Move:
+    """The alias `champion` of a registered model moves to another version.
+
+    Attributes:
+        name: of the registered model.
+        version: the new champion's number.
+        previous: `uri` of the champion before; None if there was none.
+        reasons: the gate's, or a person's.
+        about: what else is told of it, such as the recipe; JSON data.
+        id: a UUID, the same whenever the move is told.
+        time: when it was written down; UTC, ISO 8601.
+        happened: whether the alias is known to have moved.
+    """
+
+    name: str
+    version: str
+    previous: str | None
+    reasons: Sequence[str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
+    happened: bool = False
+
+    @property
+    def uri(self) -> str:
+        """`models:/name/version` of the new champion."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def write(move: Move) -> None:
+    """Write a move down; one of the same id is replaced."""
+    store.write_json(_path(move), asdict(move))
+
+
+def remove(move: Move) -> None:
+    """Forget a move: it is known, or it never happened."""
+    _path(move).unlink(missing_ok=True)
+
+
+def moves() -> list[Move]:
+    """All moves that are written down, oldest first."""
+    found = [store.read_json(path) for path in _folder().glob("[!.]*.json")]
+    return sorted((Move(**each) for each in found if each), key=lambda move: move.time)
+
+
+def unsettled() -> list[str]:
+    """The registered models with moves of which it is not known whether they happened."""
+    return sorted({move.name for move in moves() if not move.happened})
+
+
+def settle(name: str, champion: str | None) -> None:
+    """Find out which of a model's moves happened. Call it under the registry's lock, before the alias moves again.
+
+    Args:
+        name: of the registered model.
+        champion: the version that the alias points to now; None if there is none.
+    """
+    for move in moves():
+        if move.name != name or move.happened:
+            continue
+        if move.version == champion:
+            write(replace(move, happened=True))
+        else:
+            remove(move)
+
+
+def _path(move: Move) -> Path:
+    return _folder() / f"{move.id}.json"
+
+
+def _folder() -> Path:
+    return store.home() / "outbox"

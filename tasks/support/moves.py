@@ -1,0 +1,108 @@
+"""Tell Prefect of new champions, by the event `lewis.model.promoted`, until it is sure that Prefect knows.
+
+A server that has taken an event keeps it in memory for some seconds. If it dies then, the event is lost, and with it
+the notification. So a move stays in the outbox until the server gives its event back, and, if there is an automation
+that notifies, until that has done so. Until then the event is sent again, with the same id: a server that has seen it
+ignores it, so whoever reacts to events by their id reacts once.
+"""
+
+import logging
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.filters import EventFilter
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from lewis.errors import LewisError
+from lewis.registry import outbox, promotion, versions
+from lewis.registry.outbox import Move
+from lewis_tasks.support import events
+
+logger = logging.getLogger(__name__)
+
+PROMOTED = "lewis.model.promoted"
+"""The event that automations can react to, to notify or deploy."""
+
+NOTIFIES = "lewis-notify-promotion"
+"""The automation that does so, if the user wants it."""
+
+_ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
+_GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
+_PAUSE = 0.5  # seconds between two looks
+_REQUEST = 5.0  # seconds for one request
+
+
+def tell(patience: float = 0) -> None:
+    """Send the events of all moves that the server may not know, and forget those that it does know.
+
+    Nothing is raised: what could not be told is logged, and told the next time.
+
+    Args:
+        patience: how many seconds to wait for the server to know them all.
+    """
+    if not outbox.moves():
+        return
+    deadline = time.monotonic() + patience
+    try:
+        promotion.settle()
+        # First look, then send: what an earlier process sent is known by now, or lost.
+        _forget_known()
+        for move in _happened():
+            events.post(_event(move))
+        while _happened() and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+            _forget_known()
+    except (LewisError, httpx.HTTPError) as error:
+        logger.warning("of a new champion Prefect will be told later: %s", error)
+
+
+def _happened() -> list[Move]:
+    return [move for move in outbox.moves() if move.happened]
+
+
+def _forget_known() -> None:
+    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+    with once, get_client(sync_client=True, httpx_settings={"timeout": _REQUEST}) as client:
+        for move in _happened():
+            if _is_known(client, move):
+                outbox.remove(move)
+            elif datetime.now(UTC) - datetime.fromisoformat(move.time) > _GIVEN_UP:
+                logger.warning("Prefect was not told that %s is the champion: it took no event for a week", move.uri)
+                outbox.remove(move)
+
+
+def _is_known(client: SyncPrefectClient, move: Move) -> bool:
+    if not _found(client, id={"id": [move.id]}):
+        return False
+    if not any(automation.enabled for automation in client.read_automations_by_name(NOTIFIES)):
+        return True
+    return _found(client, event={"name": _ENDED}, related={"id": [f"prefect.event.{move.id}"]})
+
+
+def _found(client: SyncPrefectClient, **wanted: Any) -> bool:
+    return bool(client.read_events(EventFilter.model_validate(wanted), limit=1).events)
+
+
+def _event(move: Move) -> dict[str, Any]:
+    run = move.about.get("flow_run")
+    role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
+    return {
+        "id": move.id,
+        "occurred": datetime.now(UTC).isoformat(),  # a server passes over events that are old
+        "event": PROMOTED,
+        "resource": {"prefect.resource.id": f"lewis.model.{move.name}", "prefect.resource.name": move.name},
+        "related": [role] if run else [],
+        "payload": {
+            "recipe": move.about.get("recipe", ""),
+            "version": move.version,
+            "uri": move.uri,
+            "url": versions.page(move.name, move.version),
+            "digest": move.about.get("digest", ""),
+            "previous": move.previous,
+            "reasons": list(move.reasons),
+            "moved": move.time,
+        },
+    }

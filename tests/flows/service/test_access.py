@@ -1,0 +1,136 @@
+"""Who may use the Prefect server that is started here: whoever has its key, and no page of another site."""
+
+import http.client
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
+
+from lewis_flows.service import api_key, deploy, note
+from tests.support.prefect_key import KEY, credentials
+
+EVIL = "http://evil.example"
+
+
+@pytest.fixture
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def ask(url: str, path: str, method: str = "GET", body: Any = None, **headers: str) -> http.client.HTTPResponse:
+    """One request, with headers as given: `Host` too."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, json.dumps(body) if body is not None else None, named)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer
+
+
+def test_the_api_asks_for_the_key(prefect_url: str) -> None:
+    filter_runs = ("/api/flow_runs/filter", "POST", {})
+    assert ask(prefect_url, *filter_runs, Content_Type="application/json").status == 401
+    assert ask(prefect_url, *filter_runs).status == 401  # a request that a page may send without asking first
+    wrong = credentials(KEY + "x")
+    assert ask(prefect_url, *filter_runs, Content_Type="application/json", **wrong).status == 401
+    assert ask(prefect_url, *filter_runs, Content_Type="application/json", **credentials()).status == 200
+    assert ask(prefect_url, "/api/health").status == 200  # which tells nothing
+
+
+@pytest.mark.parametrize("path", ["/api/health", "/api/admin/version", "/", "/ui-settings"])
+def test_a_name_that_is_not_its_own_is_refused(prefect_url: str, path: str) -> None:
+    """As a page of evil.example sees it when that name leads to 127.0.0.1."""
+    assert ask(prefect_url, path, Host="evil.example", **credentials()).status == 400
+    assert ask(prefect_url, path, Host=f"localhost:{urlsplit(prefect_url).port}", **credentials()).status == 200
+
+
+def test_pages_of_other_sites_are_refused(prefect_url: str) -> None:
+    for origin in (EVIL, "null", f"http://127.0.0.1:{urlsplit(prefect_url).port}.evil.example", "http://127.0.0.1:1"):
+        headers = {"Origin": origin, "Content_Type": "application/json", **credentials()}
+        assert ask(prefect_url, "/api/flow_runs/filter", "POST", {}, **headers).status == 403
+        asked = {"Origin": origin, "Access_Control_Request_Method": "POST"}
+        answer = ask(prefect_url, "/api/flow_runs/filter", "OPTIONS", **asked)
+        assert answer.status == 403 and answer.getheader("access-control-allow-origin") is None
+    own = prefect_url.removesuffix("/api").replace("127.0.0.1", "localhost")
+    answer = ask(prefect_url, "/api/flow_runs/filter", "POST", {}, **{**headers, "Origin": own})
+    assert answer.status == 200 and answer.getheader("access-control-allow-origin") == own
+
+
+def test_sockets_of_other_sites_are_refused(prefect_url: str) -> None:
+    address = (urlsplit(prefect_url).hostname, urlsplit(prefect_url).port)
+    head = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    head += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: prefect\r\n"
+    for more, status in ((f"Host: 127.0.0.1\r\nOrigin: {EVIL}", b"403"), ("Host: evil.example", b"400")):
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(f"GET /api/events/out HTTP/1.1\r\n{more}\r\n{head}\r\n".encode())
+            assert connection.recv(100).split()[1] == status
+
+
+def test_a_run_chooses_nothing_of_its_process(client: SyncPrefectClient) -> None:
+    """Of an older pool with Prefect's own template, and of a deployment that uses it."""
+    template = ProcessWorker.get_default_base_job_template()
+    client.create_work_pool(WorkPoolCreate(name=deploy.POOL, type="process", base_job_template=template))
+    try:
+        flow = client.create_flow_from_name("merge")
+        made = {"name": "access", "work_pool_name": deploy.POOL, "job_variables": {"env": {"A": "1"}}}
+        before = client.create_deployment(flow, **made)
+        for _ in range(2):
+            deploy._put_pool(client)
+        pool = client.read_work_pool(deploy.POOL)
+        assert pool.base_job_template == deploy.TEMPLATE
+        assert client.create_deployment(flow, **{**made, "job_variables": {}}) == before
+        assert client.read_deployment(before).job_variables == {}
+        client.create_flow_run_from_deployment(before)
+        wanted: dict[str, Any] = {"command": "touch /tmp/evil", "env": {"LD_PRELOAD": "/tmp/x"}, "working_dir": "/tmp"}
+        for name, value in wanted.items():
+            with pytest.raises(PrefectHTTPStatusError, match="422"):
+                client.create_flow_run_from_deployment(before, job_variables={name: value})
+        del wanted["env"]  # the server alone keeps it out
+        made_of = anyio.run(ProcessJobConfiguration.from_template_and_values, pool.base_job_template, wanted)
+        assert made_of.command is None and made_of.working_dir is None and made_of.env == deploy.JOB
+    finally:
+        client.delete_work_pool(deploy.POOL)
+
+
+def test_the_key_is_made_once_and_found_by_every_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (api_key.SERVER, api_key.CLIENT, "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    made = api_key.api_key()
+    assert made == api_key.api_key() == api_key.key_for("http://127.0.0.1:1/api") and len(made) > 40
+    assert stat.S_IMODE(api_key.path().stat().st_mode) == 0o600
+
+    note.write({"prefect": "http://127.0.0.1:1/api"})
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    assert api_key.key_for("http://127.0.0.1:1/api") == made
+    monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example/api")
+    assert api_key.key_for("https://prefect.example/api") is None  # not ours: our key is not for it
+    monkeypatch.setenv(api_key.CLIENT, "theirs")
+    assert api_key.key_for("https://prefect.example/api") == "theirs"
+    monkeypatch.delenv("PREFECT_API_URL")
+    assert api_key.key_for("http://127.0.0.1:1/api") == made
+
+
+def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_AUTH_STRING
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv(api_key.SERVER, "ours")
+    before = dict(os.environ)
+    with api_key.connected("http://127.0.0.1:1/api"):
+        assert (PREFECT_API_URL.value(), PREFECT_API_AUTH_STRING.value()) == ("http://127.0.0.1:1/api", "ours")
+        assert os.environ[api_key.CLIENT] == "ours"
+    assert dict(os.environ) == before and PREFECT_API_AUTH_STRING.value() == KEY

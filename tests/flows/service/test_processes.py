@@ -1,0 +1,99 @@
+"""What is started ends with whoever started it: stubs that ignore SIGTERM stand for servers whose shutdown hangs."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lewis_flows.service.processes import Process
+from tests.support.service import children
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", code], start_new_session=True)  # as a worker starts its runs
+print("READY", flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import time
+from lewis_flows.service.processes import Process
+Process("stub", ["-c", {STUBBORN!r}], {{}}, grace=0.5, echo=lambda line: print(line, flush=True)).start()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def parent(home: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has started a stubborn child and grandchild."""
+    process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "READY\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there, and is more than the exit code that its parent has not read yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(*pids: int, seconds: float = 5) -> bool:
+    """Whether all processes end in time; whatever is left is killed."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return not left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans of orphans are found on Linux only")
+class TestNothingIsLeft:
+    def test_after_a_kill_of_the_parent(self, parent: subprocess.Popen[str]) -> None:
+        left = children(parent.pid)
+        assert len(left) == 3  # guard, child, grandchild
+        parent.kill()
+        assert gone(*left)
+
+    def test_after_a_kill_of_the_child(self, parent: subprocess.Popen[str]) -> None:
+        _guard, child, grandchild = sorted(children(parent.pid))
+        os.kill(child, signal.SIGKILL)
+        assert gone(child, grandchild)
+
+    def test_of_the_child_after_a_kill_of_its_guard(self, parent: subprocess.Popen[str]) -> None:
+        guard, child, grandchild = sorted(children(parent.pid))
+        os.kill(guard, signal.SIGKILL)
+        assert gone(child)
+        os.kill(grandchild, signal.SIGKILL)
+
+    def test_after_a_stop(self, home: Path) -> None:
+        ready = threading.Event()
+        process = Process("stub", ["-c", STUBBORN], {}, grace=0.5, echo=lambda line: ready.set())
+        starter = threading.Thread(target=process.start)
+        starter.start()
+        starter.join()
+        assert ready.wait(10)
+        left = {pid: words for pid, words in children(os.getpid()).items() if "signal.SIGTERM" in words}
+        assert process.ended() is None  # it does not depend on the thread that started it
+        process.stop()
+        assert process.ended() == 128 + signal.SIGKILL and gone(*left, seconds=0.5)
+
+
+def test_an_exit_code_is_passed_on(home: Path) -> None:
+    process = Process("stub", ["-c", "raise SystemExit(7)"], {})
+    process.start()
+    deadline = time.monotonic() + 10
+    while process.ended() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.ended() == 7
