@@ -8,6 +8,10 @@ from typing import Any, Self
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if not os.environ.get("LEWIS_RAY_ADDRESS"):
+    # A cluster of this machine alone: all of it listens on loopback. Ray has no other setting for that; its name is
+    # that of the systems where this is the default.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from prefect_ray import RayTaskRunner
@@ -64,10 +68,7 @@ def existing(address: str) -> RayRunner:
 
 
 def local(workers: int) -> RayRunner:
-    """A cluster of this machine, without a dashboard.
-
-    Ray always listens on all interfaces. Its token, which is on by default, and a firewall keep others out.
-    """
+    """A cluster of this machine, without a dashboard. It listens on loopback: see the top of this module."""
     return RayRunner(
         init_kwargs={
             "address": "local",

@@ -21,6 +21,7 @@ from lewis.registry.releases import Moved
 from lewis_flows import release_event, watch
 from lewis_flows.watch import WatchReport, watch_flow
 from tests.conftest import Family
+from tests.support.forgetful import Forgetful
 from tests.support.lineage import registered
 from tests.support.local_hub import LocalHub
 
@@ -171,6 +172,25 @@ def test_an_announcement_that_prefect_did_not_take_fails_the_run(
     assert state.is_failed() and "Prefect did not take the event" in state.message
     monkeypatch.setattr(release_event, "announce", real)
     assert watch_flow().announced == ["lost: org/math"]
+
+
+def test_an_announcement_that_died_with_its_server_is_repeated(
+    hub: LocalHub, recipes: Path, client: SyncPrefectClient, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipes / "died.yaml").write_text(RECIPE % "died")
+    real = release_event.announce
+    with Forgetful(prefect_url) as server:
+
+        def announce(*about: Any) -> str:
+            with temporary_settings({PREFECT_API_URL: server.url}):
+                return real(*about)
+
+        monkeypatch.setattr(release_event, "announce", announce)
+        assert watch_flow().announced == ["died: org/math"] and server.taken == 1
+        monkeypatch.setattr(release_event, "announce", real)
+    assert watch_flow().announced == ["died: org/math"]
+    until(lambda: len(events(client, "died")) == 1)
+    assert watch_flow().waiting == ["died: org/math"]
 
 
 def test_a_history_that_cannot_be_read_is_transient(recipes: Path) -> None:

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from lewis.errors import InputError
 from lewis_flows.runners import choose
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, by_the_library, finished, leftovers, report
+from tests.support.service import children
 
 dask = pytest.mark.skipif(importlib.util.find_spec("prefect_dask") is None, reason="the extra [dask] is not installed")
 ray = pytest.mark.skipif(importlib.util.find_spec("prefect_ray") is None, reason="the extra [ray] is not installed")
@@ -117,6 +120,34 @@ def test_a_cluster_that_does_not_answer_is_named(lewis: Command, recipe: Path) -
     quick = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
     code, _, err = finished(lewis("run", recipe, *PLAIN, **settings, **quick))
     assert code == 1 and "no Dask scheduler at tcp://127.0.0.1:9" in err
+
+
+@ray
+def test_a_cluster_of_this_machine_listens_on_loopback(tmp_path: Path) -> None:
+    code = """
+        import pathlib, ray
+        from lewis_flows.runners.ray import local
+        runner = local(1)
+        with runner:
+            ray.get(ray.remote(lambda: 1).remote())
+            print("READY", flush=True)
+            input()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "READY\n":
+            assert process.poll() is None
+        addresses = listening({process.pid, *children(process.pid)})
+        process.communicate("\n", timeout=60)
+    assert addresses and addresses <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+def listening(pids: set[int]) -> set[str]:
+    """The addresses that processes listen on, in the kernel's way of writing them."""
+    sockets = {os.readlink(link) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir() if os.path.islink(link)}
+    rows = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
 
 
 SLOW_MERGE = """

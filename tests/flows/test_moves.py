@@ -1,0 +1,98 @@
+"""Prefect is told of every new champion at least once, and notifies once."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.filters import EventFilter
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from lewis.registry import outbox
+from lewis.registry.outbox import Move
+from lewis_flows.service.automations import put_automations
+from lewis_tasks.support import moves
+from tests.support.forgetful import Forgetful
+from tests.support.service import Sink
+
+
+@pytest.fixture
+def client(prefect_url: str, home: Path) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def move() -> Move:
+    """One that happened, of a model of its own."""
+    about = {"recipe": "nightly", "digest": "d" * 64, "flow_run": str(uuid.uuid4())}
+    made = Move(f"tiny-{uuid.uuid4().hex[:6]}", "2", None, ["better"], about, happened=True)
+    outbox.write(made)
+    return made
+
+
+def stored(client: SyncPrefectClient, wanted: Move) -> list[dict]:
+    resource = {"id": [f"lewis.model.{wanted.name}"]}
+    found = client.read_events(EventFilter.model_validate({"resource": resource}), limit=50).events
+    assert {str(event.id) for event in found} <= {wanted.id}
+    return [event.payload for event in found]
+
+
+def test_a_move_stays_until_the_server_gives_its_event_back(client: SyncPrefectClient) -> None:
+    told = move()
+    moves.tell()  # as in a task, which does not wait
+    moves.tell(patience=20)
+    assert outbox.moves() == []
+    (payload,) = stored(client, told)
+    assert payload["uri"] == told.uri and payload["recipe"] == "nightly" and payload["reasons"] == ["better"]
+    assert payload["previous"] is None and payload["url"].endswith(f"/#/models/{told.name}/versions/2")
+
+
+def test_a_server_that_dies_with_an_event_is_told_again(client: SyncPrefectClient, prefect_url: str) -> None:
+    told = move()
+    with Forgetful(prefect_url) as server, temporary_settings({PREFECT_API_URL: server.url}):
+        moves.tell(patience=1)
+        assert server.taken == 1
+    assert outbox.moves() == [told] and stored(client, told) == []
+    moves.tell(patience=20)
+    assert outbox.moves() == [] and len(stored(client, told)) == 1
+
+
+def test_without_a_server_it_is_told_later(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = move()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        moves.tell(patience=1)
+    assert outbox.moves() == [told] and "Prefect will be told later" in caplog.text
+
+
+def test_what_nobody_took_for_a_week_is_given_up(client: SyncPrefectClient) -> None:
+    outbox.write(replace(move(), time="2026-01-01T00:00:00+00:00"))
+    moves.tell()
+    assert outbox.moves() == []
+
+
+def test_it_stays_until_the_user_is_notified_and_he_is_notified_once(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Sink()
+    monkeypatch.setenv("LEWIS_NOTIFY_URL", sink.url)
+    put_automations(client)
+    try:
+        time.sleep(1)  # the server's triggers learn of the automation
+        told = move()
+        moves.tell(patience=30)
+        assert outbox.moves() == []
+        words = f"{told.uri} is the champion now (recipe nightly)"
+        assert [each["body"] for each in sink.received] == [words]
+
+        outbox.write(told)  # its sender died before it had read that the server knows
+        again = replace(told, id=str(uuid.uuid4()), version="3", about={})
+        outbox.write(again)
+        moves.tell(patience=30)
+        assert outbox.moves() == []
+        assert [each["body"] for each in sink.received] == [words, f"{again.uri} is the champion now"]
+    finally:
+        for automation in client.read_automations():
+            client.delete_automation(automation.id)
