@@ -137,6 +137,7 @@ def report_run(
         pictures=_pictures(recipe, allocated, scores),
         verdict=verdict,
         means=allocated.means if allocated else {},
+        ridge=merged.ridge,
         links=links,
     )
     text = to_markdown(facts)

@@ -52,11 +52,13 @@ def merge(options: argparse.Namespace) -> None:
     manifest = pipeline.lineage(recipe, base, experts, allocated)
     effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
     write_card(folder, recipe, base, experts, allocated)
-    adapter = (store.read_manifest(folder) or {}).get("adapter")
+    told = store.read_manifest(folder) or {}
+    adapter = told.get("adapter")
     written = (folder / WEIGHTS).stat().st_size if adapter else prepared.size
     if options.json:
         facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
         facts |= {"adapter": adapter} if adapter else {}
+        facts |= {"ridge": told["ridge"]} if "ridge" in told else {}
         means = dict(allocated.means) if allocated else {}
         print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
     else:

@@ -29,27 +29,16 @@ from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
-from lewis.merge.in_torch import merge_whole
 from lewis.merge.passes import Pair, Pass, note_stream, stop
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
+from lewis.merge.unwritten import Unwritten
 from lewis.merge.walk import Walk
 from lewis.models.model import Model
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
-
-
-class _Merged:
-    """The merged model as far as it is not fitted: reads like a checkpoint."""
-
-    def __init__(self, merge: Prepared) -> None:
-        base = merge.base
-        self.read = partial(merge_whole, merge.anchor)
-        self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
-        self.tensors, self.tied, self.shapes, self.raw = base.tensors, base.tied, base.shapes, base.raw
-        self.will_need, self.done_with = base.will_need, base.done_with
 
 
 def fit(
@@ -75,7 +64,7 @@ def fit(
     from lewis.importance.streaming import Weights, forward
 
     forward_order = merge.method.fits == "forward"
-    models: list[Model] = [*(expert.model for expert in merge.experts), *([_Merged(merge)] if forward_order else [])]
+    models: list[Model] = [*(expert.model for expert in merge.experts), *([Unwritten(merge)] if forward_order else [])]
     weights = [Weights(network_of(model), model, "cpu", torch.float32) for model in models]
     network = weights[-1].network
     places = {each.parameter.rpartition(".")[0]: each for each in in_order(network) if merge.merges(each.tensor)}

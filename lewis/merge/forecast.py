@@ -71,7 +71,7 @@ def forecast(merge: Merge) -> Forecast:
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
     if merge.method.fits:
         of_fit = _of_fit(merge)
-        seconds, peak = seconds + of_fit.seconds, max(peak, of_fit.memory)
+        seconds, peak = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory)
     return Forecast(seconds, peak)
 
 

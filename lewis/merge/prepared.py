@@ -24,8 +24,11 @@ from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
 from lewis.merge.alignment import align
 from lewis.merge.memory_budget import MemoryBudget
-from lewis.merge.settings import MergeSettings
+from lewis.merge.settings import RIDGES, MergeSettings
+from lewis.merge.split import EVERY
+from lewis.merge.split import check as check_split
 from lewis.methods.arithmetic.streams import Stream
+from lewis.methods.registry import AUTO
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files import tokenizer_files
@@ -138,6 +141,11 @@ class Prepared:
         largest = max((info.elements for info in self.base.tensors.values()), default=0)
         self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
 
+    @property
+    def tunes(self) -> bool:
+        """Whether the ridge of the fit has yet to be found: `ridge: auto`."""
+        return self.method.fits is not None and self.parameters(next(iter(self.layout)))["ridge"] == AUTO
+
     def _prepare_anchor(
         self, base: Model | None, experts: Sequence[Expert], held_back: ScalesByTensor | None
     ) -> Prepared | None:
@@ -197,7 +205,7 @@ class Prepared:
         if "density" in values:
             each = zip(self.experts, values["density"], strict=True)
             values["density"] = [(expert.densities or {}).get(name, own) for expert, own in each]
-        if self.settings.anchor:
+        if self.settings.anchor and values["ridge"] != AUTO:
             values["ridge"] *= self._ridge_factor(name)
         return values
 
@@ -232,8 +240,9 @@ class Prepared:
         """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
-    def _fit_digest(self) -> list[str]:
-        sets = [expert.calibration.digest for expert in self.experts if expert.calibration]
+    def _fit_digest(self) -> list[Any]:
+        sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
+        sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
         return [FIT_SEMANTICS, *sets]
@@ -275,6 +284,9 @@ class Prepared:
             )
         if lacking := [expert.ref for expert in self.experts if expert.calibration is None]:
             raise InputError(f"{lacking[0]}: {self.method.name} needs its calibration set; see lewis.calibrations")
+        for expert in self.experts if self.tunes else ():
+            if expert.calibration is not None:
+                check_split(expert.ref, expert.calibration)
 
     def _check_output(self) -> None:
         if not self.as_adapter:

@@ -23,6 +23,7 @@ from lewis.lazy_torch import torch
 from lewis.merge import in_torch
 from lewis.merge.chunks import chunks
 from lewis.merge.prepared import Prepared
+from lewis.merge.settings import RIDGES
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files import copy_tokenizer
@@ -60,7 +61,7 @@ class Merge(Prepared):
             max_shard_size: bytes.
             manifest: recorded in `lewis.json`, beside the digest.
             progress: called with (elements done, elements in all, tensor name); if the method fits, every element
-                counts twice, first as one to be fitted.
+                counts first as one to be fitted, as often as it is.
             threads: how many tensors are merged at a time; by default one per core.
 
         Raises:
@@ -73,12 +74,13 @@ class Merge(Prepared):
             self._run_adapter(folder, manifest, progress, threads)
             return
         checksums: dict[str, str] = {}
+        record: dict[str, Any] = {"digest": self.digest, **(manifest or {})}
         key = store.digest([self.digest, max_shard_size])
         try:
-            with store.publish(folder, {"digest": self.digest, **(manifest or {})}, key, checksums) as scratch:
+            with store.publish(folder, record, key, checksums) as scratch:
                 store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
                 with (
-                    self._fitted_in(scratch / _FITTED, progress, threads),
+                    self._fitted_in(scratch / _FITTED, record, progress, threads),
                     CheckpointWriter(scratch, self.layout, max_shard_size) as writer,
                 ):
                     self.write_tensors(writer, progress, threads)
@@ -115,7 +117,10 @@ class Merge(Prepared):
         store.check_space(folder, writer.size + 10**7)
         writer.check()  # before a fit, which takes long
         try:
-            with store.publish(folder, record) as scratch, self._fitted_in(scratch / _FITTED, progress, threads):
+            with (
+                store.publish(folder, record) as scratch,
+                self._fitted_in(scratch / _FITTED, record, progress, threads),
+            ):
                 adapter = writer.write(scratch, threads)
                 copy_tokenizer(self.vocabulary.donor, scratch)
                 record["adapter"] = adapter.to_json()
@@ -125,26 +130,45 @@ class Merge(Prepared):
         logger.info("%s: %s", folder, adapter.to_text())
 
     @property
+    def fits(self) -> int:
+        """How many times the projections are fitted: with `ridge: auto`, once more than there are ridges to try."""
+        return 0 if not self.method.fits else 1 + len(RIDGES) * self.tunes
+
+    @property
     def steps(self) -> int:
         """What `progress` counts up to."""
-        return self.elements * (2 if self.method.fits else 1)
+        return self.elements * (1 + self.fits)
 
     @contextmanager
     def _fitted_in(
-        self, folder: Path, progress: Callable[[int, int, str], None] | None, threads: int | None
+        self,
+        folder: Path,
+        record: dict[str, Any],
+        progress: Callable[[int, int, str], None] | None,
+        threads: int | None,
     ) -> Iterator[None]:
-        """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards."""
+        """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards.
+
+        What `ridge: auto` chose goes into the record.
+        """
         if self.method.fits:
             if self.method.fits == "static":
                 from lewis.merge.static_fit import fit
             else:
                 from lewis.merge.fit import fit
 
-            def report(share: float) -> None:
+            def report(fits: float) -> None:
                 if progress:
-                    progress(int(share * self.elements), self.steps, "fit")
+                    progress(int(fits * self.elements), self.steps, "fit")
 
-            self._fitted = fit(self, folder, report, threads)
+            merge: Prepared = self
+            if self.tunes:
+                from lewis.merge.ridge import choose, with_ridge
+
+                choice = choose(self, folder, fit, lambda share: report(share * (self.fits - 1)), threads)
+                record["ridge"] = choice.to_json()
+                merge = with_ridge(self, choice.ridge)
+            self._fitted = fit(merge, folder, lambda share: report(self.fits - 1 + share), threads)
         yield
         self._fitted = None
         store.discard(folder)

@@ -9,6 +9,7 @@ from typing import Any
 from lewis.methods import Method, Parameter
 from lewis.recipe.schema import Output, Tokenizer
 
+RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
 ParameterValue = Callable[[Parameter, str | None, str, float], Any]
 """The value of a parameter, by (parameter, reference of the expert or None for all, tensor name, depth in [0, 1])."""
 

@@ -47,6 +47,11 @@ class MergedModel(Reference):
         """Identity of the content, as that of `ModelFiles`."""
         return self.digest
 
+    @property
+    def ridge(self) -> str:
+        """What `ridge: auto` chose, as a sentence; empty if the recipe gave a number."""
+        return chosen_ridge(self.folder)
+
     def files(self, ref: str) -> ModelFiles:
         """As a model to score."""
         return ModelFiles.at(ref, self.digest, self.folder)
@@ -177,6 +182,14 @@ def merge(
         if find_merged(prepared.digest) is None:
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
     return MergedModel(digest=prepared.digest, folder=folder)
+
+
+def chosen_ridge(folder: Path) -> str:
+    """What `ridge: auto` chose for a merged model or adapter, as a sentence; empty if the recipe gave a number."""
+    from lewis.merge.ridge import Choice
+
+    found = (store.read_manifest(folder) or {}).get("ridge")
+    return Choice.from_json(found).to_text() if found else ""
 
 
 def find_merged(digest: str) -> MergedModel | None:

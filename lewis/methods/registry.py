@@ -35,8 +35,11 @@ class Range:
         return " and".join(bound for bound in (above, below) if bound).strip()
 
 
+AUTO = "auto"
 Fraction = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
+NotNegativeOrAuto = Annotated[float, Range(0), AUTO]
+"""A number of 0 or more, or in a recipe `auto`, which the engine replaces by a number that it finds."""
 Count = Annotated[int, Range(1)]
 
 
@@ -50,6 +53,7 @@ class Parameter:
         per_expert: whether each expert has its own value.
         default: the value if the recipe gives none; `inspect.Parameter.empty`: the recipe must give one.
         range: bounds of a number.
+        auto: whether the recipe may say `auto` instead of a number, for the whole merge.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Parameter:
     per_expert: bool
     default: Any
     range: Range = Range()
+    auto: bool = False
 
     @property
     def required(self) -> bool:
@@ -67,7 +72,7 @@ class Parameter:
         """Check one value of the recipe.
 
         Returns:
-            The value as `kind`; mergekit's numeric strings (`"1e-3"`) become numbers.
+            The value as `kind`; mergekit's numeric strings (`"1e-3"`) become numbers. `auto`, if it may be that.
 
         Raises:
             ValueError: saying what was expected.
@@ -76,16 +81,19 @@ class Parameter:
             if not isinstance(value, bool):
                 raise ValueError(f"expected true or false, got {value!r}")
             return value
+        if self.auto and value == AUTO:
+            return AUTO
+        or_auto = " or auto" if self.auto else ""
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if not -_LARGEST <= number <= _LARGEST or (self.kind is int and number != int(number)):
-            raise ValueError(f"expected a {_ADJECTIVES[self.kind]} number, got {value!r}")
+            raise ValueError(f"expected a {_ADJECTIVES[self.kind]} number{or_auto}, got {value!r}")
         if self.name == "density" and not 0 < number <= 1:
             raise ValueError(f"expected 0 < density <= 1 (the fraction kept), got {value!r}")
         if not self.range.low <= number <= self.range.high:
-            raise ValueError(f"expected a number {self.range}, got {value!r}")
+            raise ValueError(f"expected a number {self.range}{or_auto}, got {value!r}")
         return self.kind(number)
 
 
@@ -237,10 +245,11 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
     each = _PER_EXPERT in getattr(hint, "__metadata__", ())
     kind = get_args(get_args(hint)[0])[-1] if each else hint
     bounds = next((found for found in getattr(kind, "__metadata__", ()) if isinstance(found, Range)), Range())
+    auto = AUTO in getattr(kind, "__metadata__", ())
     kind = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
     if kind not in (bool, int, float):
         raise TypeError(f"{argument.name}: a parameter is a float, int or bool, got {kind}")
-    return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds)
+    return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds, auto)
 
 
 if TYPE_CHECKING:

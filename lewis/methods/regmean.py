@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lewis.lazy_torch import torch
 from lewis.methods.loops import Combine, Loops
-from lewis.methods.registry import Fraction, NotNegative, PerExpert, merge_method, per_expert
+from lewis.methods.registry import Fraction, NotNegative, NotNegativeOrAuto, PerExpert, merge_method, per_expert
 from lewis.methods.task_arithmetic import combine
 
 _SUM = Loops(Combine.SUM)
@@ -27,7 +27,7 @@ def regmean(
     *,
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
-    ridge: NotNegative = 0.1,
+    ridge: NotNegativeOrAuto = 0.1,
     alpha: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection to what the experts give for their own inputs, with a ridge towards the sum of task vectors.
@@ -37,7 +37,7 @@ def regmean(
         weight: of each expert, in the sum and in the regression.
         lambda_: scale of the sum.
         ridge: pull towards the sum, in units of the mean diagonal of the inputs' products; large values give task
-            arithmetic, 0 RegMean.
+            arithmetic, 0 RegMean. `auto`: found by `lewis.merge.ridge`.
         alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
 
     Returns:
@@ -59,7 +59,7 @@ def regmean_forward(
     *,
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
-    ridge: NotNegative = 0.01,
+    ridge: NotNegativeOrAuto = 0.01,
     alpha: Fraction = 1.0,
     residual: Fraction = 1.0,
 ) -> torch.Tensor:

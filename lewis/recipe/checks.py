@@ -5,6 +5,7 @@ from typing import Any
 
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
+from lewis.methods.registry import AUTO
 from lewis.recipe import anchor
 from lewis.recipe.presets import GUIDES, contradictions
 from lewis.recipe.settings import parse_setting
@@ -69,8 +70,20 @@ def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: 
             elif of_expert and not known[key].per_expert:
                 problems.append(f"{path}: {key} is one value for the whole merge; move it to parameters.{key}")
             else:
-                problems += _check_values(path, raw, known[key].parse)
+                problems += _check_values(path, raw, known[key].parse) or _check_auto(path, raw, known[key])
     return problems
+
+
+def _check_auto(path: str, raw: Any, parameter: Parameter) -> list[str]:
+    """`auto` is found for the whole merge: it is no part of a gradient, and has no filter."""
+    try:
+        rules = parse_setting(raw)
+    except ValueError:
+        return []  # the schema reports it, with its place
+    values = [value for rule in rules for value in (rule.value if isinstance(rule.value, tuple) else (rule.value,))]
+    if not parameter.auto or AUTO not in values or raw == AUTO:
+        return []
+    return [f"{path}: auto is found for the whole merge; write {parameter.name}: auto alone, or numbers"]
 
 
 def _check_values(path: str, raw: Any, parse: Any) -> list[str]:

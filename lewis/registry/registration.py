@@ -13,7 +13,7 @@ from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry
-from lewis.merge.step import MergedModel
+from lewis.merge.step import MergedModel, chosen_ridge
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry.lineage import lineage_of
@@ -110,7 +110,7 @@ def registration_of(
         recipe=recipe.text,
         pictures=drawn,
         tables=tables,
-        card=model_card(recipe, base, experts, lineage, means, models),
+        card=model_card(recipe, base, experts, lineage, means, models, merged.ridge),
         tags=tags or {},
         documents=_documents(models, metrics),
     )
@@ -133,6 +133,7 @@ def model_card(
     lineage: Mapping[str, str],
     means: Mapping[str, float],
     models: Sequence[Scored] = (),
+    ridge: str = "",
 ) -> str:
     """The card of one merge.
 
@@ -140,6 +141,7 @@ def model_card(
         lineage: as `lineage_of`.
         means: expert -> mean density; empty for a plain merge.
         models: everything that was scored, the merged model last.
+        ridge: what `ridge: auto` chose, as a sentence.
     """
     found, parents = scores_of(models), [*([base] if base else []), *experts]
     return card.model_card(
@@ -152,6 +154,7 @@ def model_card(
         mean_density=means,
         strategy=recipe.allocator.density.strategy if recipe.allocator else "",
         anchor=recipe.anchor.merge_method if recipe.anchor else "",
+        ridge=ridge,
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
         kept=kept_rows(kept_gains(recipe, models)),
@@ -170,7 +173,8 @@ def write_card(
 ) -> None:
     """Put the card of a merge that was not scored, with the picture of its densities, into the model's folder."""
     means = dict(allocated.means) if allocated else {}
-    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means)
+    ridge = chosen_ridge(folder)
+    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, ridge=ridge)
     card.write(folder, text, pictures.densities(allocated) if allocated else None)
 
 

@@ -28,6 +28,7 @@ def model_card(
     mean_density: Mapping[str, float],
     strategy: str = "",
     anchor: str = "",
+    ridge: str = "",
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
     kept: Sequence[Mapping[str, object]] = (),
@@ -43,6 +44,7 @@ def model_card(
         mean_density: expert -> mean density; empty for a plain merge.
         strategy: how the densities were allocated; empty for a plain merge.
         anchor: the method whose merge the fit was pulled towards; empty if there was no such block.
+        ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
         scores: rows of `lewis.evaluation.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.scored.comparison_rows`.
         kept: rows of `lewis.evaluation.kept.kept_rows`.
@@ -70,6 +72,7 @@ def model_card(
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`"
         f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}{how if strategy else ''}"
         f"{', as a LoRA adapter on the base' * adapter}.",
+        f"The fit: {ridge}." if ridge else "",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## What is kept of each expert's gain\n\n" + markdown_table(kept) if kept else "",
         "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",

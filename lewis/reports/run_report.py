@@ -55,6 +55,7 @@ class RunFacts:
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.
+        ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
         links: text -> URL.
     """
 
@@ -73,6 +74,7 @@ class RunFacts:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     verdict: Verdict | None = None
     means: Mapping[str, float] = field(default_factory=dict)
+    ridge: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ def to_markdown(facts: RunFacts) -> str:
         _section("What is kept of each expert's gain", _kept(facts.kept)),
         _section("Compared, document by document", _comparison(facts.comparison)),
         _verdict(facts.verdict),
+        _section("The fit", plain(facts.ridge)),
         _section("Mean density", _means(facts.means)),
         *(_section(plain(title), picture(title, png)) for title, png in facts.pictures.items()),
     ]

@@ -83,6 +83,12 @@ def test_without_an_anchor_the_cache_key_is_as_it_was() -> None:
             "anchor.parameters: expected 0 < density - epsilon",
         ),
         ({"parameters": {"lambda": 0.5}}, "parameters.lambda: it scales the sum that the anchor takes the place of"),
+        (
+            {"parameters": {"ridge": [0.1, "auto"]}},
+            "parameters.ridge: auto is found for the whole merge; write",
+        ),
+        ({"parameters": {"ridge": "aut"}}, "parameters.ridge: expected a finite number or auto, got 'aut'"),
+        ({"parameters": {"alpha": 1.5}}, "parameters.alpha: expected a number >= 0 and <= 1, got 1.5"),
         ({"lewis": None}, "lewis.calibrations: missing; regmean_forward fits"),
         ({"lewis": {"density": {"strategy": "uniform"}}}, "lewis.calibrations: LEWIS runs models on calibration rows"),
         (
