@@ -83,6 +83,7 @@ def _of_fit(merge: Merge) -> Forecast:
     """
     from lewis.importance.measure import network_of
     from lewis.merge.fit import in_order
+    from lewis.merge.held_out import LOGITS
 
     network = network_of(merge.base)
     fitted = [network.empty(each.parameter) for each in in_order(network)]
@@ -96,7 +97,7 @@ def _of_fit(merge: Merge) -> Forecast:
         begun = time.perf_counter()
         square @ square
         per_second = 2 * 1024**3 / (time.perf_counter() - begun)
-    held = models * outside + tokens * 7 * largest + 4 * models * largest**2
+    held = merge.tunes * merge.threads * 2 * LOGITS + models * outside + tokens * 7 * largest + 4 * models * largest**2
     return Forecast(8.5 * tokens * weights / (per_second * merge.threads), 600_000_000 + 4 * held)
 
 

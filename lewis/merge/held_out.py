@@ -16,7 +16,19 @@ from lewis.merge.passes import Pass, stop
 from lewis.merge.prepared import Prepared
 from lewis.merge.unwritten import Unwritten
 
-_LOGITS = 1 << 26  # of a batch, at most: 256 MiB in fp32
+LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
+
+
+def check(merge: Prepared) -> None:
+    """Raise InputError if the model does not predict the next token from those before it."""
+    from lewis.importance.measure import network_of
+
+    network = network_of(merge.base)
+    if network.encodes or network.looks_ahead:
+        raise InputError(
+            f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
+            "model does not predict; give a number"
+        )
 
 
 def mean_loss(merge: Prepared, fitted: Fitted, sets: Sequence[Calibration], threads: int | None = None) -> float:
@@ -31,18 +43,13 @@ def mean_loss(merge: Prepared, fitted: Fitted, sets: Sequence[Calibration], thre
         threads: by default one per core; any number gives the same bits.
 
     Raises:
-        InputError: if the model does not predict the next token from those before it.
+        LewisError: if the model does not run its blocks in one order for every text.
     """
     from lewis.importance.batches import Batch, batches
     from lewis.importance.measure import network_of
     from lewis.importance.streaming import Weights
 
     network = network_of(merge.base)
-    if network.encodes or network.looks_ahead:
-        raise InputError(
-            f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
-            "model does not predict; give a number"
-        )
     weights = Weights(network, Unwritten(merge, fitted), "cpu", torch.float32)
     sums: dict[Batch, list[float]] = {}
 
@@ -54,7 +61,7 @@ def mean_loss(merge: Prepared, fitted: Fitted, sets: Sequence[Calibration], thre
             found.append(float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum")))
         sums[batch] = found
 
-    at_most = max(1, _LOGITS // network.module.get_input_embeddings().num_embeddings)
+    at_most = max(1, LOGITS // network.module.get_input_embeddings().num_embeddings)
     made = batches(sets, network, tokens=at_most)
     passes = [Pass(batch, partial(score, batch)) for batch in made]
     with ExitStack() as contexts:

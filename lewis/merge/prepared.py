@@ -10,19 +10,19 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import Densities, ScalesByTensor
+from lewis.allocation.scales import ScalesByTensor
 from lewis.devices import default_device, precision
 from lewis.errors import InputError
-from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
 from lewis.merge.alignment import align
+from lewis.merge.expert import Expert
 from lewis.merge.memory_budget import MemoryBudget
 from lewis.merge.settings import RIDGES, MergeSettings
 from lewis.merge.split import EVERY
@@ -39,28 +39,6 @@ from lewis.models.names import layer_of
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "1"  # bump when a method that fits in forward order would give other bytes
 STATIC_SEMANTICS = "2"  # bump when a method that fits statically would give other bytes
-
-
-@dataclass(frozen=True)
-class Expert:
-    """An opened expert.
-
-    Attributes:
-        ref: its reference in the recipe, which the settings look its parameters up by.
-        model: the opened model.
-        densities: if LEWIS guides the merge, its density per tensor.
-        calibration: token ids that the merge is fitted to this expert on, if the method fits.
-        scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
-            are ranked; tensors that are left out are ranked by magnitude.
-        mean_density: the mean of `densities` over the covered tensors, weighted by their parameters.
-    """
-
-    ref: str
-    model: Model
-    densities: Densities | None = None
-    scales: ScalesByTensor | None = None
-    calibration: Calibration | None = None
-    mean_density: float = 1.0
 
 
 class Prepared:

@@ -14,7 +14,7 @@ from lewis import store
 from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
 from lewis.merge.fitted import Fitted
-from lewis.merge.held_out import mean_loss
+from lewis.merge.held_out import check, mean_loss
 from lewis.merge.prepared import Prepared
 from lewis.merge.settings import RIDGES
 from lewis.merge.split import split
@@ -71,8 +71,10 @@ def choose(
         threads: by default one per core; any number gives the same choice.
 
     Raises:
-        InputError, LewisError: as `fit` and `mean_loss`.
+        InputError: if the model does not predict the next token.
+        LewisError: as `fit` and `mean_loss`, or if no loss is finite.
     """
+    check(merge)
     parts = [split(expert.calibration) for expert in merge.experts if expert.calibration]
     file = folder / "ridges.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import prepare_calibration
-from lewis.merge.prepared import Expert
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.settings import MergeSettings
 from lewis.methods import Parameter, find

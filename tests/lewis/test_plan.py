@@ -10,6 +10,7 @@ from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.evaluation import task_files
+from lewis.merge.step import prepare_merge
 from lewis.plan import Plan, make_plan
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
@@ -55,6 +56,30 @@ class TestLocal:
         assert before.seconds and after.seconds == 0
         changed = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS, "density": {"max": 0.7}})
         assert states(make_plan(changed))["allocate"] == states(make_plan(changed))["merge lewis"] == "to do"
+
+    def test_a_guided_anchor_is_measured_and_allocated_like_a_merge_by_its_method(
+        self, family: Family, home: Path
+    ) -> None:
+        anchored = {"merge_method": "regmean_forward", "anchor": {"merge_method": "ties"}}
+        guided = {"calibrations": SETS, "density": {"strategy": "owl", "budget": 0.5}}
+        recipe = recipe_of(family.base, *family.experts, **anchored, lewis=guided)
+        work = [f"measure {path} on sums" for path in family.experts] + ["allocate", "merge lewis"]
+        before = make_plan(recipe)
+        assert before.method == "regmean_forward, anchor ties" and before.seconds
+        assert {states(before)[name] for name in work} == {"to do"}
+        carry_out(recipe, merge=True)
+        assert {states(make_plan(recipe))[name] for name in work} == {"cached"}
+        plain = make_plan(recipe_of(family.base, *family.experts, **anchored, lewis={"calibrations": SETS}))
+        assert "allocate" not in states(plain) and states(plain)["merge merged"] == "to do"
+
+    def test_finding_the_ridge_takes_a_fit_for_each_that_is_tried(self, family: Family) -> None:
+        lewis = {"calibrations": SETS}
+        recipes = [
+            recipe_of(family.base, *family.experts, merge_method="regmean_forward", lewis=lewis, parameters=each)
+            for each in ({"ridge": 0.1}, {"ridge": "auto"})
+        ]
+        number, auto = (prepare_merge(recipe, *pipeline.fetch(recipe)) for recipe in recipes)
+        assert (number.fits, auto.fits) == (1, 5)
 
     def test_sizes(self, family: Family, home: Path) -> None:
         recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS}, dtype="bfloat16")

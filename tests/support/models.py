@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.merge.prepared import Expert
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.step import resolve
 from lewis.models.checkpoint import Checkpoint

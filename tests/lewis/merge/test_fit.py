@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lewis import pipeline, store
 from lewis.errors import InputError, RecipeError
 from lewis.importance.calibration import Calibration
-from lewis.merge.prepared import Expert
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.step import resolve
 from lewis.models.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.merge import in_torch
-from lewis.merge.prepared import Expert
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.methods import METHODS as ALL
 from lewis.models.checkpoint import Checkpoint

@@ -151,11 +151,10 @@ def test_a_set_of_one_row_is_refused_before_any_work(family: Family) -> None:
         prepare(recipe)
 
 
-def test_a_model_that_does_not_predict_the_next_token_is_refused(
+def test_a_model_that_does_not_predict_the_next_token_is_refused_before_it_is_fitted(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge = prepare(recipe_of(family.base, family.experts))
-    fitted = forward_order.fit(merge, tmp_path / "fitted")
     monkeypatch.setattr(Network, "looks_ahead", True)
+    merge = prepare(recipe_of(family.base, family.experts, parameters={"ridge": "auto"}))
     with pytest.raises(InputError, match=r"parameters\.ridge: auto goes by the loss of the next token"):
-        mean_loss(merge, fitted, [Calibration("a", ((1, 2),))])
+        choose(merge, tmp_path / "fitted", lambda *given: pytest.fail("it was fitted"))

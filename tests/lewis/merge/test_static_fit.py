@@ -16,7 +16,7 @@ from lewis import pipeline, store
 from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
-from lewis.merge.prepared import Expert
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.step import resolve
 from lewis.methods.arithmetic.regression import Inputs
