@@ -20,14 +20,23 @@ _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a bloc
 class Weights:
     """The parameters of a network on the meta device: read from a model when they are needed, and let go again."""
 
-    def __init__(self, network: Network, model: Model, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        network: Network,
+        model: Model,
+        device: str,
+        dtype: torch.dtype,
+        keep: Callable[[torch.Tensor, torch.dtype | None], torch.Tensor] | None = None,
+    ) -> None:
         """
         Args:
             network: on the meta device.
             model: that has its weights.
             device, dtype: of the parameters when they are loaded.
+            keep: brings a value to where it is kept, in another dtype if one is given; by default to the device.
         """
         self.network, self.model, self._device, self._dtype = network, model, device, dtype
+        self._keep = keep or (lambda value, dtype: value.to(device, dtype))
 
     def move_buffers(self) -> None:
         """Bring what no checkpoint holds to the device: tables of rotary embeddings and the like."""
@@ -55,7 +64,7 @@ class Weights:
             if name in done or source is None:
                 continue
             value = network.value(source, self.model.read)
-            value = value.to(self._device, self._dtype if network.is_parameter(name) else None)
+            value = self._keep(value, self._dtype if network.is_parameter(name) else None)
             for each in same:
                 _put(network.module, each, value)
             done.update(same)
@@ -67,7 +76,7 @@ class Weights:
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Give one parameter a value that is not the model's own."""
-        _put(self.network.module, name, value.to(self._device, self._dtype))
+        _put(self.network.module, name, self._keep(value, self._dtype))
 
 
 class Streamed:

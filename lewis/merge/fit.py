@@ -5,9 +5,6 @@ so far. Where all passes have come to a projection, its weight is fitted (`lewis
 the inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go
 on with their own weights. So each layer makes up for the errors of those before it.
 
-A method that fits `static`ally needs no passes through the merged model: each projection is fitted to give what the
-expert gives for the expert's own inputs.
-
 What is no such projection (embeddings, norms, biases, head, stacked experts of a mixture) is merged by the recipe's
 anchor, else by the method's own function. That is also what the fit is pulled towards.
 
@@ -17,14 +14,17 @@ Here the models and the passes are made ready; `lewis.merge.walk` leads them thr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lewis import store
 from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.importance.architecture import Covered, Network
+from lewis.importance.calibration import Calibration
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
@@ -32,9 +32,16 @@ from lewis.merge.fitted import Fitted
 from lewis.merge.passes import Pair, Pass, note_stream, stop
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
+from lewis.merge.spill import IN_MEMORY, Spill, bytes_at_rest
 from lewis.merge.unwritten import Unwritten
 from lewis.merge.walk import Walk
-from lewis.models.model import Model
+from lewis.methods.arithmetic.regression import sampled
+from lewis.methods.arithmetic.stacked import within
+from lewis.models.dtypes import size_of
+
+if TYPE_CHECKING:
+    from lewis.importance.batches import Batch
+    from lewis.importance.streaming import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +58,20 @@ def fit(
 
     Args:
         merge: whose method fits.
-        folder: where the tensors are kept; what a killed process has finished there is not fitted again.
+        folder: where the tensors are kept, and what rests between two projections if it is much (`lewis.merge.spill`);
+            what a killed process has finished there is not fitted again.
         progress: called with the share that is done, in [0, 1].
         threads: by default one per core; any number gives the same bytes.
 
     Raises:
-        InputError: if transformers cannot build the model, or nothing can be fitted.
+        InputError: if transformers cannot build the model, nothing can be fitted, or there is no space.
         LewisError: if activations or weights are not finite, naming the projection.
     """
-    from lewis.importance.batches import Batch, batches
+    from lewis.importance.batches import batches
     from lewis.importance.measure import network_of
-    from lewis.importance.streaming import Weights, forward
+    from lewis.importance.streaming import Weights
 
-    forward_order = merge.method.fits == "forward"
-    models: list[Model] = [*(expert.model for expert in merge.experts), *([Unwritten(merge)] if forward_order else [])]
-    weights = [Weights(network_of(model), model, "cpu", torch.float32) for model in models]
-    network = weights[-1].network
+    network = network_of(merge.base)
     places = {each.parameter.rpartition(".")[0]: each for each in in_order(network) if merge.merges(each.tensor)}
     if not places:
         raise InputError(
@@ -77,25 +82,21 @@ def fit(
         "fitting %d projections, %.0f %% of the weights; the others are merged as they are", len(places), 100 * share
     )
     _warn_of_few_tokens(merge, places.values())
-
-    def through(each: Weights, batch: Batch) -> Pass:
-        return Pass(batch, partial(forward, each.network, batch.ids, batch.lengths))
-
-    sets = [expert.calibration for expert in merge.experts if expert.calibration]
-    pairs: list[list[Pair]] = [[] for _ in merge.experts]
-    for batch in batches(sets, network, tokens=TOKENS_PER_PASS):
-        own = through(weights[batch.of], batch)
-        pairs[batch.of].append(Pair(own, through(weights[-1], batch) if forward_order else own))
-    experts, merged = weights[: len(merge.experts)], weights[-1] if forward_order else None
-    streams = writers(network_of(models[-1]), places) if forward_order else {}
+    made = batches(_sets(merge), network, tokens=TOKENS_PER_PASS)
     fitted = Fitted(folder)
+    spill = _spill(merge, network, sum(batch.ids.numel() for batch in made), folder)
+    experts = [Weights(network_of(e.model), e.model, "cpu", torch.float32, spill.keep) for e in merge.experts]
+    merged = Weights(network, Unwritten(merge, place=spill.empty), "cpu", torch.float32, spill.keep)
+    pairs = _pairs(made, experts, merged, spill)
+    streams = writers(network_of(merge.base), places)
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
-        solver = Solver(merge, pairs, experts, merged, streams, workers)
-        walk = Walk(merge, places, weights, [pair for each in pairs for pair in each], solver, workers, fitted)
+        solver = Solver(merge, pairs, experts, merged, streams, workers, spill)
+        flat = [pair for each in pairs for pair in each]
+        walk = Walk(merge, places, [*experts, merged], flat, solver, workers, fitted, spill)
         contexts.callback(walk.stop)
-        for each in weights:
+        for each in (*experts, merged):
             each.check()
             each.load(each.network.parameters_outside())
             each.move_buffers()
@@ -109,6 +110,68 @@ def fit(
             if progress:
                 progress(done)
     return fitted
+
+
+def _sets(merge: Prepared) -> list[Calibration]:
+    return [expert.calibration for expert in merge.experts if expert.calibration]
+
+
+def _pairs(made: Sequence[Batch], experts: Sequence[Weights], merged: Weights, spill: Spill) -> list[list[Pair]]:
+    """The passes of each expert's batches."""
+    from lewis.importance.streaming import forward
+
+    pairs: list[list[Pair]] = [[] for _ in experts]
+    count = [sum(batch.tokens for batch in made if batch.of == of) for of in range(len(experts))]
+    begun = [0] * len(experts)  # tokens of the set in the batches before
+    for batch in made:
+        taken_of = partial(_taken, begun[batch.of], batch.tokens, count[batch.of], sum(count))
+        own, there = (
+            Pass(batch, partial(forward, each.network, batch.ids, batch.lengths), spill, taken_of)
+            for each in (experts[batch.of], merged)
+        )
+        pairs[batch.of].append(Pair(own, there))
+        begun[batch.of] += batch.tokens
+    return pairs
+
+
+def _taken(begun: int, tokens: int, count: int, total: int, size: int) -> torch.Tensor | None:
+    """Which tokens of a batch a layer with `size` inputs is fitted on (`regression.sampled`); None for all."""
+    taken = sampled(size, count, total)
+    return None if taken is None else within(taken, begun, tokens)
+
+
+def rests(merge: Prepared, network: Network, tokens: int | None = None) -> int:
+    """Bytes that rest between two projections, roughly; in files if they are more than `IN_MEMORY`.
+
+    Args:
+        merge: whose method fits.
+        network: of its base.
+        tokens: of all batches, with their padding; by default those of the calibration sets.
+    """
+    tokens = sum(each.tokens for each in _sets(merge)) if tokens is None else tokens
+    shapes = [(network.empty(each.parameter).shape, each.transposed) for each in in_order(network)]
+    widest = max((shape[0] if transposed else shape[1] for shape, transposed in shapes), default=0)
+    largest = max((shape.numel() for shape, _ in shapes), default=0)
+    outside = sum(network.empty(name).numel() for name in network.parameters_outside())
+    hidden = network.module.get_input_embeddings().embedding_dim
+    models = len(merge.experts) + 1
+    return bytes_at_rest(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)
+
+
+def disk(merge: Prepared, network: Network, resting: int) -> int:
+    """Bytes on disk at most, roughly: of the fitted tensors, and beside them what rests or, later, the output."""
+    fitted = sum(size_of(*merge.layout[each.tensor]) for each in in_order(network) if merge.merges(each.tensor))
+    return fitted + max(resting if resting > IN_MEMORY else 0, 0 if merge.as_adapter else merge.size)
+
+
+def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spill:
+    resting = rests(merge, network, tokens)
+    needed = disk(merge, network, resting) - store.bytes_on_disk(folder)
+    store.check_space(folder, needed, "the fit, with what rests between two projections or with the output,")
+    if resting <= IN_MEMORY:
+        return Spill()
+    logger.info("up to %.2f GB rest in files between two projections, in %s", resting / 1e9, folder)
+    return Spill(folder)
 
 
 def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:

@@ -56,6 +56,15 @@ def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
         yield tensor.merged(None, tensor.function)
 
 
+def merge_into(merge: Prepared, name: str, out: torch.Tensor) -> torch.Tensor:
+    """Merge one tensor as `merge_by_rows` into a tensor of its shape, whose dtype may be another; returns it."""
+    flat, start = out.reshape(-1), 0
+    for piece in merge_by_rows(merge, name):
+        flat[start : start + piece.numel()].copy_(piece.reshape(-1))
+        start += piece.numel()
+    return out
+
+
 def is_whole(merge: Prepared, name: str) -> bool:
     """Whether a large tensor is whole in memory while torch merges it."""
     return _Tensor(merge, name).at_a_time == merge.base.tensors[name].elements > PIECE

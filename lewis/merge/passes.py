@@ -11,6 +11,7 @@ from greenlet import getcurrent, greenlet
 
 from lewis.errors import LewisError
 from lewis.lazy_torch import nn, torch
+from lewis.merge.spill import Made, Spill
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -26,18 +27,25 @@ class Pass:
     Attributes:
         batch: what goes through.
         forward: runs the model on it.
+        spill: where it keeps what it holds while it waits; by default in memory.
+        taken_of: inputs of a projection -> which of the tokens are its rows; None for all. By default all.
         place: path of the block or projection that it waits in front of; None at its end.
-        rows: inputs of that projection without padding, fp32 (tokens, in).
+        rows: inputs of that projection without padding, of the tokens that are taken, fp32 (tokens, in).
+        taken: these tokens; None for all.
         streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
     """
 
     batch: Batch
     forward: Callable[[], None]
+    spill: Spill = field(default_factory=Spill)
+    taken_of: Callable[[int], torch.Tensor | None] | None = None
     run: greenlet | None = None
     place: str | None = None
     rows: torch.Tensor | None = None
+    taken: torch.Tensor | None = None
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
     _raw: torch.Tensor | None = None
+    _made: Made = field(default_factory=Made)
     is_new: bool = True
 
     def go_on(self) -> None:
@@ -45,12 +53,15 @@ class Pass:
         if self.run is None:
             self.run = greenlet(self.forward)
             _OF_RUN[self.run] = self
-        found = self.run.switch()
+        with self.spill.watch(self._made):
+            found = self.run.switch()
         self.place, inputs = (None, None) if self.run.dead else found
+        self.spill.rest(self._made.alive())
         self.is_new = inputs is None or inputs is not self._raw
         if self.is_new:
             self._raw = inputs
-            self.rows = None if inputs is None else self.without_padding(inputs)
+            self.taken = self.taken_of(inputs.shape[-1]) if self.taken_of and inputs is not None else None
+            self.rows = None if inputs is None else self.spill.keep(self.without_padding(inputs, self.taken))
 
     def stop(self) -> None:
         """End what waits here, in its own thread."""
@@ -59,8 +70,8 @@ class Pass:
         self._raw = self.rows = None
         self.streams = {}
 
-    def without_padding(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The rows of real tokens, fp32 (tokens, features)."""
+    def without_padding(self, inputs: torch.Tensor, taken: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of real tokens, fp32 (tokens, features); with `taken` only these of them."""
         width, flat = self.batch.ids.shape[1], inputs.reshape(-1, inputs.shape[-1]).float()
         if inputs.shape[:-1].numel() != self.batch.ids.numel():
             if min(self.batch.lengths) < width:
@@ -69,17 +80,16 @@ class Pass:
                     "padding is unknown; this way of routing is not supported"
                 )
             return flat
-        if min(self.batch.lengths) == width:
-            return flat
-        real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
-        return flat[real.reshape(-1).to(flat.device)]
+        rows = taken
+        if min(self.batch.lengths) < width:
+            real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
+            rows = real.reshape(-1).nonzero()[:, 0]
+            rows = rows if taken is None else rows[taken]
+        return flat if rows is None else flat[rows]
 
 
 class Pair(NamedTuple):
-    """The two passes of a batch: through the expert that it is for, and through the merged model.
-
-    They are one where no pass goes through the merged model.
-    """
+    """The two passes of a batch: through the expert that it is for, and through the merged model."""
 
     own: Pass
     merged: Pass

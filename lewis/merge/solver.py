@@ -12,6 +12,7 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.passes import Pair
 from lewis.merge.prepared import Prepared
+from lewis.merge.spill import Spill
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import torch_dtype
@@ -28,20 +29,22 @@ class Solver:
         merge: Prepared,
         pairs: Sequence[Sequence[Pair]],
         experts: Sequence[Weights],
-        merged: Weights | None,
+        merged: Weights,
         streams: Mapping[str, str],
         workers: Workers,
+        spill: Spill,
     ) -> None:
         """
         Args:
             merge: what is fitted.
             pairs: of each expert's batches.
             experts: their weights; only biases are looked at.
-            merged: alike, of the merged model; None if no passes go through it.
+            merged: alike, of the merged model.
             streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
             workers: run the regressions.
+            spill: where the targets are kept meanwhile.
         """
-        self._merge, self._pairs, self._workers = merge, pairs, workers
+        self._merge, self._pairs, self._workers, self._spill = merge, pairs, workers, spill
         self._experts, self._merged, self._streams = experts, merged, streams
         self._inputs: tuple[Any, Inputs] | None = None
 
@@ -89,8 +92,6 @@ class Solver:
     def _besides(self, place: str, residual: float) -> Sequence[list[torch.Tensor] | None]:
         """What the projection shall give besides: what the merged model's residual stream lacks, and its bias."""
         nothing = [None] * len(self._experts)
-        if self._merged is None:
-            return nothing
         stream = self._streams.get(place) if residual else None
         bias = self._merged.network.module.get_submodule(place).bias
         if stream is None and bias is None:
@@ -98,10 +99,16 @@ class Solver:
         found = [[torch.empty(0)] * len(pairs) for pairs in self._pairs]
 
         def compare(expert: int, i: int, pair: Pair) -> None:
-            missing = residual * (pair.own.streams[stream] - pair.merged.streams[stream]) if stream else torch.zeros(1)
+            missing = torch.zeros(1)
+            if stream:
+                own, merged = (
+                    each.streams[stream] if each.taken is None else each.streams[stream][each.taken] for each in pair
+                )
+                missing = residual * (own - merged)
             if bias is not None:
                 missing = missing + (self._experts[expert].network.module.get_submodule(place).bias - bias)
-            found[expert][i] = missing.expand(pair.own.batch.tokens, -1)
+            assert pair.own.rows is not None
+            found[expert][i] = self._spill.keep(missing).expand(len(pair.own.rows), -1)
 
         self._workers(
             [

@@ -16,13 +16,17 @@ from lewis.importance.architecture import Covered
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
-from lewis.merge.in_torch import merge_whole
+from lewis.merge.in_torch import merge_into
 from lewis.merge.passes import Pair
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
+from lewis.merge.spill import Spill
+from lewis.methods.arithmetic.regression import one_after_another
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights
+
+IN_MEMORY_FITTED = 64 << 20  # bytes of fitted tensors that wait to be written together
 
 
 class Walk:
@@ -37,20 +41,22 @@ class Walk:
         solver: Solver,
         workers: Workers,
         fitted: Fitted,
+        spill: Spill,
     ) -> None:
         """
         Args:
             merge: what is fitted.
             places: path of a module -> its tensor.
-            weights: of the experts, then of the merged model if passes go through it.
+            weights: of the experts, then of the merged model.
             pairs: of all batches.
             solver: fits the tensor of a place.
             workers: run the passes.
             fitted: takes the tensors.
+            spill: where the weights are kept.
         """
         self._merge, self._places, self._weights = merge, places, weights
         self._passes = list(dict.fromkeys(each for pair in pairs for each in (pair.own, pair.merged)))
-        self._solver, self._workers, self._fitted = solver, workers, fitted
+        self._solver, self._workers, self._fitted, self._spill = solver, workers, fitted, spill
         self._loaded: list[tuple[Weights, list[str]]] = []
         self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
@@ -109,8 +115,11 @@ class Walk:
     def _keep(self, block: str) -> None:
         self._drop_block()
         self._solver.forget()
+        self._write()
+
+    def _write(self) -> None:
         if self._found:
-            self._fitted.add(block, self._found)
+            self._fitted.add(next(iter(self._found)), self._found)
             self._found = {}
 
     def _fit(self, place: str) -> None:
@@ -119,12 +128,13 @@ class Walk:
         covered = self._places[place]
         known = covered.tensor in self._fitted
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        readers.append(self._fitted.read if known else partial(merge_whole, self._merge.anchor))
+        readers.append(self._fitted.read if known else self._anchor)
         *weights, value = self._read(covered.tensor, readers)
         if not known:
             value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
-        # The last value is left over if no passes go through the merged model.
-        for each, weight in zip(self._weights, [*weights, value], strict=False):
+            if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
+                self._write()
+        for each, weight in zip(self._weights, [*weights, value], strict=True):
             each.put(covered.parameter, weight)
             self._loaded.append((each, [covered.parameter]))
 
@@ -132,7 +142,13 @@ class Walk:
         found = [torch.empty(0)] * len(readers)
 
         def read(i: int) -> None:
-            found[i] = readers[i](tensor).to(torch.float32)
+            found[i] = self._spill.keep(readers[i](tensor), torch.float32)
 
-        self._workers([partial(read, i) for i in range(len(readers))])
+        # The last first, since merging takes longest. What rests in files is large: then one after another, since it is
+        # whole in memory while it is read.
+        jobs = [partial(read, i) for i in reversed(range(len(readers)))]
+        (self._workers if self._spill.folder is None else one_after_another)(jobs)
         return found
+
+    def _anchor(self, tensor: str) -> torch.Tensor:
+        return merge_into(self._merge.anchor, tensor, self._spill.empty(self._merge.base.tensors[tensor].shape))

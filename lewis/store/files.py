@@ -186,12 +186,12 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise InputError unless the file system of `folder` has `needed` bytes free."""
+def check_space(folder: Path, needed: int, what: str = "the output") -> None:
+    """Raise InputError unless the file system of `folder` has `needed` bytes free, for `what`."""
     free = free_space(folder)
     if free < needed:
         raise InputError(
-            f"{folder}: no space: the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            f"{folder}: no space: {what} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free some, or write elsewhere (-o, or LEWIS_HOME)"
         )
 

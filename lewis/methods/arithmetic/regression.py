@@ -42,6 +42,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.stacked import Stacked
 from lewis.methods.arithmetic.tokens import Besides, Gram, Rows
 from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
@@ -62,6 +63,23 @@ def keeps_rows(size: int, tokens: int) -> bool:
         tokens: rows of inputs.
     """
     return size > DUAL_ABOVE or tokens < size // 2
+
+
+def sampled(size: int, tokens: int, total: int) -> torch.Tensor | None:
+    """Which of an expert's tokens a layer is fitted on in the dual form: an even share of a very wide layer's.
+
+    Args:
+        size: inputs of the layer.
+        tokens: of the expert.
+        total: of all experts.
+
+    Returns:
+        Ascending indices, int64; None for all tokens.
+    """
+    if size <= DUAL_ABOVE or total <= DUAL_TOKENS:
+        return None
+    wanted = min(tokens, max(1, DUAL_TOKENS * tokens // total))
+    return torch.arange(wanted) * tokens // wanted
 
 
 Jobs = Callable[[Sequence[Callable[[], None]]], None]
@@ -219,55 +237,48 @@ class Inputs:
 
     def _dual(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]) -> torch.Tensor:
         known = [rows for rows in self.experts if isinstance(rows, Rows)]
-        sampled = [self._sampled(rows, more) for rows, more in zip(known, besides, strict=True)]
-        merged, own = (torch.cat([each[i] for each in sampled]) for i in range(2))  # type: ignore[misc]
-        counts = [len(each[0]) for each in sampled]
-        alone = None
-        if self.alpha < 1:
-            alone = Uncorrelated(merged.split(counts), own.split(counts), self.alpha, self.ridge)
+        total = sum(rows.tokens for rows in known)
+        stacked = Stacked(known, besides, [sampled(self.size, rows.tokens, total) for rows in known])
+        merged, more = stacked.merged, stacked.more
+        parts, shifts = merged.split(stacked.counts), stacked.shift.split(stacked.counts)
+        alone = Uncorrelated(parts, shifts, self.alpha, self.ridge) if self.alpha < 1 else None
         left = merged if alone is None else merged * (self.alpha / alone.pull).float()
         if self._factor is None or self._factor[0] != self.ridge:
-            kernel = torch.empty(len(merged), len(merged), dtype=torch.float64)
-
-            def multiply(columns: slice) -> None:
-                kernel[columns] = (merged[columns] @ left.T).double()
-
-            self.jobs([_bound(multiply, columns) for columns in slices(len(merged), COLUMNS)])
+            kernel = self._kernel(merged, left)
             mean = float(kernel.diagonal().sum()) / self.size
             self._factor = self.ridge, _cholesky(kernel, *((self.ridge, mean) if alone is None else (1.0, 1.0)))
+            del kernel
         solved, factor = torch.empty_like(anchor), self._factor[1]
 
         def job(part: slice) -> None:
             start = anchor[part]
-            missed = [
-                x @ (weight[part] - anchor[part]).T + (z - x) @ weight[part].T + (0 if more is None else more[:, part])
-                for x, z, weight, (_, _, more) in zip(
-                    merged.split(counts), own.split(counts), weights, sampled, strict=True
-                )
-            ]
+            missed = torch.cat(
+                [
+                    x @ (weight[part] - start).T + shift @ weight[part].T
+                    for x, shift, weight in zip(parts, shifts, weights, strict=True)
+                ]
+            )
+            if more is not None:
+                missed += more[:, part]
             if alone is not None:
-                moved = alone.solution(anchor[part], [weight[part] for weight in weights])
-                missed = [each - x @ moved.T for each, x in zip(missed, merged.split(counts), strict=True)]
+                moved = alone.solution(start, [weight[part] for weight in weights])
+                missed -= merged @ moved.T
                 start = start + moved
-            found = torch.cholesky_solve(torch.cat(missed).double(), factor)
+            found = torch.cholesky_solve(missed.double(), factor)
             solved[part] = start + found.T.float() @ left
 
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return solved
 
-    def _sampled(self, rows: Rows, more: Besides) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """X_t, Z_t and B_t with their rows scaled by sqrt(c_t); of a large layer, an even share of the rows."""
-        given = torch.cat(list(more)) if more else None
-        parts: list[torch.Tensor | None] = [torch.cat(rows.merged), torch.cat(rows.own), given]
-        total, count = sum(each.tokens for each in self.experts), rows.tokens
-        if self.size > DUAL_ABOVE and total > DUAL_TOKENS:
-            wanted = max(1, DUAL_TOKENS * count // total)
-            taken = torch.arange(wanted) * count // wanted
-            parts, count = [None if part is None else part[taken] for part in parts], wanted
-        scale = (rows.weight / max(count, 1)) ** 0.5
-        merged, own, scaled = (None if part is None else part * scale for part in parts)
-        assert merged is not None and own is not None
-        return merged, own, scaled
+    def _kernel(self, merged: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """X L^T, fp64: with alpha = 1 the products of all pairs of tokens."""
+        kernel = torch.empty(len(merged), len(merged), dtype=torch.float64)
+
+        def multiply(columns: slice) -> None:
+            kernel[columns] = (merged[columns] @ left.T).double()
+
+        self.jobs([_bound(multiply, columns) for columns in slices(len(merged), COLUMNS)])
+        return kernel
 
 
 def _product(rows: Rows | Gram, columns: slice) -> torch.Tensor:

@@ -18,17 +18,19 @@ class Uncorrelated:
         pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,).
     """
 
-    def __init__(self, merged: Sequence[torch.Tensor], own: Sequence[torch.Tensor], alpha: float, ridge: float) -> None:
+    def __init__(
+        self, merged: Sequence[torch.Tensor], shifts: Sequence[torch.Tensor], alpha: float, ridge: float
+    ) -> None:
         """Sum up the inputs.
 
         Args:
-            merged, own: of each expert X_t and Z_t with rows scaled by sqrt(c_t), fp32 (tokens, in).
+            merged, shifts: of each expert X_t and Z_t - X_t with rows scaled by sqrt(c_t), fp32 (tokens, in).
             alpha: factor of the off-diagonals, below 1.
             ridge: r in units of the mean diagonal of S.
         """
         self._share = 1 - alpha
         self._squares = [x.double().square().sum(dim=0) for x in merged]
-        self._shifts = [shift_of_each([x], [z]).double() for x, z in zip(merged, own, strict=True)]
+        self._shifts = [(shift * x).sum(dim=0).double() for x, shift in zip(merged, shifts, strict=True)]
         total = torch.stack(self._squares).sum(dim=0)
         added = max(ridge * float(total.mean()), torch.finfo(torch.float32).tiny)
         self.pull = self._share * total + added

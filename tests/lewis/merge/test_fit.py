@@ -1,5 +1,6 @@
 """Merging by regression on calibration rows: against a plain implementation, and what must not change the result."""
 
+import errno
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lewis import pipeline, store
-from lewis.errors import InputError, RecipeError
+from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
@@ -266,6 +267,63 @@ def test_a_damaged_part_of_a_killed_fit_is_not_believed(family: Family, tmp_path
     path = tmp_path / "fitted" / "block.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert "a" not in Fitted(tmp_path / "fitted")
+
+
+class TestInFiles:
+    """What rests between two projections is in files if it is much."""
+
+    @pytest.fixture(autouse=True)
+    def files(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The sizes of the files that are made; all that rests is much and large."""
+        made: list[int] = []
+        monkeypatch.setattr("lewis.merge.fit.IN_MEMORY", 0)
+        monkeypatch.setattr("lewis.merge.spill.LARGE", 1)
+        monkeypatch.setattr(
+            "os.posix_fallocate", lambda file, start, size: made.append(os.ftruncate(file, size) or size)
+        )
+        return made
+
+    def test_the_bytes_are_the_same_and_no_file_has_a_name(
+        self, family: Family, tmp_path: Path, files: list[int]
+    ) -> None:
+        recipe = recipe_of(family.base, [*family.experts, family.lora])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lewis.merge.fit.IN_MEMORY", 1 << 30)
+            expected = run(recipe, tmp_path / "memory")
+        assert not files
+        named: list[Path] = []
+        found = run(recipe, tmp_path / "files", progress=lambda *_: named.extend(tmp_path.rglob("*.rest")), threads=2)
+        assert len(files) > 100 and not named
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    def test_no_space_is_told_before_and_meanwhile(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = recipe_of(family.base, family.experts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lewis.merge.fit.bytes_at_rest", lambda *_: 10**15)
+            with pytest.raises(InputError, match="no space: the fit, with what rests between two projections"):
+                run(recipe, tmp_path / "out")
+
+        def full(*_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("os.posix_fallocate", full)
+        with pytest.raises(LewisError, match="cannot be written: No space left on device"):
+            run(recipe, tmp_path / "out")
+        assert not list(tmp_path.rglob("*.rest"))
+
+
+def test_passes_keep_only_the_tokens_that_a_wide_layer_is_fitted_on(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_ABOVE", 20)  # of 16 and 32 inputs
+    monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_TOKENS", 30)
+    recipe = recipe_of(family.base, family.experts)
+    found = run(recipe, tmp_path / "found")
+    monkeypatch.setattr("lewis.merge.fit.sampled", lambda *_: None)  # all rows, of which the regression takes a share
+    expected = run(recipe, tmp_path / "expected")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_few_tokens_are_told_with_their_number(family: Family, tmp_path: Path, caplog: Any) -> None:

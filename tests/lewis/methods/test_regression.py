@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.stacked import Stacked
 from lewis.methods.arithmetic.tokens import Gram, Rows
 
 
@@ -151,8 +152,9 @@ def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.Monk
     monkeypatch.setattr(regression, "DUAL_TOKENS", 50)
     rows = [draw(1, 300, 6)]
     inputs = Inputs([Rows(rows, rows), Rows([rows[0][:100]], [rows[0][:100]])], 1e-4)
-    sampled = [inputs._sampled(rows, None) for rows in inputs.experts]
-    assert [len(part) for merged, own, _ in sampled for part in (merged, own)] == [37, 37, 12, 12]
+    taken = [regression.sampled(6, each.tokens, 400) for each in inputs.experts]
+    stacked = Stacked(inputs.experts, [None, None], taken)
+    assert stacked.counts == [37, 12] and stacked.merged.shape == stacked.shift.shape == (49, 6)
     weight = draw(2, 3, 6)  # an exact fit is found from any part of the tokens
     assert torch.allclose(inputs.solve(torch.zeros(3, 6), [weight, weight]), weight, atol=1e-2)
 

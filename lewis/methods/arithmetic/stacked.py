@@ -1,0 +1,57 @@
+"""The tokens of all experts below each other, as the dual form of a layer's regression needs them (`regression`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.tokens import Besides, Rows
+
+
+class Stacked:
+    """X, Z - X and B, the rows of each expert scaled by sqrt(c_t); of a large layer, a share of them.
+
+    Attributes:
+        counts: how many tokens of each expert.
+        merged: X, fp32 (tokens, in).
+        shift: Z - X, alike.
+        more: B, fp32 (tokens, out); None: 0.
+    """
+
+    def __init__(
+        self, experts: Sequence[Rows], besides: Sequence[Besides], taken: Sequence[torch.Tensor | None]
+    ) -> None:
+        """
+        Args:
+            experts: the tokens of each.
+            besides: B_t of each.
+            taken: which tokens of each, ascending; None for all.
+        """
+        self.counts = [rows.tokens if kept is None else len(kept) for rows, kept in zip(experts, taken, strict=True)]
+        total, size = sum(self.counts), experts[0].size
+        scales = [(rows.weight / max(count, 1)) ** 0.5 for rows, count in zip(experts, self.counts, strict=True)]
+        self.merged, self.shift = torch.empty(total, size), torch.empty(total, size)
+        places = zip(self.merged.split(self.counts), self.shift.split(self.counts), strict=True)
+        for rows, kept, scale, (merged, own) in zip(experts, taken, scales, places, strict=True):
+            _scale(rows.merged, kept, scale, merged)
+            _scale(rows.own, kept, scale, own)
+        self.shift.sub_(self.merged)
+        outputs = next((part.shape[1] for parts in besides for part in parts or ()), None)
+        self.more = None if outputs is None else torch.zeros(total, outputs)
+        if self.more is not None:
+            for parts, kept, scale, out in zip(besides, taken, scales, self.more.split(self.counts), strict=True):
+                _scale(parts or (), kept, scale, out)
+
+
+def within(taken: torch.Tensor, begin: int, length: int) -> torch.Tensor:
+    """Which rows of a part are taken, as indices into it; `begin`: its first token."""
+    return taken[(taken >= begin) & (taken < begin + length)] - begin
+
+
+def _scale(parts: Sequence[torch.Tensor], taken: torch.Tensor | None, scale: float, out: torch.Tensor) -> None:
+    """Write the rows that are taken of all parts, times `scale`, below each other."""
+    begin = filled = 0
+    for part in parts:
+        rows = part if taken is None else part[within(taken, begin, len(part))]
+        torch.mul(rows, scale, out=out[filled : filled + len(rows)])
+        begin, filled = begin + len(part), filled + len(rows)
