@@ -1,6 +1,7 @@
 """What a run would do, found out without doing it: only configs and tokenizers are downloaded."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,7 +11,7 @@ from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
-from lewis.importance import measure
+from lewis.importance import effort, measure
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.forecast import forecast, without_models
@@ -43,6 +44,7 @@ class Plan:
         disk: bytes that the run will write, beside downloads.
         disk_free: bytes free where the store is.
         memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
+        measuring: seconds that the passes for second-order statistics take which are to do, roughly.
         seconds: that the merges take which are to do, roughly, as `lewis merge` tells it afterwards: without the start
             of the process; None if the models are not all here yet.
     """
@@ -57,6 +59,7 @@ class Plan:
     disk: int = 0
     disk_free: int = 0
     memory: int = 0
+    measuring: float = 0.0
     seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +85,9 @@ class Plan:
         lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
         told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
         lines.append(f"time    {told}, for the merges")
+        lines += (
+            [f"        about {self.measuring:.1f} s, for statistics of the experts' inputs"] if self.measuring else []
+        )
         return "\n".join(lines)
 
 
@@ -110,9 +116,14 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
         shapes = {name: shape for name, (_, shape) in headers.items()}
-        plan.layers = measure.covered_layers(hub.fetch(base.model, weights=False), shapes)
-    writes, prepared = _guided_steps(plan, recipe, base, experts, files)
+        network = measure.network_in(hub.fetch(base.model, weights=False), shapes)
+        plan.layers = measure.layers_of(network)
+    writes, prepared, passes = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
+    if passes and recipe.needs_grams:
+        plan.disk += sum(effort.bytes_of(network, tokens) for tokens in passes)
+        per_second = effort.operations_per_second() * len(os.sched_getaffinity(0))
+        plan.measuring = sum(effort.operations_of(network, tokens) for tokens in passes) / per_second
     if writes and prepared and plan.disk < plan.disk_free:
         found = forecast(prepared)  # before anything loads the compiled loops, which takes a part of the time
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
@@ -120,7 +131,8 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.seconds = None if writes else 0.0
         plan.memory = without_models(find(recipe.guided_method), max(count.values()), len(experts))
     if pipeline.wanted_measurements(recipe):
-        plan.memory = max(plan.memory, _memory_of_pass(count))
+        statistics = effort.memory_of(network, max(passes), len(os.sched_getaffinity(0))) if plan.measuring else 0
+        plan.memory = max(plan.memory, _memory_of_pass(count) + statistics)
     if recipe.register_as:
         plan.steps.append(Step(f"register {recipe.register_as.name}", "to do"))
     if recipe.publish:
@@ -148,14 +160,18 @@ def _memory_of_pass(elements: Mapping[str, int]) -> int:
 
 def _guided_steps(
     plan: Plan, recipe: Recipe, base: Source | None, experts: list[Source], files: dict[str, ModelFiles | None]
-) -> tuple[list[str], Merge | None]:
-    """Add the steps after the downloads; gives the merges that are still to be written, and one if it can be done."""
+) -> tuple[list[str], Merge | None, list[int]]:
+    """Add the steps after the downloads.
+
+    Returns:
+        The merges that are still to be written; one of them if it can be done; and the tokens of each pass to do.
+    """
     known_base = files[base.ref] if base else None
     known = [files[source.ref] for source in experts]
     present = [each for each in known if each is not None]
     complete = len(present) == len(known) and (base is None or known_base is not None)
-    allocated = None
-    if recipe.allocator and base:
+    allocated, passes = None, list[int]()
+    if recipe.lewis and base:
         sets: dict[str, CalibrationEntry] = {}
         measured = []
         for entry, names in pipeline.wanted_measurements(recipe):
@@ -164,14 +180,14 @@ def _guided_steps(
                 if name not in sets:
                     configs = hub.fetch(base.model, weights=False)
                     sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
-                found = pipeline.find_measured(
-                    source.ref, source.key, sets[name], recipe.allocator.importance, default_device()
-                )
+                of_pass = (source.ref, source.key, sets[name], recipe.lewis.importance, default_device())
+                found = pipeline.find_measured(*of_pass, grams=recipe.needs_grams and entry is not None)
+                passes += [] if found else [sets[name].tokens]
                 plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
                 measured.append(found)
-        if known_base and complete and all(measured):
+        if recipe.allocator and known_base and complete and all(measured):
             allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
-        plan.steps.append(Step("allocate", "cached" if allocated else "to do"))
+        plan.steps += [Step("allocate", "cached" if allocated else "to do")] if recipe.allocator else []
     writes, merged_keys, prepared = [], {}, None
     if complete:
         prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
@@ -197,7 +213,7 @@ def _guided_steps(
         for label, key in {**keys, **merged_keys}.items():
             scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
-    return writes, prepared
+    return writes, prepared, passes
 
 
 def _files(source: Source) -> ModelFiles | None:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance import gram_files
-from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.collected import Collected
 from lewis.importance.gram_files import Grams
@@ -29,8 +28,6 @@ from lewis.importance.measured import Measured
 from lewis.importance.passes import Pass, Watched, of_expert
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.gram import packed_length
-from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, keeps_rows
 from lewis.models.model import Model
 
 if TYPE_CHECKING:
@@ -192,49 +189,3 @@ def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: st
 
     [measured] = norms(model, network, means, [calibration], reduce)
     return measured
-
-
-def bytes_of(network: Network, tokens: int) -> int:
-    """Bytes on disk that the statistics of a model take at most, as if no two projections shared their inputs.
-
-    Args:
-        network: its modules.
-        tokens: of the calibration set. Of stacked experts, each is taken to see an even share, which takes most room.
-    """
-    return sum(each.stack * _bytes_of_input(each.size, each.tokens) for _, each in _stacks(network, tokens))
-
-
-def operations_of(network: Network, tokens: int) -> float:
-    """Floating-point operations of the pass, roughly: the products with the weights, and those of the inputs.
-
-    Args:
-        network: its modules.
-        tokens: of the calibration set.
-    """
-    total = 0
-    for parameter, each in _stacks(network, tokens):
-        products = 0 if keeps_rows(each.size, each.tokens) else packed_length(each.size) * each.stack
-        total += each.tokens * (network.empty(parameter).numel() + products)
-    return 2.0 * total
-
-
-class _Stack(NamedTuple):
-    """A covered parameter: number of inputs, how many are stacked in it, and the tokens that each of them sees."""
-
-    size: int
-    stack: int
-    tokens: int
-
-
-def _stacks(network: Network, tokens: int) -> Iterator[tuple[str, _Stack]]:
-    chosen = getattr(network.module.config.get_text_config(), "num_experts_per_tok", None) or 1
-    for parameter, transposed in {each.parameter: each.transposed for each in network.covered}.items():
-        shape = network.empty(parameter).shape
-        stack = shape[0] if len(shape) == 3 else 1
-        seen = -(-tokens * min(chosen, stack) // stack) if stack > 1 else tokens
-        yield parameter, _Stack(shape[-2 if transposed else -1], stack, seen)
-
-
-def _bytes_of_input(size: int, tokens: int) -> int:
-    kept = min(tokens, DUAL_TOKENS) if size > DUAL_ABOVE else tokens
-    return 4 * (size + (size * kept if keeps_rows(size, tokens) else packed_length(size)))

@@ -43,7 +43,12 @@ def covered_layers(folder: Path, tensors: Shapes | None = None) -> list[Layer]:
     Raises:
         InputError: if the model's class is unknown, or no layer is covered.
     """
-    return [layer for covered in _network(folder, tensors, torch.float32).covered for layer in covered.layers]
+    return layers_of(network_in(folder, tensors))
+
+
+def layers_of(network: Network) -> list[Layer]:
+    """The covered layers of a network."""
+    return [layer for covered in network.covered for layer in covered.layers]
 
 
 def measure(
@@ -210,11 +215,12 @@ def network_of(model: Model, dtype: torch.dtype | None = None) -> Network:
     Raises:
         InputError: as `covered_layers`.
     """
-    return _network(model.home, model.shapes, dtype or torch.float32)
+    return network_in(model.home, model.shapes, dtype)
 
 
-def _network(folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> Network:
-    network = Network(folder, tensors, dtype)
+def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype | None = None) -> Network:
+    """As `network_of`; arguments as those of `covered_layers`."""
+    network = Network(folder, tensors, dtype or torch.float32)
     if not network.covered:
         raise InputError(
             f"{folder}: no covered layer: {type(network.module).__name__} has no projection in repeated blocks whose "

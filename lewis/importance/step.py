@@ -212,7 +212,8 @@ def find_or_measure_grams(
     digest, folder = grams_place(model.key, calibration.digest, device)
     with kinds.GRAMS.lock(digest):
         if store.read_manifest(folder) is None:
-            from lewis.importance.grams import bytes_of, measure_grams
+            from lewis.importance.effort import bytes_of
+            from lewis.importance.grams import measure_grams
 
             needed = bytes_of(measuring.network_of(model), calibration.tokens)
             facts, checksums = {"model": model.key, "calibration": calibration.digest}, dict[str, str]()

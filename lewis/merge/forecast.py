@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lewis import store
-from lewis.devices import one_thread
-from lewis.lazy_torch import torch
+from lewis.importance.effort import operations_per_second
+from lewis.importance.measure import network_of
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge.in_torch import PIECE, is_computed, is_whole
 from lewis.merge.run import Merge
 from lewis.methods import Method
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
 from lewis.models.writer import CheckpointWriter
 
 _WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
@@ -70,7 +71,7 @@ def forecast(merge: Merge) -> Forecast:
         growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
     if merge.method.fits:
-        of_fit = _of_fit(merge)
+        of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
         seconds, peak = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory)
     return Forecast(seconds, peak)
 
@@ -81,7 +82,6 @@ def _of_fit(merge: Merge) -> Forecast:
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
     """
-    from lewis.importance.measure import network_of
     from lewis.merge.fit import in_order
     from lewis.merge.held_out import LOGITS
 
@@ -91,14 +91,27 @@ def _of_fit(merge: Merge) -> Forecast:
     outside = sum(network.empty(name).numel() for name in network.parameters_outside())
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
     models = len(merge.experts) + 1
-    with one_thread(), torch.inference_mode():
-        square = torch.ones(1024, 1024)
-        square @ square
-        begun = time.perf_counter()
-        square @ square
-        per_second = 2 * 1024**3 / (time.perf_counter() - begun)
     held = merge.tunes * merge.threads * 2 * LOGITS + models * outside + tokens * 7 * largest + 4 * models * largest**2
-    return Forecast(8.5 * tokens * weights / (per_second * merge.threads), 600_000_000 + 4 * held)
+    per_second = operations_per_second() * merge.threads
+    return Forecast(8.5 * tokens * weights / per_second, 600_000_000 + 4 * held)
+
+
+def _of_static_fit(merge: Merge) -> Forecast:
+    """What a fit to statistics takes, once these are there, from the sizes of the projections.
+
+    Of a projection (out, in), the fit takes 2 out in^2 operations for each expert, twice as many in fp64 for the
+    solution, and in^3 / 3 in fp64 for the factor of the inputs that it shares with others; in fp64 each counts twice.
+    """
+    network = network_of(merge.base)
+    operations, held = 0.0, 0
+    for parameter, transposed in {each.parameter: each.transposed for each in network.covered}.items():
+        shape = network.empty(parameter).shape
+        outputs, inputs = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+        known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
+        stack = shape[0] if len(shape) == 3 else 1
+        operations += stack * (outputs * inputs * known * (2 * len(merge.experts) + 8) + known**3 / 3)
+        held = max(held, (len(merge.experts) + 6) * known * inputs + (len(merge.experts) + 4) * shape.numel())
+    return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + 4 * held)
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:
