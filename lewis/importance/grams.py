@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,8 @@ def measure_grams(
         weights.check()
         weights.load(network.parameters_outside())
         weights.move_buffers()
-        walk = _Walk(weights, watched, passes, workers, folder, calibration.tokens)
+        writer = contexts.enter_context(ThreadPoolExecutor(1))
+        walk = _Walk(weights, watched, passes, workers, writer, folder, calibration.tokens)
         for share in walk.blocks():
             if progress:
                 progress(int(share * calibration.tokens), calibration.tokens)
@@ -100,11 +102,23 @@ class _Walk:
         watched: Watched,
         passes: list[Pass],
         workers: Workers,
+        writer: Executor,
         folder: Path,
         tokens: int,
     ) -> None:
+        """
+        Args:
+            weights: of the model.
+            watched: its network.
+            passes: through it.
+            workers: run the passes and the sums.
+            writer: writes the statistics of a block while the passes go through the next.
+            folder: where to.
+            tokens: in all passes.
+        """
         self._weights, self._watched, self._passes, self._workers = weights, watched, passes, workers
-        self._folder, self._tokens = folder, tokens
+        self._writer, self._folder, self._tokens = writer, folder, tokens
+        self._written: Future[None] | None = None
         self.checksums: dict[str, str] = {}
 
     def blocks(self) -> Iterator[float]:
@@ -118,13 +132,19 @@ class _Walk:
             waiting = [each for each in self._passes if each.place == path]
             self._watched.notes = not gram_files.has(self._folder, path)
             names = network.parameters_in(path)
-            self._weights.load(names)
+            self._workers([partial(self._weights.load, [name]) for name in names])
             found = self._through(waiting)
             self._weights.drop(names)
+            self._wait_for_writer()
             if self._watched.notes:
-                self._write(path, *found)
+                self._written = self._writer.submit(self._write, path, *found)
             yield min(1.0, len(done) / len(network.blocks))
+        self._wait_for_writer()
         yield 1.0
+
+    def _wait_for_writer(self) -> None:
+        if self._written is not None:
+            self._written.result()
 
     def _go_on(self, some: Sequence[Pass]) -> None:
         chosen = set(map(id, some))

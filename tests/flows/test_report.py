@@ -248,6 +248,34 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
     assert both == states[3].result() == [*states[0].result(), *states[1].result()]
 
 
+def test_a_fit_measures_only_the_expert_that_has_moved(client: Any, home: Path, family: Family) -> None:
+    """Second-order statistics of each expert come from a task of its own, and the merge waits for them."""
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    from lewis_flows.merge import merge_flow
+
+    math, path = shutil.copytree(family.math, home.parent / "math"), home.parent / f"fit{time.time_ns()}.yaml"
+    sets = {"words": {"texts": ["w1 w2 w3 w4", "w5 w6"], "samples": 2}}
+    experts = [{"model": str(math)}, {"model": str(family.code)}]
+    data = {"merge_method": "regmean", "base_model": str(family.base), "models": experts}
+    path.write_text(json.dumps(data | {"lewis": {"calibrations": sets}}))
+
+    def states() -> dict[str, str]:
+        state = merge_flow(str(path), return_state=True)
+        of_run = FlowRunFilter.model_validate({"id": {"any_": [state.state_details.flow_run_id]}})
+        return {run.name: run.state_name for run in client.read_task_runs(flow_run_filter=of_run)}
+
+    own, other = f"measure {math} on words", f"measure {family.code} on words"
+    first = states()
+    assert (first[own], first[other], first["merge experts"]) == ("Completed",) * 3
+    assert f"measure {family.base} on words" not in first and "allocate" not in first
+    moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
+    shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
+    second = states()
+    assert (second[own], second[other], second["merge experts"]) == ("Completed", "Cached", "Completed")
+    assert len(list((home / "grams").iterdir())) == 3
+
+
 def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
     from prefect import flow, task
 

@@ -81,6 +81,25 @@ class TestLocal:
         number, auto = (prepare_merge(recipe, *pipeline.fetch(recipe)) for recipe in recipes)
         assert (number.fits, auto.fits) == (1, 5)
 
+    def test_statistics_that_a_fit_needs(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, *family.experts, merge_method="regmean", lewis={"calibrations": SETS})
+        work = [f"measure {path} on sums" for path in family.experts]
+        before = make_plan(recipe)
+        assert states(before) == {f"download {p}": "cached" for p in (family.base, *family.experts)} | dict.fromkeys(
+            [*work, "merge merged"], "to do"
+        )
+        merge = pipeline.prepare_merge(recipe, *(files := pipeline.fetch(recipe)))
+        assert before.measuring > 0 and before.seconds
+        assert "s, for statistics of the experts' inputs" in before.to_text()
+        pipeline.guide(recipe, *files)
+        after = make_plan(recipe)
+        assert {states(after)[name] for name in work} == {"cached"} and after.disk == merge.size
+        written = sum(path.stat().st_size for path in (home / "grams").glob("*/*.safetensors"))
+        assert written / 3 < before.disk - after.disk < 3 * written and after.measuring == 0
+        for entry in (home / "grams").iterdir():
+            store.discard(entry)
+        assert {states(make_plan(recipe))[name] for name in work} == {"to do"}
+
     def test_sizes(self, family: Family, home: Path) -> None:
         recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS}, dtype="bfloat16")
         plan = make_plan(recipe)

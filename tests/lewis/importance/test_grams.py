@@ -1,5 +1,6 @@
 """Second-order statistics against hooks of the test's own: fp64, one sample at a time, on real classes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lewis.importance.measure import measure, network_of
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
+from lewis.store import housekeeping
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
 from tests.support.models import rewrite
@@ -178,6 +180,16 @@ class TestStore:
         others = {step.grams_place(*of, "cpu")[0] for of in (("key", "x"), ("x", CALIBRATION.digest))}
         assert len(others | {folder.name}) == 3
         assert step.grams_place("key", CALIBRATION.digest, "cuda")[1] != folder
+
+    def test_housekeeping_knows_it(self, family: Family, home: Path) -> None:
+        folder = step.find_or_measure_grams(Checkpoint(family.math, "key"), CALIBRATION)
+        assert housekeeping.survey(needed={}) == []
+        os.utime(folder / store.MANIFEST, (0, 0))
+        [found] = housekeeping.survey(needed={})
+        assert (found.kind, found.path) == ("grams", folder)
+        keep = housekeeping.Needed(lambda path: path == folder, "")
+        assert housekeeping.survey(needed={"grams": keep}) == []
+        assert housekeeping.remove([found]) > 10_000 and not folder.exists()
 
     def test_a_damaged_file_is_not_believed_and_measured_again(self, family: Family, home: Path) -> None:
         model = Checkpoint(family.math, "key")
