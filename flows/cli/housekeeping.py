@@ -1,9 +1,10 @@
-"""`lewis gc`: remove from the store what nothing needs."""
+"""`lewis gc` and `lewis verify`: remove from the store what nothing needs, and check everything in it."""
 
 import argparse
 import json
 from dataclasses import asdict
 
+from lewis.errors import LewisError
 from lewis_flows.cli.terminal import show_log
 
 
@@ -33,3 +34,22 @@ def gc(options: argparse.Namespace) -> None:
         print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
     done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
     print(f"{len(found)} entries, {done}" if found else "nothing to remove")
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check everything anew, and print what is damaged.
+
+    Raises:
+        LewisError: if something is.
+    """
+    from lewis.registry.verification import verify
+
+    show_log()
+    found = verify()
+    if options.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        print(f"checked {found.checked} entries and versions, {len(found.damaged)} damaged")
+        print("".join(f"{each.kind} {each.entry}: {each.why}\n" for each in found.damaged), end="")
+    if found.damaged:
+        raise LewisError(found.to_text())

@@ -74,6 +74,12 @@ COMMANDS = (
         "remove what no registered version, no recent run and no running one needs",
         (housekeeping.gc_options, as_json),
     ),
+    Command(
+        "verify",
+        housekeeping.verify,
+        "read everything in the store and in MLflow again, and tell what is damaged",
+        (as_json,),
+    ),
     Command("history", registry.history, "tell who replaced whom as champion of a model, and why", (name, as_json)),
     Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why)),
     Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why)),

@@ -62,7 +62,7 @@ class Process:
         Raises:
             LewisError: if it ends or does not answer in time; names its log.
         """
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        store.make_folder(self.log.parent)
         with store.lock(f"{self.name}-start"):  # one start at a time, because the first migrates the database
             # -I and -S: the guard needs no packages, and none may shadow Python's own modules.
             guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._grace), *self._command]

@@ -89,7 +89,7 @@ def allocate(
             uniform = {ref: densities.uniform_like(layers, each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
             content = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
-            store.write_json(path, {**content, "warnings": list(filter(None, warnings))})
+            store.write_entry(path, {**content, "warnings": list(filter(None, warnings))})
     for text in store.entry(path, "warnings") or []:  # also of densities that were found
         logger.warning("%s", text)
     found = find_allocated(recipe, base, experts, measured)

@@ -28,8 +28,8 @@ class ScoresEntry(JsonReference):
     @property
     def evaluated(self) -> Evaluated:
         """Scores and samples; read from the disk at each access."""
-        self.content(self.holds)
-        return Evaluated.of(self.ref, store.read_json(self.path) or {})
+        self.content(self.holds)  # which says what to do if it is gone
+        return Evaluated.of(self.ref, store.read_entry(self.path) or {})
 
     @property
     def scores(self) -> list[Score]:
@@ -45,14 +45,19 @@ def score(
     device: str = "cpu",
     progress: Callable[[float, str], None] | None = None,
 ) -> ScoresEntry:
-    """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval."""
+    """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
+
+    Raises:
+        LewisError: if the model is a merged one that is damaged; or as `lm_eval.evaluate`.
+    """
     digest, path = _scores_place(files.key, settings, root, device)
     with kinds.SCORES.lock(digest):
         if store.entry(path, "results") is None:
+            files.check()
             found = lm_eval.evaluate(
                 files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
             )
-            store.write_json(path, {"model": files.key, "ref": files.ref, **found.content})
+            store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 

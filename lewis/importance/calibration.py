@@ -1,10 +1,10 @@
 """Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
 
-import json
 import logging
 import string
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids
+SAMPLES = "samples"  # what a set in the store is whole with
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -44,7 +45,7 @@ class Calibration:
         """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
         path = path_of(self.digest)
         if store.read_entry(path) is None:
-            store.write_text(path, json.dumps({"name": self.name, "samples": self.samples}))
+            store.write_entry(path, {"name": self.name, SAMPLES: self.samples}, indent=None)
         return path
 
     @classmethod
@@ -54,10 +55,10 @@ class Calibration:
         Raises:
             LewisError: if it is gone or damaged.
         """
-        content = store.read_json(path)
+        content = store.read_entry(path)
         if content is None:
-            raise LewisError(f"{path}: the calibration set is gone from the store; run again")
-        return cls(content["name"], tuple(tuple(sample) for sample in content["samples"]))
+            raise LewisError(f"{path}: the calibration set is damaged, or is gone from the store; run again")
+        return cls(content["name"], tuple(tuple(sample) for sample in content[SAMPLES]))
 
 
 def path_of(digest: str) -> Path:
@@ -102,17 +103,8 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
         InputError: if the data cannot be read, a field of the template does not exist, or nothing is left.
     """
     where = f"lewis.calibrations.{name}"
-    rows: Any = list(spec.texts) if spec.texts is not None else _load_rows(where, spec, root)
-    if not len(rows):
-        raise InputError(f"{where}: the calibration set is empty; give it rows")
-    order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
-    if len(order) < spec.samples and "samples" in spec.model_fields_set:
-        raise InputError(f"{where}.samples: {spec.samples} asked for, the set has {len(order)}; set it to that or less")
-    try:
-        chosen = [rows[int(i)] for i in order]
-    except UnicodeDecodeError as error:  # JSON is decoded when a row is read
-        raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
-    texts = [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
+    with _rows(where, spec, root) as rows:
+        texts = _texts(where, spec, rows)
     encode = _load_tokenizer(tokenizer)
     cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]
     special = set(encode.all_special_ids)
@@ -127,6 +119,19 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     return Calibration(name, samples)
 
 
+def _texts(where: str, spec: CalibrationSet, rows: Any) -> list[str]:
+    if not len(rows):
+        raise InputError(f"{where}: the calibration set is empty; give it rows")
+    order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
+    if len(order) < spec.samples and "samples" in spec.model_fields_set:
+        raise InputError(f"{where}.samples: {spec.samples} asked for, the set has {len(order)}; set it to that or less")
+    try:
+        chosen = [rows[int(i)] for i in order]
+    except UnicodeDecodeError as error:  # JSON is decoded when a row is read
+        raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
+    return [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
+
+
 def _filled_up(where: str, tokenizer: Any, ids: list[int], length: int) -> list[int]:
     end = tokenizer.eos_token_id
     if end is None:
@@ -135,17 +140,33 @@ def _filled_up(where: str, tokenizer: Any, ids: list[int], length: int) -> list[
     return filling + ids if tokenizer.padding_side == "left" else ids + filling
 
 
-def _load_rows(where: str, spec: CalibrationSet, root: Path) -> Any:
-    with _LOADING:
-        return _load_dataset(where, spec, root)
+@contextmanager
+def _rows(where: str, spec: CalibrationSet, root: Path) -> Iterator[Any]:
+    """The rows of a set.
+
+    What `datasets` builds of local files has no checksums, so it is built anew each time and removed afterwards: a set
+    that was made is found in the store.
+    """
+    if spec.texts is not None:
+        yield list(spec.texts)
+        return
+    cache = store.beside(store.make_folder(kinds.DATASETS.folder) / "rows")
+    try:
+        with _LOADING:
+            rows = _load_dataset(where, spec, root, cache)
+        yield rows
+    finally:
+        store.discard(cache)
 
 
-def _load_dataset(where: str, spec: CalibrationSet, root: Path) -> Any:
+def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> Any:
     arguments = _arguments(where, spec, root)
     import datasets
 
     datasets.disable_progress_bars()
     repo = (spec.dataset or "").partition("@")[0]
+    if repo in ("json", "parquet"):
+        arguments["cache_dir"] = str(cache)
     try:
         return datasets.load_dataset(repo, split=spec.split, **arguments)
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
@@ -171,9 +192,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
                 f"{where}.data_files: no such file: {absent[0]}; relative paths start at the recipe's folder"
             )
         arguments["data_files"] = paths
-    if repo in ("json", "parquet"):
-        arguments["cache_dir"] = str(kinds.DATASETS.folder)
-    else:
+    if repo not in ("json", "parquet"):
         from lewis.models.hub import resolve_dataset
 
         arguments["revision"] = resolve_dataset(repo, revision or None)

@@ -1,18 +1,21 @@
 """What an importance pass leaves in the store: norms as JSON and, in a safetensors file beside it, second moments.
 
-The JSON names size and SHA-256 of the other file, and is written after it: an entry whose moments are gone, cut short
+The JSON names size and SHA-256 of the other file, and is written after it: an entry whose moments are gone, damaged
 or of another pass is not believed.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lewis import store
+from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.store import kinds
+from lewis.store.checksums import remembered_sha256
 
 NORMS = "norms"
 
@@ -50,23 +53,39 @@ def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:
     with store.written_beside(beside) as scratch:
         scratch.write_bytes(content)
         facts = {**facts, "moments": {"size": len(content), "sha256": store.file_sha256(scratch)}}
-    store.write_json(path, {**facts, NORMS: measured.norms})
+    store.write_entry(path, {**facts, NORMS: measured.norms})
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the store has the measurement with its moments, as they were written; marks it as used."""
+    """Whether the store has the measurement with its moments, as they were written; marks it as used.
+
+    What is damaged is set aside.
+    """
     content, beside = store.read_entry(path), moments_path(path)
-    if not isinstance(content, dict) or not content.get(NORMS):
+    if content is None or not content.get(NORMS):
         return False
     expected = content.get("moments") or {}
     try:
-        return bool(beside.stat().st_size == expected["size"] and store.file_sha256(beside) == expected["sha256"])
+        if beside.stat().st_size == expected["size"] and remembered_sha256(beside) == expected["sha256"]:
+            return True
     except (OSError, KeyError, TypeError):
         return False
+    store.set_aside([path, beside], f"{beside.name}: its size or SHA-256 is not what the entry says")
+    return False
 
 
 def read_moments(path: Path) -> dict[str, torch.Tensor]:
-    """The second moments of a whole entry."""
+    """The second moments of an entry.
+
+    Raises:
+        LewisError: if they are gone or damaged.
+    """
     from safetensors.torch import load
 
-    return load(moments_path(path).read_bytes())
+    try:
+        content = moments_path(path).read_bytes()
+    except OSError as error:
+        raise LewisError(f"{moments_path(path)}: {error.strerror}; run again, which makes it anew") from error
+    if hashlib.sha256(content).hexdigest() != (store.entry(path, "moments") or {}).get("sha256"):
+        raise LewisError(f"{moments_path(path)} is damaged; run again, which makes it anew")
+    return load(content)

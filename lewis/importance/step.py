@@ -28,7 +28,7 @@ from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Importance, ModelEntry
-from lewis.store import kinds
+from lewis.store import kinds, manifest
 from lewis.store.checksums import place_of
 from lewis.store.reference import JsonReference, Reference
 
@@ -45,9 +45,8 @@ class CalibrationEntry(Reference):
 
     @model_validator(mode="after")
     def _on_disk(self) -> CalibrationEntry:
-        store.mark_used(self.path)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path} is gone")
+        if store.entry(self.path, calibration.SAMPLES) is None:
+            raise ValueError(f"{self.path} is gone or damaged")
         return self
 
 
@@ -78,7 +77,7 @@ class ImportanceEntry(JsonReference):
 
     @property
     def moments(self) -> dict[str, torch.Tensor]:
-        """Tensor name -> s, the mean of x_j^2; read from the disk at each call."""
+        """Tensor name -> s, the mean of x_j^2; read from the disk, and checked, at each call."""
         return measurements.read_moments(self.path)
 
 
@@ -116,7 +115,7 @@ def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> Calibrat
         made = calibration.calibrate(name, spec, tokenizer=base.folder, root=recipe.root)
         known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
         if note() == place:  # no row moved meanwhile
-            store.write_json(place, {"calibration": known})
+            store.write_entry(place, {"calibration": known})
     return CalibrationEntry(name=name, path=path, **known)
 
 
@@ -212,6 +211,7 @@ def find_or_measure_grams(
     digest, folder = grams_place(model.key, calibration.digest, device)
     with kinds.GRAMS.lock(digest):
         if store.read_manifest(folder) is None:
+            manifest.set_damaged_aside(folder)
             from lewis.importance.effort import bytes_of
             from lewis.importance.grams import measure_grams
 
@@ -274,5 +274,5 @@ def _covered(base: ModelFiles, opened: Model) -> list[Layer]:
     known = store.entry(place, "layers")
     if known is None:
         known = [asdict(layer) for layer in measuring.covered_layers(base.folder, opened.shapes)]
-        store.write_json(place, {"layers": known})
+        store.write_entry(place, {"layers": known})
     return [Layer(**fields) for fields in known]

@@ -100,8 +100,7 @@ class Aligned:
         lent, (dtype, bits) = self._lenders.of(name, np.flatnonzero(self._rows < 0)), self.model.raw(name)
         out = dtype if lent.dtypes <= {dtype} and self._mean_from is None else "F32"
         try:
-            store.home().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=store.home()) as file:
+            with tempfile.TemporaryFile(dir=store.make_folder(store.home())) as file:
                 for part in self._parts(dtype, bits.reshape(self._own_rows, -1), lent, out):
                     file.write(bytes_of(part))
                 file.flush()

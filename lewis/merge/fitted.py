@@ -19,8 +19,8 @@ class Fitted:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._index, self._places = folder / "blocks.json", dict[str, Path]()
-        known = store.read_json(self._index) or {}
-        for name, (sha256, tensors) in known.items() if isinstance(known, dict) else ():
+        known = store.read_entry(self._index) or {}
+        for name, (sha256, tensors) in known.items():
             path = folder / name
             if path.is_file() and store.file_sha256(path) == sha256:
                 self._places |= dict.fromkeys(tensors, path)
@@ -44,5 +44,5 @@ class Fitted:
         path = self.folder / f"{block}.safetensors"
         store.write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         self._known[path.name] = [store.file_sha256(path), list(tensors)]
-        store.write_json(self._index, self._known)
+        store.write_entry(self._index, self._known)
         self._places |= dict.fromkeys(tensors, path)

@@ -78,7 +78,7 @@ def choose(
     parts = [split(expert.calibration) for expert in merge.experts if expert.calibration]
     file = folder / "ridges.json"
     folder.mkdir(parents=True, exist_ok=True)
-    known = dict(store.read_json(file) or {})
+    known = dict(store.read_entry(file) or {})
     for i, ridge in enumerate(RIDGES):
 
         def report(share: float, done: int = i) -> None:
@@ -90,7 +90,7 @@ def choose(
             place = folder / f"ridge-{ridge:g}"
             loss = mean_loss(candidate, fit(candidate, place, report, threads), [held for _, held in parts], threads)
             known[str(ridge)] = loss if math.isfinite(loss) else None
-            store.write_json(file, known)
+            store.write_entry(file, known)
             store.discard(place)
             logger.info("ridge %g: %.4f nats per token on held-out calibration rows", ridge, loss)
         report(1.0)

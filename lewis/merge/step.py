@@ -26,7 +26,7 @@ from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe, excluded
 from lewis.recipe.schema import Output
-from lewis.store import kinds
+from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 
 
@@ -180,6 +180,7 @@ def merge(
     folder = kinds.MERGED.path(prepared.digest)
     with kinds.MERGED.lock(prepared.digest):
         if find_merged(prepared.digest) is None:
+            manifest.set_damaged_aside(folder)
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
     return MergedModel(digest=prepared.digest, folder=folder)
 

@@ -40,7 +40,7 @@ def _listing_entry(source: str, commit: str) -> Path:
 
 
 def _remembered_listing(source: str, commit: str) -> Listing | None:
-    known = store.read_entry(_listing_entry(source, commit))
+    known = store.entry(_listing_entry(source, commit), "files")
     return None if known is None else {name: (size, checksum) for name, (size, checksum) in known.items()}
 
 
@@ -58,7 +58,7 @@ def remember_listing(source: str, info: Any) -> Listing:
     outside = next((name for name in files if ".." in PurePosixPath(name).parts or name.startswith("/")), None)
     if outside:
         raise InputError(f"{source}: refused: its file {outside!r} would land outside its folder")
-    store.write_json(_listing_entry(source, info.sha), files)
+    store.write_entry(_listing_entry(source, info.sha), {"files": files})
     return files
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from lewis import store
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert, is_adapter
@@ -19,7 +19,7 @@ from lewis.models.model import Model
 from lewis.models.names import short_or_whole
 from lewis.models.pin import Pinned
 from lewis.recipe.recipe import Recipe
-from lewis.store import kinds
+from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 
 
@@ -67,8 +67,9 @@ class ModelFiles(Reference):
 
     @model_validator(mode="after")
     def _on_disk(self) -> ModelFiles:
-        if self.folder.parent == kinds.MERGED.folder:  # a merged model, to be scored or merged again
-            store.mark_used(self.folder / store.MANIFEST)
+        for folder in (self.folder, self.adapter):  # a merged model, to be scored or merged again
+            if folder and folder.parent == kinds.MERGED.folder and store.read_manifest(folder) is None:
+                raise ValueError(f"{folder} is gone or damaged")
         for name, size in self.sizes.items():
             if not os.path.isfile(name) or os.path.getsize(name) != size:
                 raise ValueError(f"{name} is gone or was cut short")
@@ -80,6 +81,19 @@ class ModelFiles(Reference):
         paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
         sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, sizes=sizes)
+
+    def check(self) -> None:
+        """Check the content of a folder in the store that has a manifest: a merged model, to be scored or merged again.
+
+        Raises:
+            LewisError: naming the file that is damaged.
+        """
+        for folder in (self.folder, self.adapter):
+            if folder and store.holds(folder) and (folder / store.MANIFEST).is_file():
+                try:
+                    manifest.check(folder)
+                except manifest.DamagedError as error:
+                    raise LewisError(f"{folder}: {error}; run again, which makes it anew") from error
 
     def open(self) -> Model:
         """Open the model for reading.

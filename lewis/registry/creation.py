@@ -7,16 +7,16 @@ cleared by the next attempt.
 import json
 import logging
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.registry import lineage, logged_model, tracking, versions
+from lewis.registry import lineage, logged_model, repair, tracking, versions
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
 from lewis.reports.card import FRONT_MATTER
+from lewis.store import manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,22 +29,28 @@ MAX_DESCRIPTION = 5000  # characters
 def register(new: Registration) -> Version:
     """Register a merged checkpoint, once per digest.
 
+    If the files of its version are lost or damaged, it is registered anew, and the aliases move to the new version.
+
     Raises:
         InputError: if the name or the digest is malformed.
-        LewisError: if the checkpoint is damaged, or MLflow or the disk refuses. The run is then FAILED, and there is
-            no version.
+        LewisError: if a file of the checkpoint is damaged, or MLflow or the disk refuses. The run is then FAILED, and
+            there is no version.
         TransientError: if the server does not answer.
     """
     name = versions.check(new.name, new.digest)
-    if store.read_manifest(new.folder) is None:
-        raise LewisError(f"{new.folder}: expected a whole merged checkpoint, files are missing or cut; merge again")
+    try:
+        manifest.check(new.folder)
+    except manifest.DamagedError as error:
+        raise LewisError(f"{new.folder}: expected a whole merged checkpoint: {error}; merge again") from error
     with store.lock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
         found = versions.find_with(client, name, new.digest)
         if found is not None:
             _close_runs(client, name, new.digest, finished=found.run_id)
-            return found
-        _clear_leftovers(client, name, new.digest)
-        return _create(client, name, new)
+        else:
+            _clear_leftovers(client, name, new.digest)
+            found = _create(client, name, new)
+        repair.point_aliases_to(client, found, new.digest)
+        return found
 
 
 def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
@@ -56,7 +62,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     try:
         plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
         model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
-        sizes = logged_model.write(client, model, new.folder, new.card)
+        files = logged_model.write(client, model, new.folder, new.card)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         _log_run(client, run_id, model.model_id, new)
         _create_registered_model(client, name)
@@ -65,7 +71,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
             source=f"models:/{model.model_id}",
             run_id=run_id,
             model_id=model.model_id,
-            tags=_tags_of(new, sizes),
+            tags=_tags_of(new, files) | repair.inherited(client, name, new.digest),
             # without the front matter, which MLflow would show as text
             description=tracking.cut(FRONT_MATTER.sub("", new.card), MAX_DESCRIPTION, "card.md"),
             await_creation_for=0,
@@ -90,12 +96,12 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
         client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
 
 
-def _tags_of(new: Registration, sizes: Mapping[str, int]) -> dict[str, str]:
+def _tags_of(new: Registration, files: logged_model.Files) -> dict[str, str]:
     merged = {k.removeprefix("merged/"): v for k, v in new.metrics.items() if k.startswith("merged/")}
     return {
         "lewis.digest": new.digest,
         "lewis.metrics": json.dumps(merged, sort_keys=True),
-        "lewis.files": json.dumps(sizes),
+        "lewis.files": json.dumps(files),
         "lewis.recipe_digest": store.digest(new.recipe),
         **{lineage.source_tag(ref): commit for ref, commit in new.lineage.items()},
         **new.tags,
@@ -113,11 +119,10 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
 
 
 def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:
-    """Clear what earlier attempts left: half-made runs of killed processes, and versions that lost their files."""
+    """Clear what earlier attempts left: half-made runs of killed processes, and versions whose files are damaged."""
     for version in versions.of_digest(client, name, digest):
-        logger.warning("version %s of %s lost its files; registering it anew", version.version, name)
-        client.set_model_version_tag(name, version.version, "lewis.damaged", digest)
-        client.delete_model_version_tag(name, version.version, "lewis.digest")
+        logger.warning("version %s of %s: files are lost or damaged; registering it anew", version.version, name)
+        repair.give_up(client, version, digest)
     _close_runs(client, name, digest, finished=None)
     for model in client.search_logged_models([tracking.experiment(client)], _made_by(name, digest)):
         if model.status == "FAILED":

@@ -28,7 +28,8 @@ class Record:
 
     Attributes:
         time: UTC, ISO 8601.
-        what: `promoted`, `rejected`, `promoted by hand` or `rolled back`.
+        what: `promoted`, `rejected`, `promoted by hand`, `rolled back`, or `repaired`: the same merge, registered anew
+            because the champion's files were damaged.
         version: the new champion, or the version that was refused.
         champion: the version that was in use before; None if there was none.
         why: the gate's rules, or a person's reason.

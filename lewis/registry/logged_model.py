@@ -1,7 +1,8 @@
 """A checkpoint as an MLflow LoggedModel, without a second copy of the weights on disk.
 
 MLflow's own `log_model` copies the weights twice. Here MLflow writes everything but the weights, which are then
-hard-linked. This is safe because the store never changes the content of a file: it replaces the file.
+hard-linked. This is safe because the store never changes the content of a file, which is read-only: it replaces the
+file. If the disk damages one, the version is tagged as damaged and registered anew (`lewis.registry.repair`).
 """
 
 import importlib
@@ -19,6 +20,9 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from lewis import store
+from lewis.store import manifest
+from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,8 +33,11 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "model"  # the subfolder in which MLflow's transformers flavor keeps the Hugging Face folder
 WEIGHTS = "*.safetensors"
 
+Files = Mapping[str, tuple[int, str | None]]
+"""Path in the model's artifacts -> size in bytes and SHA-256; None for versions of earlier versions of LEWIS."""
 
-def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str) -> dict[str, int]:
+
+def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str) -> Files:
     """Write a checkpoint into a pending LoggedModel and mark it READY.
 
     Args:
@@ -38,25 +45,44 @@ def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str)
         card: Markdown, stored as the model card.
 
     Returns:
-        size in bytes of every file of the model, by its path in the model's artifacts.
+        Size in bytes and SHA-256 of every file of the model, by its path in the model's artifacts.
     """
     with _target(client, model) as target:
         _build(model, folder, target, card)
-        sizes = {path.relative_to(target).as_posix(): path.stat().st_size for path in _files(target)}
+        written = _files(target)
+        for path in written:
+            if store.holds(path):
+                store.restrict(path)
+        files = {p.relative_to(target).as_posix(): (p.stat().st_size, remembered_sha256(p)) for p in written}
     client.finalize_logged_model(model.model_id, "READY")
-    return sizes
+    return files
 
 
-def is_whole(client: "MlflowClient", model_id: str, sizes: Mapping[str, int]) -> bool:
-    """Whether the artifact store still has every file with its size; `sizes` is what `write` returned."""
-    if not sizes:
-        return False
-    for parent, names in groupby(sorted(sizes, key=_parent), _parent):
-        listed = client.list_logged_model_artifacts(model_id, parent or None)
+def check(client: "MlflowClient", model: "LoggedModel", files: Files, *, anew: bool = False) -> None:
+    """Check that the artifact store still has every file as it was written.
+
+    On a file system of this machine that means the content. Of remote files only the sizes can be asked for.
+
+    Args:
+        files: what `write` returned.
+        anew: read every file, whatever is remembered.
+
+    Raises:
+        DamagedError: naming the file.
+    """
+    if not files:
+        raise DamagedError("the version does not say which files it has")
+    if (folder := local_folder(model)) is not None:
+        manifest.check_files(folder, files, anew=anew)
+        if not all(sha256 for _, sha256 in files.values()) and (folder / CHECKPOINT / store.MANIFEST).is_file():
+            manifest.check(folder / CHECKPOINT, anew=anew)
+        return
+    for parent, names in groupby(sorted(files, key=_parent), _parent):
+        listed = client.list_logged_model_artifacts(model.model_id, parent or None)
         present = {PurePosixPath(file.path).name: file.file_size for file in listed}
-        if any(present.get(PurePosixPath(name).name) != sizes[name] for name in names):
-            return False
-    return True
+        for name in names:
+            if (size := present.get(PurePosixPath(name).name)) != files[name][0]:
+                raise DamagedError(f"{name}: expected {files[name][0]} bytes, it has {size}")
 
 
 def local_folder(model: "LoggedModel") -> Path | None:
@@ -66,14 +92,18 @@ def local_folder(model: "LoggedModel") -> Path | None:
 
 
 def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None:
-    """Download the checkpoint of a remote model into the store, with its original manifest."""
+    """Download the checkpoint of a remote model into the store, with its original manifest.
+
+    Raises:
+        DamagedError: if a file is not what the manifest says.
+    """
     from mlflow.artifacts import download_artifacts
 
-    with tempfile.TemporaryDirectory(prefix="lewis-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="lewis-", dir=store.make_folder(folder.parent)) as scratch:
         place = f"{model.artifact_location.rstrip('/')}/{CHECKPOINT}"
         found = Path(download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri))
-        manifest = store.read_json(found / store.MANIFEST) or {}
-        with store.publish(folder, {key: value for key, value in manifest.items() if key != "files"}) as target:
+        original = manifest.check(found)
+        with store.publish(folder, {key: value for key, value in original.items() if key != "files"}) as target:
             for path in _files(found):
                 if path.name != store.MANIFEST:
                     (target / path.relative_to(found)).parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +123,7 @@ def _target(client: "MlflowClient", model: "LoggedModel") -> Iterator[Path]:
     if (folder := local_folder(model)) is not None:
         yield folder
         return
-    uploads = store.home() / "mlflow" / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
+    uploads = store.make_folder(store.home() / "mlflow" / "uploads")
     store.sweep(uploads)
     scratch = uploads / f".{model.model_id}.{os.getpid()}.upload.partial"
     try:
@@ -118,7 +147,8 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
         skeleton = Path(scratch) / CHECKPOINT
-        shutil.copytree(folder, skeleton, ignore=shutil.ignore_patterns(WEIGHTS))
+        # without the modes: MLflow writes into copies of this
+        shutil.copytree(folder, skeleton, ignore=shutil.ignore_patterns(WEIGHTS), copy_function=shutil.copyfile)
         mlflow.transformers.save_model(
             str(skeleton),
             path=str(target),

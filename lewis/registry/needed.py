@@ -1,13 +1,18 @@
 """Which entries of the store the registered versions need: their checkpoints, the inputs of these, and scores."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.registry import lineage, tracking
 from lewis.store import kinds
 from lewis.store.housekeeping import Needed
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _NOT_MADE_FROM = ", no registered version was made from it"
 
@@ -72,15 +77,20 @@ def by_versions() -> dict[str, Needed]:
     }
 
 
+def all_versions(client: "MlflowClient") -> Iterator["ModelVersion"]:
+    """All versions of all registered models."""
+    token: str | None = None
+    while token is None or token:
+        page = client.search_model_versions(max_results=1000, page_token=token)
+        yield from page
+        token = page.token or ""
+
+
 def _read() -> _Versions:
     tags: list[dict[str, str]] = []
     if tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("listing the registered versions") as client:
-            token: str | None = None
-            while token is None or token:
-                page = client.search_model_versions(max_results=1000, page_token=token)
-                tags += [version.tags for version in page]
-                token = page.token or ""
+            tags = [version.tags for version in all_versions(client)]
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
     inputs = {key for each in tags for key in lineage.sources(each).values()}
     manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]

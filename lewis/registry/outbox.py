@@ -50,7 +50,7 @@ class Move:
 
 def write(move: Move) -> None:
     """Write a move down; one of the same id is replaced."""
-    store.write_json(_path(move), asdict(move))
+    store.write_entry(_path(move), asdict(move))
 
 
 def remove(move: Move) -> None:
@@ -60,7 +60,7 @@ def remove(move: Move) -> None:
 
 def moves() -> list[Move]:
     """All moves that are written down, oldest first."""
-    found = [store.read_json(path) for path in _folder().glob("[!.]*.json")]
+    found = [store.read_entry(path) for path in _folder().glob("[!.]*.json")]
     return sorted((Move(**each) for each in found if each), key=lambda move: move.time)
 
 

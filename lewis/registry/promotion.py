@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, outbox, tracking, versions
+from lewis.registry import history, outbox, repair, tracking, versions
 from lewis.registry.outbox import Move
+from lewis.registry.repair import WITHDRAWN
 from lewis.registry.versions import Champion, Version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
-WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; its value is the reason
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         about: what is told of the move, as `Move.about`.
 
     Raises:
-        LewisError: if the champion changed after the comparison.
+        LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.
     """
     with store.lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
         current = versions.champion_of(client, version.name)
@@ -57,6 +57,8 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
+            if not versions.is_whole(client, version.name, version.version):
+                raise LewisError(f"{version.uri}: its files are lost or damaged; run again, which registers it anew")
         tags = {
             "lewis.verdict.compared_with": verdict.compared_with,
             "lewis.verdict.reasons": "\n".join(verdict.reasons),
@@ -78,7 +80,8 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
     """Make a version the champion by hand; return the `uri` of the champion before, empty if there was none.
 
     Raises:
-        InputError: if there is no such version, its files are gone, it is the champion already, or no reason is given.
+        InputError: if there is no such version, its files are gone or damaged, it is the champion already, or no reason
+            is given.
     """
     name = tracking.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
@@ -89,7 +92,7 @@ def rollback(name: str, why: str) -> str:
     """Make the previous champion the champion again; return its `uri`. No gate promotes the withdrawn version again.
 
     Raises:
-        InputError: if there is no previous champion, it was withdrawn itself, or its files are gone.
+        InputError: if there is no previous champion, it was withdrawn itself, or its files are gone or damaged.
     """
     name = tracking.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
@@ -108,12 +111,16 @@ def rollback(name: str, why: str) -> str:
 
 
 def withdrawn(name: str, digest: str) -> str | None:
-    """Why the version of a merge was rolled back by hand; None if it was not."""
-    found = versions.find(name, digest)
-    if found is None:
-        return None
-    with tracking.client(f"reading {found.uri}") as client:
-        return dict(client.get_model_version(found.name, found.version).tags).get(WITHDRAWN)
+    """Why the version of a merge was rolled back by hand; None if it was not.
+
+    It counts also where the version's files are damaged, so that the version that is registered in its place stays out.
+    """
+    name = versions.check(name, digest)
+    with tracking.client(f"reading the versions of {name}") as client:
+        known = versions.of_digest(client, name, digest)
+        if not known:
+            return repair.inherited(client, name, digest).get(WITHDRAWN)
+        return next((each.tags[WITHDRAWN] for each in known if WITHDRAWN in each.tags), None)
 
 
 def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
@@ -134,7 +141,7 @@ def _move(client: "MlflowClient", name: str, version: str, what: str, why: str, 
         raise InputError(f"models:/{name}/{version} is the champion already")
     if not versions.is_whole(client, name, version):
         raise InputError(
-            f"models:/{name}/{version}: no such version, or its files are gone; see `lewis history {name}`"
+            f"models:/{name}/{version}: no such version, or its files are gone or damaged; see `lewis history {name}`"
         )
     before = f"models:/{name}/{current}" if current else None
     history.record(client, name, what, f"models:/{name}/{version}", before, why)

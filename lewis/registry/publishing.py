@@ -16,6 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.models import hub_client
+from lewis.store.manifest import DamagedError
+from lewis.store.manifest import check as check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +76,10 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         LewisError: if the folder is damaged, or somebody pushed to the repo meanwhile.
         TransientError: if the Hub is busy or unreachable, or another commit is under way.
     """
-    manifest = store.read_manifest(folder)
-    if manifest is None:
-        raise LewisError(f"{folder}: expected a whole merged checkpoint, files are missing or cut; merge again")
+    try:
+        manifest = check_folder(folder)
+    except DamagedError as error:
+        raise LewisError(f"{folder}: expected a whole merged checkpoint: {error}; merge again") from error
     with store.lock(f"publish-{repo}"):
         there = _look(repo, private)
         if there is None:

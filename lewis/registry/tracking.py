@@ -66,7 +66,7 @@ def experiment(client: "MlflowClient") -> str:
     """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis"
     artifacts = _folder() / "artifacts"
-    artifacts.mkdir(parents=True, exist_ok=True)
+    store.make_folder(artifacts)
     found = client.get_experiment_by_name(name)
     if found is None:
         # A server knows where its artifacts go. Without a server, MLflow would put them into the current folder.
@@ -159,8 +159,7 @@ def _create_database(uri: str) -> None:
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store.sweep(path.parent)
+    store.sweep(store.make_folder(path.parent))
     with store.written_beside(path) as beside:
         SqlAlchemyStore(f"sqlite:///{beside}", (_folder() / "artifacts").as_uri()).engine.dispose()
 

@@ -5,6 +5,7 @@ the version in use, `previous` the one before it (to go back to), `challenger` t
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.registry import lineage, logged_model, tracking
 from lewis.store import kinds
+from lewis.store.manifest import DamagedError
+
+logger = logging.getLogger(__name__)
+DAMAGED = "lewis.damaged"  # tag of a version whose files are lost or damaged; its value is the digest of its merge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +58,7 @@ class Champion:
     """The version in use.
 
     Attributes:
-        digest: of its merge; empty if LEWIS did not register it, or its files were lost.
+        digest: of its merge; empty if LEWIS did not register it.
         folder: its checkpoint on this disk; None if the artifacts are remote or damaged.
         metrics: `task/metric,filter` -> score.
         sources: tag of an input -> its commit or content digest; see `lewis.registry.lineage`.
@@ -78,7 +83,7 @@ def configure() -> None:
 
 
 def find(name: str, digest: str) -> Version | None:
-    """The version of a merge; None if it is not registered, or a file is missing or has another size."""
+    """The version of a merge; None if it is not registered, or a file is missing or damaged."""
     name = check(name, digest)
     with tracking.client(f"looking for {name}") as client:
         return find_with(client, name, digest)
@@ -94,6 +99,8 @@ def champion(name: str) -> Champion | None:
 def fetch(current: Champion) -> Champion:
     """Download the checkpoint of a champion, if MLflow's artifacts are remote and the store no longer has it.
 
+    It still has no folder if the artifacts are damaged, which is told.
+
     Raises:
         TransientError: if the server does not answer.
         LewisError: if MLflow or the disk refuses.
@@ -107,7 +114,14 @@ def fetch(current: Champion) -> Champion:
             model = model_of(client, version)
             if model is None:
                 return current
-            logged_model.download(client, model, folder)
+            if folder.exists():
+                store.set_aside([folder], "its files are not those of its manifest")
+            try:
+                logged_model.download(client, model, folder)
+            except DamagedError as error:
+                logger.warning("%s is damaged: %s", current.version.uri, error)
+                client.set_model_version_tag(version.name, version.version, DAMAGED, current.digest)
+                return current
     return replace(current, folder=folder)
 
 
@@ -150,7 +164,7 @@ def tag(version: Version, tags: Mapping[str, str]) -> None:
 
 
 def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
-    """Whether a version exists with all its files."""
+    """Whether a version exists with all its files, which are not damaged."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -170,22 +184,48 @@ def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
 
 
 def of_digest(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:
-    """The versions of a merge, with or without all their files."""
+    """The versions of a merge, with or without all their files, and without those that were registered anew."""
     return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
 
 
+def files_of(version: "ModelVersion") -> logged_model.Files:
+    """The files of a version as its tag lists them; earlier versions of LEWIS listed sizes alone."""
+    listed = json.loads(version.tags.get("lewis.files", "{}"))
+    return {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in listed.items()}
+
+
 def model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | None":
-    """The LoggedModel of a version; None if a file is missing or has another size."""
+    """The LoggedModel of a version; None, which is told, if `check_model` raises."""
+    try:
+        return check_model(client, version)
+    except DamagedError as error:
+        logger.warning("models:/%s/%s is damaged and not used: %s", version.name, version.version, error)
+        return None
+
+
+def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool = False) -> "LoggedModel":
+    """The LoggedModel of a version, whose files are checked.
+
+    Args:
+        version: of a registered model.
+        anew: read every file, whatever is remembered.
+
+    Raises:
+        DamagedError: naming a file that is missing or damaged.
+    """
     from mlflow.exceptions import MlflowException
 
-    model_id = (version.source or "").removeprefix("models:/")
-    sizes = json.loads(version.tags.get("lewis.files", "{}"))
     try:
-        return client.get_logged_model(model_id) if logged_model.is_whole(client, model_id, sizes) else None
+        model = client.get_logged_model((version.source or "").removeprefix("models:/"))
+        logged_model.check(client, model, files_of(version), anew=anew)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
+            raise DamagedError("its LoggedModel was deleted") from error
         raise
+    # The sizes, all that a remote store tells, cannot lift the tag.
+    if logged_model.local_folder(model) is None and DAMAGED in version.tags:
+        raise DamagedError("a download of it was damaged")
+    return model
 
 
 def champion_of(client: "MlflowClient", name: str) -> Champion | None:
@@ -202,7 +242,7 @@ def champion_of(client: "MlflowClient", name: str) -> Champion | None:
     folder = logged_model.local_folder(model) if model is not None else None
     return Champion(
         version=Version.of(version),
-        digest=version.tags.get("lewis.digest", ""),
+        digest=version.tags.get("lewis.digest") or version.tags.get(DAMAGED, ""),
         folder=folder and folder / logged_model.CHECKPOINT,
         metrics=json.loads(version.tags.get("lewis.metrics", "{}")),
         sources=lineage.sources(version.tags),

@@ -12,6 +12,7 @@ from lewis import store
 from lewis.errors import RecipeError
 from lewis.recipe.recipe import Recipe
 from lewis.search import space
+from lewis.search.journal import open_journal
 from lewis.search.space import Values
 from lewis.store import kinds
 
@@ -94,8 +95,6 @@ class Log:
             tasks: digest of the tasks on the search's documents.
         """
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
 
         assert recipe.search is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -104,9 +103,8 @@ class Log:
         names = [o.metric for o in objectives]
         self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks])
         self.path = kinds.SEARCHES.path(self.digest)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._study: Study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self.path))),
+            storage=open_journal(self.path),
             study_name=self.digest,
             load_if_exists=True,
             directions=["maximize" if o.higher_is_better else "minimize" for o in objectives],

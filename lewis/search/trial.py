@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lewis import memory, pipeline, store
+from lewis.errors import InputError
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
@@ -63,8 +64,7 @@ def _folder(digest: str, size: int) -> Iterator[Path]:
     fits = os.access(MEMORY, os.W_OK) and size < SHARE * min(shutil.disk_usage(MEMORY).free, memory.available_bytes())
     if not fits:
         logger.info("the merged model, %.1f GB, is written to the disk: it does not fit in memory", size / 1e9)
-    parent = MEMORY / f"lewis-{os.getuid()}" if fits else store.home() / "trials"
-    parent.mkdir(parents=True, exist_ok=True)
+    parent = (_own_memory() if fits else None) or store.make_folder(store.home() / "trials")
     store.sweep(parent)  # left by killed trials
     scratch = store.beside(parent / digest[:12])
     scratch.mkdir()
@@ -72,3 +72,12 @@ def _folder(digest: str, size: int) -> Iterator[Path]:
         yield scratch / "model"
     finally:
         store.discard(scratch)
+
+
+def _own_memory() -> Path | None:
+    """The folder of this user in memory; None, which is told, if somebody else could have put models there."""
+    try:
+        return store.private_folder(MEMORY / f"lewis-{os.getuid()}")
+    except InputError as error:
+        logger.warning("%s; until then trials are written to the disk", error)
+        return None

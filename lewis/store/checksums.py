@@ -5,29 +5,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis import store
-from lewis.store import kinds
+from lewis.store import entries, files, kinds
 
 _TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
 
 
 def place_of(facts: Any) -> Path:
     """Where the store remembers what was computed from `facts`, which are plain data."""
-    return kinds.DIGESTS.path(store.digest(facts)[:40])
+    return kinds.DIGESTS.path(files.digest(facts)[:40])
 
 
-def remembered_sha256(path: Path) -> str:
-    """SHA-256 (64 hex digits) of a file, read again only when its place, size, times or inode changed."""
+def remembered_sha256(path: Path, *, anew: bool = False) -> str:
+    """SHA-256 (64 hex digits) of a file, read again only when its place, size, times or inode changed.
+
+    Args:
+        path: of the file.
+        anew: read it in any case; what was remembered is replaced.
+    """
     path = path.resolve()
-    entry = place_of(str(path))
-    known, stamp, start = store.read_entry(entry), _stamp(path), time.time_ns()
-    if isinstance(known, dict) and known.get("stamp") == stamp:
+    entry, stamp, start = place_of(str(path)), _stamp(path), time.time_ns()
+    known = None if anew else entries.read_entry(entry)
+    if known and known.get("stamp") == stamp:
         return str(known["sha256"])
-    sha256 = store.file_sha256(path)
+    sha256 = files.file_sha256(path)
     changed_at = stamp[2]
     if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
         with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
-            store.write_json(entry, {"stamp": stamp, "sha256": sha256})
+            entries.write_entry(entry, {"stamp": stamp, "sha256": sha256})
     return sha256
 
 

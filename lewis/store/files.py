@@ -3,7 +3,8 @@
     importance/<digest>.json  merged/<digest>/  scores/<digest>.json  ...
 
 An entry is written beside its final path and renamed, so a reader never sees half of one. A merged folder has a
-manifest (`lewis.json`) with the size and checksum of each file, against which the folder is checked before it is used.
+manifest (`lewis.json`) with the size and checksum of each file, against which the folder is checked before it is used
+(`lewis.store.manifest`). Entries of one file carry a checksum of their own (`lewis.store.entries`).
 """
 
 import glob
@@ -21,16 +22,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
+from lewis.store import checked
+from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
 
 MANIFEST = "lewis.json"
 _RESUMABLE = ".resumable.partial"
 _KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
-MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much older than the last use
-
-
-def home() -> Path:
-    """The root of the store: the absolute path of `LEWIS_HOME`, by default `~/.cache/lewis`."""
-    return Path(os.environ.get("LEWIS_HOME") or "~/.cache/lewis").expanduser().resolve()
 
 
 def digest(value: Any) -> str:
@@ -46,9 +43,8 @@ def file_sha256(path: Path) -> str:
 
 def lock(name: str) -> FileLock:
     """A lock between processes and threads, held as `with lock("..."):`. The kernel frees it when its holder dies."""
-    path = home() / "locks" / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path, thread_local=False)
+    path = make_folder(home() / "locks") / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".lock")
+    return FileLock(path, thread_local=False, mode=0o660 & ~umask())
 
 
 @contextmanager
@@ -57,13 +53,15 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     Scratch files that dead processes left for `path` are removed too.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if is_abandoned(leftover):
             leftover.unlink(missing_ok=True)
     scratch = beside(path)
     try:
         yield scratch
+        if holds(path):
+            restrict(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -93,6 +91,9 @@ def publish(
 ) -> Iterator[Path]:
     """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
 
+    In the store the files are read-only then: MLflow's copy of the weights may be a hard link of the same file, and one
+    slip must not damage both.
+
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
         manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
@@ -104,7 +105,7 @@ def publish(
         InputError: if `folder` holds something that was not written by this function.
     """
     check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     scratch = folder.with_name(f".{folder.name}.{key[:32]}{_RESUMABLE}") if key else beside(folder)
     with lock(str(scratch.absolute())) if key else nullcontext():
         sweep(folder.parent, folder.name)
@@ -117,10 +118,14 @@ def publish(
             paths = sorted(p for p in scratch.rglob("*") if p.is_file())
             names = [str(path.relative_to(scratch)) for path in paths]
             files = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
-            write_json(scratch / MANIFEST, {**manifest, "files": files})
+            write_text(scratch / MANIFEST, checked.dumps({**manifest, "files": files}))
             if folder.is_dir():
                 shutil.rmtree(folder)
             os.replace(scratch, folder)
+            if holds(folder):
+                restrict(folder)
+                for name in names:
+                    make_read_only(folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -140,45 +145,12 @@ def check_replaceable(folder: Path) -> None:
         raise InputError(f"{folder}: {above} is no folder, or may not be written to; choose another path")
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published folder, which is marked as used; None if a file is missing or has another size."""
-    mark_used(folder / MANIFEST)
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        whole = all((folder / name).stat().st_size == file["size"] for name, file in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if whole else None
-
-
 def read_json(path: Path) -> Any | None:
-    """The content of a JSON entry, or None if it is absent or damaged."""
+    """The content of a JSON file, or None if it is absent or no JSON. Entries are read by `lewis.store.entries`."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def read_entry(path: Path) -> Any | None:
-    """`read_json` of an entry of the store, and mark it as used."""
-    mark_used(path)
-    return read_json(path)
-
-
-def entry(path: Path, key: str) -> Any | None:
-    """What a JSON entry holds under `key`, and mark it as used; None if the entry is absent, damaged or empty."""
-    content = read_entry(path)
-    return (content.get(key) or None) if isinstance(content, dict) else None
-
-
-def mark_used(path: Path) -> None:
-    """Note for housekeeping that an entry is in use, by its modification time; at most once every `MARK_EVERY`.
-
-    Call it before you read the entry, so that housekeeping sees the use before it removes the entry.
-    """
-    with suppress(OSError):  # the entry is absent, or the store is read-only
-        if path.stat().st_mtime < time.time() - MARK_EVERY:
-            os.utime(path)
 
 
 def free_space(folder: Path) -> int:

@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.store import kinds
+from lewis.store import checked, kinds
 from lewis.store.kinds import Kind
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _last_used(kind: str, path: Path) -> float:
     if kind == kinds.RESULTS.name:
         marks = [_mark(target) for target in _targets(path) if target.is_relative_to(store.home())]
         return max([path.stat().st_mtime, *(mark.stat().st_mtime for mark in marks if mark.exists())])
-    if kind in (_PARTIAL, kinds.DATASETS.name):
+    if kind in (_PARTIAL, kinds.DATASETS.name, kinds.QUARANTINE.name):
         return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
     return _mark(path).stat().st_mtime
 
@@ -215,13 +215,20 @@ def _targets(record: Path) -> list[Path]:
     """The files and folders that Prefect's record of a task refers to."""
     content: Any = store.read_json(record)
     try:
-        found = json.loads(content["result"])
+        found = _result(content["result"])
         named = []
         for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
             named += [*map(fields.get, ("path", "folder", "adapter", "statistics")), *fields.get("sizes", ())]
     except (ValueError, KeyError, TypeError, AttributeError):  # LEWIS did not write it
         return []
     return [Path(name) for name in named if name]
+
+
+def _result(text: str) -> Any:
+    try:
+        return checked.loads(text.encode())["result"]
+    except ValueError:  # written by Prefect's own serializer
+        return json.loads(text)
 
 
 def _size(path: Path) -> int:

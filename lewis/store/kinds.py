@@ -8,7 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lewis.store import files
+from lewis.store import entries, files
+from lewis.store.folders import home
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Kind:
     @property
     def folder(self) -> Path:
         """The folder of all entries of this kind."""
-        return files.home() / self.name
+        return home() / self.name
 
     def path(self, digest: str) -> Path:
         """Where the entry of a digest is, whether or not it exists."""
@@ -64,8 +65,12 @@ CALIBRATIONS = Kind("calibrations")  # token ids of calibration sets
 SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
 DIGESTS = Kind("digests")  # remembered checksums and other facts
 PICTURES = Kind("pictures", "*.png")
-DATASETS = Kind("datasets", "*/*", notes_use=False)  # what `datasets` built from a file, in <builder>/<config>
+DATASETS = Kind("datasets", "*/*", notes_use=False)  # what earlier versions let `datasets` keep of a file
 LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<process id>
 RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
 SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
-REMOVABLE = (MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, SCORES, DIGESTS, PICTURES, DATASETS, LOGS)
+QUARANTINE = Kind(entries.QUARANTINE, "*", notes_use=False)  # damaged entries that were set aside
+REMOVABLE = (
+    *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, SCORES),
+    *(DIGESTS, PICTURES, DATASETS, LOGS, QUARANTINE),
+)

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from lewis.store import files
+from lewis.errors import LewisError
+from lewis.store import entries
 
 
 class Reference(BaseModel):
@@ -23,12 +24,17 @@ class JsonReference(Reference):
 
     @model_validator(mode="after")
     def _on_disk(self) -> Self:
-        self.content(self.holds)
+        if entries.entry(self.path, self.holds) is None:
+            raise ValueError(f"{self.path} is gone or damaged")
         return self
 
     def content(self, key: str) -> Any:
-        """What the file holds under `key`; ValueError if that is gone or damaged."""
-        found = files.entry(self.path, key)
+        """What the file holds under `key`.
+
+        Raises:
+            LewisError: if that is gone or damaged.
+        """
+        found = entries.entry(self.path, key)
         if found is None:
-            raise ValueError(f"{self.path} is gone or damaged")
+            raise LewisError(f"{self.path} is gone or damaged; run again, which makes it anew")
         return found

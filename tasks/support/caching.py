@@ -22,6 +22,7 @@ from lewis.errors import LewisError
 from lewis.models.hub_errors import retryable
 from lewis.store import kinds
 from lewis_tasks.support.logs import quieten
+from lewis_tasks.support.records import RecordSerializer
 
 logger = logging.getLogger(__name__)
 STOPPING = threading.Event()
@@ -30,6 +31,7 @@ quieten()
 
 RESULTS = kinds.RESULTS.folder
 """Folder of Prefect's cache records: small references, one file for each key."""
+FORMAT = "2"  # of a record; raise it when records of before must not be found
 
 # For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
 RETRIES: dict[str, Any] = {
@@ -67,7 +69,7 @@ class ContentAddressed(CachePolicy):
         given = SimpleNamespace(**inputs)
         chosen = {field: to_jsonable_python(attrgetter(field)(given)) for field in self.fields}
         version = f"{self.version}-{self.device_of()}" if self.device_of else self.version
-        key = f"{task_ctx.task.name}-v{version}-{store.digest(chosen)[:40]}"
+        key = f"{task_ctx.task.name}-v{version}-{store.digest([FORMAT, chosen])[:40]}"
         store.mark_used(RESULTS / key)
         return key
 
@@ -86,14 +88,15 @@ def cached(*fields: str, version: str = "1", device_of: Callable[[], str] | None
         device_of: if the numbers depend on the device, gives what they depend on. It is called on the machine that runs
             the task, because the machine of the flow may have no GPU.
 
-    A result is a small reference, which checks its files when it is loaded. If they are deleted or truncated, it cannot
-    be loaded, and the task runs again. If two runs enter a task at once, the store's lock lets one of them compute.
+    A result is a small reference, which checks its files when it is loaded. If they are deleted or damaged, or the
+    reference itself is, it cannot be loaded, and the task runs again. If two runs enter a task at once, the store's
+    lock lets one of them compute.
     """
     return {
         "cache_policy": ContentAddressed(fields=fields, version=version, device_of=device_of),
         "persist_result": True,
         "result_storage": RESULTS,
-        "result_serializer": "json",
+        "result_serializer": RecordSerializer(),
         "cache_result_in_memory": False,
     }
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from lewis.errors import LewisError
 from lewis.evaluation import harness, harness_child
 from lewis_flows.cli.main import main
 from tests.flows.conftest import TASK, Command, write_words
+from tests.support.damage import damage
 from tests.support.models import WORDS, rewrite, write_expert, write_llama
 from tests.support.prefect_key import credentials
 
@@ -154,6 +156,51 @@ def test_only_a_better_model_becomes_champion(
     assert "promoted by hand" in " ".join(newest[:4]) and "noise is art" in " ".join(newest[:4])
     assert main(["promote", "tiny/9", "--why", "x"]) == 2 and "no such version" in capsys.readouterr().err
     assert main(["history", "tine"]) == 2 and "no registered model" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_never_becomes_champion(
+    run: Callable[[str], Any], home: Path, prefect_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run("half")
+    weights, config = first.folder / "model.safetensors", first.folder / "config.json"
+    before = {path: path.read_bytes() for path in (weights, config)}
+    assert weights.stat().st_nlink == 2 and weights.stat().st_mode & 0o777 == 0o400  # MLflow's too
+
+    damage(weights, "flipped")
+    damage(config, "flipped")
+    again = run("half")
+    assert {path: path.read_bytes() for path in before} == before
+    assert (again.digest, again.version, again.promoted) == (first.digest, "models:/tiny/2", True)
+    assert aliases(home) == {"champion": "2"} and versions(home) == {"1": "passed", "2": "passed"}
+    assert newest_run(prefect_url) == "Completed"  # not Cached
+    (aside,) = (home / "quarantine").iterdir()
+    assert (aside / "model.safetensors").read_bytes() != before[weights]
+
+    scores = sorted((home / "scores").glob("*.json"))
+    for path in scores:
+        path.write_text(path.read_text().replace("0.5", "0.25"))
+    assert run("half").comparison == first.comparison
+    assert len(list((home / "quarantine").iterdir())) > 1
+
+    assert main(["verify"]) == 0
+    damage(weights, "flipped")
+    with pytest.raises(LewisError, match=rf"verify: 2 of \d+ .* are damaged; the first: {first.folder}"):
+        verify(prefect_url)
+    assert newest_run(prefect_url) == "Failed"
+    capsys.readouterr()
+    run("half")
+    assert aliases(home) == {"champion": "3"} and main(["verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["damaged"] == []
+
+
+def verify(prefect_url: str) -> int:
+    """The nightly check."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from lewis_flows.verify import verify_flow
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        return int(verify_flow())
 
 
 @pytest.mark.parametrize("version", ["tiny", "tiny/", "tiny/new", "/3"])

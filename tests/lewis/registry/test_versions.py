@@ -26,6 +26,7 @@ from lewis.registry import creation, history, logged_model, promotion
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
+from tests.support.damage import damage
 from tests.support.lineage import make_home
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -392,6 +393,91 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert promotion.withdrawn("tiny", "b" * 64) is None
 
 
+def tags_of(version: str) -> dict[str, str]:
+    return dict(client().get_model_version("tiny", version).tags)
+
+
+def weights_of(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_a_flipped_bit_in_store_and_registry_is_repaired(
+    entry: Registration, tiny_model: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    promotion.promote(other, PASSED)
+    promotion.promote(creation.register(entry), replace(PASSED, compared_with=other.uri))
+    damage(weights_of(entry.folder), "flipped")  # a hard link: MLflow's file is the same
+    current = registry.champion("tiny")
+    assert registry.find("tiny", DIGEST) is None
+    assert current is not None and current.folder is None and current.digest == DIGEST
+    assert f"models:/tiny/2 is damaged and not used: model/{weights_of(entry.folder).name}" in caplog.text
+    with pytest.raises(LewisError, match=r"expected a whole merged checkpoint: model-.*: expected SHA-256"):
+        creation.register(entry)
+    merged(tiny_model)  # as the merge makes it again
+    again = creation.register(entry)
+    assert (again.version, again.created) == ("3", True) and aliases() == {"champion": "3", "previous": "1"}
+    assert tags_of("2")["lewis.damaged"] == DIGEST and "lewis.digest" not in tags_of("2")
+    assert tags_of("3")["lewis.verdict"] == "passed" and "lewis.damaged" not in tags_of("3")
+    newest = history.history("tiny")[-1]
+    assert (newest.what, newest.version, newest.champion) == ("repaired", again.uri, "models:/tiny/2")
+    assert not promotion.promote(again, replace(PASSED, compared_with="models:/tiny/2")).moved
+    assert creation.register(entry) == replace(again, created=False)
+
+
+@pytest.mark.parametrize("file", ["model/config.json", "components/tokenizer/tokenizer.json", "MLmodel"])
+def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file: str) -> None:
+    promotion.promote(creation.register(entry), PASSED)
+    (artifact,) = artifacts(home).glob("models/*/artifacts")
+    damage(artifact / file, "flipped")
+    assert registry.find("tiny", DIGEST) is None
+    assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
+
+
+def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(
+    entry: Registration, tiny_model: Path
+) -> None:
+    promotion.promote(creation.register(entry), PASSED)
+    damage(weights_of(entry.folder), "flipped")
+    merged(tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lewis.registry.repair.point_aliases_to", lambda *_: None)
+        assert creation.register(entry).version == "2"
+    assert aliases() == {"champion": "1"}
+    current = registry.champion("tiny")
+    assert current is not None and current.digest == DIGEST  # the gate still knows it for the champion
+    assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
+
+
+def test_a_version_whose_files_are_back_is_no_longer_tagged(entry: Registration, home: Path) -> None:
+    from lewis.registry.verification import verify
+
+    creation.register(entry)
+    (config,) = artifacts(home).glob("models/*/artifacts/model/config.json")
+    before = config.read_bytes()
+    damage(config, "cut")
+    (found,) = verify().damaged
+    assert (found.kind, found.entry) == ("version", "models:/tiny/1") and "model/config.json: expected" in found.why
+    assert tags_of("1")["lewis.damaged"] == DIGEST and tags_of("1")["lewis.digest"] == DIGEST
+    config.write_bytes(before)
+    assert creation.register(entry).version == "1" and "lewis.damaged" not in tags_of("1")
+    assert verify().damaged == []
+
+
+def test_what_was_rolled_back_stays_out_when_it_is_registered_anew(entry: Registration, tiny_model: Path) -> None:
+    first = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    promotion.promote(first, PASSED)
+    promotion.promote(creation.register(entry), replace(PASSED, compared_with=first.uri))
+    promotion.rollback("tiny", "it was rude")
+    damage(weights_of(entry.folder), "flipped")
+    assert promotion.withdrawn("tiny", DIGEST) == "it was rude"
+    with pytest.raises(InputError, match="or its files are gone or damaged"):
+        promotion.promote_by_hand("tiny", "2", "it is polite now")
+    merged(tiny_model)
+    assert creation.register(entry).version == "3" and promotion.withdrawn("tiny", DIGEST) == "it was rude"
+    assert aliases() == {"champion": "1", "previous": "3"}
+
+
 def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Registration) -> None:
     with pytest.raises(InputError, match="no registered model of this name"):
         history.history("tiny")
@@ -462,9 +548,13 @@ def test_over_http_with_remote_artifacts(
     fetched = registry.fetch(current)
     assert fetched.folder == entry.folder and store.read_manifest(entry.folder) is not None
     assert {path.name: path.read_bytes() for path in entry.folder.iterdir()} == files
+    shutil.rmtree(entry.folder)
+    damage(next((tmp_path / "remote").rglob("model/config.json")), "flipped")  # a server tells its size alone
+    assert registry.find("tiny", DIGEST) is not None
+    assert registry.fetch(current).folder is None and not entry.folder.exists()
+    assert registry.find("tiny", DIGEST) is None  # a damaged download is remembered
     next((tmp_path / "remote").rglob("*.safetensors")).unlink()
     assert registry.find("tiny", DIGEST) is None
-    shutil.rmtree(entry.folder)
     assert registry.fetch(current).folder is None
 
 

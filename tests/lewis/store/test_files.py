@@ -144,7 +144,7 @@ class TestUse:
 
     @pytest.fixture
     def old(self, tmp_path: Path) -> Path:
-        store.write_json(tmp_path / "x.json", {"norms": {"a": 1}})
+        store.write_entry(tmp_path / "x.json", {"norms": {"a": 1}})
         os.utime(tmp_path / "x.json", (1000, 1000))
         return tmp_path / "x.json"
 
@@ -236,7 +236,7 @@ class TestRememberedSha256:
 
         path.write_text("one")
         monkeypatch.setattr("lewis.store.checksums._TIMESTAMP_TICK", -1)
-        monkeypatch.setattr(store, "write_json", full)
+        monkeypatch.setattr("lewis.store.entries.write_entry", full)
         assert remembered_sha256(path) == store.file_sha256(path) and asked
 
     def test_is_not_read_twice(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ class TestRememberedSha256:
         entry = home / "digests" / f"{store.digest(str(path))[:40]}.json"
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        store.write_json(entry, {"stamp": stamp, "sha256": "remembered"})
+        store.write_entry(entry, {"stamp": stamp, "sha256": "remembered"})
         assert remembered_sha256(path) == "remembered"
 
 

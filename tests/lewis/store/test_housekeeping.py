@@ -54,7 +54,7 @@ def age(home: Path, days: float) -> None:
 
 def json_entry(kind: str, name: str, content: dict[str, Any], *, age: float = 30 * DAY) -> Path:
     path = store.home() / kind / f"{name}.json"
-    store.write_json(path, content)
+    store.write_entry(path, content)
     return old(path, age)
 
 

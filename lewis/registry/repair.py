@@ -1,0 +1,72 @@
+"""Versions whose files are lost or damaged: they are tagged, and the version that is registered in their place follows.
+
+The weights in MLflow may be hard links of the store's, so that one damaged sector damages both. The merge makes them
+again in the store, in new files, and registers them as a new version. The aliases move to it. A version is not mended
+in place, because whoever loaded it has the damaged files, and its number should not stand for two contents.
+"""
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lewis.registry import history, outbox
+from lewis.registry.outbox import Move
+from lewis.registry.versions import DAMAGED, Version
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger(__name__)
+WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; its value is the reason
+_INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published")
+
+
+def mark(client: "MlflowClient", version: "ModelVersion", digest: str) -> None:
+    """Tag a version as damaged."""
+    client.set_model_version_tag(version.name, version.version, DAMAGED, digest)
+
+
+def give_up(client: "MlflowClient", version: "ModelVersion", digest: str) -> None:
+    """Tag a version as damaged, and let its merge be registered anew. Call it under the registry's lock."""
+    mark(client, version, digest)
+    client.delete_model_version_tag(version.name, version.version, "lewis.digest")
+
+
+def inherited(client: "MlflowClient", name: str, digest: str) -> dict[str, str]:
+    """The tags that a new version of a merge takes from the damaged one before it: verdict, withdrawal, publication."""
+    before = client.search_model_versions(f"name='{name}' and tags.`{DAMAGED}`='{digest}'")
+    newest = max(before, key=lambda version: int(version.version), default=None)
+    return {key: value for key, value in newest.tags.items() if key.startswith(_INHERITED)} if newest else {}
+
+
+def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> None:
+    """Move every alias from damaged versions of a merge to a whole one. Call it under the registry's lock.
+
+    It is done at each registration: a process that died in between leaves the rest to the next.
+    """
+    name = version.name
+    if DAMAGED in client.get_model_version(name, version.version).tags:  # its files are back
+        client.delete_model_version_tag(name, version.version, DAMAGED)
+    for alias, number in sorted(history.registered_model(client, name).aliases.items()):
+        if str(number) == version.version:
+            continue
+        if client.get_model_version(name, str(number)).tags.get(DAMAGED) != digest:
+            continue
+        before = f"models:/{name}/{number}"
+        if alias == "champion":
+            _move_champion(client, version, before, digest)
+        else:
+            client.set_registered_model_alias(name, alias, version.version)
+        logger.warning("%s is damaged: the alias %s points at %s now", before, alias, version.uri)
+
+
+def _move_champion(client: "MlflowClient", version: Version, before: str, digest: str) -> None:
+    """Move the alias `champion`, and have it told: who serves the damaged files must load the new version."""
+    why = f"the files of {before} were damaged"
+    history.record(client, version.name, "repaired", version.uri, before, why)
+    outbox.settle(version.name, before.rpartition("/")[2])
+    move = Move(version.name, version.version, before, [f"repaired: {why}"], {"digest": digest})
+    outbox.write(move)
+    client.set_registered_model_alias(version.name, "champion", version.version)
+    outbox.write(replace(move, happened=True))

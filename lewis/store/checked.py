@@ -1,0 +1,94 @@
+"""JSON that carries its own checksum: a file that was cut or changed is told from one that is whole.
+
+The first line is `{"checksum": "sha256:<64 hex digits>",` and covers every byte after it; the file is plain JSON. In a
+file that grows line by line, each line is an object that holds the checksum of its other keys.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_FIRST_LINE = re.compile(rb'\{"checksum": "sha256:([0-9a-f]{64})",')
+
+
+class DamagedError(ValueError):
+    """The bytes are not those that were written."""
+
+
+class UncheckedError(ValueError):
+    """The bytes are JSON without a checksum, as an earlier version wrote it."""
+
+
+def dumps(content: Mapping[str, Any], indent: int | None = 2) -> str:
+    """JSON text of an object that is not empty, with its checksum in the first line."""
+    if not content:
+        raise ValueError("expected an object that holds something")
+    rest = json.dumps(content, indent=indent, ensure_ascii=False)[1:].lstrip("\n") + "\n"
+    return f'{{"checksum": "sha256:{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+
+
+def loads(data: bytes) -> dict[str, Any]:
+    """What `dumps` was given.
+
+    Raises:
+        DamagedError: if the bytes are not those of `dumps`.
+        UncheckedError: if they are a JSON object without a checksum.
+    """
+    first, _, rest = data.partition(b"\n")
+    found = _FIRST_LINE.fullmatch(first)
+    if found is None:
+        if not first.startswith(b'{"checksum"') and b"sha256:" not in first and _is_object(data):
+            raise UncheckedError("there is no checksum in it")
+        raise DamagedError("expected a checksum in its first line" if data else "it is empty")
+    if hashlib.sha256(rest).hexdigest().encode() != found[1]:
+        raise DamagedError("its content is not what its checksum says")
+    content: dict[str, Any] = json.loads(data)
+    del content["checksum"]
+    return content
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of a file that grows, with its checksum."""
+    return {**content, "checksum": _canonical(content)}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sealed` was given; an object without a checksum, which an earlier version wrote, as it is.
+
+    Raises:
+        DamagedError: if the checksum does not fit.
+    """
+    rest = dict(content)
+    checksum = rest.pop("checksum", None)
+    if checksum not in (None, _canonical(rest)):
+        raise DamagedError("its content is not what its checksum says")
+    return rest
+
+
+def check_lines(data: bytes) -> None:
+    """Check a file of lines that `sealed` made.
+
+    Raises:
+        DamagedError: naming the first line that is damaged.
+    """
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        try:
+            if not line.endswith(b"\n"):
+                raise DamagedError("it is cut")
+            unsealed(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DamagedError(f"line {number}: {error}") from error
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _is_object(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False

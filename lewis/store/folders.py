@@ -1,0 +1,99 @@
+"""Where the store is, and who may look into it.
+
+The store belongs to its owner: its folder has mode 0700 and its files 0600. To share it, give the folder to a group and
+let the group write (`chgrp lab DIR; chmod 2770 DIR`): then folders are 0770 and files 0660. Nobody else gets in either
+way. A checkpoint's files are read-only, so that no program can change one by a slip.
+"""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from lewis.errors import InputError
+
+_OTHERS, _ALL_BUT_OWNER = 0o007, 0o077
+
+
+def home() -> Path:
+    """The root of the store: the absolute path of `LEWIS_HOME`, by default `~/.cache/lewis`."""
+    return Path(os.environ.get("LEWIS_HOME") or "~/.cache/lewis").expanduser().resolve()
+
+
+def holds(path: Path) -> bool:
+    """Whether a path is inside the store."""
+    return path.absolute().is_relative_to(home())
+
+
+def umask() -> int:
+    """The mode bits that a file or folder of the store must not have."""
+    with suppress(FileNotFoundError):
+        if home().stat().st_mode & stat.S_IWGRP:
+            return _OTHERS
+    return _ALL_BUT_OWNER
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, if they are missing; those inside the store only for its owner or its group.
+
+    Returns:
+        The folder.
+    """
+    place = home()
+    if not folder.absolute().is_relative_to(place):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.mkdir(place, 0o700)
+    _close_to_others(place)
+    missing = [each for each in (folder, *folder.parents) if each != place and each.is_relative_to(place)]
+    for each in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(each)
+            restrict(each)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder of the store, there is a file; move it away")
+    return folder
+
+
+def restrict(path: Path) -> None:
+    """Close a new file or folder of the store to others; where a group shares the store, let it do what the owner may.
+
+    One that was made for its owner alone, such as a key, stays so.
+    """
+    mode, closed = stat.S_IMODE(path.stat().st_mode), umask()
+    shared = (mode & stat.S_IRWXU) >> 3 if closed == _OTHERS and mode & stat.S_IRGRP else 0
+    if (wanted := (mode | shared) & ~closed) != mode:
+        path.chmod(wanted)
+
+
+def make_read_only(path: Path) -> None:
+    """Take the right to write from a file of the store."""
+    path.chmod(0o440 & ~umask())
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder where everybody may make one, such as `/dev/shm`, for this user alone.
+
+    Raises:
+        InputError: if something is there that another user made, or could have written to.
+    """
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & _ALL_BUT_OWNER:
+        raise InputError(
+            f"{path}: expected a folder of this user with mode 0700, or none; there is something of user "
+            f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: remove it"
+        )
+    return path
+
+
+def _close_to_others(place: Path) -> None:
+    """Close an older store that is open to others. Leave alone a folder that is not ours, or holds no store yet."""
+    found = place.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    is_ours = found.st_uid == os.getuid() and not mode & stat.S_ISVTX and (place / "locks").is_dir()
+    if is_ours and mode & umask():
+        place.chmod(mode & ~umask())
