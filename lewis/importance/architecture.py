@@ -150,15 +150,23 @@ class Network:
         """Names of the parameters and saved buffers under a module."""
         return [name for name in self._state if name.startswith(f"{path}.")]
 
-    def parameters_outside(self) -> list[str]:
-        """Names of those in no block, without the head that makes logits (but with what it shares with others)."""
+    def parameters_outside(self, *, with_head: bool = False) -> list[str]:
+        """Names of those in no block.
+
+        Args:
+            with_head: also those of the head that makes logits. Without it, what the head shares with others is there.
+        """
         head, used = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
         inside = tuple(f"{path}." for path in self.blocks)
+
+        def of_head(name: str) -> bool:
+            return name.startswith(heads)
+
         return [
             name
             for name in self._state
-            if not name.startswith(inside) and not all(each.startswith(heads) for each in self.same(name))
+            if not name.startswith(inside) and (with_head or not all(map(of_head, self.same(name))))
         ]
 
     def same(self, parameter: str) -> list[str]:

@@ -69,7 +69,7 @@ def mean_loss(merge: Prepared, fitted: Fitted, sets: Sequence[Calibration], thre
         workers = contexts.enter_context(Workers(threads))
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
         weights.check()
-        weights.load(network.parameters_outside())
+        weights.load(network.parameters_outside(with_head=True))
         weights.move_buffers()
         for path, block in network.blocks.items():
             contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)

@@ -22,6 +22,7 @@ from lewis.merge.split import split
 from lewis.merge.step import chosen_ridge
 from tests.conftest import Family
 from tests.lewis.merge.test_fit import prepare, recipe_of
+from tests.support.models import write_expert, write_llama
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -37,8 +38,11 @@ def test_every_fourth_row_is_held_out() -> None:
     assert [part.samples for part in split(Calibration("a", rows[:2]))] == [rows[:1], rows[1:2]]
 
 
-def test_the_loss_is_that_of_the_written_model(family: Family, tmp_path: Path) -> None:
-    merge = prepare(recipe_of(family.base, family.experts))
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_is_that_of_the_written_model(tied: bool, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", tied=tied)
+    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
+    merge = prepare(recipe_of(base, experts))
     merge.run(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     sets, means = [expert.calibration for expert in merge.experts if expert.calibration], []
