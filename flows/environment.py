@@ -3,6 +3,7 @@
 import os
 
 from lewis import store
+from lewis.redact import redact_logs
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -21,7 +22,11 @@ DEFAULTS = {
 
 
 def prepare() -> None:
-    """Turn telemetry off and keep Prefect's files in the store, unless the user's environment says otherwise."""
+    """Turn telemetry off and keep Prefect's files in the store, unless the user's environment says otherwise.
+
+    From here on, passwords are taken out of what this process logs.
+    """
+    redact_logs()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:

@@ -3,9 +3,17 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+from lewis.redact import redacted
+
 
 class LewisError(Exception):
-    """The work failed while running (exit code 1). The message says what failed and what to do about it."""
+    """The work failed while running (exit code 1). The message says what failed and what to do about it.
+
+    Passwords of URLs are taken out of the message: it ends up in states, notifications and logs.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
 
 
 class InputError(LewisError, ValueError):
@@ -16,7 +24,7 @@ class RecipeError(InputError):
     """One or more problems of a recipe, each a line that begins with its YAML path."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems = tuple(map(redacted, (problems,) if isinstance(problems, str) else problems))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
@@ -38,7 +46,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
         `; did you mean ...?`; or `; expected one of ...` if no name is similar and there are at most 24; or nothing.
     """
     choices = sorted(names)
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = difflib.get_close_matches(name, choices, n=1) if len(name) <= 200 else []
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; expected one of {', '.join(choices)}" if len(choices) <= 24 else ""

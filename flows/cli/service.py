@@ -4,6 +4,8 @@ import argparse
 import shutil
 from datetime import UTC, datetime
 
+from lewis.redact import redacted
+
 
 def up(options: argparse.Namespace) -> None:
     """Run the service, and print what its parts say."""
@@ -19,7 +21,10 @@ def up(options: argparse.Namespace) -> None:
 
     def ready(urls: dict[str, str]) -> None:
         named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
-        print("\n".join(f"{name:<8} {url}" for name, url in named.items()) + "\nCtrl-C stops all of it", flush=True)
+        print(
+            "\n".join(f"{name:<8} {redacted(url)}" for name, url in named.items()) + "\nCtrl-C stops all of it",
+            flush=True,
+        )
 
     up(say, ready, options.prefect_file)
 
@@ -33,7 +38,7 @@ def deploy(options: argparse.Namespace) -> None:
         from lewis_flows.service import deploy
 
         recipes = deploy.deploy(options.prefect_file or deploy.PREFECT_YAML)
-    print(f"deployed to {url}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
+    print(f"deployed to {redacted(url)}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
 
 
 def status(options: argparse.Namespace) -> None:

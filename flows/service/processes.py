@@ -17,6 +17,7 @@ from typing import IO
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.redact import redacted
 from lewis.store import kinds
 from lewis_flows.service import guard
 
@@ -103,7 +104,7 @@ class Process:
 
     def _read(self, lines: IO[str]) -> None:
         with self.log.open("w") as log:
-            for line in lines:
+            for line in map(redacted, lines):
                 log.write(line)
                 log.flush()
                 if self._echo is not None and line.strip():

@@ -73,12 +73,13 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
 
     Args:
         port: where it listens.
-        database: URL of its database, as MLflow's `--backend-store-uri`.
+        database: URL of its database, as MLflow's `MLFLOW_BACKEND_STORE_URI`.
         echo: as for `Process`.
     """
     url = f"http://127.0.0.1:{port}"
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", database, "--uvicorn-opts", "--log-level warning"]
+    command += ["--uvicorn-opts", "--log-level warning"]
     # Two processes instead of fifteen: nothing here uses MLflow's job queue.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # The database is no argument, since all users of a machine see the arguments of its processes.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
     return Process("mlflow", command, environment, health=f"{url}/health", echo=echo), url

@@ -7,6 +7,7 @@ import httpx
 
 from lewis import store
 from lewis.errors import LewisError
+from lewis.redact import redacted
 from lewis.registry import releases
 from lewis.registry.releases import Held
 from lewis_flows import recipes_folder
@@ -23,14 +24,14 @@ def status() -> Status:
     prefect, mlflow = _part("Prefect", api), _part("MLflow", tracking)
     if not tracking.startswith("http"):  # the registry is a file then: it needs no server
         mlflow = Part(
-            name="MLflow", url=tracking or str(store.home() / "mlflow"), up=True, state="no server; the files"
+            name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
         )
     found = Status(parts=[prefect, mlflow, _part("webhooks", known.get("webhook") or "")])
     if prefect.up:
         try:
             ask_prefect(found, api)
         except httpx.HTTPError as error:
-            found.unknown["runs"] = f"Prefect answers with an error: {error}"
+            found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"
     try:
@@ -46,14 +47,15 @@ def status() -> Status:
 def _part(name: str, url: str) -> Part:
     if not url:
         return Part(name=name, up=False, state="is not running; `lewis up` starts it")
+    shown = redacted(url)
     try:
         answer = httpx.get(f"{url.removesuffix('/webhook').rstrip('/')}/health", timeout=PATIENCE)
         if answer.status_code == 200:
-            return Part(name=name, url=url, up=True, state="answers")
+            return Part(name=name, url=shown, up=True, state="answers")
         state = f"answers with an error ({answer.status_code}); look at its log"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         state = f"does not answer ({type(error).__name__})"
-    return Part(name=name, url=url, up=False, state=state)
+    return Part(name=name, url=shown, up=False, state=state)
 
 
 def _watched(name: str, mlflow: Part) -> Watched:
@@ -61,7 +63,7 @@ def _watched(name: str, mlflow: Part) -> Watched:
     found = Watched(recipe=name)
     try:
         recipe = recipes_folder.load(name)
-    except (LewisError, OSError) as error:
+    except Exception as error:  # whatever is wrong with one recipe does not stop the others
         found.unknown.append(str(error))
         return found
     heads: dict[str, str] = {}

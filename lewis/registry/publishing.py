@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.models import hub_client
+from lewis.redact import redacted
 from lewis.store.manifest import DamagedError
 from lewis.store.manifest import check as check_folder
 
@@ -98,8 +99,8 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
                 repo, [*added, *removed], commit_message=title, parent_commit=there.head
             )
     new = made.oid != there.head
-    logger.info("%s %s", made.commit_url, "is new" if new else "has this model already")
-    return Published(repo, made.oid, f"{hub_client.endpoint()}/{repo}/tree/{made.oid}", new)
+    logger.info("%s %s", redacted(made.commit_url), "is new" if new else "has this model already")
+    return Published(repo, made.oid, f"{redacted(hub_client.endpoint())}/{repo}/tree/{made.oid}", new)
 
 
 def _look(repo: str, private: bool) -> _Remote | None:

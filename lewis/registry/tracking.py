@@ -33,6 +33,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
         LewisError: if MLflow or the disk refuses.
     """
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")  # read when MLflow is first imported
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print a password in the URL
     import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException

@@ -12,6 +12,8 @@ from prefect.futures import PrefectFuture
 from prefect.states import Failed, State
 
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.redact import redacted
+from lewis.store.writable import explained
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,8 +56,8 @@ def result_of(future: PrefectFuture[Any]) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = (explained(error) if isinstance(error, OSError) else str(error)).strip().splitlines()
+    return redacted(f"{type(error).__name__}: {lines[0]}") if lines else type(error).__name__
 
 
 def _name(future: PrefectFuture[Any]) -> str:

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run as current
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.utilities.urls import url_for
 
+from lewis.redact import redacted
 from lewis.reports.run_report import duration, short
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def tags() -> dict[str, str]:
 
 def url() -> str:
     """Where Prefect's UI shows the flow run."""
-    return url_for("flow-run", obj_id=str(current.id)) or ""
+    return redacted(url_for("flow-run", obj_id=str(current.id)) or "")
 
 
 def this_run() -> FlowRun:

@@ -3,10 +3,12 @@
 import logging
 
 from lewis.errors import LewisError
+from lewis.redact import redact_logs
 
 
 def quieten() -> None:
-    """Let lewis and lewis_tasks log at INFO, and remove noise from Prefect's run logs."""
+    """Let lewis and lewis_tasks log at INFO, and remove noise and passwords from what is logged."""
+    redact_logs()
     for library in ("lewis", "lewis_tasks"):
         logging.getLogger(library).setLevel(logging.INFO)
     for runs in ("prefect.task_runs", "prefect.flow_runs"):

@@ -1,0 +1,52 @@
+"""Take passwords and tokens out of texts that people and logs get to see."""
+
+import logging
+import re
+from typing import Any
+
+HIDDEN = "***"
+
+# What stands between `://` and the last `@` of a URL: a user and a password, or a token alone. SQLAlchemy accepts a
+# password with a raw slash in it, so after a colon that begins no port anything up to the `@` counts.
+_USER = re.compile(r"(?<=://)(?:[^\s/@?#'\"<>]*:(?!\d+(?:/|$))[^\s'\"<>]*|[^\s/?#'\"<>]*)@")
+_QUERY = re.compile(
+    r"(?i)(?<=[?&;])([\w.\-]*(?:token|key|secret|pass|pwd|sig|auth|cred|session)[\w.\-]*=)[^&;#\s'\"<>]+"
+)
+
+
+def redacted(text: str) -> str:
+    """A text without the passwords of the URLs in it.
+
+    Whatever stands before the `@` of a URL becomes `***`, and so does the value of a query parameter whose name says
+    that it is a secret (`token`, `sig`, `api_key`, ...).
+    """
+    if "://" in text:
+        text = _USER.sub(f"{HIDDEN}@", text)
+    return _QUERY.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+
+
+def redact_logs() -> None:
+    """Take passwords out of all that this process logs from now on, whichever library logs it, tracebacks too."""
+    made = logging.getLogRecordFactory()
+    if getattr(made, "redacts", False):
+        return
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        return _clean(made(*args, **kwargs))
+
+    factory.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(factory)
+
+
+def _clean(record: logging.LogRecord) -> logging.LogRecord:
+    try:
+        said = record.getMessage()
+    except Exception:  # the arguments do not fit the message: logging itself tells that
+        return record
+    if (clean := redacted(said)) != said:
+        record.msg, record.args = clean, ()
+    if record.exc_info and record.exc_info[0]:
+        told = logging.Formatter().formatException(record.exc_info)
+        if (clean := redacted(told)) != told:
+            record.exc_text = clean  # formatters take this text instead of formatting the exception
+    return record
