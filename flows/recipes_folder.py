@@ -6,6 +6,7 @@ project, and `recipes` in the store (`LEWIS_HOME`) where the package was install
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from lewis import store
 from lewis.errors import InputError, nearest
+from lewis.input_files import check_regular
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -21,12 +23,17 @@ SHIPPED = Path(str(files("lewis_deployments"))).resolve()
 """What comes with the project: in a checkout its folder `deployments`, else a folder of the installed package."""
 
 EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
+# Of a recipe: it becomes a name in Prefect, whose templates must not find `{{ }}` in it.
+_NAME = re.compile(r"[^\W_][\w .+@-]*")
 
 
 def location() -> Path:
     """The absolute path of the folder, which need not exist: see the top of this module."""
     if given := os.environ.get("LEWIS_RECIPES"):
-        return Path(given).expanduser().absolute()
+        try:
+            return Path(given).expanduser().absolute()
+        except RuntimeError as error:  # "~nobody"
+            raise InputError(f"LEWIS_RECIPES: {given}: {error}") from error
     # A checkout has the links by which its folders are installed; a folder of installed packages has not.
     in_checkout = (SHIPPED.parent / ".packages").is_dir()
     return SHIPPED / "recipes" if in_checkout else store.home() / "recipes"
@@ -91,7 +98,11 @@ def find(recipe: str, *, paths: bool = True) -> Path:
             f"recipe: {recipe!r} is not the name of a recipe in {folder()}; a run of a deployment takes only such names"
             f"{nearest(recipe, by_name)}; put the file there, or run it by its path with `lewis run`"
         )
-    path = Path(recipe).expanduser()
+    try:
+        path = Path(recipe).expanduser()
+    except RuntimeError as error:  # "~nobody"
+        raise InputError(f"{recipe}: no such file: {error}") from error
+    check_regular(path)
     if not path.is_file():
         raise InputError(f"{recipe}: no recipe of this name in {folder()} and no such file{nearest(recipe, by_name)}")
     return path.absolute()
@@ -133,15 +144,28 @@ def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def load_all() -> dict[str, Recipe]:
-    """All recipes by name. A recipe with a mistake is logged and left out, so that it does not stop the others."""
+    """All recipes by name. Whatever is wrong with one is logged, and that one left out: it does not stop the others."""
     found = {}
+    for path in _yaml_files():
+        if not _NAME.fullmatch(path.stem):
+            told = "expected a name of letters, digits, spaces and . _ + @ - that begins with a letter or digit"
+            logger.warning("recipe %a is left out: %s; rename the file", path.name, told)
     for name in names():
         try:
             found[name] = load(name)
         except InputError as error:
             logger.warning("recipe %s is left out: %s", name, error)
+        except Exception as error:  # also what nobody thought of, such as what a merge method of a package raises
+            logger.warning("recipe %s is left out: %s: %s", name, type(error).__name__, error, exc_info=error)
     return found
 
 
 def _files() -> list[Path]:
-    return [path for path in folder().iterdir() if path.suffix in (".yaml", ".yml") and path.is_file()]
+    return [path for path in _yaml_files() if _NAME.fullmatch(path.stem)]
+
+
+def _yaml_files() -> list[Path]:
+    try:
+        return [path for path in folder().iterdir() if path.suffix in (".yaml", ".yml") and path.is_file()]
+    except OSError as error:
+        raise InputError(f"{error.filename}: LEWIS_RECIPES: cannot be read: {error.strerror}") from error

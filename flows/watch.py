@@ -109,7 +109,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
                 plans[name] = plan, releases.merged(plan.register_as.name)
         except TransientError:  # MLflow does not answer, so no recipe can be checked
             raise
-        except (LewisError, OSError) as error:
+        except Exception as error:  # whatever is wrong with one recipe does not stop the others
             problems[name] = error
     asked = {name: submit(find_heads, quote(plan), name) for name, (plan, _) in plans.items()}
     found: dict[str, list[Moved]] = {}

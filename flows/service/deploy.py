@@ -14,7 +14,9 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoo
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from lewis.errors import InputError, LewisError
+from lewis.input_files import read_bytes
 from lewis.models.pin import find_folder
+from lewis.recipe import yaml_limits
 from lewis.recipe.recipe import Recipe
 from lewis_flows import environment, recipes_folder
 from lewis_flows.service.automations import put_automations
@@ -55,7 +57,9 @@ def deploy(file: Path = PREFECT_YAML) -> list[str]:
         _put_pool(client)
         _create_limit(client)
         put_automations(client)
-    content = yaml.safe_load(file.read_text())
+    content = yaml_limits.load(read_bytes(file, yaml_limits.MAX_BYTES), str(file))
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
     add_schedules(content, recipes)
     with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
         complete = Path(scratch) / "prefect.yaml"

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -54,12 +55,7 @@ class Receiver:
 
     def _announce(self, name: str, push: UpdatedRef) -> Answer:
         # Read the recipes for each delivery: the folder may have a new one.
-        followers = {
-            recipe: (repo, ref)
-            for recipe, content in recipes_folder.load_all().items()
-            for repo, ref in hub_repos(content)
-            if repo.lower() == name.lower()  # the Hub takes a repo's name in any case; its payload has the official one
-        }
+        followers = dict(_followers(name))
         if not followers:
             return 422, {"status": "refused", "why": "no recipe follows the main branch of this repo", "repo": name}
         new = str(push.newSha)
@@ -73,3 +69,15 @@ class Receiver:
         if len(self._taken) > _REMEMBERED:
             self._taken.popitem(last=False)
         return 202, {"status": "accepted", **about, "events": events}
+
+
+def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The recipes that follow a repo: each with the repo and the reference, as it writes them."""
+    for recipe, content in recipes_folder.load_all().items():
+        try:
+            followed = list(hub_repos(content))
+        except Exception as error:  # whatever is wrong with one recipe does not stop the others
+            logger.error("%s", printable(f"recipe {recipe} is left out: {type(error).__name__}: {error}"))
+            continue
+        # The Hub takes a repo's name in any case; its payload has the official one.
+        yield from ((recipe, (repo, ref)) for repo, ref in followed if repo.lower() == name.lower())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
+from lewis.input_files import read_json
 from lewis.models.dtypes import MERGED
 
 
@@ -14,15 +15,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        InputError: if it is missing or no valid JSON, or says that the weights are quantised.
+        InputError: if it is missing, no regular file or no valid JSON, or says that the weights are quantised.
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no config.json; expected the folder of a Hugging Face model") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
     if not isinstance(config.get("text_config") or {}, dict):

@@ -1,6 +1,6 @@
 """Which files of a model folder count: weights, configs and tokenizer."""
 
-import json
+import os
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lewis import store
 from lewis.errors import InputError
+from lewis.input_files import check_regular, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -73,21 +74,27 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         InputError: if there are none, or only pickled ones, or if the index names a file that is missing or in another
             folder.
     """
+    check_regular(folder / SINGLE)
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
     index = folder / INDEX
+    check_regular(index)
     if not index.is_file():
         refuse_pickled(str(folder), [path.name for path in folder.glob("*")])
         raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     try:
-        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {error!r}") from error
+        weight_map = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        told = error if isinstance(error, InputError) else repr(error)
+        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {told}") from error
     placed: dict[str, set[str]] = {file: set() for file in weight_map.values()}
     for file in placed:
         if Path(file).name != file or file in ("", ".", ".."):
             raise InputError(f"{index}: {file!r} is not a plain file name; an index must not lead out of its folder")
-        if not (folder / file).is_file():
+        check_regular(folder / file)
+        if not os.path.isfile(folder / file):  # False also for a name that is too long for the system
             raise InputError(f"{folder}: the shard {file} is missing, which {INDEX} names; download it again")
     for name, file in weight_map.items():
         placed[file].add(name)

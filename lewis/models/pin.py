@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.input_files import check_regular
 from lewis.models.files import check_weights, needed
 from lewis.store.checksums import remembered_sha256
 
@@ -62,10 +63,13 @@ def pin_folder(ref: str, folder: Path) -> Pinned:
     """Pin a local folder to the checksums of its files.
 
     Raises:
-        InputError: if it cannot be read, or holds no safetensors weights.
+        InputError: if it cannot be read, holds no safetensors weights, or something that is no regular file.
     """
     try:
-        names = [path.name for path in folder.iterdir() if not path.is_dir()]
+        paths = [path for path in folder.iterdir() if not path.is_dir()]
+        for path in paths:
+            check_regular(path)  # transformers, which is given the folder, would wait for a FIFO
+        names = [path.name for path in paths]
         check_weights(ref, names)
         files = [(name, (folder / name).stat().st_size, remembered_sha256(folder / name)) for name in needed(names)]
     except OSError as error:

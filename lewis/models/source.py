@@ -114,7 +114,7 @@ def split_adapter(ref: str, root: Path | None = None) -> tuple[str, str | None]:
         root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
             looked for, and the last `+` separates the parts.
     """
-    if "+" not in ref or (root is not None and any(place.exists() for place in (root / ref, Path(ref)))):
+    if "+" not in ref or (root is not None and any(map(os.path.exists, (root / ref, Path(ref))))):
         return ref, None
     model, _, adapter = ref.rpartition("+")
     return model, adapter

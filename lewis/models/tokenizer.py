@@ -6,8 +6,8 @@ import filecmp
 from collections.abc import Mapping
 from pathlib import Path
 
-from lewis import store
 from lewis.errors import InputError
+from lewis.input_files import read_json
 from lewis.models.files import tokenizer_files
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
@@ -29,9 +29,12 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
     Raises:
         InputError: if it is damaged.
     """
-    content = store.read_json(folder / TOKENIZER)
-    if content is None:
+    try:
+        content = read_json(folder / TOKENIZER)
+    except FileNotFoundError:
         return None
+    except (OSError, InputError) as error:
+        raise InputError(f"{folder / TOKENIZER}: no tokenizer: {error}; download it again") from error
     try:
         vocabulary = (content.get("model") or {}).get("vocab") or {}
         if isinstance(vocabulary, list):  # a unigram's: [token, score] in the order of ids

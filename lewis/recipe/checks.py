@@ -59,11 +59,11 @@ def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: 
         if parameter.required and not given and not parameter.per_expert:
             problems.append(f"parameters.{parameter.name}: missing; {name} needs it")
         for i, entry in enumerate(models if parameter.required and not given and parameter.per_expert else ()):
-            if parameter.name not in (entry.get("parameters") or {}):
+            if parameter.name not in _block(entry.get("parameters")):
                 problems.append(f"models[{i}].parameters.{parameter.name}: missing; {name} needs it")
     blocks = [(f"models[{i}].parameters", entry.get("parameters"), True) for i, entry in enumerate(models)]
     for where, block, of_expert in [*blocks, ("parameters", data.get("parameters"), False)]:
-        for key, raw in block.items() if isinstance(block, dict) else ():
+        for key, raw in _block(block).items():
             path = f"{where}.{key}"
             if key not in known:
                 problems.append(f"{path}: {name} has no such parameter{nearest(str(key), known)}")
@@ -84,6 +84,11 @@ def _check_auto(path: str, raw: Any, parameter: Parameter) -> list[str]:
     if not parameter.auto or AUTO not in values or raw == AUTO:
         return []
     return [f"{path}: auto is found for the whole merge; write {parameter.name}: auto alone, or numbers"]
+
+
+def _block(value: Any) -> dict[Any, Any]:
+    """A block of the recipe; empty if it is missing or none, which the schema reports."""
+    return value if isinstance(value, dict) else {}
 
 
 def _check_values(path: str, raw: Any, parse: Any) -> list[str]:
@@ -133,7 +138,9 @@ def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: 
         if sum(len(values) > 1 for values in choices.values()) > 1:
             continue  # two gradients: which of their values meet depends on the layer
         for values in itertools.product(*choices.values()):
-            if method.check and (problem := method.check(dict(zip(choices, values, strict=True)), len(experts))):
+            with method.blamed(where):
+                problem = method.check(dict(zip(choices, values, strict=True)), len(experts)) if method.check else None
+            if problem:
                 problems.append(f"{where}: {problem}")
     return problems
 
@@ -168,9 +175,11 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
 def _check_models(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:
     problems, base = [], data.get("base_model")
     names = [str(entry.get("model")) for entry in models]
+    seen = set()
     for i, name in enumerate(names):
-        if name in names[:i]:
+        if name in seen:
             problems.append(f"models[{i}].model: {name!r} is listed twice; give it once, with the sum of the weights")
+        seen.add(name)
     if models and base is not None and all(name == str(base) for name in names):
         problems.append("models: only the base is listed; add an expert")
     problems += _check_tokenizer(data, [str(base), *names])
@@ -281,7 +290,7 @@ def _check_guidance(data: dict[str, Any]) -> list[str]:
         for key in ("scale", "decimals"):
             if density.get(key) is not None:
                 problems.append(f"lewis.density.{key}: {strategy} has no use for it; leave it out, or use lewis")
-        own = {"owl": "outlier"}.get(strategy)
+        own = "outlier" if strategy == "owl" else None
         if importance.get("metric") not in (None, own):
             problems.append(
                 f"lewis.importance.metric: {strategy} has no use for {importance['metric']!r}; leave it out, or "
@@ -293,7 +302,7 @@ def _check_guidance(data: dict[str, Any]) -> list[str]:
 def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> list[str]:
     block = data.get("lewis")
     sets = block.get("calibrations") if isinstance(block, dict) else None
-    names = list(sets) if isinstance(sets, dict) else []
+    names = list(map(str, sets)) if isinstance(sets, dict) else []
     problems = []
     density = block.get("density") if isinstance(block, dict) else None
     blind = isinstance(density, dict) and density.get("strategy") in ("uniform", "depth_gradient")

@@ -14,6 +14,7 @@ UNSUPPORTED = {
     "chat_template": "replacing the chat template",
     "trust_remote_code": "running code that a model brings along",
 }
+MAX_GIVEN = 300  # characters of a wrong value that are told
 # pydantic puts the kind of value that it tried into the location of a problem; these are not keys of the recipe.
 _KIND = re.compile(
     r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
@@ -52,11 +53,16 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
         elif kind == "value_error":
             lines.append(f"{where}: {str(problem['msg']).removeprefix('Value error, ')}")
         elif kind == "literal_error":
-            lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {given!r}")
+            lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {_short(given)}")
         else:
             message = re.sub("(?i)tuple", "list", str(problem["msg"]))
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {given!r}")
+            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {_short(given)}")
     return lines
+
+
+def _short(given: Any) -> str:
+    told = repr(given)
+    return told if len(told) <= MAX_GIVEN else f"{told[:MAX_GIVEN]}..."
 
 
 def _is_kind(part: Any) -> bool:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
-from lewis.errors import RecipeError, nearest
+from lewis.errors import InputError, RecipeError, nearest
+from lewis.input_files import read_text
 from lewis.methods import Parameter, find, load_plugins
 from lewis.recipe import yaml_text
 from lewis.recipe.anchor import WEIGHT, Anchor
@@ -31,6 +32,9 @@ from lewis.recipe.schema import (
     Tokenizer,
 )
 from lewis.recipe.settings import Rule, value_at
+from lewis.recipe.yaml_limits import MAX_BYTES
+
+MAX_TOLD = 50  # problems of one recipe that an error lists
 
 
 class Recipe(Block):
@@ -87,13 +91,16 @@ class Recipe(Block):
         Raises:
             RecipeError: with every problem found, each beginning with its YAML path.
         """
-        path = Path(path).expanduser()
         try:
-            text = path.read_text()
+            path = Path(path).expanduser()
+            str(path).encode()  # the name of a run, a schedule and a model begins with the file's
+            text = read_text(path, MAX_BYTES)
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from error
+        except InputError as error:
+            raise RecipeError(str(error)) from error
+        except (RuntimeError, ValueError) as error:  # "~nobody", a name that is no UTF-8
+            raise RecipeError(f"{str(path)!r}: no such file: {error}; give the path of a recipe") from error
         return cls.parse(text, root=path.resolve().parent, name=path.stem, overrides=overrides)
 
     @classmethod
@@ -121,7 +128,9 @@ class Recipe(Block):
         except ValidationError as error:
             problems = [*describe(error, cls), *problems]
         if problems:
-            raise RecipeError(list(dict.fromkeys(problems)))
+            problems = list(dict.fromkeys(problems))
+            more = [f"and {len(problems) - MAX_TOLD} problems more"] if len(problems) > MAX_TOLD else []
+            raise RecipeError([*problems[:MAX_TOLD], *more])
         recipe._root, recipe._name = root, name
         recipe._text = text if not overrides else yaml_text.write(data)
         return recipe

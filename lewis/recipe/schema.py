@@ -88,7 +88,7 @@ class Tokenizer(Block):
 
     source: ModelName = "union"
     tokens: dict[Annotated[str, Field(min_length=1)], TokenEmbedding] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1, le=1 << 20)
 
 
 class ModelEntry(Block):
@@ -118,7 +118,7 @@ class CalibrationSet(Block):
     text: str | None = None
     texts: tuple[str, ...] | None = None
     samples: int = Field(default=128, ge=1)
-    max_tokens: int = Field(default=512, ge=1)
+    max_tokens: int = Field(default=512, ge=1, le=1 << 20)
     seed: int = Field(default=42, ge=0)
     padding: Literal["none", "max_tokens"] = "none"
 

@@ -1,21 +1,27 @@
 """A recipe as YAML text: read it strictly, change it by `--set`, look up a value by its path."""
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 from lewis.errors import InputError, RecipeError
+from lewis.recipe.yaml_limits import LimitedLoader, load
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(LimitedLoader):
     """YAML in which a key that is given twice is an error. PyYAML itself takes the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        seen = set()
         for key in keys:
-            if keys.count(key) > 1:
+            if not isinstance(key, Hashable):
+                continue  # PyYAML refuses it below
+            if key in seen:
                 raise yaml.YAMLError(f"the key {key!r} is given twice, line {node.start_mark.line + 1}")
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -27,12 +33,13 @@ def read(text: str, name: str) -> dict[str, Any]:
         name: of the recipe, for error messages.
 
     Raises:
-        RecipeError: if the text is not valid YAML, gives a key twice, or is no mapping.
+        RecipeError: if the text is not valid YAML, gives a key twice, exceeds a limit of `yaml_limits`, or is no
+            mapping.
     """
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+        data = load(text, name, _StrictLoader)
+    except InputError as error:
+        raise RecipeError(str(error)) from error
     if not isinstance(data, dict):
         raise RecipeError(f"{name}: expected a mapping with `merge_method` and `models`, got {type(data).__name__}")
     return data
@@ -54,10 +61,7 @@ def override(data: dict[str, Any], setting: str) -> None:
     keys = _keys(path)
     if not equals or "" in keys:
         raise InputError(f"--set {setting}: expected key.path=value, for example lewis.density.max=0.7")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {setting}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    value = load(text, f"--set {setting}: the value")
     place: Any = data
     for i, key in enumerate(keys):
         if isinstance(place, list) != isinstance(key, int) or (isinstance(key, int) and key >= len(place)):
@@ -75,11 +79,15 @@ def override(data: dict[str, Any], setting: str) -> None:
 def look_up(data: Any, path: str) -> Any:
     """What `data` holds at a path as in `--set`; None if it holds nothing there."""
     for key in _keys(path):
-        found = key in data if isinstance(data, dict) else isinstance(key, int) and 0 <= key < len(data or ())
+        items = len(data) if isinstance(data, list | tuple) else 0
+        found = key in data if isinstance(data, dict) else isinstance(key, int) and key < items
         data = data[key] if found else None
     return data
 
 
 def _keys(path: str) -> list[str | int]:
     """`models[0].model` as `["models", 0, "model"]`."""
-    return [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")]
+    return [
+        int(key) if re.fullmatch("[0-9]{1,9}", key) else key
+        for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
+    ]

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
+from lewis.input_files import open_regular
 from lewis.store import checked
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
 
@@ -37,7 +38,7 @@ def digest(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 (64 hex digits) of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -149,7 +150,7 @@ def read_json(path: Path) -> Any | None:
     """The content of a JSON file, or None if it is absent or no JSON. Entries are read by `lewis.store.entries`."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return None
 
 

@@ -17,7 +17,11 @@ _OTHERS, _ALL_BUT_OWNER = 0o007, 0o077
 
 def home() -> Path:
     """The root of the store: the absolute path of `LEWIS_HOME`, by default `~/.cache/lewis`."""
-    return Path(os.environ.get("LEWIS_HOME") or "~/.cache/lewis").expanduser().resolve()
+    given = os.environ.get("LEWIS_HOME") or "~/.cache/lewis"
+    try:
+        return Path(given).expanduser().resolve()
+    except RuntimeError as error:  # "~nobody", links in a circle
+        raise InputError(f"LEWIS_HOME: {given}: {error}; set it to a folder that may be written to") from error
 
 
 def holds(path: Path) -> bool:

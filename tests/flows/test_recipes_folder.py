@@ -1,14 +1,21 @@
 """Where the recipes are: a folder that is named, that of a checkout, or one in the store, made at first use."""
 
 import importlib
+import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lewis.errors import InputError
+from lewis.methods import METHODS
 from lewis.recipe.recipe import Recipe
 from lewis_flows import recipes_folder
+from lewis_flows.service import receiver
+from lewis_flows.service.deploy import add_schedules
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -120,3 +127,70 @@ def test_a_deployed_flow_refuses_a_path(folder: Path, flow: str, given: str, mon
     monkeypatch.setattr(module, "deployment", SimpleNamespace(id="some"))
     state = getattr(module, f"{flow}_flow").fn(given)
     assert state.is_failed() and "a run of a deployment takes only such names" in state.message
+
+
+GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
+BAD = {
+    "deep.yaml": "[" * 2000,
+    "laughs.yaml": "a: &a [x, x]\nb: &b [*a, *a]\nmerge_method: [*b, *b]",
+    "number.yaml": "seed: 2024-13-45",
+    "large.yaml": "#" * 1_000_001,
+    "binary.yaml": b"\xff\xfe\x00",
+    "long.yaml": GOOD.replace("org/math", "a+" + "x" * 300),  # longer than the system allows a name to be
+    "nul.yaml": GOOD.replace("org/math", '"./a\\0b"'),
+    "{{ prefect.variables.x }}.yaml": GOOD,
+    "\udcff.yaml": GOOD,
+    ".hidden.yaml": GOOD,
+    "plugin.yaml": GOOD.replace("ties", "raises"),
+}
+
+
+@pytest.fixture
+def with_bad_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recipes that are wrong in every way, and of one that is fine."""
+
+    def check(values: Any, experts: int) -> str:
+        raise KeyError("what nobody thought of")
+
+    monkeypatch.setitem(METHODS, "raises", replace(METHODS["ties"], name="raises", check=check))
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    for name, content in {"good.yaml": GOOD, **BAD}.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setenv("LEWIS_RECIPES", str(folder))
+    return folder
+
+
+def test_a_bad_recipe_stops_no_other(with_bad_ones: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = recipes_folder.load_all()
+    assert {"good"} <= set(found) <= {"good", "long", "nul"}
+    told = caplog.text
+    assert "recipe deep is left out: deep: not valid YAML: nested more than 50 deep" in told
+    assert "large.yaml: expected at most 1,000,000 bytes" in told
+    assert "recipe plugin is left out: KeyError: 'what nobody thought of'" in told
+    assert r"recipe '\udcff.yaml' is left out: expected a name of letters" in told
+    content: dict[str, Any] = {"deployments": [{"name": "merge-nightly"}]}
+    add_schedules(content, found)
+    assert "good" in {schedule["slug"] for schedule in content["deployments"][0]["schedules"]}
+
+
+def test_a_delivery_for_a_good_recipe_is_taken(with_bad_ones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = []
+    monkeypatch.setattr(receiver, "announce", lambda *given: announced.append(given) or "id")
+    body = {
+        "event": {"action": "update", "scope": "repo.content"},
+        "repo": {"type": "model", "name": "org/math"},
+        "updatedRefs": [{"ref": "refs/heads/main", "oldSha": None, "newSha": "f" * 40}],
+    }
+    status, answer = receiver.Receiver().take(json.dumps(body).encode())
+    assert (status, answer["recipes"]) == (202, ["good"]) and announced[0][0] == "good"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "no/such/file.yaml"])
+def test_a_path_that_is_none_is_told(with_bad_ones: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        recipes_folder.find(name)
+    monkeypatch.setenv("LEWIS_RECIPES", "~nobody-of-that-name/x")
+    with pytest.raises(InputError, match="LEWIS_RECIPES: "):
+        recipes_folder.names()
