@@ -1,6 +1,7 @@
 """Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
 
 import logging
+import re
 import string
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.input_files import check_regular
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
@@ -20,6 +22,8 @@ from lewis.store.checksums import remembered_sha256
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids
 SAMPLES = "samples"  # what a set in the store is whole with
+MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
+_KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -105,6 +109,8 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     where = f"lewis.calibrations.{name}"
     with _rows(where, spec, root) as rows:
         texts = _texts(where, spec, rows)
+    for text in texts:
+        _check_unicode(where, text)
     encode = _load_tokenizer(tokenizer)
     cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]
     special = set(encode.all_special_ids)
@@ -130,6 +136,14 @@ def _texts(where: str, spec: CalibrationSet, rows: Any) -> list[str]:
     except UnicodeDecodeError as error:  # JSON is decoded when a row is read
         raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
     return [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
+
+
+def _check_unicode(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise InputError(f"{where}: a text is no Unicode: half of a surrogate pair in {around!r}") from error
 
 
 def _filled_up(where: str, tokenizer: Any, ids: list[int], length: int) -> list[int]:
@@ -182,8 +196,10 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:
         files = (spec.data_files,) if isinstance(spec.data_files, str) else spec.data_files
-        paths = [str(root / Path(file).expanduser()) for file in files] if repo in ("json", "parquet") else list(files)
+        paths = [_place(where, file, root) for file in files] if repo in ("json", "parquet") else list(files)
         absent = [path for path in paths if repo in ("json", "parquet") and not Path(path).is_file()]
+        for path in paths:
+            check_regular(Path(path))
         empty = [path for path in paths if Path(path).is_file() and not Path(path).stat().st_size]
         if empty:
             raise InputError(f"{where}.data_files: {empty[0]} is empty; give it rows")
@@ -199,21 +215,45 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     return arguments
 
 
+def _place(where: str, file: str, root: Path) -> str:
+    try:
+        return str(root / Path(file).expanduser())
+    except RuntimeError as error:  # "~nobody"
+        raise InputError(f"{where}.data_files: {file}: {error}") from error
+
+
 def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"{where}.text: {template!r} is no template: {error}; write {{{{ for a brace") from error
-    for _, field, format_spec, _ in parts:
+    if len(parts) > MAX_FIELDS:
+        raise InputError(f"{where}.text: expected at most {MAX_FIELDS} fields, got {len(parts)}")
+    for _, field, format_spec, conversion in parts:
         if field is None:
             continue
         column = field.split("[")[0]
+        if any(len(number.lstrip("0")) > 4 for number in re.findall(r"\d+", format_spec or "")):
+            raise InputError(f"{where}.text: {{{field}:{format_spec}}}: expected a width of at most 9999 characters")
         if not column or "." in field or "{" in (format_spec or ""):
             raise InputError(f'{where}.text: {{{field}}}: expected names of columns, such as "{{question}} {{answer}}"')
         if column not in row:
             raise InputError(f"{where}.text: there is no column {column!r}; the dataset has {', '.join(row)}")
+        value = _value_of(where, template, field, row)
+        if not conversion and isinstance(value, list | tuple | dict | bytes):
+            raise InputError(
+                f"{where}.text: {{{field}}} is {_KINDS[type(value)]} in a row, expected a text or a number; name a "
+                f"part of it ({{{field}[0]}}), or write {{{field}!s}} for its Python form"
+            )
     try:
         return template.format_map({column: "" if value is None else value for column, value in row.items()})
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
+
+
+def _value_of(where: str, template: str, field: str, row: Mapping[str, Any]) -> Any:
+    try:
+        return string.Formatter().get_field(field, (), row)[0]
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
 

@@ -42,7 +42,8 @@ def merge_tensor(merge: Prepared, name: str, write: Write) -> bool:
         return True
     if info.dtype not in KINDS or out not in KINDS or not merge.compiles(name):
         return False
-    run = _prepare_run(merge, name)
+    with merge.method.blamed(name):
+        run = _prepare_run(merge, name)
     return run is not None and _write_chunks(run, info.elements, out, write)
 
 

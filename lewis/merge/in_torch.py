@@ -10,14 +10,13 @@ import itertools
 import keyword
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lewis.devices import one_thread
-from lewis.errors import InputError, LewisError
+from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.merge.prepared import Prepared
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
@@ -115,7 +114,7 @@ class _Tensor:
             arguments["streams"] = [self._merge.stream(expert, self._name) for expert in self._merge.experts]
         if method.takes_scales:
             arguments["scales"] = piece.scales
-        with self._named():
+        with method.blamed(self._name):
             return method(piece.tensors, **arguments)
 
     def finish(self) -> Finish | None:
@@ -127,7 +126,7 @@ class _Tensor:
         if self._copied or self._method.elementwise:
             return self.function
         assert self._method.by_rows
-        with torch.inference_mode(), self._named():
+        with torch.inference_mode(), self._method.blamed(self._name):
             pieces = Pieces(self._shape, lambda: map(self._piece, self.runs))
             return self._method.by_rows(pieces, **self._arguments)
 
@@ -142,7 +141,7 @@ class _Tensor:
 
     def _on_weights(self, rows: slice | None, finish: Finish) -> torch.Tensor:
         piece = self._piece(rows)
-        merged = self._checked(finish(piece), piece.tensors[0])
+        merged = self._finished(finish, piece, piece.tensors[0])
         if self._values.get("normalize"):
             same = (piece.tensors == piece.tensors[0]).all(dim=0)
             merged = torch.where(same, piece.tensors[0], merged)  # an average of equals is exact
@@ -157,7 +156,7 @@ class _Tensor:
         base = self._finite(merge.base, rows)
         if "density" in self._values and not any(active):
             return base
-        delta = self._checked(finish(self._piece(rows, base)), base)
+        delta = self._finished(finish, self._piece(rows, base), base)
         if self._name in merge.held_back:
             delta = delta * self._of_rows(merge.held_back[self._name], rows)
         # The models are read a second time instead of being kept in memory.
@@ -209,12 +208,19 @@ class _Tensor:
             )
         return tensor
 
-    def _checked(self, merged: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def _finished(self, finish: Finish, piece: Piece, like: torch.Tensor) -> torch.Tensor:
+        with self._method.blamed(self._name):
+            merged = finish(piece)
         if not isinstance(merged, torch.Tensor):
             raise LewisError(f"{self._name}: {self._method.name} gave {type(merged).__name__}, expected a tensor")
         if merged.shape != like.shape:
             given, expected = list(merged.shape), list(like.shape)
             raise LewisError(f"{self._name}: {self._method.name} gave the shape {given}, expected {expected}")
+        if merged.is_complex() or merged.layout is not torch.strided or merged.device != like.device:
+            raise LewisError(
+                f"{self._name}: {self._method.name} gave a tensor of {merged.dtype}, {merged.layout}, on "
+                f"{merged.device}; expected a dense one of real numbers on {like.device}"
+            )
         return merged
 
     def _rounded(self, merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -227,13 +233,6 @@ class _Tensor:
                 )
             raise LewisError(f"{self._name}: {self._method.name} gave NaN or Inf; lower its weights or lambda")
         return rounded
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise InputError(f"{self._name}: {error}") from error
 
 
 def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

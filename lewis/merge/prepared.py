@@ -167,7 +167,8 @@ class Prepared:
             return self.method.compiled is not None
         count = len(self.experts) + self.method.takes_base
         try:
-            return self.method.coefficients(np.eye(count), **self.parameters(name)) is not None
+            with self.method.blamed(name):
+                return self.method.coefficients(np.eye(count), **self.parameters(name)) is not None
         except ValueError:  # the method's function raises it again, and names the tensor
             return False
 
@@ -233,7 +234,9 @@ class Prepared:
                     p.name: values[p.name][i] if p.per_expert else values[p.name]
                     for p in self.method.parameters.values()
                 }
-                if self.method.check and (problem := self.method.check(each, len(self.experts))):
+                with self.method.blamed(name):
+                    problem = self.method.check(each, len(self.experts)) if self.method.check else None
+                if problem:
                     raise InputError(f"{name}: {expert.ref}: {problem}")
 
     def _check_scales(self) -> None:

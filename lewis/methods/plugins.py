@@ -46,7 +46,7 @@ def _load(point: EntryPoint) -> None:
     told = f"{package}: its entry point {point.name} = {point.value!r} of the group {GROUP}"
     try:
         point.load()
-    except Exception as error:  # whatever another package's import raises
+    except (Exception, SystemExit) as error:  # whatever another package's import raises
         raise InputError(
             f"{told} cannot be loaded: {type(error).__name__}: {error}; repair or uninstall the package"
         ) from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
+from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.rows import ByRows
 from lewis.methods.loops import Loops
@@ -163,6 +165,30 @@ class Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.function(*args, **kwargs)
+
+    @contextmanager
+    def blamed(self, where: str) -> Iterator[None]:
+        """Say in the errors of a block, which runs code of this method, where it failed and whose code it is.
+
+        Args:
+            where: what the method worked on: the name of a tensor, or a path in the recipe.
+
+        Raises:
+            InputError: instead of a ValueError of a method that comes with LEWIS: its parameters do not fit.
+            LewisError: instead of anything that a method of another package raises, an exit of the process included.
+        """
+        try:
+            yield
+        except (LewisError, KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            if self.origin:
+                told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                whose = f"merge_method {self.name} of {self.origin}"
+                raise LewisError(f"{where}: {whose} failed: {told}; repair or uninstall the package") from error
+            if isinstance(error, ValueError):
+                raise InputError(f"{where}: {error}") from error
+            raise
 
 
 def merge_method(

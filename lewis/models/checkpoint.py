@@ -11,6 +11,7 @@ import numpy as np
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.models.config import read_config
+from lewis.models.config_check import check_config
 from lewis.models.dtypes import DTYPES, as_tensor
 from lewis.models.files import weight_files
 from lewis.models.model import TensorInfo
@@ -64,6 +65,7 @@ class Checkpoint:
                     f"{folder}: tensor {name!r} is stored as {info.dtype}: a quantised checkpoint cannot be merged; "
                     "expected float32, float16 or bfloat16: use the unquantised model"
                 )
+        check_config(folder, self.config, {name: info.shape for name, info in tensors.items()})
         self.tied = _tied_head(self.config, tensors, folder)
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         for head in self.tied.keys() & tensors.keys():

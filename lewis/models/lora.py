@@ -10,9 +10,10 @@ import numpy as np
 
 from lewis.devices import one_thread
 from lewis.errors import InputError
+from lewis.input_files import check_regular
 from lewis.lazy_torch import torch
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.dtypes import as_tensor
+from lewis.models.dtypes import DTYPES, as_tensor
 from lewis.models.lora_config import CONFIG, by_pattern, read_settings
 from lewis.models.names import PER_TOKEN
 from lewis.models.safetensors_file import TensorFile, same_bits
@@ -54,13 +55,20 @@ class LoraExpert:
         self.config, self.tensors, self.tied = base.config, base.tensors, base.tied
         self._settings = read_settings(folder)
         path = folder / WEIGHTS
+        check_regular(path)
         if not path.is_file():
             raise InputError(f"{folder}: no {WEIGHTS}; expected the folder of a PEFT adapter saved with safetensors")
         self._file = TensorFile(path)
+        if not self._file.places:
+            raise InputError(f"{path}: holds no tensor; save the adapter again, or leave it out")
+        for key_in_file, place in self._file.places.items():
+            if place.dtype not in DTYPES or not DTYPES[place.dtype].floating:
+                raise InputError(f"{path}: {key_in_file!r} is stored as {place.dtype}; save the adapter in float32")
         self._parts: dict[str, dict[str, str]] = {}
         self._whole: dict[str, str] = {}
         for key_in_file in self._file.places:
             self._place(key_in_file)
+        self._alphas: dict[str, float] = {}
         self._check_shapes()
         self.tensors = {
             name: replace(info, shape=self._file.places[self._whole[name]].shape) if name in self._whole else info
@@ -132,10 +140,12 @@ class LoraExpert:
                 f"{self.folder / WEIGHTS}: the key {key!r} matches nothing in the base {self.base.folder}; "
                 "expected an adapter of this base model"
             )
-        if match:
-            self._parts.setdefault(name, {})[match["part"].removeprefix("embedding_")] = key
-        else:
-            self._whole[name] = key
+        found, place = (self._parts.setdefault(name, {}), match["part"][-1]) if match else (self._whole, name)
+        if place in found:
+            raise InputError(
+                f"{self.folder / WEIGHTS}: {found[place]!r} and {key!r} stand for the same tensor; keep one adapter"
+            )
+        found[place] = key
 
     def _is_copy(self, key: str, name: str) -> bool:
         """Whether it is a tied head, equal to the embedding that is saved too: PEFT saves both."""
@@ -154,6 +164,9 @@ class LoraExpert:
                     f"{self.folder / WEIGHTS}: {name!r} has lora_{''.join(parts)} only; expected lora_A and lora_B"
                 )
             a, b = (self._file.places[parts[part]].shape for part in "AB")
+            self._check_rank(name, a, b)
+            alpha, patterns = self._settings.get("lora_alpha", 8), self._settings.get("alpha_pattern")
+            self._alphas[name] = by_pattern(patterns, name.removesuffix(".weight"), alpha)
             fits = len(a) == len(b) == 2 and b[1] == a[0]
             given = ((a[1], b[0]) if self._transposed(parts) else (b[0], a[1])) if fits else None
             expected = self._file.places[self._whole[name]].shape if name in self._whole else self.tensors[name].shape
@@ -170,6 +183,22 @@ class LoraExpert:
                     f"{self.folder / WEIGHTS}: {key!r} has shape {list(shape)}, in the base it is {list(expected)}"
                 )
 
+    def _check_rank(self, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+        if 0 in (*a, *b):
+            raise InputError(
+                f"{self.folder / WEIGHTS}: lora_A {list(a)} and lora_B {list(b)} of {name!r} are of rank 0 or empty; "
+                "expected a rank of 1 or more"
+            )
+        stated = self._settings.get("r")
+        if stated is None:
+            return  # older files lack it
+        stated = by_pattern(self._settings.get("rank_pattern"), name.removesuffix(".weight"), stated)
+        if a[:1] != (stated,):
+            raise InputError(
+                f"{self.folder / CONFIG}: r is {stated:g} for {name!r}, but its lora_A is {list(a)}; "
+                "the config belongs to another adapter"
+            )
+
     def _part(self, key: str) -> torch.Tensor:
         place = self._file.places[key]
         return as_tensor(place.dtype, self._file.bits(key).copy()).reshape(place.shape)
@@ -177,8 +206,7 @@ class LoraExpert:
     def _low_rank(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
         a, b = (self._part(parts[part]).to(torch.float32) for part in "AB")
-        module, rank = name.removesuffix(".weight"), a.shape[0]
-        alpha = by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
+        rank, alpha = a.shape[0], self._alphas[name]
         scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         with one_thread():  # several threads would change the order of sums even in small products
             delta = (b @ a).mul_(scale)

@@ -1,13 +1,17 @@
 """The settings of a PEFT LoRA adapter, adapter_config.json: read, checked, and what is not supported refused."""
 
-import json
+import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
+from lewis.input_files import read_json
 
 CONFIG = "adapter_config.json"
+_LONGEST = 1000  # characters of a pattern
+_PATIENCE = 1.0  # seconds to compare one pattern with one name
 _REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
@@ -28,9 +32,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
+        settings: dict[str, Any] = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     kind = settings.get("peft_type")
@@ -48,23 +52,58 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: {refused[0]} is not supported; merge it into its base with PEFT's merge_and_unload first"
         )
-    patterns = settings.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: alpha_pattern: expected a JSON object, got {patterns!r}")
-    for key, value in {"lora_alpha": settings.get("lora_alpha", 8), **patterns}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{path}: {key}: expected a number, got {value!r}")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{path}: alpha_pattern: {pattern!r} is no regular expression: {error}") from error
+    _check_numbers(path, settings, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
+    _check_numbers(path, settings, "r", "rank_pattern", _is_rank, "a whole number above 0")
     return settings
 
 
 def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """A module's value, by PEFT's rule: the first pattern that matches the name, or its end after a dot, decides."""
+    """A module's value, by PEFT's rule: the first pattern that matches the name, or its end after a dot, decides.
+
+    Raises:
+        InputError: if a pattern takes longer than any that is meant: some need time exponential in the name's length.
+    """
+    import regex  # as re, but it can be told to stop
+
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATIENCE):
+                return float(value)
+        except (TimeoutError, regex.error) as error:
+            raise InputError(
+                f"{CONFIG}: the pattern {pattern!r} cannot be compared with {module!r}: {error}"
+            ) from error
     return float(default)
+
+
+def _check_numbers(
+    path: Path, settings: Mapping[str, Any], key: str, pattern_key: str, is_fine: Callable[[Any], bool], expected: str
+) -> None:
+    """Check a setting, and the patterns of modules that have another value of it."""
+    patterns = settings.get(pattern_key) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: {pattern_key}: expected a JSON object, got {patterns!r}")
+    given = {key: settings[key]} if key in settings else {}
+    for name, value in {**given, **patterns}.items():
+        if not is_fine(value):
+            raise InputError(f"{path}: {name}: expected {expected}, got {value!r}")
+    for pattern in patterns:
+        if len(pattern) > _LONGEST:
+            raise InputError(
+                f"{path}: {pattern_key}: a pattern of {len(pattern)} characters; expected {_LONGEST} at most"
+            )
+        try:
+            re.compile(f"({pattern})")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"{path}: {pattern_key}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that is too large for a float
+        return False
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -12,8 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lewis.errors import InputError, LewisError
+from lewis.input_files import check_regular
 from lewis.models.dtypes import bits_dtype
 
+_LONGEST_NAME, _MOST_DIMENSIONS, _LARGEST_SIZE = 1000, 8, 1 << 40  # of any tensor of a model
 _PART = 1 << 18  # elements that are compared at a time
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype as safetensors names it ("BF16"), shape
@@ -44,6 +46,7 @@ class TensorFile:
             InputError: if it is truncated, or no safetensors file.
         """
         self.path = path
+        check_regular(path)
         try:
             with safe_open(path, framework="np") as checked:  # checks offsets, shapes and sizes
                 names = list(checked.keys())
@@ -51,12 +54,13 @@ class TensorFile:
             length = int.from_bytes(self._file.read(8), "little")
             header = json.loads(self._file.read(length))
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, RecursionError, ValueError) as error:
             raise InputError(f"{path}: truncated, or no safetensors file ({error}); download it again") from error
         self.places = {}
         for name in names:
             start, stop = header[name]["data_offsets"]
             shape = tuple(header[name]["shape"])
+            _check_tensor(path, name, shape)
             self.places[name] = Place(header[name]["dtype"], shape, 8 + length + start, 8 + length + stop)
 
     def bits(self, name: str) -> np.ndarray:
@@ -102,9 +106,23 @@ def file_headers(path: Path) -> Headers:
     Raises:
         InputError: if it is damaged.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return {key: (tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in slices.items()}
+        found = {key: (tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in slices.items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+    for key, (_, shape) in found.items():
+        _check_tensor(path, key, shape)
+    return found
+
+
+def _check_tensor(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse what a header may say and no model does: torch and numpy cannot make such a tensor."""
+    if len(name) > _LONGEST_NAME:
+        raise InputError(f"{path}: {name[:60]!r}...: the name of a tensor has {len(name)} characters; is it a model?")
+    if len(shape) > _MOST_DIMENSIONS or any(size >= _LARGEST_SIZE for size in shape):
+        raise InputError(
+            f"{path}: {name!r} has {len(shape)} dimensions of up to {max(shape)}; no model has such a tensor"
+        )

@@ -15,10 +15,10 @@ def parse_size(text: str) -> int:
         InputError: if the text is no such size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")] if match else 0.0
+    if not 1 <= size < 1e18:
         raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}")
-    return size
+    return int(size)
 
 
 def shard_names(count: int) -> list[str]:

@@ -240,3 +240,43 @@ def test_sets_that_are_loaded_at_once_take_turns(
         futures = [pool.submit(calibrate, str(i), spec, tokenizer=family.base, root=tmp_path) for i in range(4)]
     assert len({future.result().digest for future in futures}) == 1
     assert len(most) == 4 and max(most) == 1
+
+
+class TestHostile:
+    """Templates and rows that would take gigabytes or end in a traceback."""
+
+    @pytest.mark.parametrize(
+        "template, expected",
+        [
+            ("{question:>999999999999}", "expected a width of at most 9999 characters"),
+            ("{n:.000099999f}", "expected a width of at most 9999 characters"),
+            ("{question:>٩٩٩٩٩٩}", "expected a width of at most 9999 characters"),
+            ("{question}" * 101, "expected at most 100 fields, got 101"),
+            ("{nested}", r"\{nested\} is a mapping in a row, expected a text or a number; name a part of it"),
+            (
+                "{list}",
+                r"\{list\} is a list in a row, expected a text or a number; name a part of it \(\{list\[0\]\}\)",
+            ),
+            ("{list[0]}", r"\{list\[0\]\} is a list in a row"),
+            ("{list[9]}", "cannot be filled from a row"),
+            ("{list[x]}", "cannot be filled from a row"),
+        ],
+    )
+    def test_templates_are_refused(self, family: Family, tmp_path: Path, template: str, expected: str) -> None:
+        row = {"question": "w1", "n": 1, "nested": {"key": "w2"}, "list": [["w3"], ["w4"]]}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        with pytest.raises(InputError, match=rf"lewis.calibrations.sums.text: .*{expected}"):
+            run(family.base, tmp_path, dataset="json", data_files="rows.jsonl", text=template)
+
+    def test_a_list_may_be_asked_for_in_its_python_form(self, family: Family, tmp_path: Path) -> None:
+        (tmp_path / "rows.jsonl").write_text('{"list": ["w1"]}')
+        found = run(family.base, tmp_path, dataset="json", data_files="rows.jsonl", text="w5 {list!s} {list[0]}")
+        assert found.samples[0][0] == ids(5)[0] and found.samples[0][-1] == ids(1)[0]
+
+    def test_half_a_surrogate_pair_is_told(self, family: Family) -> None:
+        with pytest.raises(InputError, match=r"lewis.calibrations.sums: a text is no Unicode: half of a surrogate"):
+            run(family.base, texts=["w1", "w2 \ud800"])
+
+    def test_a_home_that_is_none_is_told(self, family: Family) -> None:
+        with pytest.raises(InputError, match=r"sums.data_files: ~nobody-of-that-name/x: "):
+            run(family.base, dataset="json", data_files="~nobody-of-that-name/x", text="{a}")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lewis import methods
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
+from lewis.merge import in_torch
 from lewis.methods import METHODS, find
 from lewis.methods.plugins import load_plugins
 from lewis.recipe.recipe import Recipe
@@ -119,4 +120,58 @@ def test_two_packages_cannot_bring_the_same_name(install: Install) -> None:
     install(HALF)
     install(HALF, module="other_half", entry="half = other_half")
     with pytest.raises(InputError, match=r"other-half 1.2: .*there is a merge method 'half' already, in lewis_half"):
+        recipe()
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        *(("function", each) for each in ("ValueError('a')", "KeyError('a')", "RuntimeError", "MemoryError")),
+        *((each, "SystemExit(0)") for each in ("function", "check", "coefficients", "by_rows", "finish")),
+    ],
+)
+def test_whatever_it_raises_is_told_by_its_name(install: Install, tmp_path: Path, where: str, error: str) -> None:
+    body = f"    raise {error}\n" if where == "function" else "    return task_vectors[0]\n"
+    argument = {
+        "check": ", check=fail",
+        "coefficients": ", coefficients=fail",
+        "by_rows": ", by_rows=fail",
+        "finish": ", by_rows=lambda pieces, **values: fail",
+    }.get(where, "")
+    install(
+        "import torch\nfrom lewis.methods import merge_method\n\n"
+        f"def fail(*args, **kwargs):\n    raise {error}\n\n"
+        f'@merge_method("half", paper="https://example.org", experts=(1, 1){argument})\n'
+        f"def half(task_vectors, *, share: float = 0.5):\n{body}"
+    )
+    many = 2 * in_torch.PIECE  # elements, so that it is merged by rows
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.full((2, many // 2), float(i))}) for i in range(2)]
+    told = rf"merge_method half of lewis-half 1\.2 failed: {error.partition('(')[0]}.*; repair or uninstall the package"
+    with pytest.raises(LewisError, match=told) as caught:
+        open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).run(tmp_path / "out")
+    assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("5", "gave int, expected a tensor"),
+        ("task_vectors", r"gave the shape \[1, 2\], expected \[2\]"),
+        ("task_vectors[0] * 1j", "gave a tensor of torch.complex64"),
+        ("task_vectors[0].to_sparse()", "gave a tensor of torch.float32, torch.sparse_coo"),
+        ("task_vectors[0].to('meta')", "gave a tensor of torch.float32, torch.strided, on meta; expected a dense one"),
+    ],
+)
+def test_what_is_no_tensor_of_the_right_kind_is_told(
+    install: Install, tmp_path: Path, value: str, expected: str
+) -> None:
+    install(HALF.replace("task_vectors[0] * torch.tensor(share)", value))
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([i, -4.0 * i])}) for i in range(2)]
+    with pytest.raises(LewisError, match=f"w: half {expected}"):
+        open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).tensor("w")
+
+
+def test_one_that_exits_when_it_is_imported_is_told(install: Install) -> None:
+    install("raise SystemExit(0)")
+    with pytest.raises(InputError, match=r"lewis-half 1.2: .* cannot be loaded: SystemExit"):
         recipe()

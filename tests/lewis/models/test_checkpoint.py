@@ -1,8 +1,10 @@
 """Opening model folders: whole, sharded, tied; and refusing what is damaged, pickled, quantised or leads outside."""
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,3 +165,50 @@ class TestUnsupported:
     )
     def test_quantised_tensors(self, tmp_path: Path, name: str, tensor: torch.Tensor, dtype: str) -> None:
         refused(write_tensors(tmp_path, {name: tensor}), f"tensor {name!r} is stored as {dtype}", "quantised")
+
+
+class TestContradictions:
+    """A config.json that is another model's."""
+
+    STACK = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2, 2) for i in range(3)}  # noqa: RUF012
+    TENSORS = {"model.embed_tokens.weight": torch.ones(5, 2), **STACK}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        "config, expected",
+        [
+            ({"vocab_size": 6}, "config.json says vocab_size 6, but 'model.embed_tokens.weight' has 5 rows"),
+            ({"text_config": {"vocab_size": 6}}, "config.json says vocab_size 6"),
+            ({"num_hidden_layers": 2}, "says num_hidden_layers 2, but the tensors model.layers.* are of 3 layers"),
+            ({"num_hidden_layers": 4}, "says num_hidden_layers 4, but the tensors model.layers.* are of 3 layers"),
+        ],
+    )
+    def test_are_refused(self, tmp_path: Path, config: dict[str, Any], expected: str) -> None:
+        refused(write_tensors(tmp_path, self.TENSORS, **config), expected, "the config belongs to another model")
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"vocab_size": 5, "num_hidden_layers": 3},
+            {"vocab_size": 7, "text_config": {"vocab_size": 5, "num_hidden_layers": 3}},
+            {"num_hidden_layers": 2, "num_nextn_predict_layers": 1},
+            {"vocab_size": None, "num_hidden_layers": "three"},
+        ],
+    )
+    def test_are_told_only_where_there_is_one(self, tmp_path: Path, config: dict[str, Any]) -> None:
+        Checkpoint(write_tensors(tmp_path, self.TENSORS, **config), "key")
+
+
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [
+        ("x" * 1001, (2,), "the name of a tensor has 1001 characters"),
+        ("x", (1,) * 9, "has 9 dimensions"),
+        ("x", (0, 2**40), "has 2 dimensions of up to 1099511627776"),
+    ],
+)
+def test_a_header_that_no_model_has_is_refused(tmp_path: Path, name: str, shape: list[int], expected: str) -> None:
+    size = 4 * math.prod(shape)
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    refused(tmp_path, expected)

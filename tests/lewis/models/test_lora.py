@@ -172,3 +172,59 @@ class TestRefused:
         (adapter / "adapter_config.json").write_text("{")
         with pytest.raises(InputError, match="not readable as JSON"):
             open_on(family.base, adapter)
+
+    @pytest.mark.parametrize(
+        "settings, expected",
+        [
+            ({"r": 3}, r"r is 3 for 'model.layers.0.mlp.up_proj.weight', but its lora_A is \[4, 16\]"),
+            ({"rank_pattern": {"q_proj": 2}}, r"r is 2 for 'model.layers.\d.self_attn.q_proj.weight'"),
+            ({"r": 0}, "r: expected a whole number above 0, got 0"),
+            ({"r": [4]}, r"r: expected a whole number above 0, got \[4\]"),
+            ({"rank_pattern": []}, None),
+            ({"rank_pattern": {"(": 4}}, r"rank_pattern: '\(' is no regular expression"),
+            ({"lora_alpha": None}, "lora_alpha: expected a finite number, got None"),
+            ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
+            ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
+            ({"alpha_pattern": {"x" * 1001: 4}}, "alpha_pattern: a pattern of 1001 characters"),
+            ({"alpha_pattern": {r"(([a-z0-9._]+)+)+\d!": 4}}, None),  # takes Python's own `re` longer than anyone waits
+        ],
+    )
+    def test_settings_that_contradict_the_tensors(
+        self, family: Family, adapter: Path, settings: dict[str, Any], expected: str | None
+    ) -> None:
+        edit_json(adapter / "adapter_config.json", **settings)
+        if expected is None:
+            open_on(family.base, adapter)
+        else:
+            with pytest.raises(InputError, match=expected):
+                open_on(family.base, adapter)
+
+    def test_no_tensors(self, family: Family, adapter: Path) -> None:
+        save_file({}, adapter / WEIGHTS)
+        with pytest.raises(InputError, match=f"{WEIGHTS}: holds no tensor"):
+            open_on(family.base, adapter)
+
+    @pytest.mark.parametrize("stated", [True, False])
+    @pytest.mark.parametrize("a, b", [((0, 16), (16, 0)), ((), ()), ((4,), (16, 4)), ((4, 16, 1), (16, 4))])
+    def test_tensors_of_rank_0_or_other_dimensions(
+        self, family: Family, adapter: Path, a: tuple[int, ...], b: tuple[int, ...], stated: bool
+    ) -> None:
+        if not stated:
+            (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        name = "model.layers.0.self_attn.q_proj"
+        save_file({f"{name}.lora_A.weight": torch.ones(a), f"{name}.lora_B.weight": torch.ones(b)}, adapter / WEIGHTS)
+        with pytest.raises(InputError, match=r"of rank 0|do not give the base's shape|r is 4 for"):
+            open_on(family.base, adapter)
+
+    def test_a_tensor_that_is_quantised(self, family: Family, adapter: Path) -> None:
+        tensors = load_file(adapter / WEIGHTS)
+        save_file({k: t.to(torch.float8_e4m3fn) for k, t in tensors.items()}, adapter / WEIGHTS)
+        with pytest.raises(InputError, match="is stored as F8_E4M3; save the adapter in float32"):
+            open_on(family.base, adapter)
+
+    def test_two_adapters_in_one_file(self, family: Family, adapter: Path) -> None:
+        tensors = load_file(adapter / WEIGHTS)
+        again = {k.replace("lora_A.weight", "lora_A.other.weight"): t.clone() for k, t in tensors.items()}
+        save_file(tensors | again, adapter / WEIGHTS)
+        with pytest.raises(InputError, match="stand for the same tensor; keep one adapter"):
+            open_on(family.base, adapter)
