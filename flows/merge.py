@@ -103,7 +103,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
     settings = eval_settings(plan) if plan.evaluate else None
-    tasks_digest = submit(check_tasks, settings, plan.root) if settings else None
+    tasks_digest = submit(check_tasks, quote(plan), settings, plan.root) if settings else None
     champion = submit(find_champion, plan.register_as.name, bool(settings)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
 

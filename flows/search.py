@@ -100,7 +100,7 @@ def search_flow(
 def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
     """Fetch the models and measure their importance, once for all trials; gives base, experts and the tasks' digest."""
     settings = _settings(plan, SEARCH)
-    tasks = submit(check_tasks, settings, plan.root)
+    tasks = submit(check_tasks, quote(plan), settings, plan.root)
     models = fetch(plan, tasks)
     finish(tasks, *models.futures)
     finish(*guide(plan, models.base, models.experts, models.inspected).measured)

@@ -11,6 +11,7 @@ from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
+from lewis.evaluation.metric_names import check_names
 from lewis.importance import effort, measure
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry
@@ -102,6 +103,7 @@ def make_plan(recipe: Recipe) -> Plan:
         lm_eval.check_tasks(
             recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
         )
+        check_names(recipe)
     base, experts = pipeline.pin_all(recipe)
     pipeline.preflight(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))

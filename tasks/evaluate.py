@@ -5,19 +5,24 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lewis.evaluation import lm_eval, step
+from lewis.evaluation import lm_eval, metric_names, step
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
 from lewis_tasks.support.caching import Progress, cached, computing_in
 from lewis_tasks.support.device_slot import device_slot
 
 
 @task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
-def check_tasks(settings: EvalSettings, root: Path) -> str:
-    """Check that the tasks of lm-eval exist, before any other work; gives their digest, for the cache key of scores."""
+def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path) -> str:
+    """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
+
+    Gives the tasks' digest, for the cache key of scores.
+    """
     lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
+    metric_names.check_names(recipe)
     return lm_eval.tasks_digest(settings, root)
 
 

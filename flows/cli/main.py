@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lewis.errors import InputError, LewisError
+from lewis.redact import redacted
+from lewis.store import writable
 from lewis_flows import environment
 from lewis_flows.cli import demo, housekeeping, merge, registry, run, service
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
@@ -24,12 +26,14 @@ class Command(NamedTuple):
         run: does it, given the parsed arguments.
         words: for the help.
         arguments: each adds some to the command's parser.
+        writes: whether it needs a store that it can write to.
     """
 
     name: str
     run: Callable[[argparse.Namespace], None]
     words: str
     arguments: tuple[Add, ...] = ()
+    writes: bool = True
 
 
 COMMANDS = (
@@ -45,6 +49,7 @@ COMMANDS = (
         merge.plan,
         "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers",
         (recipe, as_json),
+        writes=False,
     ),
     Command(
         "merge",
@@ -67,7 +72,13 @@ COMMANDS = (
         "run the service until Ctrl-C: servers, deployments, worker, webhook receiver",
         (prefect_file,),
     ),
-    Command("status", service.status, "tell what runs, what is due, what champions hold and what is newer", (as_json,)),
+    Command(
+        "status",
+        service.status,
+        "tell what runs, what is due, what champions hold and what is newer",
+        (as_json,),
+        writes=False,
+    ),
     Command(
         "gc",
         housekeeping.gc,
@@ -80,7 +91,13 @@ COMMANDS = (
         "read everything in the store and in MLflow again, and tell what is damaged",
         (as_json,),
     ),
-    Command("history", registry.history, "tell who replaced whom as champion of a model, and why", (name, as_json)),
+    Command(
+        "history",
+        registry.history,
+        "tell who replaced whom as champion of a model, and why",
+        (name, as_json),
+        writes=False,
+    ),
     Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why)),
     Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why)),
     Command(
@@ -103,9 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    environment.prepare()
     try:
+        environment.prepare()
         api_key.find()
+        if options.writes:
+            writable.check_store()
         options.run(options)
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)
@@ -117,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("lewis: stopped; finished steps are kept, run the same command to go on", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"lewis: it failed: {error}", file=sys.stderr)
+        print(f"lewis: it failed: {redacted(writable.explained(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -129,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         its = parsers.add_parser(command.name, help=command.words, description=command.words)
-        its.set_defaults(run=command.run)
+        its.set_defaults(run=command.run, writes=command.writes)
         for add in command.arguments:
             add(its)
     return parser

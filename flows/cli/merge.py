@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,10 +38,14 @@ def merge(options: argparse.Namespace) -> None:
     from lewis.models.lora import WEIGHTS
     from lewis.models.shards import parse_size
     from lewis.registry.registration import write_card
+    from lewis.store.writable import check_output_folder
 
-    recipe, shard, folder = arguments.load(options), parse_size(options.max_shard_size), options.output.resolve()
+    recipe, shard, folder = (
+        arguments.load(options),
+        parse_size(options.max_shard_size),
+        check_output_folder(options.output),
+    )
     show_log()
-    store.check_replaceable(options.output)
     base, experts = pipeline.fetch(recipe)
     pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
     allocated = None
@@ -73,10 +78,10 @@ def importance(options: argparse.Namespace) -> None:
     from lewis import store
     from lewis.reports import tables
 
-    _check_file(options.output)
+    file = _json_file(options.output)
     guided = _guide(options)
     rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in guided.measured]
-    store.write_json(options.output, {"importance": rows})
+    store.write_json(file, {"importance": rows})
     for each in guided.measured:
         print(f"importance of {each.ref} on {each.calibration}\n{tables.grid(guided.layers, each.norms, '.4g')}\n")
     _print_densities(guided)
@@ -88,11 +93,11 @@ def allocate(options: argparse.Namespace) -> None:
     from lewis import store
     from lewis.reports import pictures
 
-    _check_file(options.output)
+    file = _json_file(options.output)
     guided = _guide(options)
     experts = {ref: each.to_json() for ref, each in guided.allocated.experts().items()}
-    store.write_json(options.output, {"experts": experts})
-    store.write_bytes(options.output.with_suffix(".png"), pictures.densities(guided.allocated))
+    store.write_json(file, {"experts": experts})
+    store.write_bytes(file.with_suffix(".png"), pictures.densities(guided.allocated))
     _print_densities(guided)
 
 
@@ -165,12 +170,15 @@ def _print_densities(guided: _Guided) -> None:
         print(tables.allocation_text(ref, guided.layers, each, guided.parameters), end="\n\n")
 
 
-def _check_file(path: Path) -> None:
-    """Find out before the long part whether the output can be written.
+def _json_file(path: Path) -> Path:
+    """Find out before the long part whether the output can be written; gives its absolute path.
 
     Raises:
         InputError: if it can not.
     """
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or path.suffix == ".png":
+    from lewis.store.writable import check_output_file
+
+    above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if os.path.isdir(path) or not above.is_dir() or path.suffix == ".png":
         raise InputError(f"-o {path}: expected the name of a JSON file in a folder")
+    return check_output_file(path)

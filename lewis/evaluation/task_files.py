@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError
+from lewis.input_files import read_bytes
+from lewis.recipe.yaml_limits import MAX_BYTES, LimitedLoader, load
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ def read_task(path: Path) -> TaskFile:
     functions: list[str] = []
     try:
         config = _read_yaml(path.resolve(), sources, functions)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
         raise InputError(f"{path}: not a readable lm-eval task: {error}") from error
     name = config.get("group", config.get("task"))
     if not isinstance(name, str):
-        raise InputError(f"{path}: expected the key `task` (or `group`) with a name, got the keys {sorted(config)}")
+        keys = sorted(map(str, config))
+        raise InputError(f"{path}: expected the key `task` (or `group`) with a name, got the keys {keys}")
+    if any(not isinstance(block.get("dataset_kwargs") or {}, Mapping) for block in blocks(config)):
+        raise InputError(f"{path}: dataset_kwargs: expected a mapping")
     return TaskFile(name, path.resolve(), config, tuple(sources), tuple(functions))
 
 
@@ -119,7 +124,7 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
         base = root / source if source and (root / source).is_dir() else root
         if base == root and "/" in source:
             continue  # a dataset on the Hub: its data_files are there
-        base = base / options.get("data_dir", "")
+        base = base / str(options.get("data_dir") or "")
         for pattern in _texts(options.get("data_files")) or (["**"] if base != root else []):
             if "://" in pattern:
                 continue
@@ -168,6 +173,21 @@ def _builtin_index() -> Mapping[str, Any]:
     return TaskManager().task_index
 
 
+def builtin_task(name: str) -> tuple[Mapping[str, Any], list[Any] | None]:
+    """The config of a task or group of lm-eval, and the members of a group or tag; None for a task."""
+    entry = _builtin_index().get(name)
+    if entry is None:
+        return {}, None
+    config = entry.cfg or {}
+    return config, {"GROUP": members(config), "TAG": list(entry.tags)}.get(entry.kind.name)
+
+
+def members(config: Mapping[str, Any]) -> list[Any]:
+    """What the list `task` of a group holds: names, and mappings that define a member or change it."""
+    listed = config.get("task")
+    return listed if isinstance(listed, list) else [listed] if isinstance(listed, str) else []
+
+
 def _builtin_configs(name: str) -> list[Any]:
     """The configs of a built-in task, or of all members of a group or a tag."""
     configs, pending = [], [name]
@@ -195,7 +215,7 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
         raise ValueError(f"{path} is included twice")
     sources.append(path)
 
-    class Loader(yaml.SafeLoader):
+    class Loader(LimitedLoader):
         pass
 
     def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
@@ -210,7 +230,7 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
         return text
 
     Loader.add_constructor("!function", function)
-    config = yaml.load(path.read_bytes(), Loader)
+    config = load(read_bytes(path, MAX_BYTES), str(path), Loader)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
     merged: dict[str, Any] = {}
@@ -224,10 +244,12 @@ def _members(tasks: Any) -> Iterator[str]:
     for item in [tasks] if isinstance(tasks, str) else tasks or ():
         if isinstance(item, str):
             yield item
+        elif not isinstance(item, Mapping):
+            raise InputError(f"a group's list `task`: expected the name of a task, or a mapping, got {item!r}")
         elif isinstance(item.get("task"), list):
             yield from _members(item["task"])
-        elif "dataset_path" not in item:
-            yield item.get("task") or item["group"]
+        elif "dataset_path" not in item and (name := item.get("task") or item.get("group")):
+            yield str(name)
 
 
 def blocks(config: Any) -> Iterator[Mapping[str, Any]]:

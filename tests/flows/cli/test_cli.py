@@ -253,6 +253,22 @@ def test_an_unknown_task_is_told_before_any_work(recipe: Path, home: Path, capsy
     assert "gsm9k" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "wrong, expected",
+    [
+        ("register.gate.metric=words/ac,none", "did you mean 'words/acc,none'"),
+        ("register.gate.tolerance={word: 0.1}", "register.gate.tolerance: there is no score 'word'"),
+        ("evaluate.weights={'words/acc': 1}", "did you mean 'words/acc,none'"),
+        ("search={space: {seed: [1]}, metrics: [acc]}", "search.metrics: there is no score 'acc'"),
+    ],
+)
+def test_a_wrong_name_of_a_score_is_told_before_any_work(
+    wrong: str, expected: str, recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(recipe), "--set", wrong]) == 2
+    assert expected in capsys.readouterr().err and not (home / "calibrations").exists()
+
+
 def test_no_space_is_told_before_any_work(
     recipe: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

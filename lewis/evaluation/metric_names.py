@@ -1,0 +1,115 @@
+"""Which scores an evaluation will give, as far as the tasks' files tell: a wrong name is found before any work."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError, nearest
+from lewis.evaluation.scored import WEIGHTED
+from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks, members
+from lewis.recipe.recipe import Recipe
+
+_DEFAULT = {  # lm-eval's metrics of a task that lists none
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": ("acc", "acc_norm"),
+    "generate_until": ("exact_match",),
+}
+# With these a group changes its members, and a task gives scores that only its code knows.
+_OVERRIDES = {"metric_list", "filter_list", "process_results", "output_type", "class"}
+
+Known = Mapping[str, Sequence[str] | None]
+"""Task or group -> its scores, each `metric,filter`; None where only a run of the task tells them."""
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check every score that a recipe names: of the gate and its tolerances, of the weights, and of the search.
+
+    Raises:
+        InputError: naming the key and the nearest score, if no task gives a score of that name.
+    """
+    if recipe.evaluate is None:
+        return
+    known = known_scores(recipe.evaluate.tasks, recipe.root)
+    if known is None:
+        return
+    weights = recipe.evaluate.weights
+    _check("evaluate.weights", weights, known, whole_tasks=True)
+    if weights:
+        known = {**known, WEIGHTED[0]: [WEIGHTED[1]]}
+    gate = recipe.register_as.gate if recipe.register_as else None
+    if gate:
+        _check("register.gate.metric", [gate.metric], known)
+    if gate and isinstance(gate.tolerance, Mapping):
+        _check("register.gate.tolerance", gate.tolerance, known, whole_tasks=True)
+    _check("search.metrics", recipe.search.metrics if recipe.search else (), known)
+
+
+def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
+    """What each task will give; None if a group defines or changes its members, so that their files do not tell.
+
+    Args:
+        tasks: as in the recipe.
+        root: the recipe's folder.
+    """
+    found = find_tasks(tasks, root)
+    scores: dict[str, Sequence[str] | None] = {}
+    pending = list(found.names)
+    for name in pending:
+        config, inside = _read(name, found)
+        if inside is None:
+            scores[name] = _of_task(config)
+            continue
+        if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
+            return None
+        scores[name] = _of_group(config)
+        pending += [each for each in inside if each not in pending]
+    return scores
+
+
+def _read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
+    """The config of a task or group, and the members of a group or tag; None for a task."""
+    if name not in found.files:
+        return builtin_task(name)
+    config = found.files[name].config
+    return config, members(config) if "group" in config else None
+
+
+def _of_task(config: Mapping[str, Any]) -> list[str] | None:
+    if "process_results" in config or "class" in config:
+        return None
+    listed, filters = config.get("metric_list"), config.get("filter_list")
+    metrics = _names(listed, "metric") if listed else _DEFAULT.get(str(config.get("output_type")))
+    chosen = _names(filters, "name") if filters else ["none"]
+    if metrics is None or chosen is None or any("/" in metric or "." in metric for metric in metrics):
+        return None  # a function as a metric names its scores itself
+    return [f"{metric},{each}" for metric in metrics for each in chosen]
+
+
+def _of_group(config: Mapping[str, Any]) -> list[str] | None:
+    listed = config.get("aggregate_metric_list") or []
+    scores = []
+    for each in listed if isinstance(listed, list) else [listed]:
+        filters = each.get("filter_list") if isinstance(each, Mapping) else None
+        if filters is None:
+            return None  # all that the members have
+        scores += [f"{each.get('metric')},{chosen}" for chosen in ([filters] if isinstance(filters, str) else filters)]
+    return scores
+
+
+def _names(listed: Any, key: str) -> list[str] | None:
+    """What a list of mappings has under `key`; None if it is no such list, or a metric comes from another package."""
+    items = listed if isinstance(listed, list) else [listed]
+    names = [each.get(key) if isinstance(each, Mapping) and not each.get("hf_evaluate") else None for each in items]
+    found = [name for name in names if isinstance(name, str)]
+    return found if len(found) == len(names) else None
+
+
+def _check(where: str, given: Iterable[str], known: Known, *, whole_tasks: bool = False) -> None:
+    for name in given:
+        task = max((each for each in known if name.startswith(f"{each}/")), key=len, default=None)
+        scores = () if task is None else known[task]
+        if (whole_tasks and name in known) or scores is None or name.removeprefix(f"{task}/") in scores:
+            continue
+        choices = [f"{each}/{score}" for each, found in known.items() for score in found or ()]
+        raise InputError(f"{where}: there is no score {name!r}{nearest(name, choices)}")

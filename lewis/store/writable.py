@@ -1,0 +1,97 @@
+"""Find out before any work whether the store, and what a command writes, can be written: by trying."""
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from lewis.errors import InputError
+from lewis.store import files
+
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+_ROOM = 64  # characters that a scratch name has more than the name it stands for
+
+
+def check_store() -> None:
+    """Check that the store can be written to; it is made if it is missing.
+
+    Raises:
+        InputError: naming LEWIS_HOME.
+    """
+    home = files.home()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".lewis-", dir=home))
+    except OSError as error:
+        raise InputError(
+            f"LEWIS_HOME: the store {home} cannot be written to: {error.strerror}; set it to a folder that can"
+        ) from error
+
+
+def explained(error: OSError) -> str:
+    """The words of an error of the system; one that the store caused names LEWIS_HOME."""
+    place = str(error.filename or "")
+    home = str(files.home())
+    if error.errno in _REFUSED and (place == home or place.startswith(home + os.sep)):
+        return f"LEWIS_HOME: the store {home} cannot be written to: {error}"
+    return str(error)
+
+
+def check_output_folder(folder: Path) -> Path:
+    """Check that a folder can be made, or replaced, at a place that the user gives.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        InputError: if it cannot, or holds something else.
+    """
+    try:
+        place = folder.resolve()
+        files.check_replaceable(place)
+        _try(place)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        if isinstance(error, InputError):
+            raise
+        raise _impossible(folder, error) from error
+    return place
+
+
+def check_output_file(file: Path) -> Path:
+    """Check that a file can be written at a place that the user gives.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        InputError: if it cannot, or something is there that is no regular file.
+    """
+    try:
+        place = file.resolve()
+        if place.exists() and not place.is_file():
+            raise InputError(f"-o {file}: expected the name of a file, got what is none; choose another path")
+        _try(place)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _impossible(file, error) from error
+    return place
+
+
+def _try(place: Path) -> None:
+    """Make what is written beside `place` before it is renamed, and remove it."""
+    missing = [place.name]
+    above = place.parent
+    while not above.exists():
+        missing, above = [above.name, *missing], above.parent
+    made = Path(tempfile.mkdtemp(prefix=".lewis-", dir=above))
+    try:
+        (made / Path(*missing[:-1]) / f"{missing[-1]}{'.' * _ROOM}").mkdir(parents=True)
+    finally:
+        shutil.rmtree(made)
+
+
+def _impossible(given: Path, error: Exception) -> InputError:
+    told = getattr(error, "strerror", None) or error
+    return InputError(f"-o {given}: cannot be written: {told}; choose another path")
