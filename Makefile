@@ -1,11 +1,12 @@
 # make demo   sets everything up and runs the whole DAG on a family of tiny models
 # make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
+# make faults has ten thousand inputs for each fuzzer of tests/faults, where make test has a few hundred
 # make setup  only installs: a venv in .venv and this package, editable
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test faults clean
 
 setup: .venv/.installed
 
@@ -26,6 +27,9 @@ test: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
+
+faults: setup
+	LEWIS_FAULTS_DRAWS=10000 $(BIN)/pytest --timeout 7200 tests/faults
 
 clean:
 	rm -rf .venv build .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage
