@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.store import files
+from lewis.store.folders import make_folder
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 _ROOM = 64  # characters that a scratch name has more than the name it stands for
@@ -21,7 +22,7 @@ def check_store() -> None:
     """
     home = files.home()
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
         os.rmdir(tempfile.mkdtemp(prefix=".lewis-", dir=home))
     except OSError as error:
         raise InputError(
