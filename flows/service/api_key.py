@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lewis.errors import InputError
 from lewis_flows.service import note, secret_file
 
 SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
@@ -54,16 +55,24 @@ def connected(url: str) -> Iterator[None]:
 
     Args:
         url: of the server's API.
+
+    Raises:
+        InputError: the server wants another key.
     """
     key = key_for(url)
     named = {"PREFECT_API_URL": url, **({CLIENT: key} if key else {})}
     before = {name: os.environ.get(name) for name in named}
-    os.environ.update(named)  # also what Prefect reads when it is imported here for the first time
+    os.environ.update(named)  # before Prefect is imported, which reads it then
+    import httpx
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     try:
         with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: key}):
             yield
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != 401:
+            raise
+        raise InputError(f"{url}: the Prefect server wants another key; set PREFECT_API_AUTH_STRING to it") from None
     finally:
         for name, value in before.items():
             os.environ.pop(name)

@@ -30,7 +30,7 @@ def status() -> Status:
     if prefect.up:
         try:
             ask_prefect(found, api)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, LewisError) as error:
             found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"

@@ -28,6 +28,7 @@ def ask_prefect(found: Status, api: str) -> None:
 
     Raises:
         httpx.HTTPError: if the server does not answer, or answers with an error.
+        InputError: if it wants another key.
     """
     with (
         connected(api),

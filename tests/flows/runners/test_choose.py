@@ -125,8 +125,8 @@ def test_a_cluster_that_does_not_answer_is_named(lewis: Command, recipe: Path) -
 @ray
 def test_a_cluster_of_this_machine_listens_on_loopback(tmp_path: Path) -> None:
     code = """
-        import pathlib, ray
-        from lewis_flows.runners.ray import local
+        import lewis_flows.merge  # as a worker does, before the runner is chosen
+        from lewis_flows.runners.ray import local, ray
         runner = local(1)
         with runner:
             ray.get(ray.remote(lambda: 1).remote())

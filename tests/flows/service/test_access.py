@@ -18,6 +18,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
+from lewis.errors import InputError
 from lewis_flows.service import api_key, deploy, note
 from tests.support.prefect_key import KEY, credentials
 
@@ -122,6 +123,17 @@ def test_the_key_is_made_once_and_found_by_every_command(home: Path, monkeypatch
     assert api_key.key_for("https://prefect.example/api") == "theirs"
     monkeypatch.delenv("PREFECT_API_URL")
     assert api_key.key_for("http://127.0.0.1:1/api") == made
+
+
+def test_a_wrong_key_is_told(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    monkeypatch.setenv(api_key.CLIENT, "wrong")
+    with (
+        pytest.raises(InputError, match=r"wants another key; set PREFECT_API_AUTH_STRING"),
+        api_key.connected(prefect_url),
+        get_client(sync_client=True) as client,
+    ):
+        client.read_flow_runs()
 
 
 def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
