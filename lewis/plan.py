@@ -42,7 +42,7 @@ class Plan:
         inputs: ref, commit and bytes of each model.
         layers: the covered layers; empty without a lewis block.
         tensors, parameters: of the base.
-        disk: bytes that the run will write, beside downloads.
+        disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
         memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
         measuring: seconds that the passes for second-order statistics take which are to do, roughly.
@@ -129,6 +129,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if writes and prepared and plan.disk < plan.disk_free:
         found = forecast(prepared)  # before anything loads the compiled loops, which takes a part of the time
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
+        plan.disk += found.disk
     else:
         plan.seconds = None if writes else 0.0
         plan.memory = without_models(find(recipe.guided_method), max(count.values()), len(experts))

@@ -158,15 +158,15 @@ def rests(merge: Prepared, network: Network, tokens: int | None = None) -> int:
     return bytes_at_rest(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)
 
 
-def disk(merge: Prepared, network: Network, resting: int) -> int:
-    """Bytes on disk at most, roughly: of the fitted tensors, and beside them what rests or, later, the output."""
+def beside_output(merge: Prepared, network: Network, resting: int) -> int:
+    """Bytes on disk that a fit needs more than the output, roughly: the fitted tensors, and what rests meanwhile."""
     fitted = sum(size_of(*merge.layout[each.tensor]) for each in in_order(network) if merge.merges(each.tensor))
-    return fitted + max(resting if resting > IN_MEMORY else 0, 0 if merge.as_adapter else merge.size)
+    return fitted + max((resting if resting > IN_MEMORY else 0) - merge.size, 0)
 
 
 def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spill:
     resting = rests(merge, network, tokens)
-    needed = disk(merge, network, resting) - store.bytes_on_disk(folder)
+    needed = merge.size + beside_output(merge, network, resting) - store.bytes_on_disk(folder)
     store.check_space(folder, needed, "the fit, with what rests between two projections or with the output,")
     if resting <= IN_MEMORY:
         return Spill()

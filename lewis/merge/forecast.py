@@ -34,10 +34,12 @@ class Forecast:
     Attributes:
         seconds: wall time, without the start of the process, on a machine as busy as it is now.
         memory: bytes of anonymous memory at the peak.
+        disk: bytes that it needs on disk meanwhile, more than the output.
     """
 
     seconds: float
     memory: int
+    disk: int = 0
 
 
 def forecast(merge: Merge) -> Forecast:
@@ -70,10 +72,10 @@ def forecast(merge: Merge) -> Forecast:
         largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
         growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
-    if merge.method.fits:
-        of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
-        seconds, peak = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory)
-    return Forecast(seconds, peak)
+    if not merge.method.fits:
+        return Forecast(seconds, peak)
+    of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
+    return Forecast(seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk)
 
 
 def _of_fit(merge: Merge) -> Forecast:
@@ -82,18 +84,26 @@ def _of_fit(merge: Merge) -> Forecast:
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
     """
-    from lewis.merge.fit import in_order
+    from lewis.merge.fit import TOKENS_PER_PASS, beside_output, in_order, rests
     from lewis.merge.held_out import LOGITS
+    from lewis.merge.spill import IN_MEMORY
 
     network = network_of(merge.base)
-    fitted = [network.empty(each.parameter) for each in in_order(network)]
-    largest, weights = max((max(each.shape) for each in fitted), default=0), sum(each.numel() for each in fitted)
-    outside = sum(network.empty(name).numel() for name in network.parameters_outside())
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
-    models = len(merge.experts) + 1
-    held = merge.tunes * merge.threads * 2 * LOGITS + models * outside + tokens * 7 * largest + 4 * models * largest**2
-    per_second = operations_per_second() * merge.threads
-    return Forecast(8.5 * tokens * weights / per_second, 600_000_000 + 4 * held)
+    weights, solving = 0, 0
+    for each in in_order(network):
+        outputs, inputs = (
+            reversed(network.empty(each.parameter).shape) if each.transposed else network.empty(each.parameter).shape
+        )
+        known, weights = min(tokens, DUAL_TOKENS), weights + outputs * inputs
+        products = (
+            2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (2 * len(merge.experts) + 4) * inputs**2
+        )
+        solving = max(solving, products + outputs * inputs + merge.threads * 3 * TOKENS_PER_PASS * max(outputs, inputs))
+    resting = rests(merge, network)
+    held = 4 * (merge.tunes * merge.threads * 2 * LOGITS + solving) + (resting if resting <= IN_MEMORY else 0)
+    seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
+    return Forecast(seconds, 450_000_000 + held, beside_output(merge, network, resting))
 
 
 def _of_static_fit(merge: Merge) -> Forecast:

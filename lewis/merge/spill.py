@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-IN_MEMORY = 2 << 30  # bytes that may rest in memory
+IN_MEMORY = 2 << 30  # bytes that may rest in memory; `lewis/methods/README.md` tells both numbers
 LARGE = 1 << 20  # bytes of a tensor that rests in a file
 
 
