@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
-from lewis.errors import InputError, RecipeError, nearest
-from lewis.input_files import read_text
+from lewis.errors import RecipeError, nearest
 from lewis.methods import Parameter, find, load_plugins
 from lewis.recipe import yaml_text
 from lewis.recipe.anchor import WEIGHT, Anchor
@@ -32,7 +31,6 @@ from lewis.recipe.schema import (
     Tokenizer,
 )
 from lewis.recipe.settings import Rule, value_at
-from lewis.recipe.yaml_limits import MAX_BYTES
 
 MAX_TOLD = 50  # problems of one recipe that an error lists
 
@@ -91,16 +89,7 @@ class Recipe(Block):
         Raises:
             RecipeError: with every problem found, each beginning with its YAML path.
         """
-        try:
-            path = Path(path).expanduser()
-            str(path).encode()  # the name of a run, a schedule and a model begins with the file's
-            text = read_text(path, MAX_BYTES)
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe") from error
-        except InputError as error:
-            raise RecipeError(str(error)) from error
-        except (RuntimeError, ValueError) as error:  # "~nobody", a name that is no UTF-8
-            raise RecipeError(f"{str(path)!r}: no such file: {error}; give the path of a recipe") from error
+        path, text = yaml_text.read_file(path)
         return cls.parse(text, root=path.resolve().parent, name=path.stem, overrides=overrides)
 
     @classmethod

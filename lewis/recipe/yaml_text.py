@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lewis.errors import InputError, RecipeError
-from lewis.recipe.yaml_limits import LimitedLoader, load
+from lewis.input_files import read_text
+from lewis.recipe.yaml_limits import MAX_BYTES, LimitedLoader, load
 
 
 class _StrictLoader(LimitedLoader):
@@ -23,6 +25,24 @@ class _StrictLoader(LimitedLoader):
                 raise yaml.YAMLError(f"the key {key!r} is given twice, line {node.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def read_file(path: str | Path) -> tuple[Path, str]:
+    """The text of a recipe's file, and its path with the user's home put in for `~`.
+
+    Raises:
+        RecipeError: if it cannot be read, is no regular file or too large, or its name is no UTF-8.
+    """
+    try:
+        path = Path(path).expanduser()
+        str(path).encode()  # the name of a run, a schedule and a model begins with the file's
+        return path, read_text(path, MAX_BYTES)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe") from error
+    except InputError as error:
+        raise RecipeError(str(error)) from error
+    except (RuntimeError, ValueError) as error:  # "~nobody", a name that is no UTF-8
+        raise RecipeError(f"{str(path)!r}: no such file: {error}; give the path of a recipe") from error
 
 
 def read(text: str, name: str) -> dict[str, Any]:
