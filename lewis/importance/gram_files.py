@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from lewis import store
@@ -76,7 +77,7 @@ class Grams:
         Raises:
             LewisError: if the folder is gone, or a file is missing or has another size.
         """
-        self.folder, self._checked = folder, set[str]()
+        self.folder, self._checked, self._checking = folder, set[str](), Lock()
         manifest = {} if checksums is not None else store.read_manifest(folder)
         if manifest is None:
             raise LewisError(f"{folder}: the statistics of a model's inputs are gone or cut short; run again")
@@ -143,10 +144,11 @@ class Grams:
         from safetensors import safe_open
 
         path = self.folder / place.file
-        if place.file not in self._checked:
-            if not path.is_file() or store.file_sha256(path) != self._checksums[place.file]:
-                raise self._damaged(place.file)
-            self._checked.add(place.file)
+        with self._checking:
+            if place.file not in self._checked:
+                if not path.is_file() or store.file_sha256(path) != self._checksums[place.file]:
+                    raise self._damaged(place.file)
+                self._checked.add(place.file)
         name = f"{place.key}|{kind}"
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (the file is no mapping)

@@ -11,41 +11,30 @@ by the recipe's anchor, else by the method's own function. That is also what the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lewis.devices import default_device, one_thread
-from lewis.errors import InputError, LewisError
-from lewis.importance.architecture import Covered, Network
+from lewis.errors import InputError
+from lewis.importance.architecture import Network
 from lewis.importance.gram_files import Grams
 from lewis.importance.passes import of_expert
 from lewis.importance.step import find_or_measure_grams
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
-from lewis.merge.in_torch import merge_whole
 from lewis.merge.prepared import Prepared
-from lewis.methods.arithmetic.regression import Inputs
-from lewis.methods.arithmetic.tokens import Gram, Rows
-from lewis.models.dtypes import torch_dtype
+from lewis.merge.static_solver import Group, Part, bytes_of, solve_group
+from lewis.methods.arithmetic.regression import one_after_another
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What is fitted at once: a tensor, or one of the experts that are stacked in it.
-
-    Attributes:
-        projection: its name in the statistics.
-        index: of the expert in the tensor; None if it is the whole tensor.
-    """
-
-    projection: str
-    index: int | None = None
+_ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
 
 def fit(
@@ -81,116 +70,72 @@ def fit(
     ]
     _tell_of_few_tokens(merge, statistics, [part for tensors in blocks.values() for _, p in tensors for part in p])
     fitted = Fitted(folder)
-    with one_thread(), Workers(threads) as workers:
-        solver = _Solver(merge, statistics, workers)
-        for done, (block, tensors) in enumerate(blocks.items(), 1):
-            wanted = [each for each in tensors if each[0].tensor not in fitted]
-            found = {covered.tensor: solver.solve(covered, parts) for covered, parts in _by_input(wanted, statistics)}
+    groups = {
+        block: _by_input([each for each in tensors if each[0].tensor not in fitted], statistics)
+        for block, tensors in blocks.items()
+    }
+    with ExitStack() as contexts:
+        contexts.enter_context(one_thread())
+        workers = contexts.enter_context(Workers(threads))
+        largest = max((bytes_of(merge, group) for each in groups.values() for group in each), default=0)
+        lanes = workers.count if workers.count * largest <= _ROOM else 1
+        # Small layers are fitted side by side, each by one thread; of large ones all threads share one.
+        solve = partial(solve_group, merge, statistics, jobs=workers if lanes == 1 else one_after_another)
+        for done, (block, found) in enumerate(_in_lanes(groups, solve, lanes, contexts), 1):
             if found:
-                fitted.add(block, {name: tensor for name, tensor in found.items() if tensor is not None})
+                fitted.add(block, found)
             if progress:
                 progress(done / len(blocks))
     return fitted
 
 
-_Tensors = list[tuple[Covered, list[_Part]]]
+def _in_lanes(
+    groups: Mapping[str, Sequence[Group]],
+    solve: Callable[[Group], dict[str, torch.Tensor]],
+    lanes: int,
+    contexts: ExitStack,
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yields each block with its fitted tensors, while others of it and of the next block are being fitted."""
+    pool = ThreadPoolExecutor(lanes)
+    contexts.callback(lambda: pool.shutdown(cancel_futures=True))
+    running = list[tuple[str, list[Future[dict[str, torch.Tensor]]]]]()
+    for block, each in [*groups.items(), ("", ())]:
+        running.append((block, [pool.submit(solve, group) for group in each]))
+        if len(running) > 1:
+            before, futures = running.pop(0)
+            yield before, {name: tensor for future in futures for name, tensor in future.result().items()}
 
 
-def _parts(network: Network, merge: Prepared) -> dict[str, _Tensors]:
+def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
     """Path of a block -> its tensors that can be fitted, with their parts; not those that several blocks share."""
-    found = dict[str, _Tensors]()
+    found = dict[str, Group]()
     for each in network.covered:
         if not merge.merges(each.tensor) or len(network.same(each.parameter)) > 1:
             continue
         stacked = len(network.empty(each.parameter).shape) == 3 and each.expert is None
         count = network.empty(each.parameter).shape[0]
         parts = (
-            [_Part(of_expert(each.parameter, i), i) for i in range(count)]
+            [Part(of_expert(each.parameter, i), i) for i in range(count)]
             if stacked
-            else [_Part(of_expert(each.parameter, each.expert))]
+            else [Part(of_expert(each.parameter, each.expert))]
         )
         block = next(path for path in network.blocks if each.parameter.startswith(f"{path}."))
         found.setdefault(block, []).append((each, parts))
     return found
 
 
-def _by_input(tensors: _Tensors, statistics: Sequence[Grams]) -> _Tensors:
-    """Those that share their inputs one after another."""
-    order = dict[Any, _Tensors]()
+def _by_input(tensors: Group, statistics: Sequence[Grams]) -> list[Group]:
+    """The tensors that share their inputs together; those that take longest come first."""
+    found = dict[Any, Group]()
     for covered, parts in tensors:
         sources = tuple(each.source(parts[0].projection) for each in statistics)
-        order.setdefault(sources, []).append((covered, parts))
-    return [each for group in order.values() for each in group]
+        found.setdefault(sources, []).append((covered, parts))
+    return sorted(
+        found.values(), key=lambda group: -sum(layer.parameters for each, _ in group for layer in each.layers)
+    )
 
 
-class _Solver:
-    """Fits tensor after tensor. What follows from inputs that several share is kept for them."""
-
-    def __init__(self, merge: Prepared, statistics: Sequence[Grams], workers: Workers) -> None:
-        self._merge, self._statistics, self._workers = merge, statistics, workers
-        self._inputs: tuple[Any, Inputs] | None = None
-
-    def solve(self, covered: Covered, parts: Sequence[_Part]) -> torch.Tensor | None:
-        """Fit one tensor, in the dtype of the output; None if no token reached it."""
-        name = covered.tensor
-        known = [each for each in parts if any(each.projection in grams for grams in self._statistics)]
-        if not known:
-            return None
-        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        *weights, anchor = self._read(name, [*readers, partial(merge_whole, self._merge.anchor)])
-        values, fitted = self._merge.parameters(name), anchor.clone()
-        for part in known:
-            start, *own = (_part_of(tensor, part, covered).contiguous() for tensor in (anchor, *weights))
-            try:
-                with torch.inference_mode():
-                    value = self._of(part.projection, values).solve(start, own)
-            except ValueError as error:
-                raise LewisError(f"{name}: {error}; a model is damaged") from error
-            _part_of(fitted, part, covered).copy_(value)
-        rounded = fitted.to(torch_dtype(self._merge.layout[name][0])).contiguous()
-        if not bool(torch.isfinite(rounded).all()):
-            raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
-        return rounded
-
-    def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
-        found = [torch.empty(0)] * len(readers)
-
-        def read(i: int) -> None:
-            found[i] = readers[i](tensor).to(torch.float32)
-
-        self._workers([partial(read, i) for i in range(len(readers))])
-        return found
-
-    def _of(self, projection: str, values: Mapping[str, Any]) -> Inputs:
-        sources = [grams.source(projection) for grams in self._statistics]
-        setting = (sources, values["alpha"], values["weight"])
-        if self._inputs is None or self._inputs[0] != setting:
-            self._inputs = None  # let go of it before the next is read
-            read = self._read_inputs(projection, values["weight"])
-            self._inputs = setting, Inputs(read, values["ridge"], self._workers, values["alpha"])
-        self._inputs[1].ridge = values["ridge"]
-        return self._inputs[1]
-
-    def _read_inputs(self, projection: str, weights: Sequence[float]) -> list[Rows | Gram]:
-        found: list[Rows | Gram | None] = [None] * len(self._statistics)
-
-        def read(i: int) -> None:
-            if projection in self._statistics[i]:
-                found[i] = self._statistics[i].inputs(projection, weights[i])
-
-        self._workers([partial(read, i) for i in range(len(found))])
-        size = next(each.size for each in found if each is not None)
-        nothing = torch.empty(0, size)
-        return [Rows([nothing], [nothing], w) if each is None else each for each, w in zip(found, weights, strict=True)]
-
-
-def _part_of(tensor: torch.Tensor, part: _Part, covered: Covered) -> torch.Tensor:
-    """The view of a part as (out, in)."""
-    own = tensor if part.index is None else tensor[part.index]
-    return own.T if covered.transposed else own
-
-
-def _tell_of_few_tokens(merge: Prepared, statistics: Sequence[Grams], parts: Sequence[_Part]) -> None:
+def _tell_of_few_tokens(merge: Prepared, statistics: Sequence[Grams], parts: Sequence[Part]) -> None:
     for expert, grams in zip(merge.experts, statistics, strict=True):
         names = dict.fromkeys(part.projection for part in parts)
         unseen = [name for name in names if name not in grams]

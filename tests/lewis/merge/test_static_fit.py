@@ -16,6 +16,7 @@ from lewis import pipeline, store
 from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
+from lewis.merge import static_fit
 from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.step import resolve
@@ -99,6 +100,16 @@ def test_same_bytes_and_digest_for_any_order_threads_and_shards(family: Family, 
     again = run(other, tmp_path / "two", threads=3, max_shard_size=6000)
     assert prepare(recipe).digest == prepare(other).digest
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_layers_side_by_side_or_by_all_threads_have_the_same_bytes(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(family.base, family.experts, "regmean")
+    first = run(recipe, tmp_path / "one", threads=2)
+    monkeypatch.setattr(static_fit, "_ROOM", 0)
+    again = run(recipe, tmp_path / "two", threads=2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_one_expert_comes_out_as_it_is(family: Family, tmp_path: Path) -> None:
