@@ -37,7 +37,6 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in _NAMES or name.startswith(_PREFIXES)} | FIXED
 
 
-def for_the_hub(environment: Mapping[str, str], token: str | None) -> dict[str, str]:
-    """What reading documents from the Hub takes besides: its address, proxies, and the token if there is one."""
-    way = {name: environment[name] for name in _WAY_TO_THE_HUB if name in environment}
-    return {**way, "HF_TOKEN": token} if token else way
+def way_to_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
+    """What reading documents from the Hub takes besides: its address and the proxies."""
+    return {name: environment[name] for name in _WAY_TO_THE_HUB if name in environment}

@@ -16,11 +16,15 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from lewis import store
 from lewis.errors import LewisError
+from lewis.evaluation.walls import walls
 
 _NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
+_PATIENCE = 2.0  # seconds for a child to be killed
 _guard = threading.Lock()
 _current: "_ForkServer | None" = None
 
@@ -38,7 +42,7 @@ class Child:
         self.stdout, stdout = os.pipe()
         self._status, status = os.pipe()
         self.far_ends = [stdin, stdout, status]
-        self._reported = b""  # what the keeper wrote: the process group, then the exit code
+        self._reported = b""  # what the keeper wrote: the exit code
         self._over = False
         self.returncode: int | None = None
 
@@ -51,34 +55,39 @@ class Child:
 
     def poll(self) -> int | None:
         """The exit code, None while it runs."""
-        while not self._over and select.select([self._status], [], [], 0)[0]:
-            told = os.read(self._status, 64)
-            self._reported, self._over = self._reported + told, not told
-        _, _, code = self._reported.decode().partition("\n")
-        if code:
-            self.returncode = int(code)
+        while not self._over and self._told_within(0):
+            pass
+        if self._reported:
+            self.returncode = int(self._reported)
         elif self._over:  # its keeper or the server was killed
             self.returncode = -signal.SIGKILL
         return self.returncode
 
     def end(self) -> None:
         """Kill it and all processes that it started, and close its pipes."""
-        self.poll()
-        os.close(self._stdin)  # the child ends itself then, if its group is not known yet
-        if group := self._reported.decode().partition("\n")[0]:
-            with suppress(ProcessLookupError):
-                os.killpg(int(group), signal.SIGKILL)
+        os.close(self._stdin)  # its keeper kills them then
+        while not self._over and self._told_within(_PATIENCE):
+            pass
         os.close(self.stdout)
         os.close(self._status)
 
+    def _told_within(self, seconds: float) -> bool:
+        """Read what the keeper writes; whether there was something, be it the end."""
+        if not select.select([self._status], [], [], seconds)[0]:
+            return False
+        told = os.read(self._status, 64)
+        self._reported, self._over = self._reported + told, not told
+        return True
+
 
 class _ForkServer:
-    def __init__(self, environment: Mapping[str, str], *, loaded: bool) -> None:
+    def __init__(self, environment: Mapping[str, str], *, loaded: bool, network: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        self._owner = (os.getpid(), _when_loaded(environment))
+        before = walls(_secrets(), network=network)
+        self._owner = (os.getpid(), _when_loaded(environment), before)
         # -P: a random.py in the working directory must not stand in for the library's
-        command = [sys.executable, "-P", "-m", "lewis.evaluation.harness_child", str(theirs.fileno())]
+        command = [*before, sys.executable, "-P", "-m", "lewis.evaluation.harness_child", str(theirs.fileno())]
         command += ["loaded"] if loaded else []
         with theirs:
             self._process = subprocess.Popen(
@@ -91,21 +100,22 @@ class _ForkServer:
                 start_new_session=True,
             )
 
-    def serves(self, environment: Mapping[str, str]) -> bool:
-        """Whether it was started by this process, in the same environment as far as imports depend on it."""
-        return self._owner == (os.getpid(), _when_loaded(environment))
+    def serves(self, environment: Mapping[str, str], *, network: bool) -> bool:
+        """Whether this process started it, behind the same walls, in the same environment as far as imports go."""
+        return self._owner == (os.getpid(), _when_loaded(environment), walls(_secrets(), network=network))
 
     def fork(self) -> Child:
         """A new child; OSError if the server is dead."""
         child = Child()
         try:
-            socket.send_fds(self._socket, [b"."], child.far_ends)
+            try:
+                socket.send_fds(self._socket, [b"."], child.far_ends)
+            finally:
+                for end in child.far_ends:
+                    os.close(end)
         except OSError:
             child.end()
             raise
-        finally:
-            for end in child.far_ends:
-                os.close(end)
         return child
 
     def output(self) -> str:
@@ -120,19 +130,20 @@ class _ForkServer:
         threading.Thread(target=self._process.wait, daemon=True).start()  # it may still be importing
 
 
-def new_child(environment: Mapping[str, str], *, loaded: bool) -> Child:
+def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) -> Child:
     """Fork a child, which waits for its request.
 
     Args:
         environment: in which the libraries are imported. The child's own environment is in its request.
         loaded: whether the child has the libraries imported already.
+        network: whether the child reaches other machines.
 
     Raises:
         LewisError: if the server does not start.
     """
     global _current
     if not loaded:
-        alone = _ForkServer(environment, loaded=False)
+        alone = _ForkServer(environment, loaded=False, network=network)
         try:
             return alone.fork()
         finally:
@@ -140,10 +151,10 @@ def new_child(environment: Mapping[str, str], *, loaded: bool) -> Child:
     told = ""
     with _guard:
         for _ in range(2):
-            if _current is None or not _current.serves(environment):
+            if _current is None or not _current.serves(environment, network=network):
                 if _current is not None:
                     _current.close()
-                _current = _ForkServer(environment, loaded=True)
+                _current = _ForkServer(environment, loaded=True, network=network)
             with suppress(OSError):  # it is dead: try again with a new one
                 return _current.fork()
             told = _current.output()
@@ -154,3 +165,8 @@ def new_child(environment: Mapping[str, str], *, loaded: bool) -> Child:
 
 def _when_loaded(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(_NOT_READ_WHEN_LOADED)}
+
+
+def _secrets() -> list[Path]:
+    """The store's files that hold keys."""
+    return [store.home() / name for name in ("webhook-secret", "prefect-api-key")]

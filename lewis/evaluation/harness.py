@@ -1,8 +1,8 @@
 """Run lm-eval in a child process, so that a time limit always holds and all memory is freed afterwards.
 
 The request is one line of JSON on the child's standard input, which stays open: when the parent dies, even by SIGKILL,
-the child sees the end of its input and kills itself and all processes that it started. The result is a file that
-appears when it is complete.
+the child's keeper sees the end of that input and kills the child and all processes that it started. The result is a
+file that appears when it is complete.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from lewis.errors import LewisError
-from lewis.evaluation.child_environment import for_the_hub, without_secrets
+from lewis.evaluation.child_environment import way_to_the_hub, without_secrets
 from lewis.evaluation.fork_server import Child, new_child
 from lewis.store import read_json
 
@@ -28,14 +28,21 @@ _BAR = re.compile(r"(?:Running (\w+ requests):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
 
 
 def run(
-    request: dict[str, Any], *, cwd: Path, token: bool = False, timeout_s: float, progress: Progress | None = None
+    request: dict[str, Any],
+    *,
+    cwd: Path,
+    network: bool,
+    token: bool,
+    timeout_s: float,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval in a process of its own session.
 
     Args:
         request: keyword arguments of `harness_child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
-        token: whether the child gets the Hub's token and the proxies; it gets no other secret of this environment.
+        network: whether the child reaches other machines; then it is told the way to the Hub.
+        token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         progress: called with the fraction done of the current kind of requests, and the name of that kind.
 
@@ -46,11 +53,12 @@ def run(
         LewisError: if the time limit passes or the process fails, with the end of its output.
     """
     output = _Output(progress)
-    environment = without_secrets(os.environ)
-    given = {**environment, **(for_the_hub(os.environ, get_token()) if token else {})}
+    environment = without_secrets(os.environ) | (way_to_the_hub(os.environ) if network else {})
+    found = get_token() if token else None
+    given = environment | ({"HF_TOKEN": found} if found else {})
     with tempfile.TemporaryDirectory(prefix="lewis-eval-") as scratch:
         result = Path(scratch) / "result.json"
-        child = new_child(environment, loaded=request["device"] == "cpu")
+        child = new_child(environment, loaded=request["device"] == "cpu", network=network)
         try:
             child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
             _watch(child, output, timeout_s)

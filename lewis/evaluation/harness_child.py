@@ -3,7 +3,7 @@
 `python -m lewis.evaluation.harness_child SOCKET [loaded]` is the fork server of `lewis.evaluation.fork_server`. It
 forks a child for each message on the socket, which carries three file descriptors: the child's standard input and
 output, and the pipe of its keeper. The request is one line of JSON on the standard input, which stays open: when it
-ends, the parent is dead.
+ends, the child is killed.
 """
 
 import importlib
@@ -40,6 +40,8 @@ def main(descriptor: str, loaded: str = "") -> None:
         while True:
             _, ends, _, _ = socket.recv_fds(messages, 1, 3)
             if not ends:
+                with suppress(ChildProcessError):
+                    os.wait()  # until all have ended: as the first process of a namespace, it takes them along
                 return
             if os.fork() == 0:
                 break
@@ -50,38 +52,42 @@ def main(descriptor: str, loaded: str = "") -> None:
 
 
 def _become_child(stdin: int, stdout: int, status: int) -> None:
-    """Fork: the new process returns, and this one becomes its keeper, which waits and reports how it ended."""
+    """Fork: the new process returns, and this one becomes its keeper.
+
+    The keeper waits for it and reports how it ended. Then, or earlier if the parent is dead or has closed the child's
+    input, it kills the child, all processes that the child started, and itself.
+    """
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child:
-        os.close(stdin)
         os.close(stdout)
-        os.write(status, f"{os.getpid()}\n".encode())
+        threading.Thread(target=_kill_at_end, args=(stdin,), daemon=True).start()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(status, str(code).encode())
-        os._exit(0)
+        os.killpg(0, signal.SIGKILL)
     for end, place in ((stdin, 0), (stdout, 1), (stdout, 2)):
         os.dup2(end, place)
     for end in (stdin, stdout, status):
         os.close(end)
 
 
+def _kill_at_end(stdin: int) -> None:
+    """Kill this process's group once nobody can write to a pipe any more; what is written is left to the child."""
+    poll = select.poll()
+    poll.register(stdin, 0)  # the end of a pipe is always told
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
 def _answer() -> None:
     """Read the request, evaluate, write the result file."""
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(request.pop("environment"))
     os.chdir(request.pop("cwd"))
     result = Path(request.pop("result"))
     write_json(result, evaluate(**request))
-
-
-def _die_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
 
 
 def evaluate(

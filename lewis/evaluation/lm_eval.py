@@ -128,8 +128,8 @@ def evaluate(
     found = find_tasks(settings.tasks, root)
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
-    # The token is kept from code that the recipe brings.
-    token = reads_hub(found, root) and not any(map(runs_code, found.files.values()))
+    network = reads_hub(found, root)
+    token = network and not any(map(runs_code, found.files.values()))  # it is kept from code that the recipe brings
     with tempfile.TemporaryDirectory(prefix="lewis-tasks-") as include:
         for number, task in enumerate(found.files.values()):
             # A link, which lm-eval follows: so it finds the functions beside the file.
@@ -149,7 +149,9 @@ def evaluate(
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }
         try:
-            result = harness.run(request, cwd=root, token=token, timeout_s=settings.timeout_s, progress=progress)
+            result = harness.run(
+                request, cwd=root, network=network, token=token, timeout_s=settings.timeout_s, progress=progress
+            )
         except LewisError as error:
             raise LewisError(f"{adapter or model}: {error}") from error
     evaluated = Evaluated.of(str(adapter or model), result)

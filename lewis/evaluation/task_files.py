@@ -139,9 +139,16 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
 
 
 def reads_hub(found: FoundTasks, root: Path) -> bool:
-    """Whether a task may read its documents from the Hub: one of lm-eval's own, or a file that names a repo there."""
-    sources = (str(b.get("dataset_path") or "") for task in found.files.values() for b in blocks(task.config))
-    return bool(found.builtin) or any("/" in source and not (root / source).exists() for source in sources)
+    """Whether a task may read its documents from the Hub or another machine.
+
+    These are the tasks of lm-eval's own, and files that name a repo on the Hub or a URL.
+    """
+    for block in (block for task in found.files.values() for block in blocks(task.config)):
+        source, options = str(block.get("dataset_path") or ""), block.get("dataset_kwargs")
+        patterns = _texts(options.get("data_files")) if isinstance(options, Mapping) else []
+        if ("/" in source and not (root / source).exists()) or any("://" in pattern for pattern in patterns):
+            return True
+    return bool(found.builtin)
 
 
 def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:

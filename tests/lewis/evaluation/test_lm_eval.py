@@ -1,11 +1,14 @@
 """Scores from real lm-eval runs of a tiny random model, and the ways in which such a run can end badly."""
 
+import contextlib
+import fcntl
 import functools
 import json
 import logging
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -19,7 +22,7 @@ import torch
 import yaml
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import fork_server, harness
+from lewis.evaluation import fork_server, harness, walls
 from lewis.evaluation.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
 from lewis.evaluation.scores import Evaluated, Score, score_table
 
@@ -169,9 +172,39 @@ def wait_until(condition, seconds: float = 20) -> bool:
     return bool(condition())
 
 
+def hold(lock: Path) -> str:
+    """Code that holds a lock until its process and all that it starts with `close_fds=False` have ended."""
+    return (
+        f"lock = os.open('{lock}.new', os.O_RDWR | os.O_CREAT)\n"
+        "os.set_inheritable(lock, True)\nfcntl.flock(lock, fcntl.LOCK_EX)\n"
+        f"sleeper = subprocess.Popen(['sleep', '600'], close_fds=False)\nos.rename('{lock}.new', '{lock}')\n"
+    )
+
+
+def held(lock: Path) -> bool:
+    """Whether one of those processes lives. Their numbers would not tell: they may be in a namespace of their own."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def servers() -> set[int]:
+    """The Pythons of fork servers, their keepers and children."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"lewis.evaluation.harness_child" in words and words[1] == b"-P":
+                found.add(int(path.parent.name))
+    return found
+
+
 def faulty(root: Path, code: str) -> str:
     """A task at whose documents the child runs this code."""
-    head = "import os, pathlib, signal, subprocess, sys, time\n\ndef docs(rows):\n"
+    head = "import fcntl, os, pathlib, signal, subprocess, sys, time\n\ndef docs(rows):\n"
     (root / "tasks/faulty.py").write_text(head + "".join(f"    {line}\n" for line in code.splitlines()))
     write_task(root / "tasks/faulty.yaml", {**CHOICE, "task": "faulty"}, "process_docs: !function faulty.docs\n")
     return "faulty"
@@ -373,6 +406,27 @@ class TestTrust:
         for text in (told.read_text(), Path(f"{told}2").read_text()):
             assert "PATH" in text and "s3cret" not in text
 
+    def test_code_that_is_allowed_finds_no_secrets(self, model, root, tmp_path, monkeypatch):
+        if not walls._possible():
+            pytest.skip("this machine makes no namespaces")
+        (tmp_path / "home").mkdir(exist_ok=True)
+        for name in ("home/webhook-secret", "home/.netrc", "home/.ssh/id"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("s3cret")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        told = tmp_path / "told"
+        files = f"glob.glob('{tmp_path}/home/**', recursive=True, include_hidden=True)"
+        paths = f"[*glob.glob('/proc/*/environ'), *filter(os.path.isfile, {files})]"
+        task = faulty(
+            root,
+            "import glob, socket\n"
+            f"text = b''.join(open(path, 'rb').read() for path in {paths})\n"
+            "seen = [len(text) > 99, b's3cret' in text, socket.if_nameindex()]\n"
+            f"pathlib.Path('{told}').write_text(repr(seen))\nreturn rows",
+        )
+        evaluate(model, EvalSettings((task,), limit=1, allow_code_execution=True), root=root)
+        assert told.read_text() == "[True, False, [(1, 'lo')]]"
+
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
         task = faulty(root, "return rows")
         monkeypatch.setattr("lewis.evaluation.lm_eval.check_code", lambda *_: None)
@@ -399,25 +453,20 @@ class TestBadEnds:
         assert evaluate(model, EvalSettings(("pets",)), root=root).scores
 
     def test_the_time_limit_kills_the_child_and_its_children(self, model, root, tmp_path, monkeypatch):
-        pids = tmp_path / "pids"
-        task = faulty(
-            root,
-            "sleeper = subprocess.Popen(['sleep', '600'])\n"
-            f"pathlib.Path('{pids}.new').write_text(f'{{os.getpid()}} {{sleeper.pid}}')\n"
-            f"os.rename('{pids}.new', '{pids}')\n"
-            "time.sleep(600)",
-        )
-        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * pids.exists(), sleep=time.sleep)
+        lock = tmp_path / "lock"
+        task = faulty(root, hold(lock) + "time.sleep(600)")
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * lock.exists(), sleep=time.sleep)
         monkeypatch.setattr(harness, "time", clock)
         with pytest.raises(LewisError, match="did not finish within 40 s"):
             evaluate(model, EvalSettings((task,), allow_code_execution=True, timeout_s=40), root=root)
-        assert wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
+        assert wait_until(lambda: not held(lock))
 
     def test_an_interrupt_kills_the_child(self, model, root, tmp_path):
+        lock = tmp_path / "lock"
         task = faulty(
             root,
-            f"pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid()))\n"
-            "print('Running loglikelihood requests:  10%|#  | 1/10 [00:01<00:09]', end='\\r', flush=True)\n"
+            hold(lock)
+            + "print('Running loglikelihood requests:  10%|#  | 1/10 [00:01<00:09]', end='\\r', flush=True)\n"
             "time.sleep(600)",
         )
 
@@ -426,12 +475,11 @@ class TestBadEnds:
 
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, EvalSettings((task,), allow_code_execution=True), root=root, progress=interrupt)
-        assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
+        assert wait_until(lambda: not held(lock))
 
     def test_child_and_current_die_with_a_killed_parent(self, model, root, tmp_path):
-        pids = tmp_path / "pids"
-        told = f"pathlib.Path('{pids}').write_text(f'{{os.getpid()}} {{os.getppid()}} '); time.sleep(600)"
-        task = faulty(root, told)
+        lock = tmp_path / "lock"
+        task = faulty(root, hold(lock) + "time.sleep(600)")
         code = (
             "import sys; from pathlib import Path; from lewis.evaluation.lm_eval import *\n"
             "settings = EvalSettings((sys.argv[3],), allow_code_execution=True)\n"
@@ -440,12 +488,16 @@ class TestBadEnds:
         command = [sys.executable, "-c", code, str(model), str(root), task]
         with subprocess.Popen(command, start_new_session=True) as parent:
             try:
-                assert wait_until(lambda: pids.exists() and pids.read_text().endswith(" "), 60)
+                assert wait_until(lock.exists, 60) and held(lock)
                 fork_server = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
             finally:
                 os.kill(parent.pid, signal.SIGKILL)
-        family = [fork_server, *map(int, pids.read_text().split())]
-        assert wait_until(lambda: not any(map(alive, family)), 10)
+        assert wait_until(lambda: not alive(fork_server) and not held(lock), 10)
+
+    def test_what_an_evaluation_leaves_running_is_ended(self, model, root, tmp_path):
+        task = faulty(root, hold(tmp_path / "lock") + "return rows")
+        evaluate(model, EvalSettings((task,), limit=1, allow_code_execution=True), root=root)
+        assert wait_until(lambda: not held(tmp_path / "lock"))
 
     def test_a_killed_current_is_replaced(self, model, root):
         evaluate(model, EvalSettings(("pets",)), root=root)
@@ -453,19 +505,20 @@ class TestBadEnds:
         assert dead is not None
         dead._process.kill()
         dead._process.wait()
+        assert select.select([dead._socket], [], [], 10)[0]  # what runs in its namespaces has ended too
         assert evaluate(model, EvalSettings(("pets",)), root=root).scores
         assert fork_server._current is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
-        before = fork_server._current
-        child = fork_server.new_child(dict(os.environ), loaded=False)
-        assert wait_until(lambda: child.poll() is None and child._reported)
-        maps = Path(f"/proc/{child._reported.decode().strip()}/maps").read_text()
+        before, others = fork_server._current, servers()
+        child = fork_server.new_child(dict(os.environ), loaded=False, network=False)
+        assert wait_until(lambda: child.poll() is None and len(servers() - others) >= 3)  # server, keeper, child
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in servers() - others]
         child.send({})  # without an environment
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
         child.end()
-        assert "python" in maps and "torch" not in maps and fork_server._current is before
+        assert all("python" in each and "torch" not in each for each in maps) and fork_server._current is before
 
 
 class TestCheckTasks:

@@ -99,13 +99,15 @@ def test_the_environment_of_an_evaluation_has_what_libraries_need_and_no_secrets
     secrets = {**dict.fromkeys((*names, "LEWIS_WEBHOOK_SECRET"), "s"), "HTTPS_PROXY": "http://u:s@h"}
     secrets |= {"MLFLOW_TRACKING_URI": "http://u:s@h"}
     assert child_environment.without_secrets({**harmless, **secrets}) == {**harmless, **child_environment.FIXED}
-    assert child_environment.for_the_hub(secrets, None) == {"HTTPS_PROXY": "http://u:s@h"}
-    assert child_environment.for_the_hub(secrets, "t")["HF_TOKEN"] == "t"
+    assert child_environment.way_to_the_hub(secrets) == {"HTTPS_PROXY": "http://u:s@h"}
 
 
-def test_only_what_is_on_the_hub_needs_the_token(tmp_path: Path) -> None:
+def test_what_reads_from_another_machine(tmp_path: Path) -> None:
     write(tmp_path, {"dataset_path": "json", "dataset_kwargs": {"data_files": "rows.jsonl"}})
     assert not reads_hub(find_tasks(("own.yaml",), tmp_path), tmp_path)
+    write(tmp_path, {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "https://host/rows.jsonl"}}})
+    assert reads_hub(find_tasks(("own.yaml",), tmp_path), tmp_path)
+    write(tmp_path, {"dataset_path": "json", "dataset_kwargs": {"data_files": "rows.jsonl"}})
     assert reads_hub(find_tasks(("own.yaml", "gsm8k"), tmp_path), tmp_path)
     write(tmp_path, {})
     assert reads_hub(find_tasks(("own.yaml",), tmp_path), tmp_path)
