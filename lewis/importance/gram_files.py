@@ -157,8 +157,8 @@ class Grams:
         return found
 
     def _damaged(self, name: str) -> LewisError:
-        """The error for a damaged file; what is damaged is removed, so that another run measures it again."""
-        store.discard(self.folder)
+        """The error for a damaged file; the entry is set aside, so that another run measures it again."""
+        store.set_aside([self.folder], f"{name} is not as it was written")
         return LewisError(
-            f"{self.folder / name}: damaged: it is not as it was written; the entry is removed; run again"
+            f"{self.folder / name} is damaged: it is not as it was written; run again, which measures anew"
         )

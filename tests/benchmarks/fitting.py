@@ -4,12 +4,14 @@
 
 Each case runs in processes of its own, and says what load there was: times count on two idle cores only.
 
-statistics: the importance pass over an expert's calibration rows against a plain forward pass without a head over the
-same batches, weights in memory; they alternate, and the ratio is that of the fastest of each.
+statistics: the importance pass over an expert's calibration rows, without and with second-order statistics, against a
+plain forward pass without a head over the same batches, weights in memory; they alternate, and the ratio is that of the
+fastest of each.
 regmean, forward: merges of SmolLM2-135M with its two LoRA experts (`real/lora-math` and `real/lora-code` in --shared),
-32 calibration rows of at most 192 tokens each; wall time of the whole merge, and of the solves in it.
-layers: peak memory of random models of 24 and of 48 blocks, in forward order.
-block: peak memory of one block of Llama-8B's size, two experts in bf16, 32 rows of 192 tokens each, in forward order.
+32 calibration rows of at most 192 tokens each; wall time of the whole merge, and of the solves in it (of regmean: of
+the whole fit, the statistics measured before).
+layers: peak memory of random models of 24 and of 48 blocks, for regmean (the passes and the fit) and in forward order.
+block: peak memory of one block of Llama-8B's size, two experts in bf16, 32 rows of 192 tokens each, alike.
 
 Memory is anonymous resident memory (RssAnon) at its peak: of the whole process, and above the start of the merge.
 """
@@ -33,8 +35,12 @@ from lewis import pipeline
 from lewis.importance import measure
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
+from lewis.importance.gram_files import Grams
+from lewis.importance.grams import measure_grams, measured_by
+from lewis.importance.step import find_or_measure_grams
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge.prepared import Expert
+from lewis.merge import static_fit
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.step import resolve
 from lewis.methods.arithmetic.regression import Inputs
@@ -44,6 +50,7 @@ from lewis.recipe.recipe import Recipe
 
 CASES = ("statistics", "regmean", "forward", "layers", "block")
 BARS = {"regmean": 10, "forward": 60}  # seconds on two idle cores: of the solves, of the merge
+METHODS = ("regmean", "regmean_forward")
 ROUNDS = 5
 END = "<|im_end|>"
 SETS = {
@@ -56,7 +63,16 @@ WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 
 
 def statistics_passes(model: Model, calibration: Calibration) -> dict[str, Callable[[], Any]]:
     """What is timed against a plain forward pass, by its label."""
-    return {"norms and moments": lambda: measure.measure(model, calibration)}
+
+    def with_products() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checksums = measure_grams(model, calibration, Path(folder))
+            measured_by(model, calibration, Grams(Path(folder), checksums))
+
+    return {
+        "norms and moments": lambda: measure.measure(model, calibration),
+        "norms, moments and products": with_products,
+    }
 
 
 def statistics(base: Path, shared: Path) -> dict[str, float]:
@@ -104,15 +120,21 @@ def prepare(method: str, base: Path, shared: Path) -> Merge:
 
 def timed(merge: Merge) -> dict[str, float]:
     """Seconds and memory of a merge."""
-    solve, solves = Inputs.solve, [0.0]
+    solve, fit, solves = Inputs.solve, static_fit.fit, [0.0]
 
-    def watched(*given: Any) -> torch.Tensor:
-        start = time.perf_counter()
-        found = solve(*given)
-        solves[0] += time.perf_counter() - start
-        return found
+    def watched(run: Any) -> Any:
+        def timed(*given: Any) -> Any:
+            start = time.perf_counter()
+            found = run(*given)
+            solves[0] += time.perf_counter() - start
+            return found
 
-    Inputs.solve = watched  # type: ignore[method-assign]
+        return timed
+
+    if merge.method.fits == "static":  # its solves run side by side
+        static_fit.fit = watched(fit)
+    else:
+        Inputs.solve = watched(solve)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         start, cpu, before = time.perf_counter(), time.process_time(), anonymous_bytes()
         with PeakMemory() as memory:
@@ -136,10 +158,10 @@ def write_models(folder: Path, layers: int, sizes: dict[str, int]) -> None:
         model.save_pretrained(folder / name)
 
 
-def of_random_models(folder: Path, rows: int, tokens: int) -> Merge:
-    """The merge in forward order of what `write_models` wrote."""
+def of_random_models(method: str, folder: Path, rows: int, tokens: int) -> Merge:
+    """The merge of what `write_models` wrote."""
     names = ("a", "b")
-    content: dict[str, Any] = {"merge_method": "regmean_forward", "base_model": str(folder / "base")}
+    content: dict[str, Any] = {"merge_method": method, "base_model": str(folder / "base")}
     content["models"] = [{"model": str(folder / name), "calibration": name} for name in names]
     content["lewis"] = {"calibrations": {name: {"texts": ["x"], "samples": 1} for name in names}}
     base, experts = Checkpoint(folder / "base", "base"), []
@@ -161,17 +183,22 @@ def child(case: str, *given: str) -> Any:
     if case == "write":
         return write_models(Path(given[0]), int(given[1]), DEEP if given[2] == "deep" else WIDE)
     if case == "random":
-        return timed(of_random_models(Path(given[0]), int(given[1]), int(given[2])))
+        os.environ["LEWIS_HOME"] = str(Path(given[1]) / "home")
+        return timed(of_random_models(given[0], Path(given[1]), int(given[2]), int(given[3])))
     base, shared = Path(given[0]), Path(given[1])
     if case == "statistics":
         return statistics(base, shared)
-    return timed(prepare({"forward": "regmean_forward"}.get(case, case), base, shared))
+    merge = prepare({"forward": "regmean_forward"}.get(case, case), base, shared)
+    for expert in merge.experts if case == "regmean" else ():
+        assert expert.calibration
+        find_or_measure_grams(expert.model, expert.calibration)
+    return timed(merge)
 
 
-def peak_of(layers: int, kind: str, rows: int, tokens: int) -> dict[str, float]:
+def peak_of(method: str, layers: int, kind: str, rows: int, tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         in_child("write", folder, layers, kind)
-        return dict(in_child("random", folder, rows, tokens))
+        return dict(in_child("random", method, folder, rows, tokens))
 
 
 def memory_of(found: dict[str, float]) -> str:
@@ -190,12 +217,15 @@ def run(case: str, base: Path, shared: Path) -> None:
         bar = "its solves" if case == "regmean" else "all of it"
         print(f"{case}: {told}, {found['tokens']:.0f} tokens; {bar} shall take {BARS[case]} s; {memory_of(found)}")
     elif case == "layers":
-        peaks = {layers: peak_of(layers, "deep", rows=8, tokens=128) for layers in (24, 48)}
-        for layers, found in peaks.items():
-            print(f"{layers} blocks: {memory_of(found)}")
-        print(f"48 blocks / 24 blocks: {peaks[48]['peak'] / peaks[24]['peak']:.3f}")
+        for method in METHODS:
+            peaks = {layers: peak_of(method, layers, "deep", rows=8, tokens=128) for layers in (24, 48)}
+            for layers, found in peaks.items():
+                print(f"{method}, {layers} blocks: {memory_of(found)}")
+            print(f"48 blocks / 24 blocks: {peaks[48]['peak'] / peaks[24]['peak']:.3f}")
     else:
-        print(f"one block of Llama-8B's size: {memory_of(peak_of(1, 'wide', rows=32, tokens=192))}")
+        for method in METHODS:
+            found = peak_of(method, 1, "wide", rows=32, tokens=192)
+            print(f"{method}, one block of Llama-8B's size: {memory_of(found)}")
 
 
 def main() -> None:

@@ -195,13 +195,17 @@ class TestStore:
         model = Checkpoint(family.math, "key")
         folder = step.find_or_measure_grams(model, CALIBRATION)
         path = folder / "model.layers.1.safetensors"
-        content = path.read_bytes()
+        content, grams = path.read_bytes(), Grams(folder)
+        path.chmod(0o600)
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        grams = Grams(folder)
         grams.inputs("model.layers.0.mlp.down_proj.weight")
-        with pytest.raises(LewisError, match=r"model\.layers\.1\.safetensors: damaged.*run again"):
+        with pytest.raises(LewisError, match=r"model\.layers\.1\.safetensors is damaged.*run again"):
             grams.inputs("model.layers.1.mlp.down_proj.weight")
         assert step.find_or_measure_grams(model, CALIBRATION) == folder
+        assert path.read_bytes() == content
+        path.chmod(0o600)
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert step.find_or_measure_grams(model, CALIBRATION) == folder  # it is found damaged before it is read
         assert path.read_bytes() == content
 
     def test_a_pass_that_was_killed_does_not_sum_up_again_what_is_written(
