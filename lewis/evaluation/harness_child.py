@@ -87,6 +87,9 @@ def _answer() -> None:
     os.environ.update(request.pop("environment"))
     os.chdir(request.pop("cwd"))
     result = Path(request.pop("result"))
+    templates.sandbox_templates()
+    if not request["confirm_run_unsafe_code"]:
+        templates.refuse_functions()
     write_json(result, evaluate(**request))
 
 
@@ -120,9 +123,6 @@ def evaluate(
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
-    templates.sandbox_templates()
-    if not options["confirm_run_unsafe_code"]:
-        templates.refuse_functions()
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again

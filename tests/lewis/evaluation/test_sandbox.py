@@ -224,9 +224,9 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
         pytest.skip("there is no /usr/bin/python3")
     (tmp_path / "lewis" / "evaluation").mkdir(parents=True)
     source = Path(lewis.__file__).parent
-    ours = ("__init__", "sandbox", "sandbox_child", "system_calls")
-    for name in ("__init__.py", "errors.py", *(f"evaluation/{each}.py" for each in ours)):
-        (tmp_path / "lewis" / name).write_bytes((source / name).read_bytes())
+    ours = (source / f"evaluation/{name}.py" for name in ("__init__", "sandbox", "sandbox_child", "system_calls"))
+    for file in (*source.glob("*.py"), *ours):
+        (tmp_path / "lewis" / file.relative_to(source)).write_bytes(file.read_bytes())
     code = (
         "import sys; sys.path.insert(0, '.'); from lewis.evaluation import sandbox\n"
         "print(sandbox.run('assert 1 == 1').passed)\n"
