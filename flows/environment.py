@@ -1,8 +1,10 @@
 """Settings that must be in the environment before Prefect, MLflow or the Hub's client are imported."""
 
 import os
+from contextlib import suppress
 
 from lewis import store
+from lewis.errors import InputError
 from lewis.redact import redact_logs
 
 DEFAULTS = {
@@ -30,4 +32,6 @@ def prepare() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:
+        with suppress(OSError, InputError):  # whoever needs the store tells what is wrong with it
+            store.make_folder(store.home())  # before Prefect makes it, open to others
         os.environ.setdefault("PREFECT_HOME", str(store.home() / "prefect"))

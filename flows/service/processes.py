@@ -42,6 +42,7 @@ class Process:
         health: str | None = None,
         echo: Callable[[str], None] | None = None,
         grace: float = _STOP,
+        private: bool = False,
     ) -> None:
         """Describe the process; `start` starts it.
 
@@ -52,9 +53,10 @@ class Process:
             health: URL that answers 200 when the process is ready; None if it is ready at once.
             echo: called with each line of its output, from a thread.
             grace: how many seconds it has to end after SIGTERM.
+            private: whether what it writes is for those alone who may read the store.
         """
         self.name, self._command, self._environment = name, [sys.executable, *command], environment
-        self._health, self._echo, self._grace = health, echo, grace
+        self._health, self._echo, self._grace, self._private = health, echo, grace, private
         self.log = kinds.LOGS.path(f"{name}-{os.getpid()}")
 
     def start(self) -> None:
@@ -74,6 +76,7 @@ class Process:
                 text=True,
                 errors="replace",
                 env={**os.environ, **self._environment},
+                umask=store.umask() if self._private else -1,
                 start_new_session=True,  # Ctrl-C reaches only this process, which stops the parts in order
             )
             assert self._child.stdout is not None
@@ -104,6 +107,7 @@ class Process:
 
     def _read(self, lines: IO[str]) -> None:
         with self.log.open("w") as log:
+            store.restrict(self.log)
             for line in map(redacted, lines):
                 log.write(line)
                 log.flush()

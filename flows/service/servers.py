@@ -65,7 +65,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
     if not any(name in os.environ for name in _ORIGINS):
         environment[_ORIGINS[0]] = ",".join(own_origins(port))
     command = ["-m", "lewis_flows.service.prefect_app"]
-    return Process("prefect", command, environment, health=f"{url}/health", echo=echo), url
+    return Process("prefect", command, environment, health=f"{url}/health", echo=echo, private=True), url
 
 
 def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:
@@ -82,4 +82,4 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     # Two processes instead of fifteen: nothing here uses MLflow's job queue.
     # The database is no argument, since all users of a machine see the arguments of its processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
-    return Process("mlflow", command, environment, health=f"{url}/health", echo=echo), url
+    return Process("mlflow", command, environment, health=f"{url}/health", echo=echo, private=True), url

@@ -78,7 +78,7 @@ class Grams:
             LewisError: if the folder is gone, or a file is missing or has another size.
         """
         self.folder, self._checked, self._checking = folder, set[str](), Lock()
-        manifest = {} if checksums is not None else store.read_manifest(folder)
+        manifest = {} if checksums is not None else store.read_manifest(folder, content=False)
         if manifest is None:
             raise LewisError(f"{folder}: the statistics of a model's inputs are gone or cut short; run again")
         given = {name: each["sha256"] for name, each in manifest.get("files", {}).items()}

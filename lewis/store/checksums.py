@@ -5,14 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.store import entries, files, kinds
+from lewis import store
+from lewis.store import kinds
 
 _TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
 
 
 def place_of(facts: Any) -> Path:
     """Where the store remembers what was computed from `facts`, which are plain data."""
-    return kinds.DIGESTS.path(files.digest(facts)[:40])
+    return kinds.DIGESTS.path(store.digest(facts)[:40])
 
 
 def remembered_sha256(path: Path, *, anew: bool = False) -> str:
@@ -24,14 +25,14 @@ def remembered_sha256(path: Path, *, anew: bool = False) -> str:
     """
     path = path.resolve()
     entry, stamp, start = place_of(str(path)), _stamp(path), time.time_ns()
-    known = None if anew else entries.read_entry(entry)
+    known = None if anew else store.read_entry(entry)
     if known and known.get("stamp") == stamp:
         return str(known["sha256"])
-    sha256 = files.file_sha256(path)
+    sha256 = store.file_sha256(path)
     changed_at = stamp[2]
     if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
         with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
-            entries.write_entry(entry, {"stamp": stamp, "sha256": sha256})
+            store.write_entry(entry, {"stamp": stamp, "sha256": sha256})
     return sha256
 
 

@@ -16,15 +16,20 @@ class DamagedError(ValueError):
     """A published folder is not whole; the message names the file, what was expected and what is there."""
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published folder, which is marked as used; None if the folder is not whole, as `check` says."""
+def read_manifest(folder: Path, *, content: bool = True) -> dict[str, Any] | None:
+    """The manifest of a published folder, which is marked as used; None if the folder is not whole, as `check` says.
+
+    Args:
+        folder: as `publish` wrote it.
+        content: False for readers that check the content of each file themselves: then only sizes are compared.
+    """
     try:
-        return check(folder)
+        return check(folder, content=content)
     except DamagedError:
         return None
 
 
-def check(folder: Path, *, anew: bool = False) -> dict[str, Any]:
+def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str, Any]:
     """Check the content of every file of a published folder against its manifest, and mark the folder as used.
 
     A checksum is remembered for as long as the file's inode, size and times stay the same.
@@ -32,6 +37,7 @@ def check(folder: Path, *, anew: bool = False) -> dict[str, Any]:
     Args:
         folder: as `publish` wrote it. Files that the manifest does not name are not looked at.
         anew: read every file, whatever is remembered.
+        content: False compares the sizes only.
 
     Returns:
         The manifest.
@@ -45,7 +51,8 @@ def check(folder: Path, *, anew: bool = False) -> dict[str, Any]:
         expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error
-    check_files(folder, expected, anew=anew)
+    sizes = {name: (size, None) for name, (size, _) in expected.items()}
+    check_files(folder, expected if content else sizes, anew=anew)
     return manifest
 
 

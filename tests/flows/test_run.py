@@ -133,6 +133,7 @@ def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
 
     (weights,) = home.glob("merged/*/model.safetensors")
     content = weights.read_bytes()
+    weights.chmod(0o600)
     os.truncate(weights, 1000)
     again = report(lewis("run", recipe, "--json", *NO_SCORES))
     assert Path(again["folder"]) == weights.parent and weights.read_bytes() == content

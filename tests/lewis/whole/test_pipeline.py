@@ -374,6 +374,7 @@ class TestMerge:
         merged = pipeline.merge(o.recipe, o.base, o.experts)
         weights = merged.folder / "model.safetensors"
         whole = weights.read_bytes()
+        weights.chmod(0o600)
         os.truncate(weights, 1000)
         with pytest.raises(ValidationError, match="is gone, damaged or cut short"):
             MergedModel(digest=merged.digest, folder=merged.folder)
