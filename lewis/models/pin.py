@@ -67,7 +67,7 @@ def pin_folder(ref: str, folder: Path) -> Pinned:
     """
     try:
         paths = [path for path in folder.iterdir() if not path.is_dir()]
-        for path in paths:
+        for path in (*paths, *folder.glob("additional_chat_templates/*")):
             check_regular(path)  # transformers, which is given the folder, would wait for a FIFO
         names = [path.name for path in paths]
         check_weights(ref, names)

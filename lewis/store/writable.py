@@ -24,9 +24,10 @@ def check_store() -> None:
     try:
         make_folder(home)
         os.rmdir(tempfile.mkdtemp(prefix=".lewis-", dir=home))
-    except OSError as error:
+    except (OSError, InputError) as error:
+        told = error if isinstance(error, InputError) else error.strerror
         raise InputError(
-            f"LEWIS_HOME: the store {home} cannot be written to: {error.strerror}; set it to a folder that can"
+            f"LEWIS_HOME: the store {home} cannot be written to: {told}; set it to a folder that can"
         ) from error
 
 
