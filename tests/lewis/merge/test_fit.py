@@ -229,7 +229,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lewis import pipeline
+from lewis.merge import fit, spill
 from lewis.recipe import Recipe
+fit.IN_MEMORY, spill.LARGE = 0, 1  # what rests is in files
 recipe = Recipe.load(sys.argv[1])
 base, experts = pipeline.pin_all(recipe)
 merge = pipeline.prepare_merge(recipe, pipeline.download(base), [pipeline.download(expert) for expert in experts])
@@ -249,6 +251,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(
     (tmp_path / "recipe.yaml").write_text(recipe.text)
     command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", str(share)]
     assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
+    assert not list(tmp_path.rglob("*.rest"))
     solve, solved = Inputs.solve, []
     monkeypatch.setattr(Inputs, "solve", lambda *given: solved.append(1) or solve(*given))
     found = run(recipe, tmp_path / "out" / "model")
@@ -278,6 +281,7 @@ class TestInFiles:
         made: list[int] = []
         monkeypatch.setattr("lewis.merge.fit.IN_MEMORY", 0)
         monkeypatch.setattr("lewis.merge.spill.LARGE", 1)
+        monkeypatch.setattr("lewis.merge.walk.IN_MEMORY_FITTED", 0)
         monkeypatch.setattr(
             "os.posix_fallocate", lambda file, start, size: made.append(os.ftruncate(file, size) or size)
         )
