@@ -105,6 +105,15 @@ def test_densities_guide_the_anchor_and_say_how_far_a_tensor_may_leave_it(family
     assert merge.parameters(name)["ridge"] == pytest.approx(0.1 * 0.5 / (sum(densities) / 2))
 
 
+def test_another_ridge_alpha_or_anchor_measures_nothing_again(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe_of(family.base, family.experts, "regmean"), tmp_path / "one")
+    monkeypatch.setattr("lewis.importance.grams.measure_grams", lambda *_, **__: pytest.fail("it was measured again"))
+    parameters = {"ridge": 1.0, "alpha": 0.5}
+    run(recipe_of(family.base, family.experts, "regmean", parameters=parameters, anchor=TIES), tmp_path / "two")
+
+
 def test_every_part_of_an_anchor_is_in_the_digest(family: Family) -> None:
     recipes = [
         recipe_of(family.base, family.experts),
