@@ -1,5 +1,6 @@
 """Who may use the Prefect server that is started here: whoever has its key, and no page of another site."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import anyio
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -101,7 +101,7 @@ def test_a_run_chooses_nothing_of_its_process(client: SyncPrefectClient) -> None
             with pytest.raises(PrefectHTTPStatusError, match="422"):
                 client.create_flow_run_from_deployment(before, job_variables={name: value})
         del wanted["env"]  # the server alone keeps it out
-        made_of = anyio.run(ProcessJobConfiguration.from_template_and_values, pool.base_job_template, wanted)
+        made_of = asyncio.run(ProcessJobConfiguration.from_template_and_values(pool.base_job_template, wanted))
         assert made_of.command is None and made_of.working_dir is None and made_of.env == deploy.JOB
     finally:
         client.delete_work_pool(deploy.POOL)
