@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lewis.errors import LewisError
 from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 
@@ -38,6 +39,36 @@ class Batch:
     def tokens(self) -> int:
         """Without padding."""
         return sum(self.lengths)
+
+    def rows_of(self, inputs: torch.Tensor, place: str, taken: torch.Tensor | None = None) -> torch.Tensor:
+        """What goes into a module while the batch goes through a model, without padding.
+
+        Args:
+            inputs: (samples, width, features), or of some of the tokens only, as a router sends them to an expert.
+            place: path of the module.
+            taken: of the real tokens, which are wanted, ascending; None for all.
+
+        Returns:
+            fp32 (tokens, features), a view of `inputs` where that is possible.
+
+        Raises:
+            LewisError: if it is unknown which of the inputs are padding.
+        """
+        width, flat = self.ids.shape[1], inputs.reshape(-1, inputs.shape[-1]).float()
+        padded = min(self.lengths) < width
+        if inputs.shape[:-1].numel() != self.ids.numel():
+            if padded:
+                raise LewisError(
+                    f"{place}: sees {inputs.shape[:-1].numel()} of {self.ids.numel()} tokens, and which are padding is "
+                    "unknown; this way of routing is not supported"
+                )
+            return flat
+        rows = taken
+        if padded:
+            real = torch.arange(width)[None] < torch.tensor(self.lengths)[:, None]
+            rows = real.reshape(-1).nonzero()[:, 0]
+            rows = rows if taken is None else rows[taken]
+        return flat if rows is None else flat[rows.to(flat.device)]
 
 
 def batches(

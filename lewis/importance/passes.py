@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 from greenlet import getcurrent, greenlet
 
-from lewis.errors import LewisError
 from lewis.importance.architecture import Network
 from lewis.lazy_torch import nn, torch
 
@@ -70,21 +69,10 @@ class Pass:
         if key is None:
             key = name
             self._seen.append((inputs, name))
-            self.inputs.setdefault(name, []).append(self._real_rows(name, inputs))
+            rows = self.batch.rows_of(inputs, name)
+            copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may change it later
+            self.inputs.setdefault(name, []).append(copied)
         self.sources[name] = key if self.sources.get(name, key) == key else ""
-
-    def _real_rows(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        width, flat = self.batch.ids.shape[1], inputs.reshape(-1, inputs.shape[-1])
-        padded = min(self.batch.lengths) < width
-        if inputs.shape[:-1].numel() != self.batch.ids.numel() and padded:
-            raise LewisError(
-                f"{name}: sees {inputs.shape[:-1].numel()} of {self.batch.ids.numel()} tokens, and which are padding "
-                "is unknown; this way of routing is not supported"
-            )
-        if not padded:
-            return flat.to(torch.float32, copy=True)  # a model may change the tensor after the projection
-        real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
-        return flat[real.reshape(-1).to(flat.device)].float()
 
 
 class Watched(ExitStack):

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 from greenlet import getcurrent, greenlet
 
-from lewis.errors import LewisError
 from lewis.lazy_torch import nn, torch
 from lewis.merge.spill import Made, Spill
 
@@ -72,20 +71,7 @@ class Pass:
 
     def without_padding(self, inputs: torch.Tensor, taken: torch.Tensor | None = None) -> torch.Tensor:
         """The rows of real tokens, fp32 (tokens, features); with `taken` only these of them."""
-        width, flat = self.batch.ids.shape[1], inputs.reshape(-1, inputs.shape[-1]).float()
-        if inputs.shape[:-1].numel() != self.batch.ids.numel():
-            if min(self.batch.lengths) < width:
-                raise LewisError(
-                    f"{self.place}: sees {inputs.shape[:-1].numel()} of {self.batch.ids.numel()} tokens, and which are "
-                    "padding is unknown; this way of routing is not supported"
-                )
-            return flat
-        rows = taken
-        if min(self.batch.lengths) < width:
-            real = torch.arange(width)[None] < torch.tensor(self.batch.lengths)[:, None]
-            rows = real.reshape(-1).nonzero()[:, 0]
-            rows = rows if taken is None else rows[taken]
-        return flat if rows is None else flat[rows]
+        return self.batch.rows_of(inputs, str(self.place), taken)
 
 
 class Pair(NamedTuple):
