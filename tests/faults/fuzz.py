@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 
 from lewis.errors import LewisError
@@ -38,8 +38,11 @@ def outcome(call: Callable[[], Any]) -> Any:
     """
     with _limited():
         try:
-            return call()
+            found = call()
+            event("taken")  # for --hypothesis-show-statistics
+            return found
         except LewisError as error:
+            event("refused")
             text = str(error)
             assert text and "\n  File " not in text and len(text) < 50_000
             return error

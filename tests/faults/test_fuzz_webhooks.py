@@ -43,7 +43,7 @@ def taking(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A receiver with a good recipe and a bad one; nothing is announced."""
     folder: Path = tmp_path_factory.mktemp("recipes")
     (folder / "good.yaml").write_text("{merge_method: ties, base_model: org/base, models: [{model: org/math}]}")
-    (folder / "bad.yaml").write_text("[" * 2000)
+    (folder / "bad.yaml").write_text("models: [")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEWIS_RECIPES", str(folder))
         patch.setattr(receiver, "announce", lambda *given: "id")
