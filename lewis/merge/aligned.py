@@ -31,6 +31,7 @@ class Aligned:
     Attributes:
         folder, key, config, tied: those of the model.
         tensors: those of the model, with the new shapes.
+        rows: as given.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Aligned:
         """
         self.model, self.folder, self.key = model, model.folder, model.key
         self.config, self.tied = model.config, model.tied
-        self._names, self._rows, self._lenders = frozenset(names), rows, lenders
+        self._names, self.rows, self._lenders = frozenset(names), rows, lenders
         self._own_rows, self._copies = embedding_rows(model, names), dict[str, tuple[str, np.ndarray]]()
         self._mean_from = target.padded_from if target.padded_from < target.rows else None
         in_order = self._mean_from is None and rows[0] >= 0 and np.array_equal(rows, np.arange(len(rows)) + rows[0])
@@ -82,7 +83,7 @@ class Aligned:
         if self._first is not None:
             dtype, bits = self.model.raw(name)
             width = bits.size // self._own_rows
-            return dtype, bits[self._first * width : (self._first + len(self._rows)) * width]
+            return dtype, bits[self._first * width : (self._first + len(self.rows)) * width]
         if name not in self._copies:
             self._copies[name] = self._copy(name)
         return self._copies[name]
@@ -97,7 +98,7 @@ class Aligned:
         self.model.done_with(name)
 
     def _copy(self, name: str) -> tuple[str, np.ndarray]:
-        lent, (dtype, bits) = self._lenders.of(name, np.flatnonzero(self._rows < 0)), self.model.raw(name)
+        lent, (dtype, bits) = self._lenders.of(name, np.flatnonzero(self.rows < 0)), self.model.raw(name)
         out = dtype if lent.dtypes <= {dtype} and self._mean_from is None else "F32"
         try:
             with tempfile.TemporaryFile(dir=store.make_folder(store.home())) as file:
@@ -112,7 +113,7 @@ class Aligned:
 
     def _parts(self, dtype: str, own: np.ndarray, lent: LentRows, out: str) -> Iterator[torch.Tensor]:
         """The rows in their new order; rows of padding are the mean of the others if the target asks for that."""
-        run, rows = max(_RUN // max(own.shape[1], 1), 1), self._rows[: self._mean_from]
+        run, rows = max(_RUN // max(own.shape[1], 1), 1), self.rows[: self._mean_from]
         total = torch.zeros(own.shape[1], dtype=torch.float64)
         for start in range(0, len(rows), run):
             taken = rows[start : start + run]
@@ -122,7 +123,7 @@ class Aligned:
             if self._mean_from is not None:
                 total += part.sum(dim=0, dtype=torch.float64)
             yield part
-        padding = len(self._rows) - len(rows)
+        padding = len(self.rows) - len(rows)
         for start in range(0, padding, run):
             yield (total / len(rows)).float().expand(min(run, padding - start), -1)
 

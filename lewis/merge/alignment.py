@@ -11,6 +11,7 @@ import numpy as np
 
 from lewis import store
 from lewis.errors import InputError
+from lewis.importance.calibration import Calibration
 from lewis.merge.aligned import Aligned, embedding_rows
 from lewis.merge.lent_rows import Lenders, Origin
 from lewis.merge.vocabulary import Target, plain_entry, union
@@ -41,6 +42,34 @@ class Alignment:
     def of(self, model: Model) -> Model:
         """A model as it has to be read."""
         return self.views.get(id(model), model)
+
+    def translate(self, ref: str, base: Model, expert: Model, calibration: Calibration) -> Calibration:
+        """A calibration set with the result's token ids, for an expert that is read by them too.
+
+        Args:
+            ref: the expert's reference, for the error message.
+            base: whose token ids the set has; it and the expert as they were given to `align`.
+            expert: that goes through the set.
+            calibration: the set.
+
+        Raises:
+            InputError: if the result or the expert lacks one of the tokens.
+        """
+        read, there = self.of(base), self.of(expert)
+        if not isinstance(read, Aligned) or not isinstance(there, Aligned):
+            return calibration
+        places = {int(own): place for place, own in enumerate(read.rows) if own >= 0}
+        for token in sorted({token for sample in calibration.samples for token in sample}):
+            if token not in places or there.rows[places[token]] < 0:
+                names = {number: name for name, number in (read_vocabulary(tokenizer_folder(base)) or {}).items()}
+                who = "this expert's vocabulary" if token in places else "the result's vocabulary"
+                raise InputError(
+                    f"{ref}: its calibration rows have the token {names.get(token, token)!r}, which {who} lacks: the "
+                    "merge sends the same tokens through the expert and the merged model; leave such rows out, bring "
+                    "the expert to the base's vocabulary, or use a merge_method that needs no calibration rows"
+                )
+        samples = tuple(tuple(places[token] for token in sample) for sample in calibration.samples)
+        return replace(calibration, samples=samples)
 
     def finish(self, folder: Path) -> None:
         """Change config and tokenizer, copied to `folder` from base and donor, to the result's vocabulary."""

@@ -90,7 +90,7 @@ class Prepared:
         first = base or experts[0].model
         base_ref = None if base is None else settings.base
         self.vocabulary = align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
-        self.experts = [replace(expert, model=self.vocabulary.of(expert.model)) for expert in by_key]
+        self.experts = [self._aligned(first, expert) for expert in by_key]
         if settings.anchor:  # what guides the merge guides the anchor
             self.held_back, self.experts = {}, [replace(expert, scales=None) for expert in self.experts]
         self.base: Model = self.vocabulary.of(first)
@@ -219,6 +219,13 @@ class Prepared:
         """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
+    def _aligned(self, base: Model, expert: Expert) -> Expert:
+        """An expert as it is read, and its calibration set, if the method fits, in the same token ids."""
+        calibration = expert.calibration
+        if self.method.fits and calibration:
+            calibration = self.vocabulary.translate(expert.ref, base, expert.model, calibration)
+        return replace(expert, model=self.vocabulary.of(expert.model), calibration=calibration)
+
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
         sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
@@ -258,11 +265,6 @@ class Prepared:
     def _check_fit(self) -> None:
         if not self.method.fits:
             return
-        if self.vocabulary.target is not None:
-            raise InputError(
-                f"tokenizer: {self.method.name} sends the same tokens through all models, which have other "
-                "vocabularies here; bring the experts to the base's vocabulary, or use another merge_method"
-            )
         if lacking := [expert.ref for expert in self.experts if expert.calibration is None]:
             raise InputError(f"{lacking[0]}: {self.method.name} needs its calibration set; see lewis.calibrations")
         for expert in self.experts if self.tunes else ():

@@ -95,8 +95,9 @@ def prepare_merge(
         for entry, files in zip(recipe.experts, experts, strict=True)
     ]
     opened_base = base.open() if base else None
-    if (recipe.measures or recipe.fits) and opened_base is not None:
-        _check_token_ids(opened_base, [expert.model for expert in opened])
+    in_order = recipe.fits and not recipe.needs_grams  # its passes can take the result's token ids instead
+    if (recipe.measures or (in_order and recipe.vocabulary is None)) and opened_base is not None:
+        _check_token_ids(recipe, opened_base, [expert.model for expert in opened])
     settings = resolve(recipe, opened_base or opened[0].model)
     return Merge(settings, opened_base, opened, held_back, merge_device(gpu))
 
@@ -155,13 +156,18 @@ def stored_dtype(recipe: Recipe) -> str | None:
     return MERGED.get(recipe.out_dtype or recipe.dtype or "")
 
 
-def _check_token_ids(base: Model, experts: Sequence[Model]) -> None:
+def _check_token_ids(recipe: Recipe, base: Model, experts: Sequence[Model]) -> None:
     """Check that the base's token ids, which a calibration set consists of, mean the same to each expert."""
+    if not recipe.fits:
+        fix = "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
+    elif recipe.needs_grams or recipe.measures:
+        fix = "this model cannot be measured on them: use regmean_forward, with tokenizer_source and no guided anchor"
+    else:
+        fix = "set tokenizer_source to base or union: then the fit matches them by token"
     for expert in experts:
         if other := clash(tokenizer_folder(base), tokenizer_folder(expert)):
             raise InputError(
-                f"{expert.folder}: another vocabulary: {other}; importance is measured on the base's token ids, so "
-                "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
+                f"{expert.folder}: another vocabulary: {other}; calibration rows become the base's token ids, so {fix}"
             )
 
 

@@ -242,7 +242,7 @@ def _check_fit(data: dict[str, Any], models: list[dict[str, Any]], method: Metho
     block, own = data.get("lewis"), anchor.method_of(data)
     given = [key for key in GUIDES if _is_given(block, key)]
     problems = []
-    if block is None:
+    if block is None or (isinstance(block, dict) and not block.get("calibrations")):
         problems.append(
             f"lewis.calibrations: missing; {method.name} fits the projections to the experts on calibration rows; add "
             'lewis: {calibrations: {NAME: {dataset: ..., text: "{question} {answer}"}}}'
@@ -308,9 +308,9 @@ def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> l
     blind = isinstance(density, dict) and density.get("strategy") in ("uniform", "depth_gradient")
     holds_back = isinstance(block, dict) and block.get("aim") is not None
     method = METHODS.get(str(data.get("merge_method")))
-    fits = method is not None and method.fits is not None
+    fits = method is not None and method.fits is not None  # `_check_fit` tells it
     uniform = blind and not holds_back and not _prunes_by_activation(data) and not fits
-    if isinstance(block, dict) and not names and not uniform:
+    if isinstance(block, dict) and not names and not uniform and not fits:
         problems.append("lewis.calibrations: LEWIS runs models on calibration rows and needs at least one set of them")
     base = str(data.get("base_model"))
     for i, entry in enumerate(models):

@@ -24,7 +24,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, SAMPLES, SIZES, T5, write
-from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors
+from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
 RIDGE = 1e-3
@@ -345,10 +345,36 @@ def test_a_forecast_counts_the_fit(family: Family) -> None:
     assert found[0].seconds > 0 and found[0].memory < found[1].memory < 2e9
 
 
+def test_an_expert_with_its_tokens_in_another_order_is_fitted_alike(family: Family, tmp_path: Path) -> None:
+    words = torch.randperm(len(WORDS), generator=torch.Generator().manual_seed(3))
+    order = torch.cat([torch.arange(3), 3 + words, torch.tensor([63])])
+    moved = rewrite(family.math, tmp_path / "math", lambda name, t: t[order] if "embed_tokens" in name else t)
+    write_tokenizer(moved, [WORDS[i] for i in words])
+    found = []
+    for folder, source in ((family.math, None), (moved, "base"), (moved, "union")):
+        recipe = recipe_of(family.base, [folder, family.code], tokenizer_source=source)
+        found.append(run(recipe, tmp_path / str(source)))
+    for other in found[1:]:
+        assert all(torch.allclose(other[name], tensor, atol=1e-5) for name, tensor in found[0].items())
+
+
+def test_singular_products_without_a_ridge_give_finite_weights(family: Family, tmp_path: Path) -> None:
+    sets = {"few": {"texts": ["w1 w2"], "samples": 1}}
+    models = [{"model": str(each)} for each in family.experts]
+    blocks = {"models": models, "lewis": {"calibrations": sets}, "parameters": {"ridge": 0}}
+    for method in ("regmean", "regmean_forward"):
+        found = run(recipe_of(family.base, family.experts, method, **blocks), tmp_path / method)
+        assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+
+
 class TestRefused:
     def test_without_calibration_sets(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"lewis\.calibrations: missing; regmean_forward fits"):
             recipe_of(family.base, family.experts, lewis=None)
+        with pytest.raises(RecipeError) as refused:
+            recipe_of(family.base, family.experts, lewis={}, models=[{"model": str(each)} for each in family.experts])
+        told = str(refused.value)
+        assert told.count("lewis.calibrations") == 1 and "add lewis: {calibrations: {NAME: {dataset: ..., text:" in told
 
     def test_with_densities(self, family: Family) -> None:
         block = {"calibrations": {"a": {"texts": ["w1 w2"], "samples": 1}}, "density": {"budget": 0.5}}
@@ -359,8 +385,14 @@ class TestRefused:
         other = shutil.copytree(family.math, tmp_path / "other")
         text = (other / "tokenizer.json").read_text().replace('"w7"', '"x7"')
         (other / "tokenizer.json").write_text(text)
-        with pytest.raises(InputError, match="another vocabulary"):
-            prepare(recipe_of(family.base, [family.code, other], tokenizer_source="base"))
+        rows = {"lewis": {"calibrations": {"a": {"texts": ["w1 w7"], "samples": 1}}}}
+        rows |= {"models": [{"model": str(each)} for each in (family.code, other)]}
+        with pytest.raises(InputError, match=r"another vocabulary: .*w7.*set tokenizer_source to base or union"):
+            prepare(recipe_of(family.base, [family.code, other], **rows))
+        with pytest.raises(InputError, match=r"another vocabulary: .*w7.*use regmean_forward, with tokenizer_source"):
+            prepare(recipe_of(family.base, [family.code, other], "regmean", tokenizer_source="base", **rows))
+        with pytest.raises(InputError, match=r"other: its calibration rows have the token 'w7', which this expert's"):
+            prepare(recipe_of(family.base, [family.code, other], tokenizer_source="base", **rows))
 
     def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lewis.store.files.free_space", lambda _: 1000)
