@@ -34,7 +34,8 @@ class MergeReport(BaseModel):
 
     Attributes:
         recipe: its name.
-        digest, folder: of the merged checkpoint in the store.
+        digest, folder: of the merged checkpoint, or adapter, in the store.
+        adapter: what the adapter holds and what error it leaves; None for a full model.
         mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
         scores: rows of the score table.
         comparison: rows of the merged model against each other model: gain, interval, wins, losses, p.
@@ -49,6 +50,7 @@ class MergeReport(BaseModel):
     recipe: str
     digest: str
     folder: Path
+    adapter: str | None = None
     mean_density: dict[str, float] = {}
     scores: list[dict[str, str]] = []
     comparison: list[dict[str, str]] = []
@@ -89,7 +91,6 @@ def merge_flow(
             )
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
-        plan.check_full_output()
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)
         report, changed = _merge(plan)
@@ -125,14 +126,16 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     finish(*sets, *measured, allocated, drawn, merged, uniform)
     result = merged.result()
     report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
+    report.adapter = result.adapter.to_text() if result.adapter else None
     report.mean_density = allocated.result().means if allocated else {}
 
     scores: dict[str, PrefectFuture[ScoresEntry]] = {}
     if settings:
         to_score = _models_to_score(plan, base, experts, uniform, merged)
         current = champion.result() if champion else None
-        if current and current.folder and current.digest != result.digest:
-            to_score["champion"] = ModelFiles.at("champion", current.digest, current.folder)
+        incumbent = current.files("champion") if current else None
+        if incumbent and incumbent.key != result.digest:
+            to_score["champion"] = incumbent
             to_score[plan.label] = to_score.pop(plan.label)  # keep it the last: the pictures outline the last model
         for label, model in to_score.items():
             scores[label] = submit(evaluate, model, label, settings, plan.root, tasks_digest)

@@ -16,14 +16,16 @@ from lewis.importance import effort, measure
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.forecast import forecast, without_models
+from lewis.merge.low_rank import factor_bytes
 from lewis.merge.run import Merge
-from lewis.merge.step import stored_dtype
+from lewis.merge.step import check_output, stored_dtype
 from lewis.methods import find
 from lewis.models import hub
 from lewis.models.dtypes import DTYPES
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
+from lewis.registry import publishing
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Plan:
         disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
         memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
+        output: what an adapter of the merge will be; empty for a full model.
         measuring: seconds that the passes for second-order statistics take which are to do, roughly.
         seconds: that the merges take which are to do, roughly, as `lewis merge` tells it afterwards: without the start
             of the process; None if the models are not all here yet.
@@ -60,6 +63,7 @@ class Plan:
     disk: int = 0
     disk_free: int = 0
     memory: int = 0
+    output: str = ""
     measuring: float = 0.0
     seconds: float | None = None
 
@@ -77,6 +81,7 @@ class Plan:
             "",
         ]
         lines += [f"input   {row['ref']}  {row['commit'][:23]}  {row['bytes'] / 1e6:.1f} MB" for row in self.inputs]
+        lines += ["", f"output  {self.output}"] if self.output else []
         lines += ["", *(f"{step.state:<7} {step.name}" for step in self.steps), ""]
         lines += [
             f"covered {kind}: {len(where)} layers ({min(where)} to {max(where)})" for kind, where in kinds.items()
@@ -98,7 +103,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         InputError: as a run would, for everything that can be known before the work.
     """
-    recipe.check_full_output()
+    publishing.check_base(recipe)
     if recipe.evaluate:
         lm_eval.check_tasks(
             recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
@@ -114,6 +119,9 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.tensors, plan.parameters = len(headers), sum(count.values())
     out = stored_dtype(recipe)
     output = sum(count[name] * _width(out or dtype) for name, (dtype, _) in headers.items())
+    if recipe.output.kind == "lora":
+        merged = {name: shape for name, (_, shape) in headers.items() if not recipe.excludes(name)}
+        output, plan.output = factor_bytes(merged, recipe.output.rank), _adapter_of(recipe)
     files = {source.ref: _files(source) for source in sources}
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
@@ -141,6 +149,15 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.publish:
         plan.steps.append(Step(f"publish {recipe.publish.repo}", "to do"))
     return plan
+
+
+def _adapter_of(recipe: Recipe) -> str:
+    """What is known of an adapter before it is made."""
+    rank, tolerance = recipe.output.rank, recipe.output.tolerance
+    limits = [f"rank at most {rank}"] if rank else []
+    limits += [f"error of a module at most {tolerance:g} of its merged delta"] if tolerance else []
+    unknown = "its error is" if rank else "its ranks and size are"
+    return f"LoRA adapter on {recipe.base_model}, {', '.join(limits)}; {unknown} known after the merge"
 
 
 def _width(dtype: str) -> int:
@@ -194,6 +211,7 @@ def _guided_steps(
     writes, merged_keys, prepared = [], {}, None
     if complete:
         prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
+        check_output(recipe, prepared)
         if recipe.allocator and not allocated:  # any density takes as long
             guess = dict.fromkeys(prepared.layout, 0.5)
             guided = prepared.anchor

@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import store
 from lewis.importance.step import layers_of
-from lewis.merge.step import prepare_merge
+from lewis.merge.step import check_output, prepare_merge
 from lewis.models import compatible
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
@@ -23,6 +23,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
 def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
     """Check what headers and configs tell, and the space; gives the number of covered layers, 0 for a plain merge."""
     prepared = prepare_merge(recipe, base, experts)
+    check_output(recipe, prepared)
     store.check_space(kinds.MERGED.folder, (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def find_champion(name: str, to_score: bool) -> Champion | None:
-    """The version in use; its checkpoint is brought to this disk if it will be scored."""
+    """The version in use; its files are brought to this disk if it will be scored."""
     current = versions.champion(name)
     return versions.fetch(current) if current and to_score else current
 

@@ -139,6 +139,7 @@ def report_run(
         means=allocated.means if allocated else {},
         ridge=merged.ridge,
         links=links,
+        adapter=merged.adapter.to_text() if merged.adapter else "",
     )
     text = to_markdown(facts)
     create_markdown_artifact(text, key=f"{slug(recipe.name)}-run-report", description=facts.outcome)

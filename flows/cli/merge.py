@@ -34,7 +34,7 @@ def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder."""
     from lewis import pipeline, store
     from lewis.devices import default_device
-    from lewis.merge.adapter import Adapter
+    from lewis.merge.step import adapter_in, check_output
     from lewis.models.lora import WEIGHTS
     from lewis.models.shards import parse_size
     from lewis.registry.registration import write_card
@@ -47,7 +47,7 @@ def merge(options: argparse.Namespace) -> None:
     )
     show_log()
     base, experts = pipeline.fetch(recipe)
-    pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
+    check_output(recipe, pipeline.prepare_merge(recipe, base, experts))  # before the importance is measured
     allocated = None
     if (recipe.allocator or recipe.needs_grams) and base:
         pipeline.layers_of(base)
@@ -58,18 +58,18 @@ def merge(options: argparse.Namespace) -> None:
     effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
     write_card(folder, recipe, base, experts, allocated)
     told = store.read_manifest(folder) or {}
-    adapter = told.get("adapter")
+    adapter = adapter_in(folder)
     written = (folder / WEIGHTS).stat().st_size if adapter else prepared.size
     if options.json:
         facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
-        facts |= {"adapter": adapter} if adapter else {}
+        facts |= {"adapter": adapter.to_json()} if adapter else {}
         facts |= {"ridge": told["ridge"]} if "ridge" in told else {}
         means = dict(allocated.means) if allocated else {}
         print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
     else:
         size = f"{len(prepared.layout)} tensors, {written / 1e9:.2f} GB"
         if adapter:
-            size = f"{Adapter(**adapter).to_text()}; {written / 1e6:.1f} MB"
+            size = f"{adapter.to_text()}; {written / 1e6:.1f} MB"
         print(f"{options.output}: {size}, digest {prepared.digest}\n{effort.to_text()}")
 
 

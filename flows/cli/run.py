@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 def run(options: argparse.Namespace) -> None:
     """Run the DAG of a recipe."""
-    arguments.load(options).check_full_output()  # find a mistake in the recipe before a server is started
+    arguments.load(options)  # find a mistake in the recipe before a server is started
     run_merge(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
 
 
@@ -59,7 +59,6 @@ def search(options: argparse.Namespace) -> None:
     from lewis.search import space, study
 
     recipe = arguments.load(options)  # find a mistake in the recipe before a server is started
-    recipe.check_full_output()
     study.objectives_of(recipe)
     space.check(recipe)
 
@@ -92,6 +91,8 @@ def print_merge(report: "MergeReport") -> None:
     for expert, mean in report.mean_density.items():
         print(f"mean density of {expert}: {mean:.3f}")
     print(f"merged model: {report.folder}")
+    if report.adapter:
+        print(report.adapter)
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
         print(f"verdict: {'champion' if report.promoted else 'not promoted'}")

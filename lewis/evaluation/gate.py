@@ -70,7 +70,7 @@ def judge(
     ours, others = models[-1], {model.label: model for model in models[:-1]}
     base = others.get("base")
     if champion and "champion" not in others:
-        lost = f"{champion.uri} must be scored again: its files are gone or damaged; see `lewis promote`: fail"
+        lost = f"{champion.uri} must be scored again: its files or base are gone or damaged; see `lewis promote`: fail"
         return Verdict(False, (lost,), in_use)
     reference = others["champion"] if champion else base or _best(gate.metric, others)
     compared_with = champion.uri if champion else reference.label

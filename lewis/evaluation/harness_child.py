@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.evaluation import smoke, templates
+from lewis.evaluation.adapter_rows import keep_rows
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -126,7 +127,8 @@ def evaluate(
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
-    lm = get_model("hf").create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
+    with keep_rows(model_args.get("peft")):
+        lm = get_model("hf").create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
     vars(evaluator)["add_env_info"] = lambda _: None  # it lists all packages with pip, which nobody reads
     found: Any = evaluator.simple_evaluate(

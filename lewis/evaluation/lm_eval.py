@@ -18,7 +18,7 @@ from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)
 
-SEMANTICS = 2  # raise it when the same model and tasks would get different scores
+SEMANTICS = 3  # raise it when the same model and tasks would get different scores
 BOOTSTRAPS = 100  # for the standard error of metrics that have no formula for it
 
 

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lewis import store
+from lewis.devices import one_thread
 from lewis.importance.effort import operations_per_second
 from lewis.importance.measure import network_of
+from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge.in_torch import PIECE, is_computed, is_whole
+from lewis.merge.low_rank import factorise, sides
 from lewis.merge.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
@@ -72,10 +75,14 @@ def forecast(merge: Merge) -> Forecast:
         largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
         growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
-    if not merge.method.fits:
-        return Forecast(seconds, peak)
-    of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
-    return Forecast(seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk)
+    disk = 0
+    if merge.method.fits:
+        of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
+        seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
+    if merge.as_adapter:
+        of_factors = _of_factors(merge)
+        seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
+    return Forecast(seconds, peak, disk)
 
 
 def _of_fit(merge: Merge) -> Forecast:
@@ -122,6 +129,23 @@ def _of_static_fit(merge: Merge) -> Forecast:
         operations += stack * (outputs * inputs * known * (2 * len(merge.experts) + 8) + known**3 / 3)
         held = max(held, (len(merge.experts) + 6) * known * inputs + (len(merge.experts) + 4) * shape.numel())
     return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + 4 * held)
+
+
+def _of_factors(merge: Merge) -> Forecast:
+    """What the singular value decompositions of an adapter take, by the time of a small one.
+
+    One of a tensor with a small side s and a large side l takes s * s * l operations, times a constant.
+    """
+    pairs = sides({name: shape for name, shape in merge.base.shapes.items() if merge.merges(name)})
+    with one_thread(), torch.inference_mode():
+        delta = torch.arange(256.0 * 256).sin_().reshape(256, 256)
+        factorise(delta, None, None)
+        begun = time.perf_counter()
+        factorise(delta, None, None)
+        per_operation = (time.perf_counter() - begun) / 256**3
+    operations = sum(small * small * large for small, large in pairs)
+    largest = max((small * large + 3 * small * small for small, large in pairs), default=0)
+    return Forecast(per_operation * operations / merge.threads, 450_000_000 + 20 * largest)
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:

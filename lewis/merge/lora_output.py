@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -31,6 +32,7 @@ from lewis.models.lora_config import CONFIG
 from lewis.models.writer import CheckpointWriter
 
 _PREFIX = "base_model.model."
+_NONE = "dummy-target-modules"  # PEFT's word for no module at all, where it takes no empty list
 _PART = 1 << 20  # elements of a temporary tensor
 _FACTORS = ".factors"  # folder of what waits for the adapter file
 
@@ -44,12 +46,15 @@ class AdapterWriter:
         Args:
             merge: whose output is an adapter.
             merged: gives a merged tensor, in fp32.
-            report: called with the name of each tensor when it is done.
+            report: called with the name of each tensor when it is done, one call at a time, in any thread.
 
         Raises:
             InputError: if transformers cannot build the base.
         """
-        self._merge, self._merged, self._report = merge, merged, report
+        self._merge, self._merged = merge, merged
+        # Prefect's progress looks up the task that is running in the caller's context, which other threads do not have.
+        context = copy_context()
+        self._report: Callable[[str], None] = lambda name: context.run(report, name)
         self._output = merge.settings.output
         self._network = Network(merge.base.home, merge.base.shapes, torch.float32)
         self._modules = dict(self._network.module.named_modules())
@@ -202,7 +207,7 @@ class AdapterWriter:
             "lora_alpha": usual,  # alpha / r = 1: the factors are the delta itself
             "rank_pattern": others,
             "alpha_pattern": others,
-            "target_modules": _short(adapter.ranks, self._modules),
+            "target_modules": _short(adapter.ranks, self._modules) or _NONE,
             "modules_to_save": adapter.whole or None,
             "fan_in_fan_out": transposed == {True},
             "bias": "none",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lewis.lazy_torch import torch
+from lewis.models.names import PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,22 @@ class Factors:
     b: torch.Tensor
     left: float
     norm: float
+
+
+def sides(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
+    """The smaller and the larger side of each tensor that an adapter holds as factors, as far as shapes tell."""
+    found = [shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(PER_TOKEN)]
+    return [(min(shape), max(shape)) for shape in found]
+
+
+def factor_bytes(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> int:
+    """Bytes of an adapter's factors at most, as far as shapes tell; without what it saves whole.
+
+    Args:
+        shapes: tensor -> shape, of the tensors that are merged.
+        rank: the largest rank; None: no limit.
+    """
+    return sum(4 * min(rank or small, small) * (small + large) for small, large in sides(shapes))
 
 
 def factorise(delta: torch.Tensor, rank: int | None, tolerance: float | None) -> Factors:

@@ -309,7 +309,7 @@ class Prepared:
                 **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
                 **({"anchor": self._anchor.digest} if self._anchor else {}),
-                **({"output": self.settings.output.model_dump()} if self.as_adapter else {}),
+                **({"output": [self.settings.output.model_dump(), self.settings.base_name]} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }

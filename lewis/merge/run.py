@@ -94,6 +94,16 @@ class Merge(Prepared):
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
 
+    def check_adapter(self) -> None:
+        """Check that the merge changes no tensor that an adapter cannot hold.
+
+        Raises:
+            InputError: naming such a tensor.
+        """
+        from lewis.merge.lora_output import AdapterWriter
+
+        AdapterWriter(self, self._merged, lambda _: None).check()
+
     def _run_adapter(
         self,
         folder: Path,

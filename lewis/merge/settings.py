@@ -27,7 +27,7 @@ class MergeSettings:
         excluded: names of the tensors that are copied from the base.
         vocabulary: whose tokens the result has; None: all models must have the base's.
         output: what is written: the full model, or an adapter.
-        base_name: how an adapter names its base: `org/name`, `org/name@revision`, or the absolute path of a folder.
+        base_name: how an adapter names its base: `org/name@commit`, or the absolute path of a folder.
         anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that gives what is
             not fitted; None: the method's own function does.
         anchor_weight: with an anchor, the factor of what it adds to the base, by (tensor name, depth).

@@ -15,6 +15,7 @@ from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import prepare_calibration
+from lewis.merge.adapter import Adapter
 from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
 from lewis.merge.settings import MergeSettings
@@ -31,15 +32,24 @@ from lewis.store.reference import Reference
 
 
 class MergedModel(Reference):
-    """A merged checkpoint in the store."""
+    """A merged checkpoint, or the LoRA adapter of a merge, in the store.
+
+    Attributes:
+        digest: of the merge.
+        folder: of the checkpoint or the adapter.
+        base: folder of the model that the adapter sits on; None for a full checkpoint.
+    """
 
     digest: str
     folder: Path
+    base: Path | None = None
 
     @model_validator(mode="after")
     def _on_disk(self) -> MergedModel:
         if (store.read_manifest(self.folder) or {}).get("digest") != self.digest:
             raise ValueError(f"{self.folder} is gone, damaged or cut short")
+        if self.base is not None and not (self.base / "config.json").is_file():
+            raise ValueError(f"{self.base}, the base of {self.folder}, is gone")
         return self
 
     @property
@@ -52,9 +62,22 @@ class MergedModel(Reference):
         """What `ridge: auto` chose, as a sentence; empty if the recipe gave a number."""
         return chosen_ridge(self.folder)
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """What the adapter holds and what error it leaves; None for a full checkpoint."""
+        return adapter_in(self.folder)
+
     def files(self, ref: str) -> ModelFiles:
-        """As a model to score."""
-        return ModelFiles.at(ref, self.digest, self.folder)
+        """As a model to score: an adapter as that of an expert, on its base."""
+        if self.base is None:
+            return ModelFiles.at(ref, self.digest, self.folder)
+        return ModelFiles.at(ref, self.digest, self.base, self.folder)
+
+
+def adapter_in(folder: Path) -> Adapter | None:
+    """What the manifest of a merged folder says of its adapter; None if it is a full checkpoint."""
+    found = (store.read_manifest(folder) or {}).get("adapter")
+    return Adapter(**found) if found else None
 
 
 def prepare_merge(
@@ -134,7 +157,7 @@ def resolve(recipe: Recipe, base: Model) -> MergeSettings:
         excluded=excluded(recipe, base.tensors, base.tied),
         vocabulary=recipe.vocabulary,
         output=recipe.output,
-        base_name=str(find_folder(name, recipe.root) or name) if (name := recipe.base_model) else "",
+        base_name=_base_name(recipe, base),
     )
     if recipe.anchor is None:
         return settings
@@ -144,6 +167,31 @@ def resolve(recipe: Recipe, base: Model) -> MergeSettings:
 
     anchor = replace(settings, method=find(recipe.anchor.merge_method), value=of_anchor, output=Output())
     return replace(settings, anchor=anchor, anchor_weight=recipe.anchor_weight)
+
+
+def check_output(recipe: Recipe, prepared: Merge) -> None:
+    """Refuse a merge that an adapter cannot hold, before anything is measured or fitted.
+
+    Where the densities that are still to be measured could decide this, it is left to the merge itself.
+
+    Raises:
+        InputError: naming a tensor that an adapter cannot hold and the merge changes.
+    """
+    guide = recipe.allocator
+    if recipe.output.kind != "lora" or (guide and guide.density.uncovered != "expert"):
+        return
+    if guide:  # what an adapter cannot hold is not covered, and so has density 1
+        whole = dict.fromkeys(prepared.layout, 1.0)
+        prepared.experts = [replace(expert, densities=expert.densities or whole) for expert in prepared.experts]
+    prepared.check_adapter()
+
+
+def _base_name(recipe: Recipe, base: Model) -> str:
+    """How an adapter names its base: `org/name@commit`, or the absolute path of a folder."""
+    if recipe.base_model is None:
+        return ""
+    folder = find_folder(recipe.base_model, recipe.root)
+    return str(folder) if folder else f"{recipe.base_model.partition('@')[0]}@{base.key}"
 
 
 def stored_dtype(recipe: Recipe) -> str | None:
@@ -180,15 +228,15 @@ def merge(
     progress: Callable[[int, int, str], None] | None = None,
     gpu: str = "cuda",
 ) -> MergedModel:
-    """The merged checkpoint in the store, `merged/<digest>/`; made once, then found. An adapter is refused."""
-    recipe.check_full_output()
+    """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""
     prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
     folder = kinds.MERGED.path(prepared.digest)
     with kinds.MERGED.lock(prepared.digest):
         if find_merged(prepared.digest) is None:
             manifest.set_damaged_aside(folder)
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
-    return MergedModel(digest=prepared.digest, folder=folder)
+    on = base.folder if base and prepared.as_adapter else None
+    return MergedModel(digest=prepared.digest, folder=folder, base=on)
 
 
 def chosen_ridge(folder: Path) -> str:
@@ -200,7 +248,7 @@ def chosen_ridge(folder: Path) -> str:
 
 
 def find_merged(digest: str) -> MergedModel | None:
-    """A merged checkpoint, if the store has it whole."""
+    """A merged checkpoint, or an adapter without its base, if the store has it whole."""
     folder = kinds.MERGED.path(digest)
     whole = (store.read_manifest(folder) or {}).get("digest") == digest
     return MergedModel(digest=digest, folder=folder) if whole else None

@@ -291,22 +291,12 @@ class Recipe(Block):
     def blocks(self) -> str:
         """What decides the merged weights, as canonical JSON: without `evaluate`, `register`, `publish`, `search`.
 
-        `output` is left out too: only full models are cached by this.
+        `output` is in it if the merge writes an adapter.
         """
-        unset = {"anchor"} if self.anchor is None else set()  # so that what was cached without one is found
-        return self.model_dump_json(exclude={"output", "evaluate", "register_as", "publish", "search", *unset})
-
-    def check_full_output(self) -> None:
-        """Check that the merge gives a full model: only those are planned, scored, searched and registered.
-
-        Raises:
-            RecipeError: if it gives an adapter.
-        """
-        if self.output.kind != "full":
-            raise RecipeError(
-                f"output.kind: only `lewis merge {self.name}.yaml -o DIR` writes an adapter; to score or register the "
-                "merge, use full (--set output=null)"
-            )
+        left_out = {"evaluate", "register_as", "publish", "search"}
+        left_out |= {"anchor"} if self.anchor is None else set()  # so that what was cached without one is found
+        left_out |= {"output"} if self.output.kind == "full" else set()
+        return self.model_dump_json(exclude=left_out)
 
 
 def excluded(recipe: Recipe, names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:

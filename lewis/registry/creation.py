@@ -62,7 +62,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     try:
         plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
         model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
-        files = logged_model.write(client, model, new.folder, new.card)
+        files = logged_model.write(client, model, new.folder, new.card, new.base)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         _log_run(client, run_id, model.model_id, new)
         _create_registered_model(client, name)

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from lewis import store
+from lewis.models.lora_config import read_settings
 from lewis.store import manifest
 from lewis.store.checksums import remembered_sha256
 from lewis.store.manifest import DamagedError
@@ -37,18 +38,21 @@ Files = Mapping[str, tuple[int, str | None]]
 """Path in the model's artifacts -> size in bytes and SHA-256; None for versions of earlier versions of LEWIS."""
 
 
-def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str) -> Files:
-    """Write a checkpoint into a pending LoggedModel and mark it READY.
+def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str, base: Path | None = None) -> Files:
+    """Write a checkpoint, or an adapter, into a pending LoggedModel and mark it READY.
 
     Args:
-        folder: Hugging Face folder with config, tokenizer and safetensors; left untouched.
+        folder: Hugging Face folder with config, tokenizer and safetensors, or a PEFT adapter with a tokenizer; left
+            untouched.
         card: Markdown, stored as the model card.
+        base: for an adapter, the folder of its base. Only its config is read: MLflow loads the base from where
+            `adapter_config.json` says, a commit of the Hub or a folder, and puts the adapter on it.
 
     Returns:
         Size in bytes and SHA-256 of every file of the model, by its path in the model's artifacts.
     """
     with _target(client, model) as target:
-        _build(model, folder, target, card)
+        _build(model, folder, target, card, base)
         written = _files(target)
         for path in written:
             if store.holds(path):
@@ -133,7 +137,7 @@ def _target(client: "MlflowClient", model: "LoggedModel") -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
+def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Path | None) -> None:
     import mlflow.transformers
     from huggingface_hub import ModelCard
     from mlflow.models import Model
@@ -145,10 +149,13 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
         run_id=model.source_run_id,
         model_id=model.model_id,
     )
+    packages = ("mlflow", "transformers", "torch", *(["peft"] if base else []))
     with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
         skeleton = Path(scratch) / CHECKPOINT
         # without the modes: MLflow writes into copies of this
         shutil.copytree(folder, skeleton, ignore=shutil.ignore_patterns(WEIGHTS), copy_function=shutil.copyfile)
+        if base is not None:  # MLflow looks up the model's class there
+            shutil.copyfile(base / "config.json", skeleton / "config.json")
         mlflow.transformers.save_model(
             str(skeleton),
             path=str(target),
@@ -156,7 +163,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
             mlflow_model=description,
             model_card=ModelCard(card, ignore_metadata_errors=True),
             # By default MLflow imports the model to find its requirements, which needs torchvision.
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "transformers", "torch")],
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in packages],
         )
     # MLflow's LICENSE.txt only names the scratch folder as if it were a repo.
     (target / "LICENSE.txt").unlink(missing_ok=True)
@@ -165,7 +172,24 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str) -> None:
         _link(path, target / CHECKPOINT / path.relative_to(folder))
     description.model_size_bytes = (description.model_size_bytes or 0) + sum(path.stat().st_size for path in weights)
     description.flavors["transformers"]["source_model_name"] = model.name
+    if base is not None:
+        _refer_to_base(description.flavors["transformers"], target)
     description.save(str(target / "MLmodel"))
+
+
+def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
+    """Make MLflow's flavor that of an adapter, as `save_model` writes it for a PeftModel, which would be in memory."""
+    adapter = target / CHECKPOINT
+    # A folder with both configs means a full model with an adapter beside it.
+    (adapter / "config.json").unlink()
+    settings = read_settings(adapter)
+    name, revision = settings["base_model_name_or_path"], settings.get("revision")
+    del flavor["model_binary"]
+    flavor |= {"peft_adaptor": CHECKPOINT, "source_model_name": name}
+    if revision:
+        flavor |= {"source_model_revision": revision, "tokenizer_name": name, "tokenizer_revision": revision}
+    else:  # the tokenizer is in the folder `components`
+        flavor["local_base_model_path"] = name
 
 
 def _restore_pipeline_class() -> None:

@@ -16,6 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.models import hub_client
+from lewis.models.pin import find_folder
+from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.store.manifest import DamagedError
 from lewis.store.manifest import check as check_folder
@@ -23,6 +25,7 @@ from lewis.store.manifest import check as check_folder
 logger = logging.getLogger(__name__)
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
+KINDS = ("config.json", "adapter_config.json")  # which one there is tells a full model from an adapter
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,23 @@ def check(repo: str, private: bool) -> None:
     _look(repo, private)
 
 
+def check_base(recipe: Recipe) -> None:
+    """Refuse to publish an adapter whose base nobody else can load.
+
+    Raises:
+        InputError: if the recipe publishes an adapter on a folder.
+    """
+    if recipe.publish and recipe.output.kind == "lora" and recipe.base_model:
+        folder = find_folder(recipe.base_model, recipe.root)
+        if folder is not None:
+            raise InputError(
+                f"publish: an adapter names its base, and nobody else has the folder {folder}; use a model of the Hub "
+                "as base_model, or write the full model (output.kind: full)"
+            )
+
+
 def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
-    """Push a merged folder, unless the repo has it already. Other files in the repo stay, except weights.
+    """Push a merged folder, unless the repo has it already. Other files in the repo stay, except weights and configs.
 
     Args:
         folder: as `store.publish` wrote it, with its model card.
@@ -91,7 +109,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         # Weights that the repo has are left out: the client would hash gigabytes to find that out.
         wanted = [name for name in names if there.digest != manifest["digest"] or not WEIGHTS.search(name)]
-        stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name)]
+        stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name) or name in KINDS]
         added = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
         removed = [CommitOperationDelete(name) for name in stale]
         with _errors(repo):

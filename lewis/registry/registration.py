@@ -13,7 +13,7 @@ from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry
-from lewis.merge.step import MergedModel, chosen_ridge
+from lewis.merge.step import MergedModel, adapter_in, chosen_ridge
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry.lineage import lineage_of
@@ -40,6 +40,7 @@ class Registration:
         card: the model card, Markdown, which becomes the version's description.
         tags: further tags of a new version, such as the flow run that made it.
         documents: name of a metric -> task and digest of the documents that it was measured on.
+        base: if `folder` holds an adapter, the folder of the model that it sits on.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Registration:
     card: str
     tags: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    base: Path | None = None
 
 
 def registration_of(
@@ -100,6 +102,10 @@ def registration_of(
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
+    own, adapter = dict(tags or {}), merged.adapter
+    if adapter:
+        metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
+        own["lewis.adapter"] = adapter.to_text()
     return Registration(
         name=recipe.register_as.name,
         folder=merged.folder,
@@ -110,9 +116,12 @@ def registration_of(
         recipe=recipe.text,
         pictures=drawn,
         tables=tables,
-        card=model_card(recipe, base, experts, lineage, means, models, merged.ridge),
-        tags=tags or {},
+        card=model_card(
+            recipe, base, experts, lineage, means, models, merged.ridge, adapter.to_text() if adapter else ""
+        ),
+        tags=own,
         documents=_documents(models, metrics),
+        base=merged.base,
     )
 
 
@@ -134,6 +143,7 @@ def model_card(
     means: Mapping[str, float],
     models: Sequence[Scored] = (),
     ridge: str = "",
+    adapter: str = "",
 ) -> str:
     """The card of one merge.
 
@@ -142,6 +152,7 @@ def model_card(
         means: expert -> mean density; empty for a plain merge.
         models: everything that was scored, the merged model last.
         ridge: what `ridge: auto` chose, as a sentence.
+        adapter: if it is an adapter, what it holds and what error it leaves.
     """
     found, parents = scores_of(models), [*([base] if base else []), *experts]
     return card.model_card(
@@ -160,7 +171,7 @@ def model_card(
         kept=kept_rows(kept_gains(recipe, models)),
         results=found.get(recipe.label, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
-        adapter=recipe.output.kind == "lora",
+        adapter=adapter,
     )
 
 
@@ -173,8 +184,9 @@ def write_card(
 ) -> None:
     """Put the card of a merge that was not scored, with the picture of its densities, into the model's folder."""
     means = dict(allocated.means) if allocated else {}
-    ridge = chosen_ridge(folder)
-    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, ridge=ridge)
+    ridge, adapter, lineage = chosen_ridge(folder), adapter_in(folder), lineage_of(base, experts, ())
+    told = adapter.to_text() if adapter else ""
+    text = model_card(recipe, base, experts, lineage, means, ridge=ridge, adapter=told)
     card.write(folder, text, pictures.densities(allocated) if allocated else None)
 
 

@@ -16,6 +16,10 @@ from urllib.parse import quote, urlsplit
 
 from lewis import store
 from lewis.errors import InputError
+from lewis.models import hub
+from lewis.models.lora import is_adapter
+from lewis.models.lora_config import read_settings
+from lewis.models.source import ModelFiles
 from lewis.registry import lineage, logged_model, tracking
 from lewis.store import kinds
 from lewis.store.manifest import DamagedError
@@ -59,7 +63,8 @@ class Champion:
 
     Attributes:
         digest: of its merge; empty if LEWIS did not register it.
-        folder: its checkpoint on this disk; None if the artifacts are remote or damaged.
+        folder: its checkpoint or adapter on this disk; None if the artifacts are remote or damaged.
+        base: folder of the model that the adapter sits on, once `fetch` has found it; None for a full checkpoint.
         metrics: `task/metric,filter` -> score.
         sources: tag of an input -> its commit or content digest; see `lewis.registry.lineage`.
     """
@@ -69,6 +74,15 @@ class Champion:
     folder: Path | None
     metrics: Mapping[str, float]
     sources: Mapping[str, str] = field(default_factory=dict)
+    base: Path | None = None
+
+    def files(self, ref: str) -> ModelFiles | None:
+        """As a model to score; None if it has no files here, or is an adapter whose base has not been found."""
+        if self.folder is None or not self.digest:
+            return None
+        if not is_adapter(self.folder):
+            return ModelFiles.at(ref, self.digest, self.folder)
+        return ModelFiles.at(ref, self.digest, self.base, self.folder) if self.base else None
 
 
 def configure() -> None:
@@ -97,14 +111,37 @@ def champion(name: str) -> Champion | None:
 
 
 def fetch(current: Champion) -> Champion:
-    """Download the checkpoint of a champion, if MLflow's artifacts are remote and the store no longer has it.
+    """Bring a champion to this disk: its files, if MLflow's artifacts are remote, and the base of an adapter.
 
     It still has no folder if the artifacts are damaged, which is told.
 
     Raises:
-        TransientError: if the server does not answer.
+        TransientError: if the server, or the Hub that has the base, does not answer.
         LewisError: if MLflow or the disk refuses.
     """
+    current = _fetch_files(current)
+    if current.folder is None or not is_adapter(current.folder):
+        return current
+    return replace(current, base=_base_of(current, current.folder))
+
+
+def _base_of(current: Champion, adapter: Path) -> Path | None:
+    """The folder of an adapter's base, as the adapter names it; None if it is gone or has changed since the merge."""
+    settings = read_settings(adapter)
+    name, revision = settings["base_model_name_or_path"], settings.get("revision")
+    try:
+        pinned = hub.resolve(f"{name}@{revision}" if revision else name, adapter)
+        if pinned.commit in current.sources.values():
+            return hub.fetch(pinned)
+        why = "it has changed since the merge"
+    except InputError as error:
+        why = str(error)
+    logger.warning("%s: its base %s cannot be used: %s", current.version.uri, name, why)
+    return None
+
+
+def _fetch_files(current: Champion) -> Champion:
+    """Download the files of a champion, if MLflow's artifacts are remote and the store no longer has them."""
     if current.folder is not None or not re.fullmatch("[0-9a-f]{64}", current.digest):
         return current
     folder = kinds.MERGED.path(current.digest)

@@ -37,7 +37,7 @@ def model_card(
     kept: Sequence[Mapping[str, object]] = (),
     results: Sequence[Score] = (),
     licences: Mapping[str, str | None] | None = None,
-    adapter: bool = False,
+    adapter: str = "",
 ) -> str:
     """The README of a merged model, with YAML front matter for the Hub.
 
@@ -53,7 +53,7 @@ def model_card(
         kept: rows of `lewis.evaluation.kept.kept_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> what `licence_of` returned for that parent.
-        adapter: whether it is a LoRA adapter on the base, not a full model.
+        adapter: if it is a LoRA adapter on the base, not a full model: what it holds and what error it leaves.
     """
     parents = [*([base] if base else []), *experts]
     repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
@@ -74,8 +74,9 @@ def model_card(
         f"# {name}",
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`"
         f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}{how if strategy else ''}"
-        f"{', as a LoRA adapter on the base' * adapter}.",
+        f"{', as a LoRA adapter on the base' * bool(adapter)}.",
         f"The fit: {ridge}." if ridge else "",
+        _adapter(adapter, base or "", lineage) if adapter else "",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## What is kept of each expert's gain\n\n" + markdown_table(kept) if kept else "",
         "## Compared, document by document\n\n" + markdown_table(comparison) if comparison else "",
@@ -85,6 +86,16 @@ def model_card(
         f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _adapter(told: str, base: str, lineage: Mapping[str, str]) -> str:
+    """What an adapter leaves out, and what it sits on."""
+    at = f" at `{lineage[base]}`" if base in lineage else ""
+    return (
+        f"## The adapter\n\n{told}. The error is the Frobenius norm of what is left out of the merged delta, relative "
+        f"to the delta's. It sits on `{base.partition('@')[0]}`{at}: open it with PEFT, such as "
+        "`AutoPeftModelForCausalLM.from_pretrained`."
+    )
 
 
 def _model_index(name: str, results: Sequence[Score]) -> list[dict[str, Any]]:

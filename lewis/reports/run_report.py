@@ -57,6 +57,7 @@ class RunFacts:
         means: expert -> mean density; empty for a plain merge.
         ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
         links: text -> URL.
+        adapter: if the merge is a LoRA adapter, what it holds and what error it leaves.
     """
 
     recipe: str
@@ -76,6 +77,7 @@ class RunFacts:
     means: Mapping[str, float] = field(default_factory=dict)
     ridge: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
+    adapter: str = ""
 
 
 def to_markdown(facts: RunFacts) -> str:
@@ -87,6 +89,7 @@ def to_markdown(facts: RunFacts) -> str:
         f"**{plain(facts.outcome)}**",
         f"Started {plain(facts.why)}. Took {duration(facts.seconds)}. Merge digest {code(facts.digest[:SHORT])}.",
         links,
+        plain(facts.adapter),
         _section(f"What changed {since}", _changes(facts.changes)),
         _section("What was computed", _work(facts.work)),
         _section("Scores", markdown_table(score_rows(facts.scores, facts.merged))),

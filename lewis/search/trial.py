@@ -50,7 +50,8 @@ def score_trial(
     with store.lock(f"trial-{prepared.digest}"), _folder(prepared.digest, prepared.size) as folder:
         if not folder.exists():
             prepared.run(folder)
-        files = ModelFiles.at(recipe.label, prepared.digest, folder)
+        adapter = folder if base and prepared.as_adapter else None
+        files = ModelFiles.at(recipe.label, prepared.digest, base.folder if base and adapter else folder, adapter)
         return pipeline.score(files, settings, root=recipe.root, device=device, progress=progress)
 
 

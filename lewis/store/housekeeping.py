@@ -218,7 +218,7 @@ def _targets(record: Path) -> list[Path]:
         found = _result(content["result"])
         named = []
         for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
-            named += [*map(fields.get, ("path", "folder", "adapter", "statistics")), *fields.get("sizes", ())]
+            named += [*map(fields.get, ("path", "folder", "adapter", "base", "statistics")), *fields.get("sizes", ())]
     except (ValueError, KeyError, TypeError, AttributeError):  # LEWIS did not write it
         return []
     return [Path(name) for name in named if name]

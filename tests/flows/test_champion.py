@@ -1,6 +1,7 @@
 """Which version is the champion after good, bad and killed runs: real flows, scores, gate and registry."""
 
 import json
+import re
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Merge an expert in this process, which spares the imports of another one."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -73,9 +74,9 @@ def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(harness, "run", evaluate_here)
     monkeypatch.chdir(recipe.parent)
 
-    def start(expert: str) -> Any:
+    def start(expert: str, *overrides: str) -> Any:
         with temporary_settings({PREFECT_API_URL: prefect_url}):
-            return merge_flow(str(recipe), [f"models[0].model={expert}"])
+            return merge_flow(str(recipe), [f"models[0].model={expert}", *overrides])
 
     return start
 
@@ -214,3 +215,47 @@ def test_a_move_by_hand_needs_a_reason(command: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 2 and "--why" in capsys.readouterr().err
+
+
+def test_an_adapter_is_scored_registered_and_served_on_its_base(
+    run: Callable[..., Any], recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    lora = "output={kind: lora, rank: 2}"
+    first = run("half", lora)
+    assert first.promoted and [row["score"].split()[0] for row in first.comparison] == ["0", "0.5"]  # as the full model
+    assert first.adapter == "LoRA adapter of 0 modules, rank 0, 1 saved whole; it leaves a relative error of 0"
+    outer = torch.ones(16, 1) @ torch.linspace(0, 1e-3, 16)[None]
+    rewrite(recipe.parent / "good", recipe.parent / "best", lambda n, t: t + outer if "q_proj" in n else t)
+    better = run("best", lora)
+    assert re.match(r"LoRA adapter of 2 modules, rank 2, 1 saved whole; .* error of \S+e-\d\d", better.adapter)
+    rows = [(row["model"], row["score"].split()[0]) for row in better.comparison]
+    assert better.promoted and rows == [("base", "0"), ("champion", "0.5"), ("merged", "1")]
+    assert aliases(home) == {"champion": "2", "previous": "1"}
+
+    card = (better.folder / "README.md").read_text()
+    assert "library_name: peft" in card and f"## The adapter\n\n{better.adapter}" in card
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    version = client.get_model_version_by_alias("tiny", "champion")
+    assert version.tags["lewis.adapter"] == better.adapter
+    assert client.get_run(version.run_id).data.metrics["adapter/error"] < 1e-5
+    text = client.download_artifacts(version.run_id, "run_report.md")
+    assert better.adapter.partition(", at worst")[0] in Path(text).read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow/mlflow.db")
+    served = mlflow.transformers.load_model("models:/tiny@champion").model.merge_and_unload().state_dict()
+    wanted = load_file(recipe.parent / "best" / "model.safetensors")
+    assert all(torch.allclose(served[name], tensor, atol=1e-6) for name, tensor in wanted.items())
+    stored = home / "mlflow" / "artifacts" / "models" / version.source.removeprefix("models:/") / "artifacts" / "model"
+    assert (stored / "adapter_model.safetensors").stat().st_nlink == 2 and not (stored / "model.safetensors").exists()
+    alone = AutoModelForCausalLM.from_pretrained(stored)  # the adapter's config names the base
+    assert torch.equal(alone.lm_head.weight, wanted["lm_head.weight"])
+
+    rewrite(recipe.parent / "base", recipe.parent / "moved", lambda name, tensor: tensor * 1.5)
+    (recipe.parent / "base").rename(recipe.parent / "old")
+    (recipe.parent / "moved").rename(recipe.parent / "base")
+    rewrite(recipe.parent / "base", recipe.parent / "after", lambda name, tensor: tensor + 0.1)
+    lost = run("after", lora, "exclude=[norm]")
+    assert not lost.promoted and "must be scored again: its files or base are gone" in lost.verdict[0]

@@ -79,7 +79,7 @@ def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: py
     assert "cached  allocate" in text and "self_attn.q_proj: 2 layers (0 to 1)" in text
 
 
-def test_merge_writes_an_adapter_and_run_refuses_it(
+def test_merge_writes_an_adapter_and_plan_tells_of_it(
     recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, wanted = home.parent / "adapter", ["--set", "output={kind: lora, rank: 4}", "--set", "exclude=[norm]"]
@@ -94,9 +94,10 @@ def test_merge_writes_an_adapter_and_run_refuses_it(
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["adapter"]["ranks"].values()) == {4}
     assert facts["bytes"] == (out / "adapter_model.safetensors").stat().st_size
-    for command in ("run", "search", "plan"):
-        assert main([command, str(recipe), *wanted]) == 2
-        assert "output.kind: only `lewis merge" in capsys.readouterr().err
+    card = (out / "README.md").read_text()
+    assert "## The adapter\n\nLoRA adapter of 14 modules, rank 4" in card and "It sits on" in card
+    assert main(["plan", str(recipe), *wanted]) == 0
+    assert "output  LoRA adapter on" in capsys.readouterr().out
 
 
 def test_merge_writes_a_model_and_replaces_only_its_own(

@@ -15,6 +15,7 @@ from lewis.errors import InputError, RecipeError
 from lewis.merge.export import check_exportable
 from lewis.merge.low_rank import factorise
 from lewis.merge.run import Merge
+from lewis.merge.step import MergedModel, check_output
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import WEIGHTS, LoraExpert
 from lewis.plan import make_plan
@@ -229,16 +230,42 @@ def recipe_of(family: Family, **blocks: Any) -> Recipe:
 
 
 @pytest.mark.usefixtures("home")
-def test_only_lewis_merge_writes_an_adapter(family: Family) -> None:
+def test_an_adapter_in_the_store_is_scored_on_its_base(family: Family) -> None:
     recipe = recipe_of(family)
+    plan = make_plan(recipe)
+    assert plan.output == f"LoRA adapter on {family.base}, rank at most 4; its error is known after the merge"
+    assert plan.output in plan.to_text() and 0 < plan.disk < make_plan(recipe_of(family, output=None)).disk / 2
     base, experts = pipeline.fetch(recipe)
-    for refused in (lambda: pipeline.merge(recipe, base, experts), lambda: make_plan(recipe)):
-        with pytest.raises(RecipeError, match=r"only `lewis merge recipe\.yaml -o DIR` writes an adapter"):
-            refused()
+    made = pipeline.merge(recipe, base, experts)
+    assert base and made.adapter and made.adapter.to_json() == store.read_manifest(made.folder)["adapter"]  # type: ignore[index]
+    files = made.files("merged")
+    assert (files.folder, files.adapter, files.key) == (base.folder, made.folder, made.digest)
+    assert MergedModel.model_validate_json(made.model_dump_json()) == made  # as Prefect keeps it
+    assert pipeline.merge(recipe, base, experts) == made and make_plan(recipe).disk == 0
+    full = recipe_of(family, output=None)
+    assert '"output"' in recipe.blocks and '"output"' not in full.blocks  # the cache tells them apart
+    assert (pipeline.merge(full, base, experts).base, pipeline.merge(full, base, experts).adapter) == (None, None)
     with pytest.raises(InputError, match="mergekit writes full models"):
         check_exportable(recipe)
-    full = Recipe.parse(recipe.text, root=Path("/"), overrides=["output=null"])
-    full.check_full_output()
+    with pytest.raises(ValueError, match="is gone"):
+        MergedModel(digest=made.digest, folder=made.folder, base=made.folder)
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_an_adapter_cannot_hold_is_refused_before_any_work(family: Family, guided: bool) -> None:
+    blocks: dict[str, Any] = {"merge_method": "ties", "models": [{"model": str(family.math)}]}
+    if guided:
+        blocks["lewis"] = {"calibrations": {"s": {"texts": ["w1 w2"], "samples": 1}}}
+    recipe = recipe_of(family, **blocks)
+    prepared = pipeline.prepare_merge(recipe, *pipeline.fetch(recipe))
+    with pytest.raises(InputError, match=r"layernorm.*a LoRA adapter cannot hold it"):
+        check_output(recipe, prepared)
+    with pytest.raises(InputError, match=r"layernorm.*a LoRA adapter cannot hold it"):
+        make_plan(recipe)
+    if guided:  # these densities decide, which are to be measured first
+        open_to_both = recipe_of(family, **{**blocks, "lewis": {**blocks["lewis"], "density": {"uncovered": "base"}}})
+        check_output(open_to_both, pipeline.prepare_merge(open_to_both, *pipeline.fetch(open_to_both)))
 
 
 @pytest.mark.usefixtures("home")

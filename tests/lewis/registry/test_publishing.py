@@ -11,6 +11,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing
 from tests.support.local_hub import LocalHub
+from tests.support.models import parse
 
 FILES = {"config.json": "{}", "model.safetensors": "weights " * 100, "README.md": "---\ntags: [merge]\n---\n# New\n"}
 
@@ -116,6 +117,28 @@ def test_a_commit_under_way_is_worth_a_retry(hub: LocalHub, tmp_path: Path) -> N
             publishing.publish(merged(tmp_path), "org/new", True, "version 1")
         hub.faults.clear()
     assert publishing.publish(merged(tmp_path), "org/new", True, "version 1").new
+
+
+def test_an_adapter_takes_the_place_of_a_full_model_and_back(hub: LocalHub, tmp_path: Path) -> None:
+    publishing.publish(merged(tmp_path), "org/new", True, "a full model")
+    adapter = tmp_path / "b"
+    with store.publish(adapter, {"digest": "b" * 64}) as scratch:
+        for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            (scratch / name).write_text(name)
+    for folder, title in ((adapter, "an adapter"), (merged(tmp_path, "c"), "a full model again")):
+        publishing.publish(folder, "org/new", True, title)
+        assert tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()}  # no config of both kinds
+
+
+def test_an_adapter_on_a_folder_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    blocks = {"merge_method": "task_arithmetic", "models": [{"model": "org/a"}], "register": {"name": "x"}}
+    blocks |= {"publish": {"repo": "org/new"}}
+    lora = {"kind": "lora", "rank": 4}
+    for base, output in (("org/base", lora), ("base", None)):
+        publishing.check_base(parse({**blocks, "base_model": base, "output": output}, tmp_path))
+    with pytest.raises(InputError, match=r"publish: an adapter names its base, and nobody else has the folder .*base"):
+        publishing.check_base(parse({**blocks, "base_model": "base", "output": lora}, tmp_path))
 
 
 def test_a_damaged_folder_is_not_published(hub: LocalHub, tmp_path: Path) -> None:

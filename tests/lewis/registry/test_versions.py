@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
+from lewis.models import hub
+from lewis.models.files import copy_tokenizer
+from lewis.models.pin import Pinned
 from lewis.registry import creation, history, logged_model, promotion
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
@@ -165,6 +169,37 @@ def test_the_champion_loads_and_outlives_the_store_without_a_second_copy(entry: 
     assert store.read_manifest(current.folder) is not None
     assert current.metrics["addition/acc,none"] == 0.9
     assert creation.register(replace(entry, folder=current.folder)) == replace(version, created=False)
+
+
+def test_an_adapter_on_a_commit_of_the_hub_refers_to_it(
+    entry: Registration, tiny_model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "revision": "1" * 40}
+    folder = store.home() / "merged" / OTHER
+    with store.publish(folder, {"digest": OTHER}) as scratch:
+        (scratch / "adapter_config.json").write_text(json.dumps(settings))
+        (scratch / "adapter_model.safetensors").write_bytes(b"factors")
+        copy_tokenizer(tiny_model, scratch)
+    promotion.promote(creation.register(replace(entry, digest=OTHER, folder=folder, base=tiny_model)), PASSED)
+    (description,) = artifacts(home).glob("models/*/artifacts/MLmodel")
+    flavor = yaml.safe_load(description.read_text())["flavors"]["transformers"]
+    wanted = {"source_model_name": "org/base", "source_model_revision": "1" * 40, "peft_adaptor": "model"}
+    wanted |= {"tokenizer_name": "org/base", "tokenizer_revision": "1" * 40, "pipeline_model_type": "LlamaForCausalLM"}
+    assert flavor.items() >= wanted.items() and "model_binary" not in flavor
+    assert "peft==" in (description.parent / "requirements.txt").read_text()
+    current = registry.champion("tiny")
+    assert current and current.files("champion") is None  # before its base is found
+    asked: list[str] = []
+
+    def resolve(ref: str, root: Path) -> Pinned:
+        asked.append(ref)
+        return Pinned(ref, "org/base", "1" * 40, 0)
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(hub, "fetch", lambda pinned: tiny_model)
+    files = registry.fetch(current).files("champion")
+    assert files and (files.folder, files.adapter, files.key) == (tiny_model, current.folder, OTHER)
+    assert asked == [f"org/base@{'1' * 40}"]
 
 
 def test_where_files_cannot_be_linked_they_are_copied(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,18 @@ def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
     assert "| base | 0.5 |" in body and "```yaml\nmerge_method: ties\n```" in body
 
 
+def test_the_card_of_an_adapter_names_its_base_and_its_error() -> None:
+    told = "LoRA adapter of 14 modules, rank 4; it leaves a relative error of 0.2"
+    lineage = {"org/base@main": "1" * 40, "org/math": "2" * 40}
+    text = card.model_card(
+        "tiny", method="ties", base="org/base@main", experts=["org/math"], recipe="", lineage=lineage, mean_density={},
+        scores=[], adapter=told,
+    )  # fmt: skip
+    _, front, body = text.split("---\n", 2)
+    assert (yaml.safe_load(front)["library_name"], yaml.safe_load(front)["base_model"]) == ("peft", ["org/base"])
+    assert f"## The adapter\n\n{told}. The error" in body and f"It sits on `org/base` at `{'1' * 40}`" in body
+
+
 def test_the_hub_reads_the_scores_of_the_card() -> None:
     from huggingface_hub import ModelCard
 

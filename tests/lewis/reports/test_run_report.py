@@ -95,6 +95,12 @@ def test_a_run_with_nothing_to_compare_says_only_what_it_knows() -> None:
     )
 
 
+def test_the_report_tells_what_error_an_adapter_leaves() -> None:
+    told = "LoRA adapter of 14 modules, rank 4; it leaves a relative error of 0.2"
+    text = to_markdown(RunFacts("x", "Merged.", "by hand", 3, "a" * 64, adapter=told))
+    assert f"digest `aaaaaaaa`.\n\n{told}\n" in text
+
+
 @pytest.mark.parametrize(
     ("before", "now", "status"),
     [(None, NEW, "new"), (OLD, NEW, "moved"), (NEW, NEW, "unchanged"), (OLD, None, "removed")],
