@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def make() -> None:
 def names() -> list[str]:
     """The names of the recipes, sorted; a recipe has the name of its file without the ending."""
     return sorted(path.stem for path in _files())
+
+
+def signature() -> list[tuple[str, int, int, int]]:
+    """Changes when a recipe is added, changed, renamed or removed: of each file its name, inode, size and time (ns).
+
+    Raises:
+        InputError: if the folder cannot be read.
+    """
+    found = []
+    for path in _yaml_files():
+        with suppress(FileNotFoundError):  # it was removed just now
+            known = path.stat()
+            found.append((path.name, known.st_ino, known.st_size, known.st_mtime_ns))
+    return sorted(found)
 
 
 def find(recipe: str, *, paths: bool = True) -> Path:

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis_flows import recipes_folder
 from lewis_flows.service import api_key, note
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_process
@@ -65,12 +65,16 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
 
         urls = _start_servers(add, say)
         note.write(urls)
-        _prepare_server(say, prefect_file)
+        # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
+        from lewis_flows.service.deployed import Deployed
+
+        deployed = Deployed(partial(say, "lewis"), prefect_file)
+        deployed.begin()
         add(Process("worker", _worker(), {"LEWIS_MLFLOW_UI": urls["mlflow"]}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
         note.write(urls)
         ready(urls)
-        _keep_up(parts, say, prefect_file)
+        _keep_up(parts, say, deployed.follow)
 
 
 def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
@@ -94,20 +98,6 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
     return urls
 
 
-def _prepare_server(say: Say, prefect_file: Path | None) -> None:
-    # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
-    from lewis_flows.service import deploy
-    from lewis_flows.turn import crash_dead_runs, drop_missed_polls
-    from lewis_tasks.support import moves
-
-    say("lewis", "deploying")
-    crash_dead_runs()
-    drop_missed_polls()
-    recipes = deploy.deploy(prefect_file or deploy.PREFECT_YAML)
-    moves.tell()
-    say("lewis", f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")
-
-
 def _worker() -> list[str]:
     options = {
         "--pool": "lewis",
@@ -128,11 +118,11 @@ def _receiver(urls: dict[str, str], say: Say) -> Process:
     )
 
 
-def _keep_up(parts: list[Process], say: Say, prefect_file: Path | None) -> None:
-    """Start again what ends, and deploy again when a recipe comes or goes."""
+def _keep_up(parts: list[Process], say: Say, follow: Callable[[], None]) -> None:
+    """Start again what ends, and follow the folder of recipes."""
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
-    recipes, looked = recipes_folder.names(), time.monotonic()
+    looked = time.monotonic()
     while True:
         time.sleep(0.5)
         for part in parts:
@@ -146,10 +136,8 @@ def _keep_up(parts: list[Process], say: Say, prefect_file: Path | None) -> None:
             part.start()
             started[part.name] = time.monotonic()
         if time.monotonic() - looked > 5:
+            follow()
             looked = time.monotonic()
-            if (now := recipes_folder.names()) != recipes:
-                recipes = now
-                _prepare_server(say, prefect_file)
 
 
 def _echo(name: str, say: Say) -> Callable[[str], None]:

@@ -15,7 +15,7 @@ from lewis.methods import METHODS
 from lewis.recipe.recipe import Recipe
 from lewis_flows import recipes_folder
 from lewis_flows.service import receiver
-from lewis_flows.service.deploy import add_schedules
+from lewis_flows.service.schedules import add_schedules
 
 REPO = Path(__file__).resolve().parents[2]
 

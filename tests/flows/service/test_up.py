@@ -178,8 +178,21 @@ def test_a_recipe_that_is_dropped_in_is_picked_up(service: Service, family: Fami
     sha = release(service, "late", family)
     assert service.finished("late", 1)[0]["state_name"] == "Completed"
     assert merged_from(service, "late") == [sha]
-    nightly = service.ask("/deployments/name/merge/merge-nightly")
-    assert "late" in {each["slug"] for each in nightly["schedules"]}
+    assert "late" in nightly(service)
+    recipe = service.recipes / "late.yaml"
+    text = recipe.read_text()
+    recipe.write_text("models: [")
+    service.until(lambda: "late" not in nightly(service), 60)
+    recipe.write_text(text)
+    service.until(lambda: "late" in nightly(service), 60)
+    recipe.unlink()
+    service.until(lambda: "late" not in nightly(service), 60)
+    assert set(NAMES) <= nightly(service)
+
+
+def nightly(service: Service) -> set[str]:
+    """The names of the nightly schedules."""
+    return {each["slug"] for each in service.ask("/deployments/name/merge/merge-nightly")["schedules"]}
 
 
 def test_two_recipes_that_share_an_expert_measure_it_once(service: Service, family: Family) -> None:

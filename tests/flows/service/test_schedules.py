@@ -1,0 +1,123 @@
+"""The nightly schedules always are those of the recipes that can run."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from lewis.errors import LewisError
+from lewis_flows.service import deploy, schedules
+from lewis_flows.service.deployed import Deployed
+
+GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one recipe that can run."""
+    path = tmp_path / "recipes"
+    path.mkdir()
+    (path / "good.yaml").write_text(GOOD)
+    monkeypatch.setenv("LEWIS_RECIPES", str(path))
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    return path
+
+
+def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen = schedules.Folder()
+    other, local = folder / "other.yaml", folder / "local.yaml"
+    assert seen.runnable() == ["good"]
+    other.write_text("models: [")  # broken when it is first seen
+    assert seen.runnable() == ["good"]
+    other.write_text(GOOD)  # mended
+    assert seen.runnable() == ["good", "other"]
+    other.write_text("models: [")  # broken
+    assert seen.runnable() == ["good"]
+    other.write_text(GOOD)
+    other.rename(folder / "renamed.yaml")
+    assert seen.runnable() == ["good", "renamed"]
+    (folder / "renamed.yaml").unlink()
+    local.write_text(GOOD.replace("org/math", "./model"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert seen.runnable() == seen.runnable() == ["good"]
+    assert len(caplog.messages) == 1 and "local has no nightly schedule: ./model" in caplog.text
+    (folder / "model").mkdir()  # no file of the folder's top has changed
+    assert seen.runnable() == ["good", "local"]
+
+
+def test_what_cannot_be_deployed_is_told_once_and_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended `lewis up`."""
+    told, deployed = list[str](), list[list[str]]()
+
+    def refuse(*_: Any) -> list[str]:
+        raise LewisError("the server is away")
+
+    service = Deployed(told.append)
+    monkeypatch.setattr(deploy, "deploy", refuse)
+    for _ in range(3):
+        service.follow()
+    assert told == ["the recipes could not be deployed; trying again: the server is away"]
+    monkeypatch.setattr(deploy, "deploy", lambda file, recipes: deployed.append(recipes))
+    service.follow()
+    service.follow()
+    (folder / "good.yaml").rename(folder / "better.yaml")
+    service.follow()
+    assert deployed == [["good"], ["better"]]
+
+
+@flow(name="merge")
+def _merge(recipe: str) -> None:
+    """Stands for the merge in the server's records."""
+
+
+@pytest.fixture
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def test_the_server_keeps_no_schedule_of_a_recipe_that_is_gone(folder: Path, client: SyncPrefectClient) -> None:
+    (folder / "broken.yaml").write_text("models: [")
+
+    def planned(slug: str | None, recipe: str) -> DeploymentScheduleCreate:
+        given: dict[str, Any] = {"slug": slug, "parameters": {"recipe": recipe}}
+        return DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *"), **given)
+
+    there = [planned(name, name) for name in ("good", "gone", "broken")]
+    by_hand = [planned("noon", "good"), planned("weekly", "broken"), planned("daily", "gone"), planned(None, "gone")]
+    flow_id = client.create_flow_from_name("merge")
+    made = client.create_deployment(flow_id, schedules.NIGHTLY, schedules=[*there, *by_hand])
+    try:
+        content: dict[str, Any] = {"deployments": [{"name": schedules.NIGHTLY}]}
+        recipes = schedules.Folder().runnable()
+        schedules.add_schedules(content, recipes)
+        schedules.remove_stale(client, content, recipes)
+        left = {schedule.slug for schedule in client.read_deployment(made).schedules}
+        assert left == {"good", "noon", "weekly"}
+
+        # In `prefect.yaml` its schedule has another name now, and there must not be two.
+        written = {"slug": "good-at-four", "cron": "0 4 * * *", "parameters": {"recipe": "good"}}
+        content = {"deployments": [{"name": schedules.NIGHTLY, "schedules": [written]}]}
+        schedules.add_schedules(content, recipes)
+        assert content["deployments"][0]["schedules"] == [written]
+        schedules.remove_stale(client, content, recipes)
+        assert {schedule.slug for schedule in client.read_deployment(made).schedules} == {"noon", "weekly"}
+    finally:
+        client.delete_deployment(made)
+
+
+def test_what_is_deployed_names_no_recipe_but_in_schedules() -> None:
+    """`search` was deployed with the recipe `smollm2`, which a folder of the user's own has not."""
+    content = yaml.safe_load(deploy.PREFECT_YAML.read_text())
+    assert [each["name"] for each in content["deployments"] if "parameters" in each] == []
+    schedules.add_schedules(content, [])
+    assert [each["schedules"] for each in content["deployments"] if each["name"] == schedules.NIGHTLY] == [[]]
