@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lewis.errors import InputError
 from lewis.importance.fused import Rows, parts_of
+from lewis.importance.model_class import build, lists_of_blocks, text_tower
 from lewis.lazy_torch import nn, torch
-from lewis.models.config import read_config
 from lewis.models.names import short_or_whole
 
 
@@ -74,7 +73,8 @@ class Network:
 
     Attributes:
         module: the transformers model.
-        blocks: path -> block, in the order of the forward pass.
+        tower: the part of it that text goes through.
+        blocks: path -> block of the tower, in the order of the forward pass.
         covered: the covered tensors.
     """
 
@@ -90,10 +90,12 @@ class Network:
             InputError: if the class is unknown or needs code that comes with the model.
         """
         self.folder = folder
-        self.module = _build(folder, dtype)
-        lists = {name: each for name, each in self.module.named_modules() if isinstance(each, nn.ModuleList)}
-        outer = {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-        self.blocks = {f"{name}.{i}": block for name, each in outer.items() for i, block in enumerate(each)}
+        self.module = build(folder, dtype)
+        self.tower = text_tower(self.module)
+        inside = {id(module) for module in self.tower.modules()}
+        self._lists = lists_of_blocks(self.module)
+        lists = {name: each for name, each in self._lists.items() if id(each) in inside}
+        self.blocks = {f"{name}.{i}": block for name, each in lists.items() for i, block in enumerate(each)}
         self._state = self.module.state_dict(keep_vars=True)
         self._names: dict[int, list[str]] = {}
         for name, value in self._state.items():
@@ -158,7 +160,7 @@ class Network:
         """
         head, used = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
-        inside = tuple(f"{path}." for path in self.blocks)
+        inside = tuple(f"{path}." for path in self._lists)
 
         def of_head(name: str) -> bool:
             return name.startswith(heads)
@@ -218,10 +220,10 @@ class Network:
             for tensor, pattern in self._sources.get(parameter, []):
                 expert, projection = None, below
                 if pattern is not None:
-                    place = _place_in_stack(self._converters[parameter], pattern, tensor)
-                    if place is None:
+                    if not _only_stacks(self._converters[parameter]):
                         continue  # a conversion that mixes tensors: the policy for what is not covered holds
-                    expert, projection = place, _below_block(tensor)
+                    stack = [each for each, of in self._sources[parameter] if of == pattern]
+                    expert, projection = stack.index(tensor), _below_block(tensor)
                 projection = f"{kind}.{projection}" if len(kinds) > 1 else projection
                 yield _covered(
                     tensor, tensors[tensor], int(index), projection, parameter, expert, module, self.module.config
@@ -259,41 +261,15 @@ def _weights(module: nn.Module) -> list[str]:
     return [name for name, value in module.named_parameters(recurse=False) if value.dim() == 3]
 
 
-def _place_in_stack(converter: Any, pattern: str, tensor: str) -> int | None:
-    """Which expert a tensor becomes, if the conversion only stacks experts (and their gate upon their up)."""
+def _only_stacks(converter: Any) -> bool:
+    """Whether a conversion only stacks experts, in the order of their tensors (and their gate upon their up)."""
     operations = [type(each).__name__ for each in converter.operations]
-    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-        return None
-    place = re.search(re.escape(pattern).replace(r"\*", r"(\d+)") + "$", tensor)
-    return int(place[1]) if place else None
+    return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 def _below_block(tensor: str) -> str:
     """What a tensor is called in its block: what follows the first number."""
     return re.sub(r"^.*?(?:^|\.)\d+\.", "", tensor, count=1).removesuffix(".weight")
-
-
-def _build(folder: Path, dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-        with init_empty_weights(include_buffers=False):
-            network = kind.from_config(config, dtype=dtype, trust_remote_code=False)
-        if hasattr(network, "set_experts_implementation"):
-            network.set_experts_implementation("eager")
-        network.tie_weights()
-    except Exception as error:  # any kind, by architecture
-        reason = " ".join(str(error).split())[:300]
-        if "auto_map" in read_config(folder):
-            raise InputError(
-                f"{folder}: this model needs code that comes with it (auto_map in its config.json), which LEWIS never "
-                "runs; leave the lewis block out to merge it without guidance"
-            ) from error
-        raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
-    return network.eval()
 
 
 def _conversions(network: Any) -> tuple[list[Any], list[Any]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lewis.importance.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "6"  # bump when the same inputs would give other numbers
+SEMANTICS = "7"  # bump when the same inputs would give other numbers
 Shapes = Mapping[str, tuple[int, ...]]
 Means = Callable[[str, int], "torch.Tensor | None"]
 """(parameter, number of the set) -> mean of x_j^2, as `SecondMoments.means` gives it."""

@@ -188,16 +188,20 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
     if not network.encodes:
         masked = {"attention_mask": mask} if network.looks_ahead and min(lengths) < ids.shape[1] else {}
-        module.base_model(input_ids=ids, use_cache=False, **masked)
+        network.tower(input_ids=ids, use_cache=False, **masked)
         return
     encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-    start = torch.full_like(ids[:, :1], _decoder_start(module.config))
     module.get_decoder()(  # the decoder reads the same text
-        input_ids=torch.cat([start, ids[:, :-1]], dim=1),
+        input_ids=decoder_ids(module.config, ids),
         encoder_hidden_states=encoded,
         encoder_attention_mask=mask,
         use_cache=False,
     )
+
+
+def decoder_ids(config: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The same tokens, one place later: what a decoder is given to predict them."""
+    return torch.cat([torch.full_like(ids[:, :1], _decoder_start(config)), ids[:, :-1]], dim=1)
 
 
 def _decoder_start(config: Any) -> int:

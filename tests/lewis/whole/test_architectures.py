@@ -1,0 +1,25 @@
+"""A guided merge of tiny models of many architectures; `python -m tests.benchmarks.architectures` tries all."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.architecture_check import check
+
+pytestmark = pytest.mark.usefixtures("home")
+
+# What else is in them -> the share of the blocks' parameters that must be covered, in percent.
+KINDS = {
+    "qwen3_vl_moe": 99,  # a vision tower, whose blocks no text goes through; stacked experts
+    "mistral3": 99,
+    "blip-2": 96,  # its own forward pass wants an image
+    "kimi_linear": 98,  # linear attention; experts that a regular expression names
+    "t5": 98,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guided_merge_is_right_in_every_way(kind: str, tmp_path: Path) -> None:
+    found = check(kind, tmp_path)
+    assert found.covered > KINDS[kind] / 100 - 0.005, found.left
+    assert found.moments
