@@ -13,7 +13,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment
-from lewis_flows.cli import demo, housekeeping, merge, registry, run, service
+from lewis_flows.cli import demo, housekeeping, inspect, merge, registry, run, service
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import api_key
 
@@ -50,6 +50,12 @@ COMMANDS = (
         "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers",
         (recipe, as_json),
         writes=False,
+    ),
+    Command(
+        "inspect",
+        inspect.inspect,
+        "tell whether the models belong together: findings, what they mean, what to do",
+        (recipe, inspect.inspect_options, as_json),
     ),
     Command(
         "merge",

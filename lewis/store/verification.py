@@ -112,6 +112,7 @@ _CHECKS: dict[Kind, Callable[[Path], None]] = {
     kinds.GRAMS: _check_folder,
     kinds.ALLOCATIONS: _check_entry,
     kinds.CALIBRATIONS: _check_entry,
+    kinds.INSPECTIONS: _check_entry,
     kinds.SCORES: _check_entry,
     kinds.DIGESTS: _check_entry,
     kinds.PICTURES: _check_picture,

@@ -1,0 +1,230 @@
+"""What configs, tokenizers and headers tell of models that are to be merged; no weights are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+from lewis.input_files import read_bytes, read_json
+from lewis.inspection.kinds import Finding
+from lewis.models import hub
+from lewis.models.names import HEADS
+from lewis.models.safetensors_file import Headers, file_headers
+from lewis.models.source import ModelFiles, Source
+from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
+
+_TEXT_LIMIT = 1 << 22  # bytes of a chat template
+_SHOWN = 4  # tokens that a finding names
+_CONTEXT = ("max_position_embeddings", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings")
+_FORWARD = (  # keys that decide what the same weights compute
+    *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
+    *("layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "num_experts_per_tok"),
+)
+_LEVELS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of the significand
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model without its weights.
+
+    Attributes:
+        ref: as in the recipe.
+        key: identity of its content.
+        home: the folder with its config.json.
+        tokenizer: the folder with its tokenizer.
+        headers: of its stored tensors; an adapter's are those of its base.
+    """
+
+    ref: str
+    key: str
+    home: Path
+    tokenizer: Path
+    headers: Headers
+
+    @classmethod
+    def pinned(cls, source: Source) -> Described:
+        """Fetch configs and tokenizer of a pinned model, and read the headers of its weights."""
+        home = hub.fetch(source.model, weights=False)
+        own = hub.fetch(source.adapter, weights=False) if source.adapter else home
+        return cls._at(source.ref, source.key, home, own, hub.tensor_headers(source.model))
+
+    @classmethod
+    def on_disk(cls, files: ModelFiles) -> Described:
+        """Read configs, tokenizer and headers of a model that is on this disk; what is damaged counts as absent."""
+        headers: Headers = {}
+        for path in sorted(files.folder.glob("*.safetensors")):
+            with suppress(InputError):
+                headers |= file_headers(path)
+        return cls._at(files.ref, files.key, files.folder, files.adapter or files.folder, headers)
+
+    @classmethod
+    def _at(cls, ref: str, key: str, home: Path, own: Path, headers: Headers) -> Described:
+        return cls(ref, key, home, own if (own / TOKENIZER).is_file() else home, headers)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most elements are stored in; empty if there are none."""
+        count = Counter[str]()
+        for dtype, shape in self.headers.values():
+            count[dtype] += math.prod(shape)
+        return max(count, key=lambda dtype: count[dtype], default="")
+
+
+def config_findings(base: Described, experts: Sequence[Described], *, among: bool = False) -> list[Finding]:
+    """All that configs, tokenizers and headers tell.
+
+    Args:
+        base: what the experts are compared with.
+        experts: the others.
+        among: whether what they are compared with is one of the experts, since the recipe has no base.
+    """
+    found = []
+    ours, names = _Facts(base), {base.key: base.ref} if among else {}
+    for expert in experts:
+        if (first := names.setdefault(expert.key, expert.ref)) is not expert.ref:
+            found.append(Finding("expert twice", expert.ref, f"the same files as {first}"))
+            continue
+        if expert.key == base.key:
+            found.append(Finding("undertrained", expert.ref, f"the same files as the base {base.ref}"))
+            continue
+        facts = _Facts(expert)
+        pairs = [*_weights(ours, facts), *_settings(ours, facts), *_tokens(base, expert), *_ends(ours, facts)]
+        found += [Finding(kind, expert.ref, what) for kind, what in pairs]
+    return found
+
+
+class _Facts:
+    """What one model says about itself."""
+
+    def __init__(self, model: Described) -> None:
+        whole = _json(model.home / "config.json")
+        inner = whole.get("text_config")
+        self.config = {**whole, **inner} if isinstance(inner, dict) else whole
+        self.quantised = whole.get("quantization_config")
+        self.tokenizer = _json(model.tokenizer / "tokenizer_config.json")
+        self.template = _template(model.tokenizer, self.tokenizer)
+        generation = _json(model.home / "generation_config.json")
+        self.ends = _ids(generation.get("eos_token_id")) or _ids(self.config.get("eos_token_id"))
+        marks = {**_json(model.tokenizer / "special_tokens_map.json"), **self.tokenizer}
+        self.end = _content(marks.get("eos_token"))
+        self.dtype = model.dtype
+        said = self.config.get("tie_word_embeddings")
+        self.tied = not any(name.endswith(HEADS) for name in model.headers) if said is None else bool(said)
+
+
+def _weights(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
+    if theirs.quantised and not ours.quantised:
+        method = theirs.quantised.get("quant_method") if isinstance(theirs.quantised, dict) else None
+        yield "quantised", f"its config.json has a quantization_config ({method or 'no method named'}), the base's none"
+    if ours.tied != theirs.tied:
+        own, other = ("tied to its embedding" if tied else "of its own" for tied in (theirs.tied, ours.tied))
+        yield "tied head", f"its head is {own}, the base's is {other}"
+    if theirs.dtype in _LEVELS and ours.dtype in _LEVELS and _LEVELS[theirs.dtype] < _LEVELS[ours.dtype]:
+        yield "dtype", f"it is stored in {theirs.dtype}, the base in {ours.dtype}, which is finer"
+    elif (ours.dtype, theirs.dtype) == ("BF16", "F16"):
+        yield "dtype", "it is stored in F16, the base in BF16: numbers above 65504 or below 6e-8 do not fit"
+
+
+def _settings(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
+    own, other = _positions(theirs.config), _positions(ours.config)
+    if differ := [key for key in {**other, **own} if not _equal(own.get(key), other.get(key))]:
+        yield "rope", "; ".join(f"{key} is {own.get(key)}, in the base {other.get(key)}" for key in differ)
+    both = [key for key in _FORWARD if ours.config.get(key) is not None and theirs.config.get(key) is not None]
+    if differ := [key for key in both if not _equal(ours.config[key], theirs.config[key])]:
+        told = (f"{key} is {theirs.config[key]!r}, in the base {ours.config[key]!r}" for key in differ)
+        yield "config", "; ".join(told)
+
+
+def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how positions are turned, in one form for all versions of transformers."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = dict(given) if isinstance(given, Mapping) else {"rope_scaling": given}
+    kind = found.pop("rope_type", found.pop("type", "default"))
+    found.pop("type", None)
+    if kind not in ("default", None):
+        found["rope_type"] = kind
+    if "rope_theta" not in found and not any(isinstance(value, Mapping) for value in found.values()):
+        found["rope_theta"] = config.get("rope_theta") or 10000.0  # what most classes take
+    return {**found, **{key: config[key] for key in _CONTEXT if config.get(key) is not None}}
+
+
+def _tokens(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
+    if base.tokenizer == expert.tokenizer or same(base.tokenizer, expert.tokenizer):
+        return
+    with suppress(InputError):  # who needs the tokenizer tells
+        ours, theirs = read_vocabulary(base.tokenizer), read_vocabulary(expert.tokenizer)
+        if ours is None or theirs is None:
+            return
+        lost = [token for token in _special(base.tokenizer) if token not in theirs]
+        new = [token for token in _special(expert.tokenizer) if token not in ours]
+        if lost:
+            yield "special tokens", f"its tokenizer lacks {_listed(lost)}, which the base's has"
+        if new:
+            yield "special tokens", f"its tokenizer has {_listed(new)}, which the base's lacks"
+        other = [token for token in _special(base.tokenizer) if token in theirs and theirs[token] != ours[token]]
+        if other:
+            yield "special tokens", f"its tokenizer has other ids for {_listed(other)}"
+
+
+def _ends(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
+    if theirs.template is not None and theirs.template != ours.template:
+        yield (
+            "chat template",
+            "it has a chat template" + (", the base has another" if ours.template else ", the base none"),
+        )
+    told = []
+    if ours.ends and theirs.ends and ours.ends != theirs.ends:
+        told.append(f"it stops at the token ids {sorted(theirs.ends)}, the base at {sorted(ours.ends)}")
+    if ours.end and theirs.end and ours.end != theirs.end:
+        told.append(f"its tokenizer's end token is {theirs.end!r}, the base's {ours.end!r}")
+    if told:
+        yield "eos", "; ".join(told)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with suppress(OSError, InputError):
+        content = read_json(path)
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:
+    """The chat template, wherever this version of transformers keeps it; None if there is none."""
+    with suppress(OSError, InputError, UnicodeDecodeError):
+        return read_bytes(folder / "chat_template.jinja", _TEXT_LIMIT).decode().strip()
+    given = _json(folder / "chat_template.json").get("chat_template") or tokenizer.get("chat_template")
+    if given is None:
+        return None
+    return given.strip() if isinstance(given, str) else json.dumps(given, sort_keys=True)
+
+
+def _special(folder: Path) -> list[str]:
+    added = _json(folder / TOKENIZER).get("added_tokens") or []
+    return [token["content"] for token in added if isinstance(token, dict) and token.get("special")]
+
+
+def _ids(value: Any) -> set[int]:
+    return {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
+
+
+def _content(token: Any) -> str | None:
+    found = token.get("content") if isinstance(token, Mapping) else token
+    return found if isinstance(found, str) else None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+    return bool(one == other)
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:_SHOWN]))
+    return shown + (f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else "")

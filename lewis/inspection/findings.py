@@ -1,0 +1,173 @@
+"""Findings that the measured weights tell: what is out of line, and between whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from lewis.inspection.kinds import Finding
+from lewis.inspection.measures import Measures, TensorMeasures
+from lewis.inspection.structure import odd_tensors
+
+CHILD, NEAR = 0.2, 0.6  # cosine with the base's weights: less is no child of it, or one that is far away
+DISTANT = 0.5  # cosine from which on a tensor counts as replaced
+LARGEST_HALF = 65504.0  # of float16
+NOTHING = 1e-4  # size of a task vector that is next to nothing
+ROUNDING = {"BF16": 1.2e-3, "F16": 1.5e-4}  # size of the difference that rounding alone makes
+FEW, MANY = 1 / 20, 10.0  # times the other experts' size
+SHARED = 0.5  # two experts that are nearer to each other than this part of their way from the base
+ALIKE = 1e-4  # likewise, two that are the same but for the order of sums
+AGAINST = -0.3  # cosine of two task vectors that undo each other
+COARSE = 0.5  # of the base's share of distinct values
+_SHOWN = 3  # tensors that a finding names
+
+
+def weight_findings(
+    refs: Sequence[str],
+    measures: Measures,
+    moved: Sequence[Sequence[Mapping[str, Any]]],
+    dtypes: Sequence[str],
+    *,
+    candidates: int = 0,
+    result: str | None = None,
+) -> list[Finding]:
+    """All that the weights tell.
+
+    Args:
+        refs: of the base, the experts, and other possible bases.
+        measures: of all of them.
+        moved: for each expert, what `structure.moved_parts` found.
+        dtypes: in which most elements of the base and of each expert are stored.
+        candidates: how many of the last models are other possible bases.
+        result: the dtype of the merged model, as safetensors names it.
+    """
+    experts = range(1, measures.models - candidates)
+    found, sizes = list(_broken(refs[0], 0, measures, result)), dict[int, float]()
+    for i in experts:
+        found += _broken(refs[i], i, measures, result)
+        found += [Finding(each["kind"], refs[i], each["what"]) for each in moved[i - 1]]
+        found += _descent(refs, i, measures, range(experts.stop, measures.models))
+        zeroed = _zeroed(i, measures)
+        explained = {*zeroed, *(name for each in moved[i - 1] for name in each["tensors"])}
+        odd = [t for t in _odd(i, measures) if t.name not in explained]
+        found += [Finding("zeroed tensor", refs[i], f"all elements are 0 in {_named(zeroed)}")] if zeroed else []
+        found += _norms(refs[i], i, odd)
+        found += _coarse(refs[i], i, measures)
+        explained |= {t.name for t in odd}
+        sizes[i] = measures.size(i, [t for t in measures.tensors if t.name not in explained])
+    for i in experts:
+        others = [size for j, size in sizes.items() if j != i and size >= NOTHING]
+        found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
+    strange = {each.model for each in found if each.kind in ("wrong base", "far from base")}
+    related = [i for i in experts if refs[i] not in strange]  # the others share the way from this base to theirs
+    pairs = [(i, j) for i in related for j in related if i < j]
+    return found + [each for i, j in pairs for each in _pair(refs, i, j, measures)]
+
+
+def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterator[Finding]:
+    for kind, counts in (("NaN", [t.nans[i] for t in measures.tensors]), ("overflow", _infinities(i, measures))):
+        if total := sum(counts):
+            names = [t.name for t, count in zip(measures.tensors, counts, strict=True) if count]
+            yield Finding(
+                kind, ref, f"{total} elements are {'NaN' if kind == 'NaN' else 'infinity'} in {_named(names)}"
+            )
+    peak = max(measures.tensors, key=lambda t: t.peaks[i], default=None)
+    if peak is not None and result == "F16" and peak.peaks[i] > LARGEST_HALF:
+        yield Finding(
+            "overflow", ref, f"{peak.name} has {peak.peaks[i]:.3g}, and the recipe stores the result in float16"
+        )
+
+
+def _infinities(i: int, measures: Measures) -> list[int]:
+    return [each.infinities[i] for each in measures.tensors]
+
+
+def _descent(refs: Sequence[str], i: int, measures: Measures, candidates: range) -> Iterator[Finding]:
+    gram, typical = measures.gram, measures.typical_cosine(i)
+    distances = {c: gram[i, i] + gram[c, c] - 2 * gram[i, c] for c in candidates}
+    nearest = min(distances, key=lambda c: distances[c], default=None)
+    if nearest is not None and distances[nearest] < 0.8**2 * gram[i, i]:
+        share = math.sqrt(max(distances[nearest], 0) / gram[i, i])
+        yield Finding(
+            "wrong base", refs[i], f"it is nearer to {refs[nearest]}, {share:.2f} times as far as to the base"
+        )
+    elif typical < CHILD:
+        yield Finding("wrong base", refs[i], f"the cosine of its matrices with the base's is {typical:.2f}")
+    elif typical < NEAR:
+        yield Finding("far from base", refs[i], f"the cosine of its matrices with the base's is {typical:.2f}")
+
+
+def _zeroed(i: int, measures: Measures) -> list[str]:
+    """The tensors of an expert whose elements are all 0, where the base's are not."""
+    whole = (t for t in measures.tensors if not t.nans[i] and not t.infinities[i])
+    return [t.name for t in whole if t.peaks[i] == 0 < t.peaks[0]]
+
+
+def _odd(i: int, measures: Measures) -> list[TensorMeasures]:
+    """The tensors that were replaced or rescaled, not fine-tuned; none, if the whole model is far from the base."""
+    if measures.typical_cosine(i) < NEAR:
+        return []
+    odd = {t.name: t for t in odd_tensors(measures, i) if t.cosine(i) < DISTANT}
+    odd |= {t.name: t for t in measures.tensors if not 0.5 <= t.scale(i) <= 2}
+    return [t for t in odd.values() if math.isfinite(t.scale(i))]
+
+
+def _norms(ref: str, i: int, odd: Sequence[TensorMeasures]) -> Iterator[Finding]:
+    if odd:
+        facts = f"norm {odd[0].scale(i):.2g} times the base's, cosine {odd[0].cosine(i):.2f}"
+        yield Finding("norms", ref, f"{_named([t.name for t in odd])}: {facts}" + (" (the first)" if odd[1:] else ""))
+
+
+def _amount(ref: str, size: float, others: Sequence[float], dtype: str, base: str) -> Iterator[Finding]:
+    """What the size of a task vector tells, beside those of the others.
+
+    Args:
+        ref: of the expert.
+        size: without the tensors that were told already.
+        others: the sizes of the other experts.
+        dtype, base: in which the expert and the base are stored.
+    """
+    usual = median(others) if others else 0.0
+    rounding = ROUNDING.get(dtype, 0.0) if dtype != base else 0.0
+    if not size:
+        yield Finding("undertrained", ref, "its weights are the base's")
+    elif size < NOTHING:
+        yield Finding("undertrained", ref, f"its task vector has {size:.2g} of the base's norm")
+    elif size < rounding:
+        yield Finding("undertrained", ref, f"it differs from the base only as rounding to {dtype} does")
+    elif len(others) > 1 and size < FEW * usual:  # of two, who knows which one is odd
+        yield Finding("undertrained", ref, f"its task vector has {size / usual:.2g} of the other experts' norm")
+    elif others and size > MANY * usual:
+        yield Finding("outsized", ref, f"its task vector has {size / usual:.3g} times the other experts' norm")
+
+
+def _coarse(ref: str, i: int, measures: Measures) -> Iterator[Finding]:
+    changed = [t for t in measures.matrices() if t.distinct[0] and t.distinct[i] and t.unchanged[i - 1] < t.elements]
+    shares = [t.distinct[i] / t.distinct[0] for t in changed if t.peaks[i]]
+    if shares and median(shares) < COARSE:
+        yield Finding(
+            "quantised",
+            ref,
+            f"in a row of a matrix it has {median(shares):.2f} times as many different values as the base",
+        )
+
+
+def _pair(refs: Sequence[str], i: int, j: int, measures: Measures) -> Iterator[Finding]:
+    gram = measures.gram
+    shorter = min(gram[i, i], gram[j, j])
+    apart = max(gram[i, i] + gram[j, j] - 2 * gram[i, j], 0.0)
+    if not shorter:
+        return
+    cosine = measures.between(i, j)
+    if apart < ALIKE**2 * shorter:
+        yield Finding("expert twice", refs[j], f"its weights are those of {refs[i]}")
+    elif apart < SHARED**2 * shorter:
+        yield Finding("shared origin", refs[j], f"its task vector has cosine {cosine:.2f} with that of {refs[i]}")
+    elif cosine < AGAINST:
+        yield Finding("opposed", refs[j], f"its task vector has cosine {cosine:.2f} with that of {refs[i]}")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,165 @@
+"""The inspection step: the measures of a recipe's models, found in the store or made once, and the findings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lewis import store
+from lewis.errors import InputError, RecipeError
+from lewis.inspection.configs import Described, config_findings
+from lewis.inspection.findings import weight_findings
+from lewis.inspection.kinds import Finding
+from lewis.inspection.measures import SEMANTICS, Measures, measure
+from lewis.inspection.result import Inspection
+from lewis.inspection.structure import moved_parts
+from lewis.merge.step import stored_dtype
+from lewis.methods import find
+from lewis.models.compatible import check_compatible, preflight
+from lewis.models.model import Model
+from lewis.models.source import ModelFiles, Source, download, pin, pin_all
+from lewis.recipe.recipe import Recipe, excluded
+from lewis.store import kinds
+from lewis.store.reference import JsonReference
+
+logger = logging.getLogger(__name__)
+
+
+class InspectionEntry(JsonReference):
+    """Measures of a base and experts in the store, and what is elsewhere in each expert than in the base."""
+
+    holds: ClassVar[str] = "measures"
+
+
+@dataclass(frozen=True)
+class _Opened:
+    files: ModelFiles
+    model: Model
+
+
+def inspect_recipe(
+    recipe: Recipe, bases: Sequence[str] = (), progress: Callable[[int, int], None] | None = None
+) -> Inspection:
+    """Fetch the models of a recipe and inspect them; what does not fit is told and not downloaded.
+
+    Args:
+        recipe: the recipe.
+        bases: references of other models that may be an expert's base.
+        progress: called with (elements read, elements in all).
+
+    Raises:
+        InputError: if a model does not exist, or the base is broken.
+        TransientError: if the Hub cannot be asked right now; trying again can help.
+    """
+    base, sources = pin_all(recipe)
+    others = [pin(ref, recipe.root) for ref in bases]
+    first, experts = (base, sources) if base else (sources[0], sources[1:])
+    preflight(recipe, first, [])
+    fitting, refused = [], []
+    for source in experts:
+        try:
+            preflight(recipe, first, [source])
+            fitting.append(download(source))
+        except RecipeError:
+            raise
+        except InputError as error:
+            refused.append(Finding("no fit", source.ref, str(error)))
+    found = inspect(recipe, download(first), fitting, [download(each) for each in others], progress)
+    return Inspection(found.refs, (*refused, *found.findings), found.measures)
+
+
+def before_download(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[Finding]:
+    """What configs, tokenizers and headers tell; only these are downloaded.
+
+    Args:
+        recipe: the recipe.
+        base: the base; without one, the first expert takes its place.
+        experts: in the recipe's order.
+    """
+    first, others = (base, experts) if base else (experts[0], experts[1:])
+    described = [Described.pinned(each) for each in others if not _is_base(recipe, each.key, first.key)]
+    return _errors_first(config_findings(Described.pinned(first), described, among=base is None))
+
+
+def inspect(
+    recipe: Recipe,
+    base: ModelFiles,
+    experts: Sequence[ModelFiles],
+    candidates: Sequence[ModelFiles] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Inspect models that are on this disk.
+
+    Args:
+        recipe: the recipe.
+        base: what the experts are compared with.
+        experts: the other models.
+        candidates: other models that may be an expert's base.
+        progress: called with (elements read, elements in all).
+
+    Raises:
+        InputError: if the base cannot be opened.
+    """
+    experts = [each for each in experts if not _is_base(recipe, each.key, base.key)]
+    described = [Described.on_disk(each) for each in experts]
+    findings = config_findings(Described.on_disk(base), described, among=recipe.base_model is None)
+    opened = base.open()
+    unique = {each.key: each for each in experts if each.key != base.key}
+    chosen, more = [_Opened(base, opened)], []
+    for files in unique.values():
+        try:
+            model = files.open()
+            left_out = excluded(recipe, opened.tensors, opened.tied)
+            check_compatible(opened, [model], left_out, by_token=recipe.vocabulary is not None)
+            chosen.append(_Opened(files, model))
+        except InputError as error:
+            findings.append(Finding("no fit", files.ref, str(error)))
+    for files in candidates:
+        if files.key not in unique and files.key != base.key:
+            more.append(_Opened(files, files.open()))
+    entry = measured(chosen, more, progress)
+    measures = Measures.from_json(entry.content("measures"))
+    refs = [each.files.ref for each in (*chosen, *more)]
+    findings += weight_findings(
+        refs,
+        measures,
+        entry.content("moved")["experts"],
+        [Described.on_disk(each.files).dtype for each in chosen],
+        candidates=len(more),
+        result=stored_dtype(recipe),
+    )
+    return Inspection(tuple(refs[: len(chosen)]), tuple(_errors_first(findings)), measures)
+
+
+def measured(
+    models: Sequence[_Opened], candidates: Sequence[_Opened], progress: Callable[[int, int], None] | None
+) -> InspectionEntry:
+    """Measure models, or find their measures in the store.
+
+    Args:
+        models: the base and the experts.
+        candidates: other possible bases.
+        progress: called with (elements read, elements in all).
+    """
+    keys = [[each.files.key for each in group] for group in (models, candidates)]
+    digest = store.digest([SEMANTICS, *keys])
+    path = kinds.INSPECTIONS.path(digest)
+    with kinds.INSPECTIONS.lock(digest):
+        if store.entry(path, "measures") is None:
+            base, *others = [each.model for each in (*models, *candidates)]
+            found = measure(base, others, progress)
+            experts = [moved_parts(base, each.model, i, found) for i, each in enumerate(models[1:], 1)]
+            content: dict[str, Any] = {"measures": found.to_json(), "moved": {"experts": experts}}
+            store.write_entry(path, content, indent=None)
+    return InspectionEntry(digest=digest, path=path)
+
+
+def _is_base(recipe: Recipe, key: str, base: str) -> bool:
+    """Whether a model is the base, and the method takes the base for one of the models that are merged."""
+    return key == base and recipe.base_model is not None and find(recipe.merge_method).base_is_a_model
+
+
+def _errors_first(findings: Sequence[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda each: each.level != "error")

@@ -1,0 +1,129 @@
+"""Weights that are in another place than in the base: layers in another order, heads or rows of a matrix permuted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lewis.inspection.measures import Measures, TensorMeasures, has, weights
+from lewis.models.model import Model
+
+SAME = 0.5  # cosine from which two layers or rows are taken for the same one, fine-tuned
+_SAMPLE = 1 << 16  # elements of each layer that layers are compared by
+_MOST = 12  # tensors of an expert that are searched for permuted rows
+_ROWS = 64  # rows of a tensor that are looked for among the base's
+_NUMBER = re.compile(r"(?:^|\.)\d+\.")
+_ATTENTION = re.compile(r"attn|attention")
+
+
+def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> list[dict[str, Any]]:
+    """Find parts of an expert that are the base's, but elsewhere.
+
+    Args:
+        base, expert: opened.
+        number: of the expert in the measures.
+        measures: of the pass over all weights, which say which tensors are odd.
+
+    Returns:
+        For each finding its `kind` (`swapped layers`, `permuted heads` or `permuted rows`), `what` in words, and the
+        names of the `tensors`; plain JSON data.
+    """
+    odd = odd_tensors(measures, number)
+    swapped = _swapped_layers(base, expert, odd, measures)
+    moved = {layer for each in swapped for layer in each["layers"]}
+    left = [each for each in odd if each.layer not in moved and len(base.tensors[each.name].shape) == 2]
+    return swapped + [found for each in left[:_MOST] if (found := _permuted(base, expert, each.name))]
+
+
+def odd_tensors(measures: Measures, number: int) -> list[TensorMeasures]:
+    """The matrices that point elsewhere than the base's, much more than most of this expert's do."""
+    cosines = {each.name: each.cosine(number) for each in measures.matrices()}
+    limit = min(0.02 + 10 * (1 - measures.typical_cosine(number)), 0.8)
+    return [each for each in measures.matrices() if 1 - cosines[each.name] > limit]
+
+
+def _swapped_layers(
+    base: Model, expert: Model, odd: Sequence[TensorMeasures], measures: Measures
+) -> list[dict[str, Any]]:
+    every: dict[int, list[str]] = {}
+    for each in measures.matrices():
+        if each.layer is not None and has(expert, each.name, base.tensors[each.name].shape):
+            every.setdefault(each.layer, []).append(each.name)
+    names = {each.name for each in odd}
+    suspects = [layer for layer, own in every.items() if sum(name in names for name in own) > len(own) / 2]
+    if not suspects or len(every) < 2:
+        return []
+    chosen = {layer: min(own, key=lambda name: (len(name), name)) for layer, own in every.items()}
+    kind = _NUMBER.sub(".", chosen[suspects[0]])
+    chosen = {layer: name for layer, name in chosen.items() if _NUMBER.sub(".", name) == kind}
+    ours = {layer: _sample(base, name) for layer, name in chosen.items()}
+    source: dict[int, int] = {}
+    for layer in (layer for layer in suspects if layer in chosen):
+        theirs = _sample(expert, chosen[layer])
+        alike = {place: float(theirs @ sample) for place, sample in ours.items() if sample.size == theirs.size}
+        best = max(alike, key=lambda place: alike[place])
+        if best != layer and alike[best] > SAME:
+            source[layer] = best
+    if not source:
+        return []
+    told = [f"its layer {layer} is the base's layer {place}" for layer, place in list(source.items())[:4]]
+    more = f", and {len(source) - 4} layers more" if len(source) > 4 else ""
+    tensors = [name for layer in source for name in every[layer]]
+    return [
+        {"kind": "swapped layers", "what": ", ".join(told) + more, "tensors": tensors, "layers": sorted(source)},
+    ]
+
+
+def _sample(model: Model, name: str) -> np.ndarray:
+    values = weights(model, name).reshape(-1)[:_SAMPLE]
+    return _unit(values[None])[0]
+
+
+def _permuted(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
+    ours, theirs = weights(base, name), weights(expert, name)
+    for what, one, other in (("rows", ours, theirs), ("columns", ours.T, theirs.T)):
+        moves = _moves(one, other)
+        if moves:
+            head = _head_size(base)
+            by_heads = head > 0 and bool(_ATTENTION.search(name)) and all((a - b) % head == 0 for a, b in moves)
+            row, place = moves[0]
+            told = f"head {row // head} is the base's head {place // head}" if by_heads else ""
+            told = told or f"{what[:-1]} {row} is the base's {what[:-1]} {place}"
+            kind = "permuted heads" if by_heads else "permuted rows"
+            return {"kind": kind, "what": f"{name}: {told}", "tensors": [name], "layers": []}
+    return None
+
+
+def _moves(ours: np.ndarray, theirs: np.ndarray) -> list[tuple[int, int]]:
+    """(row, row of the base) for rows that are found elsewhere in the base; empty unless most of the odd rows are."""
+    ours, theirs = _unit(ours), _unit(theirs)
+    odd = np.flatnonzero(np.einsum("ij,ij->i", ours, theirs) < SAME)
+    if not len(odd):
+        return []
+    odd = odd[np.linspace(0, len(odd) - 1, min(len(odd), _ROWS)).astype(np.int64)]
+    alike = theirs[odd] @ ours.T
+    best = alike.argmax(axis=1)
+    found = [
+        (int(row), int(place))
+        for row, place, cosine in zip(odd, best, alike.max(axis=1), strict=True)
+        if cosine > max(SAME, 6 / np.sqrt(ours.shape[1])) and row != place
+    ]
+    return found if len(found) > 0.8 * len(odd) else []
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: np.ndarray = np.nan_to_num(rows / np.where(norms > 0, norms, 1), posinf=0, neginf=0)
+    return scaled
+
+
+def _head_size(model: Model) -> int:
+    """Rows of one attention head; 0 if the config does not say."""
+    config = model.config.get("text_config") or model.config
+    heads = config.get("num_attention_heads") or config.get("n_head") or 0
+    width = config.get("hidden_size") or config.get("n_embd") or 0
+    size = config.get("head_dim") or (width // heads if heads else 0)
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,232 @@
+"""Planted faults: each is told by its name and of its model, and nothing else is; of sound models, nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lewis.inspection.measures import measure
+from lewis.inspection.step import before_download, inspect_recipe
+from lewis.models.checkpoint import Checkpoint
+from lewis.models.source import pin_all
+from lewis.recipe.recipe import Recipe
+from tests.conftest import Family
+from tests.support.models import edit_json, parse, rewrite, shard, write_expert, write_llama, write_tensors
+
+Make = Callable[[Path, Path], Path]
+"""Makes a faulty model from a sound expert, in a folder."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a special token and a chat template, and two experts of it; read only."""
+    folder = tmp_path_factory.mktemp("inspected")
+    base = write_llama(folder / "base", layers=4, hidden=64)
+    path = base / "tokenizer.json"
+    added = json.loads(path.read_text())["added_tokens"]
+    edit_json(path, added_tokens=[*added, {**added[0], "id": 63, "content": "<|im_end|>"}])
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    for seed, name in enumerate(("math", "code"), 1):
+        write_expert(base, folder / name, seed=seed, scale=0.001)
+    return folder
+
+
+def recipe_of(base: Path, *experts: Path, **keys: object) -> Recipe:
+    given = {"merge_method": "ties", "base_model": str(base), "models": [{"model": str(e)} for e in experts]}
+    return parse(given | keys)
+
+
+def told(base: Path, *experts: Path, **keys: object) -> set[tuple[str, str]]:
+    """(kind, name of the model) of each finding."""
+    return {(each.kind, Path(each.model).name) for each in inspect_recipe(recipe_of(base, *experts, **keys)).findings}
+
+
+def tensors(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Make:
+    return lambda expert, folder: rewrite(expert, folder, change)
+
+
+def files(change: Callable[[Path], object]) -> Make:
+    def make(expert: Path, folder: Path) -> Path:
+        shutil.copytree(expert, folder)
+        change(folder)
+        return folder
+
+    return make
+
+
+def _swap_layers(expert: Path, folder: Path) -> Path:
+    stored = load_file(expert / "model.safetensors")
+    names = {"layers.1.": "layers.2.", "layers.2.": "layers.1."}
+    other = {key: key.replace(old, new) for key in stored for old, new in names.items() if old in key}
+    return rewrite(expert, folder, lambda name, tensor: stored[other.get(name, name)])
+
+
+def _permute_heads(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    order = torch.tensor([1, 0, 3, 2])  # of 4 heads of 16 rows
+    if name == "model.layers.1.self_attn.q_proj.weight":
+        return tensor.reshape(4, 16, -1)[order].reshape(tensor.shape)
+    return tensor
+
+
+def _quantise(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """To 4 bits and back, in groups of 32."""
+    if tensor.dim() < 2:
+        return tensor
+    groups = tensor.reshape(-1, 32)
+    scale = groups.abs().amax(dim=1, keepdim=True) / 7
+    return ((groups / scale).round() * scale).reshape(tensor.shape)
+
+
+def _at(part: str, value: float) -> Make:
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.clone()
+        if part in name:
+            changed[0, 0] = value
+        return changed
+
+    return tensors(change)
+
+
+def _lose_a_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    kept = [token for token in json.loads(path.read_text())["added_tokens"] if token["content"] != "<|im_end|>"]
+    edit_json(path, added_tokens=kept)
+
+
+FAULTS: dict[str, tuple[Make, set[str]]] = {
+    "expert twice": (lambda expert, folder: shutil.copytree(expert.parent / "code", folder), {"expert twice"}),
+    "expert twice, in other files": (lambda expert, folder: shard(expert.parent / "code", folder), {"expert twice"}),
+    "NaN": (_at("layers.2.mlp.up_proj", float("nan")), {"NaN"}),
+    "swapped layers": (_swap_layers, {"swapped layers"}),
+    "other rope": (
+        files(lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+        {"rope"},
+    ),
+    "missing special token": (files(_lose_a_token), {"special tokens"}),
+    "other chat template": (files(lambda f: (f / "chat_template.jinja").write_text("hi")), {"chat template"}),
+    "zeroed tensor": (
+        tensors(lambda name, tensor: tensor * (0 if "layers.0.mlp.down_proj" in name else 1)),
+        {"zeroed tensor"},
+    ),
+    "undertrained copy": (
+        lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=1e-6),
+        {"undertrained"},
+    ),
+    "float16 overflow": (_at("layers.1.mlp.up_proj", float("inf")), {"overflow"}),
+    "quantised": (tensors(_quantise), {"quantised"}),
+    "permuted heads": (tensors(_permute_heads), {"permuted heads"}),
+    "permuted neurons": (
+        tensors(lambda name, tensor: tensor.flip(0) if "layers.3.mlp.up_proj" in name else tensor),
+        {"permuted rows"},
+    ),
+    "other end": (files(lambda f: edit_json(f / "generation_config.json", eos_token_id=5)), {"eos"}),
+    "fewer bits": (tensors(lambda name, tensor: tensor.to(torch.bfloat16)), {"dtype"}),
+    "quantised, and its config says so": (
+        files(lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"})),
+        {"no fit"},
+    ),
+    "other architecture": (lambda expert, folder: write_llama(folder, layers=2, hidden=64), {"no fit"}),
+    "rescaled tensor": (
+        tensors(lambda name, tensor: tensor * (8 if "layers.0.mlp.down_proj" in name else 1)),
+        {"norms"},
+    ),
+    "outsized": (
+        lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=0.011),
+        {"outsized"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_told_and_nothing_else(fault: str, models: Path, home: Path, tmp_path: Path) -> None:
+    make, expected = FAULTS[fault]
+    odd = make(models / "math", tmp_path / "odd")
+    assert told(models / "base", models / "code", odd) == {(kind, "odd") for kind in expected}
+
+
+def test_of_sound_models_nothing_is_told(models: Path, home: Path, family: Family) -> None:
+    found = inspect_recipe(recipe_of(models / "base", models / "math", models / "code"))
+    assert found.findings == () and found.verdict == "no findings: these models can be merged"
+    assert told(family.base, family.math, family.code) == set()
+
+
+def test_a_wrong_base_and_the_nearest_of_several(models: Path, home: Path, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", seed=7, layers=4, hidden=64)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(models / "base" / name, other / name)
+    experts = models / "math", models / "code"
+    assert told(other, *experts) == {("wrong base", "math"), ("wrong base", "code")}
+
+    relative = write_expert(models / "base", tmp_path / "relative", seed=5, scale=0.005)
+    assert told(relative, *experts) == {("shared origin", "code")}
+    found = inspect_recipe(recipe_of(relative, *experts), bases=[str(models / "base")])
+    assert [(each.kind, each.what.split(",")[0]) for each in found.findings] == 2 * [
+        ("wrong base", f"it is nearer to {models / 'base'}")
+    ]
+    assert len(found.refs) == 3  # the other base is in no table
+
+
+def test_the_dtype_of_the_result_may_be_too_small(models: Path, home: Path, tmp_path: Path) -> None:
+    odd = _at("layers.1.mlp.up_proj", 1e5)(models / "math", tmp_path / "odd")
+    found = told(models / "base", models / "code", odd, dtype="float16")
+    assert ("overflow", "odd") in found and ("overflow", "code") not in found
+
+
+def test_what_configs_tell_is_told_before_a_download(models: Path, home: Path, tmp_path: Path) -> None:
+    odd = FAULTS["other rope"][0](models / "math", tmp_path / "odd")
+    again = shutil.copytree(models / "code", tmp_path / "again")
+    recipe = recipe_of(models / "base", models / "code", odd, again)
+    found = before_download(recipe, *pin_all(recipe))
+    assert [(each.kind, each.level) for each in found] == [("expert twice", "error"), ("rope", "warning")]
+    assert "rope_theta is 1000000.0, in the base 10000.0" in found[1].what
+
+
+def test_measures_are_those_of_numpy(tmp_path: Path) -> None:
+    """Also where elements are not finite, in all dtypes, and past the end of a block."""
+    draw = np.random.default_rng(0)
+    base, one, other = (torch.from_numpy(draw.normal(size=(33, 1100)).astype(np.float32)) for _ in range(3))
+    one[:, ::2] = base[:, ::2]
+    broken = other.clone()
+    broken[0, 0], broken[1, 1] = float("nan"), float("inf")
+    stored = {"base": base, "one": one, "other": broken.to(torch.float16)}
+    folders = [write_tensors(tmp_path / name, {"layers.0.a.weight": t}) for name, t in stored.items()]
+    found = measure(*[(opened := [Checkpoint(f, f.name) for f in folders])[0], opened[1:]])
+    [tensor] = found.tensors
+    read = other.to(torch.float16).to(torch.float32)
+    read[0, 0], read[1, 1] = base[0, 0], base[1, 1]
+    rows = torch.stack([base, one - base, read - base]).reshape(3, -1).double()
+    assert np.triu(tensor.gram) == pytest.approx(np.triu((rows @ rows.T).numpy()), rel=1e-5)
+    assert tensor.unchanged == [int((rows[1] == 0).sum()), int((rows[2] == 0).sum())]
+    both = (rows[1] != 0) & (rows[2] != 0)
+    assert tensor.signs[0][1] == int(both.sum()) and tensor.signs[1][0] == int((rows[1] * rows[2] < 0).sum())
+    assert (tensor.nans, tensor.infinities) == ([0, 0, 1], [0, 0, 1])
+    assert tensor.peaks == pytest.approx([float(each.abs().max()) for each in (base, one, read)])
+    cosine = torch.nn.functional.cosine_similarity(base.double().reshape(-1), read.double().reshape(-1), dim=0)
+    assert found.cosine(2) == pytest.approx(float(cosine), rel=1e-5)
+
+
+def test_a_third_expert_that_barely_moved_is_told(models: Path, home: Path, tmp_path: Path) -> None:
+    weak = write_expert(models / "base", tmp_path / "weak", seed=3, scale=2e-5)
+    assert told(models / "base", models / "math", models / "code", weak) == {("undertrained", "weak")}
+
+
+ROOT = next((each for each in Path(__file__).parents if (each / "shared" / "real").is_dir()), None)
+REAL = {
+    "three adapters": [f"shared/real/lora-{name}" for name in ("math", "code", "sql")],
+    "two full fine-tunes": ["research/full-math", "research/full-code"],
+}
+
+
+@pytest.mark.parametrize("family_of", REAL)
+def test_of_real_families_nothing_is_told(family_of: str, home: Path) -> None:
+    base = Path(os.environ.get("LEWIS_REAL_BASE") or (ROOT or Path()) / "research" / "base")
+    experts = [(ROOT or Path()) / each for each in REAL[family_of]]
+    if ROOT is None or not all(each.is_dir() for each in (base, *experts)):
+        pytest.skip("the real models are not in ../shared and ../research")
+    assert told(base, *experts) == set()
