@@ -100,7 +100,7 @@ def merge_flow(
 
 
 def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
-    """The DAG; gives its report, and whether anything was computed, registered or promoted."""
+    """The DAG; gives its report, and whether anything was computed, registered, promoted or published."""
     # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
     settings = eval_settings(plan) if plan.evaluate else None
@@ -167,16 +167,18 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         evaluate=scores.values(),
     )
     facts = [known(each) for each in (merged, champion, scores, verdict)]
-    url = published.result() if published and published.state.is_completed() else None
+    there = published.result() if published and published.state.is_completed() else None
+    url = there.url if there else None
     told = submit(
         report_run, quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
     )
     told.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
     if published:
-        report.published = result_of(published)
+        result_of(published)
+        report.published = url
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     computed = any(future.state.name != "Cached" for future in results if future)
-    return report, computed or report.created or moved
+    return report, computed or report.created or moved or bool(there and there.new)
 
 
 def _models_to_score(

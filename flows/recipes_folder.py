@@ -14,8 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from lewis import store
-from lewis.errors import InputError, nearest
-from lewis.input_files import check_regular
+from lewis.errors import InputError, LewisError, nearest
+from lewis.input_files import check_regular, read_bytes
+from lewis.recipe import yaml_limits
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,23 @@ def name_of(recipe: str) -> str:
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe, as `find` and `Recipe.load`."""
     return Recipe.load(find(recipe), overrides)
+
+
+def registered_name(recipe: str) -> str:
+    """The model that a recipe registers, also where the rest of the file is wrong; empty if it does not say that."""
+    try:
+        text = read_bytes(find(recipe), yaml_limits.MAX_BYTES).decode(errors="replace")
+    except (LewisError, OSError):
+        return ""
+    try:
+        content = yaml_limits.load(text, recipe)
+        block = content.get("register") if isinstance(content, dict) else None
+        name = block.get("name") if isinstance(block, dict) else None
+    except LewisError:  # not even YAML: look for the lines
+        block = re.search(r"^register:(.*(?:\n[ \t].*)*)", text, re.MULTILINE)
+        named = re.search(r"\bname:[ \t]*[\"']?([^\s,}\"'#]+)", block[1]) if block else None
+        name = named[1] if named else None
+    return name if isinstance(name, str) else ""
 
 
 def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis.merge.step import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing, versions
+from lewis.registry.publishing import Published
 from lewis.registry.versions import Version
 from lewis_tasks.support.caching import RETRIES, slug
 
@@ -24,8 +25,8 @@ def check_publish(recipe: Recipe) -> None:
 
 
 @task(name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
-def publish(recipe: Recipe, version: Version, merged: MergedModel) -> str | None:
-    """Push the champion to the recipe's repo, with the commit in the version's tags; gives the URL.
+def publish(recipe: Recipe, version: Version, merged: MergedModel) -> Published | None:
+    """Push the champion to the recipe's repo, with the commit in the version's tags; tells where it is.
 
     If the version is not the champion, because the gate refused it or another took its place, it gives None and pushes
     nothing.
@@ -39,4 +40,4 @@ def publish(recipe: Recipe, version: Version, merged: MergedModel) -> str | None
     made = publishing.publish(merged.folder, recipe.publish.repo, recipe.publish.private, title)
     versions.tag(version, {"lewis.published": f"{made.repo}@{made.commit}"})
     create_link_artifact(made.url, made.repo, key=f"{slug(recipe.name)}-hub", description="On the Hub")
-    return made.url
+    return made

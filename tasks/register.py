@@ -57,8 +57,9 @@ def register(
     scores: dict[str, ScoresEntry],
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
-    tags = flow_run.tags()
-    entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags)
+    begin, tags = flow_run.this_run().start_time, flow_run.tags()
+    began = begin.timestamp() if begin else None
+    entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags, began)
     card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
     version = creation.register(entry)
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")

@@ -13,7 +13,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment
-from lewis_flows.cli import demo, housekeeping, inspect, merge, registry, run, service
+from lewis_flows.cli import demo, housekeeping, inspect, merge, registry, run, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import api_key
 
@@ -23,14 +23,14 @@ class Command(NamedTuple):
 
     Attributes:
         name: on the command line.
-        run: does it, given the parsed arguments.
+        run: does it, given the parsed arguments; gives the exit code, None is 0.
         words: for the help.
         arguments: each adds some to the command's parser.
         writes: whether it needs a store that it can write to.
     """
 
     name: str
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
     words: str
     arguments: tuple[Add, ...] = ()
     writes: bool = True
@@ -76,13 +76,13 @@ COMMANDS = (
         "up",
         service.up,
         "run the service until Ctrl-C: servers, deployments, worker, webhook receiver",
-        (prefect_file,),
+        (prefect_file, service.up_output),
     ),
     Command(
         "status",
         service.status,
         "tell what runs, what is due, what champions hold and what is newer",
-        (as_json,),
+        (service.status_check, as_json),
         writes=False,
     ),
     Command(
@@ -131,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         api_key.find()
         if options.writes:
             writable.check_store()
-        options.run(options)
+        code = options.run(options) or 0
+        sys.stdout.flush()  # so that it is noticed here if nobody reads it
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)
         return 2
@@ -142,9 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("lewis: stopped; finished steps are kept, run the same command to go on", file=sys.stderr)
         return 130
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
+            return terminal.SIGPIPE
         print(f"lewis: it failed: {redacted(writable.explained(error))}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,12 +9,12 @@ from lewis_flows.cli.terminal import print_table
 
 
 def history(options: argparse.Namespace) -> None:
-    """Print who replaced whom as champion."""
+    """Print who replaced whom as champion, the newest first."""
     from lewis.registry import history
 
     records = history.history(options.name)
     if options.json:
-        print(json.dumps([asdict(each) for each in records], indent=2, ensure_ascii=False))
+        print(json.dumps([asdict(each) for each in reversed(records)], indent=2, ensure_ascii=False))
     else:
         print_table(history.rows(records))
 

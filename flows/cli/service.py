@@ -1,32 +1,38 @@
 """`lewis up`, `lewis deploy` and `lewis status`: the service that keeps merged models up to date."""
 
 import argparse
+import json
 import shutil
 from datetime import UTC, datetime
 
 from lewis.redact import redacted
 
 
-def up(options: argparse.Namespace) -> None:
-    """Run the service, and print what its parts say."""
-    from rich.console import Console
-    from rich.text import Text
+def up_output(command: argparse.ArgumentParser) -> None:
+    """`--verbose` and `--log-format`."""
+    command.add_argument("--verbose", action="store_true", help="print every line of every part, not only events")
+    command.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: an object a line, for a collector of logs"
+    )
 
+
+def up(options: argparse.Namespace) -> None:
+    """Run the service until Ctrl-C or SIGTERM, and print what its parts say."""
+    from lewis_flows.cli.up_output import Output
     from lewis_flows.service.up import up
 
-    console, colours = Console(), {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green"}
-
-    def say(part: str, line: str) -> None:
-        console.print(Text(f"{part:<8}", colours.get(part, "magenta")), Text.from_ansi(line), soft_wrap=True)
+    output = Output(verbose=options.verbose, as_json=options.log_format == "json")
 
     def ready(urls: dict[str, str]) -> None:
         named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
-        print(
-            "\n".join(f"{name:<8} {redacted(url)}" for name, url in named.items()) + "\nCtrl-C stops all of it",
-            flush=True,
-        )
+        for name, url in named.items():
+            output.say("lewis", f"{name:<8} {redacted(url)}")
+        output.say("lewis", "Ctrl-C stops all of it")
 
-    up(say, ready, options.prefect_file)
+    try:
+        up(output.say, ready, options.prefect_file)
+    except KeyboardInterrupt:  # as one stops it: nothing has failed
+        output.say("lewis", "stopped; its state is kept, and the next `lewis up` goes on with it")
 
 
 def deploy(options: argparse.Namespace) -> None:
@@ -41,10 +47,29 @@ def deploy(options: argparse.Namespace) -> None:
     print(f"deployed to {redacted(url)}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
 
 
-def status(options: argparse.Namespace) -> None:
-    """Print the status."""
+def status_check(command: argparse.ArgumentParser) -> None:
+    """`--check`."""
+    command.add_argument(
+        "--check", action="store_true",
+        help="print only what is wrong, one line each; exit code 0: nothing, 10: a part of the service is down, 11: "
+        "something could not be found out, 12: a recipe is broken, 13: the last run of a recipe failed, 14: a run is "
+        "late; of several, the smallest",
+    )  # fmt: skip
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print the status; the exit code is 1 if a part of the service is down, and of `--check` as its help says."""
+    from lewis_flows.service.problems import problems
     from lewis_flows.service.status import status
     from lewis_flows.service.status_text import as_text
 
     found, width = status(), shutil.get_terminal_size((120, 40)).columns
+    if options.check:
+        wrong = problems(found)
+        if options.json:
+            print(json.dumps([problem.model_dump() for problem in wrong], indent=2, ensure_ascii=False))
+        else:
+            print("".join(f"{problem.about}: {problem.text}\n" for problem in wrong) or "all is well\n", end="")
+        return wrong[0].code if wrong else 0
     print(found.model_dump_json(indent=2) if options.json else as_text(found, datetime.now(UTC), width), end="")
+    return 0 if all(part.up for part in found.parts) else 1

@@ -1,8 +1,13 @@
 """What commands print in the same way: log messages and tables."""
 
 import logging
+import os
+import select
 import sys
 from collections.abc import Mapping, Sequence
+
+SIGPIPE = 141
+"""The exit code if who reads the output has ended, such as `head`: as of a program that this signal ended."""
 
 
 class Terminal(logging.Handler):
@@ -11,6 +16,16 @@ class Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         sys.stderr.write(self.format(record) + "\n")
+
+
+def nobody_reads() -> bool:
+    """Whether who reads the output has ended; if so, what is still to be written is dropped."""
+    output = select.poll()
+    output.register(1, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it writes the rest at its end
+    return True
 
 
 def show_log() -> None:
@@ -35,4 +50,6 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
             table.add_column(name, overflow="fold")
         for row in shown:
             table.add_row(*(str(value) for value in row.values()))
-        console.print(table)
+        with console.capture() as text:  # if nobody reads it, `print` says so, and a console ends this program
+            console.print(table)
+        print(text.get(), end="")

@@ -7,7 +7,9 @@ name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the pa
 the names in `Host` and `Origin`: those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` are its own.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -44,6 +46,13 @@ def own_origins(port: int) -> list[str]:
     return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
 
 
+def _remove_v2() -> None:
+    """Serve no page of Prefect's second UI, and so offer none: they call a tracking host, whatever the settings say."""
+    import prefect
+
+    prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"  # what is not there is left out
+
+
 def main() -> None:
     """Serve as `prefect server start` does, with Prefect's own settings."""
     import uvicorn
@@ -53,6 +62,8 @@ def main() -> None:
 
     setup_logging()
     server = get_current_settings().server
+    if not server.ui.v2_enabled:
+        _remove_v2()
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(
         OwnPages(create_app(final=True), origins),

@@ -57,7 +57,7 @@ class Receiver:
         # Read the recipes for each delivery: the folder may have a new one.
         followers = dict(_followers(name))
         if not followers:
-            return 422, {"status": "refused", "why": "no recipe follows the main branch of this repo", "repo": name}
+            return 200, {"status": "ignored", "why": "no recipe follows the main branch of this repo", "repo": name}
         new = str(push.newSha)
         release = (name, new)
         about = {"repo": name, "new": new, "recipes": sorted(followers)}

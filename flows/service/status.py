@@ -65,28 +65,30 @@ def _watched(name: str, mlflow: Part) -> Watched:
         recipe = recipes_folder.load(name)
     except Exception as error:  # whatever is wrong with one recipe does not stop the others
         found.unknown.append(str(error))
+        found.broken, found.registered = True, recipes_folder.registered_name(name)
+        found.champion = _champion(found, mlflow)[1]
         return found
     heads: dict[str, str] = {}
-    held: list[Held] = []
     try:
         heads = releases.heads(recipe)
     except (LewisError, OSError) as error:
         found.unknown.append(f"the heads now: {error}")
-    try:
-        if recipe.register_as:
-            found.registered = recipe.register_as.name
-            held = _held(found.registered, mlflow)
-    except (LewisError, OSError) as error:
-        found.unknown.append(f"the champion: {error}")
-    champion = next((version for version in held if "champion" in version.aliases), None)
-    found.champion = champion.version if champion else None
+    found.registered = recipe.register_as.name if recipe.register_as else ""
+    champion, found.champion = _champion(found, mlflow)
     refs = [recipe.base_model, *(entry.model for entry in recipe.experts)]
     for ref in dict.fromkeys(ref for ref in refs if ref):
         found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
     return found
 
 
-def _held(name: str, mlflow: Part) -> list[Held]:
-    if not mlflow.up:  # MLflow's client would try again for minutes
-        raise LewisError(f"MLflow {mlflow.state}")
-    return releases.merged(name)
+def _champion(found: Watched, mlflow: Part) -> tuple[Held | None, str | None]:
+    """The champion of what a recipe registers, and its version; why that could not be found out is noted."""
+    try:
+        if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
+            raise LewisError(f"MLflow {mlflow.state}")
+        held = releases.merged(found.registered) if found.registered else []
+    except (LewisError, OSError) as error:
+        found.unknown.append(f"the champion: {error}")
+        held = []
+    champion = next((version for version in held if "champion" in version.aliases), None)
+    return champion, champion.version if champion else None

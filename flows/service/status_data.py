@@ -15,7 +15,7 @@ class Part(BaseModel):
 
 
 class Run(BaseModel):
-    """A run of the merge or of the watcher.
+    """A run of the merge, of the search or of the watcher.
 
     Attributes:
         recipe: its name; empty for the watcher of all recipes.
@@ -53,6 +53,7 @@ class Watched(BaseModel):
         champion: version of the champion; None if there is none, or it is unknown.
         inputs: base and experts.
         unknown: what could not be found out, and why.
+        broken: whether the recipe's file is wrong; `unknown` begins with why.
     """
 
     recipe: str
@@ -60,6 +61,7 @@ class Watched(BaseModel):
     champion: str | None = None
     inputs: list[Input] = []
     unknown: list[str] = []
+    broken: bool = False
 
 
 class Status(BaseModel):

@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis_flows import prefect_runs
-from lewis_flows.prefect_runs import MERGE, WATCH, recipe_of
+from lewis_flows.prefect_runs import MERGE, SEARCH, WATCH, recipe_of
 from lewis_flows.service.api_key import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Part, Run, Status
@@ -54,7 +54,7 @@ def _workers(client: SyncPrefectClient) -> Part:
 
 
 def _running(client: SyncPrefectClient) -> list[Run]:
-    runs = _runs(client, (MERGE, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    runs = _runs(client, (MERGE, SEARCH, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
     return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
 
 
@@ -63,16 +63,16 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     # Ask for each flow by itself: the server gives 200 runs at most, and a poll every minute would leave no room for
     # the nightly merges.
     soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
-    runs = [run for flow in (MERGE, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    runs = [run for flow in (MERGE, SEARCH, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
     first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
     described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
 
 
 def _finished(client: SyncPrefectClient) -> list[Run]:
-    """The last merge of each recipe, the newest first."""
-    runs = _runs(client, (MERGE,), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
-    return _described(client, _first(runs, recipe_of), lambda run: run.end_time)
+    """The last merge and the last search of each recipe, the newest first."""
+    runs = _runs(client, (MERGE, SEARCH), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
+    return _described(client, _first(runs, lambda run: (run.flow_id, recipe_of(run))), lambda run: run.end_time)
 
 
 def _runs(

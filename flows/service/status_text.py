@@ -61,7 +61,8 @@ def _heading(recipe: Watched) -> str:
         return f"Recipe {recipe.recipe}" + ("" if recipe.unknown else ": registers nothing")
     unknown = any(line.startswith("the champion: ") for line in recipe.unknown)
     champion = f"champion version {recipe.champion}" if recipe.champion else "no champion yet"
-    return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}"
+    broken = "; its file is wrong" if recipe.broken else ""
+    return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}{broken}"
 
 
 def _recipe(recipe: Watched) -> Table:

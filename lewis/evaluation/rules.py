@@ -143,9 +143,9 @@ def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterat
         text = f"{task} must have no empty answers, or no more than {parent.label}"
         yield RuleResult(f"{text}: {share:.1%} vs {theirs:.1%}", share <= theirs + ROUNDING)
     if ours.tried:
-        words = f"a generation must come to its end: {ours.ended} of {ours.tried}"
-        ends = parent.ends.ended
-        yield RuleResult(words if ends else f"{words}, and none of {parent.label}", ours.ended > 0 or not ends)
+        count, ends = f"{ours.ended} of {ours.tried}", parent.ends.ended
+        words = "a generation must come to its end" if ends else f"no generation of {parent.label} ends, so none must"
+        yield RuleResult(f"{words}: {count}", ours.ended > 0 or not ends)
     if base is None:
         return
     numbers: dict[str, tuple[float | None, float | None]] = {

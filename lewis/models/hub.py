@@ -11,7 +11,6 @@ import glob
 import hashlib
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lewis.errors import InputError, TransientError
@@ -22,6 +21,7 @@ from lewis.models.names import is_buffer
 from lewis.models.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.safetensors_file import Headers, file_headers
 from lewis.store.checksums import remembered_sha256
+from lewis.threads import ContextPool
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
             found = api().parse_safetensors_file_metadata(pinned.source, name, revision=pinned.commit)
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
-    with ThreadPoolExecutor(8) as pool:
+    with ContextPool(8) as pool:
         found = {key: header for headers in pool.map(read, names) for key, header in headers.items()}
     return {key: header for key, header in found.items() if not is_buffer(key, header[1])}
 

@@ -79,6 +79,17 @@ def check_repo_id(ref: str, source: str) -> None:
 
 
 @contextmanager
+def without_xet() -> Iterator[None]:
+    """While the block lasts, all threads of this process speak LFS to the Hub instead of Xet."""
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+@contextmanager
 def errors(ref: str) -> Iterator[None]:
     """Turn what the client raises in this block into our errors, by `lewis.models.hub_errors.explain`."""
     from lewis.models.hub_errors import CLIENT_ERRORS, explain

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lewis.models.pin import Pinned
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
+from lewis.threads import ContextPool
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
     Experts are pinned in parallel: hashing the files of new folders takes longer than merging them.
     """
     base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ContextPool(len(os.sched_getaffinity(0))) as pool:
         return base, list(pool.map(lambda entry: pin(entry.model, recipe.root, base), recipe.experts))
 
 

@@ -9,6 +9,7 @@ import logging
 import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from lewis import store
 from lewis.errors import LewisError
@@ -58,7 +59,10 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 
     experiment = tracking.experiment(client)
     tags = {"lewis.name": name, "lewis.digest": new.digest}
-    run_id = client.create_run(experiment, tags=tags, run_name=f"{name}-{new.digest[:8]}").info.run_id
+    shown = {"mlflow.source.name": new.source, "mlflow.source.type": "LOCAL"} if new.source else {}
+    began = int(1000 * new.began) if new.began else None
+    run = client.create_run(experiment, start_time=began, tags=tags | shown, run_name=f"{name}-{new.digest[:8]}")
+    run_id = run.info.run_id
     try:
         plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
         model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
@@ -72,8 +76,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
             run_id=run_id,
             model_id=model.model_id,
             tags=_tags_of(new, files) | repair.inherited(client, name, new.digest),
-            # without the front matter, which MLflow would show as text
-            description=tracking.cut(FRONT_MATTER.sub("", new.card), MAX_DESCRIPTION, "card.md"),
+            description=_description(new, run_id),
             await_creation_for=0,
         )
     except BaseException:
@@ -94,6 +97,14 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
     tracking.log_files(client, run_id, {**{name: text.encode() for name, text in texts.items()}, **new.pictures})
     for name, rows in new.tables.items():
         client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
+
+
+def _description(new: Registration, run_id: str) -> str:
+    """The card without its front matter, which MLflow would show as text, and with pictures that its pages find."""
+    text = FRONT_MATTER.sub("", new.card)
+    for picture in new.pictures:
+        text = text.replace(f"]({picture})", f"](get-artifact?path={quote(picture)}&run_uuid={run_id})")
+    return tracking.cut(text, MAX_DESCRIPTION, "card.md")
 
 
 def _tags_of(new: Registration, files: logged_model.Files) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 from huggingface_hub.errors import HfHubHTTPError
@@ -23,6 +24,9 @@ from lewis.store.manifest import DamagedError
 from lewis.store.manifest import check as check_folder
 
 logger = logging.getLogger(__name__)
+
+# What the client raises if the Hub does not know the address that gives the token for Xet.
+_NO_XET = re.compile(r"\b404\b.*/xet-write-token/")
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
 KINDS = ("config.json", "adapter_config.json")  # which one there is tells a full model from an adapter
@@ -113,9 +117,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         added = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
         removed = [CommitOperationDelete(name) for name in stale]
         with _errors(repo):
-            made = hub_client.api().create_commit(
-                repo, [*added, *removed], commit_message=title, parent_commit=there.head
-            )
+            made = _commit(repo, [*added, *removed], title, there.head)
     new = made.oid != there.head
     logger.info("%s %s", redacted(made.commit_url), "is new" if new else "has this model already")
     return Published(repo, made.oid, f"{redacted(hub_client.endpoint())}/{repo}/tree/{made.oid}", new)
@@ -146,6 +148,22 @@ def _look(repo: str, private: bool) -> _Remote | None:
     if digest is None and any(WEIGHTS.search(name) for name in files):
         raise InputError(f"publish.repo: {repo} holds a model that LEWIS did not publish; choose another repo")
     return _Remote(str(info.sha), files, digest)
+
+
+def _commit(repo: str, operations: list[CommitOperationAdd | CommitOperationDelete], title: str, parent: str) -> Any:
+    """Make the commit; on a Hub without Xet, which new files of the Hub are kept in, upload by the LFS protocol."""
+
+    def make() -> Any:
+        return hub_client.api().create_commit(repo, operations, commit_message=title, parent_commit=parent)
+
+    try:
+        return make()
+    except OSError as error:
+        if not _NO_XET.search(str(error)):
+            raise
+    logger.info("%s has no Xet storage; uploading by LFS", redacted(hub_client.endpoint()))
+    with hub_client.without_xet():
+        return make()
 
 
 @contextmanager

@@ -41,6 +41,8 @@ class Registration:
         tags: further tags of a new version, such as the flow run that made it.
         documents: name of a metric -> task and digest of the documents that it was measured on.
         base: if `folder` holds an adapter, the folder of the model that it sits on.
+        source: name of the recipe's file, which MLflow shows as the source of the run.
+        began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Registration:
     tags: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     base: Path | None = None
+    source: str = ""
+    began: float | None = None
 
 
 def registration_of(
@@ -67,6 +71,7 @@ def registration_of(
     merged: MergedModel,
     scores: Mapping[str, ScoresEntry],
     tags: Mapping[str, str] | None = None,
+    began: float | None = None,
 ) -> Registration:
     """Collect parameters, scores, lineage and pictures of one merge.
 
@@ -77,6 +82,7 @@ def registration_of(
         merged: the result.
         scores: label in the score table -> scores.
         tags: further tags of the version.
+        began: as of `Registration`.
     """
     assert recipe.register_as is not None
     models = scored(recipe, scores)
@@ -122,6 +128,8 @@ def registration_of(
         tags=own,
         documents=_documents(models, metrics),
         base=merged.base,
+        source=f"{recipe.name}.yaml",
+        began=began,
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from lewis.store import checked
 from lewis.store.checksums import remembered_sha256
 from lewis.store.entries import mark_used, set_aside
 from lewis.store.files import MANIFEST
+from lewis.threads import ContextPool
 
 
 class DamagedError(ValueError):
@@ -88,7 +88,7 @@ def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *,
             return f"{name}: {error.strerror}"
         return None
 
-    with ThreadPoolExecutor(4) as pool:
+    with ContextPool(4) as pool:
         for found in pool.map(problem, expected.items()):
             if found:
                 raise DamagedError(found)

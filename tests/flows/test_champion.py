@@ -147,7 +147,7 @@ def test_only_a_better_model_becomes_champion(
     assert not run("good").promoted and aliases(home)["champion"] == "1"  # a withdrawn version stays out
     capsys.readouterr()
     assert main(["history", "tiny", "--json"]) == 0
-    told = [(each["what"], each["version"][-1]) for each in json.loads(capsys.readouterr().out)]
+    told = [(each["what"], each["version"][-1]) for each in json.loads(capsys.readouterr().out)][::-1]
     assert told == [("promoted", "1"), ("rejected", "2"), ("promoted", "3"), ("rolled back", "1"), ("rejected", "3")]
 
     assert main(["promote", "models:/tiny/2", "--why", "noise is art"]) == 0

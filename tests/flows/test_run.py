@@ -167,6 +167,11 @@ def test_models_from_a_hub_that_stumbles_and_back_to_it(
         assert "hf_alice" not in out + err
         assert not [path for path in home.rglob("*") if path.is_file() and b"hf_alice" in path.read_bytes()]
 
+        del hub.repos["model", "org/merged"]
+        code, _, err = finished(lewis("run", recipe, *NO_SCORES, **environment))
+        assert code == 0 and "Finished in state Completed" in err.splitlines()[-1], err  # not Cached: it published
+        assert hub.repos["model", "org/merged"].branches["main"]
+
 
 def test_a_wrong_model_fails_early_and_registers_nothing(
     lewis: Command, recipe: Path, home: Path, family: Family

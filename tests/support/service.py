@@ -144,6 +144,7 @@ class Service:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+        assert self.process.returncode == 0, self.log.read_text()[-3000:]
         assert not parts.keys() & set(map(int, filter(str.isdigit, os.listdir("/proc")))), "a part outlived `lewis up`"
 
     def note(self) -> dict[str, Any]:

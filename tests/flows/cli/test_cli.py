@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +33,37 @@ finally:
     assert done.returncode == 0, done.stderr
     for command in ("run", "plan", "merge", "importance", "allocate", "export", "demo", "up"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_has_enough_is_no_failure(form: list[str]) -> None:
+    """`lewis history X | head` said: it failed: Broken pipe."""
+    record = "history.Record('2026-01-01T00:00:00', 'promoted', 'models:/m/1', None, 'why ' * 2000, 'me')"
+    code = f"""
+import sys
+from lewis.registry import history
+from lewis_flows.cli.main import main
+history.history = lambda name: [{record}] * 20
+sys.exit(main(["history", "m", *sys.argv[1:]]))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code, *form], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_is_how_one_stops_the_service(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It exited with 130, as if it had been broken off."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lewis_flows.service.up.up", stopped)
+    assert main(["up"]) == 0
+    assert "stopped; its state is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [["--trials", "0"], ["--trials", "2.5"], ["--minutes", "-1"]])

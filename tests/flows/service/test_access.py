@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def test_a_name_that_is_not_its_own_is_refused(prefect_url: str, path: str) -> N
     """As a page of evil.example sees it when that name leads to 127.0.0.1."""
     assert ask(prefect_url, path, Host="evil.example", **credentials()).status == 400
     assert ask(prefect_url, path, Host=f"localhost:{urlsplit(prefect_url).port}", **credentials()).status == 200
+
+
+def test_the_second_ui_which_calls_a_tracking_host_is_not_offered(prefect_url: str) -> None:
+    with urllib.request.urlopen(f"{prefect_url.removesuffix('/api')}/ui-settings", timeout=10) as answer:
+        settings = json.load(answer)
+    assert (settings["default_ui"], settings["available_uis"], settings["v2_base_url"]) == ("v1", ["v1"], None)
 
 
 def test_pages_of_other_sites_are_refused(prefect_url: str) -> None:

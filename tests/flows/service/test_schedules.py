@@ -1,17 +1,12 @@
 """The nightly schedules always are those of the recipes that can run."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.schedules import CronSchedule
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lewis.errors import LewisError
 from lewis_flows.service import deploy, schedules
@@ -74,45 +69,43 @@ def test_what_cannot_be_deployed_is_told_once_and_tried_again(folder: Path, monk
     assert deployed == [["good"], ["better"]]
 
 
-@flow(name="merge")
-def _merge(recipe: str) -> None:
-    """Stands for the merge in the server's records."""
+class Server:
+    """Has one deployment, with schedules; stands for a client of Prefect's server."""
+
+    def __init__(self, *schedules: tuple[str | None, str]) -> None:
+        found = [
+            SimpleNamespace(id=n, slug=each[0], parameters={"recipe": each[1]}) for n, each in enumerate(schedules)
+        ]
+        self.deployed = SimpleNamespace(id="deployed", schedules=found)
+
+    def read_deployment_by_name(self, name: str) -> Any:
+        assert name == "merge/merge-nightly"
+        return self.deployed
+
+    def delete_deployment_schedule(self, deployment: str, schedule: int) -> None:
+        self.deployed.schedules = [each for each in self.deployed.schedules if each.id != schedule]
+
+    def left(self) -> list[str | None]:
+        return [each.slug for each in self.deployed.schedules]
 
 
-@pytest.fixture
-def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        yield client
-
-
-def test_the_server_keeps_no_schedule_of_a_recipe_that_is_gone(folder: Path, client: SyncPrefectClient) -> None:
+def test_the_server_keeps_no_schedule_of_a_recipe_that_is_gone(folder: Path) -> None:
     (folder / "broken.yaml").write_text("models: [")
+    ours = (("good", "good"), ("gone", "gone"), ("broken", "broken"))
+    server: Any = Server(*ours, ("noon", "good"), ("weekly", "broken"), ("daily", "gone"), (None, "gone"))
+    content: dict[str, Any] = {"deployments": [{"name": schedules.NIGHTLY}]}
+    recipes = schedules.Folder().runnable()
+    schedules.add_schedules(content, recipes)
+    schedules.remove_stale(server, content, recipes)
+    assert server.left() == ["good", "noon", "weekly"]
 
-    def planned(slug: str | None, recipe: str) -> DeploymentScheduleCreate:
-        given: dict[str, Any] = {"slug": slug, "parameters": {"recipe": recipe}}
-        return DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *"), **given)
-
-    there = [planned(name, name) for name in ("good", "gone", "broken")]
-    by_hand = [planned("noon", "good"), planned("weekly", "broken"), planned("daily", "gone"), planned(None, "gone")]
-    flow_id = client.create_flow_from_name("merge")
-    made = client.create_deployment(flow_id, schedules.NIGHTLY, schedules=[*there, *by_hand])
-    try:
-        content: dict[str, Any] = {"deployments": [{"name": schedules.NIGHTLY}]}
-        recipes = schedules.Folder().runnable()
-        schedules.add_schedules(content, recipes)
-        schedules.remove_stale(client, content, recipes)
-        left = {schedule.slug for schedule in client.read_deployment(made).schedules}
-        assert left == {"good", "noon", "weekly"}
-
-        # In `prefect.yaml` its schedule has another name now, and there must not be two.
-        written = {"slug": "good-at-four", "cron": "0 4 * * *", "parameters": {"recipe": "good"}}
-        content = {"deployments": [{"name": schedules.NIGHTLY, "schedules": [written]}]}
-        schedules.add_schedules(content, recipes)
-        assert content["deployments"][0]["schedules"] == [written]
-        schedules.remove_stale(client, content, recipes)
-        assert {schedule.slug for schedule in client.read_deployment(made).schedules} == {"noon", "weekly"}
-    finally:
-        client.delete_deployment(made)
+    # In `prefect.yaml` its schedule has another name now, and there must not be two.
+    written = {"slug": "good-at-four", "cron": "0 4 * * *", "parameters": {"recipe": "good"}}
+    content = {"deployments": [{"name": schedules.NIGHTLY, "schedules": [written]}]}
+    schedules.add_schedules(content, recipes)
+    assert content["deployments"][0]["schedules"] == [written]
+    schedules.remove_stale(server, content, recipes)
+    assert server.left() == ["noon", "weekly"]
 
 
 def test_what_is_deployed_names_no_recipe_but_in_schedules() -> None:

@@ -15,8 +15,10 @@ from prefect.states import Completed, Failed, Running, Scheduled, State
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
+from lewis_flows.cli.main import main
+from lewis_flows.service import problems
 from lewis_flows.service.status import status
-from lewis_flows.service.status_data import Part, Status
+from lewis_flows.service.status_data import Part, Run, Status, Watched
 from lewis_flows.service.status_text import as_text, moment
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
@@ -67,8 +69,13 @@ def _merge(recipe: str) -> None:
     """Stands for the merge in the server's records."""
 
 
-def started(client: SyncPrefectClient, recipe: str, name: str, *states: State) -> None:
-    run = client.create_flow_run(_merge, name=name, parameters={"recipe": recipe}, state=states[0])
+@flow(name="search")
+def _search(recipe: str) -> None:
+    """Stands for the search."""
+
+
+def started(client: SyncPrefectClient, recipe: str, name: str, *states: State, flow: Any = _merge) -> None:
+    run = client.create_flow_run(flow, name=name, parameters={"recipe": recipe}, state=states[0])
     for state in states[1:]:
         client.set_flow_run_state(run.id, state, force=True)
 
@@ -104,11 +111,51 @@ def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) 
     assert f"org/code {commits['org/code'][:8]} newer: {new[:8]}" in lines
     assert json.loads(found.model_dump_json())["recipes"][0]["inputs"][2]["head"] == new
 
+    for text in (
+        RECIPE.replace("ties", "tise") % "tiny",
+        RECIPE % "tiny" + "models: [",
+        "register: {name: 'tiny'}\n[a",
+    ):
+        (recipes / "tiny.yaml").write_text(text)
+        (broken,) = status().recipes or []
+        assert (broken.registered, broken.champion, broken.broken) == ("tiny", "1", True) and broken.unknown
+    assert "Recipe tiny: tiny, champion version 1; its file is wrong" in as_text(status(), datetime.now(UTC))
+
+
+def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    well = Status(parts=[Part(name="Prefect", up=True, state="answers")], running=[], scheduled=[], finished=[])
+    since = datetime.now(UTC)
+    failed = Run(recipe="tiny", name="search tiny", state="Failed", message="no space\nmore", since=since)
+    late = Run(recipe="tiny", name="merge tiny", state="Late", since=since)
+    done = Run(recipe="tiny", name="merge tiny", state="Completed", since=since)
+    broken = Watched(recipe="tiny", broken=True, unknown=["merge_metod: unknown key"])
+    odd = Watched(recipe="odd", unknown=["the heads now: busy"])
+    cases: dict[int, dict[str, Any]] = {
+        0: {"finished": [done], "recipes": [Watched(recipe="good")]},
+        problems.LATE: {"scheduled": [late]},
+        problems.FAILED: {"scheduled": [late], "finished": [done, failed]},
+        problems.BROKEN: {"finished": [failed], "recipes": [broken]},
+        problems.UNKNOWN: {"recipes": [broken, odd]},
+        problems.DOWN: {"parts": [*well.parts, Part(name="webhooks", up=False, state="is not running")]},
+    }
+    for code, changes in cases.items():
+        monkeypatch.setattr("lewis_flows.service.status.status", lambda now=changes: well.model_copy(update=now))
+        assert main(["status", "--check"]) == code
+        text = capsys.readouterr().out
+        assert main(["status", "--check", "--json"]) == code
+        listed = json.loads(capsys.readouterr().out)
+        assert [problem["code"] for problem in listed[:1]] == ([code] if code else [])
+        assert text.splitlines() == ([f"{each['about']}: {each['text']}" for each in listed] or ["all is well"])
+        assert main(["status"]) == (code == problems.DOWN)
+        capsys.readouterr()
+    assert failed.name in problems.problems(well.model_copy(update={"finished": [failed]}))[0].text
+
 
 def test_nothing_runs(home: Path, recipes: Path) -> None:
     found = status()
     assert {part.name: part.up for part in found.parts} == {"Prefect": False, "MLflow": True, "webhooks": False}
     assert found.running is found.scheduled is found.finished is None and found.recipes == []
+    assert main(["status"]) == 1 and main(["status", "--check"]) == problems.DOWN
     text = as_text(found, datetime.now(UTC))
     assert text.count("is not running; `lewis up` starts it") == 5 and "none in the folder of recipes" in text
 
@@ -157,14 +204,17 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     started(client, str(recipes / "night.yaml"), "older", Running(), Completed())
     started(client, "night", "newer", Running(), Failed(message="org/math: the Hub refuses [404]"))
     started(client, "night", "going on", Running())
+    started(client, "night", "tried", Running(), Completed(), flow=_search)
+    started(client, "night", "tries", Running(), flow=_search)
 
     found = status()
     assert part(found, "Prefect").state == "answers"
-    (run,) = [run for run in found.running or [] if run.recipe == "night"]
-    assert (run.name, run.state) == ("going on", "Running") and run.since
+    run, search = [run for run in found.running or [] if run.recipe == "night"]
+    assert (run.name, run.state) == ("going on", "Running") and run.since and search.name == "tries"
     (run,) = [run for run in found.scheduled or [] if run.recipe == "night"]
     assert (run.deployment, run.state, run.since) == ("merge-nightly", "Scheduled", soon)
-    (run,) = [run for run in found.finished or [] if run.recipe == "night"]
+    search, run = [run for run in found.finished or [] if run.recipe == "night"]
+    assert (search.name, search.state) == ("tried", "Completed")
     assert (run.name, run.state, run.message) == ("newer", "Failed", "org/math: the Hub refuses [404]")
     text = as_text(found, datetime.now(UTC), 200)
     assert "(merge-nightly)" in text and "in 30 min (" in text and "the Hub refuses [404]" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,8 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     body = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
     artifacts = service.ask("/artifacts/filter", body)
     assert f"{service.mlflow}/#/models/scored/versions/1" in json.dumps([each["data"] for each in artifacts])
+    picture = re.search(r"\]\((get-artifact\?path=density\.png&run_uuid=\w+)\)", version.description)
+    assert picture and urllib.request.urlopen(f"{service.mlflow}/{picture[1]}", timeout=30).read(4) == b"\x89PNG"
     service.until(lambda: any("models:/scored/1 is the champion" in each["body"] for each in service.sink.received), 30)
 
     service.start_run("merge/merge-on-release", recipe="scored")

@@ -52,6 +52,20 @@ def test_the_folder_is_pushed_once_to_a_private_repo(hub: LocalHub, tmp_path: Pa
     assert not any("lfs" in request.path for request in hub.log[asked:]), "weights that are there are not hashed again"
 
 
+def test_a_hub_without_xet_gets_the_weights_by_lfs(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was told as a Hub that is unreachable, after five attempts."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    caplog.set_level("INFO")
+    folder = merged(tmp_path)
+    made = publishing.publish(folder, "org/new", True, "version 1")
+    assert made.new and tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sum("xet-write-token" in request.path for request in hub.log) == 1
+    assert f"{hub.url} has no Xet storage; uploading by LFS" in caplog.messages
+    assert constants.HF_HUB_DISABLE_XET is False
+
+
 def test_the_next_version_replaces_weights_and_leaves_the_owners_files(hub: LocalHub, tmp_path: Path) -> None:
     shards = {"model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": "{}"}
     publishing.publish(merged(tmp_path, **shards), "org/new", True, "version 1")

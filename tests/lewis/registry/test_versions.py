@@ -88,7 +88,9 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         recipe="merge_method: ties\n",
         pictures={"density.png": b"\x89PNG"},
         tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
-        card="---\nbase_model: [org/base]\n---\n# Tiny\n" + "long " * 2000,
+        card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n" + "long " * 2000,
+        source="tiny.yaml",
+        began=time.time() - 120,
         documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
     )
 
@@ -123,7 +125,10 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     assert version.description.startswith("# Tiny")  # without the front matter, which MLflow would show as text
     assert version.description.endswith("... (cut, all of it is in card.md)") and len(version.description) == 5000
     run = client().get_run(made.run_id)
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and 120 <= (run.info.end_time - run.info.start_time) / 1000 < 180
+    assert run.data.tags["mlflow.source.name"] == "tiny.yaml"
+    picture = f"![x](get-artifact?path=density.png&run_uuid={made.run_id})"  # as MLflow's own pages ask for it
+    assert f"\n{picture} ![y](elsewhere.png)" in version.description
     assert run.data.metrics["merged/addition/acc"] == 0.9 and run.data.metrics["base/addition/acc"] == 0.5
     assert run.data.params["lewis.density.max"] == "0.8" and run.data.params["models_0_.model"] == "org/math"
     assert run.data.params["long"].endswith("recipe.yaml)") and len(run.data.params["long"]) == 6000

@@ -1,0 +1,52 @@
+"""What `lewis up` prints of all that its parts say: a line an event; with `--verbose` every line."""
+
+import json
+import re
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.text import Text
+
+_COLOURS = {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green", "webhook": "magenta"}
+_OURS = ("lewis", "webhook")  # whose lines are events already
+_RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
+# The runs of the watcher and of the nightly check are too many to tell of each; one that fails says why at WARNING.
+_RUN = re.compile(r"^Flow run '(?!watch |verify)(.*)' - (Beginning flow run|Finished in state) ")
+
+
+class Output:
+    """Prints lines of the parts.
+
+    Attributes:
+        verbose: whether every line is printed.
+        as_json: whether a line is a JSON object with `time` (UTC), `part`, `level` and `line`.
+    """
+
+    def __init__(self, *, verbose: bool, as_json: bool) -> None:
+        """Print to what is stdout now."""
+        self.verbose, self.as_json = verbose, as_json
+        self._console = Console()
+        self._shown: dict[str, bool] = {}
+
+    def say(self, part: str, line: str) -> None:
+        """Print a line of a part, if it is worth that."""
+        if not (worth := self._is_worth_it(part, line)) and not self.verbose:
+            return
+        if self.as_json:
+            found = _RECORD.match(line)
+            level = found[1] if found else "INFO" if worth else "DEBUG"
+            told = {"time": datetime.now(UTC).isoformat(), "part": part, "level": level, "line": line}
+            print(json.dumps(told, ensure_ascii=False), flush=True)
+        else:
+            name = Text(f"{part:<8}", _COLOURS.get(part, "magenta"))
+            self._console.print(name, Text.from_ansi(line), soft_wrap=True)
+
+    def _is_worth_it(self, part: str, line: str) -> bool:
+        """Whether a line is an event; what follows a record, such as a traceback, is so if the record is."""
+        if part in _OURS:
+            return True
+        if record := _RECORD.match(line):
+            level, message = record.groups()
+            quiet = level in ("DEBUG", "INFO")
+            self._shown[part] = not quiet or _RUN.match(message) is not None
+        return self._shown.get(part, False)

@@ -1,0 +1,17 @@
+"""A pool of threads that know what their submitter knows."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+
+class ContextPool(ThreadPoolExecutor):
+    """A `ThreadPoolExecutor` whose calls run in a copy of the context variables of whoever submits them.
+
+    Prefect keeps there to which run a message of the log belongs.
+    """
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        """As `ThreadPoolExecutor.submit`; `map` uses it too."""
+        return super().submit(copy_context().run, call, *arguments, **named)

@@ -1,0 +1,48 @@
+"""What `lewis up` prints of what its parts say."""
+
+import json
+
+import pytest
+
+from lewis_flows.cli.up_output import Output
+
+LINES = {
+    "lewis": ["recipes in /r that can run: tiny"],
+    "webhook": ["2026-11-26 18:44:57,205 127.0.0.1 POST /webhook 202 accepted org/math 1a2b for tiny (9 ms)"],
+    "prefect": ["Check out the dashboard at http://127.0.0.1:4200"],
+    "mlflow": [
+        "INFO:     Uvicorn running on http://127.0.0.1:5000",
+        "2026/11/26 18:44:57 INFO mlflow.store.db: Creating",
+    ],
+    "worker": [
+        "18:44:57.205 | INFO    | prefect.worker - Worker 'lewis' submitting flow run '1a'",
+        "18:44:57.205 | INFO    | Flow run 'merge tiny' - Beginning flow run 'merge tiny' for flow 'merge'",
+        "18:44:57.205 | INFO    | Task run 'download org/math' - Finished in state Completed()",
+        "18:44:57.205 | INFO    | lewis.models.hub - org/math: downloading 3 files, 0.27 GB",
+        "18:44:57.205 | WARNING | Task run 'evaluate base' - it waits for a device",
+        "18:44:57.205 | ERROR   | Flow run 'merge tiny' - Encountered an exception:",
+        "Traceback (most recent call last):",
+        "18:44:57.205 | INFO    | Flow run 'merge tiny 5c1f' - Finished in state Completed('Promoted v3')",
+        "18:44:57.205 | INFO    | Flow run 'watch all recipes' - Finished in state Completed()",
+    ],
+}
+EVENTS = [LINES["lewis"][0], LINES["webhook"][0], *(LINES["worker"][n] for n in (1, 4, 5, 6, 7))]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_line_is_an_event(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    every = [(part, line) for part, lines in LINES.items() for line in lines]
+    output = Output(verbose=verbose, as_json=False)
+    for part, line in every:
+        output.say(part, line)
+    told = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert told == ([line for _, line in every] if verbose else EVENTS)
+
+    output = Output(verbose=verbose, as_json=True)
+    for part, line in every:
+        output.say(part, line)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["line"] for each in found] == told
+    levels = {each["line"]: each["level"] for each in found}
+    assert levels[LINES["worker"][4]] == "WARNING" and levels[LINES["lewis"][0]] == "INFO"
+    assert all(each.keys() == {"time", "part", "level", "line"} for each in found)
