@@ -13,6 +13,7 @@ from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.metric_names import check_names
 from lewis.importance import effort, measure
+from lewis.importance.by_name import covered_tensors
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry
 from lewis.merge.forecast import forecast, without_models
@@ -43,6 +44,7 @@ class Plan:
     Attributes:
         inputs: ref, commit and bytes of each model.
         layers: the covered layers; empty without a lewis block.
+        uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
         tensors, parameters: of the base.
         disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
@@ -58,6 +60,7 @@ class Plan:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
+    uncovered: dict[str, float] = field(default_factory=dict)
     tensors: int = 0
     parameters: int = 0
     disk: int = 0
@@ -87,6 +90,7 @@ class Plan:
             f"covered {kind}: {len(where)} layers ({min(where)} to {max(where)})" for kind, where in kinds.items()
         ]
         lines += ["covered none: a plain merge"] if not kinds else []
+        lines += [f"left    {name}: {100 * share:.1f} % of the parameters" for name, share in self.uncovered.items()]
         lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
         lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
         told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
@@ -126,11 +130,13 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
         shapes = {name: shape for name, (_, shape) in headers.items()}
-        network = measure.network_in(hub.fetch(base.model, weights=False), shapes)
-        plan.layers = measure.layers_of(network)
+        configs = hub.fetch(base.model, weights=False)
+        covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
+        plan.layers = [layer for each in covered for layer in each.layers]
     writes, prepared, passes = _guided_steps(plan, recipe, base, experts, files)
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
     if passes and recipe.needs_grams:
+        network = measure.network_in(configs, shapes)
         plan.disk += sum(effort.bytes_of(network, tokens) for tokens in passes)
         per_second = effort.operations_per_second() * len(os.sched_getaffinity(0))
         plan.measuring = sum(effort.operations_of(network, tokens) for tokens in passes) / per_second

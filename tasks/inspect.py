@@ -27,4 +27,4 @@ def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) 
     store.check_space(kinds.MERGED.folder, (1 + recipe.wants_uniform) * prepared.size)
     if recipe.lewis is None or base is None:
         return 0
-    return len(layers_of(base))
+    return len(layers_of(base, measured=recipe.runs_models))

@@ -50,7 +50,7 @@ def merge(options: argparse.Namespace) -> None:
     check_output(recipe, pipeline.prepare_merge(recipe, base, experts))  # before the importance is measured
     allocated = None
     if (recipe.allocator or recipe.needs_grams) and base:
-        pipeline.layers_of(base)
+        pipeline.layers_of(base, measured=recipe.runs_models)
         with bars.progress() as shown:
             _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)
     prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
@@ -150,7 +150,8 @@ def _guide(options: argparse.Namespace) -> _Guided:
     assert base is not None
     pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
     parameters = sum(info.elements for info in base.open().tensors.values())
-    layers = [layer for layer in pipeline.layers_of(base) if not recipe.excludes(layer.tensor)]
+    found = pipeline.layers_of(base, measured=recipe.runs_models)
+    layers = [layer for layer in found if not recipe.excludes(layer.tensor)]
     passes = set[str]()
     with bars.progress() as report:
 

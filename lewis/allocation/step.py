@@ -13,8 +13,8 @@ from lewis.allocation.aim import aim
 from lewis.allocation.densities import Allocation
 from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError
-from lewis.importance.architecture import Layer, Network
-from lewis.importance.measure import network_of
+from lewis.importance.architecture import Covered, Layer
+from lewis.importance.by_name import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
@@ -72,19 +72,20 @@ def allocate(
     with kinds.ALLOCATIONS.lock(digest):
         if store.entry(path, "experts") is None:
             opened = base.open()
-            network, left_out = network_of(opened), excluded(recipe, opened.tensors, opened.tied)
-            network.covered = tuple(each for each in network.covered if each.tensor not in left_out)
-            if not network.covered:
+            left_out = excluded(recipe, opened.tensors, opened.tied)
+            found_in, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)
+            covered = [each for each in found_in if each.tensor not in left_out]
+            if not covered:
                 raise InputError("exclude: it matches every covered layer; leave the lewis block out")
-            layers = [layer for covered in network.covered for layer in covered.layers]
+            layers = [layer for each in covered for layer in each.layers]
             names, guided = [name for name in opened.tensors if name not in left_out], {}
-            tensors, warnings = [covered.tensor for covered in network.covered], list[str | None]()
+            tensors, warnings = [each.tensor for each in covered], list[str | None]()
             for entry, files in zip(recipe.experts, experts, strict=True):
-                moved = _evidence(recipe, entry, base, files, measured, network)
-                each = densities.allocate(layers, names, policy, moved)
+                moved = _evidence(recipe, entry, base, files, measured, covered)
+                own = densities.allocate(layers, names, policy, moved)
                 warnings.append(evidence.unrelated(files.ref, opened, files.open(), tensors))
-                warnings.append(_near_uniform(recipe, files.ref, layers, each))
-                guided[files.ref] = each
+                warnings.append(_near_uniform(recipe, files.ref, layers, own))
+                guided[files.ref] = own
             warnings.append(_rescaled(recipe, layers, guided))
             uniform = {ref: densities.uniform_like(layers, each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
@@ -103,7 +104,7 @@ def _evidence(
     base: ModelFiles,
     expert: ModelFiles,
     measured: Sequence[ImportanceEntry],
-    network: Network,
+    covered: Sequence[Covered],
 ) -> dict[str, float | None] | None:
     """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
     assert recipe.lewis is not None
@@ -120,9 +121,9 @@ def _evidence(
     if policy.strategy == "global":
         target = densities.target_of(policy)
         bounds = {"target": target, "low": policy.min, "high": policy.max}
-        return global_threshold.shares(own_base, own, network.covered, moments, **bounds)
+        return global_threshold.shares(own_base, own, covered, moments, **bounds)
     metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
-    return evidence.of_task_vector(metric, own_base, own, network.covered, moments)
+    return evidence.of_task_vector(metric, own_base, own, covered, moments)
 
 
 def _by_model(measured: Sequence[ImportanceEntry]) -> dict[tuple[str, str], ImportanceEntry]:

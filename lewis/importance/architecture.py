@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,22 @@ class Network:
     @property
     def looks_ahead(self) -> bool:
         """Whether an attention sees later tokens too (BERT, EmbeddingGemma)."""
-        modules = (module for block in self.blocks.values() for module in block.modules())
-        return any(getattr(module, "is_causal", True) is False for module in modules)
+        modules = [module for block in self.blocks.values() for module in block.modules()]
+        told = [module.is_causal for module in modules if hasattr(module, "is_causal")]
+        if told:
+            return not all(told)
+        config = self.module.config.get_text_config()
+        asked = "is_decoder" in signature(self.tower.forward).parameters  # BLIP, whose head asks for it
+        return asked or getattr(config, "is_decoder", True) is False
 
     def sources(self, parameter: str) -> list[str]:
         """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
         return [tensor for tensor, _ in self._sources.get(parameter, [])]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Full names of all parameters and saved buffers."""
+        return list(self._state)
 
     @property
     def unconverted(self) -> dict[str, str]:
@@ -144,8 +155,8 @@ class Network:
             return read(found[0][0])
         made = copy.deepcopy(converter)
         for tensor, pattern in found:
-            made.add_tensor(parameter, tensor, pattern, lambda tensor=tensor: read(tensor))
-        values = made.convert(parameter, model=self.module, config=self.module.config)[parameter]
+            made.add_tensor(self._firsts[parameter], tensor, pattern, lambda tensor=tensor: read(tensor))
+        values = made.convert(self._firsts[parameter], model=self.module, config=self.module.config)[parameter]
         return values[0] if isinstance(values, list) else values
 
     def parameters_in(self, path: str) -> list[str]:
@@ -187,6 +198,7 @@ class Network:
         """Find the parameter of each checkpoint tensor, by transformers' own rules of renaming and conversion."""
         self._sources: dict[str, list[tuple[str, str | None]]] = {}
         self._converters: dict[str, Any] = {}
+        self._firsts: dict[str, str] = {}  # parameter -> the first of those that its tensor is converted to
         self._unplaced: list[str] = []
         renamings, converters = _conversions(self.module)
         of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -195,9 +207,16 @@ class Network:
             if name not in self._state:
                 self._unplaced.append(tensor)
                 continue
-            self._sources.setdefault(name, []).append((tensor, pattern))
-            if pattern is not None:
-                self._converters[name] = of_pattern[pattern]
+            targets = [name] if pattern is None else self._targets(name, of_pattern[pattern])
+            for target in targets:
+                self._sources.setdefault(target, []).append((tensor, pattern))
+                if pattern is not None:
+                    self._converters[target], self._firsts[target] = of_pattern[pattern], name
+
+    def _targets(self, name: str, converter: Any) -> list[str]:
+        """All parameters that a tensor is converted to; `name` is the first."""
+        first, *others = converter.target_patterns
+        return [name, *(each for other in others if (each := name.replace(first, other)) in self._state)]
 
     def _renamed(self, tensor: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
@@ -214,20 +233,51 @@ class Network:
         ]
         projections = [(p, n, m, w) for p, n, m in found for w in _weights(m)]
         kinds = {path.rpartition(".")[0] for path, *_ in projections}
+        split = self._split(found)
         for path, name, module, weight in projections:
             parameter, (kind, _, index) = f"{name}.{weight}", path.rpartition(".")
-            below = parameter.removeprefix(f"{path}.").removesuffix(".weight")
+            below, prefix = parameter.removeprefix(f"{path}.").removesuffix(".weight"), ""
+            if len(kinds) > 1:
+                prefix = f"{kind}."
             for tensor, pattern in self._sources.get(parameter, []):
-                expert, projection = None, below
-                if pattern is not None:
-                    if not _only_stacks(self._converters[parameter]):
-                        continue  # a conversion that mixes tensors: the policy for what is not covered holds
+                shape, place = tensors[tensor], int(index)
+                if pattern is None:
+                    yield _covered(tensor, shape, place, prefix + below, parameter, None, module, self.module.config)
+                    continue
+                converter, projection = self._converters[parameter], prefix + _below_block(tensor)
+                first = parameter == self._firsts[parameter]
+                if tensor in split:
+                    if first:
+                        yield self._covered_split(tensor, shape, place, projection, split[tensor])
+                elif _orders_rows(converter, self._state[parameter].dim()):
+                    if first:
+                        layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
+                        yield Covered(tensor, (layer,), (None,), parameter, None, False)
+                elif _only_stacks(converter):  # any other conversion mixes tensors: what is not covered is told
                     stack = [each for each, of in self._sources[parameter] if of == pattern]
-                    expert, projection = stack.index(tensor), _below_block(tensor)
-                projection = f"{kind}.{projection}" if len(kinds) > 1 else projection
-                yield _covered(
-                    tensor, tensors[tensor], int(index), projection, parameter, expert, module, self.module.config
-                )
+                    expert = stack.index(tensor)
+                    yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)
+
+    def _split(self, found: Sequence[tuple[str, str, nn.Module]]) -> dict[str, list[str]]:
+        """Tensor that is cut along its rows into weights of linear modules -> these; they share their inputs."""
+        linear = {f"{name}.weight" for _, name, module in found if isinstance(module, nn.Linear)}
+        parts: dict[str, list[str]] = {}
+        for name, converter in self._converters.items():
+            operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+            if len(converter.target_patterns) > 1 and operations in ([("Chunk", 0)], [("Split", 0)]):
+                parts.setdefault(self._sources[name][0][0], []).append(name)
+        return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
+
+    def _covered_split(
+        self, tensor: str, shape: tuple[int, ...], index: int, projection: str, names: Sequence[str]
+    ) -> Covered:
+        layers, rows, start = [], [], 0
+        for name in names:
+            count, part = self._state[name].shape[0], name.split(".")[-2]
+            layers.append(Layer(tensor, index, f"{projection}.{part}", count * shape[1], part))
+            rows.append(Rows(start, count, shape[0]))
+            start += count
+        return Covered(tensor, tuple(layers), tuple(rows), names[0], None, False)
 
 
 def _covered(
@@ -240,7 +290,7 @@ def _covered(
     module: nn.Module,
     config: Any,
 ) -> Covered:
-    transposed = type(module).__name__ == "Conv1D" or bool(getattr(module, "is_transposed", False) and expert is None)
+    transposed = type(module).__name__ == "Conv1D" or (expert is None and _stored_in_out(module))
     outputs = shape[-1] if transposed else shape[-2]
     size = int(torch.Size(shape).numel())
     parts = parts_of(parameter, outputs, config) if expert is None else {}
@@ -250,6 +300,14 @@ def _covered(
         Layer(tensor, index, f"{projection}.{part}", size // outputs * rows.count, part) for part, rows in parts.items()
     )
     return Covered(tensor, layers, tuple(parts.values()), parameter, expert, transposed)
+
+
+def _stored_in_out(module: nn.Module) -> bool:
+    """Whether stacked experts are stored as (experts, in, out): told by the module, or by their shapes (Llama 4)."""
+    stacks = {name: value.shape for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
+    up, down = (next((stacks[name] for name in stacks if part in name), None) for part in ("gate_up", "down"))
+    by_shape = up is not None and down is not None and up[-1] == 2 * down[-2]
+    return by_shape or bool(getattr(module, "is_transposed", False))
 
 
 def _weights(module: nn.Module) -> list[str]:
@@ -265,6 +323,13 @@ def _only_stacks(converter: Any) -> bool:
     """Whether a conversion only stacks experts, in the order of their tensors (and their gate upon their up)."""
     operations = [type(each).__name__ for each in converter.operations]
     return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+
+
+def _orders_rows(converter: Any, dimensions: int) -> bool:
+    """Whether a conversion only brings the output rows of one tensor into another order, and may cut it along them."""
+    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+    row = dimensions - 2
+    return operations in ([("Interleave", row)], [("Interleave", row), ("Chunk", row)])
 
 
 def _below_block(tensor: str) -> str:

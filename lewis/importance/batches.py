@@ -72,7 +72,12 @@ class Batch:
 
 
 def batches(
-    calibrations: Sequence[Calibration], network: Network, *, whole: bool = False, tokens: int | None = None
+    calibrations: Sequence[Calibration],
+    network: Network,
+    *,
+    whole: bool = False,
+    equal: bool = False,
+    tokens: int | None = None,
 ) -> list[Batch]:
     """Samples of a set of similar length together, so that padding and the number of batches cost least in sum.
 
@@ -82,11 +87,13 @@ def batches(
         calibrations: the sets.
         network: that they are for.
         whole: each set in one batch in its own order, on which depends how the means that prune a model are rounded.
+        equal: only samples of one length go together; so it is where the network has experts of a mixture.
         tokens: of a batch with its padding, at most, by default `TOKENS_PER_BATCH`; a longer sample goes alone.
     """
     if whole:
         return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
-    equal, apart = any(".experts." in each.parameter for each in network.covered), _other_positions_from(network)
+    equal = equal or any(".experts." in each.parameter for each in network.covered)
+    apart = _other_positions_from(network)
     made = []
     for of, calibration in enumerate(calibrations):
         samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))

@@ -98,19 +98,38 @@ def measure_sets(
         InputError: if no layer is covered, or a token id is out of the vocabulary.
         LewisError: if activations are not finite, naming the layer.
     """
+    from lewis.importance.second_moments import HiddenPaddingError
+
+    given = (model, calibrations, settings or Importance(), device, progress)
+    try:
+        return _measure_sets(*given)
+    except HiddenPaddingError as error:  # of models that add tokens of their own (LED), or route them (BLT)
+        logger.info("%s: samples of different length go one after another: %s", model.folder, error)
+        return _measure_sets(*given, equal=True)
+
+
+def _measure_sets(
+    model: Model,
+    calibrations: Sequence[Calibration],
+    settings: Importance,
+    device: str,
+    progress: Callable[[int, int], None] | None,
+    *,
+    equal: bool = False,
+) -> list[Measured]:
+    """`measure_sets`; with `equal`, no batch has padding."""
     from lewis.importance.batches import batches, groups
     from lewis.importance.second_moments import SecondMoments
     from lewis.importance.streaming import Streamed, forward
     from lewis.importance.wanda import PruneAfter
 
-    settings = settings or Importance()
     dtype = torch.float32 if device == "cpu" else stored_dtype(model)
     network = network_of(model, dtype)
     for calibration in calibrations:
         check_samples(model, network, calibration)
     moments = SecondMoments(network, device, len(calibrations))
     pruned = settings.prune_ratio > 0
-    made = batches(calibrations, network, whole=pruned)
+    made = batches(calibrations, network, whole=pruned, equal=equal)
     # Of what waits, a model's own forward holds the hidden states and what they began as, the embeddings.
     per_token = 2 * network.module.get_input_embeddings().embedding_dim * dtype.itemsize
     report = progress or (lambda done, total: None)
@@ -165,11 +184,26 @@ def norms(
             fired = s.isnan().logical_not()  # a stacked expert that no token reached gets the mean of the others
             measured.moments[covered.tensor] = torch.where(fired, s, s[fired].mean())
     for calibration, measured in zip(calibrations, found, strict=True):
-        silent = [covered.tensor for covered in network.covered if covered.tensor not in measured.moments]
-        if silent:
-            told = (model.folder, calibration.name, len(silent), silent[0])
-            logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *told)
+        _tell_of_silent(model, network, calibration, measured)
     return found
+
+
+def _tell_of_silent(model: Model, network: Network, calibration: Calibration, measured: Measured) -> None:
+    """Log what has no moments: experts that got no token, and projections whose modules were never run."""
+    silent = [covered for covered in network.covered if covered.tensor not in measured.moments]
+    experts = [each.tensor for each in silent if each.expert is not None or ".experts." in each.parameter]
+    others = [each.tensor for each in silent if each.tensor not in experts]
+    if experts:
+        told = (model.folder, calibration.name, len(experts), experts[0])
+        logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *told)
+    if others:
+        share = sum(layer.parameters for each in silent if each.tensor in others for layer in each.layers)
+        logger.warning(
+            "%s on %s: %d projections, such as %s, %.1f %% of the parameters, are not run as modules (the model uses "
+            "their weights otherwise, or text does not go through them): they are left out, and follow `uncovered`",
+            *(model.folder, calibration.name, len(others), others[0]),
+            100 * share / max(sum(info.elements for info in model.tensors.values()), 1),
+        )
 
 
 def _damaged(model: Model, tensor: str, s: torch.Tensor, weights: torch.Tensor) -> LewisError:

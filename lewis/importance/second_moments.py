@@ -18,6 +18,10 @@ from lewis.importance.architecture import Network
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
 
 
+class HiddenPaddingError(LewisError):
+    """A projection sees another number of tokens than the batch has, and which of them are padding is unknown."""
+
+
 class SecondMoments:
     """Running sums of each calibration set; to be used as a context around the forward passes.
 
@@ -123,7 +127,7 @@ class SecondMoments:
             summed = torch.bmm(self._mask[:, None], squares)[:, 0].sum(dim=0, dtype=torch.float64)
             return summed, int(self._mask.sum())
         if self._padded:
-            raise LewisError(
+            raise HiddenPaddingError(
                 f"{parameter}: sees {tokens} of {rows * width} tokens, and which are padding is unknown; "
                 "this way of routing is not supported"
             )
@@ -155,9 +159,10 @@ class SecondMoments:
         stack = self.counts[name]
         expert = weight.storage_offset() // (weight.shape[0] * weight.shape[1])
         key = (name.rpartition(".")[0], expert)
-        if key not in self._real_rows:
-            all_real = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
-            self._real_rows[key] = inputs.ne(0).any(dim=1) if self._padded else all_real
+        if not self._padded:
+            self._real_rows[key] = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        elif key not in self._real_rows:
+            self._real_rows[key] = inputs.ne(0).any(dim=1)
         rows = self._real_rows[key].double()
         squares = rows @ inputs.double().square()
         if name not in self.sums:
@@ -167,7 +172,11 @@ class SecondMoments:
 
 
 class SeeProducts(TorchFunctionMode):
-    """Calls a function with (inputs, weight) before each matrix product."""
+    """Calls a function with (inputs, weight) before each matrix product.
+
+    A batched product is seen as one product for each matrix of the batch. There rows of zeros are left out: experts
+    that are all run at once (Llama 4) get zeros in place of tokens that are not routed to them.
+    """
 
     def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         super().__init__()
@@ -180,4 +189,8 @@ class SeeProducts(TorchFunctionMode):
                 tensors = tensors[1:]
             if len(tensors) >= 2:
                 self._see(tensors[0], tensors[1])
+        elif getattr(function, "__name__", "") in ("bmm", "baddbmm"):
+            inputs, weights = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+            for rows, weight in zip(inputs, weights, strict=True):
+                self._see(rows[rows.ne(0).any(dim=1)], weight)
         return function(*args, **(kwargs or {}))

@@ -19,10 +19,12 @@ from lewis.importance import calibration
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
 from lewis.importance.architecture import Layer
+from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.importance.gram_files import Grams
 from lewis.importance.measured import Measured
+from lewis.importance.uncovered import told
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
@@ -254,25 +256,34 @@ def _importance_place(key: str, calibration: CalibrationEntry, settings: Importa
     return digest, kinds.IMPORTANCE.path(digest)
 
 
-def layers_of(base: ModelFiles) -> list[Layer]:
-    """The covered layers of the base; logs which they are.
+def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
+    """The covered layers of the base; logs which they are, and what has weights but is not covered.
+
+    Args:
+        base: the base.
+        measured: whether a model is run. If not, a base that transformers cannot build is no error.
 
     Raises:
         InputError: if there are none.
     """
     opened = base.open()
-    layers, tensors = _covered(base, opened), opened.tensors
+    layers, left = _covered(base, opened, measured)
+    tensors = opened.tensors
     share = sum(x.parameters for x in layers) / sum(info.elements for info in tensors.values())
     kinds = ", ".join(sorted({layer.projection for layer in layers}))
     logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
+    if left:
+        logger.warning("not covered, so they follow lewis.density.uncovered: %s", told(left))
     return layers
 
 
-def _covered(base: ModelFiles, opened: Model) -> list[Layer]:
-    """`covered_layers`, found once: it builds the model's modules, which takes seconds to load."""
+def _covered(base: ModelFiles, opened: Model, measured: bool) -> tuple[list[Layer], dict[str, float]]:
+    """`covered_tensors`, found once: it builds the model's modules, which takes seconds to load."""
     place = place_of([measuring.SEMANTICS, version("transformers"), base.key])
     known = store.entry(place, "layers")
     if known is None:
-        known = [asdict(layer) for layer in measuring.covered_layers(base.folder, opened.shapes)]
-        store.write_entry(place, {"layers": known})
-    return [Layer(**fields) for fields in known]
+        covered, left = covered_tensors(base.folder, opened.shapes, measured=measured)
+        known = {"covered": [asdict(layer) for each in covered for layer in each.layers], "left": left}
+        if measured:  # what is found by names alone would be wrong for a recipe that runs the model
+            store.write_entry(place, {"layers": known})
+    return [Layer(**fields) for fields in known["covered"]], known["left"]

@@ -31,8 +31,12 @@ class PruneAfter:
     def __enter__(self) -> "PruneAfter":
         if not self._ratio:
             return self
-        if any(covered.expert is not None for covered in self._network.covered):
-            raise InputError("lewis.importance.prune_ratio: stacked experts cannot be pruned in the pass; set it to 0")
+        whole = self._network.unconverted
+        if any(whole.get(covered.tensor) != covered.parameter for covered in self._network.covered):
+            raise InputError(
+                "lewis.importance.prune_ratio: stacked experts, and tensors that transformers cuts into several, "
+                "cannot be pruned in the pass; set it to 0"
+            )
         if _adds_positions_to_heads(self._network.module.config):
             raise InputError(
                 "lewis.importance.prune_ratio: a model that adds its positions to the heads (ALiBi) cannot be run by "

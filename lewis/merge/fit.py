@@ -195,6 +195,7 @@ def in_order(network: Network) -> list[Covered]:
     for each in network.covered:
         path, _, name = each.parameter.rpartition(".")
         alone = len(network.same(each.parameter)) == 1 and ".experts." not in each.parameter
-        if each.expert is None and alone and getattr(network.module.get_submodule(path), name).dim() == 2:
+        whole = network.unconverted.get(each.tensor) == each.parameter
+        if whole and alone and getattr(network.module.get_submodule(path), name).dim() == 2:
             found.append(each)
     return found

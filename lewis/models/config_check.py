@@ -34,8 +34,13 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
         )
     stacks = _stacks(shapes)
     stated = set(_stated(config, "num_hidden_layers", "n_layer"))
+    others = set(_stated(config, "num_layers_per_stack"))  # HRM: the layers count once for each of its stacks
     spare = max(_stated(config, "num_nextn_predict_layers"), default=0)  # stored after the layers that count
-    if stacks and stated and not any(count - more in stated for count in stacks.values() for more in {0, spare}):
+    if (
+        stacks
+        and stated
+        and not any(count - more in stated | others for count in stacks.values() for more in {0, spare})
+    ):
         prefix, count = max(stacks.items(), key=lambda stack: stack[1])
         raise InputError(
             f"{folder}: config.json says num_hidden_layers {_listed(stated)}, but the tensors {prefix}.* are of "

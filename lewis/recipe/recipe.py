@@ -253,6 +253,11 @@ class Recipe(Block):
         return block.density.strategy not in ("uniform", "depth_gradient") or block.prune_by == "activation"
 
     @property
+    def runs_models(self) -> bool:
+        """Whether a model is run, to measure it or to fit the merge to it. Uniform densities need none."""
+        return self.measures or self.measures_base or self.fits
+
+    @property
     def compares_norms(self) -> bool:
         """Whether densities come from the difference of norms, which needs those of the base too."""
         block = self.allocator

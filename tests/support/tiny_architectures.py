@@ -39,6 +39,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(q|kv|o)_lora_rank", 16),
     (r".*(state_size|d_state)", 4),
     (r"(mamba_)?chunk_size", 8),
+    (r"num_layers_per_stack", 2),
     (r"(num_hidden_layers|n_layers?|num_layers|.*_layers|layers|depth|.*_depth)", 2),
     (r"max_(position_embeddings|seq_len)|n_positions|n_ctx|seq_length|.*_position_embeddings", 64),
     (r"sliding_window|attention_window|local_attention|.*window_size", 4),
@@ -57,24 +58,42 @@ _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _CONV = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
 _ROPES = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
 _ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-_WIDE = {"text_config.head_dim": 16}
+_MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_GLM = {"text_config.rope_parameters": _MROPE | {"partial_rotary_factor": 0.5}, "text_config.head_dim": 16}
+_QWEN = {"text_config.rope_parameters": _MROPE}
+_JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+_DEEPSEEK = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_NGRAM = {"ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 2}
 CHANGES: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": _ROPES},
-    "cohere_compass": {"text_config.rope_parameters": _ROPES},
-    "lfm2_moe": _CONV | {"num_dense_layers": 1},
+    "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 100}},
-    "emu3": {"vocabulary_map": {"<image>": 100}},
+    "cohere_compass": {"text_config.rope_parameters": _ROPES},
+    "cohere_compass_text": {"rope_parameters": _ROPES},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "deepseek_v2": _DEEPSEEK,
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
-    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"]},
-    "glm4v": _WIDE,
-    "glm4v_moe": _WIDE,
-    "glm46v": _WIDE,
-    "glm_ocr": _WIDE,
-    "glmga": _WIDE,
-    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "longcat_flash": {"zero_expert_num": 2},
-    "dbrx": {"attn_config.rope_theta": 1e4},
+    "dots1": _DEEPSEEK,
+    "emu3": {"vocabulary_map": {"<image>": 100}},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": _MROPE},
     "gemma3n_text": {"intermediate_size": 48},
+    "glm46v": _GLM,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm_ocr": _GLM,
+    "glmga": _GLM,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hrm_text": {"num_layers_per_stack": 2},
+    "jamba": _JAMBA,
+    "lfm2_moe": _CONV | {"num_dense_layers": 1},
+    "longcat_flash": {"zero_expert_num": 2},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "paddleocr_vl": _QWEN,
+    "qwen2_5_omni_thinker": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen2_vl": _QWEN,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds_dim": [16, 16]},
+    "step3p7": {"text_config.sliding_window": 4},
 }
 
 

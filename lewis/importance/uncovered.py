@@ -1,0 +1,64 @@
+"""What importance is not measured of, though it has weights: told by name, with its share of the parameters."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+
+from lewis.importance.architecture import Network
+from lewis.lazy_torch import nn
+from lewis.models.names import PER_TOKEN
+
+TOLD = 0.001  # of the parameters; what is less is not told
+
+
+def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """Tensors that are neither covered nor known to be no projection.
+
+    Known are embeddings, heads, norms, biases and one-dimensional convolutions. What lies outside of the blocks that
+    text goes through (a vision tower) is told as one.
+
+    Args:
+        network: of the base.
+        tensors: name -> shape in the checkpoint.
+
+    Returns:
+        Name, with `*` for every number -> share of all parameters; the largest first.
+    """
+    total = sum(map(prod, tensors.values())) or 1
+    parameter_of = {tensor: name for name in network.parameters for tensor in network.sources(name)}
+    known = {each.tensor for each in network.covered} | {
+        tensor for tensor, name in parameter_of.items() if _is_known(network, name)
+    }
+    inside, found = tuple(f"{path}." for path in network.blocks), Counter[str]()
+    for tensor, shape in tensors.items():
+        if tensor not in known and len(shape) > 1 and not tensor.endswith(PER_TOKEN):
+            in_block = parameter_of.get(tensor, tensor).startswith(inside)
+            found[_starred(tensor) if in_block else _before_number(tensor)] += prod(shape)
+    return {name: count / total for name, count in found.most_common() if count / total >= TOLD}
+
+
+def told(shares: Mapping[str, float], most: int = 5) -> str:
+    """The largest shares as one line."""
+    listed = [f"{name} ({100 * share:.1f} % of the parameters)" for name, share in list(shares.items())[:most]]
+    more = len(shares) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
+
+
+def _is_known(network: Network, parameter: str) -> bool:
+    """Whether a parameter of the blocks is one of a module that multiplies its inputs with no matrix."""
+    module = network.module.get_submodule(parameter.rpartition(".")[0])
+    return isinstance(module, nn.Embedding | nn.Conv1d) and parameter.startswith(tuple(network.blocks))
+
+
+def _starred(tensor: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
+
+
+def _before_number(tensor: str) -> str:
+    """What comes before the first number in a name: the tower that a tensor is in."""
+    parts = tensor.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0]]) if numbers else tensor
