@@ -20,6 +20,7 @@ from lewis_flows.stages import fetch, guide
 from lewis_flows.submit import finish, known, submit
 from lewis_flows.turn import turn
 from lewis_tasks.evaluate import check_tasks, evaluate
+from lewis_tasks.inspect import diagnose
 from lewis_tasks.merge import merging
 from lewis_tasks.publish import check_publish, publish
 from lewis_tasks.register import find_champion, gate, promote, register
@@ -111,6 +112,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     models = fetch(plan, tasks_digest)
     base, experts, inspected = models.base, models.experts, models.inspected
     named = submit(name_run, quote(plan), models.base_source, models.sources)
+    diagnosed = submit(diagnose, quote(plan), plan.blocks, base, experts, wait_for=[inspected])
     sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
     merged = submit(
         merging(plan),
@@ -172,6 +174,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     told = submit(
         report_run, quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
     )
+    diagnosed.wait()  # like the report's, its error is shown by the UI
     told.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
     if published:
         result_of(published)

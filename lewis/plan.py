@@ -16,6 +16,8 @@ from lewis.importance import effort, measure
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry
+from lewis.inspection.kinds import Finding
+from lewis.inspection.step import before_download
 from lewis.merge.forecast import forecast, without_models
 from lewis.merge.low_rank import factor_bytes
 from lewis.merge.run import Merge
@@ -43,6 +45,7 @@ class Plan:
 
     Attributes:
         inputs: ref, commit and bytes of each model.
+        findings: what configs, tokenizers and headers tell of models that do not belong together.
         layers: the covered layers; empty without a lewis block.
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
         tensors, parameters: of the base.
@@ -58,6 +61,7 @@ class Plan:
     recipe: str
     method: str
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     uncovered: dict[str, float] = field(default_factory=dict)
@@ -72,7 +76,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return {**asdict(self), "covered_layers": len(self.layers)}
+        findings = [each.to_json() for each in self.findings]
+        return {**asdict(self), "findings": findings, "covered_layers": len(self.layers)}
 
     def to_text(self) -> str:
         """For a terminal."""
@@ -85,6 +90,7 @@ class Plan:
         ]
         lines += [f"input   {row['ref']}  {row['commit'][:23]}  {row['bytes'] / 1e6:.1f} MB" for row in self.inputs]
         lines += ["", f"output  {self.output}"] if self.output else []
+        lines += ["", *(each.to_text() for each in self.findings)] if self.findings else []
         lines += ["", *(f"{step.state:<7} {step.name}" for step in self.steps), ""]
         lines += [
             f"covered {kind}: {len(where)} layers ({min(where)} to {max(where)})" for kind, where in kinds.items()
@@ -118,6 +124,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
+    plan.findings = before_download(recipe, base, experts)
     headers = hub.tensor_headers((base or experts[0]).model)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())

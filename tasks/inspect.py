@@ -1,22 +1,31 @@
-"""Check the models before any work: whether they fit together, what is covered, whether there is space."""
+"""Check the models before any work: whether they fit, what is covered, whether there is space; and diagnose them."""
+
+import logging
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis import store
 from lewis.importance.step import layers_of
+from lewis.inspection import measures, picture, step
 from lewis.merge.step import check_output, prepare_merge
 from lewis.models import compatible
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
+from lewis.reports import markdown
 from lewis.store import kinds
-from lewis_tasks.support.caching import RETRIES
+from lewis_tasks.support.caching import RETRIES, Progress, cached, slug
+
+logger = logging.getLogger(__name__)
 
 
 @task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
-    """Refuse models that do not fit together, before they are downloaded."""
+    """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
     compatible.preflight(recipe, base, experts)
+    for finding in step.before_download(recipe, base, experts):
+        logger.warning(finding.to_text())
 
 
 @task(name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
@@ -28,3 +37,31 @@ def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) 
     if recipe.lewis is None or base is None:
         return 0
     return len(layers_of(base, measured=recipe.runs_models))
+
+
+@task(
+    name="diagnose",
+    timeout_seconds=3600,
+    **cached("blocks", "base", "experts", version=measures.SEMANTICS),
+)
+def diagnose(recipe: Recipe, blocks: str, base: ModelFiles | None, experts: list[ModelFiles]) -> list[dict[str, str]]:
+    """Find out whether the models belong together; the findings become an artifact and do not stop the run.
+
+    Args:
+        blocks: the recipe's `blocks`, for the cache key.
+
+    Returns:
+        The findings as plain data.
+    """
+    report = Progress("diagnose", f"read the weights of {recipe.name}'s models")
+    first, others = (base, experts) if base else (experts[0], experts[1:])
+    found = step.inspect(recipe, first, others, progress=lambda done, total: report(done / max(total, 1)))
+    (logger.warning if found.findings else logger.info)("%s: %s", recipe.name, found.verdict)
+    tables = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
+    drawn = markdown.picture("layers by experts", picture.draw(found))
+    create_markdown_artifact(
+        f"# Do these models belong together?\n\n{found.to_markdown()}\n\n{tables}\n\n{drawn}",
+        key=f"{slug(recipe.name)}-inspection",
+        description=found.verdict,
+    )
+    return [each.to_json() for each in found.findings]

@@ -10,6 +10,7 @@ from typing import Any
 from lewis.inspection.kinds import Finding
 from lewis.inspection.measures import Measures
 from lewis.models.source import short_names
+from lewis.reports.markdown import code, plain
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -100,11 +101,11 @@ class Inspection:
 
     def to_markdown(self) -> str:
         """The findings as Markdown, the verdict first."""
-        lines = [f"**{self.verdict}**", ""]
+        lines = [f"**{plain(self.verdict)}**", ""]
         for each in self.findings:
             told = each.to_json()
-            lines += [f"* **{each.level}: {each.kind}**, {each.model}: {each.what}", f"  Meaning: {told['meaning']}."]
-            lines += [f"  What to do: {told['fix']}."]
+            lines.append(f"* **{each.level}: {each.kind}**, {code(each.model)}: {plain(each.what)}")
+            lines += [f"  Meaning: {told['meaning']}.", f"  What to do: {told['fix']}."]
         return "\n".join(lines)
 
     @property

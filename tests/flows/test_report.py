@@ -79,6 +79,7 @@ def test_the_story_of_two_runs(
     text = artifact(client, own, "run-report")
     assert f"**models:/{own.stem}/1 is the new champion.**" in text and "Started by hand." in text
     assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "## Scores" not in text
+    assert "**no findings: these models can be merged**" in artifact(client, own, "inspection")
     [run] = runs(client, own)
     assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Completed"
 

@@ -1,5 +1,6 @@
 """What a run would do, against what a run then does; nothing heavy is downloaded for it."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,14 @@ class TestLocal:
             14,
             {"name": f"download {family.base}", "state": "cached"},
         )
+
+    def test_what_configs_tell_of_models_that_do_not_belong_together(self, family: Family, tmp_path: Path) -> None:
+        odd = shutil.copytree(family.code, tmp_path / "odd")
+        (odd / "chat_template.jinja").write_text("{{ messages }}")
+        plan = make_plan(recipe_of(family.base, family.math, odd))
+        assert [(each["kind"], each["model"]) for each in plan.to_json()["findings"]] == [("chat template", str(odd))]
+        assert f"warning: {odd}: chat template: it has a chat template, the base none\n  means: " in plan.to_text()
+        assert make_plan(recipe_of(family.base, *family.experts)).findings == []
 
     def test_a_plain_merge(self, family: Family, home: Path) -> None:
         recipe = recipe_of(family.base, family.lora)

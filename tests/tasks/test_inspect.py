@@ -1,0 +1,46 @@
+"""The task that diagnoses the models of a run: its artifact and its result."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import pipeline
+from lewis_tasks import inspect
+from tests.conftest import Family
+from tests.support.models import edit_json, parse, rewrite
+
+
+def test_findings_become_an_artifact_and_stop_nothing(
+    family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(inspect, "create_markdown_artifact", lambda text, **named: made.append({"text": text, **named}))
+    monkeypatch.setattr(inspect, "Progress", lambda *_: lambda fraction: None)
+    odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t * (0 if "layers.0.mlp.up" in name else 1))
+    models = [{"model": str(odd)}, {"model": str(family.code)}]
+    recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": models})
+    base, experts = pipeline.fetch(recipe)
+    [found] = inspect.diagnose.fn(recipe, recipe.blocks, base, experts)
+    assert (found["kind"], found["model"], found["level"]) == ("zeroed tensor", str(odd), "error")
+    [artifact] = made
+    assert artifact["key"] == "recipe-inspection" and "do not merge these models" in artifact["description"]
+    for part in (
+        "* **error: zeroed tensor**",
+        "Meaning: its task vector",
+        "| model | size |",
+        "data:image/png;base64,",
+    ):
+        assert part in artifact["text"]
+    assert "recipe: 1 error: zeroed tensor" in caplog.text
+
+
+def test_what_configs_show_is_told_before_the_download(
+    family: Family, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = shutil.copytree(family.code, tmp_path / "odd")
+    edit_json(odd / "generation_config.json", eos_token_id=5)
+    recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(odd)}]})
+    inspect.preflight.fn(recipe, *pipeline.pin_all(recipe))
+    assert f"{odd}: eos: it stops at the token ids [5], the base at [1]" in caplog.text
