@@ -33,7 +33,8 @@ def draw(inspection: Inspection) -> bytes:
     scale = LogNorm(min(known), max(max(known), 1.01 * min(known))) if known else None
     image = left.imshow(rows, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
     if known:
-        figure.colorbar(image, ax=left, label="norm of the task vector / norm of the base")
+        figure.colorbar(image, ax=left)
+    left.set_title("norm of the task vector\n/ norm of the base's weights", fontsize=9)
     left.set_ylabel("layer")
     left.set_yticks(range(0, len(layers), 1 + len(layers) // 40), layers[:: 1 + len(layers) // 40], fontsize=7)
     cosines = [[measures.between(i, j) for j in range(1, len(names) + 1)] for i in range(1, len(names) + 1)]
