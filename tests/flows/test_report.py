@@ -164,7 +164,7 @@ def _check_kept(client: Any, own: Path, home: Path, second: dict[str, Any], text
 
 
 def _check_events(client: Any, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
-    from lewis_tasks.register import PROMOTED
+    from lewis_tasks.support.moves import PROMOTED
 
     def both() -> list[Any]:
         found = events(client, PROMOTED, f"lewis.model.{name}")
