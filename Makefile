@@ -15,7 +15,7 @@ setup: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
-	$(BIN)/python -c 'import lewis.merge.kernels'  # compiles the loops of the merge, which else the first merge does
+	$(BIN)/python -c 'import lewis.merge.kernels, lewis.inspection.loops'  # compiles the loops of the merge, which else the first merge does
 	@touch $@
 
 demo: setup

@@ -144,6 +144,8 @@ def measure(
     experts: Sequence[Model],
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    *,
+    per_token: bool = True,
 ) -> Measures:
     """Read all weights once and measure them.
 
@@ -153,8 +155,10 @@ def measure(
             as unchanged.
         progress: called with (elements done, elements in all).
         threads: how many tensors are read at a time; by default one per core.
+        per_token: whether embeddings and heads are measured; of vocabularies in another order that means nothing.
     """
-    names = [name for name, info in base.tensors.items() if info.floating]
+    wanted = {name: info for name, info in base.tensors.items() if per_token or not name.endswith(PER_TOKEN)}
+    names = [name for name, info in wanted.items() if info.floating]
     total, done = sum(base.tensors[name].elements for name in names), 0
     found: dict[str, TensorMeasures] = {}
     largest_first = sorted(names, key=lambda name: -base.tensors[name].elements)  # so that all threads end together

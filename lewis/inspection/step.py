@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from lewis.merge.step import stored_dtype
 from lewis.methods import find
 from lewis.models.compatible import check_compatible, preflight
 from lewis.models.model import Model
+from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source, download, pin, pin_all
 from lewis.recipe.recipe import Recipe, excluded
 from lewis.store import kinds
@@ -66,12 +68,13 @@ def inspect_recipe(
             raise
         except InputError as error:
             refused.append(Finding("no fit", source.ref, str(error)))
-    found = inspect(recipe, download(first), fitting, [download(each) for each in others], progress)
-    return Inspection(found.refs, (*refused, *found.findings), found.measures)
+    candidates, known = [download(each) for each in others], before_download(recipe, base, sources)
+    found = inspect(recipe, download(first), fitting, candidates, progress, known=known)
+    return Inspection(found.refs, tuple(_errors_first([*refused, *found.findings])), found.measures)
 
 
 def before_download(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[Finding]:
-    """What configs, tokenizers and headers tell; only these are downloaded.
+    """What configs, tokenizers and headers tell; only these are downloaded. A model that is damaged is left out.
 
     Args:
         recipe: the recipe.
@@ -79,7 +82,11 @@ def before_download(recipe: Recipe, base: Source | None, experts: Sequence[Sourc
         experts: in the recipe's order.
     """
     first, others = (base, experts) if base else (experts[0], experts[1:])
-    described = [Described.pinned(each) for each in others if not _is_base(recipe, each.key, first.key)]
+    described = []
+    for each in others:
+        if not _is_base(recipe, each.key, first.key):
+            with suppress(InputError):  # of a damaged model, which who opens it tells
+                described.append(Described.pinned(each))
     return _errors_first(config_findings(Described.pinned(first), described, among=base is None))
 
 
@@ -89,6 +96,8 @@ def inspect(
     experts: Sequence[ModelFiles],
     candidates: Sequence[ModelFiles] = (),
     progress: Callable[[int, int], None] | None = None,
+    *,
+    known: Sequence[Finding] | None = None,
 ) -> Inspection:
     """Inspect models that are on this disk.
 
@@ -98,28 +107,33 @@ def inspect(
         experts: the other models.
         candidates: other models that may be an expert's base.
         progress: called with (elements read, elements in all).
+        known: what `before_download` found, if it was asked.
 
     Raises:
         InputError: if the base cannot be opened.
     """
     experts = [each for each in experts if not _is_base(recipe, each.key, base.key)]
-    described = [Described.on_disk(each) for each in experts]
-    findings = config_findings(Described.on_disk(base), described, among=recipe.base_model is None)
+    if known is None:
+        described = [Described.on_disk(each) for each in experts]
+        known = config_findings(Described.on_disk(base), described, among=recipe.base_model is None)
+    findings = list(known)
     opened = base.open()
     unique = {each.key: each for each in experts if each.key != base.key}
     chosen, more = [_Opened(base, opened)], []
+    by_token = recipe.vocabulary is not None  # then rows are matched later, and not compared here
+    left_out = set(excluded(recipe, opened.tensors, opened.tied))
+    left_out |= {name for name in opened.tensors if by_token and name.endswith(PER_TOKEN)}
     for files in unique.values():
         try:
             model = files.open()
-            left_out = excluded(recipe, opened.tensors, opened.tied)
-            check_compatible(opened, [model], left_out, by_token=recipe.vocabulary is not None)
+            check_compatible(opened, [model], left_out, by_token=by_token)
             chosen.append(_Opened(files, model))
         except InputError as error:
             findings.append(Finding("no fit", files.ref, str(error)))
     for files in candidates:
         if files.key not in unique and files.key != base.key:
             more.append(_Opened(files, files.open()))
-    entry = measured(chosen, more, progress)
+    entry = measured(chosen, more, per_token=not by_token, progress=progress)
     measures = Measures.from_json(entry.content("measures"))
     refs = [each.files.ref for each in (*chosen, *more)]
     findings += weight_findings(
@@ -134,22 +148,27 @@ def inspect(
 
 
 def measured(
-    models: Sequence[_Opened], candidates: Sequence[_Opened], progress: Callable[[int, int], None] | None
+    models: Sequence[_Opened],
+    candidates: Sequence[_Opened],
+    *,
+    per_token: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> InspectionEntry:
     """Measure models, or find their measures in the store.
 
     Args:
         models: the base and the experts.
         candidates: other possible bases.
+        per_token: whether embeddings and heads are measured.
         progress: called with (elements read, elements in all).
     """
     keys = [[each.files.key for each in group] for group in (models, candidates)]
-    digest = store.digest([SEMANTICS, *keys])
+    digest = store.digest([SEMANTICS, *keys, per_token])
     path = kinds.INSPECTIONS.path(digest)
     with kinds.INSPECTIONS.lock(digest):
         if store.entry(path, "measures") is None:
             base, *others = [each.model for each in (*models, *candidates)]
-            found = measure(base, others, progress)
+            found = measure(base, others, progress, per_token=per_token)
             experts = [moved_parts(base, each.model, i, found) for i, each in enumerate(models[1:], 1)]
             content: dict[str, Any] = {"measures": found.to_json(), "moved": {"experts": experts}}
             store.write_entry(path, content, indent=None)

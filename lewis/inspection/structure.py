@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> 
     """
     odd = odd_tensors(measures, number)
     swapped = _swapped_layers(base, expert, odd, measures)
-    moved = {layer for each in swapped for layer in each["layers"]}
-    left = [each for each in odd if each.layer not in moved and len(base.tensors[each.name].shape) == 2]
+    moved = {name for each in swapped for name in each["tensors"]}
+    left = [each for each in odd if each.name not in moved and len(base.tensors[each.name].shape) == 2]
     return swapped + [found for each in left[:_MOST] if (found := _permuted(base, expert, each.name))]
 
 
@@ -48,17 +48,32 @@ def odd_tensors(measures: Measures, number: int) -> list[TensorMeasures]:
 def _swapped_layers(
     base: Model, expert: Model, odd: Sequence[TensorMeasures], measures: Measures
 ) -> list[dict[str, Any]]:
-    every: dict[int, list[str]] = {}
+    """Of each stack of layers by itself: a model may have two towers."""
+    stacks: dict[str, dict[int, list[str]]] = {}
     for each in measures.matrices():
-        if each.layer is not None and has(expert, each.name, base.tensors[each.name].shape):
-            every.setdefault(each.layer, []).append(each.name)
+        match = _NUMBER.search(each.name)
+        if match and each.layer is not None and has(expert, each.name, base.tensors[each.name].shape):
+            stacks.setdefault(each.name[: match.start()], {}).setdefault(each.layer, []).append(each.name)
     names = {each.name for each in odd}
-    suspects = [layer for layer, own in every.items() if sum(name in names for name in own) > len(own) / 2]
+    return [found for stack in stacks.values() for found in _swapped_in_stack(base, expert, names, stack)]
+
+
+def _swapped_in_stack(
+    base: Model, expert: Model, odd: Collection[str], every: Mapping[int, list[str]]
+) -> list[dict[str, Any]]:
+    """Layers of one stack that are other layers of the base's: those whose matrices are odd are compared with all.
+
+    Args:
+        base, expert: opened.
+        odd: names of the odd tensors.
+        every: layer -> names of its matrices.
+    """
+    suspects = [layer for layer, own in every.items() if sum(name in odd for name in own) > len(own) / 2]
     if not suspects or len(every) < 2:
         return []
     chosen = {layer: min(own, key=lambda name: (len(name), name)) for layer, own in every.items()}
-    kind = _NUMBER.sub(".", chosen[suspects[0]])
-    chosen = {layer: name for layer, name in chosen.items() if _NUMBER.sub(".", name) == kind}
+    kind = _NUMBER.sub(".", chosen[suspects[0]], count=1)  # a layer of another shape has none that compares
+    chosen = {layer: name for layer, name in chosen.items() if _NUMBER.sub(".", name, count=1) == kind}
     ours = {layer: _sample(base, name) for layer, name in chosen.items()}
     source: dict[int, int] = {}
     for layer in (layer for layer in suspects if layer in chosen):
@@ -72,9 +87,7 @@ def _swapped_layers(
     told = [f"its layer {layer} is the base's layer {place}" for layer, place in list(source.items())[:4]]
     more = f", and {len(source) - 4} layers more" if len(source) > 4 else ""
     tensors = [name for layer in source for name in every[layer]]
-    return [
-        {"kind": "swapped layers", "what": ", ".join(told) + more, "tensors": tensors, "layers": sorted(source)},
-    ]
+    return [{"kind": "swapped layers", "what": ", ".join(told) + more, "tensors": tensors}]
 
 
 def _sample(model: Model, name: str) -> np.ndarray:
@@ -93,7 +106,7 @@ def _permuted(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
             told = f"head {row // head} is the base's head {place // head}" if by_heads else ""
             told = told or f"{what[:-1]} {row} is the base's {what[:-1]} {place}"
             kind = "permuted heads" if by_heads else "permuted rows"
-            return {"kind": kind, "what": f"{name}: {told}", "tensors": [name], "layers": []}
+            return {"kind": kind, "what": f"{name}: {told}", "tensors": [name]}
     return None
 
 

@@ -9,15 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lewis.inspection.measures import measure
 from lewis.inspection.step import before_download, inspect_recipe
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import pin_all
 from lewis.recipe.recipe import Recipe
+from lewis.store import kinds
 from tests.conftest import Family
-from tests.support.models import edit_json, parse, rewrite, shard, write_expert, write_llama, write_tensors
+from tests.support.damage import damage
+from tests.support.models import (
+    WORDS,
+    edit_json,
+    parse,
+    rewrite,
+    shard,
+    write_expert,
+    write_llama,
+    write_tensors,
+    write_tokenizer,
+)
 
 Make = Callable[[Path, Path], Path]
 """Makes a faulty model from a sound expert, in a folder."""
@@ -129,9 +141,12 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
     "fewer bits": (tensors(lambda name, tensor: tensor.to(torch.bfloat16)), {"dtype"}),
     "quantised, and its config says so": (
         files(lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"})),
-        {"no fit"},
+        {"no fit", "quantised"},
     ),
-    "other architecture": (lambda expert, folder: write_llama(folder, layers=2, hidden=64), {"no fit"}),
+    "other architecture": (
+        lambda expert, folder: write_llama(folder, layers=2, hidden=64),
+        {"no fit", "special tokens"},
+    ),
     "rescaled tensor": (
         tensors(lambda name, tensor: tensor * (8 if "layers.0.mlp.down_proj" in name else 1)),
         {"norms"},
@@ -209,6 +224,27 @@ def test_measures_are_those_of_numpy(tmp_path: Path) -> None:
     assert tensor.peaks == pytest.approx([float(each.abs().max()) for each in (base, one, read)])
     cosine = torch.nn.functional.cosine_similarity(base.double().reshape(-1), read.double().reshape(-1), dim=0)
     assert found.cosine(2) == pytest.approx(float(cosine), rel=1e-5)
+
+
+def test_tokens_in_another_order_are_told_and_their_rows_not_compared(models: Path, home: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(models / "math", tmp_path / "odd")
+    write_tokenizer(odd, WORDS[::-1])
+    edit_json(odd / "config.json", vocab_size=63)
+    stored = load_file(odd / "model.safetensors")
+    stored["model.embed_tokens.weight"] = 30 * torch.randn(63, 64)
+    save_file(stored, odd / "model.safetensors", metadata={"format": "pt"})
+    assert told(models / "base", models / "code", odd) == {("no fit", "odd"), ("special tokens", "odd")}
+    by_token = told(models / "base", models / "code", odd, tokenizer_source="union")
+    assert by_token == {("special tokens", "odd")}
+
+
+def test_damaged_measures_are_made_again(models: Path, home: Path) -> None:
+    recipe = recipe_of(models / "base", models / "math", models / "code")
+    first = inspect_recipe(recipe).to_json()
+    [path] = kinds.INSPECTIONS.entries()
+    damage(path, "cut")
+    assert inspect_recipe(recipe).to_json() == first
+    assert [each.name.split("-")[0] for each in (home / "quarantine").iterdir()] == ["inspections"]
 
 
 def test_a_third_expert_that_barely_moved_is_told(models: Path, home: Path, tmp_path: Path) -> None:
