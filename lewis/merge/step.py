@@ -241,10 +241,12 @@ def merge(
 
 def chosen_ridge(folder: Path) -> str:
     """What `ridge: auto` chose for a merged model or adapter, as a sentence; empty if the recipe gave a number."""
-    from lewis.merge.ridge import Choice
-
     found = (store.read_manifest(folder) or {}).get("ridge")
-    return Choice.from_json(found).to_text() if found else ""
+    if not found:
+        return ""
+    from lewis.merge.ridge import Choice  # brings torch with it
+
+    return Choice.from_json(found).to_text()
 
 
 def find_merged(digest: str) -> MergedModel | None:

@@ -90,7 +90,10 @@ def test_without_an_anchor_the_cache_key_is_as_it_was() -> None:
         ({"parameters": {"ridge": "aut"}}, "parameters.ridge: expected a finite number or auto, got 'aut'"),
         ({"parameters": {"alpha": 1.5}}, "parameters.alpha: expected a number >= 0 and <= 1, got 1.5"),
         ({"lewis": None}, "lewis.calibrations: missing; regmean_forward fits"),
-        ({"lewis": {"density": {"strategy": "uniform"}}}, "lewis.calibrations: LEWIS runs models on calibration rows"),
+        (
+            {"lewis": {"density": {"strategy": "uniform"}}},
+            "lewis.calibrations: missing; regmean_forward fits the projections to the experts on calibration rows",
+        ),
         (
             {"anchor": {"merge_method": "linear"}, "lewis": lewis(density={"budget": 0.5})},
             "lewis: linear takes no density to guide; use one of ties",
