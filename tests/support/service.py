@@ -131,6 +131,7 @@ class Service:
                 stderr=log,
                 cwd=self.folder,
                 env={**environment, **self.environment},
+                start_new_session=True,  # so that its whole group can be killed
             )
         self.until(lambda: "webhook" in self.note() or self.process.poll() is not None, 120)
         assert self.process.poll() is None, self.log.read_text()
