@@ -249,8 +249,8 @@ class Network:
                 if tensor in split:
                     if first:
                         yield self._covered_split(tensor, shape, place, projection, split[tensor])
-                elif _orders_rows(converter, self._state[parameter].dim()):
-                    if first:
+                elif kept := _keeps_inputs(converter, self._state[parameter].dim()):
+                    if first or kept == "joined":
                         layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
                         yield Covered(tensor, (layer,), (None,), parameter, None, False)
                 elif _only_stacks(converter):  # any other conversion mixes tensors: what is not covered is told
@@ -325,11 +325,13 @@ def _only_stacks(converter: Any) -> bool:
     return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
-def _orders_rows(converter: Any, dimensions: int) -> bool:
-    """Whether a conversion only brings the output rows of one tensor into another order, and may cut it along them."""
+def _keeps_inputs(converter: Any, dimensions: int) -> str:
+    """Whether a conversion leaves each row as it is: it brings them into another `order`, or tensors are `joined`."""
     operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
     row = dimensions - 2
-    return operations in ([("Interleave", row)], [("Interleave", row), ("Chunk", row)])
+    if operations == [("Concatenate", row)]:
+        return "joined"
+    return "order" if operations in ([("Interleave", row)], [("Interleave", row), ("Chunk", row)]) else ""
 
 
 def _below_block(tensor: str) -> str:

@@ -280,7 +280,7 @@ def check_samples(model: Model, network: Network, calibration: Calibration) -> N
         )
     longest = max(map(len, calibration.samples))
     limit = getattr(network.module.config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest > limit:
+    if limit and 0 < limit < longest:
         raise InputError(
             f"{model.folder}: a sample of set {calibration.name!r} has {longest} tokens, the model takes {limit}; "
             f"set lewis.calibrations.{calibration.name}.max_tokens to {limit} or less"

@@ -37,8 +37,9 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         own = _class_of(config)
-        if own.config_class is not type(config):  # the class of the language model alone
-            config = config.get_text_config()
+        text = config.get_text_config()
+        if own.config_class is type(text):  # perhaps the class of the language model alone
+            config = text
         with init_empty_weights(include_buffers=False):
             network = own._from_config(config, dtype=dtype)
         if hasattr(network, "set_experts_implementation"):

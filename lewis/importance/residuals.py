@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
+from lewis.errors import InputError
 from lewis.importance.architecture import Network
 from lewis.importance.streaming import forward
 from lewis.lazy_torch import nn, torch
@@ -35,7 +36,7 @@ def writers(network: Network, places: Collection[str]) -> dict[str, str]:
         seen = contexts.enter_context(_Additions(network, places, contexts))
         try:
             forward(network, torch.zeros(1, 4, dtype=torch.long, device="meta"), [4])
-        except (RuntimeError, NotImplementedError, TypeError) as error:  # operations that need values
+        except (RuntimeError, NotImplementedError, TypeError, InputError) as error:  # operations that need values
             logger.info("%s: the residual stream is not corrected: %s", network.folder, str(error).split("\n")[0])
             return {}
         return seen.found()

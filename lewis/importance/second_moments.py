@@ -104,7 +104,7 @@ class SecondMoments:
 
     def _of_module(self, parameter: str) -> Any:
         def collect(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if self._paused:
+            if self._paused or not inputs or inputs[0] is None:  # without tensors: nothing went in (Voxtral's audio)
                 return
             if inputs[0] is not self._last[0]:  # q, k and v see the same tensor: square it once
                 self._last = (inputs[0], *self._squares(parameter, inputs[0]))

@@ -9,7 +9,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Network
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
@@ -181,9 +181,27 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     A model that never looks ahead needs no mask for padding on the right.
 
     Args:
+        network: whose parameters are read when they are needed.
         ids: token ids, int64 (samples, width).
         lengths: of the samples, without padding.
+
+    Raises:
+        InputError: if the model does not run on text alone.
     """
+    try:
+        _forward(network, ids, lengths)
+    except LewisError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # of the model's own code
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{network.folder}: {type(network.module).__name__} does not run on text alone ({type(error).__name__}: "
+            f"{reason}); use lewis.density.strategy uniform or depth_gradient, which run no model, or leave the lewis "
+            "block out"
+        ) from error
+
+
+def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     module = network.module
     mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
     if not network.encodes:

@@ -93,6 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _QWEN,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds_dim": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
     "step3p7": {"text_config.sliding_window": 4},
 }
 

@@ -1,0 +1,57 @@
+"""What is told of a model that is not all covered, and what covers one that no class is known of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lewis.errors import InputError
+from lewis.importance.by_name import covered_tensors
+from lewis.importance.calibration import Calibration
+from lewis.importance.measure import measure
+from lewis.importance.uncovered import told
+from lewis.models.checkpoint import Checkpoint
+from tests.support.models import write_tensors
+from tests.support.tiny_architectures import tiny
+
+TEXT = Calibration("text", ((3, 4, 5), (6, 7)))
+
+
+def test_a_vision_tower_is_told_as_one(tmp_path: Path) -> None:
+    tiny("llava").save_pretrained(tmp_path)
+    covered, left = covered_tensors(tmp_path, Checkpoint(tmp_path, "key").shapes, measured=True)
+    assert {each.tensor.split(".")[0] for each in covered} == {"language_model"}
+    assert any(name.startswith("vision_tower") for name in left) and sum(left.values()) > 0.3
+    assert "% of the parameters" in told(left)
+
+
+def test_a_weight_that_is_used_in_another_way_is_not_said_to_get_no_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny("falcon_mamba").save_pretrained(tmp_path)
+    measured = measure(Checkpoint(tmp_path, "key"), TEXT)
+    assert measured.norms["backbone.layers.0.mixer.dt_proj.weight"] is None
+    assert "are not run as modules" in caplog.text and "no token" not in caplog.text
+
+
+def test_a_model_that_wants_more_than_text_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    tiny("pix2struct").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"does not run on text alone \(ValueError: .*\); use lewis.density.strategy"):
+        measure(Checkpoint(tmp_path, "key"), TEXT)
+
+
+class TestByName:
+    def test_needs_no_class_where_no_model_is_run(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        tensors = {"layers.0.a.weight": torch.ones(2, 3), "layers.1.a.weight": torch.ones(2, 3)}
+        others = {"layers.0.norm.weight": torch.ones(3), "embed.weight": torch.ones(4, 3)}
+        write_tensors(tmp_path, tensors | others, model_type="own", auto_map={"AutoConfig": "own.Own"})
+        shapes = Checkpoint(tmp_path, "key").shapes
+        covered, left = covered_tensors(tmp_path, shapes, measured=False)
+        layers = [layer for each in covered for layer in each.layers]
+        assert [(layer.tensor, layer.index, layer.projection) for layer in layers] == [
+            ("layers.0.a.weight", 0, "a"),
+            ("layers.1.a.weight", 1, "a"),
+        ]
+        assert not left and "no pass is needed: the 2 matrices" in caplog.text
+        with pytest.raises(InputError, match="needs code that comes with it"):
+            covered_tensors(tmp_path, shapes, measured=True)
