@@ -7,7 +7,6 @@ module (also GPT-2's `Conv1D`, which stores in x out) or a parameter of three di
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.importance.fused import Rows, parts_of
+from lewis.importance.layouts import below_block, keeps_inputs, only_stacks, stacked_in, stored_in_out, weights
 from lewis.importance.model_class import build, lists_of_blocks, text_tower
 from lewis.lazy_torch import nn, torch
 from lewis.models.names import short_or_whole
@@ -59,6 +59,7 @@ class Covered:
         parameter: full name of the network's parameter.
         expert: which of the stacked experts the tensor is, None if it is the whole parameter.
         transposed: whether the weight is stored (in, out).
+        stack: how many matrices lie one after another in its rows, if these have inputs of their own; 0 if none do.
     """
 
     tensor: str
@@ -67,6 +68,7 @@ class Covered:
     parameter: str
     expert: int | None
     transposed: bool
+    stack: int = 0
 
 
 class Network:
@@ -231,7 +233,7 @@ class Network:
             for path, block in self.blocks.items()
             for name, module in block.named_modules()
         ]
-        projections = [(p, n, m, w) for p, n, m in found for w in _weights(m)]
+        projections = [(p, n, m, w) for p, n, m in found for w in weights(m)]
         kinds = {path.rpartition(".")[0] for path, *_ in projections}
         split = self._split(found)
         for path, name, module, weight in projections:
@@ -241,19 +243,23 @@ class Network:
                 prefix = f"{kind}."
             for tensor, pattern in self._sources.get(parameter, []):
                 shape, place = tensors[tensor], int(index)
+                if pattern is None and (count := stacked_in(module).get(weight)):
+                    layer = Layer(tensor, place, prefix + below, int(torch.Size(shape).numel()))
+                    yield Covered(tensor, (layer,), (None,), parameter, None, weight == "w2", count)
+                    continue
                 if pattern is None:
                     yield _covered(tensor, shape, place, prefix + below, parameter, None, module, self.module.config)
                     continue
-                converter, projection = self._converters[parameter], prefix + _below_block(tensor)
+                converter, projection = self._converters[parameter], prefix + below_block(tensor)
                 first = parameter == self._firsts[parameter]
                 if tensor in split:
                     if first:
                         yield self._covered_split(tensor, shape, place, projection, split[tensor])
-                elif kept := _keeps_inputs(converter, self._state[parameter].dim()):
+                elif kept := keeps_inputs(converter, self._state[parameter].dim()):
                     if first or kept == "joined":
                         layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
                         yield Covered(tensor, (layer,), (None,), parameter, None, False)
-                elif _only_stacks(converter):  # any other conversion mixes tensors: what is not covered is told
+                elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is told
                     stack = [each for each, of in self._sources[parameter] if of == pattern]
                     expert = stack.index(tensor)
                     yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)
@@ -290,7 +296,7 @@ def _covered(
     module: nn.Module,
     config: Any,
 ) -> Covered:
-    transposed = type(module).__name__ == "Conv1D" or (expert is None and _stored_in_out(module))
+    transposed = type(module).__name__ == "Conv1D" or (expert is None and stored_in_out(module))
     outputs = shape[-1] if transposed else shape[-2]
     size = int(torch.Size(shape).numel())
     parts = parts_of(parameter, outputs, config) if expert is None else {}
@@ -300,43 +306,6 @@ def _covered(
         Layer(tensor, index, f"{projection}.{part}", size // outputs * rows.count, part) for part, rows in parts.items()
     )
     return Covered(tensor, layers, tuple(parts.values()), parameter, expert, transposed)
-
-
-def _stored_in_out(module: nn.Module) -> bool:
-    """Whether stacked experts are stored as (experts, in, out): told by the module, or by their shapes (Llama 4)."""
-    stacks = {name: value.shape for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
-    up, down = (next((stacks[name] for name in stacks if part in name), None) for part in ("gate_up", "down"))
-    by_shape = up is not None and down is not None and up[-1] == 2 * down[-2]
-    return by_shape or bool(getattr(module, "is_transposed", False))
-
-
-def _weights(module: nn.Module) -> list[str]:
-    """The weights of a module that multiply its inputs."""
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return ["weight"]
-    if isinstance(module, nn.Conv1d):  # of Mamba: three dimensions, but no stack
-        return []
-    return [name for name, value in module.named_parameters(recurse=False) if value.dim() == 3]
-
-
-def _only_stacks(converter: Any) -> bool:
-    """Whether a conversion only stacks experts, in the order of their tensors (and their gate upon their up)."""
-    operations = [type(each).__name__ for each in converter.operations]
-    return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
-
-
-def _keeps_inputs(converter: Any, dimensions: int) -> str:
-    """Whether a conversion leaves each row as it is: it brings them into another `order`, or tensors are `joined`."""
-    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
-    row = dimensions - 2
-    if operations == [("Concatenate", row)]:
-        return "joined"
-    return "order" if operations in ([("Interleave", row)], [("Interleave", row), ("Chunk", row)]) else ""
-
-
-def _below_block(tensor: str) -> str:
-    """What a tensor is called in its block: what follows the first number."""
-    return re.sub(r"^.*?(?:^|\.)\d+\.", "", tensor, count=1).removesuffix(".weight")
 
 
 def _conversions(network: Any) -> tuple[list[Any], list[Any]]:

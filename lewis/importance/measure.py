@@ -173,14 +173,16 @@ def norms(
                 continue
             factor = calibration.tokens / len(calibration.samples) if reduce == "sum" else 1.0
             s = _beside_weights(own * factor, covered).to(torch.float32)
-            weights = model.read(covered.tensor).to(torch.float32) if weights is None else weights
+            weights = _read(model, covered) if weights is None else weights
             for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
                 norm = float(cost) ** 0.5
-                if reduce == "sum" and covered.rows == (None,):
+                if reduce == "sum" and covered.rows == (None,) and not covered.stack:
                     norm = float(torch.norm(weights.abs() * s.sqrt()))
                 if not norm < float("inf"):
                     raise _damaged(model, covered.tensor, s, weights)
                 measured.norms[layer.key] = norm
+            if covered.stack:  # as wide as the weights: only norms, which need no more than this
+                continue
             fired = s.isnan().logical_not()  # a stacked expert that no token reached gets the mean of the others
             measured.moments[covered.tensor] = torch.where(fired, s, s[fired].mean())
     for calibration, measured in zip(calibrations, found, strict=True):
@@ -188,9 +190,15 @@ def norms(
     return found
 
 
+def _read(model: Model, covered: Covered) -> torch.Tensor:
+    """A tensor in fp32; matrices that lie one after another in its rows are stacked."""
+    value = model.read(covered.tensor).to(torch.float32)
+    return value.unflatten(0, (covered.stack, -1)) if covered.stack else value
+
+
 def _tell_of_silent(model: Model, network: Network, calibration: Calibration, measured: Measured) -> None:
     """Log what has no moments: experts that got no token, and projections whose modules were never run."""
-    silent = [covered for covered in network.covered if covered.tensor not in measured.moments]
+    silent = [each for each in network.covered if all(measured.norms[layer.key] is None for layer in each.layers)]
     experts = [each.tensor for each in silent if each.expert is not None or ".experts." in each.parameter]
     others = [each.tensor for each in silent if each.tensor not in experts]
     if experts:

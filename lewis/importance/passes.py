@@ -88,7 +88,7 @@ class Watched(ExitStack):
         for path, block in network.blocks.items():
             self.callback(block.register_forward_pre_hook(partial(_wait, path)).remove)
         stacked: dict[nn.Module, list[str]] = {}
-        for parameter in dict.fromkeys(covered.parameter for covered in network.covered):
+        for parameter in dict.fromkeys(covered.parameter for covered in network.covered if not covered.stack):
             path, _, name = parameter.rpartition(".")
             module = network.module.get_submodule(path)
             if getattr(module, name).dim() == 3:

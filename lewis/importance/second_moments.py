@@ -48,11 +48,12 @@ class SecondMoments:
 
     def __enter__(self) -> "SecondMoments":
         stacked: dict[nn.Module, list[str]] = {}
+        self._flat = {covered.parameter: covered.stack for covered in self._network.covered if covered.stack}
         for parameter in dict.fromkeys(covered.parameter for covered in self._network.covered):
             path, _, name = parameter.rpartition(".")
             module = self._network.module.get_submodule(path)
             weight = getattr(module, name)
-            if weight.dim() == 3:
+            if weight.dim() == 3 or parameter in self._flat:
                 stacked.setdefault(module, []).append(parameter)
             else:
                 hook = module.register_forward_pre_hook(self._of_module(parameter))
@@ -141,7 +142,9 @@ class SecondMoments:
                 stack = getattr(module, name.rpartition(".")[2])
                 self._stacks[stack.untyped_storage().data_ptr()] = name
                 if name not in self.counts:
-                    self.counts[name] = torch.zeros(stack.shape[0], dtype=torch.float64, device=self._device)
+                    self.counts[name] = torch.zeros(
+                        self._flat.get(name, stack.shape[0]), dtype=torch.float64, device=self._device
+                    )
             mode.__enter__()
             hidden, mask = inputs[0], self._mask
             if self._padded and hidden.shape[:-1].numel() == mask.numel():

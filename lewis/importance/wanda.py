@@ -32,10 +32,10 @@ class PruneAfter:
         if not self._ratio:
             return self
         whole = self._network.unconverted
-        if any(whole.get(covered.tensor) != covered.parameter for covered in self._network.covered):
+        if any(covered.stack or whole.get(covered.tensor) != covered.parameter for covered in self._network.covered):
             raise InputError(
-                "lewis.importance.prune_ratio: stacked experts, and tensors that transformers cuts into several, "
-                "cannot be pruned in the pass; set it to 0"
+                "lewis.importance.prune_ratio: stacked experts cannot be pruned in the pass, nor tensors that "
+                "transformers cuts or joins; set it to 0"
             )
         if _adds_positions_to_heads(self._network.module.config):
             raise InputError(

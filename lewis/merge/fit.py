@@ -196,6 +196,6 @@ def in_order(network: Network) -> list[Covered]:
         path, _, name = each.parameter.rpartition(".")
         alone = len(network.same(each.parameter)) == 1 and ".experts." not in each.parameter
         whole = network.unconverted.get(each.tensor) == each.parameter
-        if whole and alone and getattr(network.module.get_submodule(path), name).dim() == 2:
+        if whole and alone and not each.stack and getattr(network.module.get_submodule(path), name).dim() == 2:
             found.append(each)
     return found

@@ -110,7 +110,7 @@ def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
     """Path of a block -> its tensors that can be fitted, with their parts; not those that several blocks share."""
     found = dict[str, Group]()
     for each in network.covered:
-        if not merge.merges(each.tensor) or len(network.same(each.parameter)) > 1:
+        if each.stack or not merge.merges(each.tensor) or len(network.same(each.parameter)) > 1:
             continue
         stacked = len(network.empty(each.parameter).shape) == 3 and each.expert is None
         count = network.empty(each.parameter).shape[0]

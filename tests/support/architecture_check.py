@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lewis.allocation.densities import allocate
 from lewis.allocation.evidence import norm_difference
-from lewis.importance.architecture import Network
+from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure, network_of
 from lewis.importance.measured import Measured
@@ -116,7 +116,7 @@ def check(kind: str, folder: Path) -> Checked:
     alone.run(folder / "alone")
     _check_bytes(experts[0], folder / "alone")
     sizes = {name: info.elements for name, info in base.tensors.items()}
-    reached = [each for each in network.covered if each.tensor in own.moments or each.expert is not None]
+    reached = [each for each in network.covered if each.tensor in own.moments or each.stack or each.expert is not None]
     share = sum(layer.parameters for each in reached for layer in each.layers)
     network.covered = tuple(reached)
     return Checked(share / max(_in_blocks(network), 1), share / sum(sizes.values()), _left(network), compared)
@@ -169,6 +169,9 @@ def _check_moments(kind: Any, folder: Path, network: Network, measured: Measured
         seen = {place: (squares, tokens) for place, (squares, tokens) in seen.items() if tokens}
         if covered.expert is not None and covered.expert not in seen:
             seen = {}
+        if covered.stack:
+            compared += _check_norm(folder, covered, seen, measured)
+            continue
         if covered.tensor not in measured.moments:
             stacked = covered.expert is not None or ".experts." in covered.parameter
             assert not (seen and stacked), f"{covered.tensor}: tokens reach it, but it has no moments"
@@ -182,6 +185,14 @@ def _check_moments(kind: Any, folder: Path, network: Network, measured: Measured
             assert worst < 1e-4, f"{covered.tensor}: second moments are off by {worst:.1e}"
         compared += 1
     return compared
+
+
+def _check_norm(folder: Path, covered: Covered, seen: Any, measured: Measured) -> int:
+    weights = Checkpoint(folder, "key").read(covered.tensor).double().unflatten(0, (covered.stack, -1))
+    squares = [(weights[e].mT if covered.transposed else weights[e]).square() @ (s / n) for e, (s, n) in seen.items()]
+    found = measured.norms[covered.layers[0].key]
+    assert found is not None and abs(found / float(torch.stack(squares).sum().sqrt()) - 1) < 1e-5, covered.tensor
+    return 1
 
 
 def _check_reload(kind: Any, folder: Path) -> None:
