@@ -33,7 +33,8 @@ def stacked_in(module: nn.Module) -> dict[str, int]:
     """
     experts = getattr(module, "moe_num_experts", 0)
     if isinstance(module, nn.Linear):
-        return {"weight": module.n_groups} if hasattr(module, "n_groups") else {}
+        groups = getattr(module, "n_groups", 0)
+        return {"weight": groups} if groups else {}
     matrices = [name for name, value in module.named_parameters(recurse=False) if value.dim() == 2]
     return dict.fromkeys(matrices, experts) if experts else {}
 

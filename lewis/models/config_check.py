@@ -26,8 +26,8 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
     """
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))
-    spare = {count + 1 for count in stated}  # Moshi: a token that begins each text, after those that count
-    if rows and stated and not (stated | spare) & set(rows.values()):
+    beyond = {count + 1 for count in stated}  # Moshi: a token that begins each text, after those that count
+    if rows and stated and not (stated | beyond) & set(rows.values()):
         name, count = next(iter(rows.items()))
         raise InputError(
             f"{folder}: config.json says vocab_size {_listed(stated)}, but {name!r} has {count} rows; "
