@@ -14,6 +14,7 @@ from lewis.evaluation.step import ScoresEntry, eval_settings
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
+from lewis.reports.verdict_line import verdict_line
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide
@@ -26,6 +27,7 @@ from lewis_tasks.publish import check_publish, publish
 from lewis_tasks.register import find_champion, gate, promote, register
 from lewis_tasks.report import name_run, report_run, report_scores
 from lewis_tasks.resolve import settle
+from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
@@ -74,8 +76,9 @@ def merge_flow(
 ) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
-    The run ends as `Cached` if nothing was left to do. It ends as `Skipped`, without a report, if a deployment started
-    it and another run of the recipe waits for its turn already.
+    The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; or as `Cached`
+    if nothing was left to do. It ends as `Skipped`, without a report, if a deployment started it and another run of the
+    recipe waits for its turn already. Its tags name the recipe, what started it, and the verdict.
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
@@ -85,8 +88,10 @@ def merge_flow(
     choose.check()
     deployed = deployment.id is not None
     path = recipes_folder.find(recipe, paths=not deployed)
+    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
     with turn(path, str(flow_run.id), skip=deployed) as ours:
         if not ours:
+            run_tags.tag(verdict="skipped")
             return Completed(
                 name="Skipped", message=f"a run of {path.stem} waits already and will find the newest state"
             )
@@ -94,14 +99,15 @@ def merge_flow(
         plan = load(path, overrides or [])
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)
-        report, changed = _merge(plan)
-    if changed:
-        return Completed(data=report)
-    return Completed(name="Cached", message=f"{path.stem}: nothing has changed, everything was found done", data=report)
+        report, changed, (name, line) = _merge(plan)
+    if not changed:
+        name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
+    run_tags.tag(verdict=name.lower())
+    return Completed(name=name, message=line, data=report)
 
 
-def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
-    """The DAG; gives its report, and whether anything was computed, registered, promoted or published."""
+def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
+    """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
     # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
     settings = eval_settings(plan) if plan.evaluate else None
@@ -147,7 +153,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         report.scores, report.comparison, report.kept = rows["scores"], rows["comparison"], rows["kept"]
 
     verdict = version = published = None
-    moved = False
+    moved, told = False, ("Completed", "merged; the recipe registers nothing")
     inputs = [known(each) for each in (base, experts, sets, allocated)]
     if plan.register_as:
         verdict = submit(gate, quote(plan), champion, merged, scores)
@@ -157,7 +163,9 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
         before = champion.result() if champion else None
-        moved = report.promoted and (before is None or before.version.uri != report.version)
+        in_use = before.version.uri if before else None
+        moved = report.promoted and in_use != report.version
+        told = verdict_line(report.version, verdict.result(), champion=in_use)
         if plan.publish:
             published = submit(publish, quote(plan), version, merged, wait_for=[promoted])
             published.wait()  # raise its error after the report
@@ -171,17 +179,17 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool]:
     facts = [known(each) for each in (merged, champion, scores, verdict)]
     there = published.result() if published and published.state.is_completed() else None
     url = there.url if there else None
-    told = submit(
+    written = submit(
         report_run, quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
     )
     diagnosed.wait()  # like the report's, its error is shown by the UI
-    told.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
+    written.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
     if published:
         result_of(published)
         report.published = url
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     computed = any(future.state.name != "Cached" for future in results if future)
-    return report, computed or report.created or moved or bool(there and there.new)
+    return report, computed or report.created or moved or bool(there and there.new), told
 
 
 def _models_to_score(

@@ -29,6 +29,7 @@ from lewis_flows.submit import finish, submit
 from lewis_flows.turn import turn
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
+from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.failures import result_of, says_why
 
@@ -82,6 +83,7 @@ def search_flow(
     choose.check()
     deployed = deployment.id is not None
     path = recipes_folder.find(recipe, paths=not deployed)
+    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])

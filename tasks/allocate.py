@@ -14,6 +14,7 @@ from lewis_tasks.support.caching import cached
 
 @task(
     name="allocate",
+    task_run_name="allocate",
     timeout_seconds=1800,
     **cached("blocks", "base", "experts", "measured", version=densities.SEMANTICS),
 )

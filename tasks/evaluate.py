@@ -15,7 +15,7 @@ from lewis_tasks.support.caching import Progress, cached, computing_in
 from lewis_tasks.support.device_slot import device_slot
 
 
-@task(name="check-tasks", cache_policy=NO_CACHE, timeout_seconds=600)
+@task(name="check-tasks", task_run_name="check tasks", cache_policy=NO_CACHE, timeout_seconds=600)
 def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path) -> str:
     """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
 

@@ -20,7 +20,7 @@ from lewis_tasks.support.caching import RETRIES, Progress, cached, slug
 logger = logging.getLogger(__name__)
 
 
-@task(name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
+@task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
     compatible.preflight(recipe, base, experts)
@@ -28,7 +28,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
         logger.warning(finding.to_text())
 
 
-@task(name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
+@task(name="inspect", task_run_name="inspect", cache_policy=NO_CACHE, timeout_seconds=1800)
 def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) -> int:
     """Check what headers and configs tell, and the space; gives the number of covered layers, 0 for a plain merge."""
     prepared = prepare_merge(recipe, base, experts)

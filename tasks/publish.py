@@ -16,7 +16,7 @@ from lewis_tasks.support.caching import RETRIES, slug
 logger = logging.getLogger(__name__)
 
 
-@task(name="check-publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+@task(name="check-publish", task_run_name="check publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def check_publish(recipe: Recipe) -> None:
     """Check, before any work, that the Hub will let us publish."""
     assert recipe.publish is not None
@@ -24,7 +24,7 @@ def check_publish(recipe: Recipe) -> None:
     publishing.check(recipe.publish.repo, recipe.publish.private)
 
 
-@task(name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def publish(recipe: Recipe, version: Version, merged: MergedModel) -> Published | None:
     """Push the champion to the recipe's repo, with the commit in the version's tags; tells where it is.
 

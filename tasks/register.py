@@ -23,14 +23,14 @@ from lewis_tasks.support.caching import RETRIES, slug
 logger = logging.getLogger(__name__)
 
 
-@task(name="find-champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+@task(name="find-champion", task_run_name="find champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def find_champion(name: str, to_score: bool) -> Champion | None:
     """The version in use; its files are brought to this disk if it will be scored."""
     current = versions.champion(name)
     return versions.fetch(current) if current and to_score else current
 
 
-@task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
 def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
     """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
@@ -46,7 +46,7 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
 
 
 # Not cached: MLflow itself knows whether this merge is registered already.
-@task(name="register", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def register(
     recipe: Recipe,
     base: ModelFiles | None,
@@ -66,7 +66,7 @@ def register(
     return version
 
 
-@task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+@task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; return whether the version is the champion now."""
     about = {"recipe": recipe.name, "digest": merged.digest, "flow_run": str(flow_run.current.id or "")}

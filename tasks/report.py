@@ -28,7 +28,7 @@ from lewis_tasks.support import flow_run
 from lewis_tasks.support.caching import RETRIES, slug
 
 
-@task(name="report-densities", cache_policy=NO_CACHE, timeout_seconds=600)
+@task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
     """The density heat map and the importance table."""
     means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
@@ -46,7 +46,7 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
         )
 
 
-@task(name="report-scores", cache_policy=NO_CACHE, timeout_seconds=600)
+@task(name="report-scores", task_run_name="report scores", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
     """The score table, the comparison document by document, what is kept of the experts' gains, and a picture.
 
@@ -81,13 +81,13 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
     return found
 
 
-@task(name="name-run", cache_policy=NO_CACHE, timeout_seconds=60)
+@task(name="name-run", task_run_name="name run", cache_policy=NO_CACHE, timeout_seconds=60)
 def name_run(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Name the flow run by the commits that it merges; its report adds the digest."""
     flow_run.rename(flow_run.run_name(recipe.name, [source.key for source in _models(base, experts)]))
 
 
-@task(name="report-run", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+@task(name="report-run", task_run_name="report run", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def report_run(
     recipe: Recipe,
     base: ModelFiles | None,

@@ -23,7 +23,7 @@ def resolve(recipe: Recipe, ref: str, base: Source | None = None) -> Source:
     return models.pin(ref, recipe.root, base)
 
 
-@task(name="settle", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
+@task(name="settle", task_run_name="settle", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
 def settle(recipe: Recipe, seconds: float) -> None:
     """Wait until no model of the recipe has moved for `seconds`, so that a burst of releases is merged once."""
     seen, began = None, time.monotonic()

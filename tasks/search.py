@@ -45,7 +45,7 @@ def score_trial(
         )
 
 
-@task(name="record-search", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+@task(name="record-search", task_run_name="record search", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def record_search(
     recipe: Recipe, digest: str, objectives: list[Objective], trials: list[Trial], front: list[Trial], ended: bool
 ) -> str:
@@ -65,7 +65,7 @@ def record_search(
     return runs.record(recipe, digest, objectives, trials, files=files, tags=tags)
 
 
-@task(name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
+@task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
     """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
     rows = comparison_rows(scored(recipe, {"default": default, "searched": best}))

@@ -9,7 +9,7 @@ from lewis.registry import verification
 from lewis_tasks.support.caching import RETRIES
 
 
-@task(name="verify", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
+@task(name="verify", task_run_name="verify", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
 def verify() -> int:
     """Read every entry and version again, whatever is remembered, and show what is damaged; gives how many are whole.
 

@@ -110,7 +110,7 @@ def test_the_service_merges_what_is_put_into_the_folder_that_it_made(service: Se
     (service.recipes / "tiny.yaml").write_text(RECIPE)
     service.start_run("merge/merge-nightly", recipe="tiny")
     [merge] = service.finished("tiny", 1, 300)
-    assert merge["state_name"] == "Completed", service.log.read_text()
+    assert merge["state_name"] == "Promoted", service.log.read_text()
     assert len(service.versions("tiny")) == 1
 
 

@@ -104,13 +104,13 @@ COMMANDS = (
         (name, as_json),
         writes=False,
     ),
-    Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why)),
-    Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why)),
+    Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why, as_json)),
+    Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why, as_json)),
     Command(
         "deploy",
         service.deploy,
         "put pool, limit, deployments and automations on a Prefect server",
-        (prefect_file,),
+        (prefect_file, as_json),
     ),
 )
 """All commands, in the order of the help."""
@@ -150,10 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Version(argparse.Action):
+    """`--version`: looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"lewis {version('lewis-merge')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lewis", description="Keep a merged LLM up to date: merge, score, register and promote, as a Prefect DAG."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="tell the version of LEWIS and end")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         its = parsers.add_parser(command.name, help=command.words, description=command.words)

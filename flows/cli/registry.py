@@ -37,7 +37,10 @@ def promote(options: argparse.Namespace) -> None:
         raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {options.version!r}")
     before = promotion.promote_by_hand(name, number, options.why)
     _tell()
-    print(f"models:/{name}/{number} is the champion" + (f" in place of {before}" if before else ""))
+    if options.json:
+        print(json.dumps({"champion": f"models:/{name}/{number}", "before": before or None}, indent=2))
+    else:
+        print(f"models:/{name}/{number} is the champion" + (f" in place of {before}" if before else ""))
 
 
 def rollback(options: argparse.Namespace) -> None:
@@ -46,7 +49,10 @@ def rollback(options: argparse.Namespace) -> None:
 
     champion = promotion.rollback(options.name, options.why)
     _tell()
-    print(f"{champion} is the champion again")
+    if options.json:
+        print(json.dumps({"champion": champion}, indent=2))
+    else:
+        print(f"{champion} is the champion again")
 
 
 def _tell() -> None:

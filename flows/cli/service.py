@@ -44,6 +44,9 @@ def deploy(options: argparse.Namespace) -> None:
         from lewis_flows.service import deploy
 
         recipes = deploy.deploy(options.prefect_file or deploy.PREFECT_YAML)
+    if options.json:
+        print(json.dumps({"server": redacted(url), "recipes": recipes}, indent=2, ensure_ascii=False))
+        return
     print(f"deployed to {redacted(url)}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
 
 

@@ -56,4 +56,4 @@ class Deployed:
     def _deploy(self, recipes: list[str]) -> None:
         deploy.deploy(self._file, recipes)
         self._recipes = recipes
-        self._say(f"recipes in {recipes_folder.folder()} that can run: {', '.join(recipes) or 'none'}")
+        self._say(f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")

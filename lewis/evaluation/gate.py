@@ -20,11 +20,13 @@ class Verdict:
         reasons: one line per rule, `rule: number: pass` or `fail`.
         compared_with: the `uri` of the champion, or any other text if there was none. `promotion.promote` checks that
             the champion is still the same.
+        numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
     """
 
     passed: bool
     reasons: tuple[str, ...]
     compared_with: str
+    numbers: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def decide(
             hint = nearest(gate.metric, model.by_name) if model.by_name else "; there are no scores"
             raise InputError(f"register.gate.metric: expected a score of {who}, got {gate.metric!r}{hint}")
     found = rules.apply(gate, candidate, reference, base, limit)
-    return Verdict(all(rule.passed for rule in found), tuple(map(str, found)), compared_with)
+    ours, theirs = candidate.by_name[gate.metric].value, reference.by_name[gate.metric].value
+    numbers = f"{gate.metric} {ours:.4g} vs {theirs:.4g}"
+    return Verdict(all(rule.passed for rule in found), tuple(map(str, found)), compared_with, numbers)
 
 
 def _best(metric: str, parents: Mapping[str, Scored]) -> Scored:

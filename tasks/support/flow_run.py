@@ -32,6 +32,26 @@ def rename(name: str) -> None:
         logger.warning("the run keeps its name: Prefect did not take %r (%s)", name, error)
 
 
+def tag(**values: str) -> None:
+    """Add tags such as `recipe:tiny` to the flow run, by which people filter; a failure is logged, not raised."""
+    try:
+        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+        with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
+            known = client.read_flow_run(UUID(str(current.id))).tags
+            new = [f"{kind}:{value}" for kind, value in values.items()]
+            client.update_flow_run(UUID(str(current.id)), tags=[*dict.fromkeys([*known, *new])])
+    except Exception as error:
+        logger.warning("the run gets no tags: Prefect did not take %s (%s)", values, error)
+
+
+def trigger(run: FlowRun) -> str:
+    """What started a run, in a word: `search`, `schedule`, `release` or `hand`; `why` has the sentence."""
+    if run.parent_task_run_id:
+        return "search"
+    kind = run.created_by.type if run.created_by else None
+    return {"SCHEDULE": "schedule", "AUTOMATION": "release"}.get(str(kind), "hand")
+
+
 def run_name(recipe: str, keys: Sequence[str], digest: str = "") -> str:
     """`merge tiny 5c1f0a2b (3f2a91c0+8d01b2e4)`: the recipe, the digest once it is known, base and experts.
 

@@ -66,7 +66,7 @@ def event(root: Path) -> list[bool]:
                 committed = time.time()
                 hub.commit("org/moving", released)
                 run = service.finished("tiny", number)[-1]
-                assert run["state_name"] == "Completed", run["state"]["message"]
+                assert run["state_name"] == "Promoted", run["state"]["message"]
                 to_run.append(seconds(run, "created") - committed)
                 to_start.append(seconds(run) - committed)
     heading(f"event to start: {RELEASES} releases, one after the other")

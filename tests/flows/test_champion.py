@@ -107,11 +107,16 @@ def states(prefect_url: str, task: str) -> set[str]:
 
 def newest_run(prefect_url: str) -> str:
     """The state that the UI shows for the newest flow run that has ended."""
+    return str(newest_ended(prefect_url)["state_name"])
+
+
+def newest_ended(prefect_url: str) -> dict[str, Any]:
+    """The newest flow run that has ended, as the server knows it."""
     body = json.dumps({"sort": "END_TIME_DESC", "limit": 1}).encode()
     headers = {"content-type": "application/json", **credentials()}
     request = urllib.request.Request(f"{prefect_url}/flow_runs/filter", body, headers)
     with urllib.request.urlopen(request, timeout=10) as answer:
-        return str(json.load(answer)[0]["state_name"])
+        return dict(json.load(answer)[0])
 
 
 def test_only_a_better_model_becomes_champion(
@@ -128,6 +133,13 @@ def test_only_a_better_model_becomes_champion(
     worse = run("noise")
     assert worse.version == "models:/tiny/2" and worse.created and not worse.promoted
     assert aliases(home) == {"champion": "1", "challenger": "2"} and versions(home) == {"1": "passed", "2": "failed"}
+    told = newest_ended(prefect_url)
+    assert told["state_name"] == "Rejected" and told["state_type"] == "COMPLETED"
+    assert (
+        told["state"]["message"].startswith("v2: words/acc,none ") and " vs 0.5; words/acc" in told["state"]["message"]
+    )
+    assert {"recipe:tiny", "trigger:hand", "verdict:rejected"} <= set(told["tags"])
+    assert states(prefect_url, "gate") and states(prefect_url, "register")  # by names that a person reads
     assert states(prefect_url, "evaluate champion") == {"Cached"}  # it was the merged model of the first run
 
     better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)
@@ -138,7 +150,9 @@ def test_only_a_better_model_becomes_champion(
 
     healed = run("good")
     assert healed.version == "models:/tiny/3" and healed.promoted and not healed.created
-    assert newest_run(prefect_url) == "Completed"  # not Cached: there is a new champion
+    told = newest_ended(prefect_url)
+    assert told["state_name"] == "Promoted"  # not Cached: there is a new champion
+    assert told["state"]["message"] == "v3: words/acc,none 1 vs 0.5; in place of v1"
     assert versions(home) == {"1": "passed", "2": "failed", "3": "passed"}
     assert aliases(home) == {"champion": "3", "previous": "1", "challenger": "2"}
 
@@ -173,7 +187,7 @@ def test_a_flipped_bit_never_becomes_champion(
     assert {path: path.read_bytes() for path in before} == before
     assert (again.digest, again.version, again.promoted) == (first.digest, "models:/tiny/2", True)
     assert aliases(home) == {"champion": "2"} and versions(home) == {"1": "passed", "2": "passed"}
-    assert newest_run(prefect_url) == "Completed"  # not Cached
+    assert newest_run(prefect_url) == "Promoted"  # not Cached
     (aside,) = (home / "quarantine").iterdir()
     assert (aside / "model.safetensors").read_bytes() != before[weights]
 

@@ -81,7 +81,7 @@ def test_the_story_of_two_runs(
     assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "## Scores" not in text
     assert "**no findings: these models can be merged**" in artifact(client, own, "inspection")
     [run] = runs(client, own)
-    assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Completed"
+    assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Promoted"
 
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")

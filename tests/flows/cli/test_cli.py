@@ -53,6 +53,12 @@ sys.exit(main(["history", "m", *sys.argv[1:]]))
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"lewis \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def test_ctrl_c_is_how_one_stops_the_service(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

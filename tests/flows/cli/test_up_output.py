@@ -7,7 +7,7 @@ import pytest
 from lewis_flows.cli.up_output import Output
 
 LINES = {
-    "lewis": ["recipes in /r that can run: tiny"],
+    "lewis": ["recipes in /r: tiny"],
     "webhook": ["2026-11-26 18:44:57,205 127.0.0.1 POST /webhook 202 accepted org/math 1a2b for tiny (9 ms)"],
     "prefect": ["Check out the dashboard at http://127.0.0.1:4200"],
     "mlflow": [

@@ -124,7 +124,7 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     sha = release(service, "scored", family)
     run = service.finished("scored", 1, 180)[-1]
     assert seconds(run) - committed < 15
-    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert run["state_name"] == "Promoted", run["state"]["message"]
     assert merged_from(service, "scored") == [sha]
     (version,) = service.versions("scored")
     assert version.aliases == ["champion"] and version.tags["lewis.verdict"] == "passed"
@@ -146,7 +146,7 @@ def test_five_commits_in_ten_seconds_are_one_merge_of_the_newest(service: Servic
         began = time.monotonic()
         sha = release(service, "burst", family, seed)
         time.sleep(max(0, 2.2 - (time.monotonic() - began)))
-    assert [run["state_name"] for run in service.finished("burst", 1)] == ["Completed"]
+    assert [run["state_name"] for run in service.finished("burst", 1)] == ["Promoted"]
     assert merged_from(service, "burst") == [sha]
 
 
@@ -173,13 +173,13 @@ def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
     minute, hour = map(int, named["once"]["schedule"]["cron"].split()[:2])
     began = datetime.fromtimestamp(seconds(run) + 1, ZoneInfo("Europe/Berlin"))  # Prefect begins a moment early
     assert (began.hour, began.minute) == (hour, minute) and began.second < 16
-    assert run["state_name"] == "Completed" and len(merged_from(service, "cron")) == 1
+    assert run["state_name"] == "Promoted" and len(merged_from(service, "cron")) == 1
 
 
 def test_a_recipe_that_is_dropped_in_is_picked_up(service: Service, family: Family) -> None:
     add_recipe(service, "late", "late")
     sha = release(service, "late", family)
-    assert service.finished("late", 1)[0]["state_name"] == "Completed"
+    assert service.finished("late", 1)[0]["state_name"] == "Promoted"
     assert merged_from(service, "late") == [sha]
     assert "late" in nightly(service)
     recipe = service.recipes / "late.yaml"
@@ -201,7 +201,7 @@ def nightly(service: Service) -> set[str]:
 def test_two_recipes_that_share_an_expert_measure_it_once(service: Service, family: Family) -> None:
     release(service, "shared", family)
     for name in ("one", "two"):
-        assert service.finished(name, 1)[-1]["state_name"] == "Completed"
+        assert service.finished(name, 1)[-1]["state_name"] == "Promoted"
     measured = [json.loads(path.read_text())["ref"] for path in (service.home / "importance").glob("*.json")]
     assert measured.count("org/shared") == 1
 
@@ -213,7 +213,7 @@ def test_a_run_outlives_a_server_that_is_killed_and_started_again(service: Servi
         os.kill(service.part("prefect_app"), signal.SIGKILL)
         service.until(lambda: not service.answers(), 10)
         service.until(service.answers, 60)
-    assert service.finished("restarted", 1, 120)[0]["state_name"] == "Completed"
+    assert service.finished("restarted", 1, 120)[0]["state_name"] == "Promoted"
     assert merged_from(service, "restarted") == [sha]
 
 
@@ -233,7 +233,7 @@ def test_a_worker_killed_in_a_merge_is_not_running_for_long_and_the_next_run_goe
 
     service.poll("killed")  # nobody else would know
     run = service.finished("killed", 2)[-1]
-    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert run["state_name"] == "Promoted", run["state"]["message"]
     assert merged_from(service, "killed") == [sha]
 
 
@@ -244,7 +244,7 @@ def test_a_stumbling_hub_gives_the_right_model(service: Service, family: Family)
         released[name] = release(service, name, family)
     for name, sha in released.items():
         run = service.finished(name, 1, 240)[-1]
-        assert run["state_name"] == "Completed", run["state"]["message"]
+        assert run["state_name"] == "Promoted", run["state"]["message"]
         assert merged_from(service, name) == [sha]
     digests = {service.versions(name)[0].tags["lewis.digest"] for name in FAULTS}
     assert len(digests) == len(FAULTS)  # one expert under four commits
