@@ -122,7 +122,8 @@ class SecondMoments:
     def _squares(self, parameter: str, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
         rows, width = self._mask.shape
         tokens = int(inputs.shape[:-1].numel())
-        if tokens == rows * width:
+        turned = self._padded and rows != width and inputs.shape[:2] == (width, rows)  # XLNet: (tokens, samples)
+        if tokens == rows * width and not turned:
             # A product with the mask sums over the tokens and leaves padding out, at once.
             squares = inputs.reshape(rows, width, -1).float().square()
             summed = torch.bmm(self._mask[:, None], squares)[:, 0].sum(dim=0, dtype=torch.float64)
