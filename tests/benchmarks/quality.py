@@ -126,23 +126,27 @@ class Scorer:
 
     def losses(self, model: Model, only: str | None = None) -> dict[str, list[float]]:
         """Task -> nats per answer token of each row; of one task only, if that is asked for."""
+        return {task: [loss for loss, _ in rows] for task, rows in self.scores(model, only).items()}
+
+    def scores(self, model: Model, only: str | None = None) -> dict[str, list[tuple[float, float]]]:
+        """Task -> of each row nats per answer token, and the share of them that the model ranks first."""
         parameters = dict(self._model.named_parameters())
         with torch.no_grad():
             for name in model.tensors:
                 parameters[name].copy_(model.read(name))
-        of_row: dict[int, float] = {}
+        of_row: dict[int, tuple[float, float]] = {}
         wanted = [i for i, (task, *_) in enumerate(self._rows) if only in (None, task)]
         order = sorted(wanted, key=lambda i: -len(self._rows[i][1]))
         while order:
             size = max(1, PER_BATCH // len(self._rows[order[0]][1]))
             batch, order = order[:size], order[size:]
             of_row |= self._batch(batch)
-        tasks: dict[str, list[float]] = {}
+        tasks: dict[str, list[tuple[float, float]]] = {}
         for i in wanted:
-            tasks.setdefault(self._rows[i][0], []).append(round(of_row[i], 6))
+            tasks.setdefault(self._rows[i][0], []).append(of_row[i])
         return tasks
 
-    def _batch(self, batch: list[int]) -> dict[int, float]:
+    def _batch(self, batch: list[int]) -> dict[int, tuple[float, float]]:
         ids = torch.zeros(len(batch), len(self._rows[batch[0]][1]), dtype=torch.long)
         for row, i in enumerate(batch):
             ids[row, : len(self._rows[i][1])] = torch.tensor(self._rows[i][1])
@@ -152,7 +156,9 @@ class Scorer:
             for row, i in enumerate(batch):
                 _, own, prompt = self._rows[i]
                 logits = self._model.lm_head(hidden[row, prompt - 1 : len(own) - 1]).float()
-                found[i] = float(torch.nn.functional.cross_entropy(logits, torch.tensor(own[prompt:])))
+                answer = torch.tensor(own[prompt:])
+                loss = float(torch.nn.functional.cross_entropy(logits, answer))
+                found[i] = round(loss, 6), round(float((logits.argmax(-1) == answer).float().mean()), 4)
         return found
 
 
