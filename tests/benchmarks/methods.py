@@ -331,7 +331,8 @@ def draw(known: Known, path: Path) -> None:
                 panel.errorbar(
                     max(found["seconds"], 0.1), gap, [[gap - low], [high - gap]], fmt="o", color="C1" if fits else "C0"
                 )
-                panel.annotate(name, (found["seconds"], gap), xytext=(4, 3), textcoords="offset points", fontsize=7)
+                side = {"xytext": (-5, 5), "ha": "right"} if fits else {"xytext": (5, 4), "ha": "left"}
+                panel.annotate(name, (found["seconds"], gap), textcoords="offset points", fontsize=7, **side)
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(xscale="log", title=family, xlabel="seconds of a merge")
     panels[0][0].set_ylabel("distance to the experts, nats per answer token")
