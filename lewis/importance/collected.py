@@ -58,20 +58,21 @@ class Collected:
         taken = torch.arange(regression.DUAL_TOKENS) * self._expected // regression.DUAL_TOKENS - self.tokens
         return taken[(taken >= 0) & (taken < count)]
 
-    def result(self) -> dict[str, torch.Tensor]:
+    def result(self) -> dict[str, list[torch.Tensor]]:
         """What is kept, on the CPU, fp32; nothing more must come in.
 
         Returns:
-            `squares`, the mean of x_j^2, (in,); and `gram`, the mean of x^T x, packed as `arithmetic.gram` says, or
-            `rows`, (tokens, in).
+            Parts, one below the other, of `squares`, the mean of x_j^2, (in,); and of `gram`, the mean of x^T x, packed
+            as `arithmetic.gram` says, or of `rows`, (tokens, in).
         """
         if self._packed is not None:
             self._packed /= self.tokens
             packed = self._packed.cpu()
-            return {"squares": gram.diagonal(packed, self.size), "gram": packed}
-        rows = torch.cat(self._rows)
-        squares = rows.square().sum(dim=0, dtype=torch.float64) if self._squares is None else self._squares
-        return {"squares": (squares / max(self.tokens, 1)).float().cpu(), "rows": rows.cpu()}
+            return {"squares": [gram.diagonal(packed, self.size)], "gram": [packed]}
+        squares = self._squares
+        if squares is None:
+            squares = sum((rows.square().sum(dim=0, dtype=torch.float64) for rows in self._rows), torch.zeros(()))
+        return {"squares": [(squares / max(self.tokens, 1)).float().cpu()], "rows": [rows.cpu() for rows in self._rows]}
 
 
 def _multiply(parts: list[torch.Tensor], cut: slice, slab: torch.Tensor) -> None:

@@ -7,8 +7,11 @@ of each file. It is compared before anything is read from the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from lewis.importance.collected import Collected
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
+from lewis.models.dtypes import bytes_of
 
 SEMANTICS = "1"  # bump when the same inputs would give other statistics
 _ENDING, _HEADER = ".safetensors", "statistics"
@@ -46,18 +50,34 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
     Raises:
         ValueError: naming an input that is not finite.
     """
-    from safetensors.torch import save
-
-    tensors = dict[str, torch.Tensor]()
+    tensors = dict[str, list[torch.Tensor]]()
     for key, each in inputs.items():
         result = each.result()
-        if not bool(result["squares"].isfinite().all()):
+        if not bool(result["squares"][0].isfinite().all()):
             raise ValueError(key)
-        tensors |= {f"{key}|{kind}": value for kind, value in result.items()}
+        tensors |= {f"{key}|{kind}": parts for kind, parts in result.items()}
     header = {"inputs": {key: [each.tokens, each.size] for key, each in inputs.items()}, "sources": dict(sources)}
-    path = folder / f"{block}{_ENDING}"
-    store.write_bytes(path, save(tensors, {_HEADER: json.dumps(header)}))
-    return store.file_sha256(path)
+    return _write_file(folder / f"{block}{_ENDING}", tensors, {_HEADER: json.dumps(header)})
+
+
+def _write_file(path: Path, tensors: Mapping[str, Sequence[torch.Tensor]], metadata: Mapping[str, str]) -> str:
+    """Write fp32 tensors, each in parts, as a safetensors file, without a copy of them in memory; gives its SHA-256."""
+    entries, stop = dict[str, Any](__metadata__=dict(metadata)), 0
+    for name, parts in tensors.items():
+        shape, start = [sum(len(part) for part in parts), *parts[0].shape[1:]], stop
+        stop += 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    hashed = hashlib.sha256()
+    with store.written_beside(path) as scratch, scratch.open("wb") as file:
+        content = (bytes_of(part) for parts in tensors.values() for part in parts)
+        for data in (len(text).to_bytes(8, "little"), text, *content):
+            file.write(data)
+            hashed.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.hexdigest()
 
 
 def has(folder: Path, block: str) -> bool:

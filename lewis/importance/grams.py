@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance import gram_files
+from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.collected import Collected
 from lewis.importance.gram_files import Grams
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
+_VALUES = 1 << 22  # that a batch has in a wide layer
 
 
 def measure_grams(
@@ -70,7 +72,7 @@ def measure_grams(
     dtype = torch.float32 if device == "cpu" else stored_dtype(model)
     network = network_of(model, dtype)
     check_samples(model, network, calibration)
-    made = batches([calibration], network, tokens=TOKENS_PER_PASS)
+    made = batches([calibration], network, tokens=tokens_per_pass(network))
     passes = [Pass(batch, partial(forward, network, batch.ids.to(device), batch.lengths)) for batch in made]
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
@@ -87,6 +89,12 @@ def measure_grams(
             if progress:
                 progress(int(share * calibration.tokens), calibration.tokens)
     return walk.checksums
+
+
+def tokens_per_pass(network: Network) -> int:
+    """Tokens of a batch: `TOKENS_PER_PASS`, or fewer for a model with wide layers."""
+    widest = max(max(network.empty(each.parameter).shape[-2:]) for each in network.covered)
+    return max(64, min(TOKENS_PER_PASS, _VALUES // widest))
 
 
 class _Walk:

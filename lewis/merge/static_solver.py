@@ -12,8 +12,8 @@ from lewis.errors import LewisError
 from lewis.importance.architecture import Covered
 from lewis.importance.gram_files import Grams
 from lewis.lazy_torch import torch
-from lewis.merge.in_torch import merge_whole
 from lewis.merge.prepared import Prepared
+from lewis.merge.unwritten import Unwritten
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs, Jobs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.dtypes import torch_dtype
@@ -84,7 +84,7 @@ class _Solver:
         """Fit these parts of a tensor; its other parts are the anchor's."""
         name = covered.tensor
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        *weights, anchor = self._read(name, [*readers, partial(merge_whole, self._merge.anchor)])
+        *weights, anchor = self._read(name, [*readers, Unwritten(self._merge).read])
         values = self._merge.parameters(name)
         fitted = anchor if parts[0].index is None else anchor.clone()
         for part in parts:
@@ -97,6 +97,7 @@ class _Solver:
                 fitted = value.T if covered.transposed else value
             else:
                 _part_of(fitted, part, covered).copy_(value)
+        del weights, anchor, start, own, value  # they take much memory
         rounded = fitted.to(torch_dtype(self._merge.layout[name][0])).contiguous()
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
