@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lewis import store
 from lewis.errors import LewisError
 from lewis.importance.collected import Collected
@@ -23,6 +25,7 @@ from lewis.lazy_torch import torch
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.dtypes import bytes_of
+from lewis.models.safetensors_file import TensorFile
 
 SEMANTICS = "1"  # bump when the same inputs would give other statistics
 _ENDING, _HEADER = ".safetensors", "statistics"
@@ -71,8 +74,9 @@ def _write_file(path: Path, tensors: Mapping[str, Sequence[torch.Tensor]], metad
     text += b" " * (-len(text) % 8)
     hashed = hashlib.sha256()
     with store.written_beside(path) as scratch, scratch.open("wb") as file:
-        content = (bytes_of(part) for parts in tensors.values() for part in parts)
-        for data in (len(text).to_bytes(8, "little"), text, *content):
+        content: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        content += [bytes_of(part) for parts in tensors.values() for part in parts]
+        for data in content:
             file.write(data)
             hashed.update(data)
         file.flush()
@@ -107,7 +111,7 @@ class Grams:
         for name in sorted(self._checksums):
             header = self._header(name)
             for projection, key in header["sources"].items():
-                if key:
+                if key and header["inputs"][key][0]:
                     self._places[projection] = _Place(name, key, *header["inputs"][key])
 
     def __contains__(self, projection: str) -> bool:
@@ -160,21 +164,15 @@ class Grams:
             raise self._damaged(name) from error
 
     def _read(self, place: _Place, kind: str) -> torch.Tensor:
-        """One tensor; KeyError if it is not there."""
-        from safetensors import safe_open
-
+        """One tensor, a view of the file; KeyError if it is not there."""
         path = self.folder / place.file
         with self._checking:
             if place.file not in self._checked:
                 if not path.is_file() or store.file_sha256(path) != self._checksums[place.file]:
                     raise self._damaged(place.file)
                 self._checked.add(place.file)
-        name = f"{place.key}|{kind}"
-        with safe_open(path, framework="pt") as file:
-            if name not in file.keys():  # noqa: SIM118 (the file is no mapping)
-                raise KeyError(name)
-            found: torch.Tensor = file.get_tensor(name)
-        return found
+        where = TensorFile(path).places[f"{place.key}|{kind}"]
+        return torch.from_numpy(np.memmap(path, np.float32, "c", where.start, where.shape))
 
     def _damaged(self, name: str) -> LewisError:
         """The error for a damaged file; the entry is set aside, so that another run measures it again."""

@@ -240,7 +240,7 @@ class Inputs:
         total = sum(rows.tokens for rows in known)
         stacked = Stacked(known, besides, [sampled(self.size, rows.tokens, total) for rows in known])
         merged, more = stacked.merged, stacked.more
-        parts, shifts = merged.split(stacked.counts), stacked.shift.split(stacked.counts)
+        parts, shifts = merged.split(stacked.counts), stacked.shifts
         alone = Uncorrelated(parts, shifts, self.alpha, self.ridge) if self.alpha < 1 else None
         left = merged if alone is None else merged * (self.alpha / alone.pull).float()
         if self._factor is None or self._factor[0] != self.ridge:
@@ -254,7 +254,7 @@ class Inputs:
             start = anchor[part]
             missed = torch.cat(
                 [
-                    x @ (weight[part] - start).T + shift @ weight[part].T
+                    x @ (weight[part] - start).T + (0 if shift is None else shift @ weight[part].T)
                     for x, shift, weight in zip(parts, shifts, weights, strict=True)
                 ]
             )

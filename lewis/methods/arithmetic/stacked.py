@@ -14,7 +14,7 @@ class Stacked:
     Attributes:
         counts: how many tokens of each expert.
         merged: X, fp32 (tokens, in).
-        shift: Z - X, alike.
+        shift: Z - X, alike; None: 0.
         more: B, fp32 (tokens, out); None: 0.
     """
 
@@ -30,17 +30,24 @@ class Stacked:
         self.counts = [rows.tokens if kept is None else len(kept) for rows, kept in zip(experts, taken, strict=True)]
         total, size = sum(self.counts), experts[0].size
         scales = [(rows.weight / max(count, 1)) ** 0.5 for rows, count in zip(experts, self.counts, strict=True)]
-        self.merged, self.shift = torch.empty(total, size), torch.empty(total, size)
-        places = zip(self.merged.split(self.counts), self.shift.split(self.counts), strict=True)
-        for rows, kept, scale, (merged, own) in zip(experts, taken, scales, places, strict=True):
+        self.merged = torch.empty(total, size)
+        self.shift = torch.empty(total, size) if any(rows.shifted for rows in experts) else None
+        for rows, kept, scale, merged in zip(experts, taken, scales, self.merged.split(self.counts), strict=True):
             _scale(rows.merged, kept, scale, merged)
-            _scale(rows.own, kept, scale, own)
-        self.shift.sub_(self.merged)
+        if self.shift is not None:
+            for rows, kept, scale, own in zip(experts, taken, scales, self.shift.split(self.counts), strict=True):
+                _scale(rows.own, kept, scale, own)
+            self.shift.sub_(self.merged)
         outputs = next((part.shape[1] for parts in besides for part in parts or ()), None)
         self.more = None if outputs is None else torch.zeros(total, outputs)
         if self.more is not None:
             for parts, kept, scale, out in zip(besides, taken, scales, self.more.split(self.counts), strict=True):
                 _scale(parts or (), kept, scale, out)
+
+    @property
+    def shifts(self) -> Sequence[torch.Tensor | None]:
+        """`shift` of each expert."""
+        return [None] * len(self.counts) if self.shift is None else self.shift.split(self.counts)
 
 
 def within(taken: torch.Tensor, begin: int, length: int) -> torch.Tensor:

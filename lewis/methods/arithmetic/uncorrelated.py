@@ -19,18 +19,21 @@ class Uncorrelated:
     """
 
     def __init__(
-        self, merged: Sequence[torch.Tensor], shifts: Sequence[torch.Tensor], alpha: float, ridge: float
+        self, merged: Sequence[torch.Tensor], shifts: Sequence[torch.Tensor | None], alpha: float, ridge: float
     ) -> None:
         """Sum up the inputs.
 
         Args:
-            merged, shifts: of each expert X_t and Z_t - X_t with rows scaled by sqrt(c_t), fp32 (tokens, in).
+            merged, shifts: of each expert X_t and Z_t - X_t (None: 0) with rows scaled by sqrt(c_t), fp32 (tokens, in).
             alpha: factor of the off-diagonals, below 1.
             ridge: r in units of the mean diagonal of S.
         """
         self._share = 1 - alpha
         self._squares = [x.double().square().sum(dim=0) for x in merged]
-        self._shifts = [(shift * x).sum(dim=0).double() for x, shift in zip(merged, shifts, strict=True)]
+        self._shifts = [
+            torch.zeros(x.shape[1]).double() if shift is None else (shift * x).sum(dim=0).double()
+            for x, shift in zip(merged, shifts, strict=True)
+        ]
         total = torch.stack(self._squares).sum(dim=0)
         added = max(ridge * float(total.mean()), torch.finfo(torch.float32).tiny)
         self.pull = self._share * total + added
