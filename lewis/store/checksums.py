@@ -30,9 +30,11 @@ def remembered_sha256(path: Path, *, anew: bool = False) -> str:
         return str(known["sha256"])
     sha256 = store.file_sha256(path)
     changed_at = stamp[2]
-    if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
-        with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
+    with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
+        if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
             store.write_entry(entry, {"stamp": stamp, "sha256": sha256})
+        elif anew:
+            entry.unlink(missing_ok=True)
     return sha256
 
 
