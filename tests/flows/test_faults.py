@@ -136,7 +136,7 @@ FAULTS: dict[str, tuple[Edit, int, str]] = {
     "DoRA": (adapter(use_dora=True), 2, "DoRA is not supported; merge it into its base"),
     "no LoRA": (adapter(peft_type="IA3"), 2, "expected a LoRA adapter (peft_type LORA), got 'IA3'"),
     "adapter without settings": (adapter_file("[]"), 2, "adapter_config.json: expected a JSON object, got list"),
-    "adapter with odd settings": (adapter(lora_alpha="x"), 2, "lora_alpha: expected a number, got 'x'"),
+    "adapter with odd settings": (adapter(lora_alpha="x"), 2, "lora_alpha: expected a finite number, got 'x'"),
     "adapter with odd patterns": (adapter(alpha_pattern={"(": 1}), 2, "alpha_pattern: '(' is no regular expression"),
     "quantised in one word": (expert(lambda f: edit_json(f / "config.json", quantization_config="gptq")), 2, "(gptq)"),
     "odd text_config": (expert(lambda f: edit_json(f / "config.json", text_config=3)), 2, "text_config: expected"),
