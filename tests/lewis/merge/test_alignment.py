@@ -342,7 +342,7 @@ def test_a_guided_merge_of_moved_ids_is_refused(models: list[Path], home: Path) 
     }  # fmt: skip
     recipe = parse(data)
     files = [pipeline.download(source) for source in (pipeline.pin_all(recipe)[0], *pipeline.pin_all(recipe)[1])]
-    with pytest.raises(InputError, match="the token 'w0' is 61, in the base it is 3; importance is measured on the"):
+    with pytest.raises(InputError, match="the token 'w0' is 61, in the base it is 3; calibration rows become the"):
         pipeline.prepare_merge(recipe, files[0], files[1:])
 
 
