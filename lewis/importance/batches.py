@@ -55,8 +55,9 @@ class Batch:
             LewisError: if it is unknown which of the inputs are padding.
         """
         width, flat = self.ids.shape[1], inputs.reshape(-1, inputs.shape[-1]).float()
-        padded = min(self.lengths) < width
-        if inputs.shape[:-1].numel() != self.ids.numel():
+        padded, samples = min(self.lengths) < width, len(self.lengths)
+        turned = samples != width and inputs.shape[:2] == (width, samples)  # XLNet: (tokens, samples)
+        if inputs.shape[:-1].numel() != self.ids.numel() or turned:
             if padded:
                 raise LewisError(
                     f"{place}: sees {inputs.shape[:-1].numel()} of {self.ids.numel()} tokens, and which are padding is "

@@ -176,12 +176,16 @@ def measure(
 def _keep_norms(
     files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, make: Callable[[str], Measured]
 ) -> None:
-    """Write norms and moments that a pass for statistics has left, unless the store has those of another pass."""
+    """Write norms and moments that a pass for statistics has left, unless the store has those of another pass.
+
+    If it saw no token reach a layer, nothing is written: the pass for norms alone sees more layouts of experts.
+    """
     digest, path = _importance_place(files.key, calibration, settings, device)
     if not measurements.is_whole(path):
         with kinds.IMPORTANCE.lock(digest):
-            if not measurements.is_whole(path):
-                measurements.write(path, make(settings.reduce), _facts(files, calibration))
+            measured = None if measurements.is_whole(path) else make(settings.reduce)
+            if measured is not None and None not in measured.norms.values():
+                measurements.write(path, measured, _facts(files, calibration))
 
 
 def _from_grams(model: Model, calibration: Calibration, folder: Path, reduce: str) -> Measured:

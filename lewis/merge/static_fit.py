@@ -81,11 +81,13 @@ def fit(
         lanes = workers.count if workers.count * largest <= _ROOM else 1
         # Small layers are fitted side by side, each by one thread; of large ones all threads share one.
         solve = partial(solve_group, merge, statistics, jobs=workers if lanes == 1 else one_after_another)
-        for done, (block, found) in enumerate(_in_lanes(groups, solve, lanes, contexts), 1):
+        if lanes == 1:  # keep each as soon as it is there
+            groups = {group[0][0].tensor: [group] for each in groups.values() for group in each}
+        for done, (name, found) in enumerate(_in_lanes(groups, solve, lanes, contexts), 1):
             if found:
-                fitted.add(block, found)
+                fitted.add(name, found)
             if progress:
-                progress(done / len(blocks))
+                progress(done / len(groups))
     return fitted
 
 
@@ -95,7 +97,7 @@ def _in_lanes(
     lanes: int,
     contexts: ExitStack,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yields each block with its fitted tensors, while others of it and of the next block are being fitted."""
+    """Yields the fitted tensors of each list of groups with its name, while the next are being fitted."""
     pool = ThreadPoolExecutor(lanes)
     contexts.callback(lambda: pool.shutdown(cancel_futures=True))
     running = list[tuple[str, list[Future[dict[str, torch.Tensor]]]]]()

@@ -17,9 +17,11 @@ from lewis.importance.effort import bytes_of
 from lewis.importance.gram_files import Grams
 from lewis.importance.grams import measure_grams, measured_by
 from lewis.importance.measure import measure, network_of
+from lewis.importance.step import CalibrationEntry
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.source import ModelFiles
 from lewis.store import housekeeping
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
@@ -180,6 +182,25 @@ class TestStore:
         others = {step.grams_place(*of, "cpu")[0] for of in (("key", "x"), ("x", CALIBRATION.digest))}
         assert len(others | {folder.name}) == 3
         assert step.grams_place("key", CALIBRATION.digest, "cuda")[1] != folder
+
+    def test_norms_come_from_the_same_pass_unless_a_layer_was_not_seen(
+        self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Any] = []
+        measure_sets = step.measuring.measure_sets
+        monkeypatch.setattr(
+            step.measuring, "measure_sets", lambda *given, **named: made.append(given) or measure_sets(*given, **named)
+        )
+        files = ModelFiles.at(str(family.math), "key", family.math)
+        sets = [
+            CalibrationEntry(name=name, digest=each.digest, tokens=each.tokens, path=each.save())
+            for name, each in {"sums": CALIBRATION, "few": Calibration("few", ((3, 4),))}.items()
+        ]
+        [entry] = step.measure(files, sets[:1], grams=True)
+        assert entry.statistics and len(entry.norms) == 14 and not made
+        monkeypatch.setattr("lewis.importance.gram_files.Grams.__contains__", lambda self, name: "down" not in name)
+        [entry] = step.measure(files, sets[1:], grams=True)
+        assert None not in entry.norms.values() and len(made) == 1
 
     def test_housekeeping_knows_it(self, family: Family, home: Path) -> None:
         folder = step.find_or_measure_grams(Checkpoint(family.math, "key"), CALIBRATION)
