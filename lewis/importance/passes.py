@@ -1,62 +1,40 @@
-"""Forward passes that stop in front of every block, side by side, and note what goes into the projections on the way.
-
-Each pass is a greenlet, which can stop anywhere below its first call, in the code of whatever model it is.
-"""
+"""Forward passes that stop in front of every block, and note what goes into the projections on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
-
-from greenlet import getcurrent, greenlet
+from typing import Any
 
 from lewis.importance.architecture import Network
+from lewis.importance.stepping import Stepping, wait_at
 from lewis.lazy_torch import nn, torch
-
-if TYPE_CHECKING:
-    from lewis.importance.batches import Batch
-
-_OF_RUN: WeakKeyDictionary[greenlet, Pass] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
-class Pass:
-    """One batch on its way through a model.
+class Pass(Stepping):
+    """One batch on its way through a model, which stops in front of every block.
 
     Attributes:
-        batch: what goes through.
-        forward: runs the model on it.
-        place: path of the block that it waits in front of; None at its end.
         inputs: what went into projections since `forget`: name of the first projection that got a tensor -> the rows of
             real tokens, fp32 (tokens, in), copied.
         sources: name of a projection -> which of the inputs it got; empty if several.
     """
 
-    batch: Batch
-    forward: Callable[[], None]
-    place: str | None = None
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    _run: greenlet | None = None
     _seen: list[tuple[torch.Tensor, str]] = field(default_factory=list)
     _mode: Any = None
 
     def go_on(self) -> None:
         """Run to the next block; always in the same thread."""
-        if self._run is None:
-            self._run = greenlet(self.forward)
-            _OF_RUN[self._run] = self
-        found = self._run.switch()
-        self.place = None if self._run.dead else found
+        self.place = self.advance()
 
     def stop(self) -> None:
         """End what waits here, in its own thread."""
-        if self._run is not None and not self._run.dead:
-            self._run.throw()
+        super().stop()
         self.forget()
 
     def forget(self) -> None:
@@ -86,7 +64,7 @@ class Watched(ExitStack):
         super().__init__()
         self.notes = True
         for path, block in network.blocks.items():
-            self.callback(block.register_forward_pre_hook(partial(_wait, path)).remove)
+            self.callback(block.register_forward_pre_hook(partial(wait_at, path)).remove)
         stacked: dict[nn.Module, list[str]] = {}
         for parameter in dict.fromkeys(covered.parameter for covered in network.covered if not covered.stack):
             path, _, name = parameter.rpartition(".")
@@ -101,7 +79,7 @@ class Watched(ExitStack):
 
     def _before(self, parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.notes:
-            _OF_RUN[getcurrent()].note(parameter, inputs[0])
+            _running().note(parameter, inputs[0])
 
     def _before_experts(self, parameters: Sequence[str], module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Experts in one parameter have no module to hook: see the products with slices of the parameter instead."""
@@ -109,7 +87,7 @@ class Watched(ExitStack):
 
         if not self.notes:
             return
-        run = _OF_RUN[getcurrent()]
+        run = _running()
         stacks = {getattr(module, name.rpartition(".")[2]).untyped_storage().data_ptr(): name for name in parameters}
 
         def note(rows: torch.Tensor, weight: torch.Tensor) -> None:
@@ -127,11 +105,13 @@ def of_expert(parameter: str, expert: int | None) -> str:
 
 
 def _after_experts(*_: Any) -> None:
-    run = _OF_RUN[getcurrent()]
+    run = _running()
     if run._mode is not None:
         run._mode.__exit__(None, None, None)
         run._mode = None
 
 
-def _wait(path: str, *_: object) -> None:
-    getcurrent().parent.switch(path)
+def _running() -> Pass:
+    run = Pass.current()
+    assert run is not None  # the hooks are there while passes run only
+    return run

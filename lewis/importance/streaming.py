@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import greenlet
 from torch import nn
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Network
+from lewis.importance.stepping import wait_at
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 
@@ -107,7 +108,7 @@ class Streamed:
             if self._keep:
                 self.weights.load(network.parameters_in(path))
             else:
-                self._hooks.callback(block.register_forward_pre_hook(partial(_wait, path)).remove)
+                self._hooks.callback(block.register_forward_pre_hook(partial(wait_at, path)).remove)
         self.weights.move_buffers()
         return self
 
@@ -159,11 +160,6 @@ class Streamed:
         needed = sum(info.elements for info in self._model.tensors.values()) * self._dtype.itemsize
         free, _ = torch.cuda.mem_get_info(self._device)
         return needed * 5 // 4 < free
-
-
-def _wait(path: str, *_: object) -> None:
-    """A hook before a block: stop this pass until it is its turn to enter the block `path`."""
-    getcurrent().parent.switch(path)
 
 
 def _put(network: nn.Module, name: str, value: torch.Tensor) -> None:

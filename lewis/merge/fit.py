@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from lewis import store
 from lewis.devices import one_thread
-from lewis.errors import InputError
 from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.residuals import writers
@@ -74,9 +73,7 @@ def fit(
     network = network_of(merge.base)
     places = {each.parameter.rpartition(".")[0]: each for each in in_order(network) if merge.merges(each.tensor)}
     if not places:
-        raise InputError(
-            f"{merge.base.folder}: no projection that {merge.method.name} could fit; use another merge_method"
-        )
+        raise merge.nothing_to_fit()
     share = sum(merge.base.tensors[each.tensor].elements for each in places.values()) / merge.elements
     logger.info(
         "fitting %d projections, %.0f %% of the weights; the others are merged as they are", len(places), 100 * share
@@ -126,7 +123,7 @@ def _pairs(made: Sequence[Batch], experts: Sequence[Weights], merged: Weights, s
     for batch in made:
         taken_of = partial(_taken, begun[batch.of], batch.tokens, count[batch.of], sum(count))
         own, there = (
-            Pass(batch, partial(forward, each.network, batch.ids, batch.lengths), spill, taken_of)
+            Pass(batch, partial(forward, each.network, batch.ids, batch.lengths), spill=spill, taken_of=taken_of)
             for each in (experts[batch.of], merged)
         )
         pairs[batch.of].append(Pair(own, there))

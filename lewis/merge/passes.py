@@ -4,42 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
-from greenlet import getcurrent, greenlet
-
+from lewis.importance.stepping import Stepping, wait
 from lewis.lazy_torch import nn, torch
 from lewis.merge.spill import Made, Spill
 
-if TYPE_CHECKING:
-    from lewis.importance.batches import Batch
-
-
-_OF_RUN: WeakKeyDictionary[greenlet, Pass] = WeakKeyDictionary()
-
 
 @dataclass(eq=False)
-class Pass:
-    """One batch on its way through one model.
+class Pass(Stepping):
+    """One batch on its way through one model, which stops in front of every block and projection.
 
     Attributes:
-        batch: what goes through.
-        forward: runs the model on it.
         spill: where it keeps what it holds while it waits; by default in memory.
         taken_of: inputs of a projection -> which of the tokens are its rows; None for all. By default all.
-        place: path of the block or projection that it waits in front of; None at its end.
         rows: inputs of that projection without padding, of the tokens that are taken, fp32 (tokens, in).
         taken: these tokens; None for all.
         streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
     """
 
-    batch: Batch
-    forward: Callable[[], None]
     spill: Spill = field(default_factory=Spill)
     taken_of: Callable[[int], torch.Tensor | None] | None = None
-    run: greenlet | None = None
-    place: str | None = None
     rows: torch.Tensor | None = None
     taken: torch.Tensor | None = None
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -49,12 +34,9 @@ class Pass:
 
     def go_on(self) -> None:
         """Run to the next place; always in the same thread."""
-        if self.run is None:
-            self.run = greenlet(self.forward)
-            _OF_RUN[self.run] = self
         with self.spill.watch(self._made):
-            found = self.run.switch()
-        self.place, inputs = (None, None) if self.run.dead else found
+            told = self.advance()
+        self.place, inputs = told or (None, None)
         self.spill.rest(self._made.alive())
         self.is_new = inputs is None or inputs is not self._raw
         if self.is_new:
@@ -64,8 +46,7 @@ class Pass:
 
     def stop(self) -> None:
         """End what waits here, in its own thread."""
-        if self.run is not None and not self.run.dead:
-            self.run.throw()
+        super().stop()
         self._raw = self.rows = None
         self.streams = {}
 
@@ -83,11 +64,11 @@ class Pair(NamedTuple):
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A hook before a module: let the others go on, until it is this pass's turn again."""
-    getcurrent().parent.switch((path, inputs[0] if with_inputs else None))
+    wait((path, inputs[0] if with_inputs else None))
 
 
 def note_stream(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A hook before a module: note what goes into it as the residual stream of the pass that is running."""
-    run = _OF_RUN.get(getcurrent())
+    run = Pass.current()
     if run is not None:
         run.streams[path] = run.without_padding(inputs[0])

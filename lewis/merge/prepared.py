@@ -233,6 +233,12 @@ class Prepared:
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
         return [FIT_SEMANTICS, *sets]
 
+    def nothing_to_fit(self) -> InputError:
+        """What a fit raises that finds no projection to fit."""
+        return InputError(
+            f"{self.base.folder}: no projection that {self.method.name} could fit; use another merge_method"
+        )
+
     def _check_parameters(self) -> None:
         for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
             values = self.parameters(name)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from lewis.devices import default_device, one_thread
-from lewis.errors import InputError
 from lewis.importance.architecture import Network
 from lewis.importance.gram_files import Grams
 from lewis.importance.passes import of_expert
@@ -60,9 +59,7 @@ def fit(
     network = network_of(merge.base)
     blocks = _parts(network, merge)
     if not blocks:
-        raise InputError(
-            f"{merge.base.folder}: no projection that {merge.method.name} could fit; use another merge_method"
-        )
+        raise merge.nothing_to_fit()
     statistics = [
         Grams(find_or_measure_grams(expert.model, expert.calibration, device=default_device(), threads=threads))
         for expert in merge.experts
