@@ -154,17 +154,20 @@ class _Walk:
         if self._written is not None:
             self._written.result()
 
-    def _go_on(self, some: Sequence[Pass]) -> None:
+    def _go_on(self, some: Sequence[Pass], beside: Sequence[Callable[[], None]] = ()) -> None:
         chosen = set(map(id, some))
-        self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes])
+        self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes], beside)
 
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
-        """Take passes through a block, a few at a time; gives the inputs, and which projection got which."""
-        inputs, sources = dict[str, Collected](), dict[str, str]()
+        """Take passes through a block, a few at a time; gives the inputs, and which projection got which.
+
+        What a pass has left is summed up while the next ones run, by the thread whose pass ends first.
+        """
+        inputs, sources, jobs = dict[str, Collected](), dict[str, str](), list[Callable[[], None]]()
         for start in range(0, len(waiting), self._workers.count):
             some = waiting[start : start + self._workers.count]
-            self._go_on(some)
-            parts = dict[str, list[torch.Tensor]]()
+            self._go_on(some, jobs)
+            parts, jobs = dict[str, list[torch.Tensor]](), []
             for each in some:  # in their order, on which the rounding of the sums depends
                 for name, rows in each.inputs.items():
                     parts.setdefault(name, []).extend(rows)
@@ -176,7 +179,7 @@ class _Walk:
                 if name not in inputs:
                     inputs[name] = Collected(rows[0].shape[1], self._tokens)
                 jobs += inputs[name].add(rows)
-            self._workers(jobs)
+        self._workers(jobs)
         return inputs, sources
 
     def _write(self, path: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from threading import Lock
 from types import TracebackType
 
@@ -47,9 +48,15 @@ class Workers:
         waiting = iter(jobs)
         self._in_all([waiting] * min(len(self._threads), len(jobs)))
 
-    def in_place(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run the jobs, the one at each place always in the same thread, and wait for all; raises as a call does."""
-        self._in_all([iter(jobs[i :: self.count]) for i in range(min(self.count, len(jobs)))])
+    def in_place(self, jobs: Sequence[Callable[[], None]], others: Sequence[Callable[[], None]] = ()) -> None:
+        """Run the jobs, the one at each place always in the same thread, and wait for all; raises as a call does.
+
+        Args:
+            jobs: one for each place.
+            others: jobs that a thread takes when it is done with those of its places.
+        """
+        shared = iter(others)
+        self._in_all([chain(jobs[i :: self.count], shared) for i in range(self.count)])
 
     def _in_all(self, shares: Sequence[Iterator[Callable[[], None]]]) -> None:
         taking = Lock()
