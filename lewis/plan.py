@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,15 @@ from lewis.evaluation import lm_eval
 from lewis.evaluation.metric_names import check_names
 from lewis.importance import effort, measure
 from lewis.importance.by_name import covered_tensors
+from lewis.importance.calibration import Calibration
 from lewis.importance.measure import Layer
-from lewis.importance.step import CalibrationEntry
+from lewis.importance.step import CalibrationEntry, grams_place
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
 from lewis.merge.forecast import forecast, without_models
 from lewis.merge.low_rank import factor_bytes
 from lewis.merge.run import Merge
+from lewis.merge.split import split
 from lewis.merge.step import check_output, stored_dtype
 from lewis.methods import find
 from lewis.models import hub
@@ -203,9 +205,8 @@ def _guided_steps(
     known = [files[source.ref] for source in experts]
     present = [each for each in known if each is not None]
     complete = len(present) == len(known) and (base is None or known_base is not None)
-    allocated, passes = None, list[int]()
+    allocated, passes, sets = None, list[int](), dict[str, CalibrationEntry]()
     if recipe.lewis and base:
-        sets: dict[str, CalibrationEntry] = {}
         measured = []
         for entry, names in pipeline.wanted_measurements(recipe):
             source = base if entry is None else experts[recipe.experts.index(entry)]
@@ -247,7 +248,18 @@ def _guided_steps(
         for label, key in {**keys, **merged_keys}.items():
             scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
+    if "experts" in writes and recipe.tunes and recipe.needs_grams:
+        passes += _passes_for_ridge(recipe, experts, sets)
     return writes, prepared, passes
+
+
+def _passes_for_ridge(recipe: Recipe, experts: Sequence[Source], sets: Mapping[str, CalibrationEntry]) -> Iterator[int]:
+    """Tokens of each pass that `ridge: auto` has yet to do: over the rows of an expert that are not held out."""
+    for entry, source in zip(recipe.experts, experts, strict=True):
+        fitted_to, _ = split(Calibration.load(sets[recipe.calibration_of(entry)].path))
+        _, folder = grams_place(source.key, fitted_to.digest, default_device())
+        if store.read_manifest(folder) is None:
+            yield fitted_to.tokens
 
 
 def _files(source: Source) -> ModelFiles | None:

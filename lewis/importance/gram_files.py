@@ -7,11 +7,8 @@ of each file. It is compared before anything is read from the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -24,8 +21,7 @@ from lewis.importance.collected import Collected
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
-from lewis.models.dtypes import bytes_of
-from lewis.models.safetensors_file import TensorFile
+from lewis.models.safetensors_file import TensorFile, write_file
 
 SEMANTICS = "1"  # bump when the same inputs would give other statistics
 _ENDING, _HEADER = ".safetensors", "statistics"
@@ -60,28 +56,7 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
             raise ValueError(key)
         tensors |= {f"{key}|{kind}": parts for kind, parts in result.items()}
     header = {"inputs": {key: [each.tokens, each.size] for key, each in inputs.items()}, "sources": dict(sources)}
-    return _write_file(folder / f"{block}{_ENDING}", tensors, {_HEADER: json.dumps(header)})
-
-
-def _write_file(path: Path, tensors: Mapping[str, Sequence[torch.Tensor]], metadata: Mapping[str, str]) -> str:
-    """Write fp32 tensors, each in parts, as a safetensors file, without a copy of them in memory; gives its SHA-256."""
-    entries, stop = dict[str, Any](__metadata__=dict(metadata)), 0
-    for name, parts in tensors.items():
-        shape, start = [sum(len(part) for part in parts), *parts[0].shape[1:]], stop
-        stop += 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    hashed = hashlib.sha256()
-    with store.written_beside(path) as scratch, scratch.open("wb") as file:
-        content: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-        content += [bytes_of(part) for parts in tensors.values() for part in parts]
-        for data in content:
-            file.write(data)
-            hashed.update(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashed.hexdigest()
+    return write_file(folder / f"{block}{_ENDING}", tensors, {_HEADER: json.dumps(header)})
 
 
 def has(folder: Path, block: str) -> bool:

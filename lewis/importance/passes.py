@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,20 +83,33 @@ class Watched(ExitStack):
 
     def _before_experts(self, parameters: Sequence[str], module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Experts in one parameter have no module to hook: see the products with slices of the parameter instead."""
-        from lewis.importance.second_moments import SeeProducts
-
         if not self.notes:
             return
         run = _running()
-        stacks = {getattr(module, name.rpartition(".")[2]).untyped_storage().data_ptr(): name for name in parameters}
-
-        def note(rows: torch.Tensor, weight: torch.Tensor) -> None:
-            name = stacks.get(weight.untyped_storage().data_ptr())
-            if name is not None and rows.dim() == 2:
-                run.note(of_expert(name, weight.storage_offset() // weight.numel()), rows)
-
-        run._mode = SeeProducts(note)
+        run._mode = see_experts(module, parameters, lambda _, projection, rows: run.note(projection, rows))
         run._mode.__enter__()
+
+
+def see_experts(
+    module: nn.Module, parameters: Sequence[str], note: Callable[[str, str, torch.Tensor], None]
+) -> AbstractContextManager[Any]:
+    """A context in which the products of a module with slices of its stacked parameters are seen.
+
+    Args:
+        module: that runs in the context.
+        parameters: full names of its stacked parameters.
+        note: called before each product with the parameter, the name of the projection and its inputs, (tokens, in).
+    """
+    from lewis.importance.second_moments import SeeProducts
+
+    stacks = {getattr(module, name.rpartition(".")[2]).untyped_storage().data_ptr(): name for name in parameters}
+
+    def see(rows: torch.Tensor, weight: torch.Tensor) -> None:
+        name = stacks.get(weight.untyped_storage().data_ptr())
+        if name is not None and rows.dim() == 2:
+            note(name, of_expert(name, weight.storage_offset() // weight.numel()), rows)
+
+    return SeeProducts(see)
 
 
 def of_expert(parameter: str, expert: int | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lewis import store
 from lewis.lazy_torch import torch
+from lewis.models.safetensors_file import write_file
 
 
 class Fitted:
@@ -39,10 +40,8 @@ class Fitted:
 
     def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the tensors of a block."""
-        from safetensors.torch import save
-
         path = self.folder / f"{block}.safetensors"
-        store.write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-        self._known[path.name] = [store.file_sha256(path), list(tensors)]
+        sha256 = write_file(path, {name: [tensor] for name, tensor in tensors.items()}, {})
+        self._known[path.name] = [sha256, list(tensors)]
         store.write_entry(self._index, self._known)
         self._places |= dict.fromkeys(tensors, path)

@@ -61,7 +61,7 @@ class Solver:
             place: path of the module.
             covered: its tensor.
             weights: of the experts, fp32 of the tensor's shape.
-            anchor: what the fit is pulled towards, alike.
+            anchor: what the fit is pulled towards, alike; overwritten.
 
         Returns:
             The fitted tensor, in the dtype of the output.
@@ -80,7 +80,8 @@ class Solver:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
             with torch.inference_mode():
-                value = self._inputs[1].solve(anchor, weights, self._besides(place, values.get("residual", 0.0)))
+                besides = self._besides(place, values.get("residual", 0.0))
+                value = self._inputs[1].solve(anchor, weights, besides, out=anchor)
         except ValueError as error:
             raise LewisError(f"{name}: {error}; a model is damaged") from error
         value = value.T if covered.transposed else value

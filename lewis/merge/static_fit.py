@@ -10,7 +10,7 @@ by the recipe's anchor, else by the method's own function. That is also what the
 
 from __future__ import annotations
 
-import logging
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,17 +21,14 @@ from typing import Any
 from lewis.devices import default_device, one_thread
 from lewis.importance.architecture import Network
 from lewis.importance.gram_files import Grams
-from lewis.importance.passes import of_expert
 from lewis.importance.step import find_or_measure_grams
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
+from lewis.merge.few_tokens import tell_of_few_tokens
 from lewis.merge.fitted import Fitted
 from lewis.merge.prepared import Prepared
-from lewis.merge.static_solver import Group, Part, bytes_of, solve_group
+from lewis.merge.static_solver import Group, bytes_of, parts_of, solve_group
 from lewis.methods.arithmetic.regression import one_after_another
-
-logger = logging.getLogger(__name__)
-
 
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
@@ -65,7 +62,9 @@ def fit(
         for expert in merge.experts
         if expert.calibration is not None
     ]
-    _tell_of_few_tokens(merge, statistics, [part for tensors in blocks.values() for _, p in tensors for part in p])
+    names = dict.fromkeys(part.projection for each in blocks.values() for _, parts in each for part in parts)
+    for expert, grams in zip(merge.experts, statistics, strict=True):
+        tell_of_few_tokens(expert.ref, {n: (grams.tokens(n), grams.size(n) if n in grams else 0) for n in names})
     fitted = Fitted(folder)
     groups = {
         block: _by_input([each for each in tensors if each[0].tensor not in fitted], statistics)
@@ -75,31 +74,41 @@ def fit(
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
         largest = max((bytes_of(merge, group) for each in groups.values() for group in each), default=0)
-        lanes = workers.count if workers.count * largest <= _ROOM else 1
+        alone = workers.count * largest > _ROOM
         # Small layers are fitted side by side, each by one thread; of large ones all threads share one.
-        solve = partial(solve_group, merge, statistics, jobs=workers if lanes == 1 else one_after_another)
-        if lanes == 1:  # keep each as soon as it is there
-            groups = {group[0][0].tensor: [group] for each in groups.values() for group in each}
-        for done, (name, found) in enumerate(_in_lanes(groups, solve, lanes, contexts), 1):
-            if found:
-                fitted.add(name, found)
+        solve = partial(solve_group, merge, statistics, jobs=workers if alone else one_after_another)
+        found = _one_by_one(groups, solve) if alone else _in_lanes(groups, solve, workers.count, contexts)
+        total, done = sum(len(group) for each in groups.values() for group in each), 0
+        for name, tensors in found:
+            if tensors:
+                fitted.add(name, tensors)
+            done += len(tensors)
+            del tensors  # before the next is fitted
             if progress:
-                progress(done / len(groups))
+                progress(done / max(total, 1))
     return fitted
 
 
+_Solve = Callable[[Group], "Iterator[tuple[str, torch.Tensor]]"]
+
+
+def _one_by_one(groups: Mapping[str, Sequence[Group]], solve: _Solve) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yields each fitted tensor by itself, before the next is fitted: so no two of them are in memory."""
+    for group in itertools.chain.from_iterable(groups.values()):
+        for name, tensor in solve(group):
+            yield name, {name: tensor}
+            del tensor
+
+
 def _in_lanes(
-    groups: Mapping[str, Sequence[Group]],
-    solve: Callable[[Group], dict[str, torch.Tensor]],
-    lanes: int,
-    contexts: ExitStack,
+    groups: Mapping[str, Sequence[Group]], solve: _Solve, lanes: int, contexts: ExitStack
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yields the fitted tensors of each list of groups with its name, while the next are being fitted."""
     pool = ThreadPoolExecutor(lanes)
     contexts.callback(lambda: pool.shutdown(cancel_futures=True))
     running = list[tuple[str, list[Future[dict[str, torch.Tensor]]]]]()
     for block, each in [*groups.items(), ("", ())]:
-        running.append((block, [pool.submit(solve, group) for group in each]))
+        running.append((block, [pool.submit(lambda group: dict(solve(group)), group) for group in each]))
         if len(running) > 1:
             before, futures = running.pop(0)
             yield before, {name: tensor for future in futures for name, tensor in future.result().items()}
@@ -111,15 +120,8 @@ def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
     for each in network.covered:
         if each.stack or not merge.merges(each.tensor) or len(network.same(each.parameter)) > 1:
             continue
-        stacked = len(network.empty(each.parameter).shape) == 3 and each.expert is None
-        count = network.empty(each.parameter).shape[0]
-        parts = (
-            [Part(of_expert(each.parameter, i), i) for i in range(count)]
-            if stacked
-            else [Part(of_expert(each.parameter, each.expert))]
-        )
         block = next(path for path in network.blocks if each.parameter.startswith(f"{path}."))
-        found.setdefault(block, []).append((each, parts))
+        found.setdefault(block, []).append((each, parts_of(network, each)))
     return found
 
 
@@ -132,25 +134,3 @@ def _by_input(tensors: Group, statistics: Sequence[Grams]) -> list[Group]:
     return sorted(
         found.values(), key=lambda group: -sum(layer.parameters for each, _ in group for layer in each.layers)
     )
-
-
-def _tell_of_few_tokens(merge: Prepared, statistics: Sequence[Grams], parts: Sequence[Part]) -> None:
-    for expert, grams in zip(merge.experts, statistics, strict=True):
-        names = dict.fromkeys(part.projection for part in parts)
-        unseen = [name for name in names if name not in grams]
-        if unseen:
-            logger.warning(
-                "%s: no token of its calibration set reached %d of %d projections, such as %s: they are fitted to the "
-                "other experts, or are the sum of the task vectors if those have seen none either; raise samples",
-                *(expert.ref, len(unseen), len(names), unseen[0]),
-            )
-        few = {name: (grams.tokens(name), grams.size(name)) for name in names if name in grams}
-        few = {name: (tokens, size) for name, (tokens, size) in few.items() if tokens < size}
-        if few:
-            name, (tokens, size) = min(few.items(), key=lambda each: each[1][0] / each[1][1])
-            logger.warning(
-                "%s: %d of %d projections saw fewer tokens of its calibration set than they have inputs, such as %s, "
-                "%d tokens for %d inputs: the ridge keeps the fit stable, but it may not hold for other texts; raise "
-                "samples or max_tokens, to 2 tokens per input",
-                *(expert.ref, len(few), len(names), name, tokens, size),
-            )

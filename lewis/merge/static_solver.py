@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from lewis.devices import one_thread
 from lewis.errors import LewisError
-from lewis.importance.architecture import Covered
-from lewis.importance.gram_files import Grams
+from lewis.importance.architecture import Covered, Network
+from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
 from lewis.merge.prepared import Prepared
 from lewis.merge.unwritten import Unwritten
@@ -36,6 +36,23 @@ Group = list[tuple[Covered, list[Part]]]
 """Tensors, each with its parts."""
 
 
+class Statistics(Protocol):
+    """What went into projections; `gram_files.Grams` has the meaning of each."""
+
+    def __contains__(self, projection: str) -> bool: ...
+
+    def source(self, projection: str) -> str | None: ...
+
+    def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows: ...
+
+
+def parts_of(network: Network, covered: Covered) -> list[Part]:
+    """A tensor in the parts that are fitted at once."""
+    if network.empty(covered.parameter).dim() != 3 or covered.expert is not None:
+        return [Part(of_expert(covered.parameter, covered.expert))]
+    return [Part(of_expert(covered.parameter, i), i) for i in range(network.empty(covered.parameter).shape[0])]
+
+
 def bytes_of(merge: Prepared, group: Group) -> int:
     """Bytes of memory that fitting a group takes, roughly."""
     held, experts = 0, len(merge.experts)
@@ -49,8 +66,10 @@ def bytes_of(merge: Prepared, group: Group) -> int:
     return 4 * held
 
 
-def solve_group(merge: Prepared, statistics: Sequence[Grams], group: Group, *, jobs: Jobs) -> dict[str, torch.Tensor]:
-    """Fit tensors that share their inputs.
+def solve_group(
+    merge: Prepared, statistics: Sequence[Statistics], group: Group, *, jobs: Jobs
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Fit tensors that share their inputs, one after another.
 
     Args:
         merge: whose method fits.
@@ -58,47 +77,48 @@ def solve_group(merge: Prepared, statistics: Sequence[Grams], group: Group, *, j
         group: the tensors.
         jobs: runs what is computed.
 
-    Returns:
-        Tensor name -> what was fitted, in the dtype of the output; without those that no token reached.
+    Yields:
+        Tensor name, and what was fitted, in the dtype of the output; not of those that no token reached.
 
     Raises:
         LewisError: naming the tensor, if statistics are damaged, or inputs or the result are not finite.
     """
-    solver, found = _Solver(merge, statistics, jobs), dict[str, torch.Tensor]()
-    with one_thread(), torch.inference_mode():
-        for covered, parts in group:
-            known = [each for each in parts if any(each.projection in grams for grams in statistics)]
-            if known:
-                found[covered.tensor] = solver.solve(covered, known)
-    return found
+    solver = _Solver(merge, statistics, jobs)
+    for covered, parts in group:
+        known = [each for each in parts if any(each.projection in grams for grams in statistics)]
+        if known:
+            yield covered.tensor, solver.solve(covered, known)
 
 
 class _Solver:
     """Fits tensor after tensor. What follows from inputs that several share is kept for them."""
 
-    def __init__(self, merge: Prepared, statistics: Sequence[Grams], jobs: Jobs) -> None:
+    def __init__(self, merge: Prepared, statistics: Sequence[Statistics], jobs: Jobs) -> None:
         self._merge, self._statistics, self._jobs = merge, statistics, jobs
         self._inputs: tuple[Any, Inputs] | None = None
 
     def solve(self, covered: Covered, parts: Sequence[Part]) -> torch.Tensor:
         """Fit these parts of a tensor; its other parts are the anchor's."""
+        with one_thread(), torch.inference_mode():
+            return self._solve(covered, parts)
+
+    def _solve(self, covered: Covered, parts: Sequence[Part]) -> torch.Tensor:
         name = covered.tensor
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
         *weights, anchor = self._read(name, [*readers, Unwritten(self._merge).read])
+        anchor = anchor.to(torch.float32)
         values = self._merge.parameters(name)
-        fitted = anchor if parts[0].index is None else anchor.clone()
         for part in parts:
-            start, *own = (_part_of(tensor, part, covered).contiguous() for tensor in (anchor, *weights))
+            fitted, *own = (_part_of(tensor, part, covered) for tensor in (anchor, *weights))
+            start = fitted.contiguous()
             try:
-                value = self._of(part.projection, values).solve(start, own)
+                self._of(part.projection, values).solve(start, [each.contiguous() for each in own], out=start)
             except ValueError as error:
                 raise LewisError(f"{name}: {error}; a model is damaged") from error
-            if part.index is None:
-                fitted = value.T if covered.transposed else value
-            else:
-                _part_of(fitted, part, covered).copy_(value)
-        del weights, anchor, start, own, value  # they take much memory
-        rounded = fitted.to(torch_dtype(self._merge.layout[name][0])).contiguous()
+            if start.data_ptr() != fitted.data_ptr():
+                fitted.copy_(start)
+        del weights, own, start, fitted  # they take much memory
+        rounded = anchor.to(torch_dtype(self._merge.layout[name][0]))
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
@@ -107,7 +127,7 @@ class _Solver:
         found = [torch.empty(0)] * len(readers)
 
         def read(i: int) -> None:
-            found[i] = readers[i](tensor).to(torch.float32)
+            found[i] = readers[i](tensor)
 
         self._jobs([partial(read, i) for i in range(len(readers))])
         return found

@@ -50,6 +50,11 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype of torch's."""
+    return next(name for name, each in DTYPES.items() if f"torch.{each.torch_name}" == str(dtype))
+
+
 def bits_dtype(dtype: str) -> np.dtype:
     """Unsigned whole numbers of the same size: numpy has no bfloat16, so tensors are passed on as their bits."""
     return np.dtype(f"u{DTYPES[dtype].size}")

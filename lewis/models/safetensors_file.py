@@ -1,19 +1,27 @@
-"""One safetensors file, mapped into memory: its tensors are views of the file, so that reading them copies nothing."""
+"""One safetensors file, mapped into memory: its tensors are views of the file, so that reading them copies nothing.
+
+Neither does writing one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import mmap
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.input_files import check_regular
-from lewis.models.dtypes import bits_dtype
+from lewis.lazy_torch import torch
+from lewis.models.dtypes import bits_dtype, bytes_of, name_of
 
 _LONGEST_NAME, _MOST_DIMENSIONS, _LARGEST_SIZE = 1000, 8, 1 << 40  # of any tensor of a model
 _PART = 1 << 18  # elements that are compared at a time
@@ -92,6 +100,36 @@ class TensorFile:
         start = place.start - place.start % mmap.PAGESIZE
         if place.stop > start:
             self._map.madvise(advice, start, place.stop - start)
+
+
+def write_file(path: Path, tensors: Mapping[str, Sequence[torch.Tensor]], metadata: Mapping[str, str]) -> str:
+    """Write a file, which appears whole or not at all, without a copy of its tensors in memory.
+
+    Args:
+        path: where to; an earlier file is replaced.
+        tensors: name -> the tensor in parts, one below the other, of one dtype that a checkpoint may hold.
+        metadata: texts that stand in the header.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    entries, stop = dict[str, object](__metadata__=dict(metadata)), 0
+    for name, parts in tensors.items():
+        shape, start = [sum(len(part) for part in parts), *parts[0].shape[1:]], stop
+        stop += parts[0].dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": name_of(parts[0].dtype), "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    hashed = hashlib.sha256()
+    with store.written_beside(path) as scratch, scratch.open("wb") as file:
+        content: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        content += [bytes_of(part) for parts in tensors.values() for part in parts]
+        for data in content:
+            file.write(data)
+            hashed.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.hexdigest()
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:

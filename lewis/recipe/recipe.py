@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
 from lewis.errors import RecipeError, nearest
 from lewis.methods import Parameter, find, load_plugins
+from lewis.methods.registry import AUTO
 from lewis.recipe import yaml_text
 from lewis.recipe.anchor import WEIGHT, Anchor
 from lewis.recipe.checks import cross_check
@@ -217,6 +218,11 @@ class Recipe(Block):
     def fits(self) -> bool:
         """Whether the merge method fits the projections to the experts on their calibration sets."""
         return find(self.merge_method).fits is not None
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the ridge of the fit is to be found: `ridge: auto`."""
+        return self.fits and self.parameters.get("ridge") == (Rule(AUTO),)
 
     @property
     def allocator(self) -> Lewis | None:

@@ -123,9 +123,9 @@ def timed(merge: Merge) -> dict[str, float]:
     solve, fit, solves = Inputs.solve, static_fit.fit, [0.0]
 
     def watched(run: Any) -> Any:
-        def timed(*given: Any) -> Any:
+        def timed(*given: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            found = run(*given)
+            found = run(*given, **named)
             solves[0] += time.perf_counter() - start
             return found
 

@@ -83,7 +83,8 @@ class TestLocal:
         assert (number.fits, auto.fits) == (1, 5)
 
     def test_statistics_that_a_fit_needs(self, family: Family, home: Path) -> None:
-        recipe = recipe_of(family.base, *family.experts, merge_method="regmean", lewis={"calibrations": SETS})
+        blocks: dict[str, Any] = {"merge_method": "regmean", "lewis": {"calibrations": SETS}}
+        recipe = recipe_of(family.base, *family.experts, **blocks)
         work = [f"measure {path} on sums" for path in family.experts]
         before = make_plan(recipe)
         assert states(before) == {f"download {p}": "cached" for p in (family.base, *family.experts)} | dict.fromkeys(
@@ -97,6 +98,8 @@ class TestLocal:
         assert {states(after)[name] for name in work} == {"cached"} and after.disk == merge.size
         written = sum(path.stat().st_size for path in (home / "grams").glob("*/*.safetensors"))
         assert written / 3 < before.disk - after.disk < 3 * written and after.measuring == 0
+        auto = make_plan(recipe_of(family.base, *family.experts, **(blocks | {"parameters": {"ridge": "auto"}})))
+        assert auto.measuring > 0 and after.disk < auto.disk < before.disk  # passes over three of four rows
         for entry in (home / "grams").iterdir():
             store.discard(entry)
         assert {states(make_plan(recipe))[name] for name in work} == {"to do"}

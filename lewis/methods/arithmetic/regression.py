@@ -124,14 +124,19 @@ class Inputs:
         return keeps_rows(self.size, sum(rows.tokens for rows in self.experts))
 
     def solve(
-        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides] | None = None
+        self,
+        anchor: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        besides: Sequence[Besides] | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Fit one layer.
 
         Args:
             anchor: W_a, fp32 (out, in).
-            weights: W_t of each expert, fp32 (out, in).
+            weights: W_t of each expert, (out, in), of any floating dtype; brought to fp32 row by row.
             besides: B_t of each expert, in the parts of its rows.
+            out: where the result goes, fp32 (out, in); it may be `anchor` itself. By default a new tensor.
 
         Returns:
             W, fp32 (out, in).
@@ -139,19 +144,20 @@ class Inputs:
         Raises:
             ValueError: if the inputs are not finite.
         """
+        out = torch.empty_like(anchor) if out is None else out
         if self.size == 0 or all(rows.tokens == 0 for rows in self.experts):
-            return anchor.clone()
+            return out.copy_(anchor)
         besides = besides or [None] * len(self.experts)
-        return (self._dual if self.is_dual else self._primal)(anchor, weights, besides)
+        return (self._dual if self.is_dual else self._primal)(anchor, weights, besides, out)
 
     # ----- the primal form
 
     def _primal(
-        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]
+        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides], out: torch.Tensor
     ) -> torch.Tensor:
         if self._factor is None or self._factor[0] != self.ridge:
             self._factor = self.ridge, _cholesky(self._sum_of_products(), self.ridge)
-        solved, factor = torch.empty_like(anchor), self._factor[1]
+        factor = self._factor[1]
         # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
         by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
@@ -171,22 +177,23 @@ class Inputs:
             for rows, gram, shift, own_shift, weight, more in zip(
                 self.experts, self._grams, shifts, alone, weights, besides, strict=True
             ):
-                found = (weight[part] - anchor[part]) @ gram
+                known = weight[part].float()
+                found = (known - anchor[part]) @ gram
                 if shift is not None:
-                    found.addmm_(weight[part], shift)
+                    found.addmm_(known, shift)
                 elif by_token and isinstance(rows, Rows) and (rows.shifted or more is not None):
                     for i, (merged, own) in enumerate(zip(rows.merged, rows.own, strict=True)):
-                        missed = (own - merged) @ weight[part].T
+                        missed = (own - merged) @ known.T
                         missed = missed if more is None else missed.add_(more[i][:, part])
                         found.addmm_(missed.T, merged, alpha=self.alpha)
                     if own_shift is not None:
-                        found.add_(weight[part] * own_shift, alpha=1 - self.alpha)
+                        found.add_(known * own_shift, alpha=1 - self.alpha)
                 right.add_(found, alpha=rows.share)
             moved = torch.cholesky_solve(right.T.contiguous(), factor).T
-            solved[part] = (anchor[part].double() + moved).float()
+            out[part] = (anchor[part].double() + moved).float()
 
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
-        return solved
+        return out
 
     def _sum_of_products(self) -> torch.Tensor:
         """S, fp64; sets the X_t^T X_t, of which only the blocks on and above the diagonal are computed."""
@@ -235,7 +242,9 @@ class Inputs:
 
     # ----- the dual form
 
-    def _dual(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides]) -> torch.Tensor:
+    def _dual(
+        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides], out: torch.Tensor
+    ) -> torch.Tensor:
         known = [rows for rows in self.experts if isinstance(rows, Rows)]
         total = sum(rows.tokens for rows in known)
         stacked = Stacked(known, besides, [sampled(self.size, rows.tokens, total) for rows in known])
@@ -248,27 +257,27 @@ class Inputs:
             mean = float(kernel.diagonal().sum()) / self.size
             self._factor = self.ridge, _cholesky(kernel, *((self.ridge, mean) if alone is None else (1.0, 1.0)))
             del kernel
-        solved, factor = torch.empty_like(anchor), self._factor[1]
+        factor = self._factor[1]
 
         def job(part: slice) -> None:
-            start = anchor[part]
+            start, known = anchor[part], [weight[part].float() for weight in weights]
             missed = torch.cat(
                 [
-                    x @ (weight[part] - start).T + (0 if shift is None else shift @ weight[part].T)
-                    for x, shift, weight in zip(parts, shifts, weights, strict=True)
+                    x @ (weight - start).T + (0 if shift is None else shift @ weight.T)
+                    for x, shift, weight in zip(parts, shifts, known, strict=True)
                 ]
             )
             if more is not None:
                 missed += more[:, part]
             if alone is not None:
-                moved = alone.solution(start, [weight[part] for weight in weights])
+                moved = alone.solution(start, known)
                 missed -= merged @ moved.T
                 start = start + moved
             found = torch.cholesky_solve(missed.double(), factor)
-            solved[part] = start + found.T.float() @ left
+            out[part] = start + found.T.float() @ left
 
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
-        return solved
+        return out
 
     def _kernel(self, merged: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         """X L^T, fp64: with alpha = 1 the products of all pairs of tokens."""

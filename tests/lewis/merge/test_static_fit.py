@@ -127,14 +127,14 @@ def test_goes_on_after_a_kill_with_the_same_bytes(
     command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", "0.25"]
     assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
     solve, solved = Inputs.solve, []
-    monkeypatch.setattr(Inputs, "solve", lambda *given: solved.append(1) or solve(*given))
+    monkeypatch.setattr(Inputs, "solve", lambda *given, **named: solved.append(1) or solve(*given, **named))
     found = run(recipe, tmp_path / "out" / "model")
     assert len(solved) == 7
     expected = run(recipe, tmp_path / "undisturbed")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def mixture(folder: Path, stacked: bool) -> tuple[Merge, list[Any]]:
+def mixture(folder: Path, stacked: bool, method: str = "regmean") -> tuple[Merge, list[Any]]:
     """Two experts of a tiny mixture that moved away from their base; and they as transformers loads them."""
     name, sizes, *_ = MOES["qwen3-moe"]
     loaded = []
@@ -157,7 +157,7 @@ def mixture(folder: Path, stacked: bool) -> tuple[Merge, list[Any]]:
     opened = [Checkpoint(each, each.name) for each in folders]
     models = [{"model": str(each)} for each in folders[1:]]
     block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    settings = resolve(recipe_of(folders[0], folders[1:], "regmean", lewis=block, models=models), opened[0])
+    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models), opened[0])
     sets = [Calibration("a", SAMPLES), Calibration("b", SAMPLES[::-1])]
     experts = [
         Expert(str(each), model, calibration=own)

@@ -69,7 +69,7 @@ def test_a_2_by_3_layer_with_alpha_and_an_anchor_by_hand(
     form: str, alpha: float, ridge: float, anchor: torch.Tensor, expected: list[list[float]]
 ) -> None:
     inputs = Inputs([Rows(rows, rows) for rows in TOKENS], ridge, alpha=alpha)
-    found = getattr(inputs, form)(anchor, [FIRST, -FIRST], [None, None])
+    found = getattr(inputs, form)(anchor, [FIRST, -FIRST], [None, None], torch.empty_like(anchor))
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
 
 
@@ -82,6 +82,14 @@ def test_the_ridge_may_change_between_layers_of_the_same_inputs() -> None:
         shared.ridge = ridge
         alone = Inputs(shared.experts, ridge)
         assert torch.equal(shared.solve(anchor, weights), alone.solve(anchor, weights))
+
+
+@pytest.mark.parametrize("tokens", [30, 3])  # the primal and the dual form
+def test_weights_may_be_as_stored_and_the_result_in_the_anchors_place(tokens: int) -> None:
+    rows, anchor, stored = [draw(1, tokens, 8)], draw(3, 4, 8), draw(4, 4, 8).to(torch.bfloat16)
+    expected = Inputs([Rows(rows, rows)], 0.1).solve(anchor, [stored.float()])
+    found = Inputs([Rows(rows, rows)], 0.1).solve(anchor, [stored], out=anchor)
+    assert found is anchor and torch.equal(found, expected)
 
 
 def test_a_shared_input_is_the_mean_weighted_by_its_square() -> None:
@@ -137,10 +145,10 @@ def test_both_forms_are_the_least_squares_solution(
         [more[: len(rows.merged[0])], more[len(rows.merged[0]) :]] for rows, more in zip(experts, besides, strict=True)
     ]
     for form in (Inputs._primal, Inputs._dual):
-        found = form(Inputs(experts, ridge, alpha=alpha), anchor, weights, parts)
+        found = form(Inputs(experts, ridge, alpha=alpha), anchor, weights, parts, anchor.clone())
         assert torch.allclose(found.double(), expected, rtol=2e-3, atol=2e-3)
     assert torch.allclose(  # without what the layer gives besides: products of all pairs of inputs, not token by token
-        Inputs(experts, ridge, alpha=alpha)._primal(anchor, weights, [None] * len(tokens)).double(),
+        Inputs(experts, ridge, alpha=alpha)._primal(anchor, weights, [None] * len(tokens), anchor.clone()).double(),
         by_least_squares(anchor, weights, experts, ridge, [torch.zeros_like(each) for each in besides], alpha),
         rtol=2e-3,
         atol=2e-3,
@@ -168,7 +176,8 @@ def test_a_large_ridge_gives_the_anchor_and_an_expert_alone_itself() -> None:
 
 def test_a_singular_system_without_ridge_is_finite() -> None:
     rows = [draw(1, 3, 1).expand(3, 8).contiguous()]
-    assert bool(Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)], [None]).isfinite().all())
+    found = Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)], [None], torch.empty(4, 8))
+    assert bool(found.isfinite().all())
 
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
