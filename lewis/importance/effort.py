@@ -48,6 +48,11 @@ def operations_of(network: Network, tokens: int) -> float:
     return 2.0 * total
 
 
+def share_of_tokens(network: Network, parameter: str) -> float:
+    """The share of all tokens that one of the matrices of a parameter sees, if a router sends out even shares."""
+    return next(each.tokens for name, each in _stacks(network, 1 << 20) if name == parameter) / (1 << 20)
+
+
 def memory_of(network: Network, tokens: int, threads: int) -> int:
     """Bytes of memory that the pass needs beside the weights, roughly.
 

@@ -5,8 +5,10 @@ so far. Where all passes have come to a projection, its weight is fitted (`lewis
 the inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go
 on with their own weights. So each layer makes up for the errors of those before it.
 
-What is no such projection (embeddings, norms, biases, head, stacked experts of a mixture) is merged by the recipe's
-anchor, else by the method's own function. That is also what the fit is pulled towards.
+The stacked experts of a mixture are fitted where their module is reached (`lewis.merge.stacked_fit`).
+
+What is no such projection (embeddings, norms, biases, head, experts of a mixture that are modules of their own) is
+merged by the recipe's anchor, else by the method's own function. That is also what the fit is pulled towards.
 
 Here the models and the passes are made ready; `lewis.merge.walk` leads them through the blocks.
 """
@@ -27,11 +29,13 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
+from lewis.merge.few_tokens import tell_of_few_tokens
 from lewis.merge.fitted import Fitted
-from lewis.merge.passes import Pair, Pass, note_stream, stop
+from lewis.merge.passes import Pair, Pass, note_stream, stop, stop_with_call
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
 from lewis.merge.spill import IN_MEMORY, Spill, bytes_at_rest
+from lewis.merge.stacked_fit import StackedFit, stacks_of, tensors_in
 from lewis.merge.unwritten import Unwritten
 from lewis.merge.walk import Walk
 from lewis.methods.arithmetic.regression import sampled
@@ -72,18 +76,20 @@ def fit(
 
     network = network_of(merge.base)
     places = {each.parameter.rpartition(".")[0]: each for each in in_order(network) if merge.merges(each.tensor)}
-    if not places:
+    stacks = stacks_of(network, merge)
+    if not places and not stacks:
         raise merge.nothing_to_fit()
-    share = sum(merge.base.tensors[each.tensor].elements for each in places.values()) / merge.elements
+    names = [*(each.tensor for each in places.values()), *tensors_in(stacks)]
+    share = sum(merge.base.tensors[name].elements for name in names) / merge.elements
     logger.info(
-        "fitting %d projections, %.0f %% of the weights; the others are merged as they are", len(places), 100 * share
+        "fitting %d tensors, %.0f %% of the weights; the others are merged as they are", len(names), 100 * share
     )
-    _warn_of_few_tokens(merge, places.values())
-    made = batches(_sets(merge), network, tokens=TOKENS_PER_PASS)
+    _tell_of_few_tokens(merge, places.values())
+    made = batches(_sets(merge), network, equal=bool(stacks), tokens=TOKENS_PER_PASS)
     fitted = Fitted(folder)
     spill = _spill(merge, network, sum(batch.ids.numel() for batch in made), folder)
     experts = [Weights(network_of(e.model), e.model, "cpu", torch.float32, spill.keep) for e in merge.experts]
-    merged = Weights(network, Unwritten(merge, place=spill.empty), "cpu", torch.float32, spill.keep)
+    merged = Weights(network, Unwritten(merge, fitted, spill.empty), "cpu", torch.float32, spill.keep)
     pairs = _pairs(made, experts, merged, spill)
     streams = writers(network_of(merge.base), places)
     with ExitStack() as contexts:
@@ -91,7 +97,8 @@ def fit(
         workers = contexts.enter_context(Workers(threads))
         solver = Solver(merge, pairs, experts, merged, streams, workers, spill)
         flat = [pair for each in pairs for pair in each]
-        walk = Walk(merge, places, [*experts, merged], flat, solver, workers, fitted, spill)
+        stacked = StackedFit(merge, stacks, pairs, merged, workers, fitted)
+        walk = Walk(merge, places, [*experts, merged], flat, solver, stacked, workers, fitted, spill)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
             each.check()
@@ -100,12 +107,17 @@ def fit(
             for path in (*each.network.blocks, *places):
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(stop, path, path in places)).remove)
+            for path in stacks:
+                module = each.network.module.get_submodule(path)
+                hook = module.register_forward_pre_hook(partial(stop_with_call, path), with_kwargs=True)
+                contexts.callback(hook.remove)
             for path in set(streams.values()):  # before the hooks that stop: the block's own input is noted, too
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(note_stream, path), prepend=True).remove)
         for done in walk.blocks():
             if progress:
                 progress(done)
+        stacked.tell()
     return fitted
 
 
@@ -157,7 +169,8 @@ def rests(merge: Prepared, network: Network, tokens: int | None = None) -> int:
 
 def beside_output(merge: Prepared, network: Network, resting: int) -> int:
     """Bytes on disk that a fit needs more than the output, roughly: the fitted tensors, and what rests meanwhile."""
-    fitted = sum(size_of(*merge.layout[each.tensor]) for each in in_order(network) if merge.merges(each.tensor))
+    names = [*(each.tensor for each in in_order(network) if merge.merges(each.tensor))]
+    fitted = sum(size_of(*merge.layout[name]) for name in [*names, *tensors_in(stacks_of(network, merge))])
     return fitted + max((resting if resting > IN_MEMORY else 0) - merge.size, 0)
 
 
@@ -171,19 +184,11 @@ def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spil
     return Spill(folder)
 
 
-def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
-    shapes = [(merge.base.tensors[each.tensor].shape, each.transposed) for each in covered]
-    largest = max(shape[0] if transposed else shape[1] for shape, transposed in shapes)
+def _tell_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
+    inputs = {each.tensor: merge.base.tensors[each.tensor].shape[0 if each.transposed else 1] for each in covered}
     for expert in merge.experts:
         tokens = expert.calibration.tokens if expert.calibration else 0
-        if tokens < largest:
-            logger.warning(
-                "%s: its calibration set has %d tokens for projections with up to %d inputs: the ridge keeps the fit "
-                "stable, but it may not hold for other texts; raise samples or max_tokens, to 2 tokens per input",
-                expert.ref,
-                tokens,
-                largest,
-            )
+        tell_of_few_tokens(expert.ref, {name: (tokens, size) for name, size in inputs.items()})
 
 
 def in_order(network: Network) -> list[Covered]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lewis import store
 from lewis.devices import one_thread
-from lewis.importance.effort import operations_per_second
+from lewis.importance.effort import bytes_of, operations_per_second, share_of_tokens
 from lewis.importance.measure import network_of
 from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes
@@ -94,6 +94,7 @@ def _of_fit(merge: Merge) -> Forecast:
     from lewis.merge.fit import TOKENS_PER_PASS, beside_output, in_order, rests
     from lewis.merge.held_out import LOGITS
     from lewis.merge.spill import IN_MEMORY
+    from lewis.merge.stacked_fit import stacks_of
 
     network = network_of(merge.base)
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
@@ -107,6 +108,11 @@ def _of_fit(merge: Merge) -> Forecast:
             2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (2 * len(merge.experts) + 4) * inputs**2
         )
         solving = max(solving, products + outputs * inputs + merge.threads * 3 * TOKENS_PER_PASS * max(outputs, inputs))
+    stacked = [name for parameters in stacks_of(network, merge).values() for name in parameters]
+    for name in stacked:
+        weights += int(network.empty(name).numel() * share_of_tokens(network, name))
+    if stacked:
+        solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
     resting = rests(merge, network)
     held = 4 * (merge.tunes * merge.threads * 2 * LOGITS + solving) + (resting if resting <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from lewis.importance.stepping import Stepping, wait
@@ -20,6 +21,7 @@ class Pass(Stepping):
         taken_of: inputs of a projection -> which of the tokens are its rows; None for all. By default all.
         rows: inputs of that projection without padding, of the tokens that are taken, fp32 (tokens, in).
         taken: these tokens; None for all.
+        call: in front of stacked experts: runs their module on what this pass gives it.
         streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
     """
 
@@ -27,6 +29,7 @@ class Pass(Stepping):
     taken_of: Callable[[int], torch.Tensor | None] | None = None
     rows: torch.Tensor | None = None
     taken: torch.Tensor | None = None
+    call: Callable[[], Any] | None = None
     streams: dict[str, torch.Tensor] = field(default_factory=dict)
     _raw: torch.Tensor | None = None
     _made: Made = field(default_factory=Made)
@@ -36,7 +39,7 @@ class Pass(Stepping):
         """Run to the next place; always in the same thread."""
         with self.spill.watch(self._made):
             told = self.advance()
-        self.place, inputs = told or (None, None)
+        self.place, inputs, self.call = told or (None, None, None)
         self.spill.rest(self._made.alive())
         self.is_new = inputs is None or inputs is not self._raw
         if self.is_new:
@@ -47,7 +50,7 @@ class Pass(Stepping):
     def stop(self) -> None:
         """End what waits here, in its own thread."""
         super().stop()
-        self._raw = self.rows = None
+        self._raw = self.rows = self.call = None
         self.streams = {}
 
     def without_padding(self, inputs: torch.Tensor, taken: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,7 +67,13 @@ class Pair(NamedTuple):
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A hook before a module: let the others go on, until it is this pass's turn again."""
-    wait((path, inputs[0] if with_inputs else None))
+    wait((path, inputs[0] if with_inputs else None, None))
+
+
+def stop_with_call(path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """A hook before a module, as `stop`; `Pass.call` then runs the module, for which the hook lets it through."""
+    if Pass.current() is not None:
+        wait((path, None, partial(module, *args, **named)))
 
 
 def note_stream(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -38,6 +38,7 @@ from lewis.models.names import layer_of
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "1"  # bump when a method that fits in forward order would give other bytes
+STACKED_SEMANTICS = "1"  # bump when a method that fits in forward order would give other stacked experts
 STATIC_SEMANTICS = "2"  # bump when a method that fits statically would give other bytes
 
 
@@ -231,7 +232,10 @@ class Prepared:
         sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
-        return [FIT_SEMANTICS, *sets]
+        stacked = any(
+            ".experts." in n or (len(t.shape) == 3 and min(t.shape) > 1) for n, t in self.base.tensors.items()
+        )
+        return [FIT_SEMANTICS, *(["stacked", STACKED_SEMANTICS] if stacked else []), *sets]
 
     def nothing_to_fit(self) -> InputError:
         """What a fit raises that finds no projection to fit."""

@@ -21,6 +21,7 @@ from lewis.merge.passes import Pair
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
 from lewis.merge.spill import Spill
+from lewis.merge.stacked_fit import StackedFit
 from lewis.methods.arithmetic.regression import one_after_another
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Walk:
         weights: Sequence[Weights],
         pairs: Sequence[Pair],
         solver: Solver,
+        stacked: StackedFit,
         workers: Workers,
         fitted: Fitted,
         spill: Spill,
@@ -50,13 +52,15 @@ class Walk:
             weights: of the experts, then of the merged model.
             pairs: of all batches.
             solver: fits the tensor of a place.
+            stacked: fits stacked experts.
             workers: run the passes.
             fitted: takes the tensors.
             spill: where the weights are kept.
         """
         self._merge, self._places, self._weights = merge, places, weights
         self._passes = list(dict.fromkeys(each for pair in pairs for each in (pair.own, pair.merged)))
-        self._solver, self._workers, self._fitted, self._spill = solver, workers, fitted, spill
+        self._solver, self._stacked, self._workers = solver, stacked, workers
+        self._fitted, self._spill = fitted, spill
         self._loaded: list[tuple[Weights, list[str]]] = []
         self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
@@ -72,6 +76,10 @@ class Walk:
                     yield min(1.0, done / len(network.blocks))
                 block = place
                 self._enter(place)
+            elif place in self._stacked:
+                self._drop()
+                self._solver.forget()
+                self._stacked.fit(place)
             else:
                 self._fit(place)
         if block:

@@ -253,7 +253,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(
     assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
     assert not list(tmp_path.rglob("*.rest"))
     solve, solved = Inputs.solve, []
-    monkeypatch.setattr(Inputs, "solve", lambda *given: solved.append(1) or solve(*given))
+    monkeypatch.setattr(Inputs, "solve", lambda *given, **named: solved.append(1) or solve(*given, **named))
     found = run(recipe, tmp_path / "out" / "model")
     assert len(solved) == (7 if share < 0.5 else 0)
     expected = run(recipe, tmp_path / "undisturbed")
@@ -334,7 +334,8 @@ def test_few_tokens_are_told_with_their_number(family: Family, tmp_path: Path, c
     sets = {"few": {"texts": ["w1 w2 w3"], "samples": 1}}
     models = [{"model": str(family.math)}]
     run(recipe_of(family.base, [family.math], models=models, lewis={"calibrations": sets}), tmp_path / "out")
-    assert "its calibration set has 3 tokens for projections with up to 32 inputs" in caplog.text
+    assert "14 of 14 projections saw fewer tokens of its calibration set than they have inputs, such as" in caplog.text
+    assert "down_proj.weight, 3 tokens for 32 inputs" in caplog.text
 
 
 def test_a_forecast_counts_the_fit(family: Family) -> None:
