@@ -38,6 +38,8 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         own = _class_of(config)
         text = config.get_text_config()
+        for block in (config, text):  # the weights are read without their quantisation
+            vars(block).pop("quantization_config", None)
         if own.config_class is type(text):  # perhaps the class of the language model alone
             config = text
         with init_empty_weights(include_buffers=False):

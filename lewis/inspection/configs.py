@@ -16,6 +16,7 @@ from lewis.input_files import read_bytes, read_json
 from lewis.inspection.kinds import Finding
 from lewis.models import hub
 from lewis.models.names import HEADS
+from lewis.models.quantised.headers import dequantised
 from lewis.models.safetensors_file import Headers, file_headers
 from lewis.models.source import ModelFiles, Source
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
@@ -62,6 +63,8 @@ class Described:
         for path in sorted(files.folder.glob("*.safetensors")):
             with suppress(InputError):
                 headers |= file_headers(path)
+        with suppress(InputError):
+            headers = dequantised(files.ref, files.folder, headers, None)
         return cls._at(files.ref, files.key, files.folder, files.adapter or files.folder, headers)
 
     @classmethod

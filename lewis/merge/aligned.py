@@ -88,6 +88,10 @@ class Aligned:
             self._copies[name] = self._copy(name)
         return self._copies[name]
 
+    def computes(self, name: str) -> bool:
+        """Whether a tensor is computed, as of the model."""
+        return self.model.computes(name)
+
     def will_need(self, name: str) -> None:
         """Announce a tensor that is read soon, as to the model."""
         self.model.will_need(name)

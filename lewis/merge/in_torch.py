@@ -21,7 +21,6 @@ from lewis.lazy_torch import torch
 from lewis.merge.prepared import Prepared
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
 from lewis.models.dtypes import as_tensor, torch_dtype
-from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 
 PIECE = 1 << 18  # elements of a run of rows on the CPU
@@ -70,9 +69,8 @@ def is_whole(merge: Prepared, name: str) -> bool:
 
 
 def is_computed(merge: Prepared, name: str) -> bool:
-    """Whether a model's tensor is computed, as a LoRA expert's is: then it is whole in memory in any engine."""
-    models = (getattr(model, "model", model) for model in merge.models)
-    return any(isinstance(model, LoraExpert) and model.computes(name) for model in models)
+    """Whether a model's tensor is computed, a LoRA expert's or a quantised one: it is whole in memory in any engine."""
+    return any(model.computes(name) for model in merge.models)
 
 
 class _Tensor:

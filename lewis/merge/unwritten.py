@@ -29,7 +29,7 @@ class Unwritten:
         base = merge.base
         self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
         self.tensors, self.tied, self.shapes, self.raw = base.tensors, base.tied, base.shapes, base.raw
-        self.will_need, self.done_with = base.will_need, base.done_with
+        self.will_need, self.done_with, self.computes = base.will_need, base.done_with, base.computes
         self._merge, self._fitted, self._place = merge, fitted, place
 
     def read(self, name: str) -> torch.Tensor:

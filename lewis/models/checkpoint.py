@@ -1,4 +1,4 @@
-"""A Hugging Face model folder, read tensor by tensor. Safetensors only."""
+"""A Hugging Face model folder, read tensor by tensor. Safetensors only; quantised weights are computed when read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.models.config import read_config
 from lewis.models.config_check import check_config
-from lewis.models.dtypes import DTYPES, as_tensor
+from lewis.models.dtypes import as_tensor
 from lewis.models.files import weight_files
 from lewis.models.model import TensorInfo
 from lewis.models.names import EMBEDDINGS, HEADS, is_buffer
+from lewis.models.quantised.find import check_plain, find
+from lewis.models.quantised.settings import dtype_of, settings_of, without
+from lewis.models.quantised.stored import Packed, Stored
 from lewis.models.safetensors_file import TensorFile, same_bits
 
 
@@ -25,8 +28,9 @@ class Checkpoint:
     Attributes:
         folder: the folder.
         key: identity of the content (a commit, a digest); random streams depend on it.
-        config: the parsed config.json.
-        tensors: name -> TensorInfo, without tied names and without the buffers that old checkpoints store.
+        config: the parsed config.json, without its quantisation.
+        tensors: name -> TensorInfo, without tied names and without the buffers that old checkpoints store. Quantised
+            weights have the dtype that they had before, and are read in fp32.
         tied: name -> the stored tensor that it is tied to.
     """
 
@@ -38,8 +42,8 @@ class Checkpoint:
             key: identity of the content.
 
         Raises:
-            InputError: naming the file or tensor, if something is missing, truncated, pickled, quantised, or in another
-                folder.
+            InputError: naming the file or tensor, if something is missing, truncated, pickled, in another folder, or
+                quantised in a way that is not read.
         """
         self.folder, self.key = folder, key
         self.config = read_config(folder)
@@ -58,28 +62,46 @@ class Checkpoint:
             tensors |= {name: info for name, info in chosen.items() if not is_buffer(name, info.shape)}
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
-        for name, info in tensors.items():
-            quantised = name.endswith("weight") and info.dtype in ("I8", "U8", "I32") and len(info.shape) > 1
-            if info.dtype not in DTYPES or quantised or name.endswith(".qweight"):
-                raise InputError(
-                    f"{folder}: tensor {name!r} is stored as {info.dtype}: a quantised checkpoint cannot be merged; "
-                    "expected float32, float16 or bfloat16: use the unquantised model"
-                )
+        self._stored, self._packed = tensors, dict[str, Packed]()
+        tensors = self._dequantised()
         check_config(folder, self.config, {name: info.shape for name, info in tensors.items()})
         self.tied = _tied_head(self.config, tensors, folder)
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         for head in self.tied.keys() & tensors.keys():
-            if not any(self._same(tensors, head, embedding) for embedding in embeddings):
+            if not any(self._same(head, embedding) for embedding in embeddings):
                 raise InputError(
                     f"{folder}: {head!r} is tied to {self.tied[head]!r}, but both are stored and differ; set "
                     "tie_word_embeddings in config.json to false if the head is a weight of its own, else remove it"
                 )
         self.tensors = {name: info for name, info in tensors.items() if name not in self.tied}
 
-    def _same(self, tensors: Mapping[str, TensorInfo], *names: str) -> bool:
-        infos = [tensors[name] for name in names]
-        bits = [self._files[info.file].bits(name) for info, name in zip(infos, names, strict=True)]
-        return len({(info.dtype, info.shape) for info in infos}) == 1 and same_bits(*bits)
+    def _dequantised(self) -> dict[str, TensorInfo]:
+        """The tensors of the model: those that are stored, with quantised weights in the place of their parts."""
+        settings = settings_of(self.folder, self.config)
+        headers = {name: (info.dtype, info.shape) for name, info in self._stored.items()}
+        if settings is not None:
+            found = find(self.folder, settings, headers, self._part)
+            self.config, self._packed = without(self.config), found.weights
+            headers = found.logical(headers, dtype_of(self.config))
+        check_plain(self.folder, headers, settings)
+        if settings is None:
+            return self._stored
+        return {
+            name: TensorInfo(dtype, shape, self._stored[self._parts(name)[0]].file)
+            for name, (dtype, shape) in headers.items()
+        }
+
+    def _part(self, name: str) -> Stored:
+        info = self._stored[name]
+        return Stored(info.dtype, info.shape, self._files[info.file].bits(name))
+
+    def _parts(self, name: str) -> list[str]:
+        """The stored tensors that a tensor is made of: itself, if it is not quantised."""
+        return list(self._packed[name].parts.values()) if name in self._packed else [name]
+
+    def _same(self, *names: str) -> bool:
+        (kind, bits), (other_kind, other_bits) = (self._bits(name) for name in names)
+        return kind == other_kind and same_bits(bits, other_bits)
 
     @property
     def home(self) -> Path:
@@ -92,26 +114,46 @@ class Checkpoint:
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype; a copy."""
+        """One tensor, in its stored dtype, or in fp32 if it is quantised; a copy."""
         dtype, bits = self.raw(name)
         shape = self.tensors[self.tied.get(name, name)].shape
-        return as_tensor(dtype, bits.copy()).reshape(shape)
+        return as_tensor(dtype, bits if self.computes(name) else bits.copy()).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype, as safetensors names it, and its bits: flat, a view of the file."""
-        name = self.tied.get(name, name)
-        info = self.tensors[name]
-        return info.dtype, self._files[info.file].bits(name)
+        """One tensor's dtype, as safetensors names it, and its bits: flat, a view of the file.
+
+        A quantised one is computed, in fp32, at each call.
+        """
+        return self._bits(self.tied.get(name, name))
+
+    def _bits(self, name: str) -> tuple[str, np.ndarray]:
+        packed = self._packed.get(name)
+        if packed is None:
+            info = self._stored[name]
+            return info.dtype, self._files[info.file].bits(name)
+        try:
+            with np.errstate(all="ignore"):  # a scale that is not finite is told by the tensor's name later
+                values = packed.values(self._part)
+        except (ValueError, IndexError) as error:
+            raise InputError(
+                f"{self.folder}: the parts of the quantised tensor {name!r} do not fit together ({error}); "
+                "download the model again"
+            ) from error
+        return "F32", values.reshape(-1).view(np.uint32)
+
+    def computes(self, name: str) -> bool:
+        """Whether this tensor is computed, and so takes memory while it is used: a quantised one."""
+        return self.tied.get(name, name) in self._packed
 
     def will_need(self, name: str) -> None:
         """Ask the system to read a tensor ahead."""
-        name = self.tied.get(name, name)
-        self._files[self.tensors[name].file].will_need(name)
+        for part in self._parts(self.tied.get(name, name)):
+            self._files[self._stored[part].file].will_need(part)
 
     def done_with(self, name: str) -> None:
         """Release the memory that a tensor is mapped to."""
-        name = self.tied.get(name, name)
-        self._files[self.tensors[name].file].done_with(name)
+        for part in self._parts(self.tied.get(name, name)):
+            self._files[self._stored[part].file].done_with(part)
 
 
 def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, str]:

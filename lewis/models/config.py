@@ -15,7 +15,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        InputError: if it is missing, no regular file or no valid JSON, or says that the weights are quantised.
+        InputError: if it is missing, no regular file or no valid JSON.
     """
     path = folder / "config.json"
     try:
@@ -28,9 +28,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
     if not isinstance(config.get("text_config") or {}, dict):
         raise InputError(f"{path}: text_config: expected a JSON object, got {config['text_config']!r}")
-    if found := config.get("quantization_config"):
-        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
-        raise InputError(f"{folder}: a quantised checkpoint ({method}) cannot be merged; use the unquantised model")
     return config
 
 
@@ -38,7 +35,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
     """Write config.json with the dtype of the weights.
 
     Args:
-        config: the base's.
+        config: the base's, as its weights are read: a quantised one has lost its quantisation.
         donor: the folder that `config` was read from. If nothing changes, its file is copied byte by byte.
         folder: where to write.
         dtype: of all floating tensors, as safetensors names it; None if they differ.
@@ -51,7 +48,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         for inner in changed.values():
             if isinstance(inner, dict):
                 inner.update({key: name for key in ("dtype", "torch_dtype") if inner.get(key)})
-    if changed == config:
+    if changed == config and changed == json.loads((donor / "config.json").read_text()):
         shutil.copyfile(donor / "config.json", folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")

@@ -40,7 +40,11 @@ DTYPES = {
     "I8": Dtype("int8", 1),
     "U8": Dtype("uint8", 1),
     "BOOL": Dtype("bool", 1),
+    "F8_E4M3": Dtype("float8_e4m3fn", 1),
+    "F8_E5M2": Dtype("float8_e5m2", 1),
+    "F8_E8M0": Dtype("float8_e8m0fnu", 1),
 }
+EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")  # parts of quantised weights, never merged as they are
 MERGED = {DTYPES[name].torch_name: name for name in ("F32", "F16", "BF16")}  # of merged weights: torch's name -> ours
 
 

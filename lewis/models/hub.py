@@ -19,6 +19,7 @@ from lewis.models.hub_client import api, cache_folder, check_repo_id, errors, of
 from lewis.models.listing import COMMIT, cached_listing, listing_of, remember_listing
 from lewis.models.names import is_buffer
 from lewis.models.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
+from lewis.models.quantised.headers import dequantised
 from lewis.models.safetensors_file import Headers, file_headers
 from lewis.store.checksums import remembered_sha256
 from lewis.threads import ContextPool
@@ -135,10 +136,12 @@ def is_present(pinned: Pinned) -> bool:
 
 
 def tensor_headers(pinned: Pinned) -> Headers:
-    """Name, dtype and shape of every stored weight. For a Hub repo only the headers of its files are read.
+    """Name, dtype and shape of every weight. For a Hub repo only the headers of its files are read.
+
+    Quantised weights come as those that they are read as (`lewis.models.quantised`).
 
     Raises:
-        InputError: if a safetensors file is damaged.
+        InputError: if a safetensors file is damaged, or weights are quantised in a way that is not read.
         TransientError: if the Hub is busy or unreachable.
     """
     folder = Path(pinned.source) if pinned.is_local else snapshot(pinned.source, pinned.commit)
@@ -154,8 +157,11 @@ def tensor_headers(pinned: Pinned) -> Headers:
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
     with ContextPool(8) as pool:
-        found = {key: header for headers in pool.map(read, names) for key, header in headers.items()}
-    return {key: header for key, header in found.items() if not is_buffer(key, header[1])}
+        by_file = dict(zip(names, pool.map(read, names), strict=True))
+    found = {key: header for headers in by_file.values() for key, header in headers.items()}
+    found = {key: header for key, header in found.items() if not is_buffer(key, header[1])}
+    on_disk = all((folder / name).is_file() for name in names)
+    return dequantised(pinned.ref, folder, found, by_file if on_disk else None)
 
 
 def _is_intact(path: Path, size: int, checksum: str) -> bool:

@@ -118,8 +118,8 @@ class LoraExpert:
         return self.tied.get(name, name) in self._parts or self.tied.get(name, name) in self._whole
 
     def computes(self, name: str) -> bool:
-        """Whether this tensor is computed, and so takes memory while it is used."""
-        return self.tied.get(name, name) in self._parts
+        """Whether this tensor is computed, and so takes memory while it is used: by the adapter, or of its base."""
+        return self.tied.get(name, name) in self._parts or (not self.touches(name) and self.base.computes(name))
 
     def _place(self, key: str) -> None:
         """Find the tensor of the base that a key of the adapter file changes."""

@@ -69,6 +69,9 @@ class Model(Protocol):
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """One tensor's dtype and its bits: flat, of `dtypes.bits_dtype`, often a view of the file."""
 
+    def computes(self, name: str) -> bool:
+        """Whether a tensor is computed when it is read, in fp32, and so takes memory while it is used."""
+
     def will_need(self, name: str) -> None:
         """Ask the system to read a tensor ahead."""
 

@@ -119,10 +119,10 @@ FAULTS: dict[str, tuple[Edit, int, str]] = {
     "pickled": (expert(pickled), 2, "only pickled weights (pytorch_model.bin), which can run code"),
     "quantised": (
         expert(lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"})), 2,
-        "a quantised checkpoint (gptq) cannot be merged",
+        "config.json says that the weights are quantised (gptq), but no tensor is stored so",
     ),
-    "fp8": (expert(stored(torch.float8_e4m3fn)), 2, "is stored as F8_E4M3: a quantised checkpoint cannot be merged"),
-    "int8": (expert(stored(torch.int8)), 2, "is stored as I8: a quantised checkpoint cannot be merged"),
+    "fp8": (expert(stored(torch.float8_e4m3fn)), 2, "is stored as F8_E4M3: a quantised checkpoint without its"),
+    "int8": (expert(stored(torch.int8)), 2, "is stored as I8: a quantised checkpoint without its"),
     "NaN": (damaged(float("nan")), 1, "'model.layers.0.mlp.up_proj.weight' has 16 values that are NaN or Inf"),
     "Inf": (damaged(float("inf")), 1, "'model.layers.0.mlp.up_proj.weight' has 16 values that are NaN or Inf"),
     "other shapes": (

@@ -30,6 +30,7 @@ from tests.support.models import (
     write_tensors,
     write_tokenizer,
 )
+from tests.support.quantised import write_quantised
 
 Make = Callable[[Path, Path], Path]
 """Makes a faulty model from a sound expert, in a folder."""
@@ -95,6 +96,11 @@ def _quantise(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return ((groups / scale).round() * scale).reshape(tensor.shape)
 
 
+def _store_in_four_bits(expert: Path, folder: Path) -> Path:
+    write_quantised(expert, folder, "int4 packed")
+    return folder
+
+
 def _at(part: str, value: float) -> Make:
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         changed = tensor.clone()
@@ -141,7 +147,11 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
     "fewer bits": (tensors(lambda name, tensor: tensor.to(torch.bfloat16)), {"dtype"}),
     "quantised, and its config says so": (
         files(lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"})),
-        {"no fit", "quantised"},
+        {"no fit"},
+    ),
+    "quantised, in a format that is read": (
+        _store_in_four_bits,
+        {"quantised"},
     ),
     "other architecture": (
         lambda expert, folder: write_llama(folder, layers=2, hidden=64),

@@ -1,0 +1,238 @@
+"""Which weights a quantised checkpoint holds, and the stored tensors of each: told by names, dtypes and config."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lewis.errors import InputError
+from lewis.models.dtypes import DTYPES, EIGHT_BIT_FLOATS, MERGED
+from lewis.models.quantised import scaled, words
+from lewis.models.quantised.settings import Settings
+from lewis.models.quantised.stored import Packed, Read
+
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # stored tensor -> dtype as safetensors names it, shape
+
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # beside a `weight`
+_UNUSED = (  # of activations, of the cache of keys and values, and of formats whose weights do without
+    *("activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale"),
+    *("output_scale", "output_zero_point", "q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point"),
+    *("qscale_act", "weight_format"),
+)
+_BNB = ".quant_state.bitsandbytes__"
+
+
+class Found:
+    """The weights that are computed, and the stored tensors that are none by themselves.
+
+    Attributes:
+        weights: name -> how it is computed.
+        parts: the stored tensors that weights are computed from, or that no weight needs.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Packed] = {}
+        self.parts: set[str] = set()
+
+    def logical(self, headers: Headers, default: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of the model, in the order of the stored ones.
+
+        Args:
+            headers: of the stored tensors.
+            default: the dtype of computed weights that do not tell theirs; empty: that of most other tensors.
+        """
+        kept = Counter(dtype for name, (dtype, _) in headers.items() if name not in self.parts)
+        default = default or next((dtype for dtype, _ in kept.most_common() if dtype in MERGED.values()), "BF16")
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        first = {next(iter(packed.parts.values())): name for name, packed in self.weights.items()}
+        for stored, (dtype, shape) in headers.items():
+            if name := first.get(stored):
+                found[name] = (self.weights[name].dtype or default, self.weights[name].shape)
+            elif stored not in self.parts:
+                found[stored] = (dtype, shape)
+        return found
+
+
+def find(where: object, settings: Settings, headers: Headers, read: Read | None = None) -> Found:
+    """Find the weights of a quantised checkpoint.
+
+    Args:
+        where: the model, for error messages.
+        settings: its quantisation, as config.json tells it.
+        headers: of its stored tensors.
+        read: reads a stored tensor; None if only the headers are here: then the shape of a weight may be unknown.
+
+    Raises:
+        InputError: if a part is missing, or parts do not fit together, or nothing is quantised.
+    """
+    finder = _Finder(where, settings, headers, read)
+    found = Found()
+    for name in headers:
+        try:
+            for weight, packed in finder.weights_at(name):
+                if settings.stores_transposed(weight):
+                    packed = _transposed(packed)
+                found.weights[weight] = packed
+                found.parts.update(packed.parts.values())
+        except (ValueError, KeyError, IndexError, ZeroDivisionError, TypeError) as error:
+            raise InputError(f"{where}: {name!r} cannot be read as {settings.method}: {error!r}") from error
+    if not found.weights:
+        raise InputError(
+            f"{where}: config.json says that the weights are quantised ({settings.method}), but no tensor is stored "
+            "so; remove quantization_config from it if they are not, else take the config.json of these weights"
+        )
+    found.parts |= {name for name in headers if name.rpartition(".")[2] in _UNUSED or _BNB in name}
+    return found
+
+
+def check_plain(where: object, headers: Headers, settings: Settings | None) -> None:
+    """Check that what is left when the quantised weights are taken out can be merged.
+
+    Raises:
+        InputError: naming a tensor that is quantised itself.
+    """
+    for name, (dtype, shape) in headers.items():
+        whole = name.endswith("weight") and dtype in ("I8", "U8", "I32") and len(shape) > 1
+        if dtype in DTYPES and dtype not in EIGHT_BIT_FLOATS and not whole and not name.endswith(".qweight"):
+            continue
+        told = f"{where}: tensor {name!r} is stored as {dtype}"
+        if settings is None:
+            raise InputError(
+                f"{told}: a quantised checkpoint without its quantization_config, which says how to read it; take the "
+                "config.json of the repository that these weights are from, or the unquantised model"
+            )
+        raise InputError(
+            f"{told}, and {settings.method} has no such weight without a scale beside it; download the model again, or "
+            "use the unquantised one"
+        )
+
+
+def _transposed(packed: Packed) -> Packed:
+    def decode(parts: Any) -> np.ndarray:
+        return np.ascontiguousarray(packed.decode(parts).T)
+
+    return replace(packed, shape=packed.shape[::-1], decode=decode)
+
+
+class _Finder:
+    def __init__(self, where: object, settings: Settings, headers: Headers, read: Read | None) -> None:
+        self._where, self._settings, self._headers, self._read = where, settings, headers, read
+
+    def weights_at(self, name: str) -> Iterator[tuple[str, Packed]]:
+        """The weight that a stored tensor is the main part of, if it is one."""
+        dtype, _ = self._headers[name]
+        module, _, leaf = name.rpartition(".")
+        if leaf == "qweight":
+            yield f"{module}.weight", self._of_words(module)
+        elif leaf == "weight_packed":
+            yield f"{module}.weight", self._of_packed(module)
+        elif leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in self._headers:
+            yield name.removesuffix("_blocks"), self._of_blocks(name.removesuffix("_blocks"))
+        elif state := next((key for kind in ("nf4", "fp4") if (key := f"{name}{_BNB}{kind}") in self._headers), None):
+            yield name, self._of_bnb4(name, state)
+        elif dtype == "I8" and f"{module}.SCB" in self._headers:
+            yield name, Packed({"weight": name, "SCB": f"{module}.SCB"}, self._shape(name), scaled.decode_bnb8)
+        elif dtype in (*_FP8, "I8", "U8"):
+            yield from self._of_scaled(name)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._headers:
+            raise InputError(f"{self._where}: the tensor {name!r} is missing, which the quantised weight needs")
+        return self._headers[name][1]
+
+    def _present(self, **names: str) -> dict[str, str]:
+        return {role: name for role, name in names.items() if name in self._headers}
+
+    def _of_words(self, module: str) -> Packed:
+        """GPTQ, or AWQ."""
+        settings = self._settings
+        names = {part: f"{module}.{part}" for part in ("qweight", "qzeros", "scales")}
+        packed, zeros, (groups, outputs) = (self._shape(name) for name in names.values())
+        if settings.layout == "awq":
+            if packed[1] * 8 != outputs:
+                raise ValueError(f"qweight {list(packed)} and scales {[groups, outputs]} are not 4-bit GEMM")
+            return Packed(names, (outputs, packed[0]), words.decode_awq)
+        bits = 32 * zeros[1] // outputs
+        inputs = packed[0] * 32 // bits
+        if bits not in (2, 3, 4, 8):
+            raise ValueError(f"qzeros {list(zeros)} and scales {[groups, outputs]} are of {bits} bits")
+        group = settings.group_size
+        if group <= 0 or -(-inputs // group) != groups:
+            group = -(-inputs // groups)
+        parts = {**names, **self._present(g_idx=f"{module}.g_idx")}
+        decode = partial(words.decode_gptq, bits=bits, group=group, plus_one=settings.plus_one)
+        return Packed(parts, (outputs, inputs), decode)
+
+    def _of_packed(self, module: str) -> Packed:
+        """compressed-tensors: words of whole numbers, or bytes of two fp4 numbers."""
+        main, scale = f"{module}.weight_packed", f"{module}.weight_scale"
+        (dtype, shape), grid = self._headers[main], self._shape(scale)
+        if dtype == "U8":
+            parts = {"weight": main, "scale": scale, **self._present(**{"global": f"{module}.weight_global_scale"})}
+            return Packed(parts, (*shape[:-1], 2 * shape[-1]), partial(scaled.decode_fp4, divided=True))
+        outputs, columns = shape
+        stated = f"{module}.weight_shape"
+        inputs = None
+        if self._read is not None and stated in self._headers:
+            inputs = int(self._read(stated).whole()[1])
+        bits, inputs = self._settings.bits_of(columns, grid[1] if len(grid) > 1 else 1, inputs)
+        parts = {"packed": main, "scale": scale}
+        parts |= self._present(zero=f"{module}.weight_zero_point", g_idx=f"{module}.weight_g_idx", shape=stated)
+        whole = (outputs, inputs)
+        return Packed(parts, whole, partial(words.decode_pack_quantized, bits=bits, shape=whole))
+
+    def _of_blocks(self, name: str) -> Packed:
+        """MXFP4 as gpt-oss stores it."""
+        experts, outputs, groups, half = self._shape(f"{name}_blocks")
+        parts = {"blocks": f"{name}_blocks", "scales": f"{name}_scales"}
+        return Packed(parts, (experts, 2 * groups * half, outputs), scaled.decode_mxfp4)
+
+    def _of_bnb4(self, name: str, state_name: str) -> Packed:
+        own = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        parts = {"weight": name, **self._present(**{part: f"{name}.{part}" for part in own})}
+        for part in ("absmax", "quant_map"):
+            self._shape(f"{name}.{part}")
+        if self._read is None:
+            dtype, shape = self._headers[name]
+            elements = 2 * math.prod(shape) * _BYTES.get(dtype, 1)
+            return Packed(parts, (elements,), _not_here)
+        state = json.loads(self._read(state_name).bytes().tobytes())
+        shape = tuple(int(size) for size in state["shape"])
+        decode = partial(scaled.decode_bnb4, state=state, shape=shape)
+        return Packed(parts, shape, decode, _DTYPES.get(state.get("dtype", ""), ""))
+
+    def _of_scaled(self, name: str) -> Iterator[tuple[str, Packed]]:
+        module, dtype, shape = name.rpartition(".")[0], *self._headers[name]
+        scales = [f"{name}_scale_inv", f"{name}_scale"]  # the second: experts of Llama 4
+        if name.endswith(".weight"):
+            scales += [f"{module}.{scale}" for scale in _SCALES]
+        scale = next((each for each in scales if each in self._headers), None)
+        if scale is None:
+            return
+        grid = self._headers[scale][1]
+        if dtype == "U8" or (dtype == "I8" and self._headers[scale][0] in ("F8_E8M0", "U8")):  # two fp4 to the byte
+            parts = {"weight": name, "scale": scale, **self._present(**{"global": f"{module}.weight_scale_2"})}
+            yield name, Packed(parts, (*shape[:-1], 2 * shape[-1]), partial(scaled.decode_fp4, divided=False))
+            return
+        if f"{module}.weight_g_idx" in self._headers:
+            raise ValueError("groups that are not in order (weight_g_idx) are read from packed weights only")
+        if math.prod(grid) > 1 and math.prod(shape) % math.prod(grid) and not self._settings.block:
+            raise ValueError(f"scales {list(grid)} do not divide the weight {list(shape)}")
+        parts = {"weight": name, "scale": scale, **self._present(zero=f"{module}.weight_zero_point")}
+        yield name, Packed(parts, shape, partial(scaled.decode_scaled, block=self._settings.block))
+
+
+def _not_here(parts: Any) -> np.ndarray:
+    raise AssertionError("only the headers of this model have been read")
+
+
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # what bnb_4bit_quant_storage may be, besides bytes
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

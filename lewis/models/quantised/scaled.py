@@ -1,0 +1,147 @@
+"""Weights of 8 or 4 bits per number, multiplied by scales: of blocks, rows, columns' groups, or the whole tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lewis.models.quantised.stored import E2M1, Stored, nibbles, powers_of_two
+
+_AT_A_TIME = 1 << 18  # elements that are scaled at a time
+_BY_127 = 7.874015718698502e-3  # 1 / 127 as bitsandbytes writes it
+
+
+def times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] | None = None) -> np.ndarray:
+    """Multiply a weight by its scales, in place; each scale holds for a block of rows and columns.
+
+    Args:
+        values: fp32, shape (..., rows, columns).
+        scales: fp32: one number; one for each row, shape (rows,); or a grid, shape (..., grid rows, grid columns).
+        block: rows and columns of a block, of which the last may be cut off; by default, or where the grid has another
+            number of blocks, the rows and columns are divided evenly.
+
+    Raises:
+        ValueError: if the grid does not divide the weight.
+    """
+    if scales.size == 1:
+        values *= scales.reshape(())
+        return values
+    if scales.ndim == 1:
+        scales = scales[:, None]
+    shape, grid = values.shape[-2:], scales.shape[-2:]
+    if block is None or any(-(-size // step) != n for size, step, n in zip(shape, block, grid, strict=True)):
+        if any(size % n for size, n in zip(shape, grid, strict=True)):
+            raise ValueError(f"scales of shape {list(scales.shape)} do not divide a weight of {list(values.shape)}")
+        block = [size // n for size, n in zip(shape, grid, strict=True)]
+    grid_row, (rows, columns) = np.arange(shape[0]) // block[0], shape
+    scales = np.broadcast_to(scales, (*values.shape[:-2], *grid)).reshape(-1, *grid)
+    step = max(_AT_A_TIME // max(columns, 1), 1)
+    for matrix, own in zip(values.reshape(-1, rows, columns), scales, strict=True):
+        for start in range(0, rows, step):
+            factors = own[grid_row[start : start + step]]
+            if grid[1] > 1:
+                factors = np.repeat(factors, block[1], axis=1)[:, :columns]
+            matrix[start : start + step] *= factors
+    return values
+
+
+def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None) -> np.ndarray:
+    """`weight * scale`: fp8 in any layout, int8 with a scale for each row, and two fp4 numbers to the byte.
+
+    Args:
+        parts: `weight`, `scale`, and for asymmetric int8 `zero`.
+        block: as that of `times_scales`.
+    """
+    weight, scale = parts["weight"], parts["scale"]
+    factors = powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
+    values = weight.floats()
+    if "zero" in parts:
+        zero = parts["zero"].floats()
+        if zero.size == values.shape[0]:
+            zero = zero.reshape(-1, 1)
+        values -= zero if 1 in zero.shape else np.repeat(zero, values.shape[1] // zero.shape[1], axis=1)
+    return times_scales(values, factors, block)
+
+
+def decode_fp4(parts: Mapping[str, Stored], divided: bool) -> np.ndarray:
+    """Two fp4 numbers (E2M1) to the byte, the lower four bits first, along the columns.
+
+    Args:
+        parts: `weight`, shape (..., rows, columns / 2); `scale`, a grid; `global`, one more factor for all, if any.
+        divided: whether the scales are divided by `global`, as compressed-tensors' are; else multiplied.
+    """
+    weight, scale = parts["weight"], parts["scale"]
+    factors = powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
+    if "global" in parts:
+        more = parts["global"].floats().reshape(())
+        factors = factors / more if divided else factors * more
+    values = nibbles(weight.bytes(), E2M1).reshape(*weight.shape[:-1], 2 * weight.shape[-1])
+    return times_scales(values, factors)
+
+
+def decode_mxfp4(parts: Mapping[str, Stored]) -> np.ndarray:
+    """Experts of gpt-oss: blocks of 32 numbers along the inputs, one power of two for each; stored (out, in).
+
+    Args:
+        parts: `blocks`, uint8 of shape (experts, out, in / 32, 16); `scales`, uint8 of shape (experts, out, in / 32).
+
+    Returns:
+        fp32 of shape (experts, in, out), as the model holds them.
+    """
+    blocks, scales = parts["blocks"], powers_of_two(parts["scales"])
+    experts, outputs, groups, half = blocks.shape
+    found = np.empty((experts, groups * half * 2, outputs), np.float32)
+    codes = blocks.bytes().reshape(experts, outputs, groups, half)
+    for expert in range(experts):
+        values = nibbles(codes[expert].reshape(-1), E2M1).reshape(outputs, groups, 2 * half)
+        values *= scales[expert][:, :, None]
+        found[expert] = values.reshape(outputs, -1).T
+    return found
+
+
+def decode_bnb8(parts: Mapping[str, Stored]) -> np.ndarray:
+    """LLM.int8 of bitsandbytes: int8, and for each row the largest magnitude that 127 stands for."""
+    values = parts["weight"].floats()
+    values *= parts["SCB"].floats()[:, None]
+    values *= np.float32(_BY_127)
+    return values
+
+
+def decode_bnb4(parts: Mapping[str, Stored], state: Mapping[str, object], shape: tuple[int, ...]) -> np.ndarray:
+    """NF4 or FP4 of bitsandbytes (arXiv 2305.14314): a table of 16 numbers, and a scale for each block of numbers.
+
+    With double quantisation the scales are bytes themselves: a table of 256 numbers, a scale for each block of them,
+    and an offset.
+
+    Args:
+        parts: `weight`; `absmax`, `quant_map`; with double quantisation `nested_absmax` and `nested_quant_map`.
+        state: what the checkpoint says: `blocksize`, `nested_blocksize`, `nested_offset`.
+        shape: of the weight.
+    """
+    scales = parts["absmax"]
+    if "nested_absmax" in parts:
+        factors = _times_blocks(
+            parts["nested_quant_map"].floats()[scales.bytes()],
+            parts["nested_absmax"].floats(),
+            _number(state["nested_blocksize"]),
+        )
+        factors += np.float32(state["nested_offset"])  # type: ignore[arg-type]
+    else:
+        factors = scales.floats().reshape(-1)
+    values = nibbles(parts["weight"].bytes(), parts["quant_map"].floats(), high_first=True)[: math.prod(shape)]
+    return _times_blocks(values, factors, _number(state["blocksize"])).reshape(shape)
+
+
+def _times_blocks(values: np.ndarray, scales: np.ndarray, size: int) -> np.ndarray:
+    """Multiply each run of `size` numbers by its scale, in place; the last run may be shorter."""
+    whole = values.size // size
+    values[: whole * size].reshape(whole, size)[:] *= scales[:whole, None]
+    if values.size > whole * size:
+        values[whole * size :] *= scales[whole]
+    return values
+
+
+def _number(value: object) -> int:
+    return int(value)  # type: ignore[call-overload]
