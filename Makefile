@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test faults clean
+.PHONY: setup demo test types suite faults clean
 
 setup: .venv/.installed
 
@@ -15,7 +15,7 @@ setup: .venv/.installed
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt install python3 python3-venv" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dev]'  # most of what comes along is never imported
 	$(BIN)/python -c 'import lewis.merge.kernels, lewis.inspection.loops'  # compiles the loops of the merge, which else the first merge does
 	@touch $@
 
@@ -26,7 +26,12 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
+	@$(MAKE) --no-print-directory -j 2 types suite  # the types are checked while tests wait
+
+types: setup
+	nice $(BIN)/mypy
+
+suite: setup
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
 
 faults: setup

@@ -27,6 +27,9 @@ os.environ.update(
 import pytest
 
 
+LONGEST = ("test_up.py", "test_real.py", "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny Llama and fine-tunes of it: two in full, one as a LoRA adapter. Read only."""
@@ -42,14 +45,15 @@ class Family:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest: it mostly waits, while others compute.
+    """Begin with the files that take longest, so that none is left alone at the end.
 
     Property tests go through the same lines hundreds of times, which other tests go through too: to count them there
-    would take a third of their time.
+    would take a third of their time. Tests of flows, tasks and faults mostly start processes, where nothing is counted.
     """
-    items.sort(key=lambda item: item.path.name != "test_up.py")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        whole = {"flows", "tasks", "faults"} & set(item.path.relative_to(Path(__file__).parent).parts)
+        if whole or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.no_cover)
 
 

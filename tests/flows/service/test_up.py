@@ -46,8 +46,6 @@ register: {name: scored, gate: {metric: "words/acc,none", min_gain: -1}}
 """
 FAULTS: dict[str, dict[str, Any]] = {
     "busy": {"status": 503, "times": 3},
-    "limited": {"status": 429, "times": 2},
-    "truncated": {"truncate": 1000, "times": 1},
     "corrupted": {"corrupt": True, "times": 1},
 }
 # Each test has a recipe of its own, with an expert of the same name.
