@@ -5,6 +5,7 @@ once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment
-from lewis_flows.cli import demo, housekeeping, inspect, merge, registry, run, service, terminal
+from lewis_flows.cli import demo, draft, housekeeping, inspect, look, merge, registry, run, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import api_key
 
@@ -37,6 +38,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
+    Command(
+        "new",
+        draft.new,
+        "write a recipe with comments, from a base and experts: calibration sets and tasks that fit",
+        (draft.new_options, as_json),
+    ),
     Command("run", run.run, "run the whole DAG: merge, score, register, promote", (recipe, as_json)),
     Command(
         "search",
@@ -63,14 +70,19 @@ COMMANDS = (
         "merge with the library alone: no Prefect, no MLflow",
         (recipe, merge.merge_output, as_json),
     ),
-    Command("importance", merge.importance, "measure the importance of every covered layer", (recipe, json_file)),
+    Command(
+        "importance",
+        merge.importance,
+        "measure the importance of every covered layer",
+        (recipe, json_file, as_json),
+    ),
     Command(
         "allocate",
         merge.allocate,
         "allocate a density to every tensor of every expert; draws FILE.png too",
-        (recipe, json_file),
+        (recipe, json_file, as_json),
     ),
-    Command("export", merge.export, "print a mergekit config with the LEWIS densities as filters", (recipe,)),
+    Command("export", merge.export, "print a mergekit config with the LEWIS densities as filters", (recipe, as_json)),
     Command("demo", demo.demo, "train a family of tiny models and run the whole DAG on it", (as_json,)),
     Command(
         "up",
@@ -83,6 +95,20 @@ COMMANDS = (
         service.status,
         "tell what runs, what is due, what champions hold and what is newer",
         (service.status_check, as_json),
+        writes=False,
+    ),
+    Command(
+        "open",
+        look.open_links,
+        "print the pages of a recipe's last run, its artifacts, its version and the champion",
+        (look.known_recipe, as_json),
+        writes=False,
+    ),
+    Command(
+        "logs",
+        look.logs,
+        "print the log of a recipe's last run",
+        (look.known_recipe, look.log_options, as_json),
         writes=False,
     ),
     Command(
@@ -101,8 +127,14 @@ COMMANDS = (
         "history",
         registry.history,
         "tell who replaced whom as champion of a model, and why",
-        (name, as_json),
+        (name, registry.plot_file, as_json),
         writes=False,
+    ),
+    Command(
+        "approve",
+        registry.approve,
+        "let a version that passed its gate, and waits for a person, become the champion",
+        (registry.version, registry.refuse, why, as_json),
     ),
     Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why, as_json)),
     Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why, as_json)),
@@ -125,7 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
     try:
         environment.prepare()
         api_key.find()

@@ -82,6 +82,9 @@ def importance(options: argparse.Namespace) -> None:
     guided = _guide(options)
     rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in guided.measured]
     store.write_json(file, {"importance": rows})
+    if options.json:
+        print(json.dumps({"file": str(file), "measurements": len(rows), "passes": guided.passes}, indent=2))
+        return
     for each in guided.measured:
         print(f"importance of {each.ref} on {each.calibration}\n{tables.grid(guided.layers, each.norms, '.4g')}\n")
     _print_densities(guided)
@@ -97,12 +100,19 @@ def allocate(options: argparse.Namespace) -> None:
     guided = _guide(options)
     experts = {ref: each.to_json() for ref, each in guided.allocated.experts().items()}
     store.write_json(file, {"experts": experts})
-    store.write_bytes(file.with_suffix(".png"), pictures.densities(guided.allocated))
+    picture = file.with_suffix(".png")
+    store.write_bytes(picture, pictures.densities(guided.allocated))
+    if options.json:
+        facts = {"file": str(file), "picture": str(picture), "mean_density": dict(guided.allocated.means)}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
     _print_densities(guided)
 
 
 def export(options: argparse.Namespace) -> None:
     """Print a config of mergekit."""
+    import yaml
+
     from lewis import pipeline
     from lewis.merge.export import check_exportable, to_mergekit
 
@@ -110,7 +120,8 @@ def export(options: argparse.Namespace) -> None:
     check_exportable(recipe)  # before anything is measured
     base, experts = pipeline.pin_all(recipe)
     allocations = _guide(options).allocated.experts() if recipe.allocator else {}
-    print(to_mergekit(recipe, base, experts, allocations), end="")
+    made = to_mergekit(recipe, base, experts, allocations)
+    print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
 
 
 class _Guided(NamedTuple):

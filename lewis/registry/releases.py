@@ -22,6 +22,7 @@ class Held:
         verdict: of the gate: `passed`, `failed`, or empty if there is none yet.
         aliases: the aliases that point to it, sorted.
         sources: tag -> commit key of an input; see `commit_of`.
+        published: `org/name@commit` on the Hub; empty if it is not there.
     """
 
     version: str
@@ -29,6 +30,7 @@ class Held:
     verdict: str
     aliases: tuple[str, ...]
     sources: Mapping[str, str]
+    published: str = ""
 
     def commit_of(self, ref: str) -> str | None:
         """The commit key of an input, by its reference in the recipe; None if the version has no such input."""
@@ -89,6 +91,7 @@ def merged(name: str) -> list[Held]:
             verdict=version.tags.get("lewis.verdict", ""),
             aliases=tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))),
             sources=lineage.sources(version.tags),
+            published=version.tags.get("lewis.published", ""),
         )
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
     ]

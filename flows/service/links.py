@@ -1,0 +1,123 @@
+"""Where to look at a recipe's last run: its page and artifacts in Prefect, the version in MLflow, the Hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import ArtifactFilter, FlowFilter, FlowFilterName, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from pydantic import BaseModel
+
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.registry import releases, versions
+from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows.service import servers
+from lewis_flows.service.api_key import connected
+
+_PAGES = 10  # of 200 runs each, that are looked through
+
+
+class Links(BaseModel):
+    """What `lewis open` prints.
+
+    Attributes:
+        recipe: its name.
+        state, message: of its last run; empty if there is none.
+        ended: when that ended; None if it goes on.
+        run: its page in Prefect.
+        artifacts: key -> page in Prefect.
+        version, version_page: the newest registered version, its `uri` and its page in MLflow.
+        champion, champion_page: likewise.
+        published: the champion's page on the Hub.
+    """
+
+    recipe: str
+    state: str = ""
+    message: str = ""
+    ended: datetime | None = None
+    run: str = ""
+    artifacts: dict[str, str] = {}
+    version: str = ""
+    version_page: str = ""
+    champion: str = ""
+    champion_page: str = ""
+    published: str = ""
+
+
+def links(recipe: str) -> Links:
+    """Ask Prefect for the last run of a recipe, and MLflow for its versions.
+
+    Args:
+        recipe: its name in the folder of recipes, or the path of a file.
+
+    Raises:
+        InputError: if there is no such recipe, or no Prefect server.
+        TransientError: if a server does not answer.
+    """
+    path = recipes_folder.find(recipe)
+    found = Links(recipe=recipes_folder.name_of(str(path)))
+    with server() as (client, ui):
+        if run := last_run(client, found.recipe):
+            found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"
+            found.message = (run.state.message if run.state else None) or ""
+            of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
+            shown = [each for each in client.read_artifacts(artifact_filter=of_run) if each.key]
+            found.artifacts = {str(each.key): f"{ui}/artifacts/artifact/{each.id}" for each in shown}
+    name = recipes_folder.registered_name(str(path))
+    held = releases.merged(name) if name else []
+    if held:
+        found.version, found.version_page = f"models:/{name}/{held[0].version}", versions.page(name, held[0].version)
+    for each in held:
+        if "champion" in each.aliases:
+            found.champion, found.champion_page = f"models:/{name}/{each.version}", versions.page(name, each.version)
+            found.published = each.published
+    return found
+
+
+@contextmanager
+def server() -> Iterator[tuple[SyncPrefectClient, str]]:
+    """A client of the Prefect server that there is, and the address of its pages.
+
+    Raises:
+        InputError: if there is none.
+        TransientError: if it does not answer.
+    """
+    url = servers.running()
+    if not url:
+        raise InputError("no Prefect server is running: start `lewis up`, or set PREFECT_API_URL")
+    try:
+        with connected(url), get_client(sync_client=True) as client:
+            yield client, url.removesuffix("/api")
+    except httpx.HTTPError as error:
+        raise TransientError(f"{url}: Prefect does not answer ({type(error).__name__})") from error
+
+
+def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
+    """The merge or search of a recipe that began last; None if there is none among the newest 2,000."""
+    flows = FlowFilter(name=FlowFilterName(any_=[prefect_runs.MERGE, prefect_runs.SEARCH]))
+    begun = FlowRunFilter.model_validate({"start_time": {"is_null_": False}})
+    for page in range(_PAGES):
+        runs = client.read_flow_runs(
+            flow_filter=flows, flow_run_filter=begun, sort=FlowRunSort.START_TIME_DESC, limit=200, offset=200 * page
+        )
+        for run in runs:
+            if prefect_runs.recipe_of(run) == recipe:
+                return run
+        if len(runs) < 200:
+            break
+    return None
+
+
+def run_of(client: SyncPrefectClient, recipe: str) -> FlowRun:
+    """`last_run`.
+
+    Raises:
+        LewisError: if there is none.
+    """
+    run = last_run(client, recipe)
+    if run is None:
+        raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
+    return run

@@ -1,0 +1,165 @@
+"""A recipe for a base and experts, written with comments: what `lewis new` makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lewis.errors import InputError
+from lewis.input_files import read_json, read_text
+from lewis.inspection import step
+from lewis.inspection.kinds import Finding
+from lewis.inspection.topics import GENERAL, Topic, topic_of
+from lewis.models import hub
+from lewis.models.compatible import preflight
+from lewis.models.config import read_config
+from lewis.models.pin import find_folder
+from lewis.models.source import Source, pin
+from lewis.recipe import yaml_limits
+from lewis.recipe.recipe import Recipe
+from lewis.reports.card import FRONT_MATTER, NAME
+
+SAMPLES = 32  # rows of each set: enough where rows are long
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe that is not written yet.
+
+    Attributes:
+        text: YAML with comments.
+        topics: expert -> what its calibration set and task were chosen by.
+        tasks: of lm-eval.
+        findings: what configs and headers tell of models that do not belong together.
+    """
+
+    text: str
+    topics: dict[str, str]
+    tasks: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+
+def draft(base: str, experts: Sequence[str], file: Path) -> Draft:
+    """Look at the models' configs, headers and cards, and compose a recipe for them.
+
+    Args:
+        base: reference of the base.
+        experts: references of the experts.
+        file: where the recipe will be; references of folders are written so that they lead there.
+
+    Raises:
+        InputError: if a model does not exist, or does not fit the base.
+        TransientError: if the Hub cannot be asked right now.
+    """
+    root = file.parent
+    refs = [_placed(each, root) for each in (base, *experts)]
+    first = pin(refs[0], root)
+    others = [pin(ref, root, first) for ref in refs[1:]]
+    topics = {source.ref: topic_of(*_told(source)) for source in others}
+    tasks = tuple(dict.fromkeys(topic.task for topic in topics.values() if topic.task)) or (GENERAL.task,)
+    text = _compose(first, topics, tasks, file.stem)
+    recipe = Recipe.parse(text, root=root, name=file.stem)
+    preflight(recipe, first, others)
+    found = tuple(step.before_download(recipe, first, others))
+    warned = "".join(f"# {line}\n" for each in found for line in each.to_text().splitlines())
+    return Draft(warned + text, {ref: topic.name for ref, topic in topics.items()}, tasks, found)
+
+
+def _placed(ref: str, root: Path) -> str:
+    """A reference as a recipe in `root` writes it."""
+    folder = find_folder(ref, root)
+    if folder is None:
+        return ref
+    return f"./{folder.relative_to(root)}" if folder.is_relative_to(root) else str(folder)
+
+
+def _told(source: Source) -> list[str]:
+    """What tells an expert's topic: its name, then the datasets and tags of its model card, where that is here."""
+    pinned = source.adapter or source.model
+    name = source.ref.rpartition("+")[2].rstrip("/").rpartition("/")[2]
+    try:
+        found = FRONT_MATTER.match(read_text(hub.fetch(pinned, weights=False) / NAME, yaml_limits.MAX_BYTES))
+        card = yaml_limits.load(found[1], NAME) if found else {}
+    except (OSError, InputError):
+        card = {}
+    stated = card if isinstance(card, dict) else {}
+    return [name, json.dumps(stated.get("datasets")), json.dumps(stated.get("tags"))]
+
+
+def _end(folder: Path) -> str:
+    """The end token of a tokenizer; empty if it has none, or its file is not to be read."""
+    try:
+        token = read_json(folder / "tokenizer_config.json").get("eos_token")
+    except (OSError, InputError, AttributeError):
+        return ""
+    return str(token.get("content") if isinstance(token, dict) else token or "")
+
+
+def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], name: str) -> str:
+    folder = hub.fetch(base.model, weights=False)
+    config = read_config(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype if dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    sets = {topic.name: topic for topic in topics.values()}
+    end = _end(folder).replace("{", "{{").replace("}", "}}")
+    lines = [
+        f"# lewis plan {name}.yaml      what a run would do: downloads, disk, memory, time",
+        f"# lewis inspect {name}.yaml   whether the models belong together",
+        f"# lewis run {name}.yaml       the whole run",
+        "merge_method: recommended       # fits each projection to what the experts do on their rows; or ties ...",
+        f"base_model: {_quoted(base.ref)}",
+        "models:",
+    ]
+    for ref, topic in topics.items():
+        lines += [
+            f"  - model: {_quoted(ref)}",
+            "    parameters: {weight: 1.0}   # how much this expert counts",
+            f"    calibration: {topic.name}",
+        ]
+    lines += [
+        f"dtype: {dtype}                  # of the result; the arithmetic is float32",
+        "",
+        "lewis:",
+        "  calibrations:",
+    ]
+    lines += ["    # Better than these public rows: rows of each expert's own training, in its own format."]
+    for topic in sets.values():
+        source = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
+        source |= {"text": topic.text + end, "samples": SAMPLES}
+        lines += [f"    # {topic.note}"] if topic.note else []
+        lines += [f"    {topic.name}: {json.dumps(source, ensure_ascii=False)}"]
+    scores = {each.task: each.score for each in (*topics.values(), GENERAL)}
+    metric = "weighted/mean,none" if len(tasks) > 1 else f"{tasks[0]}/{scores[tasks[0]]}"
+    lines += ["", "evaluate:", f"  tasks: [{', '.join(tasks)}]   # of lm-eval, or YAML files beside this one"]
+    if len(tasks) > 1:
+        weights = ", ".join(f"{_quoted(f'{task}/{scores[task]}')}: 1" for task in tasks)
+        lines += [f"  weights: {{{weights}}}   # makes the score weighted/mean,none"]
+    lines += ["  # limit: 200                  # documents of each task; then the gate must say allow_limit: true"]
+    if (folder / "chat_template.jinja").is_file() or '"chat_template"' in _text(folder / "tokenizer_config.json"):
+        lines += ["  # apply_chat_template: true   # the base has one; if the experts were trained as a chat"]
+    lines += [
+        "  baselines: [base, experts]",
+        "",
+        "register:",
+        f"  name: {_quoted(name)}                # of the model in MLflow",
+        f"  gate: {{metric: {_quoted(metric)}, min_gain: 0.0}}   # promoted only if it scores better than the champion",
+        "",
+        "# publish: {repo: your-org/your-merge}   # push each new champion to the Hub",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A text in YAML, in quotes if it needs them."""
+    return yaml.safe_dump(text, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, yaml_limits.MAX_BYTES)
+    except (OSError, InputError):
+        return ""

@@ -1,0 +1,74 @@
+"""`lewis new`: what it chooses for which expert, and that what it writes is a recipe that fits its models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lewis.evaluation.metric_names import check_names
+from lewis.evaluation.task_files import builtin_task
+from lewis.inspection.topics import GENERAL, TOPICS, Topic, topic_of
+from lewis.recipe.recipe import Recipe
+from lewis_flows.cli.main import main
+from tests.conftest import Family
+from tests.support.models import edit_json, write_llama
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        (("expert-math",), "gsm8k"),
+        (("lora-python-7b",), "mbpp"),
+        (("v3", '["openai/gsm8k"]', "null"), "gsm8k"),
+        (("BioMedical",), "sciq"),
+        (("v3", "null", '["chat"]'), "general"),
+    ],
+)
+def test_a_topic_is_told_by_name_then_by_card(told: tuple[str, ...], expected: str) -> None:
+    assert topic_of(*told).name == expected
+
+
+@pytest.mark.parametrize("topic", [topic for topic in (*TOPICS, GENERAL) if topic.task], ids=lambda topic: topic.name)
+def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
+    """Its rows are what lm-eval itself reads, and its score is one that lm-eval gives."""
+    config, members = builtin_task(topic.task)
+    assert members is None
+    if topic is not GENERAL:
+        assert (config["dataset_path"], config.get("dataset_name")) == (topic.dataset, topic.config)
+        assert config["training_split"] == "train"
+    metric, _, chosen = topic.score.partition(",")
+    assert metric in [each["metric"] for each in config["metric_list"]]
+    assert chosen in [each["name"] for each in config.get("filter_list") or [{"name": "none"}]]
+
+
+def test_it_writes_a_recipe_that_fits(
+    family: Family, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = [shutil.copytree(family.math, tmp_path / "math"), shutil.copytree(family.lora, tmp_path / "lora: {x}")]
+    (experts[1] / "README.md").write_text("---\ndatasets: [allenai/sciq]\n---\n# {{ card }}\n")
+    base = shutil.copytree(family.base, tmp_path / "base")
+    edit_json(base / "tokenizer_config.json", eos_token="{end}", chat_template="{{ messages }}")
+    file, given = tmp_path / "my merge.yaml", [str(base), *map(str, experts)]
+    assert main(["new", *given, "-o", str(file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["calibrations"] == {"./math": "gsm8k", "./lora: {x}": "sciq"} and told["tasks"] == ["gsm8k", "sciq"]
+    recipe = Recipe.load(file)
+    assert recipe.fits and [each.model for each in recipe.experts] == ["./math", "./lora: {x}"]
+    assert recipe.lewis and str(recipe.lewis.calibrations["gsm8k"].text).endswith("{answer}{{end}}")
+    assert recipe.register_as and recipe.register_as.gate and recipe.register_as.gate.metric == "weighted/mean,none"
+    check_names(recipe)
+    assert "# apply_chat_template" in file.read_text()
+
+    assert main(["new", *given, "-o", str(file)]) == 2
+    assert "there is a file already; choose another name, or say --force" in capsys.readouterr().err
+    assert main(["new", *given[:2], "-o", str(file), "--force"]) == 0
+    assert f"{file}: scored by gsm8k; read it" in capsys.readouterr().out
+    recipe = Recipe.load(file)
+    assert recipe.register_as and recipe.register_as.gate
+    assert recipe.register_as.gate.metric == "gsm8k/exact_match,flexible-extract"
+    check_names(recipe)
+
+    before, odd = file.read_bytes(), write_llama(tmp_path / "odd", hidden=32)
+    assert main(["new", str(base), str(odd), "-o", str(file), "--force"]) == 2
+    assert str(odd.name) in capsys.readouterr().err and file.read_bytes() == before
