@@ -62,6 +62,7 @@ def register(
     entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags, began)
     card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
     version = creation.register(entry)
+    flow_run.name_task(f"register v{version.version}")
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
     return version
 
@@ -70,9 +71,15 @@ def register(
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
     """Move the alias `champion` if the verdict allows it; return whether the version is the champion now."""
     about = {"recipe": recipe.name, "digest": merged.digest, "flow_run": str(flow_run.current.id or "")}
-    promotion.promote(version, verdict, f"the run {flow_run.url()}", about)
+    done = promotion.promote(version, verdict, f"the run {flow_run.url()}", about)
+    number, name = version.version, f"{version.name}/{version.version}"
+    word, what = "failed: the champion stays", f"reject v{number}"
+    if verdict.passed:
+        word, what = "passed: champion", f"promote v{number}"
+    if verdict.waits and done.previous != version.uri:
+        word, what = f"passed: waits for `lewis approve {name} --why ...`", f"ask about v{number}"
+    flow_run.name_task(what)
     moves.tell()  # also what an earlier run could not tell
-    word = "passed: champion" if verdict.passed else "failed: the champion stays"
     lines = [
         f"# {version.uri}: {word}",
         f"Compared with {verdict.compared_with}.",
@@ -81,4 +88,4 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     create_markdown_artifact("\n\n".join(lines), key=f"{slug(recipe.name)}-verdict", description="The gate's verdict")
     text = f"{version.uri} (run {version.run_id})"
     create_link_artifact(versions.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
-    return verdict.passed
+    return verdict.passed and (done.moved or done.previous == version.uri)

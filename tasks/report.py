@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
+from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.kept import kept_rows
 from lewis.evaluation.scored import comparison_rows, scores_of
@@ -18,7 +19,7 @@ from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
-from lewis.registry import versions
+from lewis.registry import champions, versions
 from lewis.registry.lineage import by_reference, lineage_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import pictures, tables
@@ -134,7 +135,7 @@ def report_run(
         merged=recipe.label,
         comparison=comparison,
         kept=kept_rows(kept_gains(recipe, models)),
-        pictures=_pictures(recipe, allocated, scores),
+        pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         means=allocated.means if allocated else {},
         ridge=merged.ridge,
@@ -146,6 +147,14 @@ def report_run(
     if version and version.created:
         versions.attach(version, {"run_report.md": text})
     return text
+
+
+def _over_versions(version: Version) -> dict[str, bytes]:
+    """The champion over the versions, once there is more than one."""
+    try:
+        return {"The champion over the versions": champions.picture(version.name)} if int(version.version) > 1 else {}
+    except InputError:  # nothing is scored
+        return {}
 
 
 def _models(base: Any, experts: list[Any]) -> list[Any]:

@@ -2,26 +2,63 @@
 
 import argparse
 import json
+import shutil
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from lewis.errors import InputError
-from lewis_flows.cli.terminal import print_table
+
+
+def plot_file(command: argparse.ArgumentParser) -> None:
+    """`--plot FILE.png`."""
+    command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the champion's score over the versions")
 
 
 def history(options: argparse.Namespace) -> None:
-    """Print who replaced whom as champion, the newest first."""
-    from lewis.registry import history
+    """Print who replaced whom as champion, a line an entry, the newest first."""
+    from lewis import store
+    from lewis.registry import champions, history
+    from lewis.store.writable import check_output_file
 
+    plot = check_output_file(options.plot) if options.plot else None
     records = history.history(options.name)
+    if plot:
+        store.write_bytes(plot, champions.picture(options.name))
     if options.json:
         print(json.dumps([asdict(each) for each in reversed(records)], indent=2, ensure_ascii=False))
-    else:
-        print_table(history.rows(records))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in history.lines(records):
+        print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
 
 
 def version(command: argparse.ArgumentParser) -> None:
     """`NAME/VERSION` of a registered model."""
     command.add_argument("version", metavar="NAME/VERSION")
+
+
+def refuse(command: argparse.ArgumentParser) -> None:
+    """`--refuse`."""
+    command.add_argument(
+        "--refuse", action="store_true", help="it does not become the champion, and is not asked for again"
+    )
+
+
+def approve(options: argparse.Namespace) -> None:
+    """Let a version that waits become the champion, or not.
+
+    Raises:
+        InputError: if what was given is not `NAME/VERSION`.
+    """
+    from lewis.registry import promotion
+
+    name, number = _named(options.version)
+    if options.refuse:
+        promotion.refuse(name, number, options.why)
+        _say(options, {"refused": f"models:/{name}/{number}"}, f"models:/{name}/{number} is refused")
+        return
+    _champion(options, name, number, promotion.approve(name, number, options.why))
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -32,15 +69,26 @@ def promote(options: argparse.Namespace) -> None:
     """
     from lewis.registry import promotion
 
-    name, _, number = options.version.removeprefix("models:/").rpartition("/")
+    name, number = _named(options.version)
+    _champion(options, name, number, promotion.promote_by_hand(name, number, options.why))
+
+
+def _named(version: str) -> tuple[str, str]:
+    name, _, number = version.removeprefix("models:/").rpartition("/")
     if not name or not number.isdecimal():
-        raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {options.version!r}")
-    before = promotion.promote_by_hand(name, number, options.why)
+        raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {version!r}")
+    return name, number
+
+
+def _champion(options: argparse.Namespace, name: str, number: str, before: str) -> None:
     _tell()
-    if options.json:
-        print(json.dumps({"champion": f"models:/{name}/{number}", "before": before or None}, indent=2))
-    else:
-        print(f"models:/{name}/{number} is the champion" + (f" in place of {before}" if before else ""))
+    uri = f"models:/{name}/{number}"
+    text = f"{uri} is the champion" + (f" in place of {before}" if before else "")
+    _say(options, {"champion": uri, "before": before or None}, text)
+
+
+def _say(options: argparse.Namespace, facts: dict[str, str | None], text: str) -> None:
+    print(json.dumps(facts, indent=2) if options.json else text)
 
 
 def rollback(options: argparse.Namespace) -> None:
@@ -49,10 +97,7 @@ def rollback(options: argparse.Namespace) -> None:
 
     champion = promotion.rollback(options.name, options.why)
     _tell()
-    if options.json:
-        print(json.dumps({"champion": champion}, indent=2))
-    else:
-        print(f"{champion} is the champion again")
+    _say(options, {"champion": champion}, f"{champion} is the champion again")
 
 
 def _tell() -> None:

@@ -21,12 +21,21 @@ class Verdict:
         compared_with: the `uri` of the champion, or any other text if there was none. `promotion.promote` checks that
             the champion is still the same.
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
+        metric: the gate's; empty if there is none, or it was not looked at.
+        approve_hours: how long a person has to approve what passed; None: it is promoted at once.
     """
 
     passed: bool
     reasons: tuple[str, ...]
     compared_with: str
     numbers: str = ""
+    metric: str = ""
+    approve_hours: float | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it passed, and a person has to approve it."""
+        return self.passed and self.approve_hours is not None
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,9 @@ def decide(
     found = rules.apply(gate, candidate, reference, base, limit)
     ours, theirs = candidate.by_name[gate.metric].value, reference.by_name[gate.metric].value
     numbers = f"{gate.metric} {ours:.4g} vs {theirs:.4g}"
-    return Verdict(all(rule.passed for rule in found), tuple(map(str, found)), compared_with, numbers)
+    hours = gate.approve_hours if gate.approve else None
+    passed = all(rule.passed for rule in found)
+    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours)
 
 
 def _best(metric: str, parents: Mapping[str, Scored]) -> Scored:

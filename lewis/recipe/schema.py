@@ -272,6 +272,8 @@ class Gate(Block):
             reference. One number, or one for each task or `task/metric,filter`: absolute for scores between 0 and 1,
             else relative to the reference's value.
         allow_limit: whether a run with `evaluate.limit` may promote.
+        approve: whether a person has to approve what passes, before it becomes the champion (`lewis approve`).
+        approve_hours: for how long; then it has to be judged again.
     """
 
     metric: str
@@ -279,6 +281,8 @@ class Gate(Block):
     superiority: bool | None = None
     tolerance: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] = 0.05
     allow_limit: bool = False
+    approve: bool = False
+    approve_hours: float = Field(default=168, gt=0)
 
 
 class Register(Block):

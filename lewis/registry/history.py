@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 TAG = "lewis.registry.history."
+REFUSED = ("rejected", "refused", "waits", "lapsed")
+"""What records say that left the champion where it was."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Record:
 
     Attributes:
         time: UTC, ISO 8601.
-        what: `promoted`, `rejected`, `promoted by hand`, `rolled back`, or `repaired`: the same merge, registered anew
-            because the champion's files were damaged.
+        what: `promoted`, `rejected`, `promoted by hand`, `rolled back`; `waits` for approval, `approved`, `refused` by
+            hand, or `lapsed` because nobody did in time; or `repaired`: the same merge, registered anew because the
+            champion's files were damaged.
         version: the new champion, or the version that was refused.
         champion: the version that was in use before; None if there was none.
         why: the gate's rules, or a person's reason.
@@ -67,19 +70,22 @@ def record(
     client.set_registered_model_tag(name, f"{TAG}{new.time.replace(':', '.')[:26]}-{uuid4().hex[:4]}", text)
 
 
-def rows(records: Sequence[Record]) -> list[dict[str, str]]:
-    """Records as rows of a table, newest first."""
+def lines(records: Sequence[Record]) -> list[str]:
+    """Records as a line each, newest first: when, what, which version in place of which, why, by whom."""
+    numbered = [(each, f"v{each.version.rpartition('/')[2]}") for each in reversed(records)]
     return [
-        {
-            "when": each.time[:19].replace("T", " "),
-            "what": each.what,
-            "version": each.version,
-            "champion before": each.champion or "none",
-            "why": each.why,
-            "by": each.by,
-        }
-        for each in reversed(records)
+        f"{each.time[:16].replace('T', ' ')}  {each.what:<16} {version:<5} {_beside(each):<16} "
+        f"{' '.join(each.why.split())} ({each.by})"
+        for each, version in numbered
     ]
+
+
+def _beside(record: Record) -> str:
+    """What a version has to do with the champion before."""
+    if record.champion is None:
+        return "" if record.what in REFUSED else "the first"
+    before = f"v{record.champion.rpartition('/')[2]}"
+    return f"{before} stays" if record.what in REFUSED else f"in place of {before}"
 
 
 def read(client: "MlflowClient", name: str) -> list[Record]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, outbox, repair, tracking, versions
+from lewis.registry import approval, champions, history, outbox, repair, tracking, versions
 from lewis.registry.outbox import Move
 from lewis.registry.repair import WITHDRAWN
 from lewis.registry.versions import Champion, Version
@@ -40,7 +40,7 @@ class Promotion:
 def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str, Any] | None = None) -> Promotion:
     """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
 
-    Nothing changes if the version already is the champion.
+    If a person has to approve it, it gets the alias `challenger` too. Nothing changes if it is the champion already.
 
     Args:
         by: who promotes, for the history; by default the name of the user.
@@ -54,6 +54,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         before = current.version.uri if current is not None else None
         if before == version.uri:
             logger.info("%s already is the champion", version.uri)
+            champions.follow(client, version.name)  # what a process that died did not do
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
@@ -62,18 +63,23 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         tags = {
             "lewis.verdict.compared_with": verdict.compared_with,
             "lewis.verdict.reasons": "\n".join(verdict.reasons),
-            "lewis.verdict": "passed" if verdict.passed else "failed",
+            "lewis.verdict": approval.WAITING if verdict.waits else "passed" if verdict.passed else "failed",
+            **({champions.METRIC: verdict.metric} if verdict.metric else {}),
         }
+        if verdict.waits:
+            tags |= approval.ask(client, version, verdict, before, by)
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
-        what = "promoted" if verdict.passed else "rejected"
+        what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"
         history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
-        if verdict.passed:
+        moves = verdict.passed and not verdict.waits
+        if moves:
             number = current.version.version if current else None
             _crown(client, version.name, version.version, number, verdict.reasons, about or {})
         else:
             client.set_registered_model_alias(version.name, "challenger", version.version)
-        return Promotion(moved=verdict.passed, previous=before)
+        champions.follow(client, version.name)
+        return Promotion(moved=moves, previous=before)
 
 
 def promote_by_hand(name: str, version: str, why: str) -> str:
@@ -86,6 +92,43 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
     name = tracking.model_name(name)
     with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         return _move(client, name, version, "promoted by hand", why)
+
+
+def approve(name: str, version: str, why: str, by: str = "") -> str:
+    """Make a version the champion that passed the gate and waits; return the `uri` of the champion before, or nothing.
+
+    Args:
+        by: who approves, for the history; by default the name of the user.
+
+    Raises:
+        InputError: if it does not wait, or no longer: its time is up, or the champion is another than the gate compared
+            it with; or if its files are gone or damaged, or no reason is given.
+    """
+    name = tracking.model_name(name)
+    with store.lock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
+        approval.check(client, name, version, _aliases(client, name).get("champion"))
+        before = _move(client, name, version, "approved", why, by=by)
+        client.set_model_version_tag(name, version, "lewis.verdict", "passed")
+        return before
+
+
+def refuse(name: str, version: str, why: str, by: str = "") -> None:
+    """Let a version that waits not become the champion; no gate asks for it again.
+
+    Raises:
+        InputError: if it does not wait, or no reason is given.
+    """
+    name = tracking.model_name(name)
+    if not why.strip():
+        raise InputError("--why: expected a reason, which `lewis history` will show")
+    with store.lock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
+        approval.waiting(client, name, version)
+        champion = _aliases(client, name).get("champion")
+        before = f"models:/{name}/{champion}" if champion else None
+        history.record(client, name, "refused", f"models:/{name}/{version}", before, why, by)
+        client.set_model_version_tag(name, version, WITHDRAWN, why)
+        client.set_model_version_tag(name, version, "lewis.verdict", "failed")
+        champions.follow(client, name)
 
 
 def rollback(name: str, why: str) -> str:
@@ -133,7 +176,9 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
         )
 
 
-def _move(client: "MlflowClient", name: str, version: str, what: str, why: str, withdrawing: str | None = None) -> str:
+def _move(
+    client: "MlflowClient", name: str, version: str, what: str, why: str, withdrawing: str | None = None, by: str = ""
+) -> str:
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
     current = _aliases(client, name).get("champion")
@@ -144,13 +189,14 @@ def _move(client: "MlflowClient", name: str, version: str, what: str, why: str, 
             f"models:/{name}/{version}: no such version, or its files are gone or damaged; see `lewis history {name}`"
         )
     before = f"models:/{name}/{current}" if current else None
-    history.record(client, name, what, f"models:/{name}/{version}", before, why)
+    history.record(client, name, what, f"models:/{name}/{version}", before, why, by)
     if withdrawing is not None:
         client.set_model_version_tag(name, withdrawing, WITHDRAWN, why)
     if WITHDRAWN in client.get_model_version(name, version).tags:
         client.delete_model_version_tag(name, version, WITHDRAWN)
     digest = dict(client.get_model_version(name, version).tags).get("lewis.digest", "")
     _crown(client, name, version, current, [f"{what}: {why}"], {"digest": digest})
+    champions.follow(client, name)
     return before or ""
 
 

@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lewis.registry import history, outbox
+from lewis.registry import champions, history, outbox
 from lewis.registry.outbox import Move
 from lewis.registry.versions import DAMAGED, Version
 
@@ -70,3 +70,4 @@ def _move_champion(client: "MlflowClient", version: Version, before: str, digest
     outbox.write(move)
     client.set_registered_model_alias(version.name, "champion", version.version)
     outbox.write(replace(move, happened=True))
+    champions.follow(client, version.name)

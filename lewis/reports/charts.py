@@ -20,6 +20,7 @@ COLOURS = "viridis"  # readable for colour-blind readers and in grey
 MAX_BARS = 80  # more are too thin to read
 MAX_LABEL = 60  # characters
 MAX_COLUMNS = 48  # the most column names that fit below a heat map
+MOVES = ("promoted", "promoted by hand", "approved", "rolled back", "repaired")  # what made a version the champion
 SLANTED = 4  # with more groups, horizontal labels would overlap
 
 VECTORS = re.compile(r"norm|\bln_|\.bias$")  # norms and biases, to which LEWIS gives no density of their own
@@ -92,6 +93,38 @@ def score_bars(scores: Mapping[str, Sequence[Score]], intervals: Intervals | Non
     hidden = len(groups) - sum(len(each) for each in panels.values())
     if hidden:
         figure.supxlabel(f"{hidden} more in the table", fontsize=9)
+    return png(figure)
+
+
+def champion_steps(points: Sequence[tuple[int, int, str, float | None, float | None]], metric: str) -> bytes:
+    """Draw a score over a history of versions: a dot for each version, a line for the champion.
+
+    Args:
+        points: for each entry of the history: step, version, what happened, the version's score, the champion's since.
+        metric: the score's name, for the axis.
+
+    Returns:
+        a PNG file.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(min(4.5 + 0.35 * len(points), 12), 3.4), dpi=100, layout="constrained")
+    panel, places = figure.subplots(), range(len(points))
+    ink, line = colormaps[COLOURS](0.25), colormaps[COLOURS](0.7)
+    panel.step(places, [math.nan if p[4] is None else p[4] for p in points], where="post", color=line, linewidth=2)
+    for label, chosen, face in (("promoted", True, ink), ("not promoted", False, "white")):
+        shown = [(x, p[3]) for x, p in enumerate(points) if p[3] is not None and (p[2] in MOVES) == chosen]
+        if shown:
+            panel.scatter(*zip(*shown, strict=True), s=34, color=face, edgecolor=ink, label=label, zorder=3)
+    every = -(-len(points) // 24)  # labels of more would overlap
+    names = [f"v{p[1]}" if p[2] in ("promoted", "rejected") else f"v{p[1]}\n{p[2]}" for p in points]
+    panel.set_xticks(list(places)[:: every or 1], names[:: every or 1], fontsize=8)
+    panel.set_ylabel(metric, fontsize=9)
+    panel.set_title("the line is the champion", fontsize=9, loc="left")
+    panel.spines[["top", "right"]].set_visible(False)
+    if panel.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     return png(figure)
 
 

@@ -157,6 +157,8 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
     new = "" if created else ", registered by an earlier run,"
     if champion == version:
         return f"{version} is the champion already; nothing to promote."
+    if verdict.waits:
+        return f"{version}{new} passed, and waits for a person: lewis approve {version.removeprefix('models:/')}"
     if verdict.passed:
         return f"{version}{new} is the new champion."
     return f"{version}{new} was not promoted; " + (f"{champion} stays." if champion else "none is yet.")

@@ -14,8 +14,8 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         champion: `uri` of the version that was in use before; None if there was none.
 
     Returns:
-        `Promoted` and `v3: weighted/mean,none 0.981 vs 0.975`; `Rejected` and which rules failed; or `Completed`, if it
-        is the champion already.
+        `Promoted` and `v3: weighted/mean,none 0.981 vs 0.975`; `Rejected` and which rules failed; `AwaitingApproval`
+        and what approves it; or `Completed`, if it is the champion already.
     """
     number = f"v{version.rpartition('/')[2]}"
     told = f"{number}: {verdict.numbers}" if verdict.numbers else number
@@ -24,6 +24,9 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         return "Rejected", _cut(f"{told}; {'; '.join(failed)}")
     if champion == version:
         return "Completed", f"{number} is the champion already"
+    if verdict.waits:
+        name = version.removeprefix("models:/")
+        return "AwaitingApproval", _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
     return "Promoted", _cut(f"{told}; {before}")
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,10 +27,11 @@ from lewis.evaluation.gate import Verdict
 from lewis.models import hub
 from lewis.models.files import copy_tokenizer
 from lewis.models.pin import Pinned
-from lewis.registry import creation, history, logged_model, promotion
+from lewis.registry import champions, creation, history, logged_model, promotion
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
+from lewis.store.png import is_whole
 from tests.support.damage import damage
 from tests.support.lineage import make_home
 
@@ -95,6 +97,18 @@ def entry(home: Path, tiny_model: Path) -> Registration:
     )
 
 
+def scores(digit: str) -> dict[str, float]:
+    return {"merged/addition/acc,none": {"a": 0.9, "b": 0.8, "c": 0.7}[digit], "base/addition/acc,none": 0.5}
+
+
+def champion_over_versions(name: str) -> list[tuple[int, float]]:
+    """The chart that people look at."""
+    experiment = client().get_experiment_by_name("lewis").experiment_id
+    (run,) = client().search_runs([experiment], f"tags.`lewis.champions` = '{name}'")
+    drawn = client().get_metric_history(run.info.run_id, "champion/addition/acc")
+    return [(each.step, each.value) for each in drawn]
+
+
 def client():
     import mlflow
 
@@ -107,7 +121,8 @@ def versions(name: str = "tiny") -> list:
 
 def runs() -> list[str]:
     experiment = client().get_experiment_by_name("lewis")
-    return sorted(run.info.status for run in client().search_runs([experiment.experiment_id]))
+    found = client().search_runs([experiment.experiment_id])
+    return sorted(run.info.status for run in found if "lewis.champions" not in run.data.tags)
 
 
 def artifacts(home: Path) -> Path:
@@ -405,9 +420,10 @@ def test_a_champion_that_moved_after_the_comparison_is_not_replaced(entry: Regis
 
 def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_model: Path) -> None:
     first, second, third = (
-        creation.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64))) for d in "abc"
+        creation.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64), metrics=scores(d)))
+        for d in "abc"
     )
-    promotion.promote(first, PASSED, by="the run x")
+    promotion.promote(first, replace(PASSED, metric="addition/acc,none"), by="the run x")
     promotion.promote(second, FAILED)
     promotion.promote(second, FAILED)  # again and nothing new: the next night's run
     promotion.promote(third, replace(PASSED, compared_with=first.uri))
@@ -424,7 +440,12 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
         ("rolled back", "3", "2"),
     ]
     assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
-    assert told[0].by == "the run x" and history.rows(told)[0]["what"] == "rolled back"
+    newest, *_, oldest = history.lines(told)
+    assert re.fullmatch(r"\S+ \S+  rolled back +v3 +in place of v2 +it was rude \(.*\)", newest)
+    assert re.search(r"  promoted +v1 +the first +addition/acc.* \(the run x\)$", oldest)
+    assert "v1 stays" in history.lines(told)[3] and all("\n" not in line for line in history.lines(told))
+    assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
+    assert is_whole(champions.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
     with pytest.raises(InputError, match=r"models:/tiny/2, .* was rolled back itself \(it was rude\)"):
         promotion.rollback("tiny", "once too often")

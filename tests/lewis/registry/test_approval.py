@@ -1,0 +1,85 @@
+"""A version that passed its gate waits for a person; what the person says counts only while the numbers do."""
+
+from pathlib import Path
+
+import pytest
+
+from lewis.errors import InputError
+from lewis.evaluation.gate import Verdict
+from lewis.registry import history, promotion, releases, tracking
+from lewis.registry.versions import Version
+from lewis.reports.run_report import outcome
+from lewis.reports.verdict_line import verdict_line
+from lewis_flows.service.status_data import Watched
+from lewis_flows.service.status_text import _heading
+from tests.conftest import Family
+from tests.support.lineage import make_home, registered
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+def asked(version: Version, champion: str, hours: float | None = 1.0) -> Verdict:
+    """The gate lets it pass and leaves the rest to a person."""
+    verdict = Verdict(True, ("a rule: pass",), champion, "acc 1 vs 0", "acc", hours)
+    assert promotion.promote(version, verdict, "the run").moved == (hours is None)
+    return verdict
+
+
+def told(name: str = "tiny") -> list[str]:
+    return [f"{each.what} {each.version[-1]}" for each in history.history(name)]
+
+
+def test_a_version_waits_until_a_person_approves(home: Path, family: Family) -> None:
+    first, second, third = (registered(family.base, digit, {"x": digit}, "tiny", None) for digit in "abc")
+    asked(first, "base", None)
+    for _ in range(2):  # the next night's run finds it waiting
+        verdict = asked(second, first.uri)
+    assert told() == ["promoted 1", "waits 2"]
+    assert [(each.verdict, each.aliases) for each in releases.merged("tiny")[1:]] == [
+        ("waiting", ("challenger",)),
+        ("passed", ("champion",)),
+    ]
+    line = "v2: acc 1 vs 0; passed, waits for: lewis approve tiny/2 --why ..."
+    assert verdict_line(second.uri, verdict, champion=first.uri) == ("AwaitingApproval", line)
+    assert "waits for a person" in outcome(second.uri, verdict, first.uri, created=True)
+    assert "version 2 waits for `lewis approve`" in _heading(Watched(recipe="r", registered="tiny", waiting="2"))
+
+    with pytest.raises(InputError, match="models:/tiny/1: it waits for no approval, its verdict is: passed"):
+        promotion.approve("tiny", "1", "x")
+    with pytest.raises(InputError, match="no such version"):
+        promotion.approve("tiny", "9", "x")
+    with pytest.raises(InputError, match="expected a reason"):
+        promotion.approve("tiny", "2", " ")
+    assert promotion.approve("tiny", "2", "support has read it", "Ann") == first.uri
+    newest = history.history("tiny")[-1]
+    assert (newest.what, newest.champion, newest.why, newest.by) == (
+        "approved",
+        first.uri,
+        "support has read it",
+        "Ann",
+    )
+    assert releases.merged("tiny")[1].aliases == ("challenger", "champion")
+
+    asked(third, second.uri)
+    promotion.promote_by_hand("tiny", "1", "no reason")
+    with pytest.raises(InputError, match=r"compared it with models:/tiny/2, but the champion is models:/tiny/1 by now"):
+        promotion.approve("tiny", "3", "x")
+    asked(third, first.uri)
+    promotion.refuse("tiny", "3", "it is rude")
+    assert told()[-3:] == ["lapsed 3", "waits 3", "refused 3"]
+    assert promotion.withdrawn("tiny", "c" * 64) == "it is rude"
+
+
+def test_nobody_approves_in_time(home: Path, family: Family) -> None:
+    version = registered(family.base, "a", {}, "tiny", None)
+    asked(version, "base")
+    with tracking.client("making it late") as client:
+        client.set_model_version_tag("tiny", "1", "lewis.approve_until", "2026-01-01T00:00:00+00:00")
+    with pytest.raises(InputError, match="waited for approval until 2026-01-01 00:00 UTC; run its recipe again"):
+        promotion.approve("tiny", "1", "x")
+    asked(version, "base")
+    promotion.approve("tiny", "1", "x")
+    assert told() == ["waits 1", "lapsed 1", "waits 1", "approved 1"]
