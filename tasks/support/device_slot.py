@@ -20,7 +20,10 @@ from prefect.settings import PREFECT_API_URL
 
 from lewis.devices import devices
 from lewis.errors import InputError
+from lewis_tasks.support import device_queue
 from lewis_tasks.support.caching import raise_if_stopping
+from lewis_tasks.support.device_queue import Note
+from lewis_tasks.support.waiting import Wait
 
 logger = logging.getLogger(__name__)
 LIMIT = "lewis-device"
@@ -45,47 +48,60 @@ def slots() -> int:
 
 
 @contextmanager
-def device_slot() -> Iterator[str]:
+def device_slot(*, gives_way: bool = False) -> Iterator[str]:
     """Hold one of this machine's slots while torch works; gives the device's name, `cpu` or `cuda:<i>`.
 
     The slot is a kernel lock, which is free as soon as its holder dies. If the Prefect server has the limit
-    `lewis-device`, a part of it is held too; that is free when the lease of a killed holder ends.
+    `lewis-device`, a part of it is held too; that is free when the lease of a killed holder ends. `device_queue` tells
+    who holds and who waits.
+
+    Args:
+        gives_way: take no slot while a task of this machine waits that does not give way: merges go before searches.
 
     Raises:
         LewisError: if the process was told to stop while it waited.
     """
     names = devices()
-    with _machine_slot() as number, _shared_limit():
+    with device_queue.queued(gives_way=gives_way) as note, _machine_slot(note) as number, _shared_limit(note):
+        note.hold()
         yield names[number % len(names)]
 
 
 @contextmanager
-def _machine_slot() -> Iterator[int]:
+def _machine_slot(note: Note) -> Iterator[int]:
     places = [Path(tempfile.gettempdir()) / f"lewis-device-{os.getuid()}-{number}.lock" for number in range(slots())]
     locks = [FileLock(place, thread_local=False) for place in places]
-    number = _first_free(locks)
+    number = _first_free(locks, note)
     try:
         yield number
     finally:
         locks[number].release()
 
 
-def _first_free(locks: list[FileLock]) -> int:
-    told = False
+def _first_free(locks: list[FileLock], note: Note) -> int:
+    told, wait = False, Wait()
     while True:
-        for number, lock in enumerate(locks):
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-                return number
+        if not (note.place.gives_way and device_queue.somebody_waits()):
+            for number, lock in enumerate(locks):
+                with suppress(Timeout):
+                    lock.acquire(timeout=0)
+                    return number
         if not told:
-            logger.info("waiting for a device slot: %d of %d are taken", len(locks), len(locks))
+            logger.info("waiting for a device slot, %s", _holders())
             told = True
+        wait.look(note.place.what, f"a device slot, {_holders()}")
         raise_if_stopping("waiting for a device slot")
         time.sleep(_POLL_SECONDS)
 
 
+def _holders() -> str:
+    """Who holds the slots of this machine, and since when, for a message."""
+    held = [place for place in device_queue.queue() if place.holds]
+    return ", ".join(f"which {each.what} holds since {each.since.astimezone():%H:%M}" for each in held) or "all taken"
+
+
 @contextmanager
-def _shared_limit() -> Iterator[None]:
+def _shared_limit(note: Note) -> Iterator[None]:
     """Hold a part of the server's limit. Whatever becomes of the server or the lease, the work goes on.
 
     Not Prefect's own `concurrency`: it waits for ever if its first request fails, and warns if there is no limit.
@@ -94,7 +110,7 @@ def _shared_limit() -> Iterator[None]:
         if PREFECT_API_URL.value():
             try:
                 client = held.enter_context(get_client(sync_client=True))
-                lease = _acquire(client)
+                lease = _acquire(client, note)
                 if lease:
                     held.callback(_release, client, lease)
                     held.callback(_keep(client, lease))
@@ -103,11 +119,11 @@ def _shared_limit() -> Iterator[None]:
         yield
 
 
-def _acquire(client: SyncPrefectClient) -> UUID | None:
+def _acquire(client: SyncPrefectClient, note: Note) -> UUID | None:
     """Wait for a part of the limit; gives its lease, None if there is no such limit."""
     run = TaskRunContext.get()
     holder = ConcurrencyLeaseHolder(type="task_run", id=run.task_run.id) if run else None
-    told = False
+    told, wait = False, Wait()
     while True:
         raise_if_stopping(f"waiting for a slot of {LIMIT}")
         try:
@@ -118,6 +134,7 @@ def _acquire(client: SyncPrefectClient) -> UUID | None:
             if not told:
                 logger.info("waiting for a slot of %s, which other tasks hold", LIMIT)
                 told = True
+            wait.look(note.place.what, f"a slot of {LIMIT}, which tasks of other machines hold")
             time.sleep(_ASK_SECONDS)
         else:
             found = answer.json()

@@ -1,0 +1,89 @@
+"""Who holds the device and who waits: merges go before the trials of a search, and a person can see both."""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis_flows.service.status_data import Part, Status
+from lewis_flows.service.status_text import as_text
+from lewis_tasks.support import device_queue, device_slot, events, waiting
+from tests.flows.test_watch import until
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of its own with one device."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("LEWIS_DEVICE_SLOTS", "1")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    return tmp_path
+
+
+def waiters(count: int) -> bool:
+    return len([place for place in device_queue.queue() if not place.holds]) == count
+
+
+def test_a_search_gives_way_between_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def work(name: str, gives_way: bool) -> None:
+        monkeypatch.setattr(device_queue, "_what", lambda: name)
+        with device_slot.device_slot(gives_way=gives_way):
+            order.append(name)
+            time.sleep(0.2)
+
+    with device_slot.device_slot(gives_way=True):  # a trial
+        threads = []
+        for number, (name, gives_way) in enumerate((("next trial", True), ("merge", False), ("release", False)), 1):
+            threads.append(threading.Thread(target=work, args=(name, gives_way)))
+            threads[-1].start()
+            until(lambda count=number: waiters(count))  # type: ignore[misc]
+        held, *waits = device_queue.queue()
+        assert held.holds and [(each.what, each.holds) for each in waits] == [
+            ("next trial", False),
+            ("merge", False),
+            ("release", False),
+        ]
+        told = as_text(Status(parts=[Part(name="x", up=True, state="")], devices=[held, *waits]), datetime.now(UTC))
+        assert "holds one  since 0 s ago" in told and "next trial" in told and "waits" in told
+    for thread in threads:
+        thread.join()
+    assert order[2] == "next trial" and device_queue.queue() == []
+
+
+def test_the_note_of_who_died_is_removed(machine: Path) -> None:
+    with device_queue.queued() as note:
+        left = machine / f"lewis-device-{os.getuid()}" / "dead.json"
+        left.write_text(note.place.model_dump_json())
+        os.utime(left, (1, 1))
+        (alive,) = device_queue.queue()
+        assert alive == note.place and not left.exists()
+    assert not device_queue.somebody_waits()
+
+
+def test_a_long_wait_is_told_once_and_names_the_holder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(events, "post", sent.append)
+    monkeypatch.setattr(waiting, "LONG", timedelta(seconds=0.3))
+    with device_slot.device_slot(), caplog.at_level(logging.INFO):
+        waits = threading.Thread(target=lambda: device_slot.device_slot().__enter__())
+        waits.start()
+        until(lambda: bool(sent))
+        time.sleep(0.3)
+    waits.join()
+    (event,) = sent
+    held = f"which process {os.getpid()} holds since"
+    assert (
+        event["event"] == waiting.WAITING
+        and "has waited 0 min for a device slot, " + held in event["payload"]["message"]
+    )
+    assert f"waiting for a device slot, {held}" in caplog.text
