@@ -10,6 +10,7 @@ from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
+from lewis.errors import LewisError
 from lewis.evaluation.step import ScoresEntry, eval_settings
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
@@ -28,7 +29,7 @@ from lewis_tasks.register import find_champion, gate, promote, register
 from lewis_tasks.report import name_run, report_run, report_scores
 from lewis_tasks.resolve import settle
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support.failures import result_of, says_why
+from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
 
@@ -69,7 +70,7 @@ def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner())
+@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
 @says_why
 def merge_flow(
     recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0
@@ -78,7 +79,8 @@ def merge_flow(
 
     The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; or as `Cached`
     if nothing was left to do. It ends as `Skipped`, without a report, if a deployment started it and another run of the
-    recipe waits for its turn already. Its tags name the recipe, what started it, and the verdict.
+    recipe waits for its turn already. As `Unpublished` if the Hub has not taken the champion. Its tags name the recipe,
+    what started it, and the verdict.
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
@@ -185,7 +187,10 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
     diagnosed.wait()  # like the report's, its error is shown by the UI
     written.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
     if published:
-        result_of(published)
+        try:
+            result_of(published)
+        except LewisError as error:
+            raise NotPublishedError(f"{': '.join(told)}; not published: {error}") from error
         report.published = url
     results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
     computed = any(future.state.name != "Cached" for future in results if future)

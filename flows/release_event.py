@@ -9,9 +9,12 @@ from lewis.errors import InputError
 from lewis.models.pin import find_folder
 from lewis.models.source import split_adapter
 from lewis.recipe.recipe import Recipe
+from lewis.reports.run_report import short
 from lewis_tasks.support import events
 
 EVENT = "lewis.expert.released"
+STUCK = "lewis.release.stuck"
+"""A release whose merge has failed three times."""
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
@@ -35,15 +38,49 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
         LewisError: the server refuses it.
         InputError: there is no server to ask.
     """
+    before = short(old) if old else "never merged"
     event: dict[str, object] = {
         "id": str(uuid.uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
         "event": EVENT,
         "resource": {"prefect.resource.id": resource_id(repo), "prefect.resource.name": repo, "lewis.recipe": recipe},
-        "payload": {"recipe": recipe, "ref": ref, "repo": repo, "old": old, "new": new},
+        "payload": {
+            "recipe": recipe,
+            "ref": ref,
+            "repo": repo,
+            "old": old,
+            "new": new,
+            "message": f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged",
+        },
     }
     events.post(event)
     return str(event["id"])
+
+
+def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
+    """Send the event of a release that could not be merged; its id is the same whenever it is sent of one release.
+
+    Args:
+        recipe, ref, repo, new: as of `announce`.
+        why: what the last run said.
+
+    Raises:
+        TransientError, LewisError, InputError: as `announce`.
+    """
+    event: dict[str, object] = {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{STUCK} {recipe} {ref} {new}")),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": STUCK,
+        "resource": {"prefect.resource.id": resource_id(repo), "prefect.resource.name": repo, "lewis.recipe": recipe},
+        "payload": {
+            "recipe": recipe,
+            "ref": ref,
+            "repo": repo,
+            "new": new,
+            "message": f"{repo} {short(new)} could not be merged into {recipe}, three times: {why}",
+        },
+    }
+    events.post(event)
 
 
 def resource_id(repo: str) -> str:

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import State, flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
@@ -64,14 +65,15 @@ def _run_name() -> str:
     return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner())
+@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
 @says_why
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
-) -> SearchReport:
+) -> SearchReport | State[SearchReport]:
     """Measure once; allocate, merge and score each trial; confirm, gate and register the best.
 
-    A search that was killed goes on where it was. Run again with more `trials`, it adds to those it has.
+    A search that was killed goes on where it was. Run again with more `trials`, it adds to those it has. The run ends
+    as its best trial's merge does: as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers none.
 
     Args:
         recipe: the name of a recipe in the recipes folder; it has a `search` block. From the command line, a YAML
@@ -95,7 +97,9 @@ def search_flow(
         base, experts, tasks = _prepare(plan)
         tried = _Trials(plan, base, experts, metrics, tasks)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
-        return _confirm(recipe, plan, list(overrides or []), tried, best)
+        report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
+    run_tags.tag(verdict=name.lower())
+    return Completed(name=name, message=f"{len(report.trials)} trials; {line}", data=report)
 
 
 def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
@@ -205,16 +209,26 @@ class _Trials:
         return self._record(ended=True)
 
 
-def _confirm(recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial) -> SearchReport:
-    """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is."""
+def _confirm(
+    recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial
+) -> tuple[SearchReport, tuple[str, str]]:
+    """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is.
+
+    Gives the report and the search's verdict: name and line of its state.
+    """
     settings = _settings(plan, CONFIRM)
     winner = space.with_values(plan, best.values, CONFIRM)
     run = tried.end()
-    merged = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM]) if plan.register_as else None
+    scores = zip(tried.objectives, best.scores, strict=True)
+    told = "Completed", f"the best is number {best.number}: {', '.join(f'{o.metric} {s:.4g}' for o, s in scores)}"
+    merged = None
+    if plan.register_as:
+        ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
+        merged, told = ended.result(), (ended.name or "Completed", ended.message or "")
     default = tried.submit(plan, 0, "confirm", settings)
     chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
-    return SearchReport(
+    report = SearchReport(
         recipe=plan.name,
         digest=tried.log.digest,
         trials=[asdict(trial) for trial in tried.log.trials],
@@ -224,6 +238,7 @@ def _confirm(recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, be
         merge=merged if isinstance(merged, MergeReport) else None,
         mlflow_run=run,
     )
+    return report, told
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:

@@ -15,8 +15,11 @@ from prefect.states import Crashed
 
 from lewis import store
 from lewis_flows import prefect_runs
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.waiting import Wait
 
 logger = logging.getLogger(__name__)
+_LOOK = 60.0  # seconds between two looks whether a wait is long by now
 
 
 @contextmanager
@@ -55,10 +58,20 @@ def _line_up(waiting: FileLock, running: FileLock, recipe: Path, *, skip: bool) 
         running.acquire(timeout=0)
     except Timeout:
         logger.info("another run of %s is going on; waiting for its end", recipe.stem)
-        running.acquire()
+        _wait(running, recipe)
     finally:
         waiting.release()
     return True
+
+
+def _wait(running: FileLock, recipe: Path) -> None:
+    wait = Wait()
+    while True:
+        try:
+            running.acquire(timeout=_LOOK)
+            return
+        except Timeout:
+            wait.look(f"a run of {recipe.stem}", f"its turn: another run of {recipe.stem} is going on")
 
 
 def active_since() -> float | None:
@@ -78,17 +91,11 @@ def crash_dead_runs() -> None:
         for run in filter(_died, runs):
             message = "Its process died. Run it again: what was finished is kept."
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+            run_tags.tag(run.id, verdict="crashed")
             logger.warning("run %s had died; it is marked as Crashed now", run.name)
     for note in _notes():
         if _is_dead(note.name):
             note.unlink(missing_ok=True)
-
-
-def drop_missed_polls() -> None:
-    """Delete the polls that were due while no worker was there: the next poll finds everything they would have."""
-    with get_client(sync_client=True) as client:
-        for run in prefect_runs.of_flows(client, (prefect_runs.WATCH,), {"name": {"any_": ["Late"]}}):
-            client.delete_flow_run(run.id)
 
 
 def _died(run: FlowRun) -> bool:

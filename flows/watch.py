@@ -12,13 +12,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
-from prefect import flow, get_run_logger, task
+from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter
 from prefect.runtime import flow_run
+from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
@@ -27,14 +28,16 @@ from lewis.errors import LewisError, TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import prefect_runs, recipes_folder, release_event
+from lewis_flows import polls, prefect_runs, recipes_folder, release_event
 from lewis_flows.submit import submit
+from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
 from lewis_tasks.support.caching import RETRIES
 
 RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement that has started no run by then was lost
 REMEMBER = timedelta(hours=24)  # older announcements do not count
+STUCK_AFTER = 3  # runs that failed
 
 _RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=8)  # each thread waits for the Hub
 
@@ -59,9 +62,18 @@ def _run_name() -> str:
     return f"watch {', '.join(flow_run.parameters['recipes'] or ['all recipes'])}"
 
 
-@flow(name=prefect_runs.WATCH, flow_run_name=_run_name, task_runner=_RUNNER)
-def watch_flow(recipes: list[str] | None = None) -> WatchReport:
+@flow(
+    name=prefect_runs.WATCH,
+    flow_run_name=_run_name,
+    task_runner=_RUNNER,
+    on_completion=[polls.forget_quiet],
+    on_failure=[run_tags.tag_end, polls.forget_quiet],
+)
+def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchReport]:
     """Compare the models of each recipe with what its registered versions hold, and announce what is new.
+
+    The run ends as `Announced`, with the releases; as `Problems`, if there are others than at the poll before; else as
+    `Quiet`, and is deleted if a schedule started it.
 
     Args:
         recipes: names in the folder of recipes; by default all of them.
@@ -69,11 +81,10 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport:
     Raises:
         TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
     """
-    logger = get_run_logger()
     moves.tell()
     found, problems = _compare(recipes)
     for name, problem in problems.items():
-        logger.warning("%s cannot be watched: %s", name, problem)
+        get_run_logger().warning("%s cannot be watched: %s", name, problem)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
     if transient and not found:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
@@ -82,12 +93,25 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport:
         for move in moved:
             news = _is_news(name, move)
             if news:
-                logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
+                get_run_logger().info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
-    counts = (len(report.checked), len(report.announced), len(report.waiting), len(problems))
-    logger.info("recipes checked: %d; releases announced: %d, known already: %d; problems: %d", *counts)
-    return report
+    name, line = _told(report, others=recipes is None and polls.remember(len(report.checked), report.problems))
+    get_run_logger().info("%s", line)
+    if name != polls.QUIET:
+        run_tags.tag(verdict=name.lower(), trigger=run_tags.trigger(run_tags.this_run()))
+    return Completed(name=name, message=line, data=report)
+
+
+def _told(report: WatchReport, *, others: bool) -> tuple[str, str]:
+    """The name and the line of a poll's state; `others`: its problems are not those of the poll before."""
+    counts = (len(report.checked), len(report.waiting), len(report.problems))
+    checked = "recipes checked: {}; releases known already: {}; problems: {}".format(*counts)
+    if report.announced:
+        return "Announced", f"{', '.join(report.announced)}; {checked}"
+    if others and report.problems:
+        return "Problems", "; ".join(f"{name}: {text.partition(chr(10))[0]}" for name, text in report.problems.items())
+    return polls.QUIET, checked
 
 
 @task(name="heads", task_run_name="heads {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
@@ -125,9 +149,11 @@ def _is_news(recipe: str, move: Moved) -> bool:
     """Whether to announce a release: it was not announced yet, or its run did not merge it."""
     now = datetime.now(UTC)
     with _prefect() as client:
-        announced = _last_announced(client, recipe, move, now)
-        if announced is None:
+        times = _announcements(client, recipe, move, now)
+        if not times:
             return True
+        announced = max(times)
+        _tell_if_stuck(client, recipe, move, min(times))
         soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
         if _runs(client, recipe, ("SCHEDULED", *prefect_runs.UNFINISHED), expected_start_time=soon):
             return False
@@ -147,13 +173,21 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
     return run.state_name != "Skipped" and began is not None and began >= announced
 
 
-def _last_announced(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> datetime | None:
+def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
+    """Tell of a release that was announced and whose runs keep failing."""
+    failed = _runs(client, recipe, ("FAILED", "CRASHED"), end_time={"after_": since})
+    if len(failed) >= STUCK_AFTER:
+        why = (failed[0].state.message if failed[0].state else None) or "it says not why"
+        release_event.announce_stuck(recipe, move.ref, move.repo, move.new, why.partition("\n")[0])
+
+
+def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> list[datetime]:
+    """When a release was announced."""
     resource = {"id": [release_event.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
     wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [release_event.EVENT]}, "resource": resource}
     events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the server gives 50 at most
     commits = {move.new, *move.new.split("+")}  # of `base+adapter`, a webhook knows only the part that moved
-    times = [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
-    return max(times, default=None)
+    return [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:

@@ -41,6 +41,7 @@ def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) 
 
 @task(
     name="diagnose",
+    task_run_name="diagnose",
     timeout_seconds=3600,
     **cached("blocks", "base", "experts", version=measures.SEMANTICS),
 )

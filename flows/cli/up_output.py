@@ -10,8 +10,11 @@ from rich.text import Text
 _COLOURS = {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green", "webhook": "magenta"}
 _OURS = ("lewis", "webhook")  # whose lines are events already
 _RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
-# The runs of the watcher and of the nightly check are too many to tell of each; one that fails says why at WARNING.
-_RUN = re.compile(r"^Flow run '(?!watch |verify)(.*)' - (Beginning flow run|Finished in state) ")
+# Polls and the nightly check are told if they found something; one that fails says why at ERROR.
+_RUN = re.compile(
+    r"^Flow run '(?!watch |verify)(.*)' - (Beginning flow run|Finished in state) "
+    r"|^Flow run 'watch .*' - Finished in state (Announced|Problems)\b"
+)
 
 
 class Output:

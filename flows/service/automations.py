@@ -14,10 +14,14 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
+from lewis_flows import prefect_runs, release_event
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
+from lewis_tasks.support.waiting import LONG, WAITING
 
 TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
 DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
+_RUN = "{{ flow_run.name }}: {{ flow_run.state.message or flow_run.state.name }}\n\n{{ flow_run|ui_url }}"
+_EVENT = "{{ event.payload.message }}{% if flow_run %}\n\n{{ flow_run|ui_url }}{% endif %}"
 
 
 def put_automations(client: SyncPrefectClient) -> None:
@@ -58,30 +62,91 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
     block = _notification_block(client)
     if block is None:
         return
-    failed = EventTrigger(
-        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+    for name, state, subject, description in _OF_RUNS:
+        yield _notification(name, _ended_as(*state), block, (subject, _RUN), description)
+    for name, event, subject, description in _OF_EVENTS:
+        trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
+        yield _notification(name, trigger, block, (subject, _EVENT), description)
+    late = EventTrigger(
+        after={"prefect.flow-run.Late"},
+        expect={"prefect.flow-run.Pending", "prefect.flow-run.Running", "prefect.flow-run.Cancelled"},
+        match=_ANY_RUN,
+        match_related=[_ours(), _of_flows(prefect_runs.MERGE, prefect_runs.SEARCH)],
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=LONG,
+    )
+    told = "{{ flow_run.name }} was due long ago: is there a worker, and has it time?\n\n{{ flow_run|ui_url }}"
+    yield _notification("lewis-notify-late", late, block, ("LEWIS: a run is late", told), "No worker takes a run.")
+    promoted = EventTrigger(expect={PROMOTED}, posture=Posture.Reactive, threshold=1)
+    told = "{{ event.payload.message }}{% if event.payload.recipe %} (recipe {{ event.payload.recipe }}){% endif %}"
+    told += "\n\n{{ event.payload.url }}"
+    yield _notification(NOTIFIES, promoted, block, ("LEWIS: a new champion", told), "The alias champion has moved.")
+
+
+_ANY_RUN = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
+_OF_RUNS = (
+    (
+        "lewis-notify-failure",
+        ("Failed", "Crashed"),
+        "LEWIS: a run failed",
+        "A run failed or died; its message says why.",
+    ),
+    ("lewis-notify-rejection", ("Rejected",), "LEWIS: a merge was rejected", "The gate let a merge not pass."),
+    (
+        "lewis-notify-approval",
+        ("AwaitingApproval",),
+        "LEWIS: a version waits for approval",
+        "A person has to approve it.",
+    ),
+    (
+        "lewis-notify-unpublished",
+        ("Unpublished",),
+        "LEWIS: a champion was not published",
+        "The Hub refused a champion.",
+    ),
+)
+"""Automations on the end of a run: name, names of its state, subject of the notification, description."""
+
+_OF_EVENTS = (
+    ("lewis-notify-waiting", WAITING, "LEWIS: a run waits for long", "A run waits for a device, or for its turn."),
+    (
+        "lewis-notify-stuck",
+        release_event.STUCK,
+        "LEWIS: a release is not merged",
+        "A release could not be merged thrice.",
+    ),
+)
+"""Automations on events of ours: name, event, subject of the notification, description."""
+
+
+def _ended_as(*states: str) -> EventTrigger:
+    return EventTrigger(
+        expect={f"prefect.flow-run.{state}" for state in states},
+        match=_ANY_RUN,
         match_related=_ours(),
         posture=Posture.Reactive,
         threshold=1,
     )
-    text = "{{ flow_run.name }}: {{ flow_run.state.name }}\n\n{{ flow_run.state.message }}\n\n{{ flow_run|ui_url }}"
-    yield _notification("lewis-notify-failure", failed, block, "LEWIS: a run failed", text)
-    promoted = EventTrigger(expect={PROMOTED}, posture=Posture.Reactive, threshold=1)
-    recipe = "{% if event.payload.recipe %} (recipe {{ event.payload.recipe }}){% endif %}"
-    text = f"{{{{ event.payload.uri }}}} is the champion now{recipe}"
-    yield _notification(NOTIFIES, promoted, block, "LEWIS: a new champion", text)
+
+
+def _of_flows(*names: str) -> ResourceSpecification:
+    return ResourceSpecification({"prefect.resource.role": ["flow"], "prefect.resource.name": list(names)})
 
 
 def _ours() -> ResourceSpecification:
     return ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]})
 
 
-def _notification(name: str, trigger: EventTrigger, block: UUID, subject: str, body: str) -> AutomationCore:
+def _notification(
+    name: str, trigger: EventTrigger, block: UUID, words: tuple[str, str], description: str
+) -> AutomationCore:
     return AutomationCore(
         name=name,
+        description=description,
         trigger=trigger,
-        actions=[SendNotification(block_document_id=block, subject=subject, body=body)],
+        actions=[SendNotification(block_document_id=block, subject=words[0], body=words[1])],
     )
 
 

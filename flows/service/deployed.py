@@ -6,10 +6,10 @@ from pathlib import Path
 import httpx
 
 from lewis.errors import LewisError
-from lewis_flows import recipes_folder
+from lewis_flows import polls, recipes_folder
 from lewis_flows.service import deploy
 from lewis_flows.service.schedules import Folder
-from lewis_flows.turn import crash_dead_runs, drop_missed_polls
+from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
 
 
@@ -34,7 +34,7 @@ class Deployed:
         """
         self._say("deploying")
         crash_dead_runs()
-        drop_missed_polls()
+        polls.drop_missed()
         recipes_folder.make()
         self._deploy(self._folder.runnable())
         moves.tell()

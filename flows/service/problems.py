@@ -38,11 +38,13 @@ def _problems(status: Status) -> Iterator[Problem]:
             yield Problem(code=DOWN, about=part.name, text=part.state)
     for section, why in status.unknown.items():
         yield Problem(code=UNKNOWN, about=section, text=why)
+    if status.polled and (why := status.polled.problems.get("")):
+        yield Problem(code=UNKNOWN, about="releases", text=why)
     for recipe in status.recipes or []:
         for why in recipe.unknown:
             yield Problem(code=BROKEN if recipe.broken else UNKNOWN, about=recipe.recipe, text=why)
     for run in status.finished or []:
-        if run.state in ("Failed", "Crashed", "TimedOut"):
+        if run.state in ("Failed", "Crashed", "TimedOut", "Unpublished"):
             yield Problem(code=FAILED, about=run.recipe, text=_told(run))
     for run in status.scheduled or []:
         if run.state == "Late":

@@ -8,12 +8,13 @@ import httpx
 from lewis import store
 from lewis.errors import LewisError
 from lewis.redact import redacted
-from lewis.registry import releases
+from lewis.registry import approval, releases
 from lewis.registry.releases import Held
-from lewis_flows import recipes_folder
+from lewis_flows import polls, recipes_folder
 from lewis_flows.service import note
 from lewis_flows.service.status_data import Input, Part, Status, Watched
 from lewis_flows.service.status_runs import PATIENCE, ask_prefect
+from lewis_tasks.support import device_queue
 
 
 def status() -> Status:
@@ -26,7 +27,8 @@ def status() -> Status:
         mlflow = Part(
             name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
         )
-    found = Status(parts=[prefect, mlflow, _part("webhooks", known.get("webhook") or "")])
+    found = Status(parts=[prefect, mlflow, _part("webhooks", known.get("webhook") or "")], polled=polls.last())
+    found.devices = device_queue.queue()
     if prefect.up:
         try:
             ask_prefect(found, api)
@@ -91,4 +93,8 @@ def _champion(found: Watched, mlflow: Part) -> tuple[Held | None, str | None]:
         found.unknown.append(f"the champion: {error}")
         held = []
     champion = next((version for version in held if "champion" in version.aliases), None)
+    waits = [
+        version.version for version in held if version.verdict == approval.WAITING and "challenger" in version.aliases
+    ]
+    found.waiting = waits[0] if waits else None
     return champion, champion.version if champion else None

@@ -4,6 +4,9 @@ from datetime import datetime
 
 from pydantic import BaseModel
 
+from lewis_flows.polls import Poll
+from lewis_tasks.support.device_queue import Place
+
 
 class Part(BaseModel):
     """A part of the service; `state` says how it is, or what to do."""
@@ -51,6 +54,7 @@ class Watched(BaseModel):
         recipe: its name.
         registered: name of the registered model; empty if the recipe registers nothing.
         champion: version of the champion; None if there is none, or it is unknown.
+        waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
         unknown: what could not be found out, and why.
         broken: whether the recipe's file is wrong; `unknown` begins with why.
@@ -59,17 +63,24 @@ class Watched(BaseModel):
     recipe: str
     registered: str = ""
     champion: str | None = None
+    waiting: str | None = None
     inputs: list[Input] = []
     unknown: list[str] = []
     broken: bool = False
 
 
 class Status(BaseModel):
-    """The whole status. A section is None if it could not be found out; `unknown` says why, by section."""
+    """The whole status. A section is None if it could not be found out; `unknown` says why, by section.
+
+    `polled` is None before the first poll. `devices` are the tasks that hold a device of this machine, then those that
+    wait for one.
+    """
 
     parts: list[Part]
     running: list[Run] | None = None
     scheduled: list[Run] | None = None
     finished: list[Run] | None = None
     recipes: list[Watched] | None = None
+    polled: Poll | None = None
+    devices: list[Place] = []
     unknown: dict[str, str] = {}

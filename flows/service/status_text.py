@@ -37,6 +37,13 @@ def _sections(status: Status, now: datetime) -> Iterator[tuple[str, Table | str]
             yield title, f"unknown: {status.unknown.get('runs', '')}"
         else:
             yield title, _runs(listed, now) if listed else "nothing"
+    if status.devices:
+        words = {True: "holds one", False: "waits"}
+        rows = [(each.what, words[each.holds], f"since {moment(each.since, now)}") for each in status.devices]
+        yield "Devices", _table((), rows)
+    if status.polled:
+        about = status.polled.problems.get("") or f"at {status.polled.checked} recipes"
+        yield "Releases", f"last looked {moment(status.polled.time, now)}: {about}"
     if status.recipes is None:
         yield "Recipes", f"unknown: {status.unknown.get('recipes', '')}"
     elif not status.recipes:
@@ -61,6 +68,8 @@ def _heading(recipe: Watched) -> str:
         return f"Recipe {recipe.recipe}" + ("" if recipe.unknown else ": registers nothing")
     unknown = any(line.startswith("the champion: ") for line in recipe.unknown)
     champion = f"champion version {recipe.champion}" if recipe.champion else "no champion yet"
+    if recipe.waiting:
+        champion += f"; version {recipe.waiting} waits for `lewis approve`"
     broken = "; its file is wrong" if recipe.broken else ""
     return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}{broken}"
 

@@ -24,8 +24,14 @@ DETAILS = "\nThe end of its output:"  # what follows is output of lm-eval, for t
 AGAIN = "the traceback is in the task's log; what was finished is kept, run it again to go on"
 
 
+class NotPublishedError(LewisError):
+    """The version is registered, and the champion if it may be; but the Hub has not taken it."""
+
+
 def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
     """Make a flow function end in a Failed state whose message is that of the error; the caller still gets the error.
+
+    The state's name is `Failed`, or `Unpublished`.
 
     If the function raised the error, Prefect would put its own words and the name of the class around the message.
     The result is typed as what the flow's caller gets: Prefect takes it out of the state.
@@ -36,7 +42,8 @@ def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except LewisError as error:
-            return Failed(message=str(error).partition(DETAILS)[0][:MAX_MESSAGE], data=error)
+            name = "Unpublished" if isinstance(error, NotPublishedError) else "Failed"
+            return Failed(name=name, message=str(error).partition(DETAILS)[0][:MAX_MESSAGE], data=error)
 
     return told
 

@@ -9,10 +9,12 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.context import TaskRunContext
 from prefect.events.filters import EventFilter
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import State
 from prefect.utilities.urls import url_for
 
 from lewis.redact import redacted
@@ -32,16 +34,36 @@ def rename(name: str) -> None:
         logger.warning("the run keeps its name: Prefect did not take %r (%s)", name, error)
 
 
-def tag(**values: str) -> None:
-    """Add tags such as `recipe:tiny` to the flow run, by which people filter; a failure is logged, not raised."""
+def name_task(name: str) -> None:
+    """Give the task that runs a name that tells what it found out; it is shown once the task has ended."""
+    if context := TaskRunContext.get():
+        context.task_run.name = name  # sent with the task's last state
+
+
+def tag(run: UUID | None = None, **values: str) -> None:
+    """Add tags such as `recipe:tiny` to a flow run, by which people filter; a failure is logged, not raised.
+
+    Args:
+        run: the flow run; by default, this one.
+        values: kind -> value. A kind has one value: the new one takes the place of the old one.
+    """
     try:
+        of = run or UUID(str(current.id))
         once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
         with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
-            known = client.read_flow_run(UUID(str(current.id))).tags
-            new = [f"{kind}:{value}" for kind, value in values.items()]
-            client.update_flow_run(UUID(str(current.id)), tags=[*dict.fromkeys([*known, *new])])
+            kept = [each for each in client.read_flow_run(of).tags if each.partition(":")[0] not in values]
+            client.update_flow_run(of, tags=[*kept, *(f"{kind}:{value}" for kind, value in values.items())])
     except Exception as error:
         logger.warning("the run gets no tags: Prefect did not take %s (%s)", values, error)
+
+
+def tag_end(_: Any, run: FlowRun, state: State[Any]) -> None:
+    """A hook of flows: tag a run that failed, crashed or was cancelled with the name of that state as its verdict."""
+    tag(run.id, verdict=(state.name or state.type.value).lower())
+
+
+HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_cancellation": [tag_end]}
+"""Arguments of `@flow`: every run has a verdict; one that comes to its end gives its own."""
 
 
 def trigger(run: FlowRun) -> str:

@@ -87,7 +87,7 @@ def _found(client: SyncPrefectClient, **wanted: Any) -> bool:
 
 
 def _event(move: Move) -> dict[str, Any]:
-    run = move.about.get("flow_run")
+    run, before = move.about.get("flow_run"), f"in place of {move.previous}" if move.previous else "the first one"
     role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
     return {
         "id": move.id,
@@ -104,5 +104,6 @@ def _event(move: Move) -> dict[str, Any]:
             "previous": move.previous,
             "reasons": list(move.reasons),
             "moved": move.time,
+            "message": f"{move.uri} is the champion now, {before}: {'; '.join(move.reasons)}",
         },
     }

@@ -1,20 +1,25 @@
 """Prefect is told of every new champion at least once, and notifies once."""
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, Failed, Running
 
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
+from lewis_flows import release_event
 from lewis_flows.service.automations import put_automations
-from lewis_tasks.support import moves
+from lewis_tasks.support import moves, waiting
 from tests.support.forgetful import Forgetful
 from tests.support.service import Sink
 
@@ -84,15 +89,63 @@ def test_it_stays_until_the_user_is_notified_and_he_is_notified_once(
         told = move()
         moves.tell(patience=30)
         assert outbox.moves() == []
-        words = f"{told.uri} is the champion now (recipe nightly)"
-        assert [each["body"] for each in sink.received] == [words]
+        words = f"{told.uri} is the champion now, the first one: better (recipe nightly)"
+        assert [each["body"].partition("\n")[0] for each in sink.received] == [words]
+        assert sink.received[0]["body"].endswith(f"/#/models/{told.name}/versions/2")
 
         outbox.write(told)  # its sender died before it had read that the server knows
         again = replace(told, id=str(uuid.uuid4()), version="3", about={})
         outbox.write(again)
         moves.tell(patience=30)
         assert outbox.moves() == []
-        assert [each["body"] for each in sink.received] == [words, f"{again.uri} is the champion now"]
+        bodies = [each["body"].partition("\n")[0] for each in sink.received]
+        assert bodies == [words, f"{again.uri} is the champion now, the first one: better"]
+    finally:
+        for automation in client.read_automations():
+            client.delete_automation(automation.id)
+
+
+@flow(name="merge")
+def _merge() -> None:
+    """Stands for the merge in the server's records."""
+
+
+def test_what_a_person_should_know_is_notified_with_a_link(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Sink()
+    monkeypatch.setenv("LEWIS_NOTIFY_URL", sink.url)
+    monkeypatch.setattr(waiting, "LONG", timedelta(0))
+    put_automations(client)
+    try:
+        assert all(each.description for each in client.read_automations())
+        time.sleep(1)  # the server's triggers learn of the automations
+        ends = {
+            "LEWIS: a merge was rejected": Completed(name="Rejected", message="v2: acc 0.1 vs 0.2; a rule"),
+            "LEWIS: a champion was not published": Failed(name="Unpublished", message="v3: acc 0.3; the Hub refuses"),
+            "LEWIS: a run failed": Failed(message="org/math: gone"),
+        }
+        expected = {}
+        for subject, state in ends.items():
+            run = client.create_flow_run(_merge, name="merge tiny", tags=["lewis"], state=Running())
+            client.set_flow_run_state(run.id, state, force=True)
+            expected[subject] = f"merge tiny: {state.message}\n\nhttp://127.0.0.1:4200/runs/flow-run/{run.id}"
+        of_others = client.create_flow_run(_merge, name="not ours", state=Running())
+        client.set_flow_run_state(of_others.id, Failed(message="somebody else's"), force=True)
+        for _ in range(2):  # each poll looks again, and the server knows the event
+            release_event.announce_stuck("tiny", "org/math", "org/math", "1" * 40, "no space")
+        stuck = "org/math 11111111 could not be merged into tiny, three times: no space"
+        waiting.Wait().look("merge tiny", "a device slot, which search tiny holds since 14:02")
+        waits = "merge tiny has waited 0 min for a device slot, which search tiny holds since 14:02"
+        expected |= {"LEWIS: a release is not merged": stuck, "LEWIS: a run waits for long": waits}
+        deadline = time.monotonic() + 30
+        while len(sink.received) < len(expected) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        told = {
+            each["subject"]: re.sub(r"http://127.0.0.1:\d+", "http://127.0.0.1:4200", each["body"])
+            for each in sink.received
+        }
+        assert told == expected and len(sink.received) == len(expected)
     finally:
         for automation in client.read_automations():
             client.delete_automation(automation.id)

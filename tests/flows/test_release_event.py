@@ -26,6 +26,7 @@ def test_an_event_about_a_folder_is_stored(api: str) -> None:
     (event,) = stored(api, new, 1)
     assert event["id"] == found
     assert event["resource"]["prefect.resource.id"] == "lewis.expert./tmp/my%20models/%7B%7B%207%2A7%20%7D%7D%2A%0A"
+    assert event["payload"].pop("message").endswith("never merged → 66666666; nightly is to be merged")
     assert event["payload"] == {"recipe": "nightly", "ref": "./x", "repo": folder, "old": None, "new": new}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.flows.conftest import Command
+from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, report, versions
 
 SEARCH = """
@@ -43,7 +44,7 @@ def nested(home: Path, parent: Any) -> list[Any]:
 
 
 def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
-    lewis: Command, recipe: Path, home: Path
+    lewis: Command, recipe: Path, home: Path, prefect_url: str
 ) -> None:
     searching(recipe, **{"trials: 4": "trials: 4\n  parallel: 2"})
     patch = (
@@ -82,6 +83,11 @@ def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
     assert float(params["parameters.lambda.0.value"]) == best["values"]["parameters.lambda"]
     rows = {row["model"]: row for row in found["confirmed"]}
     assert rows.keys() == {"default", "searched"} and 0 < int(rows["searched"]["documents"]) < 40
+
+    ended = newest_ended(prefect_url, "search")
+    word = "Promoted" if found["merge"]["promoted"] else "Rejected"
+    assert ended["state_name"] == word and re.match(r"4 trials; v1: words/acc,none ", ended["state"]["message"])
+    assert {"recipe:tiny", "trigger:hand", f"verdict:{word.lower()}"} <= set(ended["tags"])
 
     (parent,) = [run for run in runs(home) if run.info.run_id == parent.info.run_id]
     assert parent.info.status == "FINISHED" and json.loads(parent.data.tags["lewis.best"]) == found["best"]

@@ -65,7 +65,9 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
     """What was announced of a recipe, the newest first."""
     wanted = {"event": {"name": [release_event.EVENT]}, "resource": {"labels": {"lewis.recipe": recipe}}}
-    return [event.payload for event in client.read_events(EventFilter.model_validate(wanted), limit=50).events]
+    found = [event.payload for event in client.read_events(EventFilter.model_validate(wanted), limit=50).events]
+    assert all(each.pop("message").startswith(f"{each['repo']} moved: ") for each in found)
+    return found
 
 
 def until(true: Callable[[], bool], timeout: float = 30) -> None:
@@ -230,7 +232,7 @@ CASES: dict[str, tuple[list[tuple[State, ...]], dict[str, timedelta], bool]] = {
 @pytest.fixture(scope="module")
 def announced(client: SyncPrefectClient) -> None:
     """One release for each case, in the server's records."""
-    for name in [*CASES, "by path", "of another"]:
+    for name in [*CASES, "stuck", "by path", "of another"]:
         release_event.announce(name, "org/math", "org/math", OLD_RELEASE, RELEASE)
     until(lambda: bool(events(client, "of another")))
 
@@ -249,6 +251,18 @@ def test_an_announcement_is_repeated_if_nothing_came_of_it(
     assert watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, "2" * 40))
     assert watch._is_news(case, Moved("org/math@main", "org/math", OLD_RELEASE, RELEASE))
     assert watch._is_news("unheard of", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
+
+
+def test_a_release_whose_runs_fail_three_times_is_told(
+    announced: None, client: SyncPrefectClient, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(release_event, "announce_stuck", lambda *about: told.append(about))
+    for expected in (0, 0, 1):
+        started(client, "stuck", Running(), Failed(message="no space\nmore"))
+        assert not watch._is_news("stuck", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
+        assert len(told) == expected
+    assert told == [("stuck", "org/math", "org/math", RELEASE, "no space")]
 
 
 def test_a_run_by_path_counts_and_that_of_another_recipe_does_not(
