@@ -60,7 +60,7 @@ def register(
     begin, tags = flow_run.this_run().start_time, flow_run.tags()
     began = begin.timestamp() if begin else None
     entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags, began)
-    card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP))
+    card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP), entry.eval_results)
     version = creation.register(entry)
     flow_run.name_task(f"register v{version.version}")
     logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")

@@ -58,6 +58,9 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
         api_key.SERVER: api_key.api_key(),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_UI_URL": os.environ.get(
+            "PREFECT_UI_URL", f"http://127.0.0.1:{port}"
+        ),  # else notifications link to None
         "PREFECT_SERVER_LOGGING_LEVEL": os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "WARNING"),
         # On disk, so that a server that is started again still knows which tasks hold a device.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

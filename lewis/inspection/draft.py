@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,8 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
 
 def _quoted(text: str) -> str:
     """A text in YAML, in quotes if it needs them."""
-    return yaml.safe_dump(text, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    plain = re.fullmatch(r"[\w./@+-]+", text) and yaml.safe_load(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _text(path: Path) -> str:

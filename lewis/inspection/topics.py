@@ -60,7 +60,7 @@ TOPICS = (
     ),
     Topic(
         "sciq",
-        r"scien|physic|chemi|biolog|medic|medqa|knowledge",
+        r"scien|sciq|physic|chemi|biolog|medic|medqa|knowledge",
         "allenai/sciq",
         None,
         "{support}\nQuestion: {question}\nAnswer: {correct_answer}",

@@ -20,6 +20,7 @@ from lewis.models import hub_client
 from lewis.models.pin import find_folder
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
+from lewis.reports.card import EVAL_RESULTS
 from lewis.store.manifest import DamagedError
 from lewis.store.manifest import check as check_folder
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 _NO_XET = re.compile(r"\b404\b.*/xet-write-token/")
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
-KINDS = ("config.json", "adapter_config.json")  # which one there is tells a full model from an adapter
+# Of these, what a model does not have says something: a full model or an adapter; scores of an earlier one.
+KINDS = ("config.json", "adapter_config.json", EVAL_RESULTS)
 
 
 @dataclass(frozen=True)

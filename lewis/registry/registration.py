@@ -8,6 +8,7 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
+from lewis.evaluation.hub_results import hub_results
 from lewis.evaluation.kept import Kept, kept_rows
 from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.scores import score_table
@@ -43,6 +44,7 @@ class Registration:
         base: if `folder` holds an adapter, the folder of the model that it sits on.
         source: name of the recipe's file, which MLflow shows as the source of the run.
         began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
+        eval_results: the scores as YAML for the Hub; empty if it would compare none of them.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Registration:
     base: Path | None = None
     source: str = ""
     began: float | None = None
+    eval_results: str = ""
 
 
 def registration_of(
@@ -130,6 +133,7 @@ def registration_of(
         base=merged.base,
         source=f"{recipe.name}.yaml",
         began=began,
+        eval_results=hub_results(recipe, found.get(recipe.label, ())),
     )
 
 
@@ -180,7 +184,15 @@ def model_card(
         results=found.get(recipe.label, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
         adapter=adapter,
+        datasets=_datasets(recipe),
     )
+
+
+def _datasets(recipe: Recipe) -> list[str]:
+    """The repos on the Hub that calibration rows are from."""
+    sets = recipe.lewis.calibrations.values() if recipe.lewis else ()
+    repos = [(each.dataset or "").partition("@")[0] for each in sets]
+    return [repo for repo in repos if card.REPO.fullmatch(repo)]
 
 
 def write_card(

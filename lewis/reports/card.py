@@ -17,7 +17,7 @@ from lewis.reports.markdown import markdown_table
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
-NAME, HEAT_MAP = "README.md", "density.png"
+NAME, HEAT_MAP, EVAL_RESULTS = "README.md", "density.png", ".eval_results/lewis.yaml"
 
 
 def model_card(
@@ -38,6 +38,7 @@ def model_card(
     results: Sequence[Score] = (),
     licences: Mapping[str, str | None] | None = None,
     adapter: str = "",
+    datasets: Sequence[str] = (),
 ) -> str:
     """The README of a merged model, with YAML front matter for the Hub.
 
@@ -54,6 +55,7 @@ def model_card(
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> what `licence_of` returned for that parent.
         adapter: if it is a LoRA adapter on the base, not a full model: what it holds and what error it leaves.
+        datasets: repos on the Hub that the calibration rows are from.
     """
     parents = [*([base] if base else []), *experts]
     repos = dict.fromkeys(repo for ref in parents if (repo := _repo(ref, lineage.get(ref, ""))))
@@ -65,10 +67,16 @@ def model_card(
         "library_name": "peft" if adapter else "transformers",
         **_common_licence(licences or {}),
         **({"base_model": list(repos), "base_model_relation": relation} if repos else {}),
+        **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
+        "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(["merge", "lewis", method])),
         **({"model-index": _model_index(name, results)} if results else {}),
     }
-    how = ", with LEWIS densities (arXiv:2503.03874)" if strategy == "lewis" else f", with {strategy} densities"
+    how = (
+        ", with [LEWIS](https://arxiv.org/abs/2503.03874) densities"
+        if strategy == "lewis"
+        else f", with {strategy} densities"
+    )
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
@@ -132,8 +140,17 @@ def _repo(ref: str, commit: str) -> str | None:
     return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commit.rpartition("+")[2]) else None
 
 
-def write(folder: Path, text: str, heat_map: bytes | None = None) -> None:
-    """Write a card, and the picture of the densities that it shows, into a model's folder."""
+def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: str = "") -> None:
+    """Write a card, and the picture of the densities that it shows, into a model's folder.
+
+    Args:
+        eval_results: YAML for the Hub, which it reads beside the card; empty: there is none.
+    """
+    if eval_results:
+        store.make_folder((folder / EVAL_RESULTS).parent)
+        store.write_text(folder / EVAL_RESULTS, eval_results)
+    else:
+        (folder / EVAL_RESULTS).unlink(missing_ok=True)
     if heat_map is not None:
         with store.written_beside(folder / HEAT_MAP) as scratch:
             scratch.write_bytes(heat_map)

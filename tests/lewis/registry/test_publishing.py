@@ -10,6 +10,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing
+from lewis.reports import card
 from tests.support.local_hub import LocalHub
 from tests.support.models import parse
 
@@ -74,6 +75,19 @@ def test_the_next_version_replaces_weights_and_leaves_the_owners_files(hub: Loca
     folder = merged(tmp_path, "b", **{"model.safetensors": "other weights"})
     assert publishing.publish(folder, "org/new", True, "version 2").new
     assert tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()} | {"logo.txt": b"owner's"}
+
+
+def test_scores_for_the_hub_are_published_and_those_of_an_earlier_version_removed(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FILES, "README.md")  # it is written beside what the merge wrote
+    first, second = merged(tmp_path), merged(tmp_path, "b")
+    card.write(first, "# card", eval_results="- value: 0.5\n")
+    publishing.publish(first, "org/new", True, "version 1")
+    assert tree(hub)[".eval_results/lewis.yaml"] == b"- value: 0.5\n"
+    card.write(second, "# card")
+    publishing.publish(second, "org/new", True, "version 2")
+    assert ".eval_results/lewis.yaml" not in tree(hub) and tree(hub)["README.md"] == b"# card"
 
 
 def test_a_push_in_between_is_not_overwritten(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

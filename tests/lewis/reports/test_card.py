@@ -28,6 +28,7 @@ def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
             "gsm8k": "5" * 64,
         },
         mean_density={"org/math": 0.55},
+        datasets=["openai/gsm8k", "openai/gsm8k"],
         scores=[{"model": "base", "acc ↑": "0.5"}],
         kept=[{"expert": "math", "task": "gsm8k/acc,none ↑", "kept": "97 %"}],
     )
@@ -36,6 +37,8 @@ def test_the_card_names_the_parents_on_the_hub_and_every_input() -> None:
         "library_name": "transformers",
         "base_model": ["org/base", "org/math", "org/lora"],
         "base_model_relation": "merge",
+        "datasets": ["openai/gsm8k"],
+        "pipeline_tag": "text-generation",
         "tags": ["merge", "lewis", "ties"],
     }
     for digest in ("1" * 40, "2" * 40, "3" * 64, "4" * 40, "5" * 64):
@@ -106,7 +109,7 @@ def test_the_card_is_one_the_hub_accepts() -> None:
 @pytest.mark.parametrize(
     ("strategy", "told"),
     [
-        ("lewis", "by `ties`, with LEWIS densities (arXiv:2503.03874)."),
+        ("lewis", "by `ties`, with [LEWIS](https://arxiv.org/abs/2503.03874) densities."),
         ("uniform", "by `ties`, with uniform densities."),
         ("", "by `ties`.\n"),
     ],

@@ -1,0 +1,54 @@
+"""A model's scores in the form of the Hub's `.eval_results/*.yaml`, which its leaderboards of datasets read."""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from lewis.errors import InputError
+from lewis.evaluation.scores import Score
+from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks
+from lewis.recipe.recipe import Recipe
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_results(recipe: Recipe, scores: Sequence[Score]) -> str:
+    """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
+
+    It is the gate's score, if that is the task's, else the task's first. Scores of a part of the documents are left
+    out, since the Hub would compare them with those of all. The Hub's name of a task within its dataset is taken to be
+    lm-eval's.
+
+    Args:
+        recipe: whose tasks were scored.
+        scores: of the merged model.
+    """
+    asked = recipe.evaluate
+    if asked is None or asked.limit is not None or asked.documents != "all":
+        return ""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    gate = recipe.register_as.gate if recipe.register_as else None
+    found, entries = find_tasks(asked.tasks, recipe.root), []
+    for task in dict.fromkeys(score.task for score in scores):
+        if dataset := _dataset(task, found):
+            own = [score for score in scores if score.task == task]
+            chosen = next((s for s in own if gate and gate.metric == f"{task}/{s.metric}"), own[0])
+            shots = f", {asked.num_fewshot}-shot" if asked.num_fewshot is not None else ""
+            notes = f"lm-eval {version('lm-eval')}, {chosen.metric}{shots}"
+            entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=chosen.value, notes=notes))
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
+def _dataset(task: str, found: FoundTasks) -> str | None:
+    """The repo of a task's documents; None if they are files, or lm-eval does not say."""
+    try:
+        config: Mapping[str, Any] = found.files[task].config if task in found.files else builtin_task(task)[0]
+    except InputError:
+        return None
+    path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    files = isinstance(options, Mapping) and "data_files" in options
+    return path if isinstance(path, str) and _REPO.fullmatch(path) and not files else None
