@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from websockets.sync.client import connect
 
+CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE = 60  # seconds
 RESTS = 2.5  # seconds that a page gets to draw what it has loaded: graphs move into place
 FLAGS = (
@@ -33,7 +34,7 @@ class Browser:
         self.outside: list[str] = []
 
     def __enter__(self) -> "Browser":
-        command = ["/usr/bin/chromium", *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
+        command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={self._profile}", "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             self._page = connect(self._address(), max_size=None)

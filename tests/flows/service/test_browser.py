@@ -1,0 +1,71 @@
+"""What a browser shows of our servers, and that it asks nobody else; skipped where there is no Chromium."""
+
+import base64
+import io
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lewis import store
+from lewis.registry import creation
+from lewis.registry.registration import Registration
+from lewis_flows.service.processes import free_port
+from lewis_flows.service.servers import mlflow_process
+from tests.benchmarks.browser import CHROMIUM, Browser
+from tests.conftest import Family
+from tests.support.prefect_key import KEY
+
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    with Browser(tmp_path / "browser") as browser:
+        yield browser
+
+
+def test_the_dashboard_offers_no_second_page_and_asks_nobody_else(prefect_url: str, browser: Browser) -> None:
+    """`Try V2 UI` led to pages that call a tracking host."""
+    ui = prefect_url.removesuffix("/api")
+    password = base64.b64encode(KEY.encode()).decode()
+    browser.remember(ui, {"prefect-password": password})
+    for page in ("dashboard", "runs", "deployments", "automations"):
+        browser.open(f"{ui}/{page}", page.title()[:4], width=1200, height=700)
+        assert "V2" not in browser.run("document.body.innerText")
+    assert browser.outside == []
+
+
+def test_mlflow_shows_the_pictures_the_source_and_how_long_it_took(
+    home: Path, family: Family, browser: Browser, tmp_path: Path
+) -> None:
+    """The picture on the version's page was broken; a run of two minutes had taken 2.9 s, and its source was empty."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), "green").save(picture, "PNG")
+    folder = store.home() / "merged" / ("a" * 64)
+    with store.publish(folder, {"digest": "a" * 64}) as scratch:
+        for path in family.base.iterdir():
+            (scratch / path.name).write_bytes(path.read_bytes())
+    card = "# Tiny\n\n## Density per layer\n\n![Density](density.png)\n"
+    drawn = {"density.png": picture.getvalue()}
+    made = creation.register(
+        Registration(
+            "tiny", folder, "a" * 64, {}, {}, {}, "", drawn, {}, card, source="tiny.yaml", began=time.time() - 120
+        )
+    )
+    server, url = mlflow_process(free_port(), f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
+    server.start()
+    try:
+        seen = {"_mlflow_user_setting_dismiss_next_model_registry_ui": "true", "mlflow.assistant.panelOpen_v1": "false"}
+        browser.remember(f"{url}/#/models", {**seen, "mlflow.workflowType_v1": "machine_learning"})
+        browser.open(f"{url}/#/models/tiny/versions/1", "Density per layer", width=1200, height=900)
+        images = "[...document.images].filter(each => each.src.includes('density')).map(each => each.naturalWidth)"
+        assert browser.run(images) == [8]
+        browser.open(f"{url}/#/runs/{made.run_id}", "Duration", width=1200, height=900)
+        shown = browser.run("document.body.innerText")
+        assert "tiny.yaml" in shown and "2.0min" in shown.replace(" ", ""), shown
+    finally:
+        server.stop()
+    assert browser.outside == []
