@@ -8,6 +8,7 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
+from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
@@ -52,15 +53,15 @@ def remember(checked: int, problems: dict[str, str]) -> bool:
     return problems != (before.problems if before else {})
 
 
-def forget_quiet(_: Any, run: FlowRun, state: State[Any]) -> None:
+def forget_quiet(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook of the flow: delete its run if a schedule started it and it has nothing to tell."""
-    if not run.auto_scheduled:
+    if not flow_run.auto_scheduled:
         return
     message = state.message or ""
     if state.name != QUIET and not (state.is_failed() and not remember(0, {"": message})):
         return
     with get_client(sync_client=True) as client:
-        client.delete_flow_run(run.id)
+        client.delete_flow_run(flow_run.id)
         _delete(client, "Cancelled")  # due while another was going on
 
 

@@ -38,8 +38,8 @@ def _problems(status: Status) -> Iterator[Problem]:
             yield Problem(code=DOWN, about=part.name, text=part.state)
     for section, why in status.unknown.items():
         yield Problem(code=UNKNOWN, about=section, text=why)
-    if status.polled and (why := status.polled.problems.get("")):
-        yield Problem(code=UNKNOWN, about="releases", text=why)
+    if status.polled and (none := status.polled.problems.get("")):
+        yield Problem(code=UNKNOWN, about="releases", text=none)
     for recipe in status.recipes or []:
         for why in recipe.unknown:
             yield Problem(code=BROKEN if recipe.broken else UNKNOWN, about=recipe.recipe, text=why)

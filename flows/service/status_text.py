@@ -39,8 +39,8 @@ def _sections(status: Status, now: datetime) -> Iterator[tuple[str, Table | str]
             yield title, _runs(listed, now) if listed else "nothing"
     if status.devices:
         words = {True: "holds one", False: "waits"}
-        rows = [(each.what, words[each.holds], f"since {moment(each.since, now)}") for each in status.devices]
-        yield "Devices", _table((), rows)
+        rows = [(each.what, words[each.holds], moment(each.since, now)) for each in status.devices]
+        yield "Devices", _table(("task", "", "since"), rows)
     if status.polled:
         about = status.polled.problems.get("") or f"at {status.polled.checked} recipes"
         yield "Releases", f"last looked {moment(status.polled.time, now)}: {about}"

@@ -129,7 +129,7 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
     ]
     lines += ["    # Better than these public rows: rows of each expert's own training, in its own format."]
     for topic in sets.values():
-        source = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
+        source: dict[str, str | int] = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
         source |= {"text": topic.text + end, "samples": SAMPLES}
         lines += [f"    # {topic.note}"] if topic.note else []
         lines += [f"    {topic.name}: {json.dumps(source, ensure_ascii=False)}"]

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 WAITING = "waiting"
 """The verdict of a version that passed and is not approved yet."""
 
-_UNTIL = "lewis.approve_until"  # tag of such a version: UTC, ISO 8601
+_UNTIL, _BESIDE = "lewis.approve_until", "lewis.approve_beside"
+"""Tags of such a version: until when it waits (UTC, ISO 8601), and what the gate compared it with."""
 
 
 def ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
@@ -28,12 +29,13 @@ def ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: st
     known = dict(client.get_model_version(version.name, version.version).tags)
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
-        same = known.get("lewis.verdict.compared_with") == verdict.compared_with
+        same = known.get(_BESIDE) == verdict.compared_with
         if same and datetime.fromisoformat(known[_UNTIL]) > now:
             return {}
-        why = "nobody approved it in time" if same else f"it was compared with {known['lewis.verdict.compared_with']}"
+        why = "nobody approved it in time" if same else f"it was compared with {known.get(_BESIDE)}"
         history.record(client, version.name, "lapsed", version.uri, champion, why, by)
-    return {_UNTIL: (now + timedelta(hours=verdict.approve_hours or 0)).isoformat(timespec="seconds")}
+    until = now + timedelta(hours=verdict.approve_hours or 0)
+    return {_UNTIL: until.isoformat(timespec="seconds"), _BESIDE: verdict.compared_with}
 
 
 def waiting(client: "MlflowClient", name: str, version: str) -> dict[str, str]:
@@ -71,6 +73,6 @@ def check(client: "MlflowClient", name: str, version: str, champion: str | None)
     until = datetime.fromisoformat(tags[_UNTIL])
     if until < datetime.now(UTC):
         raise InputError(f"{uri}: it waited for approval until {until:%Y-%m-%d %H:%M} UTC; {again}")
-    compared, now = tags["lewis.verdict.compared_with"], f"models:/{name}/{champion}" if champion else None
+    compared, now = tags[_BESIDE], f"models:/{name}/{champion}" if champion else None
     if now != (compared if compared.startswith("models:/") else None):
         raise InputError(f"{uri}: the gate compared it with {compared}, but the champion is {now} by now; {again}")

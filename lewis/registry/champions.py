@@ -4,7 +4,6 @@ The chart is one run of MLflow for each registered model. It follows the model's
 not log, the next one does.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ class Point:
         step: the highest version so far.
         version: the number that the entry is about.
         what: as of `Record`.
-        scores: `task/metric,filter` -> score of that version; empty if nothing was scored.
+        scores: name in MLflow, such as `task/metric` -> score of that version; empty if nothing was scored.
         champion: the same of the champion since then; None if there is none.
     """
 
@@ -45,7 +44,7 @@ def points(records: Sequence[Record], scores: Mapping[int, Mapping[str, float]])
 
     Args:
         records: oldest first.
-        scores: version -> `task/metric,filter` -> score.
+        scores: version -> name in MLflow -> score.
     """
     found, step = list[Point](), 0
     for each in records:
@@ -101,10 +100,16 @@ def _read(client: "MlflowClient", name: str) -> tuple[list[Record], dict[int, Ma
     """A model's history, the scores of its versions, and the score that the newest gate looked at."""
     records = history.read(client, name)
     versions = sorted(client.search_model_versions(f"name='{name}'"), key=lambda version: int(version.version))
-    scores = {int(each.version): json.loads(each.tags.get("lewis.metrics", "{}")) for each in versions}
-    named = [each.tags[METRIC] for each in versions if METRIC in each.tags]
+    scores: dict[int, Mapping[str, float]] = {int(each.version): _scores(client, each.run_id) for each in versions}
+    named = [tracking.key(each.tags[METRIC]) for each in versions if METRIC in each.tags]
     known = [metric for each in scores.values() for metric in each]
     return records, scores, named[-1] if named else min(known, default=None)
+
+
+def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
+    """The merged model's scores, by their names in MLflow."""
+    found = client.get_run(run).data.metrics if run else {}
+    return {name.removeprefix("merged/"): value for name, value in found.items() if name.startswith("merged/")}
 
 
 def _run(client: "MlflowClient", name: str) -> tuple[str, int]:

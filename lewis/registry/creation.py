@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
+_OF_RUN = "lewis.prefect."  # tags that lead to the flow run
 
 
 def register(new: Registration) -> Version:
@@ -59,14 +60,19 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 
     experiment = tracking.experiment(client)
     tags = {"lewis.name": name, "lewis.digest": new.digest}
+    about = {"lewis.recipe_digest": store.digest(new.recipe)}
     shown = {"mlflow.source.name": new.source, "mlflow.source.type": "LOCAL"} if new.source else {}
     began = int(1000 * new.began) if new.began else None
-    run = client.create_run(experiment, start_time=began, tags=tags | shown, run_name=f"{name}-{new.digest[:8]}")
+    about |= {tag: value for tag, value in new.tags.items() if tag.startswith(_OF_RUN)}
+    run = client.create_run(
+        experiment, start_time=began, tags=tags | shown | about, run_name=f"{name}-{new.digest[:8]}"
+    )
     run_id = run.info.run_id
     try:
         plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
         model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
-        files = logged_model.write(client, model, new.folder, new.card, new.base)
+        merged = {k.removeprefix("merged/"): v for k, v in new.metrics.items() if k.startswith("merged/")}
+        logged_model.write(client, model, new.folder, new.card, new.base, {"metrics": merged})
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         _log_run(client, run_id, model.model_id, new)
         _create_registered_model(client, name)
@@ -75,7 +81,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
             source=f"models:/{model.model_id}",
             run_id=run_id,
             model_id=model.model_id,
-            tags=_tags_of(new, files) | repair.inherited(client, name, new.digest),
+            tags=_tags_of(new) | repair.inherited(client, name, new.digest),
             description=_description(new, run_id),
             await_creation_for=0,
         )
@@ -107,16 +113,12 @@ def _description(new: Registration, run_id: str) -> str:
     return tracking.cut(text, MAX_DESCRIPTION, "card.md")
 
 
-def _tags_of(new: Registration, files: logged_model.Files) -> dict[str, str]:
-    merged = {k.removeprefix("merged/"): v for k, v in new.metrics.items() if k.startswith("merged/")}
-    return {
-        "lewis.digest": new.digest,
-        "lewis.metrics": json.dumps(merged, sort_keys=True),
-        "lewis.files": json.dumps(files),
-        "lewis.recipe_digest": store.digest(new.recipe),
-        **{lineage.source_tag(ref): commit for ref, commit in new.lineage.items()},
-        **new.tags,
-    }
+def _tags_of(new: Registration) -> dict[str, str]:
+    """What people filter versions by; the rest is in the version's run, and in `logged_model.FACTS`."""
+    own = {"lewis.recipe": new.source.removesuffix(".yaml")} if new.source else {}
+    own |= {tag: value for tag, value in new.tags.items() if not tag.startswith(_OF_RUN)}
+    sources = {lineage.source_tag(ref): commit for ref, commit in new.lineage.items()}
+    return {"lewis.digest": new.digest, **own, **sources}
 
 
 def _create_registered_model(client: "MlflowClient", name: str) -> None:

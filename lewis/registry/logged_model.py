@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FACTS = "version.json"  # what is known of the version and nobody filters by: its files, its scores
 CHECKPOINT = "model"  # the subfolder in which MLflow's transformers flavor keeps the Hugging Face folder
 WEIGHTS = "*.safetensors"
 
@@ -38,7 +39,14 @@ Files = Mapping[str, tuple[int, str | None]]
 """Path in the model's artifacts -> size in bytes and SHA-256; None for versions of earlier versions of LEWIS."""
 
 
-def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str, base: Path | None = None) -> Files:
+def write(
+    client: "MlflowClient",
+    model: "LoggedModel",
+    folder: Path,
+    card: str,
+    base: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint, or an adapter, into a pending LoggedModel and mark it READY.
 
     Args:
@@ -47,9 +55,8 @@ def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str,
         card: Markdown, stored as the model card.
         base: for an adapter, the folder of its base. Only its config is read: MLflow loads the base from where
             `adapter_config.json` says, a commit of the Hub or a folder, and puts the adapter on it.
-
-    Returns:
-        Size in bytes and SHA-256 of every file of the model, by its path in the model's artifacts.
+        facts: JSON data of the version, kept as `version.json` beside the model with `files`: size in bytes and SHA-256
+            of every other file, by its path in the model's artifacts.
     """
     with _target(client, model) as target:
         _build(model, folder, target, card, base)
@@ -58,8 +65,27 @@ def write(client: "MlflowClient", model: "LoggedModel", folder: Path, card: str,
             if store.holds(path):
                 store.restrict(path)
         files = {p.relative_to(target).as_posix(): (p.stat().st_size, remembered_sha256(p)) for p in written}
+        store.write_json(target / FACTS, {**(facts or {}), "files": files})
     client.finalize_logged_model(model.model_id, "READY")
-    return files
+
+
+def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
+    """What `write` kept of a version.
+
+    Raises:
+        DamagedError: if it is lost or damaged.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    if (folder := local_folder(model)) is not None:
+        found = store.read_json(folder / FACTS)
+    else:
+        with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
+            place = f"{model.artifact_location.rstrip('/')}/{FACTS}"
+            found = store.read_json(Path(download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri)))
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        raise DamagedError(f"{FACTS} is lost or damaged")
+    return found
 
 
 def check(client: "MlflowClient", model: "LoggedModel", files: Files, *, anew: bool = False) -> None:

@@ -61,13 +61,13 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             if not versions.is_whole(client, version.name, version.version):
                 raise LewisError(f"{version.uri}: its files are lost or damaged; run again, which registers it anew")
         tags = {
-            "lewis.verdict.compared_with": verdict.compared_with,
-            "lewis.verdict.reasons": "\n".join(verdict.reasons),
             "lewis.verdict": approval.WAITING if verdict.waits else "passed" if verdict.passed else "failed",
             **({champions.METRIC: verdict.metric} if verdict.metric else {}),
         }
         if verdict.waits:
             tags |= approval.ask(client, version, verdict, before, by)
+        told = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
+        client.log_dict(version.run_id, told, "verdict.json")
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
         what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"

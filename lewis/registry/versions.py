@@ -225,9 +225,14 @@ def of_digest(client: "MlflowClient", name: str, digest: str) -> list["ModelVers
     return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
 
 
-def files_of(version: "ModelVersion") -> logged_model.Files:
-    """The files of a version as its tag lists them; earlier versions of LEWIS listed sizes alone."""
-    listed = json.loads(version.tags.get("lewis.files", "{}"))
+def files_of(client: "MlflowClient", version: "ModelVersion", model: "LoggedModel") -> logged_model.Files:
+    """The files of a version. Earlier versions of LEWIS listed them in a tag, first their sizes alone.
+
+    Raises:
+        DamagedError: if the list is lost or damaged.
+    """
+    tag = version.tags.get("lewis.files")
+    listed = json.loads(tag) if tag else logged_model.facts(client, model)["files"]
     return {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in listed.items()}
 
 
@@ -254,7 +259,7 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool =
 
     try:
         model = client.get_logged_model((version.source or "").removeprefix("models:/"))
-        logged_model.check(client, model, files_of(version), anew=anew)
+        logged_model.check(client, model, files_of(client, version, model), anew=anew)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise DamagedError("its LoggedModel was deleted") from error
@@ -281,9 +286,14 @@ def champion_of(client: "MlflowClient", name: str) -> Champion | None:
         version=Version.of(version),
         digest=version.tags.get("lewis.digest") or version.tags.get(DAMAGED, ""),
         folder=folder and folder / logged_model.CHECKPOINT,
-        metrics=json.loads(version.tags.get("lewis.metrics", "{}")),
+        metrics=_metrics(client, version, model) if model is not None else {},
         sources=lineage.sources(version.tags),
     )
+
+
+def _metrics(client: "MlflowClient", version: "ModelVersion", model: "LoggedModel") -> Mapping[str, float]:
+    tag = version.tags.get("lewis.metrics")  # of earlier versions of LEWIS
+    return dict(json.loads(tag) if tag else logged_model.facts(client, model).get("metrics", {}))
 
 
 def _server() -> str:

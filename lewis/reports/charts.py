@@ -116,7 +116,8 @@ def champion_steps(points: Sequence[tuple[int, int, str, float | None, float | N
     for label, chosen, face in (("promoted", True, ink), ("not promoted", False, "white")):
         shown = [(x, p[3]) for x, p in enumerate(points) if p[3] is not None and (p[2] in MOVES) == chosen]
         if shown:
-            panel.scatter(*zip(*shown, strict=True), s=34, color=face, edgecolor=ink, label=label, zorder=3)
+            across, up = [x for x, _ in shown], [y for _, y in shown]
+            panel.scatter(across, up, s=34, color=face, edgecolor=ink, label=label, zorder=3)
     every = -(-len(points) // 24)  # labels of more would overlap
     names = [f"v{p[1]}" if p[2] in ("promoted", "rejected") else f"v{p[1]}\n{p[2]}" for p in points]
     panel.set_xticks(list(places)[:: every or 1], names[:: every or 1], fontsize=8)

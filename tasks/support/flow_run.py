@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
@@ -57,9 +58,9 @@ def tag(run: UUID | None = None, **values: str) -> None:
         logger.warning("the run gets no tags: Prefect did not take %s (%s)", values, error)
 
 
-def tag_end(_: Any, run: FlowRun, state: State[Any]) -> None:
+def tag_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook of flows: tag a run that failed, crashed or was cancelled with the name of that state as its verdict."""
-    tag(run.id, verdict=(state.name or state.type.value).lower())
+    tag(flow_run.id, verdict=(state.name or state.type.value).lower())
 
 
 HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_cancellation": [tag_end]}

@@ -105,9 +105,10 @@ def _check_mlflow(name: str, home: Path, made_by: list[Any], text: str) -> None:
 
     client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
     version = client.get_model_version(name, "2")
-    assert version.tags["lewis.prefect.flow_run_id"] in {str(run.id) for run in made_by}
-    assert version.tags["lewis.prefect.flow_run_id"] in version.tags["lewis.prefect.url"]
-    assert version.tags["lewis.prefect.url"] in text and version.run_id in text
+    tags = client.get_run(version.run_id).data.tags
+    assert tags["lewis.prefect.flow_run_id"] in {str(run.id) for run in made_by}
+    assert tags["lewis.prefect.flow_run_id"] in tags["lewis.prefect.url"]
+    assert tags["lewis.prefect.url"] in text and version.run_id in text
     assert Path(client.download_artifacts(version.run_id, "run_report.md", home.parent)).read_text() == text
 
 
