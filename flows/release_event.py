@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from lewis.errors import InputError
 from lewis.models.pin import find_folder
-from lewis.models.source import split_adapter
+from lewis.models.source import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
 from lewis_tasks.support import events
@@ -92,11 +92,11 @@ def hub_repos(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The Hub repos whose main branch the recipe's base and experts follow: pairs of `org/name` and reference.
 
     A recipe does not follow a repo that it pins to a commit, a tag or another branch. Of `base+adapter`, it follows
-    both.
+    both, and every adapter of several.
     """
     refs = [recipe.base_model, *(entry.model for entry in recipe.models)]
     for ref in dict.fromkeys(ref for ref in refs if ref):
-        for part in filter(None, split_adapter(ref, recipe.root)):
+        for part in parts_of(ref, recipe.root):
             repo, _, revision = part.partition("@")
             if revision in ("", "main") and repo.count("/") == 1 and not _is_folder(part, recipe):
                 yield repo, ref

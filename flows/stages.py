@@ -58,7 +58,10 @@ def fetch(plan: Recipe, tasks_digest: PrefectFuture[str] | None) -> Models:
         tasks_digest: nothing is downloaded before it is there: if a task does not exist, the run fails early.
     """
     base_source = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
-    sources = [submit(resolve, quote(plan), entry.model, base_source) for entry in plan.experts]
+    sources = list[PrefectFuture[Source]]()
+    for entry in plan.experts:  # without a base, models are read under the names of the first
+        first = sources[0] if sources and base_source is None else None
+        sources.append(submit(resolve, quote(plan), entry.model, base_source, first))
     checked = submit(preflight, quote(plan), base_source, sources)
     ready = [future for future in (tasks_digest, checked) if future]
     base = submit(download, base_source, wait_for=ready) if base_source else None

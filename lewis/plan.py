@@ -27,6 +27,7 @@ from lewis.merge.step import check_output, stored_dtype
 from lewis.methods import find
 from lewis.models import hub
 from lewis.models.dtypes import DTYPES
+from lewis.models.lora import LoraExpert
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
@@ -48,6 +49,7 @@ class Plan:
     Attributes:
         inputs: ref, commit and bytes of each model.
         findings: what configs, tokenizers and headers tell of models that do not belong together.
+        renamed: which models have other names for the base's tensors, and how they are read.
         layers: the covered layers; empty without a lewis block.
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
         tensors, parameters: of the base.
@@ -65,6 +67,7 @@ class Plan:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     uncovered: dict[str, float] = field(default_factory=dict)
     tensors: int = 0
@@ -91,6 +94,7 @@ class Plan:
             "",
         ]
         lines += [f"input   {row['ref']}  {row['commit'][:23]}  {row['bytes'] / 1e6:.1f} MB" for row in self.inputs]
+        lines += [f"names   {each}" for each in self.renamed]
         lines += ["", f"output  {self.output}"] if self.output else []
         lines += ["", *(each.to_text() for each in self.findings)] if self.findings else []
         lines += ["", *(f"{step.state:<7} {step.name}" for step in self.steps), ""]
@@ -122,8 +126,9 @@ def make_plan(recipe: Recipe) -> Plan:
         )
         check_names(recipe)
     base, experts = pipeline.pin_all(recipe)
-    pipeline.preflight(recipe, base, experts)
+    renamed = pipeline.preflight(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
+    plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
     plan.findings = before_download(recipe, base, experts)
@@ -214,7 +219,14 @@ def _guided_steps(
                 if name not in sets:
                     configs = hub.fetch(base.model, weights=False)
                     sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
-                of_pass = (source.ref, source.key, sets[name], recipe.lewis.importance, default_device())
+                here = files[source.ref]
+                of_pass = (
+                    source.ref,
+                    here.read_as if here else source.key,
+                    sets[name],
+                    recipe.lewis.importance,
+                    default_device(),
+                )
                 found = pipeline.find_measured(*of_pass, grams=recipe.needs_grams and entry is not None)
                 passes += [] if found else [sets[name].tokens]
                 plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
@@ -225,6 +237,8 @@ def _guided_steps(
     writes, merged_keys, prepared = [], {}, None
     if complete:
         prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
+        opened = {expert.ref: expert.model for expert in prepared.experts if isinstance(expert.model, LoraExpert)}
+        plan.renamed += [f"{ref}: {model.told}" for ref, model in opened.items() if model.told]
         check_output(recipe, prepared)
         if recipe.allocator and not allocated:  # any density takes as long
             guess = dict.fromkeys(prepared.layout, 0.5)
@@ -264,7 +278,7 @@ def _passes_for_ridge(recipe: Recipe, experts: Sequence[Source], sets: Mapping[s
 
 def _files(source: Source) -> ModelFiles | None:
     """The model's files if they are on this disk already."""
-    if not all(hub.is_present(pinned) for pinned in (source.model, source.adapter) if pinned):
+    if not all(hub.is_present(pinned) for pinned in (source.model, *source.adapters)):
         return None
     try:
         return pipeline.download(source)

@@ -59,7 +59,9 @@ def measure(
         grams: whether second-order statistics are wanted as well.
     """
     chosen, here = Importance(**settings), default_device()
-    found = {each: step.find_measured(files.ref, files.key, each, chosen, here, grams=grams) for each in calibrations}
+    found = {
+        each: step.find_measured(files.ref, files.read_as, each, chosen, here, grams=grams) for each in calibrations
+    }
     missing = [each for each, entry in found.items() if entry is None]
     if not missing:
         entries = [entry for entry in found.values() if entry]

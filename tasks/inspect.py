@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
-    compatible.preflight(recipe, base, experts)
+    for told in compatible.preflight(recipe, base, experts):
+        logger.info(told)
     for finding in step.before_download(recipe, base, experts):
         logger.warning(finding.to_text())
 

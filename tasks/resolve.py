@@ -18,9 +18,9 @@ PATIENCE = 20  # times `seconds`; a repo that still moves is merged then all the
 
 # Never cached: each run must ask again what a branch points to.
 @task(name="resolve", task_run_name="resolve {ref}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def resolve(recipe: Recipe, ref: str, base: Source | None = None) -> Source:
-    """Pin one model; `base` is the base of an adapter that names none."""
-    return models.pin(ref, recipe.root, base)
+def resolve(recipe: Recipe, ref: str, base: Source | None = None, first: Source | None = None) -> Source:
+    """Pin one model; `base` is that of an adapter that names none, `first` gives the names of tensors."""
+    return models.pin(ref, recipe.root, base, first)
 
 
 @task(name="settle", task_run_name="settle", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)

@@ -13,6 +13,7 @@ from lewis.evaluation.kept import Kept, kept
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Evaluated, Score
+from lewis.evaluation.written import loadable
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
@@ -54,9 +55,8 @@ def score(
     with kinds.SCORES.lock(digest):
         if store.entry(path, "results") is None:
             files.check()
-            found = lm_eval.evaluate(
-                files.folder, settings, root=root, adapter=files.adapter, device=device, progress=progress
-            )
+            with loadable(files) as (folder, adapter):
+                found = lm_eval.evaluate(folder, settings, root=root, adapter=adapter, device=device, progress=progress)
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 

@@ -6,7 +6,6 @@ module (also GPT-2's `Conv1D`, which stores in x out) or a parameter of three di
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -15,9 +14,11 @@ from typing import Any
 
 from lewis.importance.fused import Rows, parts_of
 from lewis.importance.layouts import below_block, keeps_inputs, only_stacks, stacked_in, stored_in_out, weights
-from lewis.importance.model_class import build, lists_of_blocks, text_tower
+from lewis.importance.model_class import lists_of_blocks, text_tower
 from lewis.lazy_torch import nn, torch
 from lewis.models.names import short_or_whole
+from lewis.models.network_class import build
+from lewis.models.placing import Placing
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Network:
             self._names.setdefault(id(value), []).append(name)
         if tensors is None:
             tensors = {name: tuple(value.shape) for name, value in self._state.items()}
-        self._place(tensors)
+        self._placing = Placing(self.module, tensors)
+        self._sources, self._converters = self._placing.sources, self._placing.converters
+        self._firsts = self._placing.firsts
         self.covered = tuple(self._find_covered(tensors))
 
     @property
@@ -142,7 +145,7 @@ class Network:
     @property
     def unplaced(self) -> list[str]:
         """Checkpoint tensors that the network has no place for."""
-        return self._unplaced
+        return self._placing.unplaced
 
     def value(self, parameter: str, read: Any) -> torch.Tensor:
         """Make a parameter from the checkpoint.
@@ -151,15 +154,7 @@ class Network:
             parameter: full name.
             read: checkpoint tensor -> its value.
         """
-        found = self._sources[parameter]
-        converter = self._converters.get(parameter)
-        if converter is None:
-            return read(found[0][0])
-        made = copy.deepcopy(converter)
-        for tensor, pattern in found:
-            made.add_tensor(self._firsts[parameter], tensor, pattern, lambda tensor=tensor: read(tensor))
-        values = made.convert(self._firsts[parameter], model=self.module, config=self.module.config)[parameter]
-        return values[0] if isinstance(values, list) else values
+        return self._placing.value(parameter, read)
 
     def parameters_in(self, path: str) -> list[str]:
         """Names of the parameters and saved buffers under a module."""
@@ -195,37 +190,6 @@ class Network:
     def empty(self, parameter: str) -> torch.Tensor:
         """The parameter on the meta device, without its values."""
         return self._state[parameter]
-
-    def _place(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """Find the parameter of each checkpoint tensor, by transformers' own rules of renaming and conversion."""
-        self._sources: dict[str, list[tuple[str, str | None]]] = {}
-        self._converters: dict[str, Any] = {}
-        self._firsts: dict[str, str] = {}  # parameter -> the first of those that its tensor is converted to
-        self._unplaced: list[str] = []
-        renamings, converters = _conversions(self.module)
-        of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-        for tensor in sorted(tensors, key=_natural):
-            name, pattern = (tensor, None) if tensor in self._state else self._renamed(tensor, renamings, converters)
-            if name not in self._state:
-                self._unplaced.append(tensor)
-                continue
-            targets = [name] if pattern is None else self._targets(name, of_pattern[pattern])
-            for target in targets:
-                self._sources.setdefault(target, []).append((tensor, pattern))
-                if pattern is not None:
-                    self._converters[target], self._firsts[target] = of_pattern[pattern], name
-
-    def _targets(self, name: str, converter: Any) -> list[str]:
-        """All parameters that a tensor is converted to; `name` is the first."""
-        first, *others = converter.target_patterns
-        return [name, *(each for other in others if (each := name.replace(first, other)) in self._state)]
-
-    def _renamed(self, tensor: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.module.base_model_prefix
-        found: tuple[str, str | None] = rename_source_key(tensor, renamings, converters, prefix, self._state)
-        return found if found[0] in self._state else rename_source_key(tensor, [], [], prefix, self._state)
 
     def _find_covered(self, tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Covered]:
         found = [
@@ -306,16 +270,3 @@ def _covered(
         Layer(tensor, index, f"{projection}.{part}", size // outputs * rows.count, part) for part, rows in parts.items()
     )
     return Covered(tensor, layers, tuple(parts.values()), parameter, expert, transposed)
-
-
-def _conversions(network: Any) -> tuple[list[Any], list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    found = get_model_conversion_mapping(network)
-    return [e for e in found if isinstance(e, WeightRenaming)], [e for e in found if isinstance(e, WeightConverter)]
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Numbers in a name by size: experts are stacked in this order."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,81 +1,10 @@
-"""Which class of transformers a checkpoint is of, its tree on the meta device, and the part that text runs through.
-
-No architecture is named here, and no code that comes with a model is run.
-"""
+"""The parts of a model of transformers: what text runs through, and its lists of blocks. No architecture is named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from lewis.errors import InputError
-from lewis.lazy_torch import nn, torch
-from lewis.models.config import read_config
-
-_TABLES = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-)
-
-
-def build(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a folder without weights, its buffers on the CPU.
-
-    Args:
-        folder: for its config.json.
-        dtype: of the parameters.
-
-    Raises:
-        InputError: if transformers has no class for it or cannot build it, or it needs code that comes with the model.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        own = _class_of(config)
-        text = config.get_text_config()
-        for block in (config, text):  # the weights are read without their quantisation
-            vars(block).pop("quantization_config", None)
-        if own.config_class is type(text):  # perhaps the class of the language model alone
-            config = text
-        with init_empty_weights(include_buffers=False):
-            network = own._from_config(config, dtype=dtype)
-        if hasattr(network, "set_experts_implementation"):
-            network.set_experts_implementation("eager")
-        network.tie_weights()
-    except Exception as error:  # any kind, by architecture
-        reason = " ".join(str(error).split())[:300]
-        if "auto_map" in read_config(folder):
-            raise InputError(
-                f"{folder}: this model needs code that comes with it (auto_map in its config.json), which LEWIS never "
-                "runs; leave the lewis block out to merge it without guidance"
-            ) from error
-        raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
-    return network.eval()
-
-
-def _class_of(config: Any) -> Any:
-    """The class that the config names in `architectures`, if it generates text; else the first that is registered."""
-    import transformers
-
-    registered, wanted = list(_registered(config)), config.architectures or []
-    named = [found for name in wanted if (found := getattr(transformers, name, None)) is not None]
-    own = [each for each in named if each in registered or (each.config_class is type(config) and each.can_generate())]
-    if not own and not registered:
-        raise ValueError(f"{type(config).__name__} has no class that generates text")
-    return (own or registered)[0]
-
-
-def _registered(config: Any) -> Iterator[Any]:
-    from transformers.models.auto import modeling_auto
-
-    for table in reversed(_TABLES) if config.is_encoder_decoder else _TABLES:
-        found = getattr(modeling_auto, table, {}).get(type(config), ())
-        yield from found if isinstance(found, tuple | list) else [found]
+from lewis.lazy_torch import nn
 
 
 def text_tower(network: Any) -> Any:

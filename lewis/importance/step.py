@@ -150,7 +150,7 @@ def measure(
             statistics[each.digest] = find_or_measure_grams(model, set_, device=device, progress=progress)
             if settings.prune_ratio == 0:
                 _keep_norms(files, each, settings, device, partial(_from_grams, model, set_, statistics[each.digest]))
-    places = {each.digest: _importance_place(files.key, each, settings, device) for each in calibrations}
+    places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in calibrations}
     missing = {each.digest: each for each in calibrations if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
         for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
@@ -180,7 +180,7 @@ def _keep_norms(
 
     If it saw no token reach a layer, nothing is written: the pass for norms alone sees more layouts of experts.
     """
-    digest, path = _importance_place(files.key, calibration, settings, device)
+    digest, path = _importance_place(files.read_as, calibration, settings, device)
     if not measurements.is_whole(path):
         with kinds.IMPORTANCE.lock(digest):
             measured = None if measurements.is_whole(path) else make(settings.reduce)

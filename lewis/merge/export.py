@@ -90,5 +90,7 @@ def _as_filters(setting: Any) -> list[Any]:
 
 
 def _pinned_name(source: Source) -> str:
-    parts = [source.model] + ([source.adapter] if source.adapter else [])
+    if source.under:
+        raise InputError(f"{source.ref}: mergekit puts one adapter on a model; merge the first ones into it before")
+    parts = (source.model, *source.adapters)
     return "+".join(part.source if part.is_local else f"{part.source}@{part.commit}" for part in parts)

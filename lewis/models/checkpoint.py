@@ -15,7 +15,7 @@ from lewis.models.config_check import check_config
 from lewis.models.dtypes import as_tensor
 from lewis.models.files import weight_files
 from lewis.models.model import TensorInfo
-from lewis.models.names import EMBEDDINGS, HEADS, is_buffer
+from lewis.models.names import EMBEDDINGS, HEADS, is_buffer, unwrapped
 from lewis.models.quantised.find import check_plain, find
 from lewis.models.quantised.settings import dtype_of, settings_of, without
 from lewis.models.quantised.stored import Packed, Stored
@@ -50,7 +50,7 @@ class Checkpoint:
         self._files: dict[str, TensorFile] = {}
         tensors: dict[str, TensorInfo] = {}
         for file, wanted in weight_files(folder).items():
-            self._files[file] = TensorFile(folder / file)
+            self._files[file] = TensorFile(folder / file, unwrapped)
             places = self._files[file].places.items()
             found = {name: TensorInfo(place.dtype, place.shape, file) for name, place in places}
             missing = sorted(wanted - found.keys()) if wanted is not None else []
@@ -62,6 +62,11 @@ class Checkpoint:
             tensors |= {name: info for name, info in chosen.items() if not is_buffer(name, info.shape)}
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
+        if adapted := next((name for name in tensors if ".lora_A." in name or ".base_layer." in name), None):
+            raise InputError(
+                f"{folder}: {adapted!r} is of a PEFT model that was saved with its adapter beside its weights; call "
+                "merge_and_unload before save_pretrained, or give the adapter's own folder"
+            )
         self._stored, self._packed = tensors, dict[str, Packed]()
         tensors = self._dequantised()
         check_config(folder, self.config, {name: info.shape for name, info in tensors.items()})

@@ -10,6 +10,7 @@ from lewis.models.config import read_config
 from lewis.models.files import weight_files
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
+from lewis.models.renamed import differ, match
 from lewis.models.safetensors_file import same_bits
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
@@ -52,8 +53,11 @@ def check_compatible(
         )
 
 
-def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
+def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[str]:
     """Check names, shapes and filters from the headers of the weight files, before gigabytes are downloaded.
+
+    Returns:
+        Which models have other names for the base's tensors, and how they are read.
 
     Raises:
         InputError: naming every expert and tensor that does not fit.
@@ -64,12 +68,15 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
             read_config(Path(source.model.source))
             weight_files(Path(source.model.source))
     first = base or experts[0]
-    ours, problems = _shapes(first), []
+    ours, problems, told = _shapes(first), list[str](), list[str]()
     left_out, by_token = {name for name in ours if recipe.excludes(name)}, recipe.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
             continue  # the base itself, or an adapter on it
         theirs = _shapes(source)
+        if differ(ours, theirs) and (matched := match(hub.fetch(first.model, weights=False), ours, theirs)):
+            theirs = matched.shapes
+            told.append(f"{source.ref}: {matched.told}")
         # A head that is not stored may be tied to the embedding: only the model's config says so.
         theirs = {**{name: shape for name, shape in ours.items() if name.endswith(HEADS)}, **theirs}
         found = _differences(ours, theirs, left_out, matched=False, by_token=by_token)
@@ -77,6 +84,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
     recipe.check_filters(ours)
+    return told
 
 
 def _shapes(source: Source) -> Shapes:

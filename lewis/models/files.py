@@ -9,9 +9,11 @@ from pathlib import Path
 from lewis import store
 from lewis.errors import InputError
 from lewis.input_files import check_regular, read_json
+from lewis.models.names import unwrapped
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
@@ -68,7 +70,8 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     """The weight files of a model folder.
 
     Returns:
-        File name -> the tensors that the index places in it; None: all that the file holds.
+        File name -> the tensors that the index places in it, by their `names.unwrapped` names; None: all that the file
+        holds.
 
     Raises:
         InputError: if there are none, or only pickled ones, or if the index names a file that is missing or in another
@@ -97,7 +100,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         if not os.path.isfile(folder / file):  # False also for a name that is too long for the system
             raise InputError(f"{folder}: the shard {file} is missing, which {INDEX} names; download it again")
     for name, file in weight_map.items():
-        placed[file].add(name)
+        placed[file].add(unwrapped(name))
     return {**placed}
 
 

@@ -14,10 +14,10 @@ import os
 from pathlib import Path
 
 from lewis.errors import InputError, TransientError
-from lewis.models.files import check_weights, needed
+from lewis.models.files import ADAPTER, check_weights, needed
 from lewis.models.hub_client import api, cache_folder, check_repo_id, errors, offline, snapshot
 from lewis.models.listing import COMMIT, cached_listing, listing_of, remember_listing
-from lewis.models.names import is_buffer
+from lewis.models.names import is_buffer, unwrapped
 from lewis.models.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.quantised.headers import dequantised
 from lewis.models.safetensors_file import Headers, file_headers
@@ -135,8 +135,22 @@ def is_present(pinned: Pinned) -> bool:
     return all((folder / name).is_file() for name in needed(listing_of(pinned)))
 
 
+def folder_of(pinned: Pinned) -> Path:
+    """Where a fetch puts a pinned model, or where it is."""
+    return Path(pinned.source) if pinned.is_local else snapshot(pinned.source, pinned.commit)
+
+
+def file_names(pinned: Pinned) -> list[str]:
+    """The files of a pinned model, fetched or not.
+
+    Raises:
+        TransientError: if the Hub is busy or unreachable.
+    """
+    return os.listdir(folder_of(pinned)) if pinned.is_local else list(listing_of(pinned))
+
+
 def tensor_headers(pinned: Pinned) -> Headers:
-    """Name, dtype and shape of every weight. For a Hub repo only the headers of its files are read.
+    """Name (`names.unwrapped`), dtype and shape of every weight. Of a Hub repo, only headers are read.
 
     Quantised weights come as those that they are read as (`lewis.models.quantised`).
 
@@ -144,9 +158,10 @@ def tensor_headers(pinned: Pinned) -> Headers:
         InputError: if a safetensors file is damaged, or weights are quantised in a way that is not read.
         TransientError: if the Hub is busy or unreachable.
     """
-    folder = Path(pinned.source) if pinned.is_local else snapshot(pinned.source, pinned.commit)
+    folder = folder_of(pinned)
     listing = {} if pinned.is_local else listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
+    names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter beside a full model
 
     def read(name: str) -> Headers:
         path = folder / name
@@ -161,7 +176,8 @@ def tensor_headers(pinned: Pinned) -> Headers:
     found = {key: header for headers in by_file.values() for key, header in headers.items()}
     found = {key: header for key, header in found.items() if not is_buffer(key, header[1])}
     on_disk = all((folder / name).is_file() for name in names)
-    return dequantised(pinned.ref, folder, found, by_file if on_disk else None)
+    found = dequantised(pinned.ref, folder, found, by_file if on_disk else None)
+    return {unwrapped(key): header for key, header in found.items()}
 
 
 def _is_intact(path: Path, size: int, checksum: str) -> bool:

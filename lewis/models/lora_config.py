@@ -12,15 +12,38 @@ from lewis.input_files import read_json
 CONFIG = "adapter_config.json"
 _LONGEST = 1000  # characters of a pattern
 _PATIENCE = 1.0  # seconds to compare one pattern with one name
+_MERGE = "merge it into its base with PEFT's merge_and_unload first"
 _REFUSED = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "a LoRA with biases (lora_bias)",
+    "use_qalora": "QA-LoRA, which pools the inputs of a quantised base,",
+    "use_bdlora": "BD-LoRA, which stores blocks of its factors,",
+    "kasa_config": "KaSA, which cuts singular values off its base,",
+    "monteclora_config": "MonteCLoRA, which samples its weights,",
     "layer_replication": "a LoRA that replicates layers",
-    "target_parameters": "a LoRA on bare parameters (target_parameters)",
-    "trainable_token_indices": "a LoRA with trained tokens (trainable_token_indices)",
-    "alora_invocation_tokens": "an activated LoRA (aLoRA), which is not always on,",
+}
+_PER_TOKEN = {
+    "alora_invocation_tokens": "an activated LoRA (aLoRA), which is on from some tokens on only,",
+    "arrow_config": "an Arrow router, which chooses among LoRAs for each token,",
+}
+_UNLIKE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NO_WEIGHTS = "learns inputs to a model, not weights of it, so there is nothing to merge: leave it out"
+_PER_INPUT = "chooses among adapters for each input, so no weights stand for it: give the adapters one by one"
+_KINDS = {  # peft_type -> what it does, and what to do instead
+    "IA3": f"scales activations by learned vectors; {_MERGE}",
+    "VERA": f"scales random projections that are shared by all layers, and may not be in its file; {_MERGE}",
+    "PVERA": f"samples scales of random projections; {_MERGE}",
+    "ADALORA": f"weights singular directions, and masks some; {_MERGE}",
+    "LOHA": f"is a Hadamard product of two low-rank products; {_MERGE}",
+    "LOKR": f"is a Kronecker product; {_MERGE}",
+    "OFT": f"rotates the outputs of modules; {_MERGE}",
+    "BOFT": f"rotates the outputs of modules in butterflies; {_MERGE}",
+    "HRA": f"reflects the inputs of modules; {_MERGE}",
+    "FOURIERFT": f"stores coefficients of a Fourier transform; {_MERGE}",
+    "VBLORA": f"takes its factors from a bank of vectors; {_MERGE}",
+    "LN_TUNING": f"trains norms; {_MERGE}",
+    "XLORA": f"{_PER_INPUT}",
+    "POLY": f"{_PER_INPUT}",
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHTS),
+    **dict.fromkeys(("ADAPTION_PROMPT", "CPT", "CARTRIDGE"), _NO_WEIGHTS),
 }
 
 
@@ -38,23 +61,32 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise InputError(
-            f"{path}: expected a LoRA adapter (peft_type LORA), got {kind!r}; merge it into its base first"
-        )
-    refused = [words for key, words in _REFUSED.items() if settings.get(key)]
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        told = _KINDS.get(kind) if isinstance(kind, str) else None
+        told = f"this kind {told}" if told else _MERGE
+        raise InputError(f"{path}: expected a LoRA adapter (peft_type LORA), got {kind!r}: {told}")
+    refused = [f"{words} is not supported; {_MERGE}" for key, words in _REFUSED.items() if settings.get(key)]
+    refused += [f"{words} cannot be merged; leave it out" for key, words in _PER_TOKEN.items() if settings.get(key)]
     initial = settings.get("init_lora_weights")
-    if isinstance(initial, str) and initial.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        refused.append(f"a LoRA that changes its base (init_lora_weights {initial})")
-    if settings.get("bias", "none") != "none":
-        refused.append(f"a LoRA with trained biases (bias {settings['bias']})")
+    if isinstance(initial, str) and initial.startswith(_UNLIKE_BASE):
+        told = f"a LoRA that changes its base (init_lora_weights {initial}) is not supported; {_MERGE}"
+        refused.append(told + ", or save it with path_initial_model_for_weight_conversion")
     if refused:
-        raise InputError(
-            f"{path}: {refused[0]} is not supported; merge it into its base with PEFT's merge_and_unload first"
-        )
+        raise InputError(f"{path}: {refused[0]}")
     _check_numbers(path, settings, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
     _check_numbers(path, settings, "r", "rank_pattern", _is_rank, "a whole number above 0")
+    _check_shape(path, settings, "target_parameters", _is_names, "a list of names of parameters")
+    _check_shape(path, settings, "trainable_token_indices", _are_indices, "a list of token ids, or one for each module")
+    _check_shape(path, settings, "token_indices", _are_indices, "a list of token ids")
     return settings
+
+
+def token_indices(settings: Mapping[str, Any], module: str) -> list[int] | None:
+    """The ids of the tokens whose rows an adapter trains in a module; None if it trains none there."""
+    given = settings.get("trainable_token_indices") or settings.get("token_indices")
+    if isinstance(given, dict):
+        return next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)
+    return given
 
 
 def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
@@ -96,6 +128,23 @@ def _check_numbers(
             re.compile(f"({pattern})")
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(f"{path}: {pattern_key}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_shape(
+    path: Path, settings: Mapping[str, Any], key: str, is_fine: Callable[[Any], bool], expected: str
+) -> None:
+    if settings.get(key) is not None and not is_fine(settings[key]):
+        raise InputError(f"{path}: {key}: expected {expected}, got {str(settings[key])[:80]}")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_indices(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_are_indices(each) and not isinstance(each, dict) for each in value.values())
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
 def _is_finite(value: Any) -> bool:

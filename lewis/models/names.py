@@ -7,7 +7,17 @@ from collections.abc import Collection, Iterable, Sequence
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPED = ("module.", "base_model.model.")  # DistributedDataParallel, PEFT
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers of a model put into it: torch.compile, FSDP, PEFT and others."""
+    name = _WRAPPERS.sub("", name)
+    for prefix in _WRAPPED:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:

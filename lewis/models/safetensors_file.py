@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +47,15 @@ class TensorFile:
         places: tensor -> where it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rename: Callable[[str], str] | None = None) -> None:
         """Open a file and check its header; its tensors are not read.
 
+        Args:
+            path: of the file.
+            rename: name in the file -> what the tensor is called here; by default the same.
+
         Raises:
-            InputError: if it is truncated, or no safetensors file.
+            InputError: if it is truncated, or no safetensors file, or two of its tensors are called the same.
         """
         self.path = path
         check_regular(path)
@@ -64,12 +68,15 @@ class TensorFile:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         except (SafetensorError, OSError, RecursionError, ValueError) as error:
             raise InputError(f"{path}: truncated, or no safetensors file ({error}); download it again") from error
-        self.places = {}
+        self.places: dict[str, Place] = {}
         for name in names:
             start, stop = header[name]["data_offsets"]
             shape = tuple(header[name]["shape"])
             _check_tensor(path, name, shape)
-            self.places[name] = Place(header[name]["dtype"], shape, 8 + length + start, 8 + length + stop)
+            called = rename(name) if rename else name
+            if called in self.places:
+                raise InputError(f"{path}: two of its tensors are {called!r}, one with a wrapper's prefix; keep one")
+            self.places[called] = Place(header[name]["dtype"], shape, 8 + length + start, 8 + length + stop)
 
     def bits(self, name: str) -> np.ndarray:
         """A tensor's bits: flat, unsigned whole numbers of the dtype's size, a view of the file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import model_validator
@@ -13,10 +14,11 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert, is_adapter
+from lewis.models.lora import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
 from lewis.models.pin import Pinned
+from lewis.models.renamed import differ, under_names_of
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
@@ -25,27 +27,36 @@ from lewis.threads import ContextPool
 
 @dataclass(frozen=True)
 class Source:
-    """A pinned model of a recipe: a full model and, for a LoRA expert, the adapter on it.
+    """A pinned model of a recipe: a full model and, for a LoRA expert, the adapters on it.
 
     Attributes:
         ref: as in the recipe.
         model: the full model.
-        adapter: the LoRA adapter, if there is one.
+        adapter: the LoRA adapter, if there is one; of several, the last.
+        under: the adapters that are put on the model before `adapter`, in order.
+        like: the full model under whose names this one is read, if that is another: the recipe's base.
     """
 
     ref: str
     model: Pinned
     adapter: Pinned | None = None
+    under: tuple[Pinned, ...] = ()
+    like: Pinned | None = None
+
+    @property
+    def adapters(self) -> tuple[Pinned, ...]:
+        """All adapters, in the order that they are put on the model."""
+        return (*self.under, *((self.adapter,) if self.adapter else ()))
 
     @property
     def key(self) -> str:
-        """Identity of the content: the commit of the model, and `+` that of the adapter."""
-        return self.model.commit + (f"+{self.adapter.commit}" if self.adapter else "")
+        """Identity of the content: the commit of the model, and `+` that of each adapter."""
+        return "+".join(pinned.commit for pinned in (self.model, *self.adapters))
 
     @property
     def size(self) -> int:
         """Bytes of the files that a merge reads."""
-        return self.model.size + (self.adapter.size if self.adapter else 0)
+        return sum(pinned.size for pinned in (self.model, *self.adapters))
 
 
 class ModelFiles(Reference):
@@ -55,7 +66,9 @@ class ModelFiles(Reference):
         ref: as in the recipe.
         key: identity of the content, as `Source.key`.
         folder: of the full model.
-        adapter: folder of the LoRA adapter, if there is one.
+        adapter: folder of the LoRA adapter, if there is one; of several, the last.
+        under: folders of the adapters that are put on the model before it, in order.
+        like: folder of the model under whose names it is read; None: it has these names.
         sizes: file -> bytes. They are compared with the disk whenever a `ModelFiles` is loaded.
     """
 
@@ -63,12 +76,14 @@ class ModelFiles(Reference):
     key: str
     folder: Path
     adapter: Path | None = None
+    under: tuple[Path, ...] = ()
+    like: Path | None = None
     sizes: dict[str, int]
 
     @model_validator(mode="after")
     def _on_disk(self) -> ModelFiles:
-        for folder in (self.folder, self.adapter):  # a merged model, to be scored or merged again
-            if folder and folder.parent == kinds.MERGED.folder and store.read_manifest(folder) is None:
+        for folder in self.folders:  # a merged model, to be scored or merged again
+            if folder.parent == kinds.MERGED.folder and store.read_manifest(folder) is None:
                 raise ValueError(f"{folder} is gone or damaged")
         for name, size in self.sizes.items():
             if not os.path.isfile(name) or os.path.getsize(name) != size:
@@ -76,11 +91,30 @@ class ModelFiles(Reference):
         return self
 
     @classmethod
-    def at(cls, ref: str, key: str, folder: Path, adapter: Path | None = None) -> ModelFiles:
+    def at(
+        cls,
+        ref: str,
+        key: str,
+        folder: Path,
+        adapter: Path | None = None,
+        under: Sequence[Path] = (),
+        like: Path | None = None,
+    ) -> ModelFiles:
         """The files of these folders, with the sizes that they have now."""
-        paths = [p for place in (folder, adapter) if place for p in sorted(place.glob("*")) if p.is_file()]
+        folders = [folder, *under, *([adapter] if adapter else [])]
+        paths = [p for place in folders for p in sorted(place.glob("*")) if p.is_file()]
         sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
-        return cls(ref=ref, key=key, folder=folder, adapter=adapter, sizes=sizes)
+        return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=tuple(under), like=like, sizes=sizes)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The model's folder, then those of its adapters in the order that they are put on it."""
+        return [self.folder, *self.under, *([self.adapter] if self.adapter else [])]
+
+    @property
+    def read_as(self) -> str:
+        """Identity of what `open` reads: the key, and whose names it is read under if these are another model's."""
+        return self.key if self.like is None else self.open().key
 
     def check(self) -> None:
         """Check the content of a folder in the store that has a manifest: a merged model, to be scored or merged again.
@@ -88,8 +122,8 @@ class ModelFiles(Reference):
         Raises:
             LewisError: naming the file that is damaged.
         """
-        for folder in (self.folder, self.adapter):
-            if folder and store.holds(folder) and (folder / store.MANIFEST).is_file():
+        for folder in self.folders:
+            if store.holds(folder) and (folder / store.MANIFEST).is_file():
                 try:
                     manifest.check(folder)
                 except manifest.DamagedError as error:
@@ -101,43 +135,53 @@ class ModelFiles(Reference):
         Raises:
             InputError: as `Checkpoint` and `LoraExpert` do.
         """
-        if self.adapter is None:
-            return Checkpoint(self.folder, self.key)
-        return LoraExpert(Checkpoint(self.folder, self.key.partition("+")[0]), self.adapter, self.key)
+        commit, *others = self.key.split("+")
+        model: Model = Checkpoint(self.folder, self.key if self.adapter is None else commit)
+        for number, folder in enumerate(self.folders[1:], 1):
+            model = LoraExpert(model, folder, "+".join([commit, *others[:number]]))
+        if self.like is None:
+            return model
+        base = Checkpoint(self.like, "")
+        names = store.digest([version("transformers"), base.shapes])[:16]
+        return under_names_of(base, model, f"{self.key} as {names}")
 
 
-def split_adapter(ref: str, root: Path | None = None) -> tuple[str, str | None]:
-    """`model+adapter` as its two parts; any other reference, and None.
+def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
+    """`model+adapter+adapter` as its parts; any other reference by itself.
 
     Args:
         ref: a reference to a model.
         root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
-            looked for, and the last `+` separates the parts.
+            looked for, and every `+` separates two parts.
     """
-    if "+" not in ref or (root is not None and any(map(os.path.exists, (root / ref, Path(ref))))):
-        return ref, None
-    model, _, adapter = ref.rpartition("+")
-    return model, adapter
+    adapters = list[str]()
+    while "+" in ref and (root is None or not any(map(os.path.exists, (root / ref, Path(ref))))):
+        ref, _, adapter = ref.rpartition("+")
+        adapters.insert(0, adapter)
+    return ref, *adapters
 
 
-def pin(ref: str, root: Path, base: Source | None = None) -> Source:
-    """Pin a model reference to commits: `model`, `model+adapter`, or an adapter of `base`.
+def pin(ref: str, root: Path, base: Source | None = None, first: Source | None = None) -> Source:
+    """Pin a model reference to commits: `model`, `model+adapter` (or several), or an adapter of `base`.
 
     Args:
         ref: as in a recipe.
         root: where relative folders start (the recipe's folder).
         base: of the recipe, which an adapter without a base of its own is for.
+        first: the model under whose names this one is read; by default the base.
 
     Raises:
         InputError: if it does not exist, or is an adapter and there is no base.
         TransientError: if the Hub cannot be asked right now.
     """
-    model, adapter = split_adapter(ref, root)
-    if adapter is not None:
-        return Source(ref, hub.resolve(model, root), hub.resolve(adapter, root))
-    pinned = hub.resolve(ref, root)
-    if not is_adapter(hub.fetch(pinned, weights=False)):
-        return Source(ref, pinned)
+    of_names = first or base
+    named = of_names.model if of_names else None
+    model, *adapters = parts_of(ref, root)
+    pinned = hub.resolve(model, root)
+    if adapters or not holds_adapter(hub.file_names(pinned)):
+        put = [hub.resolve(each, root) for each in adapters]
+        like = named if named and named.commit != pinned.commit else None
+        return Source(ref, pinned, put[-1] if put else None, tuple(put[:-1]), like)
     if base is None:
         raise InputError(f"{ref}: a LoRA adapter needs its base: set base_model, or write base+adapter")
     if base.adapter is not None:
@@ -151,8 +195,10 @@ def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
     Experts are pinned in parallel: hashing the files of new folders takes longer than merging them.
     """
     base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
+    refs = [entry.model for entry in recipe.experts]
+    first = None if base else pin(refs[0], recipe.root)
     with ContextPool(len(os.sched_getaffinity(0))) as pool:
-        return base, list(pool.map(lambda entry: pin(entry.model, recipe.root, base), recipe.experts))
+        return base, list(pool.map(lambda ref: pin(ref, recipe.root, base, first), refs))
 
 
 def download(source: Source) -> ModelFiles:
@@ -161,12 +207,18 @@ def download(source: Source) -> ModelFiles:
     Raises:
         TransientError: if the transfer broke; trying again can help.
     """
-    adapter = hub.fetch(source.adapter) if source.adapter else None
-    return ModelFiles.at(source.ref, source.key, hub.fetch(source.model), adapter)
+    put = [hub.fetch(each) for each in source.adapters]
+    folder, like = hub.fetch(source.model), None
+    if source.like and differ(*(_shapes(each) for each in (source.like, source.model))):
+        like = hub.folder_of(source.like)
+    return ModelFiles.at(source.ref, source.key, folder, put[-1] if put else None, put[:-1], like)
+
+
+def _shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape) in hub.tensor_headers(pinned).items()}
 
 
 def short_names(refs: Sequence[str]) -> list[str]:
     """What to call experts in tables: the last part of each reference, or all of it where that would be ambiguous."""
-    parts = [split_adapter(ref) for ref in refs]
-    last = [(adapter or model).partition("@")[0].rstrip("/").rpartition("/")[2] for model, adapter in parts]
+    last = [parts_of(ref)[-1].partition("@")[0].rstrip("/").rpartition("/")[2] for ref in refs]
     return short_or_whole(last, refs, taken=("base", "uniform", "lewis", "merged", "champion"))

@@ -11,6 +11,7 @@ from lewis.input_files import read_json
 from lewis.models.files import tokenizer_files
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
+from lewis.models.renamed import Renamed
 
 TOKENIZER = "tokenizer.json"
 FIX = "to match embeddings by token, set tokenizer_source to base, union or a model"
@@ -18,8 +19,10 @@ FIX = "to match embeddings by token, set tokenizer_source to base, union or a mo
 
 def tokenizer_folder(model: Model) -> Path:
     """The folder with a model's tokenizer: an adapter may have its own."""
+    if isinstance(model, Renamed):
+        return tokenizer_folder(model.model)
     if isinstance(model, LoraExpert):
-        return model.folder if (model.folder / TOKENIZER).is_file() else model.base.folder
+        return model.folder if (model.folder / TOKENIZER).is_file() else tokenizer_folder(model.base)
     return model.folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lewis.models.pin import find_folder
-from lewis.models.source import pin_all, split_adapter
+from lewis.models.source import parts_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import lineage, tracking
 
@@ -123,12 +123,13 @@ def moved(recipe: Recipe, heads: Mapping[str, str], held: list[Held]) -> list[Mo
 
 
 def _same_adapter(old: str | None, new: str) -> bool:
-    return old is not None and "+" in old and old.rpartition("+")[2] == new.rpartition("+")[2]
+    return old is not None and "+" in old and old.partition("+")[2] == new.partition("+")[2]
 
 
 def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
-    model, adapter = split_adapter(ref, recipe.root)
-    if adapter is not None:
-        ref = model if _same_adapter(old, new) else adapter
+    parts = parts_of(ref, recipe.root)
+    before, after = (old or "").split("+"), new.split("+")
+    moved = [part for part, one, other in zip(parts, before, after, strict=False) if one != other]
+    ref = moved[0] if len(parts) == len(before) == len(after) and moved else parts[-1]
     folder = find_folder(ref, recipe.root)
     return str(folder) if folder else ref.partition("@")[0]

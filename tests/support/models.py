@@ -130,7 +130,7 @@ def write_lora(
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if "lora_" in name or "modules_to_save" in name or parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     adapted.save_pretrained(folder)
     return folder

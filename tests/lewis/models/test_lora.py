@@ -107,14 +107,19 @@ class TestRefused:
     @pytest.mark.parametrize(
         "settings, expected",
         [
-            ({"use_dora": True}, "DoRA is not supported"),
-            ({"peft_type": "IA3"}, "expected a LoRA adapter .*got 'IA3'"),
-            ({"bias": "all"}, "trained biases"),
-            ({"lora_bias": True}, "lora_bias"),
+            ({"use_dora": True}, "use_dora is True, but .* has no lora_magnitude_vector"),
+            ({"peft_type": "IA3"}, "got 'IA3': this kind scales activations by learned vectors; merge it"),
+            ({"peft_type": "VERA"}, "got 'VERA': this kind scales random projections"),
+            ({"peft_type": "ADALORA"}, "got 'ADALORA': this kind weights singular directions"),
+            ({"peft_type": "PREFIX_TUNING"}, "learns inputs to a model, .*: leave it out"),
+            ({"peft_type": "XLORA"}, "chooses among adapters for each input"),
+            ({"peft_type": "NEW"}, "got 'NEW': merge it into its base"),
+            ({"alora_invocation_tokens": [1]}, "aLoRA.* cannot be merged; leave it out"),
+            ({"kasa_config": {"x": 1}}, "KaSA, .* is not supported; merge it"),
             ({"init_lora_weights": "pissa_niter_4"}, "changes its base"),
             ({"layer_replication": [[0, 2]]}, "replicates layers"),
-            ({"target_parameters": ["x"]}, "target_parameters"),
-            ({"trainable_token_indices": [1]}, "trained tokens"),
+            ({"target_parameters": "x"}, "target_parameters: expected a list of names"),
+            ({"trainable_token_indices": {"wte": [-1]}}, "trainable_token_indices: expected a list of token ids"),
         ],
     )
     def test_kinds_that_are_no_plain_lora(

@@ -4,23 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from lewis.models.source import short_names, split_adapter
+from lewis.models.source import parts_of, short_names
 
 
 @pytest.mark.parametrize(
     "ref, parts",
     [
-        ("org/base", ("org/base", None)),
+        ("org/base", ("org/base",)),
         ("org/base@v1+org/lora@v2", ("org/base@v1", "org/lora@v2")),
         ("./a+b+org/lora", ("./a+b", "org/lora")),
-        ("./a+b", ("./a+b", None)),
+        ("./a+b", ("./a+b",)),
+        ("./a+b+org/one@v1+org/two", ("./a+b", "org/one@v1", "org/two")),
     ],
 )
-def test_an_adapter_is_split_off_unless_a_folder_has_this_name(
-    tmp_path: Path, ref: str, parts: tuple[str, str | None]
-) -> None:
+def test_adapters_are_split_off_unless_a_folder_has_this_name(tmp_path: Path, ref: str, parts: tuple[str, ...]) -> None:
     (tmp_path / "a+b").mkdir()
-    assert split_adapter(ref, tmp_path) == parts
+    assert parts_of(ref, tmp_path) == parts
 
 
 @pytest.mark.parametrize(

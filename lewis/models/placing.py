@@ -1,0 +1,97 @@
+"""Where the tensors of a checkpoint are in a network of transformers, by its own tables of renaming and conversion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lewis.lazy_torch import torch
+
+Shapes = Mapping[str, tuple[int, ...]]  # tensor -> shape
+Read = Callable[[str], torch.Tensor]
+
+
+class Placing:
+    """The parameters (and saved buffers) of a network, and the checkpoint tensors that each is made of.
+
+    Attributes:
+        sources: parameter -> the tensors that it is made of, each with the pattern of the conversion that it matched;
+            None: it is the parameter, value by value.
+        converters: parameter -> the conversion that makes it.
+        firsts: parameter -> the first of those that its tensors are converted to.
+        unplaced: tensors that the network has no place for.
+    """
+
+    def __init__(self, module: Any, tensors: Shapes) -> None:
+        """Find the parameter of each tensor.
+
+        Args:
+            module: the network, on the meta device.
+            tensors: name -> shape in the checkpoint.
+        """
+        self.module = module
+        self.state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+        self.sources: dict[str, list[tuple[str, str | None]]] = {}
+        self.converters: dict[str, Any] = {}
+        self.firsts: dict[str, str] = {}
+        self.unplaced: list[str] = []
+        renamings, converters = _conversions(module)
+        of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        for tensor in sorted(tensors, key=natural):
+            name, pattern = (tensor, None) if tensor in self.state else self._renamed(tensor, renamings, converters)
+            if name not in self.state:
+                self.unplaced.append(tensor)
+                continue
+            targets = [name] if pattern is None else self._targets(name, of_pattern[pattern])
+            for target in targets:
+                self.sources.setdefault(target, []).append((tensor, pattern))
+                if pattern is not None:
+                    self.converters[target], self.firsts[target] = of_pattern[pattern], name
+
+    def value(self, parameter: str, read: Read) -> torch.Tensor:
+        """Make a parameter from the checkpoint.
+
+        Args:
+            parameter: full name.
+            read: checkpoint tensor -> its value.
+        """
+        found = self.sources[parameter]
+        converter = self.converters.get(parameter)
+        if converter is None:
+            return read(found[0][0])
+        made, first = copy.deepcopy(converter), self.firsts[parameter]
+        for tensor, pattern in found:
+            made.add_tensor(first, tensor, pattern, lambda tensor=tensor: read(tensor))
+        values = made.convert(first, model=self.module, config=self.module.config)[parameter]
+        return values[0] if isinstance(values, list) else values
+
+    def _targets(self, name: str, converter: Any) -> list[str]:
+        """All parameters that a tensor is converted to; `name` is the first."""
+        first, *others = converter.target_patterns
+        return [name, *(each for other in others if (each := name.replace(first, other)) in self.state)]
+
+    def _renamed(self, tensor: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.module.base_model_prefix
+        found: tuple[str, str | None] = rename_source_key(tensor, renamings, converters, prefix, self.state)
+        return found if found[0] in self.state else rename_source_key(tensor, [], [], prefix, self.state)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Numbers in a name by size: experts are stacked in this order."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def operations_of(converter: Any) -> Sequence[tuple[str, int | None]]:
+    """The operations of a conversion: name and dimension of each."""
+    return [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+
+
+def _conversions(network: Any) -> tuple[list[Any], list[Any]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    found = get_model_conversion_mapping(network)
+    return [e for e in found if isinstance(e, WeightRenaming)], [e for e in found if isinstance(e, WeightConverter)]

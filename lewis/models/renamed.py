@@ -1,0 +1,220 @@
+"""A model that has the base's weights under other names, or cut otherwise: read as if it had the base's tensors.
+
+Versions of transformers name and cut the weights of one model differently (`h.0` and `transformer.h.0`, every expert a
+tensor or all in one). Their own tables of conversion tell which parameter of the network a tensor is, or which part of
+it. A tensor of the base that is a part of one of the model's is a view of the model's file; one that several make is
+put together when it is read. Nothing is rounded, and no model is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from lewis.lazy_torch import torch
+from lewis.models.dtypes import as_tensor
+from lewis.models.model import Model, TensorInfo
+from lewis.models.names import HEADS, PER_TOKEN, in_layers
+from lewis.models.network_class import known_network
+from lewis.models.placing import Shapes
+from lewis.models.segments import Layout, Run
+
+logger = logging.getLogger(__name__)
+_WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What a model has of the base's tensors.
+
+    Attributes:
+        runs: tensor of the base -> the runs of the model's tensors that make it, in order.
+        shapes: tensor of the base -> its shape in the model; then those that only the model has.
+    """
+
+    runs: Mapping[str, tuple[Run, ...]]
+    shapes: Shapes
+
+    @property
+    def told(self) -> str:
+        """What is read otherwise than it is stored, as a sentence."""
+        whole = {name: runs[0] for name, runs in self.runs.items() if len(runs) == 1 and self._is_whole(name)}
+        moved = [f"{run.name} as {name}" for name, run in whole.items() if run.name != name]
+        cut = [name for name, runs in self.runs.items() if len(runs) == 1 and name not in whole]
+        joined = [name for name, runs in self.runs.items() if len(runs) > 1]
+        parts = [f"{len(moved)} tensors are renamed ({moved[0]})"] if moved else []
+        parts += [f"{len(cut)} are cut out of larger ones ({self.runs[cut[0]][0].name} has {cut[0]})"] if cut else []
+        if joined:
+            parts.append(f"{len(joined)} are put together ({joined[0]} of {len(self.runs[joined[0]])})")
+        return "read under the base's names: " + ", ".join(parts)
+
+    def _is_whole(self, name: str) -> bool:
+        [run] = self.runs[name]
+        return run.stop == _WHOLE
+
+
+def differ(base: Shapes, model: Shapes) -> bool:
+    """Whether a model may have the base's weights under other names: one of them has tensors that the other lacks.
+
+    Heads do not count, which may be tied and not stored, nor what a model has outside of its layers.
+    """
+    missing = any(name not in model and not name.endswith(HEADS) for name in base)
+    reshaped = any(n in model and base[n] != model[n] and not n.endswith(PER_TOKEN) for n in base)
+    return missing or reshaped or bool(in_layers(name for name in model if name not in base))
+
+
+def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
+    """Find the base's tensors in a model by the tables of transformers; no weight is read.
+
+    Args:
+        home: folder with the base's config.json.
+        base: its tensors, with those that are tied.
+        model: likewise.
+
+    Returns:
+        What the model has of them; None if it has the base's names, or transformers knows no other names for them.
+    """
+    if not differ(base, model):
+        return None
+    module = known_network(home)
+    if module is None:
+        return None
+    ours, theirs = Layout(module, base), Layout(module, model)
+    by_role = {role: tensor for tensor, role in theirs.roles.items()}
+    runs: dict[str, tuple[Run, ...]] = {}
+    for name, shape in base.items():
+        same = by_role.get(ours.roles[name]) if name in ours.roles else name if name in model else None
+        if same is not None and (model[same] == shape or name.endswith(PER_TOKEN)):
+            runs[name] = (Run(same, 0, _WHOLE),)
+        elif name in ours.runs:
+            found = [theirs.tensors_of(run) for run in ours.runs[name]]
+            if all(found):
+                runs[name] = tuple(run for each in found for run in each or ())
+    if all(each == (Run(name, 0, _WHOLE),) for name, each in runs.items()):
+        return None
+    used = {run.name for each in runs.values() for run in each}
+    shapes = {n: model[r[0].name] if r[0].stop == _WHOLE else base[n] for n, r in runs.items()}
+    return Matched(runs, shapes | {name: shape for name, shape in model.items() if name not in used | shapes.keys()})
+
+
+def under_names_of(base: Model, model: Model, key: str) -> Model:
+    """A model as it is read under the base's names; itself if it has them, or has none of theirs.
+
+    Args:
+        base: whose names.
+        model: to be read.
+        key: identity of what is read, if it is read under other names than its own.
+    """
+    found = match(base.home, with_tied(base), with_tied(model))
+    if found is None:
+        return model
+    logger.info("%s: %s", model.folder, found.told)
+    return Renamed(base, model, found, key)
+
+
+def with_tied(model: Model) -> dict[str, tuple[int, ...]]:
+    """Tensor -> shape, with the tied ones."""
+    tied = {name: model.tensors[stored].shape for name, stored in model.tied.items() if stored in model.tensors}
+    return {**{name: info.shape for name, info in model.tensors.items()}, **tied}
+
+
+class Renamed:
+    """A model under the base's names; reads like a `Checkpoint`.
+
+    Attributes:
+        model: as it is stored.
+        folder, config: the model's.
+        key: as given.
+        tensors: the base's names that the model has, then what only the model has.
+        tied: the base's name of the head -> of the embedding, if the model ties them.
+        told: what is read otherwise than it is stored.
+    """
+
+    def __init__(self, base: Model, model: Model, matched: Matched, key: str) -> None:
+        self.model, self.folder, self.config, self.key = model, model.folder, model.config, key
+        self.told, self._runs = matched.told, dict(matched.runs)
+        self._kept: dict[str, tuple[str, np.ndarray]] = {}
+        self._lock = Lock()
+        self.tied = self._find_tied(base)
+        self.tensors = {
+            name: self._info(name, shape) for name, shape in matched.shapes.items() if name not in self.tied
+        }
+
+    @property
+    def home(self) -> Path:
+        """The folder with its config.json."""
+        return self.model.home
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in the dtype of `raw`."""
+        dtype, bits = self.raw(name)
+        return as_tensor(dtype, bits.copy()).reshape(self.tensors[self.tied.get(name, name)].shape)
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype and bits, as `Checkpoint.raw`: a view of the file if one run of a tensor makes it.
+
+        It is fp32 if tensors of several dtypes make it.
+        """
+        parts = [self._bits(run) for run in self._of(name)]
+        if len(parts) == 1:
+            return parts[0]
+        if len({dtype for dtype, _ in parts}) == 1:
+            return parts[0][0], np.concatenate([bits for _, bits in parts])
+        values = [as_tensor(dtype, bits.copy()).float().numpy() for dtype, bits in parts]
+        return "F32", np.concatenate(values).view(np.uint32)
+
+    def will_need(self, name: str) -> None:
+        """As `Checkpoint`."""
+        for run in self._of(name):
+            self.model.will_need(run.name)
+
+    def done_with(self, name: str) -> None:
+        """As `Checkpoint`."""
+        for run in self._of(name):
+            self.model.done_with(run.name)
+
+    def computes(self, name: str) -> bool:
+        """Whether this tensor is put together or computed, and so takes memory while it is used."""
+        runs = self._of(name)
+        return len(runs) > 1 or any(self.model.computes(run.name) for run in runs)
+
+    def _of(self, name: str) -> tuple[Run, ...]:
+        name = self.tied.get(name, name)
+        return self._runs.get(name, (Run(name, 0, _WHOLE),))
+
+    def _bits(self, run: Run) -> tuple[str, np.ndarray]:
+        """The values of a run. What is computed is kept until another tensor is: its parts are read one by one."""
+        if not self.model.computes(run.name):
+            dtype, bits = self.model.raw(run.name)
+        else:
+            with self._lock:
+                if run.name not in self._kept:
+                    self._kept = {run.name: self.model.raw(run.name)}
+                dtype, bits = self._kept[run.name]
+        return dtype, bits if run.stop == _WHOLE else bits[run.start : run.stop]
+
+    def _find_tied(self, base: Model) -> dict[str, str]:
+        """The model's tied head by the base's names."""
+        names = {runs[0].name: name for name, runs in self._runs.items() if len(runs) == 1 and runs[0].stop == _WHOLE}
+        found = {}
+        for head, embedding in self.model.tied.items():
+            if embedding in names:
+                found[names.get(head, head)] = names[embedding]
+        for head in found:
+            self._runs.pop(head, None)
+        return found
+
+    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        infos = [self.model.tensors[self.model.tied.get(run.name, run.name)] for run in self._of(name)]
+        dtypes = {info.dtype for info in infos}
+        return TensorInfo(dtypes.pop() if len(dtypes) == 1 else "F32", shape, infos[0].file)
