@@ -21,11 +21,13 @@ from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
 from lewis.merge.forecast import forecast, without_models
 from lewis.merge.low_rank import factor_bytes
+from lewis.merge.resolved import stored_dtype
 from lewis.merge.run import Merge
 from lewis.merge.split import split
-from lewis.merge.step import check_output, stored_dtype
+from lewis.merge.step import check_output
 from lewis.methods import find
 from lewis.models import hub
+from lewis.models.compatible import result_headers
 from lewis.models.dtypes import DTYPES
 from lewis.models.lora import LoraExpert
 from lewis.models.names import layer_of
@@ -132,7 +134,7 @@ def make_plan(recipe: Recipe) -> Plan:
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
     plan.findings = before_download(recipe, base, experts)
-    headers = hub.tensor_headers((base or experts[0]).model)
+    headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
     out = stored_dtype(recipe)
@@ -143,7 +145,7 @@ def make_plan(recipe: Recipe) -> Plan:
     files = {source.ref: _files(source) for source in sources}
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
-        shapes = {name: shape for name, (_, shape) in headers.items()}
+        shapes = {name: shape for name, (_, shape) in hub.tensor_headers(base.model).items()}
         configs = hub.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
         plan.layers = [layer for each in covered for layer in each.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from lewis.lazy_torch import torch
@@ -11,3 +12,13 @@ ScalesByTensor = Mapping[str, "torch.Tensor"]
 
 Densities = Mapping[str, float]
 """Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""
+
+
+def fingerprint(scales: ScalesByTensor | None) -> str | None:
+    """SHA-256 of the names, shapes and bytes of the scales; None if there are none."""
+    if not scales:
+        return None
+    found = hashlib.sha256()
+    for name in sorted(scales):
+        found.update(f"{name}\0{list(scales[name].shape)}\0".encode() + scales[name].numpy().tobytes())
+    return found.hexdigest()

@@ -193,6 +193,6 @@ def _is_whole(merge: Merge, name: str) -> bool:
     """Whether a tensor is whole in memory while it is merged."""
     if not merge.merges(name):
         return False
-    merge_of_rest = merge.anchor
-    in_loops = merge.device == "cpu" and merge_of_rest.compiles(name)
-    return is_computed(merge, name) or (is_whole(merge_of_rest, name) and not in_loops)
+    giving = merge.giving(name)
+    in_loops = merge.device == "cpu" and giving.compiles(name)
+    return is_computed(giving, name) or (is_whole(giving, name) and not in_loops)

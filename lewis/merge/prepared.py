@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor
+from lewis.allocation.scales import ScalesByTensor, fingerprint
 from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
-from lewis.merge.alignment import align
+from lewis.merge.alignment import Alignment, align
 from lewis.merge.expert import Expert
 from lewis.merge.memory_budget import MemoryBudget
 from lewis.merge.settings import RIDGES, MergeSettings
@@ -29,12 +29,14 @@ from lewis.merge.split import EVERY
 from lewis.merge.split import check as check_split
 from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.registry import AUTO
+from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files import tokenizer_files
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 from lewis.models.names import layer_of
+from lewis.models.tokenizer import tokenizer_folder
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "1"  # bump when a method that fits in forward order would give other bytes
@@ -54,6 +56,7 @@ class Prepared:
         held_back: tensor name -> factors of the merged delta.
         device: where the methods compute.
         vocabulary: whose tokenizer the result has.
+        chat_template: that the tokenizer gets, as Jinja text; None: it keeps its own.
         layout: tensor name -> dtype and shape of the output.
         excluded: names of the tensors that are copied from the base, in its dtype.
         digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
@@ -70,6 +73,7 @@ class Prepared:
         experts: Sequence[Expert],
         held_back: ScalesByTensor | None = None,
         device: str = "cpu",
+        vocabulary: Alignment | None = None,
     ) -> None:
         """Check that the models fit together, and the parameters and scales fit the models.
 
@@ -81,6 +85,7 @@ class Prepared:
                 out are not held back.
             device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part
                 of the digest, as `lewis.devices.merge_device` says.
+            vocabulary: the models' common one, if they have been matched by token already.
 
         Raises:
             InputError: naming every tensor, vocabulary or parameter that does not fit.
@@ -90,16 +95,18 @@ class Prepared:
         by_key = sorted(experts, key=lambda expert: expert.model.key)
         first = base or experts[0].model
         base_ref = None if base is None else settings.base
-        self.vocabulary = align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
+        by_token = settings.vocabulary is not None or vocabulary is not None
+        self.vocabulary = vocabulary or align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
         self.experts = [self._aligned(first, expert) for expert in by_key]
         if settings.anchor:  # what guides the merge guides the anchor
             self.held_back, self.experts = {}, [replace(expert, scales=None) for expert in self.experts]
         self.base: Model = self.vocabulary.of(first)
         self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
-        by_token = settings.vocabulary is not None
         check_compatible(self.base, [e.model for e in self.experts], self.excluded, by_token=by_token)
         if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
             raise InputError("exclude: it matches every tensor; nothing is left to merge")
+        folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
+        self.chat_template = chosen_template(settings.chat_template, folders)
         self._layers = 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
         self.layout = {
             name: (settings.dtype or info.dtype if self.merges(name) else info.dtype, info.shape)
@@ -142,6 +149,10 @@ class Prepared:
     def anchor(self) -> Prepared:
         """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
         return self._anchor or self
+
+    def giving(self, name: str) -> Prepared:
+        """What gives a tensor that is not fitted: the anchor."""
+        return self.anchor
 
     @property
     def models(self) -> list[Model]:
@@ -314,9 +325,10 @@ class Prepared:
                 "seed": self.settings.seed if self.method.random else None,
                 **({"device": torch.device(self.device).type} if self.device != "cpu" else {}),
                 **({"excluded": sorted(self.excluded)} if self.excluded else {}),
+                **({"chat_template": self.chat_template} if self.chat_template else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
-                **({"scales": scales} if any(scales := [_fingerprint(e.scales) for e in self.experts]) else {}),
-                **({"held_back": held_back} if (held_back := _fingerprint(self.held_back)) else {}),
+                **({"scales": scales} if any(scales := [fingerprint(e.scales) for e in self.experts]) else {}),
+                **({"held_back": held_back} if (held_back := fingerprint(self.held_back)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
                 **({"anchor": self._anchor.digest} if self._anchor else {}),
                 **({"output": [self.settings.output.model_dump(), self.settings.base_name]} if self.as_adapter else {}),
@@ -324,16 +336,6 @@ class Prepared:
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }
         )
-
-
-def _fingerprint(scales: ScalesByTensor | None) -> str | None:
-    """SHA-256 of the names, shapes and bytes of the scales; None if there are none."""
-    if not scales:
-        return None
-    found = hashlib.sha256()
-    for name in sorted(scales):
-        found.update(f"{name}\0{list(scales[name].shape)}\0".encode() + scales[name].numpy().tobytes())
-    return found.hexdigest()
 
 
 def random_stream(seed: int, expert: str, tensor: str) -> Stream:

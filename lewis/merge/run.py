@@ -24,6 +24,7 @@ from lewis.merge import in_torch
 from lewis.merge.chunks import chunks
 from lewis.merge.prepared import Prepared
 from lewis.merge.settings import RIDGES
+from lewis.models.chat_template import write_template
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files import copy_tokenizer
@@ -87,7 +88,7 @@ class Merge(Prepared):
                 checksums |= writer.checksums
                 kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
                 write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
-                copy_tokenizer(self.vocabulary.donor, scratch)
+                self._copy_tokenizer(scratch)
                 self.vocabulary.finish(scratch)
         except OSError as error:
             place, why = error.filename or folder, error.strerror or error
@@ -132,12 +133,17 @@ class Merge(Prepared):
                 self._fitted_in(scratch / _FITTED, record, progress, threads),
             ):
                 adapter = writer.write(scratch, threads)
-                copy_tokenizer(self.vocabulary.donor, scratch)
+                self._copy_tokenizer(scratch)
                 record["adapter"] = adapter.to_json()
         except OSError as error:
             place, why = error.filename or folder, error.strerror or error
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
         logger.info("%s: %s", folder, adapter.to_text())
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        copy_tokenizer(self.vocabulary.donor, folder)
+        if self.chat_template:
+            write_template(folder, self.chat_template)
 
     @property
     def fits(self) -> int:
@@ -216,7 +222,7 @@ class Merge(Prepared):
 
     def tensor(self, name: str) -> torch.Tensor:
         """Merge one tensor without a fit, in torch; returns and raises as `in_torch.merge_whole`."""
-        return in_torch.merge_whole(self.anchor, name)
+        return in_torch.merge_whole(self.giving(name), name)
 
     def _write(self, name: str, later: str | None, writer: CheckpointWriter) -> None:
         """Merge and write one tensor; meanwhile the operating system may read `later`, which is merged next."""
@@ -251,7 +257,7 @@ class Merge(Prepared):
                 write(bytes_of(self._fitted.read(name)), 0)
             elif not self._copy(name, write) and not self._in_compiled_loops(name, write):
                 offset = 0
-                for piece in in_torch.merge_by_rows(self.anchor, name):
+                for piece in in_torch.merge_by_rows(self.giving(name), name):
                     write(bytes_of(piece), offset)
                     offset += piece.nbytes
 
@@ -277,4 +283,4 @@ class Merge(Prepared):
         # that is run has to wait for. Checks, digests and `lewis --help` do without.
         from lewis.merge.compiled import merge_tensor
 
-        return merge_tensor(self.anchor, name, write)
+        return merge_tensor(self.giving(name), name, write)

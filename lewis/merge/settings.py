@@ -28,6 +28,7 @@ class MergeSettings:
         vocabulary: whose tokens the result has; None: all models must have the base's.
         output: what is written: the full model, or an adapter.
         base_name: how an adapter names its base: `org/name@commit`, or the absolute path of a folder.
+        chat_template: of the result: a format's name, `auto` or a Jinja template; None: the tokenizer's own.
         anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that gives what is
             not fitted; None: the method's own function does.
         anchor_weight: with an anchor, the factor of what it adds to the base, by (tensor name, depth).
@@ -42,5 +43,6 @@ class MergeSettings:
     vocabulary: Tokenizer | None = None
     output: Output = field(default_factory=Output)
     base_name: str = ""
+    chat_template: str | None = None
     anchor: MergeSettings | None = None
     anchor_weight: Callable[[str, float], float] = field(default=lambda name, depth: 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import model_validator
 
@@ -17,16 +16,13 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.step import prepare_calibration
 from lewis.merge.adapter import Adapter
 from lewis.merge.expert import Expert
+from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
-from lewis.merge.settings import MergeSettings
-from lewis.methods import Parameter, find
-from lewis.models.dtypes import MERGED
+from lewis.merge.sliced import prepare_slices
 from lewis.models.model import Model
-from lewis.models.pin import find_folder
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe, excluded
-from lewis.recipe.schema import Output
+from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 
@@ -121,6 +117,8 @@ def prepare_merge(
     in_order = recipe.fits and not recipe.needs_grams  # its passes can take the result's token ids instead
     if (recipe.measures or (in_order and recipe.vocabulary is None)) and opened_base is not None:
         _check_token_ids(recipe, opened_base, [expert.model for expert in opened])
+    if recipe.slices:
+        return prepare_slices(recipe, opened_base, opened, held_back, merge_device(gpu))
     settings = resolve(recipe, opened_base or opened[0].model)
     return Merge(settings, opened_base, opened, held_back, merge_device(gpu))
 
@@ -130,43 +128,6 @@ def calibrations_of(recipe: Recipe, base: ModelFiles) -> dict[str, Calibration]:
     names = {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}
     sets = {name: Calibration.load(prepare_calibration(recipe, name, base).path) for name in set(names.values())}
     return {model: sets[name] for model, name in names.items()}
-
-
-def resolve(recipe: Recipe, base: Model) -> MergeSettings:
-    """The settings of the merge that a recipe asks for; from here on no module needs the recipe.
-
-    Args:
-        recipe: the recipe.
-        base: the base, whose tensors are merged; the first model, if there is no base.
-
-    Raises:
-        RecipeError: naming each filter and each pattern of `exclude` that matches no tensor.
-    """
-    recipe.check_filters([*base.tensors, *base.tied])
-    entries = {entry.model: entry for entry in recipe.experts}
-
-    def value(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        return recipe.value(parameter, None if expert is None else entries[expert], tensor, depth)
-
-    settings = MergeSettings(
-        method=find(recipe.merge_method),
-        value=value,
-        base=recipe.base_model,
-        seed=recipe.seed,
-        dtype=stored_dtype(recipe),
-        excluded=excluded(recipe, base.tensors, base.tied),
-        vocabulary=recipe.vocabulary,
-        output=recipe.output,
-        base_name=_base_name(recipe, base),
-    )
-    if recipe.anchor is None:
-        return settings
-
-    def of_anchor(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        return recipe.anchor_value(parameter, None if expert is None else entries[expert], tensor, depth)
-
-    anchor = replace(settings, method=find(recipe.anchor.merge_method), value=of_anchor, output=Output())
-    return replace(settings, anchor=anchor, anchor_weight=recipe.anchor_weight)
 
 
 def check_output(recipe: Recipe, prepared: Merge) -> None:
@@ -184,24 +145,6 @@ def check_output(recipe: Recipe, prepared: Merge) -> None:
         whole = dict.fromkeys(prepared.layout, 1.0)
         prepared.experts = [replace(expert, densities=expert.densities or whole) for expert in prepared.experts]
     prepared.check_adapter()
-
-
-def _base_name(recipe: Recipe, base: Model) -> str:
-    """How an adapter names its base: `org/name@commit`, or the absolute path of a folder."""
-    if recipe.base_model is None:
-        return ""
-    folder = find_folder(recipe.base_model, recipe.root)
-    return str(folder) if folder else f"{recipe.base_model.partition('@')[0]}@{base.key}"
-
-
-def stored_dtype(recipe: Recipe) -> str | None:
-    """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's.
-
-    For an adapter it is always fp32: rounding to fewer bits would add noise of full rank to the merged delta.
-    """
-    if recipe.output.kind == "lora":
-        return "F32"
-    return MERGED.get(recipe.out_dtype or recipe.dtype or "")
 
 
 def _check_token_ids(recipe: Recipe, base: Model, experts: Sequence[Model]) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.models import hub
+from lewis.models.arranged import check_ranges, in_place, slices_of
 from lewis.models.config import read_config
 from lewis.models.files import weight_files
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.renamed import differ, match
-from lewis.models.safetensors_file import same_bits
+from lewis.models.safetensors_file import Headers, same_bits
 from lewis.models.source import Source
+from lewis.models.stack import layers_of
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe
 
@@ -68,6 +70,8 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
             read_config(Path(source.model.source))
             weight_files(Path(source.model.source))
     first = base or experts[0]
+    if recipe.slices and _preflight_slices(recipe, first, experts):
+        return []
     ours, problems, told = _shapes(first), list[str](), list[str]()
     left_out, by_token = {name for name in ours if recipe.excludes(name)}, recipe.vocabulary is not None
     for source in experts:
@@ -85,6 +89,52 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
     recipe.check_filters(ours)
     return told
+
+
+def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) -> bool:
+    """`preflight` of slices that are stacked; False, and nothing is checked, if every layer stays in its place.
+
+    Models that are not among these are not looked at, and then filters are not either.
+    """
+    shapes = {source.ref: _shapes(source) for source in (first, *experts)}
+    layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
+    counts = {ref: own.count for ref, own in layers.items()}
+    check_ranges(recipe, counts)
+    if in_place(recipe, counts):
+        return False
+    problems, known = list[str](), dict.fromkeys(shapes[first.ref])
+    for each in slices_of(recipe):
+        read = {}
+        for ref in each.starts.keys() & shapes.keys():
+            names = {new: old for new, old in each.names(ref, layers, layers[first.ref]).items() if old in shapes[ref]}
+            read[ref] = {new: shapes[ref][old] for new, old in names.items()}
+            known |= dict.fromkeys([*names, *names.values()])
+        ours = read.pop(each.lead, {})
+        heads = {name: shape for name, shape in ours.items() if name.endswith(HEADS)}
+        for ref, theirs in read.items() if ours else ():
+            by_token = recipe.vocabulary is not None
+            found = _differences(ours, {**heads, **theirs}, (), matched=False, by_token=by_token)
+            problems += [f"{ref}: {problem}" for problem in found]
+    if problems:
+        raise InputError("\n".join([*problems, "expected layers of the same architecture in each slice"]))
+    if shapes.keys() >= {entry.model for entry in recipe.models}:
+        recipe.check_filters(known)
+    return True
+
+
+def result_headers(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> Headers:
+    """The tensors of the result: name -> dtype and shape, as the base has them, or what stands for it in each slice."""
+    first = base or experts[0]
+    headers = {source.ref: hub.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
+    if not recipe.slices:
+        return headers[first.ref]
+    layers = {ref: layers_of(ref, own) for ref, own in headers.items()}
+    return {
+        new: headers[each.lead][old]
+        for each in slices_of(recipe)
+        for new, old in each.names(each.lead, layers, layers[first.ref]).items()
+        if old in headers[each.lead]
+    }
 
 
 def _shapes(source: Source) -> Shapes:

@@ -36,7 +36,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
 
     Args:
         config: the base's, as its weights are read: a quantised one has lost its quantisation.
-        donor: the folder that `config` was read from. If nothing changes, its file is copied byte by byte.
+        donor: the folder of the base. If its config would not change, the file is copied byte by byte.
         folder: where to write.
         dtype: of all floating tensors, as safetensors names it; None if they differ.
     """
@@ -48,7 +48,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         for inner in changed.values():
             if isinstance(inner, dict):
                 inner.update({key: name for key in ("dtype", "torch_dtype") if inner.get(key)})
-    if changed == config and changed == json.loads((donor / "config.json").read_text()):
+    if changed == json.loads((donor / "config.json").read_text()):
         shutil.copyfile(donor / "config.json", folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")

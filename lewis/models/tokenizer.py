@@ -12,6 +12,7 @@ from lewis.models.files import tokenizer_files
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 from lewis.models.renamed import Renamed
+from lewis.models.stack import Restacked
 
 TOKENIZER = "tokenizer.json"
 FIX = "to match embeddings by token, set tokenizer_source to base, union or a model"
@@ -19,7 +20,7 @@ FIX = "to match embeddings by token, set tokenizer_source to base, union or a mo
 
 def tokenizer_folder(model: Model) -> Path:
     """The folder with a model's tokenizer: an adapter may have its own."""
-    if isinstance(model, Renamed):
+    if isinstance(model, Renamed | Restacked):
         return tokenizer_folder(model.model)
     if isinstance(model, LoraExpert):
         return model.folder if (model.folder / TOKENIZER).is_file() else tokenizer_folder(model.base)

@@ -6,7 +6,7 @@ from typing import Any
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
 from lewis.methods.registry import AUTO
-from lewis.recipe import anchor
+from lewis.recipe import anchor, slices
 from lewis.recipe.presets import GUIDES, contradictions
 from lewis.recipe.settings import parse_setting
 
@@ -18,13 +18,25 @@ def cross_check(data: dict[str, Any]) -> list[str]:
         data: the raw YAML. What is wrong within one block is left to the schema.
     """
     problems: list[str] = []
-    entries = data.get("models")
-    models = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     method = METHODS.get(str(data.get("merge_method")))
     if data.get("merge_method") is not None and method is None:
         problems.append(
             f"merge_method: unknown method {data['merge_method']!r}{nearest(str(data['merge_method']), METHODS)}"
         )
+    problems += anchor.problems_of(data, method)
+    if not data.get("slices"):
+        return problems + _check_merge(data, method) + _check_blocks(data)
+    problems += slices.problems_of(data, method)
+    for i, each in slices.as_merges(data, method):
+        problems += [slices.in_slice(data, i, problem) for problem in _check_merge(each, method)]
+    whole = {**data, "models": slices.listed_models(data)}
+    problems += _check_tokenizer(whole, [str(data.get("base_model")), *(each["model"] for each in whole["models"])])
+    return problems + [slices.of_listed(data, problem) for problem in _check_blocks(whole)]
+
+
+def _check_merge(data: dict[str, Any], method: Method | None) -> list[str]:
+    """The method, its parameters and the models."""
+    problems, models = list[str](), _models(data)
     if method is not None:
         problems += _check_parameters(data, models, method.name)
         if method.needs_base and not data.get("base_model"):
@@ -33,8 +45,17 @@ def cross_check(data: dict[str, Any]) -> list[str]:
         problems += _check_count(data, models, method)
         problems += _check_together(data, models, method)
         problems += _check_fit(data, models, method) if method.fits else _check_guided(data, method)
-    problems += anchor.problems_of(data, method)
-    problems += _check_models(data, models)
+    return problems + _check_models(data, models)
+
+
+def _models(data: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = data.get("models")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _check_blocks(data: dict[str, Any]) -> list[str]:
+    """The blocks beside the merge."""
+    problems, models = list[str](), _models(data)
     problems += _check_calibrations(data, models)
     problems += _check_density(data)
     problems += _check_guidance(data)

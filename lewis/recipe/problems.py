@@ -9,9 +9,6 @@ from pydantic import BaseModel, ValidationError
 from lewis.errors import nearest
 
 UNSUPPORTED = {
-    "slices": "merging slices of layers",
-    "modules": "merging by modules",
-    "chat_template": "replacing the chat template",
     "trust_remote_code": "running code that a model brings along",
 }
 MAX_GIVEN = 300  # characters of a wrong value that are told

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from lewis.errors import RecipeError, nearest
 from lewis.methods import Parameter, find, load_plugins
 from lewis.methods.registry import AUTO
-from lewis.recipe import yaml_text
+from lewis.recipe import dialect, yaml_text
 from lewis.recipe.anchor import WEIGHT, Anchor
+from lewis.recipe.chat_template import ChatTemplate
 from lewis.recipe.checks import cross_check
 from lewis.recipe.presets import GUIDES, RECOMMENDED
 from lewis.recipe.problems import describe
@@ -28,10 +29,10 @@ from lewis.recipe.schema import (
     Publish,
     Register,
     Search,
-    Setting,
     Tokenizer,
 )
-from lewis.recipe.settings import Rule, value_at
+from lewis.recipe.settings import Rule, first_value
+from lewis.recipe.slices import OutputSlice, listed_models
 
 MAX_TOLD = 50  # problems of one recipe that an error lists
 
@@ -40,18 +41,21 @@ class Recipe(Block):
     """A validated recipe. Make one with `Recipe.load` or `Recipe.parse`.
 
     Attributes:
+        models: the models that are merged; those of all slices, if there are slices.
         exclude: parts of the names of tensors that are copied from the base unchanged; `*` stands for anything.
     """
 
     merge_method: str
     base_model: ModelName | None = None
     models: tuple[ModelEntry, ...] = Field(min_length=1)
+    slices: tuple[OutputSlice, ...] | None = Field(default=None, min_length=1)
     parameters: Parameters = Field(default_factory=dict)
     anchor: Anchor | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: ModelName | None = None
     tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = Field(default=0, ge=0)
     lewis: Lewis | None = None
@@ -112,9 +116,11 @@ class Recipe(Block):
         load_plugins()
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
+        data = dialect.as_recipe(data)
         problems = cross_check(data)
         try:
-            recipe = cls.model_validate(data)
+            sliced = {"models": listed_models(data)} if data.get("slices") else {}
+            recipe = cls.model_validate({**data, **sliced})
         except ValidationError as error:
             problems = [*describe(error, cls), *problems]
         if problems:
@@ -130,11 +136,12 @@ class Recipe(Block):
         """The models that are merged, in the recipe's order.
 
         For most methods the base has a role of its own: it is no expert, even if the recipe lists it. For the methods
-        that treat it as one of the models (linear, karcher), it is an expert, listed or not, as in mergekit.
+        that treat it as one of the models (linear, karcher), it is an expert, listed or not, as in mergekit; but
+        slices list all that they merge.
         """
         if not find(self.merge_method).base_is_a_model:
             return tuple(entry for entry in self.models if entry.model != self.base_model)
-        if self.base_model is None or self.base_model in {entry.model for entry in self.models}:
+        if self.slices or self.base_model is None or self.base_model in {entry.model for entry in self.models}:
             return self.models
         return (*self.models, ModelEntry(model=self.base_model))
 
@@ -163,19 +170,19 @@ class Recipe(Block):
             RecipeError: if the parameter is required and none of its filters matches the tensor.
         """
         sources = [expert.parameters] if parameter.per_expert and expert is not None else []
-        return _first([*sources, self.parameters], parameter, tensor, position, "parameters")
+        return first_value([*sources, self.parameters], parameter, tensor, position, "parameters")
 
     def anchor_value(self, parameter: Parameter, expert: ModelEntry | None, tensor: str, position: float) -> Any:
         """As `value`, of the anchor's method: the anchor's own, for `weight` else the recipe's, else the default."""
         assert self.anchor is not None
         own = [expert.parameters] if parameter.per_expert and expert is not None else []
         sources = [*own, self.parameters] if parameter.name == "weight" else []
-        return _first([self.anchor.parameters, *sources], parameter, tensor, position, "anchor.parameters")
+        return first_value([self.anchor.parameters, *sources], parameter, tensor, position, "anchor.parameters")
 
     def anchor_weight(self, tensor: str, position: float) -> float:
         """The weight of the anchor for one tensor; arguments as those of `value`."""
         assert self.anchor is not None
-        return float(_first([{"weight": self.anchor.weight}], WEIGHT, tensor, position, "anchor"))
+        return float(first_value([{"weight": self.anchor.weight}], WEIGHT, tensor, position, "anchor"))
 
     def excludes(self, tensor: str) -> bool:
         """Whether a tensor is copied from the base instead of merged."""
@@ -209,6 +216,9 @@ class Recipe(Block):
 
     def _parameter_blocks(self) -> list[tuple[str, dict[str, tuple[Rule, ...]]]]:
         own = [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models)]
+        for i, each in enumerate(self.slices or ()):
+            own.append((f"slices[{i}].parameters", each.parameters))
+            own += [(f"slices[{i}].sources[{j}].parameters", s.parameters) for j, s in enumerate(each.sources)]
         of_anchor = []
         if self.anchor is not None:
             of_anchor = [("anchor.parameters", self.anchor.parameters), ("anchor", {"weight": self.anchor.weight})]
@@ -305,7 +315,8 @@ class Recipe(Block):
         `output` is in it if the merge writes an adapter.
         """
         left_out = {"evaluate", "register_as", "publish", "search"}
-        left_out |= {"anchor"} if self.anchor is None else set()  # so that what was cached without one is found
+        # so that what was cached without them is found
+        left_out |= {key for key in ("anchor", "slices", "chat_template") if getattr(self, key) is None}
         left_out |= {"output"} if self.output.kind == "full" else set()
         return self.model_dump_json(exclude=left_out)
 
@@ -325,19 +336,3 @@ def excluded(recipe: Recipe, names: Iterable[str], tied: Mapping[str, str]) -> f
 
 def _matches(pattern: str, tensor: str) -> bool:
     return fnmatch.fnmatchcase(tensor, f"*{pattern}*")
-
-
-def _first(
-    sources: Sequence[Mapping[str, Setting]], parameter: Parameter, tensor: str, position: float, where: str
-) -> Any:
-    """The value of a parameter for one tensor in the first source that has one, else the default."""
-    for source in sources:
-        if parameter.name in source:
-            found = value_at(source[parameter.name], tensor, position, parameter.parse)
-            if found is not None:
-                return found
-    if parameter.required:
-        raise RecipeError(
-            f"{where}.{parameter.name}: no filter matches {tensor!r}; end the list with a {{value: ...}} for all"
-        )
-    return parameter.default

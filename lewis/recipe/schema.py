@@ -16,18 +16,18 @@ def _empty_if_null(value: Any) -> Any:
     return {} if value is None else value
 
 
-def _model_name(value: Any) -> Any:
+def model_name(value: Any) -> Any:
     """mergekit also writes a model as {model: {path, revision}, lora: {path, revision}}."""
     if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
         if "model" in value:
-            parts = [_model_name(value["model"])] + ([_model_name(value["lora"])] if value.get("lora") else [])
+            parts = [model_name(value["model"])] + ([model_name(value["lora"])] if value.get("lora") else [])
             return "+".join(str(part) for part in parts)
         if "path" in value:
             return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
     return value
 
 
-ModelName = Annotated[str, BeforeValidator(_model_name), Field(min_length=1)]
+ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]
 Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
 
 

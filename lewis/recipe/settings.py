@@ -1,8 +1,11 @@
 """mergekit's parameter settings: a number, a gradient over the layers, or a list of filters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from lewis.errors import RecipeError
+from lewis.methods import Parameter
 
 Scalar = bool | int | float | str
 
@@ -69,3 +72,29 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
             high, fraction = min(low + 1, len(values) - 1), scaled - low
             return values[low] if fraction == 0 else (1 - fraction) * values[low] + fraction * values[high]
     return None
+
+
+def first_value(
+    sources: Sequence[Mapping[str, tuple[Rule, ...]]], parameter: Parameter, tensor: str, position: float, where: str
+) -> Any:
+    """The value of a parameter for one tensor in the first source that has one, else the default.
+
+    Args:
+        sources: name of a parameter -> its rules.
+        parameter: as the method declares it.
+        tensor, position: as of `value_at`.
+        where: the YAML path of the sources, for the error.
+
+    Raises:
+        RecipeError: if the parameter is required and none of its filters matches the tensor.
+    """
+    for source in sources:
+        if parameter.name in source:
+            found = value_at(source[parameter.name], tensor, position, parameter.parse)
+            if found is not None:
+                return found
+    if parameter.required:
+        raise RecipeError(
+            f"{where}.{parameter.name}: no filter matches {tensor!r}; end the list with a {{value: ...}} for all"
+        )
+    return parameter.default

@@ -41,8 +41,8 @@ from lewis.importance.step import find_or_measure_grams
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merge import static_fit
 from lewis.merge.expert import Expert
+from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
-from lewis.merge.step import resolve
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model

@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lewis.merge.expert import Expert
+from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
-from lewis.merge.step import resolve
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Recipe

@@ -18,8 +18,8 @@ from lewis import pipeline, store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.merge.expert import Expert
+from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
-from lewis.merge.step import resolve
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family

@@ -18,8 +18,8 @@ from lewis.importance import step
 from lewis.importance.calibration import Calibration
 from lewis.merge import static_fit
 from lewis.merge.expert import Expert
+from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
-from lewis.merge.step import resolve
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint

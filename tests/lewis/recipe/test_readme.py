@@ -16,6 +16,8 @@ README = (Path(recipe.__file__).parent / "README.md").read_text()
 SECTIONS = {  # of a block, and what its keys begin with there
     "Recipe": ("Top level", ""),
     "ModelEntry": ("Models", ""),
+    "OutputSlice": ("Slices", ""),
+    "SliceSource": ("Slices", "sources.*."),
     "Tokenizer": ("Tokenizer", ""),
     "TokenEmbedding": ("Tokenizer", "tokens.*."),
     "TokenRow": ("Tokenizer", "tokens.*.source."),

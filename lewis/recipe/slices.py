@@ -1,0 +1,165 @@
+"""mergekit's `slices`: which layers of which models become the layers of the result, one slice after another."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from lewis.methods import Method
+from lewis.recipe.schema import Block, ModelName, Parameters, model_name
+
+_ENTRY = re.compile(r"^models\[(\d+)\]")
+_PARAMETER = re.compile(r"^parameters\.(\w+)")
+
+
+class SliceSource(Block):
+    """Layers of one model that are merged into a slice.
+
+    Attributes:
+        layer_range: number of its first layer, and of the layer after its last.
+        parameters: of this model in this slice.
+        calibration: as of an entry of `models`.
+    """
+
+    model: ModelName
+    layer_range: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+    parameters: Parameters = Field(default_factory=dict)
+    calibration: str | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "SliceSource":
+        if self.layer_range[0] >= self.layer_range[1]:
+            raise ValueError(
+                f"layer_range: expected [first, after the last], such as [0, 8] for eight layers, got "
+                f"{list(self.layer_range)}"
+            )
+        return self
+
+    @property
+    def layers(self) -> int:
+        """How many layers it gives."""
+        return self.layer_range[1] - self.layer_range[0]
+
+
+class OutputSlice(Block):
+    """Consecutive layers of the result.
+
+    Attributes:
+        sources: what each of them is merged from: the first from the first layer of each source, and so on.
+        base_model: takes the place of the recipe's `base_model` in this slice.
+        parameters: of this slice; a source's own win over them, and they win over the top level's.
+    """
+
+    sources: tuple[SliceSource, ...] = Field(min_length=1)
+    base_model: ModelName | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "OutputSlice":
+        counts = [source.layers for source in self.sources]
+        if len(set(counts)) > 1:
+            raise ValueError(f"expected as many layers of each source, got {', '.join(map(str, counts))}")
+        names = [source.model for source in self.sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"{twice!r} is listed twice in one slice, whose sources are merged with each other; put layers that "
+                "follow each other into slices of their own"
+            )
+        return self
+
+    @property
+    def layers(self) -> int:
+        """How many layers of the result it is."""
+        return self.sources[0].layers
+
+
+def listed_models(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The models of all slices as entries of `models`, each once, in the order of the slices.
+
+    Args:
+        data: the raw YAML; what is malformed is left out, and the schema reports it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for _, _, source in _sources(data):
+        name = model_name(source.get("model"))
+        if isinstance(name, str):
+            entry = found.setdefault(name, {"model": name})
+            if source.get("calibration") is not None:
+                entry.setdefault("calibration", source["calibration"])
+    return list(found.values())
+
+
+def as_merges(data: Mapping[str, Any], method: Method | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each slice as the raw YAML of a merge of its own, with its number: for the checks of a merge.
+
+    Args:
+        data: the raw YAML of the recipe.
+        method: of the recipe; None if it is unknown.
+    """
+    whole = data.get("parameters")
+    for i, each in enumerate(_slices(data)):
+        own, sources = each.get("parameters"), _list(each.get("sources"))
+        base = model_name(each.get("base_model") or data.get("base_model"))
+        merge = {key: value for key, value in data.items() if key not in ("tokenizer", "tokenizer_source")}
+        merge["base_model"] = None if method is not None and method.base_is_a_model else base
+        merge["models"] = [
+            {"model": model_name(source.get("model")), "parameters": source.get("parameters")} for source in sources
+        ]
+        merge["parameters"] = {**(whole if isinstance(whole, dict) else {}), **(own if isinstance(own, dict) else {})}
+        yield i, merge
+
+
+def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
+    """What is wrong with the slices as such, each a line that begins with its YAML path."""
+    problems = []
+    if data.get("models"):
+        problems.append("slices: expected either models or slices, got both; remove one")
+    for i, merge in as_merges(data, method):
+        base, names = merge["base_model"], [entry["model"] for entry in merge["models"]]
+        if base is not None and names and base not in names:
+            problems.append(
+                f"slices[{i}].sources: the base {base!r} is not among them; list it with the layer_range that the "
+                "others are merged onto"
+            )
+    sets: dict[str, Any] = {}
+    for i, j, source in _sources(data):
+        name, wanted = str(model_name(source.get("model"))), source.get("calibration")
+        if wanted is not None and sets.setdefault(name, wanted) != wanted:
+            problems.append(f"slices[{i}].sources[{j}].calibration: {name!r} has {sets[name]!r} in another slice")
+    return problems
+
+
+def in_slice(data: Mapping[str, Any], number: int, problem: str) -> str:
+    """A problem of a slice's merge (`as_merges`), with the path that it has in the recipe."""
+    own = _slices(data)[number].get("parameters")
+    where = f"slices[{number}]"
+    if (match := _PARAMETER.match(problem)) and isinstance(own, dict) and match[1] in own:
+        return f"{where}.{problem}"
+    if problem.startswith("models:"):
+        return f"{where}.sources:{problem.removeprefix('models:')}"
+    return _ENTRY.sub(lambda match: f"{where}.sources[{match[1]}]", problem)
+
+
+def of_listed(data: Mapping[str, Any], problem: str) -> str:
+    """A problem of one of `listed_models`, with the path of the source that names the model first."""
+    match = _ENTRY.match(problem)
+    if match is None:
+        return problem
+    name = listed_models(data)[int(match[1])]["model"]
+    i, j, _ = next(each for each in _sources(data) if model_name(each[2].get("model")) == name)
+    return _ENTRY.sub(f"slices[{i}].sources[{j}]", problem)
+
+
+def _list(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _slices(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return _list(data.get("slices"))
+
+
+def _sources(data: Mapping[str, Any]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    for i, each in enumerate(_slices(data)):
+        for j, source in enumerate(_list(each.get("sources"))):
+            yield i, j, source
