@@ -30,7 +30,8 @@ class Process:
     """One long-running child process; its output goes to a log in the store, and line by line to `echo`.
 
     Attributes:
-        log: `logs/<name>-<pid of this process>.log` in the store; `stop` removes it, so it is left after a failure.
+        log: `logs/<name>-<store.writer() of this process>.log` in the store; `stop` removes it, so it is left after a
+            failure.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Process:
         """
         self.name, self._command, self._environment = name, [sys.executable, *command], environment
         self._health, self._echo, self._grace, self._private = health, echo, grace, private
-        self.log = kinds.LOGS.path(f"{name}-{os.getpid()}")
+        self.log = kinds.LOGS.path(f"{name}-{store.writer()}")
 
     def start(self) -> None:
         """Start it and wait until it is ready.

@@ -155,7 +155,7 @@ def _target(client: "MlflowClient", model: "LoggedModel") -> Iterator[Path]:
         return
     uploads = store.make_folder(store.home() / "mlflow" / "uploads")
     store.sweep(uploads)
-    scratch = uploads / f".{model.model_id}.{os.getpid()}.upload.partial"
+    scratch = uploads / f".{model.model_id}.{store.writer()}.upload.partial"
     try:
         yield scratch
         client.log_model_artifacts(model.model_id, str(scratch))

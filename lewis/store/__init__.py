@@ -12,7 +12,6 @@ from lewis.store.files import (
     file_sha256,
     free_space,
     is_abandoned,
-    is_alive,
     lock,
     publish,
     read_json,
@@ -24,6 +23,7 @@ from lewis.store.files import (
 )
 from lewis.store.folders import holds, home, make_folder, private_folder, restrict, umask
 from lewis.store.manifest import read_manifest
+from lewis.store.writers import is_dead, writer
 
 __all__ = [
     "MANIFEST",
@@ -40,7 +40,7 @@ __all__ = [
     "holds",
     "home",
     "is_abandoned",
-    "is_alive",
+    "is_dead",
     "lock",
     "make_folder",
     "mark_used",
@@ -57,5 +57,6 @@ __all__ = [
     "write_entry",
     "write_json",
     "write_text",
+    "writer",
     "written_beside",
 ]

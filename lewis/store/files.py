@@ -25,6 +25,7 @@ from lewis.errors import InputError
 from lewis.input_files import open_regular
 from lewis.store import checked
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
+from lewis.store.writers import is_dead, writer
 
 MANIFEST = "lewis.json"
 _RESUMABLE = ".resumable.partial"
@@ -186,15 +187,14 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead."""
+    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`writers.is_dead`)."""
     if leftover.name.endswith(_RESUMABLE):
         try:
             with lock(str(leftover.absolute())).acquire(timeout=0):
                 return True
         except Timeout:
             return False
-    writer = leftover.name.split(".")[-3]
-    return writer.isdecimal() and not is_alive(int(writer))
+    return is_dead(leftover.name.split(".")[-3], leftover)
 
 
 def _can_resume(leftover: Path) -> bool:
@@ -210,17 +210,6 @@ def _target(leftover: Path) -> str:
     return leftover.name.removesuffix(_RESUMABLE).rpartition(".")[0].removeprefix(".")
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process with this id runs on this machine."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # it runs, as another user
-    return True
-
-
 def discard(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -228,4 +217,4 @@ def discard(path: Path) -> None:
 
 def beside(path: Path) -> Path:
     """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+    return path.with_name(f".{path.name}.{writer()}.{uuid.uuid4().hex[:8]}.partial")

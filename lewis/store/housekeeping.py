@@ -30,7 +30,7 @@ DAYS = 14.0  # by default, what was used in the last 14 days is kept
 RECENT = 3600.0  # seconds; what was used in the last hour is always kept
 _DAY = 86400.0
 _PARTIAL = "partial"  # the kind of what a dead process left half-written
-_LOG_OF = re.compile(r"-(\d+)\.log$")  # the id of the process that writes a log
+_LOG_OF = re.compile(r"-([0-9a-z]+-\d+)\.log$")  # the `store.writer` of a log
 _FOREIGN = ("mlflow", "prefect")  # folders of the store that others write to
 _REMOVABLE = {kind.name: kind for kind in kinds.REMOVABLE}
 
@@ -127,7 +127,7 @@ def _entries(kind: Kind, needed: Needed | None, now: float, unused: float, runni
         if kind in (kinds.MERGED, kinds.GRAMS) and not (path / store.MANIFEST).is_file():
             continue  # LEWIS did not write it
         writer = _LOG_OF.search(path.name) if kind is kinds.LOGS else None
-        if writer and store.is_alive(int(writer[1])):  # it may write nothing for days
+        if writer and not store.is_dead(writer[1], path):  # it may write nothing for days
             continue
         with suppress(FileNotFoundError):  # another process removes it
             used = _last_used(kind.name, path)

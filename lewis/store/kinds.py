@@ -67,7 +67,7 @@ SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
 DIGESTS = Kind("digests")  # remembered checksums and other facts
 PICTURES = Kind("pictures", "*.png")
 DATASETS = Kind("datasets", "*/*", notes_use=False)  # what earlier versions let `datasets` keep of a file
-LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<process id>
+LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<`store.writer`>
 RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
 SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
 QUARANTINE = Kind(entries.QUARANTINE, "*", notes_use=False)  # damaged entries that were set aside

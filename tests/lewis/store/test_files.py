@@ -119,8 +119,8 @@ class TestPublish:
 
     def test_a_file_takes_the_place_of_what_a_killed_process_left(self, tmp_path: Path) -> None:
         path = tmp_path / "a[1].json"
-        dead = path.with_name(f".{path.name}.999999999.abc.partial")
-        alive = path.with_name(f".{path.name}.{os.getpid()}.abc.partial")
+        dead = path.with_name(f".{path.name}.{store.writer().rpartition('-')[0]}-999999999.abc.partial")
+        alive = path.with_name(f".{path.name}.{store.writer()}.abc.partial")
         for leftover in (dead, alive):
             leftover.write_text("half")
         store.write_json(path, {})
