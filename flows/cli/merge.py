@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lewis.errors import InputError, RecipeError
 from lewis_flows.cli import arguments, bars
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
     from lewis.importance.architecture import Layer
     from lewis.importance.step import ImportanceEntry
+    from lewis.recipe.recipe import Recipe
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -31,21 +32,47 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Write a merged model or adapter, with its card, into a folder."""
+    """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
+    from lewis.models.shards import parse_size
+    from lewis.recipe.documents import load_documents
+    from lewis.store.writable import check_output_folder
+
+    documents = load_documents(options.recipe, options.output)
+    if documents and options.overrides:
+        raise InputError(
+            f"--set {options.overrides[0]}: the file holds {len(documents)} recipes; change it in the file"
+        )
+    jobs = [(each.recipe, options.output / each.name) for each in documents]
+    jobs = jobs or [(arguments.load(options), options.output)]
+    shard, folders = parse_size(options.max_shard_size), [check_output_folder(folder) for _, folder in jobs]
+    show_log()
+    told = []
+    for (recipe, shown), folder in zip(jobs, folders, strict=True):
+        facts, text = _merge_one(recipe, folder, shard, again=not documents)
+        told.append(facts)
+        if not options.json:
+            print(f"{shown}: {text}")
+    if options.json:
+        print(json.dumps(told if documents else told[0], indent=2))
+
+
+def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tuple[dict[str, Any], str]:
+    """Write what one recipe gives.
+
+    Args:
+        folder: checked.
+        shard: bytes of the largest file.
+        again: whether to merge although the folder holds the same merge.
+
+    Returns:
+        What is to be told, as JSON and as text.
+    """
     from lewis import pipeline, store
     from lewis.devices import default_device
     from lewis.merge.step import adapter_in, check_output
     from lewis.models.lora import WEIGHTS
-    from lewis.models.shards import parse_size
     from lewis.registry.registration import write_card
-    from lewis.store.writable import check_output_folder
 
-    recipe, shard, folder = (
-        arguments.load(options),
-        parse_size(options.max_shard_size),
-        check_output_folder(options.output),
-    )
-    show_log()
     base, experts = pipeline.fetch(recipe)
     check_output(recipe, pipeline.prepare_merge(recipe, base, experts))  # before the importance is measured
     allocated = None
@@ -54,23 +81,23 @@ def merge(options: argparse.Namespace) -> None:
         with bars.progress() as shown:
             _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)
     prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
+    if not again and (store.read_manifest(folder) or {}).get("digest") == prepared.digest:
+        return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
     manifest = pipeline.lineage(recipe, base, experts, allocated)
     effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
     write_card(folder, recipe, base, experts, allocated)
     told = store.read_manifest(folder) or {}
     adapter = adapter_in(folder)
     written = (folder / WEIGHTS).stat().st_size if adapter else prepared.size
-    if options.json:
-        facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
-        facts |= {"adapter": adapter.to_json()} if adapter else {}
-        facts |= {"ridge": told["ridge"]} if "ridge" in told else {}
-        means = dict(allocated.means) if allocated else {}
-        print(json.dumps({**facts, **effort.to_json(), "mean_density": means}, indent=2))
-    else:
-        size = f"{len(prepared.layout)} tensors, {written / 1e9:.2f} GB"
-        if adapter:
-            size = f"{adapter.to_text()}; {written / 1e6:.1f} MB"
-        print(f"{options.output}: {size}, digest {prepared.digest}\n{effort.to_text()}")
+    facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
+    facts |= {"adapter": adapter.to_json()} if adapter else {}
+    facts |= {"ridge": told["ridge"]} if "ridge" in told else {}
+    means = dict(allocated.means) if allocated else {}
+    size = f"{len(prepared.layout)} tensors, {written / 1e9:.2f} GB"
+    if adapter:
+        size = f"{adapter.to_text()}; {written / 1e6:.1f} MB"
+    text = f"{size}, digest {prepared.digest}\n{effort.to_text()}"
+    return {**facts, **effort.to_json(), "mean_density": means}, text
 
 
 def importance(options: argparse.Namespace) -> None:

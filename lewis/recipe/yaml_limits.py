@@ -77,13 +77,21 @@ def load(text: str | bytes, name: str, loader: type[yaml.SafeLoader] = LimitedLo
         loader: a `LimitedLoader`.
 
     Raises:
-        InputError: if the text is not valid YAML, or exceeds a limit; the message is one line.
+        InputError: if the text is not valid YAML, has several documents, or exceeds a limit; the message is one line.
     """
+    found = load_all(text, name, loader)
+    if len(found) > 1:
+        raise InputError(f"{name}: not valid YAML: expected one document, got {len(found)}, separated by ---")
+    return found[0] if found else None
+
+
+def load_all(text: str | bytes, name: str, loader: type[yaml.SafeLoader] = LimitedLoader) -> list[Any]:
+    """The values of all documents of a YAML text; arguments and errors as those of `load`."""
     size = len(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
     if size > MAX_BYTES:
         raise InputError(f"{name}: expected at most {MAX_BYTES:,} bytes of YAML, got {size:,}; is this the right file?")
     try:
-        return yaml.load(text, loader)
+        return list(yaml.load_all(text, loader))
     except yaml.YAMLError as error:
         raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split())[:500]}") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:

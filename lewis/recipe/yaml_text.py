@@ -9,7 +9,7 @@ import yaml
 
 from lewis.errors import InputError, RecipeError
 from lewis.input_files import read_text
-from lewis.recipe.yaml_limits import MAX_BYTES, LimitedLoader, load
+from lewis.recipe.yaml_limits import MAX_BYTES, LimitedLoader, load, load_all
 
 
 class _StrictLoader(LimitedLoader):
@@ -53,16 +53,30 @@ def read(text: str, name: str) -> dict[str, Any]:
         name: of the recipe, for error messages.
 
     Raises:
-        RecipeError: if the text is not valid YAML, gives a key twice, exceeds a limit of `yaml_limits`, or is no
-            mapping.
+        RecipeError: if the text is not valid YAML, gives a key twice, exceeds a limit of `yaml_limits`, is no mapping,
+            or holds several recipes.
     """
+    found = read_all(text, name)
+    if len(found) > 1:
+        raise RecipeError(
+            f"{name}: holds {len(found)} recipes, separated by ---: lewis merge makes a model of each, in order; other "
+            "commands take one: put it into a file of its own, and name the folders of the others' results"
+        )
+    return found[0]
+
+
+def read_all(text: str, name: str) -> list[dict[str, Any]]:
+    """The mappings of all documents of a text, at least one; arguments and errors as those of `read`."""
     try:
-        data = load(text, name, _StrictLoader)
+        found = load_all(text, name, _StrictLoader) or [None]
     except InputError as error:
         raise RecipeError(str(error)) from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{name}: expected a mapping with `merge_method` and `models`, got {type(data).__name__}")
-    return data
+    for number, data in enumerate(found, 1):
+        if not isinstance(data, dict):
+            where = f"{name}: document {number}" if len(found) > 1 else name
+            kind = type(data).__name__
+            raise RecipeError(f"{where}: expected a mapping with `merge_method` and `models`, got {kind}")
+    return found
 
 
 def write(data: dict[str, Any]) -> str:

@@ -1,0 +1,113 @@
+"""Several recipes in one file, as mergekit-multi has them: each makes an output, and others may use it by its name."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import RecipeError
+from lewis.recipe import yaml_text
+from lewis.recipe.recipe import Recipe
+
+LAST = "final"  # the output of the document without a name
+_PLAIN = re.compile(r"\w[\w.-]*")
+_MODELS = ("model", "base_model", "tokenizer_source", "source", "path")  # keys whose texts are references to models
+
+
+@dataclass(frozen=True)
+class Document:
+    """One of several recipes.
+
+    Attributes:
+        name: of its output, the folder's name.
+        recipe: its recipe, in which outputs that it uses are named by their folders.
+    """
+
+    name: str
+    recipe: Recipe
+
+
+def load_documents(path: str | Path, outputs: Path) -> list[Document]:
+    """Read and check all recipes of a file.
+
+    Args:
+        path: a YAML file with one document or more.
+        outputs: the folder in which each document's output gets a folder of its name.
+
+    Returns:
+        The recipes in an order in which each comes after those whose outputs it uses, else as in the file; empty if
+        the file has one document.
+
+    Raises:
+        RecipeError: with every problem of the first recipe that has some; or if two documents have the same name, more
+            than one has none, or some use each other.
+    """
+    path, text = yaml_text.read_file(path)
+    found = yaml_text.read_all(text, path.stem)
+    if len(found) < 2:
+        return []
+    named = _named(found, path.stem)
+    made = []
+    for name in _in_order(named, path.stem):
+        data = _replaced(named[name], {each: str(outputs.absolute() / each) for each in named.keys() - {name}})
+        try:
+            recipe = Recipe.parse(yaml_text.write(data), root=path.resolve().parent, name=_title(name, path.stem))
+        except RecipeError as error:
+            raise RecipeError([f"{name}: {problem}" for problem in error.problems]) from error
+        made.append(Document(name, recipe))
+    return made
+
+
+def _title(name: str, stem: str) -> str:
+    return stem if name == LAST else name
+
+
+def _named(found: Sequence[dict[str, Any]], stem: str) -> dict[str, dict[str, Any]]:
+    named: dict[str, dict[str, Any]] = {}
+    for number, data in enumerate(found, 1):
+        name = data.get("name") or LAST
+        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+            raise RecipeError(f"{stem}: document {number}: name: expected the name of a folder, got {name!r}")
+        if name in named:
+            what = f"{name!r} is given twice" if data.get("name") else f"more than one has none, which is {LAST!r} then"
+            raise RecipeError(f"{stem}: document {number}: name: {what}; give each document a name of its own")
+        named[name] = data
+    return named
+
+
+def _in_order(named: Mapping[str, dict[str, Any]], stem: str) -> list[str]:
+    """The names, each after those that its document uses."""
+    uses = {name: set(_references(data)) & (named.keys() - {name}) for name, data in named.items()}
+    order = list[str]()
+    while len(order) < len(named):
+        ready = [name for name in named if name not in order and uses[name] <= set(order)]
+        if not ready:
+            left = ", ".join(name for name in named if name not in order)
+            raise RecipeError(f"{stem}: the documents {left} use each other's outputs; none of them can be made first")
+        order.append(ready[0])
+    return order
+
+
+def _references(value: Any) -> Iterator[str]:
+    """The models that a document names, without adapters on them."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in _MODELS and isinstance(inner, str):
+                yield inner.partition("+")[0]
+            yield from _references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
+
+
+def _replaced(value: Any, folders: Mapping[str, str], key: str = "") -> Any:
+    """A document in which outputs are named by their folders."""
+    if isinstance(value, dict):
+        return {inner: _replaced(each, folders, str(inner)) for inner, each in value.items()}
+    if isinstance(value, list):
+        return [_replaced(each, folders) for each in value]
+    if key in _MODELS and isinstance(value, str):
+        name, plus, adapter = value.partition("+")
+        return f"{folders[name]}{plus}{adapter}" if name in folders else value
+    return value
