@@ -17,7 +17,8 @@ from threading import Lock
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.models.dtypes import as_tensor
+from lewis.models.conversion import Conversions
+from lewis.models.dtypes import DTYPES, as_tensor, bits_dtype, bytes_of, torch_dtype
 from lewis.models.model import Model, TensorInfo
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.network_class import known_network
@@ -35,10 +36,14 @@ class Matched:
     Attributes:
         runs: tensor of the base -> the runs of the model's tensors that make it, in order.
         shapes: tensor of the base -> its shape in the model; then those that only the model has.
+        made: tensor of the base that a conversion makes -> the model's tensors that it takes.
+        conversions: make these.
     """
 
     runs: Mapping[str, tuple[Run, ...]]
     shapes: Shapes
+    made: Mapping[str, tuple[str, ...]]
+    conversions: Conversions
 
     @property
     def told(self) -> str:
@@ -51,6 +56,8 @@ class Matched:
         parts += [f"{len(cut)} are cut out of larger ones ({self.runs[cut[0]][0].name} has {cut[0]})"] if cut else []
         if joined:
             parts.append(f"{len(joined)} are put together ({joined[0]} of {len(self.runs[joined[0]])})")
+        if self.made:
+            parts.append(f"{len(self.made)} are computed by transformers' conversion ({next(iter(self.made))})")
         return "read under the base's names: " + ", ".join(parts)
 
     def _is_whole(self, name: str) -> bool:
@@ -87,6 +94,7 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     ours, theirs = Layout(module, base), Layout(module, model)
     by_role = {role: tensor for tensor, role in theirs.roles.items()}
     runs: dict[str, tuple[Run, ...]] = {}
+    made, conversions = dict[str, tuple[str, ...]](), Conversions(ours, theirs)
     for name, shape in base.items():
         same = by_role.get(ours.roles[name]) if name in ours.roles else name if name in model else None
         if same is not None and (model[same] == shape or name.endswith(PER_TOKEN)):
@@ -95,11 +103,15 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
             found = [theirs.tensors_of(run) for run in ours.runs[name]]
             if all(found):
                 runs[name] = tuple(run for each in found for run in each or ())
-    if all(each == (Run(name, 0, _WHOLE),) for name, each in runs.items()):
+        if name not in runs and (sources := conversions.sources(name, shape, model)):
+            made[name] = sources
+    if not made and all(each == (Run(name, 0, _WHOLE),) for name, each in runs.items()):
         return None
-    used = {run.name for each in runs.values() for run in each}
+    used = {run.name for each in runs.values() for run in each} | {name for each in made.values() for name in each}
     shapes = {n: model[r[0].name] if r[0].stop == _WHOLE else base[n] for n, r in runs.items()}
-    return Matched(runs, shapes | {name: shape for name, shape in model.items() if name not in used | shapes.keys()})
+    shapes |= {name: base[name] for name in made}
+    others = {name: shape for name, shape in model.items() if name not in used | shapes.keys()}
+    return Matched(runs, shapes | others, made, conversions)
 
 
 def under_names_of(base: Model, model: Model, key: str) -> Model:
@@ -137,7 +149,8 @@ class Renamed:
 
     def __init__(self, base: Model, model: Model, matched: Matched, key: str) -> None:
         self.model, self.folder, self.config, self.key = model, model.folder, model.config, key
-        self.told, self._runs = matched.told, dict(matched.runs)
+        self.told, self._runs, self._made = matched.told, dict(matched.runs), matched.made
+        self._conversions = matched.conversions
         self._kept: dict[str, tuple[str, np.ndarray]] = {}
         self._lock = Lock()
         self.tied = self._find_tied(base)
@@ -165,6 +178,8 @@ class Renamed:
 
         It is fp32 if tensors of several dtypes make it.
         """
+        if (stored := self.tied.get(name, name)) in self._made:
+            return self._converted(stored)
         parts = [self._bits(run) for run in self._of(name)]
         if len(parts) == 1:
             return parts[0]
@@ -175,22 +190,34 @@ class Renamed:
 
     def will_need(self, name: str) -> None:
         """As `Checkpoint`."""
-        for run in self._of(name):
-            self.model.will_need(run.name)
+        for tensor in self._sources(name):
+            self.model.will_need(tensor)
 
     def done_with(self, name: str) -> None:
         """As `Checkpoint`."""
-        for run in self._of(name):
-            self.model.done_with(run.name)
+        for tensor in self._sources(name):
+            self.model.done_with(tensor)
 
     def computes(self, name: str) -> bool:
         """Whether this tensor is put together or computed, and so takes memory while it is used."""
-        runs = self._of(name)
-        return len(runs) > 1 or any(self.model.computes(run.name) for run in runs)
+        sources = self._sources(name)
+        return len(sources) > 1 or name in self._made or any(map(self.model.computes, sources))
 
     def _of(self, name: str) -> tuple[Run, ...]:
         name = self.tied.get(name, name)
         return self._runs.get(name, (Run(name, 0, _WHOLE),))
+
+    def _sources(self, name: str) -> list[str]:
+        name = self.tied.get(name, name)
+        return list(self._made[name]) if name in self._made else [run.name for run in self._of(name)]
+
+    def _converted(self, name: str) -> tuple[str, np.ndarray]:
+        """What a conversion makes, which is kept likewise: one conversion may make many tensors."""
+        with self._lock:
+            if name not in self._kept:
+                made = self._conversions.make(name, self.model.read)
+                self._kept = {each: _bits_of(value) for each, value in made.items()}
+            return self._kept[name]
 
     def _bits(self, run: Run) -> tuple[str, np.ndarray]:
         """The values of a run. What is computed is kept until another tensor is: its parts are read one by one."""
@@ -215,6 +242,11 @@ class Renamed:
         return found
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        infos = [self.model.tensors[self.model.tied.get(run.name, run.name)] for run in self._of(name)]
+        infos = [self.model.tensors[self.model.tied.get(each, each)] for each in self._sources(name)]
         dtypes = {info.dtype for info in infos}
         return TensorInfo(dtypes.pop() if len(dtypes) == 1 else "F32", shape, infos[0].file)
+
+
+def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
+    dtype = next(name for name in DTYPES if torch_dtype(name) == value.dtype)
+    return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))
