@@ -11,7 +11,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 OURS = {"lewis", "lewis_tasks", "lewis_flows", "lewis_deployments", "tests"}
-OPTIONAL = {"flows/runners/dask.py": "dask", "flows/runners/dask_worker.py": "dask", "flows/runners/ray.py": "ray"}
+OPTIONAL = {
+    **{"flows/runners/dask.py": "dask", "flows/runners/dask_worker.py": "dask", "flows/runners/ray.py": "ray"},
+    **{"lewis/models/gguf_file.py": "gguf", "lewis/models/gguf_folder.py": "gguf"},
+}
 # Imported in the tests only by the Python of another environment, or from a folder that the test makes.
 ELSEWHERE = {"mergekit", "programs"}
 DISTRIBUTIONS = packages_distributions()  # takes a second

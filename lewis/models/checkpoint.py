@@ -13,7 +13,8 @@ from lewis.lazy_torch import torch
 from lewis.models.config import read_config
 from lewis.models.config_check import check_config
 from lewis.models.dtypes import as_tensor
-from lewis.models.files import weight_files
+from lewis.models.files import GGUF_TABLE, weight_files
+from lewis.models.gguf_file import open_gguf
 from lewis.models.model import TensorInfo
 from lewis.models.names import EMBEDDINGS, HEADS, is_buffer, unwrapped
 from lewis.models.quantised.find import check_plain, find
@@ -60,8 +61,6 @@ class Checkpoint:
                 )
             chosen = {name: info for name, info in found.items() if wanted is None or name in wanted}
             tensors |= {name: info for name, info in chosen.items() if not is_buffer(name, info.shape)}
-        if not tensors:
-            raise InputError(f"{folder}: its weight files hold no tensor; download it again")
         if adapted := next((name for name in tensors if ".lora_A." in name or ".base_layer." in name), None):
             raise InputError(
                 f"{folder}: {adapted!r} is of a PEFT model that was saved with its adapter beside its weights; call "
@@ -69,6 +68,8 @@ class Checkpoint:
             )
         self._stored, self._packed = tensors, dict[str, Packed]()
         tensors = self._dequantised()
+        if not tensors:
+            raise InputError(f"{folder}: its weight files hold no tensor; download it again")
         check_config(folder, self.config, {name: info.shape for name, info in tensors.items()})
         self.tied = _tied_head(self.config, tensors, folder)
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
@@ -82,6 +83,9 @@ class Checkpoint:
 
     def _dequantised(self) -> dict[str, TensorInfo]:
         """The tensors of the model: those that are stored, with quantised weights in the place of their parts."""
+        if not self._files and (self.folder / GGUF_TABLE).is_file():
+            self._packed, dtype = open_gguf(self.folder, self.config)
+            return {name: TensorInfo(dtype, packed.shape, GGUF_TABLE) for name, packed in self._packed.items()}
         settings = settings_of(self.folder, self.config)
         headers = {name: (info.dtype, info.shape) for name, info in self._stored.items()}
         if settings is not None:

@@ -14,6 +14,7 @@ from lewis.models.names import unwrapped
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
+GGUF_TABLE = "gguf.json"  # of a folder that `gguf_folder` made: the tensors of the GGUF file in it
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
@@ -23,8 +24,14 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def needed(names: Iterable[str]) -> list[str]:
-    """The files that a merge reads, sorted: weights, configs and tokenizer. Files in subfolders do not count."""
-    found = [n for n in names if "/" not in n and n != store.MANIFEST and any(fnmatch(n, p) for p in _NEEDED)]
+    """The files that a merge reads, sorted: weights, configs and tokenizer. Files in subfolders do not count.
+
+    GGUF files count where there are no safetensors.
+    """
+    names = [n for n in names if "/" not in n and n != store.MANIFEST]
+    found = [n for n in names if any(fnmatch(n, p) for p in _NEEDED)]
+    if not any(".safetensors" in n for n in found):
+        found += [n for n in names if n.endswith(".gguf")]
     # Mistral's repos hold the same weights a second time, as consolidated*.safetensors.
     copies = [n for n in found if fnmatch(n, "consolidated*.safetensors")]
     has_others = any(n.endswith(".safetensors") and n not in copies for n in found)
@@ -42,7 +49,7 @@ def check_weights(ref: str, names: Iterable[str]) -> None:
         InputError: if it has neither.
     """
     names = sorted(names)
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in needed(names)):
+    if any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf")) for name in needed(names)):
         return
     refuse_pickled(ref, names)
     raise InputError(f"{ref}: no *.safetensors in it; expected a model or a LoRA adapter in the Hugging Face layout")
@@ -67,16 +74,18 @@ def refuse_pickled(ref: str, names: Iterable[str]) -> None:
 
 
 def weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """The weight files of a model folder.
+    """The safetensors files of a model folder.
 
     Returns:
         File name -> the tensors that the index places in it, by their `names.unwrapped` names; None: all that the file
-        holds.
+        holds. Empty for a folder that was made for a GGUF file.
 
     Raises:
         InputError: if there are none, or only pickled ones, or if the index names a file that is missing or in another
             folder.
     """
+    if (folder / GGUF_TABLE).is_file():
+        return {}
     check_regular(folder / SINGLE)
     if (folder / SINGLE).is_file():
         return {SINGLE: None}

@@ -14,7 +14,9 @@ import os
 from pathlib import Path
 
 from lewis.errors import InputError, TransientError
-from lewis.models.files import ADAPTER, check_weights, needed
+from lewis.models.files import ADAPTER, GGUF_TABLE, check_weights, needed
+from lewis.models.gguf_file import headers
+from lewis.models.gguf_folder import as_folder, only
 from lewis.models.hub_client import api, cache_folder, check_repo_id, errors, offline, snapshot
 from lewis.models.listing import COMMIT, cached_listing, listing_of, remember_listing
 from lewis.models.names import is_buffer, unwrapped
@@ -34,7 +36,7 @@ def resolve(ref: str, root: Path) -> Pinned:
 
     Args:
         ref: `org/name`, `org/name@revision` (branch, tag or commit) or a folder. Anything that begins with `.`, `/` or
-            `~`, or that exists as a folder, is local.
+            `~`, or that exists as a folder or GGUF file, is local. A repo's only GGUF file is downloaded at once.
         root: where a relative folder is looked for first (the recipe's folder); then comes the working directory.
 
     Raises:
@@ -43,7 +45,7 @@ def resolve(ref: str, root: Path) -> Pinned:
     """
     folder = find_folder(ref, root)
     if folder is not None:
-        return pin_folder(ref, folder)
+        return pin_folder(ref, as_folder(ref, folder))
     source, at, revision = ref.partition("@")
     check_repo_id(ref, source)
     if at and not revision:
@@ -58,6 +60,9 @@ def resolve(ref: str, root: Path) -> Pinned:
         commit, files = str(info.sha), remember_listing(source, info)
     check_weights(ref, files)
     pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
+    if found := [name for name in needed(files) if name.endswith(".gguf")]:
+        only(ref, found)  # it is read where it is: config and tensors are known only from the file itself
+        return pin_folder(ref, as_folder(ref, fetch(pinned)))
     if _told.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
         _told[ref] = commit
         logger.info("%s is commit %s (%.2f GB)", ref, commit, pinned.size / 1e9)
@@ -159,6 +164,8 @@ def tensor_headers(pinned: Pinned) -> Headers:
         TransientError: if the Hub is busy or unreachable.
     """
     folder = folder_of(pinned)
+    if (folder / GGUF_TABLE).is_file():
+        return headers(folder)
     listing = {} if pinned.is_local else listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
     names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter beside a full model

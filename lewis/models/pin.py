@@ -9,7 +9,7 @@ from lewis.input_files import check_regular
 from lewis.models.files import check_weights, needed
 from lewis.store.checksums import remembered_sha256
 
-FORMS = "expected 'org/name', 'org/name@revision' or a local folder"
+FORMS = "expected 'org/name', 'org/name@revision' or a local folder (or a GGUF file)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pinned:
 
 
 def find_folder(ref: str, root: Path) -> Path | None:
-    """The folder that a reference means, or None if it means a Hub repo.
+    """The folder or GGUF file that a reference means, or None if it means a Hub repo.
 
     Args:
         ref: as in a recipe.
@@ -50,7 +50,7 @@ def find_folder(ref: str, root: Path) -> Path | None:
         path = Path(ref).expanduser()
         places = list(dict.fromkeys(place.absolute() / path for place in (root, Path.cwd())))
         for place in places:
-            if place.is_dir():
+            if place.is_dir() or (place.suffix == ".gguf" and place.is_file()):
                 return place.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: "~nobody"
         raise InputError(f"{ref}: cannot look it up as a folder: {error}; {FORMS}") from error

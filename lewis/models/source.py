@@ -103,7 +103,7 @@ class ModelFiles(Reference):
         """The files of these folders, with the sizes that they have now."""
         folders = [folder, *under, *([adapter] if adapter else [])]
         paths = [p for place in folders for p in sorted(place.glob("*")) if p.is_file()]
-        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".json")}
+        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".gguf", ".json")}
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=tuple(under), like=like, sizes=sizes)
 
     @property

@@ -63,6 +63,7 @@ GRAMS = Kind("grams", "*", "grams-")  # second-order statistics of a model's inp
 ALLOCATIONS = Kind("allocations", locks="allocation-")  # densities
 CALIBRATIONS = Kind("calibrations")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-")  # how the weights of base and experts differ
+GGUF = Kind("gguf", "*", "gguf-")  # config, tokenizer and names of GGUF files, folders with a link to the file
 SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
 DIGESTS = Kind("digests")  # remembered checksums and other facts
 PICTURES = Kind("pictures", "*.png")
@@ -72,6 +73,6 @@ RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
 SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
 QUARANTINE = Kind(entries.QUARANTINE, "*", notes_use=False)  # damaged entries that were set aside
 REMOVABLE = (
-    *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, SCORES),
+    *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
     *(DIGESTS, PICTURES, DATASETS, LOGS, QUARANTINE),
 )
