@@ -99,6 +99,7 @@ def merge_flow(
             )
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
+        recipes_folder.check_alone(path, plan)
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)
         report, changed, (name, line) = _merge(plan)

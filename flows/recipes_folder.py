@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -132,25 +133,66 @@ def name_of(recipe: str) -> str:
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe, as `find` and `Recipe.load`."""
-    return Recipe.load(find(recipe), overrides)
+    """Read and check a recipe, as `find`, `Recipe.load` and `check_alone`."""
+    path = find(recipe)
+    found = Recipe.load(path, overrides)
+    check_alone(path, found)
+    return found
 
 
 def registered_name(recipe: str) -> str:
     """The model that a recipe registers, also where the rest of the file is wrong; empty if it does not say that."""
     try:
-        text = read_bytes(find(recipe), yaml_limits.MAX_BYTES).decode(errors="replace")
-    except (LewisError, OSError):
+        return _registers(find(recipe))[0]
+    except LewisError:
         return ""
+
+
+def check_alone(path: Path, recipe: Recipe) -> None:
+    """Check that no other recipe of the folder registers the same model, unless both name one `register.group`.
+
+    Args:
+        path: the recipe's file, in the folder or elsewhere.
+        recipe: what was read from it.
+
+    Raises:
+        InputError: naming another recipe that registers the same model.
+    """
+    block = recipe.register_as
+    if block is None or not location().is_dir():
+        return
+    for other, (name, group) in _all_registers(location(), tuple(signature())).items():
+        apart = group != block.group or not group
+        if name == block.name and apart and other.resolve() != path.resolve():
+            raise InputError(
+                f"register.name: {name!r} is registered by {path.name} and by {other.name}, which would replace each "
+                "other's champion; give one of them another name, or both the same `register.group` if that is meant"
+            )
+
+
+@lru_cache(maxsize=1)
+def _all_registers(_folder: Path, _signature: tuple[tuple[str, int, int, int], ...]) -> dict[Path, tuple[str, str]]:
+    """File of a recipe -> what it registers; read again when a file has changed."""
+    return {path: _registers(path) for path in sorted(_files())}
+
+
+def _registers(path: Path) -> tuple[str, str]:
+    """Name and group of the model that a recipe registers; each empty if the file does not say it."""
     try:
-        content = yaml_limits.load(text, recipe)
+        text = read_bytes(path, yaml_limits.MAX_BYTES).decode(errors="replace")
+    except (LewisError, OSError):
+        return "", ""
+    try:
+        content = yaml_limits.load(text, path.stem)
         block = content.get("register") if isinstance(content, dict) else None
-        name = block.get("name") if isinstance(block, dict) else None
+        found = [block.get(key) if isinstance(block, dict) else None for key in ("name", "group")]
     except LewisError:  # not even YAML: look for the lines
-        block = re.search(r"^register:(.*(?:\n[ \t].*)*)", text, re.MULTILINE)
-        named = re.search(r"\bname:[ \t]*[\"']?([^\s,}\"'#]+)", block[1]) if block else None
-        name = named[1] if named else None
-    return name if isinstance(name, str) else ""
+        lines = re.search(r"^register:(.*(?:\n[ \t].*)*)", text, re.MULTILINE)
+        keys = [rf"\b{key}:[ \t]*[\"']?([^\s,}}\"'#]+)" for key in ("name", "group")]
+        matches = [re.search(key, lines[1]) if lines else None for key in keys]
+        found = [match[1] if match else None for match in matches]
+    name, group = (each if isinstance(each, str) else "" for each in found)
+    return name, group
 
 
 def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:

@@ -89,6 +89,7 @@ def search_flow(
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
+        recipes_folder.check_alone(path, plan)
         metrics = study.objectives_of(plan)
         space.check(plan)
         assert plan.search is not None

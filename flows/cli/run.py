@@ -11,6 +11,7 @@ from lewis_flows.cli import arguments
 from lewis_flows.cli.terminal import print_table
 
 if TYPE_CHECKING:
+    from lewis.recipe.recipe import Recipe
     from lewis_flows.merge import MergeReport
     from lewis_flows.search import SearchReport
 
@@ -19,8 +20,17 @@ R = TypeVar("R")
 
 def run(options: argparse.Namespace) -> None:
     """Run the DAG of a recipe."""
-    arguments.load(options)  # find a mistake in the recipe before a server is started
+    _load(options)
     run_merge(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
+
+
+def _load(options: argparse.Namespace) -> "Recipe":
+    """The recipe of a run: find a mistake in it before a server is started."""
+    from lewis_flows import recipes_folder
+
+    recipe = arguments.load(options)
+    recipes_folder.check_alone(Path(options.recipe), recipe)
+    return recipe
 
 
 def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -58,7 +68,7 @@ def search(options: argparse.Namespace) -> None:
     """Run the search of a recipe."""
     from lewis.search import space, study
 
-    recipe = arguments.load(options)  # find a mistake in the recipe before a server is started
+    recipe = _load(options)
     study.objectives_of(recipe)
     space.check(recipe)
 

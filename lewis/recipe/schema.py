@@ -286,9 +286,15 @@ class Gate(Block):
 
 
 class Register(Block):
-    """The registered model in MLflow."""
+    """The registered model in MLflow.
+
+    Attributes:
+        name: of the model.
+        group: what recipes share that register one model on purpose; empty if no other recipe registers it.
+    """
 
     name: str = Field(pattern=r"^[^/:]+$")
+    group: str = ""
     gate: Gate | None = None
 
 

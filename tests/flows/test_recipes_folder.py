@@ -56,6 +56,50 @@ def test_what_the_user_has_there_is_left_alone(installed: Path) -> None:
     assert list((installed / "recipes").iterdir()) == []
 
 
+ONE = "{merge_method: linear, models: [{model: org/a}, {model: org/b}], register: {name: tiny%s}}"
+
+
+@pytest.mark.parametrize(
+    "first, second, refused",
+    [
+        ("", "", True),
+        (", group: team", "", True),
+        (", group: team", ", group: crew", True),
+        (", group: team", ", group: team", False),
+        ("", "er", False),
+    ],
+)
+def test_two_recipes_of_one_name_are_refused_or_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str, refused: bool
+) -> None:
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    for name, rest in (("one", first), ("two", second)):
+        (tmp_path / f"{name}.yaml").write_text(ONE % rest)
+    assert sorted(recipes_folder.load_all()) == ([] if refused else ["one", "two"])
+    if refused:
+        with pytest.raises(InputError, match=r"'tiny' is registered by one.yaml and by two.yaml.*`register.group`"):
+            recipes_folder.load("one")
+    (tmp_path / "two.yaml").write_text("register: {name: tiny}\n[a")  # a file that is wrong still says what it means
+    with pytest.raises(InputError, match=r"by two\.yaml"):
+        recipes_folder.load("one")
+    (tmp_path / "two.yaml").unlink()
+    assert sorted(recipes_folder.load_all()) == ["one"]
+
+
+def test_a_copy_elsewhere_does_not_take_the_champion_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    for path in (tmp_path / "copy.yaml", tmp_path / "recipes" / "one.yaml"):
+        path.write_text(ONE % "")
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    copy = tmp_path / "copy.yaml"
+    with pytest.raises(InputError, match=r"by copy.yaml and by one.yaml"):
+        recipes_folder.check_alone(copy, Recipe.load(copy))
+    recipes_folder.check_alone(copy, Recipe.load(copy, ["register.name=tried"]))
+    recipes_folder.check_alone(tmp_path / "recipes" / ".." / "recipes" / "one.yaml", recipes_folder.load("one"))
+
+
 def test_the_example_is_a_valid_recipe_once_it_is_copied(installed: Path) -> None:
     recipes_folder.make()
     copy = recipes_folder.folder() / "my-merge.yaml"
