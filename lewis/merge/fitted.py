@@ -36,7 +36,7 @@ class Fitted:
 
         with safe_open(self._places[name], framework="pt") as file:
             found: torch.Tensor = file.get_tensor(name)
-        return found
+        return found.clone()  # in a file a tensor begins anywhere, on which products depend in their last bits
 
     def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the tensors of a block."""

@@ -85,6 +85,12 @@ class Parameter:
             return value
         if self.auto and value == AUTO:
             return AUTO
+        if value == AUTO and self.name in ("lambda", "weight"):
+            raise ValueError(
+                "expected a number, got 'auto': what calibration rows give for it in closed form was worse than a "
+                "number that is searched for; add a search block with a range for it, or merge_method: recommended, "
+                "which fits whole projections to calibration rows"
+            )
         or_auto = " or auto" if self.auto else ""
         try:
             number = float("nan") if isinstance(value, bool) else float(value)

@@ -8,7 +8,7 @@
 
 `tune` tries the values in `SEARCHED` on test rows 1 to `--rows`, models scored in bf16. `judge` takes the best value of
 each method there, by family, to rows from 201 on, which no value was chosen on, scored in fp32. `calibration` does so
-for other numbers of calibration rows, and for wrong ones.
+for other numbers of calibration rows, and for wrong ones, on rows from 241 on, scored in bf16.
 
 Families: `two` LoRA experts of one seed (maths, code), `seeds`: two of different seeds (code, SQL), `three` LoRA
 experts, `full`: two full fine-tunes (`real/train_expert.py math` and `code`, without --lora). The distance is the mean
@@ -52,6 +52,7 @@ FAMILIES = {
     "seeds": ("code", "sql"),
 }
 JUDGED_FROM = 200  # test rows; those before have chosen values, of this study or of those before it
+FOR_CALIBRATION = 240  # rows from here on are not those that the methods were compared on
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ def cases(options: argparse.Namespace, known: Known) -> Iterator[Case]:
     if options.what == "tune":
         yield from (Case(family, label, options.rows, 0) for label in SEARCHED for family in families)
         return
-    yield from (Case(family, "experts", options.rows, JUDGED_FROM) for family in families)
+    skip = JUDGED_FROM if options.what == "judge" else FOR_CALIBRATION
+    yield from (Case(family, "experts", options.rows, skip) for family in families)
     if options.what == "judge":
         chosen = {family: best(known, family) for family in families}
         order = dict.fromkeys(each.method for each in SEARCHED.values())
@@ -259,16 +261,16 @@ def cases(options: argparse.Namespace, known: Known) -> Iterator[Case]:
         return
     forward = Candidate("regmean_forward", (("ridge", 0.01),)).label
     for samples, sets in (
+        (8, "own"),
+        (8, "next"),
+        (8, "base"),
+        (8, "format"),
         (4, "own"),
+        (32, "own"),
         (128, "own"),
-        (32, "next"),
-        (32, "base"),
-        (16, "own"),
-        (32, "format"),
-        (64, "own"),
     ):
         for family in families:
-            yield Case(family, forward, options.rows, JUDGED_FROM, samples, sets)
+            yield Case(family, forward, options.rows, FOR_CALIBRATION, samples, sets)
 
 
 def needs(label: str) -> str:
@@ -318,7 +320,7 @@ def draw(known: Known, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    judged = {case: found for case, found in known.items() if case.skip and (case.samples, case.sets) == (32, "own")}
+    judged = {case: found for case, found in known.items() if case.skip == JUDGED_FROM and case.samples == 32}
     families = [name for name in FAMILIES if any(case.family == name for case in judged)]
     figure, panels = pyplot.subplots(1, len(families), figsize=(4.2 * len(families), 4.2), squeeze=False)
     for panel, family in zip(panels[0], families, strict=True):
@@ -367,9 +369,11 @@ def main() -> None:
 
 def study(options: argparse.Namespace, known: Known) -> None:
     """Run the cases that are not known yet."""
-    start, data, tune = time.perf_counter(), options.shared / "data", options.what == "tune"
-    rows = test_rows(data, options.rows, 0 if tune else JUDGED_FROM)
-    scorer = Scorer(options.base, rows, torch.bfloat16 if tune else torch.float32)
+    start, data, judge = time.perf_counter(), options.shared / "data", options.what == "judge"
+    rows = test_rows(
+        data, options.rows, {"tune": 0, "judge": JUDGED_FROM, "calibration": FOR_CALIBRATION}[options.what]
+    )
+    scorer = Scorer(options.base, rows, torch.float32 if judge else torch.bfloat16)
     for case in cases(options, known):
         if case in known or time.perf_counter() - start > 60 * options.minutes:
             continue
@@ -377,7 +381,7 @@ def study(options: argparse.Namespace, known: Known) -> None:
         if case.family == "full":
             experts = [options.full_math, options.full_code]
         recipe = recipe_of(case, options.base, experts, data, options.results.with_suffix(".base.jsonl"))
-        known[case] = run(case, scorer, recipe, apart=not tune)
+        known[case] = run(case, scorer, recipe, apart=judge)
         with options.results.open("a") as file:
             file.write(json.dumps({"case": vars(case), **known[case]}) + "\n")
         print(case, known[case].get("seconds"), f"{time.perf_counter() - start:.0f} s", flush=True)

@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lewis.importance.calibration import Calibration
+from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
+from lewis.merge.step import resolve
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.importance.test_architecture import SAMPLES, expert_inputs
-from tests.lewis.merge.test_fit import RIDGE
+from tests.lewis.merge.test_fit import RIDGE, recipe_of
 from tests.lewis.merge.test_static_fit import mixture
+from tests.support.tiny_architectures import tiny
 
 pytestmark = pytest.mark.usefixtures("home")
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -66,7 +70,7 @@ class Unfitted(Checkpoint):
         return self._merge.tensor(name)
 
 
-def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads(
+def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads_and_in_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lewis.merge import fit as forward_order
@@ -75,6 +79,8 @@ def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads(
     merge, _ = mixture(tmp_path, True, "regmean_forward")
     whole = forward_order.fit(merge, tmp_path / "whole", threads=1)
     keep, kept = Walk._keep, []
+    monkeypatch.setattr("lewis.merge.fit.IN_MEMORY", 0)  # what rests is in files from here on
+    monkeypatch.setattr("lewis.merge.spill.LARGE", 1)
 
     def stop(walk: Walk, block: str) -> None:
         keep(walk, block)
@@ -88,3 +94,28 @@ def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads(
     names = [name for name in merge.layout if name in whole]
     assert kept == ["model.layers.0"] and any(".experts." in name for name in names)
     assert all(torch.equal(whole.read(name), again.read(name)) for name in names)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "granitemoe"])
+@pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
+def test_experts_of_other_layouts_are_fitted(kind: str, method: str, tmp_path: Path) -> None:
+    """Stored (in, out) with biases; run all at once in batched products; a module for each of two stacks."""
+    torch.manual_seed(0)
+    folders = [tmp_path / name for name in ("base", "one", "two")]
+    model = tiny(kind)
+    for folder in folders:
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    opened = [Checkpoint(folder, folder.name) for folder in folders]
+    models = [{"model": str(folder)} for folder in folders[1:]]
+    block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
+    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models), opened[0])
+    rows = Calibration("a", SAMPLES)
+    merge = Merge(settings, opened[0], [Expert(str(m.folder), m, calibration=rows) for m in opened[1:]])
+    merge.run(tmp_path / "out", threads=1)
+    found = Checkpoint(tmp_path / "out", "out")
+    fitted = {name for name in merge.layout if not torch.equal(found.read(name), merge.tensor(name))}
+    stacks = {name for name, shape in found.shapes.items() if len(shape) == 3 or ".experts." in name}
+    assert {name for name in stacks if not name.endswith("bias")} <= fitted

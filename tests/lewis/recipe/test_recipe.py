@@ -179,6 +179,8 @@ class TestMistakes:
             ({"genome": {}}, "genome: this is a config of mergekit-evolve"),
             ({"gate_mode": "random"}, "gate_mode: this is a config of mergekit-moe"),
             ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
+            ({"parameters": {"lambda": "auto"}}, "parameters.lambda: expected a number, got 'auto': what"),
+            ({"parameters": {"weight": [1, "auto"]}}, "parameters.weight: expected a number, got 'auto': what"),
             ({"register": {"name": "a/b"}}, "register.name: "),
             ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
             (
