@@ -18,7 +18,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports.verdict_line import verdict_line
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.runners import choose
-from lewis_flows.stages import fetch, guide
+from lewis_flows.stages import fetch, guide, pin
 from lewis_flows.submit import finish, known, submit
 from lewis_flows.turn import turn
 from lewis_tasks.evaluate import check_tasks, evaluate
@@ -26,7 +26,7 @@ from lewis_tasks.inspect import diagnose
 from lewis_tasks.merge import merging
 from lewis_tasks.publish import check_publish, publish
 from lewis_tasks.register import find_champion, gate, promote, register
-from lewis_tasks.report import name_run, report_run, report_scores
+from lewis_tasks.report import report_run, report_scores
 from lewis_tasks.resolve import settle
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
@@ -118,23 +118,23 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
     champion = submit(find_champion, plan.register_as.name, bool(settings)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
 
-    models = fetch(plan, tasks_digest)
-    base, experts, inspected = models.base, models.experts, models.inspected
-    named = submit(name_run, quote(plan), models.base_source, models.sources)
-    diagnosed = submit(diagnose, quote(plan), plan.blocks, base, experts, wait_for=[inspected])
-    sets, measured, allocated, drawn = guide(plan, base, experts, inspected)
+    pinned = pin(plan, [tasks_digest, publishable])
+    run_tags.rename(run_tags.run_name(plan.name, [each.result().key for each in _all(pinned.base, pinned.experts)]))
+    models = fetch(plan, pinned)
+    base, experts, after = models.base, models.experts, [models.inspected]
+    files = (known(base), known(experts))
+    diagnosed = submit(diagnose, quote(plan), plan.blocks, *files, wait_for=after)
+    sets, measured, allocated, drawn = guide(plan, models)
     merged = submit(
         merging(plan),
-        *(quote(plan), plan.blocks, base, experts, allocated, "experts"),
+        *(quote(plan), plan.blocks, *files, allocated, "experts"),
         *((sets, measured) if plan.fits else ([], [])),
-        wait_for=[inspected],
+        wait_for=[] if allocated or sets else after,
     )
     uniform = None
     if allocated and plan.wants_uniform:
-        baseline = merging(plan, "uniform")
-        uniform = submit(baseline, quote(plan), plan.blocks, base, experts, allocated, "uniform", wait_for=[merged])
-    finish(tasks_digest, champion, publishable, *models.futures)
-    finish(*sets, *measured, allocated, drawn, merged, uniform)
+        uniform = submit(merging(plan, "uniform"), quote(plan), plan.blocks, *files, allocated, "uniform")
+    finish(champion, *sets, *measured, allocated, drawn, merged, uniform)
     result = merged.result()
     report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
     report.adapter = result.adapter.to_text() if result.adapter else None
@@ -146,23 +146,28 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
         current = champion.result() if champion else None
         incumbent = current.files("champion") if current else None
         if incumbent and incumbent.key != result.digest:
-            to_score["champion"] = incumbent
+            to_score["champion"] = quote(incumbent)
             to_score[plan.label] = to_score.pop(plan.label)  # keep it the last: the pictures outline the last model
+        causes = {"uniform": uniform, "champion": champion}
         for label, model in to_score.items():
-            scores[label] = submit(evaluate, model, label, settings, plan.root, tasks_digest)
-        table = submit(report_scores, quote(plan), scores)
-        finish(*scores.values(), table)
+            cause = causes.get(label) or merged
+            scores[label] = submit(evaluate, model, label, settings, plan.root, known(tasks_digest), wait_for=[cause])
+        finish(*scores.values())
+        table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
+        finish(table)
         rows = table.result()
         report.scores, report.comparison, report.kept = rows["scores"], rows["comparison"], rows["kept"]
 
-    verdict = version = published = None
+    verdict = version = promoted = published = None
     moved, told = False, ("Completed", "merged; the recipe registers nothing")
     inputs = [known(each) for each in (base, experts, sets, allocated)]
     if plan.register_as:
-        verdict = submit(gate, quote(plan), champion, merged, scores)
-        version = submit(register, quote(plan), *inputs, merged, known(scores), wait_for=[verdict])
-        promoted = submit(promote, quote(plan), version, verdict, known(merged))
-        finish(verdict, version, promoted)
+        causes_of_gate = [] if scores else [merged]
+        verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=causes_of_gate)
+        version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
+        finish(verdict, version)
+        promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
+        finish(promoted)
         report.version, report.created = version.result().uri, version.result().created
         report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
         before = champion.result() if champion else None
@@ -170,7 +175,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
         moved = report.promoted and in_use != report.version
         told = verdict_line(report.version, verdict.result(), champion=in_use)
         if plan.publish:
-            published = submit(publish, quote(plan), version, merged, wait_for=[promoted])
+            published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
             published.wait()  # raise its error after the report
     work = tally(
         download=[base, *experts],
@@ -182,9 +187,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
     facts = [known(each) for each in (merged, champion, scores, verdict)]
     there = published.result() if published and published.state.is_completed() else None
     url = there.url if there else None
-    written = submit(
-        report_run, quote(plan), *inputs, *facts, version, work, quote(report.comparison), url, wait_for=[merged, named]
-    )
+    about = (known(version), work, quote(report.comparison), url)
+    written = submit(report_run, quote(plan), *inputs, *facts, *about, wait_for=[promoted or merged])
     diagnosed.wait()  # like the report's, its error is shown by the UI
     written.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
     if published:
@@ -205,9 +209,13 @@ def _models_to_score(
     uniform: PrefectFuture[MergedModel] | None,
     merged: PrefectFuture[MergedModel],
 ) -> dict[str, Any]:
-    """Label -> model, in the order of the table: the parents, the uniform baseline, the merged model."""
-    models: dict[str, Any] = {"base": base} if plan.scores_base else {}
+    """Label -> model, quoted, in the order of the table: the parents, the uniform baseline, the merged model."""
+    models: dict[str, Any] = {"base": known(base)} if plan.scores_base else {}
     if plan.scores_experts:
         pairs = zip(short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
-        models |= {label: files for label, entry, files in pairs if entry.model != plan.base_model}
-    return {**models, **({"uniform": uniform} if uniform else {}), plan.label: merged}
+        models |= {label: known(files) for label, entry, files in pairs if entry.model != plan.base_model}
+    return {**models, **({"uniform": known(uniform)} if uniform else {}), plan.label: known(merged)}
+
+
+def _all(base: Any, experts: list[Any]) -> list[Any]:
+    return [*([base] if base else []), *experts]

@@ -25,7 +25,7 @@ from lewis.search.study import Log, Objective, Trial
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import MergeReport, merge_flow
 from lewis_flows.runners import choose
-from lewis_flows.stages import fetch, guide
+from lewis_flows.stages import fetch, guide, pin
 from lewis_flows.submit import finish, submit
 from lewis_flows.turn import turn
 from lewis_tasks.evaluate import check_tasks
@@ -107,9 +107,8 @@ def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
     """Fetch the models and measure their importance, once for all trials; gives base, experts and the tasks' digest."""
     settings = _settings(plan, SEARCH)
     tasks = submit(check_tasks, quote(plan), settings, plan.root)
-    models = fetch(plan, tasks)
-    finish(tasks, *models.futures)
-    finish(*guide(plan, models.base, models.experts, models.inspected).measured)
+    models = fetch(plan, pin(plan, [tasks]))
+    finish(*guide(plan, models).measured)
     base = models.base.result() if models.base else None
     return base, [future.result() for future in models.experts], tasks.result()
 

@@ -6,6 +6,7 @@ The poll keeps no state of its own. The registry knows what was merged; Prefect 
 runs ended. So the next poll finds an event that was lost, or a run that died.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -83,12 +84,13 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchRep
     """
     moves.tell()
     found, problems = _compare(recipes)
-    for name, problem in problems.items():
-        get_run_logger().warning("%s cannot be watched: %s", name, problem)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
     if transient and not found:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
     report = WatchReport(checked=list(found), problems={name: str(problem) for name, problem in problems.items()})
+    others = recipes is not None or polls.remember(len(report.checked), report.problems)
+    for name, text in report.problems.items():  # at each poll, but a warning only at the first
+        get_run_logger().log(logging.WARNING if others else logging.INFO, "%s cannot be watched: %s", name, text)
     for name, moved in found.items():
         for move in moved:
             news = _is_news(name, move)
@@ -96,7 +98,7 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchRep
                 get_run_logger().info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
-    name, line = _told(report, others=recipes is None and polls.remember(len(report.checked), report.problems))
+    name, line = _told(report, others=others)
     get_run_logger().info("%s", line)
     if name != polls.QUIET:
         run_tags.tag(verdict=name.lower(), trigger=run_tags.trigger(run_tags.this_run()))

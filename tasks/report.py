@@ -17,7 +17,7 @@ from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merge.step import MergedModel
-from lewis.models.source import ModelFiles, Source
+from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import champions, versions
 from lewis.registry.lineage import by_reference, lineage_of
@@ -80,12 +80,6 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
         description="Scores with 95 % intervals",
     )
     return found
-
-
-@task(name="name-run", task_run_name="name run", cache_policy=NO_CACHE, timeout_seconds=60)
-def name_run(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
-    """Name the flow run by the commits that it merges; its report adds the digest."""
-    flow_run.rename(flow_run.run_name(recipe.name, [source.key for source in _models(base, experts)]))
 
 
 @task(name="report-run", task_run_name="report run", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)

@@ -24,6 +24,7 @@ Say = Callable[[str, str], None]
 _NOISE = (
     *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
     "already in terminal state",  # if a run ends while its heartbeat is on the way
+    "'change-flow-run-state' action: 404",  # the same, of a poll whose run is deleted
     *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
 )
 _RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,18 @@ def states(prefect_url: str, task: str) -> set[str]:
         return {each["state_name"] for each in json.load(answer)}
 
 
+def edges_of(prefect_url: str, run: str) -> dict[str, set[str]]:
+    """Task of a run -> the tasks that the graph in the UI has arrows from; both by name, once all are known."""
+    request = urllib.request.Request(f"{prefect_url}/flow_runs/{run}/graph-v2", headers=credentials())
+    deadline = time.monotonic() + 20
+    while True:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            nodes = {each["id"]: each for _, each in json.load(answer)["nodes"]}
+        if {"report run", "gate"} <= {each["label"] for each in nodes.values()} or time.monotonic() > deadline:
+            return {n["label"]: {nodes[p["id"]]["label"] for p in n["parents"]} for n in nodes.values()}
+        time.sleep(0.2)
+
+
 def newest_run(prefect_url: str) -> str:
     """The state that the UI shows for the newest flow run that has ended."""
     return str(newest_ended(prefect_url)["state_name"])
@@ -141,7 +154,12 @@ def test_only_a_better_model_becomes_champion(
         told["state"]["message"].startswith("v2: words/acc,none ") and " vs 0.5; words/acc" in told["state"]["message"]
     )
     assert {"recipe:tiny", "trigger:hand", "verdict:rejected"} <= set(told["tags"])
-    assert states(prefect_url, "gate") and states(prefect_url, "register")  # by names that a person reads
+    edges = edges_of(prefect_url, told["id"])
+    scored = {"evaluate base", "evaluate champion", "evaluate merged"}
+    assert edges["gate"] == scored and edges["register v2"] == {"gate"} and edges["reject v2"] == {"register v2"}
+    assert all(edges[each] == {"merge experts"} for each in scored - {"evaluate champion"})
+    assert edges["merge experts"] == {"inspect"} and max(map(len, edges.values())) == len(scored)
+    assert edges["evaluate champion"] == {"find champion"} and edges["report run"] == {"reject v2"}
     assert states(prefect_url, "evaluate champion") == {"Cached"}  # it was the merged model of the first run
 
     better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)

@@ -109,6 +109,7 @@ def _check_mlflow(name: str, home: Path, made_by: list[Any], text: str) -> None:
     assert tags["lewis.prefect.flow_run_id"] in {str(run.id) for run in made_by}
     assert tags["lewis.prefect.flow_run_id"] in tags["lewis.prefect.url"]
     assert tags["lewis.prefect.url"] in text and version.run_id in text
+    assert "![The champion over the versions](data:image/png" in text
     assert Path(client.download_artifacts(version.run_id, "run_report.md", home.parent)).read_text() == text
 
 

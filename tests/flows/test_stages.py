@@ -36,6 +36,9 @@ def test_a_fit_measures_what_it_and_its_anchor_need(
 
     monkeypatch.setattr(stages, "submit", submit)
     monkeypatch.setattr(stages, "measuring", lambda model: f"measure {model}")
-    guide = stages.guide(parse(FITTED | changes), "base", ["a", "c"], "inspected")  # type: ignore[arg-type, list-item]
+    monkeypatch.setattr(stages, "known", lambda futures: futures)
+    monkeypatch.setattr(stages, "finish", lambda *futures: None)
+    models = stages.Models("base", ["a", "c"], "inspected")  # type: ignore[arg-type, list-item]
+    guide = stages.guide(parse(FITTED | changes), models)
     assert done == expected
     assert (guide.allocated is not None) == ("allocate" in expected)

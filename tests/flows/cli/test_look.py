@@ -1,0 +1,86 @@
+"""`lewis open` and `lewis logs`: the pages and the log of a recipe's last run."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import LogCreate
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import Completed, Running, State
+
+from lewis.evaluation.gate import Verdict
+from lewis.registry import promotion, versions
+from lewis_flows.cli.main import main
+from tests.conftest import Family
+from tests.support.lineage import registered
+
+
+@pytest.fixture
+def client(prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    settings: dict = {PREFECT_API_URL: prefect_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
+        yield client
+
+
+@flow(name="merge")
+def _merge(recipe: str) -> State:
+    """Stands for the merge."""
+    create_markdown_artifact("# told", key="looked-at-run-report")
+    return Completed(name="Promoted", message="v2: acc 0.9 vs 0.8; in place of v1")
+
+
+def test_the_pages_and_the_log_of_the_last_run(
+    client: SyncPrefectClient,
+    prefect_url: str,
+    tmp_path: Path,
+    family: Family,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(folder))
+    path = folder / "looked at.yaml"
+    path.write_text("{merge_method: ties, base_model: b, models: [{model: a}], register: {name: looked}}")
+    assert main(["logs", "looked at"]) == 1
+    assert "Prefect knows no run of this recipe" in capsys.readouterr().err
+    assert main(["open", str(path)]) == 0
+    assert re.search(r"^run +none yet\nversion +none yet$", capsys.readouterr().out, re.MULTILINE)
+
+    first, second = (registered(family.base, digit, {}, "looked", None) for digit in "ab")
+    promotion.promote(first, Verdict(True, (), "base"))
+    versions.tag(first, {"lewis.published": "org/looked@1"})
+    client.create_flow_run(_merge, parameters={"recipe": "another"}, state=Running())
+    done = _merge(str(path), return_state=True)
+    run = done.state_details.flow_run_id
+    lines = [(logging.INFO, "downloading"), (logging.WARNING, "a slow disk"), (logging.DEBUG, "detail")]
+    now = datetime.now(UTC)
+    client.create_logs(
+        [LogCreate(name="lewis", level=level, message=text, timestamp=now, flow_run_id=run) for level, text in lines]
+    )
+
+    assert main(["open", "looked at", "--json"]) == 0
+    found, ui = json.loads(capsys.readouterr().out), prefect_url.removesuffix("/api")
+    assert (found["state"], found["message"]) == ("Promoted", "v2: acc 0.9 vs 0.8; in place of v1")
+    assert found["run"] == f"{ui}/runs/flow-run/{run}"
+    assert found["artifacts"]["looked-at-run-report"].startswith(f"{ui}/artifacts/artifact/")
+    assert (found["version"], found["champion"]) == (second.uri, first.uri)
+    assert found["champion_page"].endswith("/#/models/looked/versions/1") and found["published"] == "org/looked@1"
+    assert main(["open", "looked at"]) == 0
+    told = capsys.readouterr().out
+    assert f"run                   Promoted: {found['message']}\n                      {found['run']}\n" in told
+
+    assert main(["logs", "looked at", "--level", "WARNING", "--json"]) == 0
+    (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (line["level"], line["logger"], line["message"]) == ("WARNING", "lewis", "a slow disk")
+    assert main(["logs", "looked at", "--follow"]) == 0  # it has ended
+    told = capsys.readouterr().out
+    assert re.search(r"^\d\d:\d\d:\d\d WARNING a slow disk$", told, re.MULTILINE) and "detail" not in told
