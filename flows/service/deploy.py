@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.input_files import read_bytes
 from lewis.recipe import yaml_limits
@@ -63,8 +63,8 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
     schedules.add_schedules(content, recipes)
-    with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
-        complete = Path(scratch) / "prefect.yaml"
+    with store.scratch_folder("deploy") as scratch:
+        complete = scratch / "prefect.yaml"
         complete.write_text(yaml.safe_dump(content, sort_keys=False))
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(complete)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)

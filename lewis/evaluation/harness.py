@@ -9,7 +9,6 @@ import os
 import re
 import select
 import signal
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from huggingface_hub import get_token
 from lewis.errors import LewisError
 from lewis.evaluation.child_environment import way_to_the_hub, without_secrets
 from lewis.evaluation.fork_server import Child, new_child
-from lewis.store import read_json
+from lewis.store import read_json, scratch_folder
 
 Progress = Callable[[float, str], None]
 _BAR = re.compile(r"(?:Running (\w+ requests):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
@@ -56,8 +55,8 @@ def run(
     environment = without_secrets(os.environ) | (way_to_the_hub(os.environ) if network else {})
     found = get_token() if token else None
     given = environment | ({"HF_TOKEN": found} if found else {})
-    with tempfile.TemporaryDirectory(prefix="lewis-eval-") as scratch:
-        result = Path(scratch) / "result.json"
+    with scratch_folder("eval") as scratch:
+        result = scratch / "result.json"
         child = new_child(environment, loaded=request["device"] == "cpu", network=network)
         try:
             child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})

@@ -1,7 +1,6 @@
 """Ask lm-eval for the scores of a model: which tasks, with which options, in a child process."""
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from lewis.evaluation.permission import check_code, runs_code
 from lewis.evaluation.scores import Evaluated, Score
 from lewis.evaluation.task_files import check_builtin, data_files, find_tasks, reads_hub
 from lewis.models.tokenizer import read_vocabulary
-from lewis.store import digest, file_sha256
+from lewis.store import digest, file_sha256, scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -130,14 +129,14 @@ def evaluate(
         check_code(name, task, settings.allow_code_execution)
     network = reads_hub(found, root)
     token = network and not any(map(runs_code, found.files.values()))  # it is kept from code that the recipe brings
-    with tempfile.TemporaryDirectory(prefix="lewis-tasks-") as include:
+    with scratch_folder("tasks") as include:
         for number, task in enumerate(found.files.values()):
             # A link, which lm-eval follows: so it finds the functions beside the file.
-            (Path(include) / f"{number}.yaml").symlink_to(task.path)
+            (include / f"{number}.yaml").symlink_to(task.path)
         request = {
             "model_args": arguments,
             "tasks": found.names,
-            "include": include,
+            "include": str(include),
             "defaults": bool(found.builtin),
             "device": device,
             "batch_size": settings.batch_size,

@@ -28,6 +28,7 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.evaluation.system_calls import KEYCTL, seccomp_filter
+from lewis.store import scratch_folder
 
 PROCESSES, MEMORY = 4, 1 << 30
 """How many processes and threads a program may have, and how many bytes all of them together."""
@@ -131,12 +132,12 @@ def _started(role: dict[str, str], end: socket.socket, timeout_s: float, out: in
     limits["RLIMIT_NPROC"] = PROCESSES + 2 * as_user  # an ordinary user's `unshare` and `sh` are counted with them
     request: dict[str, Any] = {"limits": limits, "socket": end.fileno(), "keyctl": KEYCTL, **role}
     request["filter"] = base64.b64encode(seccomp_filter()).decode()
-    with tempfile.TemporaryDirectory(prefix="lewis-sandbox-") as root, tempfile.TemporaryFile() as given:
+    with scratch_folder("sandbox") as root, tempfile.TemporaryFile() as given:
         given.write(json.dumps(request).encode())
         given.seek(0)
         try:
             child = subprocess.Popen(
-                _command(root),
+                _command(str(root)),
                 stdin=given,
                 stdout=out,
                 stderr=subprocess.PIPE,

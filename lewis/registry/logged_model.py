@@ -9,7 +9,6 @@ import importlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -129,15 +128,20 @@ def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None
     """
     from mlflow.artifacts import download_artifacts
 
-    with tempfile.TemporaryDirectory(prefix="lewis-", dir=store.make_folder(folder.parent)) as scratch:
+    store.make_folder(folder.parent)
+    scratch = store.beside(folder)  # so that it is swept if this process is killed
+    scratch.mkdir()
+    try:
         place = f"{model.artifact_location.rstrip('/')}/{CHECKPOINT}"
-        found = Path(download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri))
+        found = Path(download_artifacts(place, dst_path=str(scratch), tracking_uri=client.tracking_uri))
         original = manifest.check(found)
         with store.publish(folder, {key: value for key, value in original.items() if key != "files"}) as target:
             for path in _files(found):
                 if path.name != store.MANIFEST:
                     (target / path.relative_to(found)).parent.mkdir(parents=True, exist_ok=True)
                     path.rename(target / path.relative_to(found))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def discard(client: "MlflowClient", model: "LoggedModel") -> None:
@@ -176,8 +180,8 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
         model_id=model.model_id,
     )
     packages = ("mlflow", "transformers", "torch", *(["peft"] if base else []))
-    with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
-        skeleton = Path(scratch) / CHECKPOINT
+    with store.scratch_folder("model") as scratch:
+        skeleton = scratch / CHECKPOINT
         # without the modes: MLflow writes into copies of this
         shutil.copytree(folder, skeleton, ignore=shutil.ignore_patterns(WEIGHTS), copy_function=shutil.copyfile)
         if base is not None:  # MLflow looks up the model's class there

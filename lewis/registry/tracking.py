@@ -4,7 +4,6 @@ import json
 import os
 import posixpath
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,10 +119,10 @@ def _dataset(task: str, digest: str) -> Any:
 
 def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
     """Log files, by name, as artifacts of a run."""
-    with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
+    with store.scratch_folder("files") as scratch:
         for name, content in files.items():
-            (Path(scratch) / name).write_bytes(content)
-        client.log_artifacts(run_id, scratch)
+            (scratch / name).write_bytes(content)
+        client.log_artifacts(run_id, str(scratch))
 
 
 def key(name: str) -> str:

@@ -23,6 +23,7 @@ from lewis.store.files import (
 )
 from lewis.store.folders import holds, home, make_folder, private_folder, restrict, umask
 from lewis.store.manifest import read_manifest
+from lewis.store.scratch import scratch_folder
 from lewis.store.writers import is_dead, writer
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "restrict",
+    "scratch_folder",
     "set_aside",
     "sweep",
     "umask",

@@ -7,13 +7,16 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
+import random
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import Family
-from tests.flows.conftest import RECIPE, REPO, TASK, write_words
+from tests.flows.conftest import RECIPE, REPO, TASK
+from tests.support.models import WORDS
 
 POINTS = int(os.environ.get("LEWIS_FAULTS_POINTS", "0"))
 full = pytest.mark.skipif(not POINTS, reason="make faults")
-KINDS = ("wrong models", "half versions", "orphans", "tracebacks", "runs that failed again")
-_LEFT_OUT = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
+KINDS = ("wrong models", "half versions", "left over", "orphans", "tracebacks", "runs that failed again")
+LEFT_OUT = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -36,6 +40,8 @@ class Tally:
 
     what: str
     points: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    landed: Counter[str] = field(default_factory=Counter)  # the step that had been begun last when a point came
     found: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def note(self, kind: str, bad: bool, where: str) -> None:
@@ -43,11 +49,22 @@ class Tally:
         if bad:
             self.found[kind].append(where)
 
+    def point(self, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """Print what is known after a point: a run of all takes hours, and may be stopped."""
+        bad = [f"{kind}: {each}" for kind in KINDS for each in self.found[kind] if each.startswith(where)]
+        with capsys.disabled():
+            seconds = time.monotonic() - self.begun
+            print(f"{self.what} {where}: {'; '.join(bad) or 'all well'} [{self.points}, {seconds:.0f} s]", flush=True)
+
     def end(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Print the line for results.md, and fail unless every count is 0."""
         counts = " | ".join(str(len(self.found[kind])) for kind in KINDS)
+        landed = ", ".join(f"{step} {count}" for step, count in self.landed.items())
         with capsys.disabled():
             print(f"\n| {self.what} | {self.points} | {counts} |", flush=True)
+            print(
+                f"{time.monotonic() - self.begun:.0f} s; the last that had begun: {landed or 'not noted'}", flush=True
+            )
         told = [f"{kind}: {where}" for kind in KINDS for where in self.found[kind]]
         assert self.points and not told, "\n".join(told)
 
@@ -66,16 +83,16 @@ class Run:
         code = f"{patch}\nimport sys\nfrom lewis_flows.cli.main import main\nsys.exit(main(sys.argv[1:]))"
         number = len(list(home.parent.glob(f"{home.name}-*.out")))
         self.out, self.err = (home.parent / f"{home.name}-{number}.{end}" for end in ("out", "err"))
-        temporary = home.parent / f"{home.name}-tmp"  # where the device slot is: runs side by side do not share it
-        temporary.mkdir(exist_ok=True)
-        kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
+        self.temporary = home.parent / f"{home.name}-tmp"  # where the device slot is: stores do not share it
+        self.temporary.mkdir(exist_ok=True)
+        kept = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, *map(str, arguments)],
                 stdout=out,
                 stderr=err,
                 cwd=REPO,
-                env={**kept, "LEWIS_HOME": str(home), "TMPDIR": str(temporary), **environment},
+                env={**kept, "LEWIS_HOME": str(home), "TMPDIR": str(self.temporary), **environment},
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
                 start_new_session=True,
             )
@@ -90,9 +107,17 @@ class Run:
     def told(self) -> str:
         return self.out.read_text() + self.err.read_text()
 
+    def step(self) -> str:
+        """The step that it began last, by its log."""
+        return last_step(self.told())
+
     def report(self) -> dict[str, Any]:
         """Wait for it; gives what `--json` printed, or nothing if it failed."""
-        code = self.process.wait(600)
+        try:
+            code = self.process.wait(1200)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return {}
         return json.loads(self.out.read_text()) if code == 0 else {}
 
     def orphans(self, patience: float = 30) -> list[str]:
@@ -103,6 +128,13 @@ class Run:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return list(left.values())
+
+
+def last_step(log: str) -> str:
+    """The step of a run that a log names last."""
+    found = re.findall(r"Task run '(\w+)|Flow run .* (Finished in state)", log)
+    task, ended = found[-1] if found else ("the start", "")
+    return "the end" if ended else str(task)
 
 
 def below() -> dict[int, str]:
@@ -141,7 +173,7 @@ def adopted() -> Iterator[None]:
         prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def until(found: Callable[[], Any], patience: float, pause: float = 0.05) -> bool:
+def until(found: Callable[[], Any], patience: float, pause: float = 0.1) -> bool:
     """Whether it becomes true in so many seconds."""
     deadline = time.monotonic() + patience
     while not found():
@@ -151,28 +183,25 @@ def until(found: Callable[[], Any], patience: float, pause: float = 0.05) -> boo
     return True
 
 
-def write_recipe(folder: Path, family: Family, *, expert: str = "code", name: str = "tiny") -> Path:
-    """A recipe of two experts, of which `math` is one, beside its data and its lm-eval task."""
-    write_words(folder)
+def write_recipe(folder: Path, family: Family, *, expert: str = "code", name: str = "tiny", rows: int = 0) -> Path:
+    """A recipe of two experts, of which `math` is one, beside its data and its lm-eval task.
+
+    Args:
+        rows: seed of the rows that it measures and scores on; recipes with other rows share no step.
+    """
     (folder / "tasks").mkdir(exist_ok=True)  # beside the recipe it would be taken for one
-    (folder / "tasks" / "words.yaml").write_text(TASK)
+    data, task = f"words{rows}.jsonl", f"tasks/words{rows}.yaml"
+    draw = random.Random(rows)
+    lines = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
+    (folder / data).write_text("\n".join(map(json.dumps, lines)))
+    (folder / task).write_text(TASK.replace("words.jsonl", data))
+    text = RECIPE.replace("[words.yaml]", "[words.yaml], baselines: [uniform]")
+    text %= {"base": family.base, "math": family.math, "code": getattr(family, expert)}
+    for old, new in (("name: tiny", f"name: {name}"), ("[words.yaml]", f"[{task}]"), ("words.jsonl", data)):
+        text = text.replace(old, new)
     path = folder / f"{name}.yaml"
-    text = RECIPE % {"base": family.base, "math": family.math, "code": getattr(family, expert)}
-    path.write_text(text.replace("name: tiny", f"name: {name}").replace("[words.yaml]", "[tasks/words.yaml]"))
+    path.write_text(text)
     return path
-
-
-def with_tables(home: Path, database: Path) -> None:
-    """Make an empty store that has the tables of MLflow and Prefect: making them takes longer than a run."""
-    (home / "mlflow").mkdir(parents=True)
-    shutil.copy(database, home / "mlflow" / "mlflow.db")
-    code = (
-        "from lewis_flows import environment; environment.prepare()\n"
-        "from lewis_flows.service.servers import prefect_server\n"
-        "with prefect_server(): pass"
-    )
-    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
-    subprocess.run([sys.executable, "-c", code], env={**kept, "LEWIS_HOME": str(home)}, cwd=REPO, check=True)
 
 
 def merged(home: Path, digest: str) -> dict[str, str]:
@@ -182,9 +211,9 @@ def merged(home: Path, digest: str) -> dict[str, str]:
 
 
 def half_done(home: Path, name: str = "tiny") -> str:
-    """What is wrong with the registry and the store after a run that succeeded; nothing if all is well.
+    """What is wrong with the registry after a run that succeeded; nothing if all is well.
 
-    One version is right: it is ready, it is the champion, and its weights are those of the merged model.
+    One version is right: it is ready, it is the champion, and no attempt of a process that died looks unfinished.
     """
     from mlflow import MlflowClient
 
@@ -198,8 +227,33 @@ def half_done(home: Path, name: str = "tiny") -> str:
         return f"the version is {version.status}, its tags are {version.tags}"
     if aliases != {"champion": str(version.version)}:
         return f"the aliases are {aliases}"
-    left = [path for path in home.rglob("*.partial") if "locks" not in path.parts]
-    return f"left over: {left}" if left else ""
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    of_name = f"tags.`lewis.name` = '{name}'"
+    unfinished = client.search_runs(experiments, f"{of_name} and attributes.status = 'RUNNING'")
+    models = [each.status for each in client.search_logged_models(experiments, of_name)]
+    if unfinished or [str(status) for status in models] != ["READY"]:
+        return f"{len(unfinished)} runs of MLflow look as if they went on, its models are {models}"
+    database = home / "prefect" / "prefect.db"
+    if not database.exists():  # a server that others share
+        return ""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as prefect:
+        rows = prefect.execute(
+            "SELECT name FROM flow_run WHERE state_type = 'RUNNING' AND name LIKE 'merge%'"
+        ).fetchall()
+    return f"these runs of Prefect look as if they went on: {rows}" if rows else ""
+
+
+def left_over(home: Path, temporary: Path | None = None) -> list[str]:
+    """What is half-written or set aside in a store after a run that succeeded, or lies in its temporary folder."""
+    from lewis import store
+
+    found = [path for path in home.rglob("*.partial") if "locks" not in path.parts]
+    found += [*(home / "quarantine").glob("*"), *(home / "runs").glob("*")]
+    for pattern in (".lewis-*", "*/lewis-*"):
+        found += home.glob(pattern)
+    there = temporary.iterdir() if temporary else ()
+    found += [path for path in there if not path.name.startswith("lewis-device-")]
+    return [str(path) for path in found if path.name != store.MANIFEST]
 
 
 def logged_weights(home: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family
-from tests.faults.running import Run, Tally, adopted, below, full, half_done, until, with_tables, write_recipe
+from tests.faults.running import Run, Tally, adopted, below, full, half_done, until, write_recipe
 from tests.flows.test_run import by_the_library
 from tests.support.service import free_port
 
@@ -48,7 +49,7 @@ def test_a_server_that_is_away_for_a_minute(
     which: str,
     how: str,
     family: Family,
-    empty_database: Path,
+    empty_store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -56,7 +57,7 @@ def test_a_server_that_is_away_for_a_minute(
     from lewis_flows.service.servers import mlflow_process, prefect_process
 
     home, tally = tmp_path / "home", Tally(f"{which} {how} for a minute", 1)
-    with_tables(home, empty_database)
+    shutil.copytree(empty_store, home)
     recipe = write_recipe(tmp_path, family)
     monkeypatch.setenv("LEWIS_HOME", str(home))
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))

@@ -1,6 +1,7 @@
 """Every kind of entry cut, flipped and emptied: it is not believed, but set aside, told, and made again as it was."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from lewis import pipeline, store
 from lewis.evaluation import lm_eval
 from lewis.evaluation.scores import Evaluated
 from lewis.importance.calibration import Calibration
+from lewis.importance.step import find_or_measure_grams
+from lewis.inspection.step import inspect
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from lewis.search.study import Log, Objective
@@ -44,6 +47,7 @@ class Store:
         measured, allocated = pipeline.guide(self.recipe, base, experts)
         assert allocated is not None
         sums = pipeline.prepare_calibration(self.recipe, "sums", base)
+        grams = find_or_measure_grams(experts[0].open(), Calibration.load(sums.path))
         merged = pipeline.merge(self.recipe, base, experts, allocated)
         files = merged.files("merged")
         scores = pipeline.score(files, pipeline.eval_settings(self.recipe), root=self.recipe.root)
@@ -51,6 +55,8 @@ class Store:
             "layers": layers,
             "norms": [each.norms for each in measured],
             "moments": [{name: s.tolist() for name, s in each.moments.items()} for each in measured],
+            "grams": {path.name: path.read_bytes() for path in grams.iterdir()},
+            "inspected": inspect(self.recipe, base, experts).measures.to_json(),
             "densities": allocated.experts(),
             "tokens": Calibration.load(sums.path).samples,
             "merged": {path.name: path.read_bytes() for path in merged.folder.iterdir()},
@@ -91,6 +97,9 @@ ENTRIES: dict[str, Callable[[], Path]] = {
     )},
     "importance": lambda: kinds.IMPORTANCE.entries()[0],
     "moments": lambda: kinds.IMPORTANCE.beside_of(kinds.IMPORTANCE.entries()[0]),
+    "grams": lambda: next(kinds.GRAMS.folder.glob("*/*.safetensors")),
+    "grams' manifest": lambda: next(kinds.GRAMS.folder.glob("*/lewis.json")),
+    "inspections": lambda: kinds.INSPECTIONS.entries()[0],
     "allocations": lambda: kinds.ALLOCATIONS.entries()[0],
     "calibrations": lambda: kinds.CALIBRATIONS.entries()[0],
     "scores": lambda: kinds.SCORES.entries()[0],
@@ -110,9 +119,9 @@ def test_every_kind_of_entry_is_made_again(made: Store, home: Path, caplog: pyte
         assert any(path.name in each and "set aside as" in each for each in told), (name, told)
         assert path.exists()
     quarantined = [path.name.split("-")[0] for path in (home / "quarantine").iterdir()]
-    assert sorted(quarantined) == sorted(
-        [*["merged"] * 4, *["importance"] * 3, "allocations", "calibrations", "scores", "pictures"]
-    ), quarantined
+    folders = {"merged": 4, "importance": 3, "grams": 2}
+    single = ("inspections", "allocations", "calibrations", "scores", "pictures")
+    assert Counter(quarantined) == {**folders, **dict.fromkeys(single, 1)}
     assert made.use() == first and len(list((home / "quarantine").iterdir())) == len(quarantined)
 
 

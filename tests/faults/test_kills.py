@@ -5,6 +5,7 @@ of a run that nobody disturbed, and there is one version, which is the champion.
 """
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -21,29 +22,33 @@ from tests.faults.running import (
     Run,
     Tally,
     adopted,
+    below,
     full,
     half_done,
+    last_step,
+    left_over,
     logged_weights,
     merged,
     until,
-    with_tables,
     write_recipe,
 )
+from tests.flows import test_run
+from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.support.local_hub import LocalHub
-from tests.support.service import Service
+from tests.support.service import Service, children
 
 pytestmark = full
 
 GROUP, ALL, SERVER, EVALUATION, WORKER = "group", "everything", "prefect_app", "harness_child", "worker start"
 OF_A_RUN = {
-    "the group, SIGKILL": (GROUP, signal.SIGKILL, 1),
     "the group, SIGINT": (GROUP, signal.SIGINT, 5),
     "the group, SIGTERM": (GROUP, signal.SIGTERM, 5),
     "every process, SIGKILL": (ALL, signal.SIGKILL, 5),
     "the evaluation's child, SIGKILL": (EVALUATION, signal.SIGKILL, 5),
     "the Prefect server, SIGKILL": (SERVER, signal.SIGKILL, 5),
+    "the group, SIGKILL": (GROUP, signal.SIGKILL, 1),
 }
-OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL, 5)}
+OF_THE_SERVICE = {"the worker, SIGKILL": (WORKER, signal.SIGKILL, 5), **OF_A_RUN}
 """Who is killed, by what, and for how many of the POINTS there is one."""
 
 
@@ -64,42 +69,57 @@ class Undisturbed:
             for victim in (GROUP, ALL, SERVER, EVALUATION, WORKER):
                 if victim in (GROUP, ALL) or any(victim in words for words in there):
                     self.spans[victim] = (self.spans.get(victim, (now, now))[0], now)
-            time.sleep(0.1)
+            time.sleep(0.2)
 
-    def compare(self, tally: Tally, home: Path, digest: str, where: str) -> None:
+    def compare(self, tally: Tally, home: Path, digest: str, where: str, name: str = "tiny") -> None:
         files = merged(home, digest) if digest else {}
         weights = {self.files["model.safetensors"]}
         tally.note("wrong models", bool(digest) and (digest, files) != (self.digest, self.files), where)
-        tally.note("wrong models", bool(digest) and logged_weights(home) != weights, f"{where}: MLflow's weights")
-        wrong = half_done(home) if digest else ""
+        logged = logged_weights(home)
+        wrong = logged != weights if name == "tiny" else not weights <= logged  # the store of a service has more
+        tally.note("wrong models", bool(digest) and wrong, f"{where}: MLflow's weights")
+        wrong = half_done(home, name) if digest else ""
         tally.note("half versions", bool(wrong), f"{where}: {wrong}")
 
 
+def count(one_of: int) -> int:
+    return max(1, POINTS // one_of)
+
+
 def points(one_of: int) -> list[float]:
-    count = max(1, POINTS // one_of)
-    return [(i + 0.5) / count for i in range(count)]
+    """Numbers between 0 and 1; as many of them as are used are spread evenly (van der Corput's sequence)."""
+    return [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, count(one_of) + 1)]
 
 
 def strike(
     undisturbed: Undisturbed, victim: str, number: int, point: float, parts: Callable[[], dict[int, str]], leader: int
-) -> bool:
-    """Wait for the point of the time in which the victim is there, and kill it; false if it was gone."""
+) -> dict[int, str]:
+    """Wait for the point of the time in which the victim is there, and kill it.
+
+    Gives the processes that have to end then, by their ids: the victim and all below it. None if it was gone.
+    """
     first, last = undisturbed.spans[victim]
     if victim not in (GROUP, ALL):
         until(lambda: any(victim in words for words in parts().values()), 60 + 3 * last, 0.02)
     time.sleep((last - first) * point)
+    there = parts()
+    # The evaluation's child is the last that was forked; a guard is older than what it guards.
+    struck = max((pid for pid, words in there.items() if victim in words), default=0)
     try:
         if victim == GROUP:
             os.killpg(leader, number)
-            return True
-        there = sorted(pid for pid, words in parts().items() if victim == ALL or victim in words)
-        struck = there if victim == ALL else there[-1:]  # the evaluation's child is the last that was forked
-        for pid in struck:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        return bool(struck)
+        elif victim == ALL:
+            for pid in there:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        elif struck:
+            there = {struck: victim, **children(struck)}
+            os.kill(struck, number)
+        else:
+            return {}
     except ProcessLookupError:
-        return False
+        return {}
+    return there
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,12 +129,11 @@ def _orphans_come_here() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run(family: Family, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Undisturbed, Path]:
+def run(family: Family, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Undisturbed, Path]:
     """A run that nobody disturbs, and its recipe."""
     folder = tmp_path_factory.mktemp("kills")
     recipe = write_recipe(folder, family)
-    found = Undisturbed(folder / "store")
-    with_tables(found.store, empty_database)
+    found = Undisturbed(empty_store)
     shutil.copytree(found.store, folder / "first")
     undisturbed = Run(folder / "first", "run", recipe, "--json")
     found.watch(undisturbed.parts, undisturbed.ended)
@@ -127,46 +146,62 @@ def run(family: Family, empty_database: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_run_that_was_killed_is_done_again_with_the_same_result(
-    name: str, run: tuple[Undisturbed, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    run: tuple[Undisturbed, Path],
+    shared_server: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Every second run uses a server that is there already, unless servers are killed too."""
     undisturbed, recipe = run
     victim, number, one_of = OF_A_RUN[name]
     tally = Tally(f"`lewis run`: {name}")
     for i, point in enumerate(points(one_of)):
         home = tmp_path / f"home{i}"
         shutil.copytree(undisturbed.store, home)
-        killed = Run(home, "run", recipe, "--json")
-        struck = strike(undisturbed, victim, number, point, killed.parts, killed.process.pid)
+        shared = i % 2 and victim not in (ALL, SERVER)
+        server = {"PREFECT_API_URL": shared_server, "PREFECT_HOME": str(home / "prefect")} if shared else {}
+        killed = Run(home, "run", recipe, "--json", **server)
+        struck = bool(strike(undisturbed, victim, number, point, killed.parts, killed.process.pid))
         tally.points += struck
-        where = f"at {point:.3f}"
+        tally.landed[killed.step()] += struck
+        where = f"at {point:.3f} ({killed.step()})"
         if not until(killed.ended, 300):
             tally.note("orphans", True, f"{where}: it does not end")
             killed.process.kill()
         left = killed.orphans()
         tally.note("orphans", bool(left), f"{where}: {left}")
 
-        again = Run(home, "run", recipe, "--json")
+        again = Run(home, "run", recipe, "--json", **server)
         report = again.report()
         tally.note("runs that failed again", not report, f"{where}: {again.told()[-2000:]}")
+        left = again.orphans()  # and with them the server, before its database is read
         undisturbed.compare(tally, home, report.get("digest", ""), where)
-        left = again.orphans()
         tally.note("orphans", bool(left), f"{where}, again: {left}")
         for each in (killed, again):
             told = each.told()
             tally.note("tracebacks", "Traceback (most" in told, f"{where}: {told[-3000:]}")
+        left = [*left_over(home, again.temporary), *(home / "outbox").glob("*")]
+        tally.note("left over", bool(report and left), f"{where}: {left}")
         shutil.rmtree(home)
+        tally.point(where, capsys)
     tally.end(capsys)
 
 
 class Up(Service):
-    """`lewis up` with the recipe of the kills."""
+    """`lewis up` with a recipe for each point, of which no step is done already."""
 
     def __init__(self, root: Path, hub: LocalHub, family: Family) -> None:
         super().__init__(root, hub)
-        write_recipe(self.recipes, family)
+        names = ["tiny", *(recipe_of(name, i) for name, each in OF_THE_SERVICE.items() for i in range(count(each[2])))]
+        for i, name in enumerate(names):
+            write_recipe(self.recipes, family, name=name, rows=i)
 
-    def merge(self) -> str:
-        return self.start_run("merge/merge-on-release", recipe="tiny")
+    def merge(self, recipe: str) -> str:
+        return self.start_run("merge/merge-on-release", recipe=recipe)
+
+    def over(self, run: str) -> bool:
+        return self.state(run) in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
     def state(self, run: str) -> str:
         try:
@@ -174,58 +209,77 @@ class Up(Service):
         except OSError:  # its server is the victim
             return ""
 
-    def over(self, run: str) -> bool:
-        return self.state(run) in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
-    def digest(self) -> str:
-        """Of the newest version; "" if there is none."""
-        return next((str(each.tags["lewis.digest"]) for each in self.versions("tiny")), "")
+def recipe_of(name: str, i: int) -> str:
+    return re.sub(r"\W+", "-", f"{name}-{i}").lower()
+
+
+def by_the_library(recipe: Path, folder: Path) -> tuple[str, dict[str, str]]:
+    """Digest and files of the merge, done in this process in a store of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEWIS_HOME", str(folder))
+        digest, _ = test_run.by_the_library(recipe, folder / "merged" / "alone")
+        return digest, merged(folder, "alone")
 
 
 @pytest.fixture(scope="module")
-def service(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """A run of the service that nobody disturbs."""
+def service(
+    family: Family, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Undisturbed, Up]]:
+    """A service after a run that nobody disturbed. All points share it, so it has been through all kills before."""
     root, found = tmp_path_factory.mktemp("up"), Undisturbed()
+    before = set(below())
+    shutil.copytree(empty_store, root / "home")
     with LocalHub(root / "hub") as hub, Up(root, hub, family) as up:
-        run = up.merge()
+        run = up.merge("tiny")
         found.watch(up.parts, lambda: up.over(run))
-        assert up.state(run) == "COMPLETED"
-        found.digest, found.files = up.digest(), merged(up.home, up.digest())
-    assert not half_done(up.home)
-    return found
+        assert up.state(run) == "COMPLETED", up.log.read_text()[-6000:]
+        yield found, up
+    assert until(lambda: not below().keys() - before, 30), below()
 
 
 @pytest.mark.parametrize("name", OF_THE_SERVICE)
 def test_a_service_that_was_killed_comes_back_and_the_next_run_has_the_same_result(
-    name: str, service: Undisturbed, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    undisturbed, up = service
     victim, number, one_of = OF_THE_SERVICE[name]
     tally = Tally(f"`lewis up`: {name}")
     for i, point in enumerate(points(one_of)):
-        root, where = tmp_path / f"root{i}", f"at {point:.3f}"
-        root.mkdir()
-        with LocalHub(root / "hub") as hub, Up(root, hub, family) as up:
-            parts = up.parts()
-            run = up.merge()
-            tally.points += strike(service, victim, number, point, up.parts, up.process.pid)
-            if victim in (GROUP, ALL):
-                up.process.wait(120)
-                until(lambda parts=parts: not any(map(alive, parts)), 30)
-                left = [words for pid, words in parts.items() if alive(pid)]
-                tally.note("orphans", bool(left), f"{where}: {left}")
-                up.start()
-            else:
-                until(lambda up=up, run=run: up.over(run), 240, 0.5)
-            until(up.answers, 60)
-            again = up.merge()
-            done = until(lambda up=up, again=again: up.over(again), 400, 0.5)
-            failed = not done or up.state(again) != "COMPLETED"
-            tally.note("runs that failed again", failed, f"{where}: {up.state(again)} {up.log.read_text()[-3000:]}")
-            service.compare(tally, up.home, "" if failed else up.digest(), where)
-        told = up.log.read_text()
+        recipe, where, begun = recipe_of(name, i), f"at {point:.3f}", up.log.stat().st_size
+        run = up.merge(recipe)
+        doomed = strike(undisturbed, victim, number, point, up.parts, up.process.pid)
+        landed = last_step(up.log.read_text()[begun:])
+        tally.points += bool(doomed)
+        tally.landed[landed] += bool(doomed)
+        where += f" ({landed})"
+        if victim in (GROUP, ALL):
+            up.process.wait(120)
+        until(lambda doomed=doomed: not any(map(alive, doomed)), 30)
+        left = [words for pid, words in doomed.items() if alive(pid)]
+        tally.note("orphans", bool(left), f"{where}: {left}")
+        if victim in (GROUP, ALL):
+            up.start()
+        until(up.answers, 60)
+        ended = until(lambda run=run: up.over(run), 240, 0.5)
+        tally.note("half versions", not ended, f"{where}: the killed run is {up.state(run)} for ever")
+        again = up.merge(recipe)
+        done = until(lambda again=again: up.over(again), 400, 0.5)
+        failed = not done or up.state(again) != "COMPLETED"
+        told = up.log.read_text()[begun:]
+        tally.note("runs that failed again", failed, f"{where}: {up.state(again)} {told[-3000:]}")
+        if not failed:
+            expected = Undisturbed()
+            expected.digest, expected.files = by_the_library(up.recipes / f"{recipe}.yaml", tmp_path / recipe)
+            digests = {str(each.tags["lewis.digest"]) for each in up.versions(recipe)}
+            expected.compare(tally, up.home, "".join(digests), where, recipe)
+            untold = (up.home / "outbox").glob
+            until(lambda untold=untold: not left_over(up.home, up.temporary) and not list(untold("*")), 20)
+            left = [*left_over(up.home, up.temporary), *untold("*")]
+            tally.note("left over", bool(left), f"{where}: {left}")
         at = told.find("Traceback (most")
         tally.note("tracebacks", at >= 0, f"{where}: {told[max(0, at - 500) : at + 2500]}")
-        shutil.rmtree(root)
+        tally.point(where, capsys)
     tally.end(capsys)
 
 

@@ -1,11 +1,12 @@
 """Eight runs at once on one store: each is computed once, all give the same model, and it is registered once."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Family
-from tests.faults.running import POINTS, Run, Tally, adopted, full, half_done, merged, with_tables, write_recipe
+from tests.faults.running import POINTS, Run, Tally, adopted, full, half_done, merged, write_recipe
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.flows.test_run import by_the_library
 
@@ -26,7 +27,7 @@ def test_eight_runs_at_once_compute_and_register_once(
     experts: tuple[str, ...],
     servers: str,
     family: Family,
-    empty_database: Path,
+    empty_store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -34,7 +35,7 @@ def test_eight_runs_at_once_compute_and_register_once(
 ) -> None:
     """Two recipes share the base and the expert `math`, which are measured once, too."""
     home = tmp_path / "home"
-    with_tables(home, empty_database)
+    shutil.copytree(empty_store, home)
     recipes = [write_recipe(tmp_path, family, expert=each, name=f"tiny-{each}") for each in experts]
     one = {"PREFECT_API_URL": request.getfixturevalue("shared_server")} if servers == "one server" else {}
     tally = Tally(f"{RACERS} runs at once of {len(recipes)} recipe(s), {servers}", RACERS)

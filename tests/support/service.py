@@ -73,7 +73,7 @@ class Service:
     """A running `lewis up`; use as a context manager.
 
     Attributes:
-        home: its store.
+        home, temporary: its store, and its folder for temporary files.
         recipes: its recipes folder, empty at first.
         sink: what it notifies.
         environment: of the service, beyond that of the tests.
@@ -99,7 +99,8 @@ class Service:
             "PYTHONPATH": os.pathsep.join(map(str, (root / "patch", REPO / ".packages", REPO))),
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
-        (root / "tmp").mkdir()
+        self.temporary = root / "tmp"
+        self.temporary.mkdir()
         self.patch = root / "patch" / "sitecustomize.py"
         self.patch.parent.mkdir()
         deployments = yaml.safe_load((REPO / "deployments" / "prefect.yaml").read_text())
@@ -133,7 +134,9 @@ class Service:
                 env={**environment, **self.environment},
                 start_new_session=True,  # so that its whole group can be killed
             )
-        self.until(lambda: "webhook" in self.note() or self.process.poll() is not None, 120)
+        # A service that was killed has left its note.
+        own = lambda note: "webhook" in note and note["pid"] == self.process.pid  # noqa: E731
+        self.until(lambda: own(self.note()) or self.process.poll() is not None, 120)
         assert self.process.poll() is None, self.log.read_text()
         self.until(lambda: any("worker start" in args for args in self.parts().values()), 30)
 

@@ -492,7 +492,7 @@ class TestBadEnds:
                 fork_server = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
             finally:
                 os.kill(parent.pid, signal.SIGKILL)
-        assert wait_until(lambda: not alive(fork_server) and not held(lock), 10)
+        assert wait_until(lambda: not alive(fork_server) and not held(lock), 30)
 
     def test_what_an_evaluation_leaves_running_is_ended(self, model, root, tmp_path):
         task = faulty(root, hold(tmp_path / "lock") + "return rows")

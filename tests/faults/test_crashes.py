@@ -1,0 +1,197 @@
+"""A process dies, or finds the disk full, at each of the places where a run changes something outside of itself.
+
+The run is the library's: from the models' pins to the alias `champion`, with stubbed scores. It runs in a child of this
+process, where each of its renames, links, flushes, new folders and requests to the registry is a place. Whatever place
+it is, the next run ends with the same files, one version, and nothing half-written.
+
+`make test` takes a few places up to the scores, always the same; `make faults` takes LEWIS_FAULTS_POINTS of all.
+"""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import pipeline
+from lewis.errors import LewisError
+from lewis.evaluation import lm_eval
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.scores import Evaluated
+from lewis.recipe.recipe import Recipe
+from lewis.registry import creation, outbox, promotion
+from lewis.registry.registration import registration_of
+from lewis.reports import card
+from lewis.store.verification import verify
+from tests.conftest import Family
+from tests.faults.running import POINTS, half_done, left_over, merged
+from tests.support.models import parse
+
+OF_THE_SYSTEM = ("replace", "rename", "link", "fsync", "mkdir")
+OF_THE_REGISTRY = (
+    *("create_run", "create_logged_model", "finalize_logged_model", "log_outputs", "log_batch", "log_artifacts"),
+    *("create_registered_model", "create_model_version", "set_terminated", "set_model_version_tag"),
+    *("set_registered_model_tag", "set_registered_model_alias"),
+)
+DIED, REFUSED = -signal.SIGKILL, 3
+DATA: dict[str, Any] = {
+    "merge_method": "ties",
+    "lewis": {"calibrations": {"words": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},
+    "evaluate": {"tasks": ["words"], "baselines": []},
+    "register": {"name": "tiny"},
+}
+
+
+def go(recipe: Recipe, *, to_the_end: bool = bool(POINTS)) -> str:
+    """The steps of a run, without Prefect, to the scores or to the end; gives the digest."""
+    source, sources = pipeline.pin_all(recipe)
+    assert source is not None
+    base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
+    _, allocated = pipeline.guide(recipe, base, experts)
+    found = pipeline.merge(recipe, base, experts, allocated)
+    scores = pipeline.score(found.files("merged"), pipeline.eval_settings(recipe), root=recipe.root)
+    if not to_the_end:
+        return found.digest
+    sets = [pipeline.prepare_calibration(recipe, "words", base)]
+    new = registration_of(recipe, base, experts, sets, allocated, found, {recipe.label: scores})
+    card.write(found.folder, new.card, new.pictures.get(card.HEAT_MAP))
+    version = creation.register(new)
+    promotion.promote(version, Verdict(True, ("no champion: pass",), "no champion"), "a test")
+    promotion.settle()
+    return found.digest
+
+
+def at_each_place(reached: Callable[[int], None]) -> None:
+    """From now on, call `reached` with the number of each place that this process comes to."""
+    from mlflow import MlflowClient
+
+    places = 0
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **named: Any) -> Any:
+            nonlocal places
+            places += 1
+            reached(places)
+            return call(*given, **named)
+
+        return wrapper
+
+    for module, names in ((os, OF_THE_SYSTEM), (MlflowClient, OF_THE_REGISTRY)):
+        for name in names:
+            setattr(module, name, watched(getattr(module, name)))
+
+
+def in_child(recipe: Recipe, home: Path, how: str, where: int, answer: Connection) -> None:
+    os.environ["LEWIS_HOME"] = str(home)
+    last = 0
+
+    def reached(place: int) -> None:
+        nonlocal last
+        last = place
+        if how == "killed" and place == where:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "the disk is full" and place >= where:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_each_place(reached)
+    try:
+        answer.send((go(recipe), last))
+    except (LewisError, OSError) as error:
+        assert os.strerror(errno.ENOSPC) in str(error), error
+        os._exit(REFUSED)
+
+
+def run(recipe: Recipe, home: Path, how: str = "", where: int = 0) -> tuple[int, str, int]:
+    """Exit code of a run in a child of its own, the digest, and how many places it came to."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=in_child, args=(recipe, home, how, where, theirs))
+    child.start()
+    theirs.close()
+    child.join(120)
+    digest, places = ours.recv() if child.exitcode == 0 else ("", 0)
+    assert child.exitcode is not None, "it hangs"
+    return child.exitcode, digest, places
+
+
+@pytest.fixture(scope="module")
+def recipe(family: Family) -> Recipe:
+    models = [{"model": str(path)} for path in family.experts]
+    return parse({**DATA, "base_model": str(family.base), "models": models})
+
+
+@pytest.fixture(autouse=True)
+def _stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch)
+
+
+def stub(patch: pytest.MonkeyPatch) -> None:
+    """Let nothing be scored."""
+
+    def evaluate(folder: Path, *_: Any, **__: Any) -> Evaluated:
+        ends = {"empty": {}, "tried": 0, "ended": 0, "perplexity": None}
+        kept = {"documents": {}, "samples": [], "groups": {}, "ends": ends}
+        results = {"words": {"acc,none": 0.5, "sample_len": 10}}
+        return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"words": {"acc": True}}, **kept})
+
+    patch.setattr(lm_eval, "evaluate", evaluate)
+    patch.setattr(lm_eval, "tasks_digest", lambda settings, root: "words")
+
+
+@pytest.fixture(scope="module")
+def template(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
+    (folder / "mlflow").mkdir()
+    shutil.copy(empty_database, folder / "mlflow" / "mlflow.db")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What this process has loaded its children need not load."""
+    import mlflow.transformers  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEWIS_HOME", str(tmp_path_factory.mktemp("warm")))
+        stub(patch)
+        go(recipe, to_the_end=False)
+
+
+def undisturbed(recipe: Recipe, template: Path, folder: Path) -> tuple[str, dict[str, str], int]:
+    shutil.copytree(template, folder)
+    code, digest, places = run(recipe, folder)
+    assert code == 0
+    return digest, merged(folder, digest), places
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("how", ["killed", "the disk is full"])
+def test_a_run_that_ends_at_any_place_is_done_again_with_the_same_result(
+    how: str, recipe: Recipe, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, files, places = undisturbed(recipe, template, tmp_path / "undisturbed")
+    assert places > 50
+    count = POINTS or 3
+    wrong = []
+    for i in range(count):
+        where = 1 + int((i + 0.5) * places / count)
+        home = tmp_path / f"home{where}"
+        shutil.copytree(template, home)
+        code, found, _ = run(recipe, home, how, where)
+        if code not in (DIED, REFUSED) and (code, found) != (0, digest):
+            wrong.append(f"{where}: exit code {code}")
+        code, found, _ = run(recipe, home)
+        monkeypatch.setenv("LEWIS_HOME", str(home))
+        problems = [*left_over(home), *verify().damaged] if code == 0 else [f"exit code {code}"]
+        if code == 0 and POINTS:
+            told = [(move.version, move.happened) for move in outbox.moves()]
+            problems += [half_done(home), *([] if told == [("1", True)] else [f"to be told: {told}"])]
+        if any(problems) or (found, merged(home, found)) != (digest, files):
+            wrong.append(f"{where} of {places}, run again: {problems}, {found}")
+        shutil.rmtree(home)
+    assert not wrong, "\n".join(wrong)
