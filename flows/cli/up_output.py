@@ -15,10 +15,12 @@ _RUN = re.compile(
     r"^Flow run '(?!watch |verify)(.*)' - (Beginning flow run|Finished in state) "
     r"|^Flow run 'watch .*' - Finished in state (Announced|Problems)\b"
 )
+_TRACEBACK = re.compile(r"^\s*(\+ Exception Group )?Traceback \(most recent call last\)")
+_LINK = re.compile(r"^(During handling of the above exception|The above exception was the direct cause)\b")
 
 
 class Output:
-    """Prints lines of the parts.
+    """Prints lines of the parts; of a traceback only its last line, as all of it is in the part's log.
 
     Attributes:
         verbose: whether every line is printed.
@@ -30,6 +32,7 @@ class Output:
         self.verbose, self.as_json = verbose, as_json
         self._console = Console()
         self._shown: dict[str, bool] = {}
+        self._tracing: dict[str, bool] = {}
 
     def say(self, part: str, line: str) -> None:
         """Print a line of a part, if it is worth that."""
@@ -45,7 +48,10 @@ class Output:
             self._console.print(name, Text.from_ansi(line), soft_wrap=True)
 
     def _is_worth_it(self, part: str, line: str) -> bool:
-        """Whether a line is an event; what follows a record, such as a traceback, is so if the record is."""
+        """Whether a line is an event; what follows a record, such as the end of a traceback, is so if the record is."""
+        self._tracing[part] = bool(_TRACEBACK.match(line) or (self._tracing.get(part) and line[:1].isspace()))
+        if self._tracing[part] or _LINK.match(line):
+            return False
         if part in _OURS:
             return True
         if record := _RECORD.match(line):

@@ -79,9 +79,10 @@ def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
     if (folder := local_folder(model)) is not None:
         found = store.read_json(folder / FACTS)
     else:
-        with tempfile.TemporaryDirectory(prefix="lewis-") as scratch:
+        with store.scratch_folder("facts") as scratch:
             place = f"{model.artifact_location.rstrip('/')}/{FACTS}"
-            found = store.read_json(Path(download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri)))
+            there = download_artifacts(place, dst_path=str(scratch), tracking_uri=client.tracking_uri)
+            found = store.read_json(Path(there))
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise DamagedError(f"{FACTS} is lost or damaged")
     return found

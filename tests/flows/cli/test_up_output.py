@@ -22,11 +22,19 @@ LINES = {
         "18:44:57.205 | WARNING | Task run 'evaluate base' - it waits for a device",
         "18:44:57.205 | ERROR   | Flow run 'merge tiny' - Encountered an exception:",
         "Traceback (most recent call last):",
+        '  File "flows/merge.py", line 1, in merge_flow',
+        "    raise Busy from error",
+        "sqlite3.OperationalError: database is locked",
+        "The above exception was the direct cause of the following exception:",
+        "Traceback (most recent call last):",
+        '  File "flows/merge.py", line 2, in merge_flow',
+        "lewis.errors.Busy: somebody else writes",
+        "  to it",
         "18:44:57.205 | INFO    | Flow run 'merge tiny 5c1f' - Finished in state Completed('Promoted v3')",
         "18:44:57.205 | INFO    | Flow run 'watch all recipes' - Finished in state Completed()",
     ],
 }
-EVENTS = [LINES["lewis"][0], LINES["webhook"][0], *(LINES["worker"][n] for n in (1, 4, 5, 6, 7))]
+EVENTS = [LINES["lewis"][0], LINES["webhook"][0], *(LINES["worker"][n] for n in (1, 4, 5, 9, 13, 14, 15))]
 
 
 @pytest.mark.parametrize("verbose", [False, True])
