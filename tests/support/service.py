@@ -78,6 +78,7 @@ class Service:
         sink: what it notifies.
         environment: of the service, beyond that of the tests.
         command, folder: how it is started, and where. Changes of these three count from the next `start`.
+        patience: seconds until it is started.
     """
 
     def __init__(self, root: Path, hub: LocalHub, *, poll: int = 3600) -> None:
@@ -99,6 +100,7 @@ class Service:
             "PYTHONPATH": os.pathsep.join(map(str, (root / "patch", REPO / ".packages", REPO))),
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
+        self.patience = 120.0
         self.temporary = root / "tmp"
         self.temporary.mkdir()
         self.patch = root / "patch" / "sitecustomize.py"
@@ -136,15 +138,15 @@ class Service:
             )
         # A service that was killed has left its note.
         own = lambda note: "webhook" in note and note["pid"] == self.process.pid  # noqa: E731
-        self.until(lambda: own(self.note()) or self.process.poll() is not None, 120)
+        self.until(lambda: own(self.note()) or self.process.poll() is not None, self.patience)
         assert self.process.poll() is None, self.log.read_text()
-        self.until(lambda: any("worker start" in args for args in self.parts().values()), 30)
+        self.until(lambda: any("worker start" in args for args in self.parts().values()), self.patience / 4)
 
     def stop(self) -> None:
         parts = self.parts()
         self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(60)
+            self.process.wait(self.patience / 2)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
