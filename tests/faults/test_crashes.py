@@ -5,6 +5,8 @@ process, where each of its renames, links, flushes, new folders and requests to 
 it is, the next run ends with the same files, one version, and nothing half-written.
 
 `make test` takes a few places up to the scores, always the same; `make faults` takes LEWIS_FAULTS_POINTS of all.
+
+Runs at once are such children too: three in `make test`, eight, with the registry, in `make faults`.
 """
 
 import errno
@@ -107,6 +109,42 @@ def in_child(recipe: Recipe, home: Path, how: str, where: int, answer: Connectio
         os._exit(REFUSED)
 
 
+def racing(recipe: Recipe, home: Path, computed: Path, begin: Any, answer: Connection) -> None:
+    """A run that notes what it computes, and begins with others."""
+    import lewis.importance.measure
+    import lewis.merge.run
+
+    def noting(call: Callable[..., Any], word: str) -> Callable[..., Any]:
+        def wrapper(*given: Any, **named: Any) -> Any:
+            with computed.open("a") as file:
+                file.write(f"{word}\n")
+            return call(*given, **named)
+
+        return wrapper
+
+    os.environ["LEWIS_HOME"] = str(home)
+    for owner, name in ((lewis.merge.run.Merge, "run"), (lewis.importance.measure, "measure_sets")):
+        setattr(owner, name, noting(getattr(owner, name), name))
+    begin.wait(60)
+    answer.send(go(recipe))
+
+
+def race(recipes: list[Recipe], home: Path) -> tuple[list[str], list[str]]:
+    """Run recipes at once; gives the digests, "" for a run that failed, and what was computed."""
+    context = multiprocessing.get_context("fork")
+    begin, children = context.Barrier(len(recipes)), []
+    for recipe in recipes:
+        ours, theirs = context.Pipe(duplex=False)
+        given = (recipe, home, home.with_suffix(".computed"), begin, theirs)
+        children.append((context.Process(target=racing, args=given), ours))
+        children[-1][0].start()
+        theirs.close()
+    for child, _ in children:
+        child.join(300)
+    digests = [ours.recv() if child.exitcode == 0 else "" for child, ours in children]
+    return digests, sorted(home.with_suffix(".computed").read_text().split())
+
+
 def run(recipe: Recipe, home: Path, how: str = "", where: int = 0) -> tuple[int, str, int]:
     """Exit code of a run in a child of its own, the digest, and how many places it came to."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
@@ -195,3 +233,33 @@ def test_a_run_that_ends_at_any_place_is_done_again_with_the_same_result(
             wrong.append(f"{where} of {places}, run again: {problems}, {found}")
         shutil.rmtree(home)
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("experts", [("code",), ("code", "lora")], ids=["one recipe", "two recipes"])
+def test_runs_at_once_compute_and_register_once(
+    experts: tuple[str, ...], family: Family, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two recipes share the base and the expert `math`."""
+    recipes = []
+    for name in experts:
+        models = [{"model": str(path)} for path in (family.math, getattr(family, name))]
+        data = {**DATA, "base_model": str(family.base), "models": models, "register": {"name": f"tiny-{name}"}}
+        recipes.append(parse(data))
+    one_by_one, at_once = tmp_path / "one-by-one", tmp_path / "at-once"
+    for home in (one_by_one, at_once):
+        shutil.copytree(template, home)
+    expected = [race([recipe], one_by_one)[0][0] for recipe in recipes]
+    computed = sorted((tmp_path / "one-by-one.computed").read_text().split())
+    assert all(expected) and computed.count("run") == len(recipes)
+
+    count = 8 if POINTS else 3
+    found, computed_at_once = race([recipes[i % len(recipes)] for i in range(count)], at_once)
+    assert found == [expected[i % len(recipes)] for i in range(count)] and computed_at_once == computed
+    monkeypatch.setenv("LEWIS_HOME", str(at_once))
+    assert not left_over(at_once) and not verify().damaged
+    for recipe, digest in zip(recipes, expected, strict=True):
+        assert recipe.register_as is not None
+        files = [merged(home, digest) for home in (one_by_one, at_once)]
+        assert files[0] == files[1]
+        assert not POINTS or not half_done(at_once, recipe.register_as.name)
