@@ -1,4 +1,4 @@
-"""A model with several adapters as a folder that transformers can load: lm-eval takes one adapter at most."""
+"""A model as a folder that transformers loads: lm-eval takes one adapter at most, and no quantised model anywhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 
 from lewis import store
 from lewis.models.config import write_config
-from lewis.models.dtypes import size_of
+from lewis.models.dtypes import size_of, torch_dtype
 from lewis.models.files import copy_tokenizer
+from lewis.models.model import Model
+from lewis.models.quantised.headers import is_quantised
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import tokenizer_folder
 from lewis.models.writer import CheckpointWriter
@@ -20,28 +22,35 @@ _SHARD = 5 * 10**9  # bytes
 
 @contextmanager
 def loadable(files: ModelFiles) -> Iterator[tuple[Path, Path | None]]:
-    """The folder of a full model, and that of an adapter on it: the model's own, unless it has several adapters.
+    """The folder of a full model, and that of an adapter on it: the model's own, unless transformers cannot load it so.
 
-    With several, a full model is written to the store for as long as the context lasts.
+    With several adapters, and for a quantised model, which transformers may need other packages or a GPU for, a full
+    model is written to the store for as long as the context lasts: computed weights in fp32, those of a quantised model
+    in the dtype that it had before.
 
     Raises:
         InputError: if there is no space for it.
     """
-    if not files.under:
+    quantised = is_quantised(files.folder)
+    if not files.under and not quantised:
         yield files.folder, files.adapter
         return
-    model = files.open()
-    layout = {
-        name: ("F32" if model.computes(name) else model.raw(name)[0], info.shape)
-        for name, info in model.tensors.items()
-    }
+    model = files.model_copy(update={"like": None}).open()  # by its own names, which its class has
+    as_before = quantised and not files.adapter
+    layout = {name: (_dtype(model, name, as_before), info.shape) for name, info in model.tensors.items()}
     store.check_space(store.home(), sum(size_of(dtype, shape) for dtype, shape in layout.values()) + 10**7)
     with tempfile.TemporaryDirectory(dir=store.make_folder(store.home())) as place:
         folder = Path(place)
         with CheckpointWriter(folder, layout, _SHARD) as writer:
             for name in writer.names:
-                writer.write(name, model.read(name))
+                writer.write(name, model.read(name).to(torch_dtype(layout[name][0])))
                 writer.finish(name)
         write_config(model.config, model.home, folder, None)
         copy_tokenizer(tokenizer_folder(model), folder)
         yield folder, None
+
+
+def _dtype(model: Model, name: str, as_before: bool) -> str:
+    if not model.computes(name):
+        return model.raw(name)[0]
+    return model.tensors[name].dtype if as_before else "F32"

@@ -1,6 +1,7 @@
 """Whether models can be merged: every expert needs the base's tensors, in their shapes, and its vocabulary."""
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -162,10 +163,15 @@ def _differences(
         yield f"{len(extra)} tensors are not in the base, the first is {extra[0]!r}"
     for name, shape in wanted.items():
         start = int(by_token and not matched and name.endswith(PER_TOKEN))
-        if name in expert and expert[name][start:] != shape[start:]:
+        if name in expert and expert[name][start:] != shape[start:] and (matched or not _flat(expert[name], shape)):
             told = f"{name!r} has shape {list(expert[name])}, in the base it is {list(shape)}"
             yield told + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
             break
+
+
+def _flat(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one shape is unknown but for the number of elements, as that of a weight in NF4 before its download."""
+    return 1 in (len(one), len(other)) and math.prod(one) == math.prod(other)
 
 
 def _check_tensors(base: Model, expert: Model, excluded: Collection[str], by_token: bool) -> Iterator[str]:

@@ -203,7 +203,7 @@ class _Finder:
         if self._read is None:
             dtype, shape = self._headers[name]
             elements = 2 * math.prod(shape) * _BYTES.get(dtype, 1)
-            return Packed(parts, (elements,), _not_here)
+            return Packed(parts, (elements,), not_here)
         state = json.loads(self._read(state_name).bytes().tobytes())
         shape = tuple(int(size) for size in state["shape"])
         decode = partial(scaled.decode_bnb4, state=state, shape=shape)
@@ -230,7 +230,8 @@ class _Finder:
         yield name, Packed(parts, shape, partial(scaled.decode_scaled, block=self._settings.block))
 
 
-def _not_here(parts: Any) -> np.ndarray:
+def not_here(parts: Any) -> np.ndarray:
+    """What a weight has for `decode` whose shape is unknown, since only headers have been read."""
     raise AssertionError("only the headers of this model have been read")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lewis.models.config import read_config
-from lewis.models.quantised.find import check_plain, find
+from lewis.models.files import GGUF_TABLE
+from lewis.models.network_class import known_network
+from lewis.models.quantised.find import check_plain, find, not_here
 from lewis.models.quantised.settings import dtype_of, settings_of
 from lewis.models.quantised.stored import Stored
 from lewis.models.safetensors_file import Headers, TensorFile
@@ -40,6 +43,25 @@ def dequantised(
                 opened[file] = TensorFile(folder / file)
             return Stored(*headers[name], opened[file].bits(name))
 
-        found = find(where, settings, headers, read if files else None).logical(headers, dtype_of(config))
+        made = find(where, settings, headers, read if files else None)
+        found = made.logical(headers, dtype_of(config))
+        if unknown := {name for name, packed in made.weights.items() if packed.decode is not_here}:
+            found |= {name: (found[name][0], shape) for name, shape in _of_class(folder, found, unknown).items()}
     check_plain(where, found, settings)
     return found
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights of a model's folder are computed from others: its config says so, or it is a GGUF file's."""
+    if (folder / GGUF_TABLE).is_file():
+        return True
+    return (folder / "config.json").is_file() and settings_of(folder, read_config(folder)) is not None
+
+
+def _of_class(folder: Path, found: Headers, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the model's class gives some tensors, where they have as many elements as are stored."""
+    network = known_network(folder)
+    shapes = {} if network is None else {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    return {
+        name: shapes[name] for name in names if name in shapes and math.prod(shapes[name]) == math.prod(found[name][1])
+    }

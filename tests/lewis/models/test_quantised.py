@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError
+from lewis.evaluation.written import loadable
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.dtypes import EIGHT_BIT_FLOATS, torch_dtype
 from lewis.models.lora import LoraExpert
 from lewis.models.quantised.headers import dequantised
 from lewis.models.quantised.stored import Stored
 from lewis.models.safetensors_file import file_headers
+from lewis.models.source import ModelFiles
 from tests.conftest import Family
 from tests.support.models import bits, edit_json, open_merge, write_lora, write_tensors
 from tests.support.quantised import E2M1, FORMATS, gptq, nibbles, write_quantised
@@ -36,7 +38,7 @@ def test_a_quantised_checkpoint_reads_as_its_values(name: str, family: Family, t
     assert opened.computes(UP) and not opened.computes("model.norm.weight")
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "int4 packed", "gptq", "awq"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "int4 packed", "gptq", "awq", "bnb nf4 double"])
 def test_headers_alone_tell_names_and_shapes(name: str, family: Family, tmp_path: Path) -> None:
     write_quantised(family.math, tmp_path / "q", name)
     headers = file_headers(tmp_path / "q/model.safetensors")
@@ -155,6 +157,17 @@ def test_a_merge_is_that_of_the_values(method: str, dtype: str | None, family: F
     written = json.loads((tmp_path / "0/config.json").read_text())
     assert "quantization_config" not in written
     assert "quantization_config" not in json.loads((tmp_path / "1/config.json").read_text())
+
+
+def test_what_lm_eval_scores_is_the_model_as_it_was_before(family: Family, tmp_path: Path) -> None:
+    values = write_quantised(family.base, tmp_path / "q", "gptq")
+    with loadable(ModelFiles.at("x", "key", tmp_path / "q")) as (folder, adapter):
+        written = load_file(folder / "model.safetensors")
+        assert adapter is None and "quantization_config" not in json.loads((folder / "config.json").read_text())
+        assert {name: bits(tensor) for name, tensor in written.items()} == {
+            name: bits(tensor) for name, tensor in values.items()
+        }
+    assert not folder.exists()
 
 
 def test_a_lora_expert_on_a_quantised_base(family: Family, tmp_path: Path) -> None:
