@@ -23,7 +23,9 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.models.hub import fetch, resolve, resolve_dataset, tensor_headers
 from lewis.models.hub_errors import retryable
 from lewis.models.pin import Pinned
+from tests.lewis.models.test_gguf import write_gguf
 from tests.support.local_hub import LocalHub
+from tests.support.models import write_llama
 
 WEIGHTS = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.zeros(2, np.float16)})
 HEADERS = {"a.weight": ("F32", (2, 3)), "a.bias": ("F16", (2,))}
@@ -506,3 +508,26 @@ def answered(status: int) -> HfHubHTTPError:
 )
 def test_retryable(error: Exception, expected: bool) -> None:
     assert retryable(error) is expected
+
+
+# Quantised models
+
+
+def test_what_cannot_be_read_is_told_before_weights_are_downloaded(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    hub.commit("org/q", {**NEEDED, "config.json": '{"quantization_config": {"quant_method": "hqq"}}'})
+    pinned = resolve("org/q", tmp_path)
+    configs = fetch(pinned, weights=False)
+    with pytest.raises(InputError, match="org/q: weights quantised with hqq are not read; use the unquantised model"):
+        tensor_headers(pinned)
+    assert not (configs / "model.safetensors").exists()
+
+
+def test_the_only_gguf_of_a_repo_is_downloaded_and_read(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m", hidden=64, layers=1)
+    file = write_gguf(model, tmp_path / "m.gguf").read_bytes()
+    hub.commit("org/g", {"m.gguf": file, "README.md": "# hi"})
+    pinned = resolve("org/g", tmp_path)
+    assert pinned.is_local and "model.layers.0.mlp.up_proj.weight" in tensor_headers(pinned)
+    hub.commit("org/g", {"m-Q4.gguf": file, "m-Q8.gguf": file})
+    with pytest.raises(InputError, match=r"org/g: 2 GGUF files \(m-Q4.gguf, m-Q8.gguf\) and no safetensors; give the"):
+        resolve("org/g", tmp_path)
