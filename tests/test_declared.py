@@ -15,8 +15,8 @@ OPTIONAL = {
     **{"flows/runners/dask.py": "dask", "flows/runners/dask_worker.py": "dask", "flows/runners/ray.py": "ray"},
     **{"lewis/models/gguf_file.py": "gguf", "lewis/models/gguf_folder.py": "gguf"},
 }
-# Imported in the tests only by the Python of another environment, or from a folder that the test makes.
-ELSEWHERE = {"mergekit", "programs"}
+# Imported in the tests only by the Python of another environment, or from a folder that the test or the user makes.
+ELSEWHERE = {"mergekit", "programs", "bitsandbytes", "compressed_tensors"}
 DISTRIBUTIONS = packages_distributions()  # takes a second
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 
