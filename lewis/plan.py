@@ -244,8 +244,8 @@ def _guided_steps(
         check_output(recipe, prepared)
         if recipe.allocator and not allocated:  # any density takes as long
             guess = dict.fromkeys(prepared.layout, 0.5)
-            guided = prepared.anchor
-            guided.experts = [replace(expert, densities=guess) for expert in guided.experts]
+            for guided in prepared.guided:
+                guided.experts = [replace(expert, densities=guess) for expert in guided.experts]
     for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
         if prepared and (allocated or not recipe.allocator):

@@ -155,7 +155,8 @@ class _Guided(NamedTuple):
     """What guides a merge.
 
     Attributes:
-        layers: the covered layers that the recipe does not exclude.
+        layers: the covered layers of the base that the recipe does not exclude.
+        result: those of the result, which slices make of them.
         parameters: number of parameters of the base.
         measured: importance of base and experts.
         allocated: the densities.
@@ -163,6 +164,7 @@ class _Guided(NamedTuple):
     """
 
     layers: "list[Layer]"
+    result: "list[Layer]"
     parameters: int
     measured: "list[ImportanceEntry]"
     allocated: "AllocationEntry"
@@ -176,6 +178,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
         RecipeError: if the recipe has no `lewis` block or no base.
     """
     from lewis import pipeline
+    from lewis.allocation.step import layers_of_result
     from lewis.devices import default_device
 
     recipe = arguments.load(options)
@@ -190,6 +193,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
     parameters = sum(info.elements for info in base.open().tensors.values())
     found = pipeline.layers_of(base, measured=recipe.runs_models)
     layers = [layer for layer in found if not recipe.excludes(layer.tensor)]
+    result = layers_of_result(recipe, base, experts) if recipe.slices else layers
     passes = set[str]()
     with bars.progress() as report:
 
@@ -199,14 +203,14 @@ def _guide(options: argparse.Namespace) -> _Guided:
 
         measured, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=noted)
         assert allocated is not None
-    return _Guided(layers, parameters, measured, allocated, len(passes))
+    return _Guided(layers, result, parameters, measured, allocated, len(passes))
 
 
 def _print_densities(guided: _Guided) -> None:
     from lewis.reports import tables
 
     for ref, each in guided.allocated.experts().items():
-        print(tables.allocation_text(ref, guided.layers, each, guided.parameters), end="\n\n")
+        print(tables.allocation_text(ref, guided.result, each, guided.parameters), end="\n\n")
 
 
 def _json_file(path: Path) -> Path:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lewis import store
 from lewis.allocation import densities, evidence, global_threshold
 from lewis.allocation.aim import aim
 from lewis.allocation.densities import Allocation
+from lewis.allocation.in_result import InResult, in_result, is_stack
 from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError
-from lewis.importance.architecture import Covered, Layer
+from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
@@ -33,12 +35,14 @@ class AllocationEntry(JsonReference):
     Attributes:
         measured: expert -> the measurement whose activations its task vector is pruned by; empty if by magnitude.
         base: the base's measurements, if the merged delta is held back by them (`lewis.aim`).
+        stacked: whether slices put layers together anew, so that densities are of other layers than the base's.
     """
 
     holds: ClassVar[str] = "experts"
     means: dict[str, float]
     measured: dict[str, ImportanceEntry] = {}  # noqa: RUF012 (pydantic copies it)
     base: tuple[ImportanceEntry, ...] = ()
+    stacked: bool = False
 
     def experts(self, which: str = "experts") -> dict[str, Allocation]:
         """Expert -> allocation; `which` is `experts` or `uniform`. Read from the disk at each call."""
@@ -72,24 +76,30 @@ def allocate(
     with kinds.ALLOCATIONS.lock(digest):
         if store.entry(path, "experts") is None:
             opened = base.open()
-            left_out = excluded(recipe, opened.tensors, opened.tied)
-            found_in, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)
-            covered = [each for each in found_in if each.tensor not in left_out]
-            if not covered:
-                raise InputError("exclude: it matches every covered layer; leave the lewis block out")
-            layers = [layer for each in covered for layer in each.layers]
-            names, guided = [name for name in opened.tensors if name not in left_out], {}
-            tensors, warnings = [each.tensor for each in covered], list[str | None]()
+            covered, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)
+            models = {entry.model: files.open() for entry, files in zip(recipe.experts, experts, strict=True)}
+            stacked = is_stack(recipe, opened, models)
+            seen, layers, guided = in_result(recipe, opened, models, covered), {}, {}
+            warnings = list[str | None]()
             for entry, files in zip(recipe.experts, experts, strict=True):
-                moved = _evidence(recipe, entry, base, files, measured, covered)
-                own = densities.allocate(layers, names, policy, moved)
-                warnings.append(evidence.unrelated(files.ref, opened, files.open(), tensors))
-                warnings.append(_near_uniform(recipe, files.ref, layers, own))
+                here = seen[entry.model]
+                left_out = excluded(recipe, here.base.tensors, here.base.tied)
+                here = replace(here, covered=tuple(each for each in here.covered if each.tensor not in left_out))
+                if not here.covered:
+                    raise InputError("exclude: it matches every covered layer; leave the lewis block out")
+                layers[files.ref] = [layer for each in here.covered for layer in each.layers]
+                names = [name for name in here.base.tensors if name not in left_out]
+                moved = _evidence(recipe, entry, base.ref, files.ref, measured, here)
+                own = densities.allocate(layers[files.ref], names, policy, moved)
+                tensors = [each.tensor for each in here.covered]
+                warnings.append(evidence.unrelated(files.ref, here.base, here.expert, tensors))
+                warnings.append(_near_uniform(recipe, files.ref, layers[files.ref], own))
                 guided[files.ref] = own
             warnings.append(_rescaled(recipe, layers, guided))
-            uniform = {ref: densities.uniform_like(layers, each) for ref, each in guided.items()}
+            uniform = {ref: densities.uniform_like(layers[ref], each) for ref, each in guided.items()}
             named = {"experts": guided, "uniform": uniform}
-            content = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
+            content: dict[str, Any] = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
+            content |= {"stacked": True} if stacked else {}
             store.write_entry(path, {**content, "warnings": list(filter(None, warnings))})
     for text in store.entry(path, "warnings") or []:  # also of densities that were found
         logger.warning("%s", text)
@@ -98,32 +108,43 @@ def allocate(
     return found
 
 
+def layers_of_result(recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles]) -> list[Layer]:
+    """The covered layers of the result, without those that the recipe excludes."""
+    opened = base.open()
+    covered, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)
+    models = {entry.model: files.open() for entry, files in zip(recipe.experts, experts, strict=True)}
+    seen = in_result(recipe, opened, models, covered)
+    found = {layer.key: layer for here in seen.values() for each in here.covered for layer in each.layers}
+    return [layer for layer in found.values() if not recipe.excludes(layer.tensor)]
+
+
 def _evidence(
     recipe: Recipe,
     entry: ModelEntry,
-    base: ModelFiles,
-    expert: ModelFiles,
+    base: str,
+    expert: str,
     measured: Sequence[ImportanceEntry],
-    covered: Sequence[Covered],
+    here: InResult,
 ) -> dict[str, float | None] | None:
     """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
     assert recipe.lewis is not None
-    policy, own_base, own = recipe.lewis.density, base.open(), expert.open()
+    policy = recipe.lewis.density
     if not recipe.measures:
         return None
     name = recipe.calibration_of(entry)
     found = _by_model(measured)
     if policy.strategy in ("uniform", "depth_gradient"):  # they need to know only what no token reached
-        return {key: None if norm is None else 1.0 for key, norm in found[expert.ref, name].norms.items()}
+        return {key: None if norm is None else 1.0 for key, norm in here.of_expert(found[expert, name].norms).items()}
     if recipe.compares_norms:
-        return evidence.norm_difference(found[base.ref, name].norms, found[expert.ref, name].norms)
-    moments = found[expert.ref, name].moments
+        of_base, of_expert = here.of_base(found[base, name].norms), here.of_expert(found[expert, name].norms)
+        return evidence.norm_difference(of_base, of_expert)
+    moments = here.of_expert(found[expert, name].moments)
     if policy.strategy == "global":
         target = densities.target_of(policy)
         bounds = {"target": target, "low": policy.min, "high": policy.max}
-        return global_threshold.shares(own_base, own, covered, moments, **bounds)
+        return global_threshold.shares(here.base, here.expert, here.covered, moments, **bounds)
     metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
-    return evidence.of_task_vector(metric, own_base, own, covered, moments)
+    return evidence.of_task_vector(metric, here.base, here.expert, here.covered, moments)
 
 
 def _by_model(measured: Sequence[ImportanceEntry]) -> dict[tuple[str, str], ImportanceEntry]:
@@ -141,11 +162,13 @@ def _near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allo
     )
 
 
-def _rescaled(recipe: Recipe, layers: Sequence[Layer], found: Mapping[str, Allocation]) -> str | None:
+def _rescaled(recipe: Recipe, layers: Mapping[str, Sequence[Layer]], found: Mapping[str, Allocation]) -> str | None:
     rescale = find(recipe.guided_method).parameters.get("rescale")
     value = recipe.anchor_value if recipe.anchor else recipe.value
-    uneven = max(densities.distance_to_uniform(layers, each) for each in found.values()) >= densities.NEAR_UNIFORM
-    if not (recipe.guided and uneven and rescale and value(rescale, None, layers[0].tensor, 0.0)):
+    distances = [densities.distance_to_uniform(layers[ref], each) for ref, each in found.items()]
+    first = next((each[0].tensor for each in layers.values() if each), "")
+    uneven = max(distances) >= densities.NEAR_UNIFORM
+    if not (recipe.guided and uneven and rescale and value(rescale, None, first, 0.0)):
         return None
     return (
         f"{recipe.guided_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
@@ -171,7 +194,8 @@ def find_allocated(
     if recipe.lewis.aim is not None:
         of_base = [entry for entry in measured if entry.ref == base.ref]
     means = {ref: fields["mean"] for ref, fields in content.items()}
-    return AllocationEntry(digest=digest, path=path, means=means, measured=own, base=tuple(of_base))
+    stacked = bool(store.entry(path, "stacked"))
+    return AllocationEntry(digest=digest, path=path, means=means, measured=own, base=tuple(of_base), stacked=stacked)
 
 
 def _allocation_place(
@@ -181,6 +205,7 @@ def _allocation_place(
     policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump(), recipe.lewis.importance.metric]
     models = [[files.ref, files.key] for files in (base, *experts)]
     passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
-    left_out = [sorted(recipe.exclude)] if recipe.exclude else []
+    left_out: list[object] = [sorted(recipe.exclude)] if recipe.exclude else []
+    left_out += [[[[s.model, *s.layer_range] for s in e.sources] for e in recipe.slices]] if recipe.slices else []
     digest = store.digest([densities.SEMANTICS, policy, models, passes, *left_out])
     return digest, kinds.ALLOCATIONS.path(digest)

@@ -150,6 +150,11 @@ class Prepared:
         """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
         return self._anchor or self
 
+    @property
+    def guided(self) -> Sequence[Prepared]:
+        """The merges whose densities the recipe decides: the anchor's."""
+        return (self.anchor,)
+
     def giving(self, name: str) -> Prepared:
         """What gives a tensor that is not fitted: the anchor."""
         return self.anchor

@@ -63,7 +63,8 @@ def prepare_slices(
         settings = settings_of(recipe, first, values.value, values.anchor_value)
         return Merge(settings, base, experts, held_back, device)
     _check_stackable(recipe)
-    return _stack(recipe, slices, recipe.base_model or experts[0].ref, experts, models, layers, device)
+    donor = recipe.base_model or experts[0].ref
+    return _stack(recipe, slices, donor, experts, models, layers, held_back or {}, device)
 
 
 def _check_stackable(recipe: Recipe) -> None:
@@ -86,15 +87,17 @@ def _stack(
     experts: Sequence[Expert],
     models: Mapping[str, Model],
     layers: Mapping[str, Layers],
+    held_back: ScalesByTensor,
     device: str,
 ) -> Stack:
     """Prepare a stack.
 
     Args:
         donor: the model that gives the config, the tokenizer and the names.
-        experts: with what guides them.
+        experts: with what guides them: densities by the result's tensors, scales by the expert's own.
         models: all models by their references.
         layers: of each.
+        held_back: factors of the merged delta by the base's own tensors.
     """
     by_key = sorted((model.key, ref) for ref, model in models.items() if ref != recipe.base_model)
     others = [(ref, models[ref]) for _, ref in by_key]
@@ -109,13 +112,14 @@ def _stack(
         _check_sizes(donor, read[donor], result, each, lead)
         names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
         own = [
-            replace(known.get(ref) or Expert(ref, views[ref]), model=views[ref])  # one slice's expert is another's base
+            _seen(known.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
             for ref in (entry.model for entry in each.recipe.experts)
         ]
         settings = settings_of(each.recipe, lead, values.value, values.anchor_value)
         settings = replace(settings, vocabulary=None, chat_template=None)
         matched = Alignment(tokenizer_folder(models[donor]), models[donor]) if recipe.vocabulary else None
-        parts.append(Merge(settings, lead if each.recipe.base_model else None, own, None, device, matched))
+        base = lead if each.recipe.base_model else None
+        parts.append(Merge(settings, base, own, _by_new_names(held_back, lead), device, matched))
         in_order = [each.lead, *(ref for ref in each.starts if ref != each.lead)]
         for i in range(each.count):
             places = [(ref, models[ref], each.starts[ref] + i) for ref in in_order]
@@ -127,6 +131,16 @@ def _stack(
     config = restacked(models[donor].config, models[donor].home, origins)
     folders = [tokenizer_folder(models[ref]) for ref in dict.fromkeys([donor, *models])]
     return Stack(Whole(read[donor], config, parts), parts, vocabulary, chosen_template(recipe.chat_template, folders))
+
+
+def _seen(expert: Expert, view: Restacked) -> Expert:
+    """An expert as a slice has it."""
+    scales = None if expert.scales is None else _by_new_names(expert.scales, view)
+    return replace(expert, model=view, scales=scales)
+
+
+def _by_new_names(scales: ScalesByTensor, view: Restacked) -> ScalesByTensor:
+    return {new: scales[old] for new, old in view.names.items() if old in scales}
 
 
 def _check_sizes(donor: str, model: Model, result: Layers, each: Slice, lead: Model) -> None:
@@ -233,6 +247,11 @@ class Stack(Merge):
         for part in parts:
             part.budget = self.budget
         self.digest = self._digest()
+
+    @property
+    def guided(self) -> Sequence[Prepared]:
+        """The merges of the slices."""
+        return self.parts
 
     def giving(self, name: str) -> Prepared:
         """The merge of the slice that a tensor is in."""

@@ -112,7 +112,7 @@ def as_merges(data: Mapping[str, Any], method: Method | None) -> Iterator[tuple[
 
 def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
     """What is wrong with the slices as such, each a line that begins with its YAML path."""
-    problems = []
+    problems, whole = [], model_name(data.get("base_model"))
     if data.get("models"):
         problems.append("slices: expected either models or slices, got both; remove one")
     for i, merge in as_merges(data, method):
@@ -122,6 +122,12 @@ def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
                 f"slices[{i}].sources: the base {base!r} is not among them; list it with the layer_range that the "
                 "others are merged onto"
             )
+    if data.get("lewis"):
+        own = [i for i, each in enumerate(_slices(data)) if model_name(each.get("base_model")) not in (None, whole)]
+        problems += [
+            f"slices[{i}].base_model: the lewis block compares all experts with one base; leave one of the two out"
+            for i in own
+        ]
     sets: dict[str, Any] = {}
     for i, j, source in _sources(data):
         name, wanted = str(model_name(source.get("model"))), source.get("calibration")

@@ -44,6 +44,7 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
         allocation: its densities.
         parameters: how many the whole model has.
     """
+    layers = [layer for layer in layers if layer.tensor in allocation.densities]
     covered = covered_by(layers, allocation)
     values: dict[str, float | None] = {layer.key: allocation.densities[layer.tensor] for layer in covered}
     size = sum(layer.parameters for layer in covered)
@@ -66,20 +67,27 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
 def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
     """One row per covered layer: its norm in each model, then difference and density of each expert.
 
-    Differences are left out for an expert whose layers all moved equally far.
+    Differences are left out for an expert whose layers all moved equally far. Where slices put layers together anew,
+    rows of the result's layers come after those of the models' own.
     """
     norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
-    experts, rows = allocated.experts(), []
+    experts = allocated.experts()
     moved = {ref for ref, each in experts.items() if len(set(each.differences.values())) > 1}
-    for key in next(iter(norms.values())):
-        tensor = key.partition("[")[0]  # of a part of a fused projection
-        row: dict[str, Any] = {"layer": key.removesuffix(".weight")}
-        row |= {name: _rounded(values[key], 6) for name, values in norms.items()}
+
+    def densities(key: str) -> dict[str, Any]:
+        tensor, found = key.partition("[")[0], dict[str, Any]()  # of a part of a fused projection
         for ref, each in experts.items():
-            row |= {f"D {ref}": _rounded(each.differences.get(key), 4)} if ref in moved else {}
-            row |= {f"density {ref}": _rounded(each.densities.get(tensor), 4)}
-        rows.append(row)
-    return rows
+            found |= {f"D {ref}": _rounded(each.differences.get(key), 4)} if ref in moved else {}
+            found |= {f"density {ref}": _rounded(each.densities.get(tensor), 4)}
+        return found
+
+    rows = []
+    for key in next(iter(norms.values())):
+        row = {"layer": key.removesuffix(".weight")}
+        row |= {name: _rounded(values.get(key), 6) for name, values in norms.items()}
+        rows.append(row if allocated.stacked else row | densities(key))
+    of_result = dict.fromkeys(key for each in experts.values() for key in each.differences) if allocated.stacked else ()
+    return rows + [{"layer": f"result: {key.removesuffix('.weight')}", **densities(key)} for key in of_result]
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lewis import pipeline
 from lewis.errors import InputError, LewisError
 from lewis.merge.expert import Expert
 from lewis.merge.run import Merge
@@ -19,6 +20,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.files import INDEX
 from lewis.models.lora import LoraExpert
 from lewis.models.stack_config import Origin, restacked
+from lewis.reports.tables import importance_rows
 from tests.conftest import Family
 from tests.support.models import edit_json, open_merge, parse, write_tensors
 
@@ -158,6 +160,41 @@ def test_what_a_stack_is_made_of_is_in_its_digest(models: tuple[Path, Path]) -> 
     assert len({opened(each).digest for each in stacks}) == 3
 
 
+def test_densities_are_those_of_the_results_layers(family: Family, home: Path, tmp_path: Path) -> None:
+    data = sliced(
+        "ties",
+        [source(family.base, 0, 2), source(family.math, 0, 2)],
+        [source(family.base, 1, 2), source(family.math, 1, 2)],
+        base_model=str(family.base),
+        lewis={
+            "calibrations": {"words": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}},
+            "density": {"budget": 0.5},
+            "prune_by": "activation",
+            "aim": {"omega": 0.5},
+        },
+    )
+    recipe = parse(data)
+    base, experts = pipeline.fetch(recipe)
+    _, allocated = pipeline.guide(recipe, base, experts)
+    assert allocated is not None and allocated.stacked
+    [own] = allocated.experts().values()
+    name = "model.layers.{}.mlp.down_proj.weight".format
+    assert {key.split(".")[2] for key in own.differences} == {"0", "1", "2"}
+    assert own.differences[name(2)] == own.differences[name(1)] != own.differences[name(0)]
+    assert own.densities[name(2)] == own.densities[name(1)] and own.mean == pytest.approx(0.5)
+    stack = pipeline.prepare_merge(recipe, base, experts, allocated)
+    assert isinstance(stack, Stack)
+    first, second = stack.giving(name(1)), stack.giving(name(2))
+    assert first is not second and second.parameters(name(2))["density"] == [own.densities[name(1)]]
+    assert torch.equal(first.scales(name(1))[0], second.scales(name(2))[0])
+    assert torch.equal(first.held_back[name(1)], second.held_back[name(2)])
+    stack.run(tmp_path / "out")
+    rows = importance_rows(pipeline.guide(recipe, base, experts)[0], allocated)
+    assert rows[-1]["layer"].startswith("result: model.layers.2.")
+    uniform = pipeline.prepare_merge(recipe, base, experts, allocated, "uniform")
+    assert uniform.parameters(name(2))["density"] == [own.mean]
+
+
 def with_slices(change: dict[str, Any]) -> Any:
     def slices(one: Path, two: Path) -> dict[str, Any]:
         return {**sliced("passthrough", [source(one, 0, 2)], [source(two, 0, 2)]), **change}
@@ -181,6 +218,13 @@ WRONG: dict[str, tuple[Any, str]] = {
         "slices[0].sources[0].parameters.scale[0].filter: 'o_prj' matches no tensor",
     ),
     "adapter": (with_slices({"output": {"kind": "lora", "rank": 2}, "base_model": "ONE"}), "output.kind: layers are"),
+    "bases": (
+        lambda a, b: {
+            "slices": [{"sources": [source(a, 0, 2), source(b, 0, 2)], "base_model": str(b)}],
+            **{"merge_method": "ties", "base_model": str(a), "lewis": {"density": {"strategy": "uniform"}}},
+        },
+        "slices[0].base_model: the lewis block compares all experts with one base",
+    ),
     "both": (with_slices({"models": [{"model": "x"}]}), "slices: expected either models or slices"),
     "exclude": (with_slices({"exclude": ["norm"], "base_model": "ONE"}), "exclude: slices of passthrough have no base"),
 }

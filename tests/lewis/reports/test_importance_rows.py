@@ -11,7 +11,7 @@ Q, V, EXPERT, OUT = "h.0.qkv.weight[q]", "h.0.qkv.weight[v]", "h.0.experts.3.w1.
 
 def rows(densities: dict[str, float], differences: dict[str, float]) -> list[dict[str, Any]]:
     measured: Any = [SimpleNamespace(ref="e", calibration="s", norms={Q: 1.0, V: 2.0, EXPERT: None, OUT: 3.0})]
-    allocated: Any = SimpleNamespace(experts=lambda: {"e": Allocation(densities, 0.5, differences)})
+    allocated: Any = SimpleNamespace(experts=lambda: {"e": Allocation(densities, 0.5, differences)}, stacked=False)
     return importance_rows(measured, allocated)
 
 
