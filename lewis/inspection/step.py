@@ -22,6 +22,7 @@ from lewis.models.compatible import check_compatible, preflight
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source, download, pin, pin_all
+from lewis.models.stack import other_depth
 from lewis.recipe.recipe import Recipe, excluded
 from lewis.store import kinds
 from lewis.store.reference import JsonReference
@@ -126,6 +127,9 @@ def inspect(
     for files in unique.values():
         try:
             model = files.open()
+            if recipe.slices and other_depth(opened, model):
+                logger.info("%s: not compared: it has another number of layers than %s", files.ref, base.ref)
+                continue
             check_compatible(opened, [model], left_out, by_token=by_token)
             chosen.append(_Opened(files, model))
         except InputError as error:

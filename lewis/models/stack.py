@@ -79,6 +79,12 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
     )
 
 
+def other_depth(one: Model, other: Model) -> bool:
+    """Whether two models have different numbers of layers."""
+    depths = [1 + max((layer_of(name) or 0 for name in model.tensors), default=0) for model in (one, other)]
+    return depths[0] != depths[1]
+
+
 def is_before_layers(name: str) -> bool:
     """Whether a tensor outside of the layers belongs to the input: an embedding or its norm, not the head."""
     return bool(_BEFORE.search(name)) and not _AFTER.search(name) and not name.endswith(HEADS)
