@@ -9,6 +9,7 @@ from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.methods import find
 from lewis.models.source import Source
+from lewis.recipe.dialect import as_recipe
 from lewis.recipe.recipe import Recipe
 
 _OURS = ("lewis", "evaluate", "register", "publish", "search", "seed", "output")
@@ -16,6 +17,11 @@ _OURS = ("lewis", "evaluate", "register", "publish", "search", "seed", "output")
 
 def check_exportable(recipe: Recipe) -> None:
     """Raise InputError if mergekit does not know the method, or cannot do what the recipe asks for."""
+    if recipe.slices:
+        raise InputError(
+            "slices: export writes `models`, with densities by the names of their tensors; without the blocks that "
+            "mergekit lacks, a recipe with slices is a config of mergekit as it is"
+        )
     if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
         raise InputError(
             "lewis.prune_by: mergekit keeps elements by magnitude, it cannot prune by activation; merge with LEWIS, or "
@@ -53,7 +59,9 @@ def to_mergekit(
         InputError: as `check_exportable`.
     """
     check_exportable(recipe)
-    data: dict[str, Any] = {key: value for key, value in yaml.safe_load(recipe.text).items() if key not in _OURS}
+    data: dict[str, Any] = {
+        key: value for key, value in as_recipe(yaml.safe_load(recipe.text)).items() if key not in _OURS
+    }
     names = {entry.model: _pinned_name(source) for entry, source in zip(recipe.experts, experts, strict=True)}
     if base is not None and recipe.base_model is not None:
         names[recipe.base_model] = data["base_model"] = _pinned_name(base)

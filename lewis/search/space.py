@@ -12,8 +12,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import SearchRange
 
 ALLOWED = (
-    *("merge_method", "parameters.", "models[", "anchor.", "lewis.density.", "lewis.importance.", "lewis.prune_by"),
-    "seed",
+    *("merge_method", "parameters.", "models[", "slices[", "anchor.", "lewis.density.", "lewis.importance."),
+    *("lewis.prune_by", "seed"),
 )
 Values = Mapping[str, bool | int | float | str]  # YAML path -> value
 
@@ -28,7 +28,7 @@ def check(recipe: Recipe) -> None:
     problems = []
     for path, wanted in recipe.search.space.items():
         where = f"search.space.{path}"
-        if path.endswith("].model"):
+        if path.endswith(("].model", ".base_model")):
             problems.append(f"{where}: a search keeps its models, since they are measured once; vary their weights")
             continue
         if not path.startswith(ALLOWED):

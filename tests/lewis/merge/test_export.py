@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lewis import pipeline
 from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
-from lewis.merge.export import to_mergekit
+from lewis.merge.export import check_exportable, to_mergekit
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.pin import Pinned
 from lewis.models.source import Source
@@ -212,3 +212,14 @@ class TestOracle:
     ) -> None:
         data = plain(family, method, family.experts[:experts], [{}] * experts, **parameters)
         self.check(data if with_base else {key: data[key] for key in data if key != "base_model"}, tmp_path)
+
+
+def test_what_export_does_not_write_is_refused_and_modules_are_read() -> None:
+    layers = {"model": "a", "layer_range": [0, 2]}
+    with pytest.raises(InputError, match="slices: export writes `models`"):
+        check_exportable(parse({"merge_method": "passthrough", "slices": [{"sources": [layers]}]}))
+    of_module = {"modules": {"default": {"models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 2}}}}
+    recipe = parse({"merge_method": "linear", "random_seed": 3, **of_module})
+    assert [entry.model for entry in recipe.models] == ["a", "b"] and recipe.seed == 3
+    written = yaml.safe_load(to_mergekit(recipe, None, [source(name, name, "0" * 40) for name in "ab"], {}))
+    assert [each["model"][:2] for each in written["models"]] == ["a@", "b@"] and written["parameters"] == {"weight": 2}
