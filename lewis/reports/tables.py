@@ -83,7 +83,7 @@ def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEn
 
     rows = []
     for key in next(iter(norms.values())):
-        row = {"layer": key.removesuffix(".weight")}
+        row: dict[str, Any] = {"layer": key.removesuffix(".weight")}
         row |= {name: _rounded(values.get(key), 6) for name, values in norms.items()}
         rows.append(row if allocated.stacked else row | densities(key))
     of_result = dict.fromkeys(key for each in experts.values() for key in each.differences) if allocated.stacked else ()
