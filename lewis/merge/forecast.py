@@ -124,6 +124,7 @@ def _of_static_fit(merge: Merge) -> Forecast:
 
     Of a projection (out, in), the fit takes 2 out in^2 operations for each expert, twice as many in fp64 for the
     solution, and in^3 / 3 in fp64 for the factor of the inputs that it shares with others; in fp64 each counts twice.
+    In memory are one projection of each model, as stored, the anchor whose place the result takes, and what is written.
     """
     network = network_of(merge.base)
     operations, held = 0.0, 0
@@ -133,8 +134,12 @@ def _of_static_fit(merge: Merge) -> Forecast:
         known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
         stack = shape[0] if len(shape) == 3 else 1
         operations += stack * (outputs * inputs * known * (2 * len(merge.experts) + 8) + known**3 / 3)
-        held = max(held, (len(merge.experts) + 6) * known * inputs + (len(merge.experts) + 4) * shape.numel())
-    return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + 4 * held)
+        # Products of the inputs in fp32, their sum and its factor in fp64; or rows, and products of these in fp64.
+        of_inputs = (
+            4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (4 * len(merge.experts) + 16) * inputs**2
+        )
+        held = max(held, of_inputs + 4 * (len(merge.experts) + 2) * shape.numel())
+    return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + held)
 
 
 def _of_factors(merge: Merge) -> Forecast:
