@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError
+from lewis.evaluation.scored import WEIGHTED
 from lewis.evaluation.scores import Score
 from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks
 from lewis.recipe.recipe import Recipe
@@ -46,7 +47,11 @@ def hub_results(recipe: Recipe, scores: Sequence[Score]) -> str:
 def _dataset(task: str, found: FoundTasks) -> str | None:
     """The repo of a task's documents; None if they are files, or lm-eval does not say."""
     try:
-        config: Mapping[str, Any] = found.files[task].config if task in found.files else builtin_task(task)[0]
+        config: Mapping[str, Any] = {}
+        if task in found.files:
+            config = found.files[task].config
+        elif found.builtin and task != WEIGHTED[0]:  # reading lm-eval's own tasks takes ten seconds
+            config = builtin_task(task)[0]
     except InputError:
         return None
     path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}

@@ -5,7 +5,6 @@ hard-linked. This is safe because the store never changes the content of a file,
 file. If the disk damages one, the version is tagged as damaged and registered anew (`lewis.registry.repair`).
 """
 
-import importlib
 import logging
 import os
 import shutil
@@ -173,7 +172,6 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
     from huggingface_hub import ModelCard
     from mlflow.models import Model
 
-    _restore_pipeline_class()
     description = Model(
         artifact_path=model.artifact_location,
         model_uuid=model.model_id,
@@ -187,15 +185,16 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
         shutil.copytree(folder, skeleton, ignore=shutil.ignore_patterns(WEIGHTS), copy_function=shutil.copyfile)
         if base is not None:  # MLflow looks up the model's class there
             shutil.copyfile(base / "config.json", skeleton / "config.json")
-        mlflow.transformers.save_model(
-            str(skeleton),
-            path=str(target),
-            task="llm/v1/chat" if _has_chat_template(folder) else "text-generation",
-            mlflow_model=description,
-            model_card=ModelCard(card, ignore_metadata_errors=True),
-            # By default MLflow imports the model to find its requirements, which needs torchvision.
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in packages],
-        )
+        with _pipeline_has_a_name():
+            mlflow.transformers.save_model(
+                str(skeleton),
+                path=str(target),
+                task="llm/v1/chat" if _has_chat_template(folder) else "text-generation",
+                mlflow_model=description,
+                model_card=ModelCard(card, ignore_metadata_errors=True),
+                # By default MLflow imports the model to find its requirements, which needs torchvision.
+                pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in packages],
+            )
     # MLflow's LICENSE.txt only names the scratch folder as if it were a repo.
     (target / "LICENSE.txt").unlink(missing_ok=True)
     weights = [path for path in _files(folder) if path.match(WEIGHTS)]
@@ -223,14 +222,22 @@ def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
         flavor["local_base_model_path"] = name
 
 
-def _restore_pipeline_class() -> None:
-    """Make `impl` a class again, as MLflow 3.17 expects; transformers 5.23 has a dotted name there and accepts both."""
+@contextmanager
+def _pipeline_has_a_name() -> Iterator[None]:
+    """MLflow 3.17 expects a class as `impl`, and takes its name; transformers 5.23 has a dotted name there.
+
+    So a class of that name stands there meanwhile: importing the right one takes seconds.
+    """
     from transformers import pipelines
 
     task = pipelines.check_task("text-generation")[1]
-    if isinstance(task["impl"], str):
-        module, _, name = task["impl"].rpartition(".")
-        task["impl"] = getattr(importlib.import_module(module), name)
+    impl = task["impl"]
+    if isinstance(impl, str):
+        task["impl"] = type(impl.rpartition(".")[2], (), {})
+    try:
+        yield
+    finally:
+        task["impl"] = impl
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -48,8 +48,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 def test_the_merge_predicts_both_kinds_of_answers_better_than_the_base(real: Path, lewis: Command) -> None:
-    fewer = ("evaluate.baselines=[base]", "evaluate.limit=12",
-             "lewis.calibrations.gsm8k.samples=4", "lewis.calibrations.mbpp.samples=4")  # fmt: skip
+    fewer = ["evaluate.baselines=[base]", "evaluate.limit=6"]
+    fewer += [
+        f"lewis.calibrations.{name}.{key}" for name in ("gsm8k", "mbpp") for key in ("samples=2", "max_tokens=128")
+    ]
     process = lewis("run", real / "smollm2.yaml", "--json", *(part for each in fewer for part in ("--set", each)))
     out, err = process.communicate(timeout=800)
     assert process.returncode == 0, err[-3000:]

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lewis.evaluation import hub_results as module
 from lewis.evaluation.hub_results import hub_results
+from lewis.evaluation.scored import WEIGHTED
 from lewis.evaluation.scores import Score
 from tests.support.models import parse
 
@@ -30,6 +32,14 @@ def test_a_task_of_a_dataset_of_the_hub_has_one_entry(tmp_path: Path) -> None:
     (entry,) = told(tmp_path)
     assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 0.5
     assert entry["notes"].startswith("lm-eval ") and entry["notes"].endswith(", exact_match,flexible-extract, 5-shot")
+
+
+def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "builtin_task", lambda name: pytest.fail("read"))
+    (tmp_path / "own.yaml").write_text(TASK)
+    models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
+    recipe = parse({**models, "evaluate": {"tasks": ["own.yaml"]}}, root=tmp_path)
+    assert hub_results(recipe, [SCORES[2], Score(*WEIGHTED, 0.5, 0.1, True, 10)]) == ""
 
 
 @pytest.mark.parametrize("part", [{"limit": 10}, {"documents": "confirm"}])
