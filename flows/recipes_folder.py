@@ -151,6 +151,8 @@ def registered_name(recipe: str) -> str:
 def check_alone(path: Path, recipe: Recipe) -> None:
     """Check that no other recipe of the folder registers the same model, unless both name one `register.group`.
 
+    A file of the same name elsewhere is the same recipe: its versions and runs have that name.
+
     Args:
         path: the recipe's file, in the folder or elsewhere.
         recipe: what was read from it.
@@ -163,7 +165,7 @@ def check_alone(path: Path, recipe: Recipe) -> None:
         return
     for other, (name, group) in _all_registers(location(), tuple(signature())).items():
         apart = group != block.group or not group
-        if name == block.name and apart and other.resolve() != path.resolve():
+        if name == block.name and apart and other.stem != path.stem:
             raise InputError(
                 f"register.name: {name!r} is registered by {path.name} and by {other.name}, which would replace each "
                 "other's champion; give one of them another name, or both the same `register.group` if that is meant"
