@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +13,14 @@ from lewis.evaluation.gate import Incumbent, decide, judge
 from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Evaluated, Score
+from lewis.recipe.schema import Gate
 
 KEY = "maths/exact_match,none"
 GOOD = Ends({"maths": 0.0}, 4, 2, 5.0)
 
 
-def gate(metric: str = KEY, min_gain: float = 0.0, **rules) -> SimpleNamespace:
-    return SimpleNamespace(
-        metric=metric, min_gain=min_gain, **{"superiority": None, "tolerance": 0.05, "allow_limit": False, **rules}
-    )
+def gate(metric: str = KEY, min_gain: float = 0.0, **rules: Any) -> Gate:
+    return Gate(metric=metric, min_gain=min_gain, **rules)
 
 
 def model(label: str, ends: Ends = GOOD, *, weights=None, higher=True, group=None, **tasks) -> Scored:
@@ -200,6 +199,13 @@ def test_two_copies_of_one_model_are_promoted_in_at_most_five_of_a_hundred_cases
         theirs = np.where(rng.random(documents) < agreement, ours, rng.random(documents) < chance)
         promoted += verdict(gate(tolerance=1.0), model("m", maths=ours), model("base", maths=theirs)).passed
     assert promoted / rounds <= 0.05
+
+
+def test_what_passes_may_wait_for_a_person() -> None:
+    better, base = model("m", maths=right(70)), model("base", maths=right(50))
+    asked = gate(approve=True, approve_hours=2, superiority=False)
+    assert verdict(asked, better, base).waits and verdict(asked, better, base).metric == KEY
+    assert not verdict(asked, base, better).waits and not verdict(gate(superiority=False), better, base).waits
 
 
 def test_a_true_gain_is_seen() -> None:
