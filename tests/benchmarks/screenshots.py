@@ -22,7 +22,7 @@ from tests.support.service import REPO, Service
 
 FOLDER = REPO / ".readme"
 MAX_BYTES = 120_000
-RECIPE = "demo"
+RECIPE, MODEL = "demo", "lewis-demo-guided"
 
 
 def main() -> int:
@@ -57,7 +57,6 @@ def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
             service.finished(RECIPE, 2, 600)
             hub.commit("demo/sorting", family / "experts" / "sorting")
             run = service.finished(RECIPE, 3, 600)[-1]
-            service.poll(RECIPE)
             yield service, run
 
 
@@ -89,7 +88,7 @@ def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
     this_run = f"{ui}/runs/flow-run/{run['id']}"
     password = base64.b64encode(service.key().encode()).decode()
     browser.remember(ui, {"prefect-v2-promo-dismissed": "true", "prefect-password": password})
-    browser.open(f"{ui}/dashboard", "Flow Runs", width=1200, height=700)
+    browser.open(f"{ui}/runs", "Promoted", width=1300, height=1000)
     save("dashboard", browser.picture())
 
     browser.open(this_run, "Artifacts", width=1500, height=850)
@@ -110,8 +109,8 @@ def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
 
     seen = {"_mlflow_user_setting_dismiss_next_model_registry_ui": "true", "mlflow.assistant.panelOpen_v1": "false"}
     browser.remember(f"{service.mlflow}/#/models", seen)
-    version = service.versions("lewis-demo")[0].version
-    browser.open(f"{service.mlflow}/#/models/lewis-demo/versions/{version}", "Scores", width=1200, height=760)
+    version = service.versions(MODEL)[0].version
+    browser.open(f"{service.mlflow}/#/models/{MODEL}/versions/{version}", "Scores", width=1200, height=760)
     save("mlflow", browser.picture())
 
 
