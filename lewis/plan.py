@@ -221,14 +221,8 @@ def _guided_steps(
                 if name not in sets:
                     configs = hub.fetch(base.model, weights=False)
                     sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
-                here = files[source.ref]
-                of_pass = (
-                    source.ref,
-                    here.read_as if here else source.key,
-                    sets[name],
-                    recipe.lewis.importance,
-                    default_device(),
-                )
+                key = _read_as(source, files)
+                of_pass = (source.ref, key, sets[name], recipe.lewis.importance, default_device())
                 found = pipeline.find_measured(*of_pass, grams=recipe.needs_grams and entry is not None)
                 passes += [] if found else [sets[name].tokens]
                 plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
@@ -261,19 +255,25 @@ def _guided_steps(
         if recipe.scores_experts:
             scored_parents += [e for e in experts if base is None or e.ref != base.ref]
         keys = {source.ref: source.key for source in scored_parents}
-        for label, key in {**keys, **merged_keys}.items():
-            scored = key and pipeline.find_scores(label, key, settings, recipe.root, default_device())
+        for label, whose in {**keys, **merged_keys}.items():
+            scored = whose and pipeline.find_scores(label, whose, settings, recipe.root, default_device())
             plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
     if "experts" in writes and recipe.tunes and recipe.needs_grams:
-        passes += _passes_for_ridge(recipe, experts, sets)
+        passes += _passes_for_ridge(recipe, [_read_as(source, files) for source in experts], sets)
     return writes, prepared, passes
 
 
-def _passes_for_ridge(recipe: Recipe, experts: Sequence[Source], sets: Mapping[str, CalibrationEntry]) -> Iterator[int]:
+def _read_as(source: Source, files: Mapping[str, ModelFiles | None]) -> str:
+    """Identity of what is read of a model; that of its content until it is here."""
+    here = files[source.ref]
+    return here.read_as if here else source.key
+
+
+def _passes_for_ridge(recipe: Recipe, keys: Sequence[str], sets: Mapping[str, CalibrationEntry]) -> Iterator[int]:
     """Tokens of each pass that `ridge: auto` has yet to do: over the rows of an expert that are not held out."""
-    for entry, source in zip(recipe.experts, experts, strict=True):
+    for entry, key in zip(recipe.experts, keys, strict=True):
         fitted_to, _ = split(Calibration.load(sets[recipe.calibration_of(entry)].path))
-        _, folder = grams_place(source.key, fitted_to.digest, default_device())
+        _, folder = grams_place(key, fitted_to.digest, default_device())
         if store.read_manifest(folder) is None:
             yield fitted_to.tokens
 

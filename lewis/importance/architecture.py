@@ -156,6 +156,12 @@ class Network:
         """
         return self._placing.value(parameter, read)
 
+    def computed(self, parameter: str) -> torch.Tensor | None:
+        """A parameter that no checkpoint stores, since its module computes it (a table of sines); None for others."""
+        path, _, leaf = parameter.rpartition(".")
+        create = getattr(self.module.get_submodule(path), "create_weight", None)
+        return create() if create and leaf == "weight" else None
+
     def parameters_in(self, path: str) -> list[str]:
         """Names of the parameters and saved buffers under a module."""
         return [name for name in self._state if name.startswith(f"{path}.")]

@@ -88,12 +88,15 @@ def batches(
         calibrations: the sets.
         network: that they are for.
         whole: each set in one batch in its own order, on which depends how the means that prune a model are rounded.
-        equal: only samples of one length go together; so it is where the network has experts of a mixture.
+        equal: only samples of one length go together; so it is where the network has experts of a mixture, or its
+            text looks ahead.
         tokens: of a batch with its padding, at most, by default `TOKENS_PER_BATCH`; a longer sample goes alone.
     """
     if whole:
         return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
-    equal = equal or any(".experts." in each.parameter for each in network.covered)
+    # Gemma's attention looks ahead if this is set, but not where padding gives it a mask, which is causal.
+    looks_ahead = bool(getattr(network.module.config.get_text_config(), "use_bidirectional_attention", False))
+    equal = equal or looks_ahead or any(".experts." in each.parameter for each in network.covered)
     apart = _other_positions_from(network)
     made = []
     for of, calibration in enumerate(calibrations):

@@ -55,13 +55,15 @@ class SecondMoments:
             weight = getattr(module, name)
             if weight.dim() == 3 or parameter in self._flat:
                 stacked.setdefault(module, []).append(parameter)
-            else:
-                hook = module.register_forward_pre_hook(self._of_module(parameter))
-                self._hooks.callback(hook.remove)
+            else:  # blocks may share a weight (Zamba): what each of them puts in counts
+                paths = [each.rpartition(".")[0] for each in self._network.same(parameter)]
+                for shared in dict.fromkeys(map(self._network.module.get_submodule, paths)):
+                    hook = shared.register_forward_pre_hook(self._of_module(parameter))
+                    self._hooks.callback(hook.remove)
         for module, parameters in stacked.items():
             mode = SeeProducts(self.of_product)
             for hook in (
-                module.register_forward_pre_hook(self._before_experts(parameters, mode)),
+                module.register_forward_pre_hook(self._before_experts(parameters, mode), with_kwargs=True),
                 module.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None), always_call=True),
             ):
                 self._hooks.callback(hook.remove)
@@ -137,7 +139,7 @@ class SecondMoments:
         return flat.square().sum(dim=0, dtype=torch.float64), tokens
 
     def _before_experts(self, parameters: list[str], mode: "SeeProducts") -> Any:
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             self._stacks, self._real_rows = {}, {}
             for name in parameters:
                 stack = getattr(module, name.rpartition(".")[2])
@@ -147,11 +149,12 @@ class SecondMoments:
                         self._flat.get(name, stack.shape[0]), dtype=torch.float64, device=self._device
                     )
             mode.__enter__()
-            hidden, mask = inputs[0], self._mask
-            if self._padded and hidden.shape[:-1].numel() == mask.numel():
+            first, mask = next(iter(named), ""), self._mask  # of a mixer (Zamba), hidden states may be given by name
+            hidden = inputs[0] if inputs else named.get(first)
+            if self._padded and isinstance(hidden, torch.Tensor) and hidden.shape[:-1].numel() == mask.numel():
                 # Padding is routed too. As rows of zeros it can be told from tokens.
                 hidden = hidden * mask.reshape(*hidden.shape[:-1], 1).to(hidden.dtype)
-            return (hidden, *inputs[1:])
+            return ((hidden, *inputs[1:]), named) if inputs else ((), {**named, **({first: hidden} if first else {})})
 
         return before
 

@@ -53,7 +53,7 @@ class Weights:
                 raise InputError(f"{where}: changes {name!r}, which is no parameter of the loaded model")
         needed = [name for path in self.network.blocks for name in self.network.parameters_in(path)]
         for name in filter(self.network.is_parameter, [*self.network.parameters_outside(), *needed]):
-            if not any(map(self.network.sources, self.network.same(name))):
+            if not any(map(self.network.sources, self.network.same(name))) and self.network.computed(name) is None:
                 raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
 
     def load(self, names: Iterable[str]) -> None:
@@ -62,9 +62,11 @@ class Weights:
         for name in names:
             same = network.same(name)
             source = next(filter(network.sources, same), None)
-            if name in done or source is None:
+            if name in done:
                 continue
-            value = network.value(source, self.model.read)
+            value = network.computed(name) if source is None else network.value(source, self.model.read)
+            if value is None:
+                continue
             value = self._keep(value, self._dtype if network.is_parameter(name) else None)
             for each in same:
                 _put(network.module, each, value)

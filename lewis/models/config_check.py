@@ -26,7 +26,10 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
     """
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))
-    beyond = {count + 1 for count in stated}  # Moshi: a token that begins each text, after those that count
+    more = {1} | ({8} if "mllama" in str(config.get("model_type")) else set())
+    beyond = {
+        count + each for count in stated for each in more
+    }  # Moshi: a token that begins a text; Mllama: its images
     if rows and stated and not (stated | beyond) & set(rows.values()):
         name, count = next(iter(rows.items()))
         raise InputError(

@@ -62,6 +62,8 @@ _MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_sect
 _GLM = {"text_config.rope_parameters": _MROPE | {"partial_rotary_factor": 0.5}, "text_config.head_dim": 16}
 _QWEN = {"text_config.rope_parameters": _MROPE}
 _JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+_ZAMBA |= {"attention_hidden_size": 64, "attention_head_dim": 16}
 _DEEPSEEK = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 _NGRAM = {"ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 2}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -88,6 +90,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2},
     "paddleocr_vl": _QWEN,
     "qwen2_5_omni_thinker": _QWEN,
     "qwen2_5_vl": _QWEN,
@@ -95,6 +98,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds_dim": [16, 16]},
     "xmod": {"default_language": "en_XX"},
+    "zamba": _ZAMBA,
+    "zamba2": _ZAMBA | {"n_mamba_heads": 8, "hybrid_layer_ids": [1, 3]},
     "step3p7": {"text_config.sliding_window": 4},
 }
 
