@@ -197,6 +197,11 @@ class TestContradictions:
     def test_are_told_only_where_there_is_one(self, tmp_path: Path, config: dict[str, Any]) -> None:
         Checkpoint(write_tensors(tmp_path, self.TENSORS, **config), "key")
 
+    def test_mllama_has_eight_tokens_more_than_it_says(self, tmp_path: Path) -> None:
+        tensors = {"model.embed_tokens.weight": torch.ones(13, 2)}
+        Checkpoint(write_tensors(tmp_path / "mllama", tensors, vocab_size=5, model_type="mllama_text_model"), "key")
+        refused(write_tensors(tmp_path / "llama", tensors, vocab_size=5, model_type="llama"), "says vocab_size 5")
+
 
 @pytest.mark.parametrize(
     "name, shape, expected",

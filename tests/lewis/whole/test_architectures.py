@@ -15,6 +15,9 @@ KINDS = {
     "blip-2": 96,  # its own forward pass wants an image
     "kimi_linear": 98,  # linear attention; experts that a regular expression names
     "t5": 98,
+    "paligemma": 99,  # its text looks ahead, but not beside padding
+    "marian": 96,  # positions that are computed, not stored
+    "zamba2": 66,  # blocks that share their weights
 }
 
 
