@@ -22,7 +22,7 @@ from lewis.models.lora import LoraExpert
 from lewis.models.stack_config import Origin, restacked
 from lewis.reports.tables import importance_rows
 from tests.conftest import Family
-from tests.support.models import edit_json, open_merge, parse, write_tensors
+from tests.support.models import edit_json, open_merge, parse, write_tensors, write_tokenizer
 
 HIDDEN, VOCABULARY = 4, 7
 Tensors = dict[str, torch.Tensor]
@@ -149,6 +149,22 @@ def test_an_adapter_is_stacked_as_its_weights(family: Family, tmp_path: Path) ->
     assert changed
     for name in changed:
         torch.testing.assert_close(found[name.replace(".1.", ".0.", 1)].float(), lora.read(name).float())
+
+
+def test_the_tokens_of_all_models_are_in_a_stack(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / f"m{i}", i, vocab_size=VOCABULARY) for i in range(2))
+    for model, word in ((one, "a"), (two, "b")):
+        write_tokenizer(model, ["w0", "w1", "w2", word])  # after three special tokens: row 6 is another's
+    data = sliced("passthrough", [source(one, 0, 2)], [source(two, 0, 2)])
+    with pytest.raises(InputError, match="another vocabulary"):
+        opened(data)
+    found = merged({**data, "tokenizer_source": "union"}, tmp_path / "out")
+    ours, theirs = (load_file(model / "model.safetensors") for model in (one, two))
+    embedding, head = found["model.embed_tokens.weight"], found["lm_head.weight"]
+    assert torch.equal(embedding[:7], ours["model.embed_tokens.weight"]) and len(embedding) == len(head) == 8
+    assert torch.equal(head[:6], theirs["lm_head.weight"][:6]) and torch.equal(head[7], theirs["lm_head.weight"][6])
+    assert torch.equal(head[6], ours["lm_head.weight"][6])  # a token that the last model lacks
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 8
 
 
 def test_what_a_stack_is_made_of_is_in_its_digest(models: tuple[Path, Path]) -> None:
