@@ -183,11 +183,11 @@ class _Finder:
         inputs = None
         if self._read is not None and stated in self._headers:
             inputs = int(self._read(stated).whole()[1])
-        bits, inputs = self._settings.bits_of(columns, grid[1] if len(grid) > 1 else 1, inputs)
+        bits, inputs, group = self._settings.bits_of(columns, grid[1] if len(grid) > 1 else 1, inputs)
         parts = {"packed": main, "scale": scale}
         parts |= self._present(zero=f"{module}.weight_zero_point", g_idx=f"{module}.weight_g_idx", shape=stated)
         whole = (outputs, inputs)
-        return Packed(parts, whole, partial(words.decode_pack_quantized, bits=bits, shape=whole))
+        return Packed(parts, whole, partial(words.decode_pack_quantized, bits=bits, group=group, shape=whole))
 
     def _of_blocks(self, name: str) -> Packed:
         """MXFP4 as gpt-oss stores it."""

@@ -52,8 +52,8 @@ class Settings:
         """Whether the model holds a weight as (in, out), which the quantisation stores as (out, in)."""
         return self.model_type in _CONV1D and weight.endswith(_IN_CONV1D)
 
-    def bits_of(self, columns: int, groups: int, inputs: int | None) -> tuple[int, int]:
-        """Bits of the numbers in a row of `columns` words with `groups` scales, and how many numbers it has.
+    def bits_of(self, columns: int, groups: int, inputs: int | None) -> tuple[int, int, int]:
+        """Bits of the numbers in a row of `columns` words with `groups` scales, how many it has, and those of a group.
 
         Args:
             inputs: how many, if that is known.
@@ -64,7 +64,7 @@ class Settings:
         for bits, group in self.packed:
             numbers = inputs or (groups * group if group else columns * 32 // bits)
             if -(-numbers // (32 // bits)) == columns and groups == (-(-numbers // group) if group else 1):
-                return bits, numbers
+                return bits, numbers, group
         raise ValueError(f"{columns} words and {groups} scales to the row are of no group in config_groups")
 
 

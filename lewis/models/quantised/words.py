@@ -68,23 +68,24 @@ def decode_gptq(parts: Mapping[str, Stored], bits: int, group: int, plus_one: bo
     return _by_inputs(words, bits, scales, zeros[:, : scales.shape[1]], groups)
 
 
-def decode_pack_quantized(parts: Mapping[str, Stored], bits: int, shape: tuple[int, int]) -> np.ndarray:
+def decode_pack_quantized(parts: Mapping[str, Stored], bits: int, group: int, shape: tuple[int, int]) -> np.ndarray:
     """compressed-tensors' pack-quantized: `scale * (number - zero)`, inputs along the words, all numbers raised.
 
     Args:
         parts: `packed`, int32 of shape (out, words); `scale`, shape (out, groups); for asymmetric ones `zero`, int32 of
             shape (words, groups), outputs along the words; `g_idx`, the group of each input, if it is stored.
         bits: of a number, which is stored with half of its range added.
+        group: inputs of a group, of which the last may be shorter; 0: one group.
         shape: of the weight.
     """
     outputs, inputs = shape
-    scales = parts["scale"].floats().reshape(outputs, -1).T
+    scales = np.ascontiguousarray(parts["scale"].floats().reshape(outputs, -1).T)
     middle = np.float32(1 << (bits - 1))
     zeros = np.broadcast_to(middle, scales.shape)
     if "zero" in parts:
         zeros = unpack(parts["zero"].words(), bits)[:outputs].T
-    order = parts["g_idx"].whole() if "g_idx" in parts else np.arange(inputs) // -(-inputs // scales.shape[0])
-    return _by_inputs(parts["packed"].words().T, bits, scales, zeros, order)
+    order = parts["g_idx"].whole() if "g_idx" in parts else np.arange(inputs) // (group or inputs)
+    return _by_inputs(np.ascontiguousarray(parts["packed"].words().T), bits, scales, zeros, order)
 
 
 def decode_awq(parts: Mapping[str, Stored]) -> np.ndarray:

@@ -21,7 +21,7 @@ from lewis.models.safetensors_file import file_headers
 from lewis.models.source import ModelFiles
 from tests.conftest import Family
 from tests.support.models import bits, edit_json, open_merge, write_lora, write_tensors
-from tests.support.quantised import E2M1, FORMATS, gptq, nibbles, write_quantised
+from tests.support.quantised import E2M1, FORMATS, gptq, nibbles, packed, write_quantised
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -100,6 +100,14 @@ def test_experts_in_fp4_beside_fp8(tmp_path: Path) -> None:
     opened = Checkpoint(write_tensors(tmp_path, stored, quantization_config=config), "key")
     assert torch.equal(opened.read("a.weight"), 2 * torch.tensor(E2M1).repeat(2, 4))
     assert torch.equal(opened.read("b.weight"), torch.full((8, 8), 0.5))
+
+
+def test_the_last_group_may_be_shorter(tmp_path: Path) -> None:
+    parts, values = packed(torch.randn(8, 20, generator=torch.Generator().manual_seed(0)))
+    stored = {f"a.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    config = FORMATS["int4 packed"].config
+    opened = Checkpoint(write_tensors(tmp_path, stored, quantization_config=config), "key")
+    assert bits(opened.read("a.weight")) == bits(values)
 
 
 def test_numbers_of_three_bits_lie_across_words(tmp_path: Path) -> None:
