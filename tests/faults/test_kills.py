@@ -112,7 +112,7 @@ def strike(
         if victim == GROUP:
             os.killpg(leader, number)
         elif victim == ALL:
-            for pid in there:
+            for pid in (leader, *there):  # the leader first, else it starts again what ended
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
         elif struck:
