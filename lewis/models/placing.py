@@ -9,7 +9,7 @@ from typing import Any
 from lewis.lazy_torch import torch
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor -> shape
-Read = Callable[[str], torch.Tensor]
+Read = Callable[[str], "torch.Tensor"]
 
 
 class Placing:

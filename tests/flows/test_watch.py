@@ -126,10 +126,10 @@ def test_what_is_broken_does_not_stop_the_others(
 ) -> None:
     shutil.copytree(family.code, tmp_path / "expert")
     texts = {
-        "bad-key": RECIPE.replace("merge_method", "merge_metod") % "x",
-        "bad-repo": RECIPE.replace("org/math", "org/none") % "x",
-        "bad-folder": RECIPE.replace("org/math", "./none") % "x",
-        "busy-hub": RECIPE.replace("org/math", "org/busy") % "x",
+        "bad-key": RECIPE.replace("merge_method", "merge_metod") % "bad-key",
+        "bad-repo": RECIPE.replace("org/math", "org/none") % "bad-repo",
+        "bad-folder": RECIPE.replace("org/math", "./none") % "bad-folder",
+        "busy-hub": RECIPE.replace("org/math", "org/busy") % "busy-hub",
         "folder": RECIPE.replace("org/math", str(tmp_path / "expert")) % "folder",
         "plain": RECIPE.split("register:")[0],
     }
