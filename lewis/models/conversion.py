@@ -21,7 +21,7 @@ _MOVES = frozenset(
     )
 )
 
-Read = Callable[[str], torch.Tensor]
+Read = Callable[[str], "torch.Tensor"]
 
 
 class Conversions:
