@@ -1,6 +1,7 @@
 """Turns: of each recipe one run at a time, at most one that waits, and no dead run that Prefect shows as running.
 
-It works by kernel locks on files in the store. The kernel frees a lock as soon as its holder dies.
+It works by kernel locks on files in the store. The kernel frees a lock as soon as its holder dies. Machines that share
+no disk, but a remote half of the store, have leases beside them; those of a killed holder end after a minute.
 """
 
 import logging
@@ -14,7 +15,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Crashed
 
 from lewis import store
-from lewis_flows import prefect_runs
+from lewis.store.lease import SharedLock
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.waiting import Wait
 
@@ -35,7 +37,7 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     Yields:
         True if this run has the turn; False if it gave up.
     """
-    waiting, running, alive = store.lock(f"waiting-{recipe}"), store.lock(f"turn-{recipe}"), store.lock(f"run-{run}")
+    waiting, running, alive = _lock("waiting", recipe), _lock("turn", recipe), store.lock(f"run-{run}")
     note = _note(run)
     with alive:
         store.write_text(note, str(recipe))
@@ -48,7 +50,14 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     Path(alive.lock_file).unlink(missing_ok=True)
 
 
-def _line_up(waiting: FileLock, running: FileLock, recipe: Path, *, skip: bool) -> bool:
+def _lock(what: str, recipe: Path) -> FileLock | SharedLock:
+    """A lock of a recipe. Those of the recipes folder have one across all machines with the same `LEWIS_STORE`."""
+    if recipe.parent.resolve() == recipes_folder.location().resolve():
+        return store.shared_lock(f"{what}-{recipe.name}", local=f"{what}-{recipe}")
+    return store.lock(f"{what}-{recipe}")
+
+
+def _line_up(waiting: FileLock | SharedLock, running: FileLock | SharedLock, recipe: Path, *, skip: bool) -> bool:
     if skip:
         try:
             waiting.acquire(timeout=0)
@@ -64,7 +73,7 @@ def _line_up(waiting: FileLock, running: FileLock, recipe: Path, *, skip: bool) 
     return True
 
 
-def _wait(running: FileLock, recipe: Path) -> None:
+def _wait(running: FileLock | SharedLock, recipe: Path) -> None:
     wait = Wait()
     while True:
         try:

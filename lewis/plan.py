@@ -33,12 +33,15 @@ from lewis.models.lora import LoraExpert
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
+from lewis.redact import redacted
 from lewis.registry import publishing
+from lewis.store import remote
+from lewis.store.remote import Found
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the DAG; `state` is `cached` or `to do`."""
+    """One step of the DAG; `state` is `cached`, `to fetch` from the remote half of the store, or `to do`."""
 
     name: str
     state: str
@@ -58,6 +61,10 @@ class Plan:
         disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
         memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
+        remote: `LEWIS_STORE`, without its password; empty without a remote half of the store.
+        to_fetch: bytes that the remote half has of what is missing here.
+        to_push: bytes that the run will push, roughly: statistics and, if they are shared, merged models. All else is
+            small.
         output: what an adapter of the merge will be; empty for a full model.
         measuring: seconds that the passes for second-order statistics take which are to do, roughly.
         seconds: that the merges take which are to do, roughly, as `lewis merge` tells it afterwards: without the start
@@ -77,6 +84,9 @@ class Plan:
     disk: int = 0
     disk_free: int = 0
     memory: int = 0
+    remote: str = ""
+    to_fetch: int = 0
+    to_push: int = 0
     output: str = ""
     measuring: float = 0.0
     seconds: float | None = None
@@ -106,6 +116,9 @@ class Plan:
         lines += ["covered none: a plain merge"] if not kinds else []
         lines += [f"left    {name}: {100 * share:.1f} % of the parameters" for name, share in self.uncovered.items()]
         lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
+        if self.remote:
+            moved = f"{self.to_fetch / 1e9:.3f} GB to fetch, about {self.to_push / 1e9:.3f} GB to push"
+            lines.append(f"remote  {moved}, {self.remote}")
         lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
         told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
         lines.append(f"time    {told}, for the merges")
@@ -149,11 +162,18 @@ def make_plan(recipe: Recipe) -> Plan:
         configs = hub.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
         plan.layers = [layer for each in covered for layer in each.layers]
-    writes, prepared, passes = _guided_steps(plan, recipe, base, experts, files)
+    with remote.looking() as asked:
+        writes, prepared, passes = _guided_steps(plan, recipe, base, experts, files, asked)
+    # A calibration set is made again for the plan, so it is here by now.
+    plan.remote = redacted(remote.url())
+    plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
+    plan.to_push = output * len(writes) if plan.remote and remote.shares_merged() else 0
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
     if passes and recipe.needs_grams:
         network = measure.network_in(configs, shapes)
-        plan.disk += sum(effort.bytes_of(network, tokens) for tokens in passes)
+        statistics = sum(effort.bytes_of(network, tokens) for tokens in passes)
+        plan.disk += statistics
+        plan.to_push += statistics if plan.remote else 0
         per_second = effort.operations_per_second() * len(os.sched_getaffinity(0))
         plan.measuring = sum(effort.operations_of(network, tokens) for tokens in passes) / per_second
     if writes and prepared and plan.disk < plan.disk_free:
@@ -201,9 +221,17 @@ def _memory_of_pass(elements: Mapping[str, int]) -> int:
 
 
 def _guided_steps(
-    plan: Plan, recipe: Recipe, base: Source | None, experts: list[Source], files: dict[str, ModelFiles | None]
+    plan: Plan,
+    recipe: Recipe,
+    base: Source | None,
+    experts: list[Source],
+    files: dict[str, ModelFiles | None],
+    asked: list[Found],
 ) -> tuple[list[str], Merge | None, list[int]]:
     """Add the steps after the downloads.
+
+    Args:
+        asked: the entries that the remote half of the store turns out to have.
 
     Returns:
         The merges that are still to be written; one of them if it can be done; and the tokens of each pass to do.
@@ -223,9 +251,10 @@ def _guided_steps(
                     sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
                 key = _read_as(source, files)
                 of_pass = (source.ref, key, sets[name], recipe.lewis.importance, default_device())
+                before = len(asked)
                 found = pipeline.find_measured(*of_pass, grams=recipe.needs_grams and entry is not None)
-                passes += [] if found else [sets[name].tokens]
-                plan.steps.append(Step(f"measure {source.ref} on {name}", "cached" if found else "to do"))
+                passes += [] if found or len(asked) > before else [sets[name].tokens]
+                plan.steps.append(Step(f"measure {source.ref} on {name}", _state(found, asked, before)))
                 measured.append(found)
         if recipe.allocator and known_base and complete and all(measured):
             allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
@@ -245,10 +274,11 @@ def _guided_steps(
         if prepared and (allocated or not recipe.allocator):
             own = which == "experts"
             digest = (prepared if own else pipeline.prepare_merge(recipe, known_base, present, allocated, which)).digest
+        before = len(asked)
         cached = digest and pipeline.find_merged(digest)
-        plan.steps.append(Step(f"merge {label}", "cached" if cached else "to do"))
+        plan.steps.append(Step(f"merge {label}", _state(cached, asked, before)))
         merged_keys[label] = digest
-        writes += [] if cached else [which]
+        writes += [] if cached or len(asked) > before else [which]
     if recipe.evaluate:
         settings = pipeline.eval_settings(recipe)
         scored_parents = [base] if base and recipe.scores_base else []
@@ -256,11 +286,17 @@ def _guided_steps(
             scored_parents += [e for e in experts if base is None or e.ref != base.ref]
         keys = {source.ref: source.key for source in scored_parents}
         for label, whose in {**keys, **merged_keys}.items():
+            before = len(asked)
             scored = whose and pipeline.find_scores(label, whose, settings, recipe.root, default_device())
-            plan.steps.append(Step(f"evaluate {label}", "cached" if scored else "to do"))
+            plan.steps.append(Step(f"evaluate {label}", _state(scored, asked, before)))
     if "experts" in writes and recipe.tunes and recipe.needs_grams:
         passes += _passes_for_ridge(recipe, [_read_as(source, files) for source in experts], sets)
     return writes, prepared, passes
+
+
+def _state(found: object, asked: Sequence[Found], before: int) -> str:
+    """The state of a step: whether its entry was found here, or on the remote half since `asked` had `before`."""
+    return "cached" if found else "to fetch" if len(asked) > before else "to do"
 
 
 def _read_as(source: Source, files: Mapping[str, ModelFiles | None]) -> str:

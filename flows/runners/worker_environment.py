@@ -10,7 +10,7 @@ from lewis import store
 from lewis_flows import environment
 
 # No secrets, because a cluster shows its settings: start the workers with HF_TOKEN in their own environment.
-_SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI")
+_SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI", "LEWIS_STORE", "LEWIS_STORE_MERGED")
 
 
 def shared_environment() -> dict[str, str]:

@@ -169,7 +169,7 @@ def measured(
     keys = [[each.files.key for each in group] for group in (models, candidates)]
     digest = store.digest([SEMANTICS, *keys, per_token])
     path = kinds.INSPECTIONS.path(digest)
-    with kinds.INSPECTIONS.lock(digest):
+    with kinds.INSPECTIONS.turn(digest):
         if store.entry(path, "measures") is None:
             base, *others = [each.model for each in (*models, *candidates)]
             found = measure(base, others, progress, per_token=per_token)

@@ -49,7 +49,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
     Raises:
         LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.
     """
-    with store.lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
+    with store.shared_lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
         current = versions.champion_of(client, version.name)
         before = current.version.uri if current is not None else None
         if before == version.uri:
@@ -90,7 +90,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
             is given.
     """
     name = tracking.model_name(name)
-    with store.lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
+    with store.shared_lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         return _move(client, name, version, "promoted by hand", why)
 
 
@@ -105,7 +105,7 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
             it with; or if its files are gone or damaged, or no reason is given.
     """
     name = tracking.model_name(name)
-    with store.lock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
+    with store.shared_lock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
         approval.check(client, name, version, _aliases(client, name).get("champion"))
         before = _move(client, name, version, "approved", why, by=by)
         client.set_model_version_tag(name, version, "lewis.verdict", "passed")
@@ -121,7 +121,7 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     name = tracking.model_name(name)
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
-    with store.lock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
+    with store.shared_lock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
         approval.waiting(client, name, version)
         champion = _aliases(client, name).get("champion")
         before = f"models:/{name}/{champion}" if champion else None
@@ -138,7 +138,7 @@ def rollback(name: str, why: str) -> str:
         InputError: if there is no previous champion, it was withdrawn itself, or its files are gone or damaged.
     """
     name = tracking.model_name(name)
-    with store.lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
+    with store.shared_lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
         if current is None or previous is None or current == previous:
@@ -203,7 +203,7 @@ def _move(
 def settle() -> None:
     """Find out whether the moves happened whose writers died in the middle of them."""
     for name in outbox.unsettled():
-        with store.lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
+        with store.shared_lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:
                 champion = _aliases(client, name).get("champion")
             except InputError:  # the model was deleted: nobody wants to know

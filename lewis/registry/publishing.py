@@ -105,7 +105,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         manifest = check_folder(folder)
     except DamagedError as error:
         raise LewisError(f"{folder}: expected a whole merged checkpoint: {error}; merge again") from error
-    with store.lock(f"publish-{repo}"):
+    with store.shared_lock(f"publish-{repo}"):
         there = _look(repo, private)
         if there is None:
             with _errors(repo):

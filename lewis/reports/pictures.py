@@ -9,7 +9,7 @@ from lewis.evaluation.scored import intervals, scores_of
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
-from lewis.store import kinds
+from lewis.store import kinds, remote
 from lewis.store.png import is_whole
 
 SEMANTICS = "2"  # raise it when the same numbers would be drawn in another way
@@ -43,6 +43,7 @@ def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
 def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
     path = kinds.PICTURES.path(store.digest([SEMANTICS, *shown]))
     store.mark_used(path)
+    remote.fetch(path)
     found = path.read_bytes() if path.is_file() else None
     if found is not None and not is_whole(found):
         store.set_aside([path], "its checksums do not fit")
@@ -50,4 +51,5 @@ def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
     if found is None:
         found = draw()
         store.write_bytes(path, found)
+        remote.push(path)
     return found

@@ -3,7 +3,6 @@
 from lewis.store.entries import MARK_EVERY, entry, mark_used, read_entry, set_aside, write_entry
 from lewis.store.files import (
     MANIFEST,
-    beside,
     bytes_on_disk,
     check_replaceable,
     check_space,
@@ -15,6 +14,7 @@ from lewis.store.files import (
     lock,
     publish,
     read_json,
+    shared_lock,
     sweep,
     write_bytes,
     write_json,
@@ -24,7 +24,7 @@ from lewis.store.files import (
 from lewis.store.folders import holds, home, make_folder, private_folder, restrict, umask
 from lewis.store.manifest import read_manifest
 from lewis.store.scratch import scratch_folder
-from lewis.store.writers import is_dead, writer
+from lewis.store.writers import beside, is_dead, writer
 
 __all__ = [
     "MANIFEST",
@@ -53,6 +53,7 @@ __all__ = [
     "restrict",
     "scratch_folder",
     "set_aside",
+    "shared_lock",
     "sweep",
     "umask",
     "write_bytes",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.store import checked, files
+from lewis.store import checked, files, remote
 from lewis.store.folders import holds, home, make_folder
 
 logger = logging.getLogger(__name__)
@@ -18,18 +18,20 @@ MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much old
 
 
 def write_entry(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write an entry, an object that is not empty, with its checksum."""
+    """Write an entry, an object that is not empty, with its checksum; push it, if its kind is shared."""
     files.write_text(path, checked.dumps(content, indent))
+    remote.push(path)
 
 
 def read_entry(path: Path) -> dict[str, Any] | None:
-    """What `write_entry` wrote, and mark it as used.
+    """What `write_entry` wrote, fetched if only the remote half has it, and mark it as used.
 
     Returns:
         None if the entry is absent, or an earlier version wrote it without a checksum; the caller makes it anew. None
         too if it is damaged: then it is set aside.
     """
     mark_used(path)
+    remote.fetch(path)
     try:
         return checked.loads(path.read_bytes())
     except checked.DamagedError as error:

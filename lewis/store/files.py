@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -23,11 +22,12 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
 from lewis.input_files import open_regular
-from lewis.store import checked
+from lewis.store import checked, remote
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
-from lewis.store.writers import is_dead, writer
+from lewis.store.lease import SharedLock
+from lewis.store.writers import beside, is_dead
 
-MANIFEST = "lewis.json"
+MANIFEST = remote.MANIFEST
 _RESUMABLE = ".resumable.partial"
 _KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
 
@@ -47,6 +47,16 @@ def lock(name: str) -> FileLock:
     """A lock between processes and threads, held as `with lock("..."):`. The kernel frees it when its holder dies."""
     path = make_folder(home() / "locks") / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".lock")
     return FileLock(path, thread_local=False, mode=0o660 & ~umask())
+
+
+def shared_lock(name: str, local: str = "") -> SharedLock:
+    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines.
+
+    Args:
+        name: the same on every machine.
+        local: name of the lock of this machine, if that is another; paths may differ between machines.
+    """
+    return SharedLock(lock(local or name), name)
 
 
 @contextmanager
@@ -128,6 +138,7 @@ def publish(
                 restrict(folder)
                 for name in names:
                     make_read_only(folder / name)
+                remote.push(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -213,8 +224,3 @@ def _target(leftover: Path) -> str:
 def discard(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def beside(path: Path) -> Path:
-    """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead."""
-    return path.with_name(f".{path.name}.{writer()}.{uuid.uuid4().hex[:8]}.partial")

@@ -3,12 +3,14 @@
 The steps that make entries and the housekeeping that removes them both read this table.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from lewis.store import entries, files
+from lewis.store import entries, files, lease, remote
 from lewis.store.folders import home
 
 
@@ -42,6 +44,18 @@ class Kind:
     def lock(self, digest: str) -> FileLock:
         """The lock to hold while one looks for an entry and makes it."""
         return files.lock(self.locks + digest)
+
+    @contextmanager
+    def turn(self, digest: str) -> Iterator[None]:
+        """`lock`, and with `LEWIS_STORE` a lease, while one looks for an entry that is shared, and makes it.
+
+        An entry that another machine has made meanwhile is fetched. No lease is taken for one that is there already.
+        """
+        path = self.path(digest)
+        with self.lock(digest):
+            absent = remote.shares(path) and not path.exists() and not remote.fetch(path)
+            with lease.Lease(self.locks + digest).held() if absent else nullcontext():
+                yield
 
     def beside_of(self, path: Path) -> Path:
         """The second file of the entry at `path`."""

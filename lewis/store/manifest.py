@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lewis.store import checked
+from lewis.store import checked, remote
 from lewis.store.checksums import remembered_sha256
 from lewis.store.entries import mark_used, set_aside
 from lewis.store.files import MANIFEST
@@ -32,7 +32,8 @@ def read_manifest(folder: Path, *, content: bool = True) -> dict[str, Any] | Non
 def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str, Any]:
     """Check the content of every file of a published folder against its manifest, and mark the folder as used.
 
-    A checksum is remembered for as long as the file's inode, size and times stay the same.
+    A folder that only the remote half of the store has is fetched. A checksum is remembered for as long as the
+    file's inode, size and times stay the same.
 
     Args:
         folder: as `publish` wrote it. Files that the manifest does not name are not looked at.
@@ -46,6 +47,7 @@ def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str
         DamagedError: if a file is missing, or has another size or another SHA-256.
     """
     mark_used(folder / MANIFEST)
+    remote.fetch(folder)
     try:
         manifest = _parse((folder / MANIFEST).read_bytes())
         expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}

@@ -8,6 +8,7 @@ be asked for whether it lives. What another one left is judged by its age.
 import hashlib
 import os
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,11 @@ AGE = 86400.0  # seconds; what a writer that cannot be asked has not touched for
 def writer() -> str:
     """This process, as part of a file's name: 12 hex digits for host, boot and namespace, a dash, and its number."""
     return f"{_place() or 'unknown'}-{os.getpid()}"
+
+
+def beside(path: Path) -> Path:
+    """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead."""
+    return path.with_name(f".{path.name}.{writer()}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def is_dead(name: str, left: Path) -> bool:

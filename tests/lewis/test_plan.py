@@ -11,6 +11,7 @@ from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.evaluation import task_files
+from lewis.importance.step import ImportanceEntry
 from lewis.merge.step import prepare_merge
 from lewis.plan import Plan, make_plan
 from lewis.recipe.recipe import Recipe
@@ -103,6 +104,36 @@ class TestLocal:
         for entry in (home / "grams").iterdir():
             store.discard(entry)
         assert {states(make_plan(recipe))[name] for name in work} == {"to do"}
+
+    def test_a_second_machine_fetches_what_the_first_made(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+        monkeypatch.setenv("LEWIS_STORE_MERGED", "1")
+        recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS})
+        monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "one"))
+        assert make_plan(recipe).to_push == make_plan(recipe).disk
+        carry_out(recipe, merge=True)
+
+        monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "two"))
+        before = make_plan(recipe)
+        work = [f"measure {path} on sums" for path in (family.base, family.math)]
+        assert {states(before)[name] for name in work} == {"to fetch"} and before.remote == f"file://{tmp_path}/remote"
+        assert before.to_fetch == sum(path.stat().st_size for path in (tmp_path / "one" / "importance").iterdir())
+        assert "GB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
+        monkeypatch.setattr("lewis.importance.measure.measure_sets", None)
+        monkeypatch.setattr("lewis.allocation.densities.allocate", None)
+        monkeypatch.setattr("lewis.merge.run.Merge.run", None)
+        carry_out(recipe, merge=True)
+        one, two = (next((tmp_path / name / "merged").iterdir()) for name in ("one", "two"))
+        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert {states(make_plan(recipe))[name] for name in [*work, "allocate", "merge lewis"]} == {"cached"}
+
+        found = next((tmp_path / "two" / "importance").glob("*.json"))
+        record = ImportanceEntry(ref="r", calibration="sums", digest=found.stem, path=found).model_dump_json()
+        shutil.rmtree(tmp_path / "two" / "importance")
+        again = ImportanceEntry.model_validate_json(record)  # a record of Prefect's cache whose entry is gone
+        assert again.norms and again.moments
 
     def test_sizes(self, family: Family, home: Path) -> None:
         recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS}, dtype="bfloat16")

@@ -1,0 +1,194 @@
+"""Locks that hold across machines which share no disk: leases, small objects of the remote half (`LEWIS_STORE`).
+
+A lease is an object that is made only if there is none of its name, which object stores and file systems do
+atomically. The library needs nothing else that way. Prefect's global concurrency limits have leases too, but the
+library works without a Prefect server, a limit would have to be made for every entry, and a server that restarts
+would free none of them earlier.
+
+The objects of one lock are numbered: `leases/<lock>/<number>`. The highest is the holder's, who writes a new end into
+it every `SECONDS / 4`. When a holder is killed, its end passes, and the next holder makes the object of the next
+number, which only one can. Nobody takes a lease from its holder in another way, so two that see the same dead holder
+do not both become the next.
+
+The end is by the holder's clock. If clocks differ by more than `GRACE`, or a holder stands still for longer, two may
+hold one lease. Whatever is made under it is addressed by content and published whole, so that costs double work. The
+local lock, which is held as well, is exact.
+"""
+
+import contextvars
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from lewis.redact import redacted
+from lewis.store import remote
+from lewis.store.writers import writer
+
+logger = logging.getLogger(__name__)
+SECONDS = 60.0  # for so long a lease lives after its holder was last heard of
+GRACE = 15.0  # seconds by which clocks of two machines may differ
+_POLL = 1.0
+
+
+class Lease:
+    """A lock of the remote half, as far as there is one: else, or while it does not answer, everybody may hold it."""
+
+    def __init__(self, name: str) -> None:
+        """
+        Args:
+            name: the same on every machine.
+        """
+        self._name, self._folder = name, f"leases/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+        self._own = ""
+        self._ended = threading.Event()
+
+    def acquire(self, timeout: float = -1) -> Self:
+        """Take it, and renew it in a thread until `release`.
+
+        Args:
+            timeout: seconds to wait; below 0, for ever.
+
+        Raises:
+            Timeout: if another holder has it for longer.
+        """
+        begin, told = time.monotonic(), False
+        while remote.url():
+            try:
+                if self._try():
+                    break
+            except Exception as error:  # each file system has errors of its own
+                text = redacted(f"{type(error).__name__}: {error}")
+                logger.warning("LEWIS_STORE: no lease of %s, the work goes on without: %s", self._name, text)
+                break
+            if 0 <= timeout <= time.monotonic() - begin:
+                raise Timeout(self._name)
+            if not told:
+                logger.info("waiting for %s, which another machine holds", self._name)
+                told = True
+            time.sleep(_POLL if timeout < 0 else min(_POLL, timeout))
+        return self
+
+    def release(self) -> None:
+        """Give it back, if it is held."""
+        self._ended.set()
+        if self._own:
+            system, place = self._opened()
+            with suppress(Exception):  # it ends by itself
+                system.rm_file(f"{place}/{self._own}")
+            self._own = ""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it for a block."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _try(self) -> bool:
+        system, place = self._opened()
+        number, end = self._highest(system, place)
+        if end > time.time() - GRACE:
+            return False
+        own, data = f"{number + 1:08d}", self._content()
+        try:
+            system.pipe_file(f"{place}/{own}", data, mode="create")
+        except Exception:  # it exists; or the answer was lost, and it is ours
+            if system.cat_file(f"{place}/{own}") != data:
+                return False
+        if self._highest(system, place)[0] != number + 1 or system.cat_file(f"{place}/{own}") != data:
+            with suppress(FileNotFoundError):
+                system.rm_file(f"{place}/{own}")
+            return False
+        if number:
+            with suppress(FileNotFoundError):
+                system.rm_file(f"{place}/{number:08d}")
+        self._own = own
+        self._ended = threading.Event()
+        renew = contextvars.copy_context().run
+        threading.Thread(target=renew, args=[self._renew, own, self._ended], name="lewis-lease", daemon=True).start()
+        return True
+
+    def _renew(self, own: str, ended: threading.Event) -> None:
+        while not ended.wait(SECONDS / 4):
+            try:
+                system, place = self._opened()
+                if self._highest(system, place)[0] > int(own):
+                    logger.warning("the lease of %s was taken over; the work goes on", self._name)
+                    return
+                if not ended.is_set():
+                    system.pipe_file(f"{place}/{own}", self._content())
+            except Exception as error:
+                text = redacted(f"{type(error).__name__}: {error}")
+                logger.warning("the lease of %s is not renewed (%s); the work goes on", self._name, text)
+
+    def _opened(self) -> tuple[Any, str]:
+        system, root = remote.opened()
+        return system, f"{root}/{self._folder}"
+
+    def _content(self) -> bytes:
+        return json.dumps({"holder": writer(), "lock": id(self), "end": time.time() + SECONDS}).encode()
+
+    @staticmethod
+    def _highest(system: Any, place: str) -> tuple[int, float]:
+        """Number and end (Unix time, seconds) of the newest object; 0 and 0.0 if there is none."""
+        try:
+            numbers = [name.rpartition("/")[2] for name in system.ls(place, detail=False)]
+        except FileNotFoundError:
+            return 0, 0.0
+        number = max((int(each) for each in numbers if each.isdecimal()), default=0)
+        if not number:
+            return 0, 0.0
+        try:
+            return number, float(json.loads(system.cat_file(f"{place}/{number:08d}"))["end"])
+        except FileNotFoundError:  # given back just now
+            return number, 0.0
+        except (ValueError, KeyError, TypeError):  # on a disk, its writer may have been killed between two bytes
+            return number, system.modified(f"{place}/{number:08d}").timestamp() + SECONDS
+
+
+class SharedLock:
+    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines."""
+
+    def __init__(self, local: FileLock, name: str) -> None:
+        """
+        Args:
+            local: the lock of this machine.
+            name: of the lease, the same on every machine.
+        """
+        self._local, self._lease = local, Lease(name)
+
+    def acquire(self, timeout: float = -1) -> Self:
+        """Take both, waiting at most so many seconds for each; below 0, for ever.
+
+        Raises:
+            Timeout: if one is held for longer.
+        """
+        self._local.acquire(timeout=timeout)
+        try:
+            self._lease.acquire(timeout)
+        except BaseException:
+            self._local.release()
+            raise
+        return self
+
+    def release(self) -> None:
+        """Give back what is held."""
+        if self._local.is_locked:
+            self._lease.release()
+            self._local.release()
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()

@@ -1,0 +1,320 @@
+"""The store's remote half: with `LEWIS_STORE`, machines without a shared disk have the results of each other.
+
+`LEWIS_STORE` is a URL that fsspec opens, such as `s3://bucket/prefix`; the store under LEWIS_HOME is then a cache of
+it. An entry is pushed when it is published, and fetched when a reader misses it. Object and file have the same name:
+
+    importance/<digest>.json  grams/<digest>/lewis.json  scores/<digest>.json  ...
+
+The object that says what the others must be, the manifest of a folder or the JSON of an importance pass, is written
+last and fetched first. Everything is checked by its checksums on arrival, before a local reader can see it. So an
+upload that was cut is never believed, and neither is an object that was damaged: it is removed, and the entry is made
+and pushed again. Merged models are pushed if `LEWIS_STORE_MERGED` is 1: MLflow has those that were registered.
+Remembered checksums are of one disk, and stay there.
+
+A remote half that does not answer stops no run. What could not be pushed is noted in `unpushed` in the store and sent
+with a later entry.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from lewis.errors import InputError
+from lewis.redact import redacted
+from lewis.store import checked, png
+from lewis.store.folders import holds, home, make_folder, make_read_only, restrict
+from lewis.store.writers import beside
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "lewis.json"
+FOLDERS = ("grams",)
+FILES = ("importance", "allocations", "calibrations", "inspections", "scores", "pictures")
+_MERGED = "merged"
+_TRIES = 3
+_WAIT = 2.0  # seconds between two tries
+_SILENT = 30.0  # seconds for which a remote half that did not answer is not asked again
+_RESEND = 600.0  # seconds after which another process sends what was noted as unpushed
+_asleep: dict[str, float] = {}  # URL -> when to ask again, as time.monotonic()
+_looking: ContextVar["list[Found] | None"] = ContextVar("looking", default=None)
+
+
+class Found(NamedTuple):
+    """An entry that the remote half has: its path in the local store, and the bytes to fetch."""
+
+    path: Path
+    size: int
+
+
+class DamagedError(ValueError):
+    """What arrived is not what was pushed."""
+
+
+def url() -> str:
+    """`LEWIS_STORE`; empty if there is no remote half."""
+    return os.environ.get("LEWIS_STORE", "").rstrip("/")
+
+
+def shares_merged() -> bool:
+    """Whether merged models are pushed and fetched: `LEWIS_STORE_MERGED`.
+
+    Raises:
+        InputError: if it is neither 0 nor 1.
+    """
+    given = os.environ.get("LEWIS_STORE_MERGED") or "0"
+    if given not in ("0", "1"):
+        raise InputError(f"LEWIS_STORE_MERGED: expected 0 or 1, got {given!r}; set or unset it")
+    return given == "1"
+
+
+def shares(path: Path) -> bool:
+    """Whether an entry is pushed and fetched: there is a remote half, and the entry is of a kind that is shared."""
+    if not url() or not holds(path):
+        return False
+    parts = path.absolute().relative_to(home()).parts
+    if len(parts) != 2 or parts[1].startswith("."):
+        return False
+    return parts[0] in FILES or parts[0] in FOLDERS or (parts[0] == _MERGED and shares_merged())
+
+
+def opened() -> tuple[Any, str]:
+    """fsspec's file system of `LEWIS_STORE`, and the path of its root there.
+
+    Raises:
+        InputError: if no such file system is installed, or the URL is malformed.
+    """
+    from fsspec.core import url_to_fs
+
+    own = {"auto_mkdir": True} if url().startswith("file:") else {}
+    try:
+        system, root = url_to_fs(url(), use_listings_cache=False, **own)
+    except (ImportError, ValueError) as error:
+        fix = "expected a URL such as s3://bucket/prefix; for s3 install the extra `s3`"
+        raise InputError(f"LEWIS_STORE: {redacted(url())} cannot be opened: {error}; {fix}") from error
+    return system, root.rstrip("/")
+
+
+@contextmanager
+def looking() -> Iterator[list[Found]]:
+    """Fetch nothing in this block: the entries that would be fetched are put into the list instead."""
+    found = list[Found]()
+    token = _looking.set(found)
+    try:
+        yield found
+    finally:
+        _looking.reset(token)
+
+
+def fetch(path: Path) -> bool:
+    """Fetch an entry that the local store misses.
+
+    Args:
+        path: where it is to be: a file, or a folder with a manifest.
+
+    Returns:
+        Whether it is there now. False too if the remote half does not answer or what it has is damaged, which is told.
+
+    Raises:
+        InputError: as `opened`.
+    """
+    if not shares(path) or path.exists() or _sleeps():
+        return False
+    system, root = opened()
+    there = _there(root, path)
+    try:
+        head = system.cat_file(f"{there}/{MANIFEST}" if _is_folder(path) else there)
+        if (found := _looking.get()) is not None:
+            found.append(Found(path, len(head) + sum(size for size, _ in _parts(path, head).values())))
+            return False
+        _arrive(system, there, path, head)
+    except FileNotFoundError:
+        return False
+    except DamagedError as error:
+        logger.warning("%s/%s is damaged and made again: %s", redacted(url()), _name(path), error)
+        with suppress(Exception):
+            system.rm_file(f"{there}/{MANIFEST}" if _is_folder(path) else there)
+        return False
+    except Exception as error:  # each file system has errors of its own
+        _tell("fetched", path, error)
+        return False
+    logger.info("fetched %s from %s", _name(path), redacted(url()))
+    return True
+
+
+def push(path: Path) -> bool:
+    """Push an entry that was published, and what could not be pushed before.
+
+    Returns:
+        Whether the remote half has it now. If it does not answer, that is told, and a later call sends it.
+
+    Raises:
+        InputError: as `opened`.
+    """
+    if not shares(path):
+        return False
+    notes = make_folder(home() / "unpushed")
+    (notes / _name(path).replace("/", "@")).touch()
+    if _sleeps() or not _push(path):
+        return False
+    for note in list(notes.iterdir()):
+        with suppress(FileNotFoundError):
+            left = home() / note.name.replace("@", "/")
+            if not left.exists():
+                note.unlink()
+            elif note.stat().st_mtime < time.time() - _RESEND and not _push(left):
+                break
+    return True
+
+
+def _push(path: Path) -> bool:
+    system, root = opened()
+    for number in range(_TRIES):
+        try:
+            _send(system, _there(root, path), path)
+        except Exception as error:
+            if number + 1 < _TRIES:
+                time.sleep(_WAIT * 2**number)
+            else:
+                _tell("pushed", path, error)
+        else:
+            (home() / "unpushed" / _name(path).replace("/", "@")).unlink(missing_ok=True)
+            return True
+    return False
+
+
+def _send(system: Any, there: str, path: Path) -> None:
+    """Write all objects of an entry, the one that is believed last."""
+    folder = _is_folder(path)
+    last, target = (path / MANIFEST, f"{there}/{MANIFEST}") if folder else (path, there)
+    head = last.read_bytes()
+    with suppress(FileNotFoundError):
+        if system.cat_file(target) == head:
+            return
+        system.rm_file(target)  # of another writer: it must not be believed with these files
+    for name, (size, _) in _parts(path, head).items():
+        source = path / name if folder else path.parent / name
+        _put(system, source, f"{there}/{name}" if folder else f"{_above(there)}/{name}", size)
+    _put(system, last, target, len(head))
+
+
+def _put(system: Any, source: Path, target: str, size: int) -> None:
+    """Write one object so that a reader sees all of it or nothing. Object stores do; files of a disk are renamed."""
+    if "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+        scratch = str(beside(Path(target)))
+        system.put_file(str(source), scratch)
+        system.mv(scratch, target)
+    else:
+        system.put_file(str(source), target)
+    if (there := system.size(target)) != size:
+        raise OSError(f"expected {size} bytes, it has {there}")
+
+
+def _arrive(system: Any, there: str, path: Path, head: bytes) -> None:
+    """Fetch an entry whose manifest is `head` into a scratch place, check it, and rename it to `path`."""
+    parts = _parts(path, head)
+    make_folder(path.parent)
+    if (free := shutil.disk_usage(path.parent).free) < (size := sum(size for size, _ in parts.values())):
+        raise OSError(f"{size / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {home()}")
+    scratch = beside(path)
+    try:
+        if _is_folder(path):
+            scratch.mkdir()
+            restrict(scratch)
+            for name, expected in parts.items():
+                make_folder((scratch / name).parent)
+                _get(system, f"{there}/{name}", scratch / name, *expected)
+                make_read_only(scratch / name)
+            _write(scratch / MANIFEST, head)
+        else:
+            for name, expected in parts.items():
+                second = beside(path.parent / name)
+                try:
+                    _get(system, f"{_above(there)}/{name}", second, *expected)
+                    os.replace(second, path.parent / name)
+                finally:
+                    second.unlink(missing_ok=True)
+            _write(scratch, head)
+        try:
+            os.replace(scratch, path)
+        except OSError:
+            if not path.exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def _get(system: Any, there: str, target: Path, size: int, sha256: str) -> None:
+    try:
+        system.get_file(there, str(target))
+    except FileNotFoundError as error:
+        raise DamagedError(f"{target.name} is missing") from error
+    restrict(target)
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if target.stat().st_size != size or found != sha256:
+        raise DamagedError(f"{target.name}: expected {size} bytes with SHA-256 {sha256}, got {found}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    restrict(path)
+
+
+def _parts(path: Path, head: bytes) -> dict[str, tuple[int, str]]:
+    """The other files of an entry: name -> size in bytes and SHA-256.
+
+    Raises:
+        DamagedError: if `head` is not whole.
+    """
+    if path.suffix == ".png":
+        if not png.is_whole(head):
+            raise DamagedError("its checksums do not fit")
+        return {}
+    try:
+        content = checked.loads(head)
+        files = content["files"] if _is_folder(path) else {}
+        if path.parent.name == "importance":
+            files = {path.with_suffix(".safetensors").name: content["moments"]}
+        found = {str(name): (int(each["size"]), str(each["sha256"])) for name, each in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(str(error)) from error
+    for name in found:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DamagedError(f"{name}: expected the name of a file in it")
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    return path.parent.name not in FILES
+
+
+def _name(path: Path) -> str:
+    return path.absolute().relative_to(home()).as_posix()
+
+
+def _there(root: str, path: Path) -> str:
+    return f"{root}/{_name(path)}"
+
+
+def _above(there: str) -> str:
+    return there.rpartition("/")[0]
+
+
+def _sleeps() -> bool:
+    return _asleep.get(url(), 0.0) > time.monotonic()
+
+
+def _tell(what: str, path: Path, error: Exception) -> None:
+    _asleep[url()] = time.monotonic() + _SILENT
+    text = redacted(f"{type(error).__name__}: {error}")
+    logger.warning("LEWIS_STORE: %s was not %s, the run goes on without: %s", _name(path), what, text)

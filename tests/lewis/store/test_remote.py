@@ -1,0 +1,272 @@
+"""The remote half of the store: entries arrive whole or not at all, and a lease has one holder."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import Timeout
+from fsspec.implementations.local import LocalFileSystem
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.store import kinds, lease, remote
+from lewis.store.lease import Lease, SharedLock
+
+
+class Machines:
+    """Machines with a store of their own each and one remote half."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self._set = root, monkeypatch.setenv
+        self.remote = root / "remote"
+
+    def use(self, name: str) -> None:
+        self._set("LEWIS_HOME", str(self.root / name))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote/prefix/")
+    monkeypatch.setattr(remote, "_WAIT", 0.001)
+    monkeypatch.setattr(remote, "_asleep", {})
+    found = Machines(tmp_path, monkeypatch)
+    found.remote = tmp_path / "remote" / "prefix"
+    found.use("one")
+    return found
+
+
+def scores() -> Path:
+    path = kinds.SCORES.path("5c")
+    store.write_entry(path, {"results": {"a": 1}})
+    return path
+
+
+def grams(text: str = "gram") -> Path:
+    folder = kinds.GRAMS.path("9a")
+    with store.publish(folder, {"digest": "d"}) as scratch:
+        (scratch / "block.safetensors").write_text(text)
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "b").write_text("b")
+    return folder
+
+
+def importance() -> Path:
+    from lewis.importance import measured
+
+    path = kinds.IMPORTANCE.path("1b")
+    second = kinds.IMPORTANCE.beside_of(path)
+    store.write_bytes(second, b"moments")
+    facts = {"moments": {"size": 7, "sha256": store.file_sha256(second)}, measured.NORMS: {"a": 1.0}}
+    store.write_entry(path, facts)
+    return path
+
+
+def whole(path: Path) -> bool:
+    if path.parent.name == "importance":
+        from lewis.importance import measured
+
+        return measured.is_whole(path)
+    return store.read_manifest(path) is not None if path.parent.name == "grams" else store.read_entry(path) is not None
+
+
+MAKERS: list[Callable[[], Path]] = [scores, grams, importance]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_what_one_machine_made_another_fetches(machines: Machines, make: Callable[[], Path]) -> None:
+    made = make()
+    files = sorted(p.relative_to(made.parent) for p in made.parent.rglob("*") if p.is_file())
+    assert not list((machines.root / "one" / "unpushed").iterdir())
+    machines.use("two")
+    there = machines.root / "two" / made.parent.name / made.name
+    with remote.looking() as asked:
+        assert not whole(there)
+    assert [each.path for each in asked] == [there] and not there.exists()
+    assert whole(there) and sorted(p.relative_to(there.parent) for p in there.parent.rglob("*") if p.is_file()) == files
+    assert asked[0].size == sum((there.parent / name).stat().st_size for name in files)
+    assert oct(there.parent.stat().st_mode)[-2:] == "00"
+    assert not list(machines.root.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_damage_is_never_believed_and_made_again(
+    machines: Machines, make: Callable[[], Path], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make()
+    if made.is_dir():
+        object_ = machines.remote / "grams" / made.name / "block.safetensors"
+    else:
+        object_ = machines.remote / made.parent.name / (kinds.IMPORTANCE.beside_of(made).name)
+        object_ = object_ if object_.exists() else machines.remote / made.parent.name / made.name
+    os.chmod(object_, 0o600)
+    if damage == "missing":
+        object_.unlink()
+    else:
+        data = object_.read_bytes()
+        object_.write_bytes(data[:-1] if damage == "cut" else data[:-2] + b"~~")
+    machines.use("two")
+    there = machines.root / "two" / made.parent.name / made.name
+    assert not whole(there) and not there.exists()
+    assert ("is damaged and made again" in caplog.text) == (damage != "missing" or make is not scores)
+    assert not list(machines.root.rglob("*.partial"))
+    assert whole(make())
+    machines.use("three")
+    assert whole(machines.root / "three" / made.parent.name / made.name)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_cut_upload_is_not_believed_and_sent_later(
+    machines: Machines, make: Callable[[], Path], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def put_file(self: Any, source: str, target: str, **_: Any) -> None:
+        done.append(target)
+        if len(done) > number:
+            raise ConnectionError("killed")
+        LocalFileSystem.cp_file(self, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "put_file", put_file)
+        made = make()
+    if not list((machines.root / "one" / "unpushed").iterdir()):
+        pytest.skip("it has fewer objects")
+    assert whole(made)
+    machines.use("two")
+    remote._asleep.clear()
+    assert not whole(machines.root / "two" / made.parent.name / made.name)
+    machines.use("one")
+    for note in (machines.root / "one" / "unpushed").iterdir():
+        os.utime(note, (1, 1))
+    store.write_entry(kinds.ALLOCATIONS.path("00"), {"experts": {"a": 1}})  # the next entry takes it along
+    machines.use("two")
+    assert whole(machines.root / "two" / made.parent.name / made.name)
+
+
+def test_one_that_does_not_answer_stops_nothing_and_is_not_asked_at_once(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def cat_file(self: Any, path: str, **_: Any) -> bytes:
+        asked.append(path)
+        raise ConnectionError("http://me:secret@host refuses")
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    for digest in ("00", "11"):
+        assert store.read_entry(kinds.SCORES.path(digest)) is None
+    assert len(asked) == 1 and "the run goes on without" in caplog.text and "secret" not in caplog.text
+
+
+def test_merged_models_are_a_choice_and_checksums_stay_at_home(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for given, shared in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("LEWIS_STORE_MERGED", given)
+        assert remote.shares(kinds.MERGED.path("d")) == shared
+    monkeypatch.setenv("LEWIS_STORE_MERGED", "yes")
+    with pytest.raises(InputError, match="LEWIS_STORE_MERGED: expected 0 or 1, got 'yes'"):
+        remote.shares(kinds.MERGED.path("d"))
+    assert not remote.shares(kinds.DIGESTS.path("d")) and not remote.shares(tmp_path / "scores" / "d.json")
+    monkeypatch.setenv("LEWIS_STORE", "nosuch://x")
+    with pytest.raises(InputError, match="LEWIS_STORE: nosuch://x cannot be opened"):
+        remote.fetch(kinds.SCORES.path("d"))
+    monkeypatch.setenv("LEWIS_STORE", "")
+    assert not remote.shares(kinds.SCORES.path("d"))
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
+    folder = machines.remote / "grams" / "77"
+    folder.mkdir(parents=True)
+    manifest = {"files": {"../../x": {"size": 1, "sha256": "0" * 64}}}
+    (folder / "lewis.json").write_text(remote.checked.dumps(manifest))
+    assert store.read_manifest(kinds.GRAMS.path("77")) is None and "expected the name of a file in it" in caplog.text
+
+
+def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease is the same, and the local locks are others: as on two machines."""
+    monkeypatch.setattr(lease, "_POLL", 0.01)
+    made, started = [], threading.Barrier(2)
+    path = kinds.SCORES.path("7e")
+
+    def work(name: str) -> None:
+        started.wait()
+        with SharedLock(store.lock(name), "scores-7e"):
+            if not path.exists():
+                time.sleep(0.05)
+                store.write_entry(path, {"results": name})
+                made.append(name)
+
+    threads = [threading.Thread(target=work, args=[name]) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(made) == 1 and not list((machines.remote / "leases").rglob("0*"))
+
+
+def hold(ready: Any) -> None:
+    Lease("x").acquire()
+    ready.set()
+    time.sleep(60)
+
+
+def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SECONDS", 1.6)
+    monkeypatch.setattr(lease, "GRACE", 0.2)
+    monkeypatch.setattr(lease, "_POLL", 0.02)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=hold, args=[ready])
+    holder.start()
+    assert ready.wait(20)
+    number, end = Lease._highest(LocalFileSystem(), place := str(machines.remote / Lease("x")._folder))
+    until = time.monotonic() + 20
+    while Lease._highest(LocalFileSystem(), place) == (number, end):  # the holder renews it
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(Timeout):
+        Lease("x").acquire(timeout=0)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    begin = time.monotonic()
+    with Lease("x").held():
+        assert time.monotonic() - begin < 5
+        with pytest.raises(Timeout):
+            Lease("x").acquire(timeout=0.05)
+    with Lease("x").held():  # what is given back is free at once
+        pass
+
+
+def test_only_one_takes_over_what_a_dead_holder_left(machines: Machines) -> None:
+    place = machines.remote / Lease("x")._folder
+    place.mkdir(parents=True)
+    (place / "00000003").write_text('{"end": 1}')
+    taken, started = [], threading.Barrier(4)
+
+    def work() -> None:
+        mine = Lease("x")
+        started.wait()
+        if mine._try():
+            taken.append(mine)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 1 and [path.name for path in place.iterdir()] == ["00000004"]
+    taken[0].release()
+    (place / "00000001").write_text("")  # its writer was killed between two bytes: it ends, too
+    os.utime(place / "00000001", (1, 1))
+    with Lease("x").held():
+        pass
