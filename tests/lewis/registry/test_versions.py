@@ -621,8 +621,9 @@ def test_over_http_with_remote_artifacts(
     assert list((home / "mlflow" / "uploads").iterdir()) == []
     assert registry.fetch(current).folder == entry.folder  # the store has it still
     files = {path.name: path.read_bytes() for path in entry.folder.iterdir()}
-    shutil.rmtree(entry.folder)
+    shutil.rmtree(home)  # as after the loss of a machine: registry and its artifacts are all that is left
     fetched = registry.fetch(current)
+    assert creation.register(entry) == replace(made, created=False)  # from what was fetched, no second version
     assert fetched.folder == entry.folder and store.read_manifest(entry.folder) is not None
     assert {path.name: path.read_bytes() for path in entry.folder.iterdir()} == files
     shutil.rmtree(entry.folder)
@@ -633,6 +634,25 @@ def test_over_http_with_remote_artifacts(
     next((tmp_path / "remote").rglob("*.safetensors")).unlink()
     assert registry.find("tiny", DIGEST) is None
     assert registry.fetch(current).folder is None
+
+
+@pytest.mark.parametrize("shared", ["1", "0"])
+def test_a_champion_whose_files_are_gone_comes_from_the_remote_half_of_the_store(
+    home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str
+) -> None:
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+    monkeypatch.setenv("LEWIS_STORE_MERGED", "1")
+    folder = merged(tiny_model)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(home)
+    monkeypatch.setenv("LEWIS_STORE_MERGED", shared)
+    monkeypatch.setattr(registry, "model_of", lambda client, version: None)  # MLflow's own files are damaged
+    monkeypatch.setattr("mlflow.MlflowClient.get_model_version", lambda *_: None)
+    version = registry.Version("tiny", "1", "run", "models:/tiny/1", False)
+    found = registry.fetch(registry.Champion(version, DIGEST, None, {}))
+    assert found.folder == (folder if shared == "1" else None)
+    if found.folder:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_a_server_that_does_not_answer_is_transient(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
