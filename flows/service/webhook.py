@@ -22,6 +22,7 @@ from lewis.errors import InputError
 from lewis_flows import environment
 from lewis_flows.service import api_key
 from lewis_flows.service.access_log import AccessLog
+from lewis_flows.service.ready import Readiness
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.webhook_secret import webhook_secret
 
@@ -31,7 +32,10 @@ MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
 def create_app(secret: str) -> FastAPI:
-    """The receiver as a web application: `POST /webhook` for the Hub, `GET /health` for whoever watches it.
+    """The receiver as a web application: `POST /webhook` for the Hub, and for whoever watches it:
+
+    `GET /health/live`, or `/health`, answers 200 while the process does; `GET /health/ready` answers 200 if a delivery
+    can be handed on, else 503 with what is `missing`.
 
     Args:
         secret: what the Hub sends in `X-Webhook-Secret`.
@@ -45,9 +49,18 @@ def create_app(secret: str) -> FastAPI:
     app.add_middleware(AccessLog, secret=secret)
     receiver = Receiver()
 
+    readiness = Readiness()
+
     @app.get("/health")
+    @app.get("/health/live")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        missing = await run_in_threadpool(readiness.missing)
+        status = "not ready" if missing else "ready"
+        return JSONResponse({"status": status, "missing": missing}, 503 if missing else 200)
 
     @app.post("/webhook")
     async def webhook(request: Request) -> Response:

@@ -100,8 +100,9 @@ def receiving(folder: Path, api: str) -> Iterator[Receiver]:
             found = re.search(r"listening on http://127\.0\.0\.1:(\d+)/webhook", logs.read_text())
         receiver = Receiver(int(found[1]), process, logs, recipes)
         yield receiver
-        with urllib.request.urlopen(f"http://127.0.0.1:{receiver.port}/health", timeout=10) as answer:
-            assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+        for path in ("health", "health/live"):
+            with urllib.request.urlopen(f"http://127.0.0.1:{receiver.port}/{path}", timeout=10) as answer:
+                assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
         process.send_signal(signal.SIGTERM)
         process.wait(20)
         assert SECRET not in receiver.log() and "Traceback" not in receiver.log()
@@ -114,6 +115,11 @@ def receiving(folder: Path, api: str) -> Iterator[Receiver]:
 def receiver(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     with receiving(tmp_path_factory.mktemp("receiver"), prefect_url) as started:
         yield started
+
+
+def test_it_is_ready_where_the_server_takes_its_key(receiver: Receiver) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{receiver.port}/health/ready", timeout=20) as answer:
+        assert (answer.status, json.load(answer)) == (200, {"status": "ready", "missing": []})
 
 
 def stored(api: str, new: str, expected: int) -> list[dict[str, Any]]:
