@@ -49,6 +49,7 @@ class Lease:
         self._name, self._folder = name, f"leases/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         self._own = ""
         self._ended = threading.Event()
+        self._keeper: threading.Thread | None = None
 
     def acquire(self, timeout: float = -1) -> Self:
         """Take it, and renew it in a thread until `release`.
@@ -79,9 +80,10 @@ class Lease:
     def release(self) -> None:
         """Give it back, if it is held."""
         self._ended.set()
-        if self._own:
-            system, place = self._opened()
+        if self._own and self._keeper:
+            self._keeper.join(10)  # else it could write the object again
             with suppress(Exception):  # it ends by itself
+                system, place = self._opened()
                 system.rm_file(f"{place}/{self._own}")
             self._own = ""
 
@@ -102,12 +104,20 @@ class Lease:
         own, data = f"{number + 1:08d}", self._content()
         try:
             system.pipe_file(f"{place}/{own}", data, mode="create")
-        except Exception:  # it exists; or the answer was lost, and it is ours
-            if system.cat_file(f"{place}/{own}") != data:
-                return False
-        if self._highest(system, place)[0] != number + 1 or system.cat_file(f"{place}/{own}") != data:
+        except (PermissionError, NotImplementedError, TypeError, ValueError):  # it cannot be made at all
+            raise
+        except Exception:  # it exists, which each file system says in its way; or the answer was lost, and it is ours
+            pass
+        if self._highest(system, place)[0] != number + 1:
             with suppress(FileNotFoundError):
-                system.rm_file(f"{place}/{own}")
+                if system.cat_file(f"{place}/{own}") == data:
+                    system.rm_file(f"{place}/{own}")
+            return False
+        try:
+            ours = system.cat_file(f"{place}/{own}") == data
+        except FileNotFoundError:  # another made it, and gave it back by now
+            ours = False
+        if not ours:
             return False
         if number:
             with suppress(FileNotFoundError):
@@ -115,7 +125,10 @@ class Lease:
         self._own = own
         self._ended = threading.Event()
         renew = contextvars.copy_context().run
-        threading.Thread(target=renew, args=[self._renew, own, self._ended], name="lewis-lease", daemon=True).start()
+        self._keeper = threading.Thread(
+            target=renew, args=[self._renew, own, self._ended], name="lewis-lease", daemon=True
+        )
+        self._keeper.start()
         return True
 
     def _renew(self, own: str, ended: threading.Event) -> None:

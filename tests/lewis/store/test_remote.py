@@ -213,6 +213,21 @@ def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest
     assert len(made) == 1 and not list((machines.remote / "leases").rglob("0*"))
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_whoever_made_the_object_has_the_lease(machines: Machines, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """S3 says that an object exists with another error than a disk does, and an answer may be lost."""
+
+    def pipe_file(self: Any, place: str, data: bytes, **_: Any) -> None:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).write_bytes(data if lost else b'{"end": 9e12}')
+        raise OSError(22, "At least one of the pre-conditions you specified did not hold")
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", pipe_file)
+    mine = Lease("x")
+    assert mine._try() == lost
+    mine.release()
+
+
 def hold(ready: Any) -> None:
     Lease("x").acquire()
     ready.set()
