@@ -165,8 +165,12 @@ class Lease:
             return number, float(json.loads(system.cat_file(f"{place}/{number:08d}"))["end"])
         except FileNotFoundError:  # given back just now
             return number, 0.0
-        except (ValueError, KeyError, TypeError):  # on a disk, its writer may have been killed between two bytes
+        except (ValueError, KeyError, TypeError):  # on a disk: it is being written, or its writer was killed just then
+            pass
+        try:
             return number, system.modified(f"{place}/{number:08d}").timestamp() + SECONDS
+        except FileNotFoundError:
+            return number, 0.0
 
 
 class SharedLock:
