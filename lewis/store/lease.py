@@ -6,9 +6,10 @@ library works without a Prefect server, a limit would have to be made for every 
 would free none of them earlier.
 
 The objects of one lock are numbered: `leases/<lock>/<number>`. The highest is the holder's, who writes a new end into
-it every `SECONDS / 4`. When a holder is killed, its end passes, and the next holder makes the object of the next
-number, which only one can. Nobody takes a lease from its holder in another way, so two that see the same dead holder
-do not both become the next.
+it every `SECONDS / 4`, and an end that has passed when it gives the lease back. Then, or when a holder is killed and
+its end passes, the next holder makes the object of the next number, which only one can, and removes the one before.
+The numbers never go back, so whoever was slow and makes an object that was made and removed already sees a higher
+one.
 
 The end is by the holder's clock. If clocks differ by more than `GRACE`, or a holder stands still for longer, two may
 hold one lease. Whatever is made under it is addressed by content and published whole, so that costs double work. The
@@ -84,7 +85,8 @@ class Lease:
             self._keeper.join(10)  # else it could write the object again
             with suppress(Exception):  # it ends by itself
                 system, place = self._opened()
-                system.rm_file(f"{place}/{self._own}")
+                if self._highest(system, place)[0] == int(self._own):
+                    system.pipe_file(f"{place}/{self._own}", self._content(0.0))
             self._own = ""
 
     @contextmanager
@@ -115,7 +117,7 @@ class Lease:
             return False
         try:
             ours = system.cat_file(f"{place}/{own}") == data
-        except FileNotFoundError:  # another made it, and gave it back by now
+        except FileNotFoundError:  # another made it, and the next holder removed it
             ours = False
         if not ours:
             return False
@@ -148,29 +150,27 @@ class Lease:
         system, root = remote.opened()
         return system, f"{root}/{self._folder}"
 
-    def _content(self) -> bytes:
-        return json.dumps({"holder": writer(), "lock": id(self), "end": time.time() + SECONDS}).encode()
+    def _content(self, end: float | None = None) -> bytes:
+        end = time.time() + SECONDS if end is None else end
+        return json.dumps({"holder": writer(), "lock": id(self), "end": end}).encode()
 
     @staticmethod
     def _highest(system: Any, place: str) -> tuple[int, float]:
         """Number and end (Unix time, seconds) of the newest object; 0 and 0.0 if there is none."""
-        try:
-            numbers = [name.rpartition("/")[2] for name in system.ls(place, detail=False)]
-        except FileNotFoundError:
-            return 0, 0.0
-        number = max((int(each) for each in numbers if each.isdecimal()), default=0)
-        if not number:
-            return 0, 0.0
-        try:
-            return number, float(json.loads(system.cat_file(f"{place}/{number:08d}"))["end"])
-        except FileNotFoundError:  # given back just now
-            return number, 0.0
-        except (ValueError, KeyError, TypeError):  # on a disk: it is being written, or its writer was killed just then
-            pass
-        try:
-            return number, system.modified(f"{place}/{number:08d}").timestamp() + SECONDS
-        except FileNotFoundError:
-            return number, 0.0
+        while True:
+            try:
+                numbers = [name.rpartition("/")[2] for name in system.ls(place, detail=False)]
+            except FileNotFoundError:
+                return 0, 0.0
+            number = max((int(each) for each in numbers if each.isdecimal()), default=0)
+            if not number:
+                return 0, 0.0
+            newest = f"{place}/{number:08d}"
+            with suppress(FileNotFoundError):  # there is a higher one by now
+                try:
+                    return number, float(json.loads(system.cat_file(newest))["end"])
+                except (ValueError, KeyError, TypeError):  # on a disk: it is being written, or its writer was killed
+                    return number, system.modified(newest).timestamp() + SECONDS
 
 
 class SharedLock:

@@ -24,4 +24,3 @@ def test_a_recipe_of_the_folder_has_one_turn_on_all_machines(tmp_path: Path, mon
                 pass
     with turn.turn(recipe, "run", skip=True) as ours:
         assert ours
-    assert not list((tmp_path / "remote").rglob("0*"))

@@ -210,7 +210,7 @@ def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert len(made) == 1 and not list((machines.remote / "leases").rglob("0*"))
+    assert len(made) == 1 and [path.name for path in (machines.remote / "leases").rglob("0*")] == ["00000002"]
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -226,6 +226,27 @@ def test_whoever_made_the_object_has_the_lease(machines: Machines, monkeypatch: 
     mine = Lease("x")
     assert mine._try() == lost
     mine.release()
+
+
+def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, create = Lease("x"), LocalFileSystem.pipe_file
+
+    def late(self: Any, place: str, data: bytes, **mode: Any) -> None:
+        monkeypatch.setattr(LocalFileSystem, "pipe_file", create)
+        for _ in range(2):  # meanwhile others took the lease, gave it back, took it again
+            with Lease("x").held():
+                pass
+        holder.acquire()
+        self.pipe_file(place, data, **mode)
+
+    holder = Lease("x")
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", late)
+    assert not slow._try()
+    holder.release()
+    with slow.held():
+        pass
 
 
 def hold(ready: Any) -> None:
@@ -281,7 +302,7 @@ def test_only_one_takes_over_what_a_dead_holder_left(machines: Machines) -> None
         thread.join()
     assert len(taken) == 1 and [path.name for path in place.iterdir()] == ["00000004"]
     taken[0].release()
-    (place / "00000001").write_text("")  # its writer was killed between two bytes: it ends, too
-    os.utime(place / "00000001", (1, 1))
+    (place / "00000005").write_text("")  # its writer was killed between two bytes: it ends, too
+    os.utime(place / "00000005", (1, 1))
     with Lease("x").held():
         pass
