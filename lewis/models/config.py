@@ -48,7 +48,8 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         for inner in changed.values():
             if isinstance(inner, dict):
                 inner.update({key: name for key in ("dtype", "torch_dtype") if inner.get(key)})
-    if changed == json.loads((donor / "config.json").read_text()):
-        shutil.copyfile(donor / "config.json", folder / "config.json")
+    given = donor / "config.json"
+    if given.is_file() and changed == json.loads(given.read_text()):
+        shutil.copyfile(given, folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
