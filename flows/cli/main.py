@@ -5,10 +5,12 @@ once.
 """
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import NamedTuple, NoReturn
 
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
@@ -148,6 +150,29 @@ COMMANDS = (
 """All commands, in the order of the help."""
 
 
+def program() -> NoReturn:
+    """The program `lewis`: `main`, and then the process ends at once.
+
+    It would take seconds to take apart what torch, Prefect and MLflow have made. What is registered with `atexit` runs
+    before.
+    """
+    status = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # the first that is registered is the last that runs
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    sys.exit(status)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -212,4 +237,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

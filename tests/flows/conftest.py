@@ -94,7 +94,7 @@ def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
     def start(
         *arguments: str | Path, patch: str = "", program: Path | None = None, folder: Path = REPO, **environment: str
     ) -> subprocess.Popen[str]:
-        code = f"{patch}\nimport sys\nfrom lewis_flows.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+        code = f"{patch}\nfrom lewis_flows.cli.main import program\nprogram()"
         process = subprocess.Popen(
             [*([program] if program else [sys.executable, "-c", code]), *map(str, arguments)],
             stdout=subprocess.PIPE,
