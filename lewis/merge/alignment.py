@@ -18,7 +18,7 @@ from lewis.merge.vocabulary import Target, plain_entry, union
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.tokenizer import read_vocabulary, same, tokenizer_folder, vocabulary_of
-from lewis.recipe.schema import Tokenizer, TokenRow
+from lewis.recipe.tokenizer import Tokenizer, TokenRow
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lewis.methods import Method, Parameter
-from lewis.recipe.schema import Output, Tokenizer
+from lewis.recipe.schema import Output
+from lewis.recipe.tokenizer import Tokenizer
 
 RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
 ParameterValue = Callable[[Parameter, str | None, str, float], Any]

@@ -1,94 +1,13 @@
 """The blocks of a recipe: a mergekit config, and the blocks `lewis`, `evaluate`, `register`, `publish` and `search`."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from lewis.recipe.block import Block, ModelName, Parameters
 from lewis.recipe.presets import with_preset
-from lewis.recipe.settings import Rule, parse_setting
 
-Setting = Annotated[tuple[Rule, ...], BeforeValidator(parse_setting)]
 Dtype = Literal["float32", "float16", "bfloat16"]
-
-
-def _empty_if_null(value: Any) -> Any:
-    return {} if value is None else value
-
-
-def model_name(value: Any) -> Any:
-    """mergekit also writes a model as {model: {path, revision}, lora: {path, revision}}."""
-    if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
-        if "model" in value:
-            parts = [model_name(value["model"])] + ([model_name(value["lora"])] if value.get("lora") else [])
-            return "+".join(str(part) for part in parts)
-        if "path" in value:
-            return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
-    return value
-
-
-ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]
-Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
-
-
-class Block(BaseModel):
-    """A block of the recipe: it cannot be changed after it was read, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TokenRow(Block):
-    """Where a token's row comes from: all zeros (`zero`), or the row of a token of a model (`model_token`)."""
-
-    kind: Literal["zero", "model_token"]
-    model: ModelName | None = None
-    token: str | None = None
-    token_id: int | None = Field(default=None, ge=0)
-
-    @model_validator(mode="after")
-    def _one_row(self) -> "TokenRow":
-        given = (self.model, self.token if self.token is not None else self.token_id)
-        if self.kind == "zero" and (given != (None, None)):
-            raise ValueError("kind zero takes no model or token")
-        if self.kind == "model_token" and (None in given or None not in (self.token, self.token_id)):
-            raise ValueError("kind model_token needs a model, and either token or token_id")
-        return self
-
-
-def _kind_of_source(value: Any) -> str:
-    return "TokenRow" if isinstance(value, TokenRow) or (isinstance(value, dict) and "kind" in value) else "ModelName"
-
-
-class TokenEmbedding(Block):
-    """The embedding row of one token, for the models that lack it.
-
-    Attributes:
-        source: a model, or a `TokenRow`; None: the rule of `lewis.merge.vocabulary`.
-        force: use it in the models that have the token, too.
-    """
-
-    source: (
-        Annotated[
-            Annotated[ModelName, Tag("ModelName")] | Annotated[TokenRow, Tag("TokenRow")],
-            Discriminator(_kind_of_source),
-        ]
-        | None
-    ) = None
-    force: bool = False
-
-
-class Tokenizer(Block):
-    """The vocabulary of the result: mergekit's `tokenizer`.
-
-    Attributes:
-        source: `base`, `union`, or one of the models.
-        tokens: token -> where its row comes from; a token that no model has is added.
-        pad_to_multiple_of: embeddings have one row per token, rounded up to a multiple of this.
-    """
-
-    source: ModelName = "union"
-    tokens: dict[Annotated[str, Field(min_length=1)], TokenEmbedding] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(default=None, ge=1, le=1 << 20)
 
 
 class ModelEntry(Block):

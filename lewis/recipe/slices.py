@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from lewis.methods import Method
-from lewis.recipe.schema import Block, ModelName, Parameters, model_name
+from lewis.recipe.block import Block, ModelName, Parameters, model_name
 
 _ENTRY = re.compile(r"^models\[(\d+)\]")
 _PARAMETER = re.compile(r"^parameters\.(\w+)")

@@ -1,0 +1,35 @@
+"""What all blocks of a recipe are made of: their base class, names of models, and method parameters."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from lewis.recipe.settings import Rule, parse_setting
+
+Setting = Annotated[tuple[Rule, ...], BeforeValidator(parse_setting)]
+
+
+def _empty_if_null(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def model_name(value: Any) -> Any:
+    """mergekit also writes a model as {model: {path, revision}, lora: {path, revision}}."""
+    if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
+        if "model" in value:
+            parts = [model_name(value["model"])] + ([model_name(value["lora"])] if value.get("lora") else [])
+            return "+".join(str(part) for part in parts)
+        if "path" in value:
+            return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
+    return value
+
+
+ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]
+Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
+
+
+class Block(BaseModel):
+    """A block of the recipe: it cannot be changed after it was read, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
