@@ -16,7 +16,7 @@ setup: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dev]'
-	@$(BIN)/python -m compileall -q -j 0 .venv/lib/python*/site-packages >/dev/null || true  # on all cores; pip takes one
+	@$(BIN)/python -m compileall -q -j 0 lewis flows tasks .venv/lib/python*/site-packages >/dev/null || true  # on all cores; pip takes one
 	$(BIN)/python -c 'import lewis.merge.kernels, lewis.inspection.loops'  # compiles the loops of the merge, which else the first merge does
 	@touch $@
 
