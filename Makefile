@@ -2,12 +2,13 @@
 # make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
 # make faults has ten thousand inputs for each fuzzer of tests/faults, where make test has a few hundred, and kills runs at
 #             fifty points, races them, and takes disk, store and servers from them: hours. LEWIS_FAULTS_POINTS=12 is fewer
+# make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make setup  only installs: a venv in .venv and this package, editable
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test types suite faults clean
+.PHONY: setup demo test types suite real faults clean
 
 setup: .venv/.installed
 
@@ -33,7 +34,10 @@ types: setup
 	nice $(BIN)/mypy
 
 suite: setup
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
+
+real: setup
+	LEWIS_REAL=1 $(BIN)/pytest tests/flows/test_real.py
 
 faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults

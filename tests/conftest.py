@@ -26,7 +26,7 @@ os.environ.update(
 
 import pytest
 
-LONGEST = ("test_up.py", "test_real.py", "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
+LONGEST = ("test_up.py", "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[Edit, int, str]] = {
         expert(lambda f: write_tokenizer(f, [f"w{i}" for i in range(59, -1, -1)])), 2,
         "another vocabulary: the token 'w0' is 62, in the base it is 3; to match embeddings by token, set",
     ),
-    "DoRA": (adapter(use_dora=True), 2, "DoRA is not supported; merge it into its base"),
+    "DoRA": (adapter(use_dora=True), 2, "has no lora_magnitude_vector; the config belongs to another adapter"),
     "no LoRA": (adapter(peft_type="IA3"), 2, "expected a LoRA adapter (peft_type LORA), got 'IA3'"),
     "adapter without settings": (adapter_file("[]"), 2, "adapter_config.json: expected a JSON object, got list"),
     "adapter with odd settings": (adapter(lora_alpha="x"), 2, "lora_alpha: expected a finite number, got 'x'"),

@@ -1,4 +1,7 @@
-"""The DAG on the real SmolLM2-135M-Instruct with its real experts, data and tasks; skipped where they are absent."""
+"""The DAG on the real SmolLM2-135M-Instruct with its real experts, data and tasks; skipped where they are absent.
+
+It takes minutes, so `make real` runs it, and `make test` leaves it out.
+"""
 
 import json
 import os
@@ -22,6 +25,8 @@ from tests.support import authors
 
 SHARED = REPO.parent / "shared"
 LAYERS = 3
+
+pytestmark = pytest.mark.skipif(not os.environ.get("LEWIS_REAL"), reason="make real")
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,11 @@ from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.support.local_hub import LocalHub
 
-SLOW = {
-    "importance": "import time, lewis.importance.measure as m; f = m.measure_sets\n"
-    "m.measure_sets = lambda *a, **k: (print('HERE', flush=True), time.sleep(60), f(*a, **k))[2]",
-    "merge": "import time, lewis.merge.run as m; f = m.Merge._write; n = []\n"
+SLOW = (
+    "import time, lewis.merge.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and (print('HERE', flush=True), time.sleep(60)),"
-    " f(s, *a))[2]",
-    "registration": "import time, lewis.registry.logged_model as m; f = m.write\n"
-    "m.write = lambda *a, **k: (f(*a, **k), print('HERE', flush=True), time.sleep(60))[0]",
-}
+    " f(s, *a))[2]"
+)
 NO_SCORES = ("--set", "evaluate=null", "--set", "register.gate=null")
 
 
@@ -91,11 +87,11 @@ def _inputs(home: Path, found: dict) -> list[dict]:
     return [{"ref": ref} for ref in experts]
 
 
-@pytest.mark.parametrize("step", SLOW)
 def test_a_killed_run_is_resumed_with_the_same_result(
-    step: str, lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = lewis("run", recipe, *NO_SCORES, patch=SLOW[step])
+    """In the merge; tests/faults/test_crashes.py kills the library in many other places."""
+    killed = lewis("run", recipe, *NO_SCORES, patch=SLOW)
     assert killed.stdout is not None and killed.stdout.readline() == "HERE\n"
     killed.kill()
     killed.wait()
@@ -108,7 +104,7 @@ def test_a_killed_run_is_resumed_with_the_same_result(
 
 
 def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: Path) -> None:
-    patch = SLOW["merge"].replace("time.sleep(60)", "time.sleep(3)")
+    patch = SLOW.replace("time.sleep(60)", "time.sleep(3)")
     process = lewis("run", recipe, *NO_SCORES, patch=patch)
     assert process.stdout is not None and process.stdout.readline() == "HERE\n"
     process.send_signal(signal.SIGINT)

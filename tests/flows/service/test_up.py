@@ -108,7 +108,7 @@ def slow(service: Service) -> Iterator[Path]:
     """While the block lasts, new runs stop in the middle of writing the merge, and then a file exists; it is given."""
     flag = service.home.parent / "merging"
     wait = f"[time.sleep(.1) for _ in range(900) if __import__('os').path.exists({str(flag)!r})]"
-    code = SLOW["merge"].replace("print('HERE', flush=True)", f"open({str(flag)!r}, 'w').close() or 1")
+    code = SLOW.replace("print('HERE', flush=True)", f"open({str(flag)!r}, 'w').close() or 1")
     service.patch.write_text(code.replace("time.sleep(60)", wait))
     try:
         yield flag
@@ -227,7 +227,7 @@ def test_a_worker_killed_in_a_merge_is_not_running_for_long_and_the_next_run_goe
     run = service.finished("killed", 1, 150)[0]
     assert time.monotonic() - killed < 120
     assert run["state_type"] == "CRASHED" and "Run it again" in run["state"]["message"]
-    service.until(lambda: any("Crashed" in each["body"] for each in service.sink.received), 90)
+    service.until(lambda: any("died. Run it again" in each["body"] for each in service.sink.received), 90)
 
     service.poll("killed")  # nobody else would know
     run = service.finished("killed", 2)[-1]

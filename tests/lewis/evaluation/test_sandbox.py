@@ -227,6 +227,8 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
     ours = (source / f"evaluation/{name}.py" for name in ("__init__", "sandbox", "sandbox_child", "system_calls"))
     for file in (*source.glob("*.py"), *ours):
         (tmp_path / "lewis" / file.relative_to(source)).write_bytes(file.read_bytes())
+    # The store needs packages that the system's own Python has not.
+    (tmp_path / "lewis" / "store.py").write_text("from tempfile import TemporaryDirectory as scratch_folder")
     code = (
         "import sys; sys.path.insert(0, '.'); from lewis.evaluation import sandbox\n"
         "print(sandbox.run('assert 1 == 1').passed)\n"
