@@ -34,7 +34,7 @@ types: setup
 	nice $(BIN)/mypy
 
 suite: setup
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
 
 real: setup
 	LEWIS_REAL=1 $(BIN)/pytest tests/flows/test_real.py
