@@ -1,7 +1,7 @@
 """Locks that hold across machines which share no disk: leases, small objects of the remote half (`LEWIS_STORE`).
 
-A lease is an object that is made only if there is none of its name, which object stores and file systems do
-atomically. The library needs nothing else that way. Prefect's global concurrency limits have leases too, but the
+A lease is an object that is made only if there is none of its name, which object stores and disks do atomically
+(`remote.create`). The library needs nothing else that way. Prefect's global concurrency limits have leases too, but the
 library works without a Prefect server, a limit would have to be made for every entry, and a server that restarts
 would free none of them earlier.
 
@@ -105,7 +105,7 @@ class Lease:
             return False
         own, data = f"{number + 1:08d}", self._content()
         try:
-            system.pipe_file(f"{place}/{own}", data, mode="create")
+            remote.create(system, f"{place}/{own}", data)
         except (PermissionError, NotImplementedError, TypeError, ValueError):  # it cannot be made at all
             raise
         except Exception:  # it exists, which each file system says in its way; or the answer was lost, and it is ours

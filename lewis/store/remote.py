@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from lewis.errors import InputError
 from lewis.redact import redacted
 from lewis.store import checked, png
+from lewis.store.checked import DamagedError
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict
 from lewis.store.writers import beside
 
@@ -51,10 +52,6 @@ class Found(NamedTuple):
 
     path: Path
     size: int
-
-
-class DamagedError(ValueError):
-    """What arrived is not what was pushed."""
 
 
 def url() -> str:
@@ -206,7 +203,7 @@ def _send(system: Any, there: str, path: Path) -> None:
 
 def _put(system: Any, source: Path, target: str, size: int) -> None:
     """Write one object so that a reader sees all of it or nothing. Object stores do; files of a disk are renamed."""
-    if "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+    if _is_disk(system):
         scratch = str(beside(Path(target)))
         system.put_file(str(source), scratch)
         system.mv(scratch, target)
@@ -214,6 +211,26 @@ def _put(system: Any, source: Path, target: str, size: int) -> None:
         system.put_file(str(source), target)
     if (there := system.size(target)) != size:
         raise OSError(f"expected {size} bytes, it has {there}")
+
+
+def create(system: Any, target: str, data: bytes) -> None:
+    """Make an object if there is none of its name; of several writers at once, one succeeds.
+
+    Object stores do that. fsspec's own way for files of a disk looks first and writes then, so two can succeed.
+
+    Raises:
+        FileExistsError: there is one, on a disk; each other file system has an error of its own.
+    """
+    if _is_disk(system):
+        system.makedirs(_above(target), exist_ok=True)
+        with open(target, "xb") as file:
+            file.write(data)
+    else:
+        system.pipe_file(target, data, mode="create")
+
+
+def _is_disk(system: Any) -> bool:
+    return "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol)
 
 
 def _arrive(system: Any, there: str, path: Path, head: bytes) -> None:

@@ -217,12 +217,12 @@ def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest
 def test_whoever_made_the_object_has_the_lease(machines: Machines, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
     """S3 says that an object exists with another error than a disk does, and an answer may be lost."""
 
-    def pipe_file(self: Any, place: str, data: bytes, **_: Any) -> None:
+    def create(system: Any, place: str, data: bytes) -> None:
         Path(place).parent.mkdir(parents=True, exist_ok=True)
         Path(place).write_bytes(data if lost else b'{"end": 9e12}')
         raise OSError(22, "At least one of the pre-conditions you specified did not hold")
 
-    monkeypatch.setattr(LocalFileSystem, "pipe_file", pipe_file)
+    monkeypatch.setattr(remote, "create", create)
     mine = Lease("x")
     assert mine._try() == lost
     mine.release()
@@ -231,18 +231,18 @@ def test_whoever_made_the_object_has_the_lease(machines: Machines, monkeypatch: 
 def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, create = Lease("x"), LocalFileSystem.pipe_file
+    slow, create = Lease("x"), remote.create
 
-    def late(self: Any, place: str, data: bytes, **mode: Any) -> None:
-        monkeypatch.setattr(LocalFileSystem, "pipe_file", create)
+    def late(system: Any, place: str, data: bytes) -> None:
+        monkeypatch.setattr(remote, "create", create)
         for _ in range(2):  # meanwhile others took the lease, gave it back, took it again
             with Lease("x").held():
                 pass
         holder.acquire()
-        self.pipe_file(place, data, **mode)
+        create(system, place, data)
 
     holder = Lease("x")
-    monkeypatch.setattr(LocalFileSystem, "pipe_file", late)
+    monkeypatch.setattr(remote, "create", late)
     assert not slow._try()
     holder.release()
     with slow.held():
@@ -281,6 +281,17 @@ def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pyte
             Lease("x").acquire(timeout=0.05)
     with Lease("x").held():  # what is given back is free at once
         pass
+
+
+def test_a_disk_refuses_the_second_of_two_who_both_saw_nothing(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, root = remote.opened()
+    monkeypatch.setattr(type(system), "exists", lambda *_, **__: False)  # both looked before one of them wrote
+    remote.create(system, f"{root}/leases/x/1", b"first")
+    with pytest.raises(FileExistsError):
+        remote.create(system, f"{root}/leases/x/1", b"second")
+    assert system.cat_file(f"{root}/leases/x/1") == b"first"
 
 
 def test_only_one_takes_over_what_a_dead_holder_left(machines: Machines) -> None:
