@@ -1,7 +1,7 @@
 """The event of a new release, which starts merges. The poll and the receiver of webhooks both announce it here."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -38,23 +38,10 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
         LewisError: the server refuses it.
         InputError: there is no server to ask.
     """
-    before = short(old) if old else "never merged"
-    event: dict[str, object] = {
-        "id": str(uuid.uuid4()),
-        "occurred": datetime.now(UTC).isoformat(),
-        "event": EVENT,
-        "resource": {"prefect.resource.id": resource_id(repo), "prefect.resource.name": repo, "lewis.recipe": recipe},
-        "payload": {
-            "recipe": recipe,
-            "ref": ref,
-            "repo": repo,
-            "old": old,
-            "new": new,
-            "message": f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged",
-        },
-    }
-    events.post(event)
-    return str(event["id"])
+    before, id_ = short(old) if old else "never merged", str(uuid.uuid4())
+    message = f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged"
+    _send(EVENT, id_, recipe, repo, {"ref": ref, "old": old, "new": new, "message": message})
+    return id_
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
@@ -67,20 +54,33 @@ def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None
     Raises:
         TransientError, LewisError, InputError: as `announce`.
     """
-    event: dict[str, object] = {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{STUCK} {recipe} {ref} {new}")),
-        "occurred": datetime.now(UTC).isoformat(),
-        "event": STUCK,
-        "resource": {"prefect.resource.id": resource_id(repo), "prefect.resource.name": repo, "lewis.recipe": recipe},
-        "payload": {
-            "recipe": recipe,
-            "ref": ref,
-            "repo": repo,
-            "new": new,
-            "message": f"{repo} {short(new)} could not be merged into {recipe}, three times: {why}",
-        },
-    }
-    events.post(event)
+    id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{STUCK} {recipe} {ref} {new}"))
+    message = f"{repo} {short(new)} could not be merged into {recipe}, three times: {why}"
+    _send(STUCK, id_, recipe, repo, {"ref": ref, "new": new, "message": message})
+
+
+def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:
+    """Send an event about a recipe and a repo.
+
+    Args:
+        kind: its name.
+        id_: a UUID.
+        recipe, repo: as of `announce`.
+        about: the payload, beside those two.
+    """
+    events.post(
+        {
+            "id": id_,
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": kind,
+            "resource": {
+                "prefect.resource.id": resource_id(repo),
+                "prefect.resource.name": repo,
+                "lewis.recipe": recipe,
+            },
+            "payload": {"recipe": recipe, "repo": repo, **about},
+        }
+    )
 
 
 def resource_id(repo: str) -> str:

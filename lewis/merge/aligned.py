@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -20,12 +19,12 @@ from lewis.lazy_torch import torch
 from lewis.merge.lent_rows import Lenders, LentRows
 from lewis.merge.vocabulary import Target
 from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, torch_dtype
-from lewis.models.model import Model
+from lewis.models.model import Model, View
 
 _RUN = 1 << 20  # elements that are written to the file at a time
 
 
-class Aligned:
+class Aligned(View):
     """A model with the rows of its embeddings in the order of another vocabulary; reads like a `Checkpoint`.
 
     Attributes:
@@ -57,16 +56,6 @@ class Aligned:
             name: replace(info, shape=(target.rows, *info.shape[1:])) if name in self._names else info
             for name, info in model.tensors.items()
         }
-
-    @property
-    def home(self) -> Path:
-        """The folder of its config.json."""
-        return self.model.home
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, in the dtype of `raw`."""

@@ -11,10 +11,8 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
-from lewis.models.files import GGUF_TABLE
+from lewis.models.files import GGUF_LINK, GGUF_TABLE
 from lewis.models.quantised.stored import Packed
-
-_LINK = "model.gguf"
 
 
 def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed], str]:
@@ -32,10 +30,10 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed
     """
     table = read_json(folder / GGUF_TABLE)
     try:
-        blob = np.memmap(folder / _LINK, np.uint8, mode="r")
+        blob = np.memmap(folder / GGUF_LINK, np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / _LINK}: the GGUF file cannot be opened ({error}); was it moved?") from error
-    file = _File(folder / _LINK, blob, table["stored"], table["architecture"], dict(config))
+        raise InputError(f"{folder / GGUF_LINK}: the GGUF file cannot be opened ({error}); was it moved?") from error
+    file = _File(folder / GGUF_LINK, blob, table["stored"], table["architecture"], dict(config))
     found = {
         name: Packed({}, tuple(each["shape"]), partial(file.decode, name, each["from"], tuple(each["shape"])))
         for name, each in table["tensors"].items()

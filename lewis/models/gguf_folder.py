@@ -18,14 +18,13 @@ from typing import Any
 from lewis import store
 from lewis.errors import InputError
 from lewis.input_files import check_regular
-from lewis.models.files import GGUF_TABLE, copy_tokenizer
+from lewis.models.files import GGUF_LINK, GGUF_TABLE, copy_tokenizer
 from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)
 
 SEMANTICS = "1"  # bump when the same file would give another folder
-FILE = "model.gguf"
 _LOST = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # settings of RoPE that are stored as tensors
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # GGML's numbers of types that are not quantised
 
@@ -90,7 +89,7 @@ def _made(ref: str, path: Path) -> Path:
 
 
 def _fill(ref: str, path: Path, folder: Path) -> None:
-    (folder / FILE).symlink_to(path)
+    (folder / GGUF_LINK).symlink_to(path)
     reader = _reader(ref, path)
     architecture = str(reader.fields["general.architecture"].contents())
     dtype = _dtype(reader)

@@ -77,3 +77,25 @@ class Model(Protocol):
 
     def done_with(self, name: str) -> None:
         """Release the memory that a tensor is mapped to."""
+
+
+class View:
+    """What all have that read another model in another way: under other names, or with other rows.
+
+    Attributes:
+        model: the other model.
+        tensors: as of a `Model`.
+    """
+
+    model: Model
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def home(self) -> Path:
+        """The folder with its config.json."""
+        return self.model.home
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+        return {name: info.shape for name, info in self.tensors.items()}

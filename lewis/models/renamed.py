@@ -18,8 +18,8 @@ import numpy as np
 
 from lewis.lazy_torch import torch
 from lewis.models.conversion import Conversions
-from lewis.models.dtypes import DTYPES, as_tensor, bits_dtype, bytes_of, torch_dtype
-from lewis.models.model import Model, TensorInfo
+from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
+from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.network_class import known_network
 from lewis.models.placing import Shapes
@@ -135,7 +135,7 @@ def with_tied(model: Model) -> dict[str, tuple[int, ...]]:
     return {**{name: info.shape for name, info in model.tensors.items()}, **tied}
 
 
-class Renamed:
+class Renamed(View):
     """A model under the base's names; reads like a `Checkpoint`.
 
     Attributes:
@@ -157,16 +157,6 @@ class Renamed:
         self.tensors = {
             name: self._info(name, shape) for name, shape in matched.shapes.items() if name not in self.tied
         }
-
-    @property
-    def home(self) -> Path:
-        """The folder with its config.json."""
-        return self.model.home
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype of `raw`."""
@@ -248,5 +238,5 @@ class Renamed:
 
 
 def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
-    dtype = next(name for name in DTYPES if torch_dtype(name) == value.dtype)
+    dtype = name_of(value.dtype)
     return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))

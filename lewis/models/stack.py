@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.model import Model, TensorInfo
+from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import EMBEDDINGS, HEADS, layer_of
+from lewis.models.safetensors_file import same_bits
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _BEFORE = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared|project_in)(\.|$)")
@@ -99,7 +99,7 @@ def _shifted(match: re.Match[str], by: int) -> str:
     return match[0].replace(match[1], str(int(match[1]) + by))
 
 
-class Restacked:
+class Restacked(View):
     """A part of a model under other names; reads like a `Checkpoint`.
 
     Attributes:
@@ -121,16 +121,6 @@ class Restacked:
         self.folder, self.key, self.config = model.folder, model.key, model.config
         self.tensors: dict[str, TensorInfo] = {new: model.tensors[old] for new, old in self.names.items()}
         self.tied: dict[str, str] = {}
-
-    @property
-    def home(self) -> Path:
-        """The folder with its config.json."""
-        return self.model.home
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as the model reads it."""
@@ -167,4 +157,4 @@ def _same(model: Model, one: str, other: str) -> bool:
     if model.tensors[one].shape != model.tensors[other].shape:
         return False
     (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
-    return kind == other_kind and bool(np.array_equal(bits, other_bits))
+    return kind == other_kind and same_bits(bits, other_bits)
