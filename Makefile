@@ -3,12 +3,14 @@
 # make faults has ten thousand inputs for each fuzzer of tests/faults, where make test has a few hundred, and kills runs at
 #             fifty points, races them, and takes disk, store and servers from them: hours. LEWIS_FAULTS_POINTS=12 is fewer
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
+# make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
+#             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
 # make setup  only installs: a venv in .venv and this package, editable
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test types suite real faults clean
+.PHONY: setup demo test types suite real faults test-production clean
 
 setup: .venv/.installed
 
@@ -41,6 +43,10 @@ real: setup
 
 faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults
+
+test-production: setup
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,auth,postgres,s3,production]'
+	LEWIS_PRODUCTION=1 $(BIN)/pytest --timeout 1800 tests/production
 
 clean:
 	rm -rf .venv build .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -67,7 +67,7 @@ def test_what_the_package_imports_is_declared() -> None:
 
 
 def test_what_the_tests_import_is_declared() -> None:
-    assert undeclared(files("tests"), "dev", "dask", "ray") == []
+    assert undeclared(files("tests"), "dev", "dask", "ray", "s3") == []
 
 
 @pytest.mark.parametrize("extra", ["", "dask", "ray"])
