@@ -211,6 +211,8 @@ def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:
     allowed = written.evaluate
     if code and not (allowed and allowed.allow_code_execution and set(code.tasks) <= set(allowed.tasks)):
         changed = "evaluate.allow_code_execution, or the tasks of a recipe that says it"
+    elif code and code.runs_model_code and not (allowed and allowed.runs_model_code):
+        changed = "evaluate.model_args.trust_remote_code"
     elif recipe.publish and recipe.publish != written.publish:
         changed = "publish"
     else:

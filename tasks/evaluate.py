@@ -1,11 +1,12 @@
 """Score one model with lm-eval."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lewis.evaluation import lm_eval, metric_names, step
+from lewis.evaluation import backends, lm_eval, metric_names, server, step
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.merge.step import MergedModel
@@ -23,6 +24,7 @@ def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path) -> str:
     """
     lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
     metric_names.check_names(recipe)
+    backends.check(settings.backend)
     return lm_eval.tasks_digest(settings, root)
 
 
@@ -38,5 +40,6 @@ def evaluate(
     """Score one model on all tasks of lm-eval; `tasks_digest` is for the cache key."""
     files = model.files(label) if isinstance(model, MergedModel) else model
     report = Progress("evaluate", f"evaluate {label}")
-    with device_slot() as device:
+    elsewhere = settings.backend == "openai" and server.is_url()
+    with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device:
         return step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))

@@ -38,7 +38,7 @@ def score_trial(
         part: which of the search's documents, for the name of the task run.
     """
     report = Progress("trial", f"trial {number}")
-    with device_slot(gives_way=True) as device:
+    with device_slot(gives_way=True, gpus=settings.gpus) as device:
         raise_if_stopping(f"trial {number}")
         return trial.score_trial(
             recipe, base, experts, settings, device=device, progress=lambda share, _: report(share)

@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
-from lewis import store
+from lewis import guard, store
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import kinds
-from lewis_flows.service import guard
 
 _READY = 180  # seconds to answer after a start
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed

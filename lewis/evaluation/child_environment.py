@@ -14,8 +14,9 @@ _NAMES = (
 _PREFIXES = (
     *("LC_", "XDG_", "PYTHON", "COV_", "COVERAGE_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "NUMBA_", "GOMP_"),
     *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_", "ROCR_"),
-    *("HIP_", "HSA_", "MALLOC_"),
+    *("HIP_", "HSA_", "MALLOC_", "VLLM_", "SGLANG_", "FLASHINFER_"),
 )
+_SECRET = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
 _WAY_TO_THE_HUB = (  # URLs, which may hold a password
     *("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"),
     *("NO_PROXY", "no_proxy"),
@@ -34,7 +35,8 @@ FIXED = {
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """What an evaluation needs of a worker's environment. Variables that are not known to be harmless are left out."""
-    return {name: value for name, value in environment.items() if name in _NAMES or name.startswith(_PREFIXES)} | FIXED
+    known = {name: value for name, value in environment.items() if name in _NAMES or name.startswith(_PREFIXES)}
+    return {name: value for name, value in known.items() if not name.endswith(_SECRET)} | FIXED
 
 
 def way_to_the_hub(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,8 +11,9 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import get_token
@@ -23,7 +24,7 @@ from lewis.evaluation.fork_server import Child, new_child
 from lewis.store import read_json, scratch_folder
 
 Progress = Callable[[float, str], None]
-_BAR = re.compile(r"(?:Running (\w+ requests):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
+_BAR = re.compile(r"(?:(?:Running )?(\w+ requests|Requesting API):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
 
 
 def run(
@@ -33,6 +34,8 @@ def run(
     network: bool,
     token: bool,
     timeout_s: float,
+    hub: bool | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval in a process of its own session.
@@ -40,9 +43,11 @@ def run(
     Args:
         request: keyword arguments of `harness_child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
-        network: whether the child reaches other machines; then it is told the way to the Hub.
+        network: whether the child has the network of this machine.
+        hub: whether it is told the way to the Hub; by default if it has the network.
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
+        environment: further variables of the child.
         progress: called with the fraction done of the current kind of requests, and the name of that kind.
 
     Returns:
@@ -52,12 +57,14 @@ def run(
         LewisError: if the time limit passes or the process fails, with the end of its output.
     """
     output = _Output(progress)
-    environment = without_secrets(os.environ) | (way_to_the_hub(os.environ) if network else {})
+    way = way_to_the_hub(os.environ) if (network if hub is None else hub) else {}
+    common = without_secrets(os.environ) | way
     found = get_token() if token else None
-    given = environment | ({"HF_TOKEN": found} if found else {})
+    given = common | ({"HF_TOKEN": found} if found else {}) | dict(environment)
     with scratch_folder("eval") as scratch:
         result = scratch / "result.json"
-        child = new_child(environment, loaded=request["device"] == "cpu", network=network)
+        no_gpu = request["device"] == "cpu" or request["model"].startswith("local-")
+        child = new_child(common, loaded=no_gpu, network=network)
         try:
             child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
             _watch(child, output, timeout_s)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.evaluation import smoke, templates
+from lewis.evaluation import api_model, smoke, templates
 from lewis.evaluation.adapter_rows import keep_rows
 from lewis.store import write_json
 
@@ -98,12 +98,13 @@ def evaluate(
     *,
     include: str | None,
     defaults: bool,
+    model: str,
     model_args: dict[str, Any],
     tasks: list[str],
     documents: str,
     limit: int | float | None,
     batch_size: int | str,
-    device: str,
+    device: str | None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run `simple_evaluate`, keep the value of each document, then measure what the gate's guards check.
@@ -111,6 +112,7 @@ def evaluate(
     Args:
         include: a folder of task files; None if there are none.
         defaults: whether lm-eval's own tasks are needed.
+        model, model_args, device: as `lewis.evaluation.backends.Asked`.
         tasks: names.
         documents: `all`, or one half of every task's documents: `search` or `confirm`.
         limit: documents per task, within that half.
@@ -127,8 +129,11 @@ def evaluate(
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
-    with keep_rows(model_args.get("peft")):
-        lm = get_model("hf").create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
+    if model.startswith("local-"):
+        lm = api_model.opened(model, model_args, batch_size)
+    else:
+        with keep_rows(model_args.get("peft")):
+            lm = get_model(model).create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
     vars(evaluator)["add_env_info"] = lambda _: None  # it lists all packages with pip, which nobody reads
     found: Any = evaluator.simple_evaluate(

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import harness
+from lewis.evaluation import backends, harness, server
 from lewis.evaluation.permission import check_code, runs_code
 from lewis.evaluation.scores import Evaluated, Score
 from lewis.evaluation.task_files import check_builtin, data_files, find_tasks, reads_hub
-from lewis.models.tokenizer import read_vocabulary
+from lewis.recipe.schema import Backend
 from lewis.store import digest, file_sha256, scratch_folder
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class EvalSettings:
         documents: `all`, or one of two disjoint halves of every task's documents. A document's hash decides its half;
             the limit applies within the half.
         allow_code_execution: whether task files may run code: functions of their own, and what the model writes.
+        backend: `hf`, `vllm`, `sglang` or `openai`, as in the recipe.
+        model_args: further arguments of the backend, which `lewis.recipe.backends` has checked.
+        gpus: how many GPUs one evaluation takes.
     """
 
     tasks: tuple[str, ...]
@@ -44,6 +48,9 @@ class EvalSettings:
     apply_chat_template: bool = False
     documents: Literal["all", "search", "confirm"] = "all"
     allow_code_execution: bool = False
+    backend: Backend = "hf"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    gpus: int = 1
 
 
 def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool = False) -> None:
@@ -85,6 +92,7 @@ def tasks_digest(settings: EvalSettings, root: Path) -> str:
             "apply_chat_template": settings.apply_chat_template,
             "documents": settings.documents,
             "allow_code_execution": settings.allow_code_execution,
+            **backends.identity(settings.backend, settings.model_args),
         }
     )
 
@@ -104,7 +112,8 @@ def evaluate(
         model: folder of a Hugging Face checkpoint with its tokenizer.
         root: the recipe's folder; relative paths in task files start here.
         adapter: folder of a LoRA adapter to apply to `model`.
-        device: as torch names it. The CPU computes in float32, any other device in the checkpoint's dtype.
+        device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
+            checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
         progress: called with the fraction done of the running kind of requests, and that kind.
 
     Raises:
@@ -112,33 +121,38 @@ def evaluate(
         LewisError: if lm-eval fails, takes longer than `settings.timeout_s`, or gives a number that is not finite.
     """
     _check_folder(model, "config.json")
-    arguments = {
-        "pretrained": str(model.resolve()),
-        "tokenizer": str(model.resolve()),
-        "dtype": "float32" if device == "cpu" else "auto",
-        "trust_remote_code": False,
-        "use_safetensors": True,
-    }
     if adapter is not None:
         _check_folder(adapter, "adapter_model.safetensors")
-        arguments["peft"] = str(adapter.resolve())
-        if read_vocabulary(adapter) not in (None, read_vocabulary(model)):  # lm-eval makes room for added tokens
-            arguments["tokenizer"] = arguments["peft"]
     found = find_tasks(settings.tasks, root)
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
-    network = reads_hub(found, root)
-    token = network and not any(map(runs_code, found.files.values()))  # it is kept from code that the recipe brings
-    with scratch_folder("tasks") as include:
+    hub = reads_hub(found, root)
+    # Keys are kept from code that the recipe brings.
+    code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
+    with ExitStack() as held:
+        include = held.enter_context(scratch_folder("tasks"))
         for number, task in enumerate(found.files.values()):
             # A link, which lm-eval follows: so it finds the functions beside the file.
             (include / f"{number}.yaml").symlink_to(task.path)
+        asked = held.enter_context(
+            backends.asked(
+                settings.backend,
+                settings.model_args,
+                model,
+                adapter,
+                device,
+                code=code,
+                patience_s=min(settings.timeout_s, server.PATIENCE),
+                tick=lambda: progress(0.0, "server") if progress else None,
+            )
+        )
         request = {
-            "model_args": arguments,
+            "model": asked.model,
+            "model_args": asked.arguments,
             "tasks": found.names,
             "include": str(include),
             "defaults": bool(found.builtin),
-            "device": device,
+            "device": asked.device,
             "batch_size": settings.batch_size,
             "limit": settings.limit,
             "num_fewshot": settings.num_fewshot,
@@ -149,10 +163,17 @@ def evaluate(
         }
         try:
             result = harness.run(
-                request, cwd=root, network=network, token=token, timeout_s=settings.timeout_s, progress=progress
+                request,
+                cwd=root,
+                network=hub or asked.network,
+                hub=hub,
+                token=hub and not code,
+                environment=asked.environment,
+                timeout_s=settings.timeout_s,
+                progress=progress,
             )
         except LewisError as error:
-            raise LewisError(f"{adapter or model}: {error}") from error
+            raise LewisError(f"{adapter or model}: {error}{asked.problem()}") from error
     evaluated = Evaluated.of(str(adapter or model), result)
     _warn_of_fewshot(settings, result["n-shot"])
     _warn_of_direction(evaluated.scores, result["higher_is_better"])

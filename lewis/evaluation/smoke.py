@@ -16,14 +16,15 @@ def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, 
     """The fields of `lewis.evaluation.samples.Ends`.
 
     Args:
-        lm: lm-eval's Hugging Face model.
+        lm: lm-eval's model.
         rows: task -> lm-eval's sample of each document and filter.
         tasks: task -> lm-eval's task.
     """
     lm.batch_size_per_gpu = PROMPTS  # `auto` would search for a batch size again, for these few requests
     mixed = [pair for each in zip_longest(*_by_task(rows, tasks)) for pair in each if pair is not None]
     prompts = dict.fromkeys(row["arguments"][0][0] for _, row in mixed if len(row["arguments"][0]) > 1)
-    ended = _smoke(lm, list(islice((prompt for prompt in prompts if prompt), PROMPTS)))
+    smoke = _smoke if hasattr(lm, "model") and hasattr(lm.model, "generation_config") else _smoke_by_length
+    ended = smoke(lm, list(islice((prompt for prompt in prompts if prompt), PROMPTS)))
     return {
         "empty": {
             name: sum(not any(text.strip() for text in _texts(row["resps"])) for _, row in pairs) / len(pairs)
@@ -74,6 +75,24 @@ def _smoke(lm: Any, prompts: list[str]) -> list[bool]:
     return [bool(set(stops) & set(row.tolist())) for row in made[:, ids.shape[1] :]]
 
 
+def _smoke_by_length(lm: Any, prompts: list[str]) -> list[bool]:
+    """As `_smoke`, for models of which only the text is known: it came to its end if it is shorter than it may be.
+
+    Nothing is tried where there is no tokenizer to measure the text, as in chats with a server.
+    """
+    from lm_eval.api.instance import Instance
+
+    if not prompts or getattr(lm, "tokenizer", None) is None:
+        return []
+    if getattr(lm.tokenizer, "chat_template", None):
+        prompts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    wanted = min(TOKENS, lm.max_length // 2)
+    settings = {"until": [], "max_gen_toks": wanted, "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
+    texts = lm.generate_until(requests, disable_tqdm=True)
+    return [len(lm.tok_encode(text, add_special_tokens=False)) < wanted for text in texts]
+
+
 def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
     """Prompt and reference answer of each document that has one."""
     for task, row in rows:
@@ -92,6 +111,8 @@ def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
     """Perplexity per token over reference answers; None if there are none."""
     from lm_eval.api.instance import Instance
 
+    if lm.tokenizer is None:  # a chat with a server, which tells no likelihood
+        return None
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(answers)]
     tokens = sum(len(lm.tok_encode(answer, add_special_tokens=False)) for _, answer in answers)
     if not tokens:

@@ -55,7 +55,7 @@ def score(
     with kinds.SCORES.turn(digest):
         if store.entry(path, "results") is None:
             files.check()
-            with loadable(files) as (folder, adapter):
+            with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
                 found = lm_eval.evaluate(folder, settings, root=root, adapter=adapter, device=device, progress=progress)
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
@@ -68,7 +68,8 @@ def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: 
 
 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
-    digest = store.digest([key, lm_eval.tasks_digest(settings, root), precision(device)])
+    numbers = precision(device) if settings.backend == "hf" else settings.backend
+    digest = store.digest([key, lm_eval.tasks_digest(settings, root), numbers])
     return digest, kinds.SCORES.path(digest)
 
 
@@ -105,4 +106,7 @@ def eval_settings(recipe: Recipe) -> EvalSettings:
         apply_chat_template=block.apply_chat_template,
         documents=block.documents,
         allow_code_execution=block.allow_code_execution,
+        backend=block.backend,
+        model_args=block.model_args,
+        gpus=block.gpus,
     )

@@ -21,18 +21,22 @@ _SHARD = 5 * 10**9  # bytes
 
 
 @contextmanager
-def loadable(files: ModelFiles) -> Iterator[tuple[Path, Path | None]]:
+def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, Path | None]]:
     """The folder of a full model, and that of an adapter on it: the model's own, unless transformers cannot load it so.
 
     With several adapters, and for a quantised model, which transformers may need other packages or a GPU for, a full
     model is written to the store for as long as the context lasts: computed weights in fp32, those of a quantised model
     in the dtype that it had before.
 
+    Args:
+        files: of the model.
+        whole: write a full model also for one adapter: servers take only some of them, of some ranks.
+
     Raises:
         InputError: if there is no space for it.
     """
     quantised = is_quantised(files.folder)
-    if not files.under and not quantised:
+    if not files.under and not quantised and not (whole and files.adapter):
         yield files.folder, files.adapter
         return
     model = files.model_copy(update={"like": None}).open()  # by its own names, which its class has

@@ -8,6 +8,7 @@ from lewis.recipe.block import Block, ModelName, Parameters
 from lewis.recipe.presets import with_preset
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Backend = Literal["hf", "vllm", "sglang", "openai"]
 
 
 class ModelEntry(Block):
@@ -165,6 +166,9 @@ class Evaluate(Block):
         allow_code_execution: whether task files beside the recipe may run code: functions of their own (`!function`),
             and what a model writes (`unsafe_code: true`).
         baselines: which other models are scored for comparison.
+        backend: what computes the answers.
+        model_args: further arguments of it, as `lewis.recipe.backends` allows them.
+        gpus: how many GPUs one evaluation takes.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -177,6 +181,14 @@ class Evaluate(Block):
     timeout_minutes: float = Field(default=60, gt=0)
     allow_code_execution: bool = False
     baselines: tuple[Literal["base", "experts", "uniform"], ...] = ("base", "experts", "uniform")
+    backend: Backend = "hf"
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    gpus: int = Field(default=1, ge=1)
+
+    @property
+    def runs_model_code(self) -> bool:
+        """Whether code that comes with a model is run."""
+        return self.model_args.get("trust_remote_code") is True
 
 
 class Gate(Block):

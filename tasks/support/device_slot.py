@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
@@ -48,7 +48,7 @@ def slots() -> int:
 
 
 @contextmanager
-def device_slot(*, gives_way: bool = False) -> Iterator[str]:
+def device_slot(*, gives_way: bool = False, gpus: int = 1) -> Iterator[str]:
     """Hold one of this machine's slots while torch works; gives the device's name, `cpu` or `cuda:<i>`.
 
     The slot is a kernel lock, which is free as soon as its holder dies. If the Prefect server has the limit
@@ -57,35 +57,61 @@ def device_slot(*, gives_way: bool = False) -> Iterator[str]:
 
     Args:
         gives_way: take no slot while a task of this machine waits that does not give way: merges go before searches.
+        gpus: how many GPUs are needed at once; their names are separated by commas.
 
     Raises:
+        InputError: if this machine has not so many GPUs, or the server's limit is smaller.
         LewisError: if the process was told to stop while it waited.
     """
-    names = devices()
-    with device_queue.queued(gives_way=gives_way) as note, _machine_slot(note) as number, _shared_limit(note):
+    usable = list(dict.fromkeys(_names()))
+    if gpus > len(usable) or (gpus > 1 and usable == ["cpu"]):
+        has = "no GPU" if usable == ["cpu"] else f"{len(usable)} of them for tasks"
+        raise InputError(f"evaluate.gpus: {gpus} GPUs are needed at once, but this machine has {has}; lower it")
+    with (
+        device_queue.queued(gives_way=gives_way) as note,
+        _machine_slots(note, gpus) as held,
+        _shared_limit(note, gpus),
+    ):
         note.hold()
-        yield names[number % len(names)]
+        yield ",".join(held)
+
+
+def _names() -> list[str]:
+    """The device of each slot of this machine."""
+    names = devices()
+    return [names[number % len(names)] for number in range(slots())]
 
 
 @contextmanager
-def _machine_slot(note: Note) -> Iterator[int]:
-    places = [Path(tempfile.gettempdir()) / f"lewis-device-{os.getuid()}-{number}.lock" for number in range(slots())]
-    locks = [FileLock(place, thread_local=False) for place in places]
-    number = _first_free(locks, note)
-    try:
-        yield number
-    finally:
-        locks[number].release()
+def _machine_slots(note: Note, gpus: int) -> Iterator[list[str]]:
+    """Hold slots of so many devices; one task at a time gathers several, so that no two wait for each other."""
+    place = f"lewis-device-{os.getuid()}"
+    with ExitStack() as held:
+        if gpus > 1:
+            several = _lock(f"{place}-several.lock")
+            _first_free([several], note)
+            held.callback(several.release)
+        free = {_lock(f"{place}-{number}.lock"): name for number, name in enumerate(_names())}
+        found = list[str]()
+        while len(found) < gpus:
+            lock = _first_free([lock for lock, name in free.items() if name not in found], note)
+            held.callback(lock.release)
+            found.append(free[lock])
+        yield sorted(found)
 
 
-def _first_free(locks: list[FileLock], note: Note) -> int:
+def _lock(name: str) -> FileLock:
+    return FileLock(Path(tempfile.gettempdir()) / name, thread_local=False)
+
+
+def _first_free(locks: Iterable[FileLock], note: Note) -> FileLock:
     told, wait = False, Wait()
     while True:
         if not (note.place.gives_way and device_queue.somebody_waits()):
-            for number, lock in enumerate(locks):
+            for lock in locks:
                 with suppress(Timeout):
                     lock.acquire(timeout=0)
-                    return number
+                    return lock
         if not told:
             logger.info("waiting for a device slot, %s", _holders())
             told = True
@@ -101,8 +127,8 @@ def _holders() -> str:
 
 
 @contextmanager
-def _shared_limit(note: Note) -> Iterator[None]:
-    """Hold a part of the server's limit. Whatever becomes of the server or the lease, the work goes on.
+def _shared_limit(note: Note, gpus: int) -> Iterator[None]:
+    """Hold a part of the server's limit, `gpus` of it. Whatever becomes of the server or the lease, the work goes on.
 
     Not Prefect's own `concurrency`: it waits for ever if its first request fails, and warns if there is no limit.
     """
@@ -110,7 +136,7 @@ def _shared_limit(note: Note) -> Iterator[None]:
         if PREFECT_API_URL.value():
             try:
                 client = held.enter_context(get_client(sync_client=True))
-                lease = _acquire(client, note)
+                lease = _acquire(client, note, gpus)
                 if lease:
                     held.callback(_release, client, lease)
                     held.callback(_keep(client, lease))
@@ -119,7 +145,7 @@ def _shared_limit(note: Note) -> Iterator[None]:
         yield
 
 
-def _acquire(client: SyncPrefectClient, note: Note) -> UUID | None:
+def _acquire(client: SyncPrefectClient, note: Note, gpus: int) -> UUID | None:
     """Wait for a part of the limit; gives its lease, None if there is no such limit."""
     run = TaskRunContext.get()
     holder = ConcurrencyLeaseHolder(type="task_run", id=run.task_run.id) if run else None
@@ -127,8 +153,13 @@ def _acquire(client: SyncPrefectClient, note: Note) -> UUID | None:
     while True:
         raise_if_stopping(f"waiting for a slot of {LIMIT}")
         try:
-            answer = client.increment_concurrency_slots_with_lease([LIMIT], 1, "concurrency", LEASE_SECONDS, holder)
+            answer = client.increment_concurrency_slots_with_lease([LIMIT], gpus, "concurrency", LEASE_SECONDS, holder)
         except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and gpus > 1:
+                raise InputError(
+                    f"evaluate.gpus: {gpus} GPUs are needed at once, but Prefect's limit {LIMIT} over all machines is "
+                    f"smaller; raise it: prefect gcl update {LIMIT} --limit N"
+                ) from error
             if error.response.status_code != httpx.codes.LOCKED:
                 raise
             if not told:

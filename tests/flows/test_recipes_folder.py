@@ -159,6 +159,8 @@ def test_overrides_of_a_deployment_allow_no_code(folder: Path) -> None:
     ):
         with pytest.raises(InputError, match=r"overrides: a run of a deployment cannot change evaluate\.allow_code"):
             load(path, [override])
+    with pytest.raises(InputError, match=r"cannot change evaluate\.model_args\.trust_remote_code"):
+        load(code, ["evaluate.model_args={trust_remote_code: true}"])
     published = ["register={name: x}", "publish={repo: evil/x}"]
     with pytest.raises(InputError, match="cannot change publish"):
         load(quiet, published)

@@ -72,6 +72,36 @@ def test_each_gpu_is_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert precision("cuda:1") == precision("cuda:0") == precision("cuda") != precision("cpu")
 
 
+def test_several_gpus_are_gathered_by_one_task_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
+    monkeypatch.setenv("LEWIS_DEVICE_SLOTS", "4")  # two of the slots are of the first GPU
+    names, done = [], []
+
+    def work() -> None:
+        with device_slot(gpus=3) as name:
+            names.append(name)
+            done.append(len(names))
+            time.sleep(0.05)
+            names.clear()
+
+    with device_slot() as one:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        assert one == "cuda:0" and not any(count > 1 for count in done)
+    for thread in threads:
+        thread.join(20)
+    assert done == [1, 1, 1]
+    with device_slot(gpus=2) as two:
+        assert two == "cuda:0,cuda:1"
+    with pytest.raises(InputError, match=r"evaluate\.gpus: 4 GPUs are needed at once, but this machine has 3 of them"):
+        device_slot(gpus=4).__enter__()
+    monkeypatch.setattr(device, "devices", lambda: ["cpu"])
+    with pytest.raises(InputError, match="but this machine has no GPU"):
+        device_slot(gpus=2).__enter__()
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5"])
 def test_a_wrong_number_of_slots_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_DEVICE_SLOTS", given)
