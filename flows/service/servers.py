@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lewis_flows.service import api_key, note
+from lewis_flows.service import api_key, mlflow_key, note
 from lewis_flows.service.prefect_app import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
@@ -72,7 +72,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
 
 
 def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:
-    """An MLflow server on loopback, not started yet, and its URL.
+    """An MLflow server on loopback, not started yet, and its URL; with a password if `mlflow_key.wanted`.
 
     Args:
         port: where it listens.
@@ -85,4 +85,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     # Two processes instead of fifteen: nothing here uses MLflow's job queue.
     # The database is no argument, since all users of a machine see the arguments of its processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
+    if mlflow_key.wanted():
+        command += ["--app-name", "basic-auth"]
+        environment |= mlflow_key.server_environment()
     return Process("mlflow", command, environment, health=f"{url}/health", echo=echo, private=True), url

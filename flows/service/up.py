@@ -14,7 +14,7 @@ from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis_flows.service import api_key, note
+from lewis_flows.service import api_key, mlflow_key, note
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_process
 
@@ -96,6 +96,8 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
         database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
         server, urls["mlflow"] = mlflow_process(usable_port("MLFLOW_PORT", 5000), database, _echo("mlflow", say))
         add(server)
+        if mlflow_key.wanted() and mlflow_key.path().exists():
+            say("lewis", f"MLflow's page asks for user {mlflow_key.USER} and a password: it is in {mlflow_key.path()}")
     return urls
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+_UNKNOWN_USER = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # answers with status 401
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
 
     Raises:
         TransientError: if the server does not answer or is busy.
+        InputError: if the server wants a user and a password, or others than it is given.
         LewisError: if MLflow or the disk refuses.
     """
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")  # read when MLflow is first imported
@@ -47,6 +49,12 @@ def client(doing: str) -> Iterator["MlflowClient"]:
             experiment(connected)
         yield connected
     except (MlflowException, RequestException) as error:
+        answer = error.response if isinstance(error, RequestException) else None
+        if (answer is not None and answer.status_code == 401) or getattr(error, "error_code", "") in _UNKNOWN_USER:
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+            given = f"the password of {user}" if user else "no user"
+            fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of the server"
+            raise InputError(f"MLflow at {uri}: expected a user and a password, {given} was refused; {fix}") from None
         heals = isinstance(error, RequestException) or error.error_code in HEALING
         raise (TransientError if heals else LewisError)(f"MLflow at {uri}: {doing}: {error}") from error
     except OSError as error:
