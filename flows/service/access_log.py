@@ -38,7 +38,8 @@ class AccessLog:
             path = scope["path"].replace(self._secret, "***")
             client = (scope.get("client") or ["?"])[0]
             line = printable(f"{client} {scope['method']} {path} {status} {' '.join(words)}".rstrip())
-            level = logging.DEBUG if path.startswith("/health") else logging.INFO if status < 400 else logging.WARNING
+            quiet = path.startswith("/health") or (path == "/metrics" and status < 400)
+            level = logging.DEBUG if quiet else logging.INFO if status < 400 else logging.WARNING
             logger.log(level, "%s (%.0f ms)", line, 1000 * (time.monotonic() - started))
 
 

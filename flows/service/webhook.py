@@ -16,12 +16,14 @@ from contextlib import suppress
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import ClientDisconnect
 
 from lewis.errors import InputError
 from lewis_flows import environment
 from lewis_flows.service import api_key
 from lewis_flows.service.access_log import AccessLog
+from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
 from lewis_flows.service.ready import Readiness
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.webhook_secret import webhook_secret
@@ -31,14 +33,16 @@ logger = logging.getLogger("lewis.webhook")
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
-def create_app(secret: str) -> FastAPI:
+def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
     """The receiver as a web application: `POST /webhook` for the Hub, and for whoever watches it:
 
     `GET /health/live`, or `/health`, answers 200 while the process does; `GET /health/ready` answers 200 if a delivery
-    can be handed on, else 503 with what is `missing`.
+    can be handed on, else 503 with what is `missing`. `GET /metrics` has numbers for Prometheus.
 
     Args:
         secret: what the Hub sends in `X-Webhook-Secret`.
+        key: what a scraper sends in `Authorization: Bearer`; without one, nobody gets the metrics.
+        page: of the metrics; by default one of Prefect, the registry and the store.
 
     Raises:
         InputError: if the secret is empty.
@@ -49,7 +53,7 @@ def create_app(secret: str) -> FastAPI:
     app.add_middleware(AccessLog, secret=secret)
     receiver = Receiver()
 
-    readiness = Readiness()
+    readiness, page = Readiness(), page or Page(default_sources())
 
     @app.get("/health")
     @app.get("/health/live")
@@ -61,6 +65,15 @@ def create_app(secret: str) -> FastAPI:
         missing = await run_in_threadpool(readiness.missing)
         status = "not ready" if missing else "ready"
         return JSONResponse({"status": status, "missing": missing}, 503 if missing else 200)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not key or not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            answer = {"status": "refused", "why": "wrong or missing key: Authorization: Bearer <metrics-key>"}
+            request.scope["lewis.answer"] = answer
+            return JSONResponse(answer, 401, {"WWW-Authenticate": "Bearer"})
+        return Response(await run_in_threadpool(page.text), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.post("/webhook")
     async def webhook(request: Request) -> Response:
@@ -108,7 +121,7 @@ def serve(host: str, port: int, secret: str) -> None:
 
     if not PREFECT_API_URL.value():
         raise InputError("PREFECT_API_URL is not set: there is no server to tell of a release; start `lewis up`")
-    app = create_app(secret)
+    app = create_app(secret, metrics_key())
     try:
         listening = socket.create_server((host, port))
     except OSError as error:

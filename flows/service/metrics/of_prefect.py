@@ -1,0 +1,141 @@
+"""Numbers that Prefect's server knows: runs by outcome, steps by outcome and seconds, releases.
+
+They are of the last day, by the server's clock of each run: a counter in this process would begin anew with it, and
+would know nothing of what other workers did.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import TaskRunFilter
+from prefect.client.schemas.objects import TaskRun
+from prefect.client.schemas.sorting import TaskRunSort
+from prefect.events.filters import EventFilter
+from prefect.events.schemas.events import ReceivedEvent
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from lewis_flows import prefect_runs
+from lewis_flows.release_event import EVENT
+
+WINDOW = timedelta(days=1)
+_LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
+_PAGE = 200  # what the server gives at most
+_TIMEOUT = 10.0  # seconds for one request
+_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.WATCH, prefect_runs.VERIFY)
+
+
+class Ended(NamedTuple):
+    """A task that has ended: which step it is, how it ended, when, and after how many seconds."""
+
+    step: str
+    outcome: str
+    time: datetime
+    seconds: float
+
+
+class Steps:
+    """The tasks of the last day; only those that have ended since the last question are asked for."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._lock = threading.Lock()
+        self._known: dict[UUID, Ended] = {}
+
+    def read(self, client: SyncPrefectClient, now: datetime) -> list[Ended]:
+        """All tasks that ended in the day before `now`."""
+        with self._lock:
+            newest = max((each.time for each in self._known.values()), default=now - WINDOW)
+            after = max(newest - _LATE, now - WINDOW)
+            for run in _ended_tasks(client, after):
+                if run.end_time is not None:
+                    outcome = (run.state_name or "").lower()
+                    seconds = run.total_run_time.total_seconds()
+                    self._known[run.id] = Ended(_step(run), outcome, run.end_time, seconds)
+            self._known = {key: each for key, each in self._known.items() if each.time >= now - WINDOW}
+            return list(self._known.values())
+
+
+def read(steps: Steps) -> Iterator[Metric]:
+    """Ask the server."""
+    now = datetime.now(UTC)
+    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+    with once, get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT}) as client:
+        yield _runs(client, now)
+        yield from _steps(steps.read(client, now))
+        yield _releases(released(client, now - WINDOW))
+
+
+def released(client: SyncPrefectClient, since: datetime) -> list[ReceivedEvent]:
+    """The events of releases since a time, newest first."""
+    wanted = EventFilter.model_validate({"event": {"name": [EVENT]}, "occurred": {"since": since}})
+    page = client.read_events(wanted, limit=50)
+    found = list(page.events)
+    while page.next_page and (following := page.get_next_page_sync(client)):
+        page = following
+        found += page.events
+    return found
+
+
+def _runs(client: SyncPrefectClient, now: datetime) -> Metric:
+    told = "Runs of the last day, by flow and outcome, those that go on too. Polls that found nothing are not kept."
+    runs = GaugeMetricFamily("lewis_runs", told, labels=["flow", "outcome"])
+    asked = {
+        "history_start": (now - WINDOW).isoformat(),
+        "history_end": now.isoformat(),
+        "history_interval_seconds": WINDOW.total_seconds(),
+    }
+    for flow in _FLOWS:
+        body = {**asked, "flows": {"name": {"any_": [flow]}}}
+        counts: dict[str, int] = defaultdict(int)
+        for interval in client.request("POST", "/flow_runs/history", json=body).json():
+            for state in interval["states"]:
+                counts[state["state_name"].lower()] += state["count_runs"]
+        for outcome, count in sorted(counts.items()):
+            runs.add_metric([flow, outcome], count)
+    return runs
+
+
+def _steps(ended: list[Ended]) -> Iterator[Metric]:
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
+    for each in ended:
+        counts[each.step, each.outcome] += 1
+        seconds[each.step] += each.seconds
+    told = "Steps of runs that ended in the last day; those with the outcome `cached` were found, not computed."
+    numbers = GaugeMetricFamily("lewis_steps", told, labels=["step", "outcome"])
+    for key, count in sorted(counts.items()):
+        numbers.add_metric(key, count)
+    took = GaugeMetricFamily("lewis_step_seconds", "Seconds that these steps took, in sum.", labels=["step"])
+    for step, total in sorted(seconds.items()):
+        took.add_metric([step], total)
+    yield from (numbers, took)
+
+
+def _releases(events: list[ReceivedEvent]) -> Metric:
+    counts: dict[str, int] = defaultdict(int)
+    for event in events:
+        counts[str(event.payload.get("recipe", ""))] += 1
+    seen = GaugeMetricFamily("lewis_releases", "Releases seen in the last day, by recipe.", labels=["recipe"])
+    for recipe, count in sorted(counts.items()):
+        seen.add_metric([recipe], count)
+    return seen
+
+
+def _ended_tasks(client: SyncPrefectClient, after: datetime) -> Iterator[TaskRun]:
+    wanted = TaskRunFilter.model_validate({"end_time": {"after_": after}})
+    for offset in range(0, 1_000_000, _PAGE):
+        page = client.read_task_runs(task_run_filter=wanted, sort=TaskRunSort.END_TIME_DESC, limit=_PAGE, offset=offset)
+        yield from page
+        if len(page) < _PAGE:
+            return
+
+
+def _step(run: TaskRun) -> str:
+    """The name of the task's function: its key is that, and a part that changes with the function."""
+    return run.task_key.rpartition("-")[0] or run.task_key

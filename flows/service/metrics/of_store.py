@@ -1,0 +1,19 @@
+"""Numbers of the store of this machine."""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from lewis import store
+from lewis.store import size
+
+
+def read() -> Iterator[Metric]:
+    """Size by folder, and what is free."""
+    folders = GaugeMetricFamily("lewis_store_bytes", "Bytes on disk in the store, by folder.", labels=["folder"])
+    for name, count in size.by_folder().items():
+        folders.add_metric([name], count)
+    yield folders
+    free = GaugeMetricFamily("lewis_store_free_bytes", "Bytes free on the file system of the store.")
+    free.add_metric([], store.free_space(store.home()))
+    yield free

@@ -1,0 +1,191 @@
+"""The page of metrics, read with Prometheus's own parser: real numbers, and what is left out when a part is away."""
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from prefect import flow, task
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import TaskRunCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, Failed, Running
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from lewis.evaluation.gate import Verdict
+from lewis.registry import promotion
+from lewis.registry.releases import Held
+from lewis.store import size
+from lewis_flows.release_event import announce
+from lewis_flows.service import webhook
+from lewis_flows.service.metrics import of_prefect, of_registry, page, source
+from lewis_flows.service.metrics.of_registry import Release
+from lewis_flows.service.metrics.source import Source
+from tests.conftest import Family
+from tests.support.lineage import make_home, registered
+
+NOW = datetime(2026, 1, 8, tzinfo=UTC)
+
+
+@flow(name="merge")
+def merge(recipe: str) -> None:
+    """Stands for the merge in the server's records."""
+
+
+@task
+def score_it() -> None:
+    """Stands for a step."""
+
+
+def numbers(text: bytes) -> dict[str, float]:
+    """`name{value of a label,...}` -> value, of a page; the labels come in the order of their names."""
+    return {
+        f"{sample.name}{{{','.join(sample.labels.values())}}}": sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def client(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def test_what_happened_is_on_the_page(
+    tmp_path: Path, empty_database: Path, family: Family, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = make_home(tmp_path / "home", empty_database, monkeypatch)
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "recipes" / "metered.yaml").write_text("merge_method: ties\nregister: {name: metered-model}\n")
+    before = numbers(page.Page(page.default_sources()).text())
+
+    run = client.create_flow_run(merge, parameters={"recipe": "metered"}, state=Running())
+    for state, made in ((Completed(name="Cached"), 3), (Failed(), 1)):
+        for number in range(made):
+            new = TaskRunCreate(
+                name="score", flow_run_id=run.id, task_key="score_it-1a2b", dynamic_key=f"{state.name}{number}"
+            )
+            id_ = client.request("POST", "/task_runs/", json=new.model_dump(mode="json")).json()["id"]
+            client.set_task_run_state(UUID(id_), Running(), force=True)
+            client.set_task_run_state(UUID(id_), state, force=True)
+    client.set_flow_run_state(run.id, Completed(name="Rejected"), force=True)
+    announce("metered", "org/math", "org/math", None, "a" * 40)
+    version = registered(family.base, "a", {"org/math": "a" * 40}, "metered-model")
+    promotion.promote(version, Verdict(True, (), "base"))
+    (home / "scores").mkdir()
+    (home / "scores" / "x.json").write_bytes(b"x" * 5000)
+
+    found = numbers(page.Page(page.default_sources()).text())
+    assert found["lewis_runs{merge,rejected}"] == before.get("lewis_runs{merge,rejected}", 0) + 1
+    assert (found["lewis_steps{cached,score_it}"], found["lewis_steps{failed,score_it}"]) == (3, 1)
+    assert 0 <= found["lewis_step_seconds{score_it}"] < 60
+    assert found["lewis_releases{metered}"] == 1
+    assert found["lewis_champion_version{metered-model,metered}"] == 1
+    assert found["lewis_champion_behind_seconds{metered-model,metered}"] == 0
+    assert 0 < found["lewis_release_to_champion_seconds{metered-model,metered}"] < 60
+    assert found["lewis_store_bytes{scores}"] == 512 * (home / "scores" / "x.json").stat().st_blocks > 0
+    assert found["lewis_store_free_bytes{}"] > 0
+    assert [found[f"lewis_source_up{{{name}}}"] for name in ("prefect", "mlflow", "store")] == [1, 1, 1]
+
+
+def test_only_new_tasks_are_asked_for_and_old_ones_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run:
+        def __init__(self, id_: int, end: datetime) -> None:
+            self.id, self.end_time, self.task_key, self.state_name = id_, end, "merge-1", "Completed"
+            self.total_run_time = timedelta(seconds=2)
+
+    runs, asked = [Run(1, NOW), Run(2, NOW + timedelta(hours=1))], []
+
+    def ended(client: object, after: datetime) -> list[Run]:
+        asked.append(after)
+        return [run for run in runs if run.end_time >= after]
+
+    monkeypatch.setattr(of_prefect, "_ended_tasks", ended)
+    steps, later = of_prefect.Steps(), NOW + timedelta(hours=2)
+    assert len(steps.read(None, later)) == 2  # type: ignore[arg-type]
+    runs.append(Run(3, later))
+    assert len(steps.read(None, later)) == 3  # type: ignore[arg-type]
+    assert asked == [later - of_prefect.WINDOW, NOW + timedelta(hours=1) - of_prefect._LATE]
+    assert len(steps.read(None, NOW + timedelta(hours=24.5))) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "held, behind, took",
+    [
+        (None, 72, None),  # hours
+        ("one", 48, 1),
+        ("two", 0, 25),
+        ("base+two", 0, 25),
+        ("other", 72, None),
+    ],
+)
+def test_how_far_a_champion_is_behind(held: str | None, behind: float, took: float | None) -> None:
+    """Two releases of one model, 72 and 48 hours ago; the champion became that an hour after the first."""
+    seen = [
+        Release("tiny", "org/math", "two", NOW - timedelta(hours=48)),
+        Release("tiny", "org/math", "one", NOW - timedelta(hours=72)),
+    ]
+    champion = Held("1", "", "", (), {of_registry.releases.lineage.source_tag("org/math"): held}) if held else None
+    assert of_registry._behind(seen, champion, NOW) == behind * 3600
+    promoted = NOW - timedelta(hours=71 if held == "one" else 23)
+    found = of_registry._took(seen, champion, promoted) if champion else None
+    assert found == (None if took is None else took * 3600)
+
+
+def test_a_source_that_fails_or_hangs_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "PATIENCE", 0.05)
+    hangs, answers = threading.Event(), iter(["first"])
+
+    def read(name: str) -> list[source.Metric]:
+        if name == "hangs":
+            hangs.wait(10)
+        elif name == "breaks":
+            next(answers)
+        metric = source.Metric(f"of_{name}", "", "gauge")
+        metric.add_sample(f"of_{name}", {}, 1.0)
+        return [metric]
+
+    one = page.Page([Source(name, lambda name=name: read(name), 0.0) for name in ("well", "hangs", "breaks")])
+    up = "lewis_source_up{%s}"
+    first, second = numbers(one.text()), numbers(one.text())
+    assert (first["of_well{}"], first["of_breaks{}"], "of_hangs{}" in first) == (1, 1, False)
+    assert [first[up % name] for name in ("well", "hangs", "breaks")] == [1, 0, 1]
+    assert second["of_breaks{}"] == 1 and [second[up % name] for name in ("well", "breaks")] == [1, 0]
+    monkeypatch.setattr(source, "FORGET", 0.0)
+    assert "of_breaks{}" not in numbers(one.text())  # it is too old
+    hangs.set()
+
+
+def test_nobody_reads_it_without_its_own_key(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = page.metrics_key()
+    assert key == page.metrics_key() and (home / "metrics-key").stat().st_mode & 0o077 == 0
+    with TestClient(webhook.create_app("hook", key, page.Page([]))) as client:
+        for given in (None, "Bearer ", "Bearer hook", key, f"Basic {key}"):
+            answer = client.get("/metrics", headers={"Authorization": given} if given else {})
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (
+                401,
+                "Bearer",
+            ) and key not in answer.text
+        answer = client.get("/metrics", headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    with TestClient(webhook.create_app("hook", "", page.Page([]))) as client:
+        assert client.get("/metrics", headers={"Authorization": "Bearer "}).status_code == 401
+
+
+def test_a_hard_link_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "store"
+    monkeypatch.setenv("LEWIS_HOME", str(home))
+    for folder in ("merged", "mlflow"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    (home / "merged" / "w").write_bytes(b"x" * 8192)
+    (home / "mlflow" / "w").hardlink_to(home / "merged" / "w")
+    (home / "mlflow" / "gone").symlink_to("/nowhere")
+    found = size.by_folder()
+    assert found == {"": 0, "merged": 512 * (home / "merged" / "w").stat().st_blocks, "mlflow": 0}
+    assert size.total() == sum(found.values())
