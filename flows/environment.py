@@ -6,6 +6,7 @@ from contextlib import suppress
 from lewis import store
 from lewis.errors import InputError
 from lewis.redact import redact_logs
+from lewis_flows import json_logs
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -28,8 +29,12 @@ def prepare() -> None:
     """Turn telemetry off and keep Prefect's files in the store, unless the user's environment says otherwise.
 
     From here on, passwords are taken out of what this process logs.
+
+    Raises:
+        InputError: if `LEWIS_LOG_FORMAT` is wrong.
     """
     redact_logs()
+    json_logs.prepare()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:

@@ -100,6 +100,8 @@ def merge_flow(
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
         recipes_folder.check_alone(path, plan)
+        if plan.register_as and plan.register_as.team:
+            run_tags.tag(team=plan.register_as.team)
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)
         report, changed, (name, line) = _merge(plan)
@@ -115,7 +117,7 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
     # draws edges between tasks that have nothing to do with each other.
     settings = eval_settings(plan) if plan.evaluate else None
     tasks_digest = submit(check_tasks, quote(plan), settings, plan.root) if settings else None
-    champion = submit(find_champion, plan.register_as.name, bool(settings)) if plan.register_as else None
+    champion = submit(find_champion, plan.register_as.model, bool(settings)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
 
     pinned = pin(plan, [tasks_digest, publishable])

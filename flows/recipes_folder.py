@@ -26,6 +26,7 @@ SHIPPED = Path(str(files("lewis_deployments"))).resolve()
 """What comes with the project: in a checkout its folder `deployments`, else a folder of the installed package."""
 
 EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
+_KEYS = ("name", "team", "group")  # of `register`
 # Of a recipe: it becomes a name in Prefect, whose templates must not find `{{ }}` in it.
 _NAME = re.compile(r"[^\W_][\w .+@-]*")
 
@@ -165,10 +166,11 @@ def check_alone(path: Path, recipe: Recipe) -> None:
         return
     for other, (name, group) in _all_registers(location(), tuple(signature())).items():
         apart = group != block.group or not group
-        if name == block.name and apart and other.stem != path.stem:
+        if name == block.model and apart and other.stem != path.stem:
             raise InputError(
                 f"register.name: {name!r} is registered by {path.name} and by {other.name}, which would replace each "
-                "other's champion; give one of them another name, or both the same `register.group` if that is meant"
+                "other's champion; give one of them another name or `register.team`, or both the same `register.group` "
+                "if that is meant"
             )
 
 
@@ -179,7 +181,7 @@ def _all_registers(_folder: Path, _signature: tuple[tuple[str, int, int, int], .
 
 
 def _registers(path: Path) -> tuple[str, str]:
-    """Name and group of the model that a recipe registers; each empty if the file does not say it."""
+    """Name in MLflow and group of the model that a recipe registers; each empty if the file does not say it."""
     try:
         text = read_bytes(path, yaml_limits.MAX_BYTES).decode(errors="replace")
     except (LewisError, OSError):
@@ -187,14 +189,14 @@ def _registers(path: Path) -> tuple[str, str]:
     try:
         content = yaml_limits.load(text, path.stem)
         block = content.get("register") if isinstance(content, dict) else None
-        found = [block.get(key) if isinstance(block, dict) else None for key in ("name", "group")]
+        found = [block.get(key) if isinstance(block, dict) else None for key in _KEYS]
     except LewisError:  # not even YAML: look for the lines
         lines = re.search(r"^register:(.*(?:\n[ \t].*)*)", text, re.MULTILINE)
-        keys = [rf"\b{key}:[ \t]*[\"']?([^\s,}}\"'#]+)" for key in ("name", "group")]
+        keys = [rf"\b{key}:[ \t]*[\"']?([^\s,}}\"'#]+)" for key in _KEYS]
         matches = [re.search(key, lines[1]) if lines else None for key in keys]
         found = [match[1] if match else None for match in matches]
-    name, group = (each if isinstance(each, str) else "" for each in found)
-    return name, group
+    name, team, group = (each if isinstance(each, str) else "" for each in found)
+    return f"{team}.{name}" if team and name else name, group
 
 
 def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:

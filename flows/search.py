@@ -90,6 +90,8 @@ def search_flow(
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
         recipes_folder.check_alone(path, plan)
+        if plan.register_as and plan.register_as.team:
+            run_tags.tag(team=plan.register_as.team)
         metrics = study.objectives_of(plan)
         space.check(plan)
         assert plan.search is not None

@@ -132,7 +132,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
             if plan.register_as is None:
                 get_run_logger().info("%s has no `register` block: there is nothing to compare releases with", name)
             else:
-                plans[name] = plan, releases.merged(plan.register_as.name)
+                plans[name] = plan, releases.merged(plan.register_as.model)
         except TransientError:  # MLflow does not answer, so no recipe can be checked
             raise
         except Exception as error:  # whatever is wrong with one recipe does not stop the others

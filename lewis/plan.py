@@ -187,7 +187,7 @@ def make_plan(recipe: Recipe) -> Plan:
         statistics = effort.memory_of(network, max(passes), len(os.sched_getaffinity(0))) if plan.measuring else 0
         plan.memory = max(plan.memory, _memory_of_pass(count) + statistics)
     if recipe.register_as:
-        plan.steps.append(Step(f"register {recipe.register_as.name}", "to do"))
+        plan.steps.append(Step(f"register {recipe.register_as.model}", "to do"))
     if recipe.publish:
         plan.steps.append(Step(f"publish {recipe.publish.repo}", "to do"))
     return plan

@@ -15,7 +15,8 @@ from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
 from lewis.reports import markdown
 from lewis.store import kinds
-from lewis_tasks.support.caching import RETRIES, Progress, cached, slug
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES, Progress, cached
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def diagnose(recipe: Recipe, blocks: str, base: ModelFiles | None, experts: list
     drawn = markdown.picture("layers by experts", picture.draw(found))
     create_markdown_artifact(
         f"# Do these models belong together?\n\n{found.to_markdown()}\n\n{tables}\n\n{drawn}",
-        key=f"{slug(recipe.name)}-inspection",
+        key=artifact_key(recipe, "inspection"),
         description=found.verdict,
     )
     return [each.to_json() for each in found.findings]

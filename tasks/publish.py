@@ -11,7 +11,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing, versions
 from lewis.registry.publishing import Published
 from lewis.registry.versions import Version
-from lewis_tasks.support.caching import RETRIES, slug
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
 
@@ -39,5 +40,5 @@ def publish(recipe: Recipe, version: Version, merged: MergedModel) -> Published 
     title = f"{version.name} version {version.version}, merge {merged.digest[:8]}"
     made = publishing.publish(merged.folder, recipe.publish.repo, recipe.publish.private, title)
     versions.tag(version, {"lewis.published": f"{made.repo}@{made.commit}"})
-    create_link_artifact(made.url, made.repo, key=f"{slug(recipe.name)}-hub", description="On the Hub")
+    create_link_artifact(made.url, made.repo, key=artifact_key(recipe, "hub"), description="On the Hub")
     return made

@@ -18,7 +18,8 @@ from lewis.registry.registration import registration_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
 from lewis_tasks.support import flow_run, moves
-from lewis_tasks.support.caching import RETRIES, slug
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
         scored(recipe, scores) if rule else (),
         merged.digest,
         champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
-        withdrawn=promotion.withdrawn(recipe.register_as.name, merged.digest),
+        withdrawn=promotion.withdrawn(recipe.register_as.model, merged.digest),
         limit=recipe.evaluate.limit if recipe.evaluate else None,
     )
 
@@ -85,7 +86,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
         f"Compared with {verdict.compared_with}.",
         *(f"* {r}" for r in verdict.reasons),
     ]
-    create_markdown_artifact("\n\n".join(lines), key=f"{slug(recipe.name)}-verdict", description="The gate's verdict")
+    create_markdown_artifact("\n\n".join(lines), key=artifact_key(recipe, "verdict"), description="The gate's verdict")
     text = f"{version.uri} (run {version.run_id})"
-    create_link_artifact(versions.link(version), text, key=f"{slug(recipe.name)}-mlflow", description="Model version")
+    create_link_artifact(versions.link(version), text, key=artifact_key(recipe, "mlflow"), description="Model version")
     return verdict.passed and (done.moved or done.previous == version.uri)

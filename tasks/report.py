@@ -26,7 +26,8 @@ from lewis.reports import pictures, tables
 from lewis.reports.markdown import picture
 from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
 from lewis_tasks.support import flow_run
-from lewis_tasks.support.caching import RETRIES, slug
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES
 
 
 @task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -36,13 +37,13 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
     drawn = picture("densities", pictures.densities(allocated))
     create_markdown_artifact(
         f"# Density per layer\n\nMean over the covered weights: {means}\n\n{drawn}",
-        key=f"{slug(recipe.name)}-density-heat-map",
+        key=artifact_key(recipe, "density-heat-map"),
         description="Fraction of each task vector that is kept",
     )
     if measured:
         create_table_artifact(
             tables.importance_rows(list(chain.from_iterable(measured)), allocated),
-            key=f"{slug(recipe.name)}-importance-table",
+            key=artifact_key(recipe, "importance-table"),
             description="Activation-weighted norm of every covered layer, and how far the experts moved",
         )
 
@@ -61,22 +62,22 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
         "kept": kept_rows(kept_gains(recipe, models)),
     }
     create_table_artifact(
-        found["scores"], key=f"{slug(recipe.name)}-score-table", description="Scores beside the parents'"
+        found["scores"], key=artifact_key(recipe, "score-table"), description="Scores beside the parents'"
     )
     create_table_artifact(
         found["comparison"],
-        key=f"{slug(recipe.name)}-comparison",
+        key=artifact_key(recipe, "comparison"),
         description="The merged model against each other one, document by document",
     )
     if found["kept"]:
         create_table_artifact(
             found["kept"],
-            key=f"{slug(recipe.name)}-kept",
+            key=artifact_key(recipe, "kept"),
             description="How much of each expert's gain over the base is kept on its own task",
         )
     create_markdown_artifact(
         f"# Scores\n\n{picture('scores', pictures.scores(recipe, scores))}",
-        key=f"{slug(recipe.name)}-score-bars",
+        key=artifact_key(recipe, "score-bars"),
         description="Scores with 95 % intervals",
     )
     return found
@@ -137,7 +138,7 @@ def report_run(
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )
     text = to_markdown(facts)
-    create_markdown_artifact(text, key=f"{slug(recipe.name)}-run-report", description=facts.outcome)
+    create_markdown_artifact(text, key=artifact_key(recipe, "run-report"), description=facts.outcome)
     if version and version.created:
         versions.attach(version, {"run_report.md": text})
     return text

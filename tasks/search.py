@@ -16,7 +16,8 @@ from lewis.reports.markdown import picture
 from lewis.search import report as search_report
 from lewis.search import runs, trial
 from lewis.search.study import Objective, Trial
-from lewis_tasks.support.caching import RETRIES, Progress, raise_if_stopping, slug
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES, Progress, raise_if_stopping
 from lewis_tasks.support.device_slot import device_slot
 
 
@@ -51,7 +52,7 @@ def record_search(
 ) -> str:
     """Record the trials: a table in the UI, a run for each in MLflow, at the end pictures; gives MLflow's run id."""
     table = search_report.rows(trials, objectives)
-    key = f"{slug(recipe.name)}-search"
+    key = artifact_key(recipe, "search")
     create_table_artifact(table, key=f"{key}-table", description="What the search has tried")
     if not ended:
         return runs.record(recipe, digest, objectives, trials)
@@ -70,6 +71,6 @@ def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry
     """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
     rows = comparison_rows(scored(recipe, {"default": default, "searched": best}))
     create_table_artifact(
-        rows, key=f"{slug(recipe.name)}-search-confirmed", description="On the documents that the search did not see"
+        rows, key=artifact_key(recipe, "search-confirmed"), description="On the documents that the search did not see"
     )
     return rows

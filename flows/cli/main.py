@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
-from lewis_flows import environment
+from lewis_flows import environment, json_logs
 from lewis_flows.cli import demo, draft, housekeeping, inspect, look, merge, registry, run, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import api_key
@@ -188,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
+    as_json = False
     try:
+        as_json = json_logs.is_json()
         environment.prepare()
         api_key.find()
         if options.writes:
@@ -196,18 +198,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.run(options) or 0
         sys.stdout.flush()  # so that it is noticed here if nobody reads it
     except InputError as error:
-        print(f"lewis: {error}", file=sys.stderr)
+        terminal.say_error(f"{error}", as_json=as_json)
         return 2
     except LewisError as error:
-        print(f"lewis: it failed: {error}", file=sys.stderr)
+        terminal.say_error(f"it failed: {error}", as_json=as_json)
         return 1
     except KeyboardInterrupt:
-        print("lewis: stopped; finished steps are kept, run the same command to go on", file=sys.stderr)
+        terminal.say_error("stopped; finished steps are kept, run the same command to go on", as_json=as_json)
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
             return terminal.SIGPIPE
-        print(f"lewis: it failed: {redacted(writable.explained(error))}", file=sys.stderr)
+        terminal.say_error(f"it failed: {redacted(writable.explained(error))}", as_json=as_json)
         return 1
     return code
 

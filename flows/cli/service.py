@@ -2,18 +2,21 @@
 
 import argparse
 import json
+import os
 import shutil
 from datetime import UTC, datetime
 
 from lewis.redact import redacted
+from lewis_flows import json_logs
 
 
 def up_output(command: argparse.ArgumentParser) -> None:
     """`--verbose` and `--log-format`."""
     command.add_argument("--verbose", action="store_true", help="print every line of every part, not only events")
     command.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="json: an object a line, for a collector of logs"
-    )
+        "--log-format", choices=("text", "json"),
+        help="json: an object a line, for a collector of logs; by default LEWIS_LOG_FORMAT, else text",
+    )  # fmt: skip
 
 
 def up(options: argparse.Namespace) -> None:
@@ -21,7 +24,10 @@ def up(options: argparse.Namespace) -> None:
     from lewis_flows.cli.up_output import Output
     from lewis_flows.service.up import up
 
-    output = Output(verbose=options.verbose, as_json=options.log_format == "json")
+    if options.log_format:
+        os.environ[json_logs.SETTING] = options.log_format  # the parts print what is read here
+        json_logs.prepare()
+    output = Output(verbose=options.verbose, as_json=json_logs.is_json())
 
     def ready(urls: dict[str, str]) -> None:
         named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}

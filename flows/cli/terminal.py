@@ -6,6 +6,8 @@ import select
 import sys
 from collections.abc import Mapping, Sequence
 
+from lewis_flows import json_logs
+
 SIGPIPE = 141
 """The exit code if who reads the output has ended, such as `head`: as of a program that this signal ended."""
 
@@ -16,6 +18,11 @@ class Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         sys.stderr.write(self.format(record) + "\n")
+
+
+def say_error(text: str, *, as_json: bool = False) -> None:
+    """Tell on stderr why a command ends."""
+    print(json_logs.error_line(text) if as_json else f"lewis: {text}", file=sys.stderr)
 
 
 def nobody_reads() -> bool:
@@ -30,7 +37,8 @@ def nobody_reads() -> bool:
 
 def show_log() -> None:
     """Show the messages of `lewis`; for commands without Prefect, which has handlers of its own."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Terminal()])
+    handler = json_logs.JsonLines() if json_logs.is_json() else Terminal()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("lewis").setLevel(logging.INFO)
 
 

@@ -35,13 +35,17 @@ class Output:
         self._tracing: dict[str, bool] = {}
 
     def say(self, part: str, line: str) -> None:
-        """Print a line of a part, if it is worth that."""
+        """Print a line of a part, if it is worth that; one that is an object already keeps its keys."""
+        told = _object(line)
+        if told:
+            line = f"{told['level']} | {told['line']}"
         if not (worth := self._is_worth_it(part, line)) and not self.verbose:
             return
         if self.as_json:
             found = _RECORD.match(line)
             level = found[1] if found else "INFO" if worth else "DEBUG"
-            told = {"time": datetime.now(UTC).isoformat(), "part": part, "level": level, "line": line}
+            told = told or {"time": datetime.now(UTC).isoformat(), "level": level, "line": line}
+            told = {"time": told.pop("time"), "part": part, **told}
             print(json.dumps(told, ensure_ascii=False), flush=True)
         else:
             name = Text(f"{part:<8}", _COLOURS.get(part, "magenta"))
@@ -59,3 +63,12 @@ class Output:
             quiet = level in ("DEBUG", "INFO")
             self._shown[part] = not quiet or _RUN.match(message) is not None
         return self._shown.get(part, False)
+
+
+def _object(line: str) -> dict[str, str]:
+    """What a part printed as JSON (`lewis_flows.json_logs`); empty if it is another line."""
+    try:
+        found = json.loads(line) if line.startswith("{") else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and {"time", "level", "line"} <= found.keys() else {}

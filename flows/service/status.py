@@ -75,7 +75,7 @@ def _watched(name: str, mlflow: Part) -> Watched:
         heads = releases.heads(recipe)
     except (LewisError, OSError) as error:
         found.unknown.append(f"the heads now: {error}")
-    found.registered = recipe.register_as.name if recipe.register_as else ""
+    found.registered = recipe.register_as.model if recipe.register_as else ""
     champion, found.champion = _champion(found, mlflow)
     refs = [recipe.base_model, *(entry.model for entry in recipe.experts)]
     for ref in dict.fromkeys(ref for ref in refs if ref):

@@ -20,7 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import ClientDisconnect
 
 from lewis.errors import InputError
-from lewis_flows import environment
+from lewis_flows import environment, json_logs
 from lewis_flows.service import api_key
 from lewis_flows.service.access_log import AccessLog
 from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
@@ -133,10 +133,11 @@ def serve(host: str, port: int, secret: str) -> None:
 
 def main() -> int:
     """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
-    environment.prepare()
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO)
     try:
+        environment.prepare()
+        handlers = [json_logs.JsonLines()] if json_logs.is_json() else None
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=handlers)
+        logger.setLevel(logging.INFO)
         api_key.find()
         port = os.environ.get("LEWIS_WEBHOOK_PORT", "4300")
         if not port.isdecimal() or int(port) > 65535:

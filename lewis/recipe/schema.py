@@ -220,13 +220,20 @@ class Register(Block):
     """The registered model in MLflow.
 
     Attributes:
-        name: of the model.
+        name: of the model; in MLflow it is `<team>.<name>`, if there is a team.
+        team: whose it is. Its models, its experiment in MLflow and its artifacts in Prefect have names that begin so.
         group: what recipes share that register one model on purpose; empty if no other recipe registers it.
     """
 
     name: str = Field(pattern=r"^[^/:]+$")
+    team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$")
     group: str = ""
     gate: Gate | None = None
+
+    @property
+    def model(self) -> str:
+        """The name of the registered model in MLflow."""
+        return f"{self.team}.{self.name}" if self.team else self.name
 
 
 class Publish(Block):

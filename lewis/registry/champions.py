@@ -114,7 +114,7 @@ def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
 
 def _run(client: "MlflowClient", name: str) -> tuple[str, int]:
     """The run of the chart, made when it is missing, and how many entries of the history it has."""
-    experiment = tracking.experiment(client)
+    experiment = tracking.experiment(client, history.registered_model(client, name).tags.get(history.TEAM, ""))
     for run in client.search_runs([experiment], f"tags.`{_RUN}` = '{name}'"):
         return str(run.info.run_id), int(run.data.metrics.get(_ENTRIES, 0))
     made = client.create_run(experiment, run_name=f"{name}: champions", tags={_RUN: name})

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from lewis import store
 from lewis.errors import LewisError
 from lewis.registry import lineage, logged_model, repair, tracking, versions
+from lewis.registry.history import TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
 from lewis.reports.card import FRONT_MATTER
@@ -47,9 +48,9 @@ def register(new: Registration) -> Version:
     with store.shared_lock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
         found = versions.find_with(client, name, new.digest)
         if found is not None:
-            _close_runs(client, name, new.digest, finished=found.run_id)
+            _close_runs(client, name, new, finished=found.run_id)
         else:
-            _clear_leftovers(client, name, new.digest)
+            _clear_leftovers(client, name, new)
             found = _create(client, name, new)
         repair.point_aliases_to(client, found, new.digest)
         return found
@@ -58,7 +59,7 @@ def register(new: Registration) -> Version:
 def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     from mlflow.entities import LoggedModelOutput
 
-    experiment = tracking.experiment(client)
+    experiment = tracking.experiment(client, new.team)
     tags = {"lewis.name": name, "lewis.digest": new.digest}
     about = {"lewis.recipe_digest": store.digest(new.recipe)}
     shown = {"mlflow.source.name": new.source, "mlflow.source.type": "LOCAL"} if new.source else {}
@@ -75,7 +76,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
         logged_model.write(client, model, new.folder, new.card, new.base, {"metrics": merged})
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         _log_run(client, run_id, model.model_id, new)
-        _create_registered_model(client, name)
+        _create_registered_model(client, name, new.team)
         version = client.create_model_version(
             name,
             source=f"models:/{model.model_id}",
@@ -116,36 +117,38 @@ def _description(new: Registration, run_id: str) -> str:
 def _tags_of(new: Registration) -> dict[str, str]:
     """What people filter versions by; the rest is in the version's run, and in `logged_model.FACTS`."""
     own = {"lewis.recipe": new.source.removesuffix(".yaml")} if new.source else {}
+    own |= {TEAM: new.team} if new.team else {}
     own |= {tag: value for tag, value in new.tags.items() if not tag.startswith(_OF_RUN)}
     sources = {lineage.source_tag(ref): commit for ref, commit in new.lineage.items()}
     return {"lewis.digest": new.digest, **own, **sources}
 
 
-def _create_registered_model(client: "MlflowClient", name: str) -> None:
+def _create_registered_model(client: "MlflowClient", name: str, team: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, tags={TEAM: team} if team else None)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
-def _clear_leftovers(client: "MlflowClient", name: str, digest: str) -> None:
+def _clear_leftovers(client: "MlflowClient", name: str, new: Registration) -> None:
     """Clear what earlier attempts left: half-made runs of killed processes, and versions whose files are damaged."""
+    digest = new.digest
     for version in versions.of_digest(client, name, digest):
         logger.warning("version %s of %s: files are lost or damaged; registering it anew", version.version, name)
         repair.give_up(client, version, digest)
-    _close_runs(client, name, digest, finished=None)
-    for model in client.search_logged_models([tracking.experiment(client)], _made_by(name, digest)):
+    _close_runs(client, name, new, finished=None)
+    for model in client.search_logged_models([tracking.experiment(client, new.team)], _made_by(name, digest)):
         if model.status == "FAILED":
             logged_model.discard(client, model)
 
 
-def _close_runs(client: "MlflowClient", name: str, digest: str, finished: str | None) -> None:
+def _close_runs(client: "MlflowClient", name: str, new: Registration, finished: str | None) -> None:
     """End the runs whose process died: `finished`, which created a version, as FINISHED; all others as FAILED."""
-    experiment = tracking.experiment(client)
-    for run in client.search_runs([experiment], f"{_made_by(name, digest)} and attributes.status = 'RUNNING'"):
+    experiment = tracking.experiment(client, new.team)
+    for run in client.search_runs([experiment], f"{_made_by(name, new.digest)} and attributes.status = 'RUNNING'"):
         if run.info.run_id == finished:
             client.set_terminated(run.info.run_id)
         else:

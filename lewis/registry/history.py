@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 TAG = "lewis.registry.history."
+TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register.team`
 REFUSED = ("rejected", "refused", "waits", "lapsed")
 """What records say that left the champion where it was."""
 

@@ -45,6 +45,7 @@ class Registration:
         source: name of the recipe's file, which MLflow shows as the source of the run.
         began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
         eval_results: the scores as YAML for the Hub; empty if it would compare none of them.
+        team: `register.team` of the recipe.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Registration:
     source: str = ""
     began: float | None = None
     eval_results: str = ""
+    team: str = ""
 
 
 def registration_of(
@@ -116,7 +118,7 @@ def registration_of(
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
         own["lewis.adapter"] = adapter.to_text()
     return Registration(
-        name=recipe.register_as.name,
+        name=recipe.register_as.model,
         folder=merged.folder,
         digest=merged.digest,
         params=flat_parameters(recipe) | {f"mean_density/{ref}": f"{mean:.6f}" for ref, mean in means.items()},
@@ -134,6 +136,7 @@ def registration_of(
         source=f"{recipe.name}.yaml",
         began=began,
         eval_results=hub_results(recipe, found.get(recipe.label, ())),
+        team=recipe.register_as.team,
     )
 
 
@@ -168,7 +171,7 @@ def model_card(
     """
     found, parents = scores_of(models), [*([base] if base else []), *experts]
     return card.model_card(
-        recipe.register_as.name if recipe.register_as else recipe.name,
+        recipe.register_as.model if recipe.register_as else recipe.name,
         method=recipe.merge_method,
         base=base.ref if base else None,
         experts=[files.ref for files in experts],

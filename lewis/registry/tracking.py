@@ -66,13 +66,16 @@ def exists() -> bool:
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()
 
 
-def experiment(client: "MlflowClient") -> str:
+def experiment(client: "MlflowClient", team: str = "") -> str:
     """The id of the experiment `MLFLOW_EXPERIMENT_NAME`, by default `lewis`; created if it does not exist.
+
+    Args:
+        team: `register.team` of the recipe; the experiment of a team has it behind a slash, `lewis/research`.
 
     Raises:
         InputError: if it has been deleted.
     """
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis"
+    name = "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))
     artifacts = _folder() / "artifacts"
     store.make_folder(artifacts)
     found = client.get_experiment_by_name(name)

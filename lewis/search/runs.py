@@ -41,7 +41,7 @@ def record(
         TransientError, LewisError: as `tracking.client`.
     """
     with tracking.client(f"recording the search of {recipe.name}") as client:
-        experiment = tracking.experiment(client)
+        experiment = tracking.experiment(client, recipe.register_as.team if recipe.register_as else "")
         parent = _parent(client, experiment, recipe, digest)
         seen = {run.data.tags.get(_TRIAL) for run in client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'")}
         for trial in trials:

@@ -1,4 +1,4 @@
-"""Assets for Prefect's lineage: models, their importance, and what was merged from them."""
+"""Assets for Prefect's lineage: models, their importance, and what was merged from them; the keys of artifacts."""
 
 from typing import Any
 
@@ -8,6 +8,11 @@ from prefect.states import Completed
 
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support.caching import slug
+
+
+def artifact_key(recipe: Recipe, what: str) -> str:
+    """The key of an artifact of a recipe: `[team-]recipe-what`."""
+    return "-".join(filter(None, (recipe.register_as.team if recipe.register_as else "", slug(recipe.name), what)))
 
 
 def model(ref: str) -> Asset:
@@ -22,7 +27,7 @@ def importance(ref: str) -> Asset:
 
 def merged(recipe: Recipe, which: str = "experts") -> Asset:
     """The merged model of a recipe, by the name it is registered under; the uniform baseline is another asset."""
-    name = recipe.register_as.name if recipe.register_as else recipe.name
+    name = recipe.register_as.model if recipe.register_as else recipe.name
     return _asset("merged", name if which == "experts" else f"{name} {which}", f"Merged model {name} ({which})")
 
 

@@ -13,9 +13,11 @@ import pytest
 from lewis.errors import InputError
 from lewis.methods import METHODS
 from lewis.recipe.recipe import Recipe
+from lewis.registry.registration import flat_parameters
 from lewis_flows import recipes_folder
 from lewis_flows.service import receiver
 from lewis_flows.service.schedules import add_schedules
+from lewis_tasks.support.assets import artifact_key
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -84,6 +86,29 @@ def test_two_recipes_of_one_name_are_refused_or_meant(
         recipes_folder.load("one")
     (tmp_path / "two.yaml").unlink()
     assert sorted(recipes_folder.load_all()) == ["one"]
+
+
+def test_two_teams_may_have_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    for name, team in (("one", ", team: research"), ("two", ", team: ops"), ("three", "")):
+        (tmp_path / f"{name}.yaml").write_text(ONE % team)
+    assert sorted(recipes_folder.load_all()) == ["one", "three", "two"]
+    assert recipes_folder.registered_name("one") == recipes_folder.load("one").register_as.model == "research.tiny"
+    (tmp_path / "three.yaml").write_text(ONE % ", team: ops")
+    with pytest.raises(InputError, match=r"'ops.tiny' is registered by two.yaml and by three.yaml"):
+        recipes_folder.load("two")
+    (tmp_path / "three.yaml").write_text(ONE.replace("tiny", "ops.tiny") % "")  # the same name in MLflow
+    assert sorted(recipes_folder.load_all()) == ["one"]
+    (tmp_path / "one.yaml").write_text("register: {name: tiny, team: research}\n[a")
+    assert recipes_folder.registered_name("one") == "research.tiny"
+
+
+def test_a_team_is_no_part_of_what_is_merged(tmp_path: Path) -> None:
+    plain, of_team = Recipe.parse(ONE % "", root=tmp_path), Recipe.parse(ONE % ", team: ops", root=tmp_path)
+    assert plain.blocks == of_team.blocks and flat_parameters(plain).keys() < flat_parameters(of_team).keys()
+    assert (artifact_key(plain, "kept"), artifact_key(of_team, "kept")) == ("recipe-kept", "ops-recipe-kept")
+    with pytest.raises(InputError, match=r"register\.team"):
+        Recipe.parse(ONE % ", team: Ops/One", root=tmp_path)
 
 
 def test_a_copy_elsewhere_does_not_take_the_champion_of_the_folder(

@@ -54,3 +54,24 @@ def test_a_line_is_an_event(verbose: bool, capsys: pytest.CaptureFixture[str]) -
     levels = {each["line"]: each["level"] for each in found}
     assert levels[LINES["worker"][4]] == "WARNING" and levels[LINES["lewis"][0]] == "INFO"
     assert all(each.keys() == {"time", "part", "level", "line"} for each in found)
+
+
+def test_lines_that_are_objects_already_are_judged_by_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    every = [
+        f"{level} | {line}" for level, line in (("INFO", "Flow run 'merge t' - Finished in state x"), ("INFO", "y"))
+    ]
+    objects = [
+        json.dumps(dict(zip(("level", "line"), each.split(" | "), strict=True)) | {"time": "t", "flow_run": "1"})
+        for each in every
+    ]
+    for as_json in (False, True):
+        output = Output(verbose=False, as_json=as_json)
+        for each in [*objects, '{"broken', '{"a": 1}']:
+            output.say("worker", each)
+        told = capsys.readouterr().out.splitlines()
+        assert len(told) == 1
+        if as_json:
+            line = {"time": "t", "part": "worker", "level": "INFO", "line": every[0][7:], "flow_run": "1"}
+            assert json.loads(told[0]) == line
+        else:
+            assert told[0][9:] == every[0]

@@ -243,6 +243,20 @@ def test_a_digest_is_registered_once_and_another_one_is_another_version(entry: R
     assert len(versions()) == 2 and runs() == ["FINISHED", "FINISHED"]
 
 
+def test_a_team_has_an_experiment_of_its_own(entry: Registration) -> None:
+    plain = creation.register(entry)
+    new = replace(entry, name="ops.tiny", team="ops")
+    version = creation.register(new)
+    assert creation.register(new) == replace(version, created=False)
+    promotion.promote(version, Verdict(True, (), "base"))  # the chart of champions is there too
+    client_ = client()
+    own = client_.get_experiment_by_name("lewis/ops").experiment_id
+    of_team = {run.info.run_id for run in client_.search_runs([own])}
+    assert version.run_id in of_team and len(of_team) == 2 and plain.run_id not in of_team
+    assert client_.get_registered_model("ops.tiny").tags["lewis.team"] == "ops"
+    assert client_.get_model_version("ops.tiny", "1").tags["lewis.team"] == "ops"
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "all"])
 def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, home: Path, damage: str) -> None:
     creation.register(entry)

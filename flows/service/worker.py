@@ -1,0 +1,35 @@
+"""The worker, with the settings that `lewis up` gives its own: no telemetry, quick polls, the format of its logs.
+
+    PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.worker --limit 4
+
+It becomes `prefect worker start --pool lewis --type process`, with the arguments that it was given behind.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lewis.errors import InputError
+from lewis_flows import environment
+from lewis_flows.service import api_key
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    """The command that it becomes."""
+    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", *arguments]
+
+
+def main() -> int:
+    """Become the worker; the exit code is 2 if a setting is wrong."""
+    try:
+        environment.prepare()
+        api_key.find()
+    except InputError as error:
+        print(f"lewis: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    became = command(sys.argv[1:])
+    os.execv(became[0], became)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
