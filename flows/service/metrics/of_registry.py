@@ -43,8 +43,8 @@ def read() -> Iterator[Metric]:
     with get_client(sync_client=True) as client:
         events = of_prefect.released(client, now - REMEMBERED)
     seen = [
-        Release(*(str(event.payload.get(key, "")) for key in ("recipe", "ref", "new")), event.occurred)
-        for event in events
+        Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
+        for event, told in ((event, event.payload) for event in events)
     ]
     version = GaugeMetricFamily("lewis_champion_version", "The version in use.", labels=["recipe", "model"])
     behind = GaugeMetricFamily(
