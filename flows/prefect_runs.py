@@ -11,7 +11,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from lewis.errors import LewisError
 from lewis_flows import recipes_folder
 
-MERGE, SEARCH, WATCH, VERIFY = "merge", "search", "watch-releases", "verify"
+MERGE, SEARCH, WATCH, VERIFY, RETENTION = "merge", "search", "watch-releases", "verify", "retention"
 """Names of our flows, as their decorators give them to Prefect."""
 
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")

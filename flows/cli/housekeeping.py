@@ -1,8 +1,9 @@
-"""`lewis gc` and `lewis verify`: remove from the store what nothing needs, and check everything in it."""
+"""`lewis gc`, `lewis retention` and `lewis verify`: remove what nothing needs, and check everything in the store."""
 
 import argparse
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 from lewis.errors import LewisError
 from lewis_flows.cli.terminal import show_log
@@ -34,6 +35,35 @@ def gc(options: argparse.Namespace) -> None:
         print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
     done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
     print(f"{len(found)} entries, {done}" if found else "nothing to remove")
+
+
+def retention_options(command: argparse.ArgumentParser) -> None:
+    """`--days N` and `--yes`."""
+    command.add_argument(
+        "--days", metavar="N", type=float, default=90.0, help="keep what ended or was written in the last N days (90)"
+    )
+    command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
+
+
+def retention(options: argparse.Namespace) -> None:
+    """Show what can go from Prefect, MLflow and the store's remote half, and with `--yes` remove it."""
+    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.servers import prefect_server
+
+    show_log()
+    with prefect_server() as url, connected(url):
+        from lewis_flows import retention
+
+        found = retention.survey(options.days)
+        if options.yes:
+            retention.remove(found)
+    if options.json:
+        facts = {"found": [asdict(each) for each in found], "removed": options.yes}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for each in found:
+        print(f"{each.where}: {each.what}, of {datetime.fromtimestamp(each.time, UTC).date()}")
+    print(retention.to_text(found, removed=options.yes))
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -120,6 +120,12 @@ COMMANDS = (
         (housekeeping.gc_options, as_json),
     ),
     Command(
+        "retention",
+        housekeeping.retention,
+        "remove old runs of Prefect and MLflow, and old entries of LEWIS_STORE, that nothing needs",
+        (housekeeping.retention_options, as_json),
+    ),
+    Command(
         "verify",
         housekeeping.verify,
         "read everything in the store and in MLflow again, and tell what is damaged",

@@ -12,7 +12,7 @@ _OURS = ("lewis", "webhook")  # whose lines are events already
 _RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
 # Polls and the nightly check are told if they found something; one that fails says why at ERROR.
 _RUN = re.compile(
-    r"^Flow run '(?!watch |verify)(.*)' - (Beginning flow run|Finished in state) "
+    r"^Flow run '(?!watch |verify|retention)(.*)' - (Beginning flow run|Finished in state) "
     r"|^Flow run 'watch .*' - Finished in state (Announced|Problems)\b"
 )
 _TRACEBACK = re.compile(r"^\s*(\+ Exception Group )?Traceback \(most recent call last\)")

@@ -55,6 +55,9 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
     environment = {
         # An event is on disk, and so known for good, a second after the server took it, instead of five.
         "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": os.environ.get(
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,orphans"
+        ),  # logs of runs that retention or a poll has deleted
         api_key.SERVER: api_key.api_key(),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),

@@ -27,7 +27,7 @@ WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
 _PAGE = 200  # what the server gives at most
 _TIMEOUT = 10.0  # seconds for one request
-_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.WATCH, prefect_runs.VERIFY)
+_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.WATCH, prefect_runs.VERIFY, prefect_runs.RETENTION)
 
 
 class Ended(NamedTuple):

@@ -1,0 +1,151 @@
+"""Old entries of the store's remote half that nothing needs: find them, and remove them."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import TransientError
+from lewis.redact import redacted
+from lewis.store import kinds, remote
+from lewis.store.files import MANIFEST
+from lewis.store.folders import home
+from lewis.store.housekeeping import Needed
+from lewis.store.scratch import scratch_folder
+
+logger = logging.getLogger(__name__)
+_FOLDERS = (*remote.FOLDERS, "merged")
+
+
+@dataclass(frozen=True)
+class Outdated:
+    """Something that is old and that nothing needs.
+
+    Attributes:
+        where: `prefect`, `mlflow` or `remote store`.
+        what: in words.
+        key: its id there, or the first part of the names of its objects.
+        time: when it ended or was written, Unix time in seconds.
+        bytes: that its removal frees; 0 if that is not known.
+    """
+
+    where: str
+    what: str
+    key: str
+    time: float
+    bytes: int = 0
+
+
+def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:
+    """The entries of `LEWIS_STORE` that were written before a time, that this machine has not used since, and that no
+    registered version needs; none without a remote half.
+
+    Args:
+        before: Unix time in seconds.
+        needed: as of `housekeeping.survey`.
+
+    Raises:
+        TransientError: if the remote half does not answer.
+        InputError: as `remote.opened`.
+    """
+    if not remote.url():
+        return []
+    system, root = remote.opened()
+    try:
+        with scratch_folder("outdated") as scratch:
+            return [
+                Outdated("remote store", f"{kind}/{digest[:16]}", f"{kind}/{digest}", time, size)
+                for kind, digest, time, size in _entries(system, root)
+                if time < before
+                and not _used_since(kind, digest, before)
+                and not _needed(system, root, kind, digest, needed.get(kind), scratch)
+            ]
+    except OSError as error:
+        raise _away(error) from error
+
+
+def remove(found: Outdated) -> None:
+    """Remove all objects of an entry, the one first by which the others are believed.
+
+    Raises:
+        TransientError: if the remote half does not answer.
+    """
+    system, root = remote.opened()
+    kind = found.key.partition("/")[0]
+    try:
+        with suppress(FileNotFoundError):  # somebody else was quicker
+            if kind in _FOLDERS:
+                system.rm_file(f"{root}/{found.key}/{MANIFEST}")
+                system.rm(f"{root}/{found.key}", recursive=True)
+            else:
+                ending = ".png" if kind == kinds.PICTURES.name else ".json"
+                system.rm_file(f"{root}/{found.key}{ending}")
+                if kind == kinds.IMPORTANCE.name:
+                    system.rm_file(f"{root}/{found.key}{kinds.IMPORTANCE.beside}")
+    except OSError as error:
+        raise _away(error) from error
+
+
+def _entries(system: Any, root: str) -> Iterator[tuple[str, str, float, int]]:
+    """Of each entry: its kind, its digest, when its newest object was written, and the bytes of all."""
+    for kind in (*remote.FILES, *_FOLDERS):
+        try:
+            objects = system.find(f"{root}/{kind}", detail=True)
+        except FileNotFoundError:
+            continue
+        found: dict[str, tuple[float, int]] = {}
+        for path, info in objects.items():
+            first = path[path.rindex(f"/{kind}/") + len(kind) + 2 :].partition("/")[0]
+            if first.startswith("."):
+                continue  # half-written on a disk
+            digest = first if kind in _FOLDERS else first.partition(".")[0]
+            time, size = found.get(digest, (0.0, 0))
+            found[digest] = max(time, _modified(system, path, info)), size + int(info.get("size") or 0)
+        yield from ((kind, digest, time, size) for digest, (time, size) in sorted(found.items()))
+
+
+def _modified(system: Any, path: str, info: Mapping[str, Any]) -> float:
+    """Unix time in seconds; each file system names it in its own way."""
+    time = next((info[key] for key in ("LastModified", "last_modified", "updated", "mtime") if info.get(key)), None)
+    if not isinstance(time, datetime | float | int):
+        time = system.modified(path)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
+
+
+def _local(kind: str, digest: str) -> Path:
+    ending = "" if kind in _FOLDERS else ".png" if kind == kinds.PICTURES.name else ".json"
+    return home() / kind / f"{digest}{ending}"
+
+
+def _used_since(kind: str, digest: str, before: float) -> bool:
+    path = _local(kind, digest)
+    mark = path / MANIFEST if kind in _FOLDERS else path
+    with suppress(OSError):
+        return mark.stat().st_mtime >= before
+    return False
+
+
+def _needed(system: Any, root: str, kind: str, digest: str, needed: Needed | None, scratch: Path) -> bool:
+    """Whether a registered version needs an entry: `Needed` reads what says so, which is fetched for it."""
+    if needed is None:
+        return False
+    path = scratch / kind / _local(kind, digest).name
+    head = path / MANIFEST if kind in _FOLDERS else path
+    head.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        there = f"{root}/{kind}/{head.relative_to(scratch / kind).as_posix()}"
+        head.write_bytes(system.cat_file(there))
+    except FileNotFoundError:
+        return False  # its upload was cut long ago
+    try:
+        return needed.includes(path)
+    finally:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _away(error: Exception) -> TransientError:
+    return TransientError(f"LEWIS_STORE: {redacted(remote.url())} does not answer: {redacted(str(error))}")
