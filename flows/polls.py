@@ -1,13 +1,15 @@
-"""What the polls found: the last one is remembered in the store, and the run of one that found nothing new is deleted.
+"""What the polls found: the last one is remembered in the store, and runs that have nothing to tell are deleted.
 
-A poll every minute would hide the merges in Prefect's list of runs. So the run of a poll stays only if a person wants
-to see it: it announced a release, it could not check what the poll before could, or somebody started it by hand.
+A poll every minute would hide the merges in Prefect's list of runs. What a poll announced is in the events, and in the
+merge that it started. So its run stays only if it could not check what the poll before could, until that is mended; or
+if somebody started it by hand.
 """
 
 import logging
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
@@ -20,8 +22,8 @@ from lewis_flows import prefect_runs
 
 logger = logging.getLogger(__name__)
 
-QUIET = "Quiet"
-"""Name of the state of a poll that found nothing new."""
+QUIET, ANNOUNCED, PROBLEMS = "Quiet", "Announced", "Problems"
+"""Names of the states of a poll: it found nothing new; it announced releases; it has problems that are new."""
 
 
 class Poll(BaseModel):
@@ -53,27 +55,32 @@ def remember(checked: int, problems: dict[str, str]) -> bool:
     return problems != (before.problems if before else {})
 
 
-def forget_quiet(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook of the flow: delete its run if a schedule started it and it has nothing to tell."""
+def forget(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook of the flow, for runs that a schedule started: delete this run and earlier ones, if they tell nothing."""
     if not flow_run.auto_scheduled:
         return
-    message = state.message or ""
-    if state.name != QUIET and not (state.is_failed() and not remember(0, {"": message})):
-        return
-    with get_client(sync_client=True) as client:
-        client.delete_flow_run(flow_run.id)
-        _delete(client, "Cancelled")  # due while another was going on
+    known, ours = last(), state.name in (QUIET, ANNOUNCED)
+    # Cancelled: it was due while another was going on. Crashed: the next poll, this one, did its work.
+    over = ("CANCELLED", "CRASHED") if ours and known and known.problems else prefect_runs.ENDED
+    try:
+        with get_client(sync_client=True) as client:
+            if ours:
+                client.delete_flow_run(flow_run.id)
+            _delete(client, {"type": {"any_": list(over)}}, but=flow_run)
+    except httpx.HTTPError as error:  # the server is busy; a later poll deletes it
+        logger.info("runs of polls are deleted later: %s", type(error).__name__)
 
 
 def drop_missed() -> None:
     """Delete the polls that were due while no worker was there: the next poll finds everything they would have."""
     with get_client(sync_client=True) as client:
-        _delete(client, "Late")
+        _delete(client, {"name": {"any_": ["Late"]}})
 
 
-def _delete(client: SyncPrefectClient, state: str) -> None:
-    for run in prefect_runs.of_flows(client, (prefect_runs.WATCH,), {"name": {"any_": [state]}}):
-        if run.auto_scheduled:
+def _delete(client: SyncPrefectClient, state: dict[str, Any], *, but: FlowRun | None = None) -> None:
+    """Delete the polls that a schedule started and that are in some state, `but` one."""
+    for run in prefect_runs.of_flows(client, (prefect_runs.WATCH,), state):
+        if run.auto_scheduled and not (but and run.id == but.id):
             try:
                 client.delete_flow_run(run.id)
             except ObjectNotFound:  # another process was quicker

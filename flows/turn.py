@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Crashed
 
 from lewis import store
@@ -105,6 +107,20 @@ def crash_dead_runs() -> None:
     for note in _notes():
         if _is_dead(note.name):
             note.unlink(missing_ok=True)
+
+
+def tag_crashed_runs() -> None:
+    """Give the runs that the server marked as Crashed their verdict: it changes a state, and no tags."""
+    flows, crashed = (prefect_runs.MERGE, prefect_runs.SEARCH), {"type": {"any_": ["CRASHED"]}}
+    try:
+        with get_client(sync_client=True) as client:
+            runs = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)
+    except httpx.HTTPError as error:
+        logger.info("runs that died get their verdict later: %s", type(error).__name__)
+        return
+    for run in runs:
+        if "verdict:crashed" not in run.tags:
+            run_tags.tag(run.id, verdict="crashed")
 
 
 def _died(run: FlowRun) -> bool:

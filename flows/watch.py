@@ -31,9 +31,11 @@ from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import polls, prefect_runs, recipes_folder, release_event
 from lewis_flows.submit import submit
+from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
 from lewis_tasks.support.caching import RETRIES
+from lewis_tasks.support.failures import says_why
 
 RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement that has started no run by then was lost
@@ -67,14 +69,16 @@ def _run_name() -> str:
     name=prefect_runs.WATCH,
     flow_run_name=_run_name,
     task_runner=_RUNNER,
-    on_completion=[polls.forget_quiet],
-    on_failure=[run_tags.tag_end, polls.forget_quiet],
+    on_completion=[polls.forget],
+    on_failure=[run_tags.tag_end, polls.forget],
 )
+@says_why
 def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchReport]:
     """Compare the models of each recipe with what its registered versions hold, and announce what is new.
 
     The run ends as `Announced`, with the releases; as `Problems`, if there are others than at the poll before; else as
-    `Quiet`, and is deleted if a schedule started it.
+    `Quiet`, also if a schedule started it and nothing could be checked, as at the poll before. `polls.forget` deletes
+    those that a schedule started and that have nothing to tell.
 
     Args:
         recipes: names in the folder of recipes; by default all of them.
@@ -82,7 +86,18 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchRep
     Raises:
         TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
     """
+    try:
+        return _watch(recipes)
+    except Exception as error:
+        scheduled = recipes is None and run_tags.is_scheduled()
+        if not scheduled or polls.remember(0, {"": str(error)}):
+            raise
+        return Completed(name=polls.QUIET, message=f"as at the poll before: {error}")
+
+
+def _watch(recipes: list[str] | None) -> State[WatchReport]:
     moves.tell()
+    tag_crashed_runs()
     found, problems = _compare(recipes)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
     if transient and not found:
@@ -110,9 +125,11 @@ def _told(report: WatchReport, *, others: bool) -> tuple[str, str]:
     counts = (len(report.checked), len(report.waiting), len(report.problems))
     checked = "recipes checked: {}; releases known already: {}; problems: {}".format(*counts)
     if report.announced:
-        return "Announced", f"{', '.join(report.announced)}; {checked}"
+        return polls.ANNOUNCED, f"{', '.join(report.announced)}; {checked}"
     if others and report.problems:
-        return "Problems", "; ".join(f"{name}: {text.partition(chr(10))[0]}" for name, text in report.problems.items())
+        return polls.PROBLEMS, "; ".join(
+            f"{name}: {text.partition(chr(10))[0]}" for name, text in report.problems.items()
+        )
     return polls.QUIET, checked
 
 

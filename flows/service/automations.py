@@ -62,8 +62,8 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
     block = _notification_block(client)
     if block is None:
         return
-    for name, state, subject, description in _OF_RUNS:
-        yield _notification(name, _ended_as(*state), block, (subject, _RUN), description)
+    for name, state, flows, subject, description in _OF_RUNS:
+        yield _notification(name, _ended_as(state, *flows), block, (subject, _RUN), description)
     for name, event, subject, description in _OF_EVENTS:
         trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
         yield _notification(name, trigger, block, (subject, _EVENT), description)
@@ -86,28 +86,32 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
 
 
 _ANY_RUN = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
-_OF_RUNS = (
+_OF_RUNS: tuple[tuple[str, str, tuple[str, ...], str, str], ...] = (
+    ("lewis-notify-failure", "Failed", (), "LEWIS: a run failed", "A run failed; its message says why."),
     (
-        "lewis-notify-failure",
-        ("Failed", "Crashed"),
-        "LEWIS: a run failed",
-        "A run failed or died; its message says why.",
+        "lewis-notify-crash",
+        "Crashed",
+        (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.VERIFY),  # of a poll the next one does the work
+        "LEWIS: a run died",
+        "The process or machine of a run died.",
     ),
-    ("lewis-notify-rejection", ("Rejected",), "LEWIS: a merge was rejected", "The gate let a merge not pass."),
+    ("lewis-notify-rejection", "Rejected", (), "LEWIS: a merge was rejected", "The gate let a merge not pass."),
     (
         "lewis-notify-approval",
-        ("AwaitingApproval",),
+        "AwaitingApproval",
+        (),
         "LEWIS: a version waits for approval",
         "A person has to approve it.",
     ),
     (
         "lewis-notify-unpublished",
-        ("Unpublished",),
+        "Unpublished",
+        (),
         "LEWIS: a champion was not published",
         "The Hub refused a champion.",
     ),
 )
-"""Automations on the end of a run: name, names of its state, subject of the notification, description."""
+"""Automations on the end of a run: name, name of its state, flows (of all if empty), subject, description."""
 
 _OF_EVENTS = (
     ("lewis-notify-waiting", WAITING, "LEWIS: a run waits for long", "A run waits for a device, or for its turn."),
@@ -121,11 +125,11 @@ _OF_EVENTS = (
 """Automations on events of ours: name, event, subject of the notification, description."""
 
 
-def _ended_as(*states: str) -> EventTrigger:
+def _ended_as(state: str, *flows: str) -> EventTrigger:
     return EventTrigger(
-        expect={f"prefect.flow-run.{state}" for state in states},
+        expect={f"prefect.flow-run.{state}"},
         match=_ANY_RUN,
-        match_related=_ours(),
+        match_related=[_ours(), _of_flows(*flows)] if flows else _ours(),
         posture=Posture.Reactive,
         threshold=1,
     )

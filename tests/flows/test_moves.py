@@ -13,11 +13,12 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Failed, Running
+from prefect.states import Completed, Crashed, Failed, Late, Running, Scheduled
 
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
 from lewis_flows import release_event
+from lewis_flows.service import automations
 from lewis_flows.service.automations import put_automations
 from lewis_tasks.support import moves, waiting
 from tests.support.forgetful import Forgetful
@@ -110,17 +111,34 @@ def _merge() -> None:
     """Stands for the merge in the server's records."""
 
 
+@flow(name="watch-releases")
+def _watch() -> None:
+    """Stands for the poll."""
+
+
 def test_what_a_person_should_know_is_notified_with_a_link(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = Sink()
     monkeypatch.setenv("LEWIS_NOTIFY_URL", sink.url)
     monkeypatch.setattr(waiting, "LONG", timedelta(0))
+    monkeypatch.setattr(automations, "LONG", timedelta(seconds=10))  # the least that Prefect takes
     put_automations(client)
     try:
         assert all(each.description for each in client.read_automations())
         time.sleep(1)  # the server's triggers learn of the automations
+        late = {}
+        for of, name in ((_merge, "merge late"), (_merge, "merge late for a moment"), (_watch, "watch late")):
+            run = client.create_flow_run(of, name=name, tags=["lewis"], state=Scheduled())
+            client.set_flow_run_state(run.id, Late(), force=True)
+            late[name] = run.id
+        client.set_flow_run_state(late["merge late for a moment"], Running(), force=True)
+        died = client.create_flow_run(_watch, name="watch all recipes", tags=["lewis"], state=Running())
+        client.set_flow_run_state(died.id, Crashed(message="the next poll does its work"), force=True)
+        waits = Completed(name="AwaitingApproval", message="v4: acc 0.9; passed, waits for: lewis approve tiny/4")
         ends = {
+            "LEWIS: a version waits for approval": waits,
+            "LEWIS: a run died": Crashed(message="Its heartbeats stopped"),
             "LEWIS: a merge was rejected": Completed(name="Rejected", message="v2: acc 0.1 vs 0.2; a rule"),
             "LEWIS: a champion was not published": Failed(name="Unpublished", message="v3: acc 0.3; the Hub refuses"),
             "LEWIS: a run failed": Failed(message="org/math: gone"),
@@ -136,16 +154,18 @@ def test_what_a_person_should_know_is_notified_with_a_link(
             release_event.announce_stuck("tiny", "org/math", "org/math", "1" * 40, "no space")
         stuck = "org/math 11111111 could not be merged into tiny, three times: no space"
         waiting.Wait().look("merge tiny", "a device slot, which search tiny holds since 14:02")
-        waits = "merge tiny has waited 0 min for a device slot, which search tiny holds since 14:02"
-        expected |= {"LEWIS: a release is not merged": stuck, "LEWIS: a run waits for long": waits}
-        deadline = time.monotonic() + 30
+        waited = "merge tiny has waited 0 min for a device slot, which search tiny holds since 14:02"
+        expected |= {"LEWIS: a release is not merged": stuck, "LEWIS: a run waits for long": waited}
+        told = "merge late was due long ago: is there a worker, and has it time?"
+        expected["LEWIS: a run is late"] = f"{told}\n\nhttp://127.0.0.1:4200/runs/flow-run/{late['merge late']}"
+        deadline = time.monotonic() + 60
         while len(sink.received) < len(expected) and time.monotonic() < deadline:
             time.sleep(0.2)
-        told = {
+        found = {
             each["subject"]: re.sub(r"http://127.0.0.1:\d+", "http://127.0.0.1:4200", each["body"])
             for each in sink.received
         }
-        assert told == expected and len(sink.received) == len(expected)
+        assert found == expected and len(sink.received) == len(expected)
     finally:
         for automation in client.read_automations():
             client.delete_automation(automation.id)

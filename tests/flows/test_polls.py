@@ -2,23 +2,28 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
+import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Cancelled, Completed, Failed, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, State
 
-from lewis.errors import LewisError
-from lewis_flows import polls, prefect_runs
+from lewis.errors import LewisError, TransientError
+from lewis_flows import polls, prefect_runs, watch
 from lewis_flows.service import problems
 from lewis_flows.service.status_data import Part, Status
 from lewis_flows.service.status_text import as_text
+from lewis_flows.turn import tag_crashed_runs
 from lewis_flows.watch import WatchReport, _told
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.failures import says_why
@@ -33,43 +38,74 @@ def client(prefect_url: str, home: Path) -> Iterator[SyncPrefectClient]:
 
 @flow(name=prefect_runs.WATCH)
 def _watch() -> None:
-    """Stands for the poll in the server's records."""
+    """Stands for the poll."""
 
 
-def test_a_poll_that_found_nothing_new_leaves_no_run(
-    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crossed: list[Any] = []
-    monkeypatch.setattr(prefect_runs, "of_flows", lambda *_: crossed)
+def test_a_poll_leaves_a_run_only_while_something_is_wrong(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: dict[Any, FlowRun] = {}
 
-    def stays(state: State, *, scheduled: bool = True) -> bool:
-        run = client.create_flow_run(_watch, state=state)
-        polls.forget_quiet(_watch, run.model_copy(update={"auto_scheduled": scheduled}), state)
-        try:
-            return bool(client.read_flow_run(run.id))
-        except ObjectNotFound:
-            return False
+    def listed(_client: Any, _flows: Any, state: dict[str, dict[str, list[str]]]) -> list[FlowRun]:
+        return [run for run in runs.values() if run.state_type and run.state_type.value in state["type"]["any_"]]
 
-    late = client.create_flow_run(_watch, state=Cancelled())
-    crossed.append(late.model_copy(update={"auto_scheduled": True}))
-    assert not stays(Completed(name=polls.QUIET))
-    with pytest.raises(ObjectNotFound):
-        client.read_flow_run(late.id)
-    assert stays(Completed(name=polls.QUIET), scheduled=False)
-    assert stays(Completed(name="Announced")) and stays(Completed(name="Problems"))
-    assert [stays(Failed(message=why)) for why in ("no Hub", "no Hub", "no MLflow")] == [True, False, True]
+    monkeypatch.setattr(prefect_runs, "of_flows", listed)
+
+    def busy(_: Any) -> None:
+        raise httpx.ConnectError("no answer")
+
+    server: Any = SimpleNamespace(delete_flow_run=runs.pop)
+    monkeypatch.setattr(polls, "get_client", lambda **_: nullcontext(server))
+
+    def left(*states: State, scheduled: bool = True, killed: bool = False) -> list[str | None]:
+        """The names of the states of the runs that are left when polls have ended so."""
+        for state in states:
+            run = FlowRun(flow_id=uuid4(), state=state, state_type=state.type, auto_scheduled=scheduled)
+            runs[run.id] = run
+            if not killed:
+                polls.forget(_watch, run, state)
+        return [run.state.name for run in runs.values() if run.state]
+
+    quiet, announced = Completed(name=polls.QUIET), Completed(name=polls.ANNOUNCED)
+    polls.remember(2, {})
+    assert left(quiet, announced) == []
+    assert left(quiet, scheduled=False) == [polls.QUIET]  # somebody wanted to see it
+    runs.clear()
+    polls.remember(1, {"bad": "models: missing"})
+    assert left(Completed(name=polls.PROBLEMS), quiet) == [polls.PROBLEMS]
+    assert left(Cancelled(), Crashed(), killed=True) == [polls.PROBLEMS, "Cancelled", "Crashed"]
+    assert left(announced) == [polls.PROBLEMS]  # it is still so
+    polls.remember(0, {"": "no MLflow"})
+    assert left(Failed(message="no MLflow"), quiet) == ["Failed"]
 
     found = Status(parts=[], polled=polls.last())
     assert [(each.code, each.text) for each in problems.problems(found)] == [(problems.UNKNOWN, "no MLflow")]
     assert polls.remember(3, {}) and not polls.remember(3, {})
+    server.delete_flow_run = busy
+    assert left(quiet) == ["Failed", polls.QUIET]
+    server.delete_flow_run = runs.pop
+    assert left(quiet) == []
     prefect = Part(name="Prefect", up=True, state="answers")
     told = as_text(Status(parts=[prefect], polled=polls.last()), datetime.now(UTC))
     assert "last looked 0 s ago" in told and "at 3 recipes" in told
 
 
+def test_a_poll_that_fails_as_the_one_before_fails_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure is notified, and there is a poll a minute."""
+
+    def away(recipes: list[str] | None) -> Any:
+        raise TransientError("no MLflow")
+
+    monkeypatch.setattr(watch, "_watch", away)
+    monkeypatch.setattr(flow_run, "is_scheduled", lambda: True)
+    ends = [watch.watch_flow.fn(recipes) for recipes in (None, None, None, ["tiny"])]
+    assert [state.name for state in ends] == ["Failed", polls.QUIET, polls.QUIET, "Failed"]
+    assert ends[0].message == "no MLflow" and "as at the poll before: no MLflow" in ends[1].message
+    monkeypatch.setattr(flow_run, "is_scheduled", lambda: False)
+    assert watch.watch_flow.fn(None).name == "Failed"
+
+
 def test_a_poll_is_told_by_what_is_new() -> None:
     broken = WatchReport(checked=["good"], problems={"bad": "models: missing\nmore"})
-    assert _told(broken, others=True) == ("Problems", "bad: models: missing")
+    assert _told(broken, others=True) == (polls.PROBLEMS, "bad: models: missing")
     assert _told(broken, others=False)[0] == polls.QUIET
     news = WatchReport(checked=["good"], announced=["good: org/math"], problems=broken.problems)
     name, line = _told(news, others=True)
@@ -97,3 +133,15 @@ def test_a_run_that_fails_has_a_verdict_and_a_task_the_name_of_what_it_made(clie
     while (names := [each.name for each in client.read_task_runs(flow_run_filter=of_run)]) != ["register v3"]:
         assert time.monotonic() < deadline, names
         time.sleep(0.2)
+
+
+def test_a_run_that_the_server_marks_as_crashed_has_a_verdict_too(client: SyncPrefectClient) -> None:
+    @flow(name=prefect_runs.MERGE)
+    def merge() -> None:
+        """Stands for the merge in the server's records."""
+
+    tags = ["lewis", "recipe:tiny", "trigger:release"]
+    run = client.create_flow_run(merge, tags=tags, state=Crashed(message="Its heartbeats stopped"))
+    for _ in range(2):
+        tag_crashed_runs()
+        assert sorted(client.read_flow_run(run.id).tags) == [*tags, "verdict:crashed"]
