@@ -16,7 +16,10 @@ _RUN = re.compile(
     r"|^Flow run 'watch .*' - Finished in state (Announced|Problems)\b"
 )
 _TRACEBACK = re.compile(r"^\s*(\+ Exception Group )?Traceback \(most recent call last\)")
-_LINK = re.compile(r"^(During handling of the above exception|The above exception was the direct cause)\b")
+_LINK = re.compile(
+    r"^(During handling of the above exception|The above exception was the direct cause)\b"
+    r"|^\[SQL: |^\[parameters: |^\(Background on this error at: "  # what SQLAlchemy appends to its errors
+)
 
 
 class Output:

@@ -24,7 +24,10 @@ LINES = {
         "Traceback (most recent call last):",
         '  File "flows/merge.py", line 1, in merge_flow',
         "    raise Busy from error",
-        "sqlite3.OperationalError: database is locked",
+        "sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) disk I/O error",
+        "[SQL: INSERT INTO worker (name) VALUES (:name)]",
+        "[parameters: {'name': 'lewis'}]",
+        "(Background on this error at: https://sqlalche.me/e/21/e3q8)",
         "The above exception was the direct cause of the following exception:",
         "Traceback (most recent call last):",
         '  File "flows/merge.py", line 2, in merge_flow',
@@ -34,7 +37,7 @@ LINES = {
         "18:44:57.205 | INFO    | Flow run 'watch all recipes' - Finished in state Completed()",
     ],
 }
-EVENTS = [LINES["lewis"][0], LINES["webhook"][0], *(LINES["worker"][n] for n in (1, 4, 5, 9, 13, 14, 15))]
+EVENTS = [LINES["lewis"][0], LINES["webhook"][0], *(LINES["worker"][n] for n in (1, 4, 5, 9, 16, 17, 18))]
 
 
 @pytest.mark.parametrize("verbose", [False, True])

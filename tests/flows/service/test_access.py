@@ -3,9 +3,12 @@
 import asyncio
 import http.client
 import json
+import logging
 import os
 import socket
+import sqlite3
 import stat
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from lewis.errors import InputError
-from lewis_flows.service import api_key, deploy, note
+from lewis_flows.service import api_key, deploy, note, prefect_app
 from tests.support.prefect_key import KEY, credentials
 
 EVIL = "http://evil.example"
@@ -153,3 +156,22 @@ def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.Monkey
         assert (PREFECT_API_URL.value(), PREFECT_API_AUTH_STRING.value()) == ("http://127.0.0.1:1/api", "ours")
         assert os.environ[api_key.CLIENT] == "ours"
     assert dict(os.environ) == before and PREFECT_API_AUTH_STRING.value() == KEY
+
+
+def test_a_locked_database_is_told_once_in_an_hour_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, busy = [0.0], prefect_app.BusyDatabase()
+    monkeypatch.setattr("lewis_flows.service.prefect_app.time.monotonic", lambda: now[0])
+
+    def logged(why: str) -> str | None:
+        try:
+            raise sqlite3.OperationalError(why)
+        except sqlite3.OperationalError:
+            record = logging.LogRecord("prefect.server", logging.ERROR, "x", 1, "it failed: %s", ("a",), sys.exc_info())
+        return logging.Formatter().format(record) if busy.filter(record) else None
+
+    first, second = logged("database is locked"), logged("(sqlite3.OperationalError) database is locked")
+    assert first and first.startswith("the database was locked for a moment") and "Traceback" not in first
+    assert second is None
+    assert "Traceback" in str(logged("disk I/O error"))
+    now[0] = 3601.0
+    assert logged("database is locked") == first
