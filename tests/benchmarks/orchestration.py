@@ -1,15 +1,15 @@
 """What orchestration costs, every number measured in this very run, on this machine, as it is loaded now.
 
-    python -m tests.benchmarks.orchestration [event|overhead|remerge]
+    python -m tests.benchmarks.orchestration [event|poll|ready|overhead|remerge]
 
 event     from a commit on the local Hub, over webhook and event, to a flow run that is Running
+poll      the same without a webhook, when the commit just misses a poll
+ready     from the start of `lewis up` to its line that all is there, when its state is
 overhead  the DAG with a server up, against the same steps of the library alone, on the demo family
 remerge   importance and download time after one of four experts moved, against those of the full run
 """
 
-import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -21,25 +21,24 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.service_times import event, poll, ready
+from tests.benchmarks.shared import bar, both, heading, row, write_family, write_recipe, write_release
 from tests.support.local_hub import LocalHub
-from tests.support.service import REPO, Service, seconds
+from tests.support.service import REPO
 
-RELEASES = 5
 FULL_RUNS = 3  # of each side
 CACHED_RUNS = 5  # of each side, in a process; and as many whole processes
-RECIPE = """
-merge_method: ties
-base_model: org/base
-models: [%(models)s]
-lewis:
-  calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{text}", samples: 256, max_tokens: 64}}
-register: {name: %(name)s}
-"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the chosen parts, or all; 1 if a bar was missed."""
-    parts: dict[str, Callable[[Path], list[bool]]] = {"event": event, "overhead": overhead, "remerge": remerge}
+    parts: dict[str, Callable[[Path], list[bool]]] = {
+        "event": event,
+        "poll": poll,
+        "ready": ready,
+        "overhead": overhead,
+        "remerge": remerge,
+    }
     unknown = [name for name in arguments if name not in parts]
     if unknown:
         print(f"expected {', '.join(parts)}, got {unknown[0]!r}", file=sys.stderr)
@@ -49,30 +48,6 @@ def main(arguments: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="lewis-benchmark-") as folder:
             met += parts[name](Path(folder))
     return 0 if all(met) else 1
-
-
-def event(root: Path) -> list[bool]:
-    """Release an expert again and again, and see when its merge is Running; that is before it waits for rest."""
-    with LocalHub(root / "hub") as hub:
-        paths = write_family(root / "models", ["moving", "still", "late"], layers=2, hidden=16)
-        for name in ("base", "moving", "still"):
-            hub.commit(f"org/{name}", paths[name])
-        service = Service(root, hub)
-        write_recipe(service.recipes, "tiny", ["moving", "still"])
-        to_run, to_start = [], []
-        with service:
-            for number in range(1, RELEASES + 1):
-                released = write_release(paths["base"], root / f"release-{number}", seed=number)
-                committed = time.time()
-                hub.commit("org/moving", released)
-                run = service.finished("tiny", number)[-1]
-                assert run["state_name"] == "Promoted", run["state"]["message"]
-                to_run.append(seconds(run, "created") - committed)
-                to_start.append(seconds(run) - committed)
-    heading(f"event to start: {RELEASES} releases, one after the other")
-    row("commit -> webhook -> event -> run created, median / max", both(to_run))
-    row("commit -> ... -> run Running, median / max", both(to_start))
-    return [bar("  the slowest", max(to_start), 15)]
 
 
 def overhead(root: Path) -> list[bool]:
@@ -261,49 +236,6 @@ def begin(output: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     environment.prepare()
-
-
-def write_family(folder: Path, experts: list[str], *, layers: int, hidden: int) -> dict[str, Path]:
-    """A random base and fine-tunes of it, by name."""
-    from tests.support.models import write_expert, write_llama
-
-    base = write_llama(folder / "base", layers=layers, hidden=hidden)
-    return {"base": base, **{n: write_expert(base, folder / n, seed=i) for i, n in enumerate(experts, 200)}}
-
-
-def write_release(base: Path, folder: Path, *, seed: int) -> Path:
-    """One more fine-tune."""
-    from tests.support.models import write_expert
-
-    return write_expert(base, folder, seed=seed)
-
-
-def write_recipe(folder: Path, name: str, experts: list[str]) -> Path:
-    """A recipe of models on the Hub that measures and registers and scores nothing, beside its data."""
-    draw = random.Random(0)
-    rows = [{"text": " ".join(draw.choices([f"w{i}" for i in range(60)], k=60))} for _ in range(256)]
-    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    models = ", ".join(f"{{model: org/{expert}, parameters: {{weight: 1.0}}}}" for expert in experts)
-    (folder / f"{name}.yaml").write_text(RECIPE % {"models": models, "name": name})
-    return folder / f"{name}.yaml"
-
-
-def heading(text: str) -> None:
-    print(f"\n{text}", flush=True)
-
-
-def row(name: str, value: str, verdict: str = "") -> None:
-    print(f"  {name:<72}{value:>16}  {verdict}".rstrip(), flush=True)
-
-
-def both(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.1f} / {max(values):.1f} s"
-
-
-def bar(name: str, value: float, limit: float, unit: str = "s") -> bool:
-    """Print a number beside its bar; whether it is below."""
-    row(name, f"{value:.1f} {unit}", f"bar {limit} {unit}: {'met' if value < limit else 'MISSED'}")
-    return value < limit
 
 
 if __name__ == "__main__":
