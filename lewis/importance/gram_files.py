@@ -23,7 +23,7 @@ from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.safetensors_file import TensorFile, write_file
 
-SEMANTICS = "1"  # bump when the same inputs would give other statistics
+SEMANTICS = "2"  # bump when the same inputs would give other statistics
 _ENDING, _HEADER = ".safetensors", "statistics"
 
 

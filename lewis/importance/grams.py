@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lewis.importance.streaming import Weights
 
 logger = logging.getLogger(__name__)
-TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
+TOKENS_PER_PASS = 512  # more passes share out better among threads, have less padding, and stay in the cache
 _VALUES = 1 << 22  # that a batch has in a wide layer
 
 

@@ -7,12 +7,15 @@ Covered are the projections in the repeated blocks, as `lewis.importance.archite
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Covered, Layer, Network
 from lewis.importance.calibration import Calibration
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "7"  # bump when the same inputs would give other numbers
+_VALUES_AT_ONCE = 1 << 25  # of weights whose norms are computed side by side
 Shapes = Mapping[str, tuple[int, ...]]
 Means = Callable[[str, int], "torch.Tensor | None"]
 """(parameter, number of the set) -> mean of x_j^2, as `SecondMoments.means` gives it."""
@@ -163,30 +167,46 @@ def norms(
     With `reduce: sum` a tensor is summed in fp32 as the authors' code does, which is off by 2e-5 for the larger ones.
     """
     found = [Measured({}, {}) for _ in calibrations]
-    for covered in network.covered:
-        weights = None
-        for of, (calibration, measured) in enumerate(zip(calibrations, found, strict=True)):
+    largest = max(sum(layer.parameters for layer in covered.layers) for covered in network.covered)
+    lanes = min(len(os.sched_getaffinity(0)), max(1, _VALUES_AT_ONCE // largest))
+    with ThreadPoolExecutor(lanes) as pool:
+        of_each = pool.map(partial(_norms_of, model, means, calibrations, reduce), network.covered)
+        for covered, of_sets in zip(network.covered, of_each, strict=True):
+            for measured, (own, moments) in zip(found, of_sets, strict=True):
+                measured.norms.update(own)
+                if moments is not None:
+                    measured.moments[covered.tensor] = moments
+    for calibration, measured in zip(calibrations, found, strict=True):
+        _tell_of_silent(model, network, calibration, measured)
+    return found
+
+
+def _norms_of(
+    model: Model, means: Means, calibrations: Sequence[Calibration], reduce: str, covered: Covered
+) -> list[tuple[dict[str, float | None], torch.Tensor | None]]:
+    """Norms of the layers of a tensor, and its moments if it has some, for each set."""
+    found, weights = list[tuple[dict[str, float | None], "torch.Tensor | None"]](), None
+    with one_thread(), torch.inference_mode():
+        for of, calibration in enumerate(calibrations):
             found_means = means(covered.parameter, of)
             own = found_means if found_means is None or covered.expert is None else found_means[covered.expert]
             if own is None or bool(own.isnan().all()):
-                measured.norms.update(dict.fromkeys((layer.key for layer in covered.layers), None))
+                found.append((dict.fromkeys((layer.key for layer in covered.layers), None), None))
                 continue
             factor = calibration.tokens / len(calibration.samples) if reduce == "sum" else 1.0
             s = _beside_weights(own * factor, covered).to(torch.float32)
             weights = _read(model, covered) if weights is None else weights
+            norms = dict[str, float | None]()
             for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
                 norm = float(cost) ** 0.5
                 if reduce == "sum" and covered.rows == (None,) and not covered.stack:
                     norm = float(torch.norm(weights.abs() * s.sqrt()))
                 if not norm < float("inf"):
                     raise _damaged(model, covered.tensor, s, weights)
-                measured.norms[layer.key] = norm
-            if covered.stack:  # as wide as the weights: only norms, which need no more than this
-                continue
+                norms[layer.key] = norm
             fired = s.isnan().logical_not()  # a stacked expert that no token reached gets the mean of the others
-            measured.moments[covered.tensor] = torch.where(fired, s, s[fired].mean())
-    for calibration, measured in zip(calibrations, found, strict=True):
-        _tell_of_silent(model, network, calibration, measured)
+            # Those of matrices in one another's rows are as wide as the weights: these have norms alone.
+            found.append((norms, None if covered.stack else torch.where(fired, s, s[fired].mean())))
     return found
 
 

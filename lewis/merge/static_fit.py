@@ -28,7 +28,7 @@ from lewis.merge.few_tokens import tell_of_few_tokens
 from lewis.merge.fitted import Fitted
 from lewis.merge.prepared import Prepared
 from lewis.merge.static_solver import Group, bytes_of, parts_of, solve_group
-from lewis.methods.arithmetic.regression import one_after_another
+from lewis.methods.arithmetic.jobs import one_after_another
 
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 

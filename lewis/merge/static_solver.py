@@ -14,7 +14,8 @@ from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
 from lewis.merge.prepared import Prepared
 from lewis.merge.unwritten import Unwritten
-from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs, Jobs
+from lewis.methods.arithmetic.jobs import Jobs
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.dtypes import torch_dtype
 

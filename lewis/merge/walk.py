@@ -22,7 +22,7 @@ from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
 from lewis.merge.spill import Spill
 from lewis.merge.stacked_fit import StackedFit
-from lewis.methods.arithmetic.regression import one_after_another
+from lewis.methods.arithmetic.jobs import one_after_another
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

@@ -37,11 +37,13 @@ has the same bits for any number of threads.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.cholesky import Factor, factorised
+from lewis.methods.arithmetic.jobs import Jobs, one_after_another, slices
 from lewis.methods.arithmetic.stacked import Stacked
 from lewis.methods.arithmetic.tokens import Besides, Gram, Rows
 from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
@@ -82,16 +84,6 @@ def sampled(size: int, tokens: int, total: int) -> torch.Tensor | None:
     return torch.arange(wanted) * tokens // wanted
 
 
-Jobs = Callable[[Sequence[Callable[[], None]]], None]
-"""Runs jobs, each single-threaded, in any order, at the same time or one after another."""
-
-
-def one_after_another(jobs: Sequence[Callable[[], None]]) -> None:
-    """`Jobs` without threads."""
-    for job in jobs:
-        job()
-
-
 @dataclass
 class Inputs:
     """The inputs of layers that share them (q, k and v): what is computed of them is computed once.
@@ -109,7 +101,8 @@ class Inputs:
     alpha: float = 1.0
     _grams: list[torch.Tensor] = field(default_factory=list)
     _shifts: list[torch.Tensor | None] | None = None
-    _factor: tuple[float, torch.Tensor] | None = None  # the ridge, and what was factored with it
+    _factor: tuple[float, Factor] | None = None  # the ridge, and what was factored with it
+    _carried: tuple[float, list[torch.Tensor]] | None = None  # the ridge, and X_t^T X_t (S + r I)^-1
 
     @property
     def size(self) -> int:
@@ -156,7 +149,7 @@ class Inputs:
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides], out: torch.Tensor
     ) -> torch.Tensor:
         if self._factor is None or self._factor[0] != self.ridge:
-            self._factor = self.ridge, _cholesky(self._sum_of_products(), self.ridge)
+            self._factor = self.ridge, factorised(self._sum_of_products(), self.ridge, self.jobs)
         factor = self._factor[1]
         # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
         by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
@@ -165,6 +158,9 @@ class Inputs:
                 self._shift(each) if isinstance(each, Rows) and each.shifted else None for each in self.experts
             ]
         shifts = [None] * len(self.experts) if by_token or self._shifts is None else self._shifts
+        carries = self._carried is not None or len(anchor) > len(self.experts) * self.size
+        if carries and not by_token and not any(shift is not None for shift in shifts):
+            return self._from_carried(anchor, weights, factor, out)
         alone = [
             shift_of_each(each.merged, each.own)
             if by_token and self.alpha < 1 and isinstance(each, Rows) and each.shifted
@@ -189,14 +185,38 @@ class Inputs:
                     if own_shift is not None:
                         found.add_(known * own_shift, alpha=1 - self.alpha)
                 right.add_(found, alpha=rows.share)
-            moved = torch.cholesky_solve(right.T.contiguous(), factor).T
-            out[part] = (anchor[part].double() + moved).float()
+            out[part] = (anchor[part].double() + factor.solve(right)).float()
+
+        self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
+        return out
+
+    def _from_carried(
+        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], factor: Factor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """W_a + sum_t c_t (W_t - W_a) [ X_t^T X_t (S + r I)^-1 ]: the brackets take less time than many outputs."""
+        if self._carried is None or self._carried[0] != self.ridge:
+            carried = [torch.empty_like(products) for products in self._grams]
+
+            def carry(into: torch.Tensor, products: torch.Tensor, part: slice) -> None:
+                into[part] = factor.solve(products[part].double()).float()
+
+            pairs, parts = list(zip(carried, self._grams, strict=True)), slices(self.size, ROWS)
+            self.jobs([partial(carry, *pair, part) for pair in pairs for part in parts])
+            self._carried = self.ridge, carried
+        brackets = self._carried[1]
+
+        def job(part: slice) -> None:
+            start = anchor[part]
+            moved = torch.zeros_like(start)
+            for rows, bracket, weight in zip(self.experts, brackets, weights, strict=True):
+                moved.addmm_(weight[part].float() - start, bracket, alpha=rows.share)
+            out[part] = start + moved
 
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return out
 
     def _sum_of_products(self) -> torch.Tensor:
-        """S, fp64; sets the X_t^T X_t, of which only the blocks on and above the diagonal are computed."""
+        """S, fp64, on and above the diagonal; sets the X_t^T X_t, of which no more is computed."""
         total, known = torch.empty(self.size, self.size, dtype=torch.float64), bool(self._grams)
         as_given = [isinstance(rows, Gram) and self.alpha == 1 for rows in self.experts]
         if not known:
@@ -206,7 +226,7 @@ class Inputs:
             ]
 
         def job(columns: slice) -> None:
-            summed = torch.zeros(columns.stop - columns.start, self.size - columns.start, dtype=torch.float64)
+            summed = total[columns, columns.start :].zero_()
             for rows, gram, same in zip(self.experts, self._grams, as_given, strict=True):
                 if not known and not same:
                     block = _product(rows, columns)
@@ -214,8 +234,6 @@ class Inputs:
                     gram[columns, columns.start :] = block
                     gram[columns.start :, columns] = block.T
                 summed.add_(gram[columns, columns.start :], alpha=rows.share)
-            total[columns, columns.start :] = summed
-            total[columns.start :, columns] = summed.T
 
         self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
         return total
@@ -255,7 +273,8 @@ class Inputs:
         if self._factor is None or self._factor[0] != self.ridge:
             kernel = self._kernel(merged, left)
             mean = float(kernel.diagonal().sum()) / self.size
-            self._factor = self.ridge, _cholesky(kernel, *((self.ridge, mean) if alone is None else (1.0, 1.0)))
+            ridge, mean = (self.ridge, mean) if alone is None else (1.0, 1.0)
+            self._factor = self.ridge, factorised(kernel, ridge, self.jobs, mean)
             del kernel
         factor = self._factor[1]
 
@@ -273,8 +292,7 @@ class Inputs:
                 moved = alone.solution(start, known)
                 missed -= merged @ moved.T
                 start = start + moved
-            found = torch.cholesky_solve(missed.double(), factor)
-            out[part] = start + found.T.float() @ left
+            out[part] = start + factor.solve(missed.T.double().contiguous()).float() @ left
 
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return out
@@ -298,34 +316,6 @@ def _product(rows: Rows | Gram, columns: slice) -> torch.Tensor:
     for part in rows.merged:
         block.addmm_(part[:, columns].T, part[:, columns.start :])
     return block
-
-
-def _cholesky(matrix: torch.Tensor, ridge: float, mean: float | None = None) -> torch.Tensor:
-    """The lower factor of a symmetric matrix, fp64, with `ridge` times its mean diagonal (or `mean`) on the diagonal.
-
-    A ridge that is too small for the rounding errors of a singular matrix is raised tenfold until it holds.
-
-    Raises:
-        ValueError: if the matrix is not finite.
-    """
-    diagonal = matrix.diagonal()
-    mean = float(diagonal.mean()) if mean is None else mean
-    if not bool(torch.isfinite(diagonal).all()):
-        raise ValueError("activations into it are NaN, Inf or too large for fp32")
-    added, before = max(ridge * mean, torch.finfo(torch.float32).tiny), 0.0
-    while True:
-        diagonal += added - before
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            return factor
-        before, added = added, 10 * max(added, 1e-9 * mean)
-
-
-def slices(length: int, step: int) -> list[slice]:
-    """Parts of nearly equal length, at most `step`, an even number of them."""
-    count = min(2 * -(-length // (2 * step)), length)
-    bounds = [length * i // count for i in range(count + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _bound(job: Callable[[slice], None], part: slice) -> Callable[[], None]:

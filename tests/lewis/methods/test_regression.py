@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis.methods.arithmetic import regression
+from lewis.methods.arithmetic.cholesky import Factor
+from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.stacked import Stacked
 from lewis.methods.arithmetic.tokens import Gram, Rows
@@ -189,3 +191,31 @@ def test_inputs_that_are_not_finite_are_an_error() -> None:
 def test_a_layer_that_no_token_reached_is_the_anchor() -> None:
     none, anchor = [torch.empty(0, 4)], draw(1, 2, 4)
     assert torch.equal(Inputs([Rows(none, none)], 1e-4).solve(anchor, [draw(2, 2, 4)]), anchor)
+
+
+@pytest.mark.parametrize("size", [2, 193, 500])
+def test_the_factor_in_blocks_solves_whatever_the_order_of_its_jobs(size: int) -> None:
+    rows, right = draw(1, 2 * size, size).double(), draw(2, 7, size).double()
+    matrix = rows.T @ rows
+    found = Factor(matrix.triu(), one_after_another).solve(right.clone())
+    assert torch.allclose(found @ matrix, right, atol=1e-8 * float(matrix.abs().max()))
+    backwards = Factor(matrix, lambda jobs: one_after_another(list(reversed(jobs)))).solve(right.clone())
+    assert torch.equal(found, backwards)
+
+
+def test_the_factor_of_what_is_not_positive_definite_failed() -> None:
+    assert Factor(torch.diag(torch.tensor([*[1.0] * 300, -1.0], dtype=torch.float64)), one_after_another).failed
+
+
+def test_a_layer_with_many_outputs_is_fitted_as_its_rows_are() -> None:
+    """Beyond two outputs for each input of two experts the solution is found in another order."""
+    grams = [Gram(x.T @ x / len(x), len(x)) for x in (draw(1, 40, 8), draw(2, 40, 8))]
+    anchor, weights = draw(3, 30, 8), [draw(4, 30, 8), draw(5, 30, 8)]
+    whole = Inputs(grams, 0.1).solve(anchor, weights)
+    few = [Inputs(grams, 0.1).solve(anchor[i : i + 8], [each[i : i + 8] for each in weights]) for i in (0, 8, 16, 22)]
+    assert torch.allclose(whole, torch.cat([*few[:3], few[3][2:]]), atol=1e-5)
+    shared = Inputs(grams, 0.1)
+    shared.solve(anchor, weights)
+    shared.ridge = 10.0
+    again = shared.solve(anchor[:8], [each[:8] for each in weights])
+    assert torch.allclose(again, Inputs(grams, 10.0).solve(anchor[:8], [each[:8] for each in weights]), atol=1e-5)

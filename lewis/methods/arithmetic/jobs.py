@@ -1,0 +1,22 @@
+"""Jobs that sums and factors are cut into, in a way that depends on their sizes only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+Jobs = Callable[[Sequence[Callable[[], None]]], None]
+"""Runs jobs, each single-threaded, in any order, at the same time or one after another."""
+
+
+def one_after_another(jobs: Sequence[Callable[[], None]]) -> None:
+    """`Jobs` without threads."""
+    for job in jobs:
+        job()
+
+
+def slices(length: int, step: int) -> list[slice]:
+    """Parts of nearly equal length, at most `step`, an even number of them."""
+    count = min(2 * -(-length // (2 * step)), length)
+    bounds = [length * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
