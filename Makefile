@@ -36,13 +36,13 @@ types: setup
 	nice $(BIN)/mypy
 
 suite: setup
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
 
 real: setup
 	LEWIS_REAL=1 $(BIN)/pytest tests/flows/test_real.py
 
 faults: setup
-	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults
+	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/service/test_up.py tests/flows/runners
 
 test-production: setup
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,auth,postgres,s3,production]'

@@ -26,7 +26,12 @@ from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
 # What every evaluation imports; the last takes most of the time.
-LIBRARIES = ("lm_eval", "lm_eval.models.huggingface", "accelerate", "transformers.models.llama.modeling_llama")
+LIBRARIES = (
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "accelerate",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 def main(descriptor: str, loaded: str = "") -> None:

