@@ -17,6 +17,7 @@ from lewis.reports import markdown
 from lewis.store import kinds
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES, Progress, cached
+from lewis_tasks.support.room import make_room
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ def inspect(recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]) 
     """Check what headers and configs tell, and the space; gives the number of covered layers, 0 for a plain merge."""
     prepared = prepare_merge(recipe, base, experts)
     check_output(recipe, prepared)
-    store.check_space(kinds.MERGED.folder, (1 + recipe.wants_uniform) * prepared.size)
+    needed = (1 + recipe.wants_uniform) * prepared.size
+    make_room(needed)
+    store.check_space(kinds.MERGED.folder, needed)
     if recipe.lewis is None or base is None:
         return 0
     return len(layers_of(base, measured=recipe.runs_models))

@@ -1,9 +1,10 @@
-"""`lewis gc`, `lewis retention` and `lewis verify`: remove what nothing needs, and check everything in the store."""
+"""`lewis gc`, `retention`, `backup`, `restore` and `verify`: remove what nothing needs, keep and check what is."""
 
 import argparse
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 from lewis.errors import LewisError
 from lewis_flows.cli.terminal import show_log
@@ -64,6 +65,35 @@ def retention(options: argparse.Namespace) -> None:
     for each in found:
         print(f"{each.where}: {each.what}, of {datetime.fromtimestamp(each.time, UTC).date()}")
     print(retention.to_text(found, removed=options.yes))
+
+
+def copy_folder(command: argparse.ArgumentParser) -> None:
+    """`DIR`."""
+    command.add_argument("folder", metavar="DIR", type=Path, help="the copy, a folder outside of the store")
+
+
+def backup(options: argparse.Namespace) -> None:
+    """Copy what cannot be made again to a folder."""
+    from lewis_flows.backup import backup
+
+    done = backup(options.folder)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2, default=str))
+        return
+    print(f"{done.folder}: {done.files} files, {done.bytes / 1e6:.1f} MB; whoever has it has the secrets")
+    for part, url in done.elsewhere.items():
+        print(f"{part} is at {url}: copy its database{' and artifacts' if part == 'mlflow' else ''} there")
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Put such a copy back."""
+    from lewis_flows.backup import restore
+
+    done = restore(options.folder)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2, default=str))
+        return
+    print(f"{done.files} files, {done.bytes / 1e6:.1f} MB are back; start `lewis up`")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -126,6 +126,18 @@ COMMANDS = (
         (housekeeping.retention_options, as_json),
     ),
     Command(
+        "backup",
+        housekeeping.backup,
+        "copy what cannot be made again: the databases in the store, MLflow's files, recipes, secrets",
+        (housekeeping.copy_folder, as_json),
+    ),
+    Command(
+        "restore",
+        housekeeping.restore,
+        "put such a copy back into an empty store",
+        (housekeeping.copy_folder, as_json),
+    ),
+    Command(
         "verify",
         housekeeping.verify,
         "read everything in the store and in MLflow again, and tell what is damaged",

@@ -1,11 +1,8 @@
 """How the tensors of a checkpoint are divided into files."""
 
-import re
 from collections.abc import Mapping
 
-from lewis.errors import InputError
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from lewis.store import size as of_store
 
 
 def parse_size(text: str) -> int:
@@ -14,11 +11,7 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if the text is no such size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
-    size = float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")] if match else 0.0
-    if not 1 <= size < 1e18:
-        raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}")
-    return int(size)
+    return of_store.parse_size(text, "max_shard_size")
 
 
 def shard_names(count: int) -> list[str]:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
 from lewis.input_files import open_regular
-from lewis.store import checked, remote
+from lewis.store import checked, remote, size
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
 from lewis.store.lease import SharedLock
 from lewis.store.writers import beside, is_dead
@@ -167,18 +167,32 @@ def read_json(path: Path) -> Any | None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the file system of `folder`, which need not exist yet."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    """Bytes free on the file system of `folder`, which need not exist yet; in the store at most what its quota leaves.
+
+    Raises:
+        InputError: if `LEWIS_QUOTA` is no size.
+    """
+    return _free(folder)[0]
 
 
 def check_space(folder: Path, needed: int, what: str = "the output") -> None:
-    """Raise InputError unless the file system of `folder` has `needed` bytes free, for `what`."""
-    free = free_space(folder)
+    """Raise InputError unless the file system of `folder`, and the quota, have room for `needed` bytes, for `what`."""
+    free, by_quota = _free(folder)
     if free < needed:
+        fix = f"raise {size.QUOTA}, remove what you can do without (`lewis gc --days 1`)" if by_quota else "free some"
+        where = f"{size.QUOTA} leaves {free / 1e9:.2f} GB" if by_quota else f"{free / 1e9:.2f} GB are free"
         raise InputError(
-            f"{folder}: no space: {what} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "free some, or write elsewhere (-o, or LEWIS_HOME)"
+            f"{folder}: no space: {what} needs {needed / 1e9:.2f} GB, {where}; "
+            f"{fix}, or write elsewhere (-o, or LEWIS_HOME)"
         )
+
+
+def _free(folder: Path) -> tuple[int, bool]:
+    """Bytes that may be written to `folder`, and whether it is the quota that allows no more."""
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    quota = size.quota() if holds(folder) else None
+    left = free if quota is None else max(quota - size.total(), 0)
+    return min(free, left), left < free
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -1,0 +1,111 @@
+"""What `lewis backup` copies, `lewis restore` puts back: champion, history, Prefect's data, recipes and secrets."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.evaluation.gate import Verdict
+from lewis.registry import history, promotion, versions
+from lewis_flows.backup import backup, restore
+from lewis_flows.cli.main import main
+from tests.conftest import Family
+from tests.support.lineage import make_home, registered
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A store with a champion; Prefect's database is in use, with a row that is not on disk yet."""
+    home = make_home(tmp_path / "home", empty_database, monkeypatch)
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "recipes" / "tasks").mkdir(parents=True)
+    (tmp_path / "recipes" / "tasks" / "words.yaml").write_text("task: words")
+    (home / "prefect-api-key").touch(mode=0o600)
+    (home / "prefect-api-key").write_text("lewis:secret")
+    (home / "outbox").mkdir()
+    store.write_text(home / "outbox" / "note.txt", "a move")
+    (home / "prefect").mkdir()
+    promotion.promote(registered(family.base, "a", {}, "tiny"), Verdict(True, (), "base"))
+    with sqlite3.connect(home / "prefect" / "prefect.db") as database:
+        database.execute("pragma journal_mode=wal")
+        database.execute("create table run (id)")
+        database.execute("insert into run values (1)")
+        database.commit()
+        database.execute("insert into run values (2)")  # not committed
+        yield home
+    database.close()
+
+
+def lose(home: Path, recipes: bool = True) -> None:
+    shutil.rmtree(home)
+    if recipes:
+        shutil.rmtree(home.parent / "recipes")
+
+
+def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    champion = versions.champion("tiny")
+    assert champion and champion.folder
+    weights, told = (champion.folder / "model.safetensors").read_bytes(), history.history("tiny")
+    copy = tmp_path / "copy"
+    assert main(["backup", str(copy), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["files"] > 8 and facts["bytes"] > len(weights) and facts["elsewhere"] == {}
+    assert copy.stat().st_mode & 0o077 == 0
+    lose(home)
+    assert main(["restore", str(copy)]) == 0
+    again = versions.champion("tiny")
+    assert again and again.folder and (again.folder / "model.safetensors").read_bytes() == weights
+    assert history.history("tiny") == told
+    assert sqlite3.connect(home / "prefect" / "prefect.db").execute("select id from run").fetchall() == [(1,)]
+    assert (home / "prefect-api-key").read_text() == "lewis:secret"
+    assert (home / "prefect-api-key").stat().st_mode & 0o077 == 0
+    assert (home / "outbox" / "note.txt").read_text() == "a move"
+    assert (tmp_path / "recipes" / "tasks" / "words.yaml").read_text() == "task: words"
+    restore(copy)  # all is there already
+    assert backup(copy).files == facts["files"]  # the earlier copy is replaced
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "not one", "another place", "not empty", "running", "in the store"])
+def test_what_cannot_be_put_back_is_refused_and_changes_nothing(
+    home: Path, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    if wrong == "in the store":
+        with pytest.raises(InputError, match="choose a folder elsewhere"):
+            backup(home / "copy")
+        return
+    backup(copy)
+    lose(home)
+    home.mkdir()
+    if wrong == "damaged":
+        (copy / "store" / "prefect-api-key").write_text("lewis:secreT")
+        expected = "prefect-api-key: expected SHA-256"
+    elif wrong == "not one":
+        copy, expected = tmp_path, "expected a whole copy"
+    elif wrong == "another place":
+        monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "other"))
+        expected = "set LEWIS_HOME to that"
+    elif wrong == "not empty":
+        (home / "prefect-api-key").write_text("lewis:other")
+        expected = "prefect-api-key: it is there already"
+    else:
+        lock = store.lock("up")
+        lock.acquire()
+        expected = "stop it first"
+    with pytest.raises(InputError, match=expected):
+        restore(copy)
+    assert not (home / "mlflow").exists() and not (tmp_path / "recipes").exists()
+
+
+def test_what_servers_have_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect:4200/api")
+    assert backup(tmp_path / "copy").elsewhere == {
+        "mlflow": "http://***@mlflow:5000",
+        "prefect": "http://prefect:4200/api",
+    }
