@@ -29,6 +29,9 @@ class _Sandbox(SandboxedEnvironment):
             return super().from_string(source, *arguments, **options)
         return self._compiled(source)
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return isinstance(obj, _PLAIN + _JINJA) and super().is_safe_attribute(obj, attr, value)
+
 
 def sandbox_templates() -> None:
     """Let lm-eval render all templates of tasks in Jinja's sandbox.
