@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.store import files
+from lewis.store import files, format
 from lewis.store.folders import make_folder
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
@@ -15,7 +15,7 @@ _ROOM = 64  # characters that a scratch name has more than the name it stands fo
 
 
 def check_store() -> None:
-    """Check that the store can be written to; it is made if it is missing.
+    """Check that the store can be written to, and is of this version; it is made if it is missing.
 
     Raises:
         InputError: naming LEWIS_HOME.
@@ -24,6 +24,7 @@ def check_store() -> None:
     try:
         make_folder(home)
         os.rmdir(tempfile.mkdtemp(prefix=".lewis-", dir=home))
+        format.check()
     except (OSError, InputError) as error:
         told = error if isinstance(error, InputError) else error.strerror
         raise InputError(
