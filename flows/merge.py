@@ -199,7 +199,8 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
         except LewisError as error:
             raise NotPublishedError(f"{': '.join(told)}; not published: {error}") from error
         report.published = url
-    results = [base, *experts, *measured, allocated, merged, uniform, *scores.values()]
+    # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
+    results = [*measured, allocated, merged, uniform, *scores.values()]
     computed = any(future.state.name != "Cached" for future in results if future)
     return report, computed or report.created or moved or bool(there and there.new), told
 

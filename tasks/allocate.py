@@ -4,11 +4,13 @@ from itertools import chain
 
 from prefect import task
 
+from lewis import store
 from lewis.allocation import densities, step
 from lewis.allocation.step import AllocationEntry
 from lewis.importance.step import ImportanceEntry
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
+from lewis_tasks.support import assets
 from lewis_tasks.support.caching import cached
 
 
@@ -21,10 +23,12 @@ from lewis_tasks.support.caching import cached
 def allocate(
     recipe: Recipe, blocks: str, base: ModelFiles, experts: list[ModelFiles], measured: list[list[ImportanceEntry]]
 ) -> AllocationEntry:
-    """Allocate a density to every tensor of every expert.
+    """Allocate a density to every tensor of every expert; ends as `Cached` if the store has them.
 
     Args:
         blocks: the recipe's `blocks`, for the cache key.
         measured: importance of each measured model on its calibration sets.
     """
-    return step.allocate(recipe, base, experts, list(chain.from_iterable(measured)))
+    with store.noticing() as made:
+        entry = step.allocate(recipe, base, experts, list(chain.from_iterable(measured)))
+    return assets.in_store(entry, "the densities", made)

@@ -6,12 +6,14 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from lewis import store
 from lewis.evaluation import backends, lm_eval, metric_names, server, step
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
+from lewis_tasks.support import assets
 from lewis_tasks.support.caching import Progress, cached, computing_in
 from lewis_tasks.support.device_slot import device_slot
 
@@ -37,9 +39,13 @@ def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path) -> str:
 def evaluate(
     model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str
 ) -> ScoresEntry:
-    """Score one model on all tasks of lm-eval; `tasks_digest` is for the cache key."""
+    """Score one model on all tasks of lm-eval; ends as `Cached` if the store has the scores.
+
+    `tasks_digest` is for the cache key.
+    """
     files = model.files(label) if isinstance(model, MergedModel) else model
     report = Progress("evaluate", f"evaluate {label}")
     elsewhere = settings.backend == "openai" and server.is_url()
-    with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device:
-        return step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
+    with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device, store.noticing() as made:
+        entry = step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
+    return assets.in_store(entry, f"scores of {label}", made)

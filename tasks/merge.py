@@ -5,6 +5,7 @@ from typing import Literal
 from prefect.assets import materialize
 from prefect.tasks import MaterializingTask
 
+from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
@@ -42,16 +43,18 @@ def merge(
 ) -> MergedModel:
     """Merge with the densities of the `experts`, or of the `uniform` baseline.
 
+    Ends as `Cached` if the store has it.
+
     `blocks`, and the `calibrations` and what was `measured` on them that a method fits to, are for the cache key.
     """
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
-    with device_slot() as slot:
+    with device_slot() as slot, store.noticing() as written:
         made = step.merge(
             recipe, base, experts, allocated, which, progress=lambda done, total, name: report(done / total), gpu=slot
         )
     inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
     assets.describe(digest=made.digest, inputs=inputs, mean_density=dict(allocated.means) if allocated else {})
-    return made
+    return assets.in_store(made, f"the merge of the {which}", written)
 
 
 def merging(recipe: Recipe, which: str = "experts") -> MaterializingTask[..., MergedModel]:

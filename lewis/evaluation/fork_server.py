@@ -169,4 +169,4 @@ def _when_loaded(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _secrets() -> list[Path]:
     """The store's files that hold keys."""
-    return [store.home() / name for name in ("webhook-secret", "prefect-api-key")]
+    return [store.home() / name for name in ("webhook-secret", "prefect-api-key", "mlflow-password")]

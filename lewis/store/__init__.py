@@ -22,6 +22,7 @@ from lewis.store.files import (
     written_beside,
 )
 from lewis.store.folders import holds, home, make_folder, private_folder, restrict, umask
+from lewis.store.made import noticing
 from lewis.store.manifest import read_manifest
 from lewis.store.scratch import scratch_folder
 from lewis.store.writers import beside, is_dead, writer
@@ -45,6 +46,7 @@ __all__ = [
     "lock",
     "make_folder",
     "mark_used",
+    "noticing",
     "private_folder",
     "publish",
     "read_entry",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.store import checked, files, remote
+from lewis.store import checked, files, made, remote
 from lewis.store.folders import holds, home, make_folder
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much old
 def write_entry(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write an entry, an object that is not empty, with its checksum; push it, if its kind is shared."""
     files.write_text(path, checked.dumps(content, indent))
+    made.note(path)
     remote.push(path)
 
 

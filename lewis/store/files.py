@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
 from lewis.input_files import open_regular
-from lewis.store import checked, remote, size
+from lewis.store import checked, made, remote, size
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
 from lewis.store.lease import SharedLock
 from lewis.store.writers import beside, is_dead
@@ -138,6 +138,7 @@ def publish(
                 restrict(folder)
                 for name in names:
                     make_read_only(folder / name)
+                made.note(folder)
                 remote.push(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,5 +1,7 @@
 """Assets for Prefect's lineage: models, their importance, and what was merged from them; the keys of artifacts."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from prefect.assets import Asset, AssetProperties
@@ -54,6 +56,19 @@ def found() -> None:
     """
     if context := AssetContext.get():
         context.emit_events(Completed())
+
+
+def in_store(entry: Any, what: str, made: Sequence[Path]) -> Any:
+    """What a task that gives `entry` returns: `entry`, or, if it made nothing, a state `Cached` with it.
+
+    Args:
+        what: was found, for the message.
+        made: as `store.noticing` gave it.
+    """
+    if made:
+        return entry
+    found()
+    return Completed(name="Cached", message=f"{what}: in the store", data=entry)
 
 
 def _asset(kind: str, name: str, title: str) -> Asset:

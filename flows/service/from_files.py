@@ -1,0 +1,61 @@
+"""Run a command whose secrets are in files, as containers get them: the entry point of the image.
+
+    PREFECT_API_AUTH_STRING_FILE=/run/secrets/prefect-api-key python -m lewis_flows.service.from_files lewis deploy
+
+For each secret variable `NAME` with a `NAME_FILE`, `NAME` becomes the content of the file. The command takes this
+process's place, so that it gets the signals of the container.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from lewis.errors import InputError
+
+NAMES = (
+    *("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_PASSWORD"),
+    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGPASSWORD", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD"),
+    *("MLFLOW_FLASK_SERVER_SECRET_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    *("LEWIS_WEBHOOK_SECRET", "HF_TOKEN"),
+)
+"""The variables that may be in a file."""
+
+
+def secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that files give; white space at the ends of a file is no part of a secret.
+
+    Raises:
+        InputError: if a file cannot be read or is empty, or a variable is given twice.
+    """
+    found = {}
+    for name in NAMES:
+        if not (file := environment.get(f"{name}_FILE")):
+            continue
+        if environment.get(name):
+            raise InputError(f"{name}: expected a value or a file, got both; unset {name} or {name}_FILE")
+        try:
+            found[name] = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{name}_FILE: {file} cannot be read ({error}); give it to this container") from None
+        if not found[name]:
+            raise InputError(f"{name}_FILE: {file} is empty; write the secret into it")
+    return found
+
+
+def main() -> None:
+    """Replace this process by the command that the arguments are."""
+    try:
+        os.environ.update(secrets(os.environ))
+        command = sys.argv[1:]
+        if not command:
+            raise InputError("expected a command to run, got none; see compose.yaml in deployments")
+        os.execvp(command[0], command)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {sys.argv[1]} cannot be run: {error.strerror}; expected a program of the image")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The fleet does its work: releases, a worker and servers that are killed, stores that are lost."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Family
+from tests.flows.conftest import TASK, write_words
+from tests.flows.test_run import SLOW
+from tests.production.fleet import PASSWORD, USER, Fleet, postgres_programs
+from tests.production.s3_server import S3Server
+from tests.support.local_hub import LocalHub
+from tests.support.models import write_expert
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models:
+  - {model: org/%(name)s, parameters: {weight: 1.0}}
+  - {model: org/other, parameters: {weight: 1.0}}
+lewis:
+  calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{question} {answer}", samples: 16}}
+evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
+register: {name: %(name)s, gate: {metric: "words/acc,none", min_gain: -1}}
+"""
+NAMES = ("released", "killed", "bucket", "away")
+
+
+@pytest.fixture(scope="module")
+def fleet(family: Family, s3: S3Server) -> Iterator[Fleet]:
+    if not postgres_programs():
+        pytest.skip("PostgreSQL is missing: apt install postgresql")
+    root = Path(tempfile.mkdtemp(prefix="lewis-fleet-"))  # the folders of pytest are closed to the user of PostgreSQL
+    root.chmod(0o711)
+    with LocalHub(root / "hub") as hub, pytest.MonkeyPatch.context() as patch:
+        hub.commit("org/base", family.base)
+        for name in ("other", *NAMES):
+            hub.commit(f"org/{name}", family.code)
+        fleet = Fleet(root, hub, s3)
+        patch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        write_words(fleet.recipes)
+        (fleet.recipes / "tasks").mkdir()
+        (fleet.recipes / "tasks" / "words.yaml").write_text(TASK)
+        for name in NAMES:
+            (fleet.recipes / f"{name}.yaml").write_text(RECIPE % {"name": name})
+        try:
+            fleet.start()
+            yield fleet
+        finally:
+            fleet.stop()
+            shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left(fleet: Fleet) -> Iterator[None]:
+    yield
+    for name in [name for name in fleet.parts if name.startswith("worker")]:
+        fleet.parts.pop(name).kill()
+
+
+def release(fleet: Fleet, name: str, family: Family, seed: int) -> str:
+    """Commit a new fine-tune to the Hub; gives the commit."""
+    folder = fleet.root / f"release-{name}-{seed}"
+    write_expert(family.base, folder, seed=seed)
+    return fleet.hub.commit(f"org/{name}", folder)
+
+
+def sources(fleet: Fleet, name: str) -> list[str]:
+    """The commits of the recipe's expert in its versions, oldest first."""
+    return [str(version.tags[f"lewis.source.org--{name}"]) for version in fleet.versions(name)]
+
+
+def test_a_commit_becomes_one_version_and_is_found_again_by_empty_stores(fleet: Fleet, family: Family) -> None:
+    fleet.worker("worker-1")
+    fleet.worker("worker-2")
+    sha = release(fleet, "released", family, 5)
+    fleet.until(lambda: len(fleet.versions("released")) == 1, 400)
+    run = fleet.until(lambda: fleet.runs("released"), 10)[-1]
+    run = fleet.ended(run["id"])
+    assert run["state_name"] == "Promoted", run["state"]["message"]
+    assert sources(fleet, "released") == [sha] and fleet.versions("released")[0].aliases == ["champion"]
+    for name in ("worker-1", "worker-2"):
+        fleet.parts[name].kill()
+        shutil.rmtree(fleet.home(name), ignore_errors=True)
+    begin = time.monotonic()
+    fleet.worker("worker-2")
+    run = fleet.ended(fleet.run("released"))
+    print(f"a run of two empty stores: {time.monotonic() - begin:.0f} s")
+    assert run["state_name"] == "Cached", run["state"]
+    assert len(fleet.versions("released")) == 1
+    assert "fetched" in fleet.parts["worker-2"].log.read_text()
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_a_merge(fleet: Fleet, family: Family) -> None:
+    flag = fleet.root / "merging"
+    patch = SLOW.replace("print('HERE', flush=True)", f"open({str(flag)!r}, 'w').close() or 1")
+    fleet.worker("worker-3", patch.replace("time.sleep(60)", "time.sleep(3600)"))
+    sha = release(fleet, "killed", family, 6)
+    fleet.until(flag.exists, 400)
+    fleet.parts["worker-3"].kill()
+    shutil.rmtree(fleet.home("worker-3"))  # the machine is lost with its disk
+    begin = time.monotonic()
+    worker = fleet.worker("worker-4")
+    run = fleet.ended(fleet.run("killed"))
+    print(f"the other worker took over and finished: {time.monotonic() - begin:.0f} s")
+    assert run["state_name"] == "Promoted", run["state"]
+    assert sources(fleet, "killed") == [sha]
+    told = worker.log.read_text()
+    assert "fetched importance/" in told and "Measuring" not in told
+
+
+def test_the_s3_server_is_killed_in_the_middle_of_an_upload(fleet: Fleet, family: Family) -> None:
+    flag = fleet.root / "uploading"
+    slow_upload = (
+        "import os, time, lewis.store.remote as m; f = m._put\n"
+        "m._put = lambda s, source, *a: (f(s, source, *a), 'merged' in str(source) and"
+        f" (open({str(flag)!r}, 'w').close(), time.sleep(3)))[0]\n"
+    )
+    fleet.worker("worker-5", slow_upload)
+    sha = release(fleet, "bucket", family, 7)
+    fleet.until(flag.exists, 400)
+    fleet.s3.kill()
+    time.sleep(20)
+    fleet.s3.start()
+    run = fleet.until(lambda: fleet.runs("bucket"), 10)[-1]
+    run = fleet.ended(run["id"])
+    assert run["state_type"] == "COMPLETED", run["state"]
+    assert sources(fleet, "bucket") == [sha]
+    fleet.parts["worker-5"].kill()
+    worker = fleet.worker("worker-6")  # it believes only what is whole
+    run = fleet.ended(fleet.run("bucket"))
+    assert run["state_type"] == "COMPLETED", run["state"]
+    assert sources(fleet, "bucket") == [sha], worker.log.read_text()
+
+
+def test_mlflow_is_away_for_a_minute(fleet: Fleet, family: Family) -> None:
+    flag = fleet.root / "registering"
+    told = (
+        "import time, lewis.registry.logged_model as m; f = m.write\n"
+        f"m.write = lambda *a, **k: (open({str(flag)!r}, 'w').close(), time.sleep(3), f(*a, **k))[2]"
+    )
+    fleet.worker("worker-7", told)
+    sha = release(fleet, "away", family, 8)
+    fleet.until(flag.exists, 400)
+    fleet.parts["mlflow"].kill()
+    time.sleep(60)
+    fleet.parts["mlflow"].start()
+    fleet.until(lambda: fleet.answers(f"{fleet.mlflow}/health"), 240)
+    run = fleet.until(lambda: fleet.runs("away"), 10)[-1]
+    run = fleet.ended(run["id"])
+    if run["state_type"] != "COMPLETED":  # a minute is as long as the retries are: then the next run does it
+        run = fleet.ended(fleet.run("away"))
+    assert run["state_type"] == "COMPLETED", run["state"]
+    assert sources(fleet, "away") == [sha]
+
+
+def test_no_secret_is_in_a_parameter_a_log_a_state_or_a_command(fleet: Fleet) -> None:
+    secrets = [PASSWORD, PASSWORD.replace(" ", "%20"), "the key of the fleet", "what the Hub sends"]
+    secrets += [fleet.s3.environment()["AWS_SECRET_ACCESS_KEY"]]
+    texts = {"runs": str(fleet.ask("/flow_runs/filter", {})), "logs": str(fleet.ask("/logs/filter", {}))}
+    texts |= {"tasks": str(fleet.ask("/task_runs/filter", {})), "artifacts": str(fleet.ask("/artifacts/filter", {}))}
+    texts |= {part.name: part.log.read_text() for part in fleet.parts.values()}
+    texts |= {log.name: log.read_text() for log in fleet.root.glob("*.log")}
+    ours = [part.process.pid for part in fleet.parts.values() if part.process]
+    texts |= {f"command {pid}": Path(f"/proc/{pid}/cmdline").read_text() for pid in ours}
+    assert [where for where, text in texts.items() for secret in secrets if secret in text] == []
