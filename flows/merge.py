@@ -16,7 +16,7 @@ from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.reports.verdict_line import verdict_line
-from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide, pin
 from lewis_flows.submit import finish, known, submit
@@ -90,6 +90,7 @@ def merge_flow(
     choose.check()
     deployed = deployment.id is not None
     path = recipes_folder.find(recipe, paths=not deployed)
+    secret_blocks.load_for_run(path.stem)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
     with turn(path, str(flow_run.id), skip=deployed) as ours:
         if not ours:

@@ -22,7 +22,7 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
-from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.merge import MergeReport, merge_flow
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide, pin
@@ -85,6 +85,7 @@ def search_flow(
     choose.check()
     deployed = deployment.id is not None
     path = recipes_folder.find(recipe, paths=not deployed)
+    secret_blocks.load_for_run(path.stem)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
     with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
         load = recipes_folder.load_for_deployment if deployed else Recipe.load

@@ -29,7 +29,7 @@ from lewis.errors import LewisError, TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import polls, prefect_runs, recipes_folder, release_event
+from lewis_flows import polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.submit import submit
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import flow_run as run_tags
@@ -96,6 +96,7 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchRep
 
 
 def _watch(recipes: list[str] | None) -> State[WatchReport]:
+    secret_blocks.load_for_run(None)
     moves.tell()
     tag_crashed_runs()
     found, problems = _compare(recipes)

@@ -31,4 +31,4 @@ def allocate(
     """
     with store.noticing() as made:
         entry = step.allocate(recipe, base, experts, list(chain.from_iterable(measured)))
-    return assets.in_store(entry, "the densities", made)
+    return assets.made_or_found(entry, entry.path, "the densities", made)

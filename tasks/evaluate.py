@@ -48,4 +48,4 @@ def evaluate(
     elsewhere = settings.backend == "openai" and server.is_url()
     with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device, store.noticing() as made:
         entry = step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
-    return assets.in_store(entry, f"scores of {label}", made)
+    return assets.made_or_found(entry, entry.path, f"scores of {label}", made)

@@ -54,7 +54,7 @@ def merge(
         )
     inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
     assets.describe(digest=made.digest, inputs=inputs, mean_density=dict(allocated.means) if allocated else {})
-    return assets.in_store(made, f"the merge of the {which}", written)
+    return assets.made_or_found(made, made.folder, f"the merge of the {which}", written)
 
 
 def merging(recipe: Recipe, which: str = "experts") -> MaterializingTask[..., MergedModel]:

@@ -20,8 +20,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import ClientDisconnect
 
 from lewis.errors import InputError
-from lewis_flows import environment, json_logs
-from lewis_flows.service import api_key
+from lewis_flows import environment, json_logs, secret_blocks
+from lewis_flows.service import api_key, secret_file
 from lewis_flows.service.access_log import AccessLog
 from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
 from lewis_flows.service.ready import Readiness
@@ -131,6 +131,25 @@ def serve(host: str, port: int, secret: str) -> None:
     uvicorn.Server(config).run(sockets=[listening])
 
 
+def _secret() -> str:
+    """The secret of the environment or of the store; else that of Prefect's block; else a new one, which is kept.
+
+    Raises:
+        InputError: if Prefect, which may have it, does not answer, or as `webhook_secret`.
+    """
+    if not os.environ.get("LEWIS_WEBHOOK_SECRET") and not secret_file.path("webhook-secret").exists():
+        from httpx import HTTPError
+
+        try:
+            secret_blocks.load_for_receiver()
+        except HTTPError as error:
+            raise InputError(
+                f"the Prefect server, which may have the secret, does not answer ({type(error).__name__}); start it "
+                "first, or set LEWIS_WEBHOOK_SECRET"
+            ) from None
+    return webhook_secret()
+
+
 def main() -> int:
     """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
     try:
@@ -143,7 +162,7 @@ def main() -> int:
         if not port.isdecimal() or int(port) > 65535:
             raise InputError(f"LEWIS_WEBHOOK_PORT: expected a port, 0 to 65535, got {port!r}")
         with suppress(KeyboardInterrupt):
-            serve(os.environ.get("LEWIS_WEBHOOK_HOST", "127.0.0.1"), int(port), webhook_secret())
+            serve(os.environ.get("LEWIS_WEBHOOK_HOST", "127.0.0.1"), int(port), _secret())
     except InputError as error:
         logger.error("%s", error)
         return 2

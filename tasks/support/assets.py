@@ -58,14 +58,15 @@ def found() -> None:
         context.emit_events(Completed())
 
 
-def in_store(entry: Any, what: str, made: Sequence[Path]) -> Any:
-    """What a task that gives `entry` returns: `entry`, or, if it made nothing, a state `Cached` with it.
+def made_or_found(entry: Any, path: Path, what: str, made: Sequence[Path]) -> Any:
+    """What a task returns: `entry` if it was made in it, else a state `Cached` with it.
 
     Args:
-        what: was found, for the message.
+        path: where the entry is in the store.
+        what: it is, for the message.
         made: as `store.noticing` gave it.
     """
-    if made:
+    if path in made:
         return entry
     found()
     return Completed(name="Cached", message=f"{what}: in the store", data=entry)

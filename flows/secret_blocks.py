@@ -1,0 +1,58 @@
+"""Secrets that Prefect keeps: blocks of the type Secret, which stand in for environment variables that are not set.
+
+| block | variable | read by |
+| --- | --- | --- |
+| `lewis-hub-token-RECIPE`, else `lewis-hub-token` | `HF_TOKEN` | runs of that recipe; of all recipes |
+| `lewis-mlflow-password` | `MLFLOW_TRACKING_PASSWORD` | runs |
+| `lewis-webhook-secret` | `LEWIS_WEBHOOK_SECRET` | the receiver |
+
+Prefect encrypts them in its database. They are asked for by the process that needs them, and are then in its memory:
+in no parameter, log, state or command line.
+"""
+
+import os
+from collections.abc import Mapping
+
+from prefect.client.orchestration import get_client
+
+HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
+
+
+def load_for_run(recipe: str | None) -> None:
+    """Set what a run needs and the environment of its process does not have.
+
+    Args:
+        recipe: its name. A token of the recipe's own counts before `HF_TOKEN`: whoever made it wants this recipe to
+            have no other. None for a run that looks at all recipes.
+    """
+    own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
+    found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD])
+    _set({"HF_TOKEN": found.get(HUB_TOKEN), "MLFLOW_TRACKING_PASSWORD": found.get(MLFLOW_PASSWORD)})
+    if own in found:
+        os.environ["HF_TOKEN"] = found[own]
+
+
+def load_for_receiver() -> None:
+    """Set the secret of the webhook if the environment does not have it."""
+    if not os.environ.get("LEWIS_WEBHOOK_SECRET"):
+        _set({"LEWIS_WEBHOOK_SECRET": _read([WEBHOOK_SECRET]).get(WEBHOOK_SECRET)})
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value and not os.environ.get(name):
+            os.environ[name] = value
+
+
+def _read(names: list[str]) -> dict[str, str]:
+    """Name -> secret of those blocks that there are; one request."""
+    wanted = {"block_documents": {"name": {"any_": names}}, "block_types": {"slug": {"any_": ["secret"]}}}
+    with get_client(sync_client=True) as client:
+        answer = client.request("POST", "/block_documents/filter", json={**wanted, "include_secrets": True})
+    found = {str(each["name"]): each["data"].get("value") for each in answer.json()}
+    return {name: value.strip() for name, value in found.items() if isinstance(value, str) and value.strip()}
+
+
+def _slug(recipe: str) -> str:
+    """A recipe's name as part of a block's, which has only small letters, digits and dashes."""
+    return "".join(each if each.isascii() and each.isalnum() else "-" for each in recipe.lower())
