@@ -82,13 +82,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables without a row of ours: making them takes seconds."""
-    import mlflow
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all test processes share."""
+    mine = tmp_path_factory.getbasetemp()
+    return mine if worker_id == "master" else mine.parent
 
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+
+@pytest.fixture(scope="session")
+def empty_database(shared: Path) -> Path:
+    """MLflow's tables without a row of ours."""
+    from tests.support.databases import empty_mlflow
+
+    return empty_mlflow(shared)
 
 
 @pytest.fixture(scope="session")
@@ -103,12 +108,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def installed(shared: Path) -> Path:
     """The environment that the wheel is installed in, made once for all test processes."""
     from tests.support import wheel
 
-    mine = tmp_path_factory.getbasetemp()
-    return wheel.install((mine if worker_id == "master" else mine.parent) / "wheel")
+    return wheel.install(shared / "wheel")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SESSION_HOME, Family
+from tests.support.databases import put_prefect
 from tests.support.lineage import make_home
 from tests.support.models import WORDS
 from tests.support.warm import WarmPython
@@ -42,13 +43,15 @@ register: {name: tiny, gate: {metric: "words/acc,none", min_gain: -1}}
 
 
 @pytest.fixture(scope="session")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_url(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[str]:
     """One server for all commands that the tests run."""
     from lewis_flows import environment
     from lewis_flows.service.servers import prefect_server
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEWIS_HOME", str(tmp_path_factory.mktemp("prefect-home")))
+        home = tmp_path_factory.mktemp("prefect-home")
+        put_prefect(shared, home)
+        patch.setenv("LEWIS_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)
         environment.prepare()
         with prefect_server() as url:

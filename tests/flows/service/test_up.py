@@ -22,6 +22,7 @@ import pytest
 from tests.conftest import Family, full
 from tests.flows.conftest import TASK, write_words
 from tests.flows.test_run import SLOW
+from tests.support.databases import put_prefect
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_expert
 from tests.support.prefect_key import credentials
@@ -53,7 +54,9 @@ NAMES = ("scored", "missed", "cron", "restarted", "killed", *FAULTS)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, family: Family) -> Iterator[Service]:
+def service(
+    tmp_path_factory: pytest.TempPathFactory, family: Family, shared: Path, empty_database: Path
+) -> Iterator[Service]:
     """A service that polls only when it is told to."""
     root = tmp_path_factory.mktemp("service")
     with LocalHub(root / "hub") as hub:
@@ -61,6 +64,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, family: Family) -> Iterato
         for name in ("other", "shared", "late", *NAMES):
             hub.commit(f"org/{name}", family.code)
         service = Service(root, hub)
+        put_prefect(shared, service.home)
+        (service.home / "mlflow").mkdir()
+        shutil.copy(empty_database, service.home / "mlflow" / "mlflow.db")
         write_words(service.recipes)
         (service.recipes / "tasks").mkdir()
         (service.recipes / "tasks" / "words.yaml").write_text(TASK)
