@@ -23,6 +23,7 @@ from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.waiting import Wait
 
 logger = logging.getLogger(__name__)
+_WAITS = "waits"  # the second line of its note
 _LOOK = 60.0  # seconds between two looks whether a wait is long by now
 
 
@@ -44,7 +45,7 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     with alive:
         store.write_text(note, str(recipe))
         try:
-            held = _line_up(waiting, running, recipe, skip=skip)
+            held = _line_up(waiting, running, recipe, note, skip=skip)
             yield held
         finally:
             running.release()
@@ -59,7 +60,9 @@ def _lock(what: str, recipe: Path) -> FileLock | SharedLock:
     return store.lock(f"{what}-{recipe}")
 
 
-def _line_up(waiting: FileLock | SharedLock, running: FileLock | SharedLock, recipe: Path, *, skip: bool) -> bool:
+def _line_up(
+    waiting: FileLock | SharedLock, running: FileLock | SharedLock, recipe: Path, note: Path, *, skip: bool
+) -> bool:
     if skip:
         try:
             waiting.acquire(timeout=0)
@@ -69,7 +72,9 @@ def _line_up(waiting: FileLock | SharedLock, running: FileLock | SharedLock, rec
         running.acquire(timeout=0)
     except Timeout:
         logger.info("another run of %s is going on; waiting for its end", recipe.stem)
+        store.write_text(note, f"{recipe}\n{_WAITS}")
         _wait(running, recipe)
+        store.write_text(note, str(recipe))
     finally:
         waiting.release()
     return True
@@ -89,6 +94,14 @@ def active_since() -> float | None:
     """Start of the oldest run that is going on (Unix time, seconds); None if none is."""
     started = [note.stat().st_mtime for note in _notes() if not _is_dead(note.name)]
     return min(started, default=None)
+
+
+def waits(run: str) -> bool:
+    """Whether a flow run that goes on in this store waits for its turn."""
+    try:
+        return _note(run).read_text().endswith(f"\n{_WAITS}")
+    except OSError:
+        return False
 
 
 def crash_dead_runs() -> None:

@@ -7,9 +7,7 @@ name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the pa
 the names in `Host` and `Origin`: those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` are its own.
 """
 
-import logging
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -43,37 +41,6 @@ class OwnPages:
         await self._app(scope, receive, send)
 
 
-class BusyDatabase(logging.Filter):
-    """Drops what Prefect logs when SQLite's file was locked, but a line in an hour: it tries again by itself.
-
-    A request that met the lock is answered with 503, and the client asks again; the server's own services have a next
-    turn.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._told = float("-inf")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log a record; the first in an hour gets words that tell what to do, and no traceback."""
-        error = record.exc_info[1] if record.exc_info else None
-        if error is None or "database is locked" not in str(error):
-            return True
-        if time.monotonic() - self._told < _QUIET:
-            return False
-        self._told = time.monotonic()
-        record.msg, record.args, record.exc_info, record.exc_text = _LOCKED, (), None, None
-        record.levelno, record.levelname = logging.WARNING, "WARNING"
-        return True
-
-
-_QUIET = 3600.0  # seconds
-_LOCKED = (
-    "the database was locked for a moment, and Prefect tries again: this machine is busy; if that stays so, give it "
-    "less to do, or Prefect a PostgreSQL (PREFECT_SERVER_DATABASE_CONNECTION_URL)"
-)
-
-
 def own_origins(port: int) -> list[str]:
     """The origins of the pages that a server on a port of loopback has."""
     return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
@@ -94,10 +61,6 @@ def main() -> None:
     from prefect.settings import get_current_settings
 
     setup_logging()
-    busy = BusyDatabase()
-    for name in ("", *logging.root.manager.loggerDict):
-        for handler in logging.getLogger(name or None).handlers:
-            handler.addFilter(busy)
     server = get_current_settings().server
     if not server.ui.v2_enabled:
         _remove_v2()

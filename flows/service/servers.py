@@ -65,6 +65,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
             "PREFECT_UI_URL", f"http://127.0.0.1:{port}"
         ),  # else notifications link to None
         "PREFECT_SERVER_LOGGING_LEVEL": os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "WARNING"),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "lewis_flows.service.prefect_log.Console",
         # On disk, so that a server that is started again still knows which tasks hold a device.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

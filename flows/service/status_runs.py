@@ -10,7 +10,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from lewis_flows import prefect_runs
+from lewis_flows import prefect_runs, turn
 from lewis_flows.prefect_runs import MERGE, SEARCH, WATCH, recipe_of
 from lewis_flows.service.api_key import connected
 from lewis_flows.service.deploy import POOL
@@ -93,11 +93,16 @@ def _described(
             name=run.name,
             deployment=names.get(run.deployment_id, "") if run.deployment_id else "",
             state=run.state_name or "",
-            message=(run.state.message if run.state else None) or "",
+            message=_waits(run) or (run.state.message if run.state else None) or "",
             since=since(run),
         )
         for run in runs
     ]
+
+
+def _waits(run: FlowRun) -> str:
+    going_on = run.state_type is not None and run.state_type.value in prefect_runs.UNFINISHED
+    return "waits for its turn: another run of the recipe goes on" if going_on and turn.waits(str(run.id)) else ""
 
 
 def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:

@@ -1,5 +1,7 @@
 """Turns of a recipe on machines that share no disk, but the remote half of the store."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,25 @@ def test_a_recipe_of_the_folder_has_one_turn_on_all_machines(tmp_path: Path, mon
                 pass
     with turn.turn(recipe, "run", skip=True) as ours:
         assert ours
+
+
+def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    recipe, held = tmp_path / "x.yaml", threading.Event()
+
+    def second() -> None:
+        with turn.turn(recipe, "second", skip=True):
+            held.set()
+
+    with turn.turn(recipe, "first", skip=True):
+        waiter = threading.Thread(target=second)
+        waiter.start()
+        deadline = time.monotonic() + 20
+        while not turn.waits("second"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not turn.waits("first") and not held.is_set()
+        with turn.turn(recipe, "third", skip=True) as ours:
+            assert not ours and not turn.waits("third")
+    waiter.join()
+    assert held.is_set() and not turn.waits("second")

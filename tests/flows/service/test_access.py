@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from lewis.errors import InputError
-from lewis_flows.service import api_key, deploy, note, prefect_app
+from lewis_flows.service import api_key, deploy, note, prefect_log
 from tests.support.prefect_key import KEY, credentials
 
 EVIL = "http://evil.example"
@@ -159,8 +160,8 @@ def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_locked_database_is_told_once_in_an_hour_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, busy = [0.0], prefect_app.BusyDatabase()
-    monkeypatch.setattr("lewis_flows.service.prefect_app.time.monotonic", lambda: now[0])
+    now, busy = [0.0], prefect_log.BusyDatabase()
+    monkeypatch.setattr(prefect_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def logged(why: str) -> str | None:
         try:

@@ -10,6 +10,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running, Scheduled, State
 
@@ -207,10 +208,14 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     started(client, "night", "tried", Running(), Completed(), flow=_search)
     started(client, "night", "tries", Running(), flow=_search)
 
+    (going,) = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": ["going on"]}}))
+    (home / "runs").mkdir()
+    (home / "runs" / str(going.id)).write_text(f"{recipes / 'night.yaml'}\nwaits")
     found = status()
     assert part(found, "Prefect").state == "answers"
     run, search = [run for run in found.running or [] if run.recipe == "night"]
     assert (run.name, run.state) == ("going on", "Running") and run.since and search.name == "tries"
+    assert run.message.startswith("waits for its turn") and not search.message
     (run,) = [run for run in found.scheduled or [] if run.recipe == "night"]
     assert (run.deployment, run.state, run.since) == ("merge-nightly", "Scheduled", soon)
     search, run = [run for run in found.finished or [] if run.recipe == "night"]
