@@ -15,6 +15,7 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.input_files import check_regular
+from lewis.models.config import needs_code
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
@@ -266,8 +267,5 @@ def _load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # many kinds, by tokenizer
         if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{folder}: its tokenizer needs code that comes with it (auto_map in its tokenizer_config.json), which "
-                "LEWIS never runs; leave the lewis block out to merge it without guidance"
-            ) from error
+            raise needs_code(folder, "its tokenizer", "tokenizer_config.json") from error
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error

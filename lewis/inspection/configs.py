@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.input_files import read_bytes, read_json
+from lewis.input_files import read_json
 from lewis.inspection.kinds import Finding
 from lewis.models import hub
+from lewis.models.chat_template import template_in
 from lewis.models.names import HEADS
 from lewis.models.quantised.headers import dequantised
 from lewis.models.safetensors_file import Headers, file_headers
 from lewis.models.source import ModelFiles, Source
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
 
-_TEXT_LIMIT = 1 << 22  # bytes of a chat template
 _SHOWN = 4  # tokens that a finding names
 _CONTEXT = ("max_position_embeddings", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings")
 _FORWARD = (  # keys that decide what the same weights compute
@@ -112,7 +111,8 @@ class _Facts:
         self.config = {**whole, **inner} if isinstance(inner, dict) else whole
         self.quantised = whole.get("quantization_config")
         self.tokenizer = _json(model.tokenizer / "tokenizer_config.json")
-        self.template = _template(model.tokenizer, self.tokenizer)
+        found = template_in(model.tokenizer)
+        self.template = found.strip() if found else None
         generation = _json(model.home / "generation_config.json")
         self.ends = _ids(generation.get("eos_token_id")) or _ids(self.config.get("eos_token_id"))
         marks = {**_json(model.tokenizer / "special_tokens_map.json"), **self.tokenizer}
@@ -196,16 +196,6 @@ def _json(path: Path) -> dict[str, Any]:
         content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def _template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:
-    """The chat template, wherever this version of transformers keeps it; None if there is none."""
-    with suppress(OSError, InputError, UnicodeDecodeError):
-        return read_bytes(folder / "chat_template.jinja", _TEXT_LIMIT).decode().strip()
-    given = _json(folder / "chat_template.json").get("chat_template") or tokenizer.get("chat_template")
-    if given is None:
-        return None
-    return given.strip() if isinstance(given, str) else json.dumps(given, sort_keys=True)
 
 
 def _special(folder: Path) -> list[str]:

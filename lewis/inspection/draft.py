@@ -16,6 +16,7 @@ from lewis.inspection import step
 from lewis.inspection.kinds import Finding
 from lewis.inspection.topics import GENERAL, Topic, topic_of
 from lewis.models import hub
+from lewis.models.chat_template import template_in
 from lewis.models.compatible import preflight
 from lewis.models.config import read_config
 from lewis.models.pin import find_folder
@@ -140,7 +141,7 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
         weights = ", ".join(f"{_quoted(f'{task}/{scores[task]}')}: 1" for task in tasks)
         lines += [f"  weights: {{{weights}}}   # makes the score weighted/mean,none"]
     lines += ["  # limit: 200                  # documents of each task; then the gate must say allow_limit: true"]
-    if (folder / "chat_template.jinja").is_file() or '"chat_template"' in _text(folder / "tokenizer_config.json"):
+    if template_in(folder):
         lines += ["  # apply_chat_template: true   # the base has one; if the experts were trained as a chat"]
     lines += [
         "  baselines: [base, experts]",
@@ -158,10 +159,3 @@ def _quoted(text: str) -> str:
     """A text in YAML, in quotes if it needs them."""
     plain = re.fullmatch(r"[\w./@+-]+", text) and yaml.safe_load(text) == text
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_text(path, yaml_limits.MAX_BYTES)
-    except (OSError, InputError):
-        return ""

@@ -5,22 +5,41 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lewis import store
+from lewis.errors import InputError
+from lewis.input_files import read_bytes, read_json
 from lewis.recipe.chat_template import AUTO, text_of
 
-FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+FILE, PROCESSOR, SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
+_LIMIT = 1 << 22  # bytes of a template
 
 
 def template_in(folder: Path) -> str | None:
-    """The chat template of the tokenizer in a folder; None if it has none."""
-    path = folder / FILE
-    if path.is_file():
-        return path.read_text()
-    found = (store.read_json(folder / SETTINGS) or {}).get("chat_template")
+    """The chat template that the tokenizer in a folder uses, wherever a version of transformers keeps it.
+
+    Returns:
+        None if it has none, or several by name and none of them is the `default`: transformers uses none of those
+        unless it is told a name. None too if the file cannot be read.
+    """
+    with suppress(OSError, InputError, UnicodeDecodeError):
+        return read_bytes(folder / FILE, _LIMIT).decode()
+    for name in (PROCESSOR, SETTINGS):
+        if found := _usable(folder / name):
+            return found
+    return None
+
+
+def _usable(path: Path) -> str | None:
+    found: Any = None
+    with suppress(OSError, InputError):
+        content = read_json(path)
+        found = content.get("chat_template") if isinstance(content, dict) else None
     if isinstance(found, list):  # several, by name
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        named = {str(each.get("name")): each.get("template") for each in found if isinstance(each, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
 

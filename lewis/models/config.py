@@ -31,6 +31,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def needs_code(folder: Path, what: str, file: str) -> InputError:
+    """The error about a model that cannot be run because code comes with it.
+
+    Args:
+        folder: of the model.
+        what: needs the code, such as `this model`.
+        file: whose `auto_map` says so.
+    """
+    return InputError(
+        f"{folder}: {what} needs code that comes with it (auto_map in its {file}), which LEWIS never runs; leave the "
+        "lewis block out to merge it without guidance"
+    )
+
+
 def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:
     """Write config.json with the dtype of the weights.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.config import read_config
+from lewis.models.config import needs_code, read_config
 
 logger = logging.getLogger(__name__)
 _TABLES = (
@@ -53,10 +53,7 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # any kind, by architecture
         reason = " ".join(str(error).split())[:300]
         if "auto_map" in read_config(folder):
-            raise InputError(
-                f"{folder}: this model needs code that comes with it (auto_map in its config.json), which LEWIS never "
-                "runs; leave the lewis block out to merge it without guidance"
-            ) from error
+            raise needs_code(folder, "this model", "config.json") from error
         raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
     return network.eval()
 

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from lewis import store
+from lewis.models.chat_template import template_in
 from lewis.models.lora_config import read_settings
 from lewis.store import manifest
 from lewis.store.checksums import remembered_sha256
@@ -189,7 +190,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
             mlflow.transformers.save_model(
                 str(skeleton),
                 path=str(target),
-                task="llm/v1/chat" if _has_chat_template(folder) else "text-generation",
+                task="llm/v1/chat" if template_in(folder) else "text-generation",
                 mlflow_model=description,
                 model_card=ModelCard(card, ignore_metadata_errors=True),
                 # By default MLflow imports the model to find its requirements, which needs torchvision.
@@ -238,13 +239,6 @@ def _pipeline_has_a_name() -> Iterator[None]:
         yield
     finally:
         task["impl"] = impl
-
-
-def _has_chat_template(folder: Path) -> bool:
-    settings = store.read_json(folder / "tokenizer_config.json")
-    return (folder / "chat_template.jinja").is_file() or bool(
-        isinstance(settings, dict) and settings.get("chat_template")
-    )
 
 
 def _link(source: Path, target: Path) -> None:
