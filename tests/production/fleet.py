@@ -51,7 +51,9 @@ class Postgres:
         shutil.chown(self.root / "password", "postgres")
         user, data = ["runuser", "-u", "postgres", "--"], self.root / "data"
         made = [str(programs / "initdb"), "-U", USER, "-A", "scram-sha-256", "--pwfile", str(self.root / "password")]
-        subprocess.run([*user, *made, "-N", "-D", str(data)], check=True, capture_output=True, cwd=self.root)
+        subprocess.run(
+            [*user, *made, "-N", "--encoding=UTF8", "-D", str(data)], check=True, capture_output=True, cwd=self.root
+        )
         command = [str(programs / "postgres"), "-D", str(data), "-p", str(self.port), "-k", str(self.root)]
         options = ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
         with (self.root / "log").open("wb") as log:

@@ -256,7 +256,7 @@ def test_a_name_that_is_no_repo_is_refused(receiver: Receiver, name: str) -> Non
     assert answer["why"].startswith("not a webhook payload of the Hub: ")
     log = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", receiver.log())  # a clock says 49 too
     for said in (json.dumps(answer), log):
-        assert not re.search(r"FAKE|\{\{|\$\(|\$\{|\b49\b|passwd", said)
+        assert not re.search(r"FAKE|\{\{|\$\(|\$\{|\b49\b(?! ms)|passwd", said)
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in receiver.log().splitlines() if "recipe" not in line)
 
 
