@@ -31,7 +31,7 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.few_tokens import tell_of_few_tokens
 from lewis.merge.fitted import Fitted
-from lewis.merge.passes import Pair, Pass, note_stream, stop, stop_with_call
+from lewis.merge.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
 from lewis.merge.prepared import Prepared
 from lewis.merge.solver import Solver
 from lewis.merge.spill import IN_MEMORY, Spill, bytes_at_rest
@@ -111,6 +111,8 @@ def fit(
                 module = each.network.module.get_submodule(path)
                 hook = module.register_forward_pre_hook(partial(stop_with_call, path), with_kwargs=True)
                 contexts.callback(hook.remove)
+            for path in streams if each is not merged else ():
+                contexts.callback(answering(each.network.module.get_submodule(path)))
             for path in set(streams.values()):  # before the hooks that stop: the block's own input is noted, too
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(note_stream, path), prepend=True).remove)

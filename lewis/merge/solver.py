@@ -80,8 +80,10 @@ class Solver:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
             with torch.inference_mode():
-                besides = self._besides(place, values.get("residual", 0.0))
-                value = self._inputs[1].solve(anchor, weights, besides, out=anchor)
+                residual = values.get("residual", 0.0)
+                whole = bool(residual) and place in self._streams and self._inputs[1].takes_outputs
+                besides = self._besides(place, residual, whole)
+                value = self._inputs[1].solve(anchor, weights, besides, out=anchor, whole=whole)
         except ValueError as error:
             raise LewisError(f"{name}: {error}; a model is damaged") from error
         value = value.T if covered.transposed else value
@@ -90,8 +92,11 @@ class Solver:
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
 
-    def _besides(self, place: str, residual: float) -> Sequence[list[torch.Tensor] | None]:
-        """What the projection shall give besides: what the merged model's residual stream lacks, and its bias."""
+    def _besides(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
+        """What the projection shall give besides: what the merged model's residual stream lacks, and its bias.
+
+        With `whole` all that it shall give: what the expert gives, too, whose passes compute it here and not again.
+        """
         nothing = [None] * len(self._experts)
         stream = self._streams.get(place) if residual else None
         bias = self._merged.network.module.get_submodule(place).bias
@@ -106,8 +111,11 @@ class Solver:
                     each.streams[stream] if each.taken is None else each.streams[stream][each.taken] for each in pair
                 )
                 missing = residual * (own - merged)
+            module = self._experts[expert].network.module.get_submodule(place)
+            if whole:
+                missing = missing + pair.own.run_ahead(module)
             if bias is not None:
-                missing = missing + (self._experts[expert].network.module.get_submodule(place).bias - bias)
+                missing = missing + (-bias if whole else module.bias - bias)
             assert pair.own.rows is not None
             found[expert][i] = self._spill.keep(missing).expand(len(pair.own.rows), -1)
 

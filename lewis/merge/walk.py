@@ -58,7 +58,8 @@ class Walk:
             spill: where the weights are kept.
         """
         self._merge, self._places, self._weights = merge, places, weights
-        self._passes = list(dict.fromkeys(each for pair in pairs for each in (pair.own, pair.merged)))
+        # First those of the experts, which have less to do: so each thread gets as many of them as of the others.
+        self._passes = [*(pair.own for pair in pairs), *(pair.merged for pair in pairs)]
         self._solver, self._stacked, self._workers = solver, stacked, workers
         self._fitted, self._spill = fitted, spill
         self._loaded: list[tuple[Weights, list[str]]] = []
@@ -138,13 +139,17 @@ class Walk:
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
         readers.append(self._fitted.read if known else self._anchor)
         *weights, value = self._read(covered.tensor, readers)
+        for each, weight in zip(self._weights, weights, strict=False):  # the last are those of the merged model
+            self._put(each, covered.parameter, weight)
         if not known:
             value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
             if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
                 self._write()
-        for each, weight in zip(self._weights, [*weights, value], strict=True):
-            each.put(covered.parameter, weight)
-            self._loaded.append((each, [covered.parameter]))
+        self._put(self._weights[-1], covered.parameter, value)
+
+    def _put(self, weights: Weights, parameter: str, value: torch.Tensor) -> None:
+        weights.put(parameter, value)
+        self._loaded.append((weights, [parameter]))
 
     def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
         found = [torch.empty(0)] * len(readers)

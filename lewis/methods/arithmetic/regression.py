@@ -10,6 +10,12 @@ of the layer in the merged model and Z_t its inputs in expert t, one row per cal
 B_t, one row per token, is what the layer shall give besides: what the merged model's residual stream lacks there, or
 the difference of the biases. It may be 0.
 
+If what the experts give is there already, Y_t = Z_t W_t^T + B_t, less is to be multiplied for the same
+
+    R = sum_t c_t Y_t^T X_t - W_a S
+
+but its rounding errors are those of both parts: this is for ridges of `COARSE` or more, which they do not get through.
+
 With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, equation 3) with a ridge towards an
 anchor; with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is
 written with differences, so that nothing is lost to rounding where the merged model is close to the experts.
@@ -50,6 +56,7 @@ from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
 COLUMNS = 256  # of a product that one job computes
 ROWS = 384  # output rows that one job solves for
+COARSE = 1e-3  # a ridge
 DUAL_ABOVE = 8192  # inputs: beyond as many, the products of all pairs of inputs are not worth their memory
 DUAL_TOKENS = 4096  # that the dual form keeps of such a layer, spread evenly
 
@@ -116,12 +123,19 @@ class Inputs:
             return False
         return keeps_rows(self.size, sum(rows.tokens for rows in self.experts))
 
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether `solve` takes what the experts give; one that counts alone shall come out as it is, bit by bit."""
+        several = sum(rows.weight > 0 for rows in self.experts) > 1
+        return several and not self.is_dual and self.alpha == 1 and self.ridge >= COARSE
+
     def solve(
         self,
         anchor: torch.Tensor,
         weights: Sequence[torch.Tensor],
         besides: Sequence[Besides] | None = None,
         out: torch.Tensor | None = None,
+        whole: bool = False,
     ) -> torch.Tensor:
         """Fit one layer.
 
@@ -130,6 +144,7 @@ class Inputs:
             weights: W_t of each expert, (out, in), of any floating dtype; brought to fp32 row by row.
             besides: B_t of each expert, in the parts of its rows.
             out: where the result goes, fp32 (out, in); it may be `anchor` itself. By default a new tensor.
+            whole: whether `besides` are Y_t, where `takes_outputs`.
 
         Returns:
             W, fp32 (out, in).
@@ -141,12 +156,19 @@ class Inputs:
         if self.size == 0 or all(rows.tokens == 0 for rows in self.experts):
             return out.copy_(anchor)
         besides = besides or [None] * len(self.experts)
-        return (self._dual if self.is_dual else self._primal)(anchor, weights, besides, out)
+        if self.is_dual:
+            return self._dual(anchor, weights, besides, out)
+        return self._primal(anchor, weights, besides, out, whole)
 
     # ----- the primal form
 
     def _primal(
-        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides], out: torch.Tensor
+        self,
+        anchor: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        besides: Sequence[Besides],
+        out: torch.Tensor,
+        whole: bool = False,
     ) -> torch.Tensor:
         if self._factor is None or self._factor[0] != self.ridge:
             self._factor = self.ridge, factorised(self._sum_of_products(), self.ridge, self.jobs)
@@ -174,8 +196,11 @@ class Inputs:
                 self.experts, self._grams, shifts, alone, weights, besides, strict=True
             ):
                 known = weight[part].float()
-                found = (known - anchor[part]) @ gram
-                if shift is not None:
+                found = (-anchor[part] if whole else known - anchor[part]) @ gram
+                if whole and isinstance(rows, Rows):
+                    for target, merged in zip(more or (), rows.merged, strict=True):
+                        found.addmm_(target[:, part].T, merged)
+                elif shift is not None:
                     found.addmm_(known, shift)
                 elif by_token and isinstance(rows, Rows) and (rows.shifted or more is not None):
                     for i, (merged, own) in enumerate(zip(rows.merged, rows.own, strict=True)):

@@ -219,3 +219,20 @@ def test_a_layer_with_many_outputs_is_fitted_as_its_rows_are() -> None:
     shared.ridge = 10.0
     again = shared.solve(anchor[:8], [each[:8] for each in weights])
     assert torch.allclose(again, Inputs(grams, 10.0).solve(anchor[:8], [each[:8] for each in weights]), atol=1e-5)
+
+
+def test_what_the_experts_give_may_be_given_in_place_of_what_it_is_computed_from() -> None:
+    experts = [
+        Rows([draw(1, 20, 5), draw(2, 9, 5)], [draw(3, 20, 5), draw(4, 9, 5)]),
+        Rows([draw(5, 30, 5)], [draw(6, 30, 5)], 2.0),
+    ]
+    anchor, weights = draw(7, 4, 5), [draw(8, 4, 5), draw(9, 4, 5)]
+    more = [[draw(10, 20, 4), draw(11, 9, 4)], [draw(12, 30, 4)]]
+    given = [
+        [z @ weight.T + b for z, b in zip(rows.own, parts, strict=True)]
+        for rows, weight, parts in zip(experts, weights, more, strict=True)
+    ]
+    inputs = Inputs(experts, 0.01)
+    assert inputs.takes_outputs and not Inputs(experts, 1e-4).takes_outputs
+    expected = inputs.solve(anchor, weights, more)
+    assert torch.allclose(inputs.solve(anchor, weights, given, whole=True), expected, atol=1e-5)
