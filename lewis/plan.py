@@ -19,6 +19,7 @@ from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry, grams_place
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
+from lewis.merge.few_tokens import told_of_shared_set
 from lewis.merge.forecast import forecast, without_models
 from lewis.merge.low_rank import factor_bytes
 from lewis.merge.resolved import stored_dtype
@@ -54,6 +55,7 @@ class Plan:
     Attributes:
         inputs: ref, commit and bytes of each model.
         findings: what configs, tokenizers and headers tell of models that do not belong together.
+        warning: what is perhaps wrong with the calibration sets of a fit, as a sentence; else empty.
         renamed: which models have other names for the base's tensors, and how they are read.
         layers: the covered layers; empty without a lewis block.
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
@@ -77,6 +79,7 @@ class Plan:
     findings: list[Finding] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
+    warning: str = ""
     layers: list[Layer] = field(default_factory=list)
     uncovered: dict[str, float] = field(default_factory=dict)
     tensors: int = 0
@@ -109,6 +112,7 @@ class Plan:
         lines += [f"names   {each}" for each in self.renamed]
         lines += ["", f"output  {self.output}"] if self.output else []
         lines += ["", *(each.to_text() for each in self.findings)] if self.findings else []
+        lines += ["", f"warning: {self.warning}"] if self.warning else []
         lines += ["", *(f"{step.state:<7} {step.name}" for step in self.steps), ""]
         lines += [
             f"covered {kind}: {len(where)} layers ({min(where)} to {max(where)})" for kind, where in kinds.items()
@@ -146,7 +150,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
-    plan.findings = before_download(recipe, base, experts)
+    plan.findings, plan.warning = before_download(recipe, base, experts), told_of_shared_set(recipe)
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())

@@ -16,6 +16,7 @@ from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
+from lewis.merge.few_tokens import told_of_shared_set
 from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -134,6 +135,7 @@ def report_run(
         verdict=verdict,
         means=allocated.means if allocated else {},
         ridge=merged.ridge,
+        warning=told_of_shared_set(recipe),
         links=links,
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.step import prepare_calibration
 from lewis.merge.adapter import Adapter
 from lewis.merge.expert import Expert
+from lewis.merge.few_tokens import told_of_shared_set
 from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
 from lewis.merge.sliced import prepare_slices
@@ -25,6 +27,8 @@ from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
+
+logger = logging.getLogger(__name__)
 
 
 class MergedModel(Reference):
@@ -125,6 +129,8 @@ def prepare_merge(
 
 def calibrations_of(recipe: Recipe, base: ModelFiles) -> dict[str, Calibration]:
     """Expert, as the recipe names it -> its calibration set, found in the store or made."""
+    if told := told_of_shared_set(recipe):
+        logger.warning("%s", told)
     names = {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}
     sets = {name: Calibration.load(prepare_calibration(recipe, name, base).path) for name in set(names.values())}
     return {model: sets[name] for model, name in names.items()}

@@ -56,6 +56,7 @@ class RunFacts:
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.
         ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
+        warning: what is perhaps wrong with what it was fitted to, as a sentence; else empty.
         links: text -> URL.
         adapter: if the merge is a LoRA adapter, what it holds and what error it leaves.
     """
@@ -76,6 +77,7 @@ class RunFacts:
     verdict: Verdict | None = None
     means: Mapping[str, float] = field(default_factory=dict)
     ridge: str = ""
+    warning: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
     adapter: str = ""
 
@@ -96,7 +98,7 @@ def to_markdown(facts: RunFacts) -> str:
         _section("What is kept of each expert's gain", _kept(facts.kept)),
         _section("Compared, document by document", _comparison(facts.comparison)),
         _verdict(facts.verdict),
-        _section("The fit", plain(facts.ridge)),
+        _section("The fit", "\n\n".join(plain(each) for each in (facts.warning, facts.ridge) if each)),
         _section("Mean density", _means(facts.means)),
         *(_section(plain(title), picture(title, png)) for title, png in facts.pictures.items()),
     ]

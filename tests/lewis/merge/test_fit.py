@@ -18,9 +18,11 @@ from lewis import pipeline, store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.merge.expert import Expert
+from lewis.merge.few_tokens import told_of_shared_set
 from lewis.merge.resolved import resolve
 from lewis.merge.run import Merge
 from lewis.models.checkpoint import Checkpoint
+from lewis.plan import Plan
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, SAMPLES, SIZES, T5, write
@@ -336,6 +338,29 @@ def test_few_tokens_are_told_with_their_number(family: Family, tmp_path: Path, c
     run(recipe_of(family.base, [family.math], models=models, lewis={"calibrations": sets}), tmp_path / "out")
     assert "14 of 14 projections saw fewer tokens of its calibration set than they have inputs, such as" in caplog.text
     assert "down_proj.weight, 3 tokens for 32 inputs" in caplog.text
+
+
+def test_experts_that_share_a_set_by_default_are_told(family: Family, caplog: Any) -> None:
+    sets = {"some": {"texts": ["w1 w2 w3"], "samples": 1}}
+
+    def of(*names: str | None, **blocks: Any) -> Recipe:
+        models = [
+            {"model": str(path), **({"calibration": name} if name else {})}
+            for path, name in zip(family.experts, names, strict=False)
+        ]
+        return recipe_of(family.base, family.experts, models=models, lewis={"calibrations": sets}, **blocks)
+
+    told = told_of_shared_set(of(None, None))
+    assert (
+        told.startswith(f"{family.experts[0]} and {family.experts[1]} name no calibration set, ") and "'some'" in told
+    )
+    assert "models[].calibration" in told
+    assert told_of_shared_set(of("some", None)).startswith(f"{family.experts[1]} names no calibration set, ")
+    assert not told_of_shared_set(of("some", "some")) and not told_of_shared_set(of(None))
+    assert not told_of_shared_set(of(None, None, method="ties", parameters={}))
+    recipe = of(None, None)
+    prepare(recipe)
+    assert told in caplog.text and f"warning: {told}" in Plan("a", "b", warning=told_of_shared_set(recipe)).to_text()
 
 
 def test_a_forecast_counts_the_fit(family: Family) -> None:
