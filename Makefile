@@ -5,6 +5,7 @@
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
 #             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
+# make drill  two hours of operations of the service in fast motion, with what breaks in them: ten minutes on an idle machine
 # make setup  only installs: a venv in .venv and this package, editable
 
 PYTHON ?= python3
@@ -40,6 +41,9 @@ suite: setup
 
 real: setup
 	LEWIS_REAL=1 $(BIN)/pytest tests/flows/test_real.py
+
+drill: setup
+	LEWIS_DRILL=1 $(BIN)/pytest -s --timeout 3600 tests/flows/service/test_drill.py
 
 faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/service/test_up.py tests/flows/runners

@@ -20,6 +20,8 @@ from lewis_tasks.support.waiting import LONG, WAITING
 
 TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
 DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
+STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
+_NOT_PENDING = ("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late")
 _RUN = "{{ flow_run.name }}: {{ flow_run.state.message or flow_run.state.name }}\n\n{{ flow_run|ui_url }}"
 _EVENT = "{{ event.payload.message }}{% if flow_run %}\n\n{{ flow_run|ui_url }}{% endif %}"
 
@@ -58,6 +60,21 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
                 message="Its heartbeats stopped: the process or machine died. Run it again: what was finished is kept.",
             )
         ],
+    )
+    yield AutomationCore(
+        name="lewis-stuck-runs",
+        description="A run whose worker died while it started the run's process would be Pending for ever.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.Pending"},
+            expect={f"prefect.flow-run.{state}" for state in _NOT_PENDING},
+            match=_ANY_RUN,
+            match_related=_ours(),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=STARTS_WITHIN,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="It was never started: its worker died.")],
     )
     block = _notification_block(client)
     if block is None:

@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Crashed, Failed, Late, Running, Scheduled
+from prefect.states import Completed, Crashed, Failed, Late, Pending, Running, Scheduled
 
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
@@ -123,6 +123,7 @@ def test_what_a_person_should_know_is_notified_with_a_link(
     monkeypatch.setenv("LEWIS_NOTIFY_URL", sink.url)
     monkeypatch.setattr(waiting, "LONG", timedelta(0))
     monkeypatch.setattr(automations, "LONG", timedelta(seconds=10))  # the least that Prefect takes
+    monkeypatch.setattr(automations, "STARTS_WITHIN", timedelta(seconds=10))
     put_automations(client)
     try:
         assert all(each.description for each in client.read_automations())
@@ -133,6 +134,10 @@ def test_what_a_person_should_know_is_notified_with_a_link(
             client.set_flow_run_state(run.id, Late(), force=True)
             late[name] = run.id
         client.set_flow_run_state(late["merge late for a moment"], Running(), force=True)
+        stuck_run, other = (client.create_flow_run(_watch, tags=["lewis"], state=Scheduled()).id for _ in range(2))
+        for run_id, states in ((stuck_run, [Pending()]), (other, [Pending(), Running()])):
+            for each in states:
+                client.set_flow_run_state(run_id, each, force=True)
         died = client.create_flow_run(_watch, name="watch all recipes", tags=["lewis"], state=Running())
         client.set_flow_run_state(died.id, Crashed(message="the next poll does its work"), force=True)
         waits = Completed(name="AwaitingApproval", message="v4: acc 0.9; passed, waits for: lewis approve tiny/4")
@@ -159,6 +164,9 @@ def test_what_a_person_should_know_is_notified_with_a_link(
         told = "merge late was due long ago: is there a worker, and has it time?"
         expected["LEWIS: a run is late"] = f"{told}\n\nhttp://127.0.0.1:4200/runs/flow-run/{late['merge late']}"
         deadline = time.monotonic() + 60
+        while (ended := client.read_flow_run(stuck_run).state_name) != "Crashed" and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert ended == "Crashed" and client.read_flow_run(other).state_name == "Running"
         while len(sink.received) < len(expected) and time.monotonic() < deadline:
             time.sleep(0.2)
         found = {
