@@ -5,13 +5,13 @@
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
 #             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
-# make drill  two hours of operations of the service in fast motion, with what breaks in them: ten minutes on an idle machine
+# make drill  two hours of operations of the service in fast motion, with what breaks in them
 # make setup  only installs: a venv in .venv and this package, editable
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test types suite real faults test-production clean
+.PHONY: setup demo test types suite real faults test-production drill clean
 
 setup: .venv/.installed
 

@@ -1,8 +1,8 @@
 """Two hours of operations in fast motion, as the person who watches them sees it.
 
 Three recipes and twelve releases: two are broken, one is rejected; a champion is rolled back, another is approved
-by a person; a search; a run of a cron schedule; worker, receiver and server are killed once each. It takes ten minutes,
-so `make drill` runs it, and `make test` leaves it out.
+by a person; a search; a run of a cron schedule; worker, receiver and server are killed once each. It takes long:
+`make drill` runs it, and `make test` leaves it out.
 """
 
 import json
