@@ -103,7 +103,7 @@ class Drill:
         self._count += 1
         leaning, folder = self.root / f"leaning-{self._count}", self.root / f"release-{self._count}"
         rewrite(self.base, leaning, self._towards(0.2 if good else -0.4, slice(4, 5)))  # the row of w1
-        write_expert(leaning, folder, seed=self._count)
+        write_expert(leaning, folder, seed=self._count, scale=0.002)
         if broken == "cut":
             (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:300])
         if broken == "wide":
@@ -220,10 +220,10 @@ def drill(tmp_path: Path) -> Iterator[Drill]:
         (recipes / "tasks").mkdir()
         (recipes / "tasks" / "words.yaml").write_text(TASK)
         hub.commit("org/base", drill.base)
-        hub.commit("org/other", write_expert(drill.base, tmp_path / "other", seed=99))
+        hub.commit("org/other", write_expert(drill.base, tmp_path / "other", seed=99, scale=0.002))
         for name in RECIPES:
             drill.add_recipe(name)
-            hub.commit(f"org/{name}", write_expert(drill.base, tmp_path / name, seed=98))
+            drill.release(name)
         with drill.service:
             yield drill
 
@@ -333,7 +333,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
         "LEWIS: a merge was rejected": 1,
         "LEWIS: a version waits for approval": 1,
     }, service.sink.received
-    assert drill._count == 12 and sum(drill.expected.values()) == 19, drill.expected
+    assert drill._count == 3 + 12 and sum(drill.expected.values()) == 19, drill.expected
     service.stop()
     step("stopped")
     assert drill.complaints() == []
