@@ -180,7 +180,7 @@ def test_several_documents_use_each_others_outputs(example: str, place: Path, tm
 
 @pytest.mark.usefixtures("home")
 def test_other_architectures_run(place: Path, tmp_path: Path) -> None:
-    """examples/arcee_fusion.yml; examples/gpt2-small.yml and vlm-linear.yml of its branches."""
+    """examples/arcee_fusion.yml, and gpt2-small.yml of an older branch."""
     text = "models: [{model: a}, {model: b}]\nmerge_method: arcee_fusion\nbase_model: a\n"
     found = load_file(merged(text, place, tmp_path / "fusion") / "model.safetensors")
     one, two = (load_file(place / name / "model.safetensors") for name in "ab")
