@@ -1,7 +1,8 @@
 # make demo   sets everything up and runs the whole DAG on a family of tiny models
 # make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
 # make faults has ten thousand inputs for each fuzzer of tests/faults, where make test has a few hundred, and kills runs at
-#             fifty points, races them, and takes disk, store and servers from them: hours. LEWIS_FAULTS_POINTS=12 is fewer
+#             fifty points, races them, and takes disk, store and servers from them; and the longest tests of the service, the
+#             search and the pages in a browser: hours. LEWIS_FAULTS_POINTS=12 is fewer
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
 #             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
@@ -37,7 +38,7 @@ types: setup
 	nice $(BIN)/mypy
 
 suite: setup
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --cov=lewis --cov-fail-under=90 --durations=30
 
 real: setup
 	LEWIS_REAL=1 $(BIN)/pytest tests/flows/test_real.py
@@ -46,7 +47,7 @@ drill: setup
 	LEWIS_DRILL=1 $(BIN)/pytest -s --timeout 3600 tests/flows/service/test_drill.py
 
 faults: setup
-	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/service/test_up.py tests/flows/runners
+	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/test_search.py tests/flows/service/test_up.py tests/flows/runners tests/flows/service/test_browser.py
 
 test-production: setup
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,auth,postgres,s3,production]'

@@ -82,18 +82,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder that all test processes share."""
     mine = tmp_path_factory.getbasetemp()
     return mine if worker_id == "master" else mine.parent
 
 
 @pytest.fixture(scope="session")
-def empty_database(shared: Path) -> Path:
+def empty_database(common: Path) -> Path:
     """MLflow's tables without a row of ours."""
     from tests.support.databases import empty_mlflow
 
-    return empty_mlflow(shared)
+    return empty_mlflow(common)
 
 
 @pytest.fixture(scope="session")
@@ -108,11 +108,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.fixture(scope="session")
-def installed(shared: Path) -> Path:
+def installed(common: Path) -> Path:
     """The environment that the wheel is installed in, made once for all test processes."""
     from tests.support import wheel
 
-    return wheel.install(shared / "wheel")
+    return wheel.install(common / "wheel")
 
 
 @pytest.fixture(scope="session", autouse=True)

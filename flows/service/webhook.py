@@ -114,13 +114,10 @@ def serve(host: str, port: int, secret: str) -> None:
         secret: as for `create_app`.
 
     Raises:
-        InputError: if the port is taken, or there is no Prefect server to tell.
+        InputError: if the port is taken.
     """
     import uvicorn
-    from prefect.settings import PREFECT_API_URL
 
-    if not PREFECT_API_URL.value():
-        raise InputError("PREFECT_API_URL is not set: there is no server to tell of a release; start `lewis up`")
     app = create_app(secret, metrics_key())
     try:
         listening = socket.create_server((host, port))
@@ -150,6 +147,14 @@ def _secret() -> str:
     return webhook_secret()
 
 
+def _check_server() -> None:
+    """Raise InputError unless a Prefect server is named: without one, Prefect's client would start its own."""
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise InputError("PREFECT_API_URL is not set: there is no server to tell of a release; start `lewis up`")
+
+
 def main() -> int:
     """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
     try:
@@ -161,6 +166,7 @@ def main() -> int:
         port = os.environ.get("LEWIS_WEBHOOK_PORT", "4300")
         if not port.isdecimal() or int(port) > 65535:
             raise InputError(f"LEWIS_WEBHOOK_PORT: expected a port, 0 to 65535, got {port!r}")
+        _check_server()
         with suppress(KeyboardInterrupt):
             serve(os.environ.get("LEWIS_WEBHOOK_HOST", "127.0.0.1"), int(port), _secret())
     except InputError as error:

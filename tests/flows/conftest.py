@@ -43,14 +43,14 @@ register: {name: tiny, gate: {metric: "words/acc,none", min_gain: -1}}
 
 
 @pytest.fixture(scope="session")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[str]:
+def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Iterator[str]:
     """One server for all commands that the tests run."""
     from lewis_flows import environment
     from lewis_flows.service.servers import prefect_server
 
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("prefect-home")
-        put_prefect(shared, home)
+        put_prefect(common, home)
         patch.setenv("LEWIS_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)
         environment.prepare()

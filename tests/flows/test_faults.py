@@ -177,6 +177,6 @@ def test_no_space(
     (tmp_path / "r.yaml").write_text(
         json.dumps({"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}]})
     )
-    monkeypatch.setattr("lewis.store.files.free_space", lambda _: 1000)
+    monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
     assert main(["merge", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "out")]) == 2
     assert "no space: the output needs 0.01 GB" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -165,7 +165,8 @@ SLOW_MERGE = """
 """
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=full), signal.SIGKILL])
+@full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_flow(number: signal.Signals, lewis: Command, recipe: Path, home: Path) -> None:
     settings = {"LEWIS_TASK_RUNNER": "process", "LEWIS_MAX_WORKERS": "1"}
     process = lewis("run", recipe, *PLAIN, patch=in_worker("merge", "merge", SLOW_MERGE), **settings)

@@ -16,10 +16,10 @@ from lewis.registry.registration import Registration
 from lewis_flows.service.processes import free_port
 from lewis_flows.service.servers import mlflow_process
 from tests.benchmarks.browser import CHROMIUM, Browser
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.support.prefect_key import KEY
 
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium")
+pytestmark = [full, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium")]
 
 
 @pytest.fixture

@@ -111,6 +111,6 @@ def test_the_server_keeps_no_schedule_of_a_recipe_that_is_gone(folder: Path) -> 
 def test_what_is_deployed_names_no_recipe_but_in_schedules() -> None:
     """`search` was deployed with the recipe `smollm2`, which a folder of the user's own has not."""
     content = yaml.safe_load(deploy.PREFECT_YAML.read_text())
-    assert [each["name"] for each in content["deployments"] if "parameters" in each] == []
+    assert [each["name"] for each in content["deployments"] if "recipe" in each.get("parameters", {})] == []
     schedules.add_schedules(content, [])
     assert [each["schedules"] for each in content["deployments"] if each["name"] == schedules.NIGHTLY] == [[]]

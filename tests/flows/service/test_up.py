@@ -55,7 +55,7 @@ NAMES = ("scored", "missed", "cron", "restarted", "killed", *FAULTS)
 
 @pytest.fixture(scope="module")
 def service(
-    tmp_path_factory: pytest.TempPathFactory, family: Family, shared: Path, empty_database: Path
+    tmp_path_factory: pytest.TempPathFactory, family: Family, common: Path, empty_database: Path
 ) -> Iterator[Service]:
     """A service that polls only when it is told to."""
     root = tmp_path_factory.mktemp("service")
@@ -64,7 +64,7 @@ def service(
         for name in ("other", "shared", "late", *NAMES):
             hub.commit(f"org/{name}", family.code)
         service = Service(root, hub)
-        put_prefect(shared, service.home)
+        put_prefect(common, service.home)
         (service.home / "mlflow").mkdir()
         shutil.copy(empty_database, service.home / "mlflow" / "mlflow.db")
         write_words(service.recipes)
@@ -145,6 +145,7 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     assert len(service.versions("scored")) == 1
 
 
+@full
 def test_what_the_receiver_missed_is_found_by_the_poll(service: Service, family: Family) -> None:
     webhooks, service.hub.webhooks[:] = list(service.hub.webhooks), []
     try:
@@ -171,6 +172,7 @@ def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
     assert run["state_name"] == "Promoted" and len(merged_from(service, "cron")) == 1
 
 
+@full
 def test_a_recipe_that_is_dropped_in_is_picked_up(service: Service, family: Family) -> None:
     """And five commits in ten seconds are one merge, of the newest."""
     add_recipe(service, "late", "late")
@@ -197,6 +199,7 @@ def nightly(service: Service) -> set[str]:
     return {each["slug"] for each in service.ask("/deployments/name/merge/merge-nightly")["schedules"]}
 
 
+@full
 def test_two_recipes_that_share_an_expert_measure_it_once(service: Service, family: Family) -> None:
     release(service, "shared", family)
     for name in ("one", "two"):

@@ -264,7 +264,7 @@ class TestStore:
     def test_space_is_checked_before_the_pass(
         self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("lewis.store.files.free_space", lambda _: 1000)
+        monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
         with pytest.raises(InputError, match="no space"):
             step.find_or_measure_grams(Checkpoint(family.math, "key"), CALIBRATION)
         assert not self.entries(home)

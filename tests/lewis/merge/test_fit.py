@@ -421,7 +421,7 @@ class TestRefused:
             prepare(recipe_of(family.base, [family.code, other], tokenizer_source="base", **rows))
 
     def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lewis.store.files.free_space", lambda _: 1000)
+        monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
         with pytest.raises(InputError, match="no space"):
             run(recipe_of(family.base, family.experts), tmp_path / "out")
         assert not (tmp_path / "out").exists() and store.home()
