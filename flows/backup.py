@@ -25,7 +25,6 @@ from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
 _FOLDERS = ("mlflow/artifacts", "outbox")
-_SECRETS = ("*-key", "*-secret", "*-password")
 _SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 
@@ -114,10 +113,9 @@ def _copy_store(target: Path) -> None:
     for name in _FOLDERS:
         if (store.home() / name).is_dir():
             shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*"))
-    for pattern in _SECRETS:
-        for path in store.home().glob(pattern):
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target)
+    for path in store.secret_files():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
 
 
 def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path]]:

@@ -14,6 +14,9 @@ from lewis_flows import recipes_folder
 MERGE, SEARCH, WATCH, VERIFY, RETENTION = "merge", "search", "watch-releases", "verify", "retention"
 """Names of our flows, as their decorators give them to Prefect."""
 
+ALL = (MERGE, SEARCH, WATCH, VERIFY, RETENTION)
+"""All of them."""
+
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 """State types of a run that has begun, or is about to, and has not ended."""
 

@@ -31,7 +31,6 @@ DAYS = 90.0
 _DAY = 86400.0
 _PAGE = 200  # what the server gives at most
 _SHOWN = 500  # rows of the table
-_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.WATCH, prefect_runs.VERIFY, prefect_runs.RETENTION)
 
 
 @flow(name=prefect_runs.RETENTION, flow_run_name="retention", **run_tags.HOOKS)
@@ -117,7 +116,7 @@ def _ended(client: SyncPrefectClient, before: float) -> Iterator[FlowRun]:
     }
     for offset in range(0, 10_000_000, _PAGE):
         page = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=list(_FLOWS))),
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL))),
             flow_run_filter=FlowRunFilter.model_validate(wanted),
             sort=FlowRunSort.END_TIME_DESC,
             limit=_PAGE,

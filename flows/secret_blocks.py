@@ -34,8 +34,7 @@ def load_for_run(recipe: str | None) -> None:
 
 def load_for_receiver() -> None:
     """Set the secret of the webhook if the environment does not have it."""
-    if not os.environ.get("LEWIS_WEBHOOK_SECRET"):
-        _set({"LEWIS_WEBHOOK_SECRET": _read([WEBHOOK_SECRET]).get(WEBHOOK_SECRET)})
+    _set({"LEWIS_WEBHOOK_SECRET": _read([WEBHOOK_SECRET]).get(WEBHOOK_SECRET)})
 
 
 def _set(values: Mapping[str, str | None]) -> None:

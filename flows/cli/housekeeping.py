@@ -12,9 +12,16 @@ from lewis_flows.cli.terminal import show_log
 
 def gc_options(command: argparse.ArgumentParser) -> None:
     """`--days N` and `--yes`."""
-    command.add_argument(
-        "--days", metavar="N", type=float, default=14.0, help="keep what was used in the last N days (14)"
-    )
+    _removal_options(command, "keep what was used in the last N days", 14.0)
+
+
+def retention_options(command: argparse.ArgumentParser) -> None:
+    """`--days N` and `--yes`."""
+    _removal_options(command, "keep what ended or was written in the last N days", 90.0)
+
+
+def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -> None:
+    command.add_argument("--days", metavar="N", type=float, default=days, help=f"{what} ({days:.0f})")
     command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
 
 
@@ -36,14 +43,6 @@ def gc(options: argparse.Namespace) -> None:
         print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
     done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
     print(f"{len(found)} entries, {done}" if found else "nothing to remove")
-
-
-def retention_options(command: argparse.ArgumentParser) -> None:
-    """`--days N` and `--yes`."""
-    command.add_argument(
-        "--days", metavar="N", type=float, default=90.0, help="keep what ended or was written in the last N days (90)"
-    )
-    command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
 
 
 def retention(options: argparse.Namespace) -> None:

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis_flows.service import api_key, mlflow_key, note
+from lewis_flows.service import api_key, mlflow_key, note, worker
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_process
 
@@ -102,13 +101,8 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
 
 
 def _worker() -> list[str]:
-    options = {
-        "--pool": "lewis",
-        "--type": "process",
-        "--name": f"lewis-{socket.gethostname()}",
-        "--limit": os.environ.get("LEWIS_WORKER_LIMIT", "4"),
-    }
-    return ["-m", "prefect", "worker", "start", *chain.from_iterable(options.items())]
+    limit = os.environ.get("LEWIS_WORKER_LIMIT", "4")
+    return worker.command(["--name", f"lewis-{socket.gethostname()}", "--limit", limit])
 
 
 def _receiver(urls: dict[str, str], say: Say) -> Process:

@@ -21,12 +21,11 @@ from starlette.requests import ClientDisconnect
 
 from lewis.errors import InputError
 from lewis_flows import environment, json_logs, secret_blocks
-from lewis_flows.service import api_key, secret_file
+from lewis_flows.service import api_key, webhook_secret
 from lewis_flows.service.access_log import AccessLog
 from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
 from lewis_flows.service.ready import Readiness
 from lewis_flows.service.receiver import Receiver
-from lewis_flows.service.webhook_secret import webhook_secret
 
 logger = logging.getLogger("lewis.webhook")
 
@@ -132,9 +131,9 @@ def _secret() -> str:
     """The secret of the environment or of the store; else that of Prefect's block; else a new one, which is kept.
 
     Raises:
-        InputError: if Prefect, which may have it, does not answer, or as `webhook_secret`.
+        InputError: if Prefect, which may have it, does not answer, or as `webhook_secret.webhook_secret`.
     """
-    if not os.environ.get("LEWIS_WEBHOOK_SECRET") and not secret_file.path("webhook-secret").exists():
+    if not os.environ.get("LEWIS_WEBHOOK_SECRET") and not webhook_secret.path().exists():
         from httpx import HTTPError
 
         try:
@@ -144,7 +143,7 @@ def _secret() -> str:
                 f"the Prefect server, which may have the secret, does not answer ({type(error).__name__}); start it "
                 "first, or set LEWIS_WEBHOOK_SECRET"
             ) from None
-    return webhook_secret()
+    return webhook_secret.webhook_secret()
 
 
 def _check_server() -> None:

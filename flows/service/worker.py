@@ -15,8 +15,8 @@ from lewis_flows.service import api_key
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """The command that it becomes."""
-    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", *arguments]
+    """What Python is started with: the command that it becomes, without the program."""
+    return ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", *arguments]
 
 
 def main() -> int:
@@ -27,8 +27,7 @@ def main() -> int:
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    became = command(sys.argv[1:])
-    os.execv(became[0], became)
+    os.execv(sys.executable, [sys.executable, *command(sys.argv[1:])])
 
 
 if __name__ == "__main__":

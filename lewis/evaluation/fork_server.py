@@ -16,7 +16,6 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lewis import store
@@ -84,7 +83,7 @@ class _ForkServer:
     def __init__(self, environment: Mapping[str, str], *, loaded: bool, network: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        before = walls(_secrets(), network=network)
+        before = walls(store.secret_files(), network=network)
         self._owner = (os.getpid(), _when_loaded(environment), before)
         # -P: a random.py in the working directory must not stand in for the library's
         command = [*before, sys.executable, "-P", "-m", "lewis.evaluation.harness_child", str(theirs.fileno())]
@@ -102,7 +101,7 @@ class _ForkServer:
 
     def serves(self, environment: Mapping[str, str], *, network: bool) -> bool:
         """Whether this process started it, behind the same walls, in the same environment as far as imports go."""
-        return self._owner == (os.getpid(), _when_loaded(environment), walls(_secrets(), network=network))
+        return self._owner == (os.getpid(), _when_loaded(environment), walls(store.secret_files(), network=network))
 
     def fork(self) -> Child:
         """A new child; OSError if the server is dead."""
@@ -165,8 +164,3 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) ->
 
 def _when_loaded(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(_NOT_READ_WHEN_LOADED)}
-
-
-def _secrets() -> list[Path]:
-    """The store's files that hold keys."""
-    return [store.home() / name for name in ("webhook-secret", "prefect-api-key", "mlflow-password")]

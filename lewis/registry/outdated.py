@@ -1,6 +1,5 @@
 """Old runs of MLflow that no registered version needs: find them, and delete them."""
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,7 @@ def remove(found: Outdated) -> None:
 
 def _all_runs(client: "MlflowClient") -> Iterator["Run"]:
     """All runs of ours, in the experiment and in those of the teams."""
-    base = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis"
+    base = tracking.experiment_name()
     ids = [e.experiment_id for e in client.search_experiments() if e.name == base or e.name.startswith(f"{base}/")]
     token: str | None = None
     while ids and (token is None or token):

@@ -66,16 +66,21 @@ def exists() -> bool:
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()
 
 
+def experiment_name(team: str = "") -> str:
+    """`MLFLOW_EXPERIMENT_NAME`, by default `lewis`; of a team with it behind a slash, `lewis/research`."""
+    return "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))
+
+
 def experiment(client: "MlflowClient", team: str = "") -> str:
-    """The id of the experiment `MLFLOW_EXPERIMENT_NAME`, by default `lewis`; created if it does not exist.
+    """The id of the experiment `experiment_name`; created if it does not exist.
 
     Args:
-        team: `register.team` of the recipe; the experiment of a team has it behind a slash, `lewis/research`.
+        team: `register.team` of the recipe.
 
     Raises:
         InputError: if it has been deleted.
     """
-    name = "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))
+    name = experiment_name(team)
     artifacts = _folder() / "artifacts"
     store.make_folder(artifacts)
     found = client.get_experiment_by_name(name)

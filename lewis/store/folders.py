@@ -29,6 +29,11 @@ def holds(path: Path) -> bool:
     return path.absolute().is_relative_to(home())
 
 
+def secret_files() -> list[Path]:
+    """The files of the store that hold secrets: keys and passwords, which are named after what they are."""
+    return sorted(path for ending in ("key", "secret", "password") for path in home().glob(f"*-{ending}"))
+
+
 def umask() -> int:
     """The mode bits that a file or folder of the store must not have."""
     with suppress(FileNotFoundError):

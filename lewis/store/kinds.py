@@ -86,6 +86,10 @@ LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<`store.writer`>
 RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
 SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
 QUARANTINE = Kind(entries.QUARANTINE, "*", notes_use=False)  # damaged entries that were set aside
+SHARED = {
+    kind.name: kind for kind in (IMPORTANCE, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, SCORES, PICTURES, GRAMS, MERGED)
+}
+"""The kinds that `LEWIS_STORE` keeps, by name."""
 REMOVABLE = (
     *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
     *(DIGESTS, PICTURES, DATASETS, LOGS, QUARANTINE),

@@ -13,7 +13,6 @@ from lewis.errors import TransientError
 from lewis.redact import redacted
 from lewis.store import kinds, remote
 from lewis.store.files import MANIFEST
-from lewis.store.folders import home
 from lewis.store.housekeeping import Needed
 from lewis.store.scratch import scratch_folder
 
@@ -75,17 +74,17 @@ def remove(found: Outdated) -> None:
         TransientError: if the remote half does not answer.
     """
     system, root = remote.opened()
-    kind = found.key.partition("/")[0]
+    kind, _, digest = found.key.partition("/")
     try:
         with suppress(FileNotFoundError):  # somebody else was quicker
             if kind in _FOLDERS:
                 system.rm_file(f"{root}/{found.key}/{MANIFEST}")
                 system.rm(f"{root}/{found.key}", recursive=True)
             else:
-                ending = ".png" if kind == kinds.PICTURES.name else ".json"
-                system.rm_file(f"{root}/{found.key}{ending}")
-                if kind == kinds.IMPORTANCE.name:
-                    system.rm_file(f"{root}/{found.key}{kinds.IMPORTANCE.beside}")
+                path = _local(kind, digest)
+                system.rm_file(f"{root}/{kind}/{path.name}")
+                if beside := kinds.SHARED[kind].beside:
+                    system.rm_file(f"{root}/{found.key}{beside}")
     except OSError as error:
         raise _away(error) from error
 
@@ -117,8 +116,7 @@ def _modified(system: Any, path: str, info: Mapping[str, Any]) -> float:
 
 
 def _local(kind: str, digest: str) -> Path:
-    ending = "" if kind in _FOLDERS else ".png" if kind == kinds.PICTURES.name else ".json"
-    return home() / kind / f"{digest}{ending}"
+    return kinds.SHARED[kind].path(digest)
 
 
 def _used_since(kind: str, digest: str, before: float) -> bool:

@@ -3,7 +3,6 @@
 `make faults` sets LEWIS_FAULTS_POINTS, at how many points a run is killed; `make test` leaves `full` tests out.
 """
 
-import ctypes
 import hashlib
 import json
 import os
@@ -15,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from tests.support.models import WORDS
 
 KINDS = ("wrong models", "half versions", "left over", "orphans", "tracebacks", "runs that failed again")
 LEFT_OUT = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
@@ -158,17 +156,6 @@ def below() -> dict[int, str]:
         with suppress(OSError):
             words[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return words
-
-
-@contextmanager
-def adopted() -> Iterator[None]:
-    """While the block lasts, the kernel gives this process what loses its parent, so that no orphan gets away."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def until(found: Callable[[], Any], patience: float, pause: float = 0.1) -> bool:

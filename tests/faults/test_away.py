@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.running import Run, Tally, adopted, below, half_done, until, write_recipe
+from tests.faults.running import Run, Tally, below, half_done, until, write_recipe
 from tests.flows.test_run import by_the_library
+from tests.support.orphans import adopted
 from tests.support.service import free_port
 
 pytestmark = full

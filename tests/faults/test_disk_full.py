@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.running import Tally, adopted, below, half_done, merged, until, write_recipe
+from tests.faults.running import Tally, below, half_done, merged, until, write_recipe
 from tests.flows.conftest import REPO
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.flows.test_run import by_the_library
+from tests.support.orphans import adopted
 
 
 def can_mount() -> bool:

@@ -21,7 +21,6 @@ from tests.conftest import POINTS, Family, full
 from tests.faults.running import (
     Run,
     Tally,
-    adopted,
     below,
     half_done,
     left_over,
@@ -33,6 +32,7 @@ from tests.faults.running import (
 from tests.flows import test_run
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.support.local_hub import LocalHub
+from tests.support.orphans import adopted
 from tests.support.service import Service, children
 
 pytestmark = full

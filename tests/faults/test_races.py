@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import POINTS, Family, full
-from tests.faults.running import Run, Tally, adopted, half_done, merged, write_recipe
+from tests.faults.running import Run, Tally, half_done, merged, write_recipe
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.flows.test_run import by_the_library
+from tests.support.orphans import adopted
 
 pytestmark = full
 

@@ -52,7 +52,8 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Itera
         home = tmp_path_factory.mktemp("prefect-home")
         put_prefect(common, home)
         patch.setenv("LEWIS_HOME", str(home))
-        patch.delenv("PREFECT_API_URL", raising=False)
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):  # a command of an earlier test leaves its own
+            patch.delenv(name, raising=False)
         environment.prepare()
         with prefect_server() as url:
             from prefect.logging.handlers import APILogWorker

@@ -15,7 +15,7 @@ from filelock import Timeout
 from lewis import store
 from lewis.store import kinds, lease, remote
 from lewis.store.lease import Lease
-from tests.lewis.store.test_remote import MAKERS, scores, whole
+from tests.lewis.store.test_remote import MAKERS, hold, scores, whole
 from tests.production.s3_server import BUCKET, S3Server
 
 
@@ -64,12 +64,6 @@ def test_damage_is_removed_and_made_again(machines: Machines) -> None:
     there = machines.root / "two" / "scores" / made.name
     assert not whole(there) and machines.objects() == []
     assert whole(scores()) and machines.objects() == [object_]
-
-
-def hold(ready: Any) -> None:
-    Lease("x").acquire()
-    ready.set()
-    time.sleep(60)
 
 
 def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ dozens. What reads the environment while it is imported and that a test may set,
 still imports for itself.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -18,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.orphans import adopted
+
 LIBRARIES = (
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
@@ -26,7 +27,6 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
 )
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "HUGGINGFACE_")  # what these names begin with
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class WarmPython:
@@ -69,14 +69,10 @@ class _Forked(subprocess.Popen[str]):
         arguments, folder, environment = given[0], given[5], given[6]
         out, err = given[13], given[15]
         request = json.dumps([self._code, arguments[1:], str(folder), dict(environment)])
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent now becomes a child of ours
-        try:
+        with adopted():  # the one that is forked loses its parent at once
             socket.send_fds(self._server, [len(request).to_bytes(8, "little")], [out, err])
             self._server.sendall(request.encode())
             self.pid = int(self._server.recv(32))
-        finally:
-            libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         self._child_created = True
         os.close(out)
         os.close(err)

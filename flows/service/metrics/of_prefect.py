@@ -27,7 +27,6 @@ WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
 _PAGE = 200  # what the server gives at most
 _TIMEOUT = 10.0  # seconds for one request
-_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.WATCH, prefect_runs.VERIFY, prefect_runs.RETENTION)
 
 
 class Ended(NamedTuple):
@@ -90,7 +89,7 @@ def _runs(client: SyncPrefectClient, now: datetime) -> Metric:
         "history_end": now.isoformat(),
         "history_interval_seconds": WINDOW.total_seconds(),
     }
-    for flow in _FLOWS:
+    for flow in prefect_runs.ALL:
         body = {**asked, "flows": {"name": {"any_": [flow]}}}
         counts: dict[str, int] = defaultdict(int)
         for interval in client.request("POST", "/flow_runs/history", json=body).json():

@@ -179,6 +179,14 @@ class Drill:
         environment = {**mine, **self.service.environment}
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.service.folder)
 
+    def promoted(self, *names: str) -> None:
+        """Release an expert of each recipe, and wait until all are promoted and nothing is wrong."""
+        for name in names:
+            self.release(name)
+        for name in names:
+            self.ends("merge", name, "Promoted", "release")
+        self.check(0)
+
     def check(self, code: int, *about: str) -> None:
         """`lewis status --check` has this exit code, and its first problem is about these."""
 
@@ -241,11 +249,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     drill.check(0)
 
     step("two releases at once")
-    for name in ("alpha", "beta"):
-        drill.release(name)
-    for name in ("alpha", "beta"):
-        drill.ends("merge", name, "Promoted", "release")
-    drill.check(0)
+    drill.promoted("alpha", "beta")
 
     step("a broken release, and one that is rejected")
     drill.release("alpha", broken="cut")
@@ -255,11 +259,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     drill.check(problems.FAILED, "alpha")
 
     step("better ones")
-    for name in ("alpha", "gamma"):
-        drill.release(name)
-    for name in ("alpha", "gamma"):
-        drill.ends("merge", name, "Promoted", "release")
-    drill.check(0)
+    drill.promoted("alpha", "gamma")
 
     step("a rollback, a recipe that is broken for a while, and a cron run, which finds nothing new")
     schedule_once(service, "alpha", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))

@@ -410,7 +410,7 @@ class TestTrust:
         if not walls._possible():
             pytest.skip("this machine makes no namespaces")
         (tmp_path / "home").mkdir(exist_ok=True)
-        for name in ("home/webhook-secret", "home/mlflow-password", "home/.netrc", "home/.ssh/id"):
+        for name in ("home/webhook-secret", "home/mlflow-password", "home/metrics-key", "home/.netrc", "home/.ssh/id"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("s3cret")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
