@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ _LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ORPHANED = 5.0  # seconds of grace at most if the parent has died: nobody waits for an orderly end
 _PAUSE = 0.05  # seconds between two looks
+
+
+def guarded(command: Sequence[str], grace: float) -> list[str]:
+    """The command line of a guard that works for this process.
+
+    Args:
+        command: what it runs; the program is named by its path.
+        grace: seconds that the command has to end after SIGTERM.
+    """
+    # -I and -S: the guard needs no packages, and none may shadow Python's own modules.
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace), *command]
 
 
 class Guard:

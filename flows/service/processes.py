@@ -67,10 +67,8 @@ class Process:
         """
         store.make_folder(self.log.parent)
         with store.lock(f"{self.name}-start"):  # one start at a time, because the first migrates the database
-            # -I and -S: the guard needs no packages, and none may shadow Python's own modules.
-            guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._grace), *self._command]
             self._child = subprocess.Popen(
-                guarded,
+                guard.guarded(self._command, self._grace),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -101,10 +101,8 @@ def serving(
     command, url = _command(model, port, gpus), f"http://127.0.0.1:{port}/v1"
     direct = ",".join(filter(None, ["127.0.0.1", os.environ.get("NO_PROXY") or os.environ.get("no_proxy")]))
     with tempfile.TemporaryFile() as output:
-        # -I and -S: the guard needs no packages, and none may shadow Python's own modules.
-        guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(_GRACE), *command]
         process = subprocess.Popen(
-            guarded,
+            guard.guarded(command, _GRACE),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
