@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from collections import Counter
 from datetime import UTC, datetime
 
 from rich.console import Console
@@ -15,6 +17,16 @@ _RUN = re.compile(
     r"^Flow run '(?!watch |verify|retention)(.*)' - (Beginning flow run|Finished in state) "
     r"|^Flow run 'watch .*' - Finished in state (Announced|Problems)\b"
 )
+_FAILED = re.compile(r"^Flow run '.*' - Finished in state (Failed|Crashed)\b")
+_FAILED_AGAIN = re.compile(r"^Flow run '.*' - Engine execution exited with unexpected exception$")
+# What a worker says while Prefect is away, and makes up for by itself. Its sockets break before that is seen.
+_SOCKET = re.compile(r"^prefect\.FlowRun\w+Observer - The \w+ websocket failed")
+_AWAY = re.compile(
+    r"^prefect\.events\.clients - Unable to connect|\bService 'EventsWorker' failed to process item\b"
+    r"|^prefect\.runner\.state_proposer - Failed to update state"
+    r"|^prefect\.runner\.flow_run_executor - Process exited with status code: 1\b"
+)
+_BACK = 120.0  # seconds after its end in which Prefect, and what spoke to it, is itself again
 _TRACEBACK = re.compile(r"^\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LINK = re.compile(
     r"^(During handling of the above exception|The above exception was the direct cause)\b"
@@ -36,6 +48,8 @@ class Output:
         self._console = Console()
         self._shown: dict[str, bool] = {}
         self._tracing: dict[str, bool] = {}
+        self._away = float("-inf")  # when Prefect was told to have ended
+        self._failed: Counter[str] = Counter()  # runs of a part whose end was told, and will be told again by Prefect
 
     def say(self, part: str, line: str) -> None:
         """Print a line of a part, if it is worth that; one that is an object already keeps its keys."""
@@ -60,12 +74,22 @@ class Output:
         if self._tracing[part] or _LINK.match(line):
             return False
         if part in _OURS:
+            self._away = time.monotonic() if line.startswith("prefect ended ") else self._away
             return True
         if record := _RECORD.match(line):
             level, message = record.groups()
-            quiet = level in ("DEBUG", "INFO")
-            self._shown[part] = not quiet or _RUN.match(message) is not None
+            event = level not in ("DEBUG", "INFO") or _RUN.match(message) is not None
+            self._shown[part] = event and not self._is_known(part, message)
         return self._shown.get(part, False)
+
+    def _is_known(self, part: str, message: str) -> bool:
+        """Whether a line before has told it, or it is over by itself."""
+        self._failed[part] += _FAILED.match(message) is not None
+        if _FAILED_AGAIN.match(message) and self._failed[part] > 0:
+            self._failed[part] -= 1
+            return True
+        away = time.monotonic() - self._away < _BACK
+        return bool(_SOCKET.match(message) or (away and _AWAY.search(message)))
 
 
 def _object(line: str) -> dict[str, str]:

@@ -17,6 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+_AT_ONCE = 500  # events that one query asks for
+
 
 class OwnPages:
     """Middleware that refuses requests to other hosts (400), and those from pages of other sites (403)."""
@@ -53,6 +55,31 @@ def _remove_v2() -> None:
     prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"  # what is not there is left out
 
 
+def write_each_event_once() -> None:
+    """Leave out events that are in the database already, or twice among those to write.
+
+    Clients send events again after they lost the connection. On SQLite, Prefect fails at a batch of such events alone,
+    tries it again with those that came meanwhile, and drops them all after five attempts.
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import PrefectDBInterface, db_injector
+    from prefect.server.events.schemas.events import ReceivedEvent
+    from prefect.server.events.services import event_persister
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    write = event_persister.write_events
+
+    @db_injector
+    async def write_new(db: PrefectDBInterface, session: AsyncSession, events: list[ReceivedEvent]) -> None:
+        by_id, known = {event.id: event for event in events}, set()
+        for start in range(0, len(by_id), _AT_ONCE):
+            ids = list(by_id)[start : start + _AT_ONCE]
+            known |= set(await session.scalars(sa.select(db.Event.id).where(db.Event.id.in_(ids))))
+        await write(session=session, events=[event for key, event in by_id.items() if key not in known])
+
+    event_persister.write_events = write_new
+
+
 def main() -> None:
     """Serve as `prefect server start` does, with Prefect's own settings."""
     import uvicorn
@@ -64,6 +91,7 @@ def main() -> None:
     server = get_current_settings().server
     if not server.ui.v2_enabled:
         _remove_v2()
+    write_each_event_once()
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(
         OwnPages(create_app(final=True), origins),

@@ -78,3 +78,34 @@ def test_lines_that_are_objects_already_are_judged_by_what_they_say(capsys: pyte
             assert json.loads(told[0]) == line
         else:
             assert told[0][9:] == every[0]
+
+
+def test_a_run_that_failed_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = "05:05:32.818 | ERROR   | Flow run 'merge tiny' - Finished in state Failed('no such file')"
+    again = "05:05:32.824 | ERROR   | Flow run 'proud-lynx' - Engine execution exited with unexpected exception"
+    output = Output(verbose=False, as_json=False)
+    for line in (failed, again, again):
+        output.say("worker", line)
+    told = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert told == [failed, again]  # the second end was of a run that had told nothing
+
+
+def test_what_a_worker_makes_up_for_by_itself_is_not_told_once_it_is_clear_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lost = [
+        "05:13:31.080 | WARNING | prefect.events.clients - Unable to connect to 'ws://127.0.0.1:4200/api/events/in'.",
+        "05:13:26.117 | ERROR   | prefect.runner.state_proposer - Failed to update state of flow run '1a'",
+        "httpx.ConnectError: All connection attempts failed",
+        "05:13:31.081 | ERROR   | GlobalEventLoopThread | prefect._internal.concurrency - "
+        "Service 'EventsWorker' failed to process item Event()",
+    ]
+    socket = "05:13:21.9 | WARNING | prefect.FlowRunCancellingObserver - The FlowRunCancellingObserver websocket failed"
+    other = "05:13:40.000 | ERROR   | prefect.worker - no space left on device"
+    ended = "prefect ended with exit code -9; starting it again"
+    output = Output(verbose=False, as_json=False)
+    for part, line in [("worker", socket), ("worker", lost[0]), ("lewis", ended), *(("worker", e) for e in lost)]:
+        output.say(part, line)
+    output.say("worker", other)
+    told = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert told == [lost[0], ended, other]

@@ -11,20 +11,26 @@ import stat
 import sys
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.server.database import provide_database_interface
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from lewis.errors import InputError
-from lewis_flows.service import api_key, deploy, note, prefect_log
+from lewis_flows.service import api_key, deploy, note, prefect_app, prefect_log
+from tests.support.databases import put_prefect
 from tests.support.prefect_key import KEY, credentials
 
 EVIL = "http://evil.example"
@@ -55,6 +61,40 @@ def test_the_api_asks_for_the_key(prefect_url: str) -> None:
     assert ask(prefect_url, *filter_runs, Content_Type="application/json", **wrong).status == 401
     assert ask(prefect_url, *filter_runs, Content_Type="application/json", **credentials()).status == 200
     assert ask(prefect_url, "/api/health").status == 200  # which tells nothing
+
+
+def test_events_that_are_there_already_hold_no_others_up(
+    common: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clients send them that lost the connection: Prefect by itself fails, and in the end drops all that wait."""
+    from prefect.server.events.services import event_persister
+
+    def event(number: int) -> ReceivedEvent:
+        resource = {"prefect.resource.id": f"{number}"}
+        return ReceivedEvent(event="lewis.test", resource=resource, id=UUID(int=number), occurred=datetime.now(UTC))
+
+    async def write(*numbers: int) -> None:
+        async with provide_database_interface().session_context(begin_transaction=True) as session:
+            await event_persister.write_events(session=session, events=[event(number) for number in numbers])
+
+    async def kept() -> int:
+        async with provide_database_interface().session_context() as session:
+            return len((await session.scalars(sa.select(provide_database_interface().Event.id))).all())
+
+    async def again() -> int:
+        await write(1)
+        with pytest.raises(sa.exc.IntegrityError):
+            await write(1)
+        prefect_app.write_each_event_once()
+        await write(1)
+        await write(1, 2, 2)
+        return await kept()
+
+    put_prefect(common, tmp_path)
+    monkeypatch.setattr(event_persister, "write_events", event_persister.write_events)
+    database = next(tmp_path.rglob("prefect.db"))
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{database}"}):
+        assert asyncio.run(again()) == 2
 
 
 @pytest.mark.parametrize("path", ["/api/health", "/api/admin/version", "/", "/ui-settings"])
