@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lewis.registry import tracking
 from lewis_flows.service import api_key, mlflow_key, note
 from lewis_flows.service.prefect_app import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
@@ -89,6 +90,9 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     # Two processes instead of fifteen: nothing here uses MLflow's job queue.
     # The database is no argument, since all users of a machine see the arguments of its processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
+    # Of experiments that others make through this server; else they would go into the folder that it is started in.
+    files = "MLFLOW_ARTIFACTS_DESTINATION"
+    environment[files] = os.environ.get(files) or tracking.artifacts_folder().as_uri()
     if mlflow_key.wanted():
         command += ["--app-name", "basic-auth"]
         environment |= mlflow_key.server_environment()

@@ -71,6 +71,11 @@ def experiment_name(team: str = "") -> str:
     return "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))
 
 
+def artifacts_folder() -> Path:
+    """Where files of experiments go that are not made through a server of the user's own."""
+    return _folder() / "artifacts"
+
+
 def experiment(client: "MlflowClient", team: str = "") -> str:
     """The id of the experiment `experiment_name`; created if it does not exist.
 
@@ -81,7 +86,7 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
         InputError: if it has been deleted.
     """
     name = experiment_name(team)
-    artifacts = _folder() / "artifacts"
+    artifacts = artifacts_folder()
     store.make_folder(artifacts)
     found = client.get_experiment_by_name(name)
     if found is None:

@@ -63,6 +63,15 @@ def test_the_password_is_in_the_environment_of_the_server_alone(home: Path, monk
     assert (home / "mlflow" / "auth.ini").read_text() != settings  # else the old password would count
 
 
+def test_files_of_other_peoples_experiments_go_into_the_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def destination() -> str:
+        return mlflow_process(1, "sqlite:///x")[0]._environment["MLFLOW_ARTIFACTS_DESTINATION"]
+
+    assert destination() == (home / "mlflow" / "artifacts").as_uri()
+    monkeypatch.setenv("MLFLOW_ARTIFACTS_DESTINATION", "s3://bucket/files")
+    assert destination() == "s3://bucket/files"
+
+
 def test_it_is_off_by_default_and_told_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not mlflow_key.wanted() and "--app-name" not in mlflow_process(1, "sqlite:///x")[0]._command
     monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "yes")
