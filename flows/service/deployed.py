@@ -7,7 +7,7 @@ import httpx
 
 from lewis.errors import LewisError
 from lewis_flows import polls, recipes_folder
-from lewis_flows.service import deploy
+from lewis_flows.service import deploy, orphaned_runs, worker
 from lewis_flows.service.schedules import Folder
 from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
@@ -37,7 +37,12 @@ class Deployed:
         polls.drop_missed()
         recipes_folder.make()
         self._deploy(self._folder.runnable())
+        self.worker_died()  # if there was one, it is not there now
         moves.tell()
+
+    def worker_died(self) -> None:
+        """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
+        orphaned_runs.give_back(worker.name_of_up())
 
     def follow(self) -> None:
         """Deploy again if other recipes can run than those that were deployed.

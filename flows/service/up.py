@@ -2,9 +2,8 @@
 
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -74,7 +73,7 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         add(_receiver(urls, say))
         note.write(urls)
         ready(urls)
-        _keep_up(parts, say, deployed.follow)
+        _keep_up(parts, say, {"worker": deployed.worker_died}, deployed.follow)
 
 
 def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
@@ -102,7 +101,7 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
 
 def _worker() -> list[str]:
     limit = os.environ.get("LEWIS_WORKER_LIMIT", "4")
-    return worker.command(["--name", f"lewis-{socket.gethostname()}", "--limit", limit])
+    return worker.command(["--name", worker.name_of_up(), "--limit", limit])
 
 
 def _receiver(urls: dict[str, str], say: Say) -> Process:
@@ -115,8 +114,13 @@ def _receiver(urls: dict[str, str], say: Say) -> Process:
     )
 
 
-def _keep_up(parts: list[Process], say: Say, follow: Callable[[], None]) -> None:
-    """Start again what ends, and follow the folder of recipes."""
+def _keep_up(
+    parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]], follow: Callable[[], None]
+) -> None:
+    """Start again what ends, and follow the folder of recipes.
+
+    `died` says by the name of a part what is to be done before it starts again.
+    """
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
     looked = time.monotonic()
@@ -130,11 +134,16 @@ def _keep_up(parts: list[Process], say: Say, follow: Callable[[], None]) -> None
                 raise LewisError(f"{part.name} does not stay up; its log is {part.log}")
             say("lewis", f"{part.name} ended with exit code {part.ended()}; starting it again")
             time.sleep(2 ** (failures[part.name] - 1) - 1)
+            died.get(part.name, _nothing)()
             part.start()
             started[part.name] = time.monotonic()
         if time.monotonic() - looked > 5:
             follow()
             looked = time.monotonic()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _echo(name: str, say: Say) -> Callable[[str], None]:

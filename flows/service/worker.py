@@ -6,6 +6,7 @@ It becomes `prefect worker start --pool lewis --type process`, with the argument
 """
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,11 @@ from lewis_flows.service import api_key
 def command(arguments: Sequence[str]) -> list[str]:
     """What Python is started with: the command that it becomes, without the program."""
     return ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", *arguments]
+
+
+def name_of_up() -> str:
+    """What the worker of `lewis up` on this machine is called on the server."""
+    return f"lewis-{socket.gethostname()}"
 
 
 def main() -> int:
