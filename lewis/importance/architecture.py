@@ -14,7 +14,7 @@ from typing import Any
 
 from lewis.importance.fused import Rows, parts_of
 from lewis.importance.layouts import below_block, keeps_inputs, only_stacks, stacked_in, stored_in_out, weights
-from lewis.importance.model_class import lists_of_blocks, text_tower
+from lewis.importance.model_class import input_embeddings, lists_of_blocks, text_tower
 from lewis.lazy_torch import nn, torch
 from lewis.models.names import short_or_whole
 from lewis.models.network_class import build
@@ -172,7 +172,7 @@ class Network:
         Args:
             with_head: also those of the head that makes logits. Without it, what the head shares with others is there.
         """
-        head, used = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
         inside = tuple(f"{path}." for path in self._lists)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lewis.devices import one_thread
 from lewis.importance.architecture import Network
 from lewis.importance.grams import tokens_per_pass
+from lewis.importance.model_class import input_embeddings
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.gram import packed_length
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, keeps_rows
@@ -66,7 +67,7 @@ def memory_of(network: Network, tokens: int, threads: int) -> int:
     """
     blocks = max(len(network.blocks), 1)
     inputs = sum(each.size * min(each.stack * each.tokens, tokens) / tokens for _, each in _stacks(network, tokens))
-    hidden = network.module.get_input_embeddings().embedding_dim
+    hidden = input_embeddings(network.module).embedding_dim
     in_passes = 3 * threads * tokens_per_pass(network) * inputs / blocks
     return int(bytes_of(network, tokens) / blocks + 4 * (2 * tokens * hidden + in_passes))
 

@@ -20,6 +20,7 @@ from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Covered, Layer, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measured import Measured
+from lewis.importance.model_class import input_embeddings
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
@@ -135,7 +136,7 @@ def _measure_sets(
     pruned = settings.prune_ratio > 0
     made = batches(calibrations, network, whole=pruned, equal=equal)
     # Of what waits, a model's own forward holds the hidden states and what they began as, the embeddings.
-    per_token = 2 * network.module.get_input_embeddings().embedding_dim * dtype.itemsize
+    per_token = 2 * input_embeddings(network.module).embedding_dim * dtype.itemsize
     report = progress or (lambda done, total: None)
     done, total = 0, sum(calibration.tokens for calibration in calibrations)
     with ExitStack() as contexts, torch.inference_mode():
@@ -300,7 +301,7 @@ def stored_dtype(model: Model) -> torch.dtype:
 
 def check_samples(model: Model, network: Network, calibration: Calibration) -> None:
     """Raise InputError unless the model takes all tokens and samples of a set."""
-    vocabulary = network.module.get_input_embeddings().num_embeddings
+    vocabulary = input_embeddings(network.module).num_embeddings
     largest = max(max(sample) for sample in calibration.samples)
     if largest >= vocabulary:
         raise InputError(

@@ -26,6 +26,7 @@ from lewis import store
 from lewis.devices import one_thread
 from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
+from lewis.importance.model_class import input_embeddings
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
@@ -164,7 +165,7 @@ def rests(merge: Prepared, network: Network, tokens: int | None = None) -> int:
     widest = max((shape[0] if transposed else shape[1] for shape, transposed in shapes), default=0)
     largest = max((shape.numel() for shape, _ in shapes), default=0)
     outside = sum(network.empty(name).numel() for name in network.parameters_outside())
-    hidden = network.module.get_input_embeddings().embedding_dim
+    hidden = input_embeddings(network.module).embedding_dim
     models = len(merge.experts) + 1
     return bytes_at_rest(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)
 

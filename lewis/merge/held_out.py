@@ -9,6 +9,7 @@ from functools import partial
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
+from lewis.importance.model_class import input_embeddings
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merge.fitted import Fitted
@@ -61,7 +62,7 @@ def mean_loss(merge: Prepared, fitted: Fitted, sets: Sequence[Calibration], thre
             found.append(float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum")))
         sums[batch] = found
 
-    at_most = max(1, LOGITS // network.module.get_input_embeddings().num_embeddings)
+    at_most = max(1, LOGITS // input_embeddings(network.module).num_embeddings)
     made = batches(sets, network, tokens=at_most)
     passes = [Pass(batch, partial(score, batch)) for batch in made]
     with ExitStack() as contexts:

@@ -50,9 +50,7 @@ class Products(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._of_memory: dict[int, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in model.named_parameters():  # some share memory: they were cut from one tensor
-            self._of_memory.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+        self._parameters = list(model.named_parameters())
         self.sums: dict[str, dict[int, Any]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,10 +62,12 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _see(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
-        inside = [
+        memory = weight.untyped_storage().data_ptr()
+        inside = [  # asked anew each time: a model may move its weights (Switch Transformers' router changes its dtype)
             (name, p)
-            for name, p in self._of_memory.get(weight.untyped_storage().data_ptr(), [])
-            if 0 <= weight.storage_offset() - p.storage_offset() < p.numel()
+            for name, p in self._parameters
+            if p.untyped_storage().data_ptr() == memory  # some share memory: they were cut from one tensor
+            and 0 <= weight.storage_offset() - p.storage_offset() < p.numel()
         ]
         if not inside or weight.dim() < 2:
             return

@@ -34,10 +34,13 @@ def test_a_weight_that_is_used_in_another_way_is_not_said_to_get_no_token(
     assert "are not run as modules" in caplog.text and "no token" not in caplog.text
 
 
-def test_a_model_that_wants_more_than_text_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    tiny("pix2struct").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"does not run on text alone \(ValueError: .*\); use lewis.density.strategy"):
-        measure(Checkpoint(tmp_path, "key"), TEXT)
+@pytest.mark.parametrize("kind", ["pix2struct", "pp_formulanet"])  # the second's encoder has no words
+def test_a_model_that_wants_more_than_text_is_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
+    tiny(kind).save_pretrained(tmp_path)
+    model = Checkpoint(tmp_path, "key")
+    with pytest.raises(InputError, match=r"does not run on text alone \(\w+: .*\); use lewis.density.strategy uniform"):
+        measure(model, TEXT)
+    assert covered_tensors(tmp_path, model.shapes, measured=False)[0]
 
 
 class TestByName:

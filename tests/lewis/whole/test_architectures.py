@@ -17,6 +17,7 @@ KINDS = {
     "t5": 98,
     "paligemma": 99,  # its text looks ahead, but not beside padding
     "marian": 96,  # positions that are computed, not stored
+    "switch_transformers": 94,  # a router that moves its weights; an expert that no token reaches
     "zamba2": 66,  # blocks that share their weights
 }
 
