@@ -58,7 +58,8 @@ def prepare_slices(
     check_ranges(recipe, counts)
     slices = slices_of(recipe)
     if in_place(recipe, counts):
-        first, values = base or experts[0].model, SliceValues(slices)
+        first = base or experts[0].model
+        values = SliceValues(slices, layers[recipe.base_model or experts[0].ref])
         recipe.check_filters([*first.tensors, *first.tied])
         settings = settings_of(recipe, first, values.value, values.anchor_value)
         return Merge(settings, base, experts, held_back, device)
@@ -103,7 +104,8 @@ def _stack(
     others = [(ref, models[ref]) for _, ref in by_key]
     vocabulary = align(recipe.vocabulary, recipe.base_model, models[donor], others)
     read = {ref: vocabulary.of(model) for ref, model in models.items()}
-    result, values = layers_of(donor, read[donor].tensors), SliceValues(slices)
+    result = layers_of(donor, read[donor].tensors)
+    values = SliceValues(slices, result)
     known = {expert.ref: expert for expert in experts}
     parts, names, origins = list[Merge](), dict[str, None](), list[list[Origin]]()
     for each in slices:

@@ -13,8 +13,7 @@ from typing import Any
 
 from lewis.errors import RecipeError
 from lewis.methods import Parameter, find
-from lewis.models.names import layer_of
-from lewis.models.stack import Layers, as_source, is_before_layers
+from lewis.models.stack import Layers, as_source
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import ModelEntry
 
@@ -127,8 +126,13 @@ def in_place(recipe: Recipe, counts: Mapping[str, int]) -> bool:
 class SliceValues:
     """The parameters of the result's tensors, each by the slice that it is in."""
 
-    def __init__(self, slices: Sequence[Slice]) -> None:
-        self._slices = slices
+    def __init__(self, slices: Sequence[Slice], layers: Layers) -> None:
+        """
+        Args:
+            slices: of the recipe.
+            layers: of the model that names the result's tensors.
+        """
+        self._slices, self._result, self._before = slices, layers, frozenset(layers.before)
         self._entries = [{entry.model: entry for entry in each.recipe.experts} for each in slices]
 
     def value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
@@ -142,10 +146,10 @@ class SliceValues:
     def _look_up(
         self, of: Callable[[Recipe], Callable[..., Any]], parameter: Parameter, expert: str | None, tensor: str
     ) -> Any:
-        layer = layer_of(tensor)
+        layer = self._result.number(tensor)
         ends = [each.first + each.count for each in self._slices]
-        outside = 0 if is_before_layers(tensor) else -1
+        outside = 0 if tensor in self._before else -1
         number = outside if layer is None else next((i for i, end in enumerate(ends) if layer < end), -1)
         each, entries = self._slices[number], self._entries[number]
-        name = tensor if expert is None else each.source(tensor, expert)
+        name = tensor if expert is None or layer is None else each.source(tensor, expert)
         return of(each.recipe)(parameter, None if expert is None else entries[expert], name, each.depth(layer))

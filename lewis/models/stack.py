@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.models.model import Model, TensorInfo, View
-from lewis.models.names import EMBEDDINGS, HEADS, layer_of
+from lewis.models.names import EMBEDDINGS, HEADS, PER_TOKEN, layer_of
 from lewis.models.safetensors_file import same_bits
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -27,8 +27,8 @@ class Layers:
         prefix: what comes before the number in the names of their tensors, with the dot.
         count: how many there are.
         tensors: of each layer, what comes after the number; in the order of the checkpoint.
-        before, after: the other tensors: those that the first layer's input comes from, and those that come after the
-            last one's output.
+        before, after: the other tensors: those that the first layer's input comes from, other towers and projectors
+            among them, and those that come after the last one's output.
     """
 
     prefix: str
@@ -41,16 +41,23 @@ class Layers:
         """The name of a tensor of a layer."""
         return f"{self.prefix}{layer}.{suffix}"
 
+    def number(self, name: str) -> int | None:
+        """The number of the layer that a tensor is in; None outside of these layers."""
+        return layer_of(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
+
 
 def layers_of(ref: str, names: Iterable[str]) -> Layers:
     """Find the stack of layers that the names of a model's tensors speak of.
+
+    Of a model with several (towers of images or sound beside a language model) it is the one whose embedding of tokens
+    is beside it.
 
     Args:
         ref: of the model, for error messages.
         names: of its tensors, tied ones included.
 
     Raises:
-        InputError: if there is none, or more than one.
+        InputError: if there is none, or it is not clear which one text goes through alone.
     """
     stacks: dict[str, dict[int, list[str]]] = {}
     outside = []
@@ -60,28 +67,58 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
             outside.append(name)
         else:
             stacks.setdefault(name[: match.start(1)], {}).setdefault(int(match[1]), []).append(name[match.end() :])
-    if len(stacks) != 1:
+    prefix = _of_text(list(stacks), outside)
+    if prefix is None:
         found = ", ".join(f"{prefix}*" for prefix in stacks) or "no numbered layers"
         raise InputError(
-            f"{ref}: slices need a model with one stack of layers, got {found}; list the models under `models`, and "
-            "give layers their own values by filters or gradients"
+            f"{ref}: slices need a model with one stack of layers, or one that is a language model's beside other "
+            f"towers, got {found}; list the models under `models`, and give layers their own values by filters or "
+            "gradients"
         )
-    [(prefix, layers)] = stacks.items()
+    layers = stacks.pop(prefix)
     if set(layers) != set(range(len(layers))):
         gap = min(set(range(len(layers))) - set(layers))
         raise InputError(f"{ref}: its tensors are of {len(layers)} layers, but none is of layer {gap}")
+    towers = [f"{prefix}{i}.{name}" for prefix, each in stacks.items() for i, below in each.items() for name in below]
+    ends = [name for name in outside if _comes_after(name, prefix, towers)]
     return Layers(
         prefix,
         len(layers),
         tuple(tuple(layers[i]) for i in range(len(layers))),
-        tuple(name for name in outside if is_before_layers(name)),
-        tuple(name for name in outside if not is_before_layers(name)),
+        tuple(name for name in [*outside, *towers] if name not in ends),
+        tuple(ends),
     )
+
+
+def _of_text(stacks: Sequence[str], outside: Sequence[str]) -> str | None:
+    """Which stack text goes through, by prefixes; None if there is none, or others beside it (encoder and decoder)."""
+    if len(stacks) == 1:
+        return stacks[0]
+    found = [each for each in stacks if any(f"{_parent(each)}{name}" in outside for name in EMBEDDINGS)]
+    if len(found) != 1:
+        return None
+    whole, decoder, _ = _parent(found[0]).rpartition("decoder.")
+    return None if decoder and any(each.startswith(f"{whole}encoder.") for each in stacks) else found[0]
+
+
+def _parent(prefix: str) -> str:
+    """What a stack is in: `model.` of `model.layers.`."""
+    return prefix.removesuffix(".").rpartition(".")[0] + "."
+
+
+def _comes_after(name: str, prefix: str, towers: Sequence[str]) -> bool:
+    """Whether a tensor outside of the layers belongs to the output: of the language model, and no embedding."""
+    if is_before_layers(name):
+        return False
+    parent = _parent(prefix)
+    depth = parent.count(".")
+    in_tower = any(name.split(".")[: depth + 1] == each.split(".")[: depth + 1] for each in towers)
+    return not towers or name.endswith(PER_TOKEN) or (name.startswith(parent) and not in_tower)
 
 
 def other_depth(one: Model, other: Model) -> bool:
     """Whether two models have different numbers of layers."""
-    depths = [1 + max((layer_of(name) or 0 for name in model.tensors), default=0) for model in (one, other)]
+    depths = [layers_of(str(model.folder), [*model.tensors, *model.tied]).count for model in (one, other)]
     return depths[0] != depths[1]
 
 

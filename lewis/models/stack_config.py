@@ -72,7 +72,13 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     """
     found: dict[str, Any] = json.loads(json.dumps(config))
     block = _block(found)
+    if "decoder_layers" in block:
+        raise InputError(
+            f"{home / 'config.json'}: slices: decoder_layers: the model is a decoder made for an encoder; use models"
+        )
     keys = [key for key in _COUNTS if isinstance(block.get(key), int)]
+    if not keys and block is not found:
+        keys = [_COUNTS[0]]  # a block of a larger config leaves out what is as usual
     if not keys:
         raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
     known: dict[str, dict[str, Any]] = {}
@@ -101,20 +107,23 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
             f"{home / 'config.json'}: slices: {shares}: layers take from others by their number; use models"
         )
     block.update(dict.fromkeys(keys, len(origins)))
+    for key in [*listed, *_NUMBERS, *_RULES, *keys] if block is not found else ():
+        found |= {key: block[key]} if key in found and key in block else {}  # some say it twice (Qwen2.5-VL)
     return found
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that speaks of the layers."""
+    """The part of a config that speaks of the layers: of a model with other towers, that of its language model."""
     inner = config.get("text_config")
-    return inner if isinstance(inner, dict) and not any(key in config for key in _COUNTS) else config
+    return inner if isinstance(inner, dict) else config
 
 
 def _with_derived(origin: Origin) -> dict[str, Any]:
     """What a config says of its layers, with the lists that transformers derives of its rules."""
     block = _block(dict(origin.config))
     rules = [key for key in _DERIVED if block.get(key) and not (key == "sliding_window" and _all_alike(block))]
-    if not rules or "layer_types" in block:
+    whole = "text_config" not in origin.config  # a block in a larger config leaves out what is as usual
+    if (whole and not rules) or "layer_types" in block:
         return block
     from transformers import AutoConfig  # seconds, so only where a config has a rule
 
@@ -123,12 +132,12 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
     except Exception as error:  # each architecture raises its own kind
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{origin.home / 'config.json'}: slices: {rules[0]} says of which kind layers are, and transformers cannot "
-            f"tell: {reason}"
+            f"{origin.home / 'config.json'}: slices: {' '.join(rules[:1]) or 'text_config'} says of which kind layers "
+            f"are, and transformers cannot tell: {reason}"
         ) from error
     lists = {key: value for key, value in _block(made).items() if _is_list(key, value, origin.layers)}
     added = {key: value for key, value in lists.items() if key not in block}
-    if not added and rules != ["sliding_window"]:  # which may hold for all layers
+    if rules and not added and rules != ["sliding_window"]:  # which may hold for all layers
         raise InputError(
             f"{origin.home / 'config.json'}: slices: {rules[0]} says of which kind layers are by number, and there is "
             "no list that could follow them; write layer_types into the config, or use models"

@@ -96,7 +96,7 @@ def check(kind: str, folder: Path) -> Checked:
     """
     model = tiny(kind)
     model.save_pretrained(folder / "base")
-    experts = [_moved(folder / "base", folder / f"expert{seed}", seed) for seed in (1, 2)]
+    experts = [moved(folder / "base", folder / f"expert{seed}", seed) for seed in (1, 2)]
     base = Checkpoint(folder / "base", "base")
     network = network_of(base)
     own, *theirs = (measure(Checkpoint(path, path.name), CALIBRATION) for path in (folder / "base", *experts))
@@ -122,7 +122,8 @@ def check(kind: str, folder: Path) -> Checked:
     return Checked(share / max(_in_blocks(network), 1), share / sum(sizes.values()), _left(network), compared)
 
 
-def _moved(base: Path, folder: Path, seed: int) -> Path:
+def moved(base: Path, folder: Path, seed: int) -> Path:
+    """A fine-tune of a model: each value moved by noise."""
     folder.mkdir()
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
     noise = torch.Generator().manual_seed(seed)
