@@ -16,7 +16,7 @@ from lewis.merge.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.reports.verdict_line import verdict_line
-from lewis_flows import prefect_runs, recipes_folder, secret_blocks
+from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide, pin
 from lewis_flows.submit import finish, known, submit
@@ -105,19 +105,20 @@ def merge_flow(
             run_tags.tag(team=plan.register_as.team)
         if settle_seconds > 0:
             settle(quote(plan), settle_seconds, return_state=False)
-        report, changed, (name, line) = _merge(plan)
+        report, changed, (name, line) = _merge(plan, path, overrides or [])
     if not changed:
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
     run_tags.tag(verdict=name.lower())
     return Completed(name=name, message=line, data=report)
 
 
-def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
+def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
     """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
     # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
     settings = eval_settings(plan) if plan.evaluate else None
-    tasks_digest = submit(check_tasks, quote(plan), settings, plan.root) if settings else None
+    queue = evaluate_elsewhere.queue_for(path) if settings else ""
+    tasks_digest = submit(check_tasks, quote(plan), settings, plan.root, not queue) if settings else None
     champion = submit(find_champion, plan.register_as.model, bool(settings)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
 
@@ -151,10 +152,14 @@ def _merge(plan: Recipe) -> tuple[MergeReport, bool, tuple[str, str]]:
         if incumbent and incumbent.key != result.digest:
             to_score["champion"] = quote(incumbent)
             to_score[plan.label] = to_score.pop(plan.label)  # keep it the last: the pictures outline the last model
-        causes = {"uniform": uniform, "champion": champion}
-        for label, model in to_score.items():
-            cause = causes.get(label) or merged
-            scores[label] = submit(evaluate, model, label, settings, plan.root, known(tasks_digest), wait_for=[cause])
+        if queue:
+            scores = evaluate_elsewhere.scores(queue, plan, path.stem, overrides, to_score, known(tasks_digest), base)
+        else:
+            causes = {"uniform": uniform, "champion": champion}
+            for label, model in to_score.items():
+                cause = causes.get(label) or merged
+                how = (settings, plan.root, known(tasks_digest))
+                scores[label] = submit(evaluate, model, label, *how, wait_for=[cause])
         finish(*scores.values())
         table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
         finish(table)

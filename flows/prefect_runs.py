@@ -12,9 +12,10 @@ from lewis.errors import LewisError
 from lewis_flows import recipes_folder
 
 MERGE, SEARCH, WATCH, VERIFY, RETENTION = "merge", "search", "watch-releases", "verify", "retention"
+EVALUATE = "evaluate"
 """Names of our flows, as their decorators give them to Prefect."""
 
-ALL = (MERGE, SEARCH, WATCH, VERIFY, RETENTION)
+ALL = (MERGE, SEARCH, EVALUATE, WATCH, VERIFY, RETENTION)
 """All of them."""
 
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")

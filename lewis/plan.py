@@ -12,6 +12,7 @@ from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.metric_names import check_names
+from lewis.evaluation.step import scoring_devices
 from lewis.importance import effort, measure
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
@@ -291,7 +292,8 @@ def _guided_steps(
         keys = {source.ref: source.key for source in scored_parents}
         for label, whose in {**keys, **merged_keys}.items():
             before = len(asked)
-            scored = whose and pipeline.find_scores(label, whose, settings, recipe.root, default_device())
+            places = [(label, whose, settings, recipe.root, device) for device in scoring_devices() if whose]
+            scored = any(pipeline.find_scores(*place) for place in places)
             plan.steps.append(Step(f"evaluate {label}", _state(scored, asked, before)))
     if "experts" in writes and recipe.tunes and recipe.needs_grams:
         passes += _passes_for_ridge(recipe, [_read_as(source, files) for source in experts], sets)

@@ -19,14 +19,15 @@ from lewis_tasks.support.device_slot import device_slot
 
 
 @task(name="check-tasks", task_run_name="check tasks", cache_policy=NO_CACHE, timeout_seconds=600)
-def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path) -> str:
+def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path, here: bool = True) -> str:
     """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
 
-    Gives the tasks' digest, for the cache key of scores.
+    Gives the tasks' digest, for the cache key of scores. The backend is checked if it is used `here`.
     """
     lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
     metric_names.check_names(recipe)
-    backends.check(settings.backend)
+    if here:
+        backends.check(settings.backend)
     return lm_eval.tasks_digest(settings, root)
 
 
@@ -49,3 +50,9 @@ def evaluate(
     with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device, store.noticing() as made:
         entry = step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
     return assets.made_or_found(entry, entry.path, f"scores of {label}", made)
+
+
+@task(name="take-scores", task_run_name="take the scores of {label}", cache_policy=NO_CACHE)
+def take_scores(entry: ScoresEntry, label: str, found: bool) -> ScoresEntry:
+    """Scores that workers of another work queue have made; ends as `Cached` if they were `found` without a run."""
+    return assets.made_or_found(entry, entry.path, f"scores of {label}", [] if found else [entry.path])

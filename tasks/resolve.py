@@ -23,6 +23,12 @@ def resolve(recipe: Recipe, ref: str, base: Source | None = None, first: Source 
     return models.pin(ref, recipe.root, base, first)
 
 
+@task(name="resolve", task_run_name="resolve {ref}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def resolve_at(recipe: Recipe, ref: str, key: str, base: Source | None = None) -> Source:
+    """Pin one model to the content that another machine has pinned; `base` as for `resolve`."""
+    return models.pin_at(ref, key, recipe.root, base)
+
+
 @task(name="settle", task_run_name="settle", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
 def settle(recipe: Recipe, seconds: float) -> None:
     """Wait until no model of the recipe has moved for `seconds`, so that a burst of releases is merged once."""

@@ -88,7 +88,7 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
         after={"prefect.flow-run.Late"},
         expect={"prefect.flow-run.Pending", "prefect.flow-run.Running", "prefect.flow-run.Cancelled"},
         match=_ANY_RUN,
-        match_related=[_ours(), _of_flows(prefect_runs.MERGE, prefect_runs.SEARCH)],
+        match_related=[_ours(), _of_flows(prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.EVALUATE)],
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -104,7 +104,13 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
 
 _ANY_RUN = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
 _OF_RUNS: tuple[tuple[str, str, tuple[str, ...], str, str], ...] = (
-    ("lewis-notify-failure", "Failed", (), "LEWIS: a run failed", "A run failed; its message says why."),
+    (
+        "lewis-notify-failure",
+        "Failed",
+        (*(each for each in prefect_runs.ALL if each != prefect_runs.EVALUATE), "approve"),  # its merge fails too
+        "LEWIS: a run failed",
+        "A run failed; its message says why.",
+    ),
     (
         "lewis-notify-crash",
         "Crashed",

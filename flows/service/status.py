@@ -27,7 +27,8 @@ def status() -> Status:
         mlflow = Part(
             name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
         )
-    found = Status(parts=[prefect, mlflow, _part("webhooks", known.get("webhook") or "")], polled=polls.last())
+    webhooks = _part("webhooks", os.environ.get("LEWIS_WEBHOOK_URL") or known.get("webhook") or "")
+    found = Status(parts=[prefect, mlflow, webhooks], polled=polls.last())
     found.devices = device_queue.queue()
     if prefect.up:
         try:

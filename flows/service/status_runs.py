@@ -1,17 +1,17 @@
 """What Prefect's server says for `lewis status`: workers, and the runs that go on, come next and ended last."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from datetime import UTC, datetime
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis_flows import prefect_runs, turn
-from lewis_flows.prefect_runs import MERGE, SEARCH, WATCH, recipe_of
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
 from lewis_flows.service.api_key import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Part, Run, Status
@@ -35,7 +35,7 @@ def ask_prefect(found: Status, api: str) -> None:
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client,
     ):
-        found.parts.append(_workers(client))
+        found.parts += [_workers(client), *_queues(client)]
         found.running, found.scheduled, found.finished = _running(client), _scheduled(client), _finished(client)
 
 
@@ -53,8 +53,25 @@ def _workers(client: SyncPrefectClient) -> Part:
     return Part(name=name, up=True, state=f"{len(online)} worker{'s' if len(online) > 1 else ''}")
 
 
+def _queues(client: SyncPrefectClient) -> Iterator[Part]:
+    """The work queues of the pool beside the one that there always is; with them that one too."""
+    try:
+        queues = client.read_work_queues(work_pool_name=POOL)
+    except ObjectNotFound:
+        return
+    for queue in queues if len(queues) > 1 else []:
+        paused, ready = queue.is_paused, queue.status == WorkQueueStatus.READY
+        start = f"`python -m lewis_flows.service.worker --work-queue {queue.name}`"
+        state = f"has no worker; start one: {start}"
+        if ready:
+            state = "has a worker"
+        if paused:
+            state = f"is paused; run `prefect work-queue resume {queue.name} --pool {POOL}`"
+        yield Part(name=f"work queue {queue.name}", up=ready and not paused, state=state)
+
+
 def _running(client: SyncPrefectClient) -> list[Run]:
-    runs = _runs(client, (MERGE, SEARCH, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    runs = _runs(client, (MERGE, SEARCH, EVALUATE, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
     return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
 
 
@@ -63,7 +80,7 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     # Ask for each flow by itself: the server gives 200 runs at most, and a poll every minute would leave no room for
     # the nightly merges.
     soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
-    runs = [run for flow in (MERGE, SEARCH, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    runs = [run for flow in (MERGE, SEARCH, EVALUATE, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
     first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
     described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))

@@ -12,6 +12,7 @@ from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.evaluation import work_queue
 from lewis_flows.service import api_key, mlflow_key, note, worker
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_process
@@ -101,7 +102,8 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
 
 def _worker() -> list[str]:
     limit = os.environ.get("LEWIS_WORKER_LIMIT", "4")
-    return worker.command(["--name", worker.name_of_up(), "--limit", limit])
+    only = ["--work-queue", "default"] if work_queue.queue() else []
+    return worker.command(["--name", worker.name_of_up(), "--limit", limit, *only])
 
 
 def _receiver(urls: dict[str, str], say: Say) -> Process:

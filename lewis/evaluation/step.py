@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from lewis import store
-from lewis.devices import precision
-from lewis.evaluation import lm_eval
+from lewis.devices import default_device, precision
+from lewis.evaluation import lm_eval, work_queue
 from lewis.evaluation.kept import Kept, kept
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import Scored
@@ -65,6 +65,29 @@ def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: 
     """The scores of a model, if the store has them."""
     digest, path = _scores_place(key, settings, root, device)
     return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
+
+
+def scoring_devices() -> tuple[str, ...]:
+    """For which devices scores in the store count: workers of another queue may have a GPU, and this machine none."""
+    return ("cuda", "cpu") if work_queue.queue() else (default_device(),)
+
+
+def find_all_scores(
+    models: Mapping[str, tuple[str, str]], settings: EvalSettings, root: Path
+) -> dict[str, ScoresEntry] | None:
+    """The scores of all models, all computed in one number format so that they can be compared; None if one is missing.
+
+    Args:
+        models: label -> reference and key of the model.
+        settings: what to score, and how.
+        root: the recipe's folder.
+    """
+    for device in scoring_devices():
+        found = {label: find_scores(ref, key, settings, root, device) for label, (ref, key) in models.items()}
+        whole = {label: entry for label, entry in found.items() if entry}
+        if len(whole) == len(models):
+            return whole
+    return None
 
 
 def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.listing import COMMIT
 from lewis.models.lora import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
-from lewis.models.pin import Pinned
+from lewis.models.pin import Pinned, find_folder
 from lewis.models.renamed import differ, under_names_of
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
@@ -187,6 +188,30 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
     if base.adapter is not None:
         raise InputError(f"{ref}: a LoRA adapter on a base that is one itself ({base.ref}); merge the base's first")
     return Source(ref, base.model, pinned)
+
+
+def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source:
+    """Pin a model reference to the content that it had elsewhere, as another machine has pinned it.
+
+    Args:
+        ref: as in a recipe.
+        key: the `Source.key` of that machine.
+        root: where relative folders start (the recipe's folder).
+        base: of the recipe, which an adapter without a base of its own is for.
+
+    Raises:
+        InputError: if this machine has another content under this reference, such as in a folder of the same name.
+        TransientError: if the Hub cannot be asked right now.
+    """
+    parts = parts_of(ref, root)
+    fixed = [
+        f"{part.partition('@')[0]}@{commit}" if COMMIT.fullmatch(commit) and not find_folder(part, root) else part
+        for part, commit in zip(reversed(parts), reversed(key.split("+")), strict=False)
+    ]
+    found = replace(pin("+".join(reversed(fixed)), root, base), ref=ref)
+    if found.key != key or len(fixed) < len(parts):
+        raise InputError(f"{ref}: expected {key}, as where the run began, but on this machine it is {found.key}")
+    return found
 
 
 def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:

@@ -195,19 +195,22 @@ class Fleet:
         part.start()
         return part
 
-    def worker(self, name: str, patch: str = "") -> Part:
+    def worker(self, name: str, patch: str = "", *, queue: str = "", **settings: str) -> Part:
         """Start a worker with a store of its own.
 
         Args:
             patch: Python that its processes run first.
+            queue: the only work queue that it takes runs from.
+            settings: its environment, beyond that of all workers.
         """
-        environment = self.client | self._home(name)
+        environment = self.client | self._home(name) | settings
         if patch:
             folder = self.root / f"{name}-patch"
             folder.mkdir(exist_ok=True)
             (folder / "sitecustomize.py").write_text(patch)
             environment["PYTHONPATH"] = f"{folder}{os.pathsep}{environment['PYTHONPATH']}"
         command = ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", "--name", name]
+        command += ["--work-queue", queue] if queue else []
         return self.add(name, command, environment, alone=True)
 
     def home(self, name: str) -> Path:

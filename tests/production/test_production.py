@@ -1,10 +1,13 @@
 """The fleet does its work: releases, a worker and servers that are killed, stores that are lost."""
 
+import json
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +30,7 @@ lewis:
 evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
 register: {name: %(name)s, gate: {metric: "words/acc,none", min_gain: -1}}
 """
-NAMES = ("released", "killed", "bucket", "away")
+NAMES = ("released", "killed", "bucket", "away", "queued")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,10 @@ def fleet(family: Family, s3: S3Server) -> Iterator[Fleet]:
         (fleet.recipes / "tasks").mkdir()
         (fleet.recipes / "tasks" / "words.yaml").write_text(TASK)
         for name in NAMES:
-            (fleet.recipes / f"{name}.yaml").write_text(RECIPE % {"name": name})
+            text = RECIPE % {"name": name}
+            if name == "queued":  # a plain merge, which takes less
+                text = re.sub(r"lewis:\n.*\n", "", text)
+            (fleet.recipes / f"{name}.yaml").write_text(text)
         try:
             fleet.start()
             yield fleet
@@ -157,6 +163,43 @@ def test_mlflow_is_away_for_a_minute(fleet: Fleet, family: Family) -> None:
         run = fleet.ended(fleet.run("away"))
     assert run["state_type"] == "COMPLETED", run["state"]
     assert sources(fleet, "away") == [sha]
+
+
+def test_evaluations_go_to_the_workers_of_their_own_queue(fleet: Fleet, family: Family) -> None:
+    """The merge waits for a run in that queue; a second merge finds the scores; who cancels one cancels the other."""
+    merging = fleet.worker("worker-8", queue="default", LEWIS_EVALUATE_QUEUE="gpu")
+    merge = fleet.run("queued")
+    waits = fleet.until(lambda: evaluations(fleet), 400)[0]
+    fleet.until(lambda: evaluations(fleet)[0]["state_name"] == "Late", 60)
+    status = json.loads(fleet.lewis("status", "--json").stdout)
+    parts = {part["name"]: part for part in status["parts"]}
+    assert "has no worker; start one" in parts["work queue gpu"]["state"] and not parts["work queue gpu"]["up"]
+    assert parts["work queue default"]["up"], parts
+    fleet.ask(f"/flow_runs/{merge}/set_state", {"state": {"type": "CANCELLING"}})
+    assert fleet.ended(merge)["state_type"] == "CANCELLED"
+    assert fleet.ended(waits["id"], 60)["state_type"] == "CANCELLED"
+    assert "is one started with `--work-queue gpu`" in merging.log.read_text()
+
+    scoring = fleet.worker("worker-9", queue="gpu")
+    run = fleet.ended(fleet.run("queued"), 900)
+    assert run["state_name"] == "Promoted", run["state"]
+    made = evaluations(fleet)[1]
+    assert made["state_name"] == "Scored" and made["work_queue_name"] == "gpu", made["state"]
+    assert set(made["parameters"]["models"]) == {"base", "merged"}
+    assert "Task run 'evaluate" in scoring.log.read_text()
+    assert fleet.ended(fleet.run("queued"), 900)["state_name"] == "Cached"
+    assert len(evaluations(fleet)) == 2
+
+    release(fleet, "queued", family, 10)  # now there is a champion to score, which this worker must fetch
+    fleet.until(lambda: len(fleet.versions("queued")) == 2, 900)
+    made = evaluations(fleet)[2]
+    assert "champion" in made["parameters"]["models"] and made["state_name"] == "Scored", made["state"]
+
+
+def evaluations(fleet: Fleet) -> list[dict[str, Any]]:
+    """The runs of the flow `evaluate`, oldest first."""
+    wanted = {"flows": {"name": {"any_": ["evaluate"]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return list(fleet.ask("/flow_runs/filter", wanted))
 
 
 def test_no_secret_is_in_a_parameter_a_log_a_state_or_a_command(fleet: Fleet) -> None:

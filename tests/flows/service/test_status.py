@@ -1,6 +1,7 @@
 """What `lewis status` tells, of real servers and of ones that are not there."""
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_nothing_runs(home: Path, recipes: Path) -> None:
     assert text.count("is not running; `lewis up` starts it") == 5 and "none in the folder of recipes" in text
 
 
-def test_the_note_of_a_service_that_died(home: Path, recipes: Path) -> None:
+def test_the_note_of_a_service_that_died(home: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = {"prefect": "http://127.0.0.1:9/api", "mlflow": "http://127.0.0.1:9", "webhook": "http://127.0.0.1:9"}
     (home / "service.json").write_text(json.dumps(note | {"pid": 1}))
     found = status()
@@ -171,6 +172,8 @@ def test_the_note_of_a_service_that_died(home: Path, recipes: Path) -> None:
         "webhooks",
     }
     assert found.unknown == {"runs": "Prefect does not answer (ConnectError)"}
+    monkeypatch.setenv("LEWIS_WEBHOOK_URL", "http://127.0.0.1:10/webhook")
+    assert part(status(), "webhooks").url == "http://127.0.0.1:10/webhook"
     (home / "service.json").write_text("{")
     assert not part(status(), "Prefect").up
 
@@ -234,6 +237,17 @@ def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPre
         assert "has no worker" in part(status(), pool).state and not part(status(), pool).up
         client.send_worker_heartbeat("lewis", "one")
         assert part(status(), pool).state == "1 worker" and part(status(), pool).up
+        assert not [each for each in status().parts if "queue" in each.name]
+        client.create_work_queue("gpu", work_pool_name="lewis")
+        assert "--work-queue gpu`" in part(status(), "work queue gpu").state and not part(status(), "work queue gpu").up
+        client.get_scheduled_flow_runs_for_work_pool("lewis", ["gpu"])  # as a worker of this queue does
+        deadline = time.monotonic() + 60
+        while not part(status(), "work queue gpu").up:
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        assert part(status(), "work queue gpu").state == "has a worker" and not part(status(), "work queue default").up
+        client.update_work_queue(client.read_work_queue_by_name("gpu", "lewis").id, is_paused=True)
+        assert "prefect work-queue resume gpu --pool lewis" in part(status(), "work queue gpu").state
         client.update_work_pool("lewis", WorkPoolUpdate(is_paused=True))
         assert "is paused" in part(status(), pool).state
     finally:

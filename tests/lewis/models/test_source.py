@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lewis.models.source import parts_of, short_names
+from lewis.errors import InputError
+from lewis.models.source import parts_of, pin, pin_at, short_names
+from tests.conftest import Family
+from tests.support.local_hub import LocalHub
 
 
 @pytest.mark.parametrize(
@@ -32,3 +35,27 @@ def test_adapters_are_split_off_unless_a_folder_has_this_name(tmp_path: Path, re
 )
 def test_short_names(refs: list[str], names: list[str]) -> None:
     assert short_names(refs) == names
+
+
+def test_a_model_is_pinned_to_what_it_was_elsewhere(
+    family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repo of the Hub that has moved since, an adapter with and without its base, a folder that has moved."""
+    with LocalHub(tmp_path / "hub") as hub:
+        for name, value in hub.environment(tmp_path / "client").items():
+            monkeypatch.setenv(name, value)
+        for name in ("base", "math", "lora"):
+            hub.commit(f"org/{name}", getattr(family, name))
+        base = pin("org/base", tmp_path)
+        for ref in ("org/base", "org/math@main", "org/lora", "org/base+org/lora"):
+            before = pin(ref, tmp_path, base)
+            for name in ("base", "math", "lora"):  # they all move
+                hub.commit(f"org/{name}", getattr(family, name))
+            found = pin_at(ref, before.key, tmp_path, base)
+            assert (found.key, found.ref, pin(ref, tmp_path, base).key != before.key) == (before.key, ref, True)
+            with pytest.raises(InputError, match="org/"):
+                pin_at(ref, "0" * 40, tmp_path, base)
+    folder = pin(str(family.math), tmp_path)
+    assert pin_at(str(family.math), folder.key, tmp_path).key == folder.key
+    with pytest.raises(InputError, match="expected sha256:0, as where the run began, but on this machine it is sha256"):
+        pin_at(str(family.math), "sha256:0", tmp_path)

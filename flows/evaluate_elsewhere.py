@@ -1,0 +1,152 @@
+"""Have models scored by the workers of another work queue: one run of the deployment `evaluate` for all of a merge."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelling
+from prefect.utilities.annotations import quote
+
+from lewis.errors import LewisError
+from lewis.evaluation import work_queue
+from lewis.evaluation.step import ScoresEntry, eval_settings, find_all_scores
+from lewis.merge.step import MergedModel
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows.submit import submit
+from lewis_tasks.evaluate import take_scores
+
+logger = logging.getLogger(__name__)
+DEPLOYMENT = f"{prefect_runs.EVALUATE}/evaluate"
+POLL = 2.0  # seconds
+
+
+def queue_for(recipe: Path) -> str:
+    """The work queue that the models of a recipe are scored in; empty if that is done here.
+
+    A recipe outside of the folder of recipes is scored here: other workers do not find it.
+
+    Raises:
+        InputError: as `lewis.evaluation.work_queue.queue`.
+    """
+    queue = work_queue.queue()
+    if queue and recipe.parent.resolve() != recipes_folder.location().resolve():
+        logger.info("%s is not in the folder of recipes: its models are scored here, not in %s", recipe, queue)
+        return ""
+    return queue
+
+
+def scores(
+    queue: str,
+    plan: Recipe,
+    name: str,
+    overrides: Sequence[str],
+    models: Mapping[str, quote],
+    tasks: quote,
+    base: PrefectFuture[ModelFiles] | None,
+) -> dict[str, PrefectFuture[ScoresEntry]]:
+    """The scores of models: found in the store, or made by a run in the queue, which is waited for.
+
+    If what waits here is interrupted, by a cancellation or Ctrl-C, that run is cancelled.
+
+    Args:
+        queue: as `queue_for` gave it.
+        plan: the recipe, whose name in the folder of recipes is `name`.
+        overrides: of the merge.
+        models: label -> a model on disk, or a merged one. The result has them in the same order.
+        tasks: digest of the evaluation tasks.
+        base: of the recipe, if it has one.
+
+    Raises:
+        LewisError: saying what has become of the run, if it has not made the scores.
+    """
+    known: dict[str, ModelFiles | MergedModel] = {label: model.unwrap() for label, model in models.items()}
+    wanted = {label: (each.ref if isinstance(each, ModelFiles) else label, each.key) for label, each in known.items()}
+    settings = eval_settings(plan)
+    entries = find_all_scores(wanted, settings, plan.root)
+    found = entries is not None
+    if entries is None:
+        parameters = {
+            "recipe": name,
+            "models": {label: key for label, (_, key) in wanted.items()},
+            "tasks": tasks.unwrap(),
+            "base": base.result().key if base else None,
+            "overrides": list(overrides),
+        }
+        _run(queue, parameters)
+        entries = find_all_scores(wanted, settings, plan.root)
+    if entries is None:
+        raise LewisError(
+            f"evaluate: the run in the work queue {queue} has scored the models, but the store here does not have the "
+            "scores; the workers must share its disk (LEWIS_HOME), or LEWIS_STORE must be the same on all of them"
+        )
+    return {label: submit(take_scores, entry, label, found) for label, entry in entries.items()}
+
+
+def _run(queue: str, parameters: dict[str, Any]) -> None:
+    """Start a run in the queue, and wait until it has ended well."""
+    try:
+        run = run_deployment(
+            DEPLOYMENT,
+            parameters=parameters,
+            flow_run_name=f"evaluate {parameters['recipe']}",
+            timeout=0,
+            work_queue_name=queue,
+        )
+    except ObjectNotFound as error:
+        raise LewisError(
+            f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which {work_queue.SETTING} needs; run "
+            "`lewis deploy`, and if you deploy a file of your own, copy it from deployments/prefect.yaml"
+        ) from error
+    except httpx.HTTPError as error:
+        raise LewisError(f"evaluate: the Prefect server takes no run for the work queue {queue}: {error}") from error
+    assert isinstance(run, FlowRun)  # not awaitable, as there is no event loop here
+    logger.info("%s is scored by the run %s in the work queue %s", parameters["recipe"], run.name, queue)
+    with get_client(sync_client=True) as client:
+        try:
+            ended = _wait(client, run, queue)
+        except BaseException:  # also what ends a run that is cancelled
+            with suppress(Exception):
+                client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
+            raise
+    state = ended.state
+    assert state is not None
+    if not state.is_completed():
+        how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else "died"
+        raise LewisError(
+            f"evaluate: the run {ended.name} in the work queue {queue} {how}: "
+            f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
+        )
+
+
+def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
+    late = away = False
+    while True:
+        try:
+            run, away = client.read_flow_run(run.id), False
+        except ObjectNotFound:
+            raise LewisError(f"evaluate: the run {run.name} in the work queue {queue} was deleted") from None
+        except httpx.HTTPError as error:
+            if not away:
+                logger.warning("Prefect does not say how the evaluation goes on; asking again: %s", error)
+            away = True
+        if run.state and run.state.is_final():
+            return run
+        if run.state and run.state.name == "Late" and not late:
+            logger.warning(
+                "no worker takes the evaluation run %s: is one started with `--work-queue %s`, and has it time?",
+                run.name,
+                queue,
+            )
+            late = True
+        time.sleep(POLL)

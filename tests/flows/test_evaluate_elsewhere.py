@@ -1,0 +1,174 @@
+"""Evaluations in a work queue of their own: when a run is started, what is told of its end, and what it is given."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
+from prefect.utilities.annotations import quote
+
+from lewis import pipeline
+from lewis.errors import InputError, LewisError
+from lewis.evaluation import step, work_queue
+from lewis.recipe import Recipe
+from lewis_flows import evaluate_elsewhere as elsewhere
+from lewis_flows import recipes_folder
+from lewis_flows.evaluate import evaluate_flow
+from lewis_flows.service import up
+from tests.conftest import Family
+
+LATE = Scheduled().model_copy(update={"name": "Late"})
+
+
+class Server:
+    """Stands for Prefect's client: gives a run in one state after another; an error among them is raised."""
+
+    def __init__(self, *answers: State | BaseException) -> None:
+        self.run = FlowRun(id=uuid4(), flow_id=uuid4(), name="evaluate tiny")
+        self.answers, self.set = list(answers), list[str]()
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read_flow_run(self, run: UUID) -> FlowRun:
+        assert run == self.run.id
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return self.run.model_copy(update={"state": answer})
+
+    def set_flow_run_state(self, run: UUID, state: State) -> None:
+        assert run == self.run.id
+        self.set.append(state.type.value)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Server]:
+    """Let the next run be answered so; gives the server."""
+
+    def answer(*answers: State | BaseException) -> Server:
+        server = Server(*answers)
+        monkeypatch.setattr(elsewhere, "run_deployment", lambda *_, **__: server.run)
+        monkeypatch.setattr(elsewhere, "get_client", lambda **_: server)
+        monkeypatch.setattr(elsewhere, "POLL", 0.0)
+        return server
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "end, told",
+    [
+        (Failed(message="org/math: the Hub refuses"), "failed: org/math: the Hub refuses"),
+        (Crashed(message="Its heartbeats stopped"), "died: Its heartbeats stopped"),
+        (Cancelled(), "was cancelled: Cancelled"),
+        (ObjectNotFound(Exception()), "was deleted"),
+    ],
+)
+def test_how_a_run_has_ended_is_told(started: Callable[..., Server], end: Any, told: str) -> None:
+    started(Scheduled(), Running(), httpx.ConnectError("away"), Running(), end)
+    with pytest.raises(LewisError, match=f"the run evaluate tiny in the work queue gpu {told}"):
+        elsewhere._run("gpu", {"recipe": "tiny"})
+
+
+def test_a_run_that_no_worker_takes_is_told_once(
+    started: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = started(Scheduled(), LATE, LATE, Running(), Completed())
+    with caplog.at_level(logging.WARNING):
+        elsewhere._run("gpu", {"recipe": "tiny"})
+    (line,) = [each.getMessage() for each in caplog.records if "worker" in each.getMessage()]
+    assert "`--work-queue gpu`" in line and server.set == []
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit()])
+def test_who_is_interrupted_cancels_the_run(started: Callable[..., Server], interruption: BaseException) -> None:
+    server = started(Running(), interruption)
+    with pytest.raises(type(interruption)):
+        elsewhere._run("gpu", {"recipe": "tiny"})
+    assert server.set == ["CANCELLING"]
+
+
+def test_a_server_without_the_deployment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ObjectNotFound(Exception())
+
+    monkeypatch.setattr(elsewhere, "run_deployment", missing)
+    with pytest.raises(LewisError, match=r"no deployment evaluate/evaluate.*`lewis deploy`"):
+        elsewhere._run("gpu", {"recipe": "tiny"})
+
+
+def test_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    inside, outside = tmp_path / "tiny.yaml", tmp_path / "other" / "tiny.yaml"
+    assert elsewhere.queue_for(inside) == ""
+    monkeypatch.setenv(work_queue.SETTING, " gpu ")
+    assert (elsewhere.queue_for(inside), elsewhere.queue_for(outside)) == ("gpu", "")
+    assert step.scoring_devices() == ("cuda", "cpu")
+    assert up._worker()[-2:] == ["--work-queue", "default"]  # it does not take what its own merges wait for
+    monkeypatch.setenv(work_queue.SETTING, "a/b")
+    with pytest.raises(InputError, match=r"LEWIS_EVALUATE_QUEUE: expected the name .* got 'a/b'"):
+        work_queue.queue()
+
+
+def test_scores_of_different_devices_are_not_mixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two models, one has scores of both, one of a CPU alone: then those of a CPU count."""
+    there = {("a", "cpu"), ("a", "cuda"), ("b", "cpu")}
+    monkeypatch.setattr(step, "find_scores", lambda _, key, *rest: rest[-1] if (key, rest[-1]) in there else None)
+    monkeypatch.setenv(work_queue.SETTING, "gpu")
+    settings = step.EvalSettings(("words",))
+    models = {"base": ("org/a", "a"), "merged": ("merged", "b")}
+    assert step.find_all_scores(models, settings, tmp_path) == {"base": "cpu", "merged": "cpu"}
+    there.remove(("a", "cpu"))
+    assert step.find_all_scores(models, settings, tmp_path) is None
+
+
+def test_the_run_scores_what_the_merge_names_and_only_then(
+    recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow in this process, for a base, a merged model, and a worker that lacks something."""
+    monkeypatch.setenv("LEWIS_RECIPES", str(recipe.parent))
+    monkeypatch.setenv(work_queue.SETTING, "gpu")
+    overrides = ["lewis=null", "register=null", "evaluate.baselines=[base]"]
+    plan = Recipe.load(recipe, overrides)
+    base, experts = pipeline.fetch(plan)
+    assert base is not None
+    merged = pipeline.merge(plan, base, experts)
+    tasks = step.lm_eval.tasks_digest(step.eval_settings(plan), plan.root)
+    runs: list[dict[str, Any]] = []
+
+    def run(queue: str, parameters: dict[str, Any]) -> None:
+        runs.append(parameters)
+        evaluate_flow(**parameters)
+
+    monkeypatch.setattr(elsewhere, "_run", run)
+    monkeypatch.setattr(elsewhere, "submit", lambda _, entry, label, found: (entry.ref, label, found))
+    future: Any = SimpleNamespace(result=lambda: base)
+    models = {"base": quote(base), "merged": quote(merged)}
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        for found in (False, True):
+            got = elsewhere.scores("gpu", plan, "tiny", overrides, models, quote(tasks), future)
+            assert got == {"base": (base.ref, "base", found), "merged": ("merged", "merged", found)}
+        assert len(runs) == 1 and runs[0]["models"] == {"base": base.key, "merged": merged.digest}
+        wrong: dict[str, dict[str, Any]] = {
+            "not the same on this worker": {"tasks": "another"},
+            "does not have the model": {"models": {"merged": "0" * 64}},
+            "expected sha256:0, as where the run began": {"base": "sha256:0"},
+            "not the name of a recipe": {"recipe": str(recipe)},
+            "cannot change evaluate.allow_code": {"overrides": [*overrides, "evaluate.allow_code_execution=true"]},
+        }
+        for told, changes in wrong.items():
+            with pytest.raises(LewisError, match=told):
+                evaluate_flow(**runs[0] | changes)
+    assert recipes_folder.find("tiny") == recipe
