@@ -226,6 +226,12 @@ FORMATS = {
     "gptq 8 bits, version 2": Format(
         {"quant_method": "gptq", "bits": 8, "group_size": GROUP, "checkpoint_format": "gptq_v2"}, gptq(8, version=2)
     ),
+    "auto-round": Format(
+        {"quant_method": "auto-round", "packing_format": "auto_round", "bits": 4, "group_size": GROUP}, gptq(version=2)
+    ),
+    "auto-round as GPTQ": Format(
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "group_size": GROUP}, gptq()
+    ),
     "awq": Format({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, awq),
 }
 

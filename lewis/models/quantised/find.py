@@ -73,6 +73,11 @@ def find(where: object, settings: Settings, headers: Headers, read: Read | None 
     Raises:
         InputError: if a part is missing, or parts do not fit together, or nothing is quantised.
     """
+    if smoothed := next((name for name in headers if name.endswith(".pre_quant_scale")), None):
+        raise InputError(
+            f"{where}: {smoothed!r}: activations are multiplied before they come to this weight, which a merge cannot "
+            "do; use the unquantised model"
+        )
     finder = _Finder(where, settings, headers, read)
     found = Found()
     for name in headers:
@@ -227,7 +232,16 @@ class _Finder:
         if math.prod(grid) > 1 and math.prod(shape) % math.prod(grid) and not self._settings.block:
             raise ValueError(f"scales {list(grid)} do not divide the weight {list(shape)}")
         parts = {"weight": name, "scale": scale, **self._present(zero=f"{module}.weight_zero_point")}
-        yield name, Packed(parts, shape, partial(scaled.decode_scaled, block=self._settings.block))
+        grid = self._grid(grid, shape)
+        yield name, Packed(parts, shape, partial(scaled.decode_scaled, block=self._settings.block, grid=grid))
+
+    def _grid(self, scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that scales have as a grid over a weight, whatever they are stored as."""
+        if len(scales) == 4 and len(shape) == 2:  # ModelOpt's blocks: (grid rows, 1, grid columns, 1)
+            return scales[::2]
+        if self._settings.method == "fbgemm_fp8" and scales == (shape[0], shape[-1], 1) and len(shape) == 3:
+            return (shape[0], 1, shape[-1])  # Llama 4's down_proj is stored (experts, in, out), its scales (.., out, 1)
+        return scales
 
 
 def not_here(parts: Any) -> np.ndarray:

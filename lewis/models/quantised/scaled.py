@@ -47,15 +47,19 @@ def times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] | 
     return values
 
 
-def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None) -> np.ndarray:
-    """`weight * scale`: fp8 in any layout, int8 with a scale for each row, and two fp4 numbers to the byte.
+def decode_scaled(
+    parts: Mapping[str, Stored], block: Sequence[int] | None, grid: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """`weight * scale`: fp8 in any layout, int8 with a scale for each row.
 
     Args:
         parts: `weight`, `scale`, and for asymmetric int8 `zero`.
         block: as that of `times_scales`.
+        grid: shape of the scales; by default as they are stored.
     """
     weight, scale = parts["weight"], parts["scale"]
     factors = powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
+    factors = factors if grid is None else factors.reshape(grid)
     values = weight.floats()
     if "zero" in parts:
         zero = parts["zero"].floats()

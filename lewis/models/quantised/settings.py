@@ -21,7 +21,14 @@ _COMPRESSED = (
     *("pack-quantized", "float-quantized", "int-quantized", "naive-quantized"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision"),
 )
-_ROUNDED = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+_ROUNDED = {  # AutoRound's packings: whose words they are, and whether zeros are stored as one less
+    "auto_round": ("gptq", False),
+    "auto_round:gptqmodel": ("gptq", False),
+    "auto_round:auto_gptq": ("gptq", True),
+    "auto_round:auto_awq": ("awq", False),
+}
+_MODELOPT = {None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "W8A16", "W8A8_SQ_PER_CHANNEL"}
+_MODELOPT |= {"NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "MIXED_PRECISION"}
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their Conv1D stores (in, out)
 _IN_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 
@@ -131,7 +138,16 @@ def _of_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         packing = str(given.get("packing_format"))
         if packing not in _ROUNDED:
             raise _NotReadError(f" ({packing})")
-        return {"layout": _ROUNDED[packing], "group_size": int(given.get("group_size") or 0)}
+        if int(given.get("act_bits") or 16) <= 8:
+            raise _NotReadError(f" ({packing} with activations of {given['act_bits']} bits)")
+        layout, plus_one = _ROUNDED[packing]
+        return {"layout": layout, "plus_one": plus_one, "group_size": int(given.get("group_size") or 0)}
+    if method == "modelopt":
+        layers = (given.get("quantized_layers") or {}).values()
+        algorithms = {each.get("quant_algo") for each in (given, *layers)}
+        if refused := sorted(map(str, algorithms - _MODELOPT)):
+            raise _NotReadError(f" ({refused[0]})")
+        return {}
     if method in ("gptq", "awq"):
         keys = ("checkpoint_format", "format") if method == "gptq" else ("version", "format")
         kind = next((str(given[key]).lower() for key in keys if isinstance(given.get(key), str)), None)

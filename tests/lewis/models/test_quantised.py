@@ -80,6 +80,42 @@ def test_mxfp4_equals_what_transformers_computes(tmp_path: Path) -> None:
     assert torch.equal(opened.read(name), convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
 
 
+def test_fbgemm_fp8_equals_what_transformers_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout is transformers' own; the kernel that rounds, which needs a GPU, is a stand-in."""
+    from transformers import Llama4TextConfig
+    from transformers.integrations import fbgemm_fp8
+
+    def by_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = rows.abs().amax(dim=1) / 448
+        return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
+
+    monkeypatch.setattr(fbgemm_fp8, "quantize_fp8_per_row", by_rows, raising=False)
+    config = Llama4TextConfig(hidden_size=8, intermediate_size=16, num_local_experts=2)
+    model = torch.nn.ModuleDict(
+        {"q_proj": torch.nn.Linear(16, 8), "experts": fbgemm_fp8.FbgemmFp8Llama4TextExperts(config)}
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q_proj.weight": (8, 16), "experts.gate_up_proj": (2, 8, 32), "experts.down_proj": (2, 16, 8)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    make = fbgemm_fp8.FbgemmFp8Quantize(None)
+    stored = {
+        k: v.detach().contiguous() for name in weights for k, v in make.convert({name: [weights[name]]}, model).items()
+    }
+    assert stored["experts.down_proj_scale"].shape == (2, 8, 1)
+    opened = Checkpoint(write_tensors(tmp_path, stored, quantization_config={"quant_method": "fbgemm_fp8"}), "key")
+    for name, weight in weights.items():  # E4M3 has three bits after the first
+        assert ((opened.read(name).float() - weight).abs() <= weight.abs() / 16 + 0.01).all(), name
+
+
+def test_blocks_of_modelopt_are_stored_in_four_dimensions(tmp_path: Path) -> None:
+    stored = {"a.weight": torch.ones(4, 6).to(torch.float8_e4m3fn)}
+    stored["a.weight_scale"] = torch.tensor([1.0, 2, 3, 4, 5, 6]).reshape(2, 1, 3, 1)
+    config = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    opened = Checkpoint(write_tensors(tmp_path, stored, quantization_config=config), "key")
+    expected = torch.tensor([[1.0, 2, 3], [4, 5, 6]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(opened.read("a.weight").float(), expected)
+
+
 def test_blocks_may_be_cut_off_at_the_edges(tmp_path: Path) -> None:
     weight, scale = torch.ones(20, 12).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
@@ -196,6 +232,21 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
         {},
         {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {}},
         "compressed-tensors in the format marlin-24 are not read",
+    ),
+    "whole numbers of 4 bits": (
+        {}, {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "modelopt (W4A16_AWQ) are not read",
+    ),
+    "one layer of them": (
+        {},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "X"}}},
+        "modelopt (X) are not read",
+    ),
+    "factors of activations": (
+        {"a.weight": torch.ones(2, 2), "a.pre_quant_scale": torch.ones(2)}, {"quant_method": "modelopt"},
+        "'a.pre_quant_scale': activations are multiplied before they come to this weight",
+    ),
+    "8-bit activations": (
+        {}, {"quant_method": "auto-round", "packing_format": "auto_round", "act_bits": 8}, "with activations of 8 bits",
     ),
     "no method": ({}, {"bits": 4}, "a method that it does not name are not read"),
     "odd settings": ({}, {"quant_method": "fp8", "weight_block_size": 8}, "quantization_config in config.json cannot"),
