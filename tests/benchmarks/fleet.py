@@ -10,6 +10,7 @@ idle       runs of no change that one server and four workers end, an hour
 
 import json
 import os
+import re
 import sqlite3
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def remote(root: Path) -> None:
     """The demo's recipe by the library alone, from an empty store, then from one that has only the registry."""
-    recipe = in_new_process(root / "training", train_demo, root / "demo")
+    recipe = in_new_process(root / "training", train_demo, root / "demo") / "lewis.yaml"
     heading("A run on the demo family with LEWIS_STORE=file://...")
     there = {"LEWIS_STORE": f"file://{root / 'remote'}"}
     first = in_new_process(root / "one", timed, run_library, str(recipe), **there)
@@ -117,6 +118,7 @@ def idle(root: Path) -> None:
         url = stack.enter_context(prefect_server())
         stack.enter_context(connected(url))
         os.environ["PREFECT_API_URL"] = url
+        import httpx
         from prefect.client.orchestration import get_client
         from prefect.deployments import run_deployment
 
@@ -129,13 +131,17 @@ def idle(root: Path) -> None:
             worker.start()
             stack.callback(worker.stop)
 
+        def start(recipe: str) -> Any:
+            while True:
+                try:
+                    return run_deployment("merge/merge-nightly", parameters={"recipe": recipe}, timeout=0)
+                except httpx.HTTPStatusError:  # the server is busy, be it longer than Prefect's client is patient
+                    time.sleep(1)
+
         def run_all(times: int) -> tuple[float, list[str]]:
             began, states = time.perf_counter(), list[str]()
             for _ in range(times):  # a second waiting run of one recipe would be skipped
-                made = [
-                    run_deployment("merge/merge-nightly", parameters={"recipe": each.stem}, timeout=0)
-                    for each in recipes
-                ]
+                made = [start(each.stem) for each in recipes]
                 with get_client(sync_client=True) as client:
                     while not all((run := client.read_flow_run(each.id)).state.is_final() for each in made):
                         time.sleep(0.2)
@@ -220,17 +226,26 @@ def multiply(database: Path, run: str, times: int) -> int:
         rows = rows_of_run(known, run)
         ids = {value for _, each in rows for value in each.values() if isinstance(value, str) and _is_id(value)}
         own = {str(each["id"]) for _, each in rows if each.get("id")}
-        texts = [(table, list(each), json.dumps(list(each.values()))) for table, each in rows]
+        commands = [_insert(table, list(each)) for table, each in rows]
+        text = json.dumps([list(each.values()) for _, each in rows])
+        found = re.compile("|".join(ids & own))
         for _ in range(times):
-            new = {old: str(uuid.uuid4()) for old in ids & own}
-            for table, names, text in texts:
-                for old, fresh in new.items():
-                    text = text.replace(old, fresh)
-                marks = ", ".join("?" * len(names))
-                known.execute(f"insert into {table} ({', '.join(names)}) values ({marks})", json.loads(text))
+            copied = json.loads(found.sub(new_ids(), text))
+            for command, values in zip(commands, copied, strict=True):
+                known.execute(command, values)
         known.commit()
         known.execute("pragma wal_checkpoint(truncate)")
     return len(rows) * times
+
+
+def new_ids() -> Callable[[re.Match[str]], str]:
+    """A function that gives each id a new one, the same each time."""
+    known: dict[str, str] = {}
+    return lambda old: known.setdefault(old[0], str(uuid.uuid4()))
+
+
+def _insert(table: str, names: list[str]) -> str:
+    return f"insert into {table} ({', '.join(names)}) values ({', '.join('?' * len(names))})"
 
 
 def rows_of_run(known: sqlite3.Connection, run: str) -> list[tuple[str, dict[str, Any]]]:
