@@ -56,13 +56,12 @@ class Family:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that none is left alone at the end.
 
-    Property tests go through the same lines hundreds of times, which other tests go through too: to count them there
-    would take a third of their time. Tests of flows, tasks and faults mostly start processes, where nothing is counted.
+    Property tests go through the same lines hundreds of times, which other tests go through too: `make coverage` does
+    not count them there.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
-        whole = {"flows", "tasks", "faults"} & set(item.path.relative_to(Path(__file__).parent).parts)
-        if whole or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.no_cover)
 
 

@@ -161,6 +161,7 @@ def test_what_the_receiver_missed_is_found_by_the_poll(service: Service, family:
     assert len(service.runs("missed")) == 1
 
 
+@full
 def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
     nightly = service.ask("/deployments/name/merge/merge-nightly")
     named = {each["slug"]: each for each in nightly["schedules"]}
@@ -309,6 +310,7 @@ def content(path: Path) -> bytes:
         return b""
 
 
+@full
 def test_it_stops_and_comes_back_with_its_state(service: Service, family: Family) -> None:
     runs = [run["id"] for name in NAMES for run in service.runs(name)]
     service.stop()
