@@ -13,6 +13,13 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What is imported is compiled once and kept, also where the environment says otherwise: compiled each time, it takes a minute.
+export PYTHONDONTWRITEBYTECODE :=
+# Whose first import takes long; the setup does it, beside the compiling of the loops of the merge.
+SLOW := datasets, lm_eval.evaluator, lm_eval.models.huggingface, matplotlib.pyplot, mlflow.pyfunc, mlflow.server.fastapi_app, \
+	mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store, mlflow.transformers, optuna, \
+	prefect.cli, prefect.engine, prefect.server.api.server, prefect.workers.process, \
+	transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto, transformers.models.llama.modeling_llama
 
 .PHONY: setup demo test types suite coverage real faults test-production drill clean
 
@@ -23,8 +30,8 @@ setup: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dev]'
-	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' lewis flows tasks .venv/lib/python*/site-packages >/dev/null || true  # on all cores; pip takes one
-	$(BIN)/python -c 'import lewis.merge.kernels, lewis.inspection.loops'  # compiles the loops of the merge, which else the first merge does
+	@$(BIN)/python -m compileall -q lewis flows tasks
+	@$(BIN)/python -c 'import lewis.merge.kernels, lewis.inspection.loops' & loops=$$!; $(BIN)/python -W ignore -c 'import $(SLOW)' && wait $$loops
 	@touch $@
 
 demo: setup
