@@ -68,10 +68,10 @@ class _File:
             found = made.weights if made.name is not None else None
         if name in parsed["tensors"]:
             found = parsed["tensors"][name].numpy()
-        if found is None or found.shape != shape:
+        if found is None or [n for n in found.shape if n != 1] != [n for n in shape if n != 1]:
             given = None if found is None else list(found.shape)
             raise ValueError(f"{sources} give the shape {given}, expected {list(shape)}")
-        values = np.ascontiguousarray(found, np.float32)
+        values = np.ascontiguousarray(found, np.float32).reshape(shape)  # some writers leave dimensions of 1 out
         return values if values.flags.writeable else values.copy()  # not a view of the file
 
     def _values(self, source: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -24,7 +25,7 @@ from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)
 
-SEMANTICS = "1"  # bump when the same file would give another folder
+SEMANTICS = "2"  # bump when the same file would give another folder
 _LOST = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # settings of RoPE that are stored as tensors
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # GGML's numbers of types that are not quantised
 
@@ -92,6 +93,7 @@ def _fill(ref: str, path: Path, folder: Path) -> None:
     (folder / GGUF_LINK).symlink_to(path)
     reader = _reader(ref, path)
     architecture = str(reader.fields["general.architecture"].contents())
+    _check_known(ref, architecture)
     dtype = _dtype(reader)
     config = _config(ref, path, architecture, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -101,6 +103,14 @@ def _fill(ref: str, path: Path, folder: Path) -> None:
         for each in reader.tensors
     }
     found, shapes, class_name = _names(ref, architecture, config, stored)
+    elements = {each.name: int(each.n_elements) for each in reader.tensors}
+    for name, parts in found.items():
+        values = sum(elements[part] for part in parts)
+        if values != math.prod(shapes[name]):
+            raise InputError(
+                f"{ref}: {name!r} has the shape {list(shapes[name])} by its config, and {values} values in this GGUF "
+                "file; put the model's own config.json beside the file"
+            )
     if not config.get("architectures"):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [class_name]}, indent=2) + "\n")
     tensors = {name: {"from": parts, "shape": list(shapes[name])} for name, parts in found.items()}
@@ -118,6 +128,21 @@ def _reader(ref: str, path: Path) -> Any:
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{ref}: truncated, or no GGUF file ({error}); download it again") from error
     return reader
+
+
+def _check_known(ref: str, architecture: str) -> None:
+    """Raise InputError unless transformers has rules for an architecture's values, which llama.cpp stores otherwise.
+
+    Without them the names of its tensors may be known, and a Gemma's norms are still off by one.
+    """
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
+
+    known = {name.replace("-", "_") for name in (*GGUF_SUPPORTED_ARCHITECTURES, *TENSOR_PROCESSORS)}
+    if architecture.replace("-", "_") not in known:
+        raise InputError(
+            f"{ref}: transformers does not read GGUF files of the architecture {architecture}; use the model's "
+            "safetensors"
+        )
 
 
 def _dtype(reader: Any) -> str:
@@ -176,7 +201,8 @@ def _names(
         with torch.device("meta"):
             model = kind.from_config(described)
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-        mapping = get_gguf_hf_weights_map(model, processor)
+        own = "llama" if architecture == "llama" else None  # also Mistral's
+        mapping = get_gguf_hf_weights_map(model, processor, own)
     except Exception as error:  # of any kind, by architecture
         raise InputError(
             f"{ref}: transformers has no names for the tensors of a GGUF file of the architecture {architecture} "

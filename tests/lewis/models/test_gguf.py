@@ -16,44 +16,11 @@ from lewis.errors import InputError
 from lewis.models import gguf_folder, hub
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.gguf_folder import as_folder
+from tests.support.gguf_files import write_gguf
 from tests.support.models import bits, parse, write_expert, write_llama
 
 pytestmark = pytest.mark.usefixtures("home")
 HIDDEN = 64  # two heads of 16 for keys, four for queries; blocks of GGUF have 32 numbers
-
-
-def write_gguf(model: Path, path: Path, kind: str = "Q8_0") -> Path:
-    """A Llama as llama.cpp's converter writes it: its names, rows of queries and keys in its order, its metadata."""
-    import gguf
-
-    config = json.loads((model / "config.json").read_text())
-    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    for name, tensor in load_file(model / "model.safetensors").items():
-        values = tensor.float().numpy()
-        if "q_proj" in name or "k_proj" in name:
-            count = heads if "q_proj" in name else key_heads
-            rows = values.reshape(count, 2, values.shape[0] // count // 2, -1)
-            values = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
-        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
-        data = gguf.quantize(values, stored)
-        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", data, raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +42,65 @@ def test_its_tensors_are_those_that_transformers_loads(kind: str, dtype: str, ba
         assert opened.tensors[name].dtype == dtype and opened.computes(name)
     assert hub.headers(folder) == {name: (dtype, shape) for name, shape in opened.shapes.items()}
     assert opened.config["architectures"] == ["LlamaForCausalLM"]
+
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "head_dim": 16}
+OTHERS: dict[str, dict[str, Any]] = {  # model type -> its sizes: those that no GGUF file tells are the usual ones
+    "mistral": SIZES,
+    "qwen2": SIZES,  # biases
+    "qwen2_moe": SIZES | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60},
+    "qwen3_moe": SIZES | EXPERTS,
+    "gemma2": SIZES | {"head_dim": 16},  # norms are stored as one more
+    "gemma3_text": SIZES | {"head_dim": 16},
+    "phi3": SIZES | SPECIAL | {"vocab_size": 32064, "pad_token_id": 32000},  # q, k and v in one tensor
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 1024, "vocab_size": 50257},  # transposed
+}
+
+
+def saved(kind: str, folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**OTHERS[kind]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def check_values(file: Path, model: Any) -> Checkpoint:
+    """Check that a file has the values of the model that it was written from."""
+    opened, before = Checkpoint(as_folder("m.gguf", file), "key"), model.state_dict()
+    assert {*opened.tensors, *opened.tied} == {name for name, _ in model.named_parameters()} | {*opened.tied}
+    for name in opened.tensors:
+        torch.testing.assert_close(opened.read(name), before[name], rtol=0, atol=2e-7)  # a norm's one less one
+    return opened
+
+
+@pytest.mark.parametrize("kind", sorted({*OTHERS} - {"mistral"}))
+def test_other_architectures_are_read_as_transformers_loads_them(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = saved(kind, tmp_path / "model")
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "model", tmp_path / "gguf/m.gguf", "F32", flat_gates=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="m.gguf", dtype=torch.float32)
+    opened, loaded = check_values(tmp_path / "gguf/m.gguf", model), theirs.state_dict()
+    for name in opened.tensors:
+        assert torch.equal(opened.read(name), loaded[name]), name
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2_moe"])  # its name, and gates of shared experts that are matrices
+def test_what_transformers_does_not_load_is_read(kind: str, tmp_path: Path) -> None:
+    model = saved(kind, tmp_path / "model")
+    (tmp_path / "gguf").mkdir()
+    for name in ("alone", "beside"):
+        check_values(write_gguf(tmp_path / "model", tmp_path / f"gguf/{name}.gguf", "F32"), model)
+        (tmp_path / "gguf/config.json").write_bytes((tmp_path / "model/config.json").read_bytes())
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])
@@ -136,9 +162,26 @@ class TestRefused:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        told = "transformers does not read GGUF files of the architecture rwkv6; use the model's safetensors"
+        self.refused(tmp_path / "m.gguf", told)
+        (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+        self.refused(tmp_path / "m.gguf", told)
+
+    def test_a_config_that_transformers_cannot_make(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from transformers import AutoConfig
+
+        monkeypatch.delattr(AutoConfig, "from_pretrained")
+        told = "transformers makes no config of a GGUF file of the architecture llama"
+        self.refused(write_gguf(base, tmp_path / "m.gguf"), told, "put the model's config.json beside the file")
+
+    def test_a_config_of_other_sizes(self, base: Path, tmp_path: Path) -> None:
+        config = json.loads((base / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
         self.refused(
-            tmp_path / "m.gguf", "transformers makes no config of a GGUF file of the architecture rwkv6",
-            "put the model's config.json beside the file",
+            write_gguf(base, tmp_path / "m.gguf"), "mlp.down_proj.weight' has the shape [64, 8] by its config, and",
+            "put the model's own config.json beside the file",
         )  # fmt: skip
 
     def test_the_package_is_an_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.models.hub import fetch, resolve, resolve_dataset, tensor_headers
 from lewis.models.hub_errors import retryable
 from lewis.models.pin import Pinned
-from tests.lewis.models.test_gguf import write_gguf
+from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_llama
 
