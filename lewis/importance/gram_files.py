@@ -23,7 +23,7 @@ from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.safetensors_file import TensorFile, write_file
 
-SEMANTICS = "2"  # bump when the same inputs would give other statistics
+SEMANTICS = "3"  # bump when the same inputs would give other statistics
 _ENDING, _HEADER = ".safetensors", "statistics"
 
 
@@ -82,36 +82,37 @@ class Grams:
             raise LewisError(f"{folder}: the statistics of a model's inputs are gone or cut short; run again")
         given = {name: each["sha256"] for name, each in manifest.get("files", {}).items()}
         self._checksums = dict(checksums or given)
-        self._places = dict[str, _Place]()
+        self._places = dict[str, list[_Place]]()  # several if blocks share the weight
         for name in sorted(self._checksums):
             header = self._header(name)
             for projection, key in header["sources"].items():
                 if key and header["inputs"][key][0]:
-                    self._places[projection] = _Place(name, key, *header["inputs"][key])
+                    self._places.setdefault(projection, []).append(_Place(name, key, *header["inputs"][key]))
 
     def __contains__(self, projection: str) -> bool:
         return projection in self._places
 
     def source(self, projection: str) -> str | None:
         """Which input a projection got: the same name for all that share it. None if no token was seen to reach it."""
-        place = self._places.get(projection)
-        return None if place is None else f"{place.file}|{place.key}"
+        places = self._places.get(projection)
+        return None if places is None else " ".join(f"{place.file}|{place.key}" for place in places)
 
     def tokens(self, projection: str) -> int:
         """How many tokens reached a projection."""
-        place = self._places.get(projection)
-        return 0 if place is None else place.tokens
+        return sum(place.tokens for place in self._places.get(projection, ()))
 
     def size(self, projection: str) -> int:
         """Number of inputs of a projection that tokens reached."""
-        return self._places[projection].size
+        return self._places[projection][0].size
 
     def squares(self, projection: str) -> torch.Tensor:
         """The mean of x_j^2 over the tokens, fp32 (in,)."""
-        return self._read(self._places[projection], "squares")
+        places = self._places[projection]
+        sums = [self._read(place, "squares").double() * place.tokens for place in places]
+        return (torch.stack(sums).sum(dim=0) / self.tokens(projection)).float()
 
     def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
-        """What a static fit needs to know of the inputs of a projection.
+        """What a static fit needs to know of the inputs of a projection whose weight no other block shares.
 
         Args:
             projection: name of the network's parameter, as `passes.of_expert` gives it for one of stacked experts.
@@ -120,7 +121,7 @@ class Grams:
         Raises:
             LewisError: if the file is damaged.
         """
-        place = self._places[projection]
+        [place] = self._places[projection]
         try:
             packed = self._read(place, "gram")
         except KeyError:

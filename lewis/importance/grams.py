@@ -135,7 +135,10 @@ class _Walk:
         self._go_on(self._passes)
         while path := next(filter(None, (each.place for each in self._passes)), None):
             if path in done:
-                raise LewisError(f"{network.folder}: it runs {path} twice, and its inputs cannot be told apart")
+                raise LewisError(
+                    f"{network.folder}: it runs {path} twice, and the inputs of both times cannot be told apart; use "
+                    "another merge_method than those that fit"
+                )
             done.add(path)
             waiting = [each for each in self._passes if each.place == path]
             self._watched.notes = not gram_files.has(self._folder, path)

@@ -71,8 +71,10 @@ class Watched(ExitStack):
             module = network.module.get_submodule(path)
             if getattr(module, name).dim() == 3:
                 stacked.setdefault(module, []).append(parameter)
-            else:
-                self.callback(module.register_forward_pre_hook(partial(self._before, parameter)).remove)
+            else:  # blocks may share a weight (Zamba)
+                paths = [each.rpartition(".")[0] for each in network.same(parameter)]
+                for shared in dict.fromkeys(map(network.module.get_submodule, paths)):
+                    self.callback(shared.register_forward_pre_hook(partial(self._before, parameter)).remove)
         for module, parameters in stacked.items():
             self.callback(module.register_forward_pre_hook(partial(self._before_experts, parameters)).remove)
             self.callback(module.register_forward_hook(_after_experts, always_call=True).remove)

@@ -26,6 +26,7 @@ from lewis.store import housekeeping
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
 from tests.support.models import rewrite
+from tests.support.tiny_architectures import tiny
 
 SAMPLES = (
     (3, 4, 5, 6, 7, 8, 9),
@@ -116,6 +117,24 @@ def test_norms_and_moments_are_those_of_the_other_pass(family: Family, tmp_path:
     found = measured_by(model, CALIBRATION, grams)
     assert found.norms == pytest.approx(expected.norms, rel=1e-5)
     assert all(torch.allclose(found.moments[name], s, rtol=1e-4) for name, s in expected.moments.items())
+
+
+def test_a_weight_that_blocks_share_is_measured_in_all_of_them(tmp_path: Path) -> None:
+    tiny("zamba2").save_pretrained(tmp_path)
+    model = Checkpoint(tmp_path, "key")
+    network = network_of(model)
+    shared = [each.tensor for each in network.covered if len(network.same(each.parameter)) > 1]
+    grams = measured(tmp_path, tmp_path / "grams")
+    ours, theirs = measured_by(model, CALIBRATION, grams), measure(model, CALIBRATION)
+    assert len(shared) == 10 and grams.tokens(shared[0]) == 2 * CALIBRATION.tokens
+    for name, norm in theirs.norms.items():
+        assert norm == (None if ours.norms[name] is None else pytest.approx(ours.norms[name], rel=1e-5)), name
+
+
+def test_a_block_that_is_run_twice_is_told(tmp_path: Path) -> None:
+    tiny("hrm_text").save_pretrained(tmp_path)
+    with pytest.raises(LewisError, match=r"it runs model.\w+.layers.0 twice, .*; use another merge_method"):
+        measured(tmp_path, tmp_path / "grams")
 
 
 def test_the_same_bytes_for_any_number_of_threads(
