@@ -169,6 +169,10 @@ def _tokens(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
         new = [token for token in _special(expert.tokenizer) if token not in ours]
         if lost:
             yield "special tokens", f"its tokenizer lacks {_listed(lost)}, which the base's has"
+        known = _added(expert.tokenizer)
+        plain = [token for token in _special(base.tokenizer) if token in theirs and known and token not in known]
+        if plain:
+            yield "special tokens", f"its tokenizer has {_listed(plain)} as ordinary text, the base's as special tokens"
         if new:
             yield "special tokens", f"its tokenizer has {_listed(new)}, which the base's lacks"
         other = [token for token in _special(base.tokenizer) if token in theirs and theirs[token] != ours[token]]
@@ -199,8 +203,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _special(folder: Path) -> list[str]:
+    return [token for token, special in _added(folder).items() if special]
+
+
+def _added(folder: Path) -> dict[str, bool]:
+    """The tokens that are never cut -> whether they are special."""
     added = _json(folder / TOKENIZER).get("added_tokens") or []
-    return [token["content"] for token in added if isinstance(token, dict) and token.get("special")]
+    return {token["content"]: bool(token.get("special")) for token in added if isinstance(token, dict)}
 
 
 def _ids(value: Any) -> set[int]:

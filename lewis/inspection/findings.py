@@ -20,7 +20,7 @@ FEW, MANY = 1 / 20, 10.0  # times the other experts' size
 SHARED = 0.5  # two experts that are nearer to each other than this part of their way from the base
 ALIKE = 1e-4  # likewise, two that are the same but for the order of sums
 AGAINST = -0.3  # cosine of two task vectors that undo each other
-COARSE = 0.5  # of the base's share of distinct values
+COARSE, COARSE_PART = 0.5, 0.1  # of the base's share of distinct values, and the part of the weights that has so few
 _SHOWN = 3  # tensors that a finding names
 
 
@@ -57,10 +57,10 @@ def weight_findings(
         found += _coarse(refs[i], i, measures)
         explained |= {t.name for t in odd}
         sizes[i] = measures.size(i, [t for t in measures.tensors if t.name not in explained])
-    for i in experts:
-        others = [size for j, size in sizes.items() if j != i and size >= NOTHING]
-        found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
     strange = {each.model for each in found if each.kind in ("wrong base", "far from base")}
+    for i in (i for i in experts if refs[i] not in strange):
+        others = [size for j, size in sizes.items() if j != i and size >= NOTHING and refs[j] not in strange]
+        found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
     related = [i for i in experts if refs[i] not in strange]  # the others share the way from this base to theirs
     pairs = [(i, j) for i in related for j in related if i < j]
     return found + [each for i, j in pairs for each in _pair(refs, i, j, measures)]
@@ -145,12 +145,15 @@ def _amount(ref: str, size: float, others: Sequence[float], dtype: str, base: st
 
 def _coarse(ref: str, i: int, measures: Measures) -> Iterator[Finding]:
     changed = [t for t in measures.matrices() if t.distinct[0] and t.distinct[i] and t.unchanged[i - 1] < t.elements]
-    shares = [t.distinct[i] / t.distinct[0] for t in changed if t.peaks[i]]
-    if shares and median(shares) < COARSE:
+    shares = {t.name: t.distinct[i] / t.distinct[0] for t in changed if t.peaks[i]}
+    coarse = [t for t in changed if shares.get(t.name, 1.0) < COARSE]
+    if coarse and sum(t.elements for t in coarse) > COARSE_PART * sum(t.elements for t in measures.matrices()):
+        usual = median(shares[t.name] for t in coarse)
         yield Finding(
             "quantised",
             ref,
-            f"in a row of a matrix it has {median(shares):.2f} times as many different values as the base",
+            f"in a row of {len(coarse)} of its {len(measures.matrices())} matrices it has {usual:.2f} times as many "
+            "different values as the base",
         )
 
 

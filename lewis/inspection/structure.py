@@ -20,7 +20,7 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> list[dict[str, Any]]:
-    """Find parts of an expert that are the base's, but elsewhere.
+    """Find parts of an expert that are the base's, but elsewhere, or gone.
 
     Args:
         base, expert: opened.
@@ -28,14 +28,26 @@ def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> 
         measures: of the pass over all weights, which say which tensors are odd.
 
     Returns:
-        For each finding its `kind` (`swapped layers`, `permuted heads` or `permuted rows`), `what` in words, and the
-        names of the `tensors`; plain JSON data.
+        For each finding its `kind` (`swapped layers`, `zeroed tensor`, `permuted heads` or `permuted rows`), `what` in
+        words, and the names of the `tensors`; plain JSON data.
     """
     odd = odd_tensors(measures, number)
     swapped = _swapped_layers(base, expert, odd, measures)
     moved = {name for each in swapped for name in each["tensors"]}
-    left = [each for each in odd if each.name not in moved and len(base.tensors[each.name].shape) == 2]
-    return swapped + [found for each in left[:_MOST] if (found := _permuted(base, expert, each.name))]
+    left = [each.name for each in odd if each.name not in moved][:_MOST]
+    emptied = [found for name in left if (found := _zero_rows(base, expert, name))]
+    moved = {name for each in emptied for name in each["tensors"]}
+    left = [name for name in left if name not in moved and len(base.tensors[name].shape) == 2]
+    return [*swapped, *emptied, *(found for name in left if (found := _permuted(base, expert, name)))]
+
+
+def _zero_rows(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
+    """A part of a matrix, or some of its stacked experts, that a writer left out."""
+    ours, theirs = (values.reshape(-1, values.shape[-1]) for values in (weights(base, name), weights(expert, name)))
+    lost = int((~theirs.any(axis=1) & ours.any(axis=1)).sum())
+    if not lost:
+        return None
+    return {"kind": "zeroed tensor", "what": f"{name}: {lost} of its {len(ours)} rows are 0", "tensors": [name]}
 
 
 def odd_tensors(measures: Measures, number: int) -> list[TensorMeasures]:

@@ -111,9 +111,9 @@ def _at(part: str, value: float) -> Make:
     return tensors(change)
 
 
-def _lose_a_token(folder: Path) -> None:
+def _lose_a_token(folder: Path, lost: str = "<|im_end|>") -> None:
     path = folder / "tokenizer.json"
-    kept = [token for token in json.loads(path.read_text())["added_tokens"] if token["content"] != "<|im_end|>"]
+    kept = [token for token in json.loads(path.read_text())["added_tokens"] if token["content"] != lost]
     edit_json(path, added_tokens=kept)
 
 
@@ -131,6 +131,19 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
     "zeroed tensor": (
         tensors(lambda name, tensor: tensor * (0 if "layers.0.mlp.down_proj" in name else 1)),
         {"zeroed tensor"},
+    ),
+    "half of a tensor zeroed": (
+        tensors(lambda name, t: torch.cat([t[:40] * 0, t[40:]]) if "layers.0.mlp.down_proj" in name else t),
+        {"zeroed tensor"},
+    ),
+    "a special token that is text": (files(lambda f: _lose_a_token(f, "<eos>")), {"special tokens"}),
+    "half of it quantised": (
+        tensors(lambda name, tensor: _quantise(name, tensor) if "mlp" in name else tensor),
+        {"quantised"},
+    ),
+    "another model": (
+        lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=1.0),
+        {"wrong base"},
     ),
     "undertrained copy": (
         lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=1e-6),
