@@ -4,6 +4,7 @@ It is given names and digests, and finds the models itself: parents on the Hub o
 store, the champion in the registry. Its scores go into the store, where the merge takes them.
 """
 
+import re
 from typing import Any
 
 from prefect import State, flow
@@ -28,6 +29,8 @@ from lewis_tasks.register import find_champion
 from lewis_tasks.resolve import resolve_at
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import says_why
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def _run_name() -> str:
@@ -94,7 +97,7 @@ def _files(plan: Recipe, models: dict[str, str], base: str | None) -> dict[str, 
     if "champion" in found:
         found["champion"] = found["champion"] and found["champion"].files("champion")
     for label in models.keys() - found.keys():
-        merged = find_merged(models[label])
+        merged = find_merged(models[label]) if _DIGEST.fullmatch(models[label]) else None  # no path of another's choice
         if merged and on:
             merged = merged.model_copy(update={"base": on.result().folder})
         found[label] = merged and merged.files(label)

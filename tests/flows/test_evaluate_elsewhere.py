@@ -25,6 +25,7 @@ from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
 from tests.conftest import Family
 
+LORA = ["output={kind: lora, rank: 4}", "exclude=[norm, embed]"]
 LATE = Scheduled().model_copy(update={"name": "Late"})
 
 
@@ -134,13 +135,14 @@ def test_scores_of_different_devices_are_not_mixed(monkeypatch: pytest.MonkeyPat
     assert step.find_all_scores(models, settings, tmp_path) is None
 
 
+@pytest.mark.parametrize("output", [[], LORA], ids=["full", "lora"])
 def test_the_run_scores_what_the_merge_names_and_only_then(
-    recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+    output: list[str], recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flow in this process, for a base, a merged model, and a worker that lacks something."""
+    """The flow in this process, for a base, a merged model or adapter, and a worker that lacks something."""
     monkeypatch.setenv("LEWIS_RECIPES", str(recipe.parent))
     monkeypatch.setenv(work_queue.SETTING, "gpu")
-    overrides = ["lewis=null", "register=null", "evaluate.baselines=[base]"]
+    overrides = ["lewis=null", "register=null", "evaluate.baselines=[base]", *output]
     plan = Recipe.load(recipe, overrides)
     base, experts = pipeline.fetch(plan)
     assert base is not None
@@ -163,7 +165,8 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
         assert len(runs) == 1 and runs[0]["models"] == {"base": base.key, "merged": merged.digest}
         wrong: dict[str, dict[str, Any]] = {
             "not the same on this worker": {"tasks": "another"},
-            "does not have the model": {"models": {"merged": "0" * 64}},
+            "does not have the model 00000000": {"models": {"merged": "0" * 64}},
+            r"does not have the model \.\./": {"models": {"merged": f"../merged/{merged.digest}"}},
             "expected sha256:0, as where the run began": {"base": "sha256:0"},
             "not the name of a recipe": {"recipe": str(recipe)},
             "cannot change evaluate.allow_code": {"overrides": [*overrides, "evaluate.allow_code_execution=true"]},
