@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_NEW = 60.0  # seconds; an empty folder this young may be about to be locked
+_MADE, _NEW = "new-", 60.0  # what the name of a folder has until it is locked; seconds that this takes at most
 
 
 @contextmanager
@@ -25,16 +25,22 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     Args:
         purpose: a word for the folder's name.
     """
-    for path in Path(tempfile.gettempdir()).glob(f"lewis-{purpose}-*"):
+    parent, prefix = Path(tempfile.gettempdir()), f"lewis-{purpose}-"
+    for path in parent.glob(f"{prefix}*"):
         with suppress(OSError):  # another process was faster
-            if _is_abandoned(path):
+            if _is_abandoned(path, prefix):
                 shutil.rmtree(path)
-    with tempfile.TemporaryDirectory(prefix=f"lewis-{purpose}-") as name:
-        held = _locked(Path(name))
+    made = Path(tempfile.mkdtemp(prefix=f"{prefix}{_MADE}"))
+    held = _locked(made)
+    try:
+        ours = made.rename(parent / made.name.replace(f"{prefix}{_MADE}", prefix, 1))
         try:
-            yield Path(name)
+            with tempfile.TemporaryDirectory(dir=ours) as name:  # which removes also what is read-only in it
+                yield Path(name)
         finally:
-            os.close(held)
+            shutil.rmtree(ours, ignore_errors=True)
+    finally:
+        os.close(held)
 
 
 def _locked(folder: Path) -> int:
@@ -52,9 +58,10 @@ def _locked(folder: Path) -> int:
     return held
 
 
-def _is_abandoned(folder: Path) -> bool:
+def _is_abandoned(folder: Path, prefix: str) -> bool:
     found = folder.lstat()
-    if found.st_uid != os.getuid():
+    is_new = folder.name.startswith(f"{prefix}{_MADE}") and found.st_mtime > time.time() - _NEW
+    if found.st_uid != os.getuid() or is_new:
         return False
     os.close(_locked(folder))
-    return found.st_mtime < time.time() - _NEW or any(folder.iterdir())
+    return True

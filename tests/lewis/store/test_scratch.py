@@ -15,8 +15,7 @@ HOLD = """
 import time
 from lewis.store.scratch import scratch_folder
 with scratch_folder("test") as folder:
-    (folder / "file").touch()
-    print(folder, flush=True)
+    print(folder.parent, flush=True)  # still empty
     time.sleep(60)
 """
 
@@ -35,22 +34,22 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_ke
         killed.wait()
         assert all(folder.is_dir() for folder in folders)
         with scratch_folder("test") as mine:
-            assert sorted(tmp_path.iterdir()) == sorted([folders[0], mine]) and not list(mine.iterdir())
+            assert sorted(tmp_path.iterdir()) == sorted([folders[0], mine.parent]) and not list(mine.iterdir())
     finally:
         for each in (living, killed):
             each.kill()
             each.communicate()
     with scratch_folder("test") as mine:
-        assert list(tmp_path.iterdir()) == [mine]
+        assert list(tmp_path.iterdir()) == [mine.parent]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_new_folder_and_others_are_left_alone(tmp_path: Path) -> None:
-    for name in ("lewis-test-new", "lewis-other-x"):
+    for name in ("lewis-test-new-a", "lewis-other-x"):  # the first is about to be locked
         (tmp_path / name).mkdir()
     (tmp_path / "lewis-test-link").symlink_to(tmp_path)
     with scratch_folder("test"):
         assert len(list(tmp_path.iterdir())) == 4
-    os.utime(tmp_path / "lewis-test-new", (1, 1))
+    os.utime(tmp_path / "lewis-test-new-a", (1, 1))
     with scratch_folder("test"):
-        assert not (tmp_path / "lewis-test-new").exists() and len(list(tmp_path.iterdir())) == 3
+        assert not (tmp_path / "lewis-test-new-a").exists() and len(list(tmp_path.iterdir())) == 3
