@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lewis import store
+from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import write_config
 from lewis.models.dtypes import size_of, torch_dtype
 from lewis.models.files import copy_tokenizer
+from lewis.models.lora_config import read_settings
 from lewis.models.model import Model
 from lewis.models.quantised.headers import is_quantised
 from lewis.models.source import ModelFiles
@@ -24,9 +26,10 @@ _SHARD = 5 * 10**9  # bytes
 def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, Path | None]]:
     """The folder of a full model, and that of an adapter on it: the model's own, unless transformers cannot load it so.
 
-    With several adapters, and for a quantised model, which transformers may need other packages or a GPU for, a full
-    model is written to the store for as long as the context lasts: computed weights in fp32, those of a quantised model
-    in the dtype that it had before.
+    With several adapters, with one that saves an embedding whole which is tied to the head, where PEFT and transformers
+    do not agree, and for a quantised model, which transformers may need other packages or a GPU for, a full model is
+    written to the store for as long as the context lasts: computed weights in fp32, those of a quantised model in the
+    dtype that it had before.
 
     Args:
         files: of the model.
@@ -36,7 +39,11 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
         InputError: if there is no space for it.
     """
     quantised = is_quantised(files.folder)
-    if not files.under and not quantised and not (whole and files.adapter):
+    if (
+        not files.under
+        and not quantised
+        and not (files.adapter and (whole or _saves_tied(files.folder, files.adapter)))
+    ):
         yield files.folder, files.adapter
         return
     model = files.model_copy(update={"like": None}).open()  # by its own names, which its class has
@@ -52,6 +59,15 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
         write_config(model.config, model.home, folder, None)
         copy_tokenizer(tokenizer_folder(model), folder)
         yield folder, None
+
+
+def _saves_tied(folder: Path, adapter: Path) -> bool:
+    """Whether an adapter saves an embedding or head whole that the model ties to the other."""
+    saved = read_settings(adapter).get("modules_to_save") or []
+    tied = (
+        [name.removesuffix(".weight") for pair in Checkpoint(folder, "").tied.items() for name in pair] if saved else []
+    )
+    return any(name.endswith(each) for name in tied for each in saved)
 
 
 def _dtype(model: Model, name: str, as_before: bool) -> str:
