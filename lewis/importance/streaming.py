@@ -191,7 +191,9 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     except LewisError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError) as error:  # of the model's own code
-        reason = " ".join(str(error).split())[:200]
+        first, *others = str(error).splitlines() or [""]  # Python names the module that is called by all its layers
+        reason = f"{first.rstrip(' (')} {others[-1].lstrip(') ')}" if others else first
+        reason = " ".join(reason.split())[:200]
         raise InputError(
             f"{network.folder}: {type(network.module).__name__} does not run on text alone ({type(error).__name__}: "
             f"{reason}); use lewis.density.strategy uniform or depth_gradient, which run no model, or leave the lewis "

@@ -1,11 +1,14 @@
 """What is told of a model that is not all covered, and what covers one that no class is known of."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from lewis.errors import InputError
+from lewis.importance import streaming
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure
@@ -58,3 +61,14 @@ class TestByName:
         assert not left and "no pass is needed: the 2 matrices" in caplog.text
         with pytest.raises(InputError, match="needs code that comes with it"):
             covered_tensors(tmp_path, shapes, measured=True)
+
+
+def test_a_module_that_python_names_by_all_its_layers_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise TypeError("Decoder(\n  (a): Linear()\n) got multiple values for argument 'ids'")
+
+    monkeypatch.setattr(streaming, "_forward", fails)
+    network: Any = SimpleNamespace(folder="base", module=SimpleNamespace())
+    words = r"base: SimpleNamespace does not run .* \(TypeError: Decoder got multiple values for argument 'ids'\); use"
+    with pytest.raises(InputError, match=words):
+        streaming.forward(network, torch.zeros(1, 1, dtype=torch.int64), [1])
