@@ -11,8 +11,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from lewis.errors import LewisError
 from lewis_flows import recipes_folder
 
-MERGE, SEARCH, WATCH, VERIFY, RETENTION = "merge", "search", "watch-releases", "verify", "retention"
-EVALUATE = "evaluate"
+MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
+WATCH, VERIFY, RETENTION = "watch-releases", "verify", "retention"
 """Names of our flows, as their decorators give them to Prefect."""
 
 ALL = (MERGE, SEARCH, EVALUATE, WATCH, VERIFY, RETENTION)

@@ -292,8 +292,9 @@ def _guided_steps(
         keys = {source.ref: source.key for source in scored_parents}
         for label, whose in {**keys, **merged_keys}.items():
             before = len(asked)
-            places = [(label, whose, settings, recipe.root, device) for device in scoring_devices() if whose]
-            scored = any(pipeline.find_scores(*place) for place in places)
+            scored = whose and any(
+                pipeline.find_scores(label, whose, settings, recipe.root, device) for device in scoring_devices()
+            )
             plan.steps.append(Step(f"evaluate {label}", _state(scored, asked, before)))
     if "experts" in writes and recipe.tunes and recipe.needs_grams:
         passes += _passes_for_ridge(recipe, [_read_as(source, files) for source in experts], sets)

@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from collections import Counter
 from datetime import UTC, datetime
 
 from rich.console import Console
@@ -49,7 +48,7 @@ class Output:
         self._shown: dict[str, bool] = {}
         self._tracing: dict[str, bool] = {}
         self._away = float("-inf")  # when Prefect was told to have ended
-        self._failed: Counter[str] = Counter()  # runs of a part whose end was told, and will be told again by Prefect
+        self._failed: dict[str, bool] = {}  # whether the last event of a part was that a run failed
 
     def say(self, part: str, line: str) -> None:
         """Print a line of a part, if it is worth that; one that is an object already keeps its keys."""
@@ -84,12 +83,10 @@ class Output:
 
     def _is_known(self, part: str, message: str) -> bool:
         """Whether a line before has told it, or it is over by itself."""
-        self._failed[part] += _FAILED.match(message) is not None
-        if _FAILED_AGAIN.match(message) and self._failed[part] > 0:
-            self._failed[part] -= 1
-            return True
+        told = self._failed.get(part) and _FAILED_AGAIN.match(message)
+        self._failed[part] = _FAILED.match(message) is not None
         away = time.monotonic() - self._away < _BACK
-        return bool(_SOCKET.match(message) or (away and _AWAY.search(message)))
+        return bool(told or _SOCKET.match(message) or (away and _AWAY.search(message)))
 
 
 def _object(line: str) -> dict[str, str]:

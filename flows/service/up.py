@@ -136,16 +136,13 @@ def _keep_up(
                 raise LewisError(f"{part.name} does not stay up; its log is {part.log}")
             say("lewis", f"{part.name} ended with exit code {part.ended()}; starting it again")
             time.sleep(2 ** (failures[part.name] - 1) - 1)
-            died.get(part.name, _nothing)()
+            if part.name in died:
+                died[part.name]()
             part.start()
             started[part.name] = time.monotonic()
         if time.monotonic() - looked > 5:
             follow()
             looked = time.monotonic()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _echo(name: str, say: Say) -> Callable[[str], None]:

@@ -39,11 +39,7 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
         InputError: if there is no space for it.
     """
     quantised = is_quantised(files.folder)
-    if (
-        not files.under
-        and not quantised
-        and not (files.adapter and (whole or _saves_tied(files.folder, files.adapter)))
-    ):
+    if not (files.under or quantised or (files.adapter and (whole or _saves_tied(files.folder, files.adapter)))):
         yield files.folder, files.adapter
         return
     model = files.model_copy(update={"like": None}).open()  # by its own names, which its class has
@@ -63,11 +59,11 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
 
 def _saves_tied(folder: Path, adapter: Path) -> bool:
     """Whether an adapter saves an embedding or head whole that the model ties to the other."""
-    saved = read_settings(adapter).get("modules_to_save") or []
-    tied = (
-        [name.removesuffix(".weight") for pair in Checkpoint(folder, "").tied.items() for name in pair] if saved else []
-    )
-    return any(name.endswith(each) for name in tied for each in saved)
+    saved = tuple(read_settings(adapter).get("modules_to_save") or ())
+    if not saved:
+        return False
+    tied = [name.removesuffix(".weight") for pair in Checkpoint(folder, "").tied.items() for name in pair]
+    return any(name.endswith(saved) for name in tied)
 
 
 def _dtype(model: Model, name: str, as_before: bool) -> str:

@@ -132,7 +132,7 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
     except Exception as error:  # each architecture raises its own kind
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{origin.home / 'config.json'}: slices: {' '.join(rules[:1]) or 'text_config'} says of which kind layers "
+            f"{origin.home / 'config.json'}: slices: {next(iter(rules), 'text_config')} says of which kind layers "
             f"are, and transformers cannot tell: {reason}"
         ) from error
     lists = {key: value for key, value in _block(made).items() if _is_list(key, value, origin.layers)}
