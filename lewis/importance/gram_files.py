@@ -1,8 +1,9 @@
-"""Second-order statistics on disk: a folder with a safetensors file for each block.
+"""Second-order statistics on disk: a folder with two safetensors files for each block.
 
-Of each input of a block a file holds `squares`, and `gram` or `rows`, as `lewis.importance.collected` says; its
-metadata says how many tokens came in, and which projections got that input. The manifest of the folder has the checksum
-of each file. It is compared before anything is read from the file.
+Of each input of a block, `BLOCK.safetensors` holds `gram` or `rows`, as `lewis.importance.collected` says; its metadata
+says how many tokens came in, and which projections got that input. `BLOCK.squares.safetensors` holds `squares`, all that
+norms need, which are a thousandth of the rest. The manifest of the folder has the checksum of each file. It is compared
+before anything is read from the file.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.safetensors_file import TensorFile, write_file
 
-SEMANTICS = "3"  # bump when the same inputs would give other statistics
-_ENDING, _HEADER = ".safetensors", "statistics"
+SEMANTICS = "4"  # bump when the same inputs would give other statistics
+_ENDING, _SQUARES, _HEADER = ".safetensors", ".squares.safetensors", "statistics"
 
 
 class _Place(NamedTuple):
@@ -34,7 +35,7 @@ class _Place(NamedTuple):
     size: int
 
 
-def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> str:
+def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> dict[str, str]:
     """Write the statistics of a block.
 
     Args:
@@ -44,23 +45,25 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
         sources: name of a projection -> the input that it got.
 
     Returns:
-        The SHA-256 of the file, which is named `BLOCK.safetensors`.
+        Name of each of the two files -> its SHA-256.
 
     Raises:
         ValueError: naming an input that is not finite.
     """
-    tensors = dict[str, list[torch.Tensor]]()
+    tensors, squares = dict[str, list[torch.Tensor]](), dict[str, list[torch.Tensor]]()
     for key, each in inputs.items():
         result = each.result()
-        if not bool(result["squares"][0].isfinite().all()):
+        squares[f"{key}|squares"] = result.pop("squares")
+        if not bool(squares[f"{key}|squares"][0].isfinite().all()):
             raise ValueError(key)
         tensors |= {f"{key}|{kind}": parts for kind, parts in result.items()}
     header = {"inputs": {key: [each.tokens, each.size] for key, each in inputs.items()}, "sources": dict(sources)}
-    return write_file(folder / f"{block}{_ENDING}", tensors, {_HEADER: json.dumps(header)})
+    contents = {f"{block}{_SQUARES}": (squares, {}), f"{block}{_ENDING}": (tensors, {_HEADER: json.dumps(header)})}
+    return {name: write_file(folder / name, *content) for name, content in contents.items()}  # the last: see `has`
 
 
 def has(folder: Path, block: str) -> bool:
-    """Whether the statistics of a block have been written: a file appears whole or not at all."""
+    """Whether the statistics of a block have been written: a file appears whole or not at all, this one last."""
     return (folder / f"{block}{_ENDING}").is_file()
 
 
@@ -83,7 +86,7 @@ class Grams:
         given = {name: each["sha256"] for name, each in manifest.get("files", {}).items()}
         self._checksums = dict(checksums or given)
         self._places = dict[str, list[_Place]]()  # several if blocks share the weight
-        for name in sorted(self._checksums):
+        for name in sorted(name for name in self._checksums if not name.endswith(_SQUARES)):
             header = self._header(name)
             for projection, key in header["sources"].items():
                 if key and header["inputs"][key][0]:
@@ -141,12 +144,13 @@ class Grams:
 
     def _read(self, place: _Place, kind: str) -> torch.Tensor:
         """One tensor, a view of the file; KeyError if it is not there."""
-        path = self.folder / place.file
+        name = place.file.removesuffix(_ENDING) + (_SQUARES if kind == "squares" else _ENDING)
+        path = self.folder / name
         with self._checking:
-            if place.file not in self._checked:
-                if not path.is_file() or store.file_sha256(path) != self._checksums[place.file]:
-                    raise self._damaged(place.file)
-                self._checked.add(place.file)
+            if name not in self._checked:
+                if not path.is_file() or store.file_sha256(path) != self._checksums.get(name):
+                    raise self._damaged(name)
+                self._checked.add(name)
         where = TensorFile(path).places[f"{place.key}|{kind}"]
         return torch.from_numpy(np.memmap(path, np.float32, "c", where.start, where.shape))
 

@@ -73,6 +73,7 @@ def measure_grams(
     network = network_of(model, dtype)
     check_samples(model, network, calibration)
     made = batches([calibration], network, tokens=tokens_per_pass(network))
+    made.sort(key=lambda batch: batch.ids.numel(), reverse=True)  # those that run side by side take equally long
     passes = [Pass(batch, partial(forward, network, batch.ids.to(device), batch.lengths)) for batch in made]
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
@@ -127,6 +128,8 @@ class _Walk:
         self._weights, self._watched, self._passes, self._workers = weights, watched, passes, workers
         self._writer, self._folder, self._tokens = writer, folder, tokens
         self._written: Future[None] | None = None
+        self._sums: list[Callable[[], None]] = []
+        self._summed: Callable[[], None] | None = None
         self.checksums: dict[str, str] = {}
 
     def blocks(self) -> Iterator[float]:
@@ -146,12 +149,19 @@ class _Walk:
             self._workers([partial(self._weights.load, [name]) for name in names])
             found = self._through(waiting)
             self._weights.drop(names)
-            self._wait_for_writer()
             if self._watched.notes:
-                self._written = self._writer.submit(self._write, path, *found)
+                self._summed = partial(self._write, path, *found)
             yield min(1.0, len(done) / len(network.blocks))
+        self._workers(self._sums)
+        self._hand_over()
         self._wait_for_writer()
         yield 1.0
+
+    def _hand_over(self) -> None:
+        """Once the sums of a block are complete: have them written."""
+        if self._summed is not None:
+            self._wait_for_writer()
+            self._written, self._summed = self._writer.submit(self._summed), None
 
     def _wait_for_writer(self) -> None:
         if self._written is not None:
@@ -164,30 +174,30 @@ class _Walk:
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
         """Take passes through a block, a few at a time; gives the inputs, and which projection got which.
 
-        What a pass has left is summed up while the next ones run, by the thread whose pass ends first.
+        What a pass has left is summed up while the next ones run, by the thread whose pass ends first: the last sums of a
+        block beside the first passes through the next.
         """
-        inputs, sources, jobs = dict[str, Collected](), dict[str, str](), list[Callable[[], None]]()
+        inputs, sources = dict[str, Collected](), dict[str, str]()
         for start in range(0, len(waiting), self._workers.count):
             some = waiting[start : start + self._workers.count]
-            self._go_on(some, jobs)
-            parts, jobs = dict[str, list[torch.Tensor]](), []
+            self._go_on(some, self._sums)
+            self._hand_over()
+            parts, self._sums = dict[str, list[torch.Tensor]](), []
             for each in some:  # in their order, on which the rounding of the sums depends
                 for name, rows in each.inputs.items():
                     parts.setdefault(name, []).extend(rows)
                 for name, source in each.sources.items():
                     sources[name] = source if sources.get(name, source) == source else ""
                 each.forget()
-            jobs = []
             for name, rows in parts.items():
                 if name not in inputs:
                     inputs[name] = Collected(rows[0].shape[1], self._tokens)
-                jobs += inputs[name].add(rows)
-        self._workers(jobs)
+                self._sums += inputs[name].add(rows)
         return inputs, sources
 
     def _write(self, path: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> None:
         try:
-            self.checksums[f"{path}.safetensors"] = gram_files.write(self._folder, path, inputs, sources)
+            self.checksums |= gram_files.write(self._folder, path, inputs, sources)
         except ValueError as error:
             raise LewisError(
                 f"{self._weights.model.folder}: activations into {str(error)!r} are NaN, Inf or too large for fp32; "
