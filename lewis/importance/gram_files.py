@@ -1,9 +1,9 @@
 """Second-order statistics on disk: a folder with two safetensors files for each block.
 
 Of each input of a block, `BLOCK.safetensors` holds `gram` or `rows`, as `lewis.importance.collected` says; its metadata
-says how many tokens came in, and which projections got that input. `BLOCK.squares.safetensors` holds `squares`, all that
-norms need, which are a thousandth of the rest. The manifest of the folder has the checksum of each file. It is compared
-before anything is read from the file.
+says how many tokens came in, and which projections got that input. `BLOCK.squares.safetensors` holds `squares`, which
+are a thousandth of that, and all that norms need. The manifest of the folder has the checksum of each file. It is
+compared before anything is read from the file.
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ class _Walk:
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
         """Take passes through a block, a few at a time; gives the inputs, and which projection got which.
 
-        What a pass has left is summed up while the next ones run, by the thread whose pass ends first: the last sums of a
-        block beside the first passes through the next.
+        What a pass has left is summed up while the next ones run, by the thread whose pass ends first: the last sums of
+        a block beside the first passes through the next.
         """
         inputs, sources = dict[str, Collected](), dict[str, str]()
         for start in range(0, len(waiting), self._workers.count):
