@@ -1,4 +1,4 @@
-"""Score the models of a merge that goes on elsewhere: a run of this flow waits in the queue of `LEWIS_EVALUATE_QUEUE`.
+"""Score the models of a merge that goes on elsewhere: a run of this flow waits in a queue or pool of its own.
 
 It is given names and digests, and finds the models itself: parents on the Hub or in their folders, merged models in the
 store, the champion in the registry. Its scores go into the store, where the merge takes them.

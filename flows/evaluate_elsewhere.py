@@ -1,4 +1,4 @@
-"""Have models scored by the workers of another work queue: one run of the deployment `evaluate` for all of a merge."""
+"""Have models scored by workers of another queue or pool: one run of the deployment `evaluate` for all of a merge."""
 
 import logging
 import time
@@ -41,7 +41,8 @@ def queue_for(recipe: Path) -> str:
     """
     queue = work_queue.queue()
     if queue and recipe.parent.resolve() != recipes_folder.location().resolve():
-        logger.info("%s is not in the folder of recipes: its models are scored here, not in %s", recipe, queue)
+        place = work_queue.place(queue)
+        logger.info("%s is not in the folder of recipes: its models are scored here, not in the %s", recipe, place)
         return ""
     return queue
 
@@ -87,32 +88,16 @@ def scores(
         entries = find_all_scores(wanted, settings, plan.root)
     if entries is None:
         raise LewisError(
-            f"evaluate: the run in the work queue {queue} has scored the models, but the store here does not have the "
-            "scores; the workers must share its disk (LEWIS_HOME), or LEWIS_STORE must be the same on all of them"
+            f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "
+            "have the scores; the workers must share its disk (LEWIS_HOME), or all must have the same LEWIS_STORE"
         )
     return {label: submit(take_scores, entry, label, found) for label, entry in entries.items()}
 
 
 def _run(queue: str, parameters: dict[str, Any]) -> None:
     """Start a run in the queue, and wait until it has ended well."""
-    try:
-        run = run_deployment(
-            DEPLOYMENT,
-            parameters=parameters,
-            flow_run_name=f"evaluate {parameters['recipe']}",
-            timeout=0,
-            work_queue_name=queue,
-        )
-    except ObjectNotFound as error:
-        raise LewisError(
-            f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which {work_queue.SETTING} needs; run "
-            "`lewis deploy`, and if you deploy a file of your own, copy it from deployments/prefect.yaml"
-        ) from error
-    except httpx.HTTPError as error:
-        raise LewisError(f"evaluate: the Prefect server takes no run for the work queue {queue}: {error}") from error
-    assert isinstance(run, FlowRun)  # not awaitable, as there is no event loop here
-    logger.info("%s is scored by the run %s in the work queue %s", parameters["recipe"], run.name, queue)
     with get_client(sync_client=True) as client:
+        run = _start(client, queue, parameters)
         try:
             ended = _wait(client, run, queue)
         except BaseException:  # also what ends a run that is cancelled
@@ -124,9 +109,37 @@ def _run(queue: str, parameters: dict[str, Any]) -> None:
     if not state.is_completed():
         how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else "died"
         raise LewisError(
-            f"evaluate: the run {ended.name} in the work queue {queue} {how}: "
+            f"evaluate: the run {ended.name} in the {work_queue.place(queue)} {how}: "
             f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
         )
+
+
+def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> FlowRun:
+    place = work_queue.place(queue)
+    try:
+        if (found := client.read_deployment_by_name(DEPLOYMENT).work_pool_name) != work_queue.pool():
+            raise LewisError(
+                f"evaluate: expected the deployment {DEPLOYMENT} in the work pool {work_queue.pool()}, but it is in "
+                f"{found}; run `lewis deploy` with the {work_queue.POOL_SETTING} that the merges have"
+            )
+        run = run_deployment(
+            DEPLOYMENT,
+            parameters=parameters,
+            flow_run_name=f"evaluate {parameters['recipe']}",
+            timeout=0,
+            work_queue_name=queue,
+        )
+    except ObjectNotFound as error:
+        raise LewisError(
+            f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which {work_queue.SETTING} and "
+            f"{work_queue.POOL_SETTING} need; run `lewis deploy`, and if you deploy a file of your own, copy it from "
+            "deployments/prefect.yaml"
+        ) from error
+    except httpx.HTTPError as error:
+        raise LewisError(f"evaluate: the Prefect server takes no run for the {place}: {error}") from error
+    assert isinstance(run, FlowRun)  # not awaitable, as there is no event loop here
+    logger.info("%s is scored by the run %s in the %s", parameters["recipe"], run.name, place)
+    return run
 
 
 def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
@@ -135,7 +148,7 @@ def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
         try:
             run, away = client.read_flow_run(run.id), False
         except ObjectNotFound:
-            raise LewisError(f"evaluate: the run {run.name} in the work queue {queue} was deleted") from None
+            raise LewisError(f"evaluate: the run {run.name} in the {work_queue.place(queue)} was deleted") from None
         except httpx.HTTPError as error:
             if not away:
                 logger.warning("Prefect does not say how the evaluation goes on; asking again: %s", error)
@@ -143,10 +156,11 @@ def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
         if run.state and run.state.is_final():
             return run
         if run.state and run.state.name == "Late" and not late:
+            option = (
+                f"--work-queue {queue}" if work_queue.pool() == work_queue.MERGES else f"--pool {work_queue.pool()}"
+            )
             logger.warning(
-                "no worker takes the evaluation run %s: is one started with `--work-queue %s`, and has it time?",
-                run.name,
-                queue,
+                "no worker takes the evaluation run %s: is one started with `%s`, and has it time?", run.name, option
             )
             late = True
         time.sleep(POLL)

@@ -21,7 +21,10 @@ from lewis_tasks.support.waiting import LONG, WAITING
 TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
 DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
 STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
-_NOT_PENDING = ("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late")
+_NOT_PENDING = (
+    *("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late"),
+    "InfrastructurePending",  # its job waits in a cluster, for a GPU or an image; the worker watches it
+)
 _RUN = "{{ flow_run.name }}: {{ flow_run.state.message or flow_run.state.name }}\n\n{{ flow_run|ui_url }}"
 _EVENT = "{{ event.payload.message }}{% if flow_run %}\n\n{{ flow_run|ui_url }}{% endif %}"
 

@@ -14,14 +14,15 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.evaluation import work_queue
 from lewis.input_files import read_bytes
 from lewis.recipe import yaml_limits
-from lewis_flows import environment, recipes_folder
+from lewis_flows import environment, prefect_runs, recipes_folder
 from lewis_flows.service import schedules
 from lewis_flows.service.automations import put_automations
 from lewis_tasks.support.device_slot import LIMIT, slots
 
-POOL = "lewis"
+POOL = work_queue.MERGES
 PREFECT_YAML = recipes_folder.SHIPPED / "prefect.yaml"
 JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFECT_SERVER_", "PREFECT_WORKER_"))}
 TEMPLATE: dict[str, Any] = {
@@ -30,12 +31,13 @@ TEMPLATE: dict[str, Any] = {
     # Who starts a run may choose its parameters, and nothing of its process: no command, environment or folder.
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-"""The base job template of the work pool."""
+"""The base job template of a work pool of processes."""
 
 
 def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> list[str]:
     """Create or update the pool, the limit, the deployments of `file` and the automations.
 
+    Where `LEWIS_EVALUATE_POOL` names a pool for evaluations, it is made too, and the deployment `evaluate` put into it.
     Where the recipes are in the store, their folder is made first if it is missing.
 
     Args:
@@ -46,7 +48,7 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
         The names of the recipes that have a nightly schedule now.
 
     Raises:
-        InputError: if the file or the notification block is not there.
+        InputError: if the file or the notification block is not there, or a setting is wrong.
         LewisError: if Prefect refuses a deployment.
     """
     if not file.is_file():
@@ -56,13 +58,17 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
     recipes_folder.make()
     recipes = schedules.Folder().runnable() if recipes is None else list(recipes)
     with get_client(sync_client=True) as client:
-        _put_pool(client)
+        for pool in {POOL, work_queue.pool()}:
+            _put_pool(client, pool)
         _create_limit(client)
         put_automations(client)
     content = yaml_limits.load(read_bytes(file, yaml_limits.MAX_BYTES), str(file))
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
     schedules.add_schedules(content, recipes)
+    for each in content.get("deployments") or []:
+        if each.get("name") == prefect_runs.EVALUATE and work_queue.pool() != POOL:
+            each["work_pool"] = {"name": work_queue.pool()}
     with store.scratch_folder("deploy") as scratch:
         complete = scratch / "prefect.yaml"
         complete.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -76,15 +82,15 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
     return recipes
 
 
-def _put_pool(client: SyncPrefectClient) -> None:
+def _put_pool(client: SyncPrefectClient, name: str) -> None:
     """Create the work pool, or give a pool of processes that is there already our template."""
     try:
-        pool = client.read_work_pool(POOL)
+        pool = client.read_work_pool(name)
         if pool.type == "process" and pool.base_job_template != TEMPLATE:
-            client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=TEMPLATE))
+            client.update_work_pool(name, WorkPoolUpdate(base_job_template=TEMPLATE))
     except ObjectNotFound:
         with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=TEMPLATE))
+            client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=TEMPLATE))
 
 
 def _create_limit(client: SyncPrefectClient) -> None:

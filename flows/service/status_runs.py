@@ -20,7 +20,7 @@ PATIENCE = 10.0  # seconds for one request
 
 
 def ask_prefect(found: Status, api: str) -> None:
-    """Add the work pool and the runs to a status.
+    """Add the work pools and the runs to a status.
 
     Args:
         found: the status so far.
@@ -35,38 +35,49 @@ def ask_prefect(found: Status, api: str) -> None:
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client,
     ):
-        found.parts += [_workers(client), *_queues(client)]
+        for pool in _pools(client):
+            found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled, found.finished = _running(client), _scheduled(client), _finished(client)
 
 
-def _workers(client: SyncPrefectClient) -> Part:
-    name = f"work pool {POOL}"
+def _pools(client: SyncPrefectClient) -> list[str]:
+    """The work pool, and that of evaluations if it is another."""
     try:
-        pool = client.read_work_pool(POOL)
+        scoring = client.read_deployment_by_name(f"{EVALUATE}/{EVALUATE}").work_pool_name
+    except ObjectNotFound:
+        scoring = None
+    return list(dict.fromkeys([POOL, scoring or POOL]))
+
+
+def _workers(client: SyncPrefectClient, pool: str) -> Part:
+    name = f"work pool {pool}"
+    try:
+        paused = client.read_work_pool(pool).is_paused
     except ObjectNotFound:
         return Part(name=name, up=False, state="does not exist; `lewis up` or `lewis deploy` makes it")
-    online = [worker for worker in client.read_workers_for_work_pool(POOL) if worker.status == "ONLINE"]
-    if pool.is_paused:
-        return Part(name=name, up=False, state=f"is paused; run `prefect work-pool resume {POOL}`")
+    online = [worker for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
+    if paused:
+        return Part(name=name, up=False, state=f"is paused; run `prefect work-pool resume {pool}`")
     if not online:
-        return Part(name=name, up=False, state=f"has no worker; start one: `prefect worker start --pool {POOL}`")
+        return Part(name=name, up=False, state=f"has no worker; start one: `prefect worker start --pool {pool}`")
     return Part(name=name, up=True, state=f"{len(online)} worker{'s' if len(online) > 1 else ''}")
 
 
-def _queues(client: SyncPrefectClient) -> Iterator[Part]:
+def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
     """The work queues of the pool beside the one that there always is; with them that one too."""
     try:
-        queues = client.read_work_queues(work_pool_name=POOL)
+        queues = client.read_work_queues(work_pool_name=pool)
     except ObjectNotFound:
         return
     for queue in queues if len(queues) > 1 else []:
         paused, ready = queue.is_paused, queue.status == WorkQueueStatus.READY
-        start = f"`python -m lewis_flows.service.worker --work-queue {queue.name}`"
+        options = f"--work-queue {queue.name}" + ("" if pool == POOL else f" --pool {pool}")
+        start = f"`python -m lewis_flows.service.worker {options}`"
         state = f"has no worker; start one: {start}"
         if ready:
             state = "has a worker"
         if paused:
-            state = f"is paused; run `prefect work-queue resume {queue.name} --pool {POOL}`"
+            state = f"is paused; run `prefect work-queue resume {queue.name} --pool {pool}`"
         yield Part(name=f"work queue {queue.name}", up=ready and not paused, state=state)
 
 

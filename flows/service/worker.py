@@ -2,7 +2,8 @@
 
     PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.worker --limit 4
 
-It becomes `prefect worker start --pool lewis --type process`, with the arguments that it was given behind.
+It becomes `prefect worker start --pool lewis --type process`, with the arguments that it was given behind; with a
+`--pool` among them, that pool's.
 """
 
 import os
@@ -17,7 +18,8 @@ from lewis_flows.service import api_key
 
 def command(arguments: Sequence[str]) -> list[str]:
     """What Python is started with: the command that it becomes, without the program."""
-    return ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", *arguments]
+    pool = [] if "--pool" in arguments else ["--pool", "lewis"]
+    return ["-m", "prefect", "worker", "start", *pool, "--type", "process", *arguments]
 
 
 def name_of_up() -> str:

@@ -1,20 +1,40 @@
-"""`LEWIS_EVALUATE_QUEUE`: the work queue whose workers score models, such as those near GPUs."""
+"""`LEWIS_EVALUATE_QUEUE` and `LEWIS_EVALUATE_POOL`: where workers take models to score, such as those near GPUs."""
 
 import os
 import re
 
 from lewis.errors import InputError
 
-SETTING = "LEWIS_EVALUATE_QUEUE"
+SETTING, POOL_SETTING = "LEWIS_EVALUATE_QUEUE", "LEWIS_EVALUATE_POOL"
+MERGES = "lewis"
+"""The work pool of all other runs."""
 
 
 def queue() -> str:
-    """Its name; empty if models are scored where they are merged.
+    """Name of the work queue, in a pool of its own `default`; empty if models are scored where they are merged.
 
     Raises:
-        InputError: if no work queue can have that name.
+        InputError: if no work queue, or no work pool, can have the name that was given.
     """
-    name = os.environ.get(SETTING, "").strip()
+    return _name(SETTING, "work queue", "gpu") or ("default" if pool() != MERGES else "")
+
+
+def pool() -> str:
+    """Name of the work pool that has the queue: that of the merges, unless another one is set.
+
+    Raises:
+        InputError: if no work pool can have the name that was given.
+    """
+    return _name(POOL_SETTING, "work pool", "evaluate") or MERGES
+
+
+def place(name: str) -> str:
+    """What messages call the work queue of that name."""
+    return f"work queue {name}" + (f" of the work pool {pool()}" if pool() != MERGES else "")
+
+
+def _name(setting: str, what: str, example: str) -> str:
+    name = os.environ.get(setting, "").strip()
     if re.search(r"[/%&<>\s]", name):
-        raise InputError(f"{SETTING}: expected the name of a work queue, such as gpu, got {name!r}; set or unset it")
+        raise InputError(f"{setting}: expected the name of a {what}, such as {example}, got {name!r}; set or unset it")
     return name

@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, *answers: State | BaseException) -> None:
         self.run = FlowRun(id=uuid4(), flow_id=uuid4(), name="evaluate tiny")
-        self.answers, self.set = list(answers), list[str]()
+        self.answers, self.set, self.pool = list(answers), list[str](), "lewis"
 
     def __enter__(self) -> "Server":
         return self
@@ -48,6 +48,9 @@ class Server:
         if isinstance(answer, BaseException):
             raise answer
         return self.run.model_copy(update={"state": answer})
+
+    def read_deployment_by_name(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(work_pool_name=self.pool)
 
     def set_flow_run_state(self, run: UUID, state: State) -> None:
         assert run == self.run.id
@@ -101,13 +104,30 @@ def test_who_is_interrupted_cancels_the_run(started: Callable[..., Server], inte
     assert server.set == ["CANCELLING"]
 
 
-def test_a_server_without_the_deployment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object, **__: object) -> None:
+def test_a_server_without_the_deployment_is_told(
+    started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
         raise ObjectNotFound(Exception())
 
-    monkeypatch.setattr(elsewhere, "run_deployment", missing)
+    monkeypatch.setattr(started(), "read_deployment_by_name", missing)
     with pytest.raises(LewisError, match=r"no deployment evaluate/evaluate.*`lewis deploy`"):
         elsewhere._run("gpu", {"recipe": "tiny"})
+
+
+def test_a_deployment_in_another_pool_is_told(started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run there could wait for the merge that waits for it, or have no GPU."""
+    monkeypatch.setenv(work_queue.POOL_SETTING, "scoring")
+    server = started(Failed(message="no"))
+    with pytest.raises(
+        LewisError, match=r"expected .* in the work pool scoring, but it is in lewis; run `lewis deploy`"
+    ):
+        elsewhere._run("default", {"recipe": "tiny"})
+    server.pool = "scoring"
+    with pytest.raises(
+        LewisError, match="the run evaluate tiny in the work queue default of the work pool scoring failed"
+    ):
+        elsewhere._run("default", {"recipe": "tiny"})
 
 
 def test_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,6 +138,15 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (elsewhere.queue_for(inside), elsewhere.queue_for(outside)) == ("gpu", "")
     assert step.scoring_devices() == ("cuda", "cpu")
     assert up._worker()[-2:] == ["--work-queue", "default"]  # it does not take what its own merges wait for
+    monkeypatch.setenv(work_queue.POOL_SETTING, "lewis")  # the pool of the merges is none of its own
+    monkeypatch.delenv(work_queue.SETTING)
+    assert elsewhere.queue_for(inside) == ""
+    monkeypatch.setenv(work_queue.POOL_SETTING, "evaluate")
+    assert (elsewhere.queue_for(inside), elsewhere.queue_for(outside)) == ("default", "")
+    assert step.scoring_devices() == ("cuda", "cpu")
+    monkeypatch.setenv(work_queue.POOL_SETTING, "a b")
+    with pytest.raises(InputError, match=r"LEWIS_EVALUATE_POOL: expected the name of a work pool, .* got 'a b'"):
+        work_queue.pool()
     monkeypatch.setenv(work_queue.SETTING, "a/b")
     with pytest.raises(InputError, match=r"LEWIS_EVALUATE_QUEUE: expected the name .* got 'a/b'"):
         work_queue.queue()

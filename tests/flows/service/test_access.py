@@ -141,7 +141,7 @@ def test_a_run_chooses_nothing_of_its_process(client: SyncPrefectClient) -> None
         made = {"name": "access", "work_pool_name": deploy.POOL, "job_variables": {"env": {"A": "1"}}}
         before = client.create_deployment(flow, **made)
         for _ in range(2):
-            deploy._put_pool(client)
+            deploy._put_pool(client, deploy.POOL)
         pool = client.read_work_pool(deploy.POOL)
         assert pool.base_job_template == deploy.TEMPLATE
         assert client.create_deployment(flow, **{**made, "job_variables": {}}) == before

@@ -1,6 +1,7 @@
 """Dockerfile, compose file and manifests agree with the package: programs, variables, secrets, addresses, users."""
 
 import configparser
+import copy
 import json
 import re
 import shlex
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
-from lewis_flows.service import from_files
+from lewis.evaluation import work_queue
+from lewis_flows.service import deploy, from_files
 
 REPO = Path(__file__).resolve().parents[3]
 FOLDER = REPO / "deployments"
@@ -24,7 +26,7 @@ OURS = [name for name, service in SERVICES.items() if service["image"] == "lewis
 MANIFESTS = [
     document for path in sorted((FOLDER / "kubernetes").glob("*.yaml")) for document in yaml.safe_load_all(path.open())
 ]
-JOB = json.loads((FOLDER / "kubernetes" / "job.json").read_text())
+JOB, EVALUATE = (json.loads((FOLDER / "kubernetes" / name).read_text()) for name in ("job.json", "evaluate.json"))
 GENERATED = next(each for each in MANIFESTS if each["kind"] == "Kustomization")
 
 
@@ -117,7 +119,7 @@ def test_no_part_gets_more_than_it_needs(name: str) -> None:
 def test_the_manifests_are_of_one_piece() -> None:
     made = {each["name"] for each in GENERATED["configMapGenerator"]}
     pods = [each["spec"]["template"]["spec"] for each in MANIFESTS if each["kind"] == "Deployment"]
-    pods.append(JOB["job_configuration"]["job_manifest"]["spec"]["template"]["spec"])
+    pods += [each["job_configuration"]["job_manifest"]["spec"]["template"]["spec"] for each in (JOB, EVALUATE)]
     services = {each["metadata"]["name"] for each in MANIFESTS if each["kind"] == "Service"}
     accounts = {each["metadata"]["name"] for each in MANIFESTS if each["kind"] == "ServiceAccount"}
     for pod in pods:
@@ -162,12 +164,38 @@ def test_the_receiver_is_probed_where_it_answers() -> None:
 
 
 def test_a_run_chooses_nothing_of_its_job() -> None:
-    assert JOB["variables"] == {"type": "object", "properties": {}, "additionalProperties": False}
-    text = json.dumps(JOB)
-    assert set(re.findall(r"\{\{ *(\w+) *\}\}", text)) == {"command", "name"}  # which the worker itself fills in
-    (container,) = JOB["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
-    slots = next(each["value"] for each in container["env"] if each["name"] == "LEWIS_DEVICE_SLOTS")
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == slots
+    for template in (JOB, EVALUATE):
+        assert template["variables"] == deploy.TEMPLATE["variables"] and "{{" not in json.dumps(template)
+
+
+def test_jobs_that_score_differ_in_their_gpu_alone() -> None:
+    jobs = [copy.deepcopy(each["job_configuration"]) for each in (JOB, EVALUATE)]
+    pods = [job["job_manifest"]["spec"]["template"]["spec"] for job in jobs]
+    limits = [pod["containers"][0]["resources"]["limits"] for pod in pods]
+    slots = next(each["value"] for each in pods[1]["containers"][0]["env"] if each["name"] == "LEWIS_DEVICE_SLOTS")
+    assert limits[1].pop("nvidia.com/gpu") == slots and "nvidia.com/gpu" not in limits[0]
+    assert pods[1].pop("tolerations")[0]["key"] == "nvidia.com/gpu" and pods[1].pop("nodeSelector")
+    assert jobs[1]["job_manifest"]["metadata"].pop("generateName") == "lewis-evaluate-"
+    assert jobs[0]["job_manifest"]["metadata"].pop("generateName") == "lewis-"
+    assert jobs[0] == jobs[1]
+
+
+def test_each_work_pool_has_a_template_and_a_worker() -> None:
+    deployments = {each["metadata"]["name"]: each for each in MANIFESTS if each["kind"] == "Deployment"}
+    pod = deployments["worker"]["spec"]["template"]["spec"]
+    made = re.findall(r"work-pool create (\w+) .*?/etc/lewis/(\S+)", pod["initContainers"][0]["args"][2])
+    job = next(each for each in GENERATED["configMapGenerator"] if each["name"] == "job")
+    settings = next(each for each in GENERATED["configMapGenerator"] if each["name"] == "settings")["literals"]
+    assert [file for _, file in made] == job["files"] and made[0][0] == deploy.POOL
+    assert [f"--pool={pool}" for pool, _ in made] == [container["args"][3] for container in pod["containers"]]
+    assert f"{work_queue.POOL_SETTING}={made[1][0]}" in settings
+    ports = [container["ports"][0]["containerPort"] for container in pod["containers"]]
+    assert ports == [8080, 8081]
+    for container, port in zip(pod["containers"], ports, strict=True):
+        given = {each["name"]: each.get("value") for each in container["env"]}
+        assert int(given.get("PREFECT_WORKER_WEBSERVER_PORT", 8080)) == port
+        probes = [each["httpGet"]["port"] for name, each in container.items() if name.endswith("Probe")]
+        assert probes == [port] * 3
 
 
 @pytest.mark.parametrize("file", ["mlflow-auth.ini", "kubernetes/mlflow-auth.ini"])

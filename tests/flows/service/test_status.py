@@ -248,10 +248,17 @@ def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPre
         assert part(status(), "work queue gpu").state == "has a worker" and not part(status(), "work queue default").up
         client.update_work_queue(client.read_work_queue_by_name("gpu", "lewis").id, is_paused=True)
         assert "prefect work-queue resume gpu --pool lewis" in part(status(), "work queue gpu").state
+        client.create_work_pool(WorkPoolCreate(name="scoring", type="kubernetes"))
+        scoring = client.create_deployment(
+            client.create_flow_from_name("evaluate"), "evaluate", work_pool_name="scoring"
+        )
+        assert "`prefect worker start --pool scoring`" in part(status(), "work pool scoring").state
+        client.delete_deployment(scoring)
         client.update_work_pool("lewis", WorkPoolUpdate(is_paused=True))
         assert "is paused" in part(status(), pool).state
     finally:
-        client.delete_work_pool("lewis")
+        for name in ("lewis", "scoring"):
+            client.delete_work_pool(name)
 
 
 def test_times_as_a_person_says_them(monkeypatch: pytest.MonkeyPatch) -> None:
