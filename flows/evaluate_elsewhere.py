@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture
@@ -29,6 +29,8 @@ from lewis_tasks.evaluate import take_scores
 logger = logging.getLogger(__name__)
 DEPLOYMENT = f"{prefect_runs.EVALUATE}/evaluate"
 POLL = 2.0  # seconds
+ATTEMPTS = 3
+"""How many runs one merge starts, if each before the last has died with its worker."""
 
 
 def queue_for(recipe: Path) -> str:
@@ -95,23 +97,37 @@ def scores(
 
 
 def _run(queue: str, parameters: dict[str, Any]) -> None:
-    """Start a run in the queue, and wait until it has ended well."""
+    """Start a run in the queue, and wait until it has ended well; if it dies, another one takes its place.
+
+    What the dead run had scored is in the store, where the next one finds it.
+    """
+    place = work_queue.place(queue)
     with get_client(sync_client=True) as client:
-        run = _start(client, queue, parameters)
-        try:
-            ended = _wait(client, run, queue)
-        except BaseException:  # also what ends a run that is cancelled
-            with suppress(Exception):
-                client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
-            raise
-    state = ended.state
-    assert state is not None
+        name, state = _ended(client, queue, parameters)
+        for _ in range(ATTEMPTS - 1):
+            if not state.is_crashed():
+                break
+            logger.warning("the run %s in the %s died; starting it again: %s", name, place, state.message)
+            name, state = _ended(client, queue, parameters)
     if not state.is_completed():
-        how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else "died"
+        how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
         raise LewisError(
-            f"evaluate: the run {ended.name} in the {work_queue.place(queue)} {how}: "
+            f"evaluate: the run {name} in the {place} {how}: "
             f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
         )
+
+
+def _ended(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> tuple[str, State]:
+    """Start a run and wait for its end; gives its name and last state."""
+    run = _start(client, queue, parameters)
+    try:
+        run = _wait(client, run, queue)
+    except BaseException:  # also what ends a run that is cancelled
+        with suppress(Exception):
+            client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
+        raise
+    assert run.state is not None
+    return run.name, run.state
 
 
 def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> FlowRun:

@@ -124,7 +124,7 @@ def crash_dead_runs() -> None:
 
 def tag_crashed_runs() -> None:
     """Give the runs that the server marked as Crashed their verdict: it changes a state, and no tags."""
-    flows, crashed = (prefect_runs.MERGE, prefect_runs.SEARCH), {"type": {"any_": ["CRASHED"]}}
+    flows, crashed = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.EVALUATE), {"type": {"any_": ["CRASHED"]}}
     try:
         with get_client(sync_client=True) as client:
             runs = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)

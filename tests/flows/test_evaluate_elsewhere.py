@@ -75,7 +75,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Server]:
     "end, told",
     [
         (Failed(message="org/math: the Hub refuses"), "failed: org/math: the Hub refuses"),
-        (Crashed(message="Its heartbeats stopped"), "died: Its heartbeats stopped"),
         (Cancelled(), "was cancelled: Cancelled"),
         (ObjectNotFound(Exception()), "was deleted"),
     ],
@@ -84,6 +83,19 @@ def test_how_a_run_has_ended_is_told(started: Callable[..., Server], end: Any, t
     started(Scheduled(), Running(), httpx.ConnectError("away"), Running(), end)
     with pytest.raises(LewisError, match=f"the run evaluate tiny in the work queue gpu {told}"):
         elsewhere._run("gpu", {"recipe": "tiny"})
+
+
+def test_a_run_that_dies_is_started_again_twice(
+    started: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = Crashed(message="Its heartbeats stopped")
+    server = started(Running(), dead, Running(), dead, Scheduled(), Completed())
+    elsewhere._run("gpu", {"recipe": "tiny"})
+    assert not server.answers and caplog.text.count("died; starting it again: Its heartbeats stopped") == 2
+    server = started(dead, dead, dead, Completed())
+    with pytest.raises(LewisError, match="in the work queue gpu died 3 times: Its heartbeats stopped"):
+        elsewhere._run("gpu", {"recipe": "tiny"})
+    assert len(server.answers) == 1
 
 
 def test_a_run_that_no_worker_takes_is_told_once(

@@ -15,7 +15,7 @@ from tests.conftest import Family
 from tests.flows.conftest import TASK, write_words
 from tests.flows.test_run import SLOW
 from tests.production.fleet import PASSWORD, USER, Fleet, postgres_programs
-from tests.production.s3_server import S3Server
+from tests.production.s3_server import BUCKET, S3Server
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_expert
 
@@ -30,7 +30,7 @@ lewis:
 evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
 register: {name: %(name)s, gate: {metric: "words/acc,none", min_gain: -1}}
 """
-NAMES = ("released", "killed", "bucket", "away", "queued")
+NAMES = ("released", "killed", "bucket", "away", "queued", "rescued")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,10 @@ def fleet(family: Family, s3: S3Server) -> Iterator[Fleet]:
         (fleet.recipes / "tasks" / "words.yaml").write_text(TASK)
         for name in NAMES:
             text = RECIPE % {"name": name}
-            if name == "queued":  # a plain merge, which takes less
+            if name in ("queued", "rescued"):  # plain merges, which take less
                 text = re.sub(r"lewis:\n.*\n", "", text)
+            if name == "rescued":
+                text = text.replace("baselines: [base]", "baselines: [experts]")
             (fleet.recipes / f"{name}.yaml").write_text(text)
         try:
             fleet.start()
@@ -194,6 +196,47 @@ def test_evaluations_go_to_the_workers_of_their_own_queue(fleet: Fleet, family: 
     fleet.until(lambda: len(fleet.versions("queued")) == 2, 900)
     made = evaluations(fleet)[2]
     assert "champion" in made["parameters"]["models"] and made["state_name"] == "Scored", made["state"]
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_scoring(fleet: Fleet, family: Family) -> None:
+    """The merge that waits starts the run again; another worker scores what the dead one had not."""
+    flag, before = fleet.root / "scoring", len(evaluations(fleet))
+    there = scores(fleet)
+    patch = (
+        "import time, lewis.evaluation.harness as m; f = m._watch; n = []\n"
+        "m._watch = lambda *a: (n.append(a), len(n) == 3 and"
+        f" (open({str(flag)!r}, 'w').close(), time.sleep(3600)), f(*a))[2]"  # while lm-eval runs for the third model
+    )
+    merging = fleet.worker("worker-10", queue="default", LEWIS_EVALUATE_QUEUE="gpu")
+    fleet.worker("worker-11", patch, queue="gpu")
+    sha = release(fleet, "rescued", family, 11)
+    fleet.until(flag.exists, 400)
+    fleet.parts["worker-11"].kill()
+    shutil.rmtree(fleet.home("worker-11"))
+    begin = time.monotonic()
+    kept = scores(fleet)
+    assert len(kept) - len(there) == 2
+    scoring = fleet.worker("worker-12", queue="gpu")
+    (run,) = fleet.until(lambda: fleet.runs("rescued"), 10)
+    run = fleet.ended(run["id"], 600)
+    print(f"the killed worker's run was found dead, and another worker scored: {time.monotonic() - begin:.0f} s")
+    assert run["state_name"] == "Promoted", run["state"]
+    died, ended = evaluations(fleet)[before:]
+    assert (died["state_name"], ended["state_name"]) == ("Crashed", "Scored")
+    assert "died; starting it again" in merging.log.read_text()
+    models, made = ended["parameters"]["models"], scores(fleet)
+    assert set(models) == {"base", "rescued", "other", "merged"} and models == died["parameters"]["models"]
+    assert sorted(found for found, _ in made.values() if found in models.values()) == sorted(models.values())
+    assert kept.items() < made.items() and "fetched scores/" in scoring.log.read_text()  # none is made twice
+    assert sources(fleet, "rescued") == [sha] and fleet.versions("rescued")[0].aliases == ["champion"]
+    assert fleet.versions("rescued")[0].status == "READY"
+
+
+def scores(fleet: Fleet) -> dict[str, tuple[str, Any]]:
+    """Object -> the model whose scores it has, and when it was written."""
+    client = fleet.s3.client()
+    found = {name: client.get_object(Bucket=BUCKET, Key=name) for name in fleet.s3.objects("store/scores/")}
+    return {name: (json.load(each["Body"])["model"], each["LastModified"]) for name, each in found.items()}
 
 
 def evaluations(fleet: Fleet) -> list[dict[str, Any]]:
