@@ -35,6 +35,8 @@ def open_links(options: argparse.Namespace) -> None:
     rows += [("version", found.version or "none yet"), ("", found.version_page)]
     rows += [("champion", found.champion), ("", found.champion_page)] if found.champion != found.version else []
     rows += [("published", found.published)]
+    asked = [f"{name} asks for {what}" for name, what in found.sign_in.items()]
+    rows += zip(["sign in", ""], asked, strict=False)
     width = max(len(name) for name, _ in rows)
     print("".join(f"{name:<{width}}  {redacted(text)}\n" for name, text in rows if text), end="")
 

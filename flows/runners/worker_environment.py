@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from lewis import store
 from lewis_flows import environment
+from lewis_flows.service import mlflow_key
 
 # No secrets, because a cluster shows its settings: start the workers with HF_TOKEN in their own environment.
 _SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI", "LEWIS_STORE", "LEWIS_STORE_MERGED")
@@ -20,9 +21,10 @@ def shared_environment() -> dict[str, str]:
 
 
 def prepare(values: Mapping[str, str]) -> None:
-    """Begin a worker: take the flow's environment, turn telemetry off."""
+    """Begin a worker: take the flow's environment, turn telemetry off, find the password of our MLflow server."""
     os.environ.update(values)
     environment.prepare()
+    mlflow_key.find()
 
 
 def stop() -> None:

@@ -1,5 +1,6 @@
 """Where to look at a recipe's last run: its page and artifacts in Prefect, the version in MLflow, the Hub."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.registry import releases, versions
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.service import servers
+from lewis_flows.service import api_key, mlflow_key, note, servers
 from lewis_flows.service.api_key import connected
 
 _PAGES = 10  # of 200 runs each, that are looked through
@@ -32,6 +33,7 @@ class Links(BaseModel):
         version, version_page: the newest registered version, its `uri` and its page in MLflow.
         champion, champion_page: likewise.
         published: the champion's page on the Hub.
+        sign_in: server of `lewis up` -> what its pages ask for, and where that is.
     """
 
     recipe: str
@@ -45,6 +47,7 @@ class Links(BaseModel):
     champion: str = ""
     champion_page: str = ""
     published: str = ""
+    sign_in: dict[str, str] = {}
 
 
 def links(recipe: str) -> Links:
@@ -58,7 +61,7 @@ def links(recipe: str) -> Links:
         TransientError: if a server does not answer.
     """
     path = recipes_folder.find(recipe)
-    found = Links(recipe=recipes_folder.name_of(str(path)))
+    found = Links(recipe=recipes_folder.name_of(str(path)), sign_in=_sign_in())
     with server() as (client, ui):
         if run := last_run(client, found.recipe):
             found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"
@@ -74,6 +77,17 @@ def links(recipe: str) -> Links:
         if "champion" in each.aliases:
             found.champion, found.champion_page = f"models:/{name}/{each.version}", versions.page(name, each.version)
             found.published = each.published
+    return found
+
+
+def _sign_in() -> dict[str, str]:
+    known = note.read()
+    found = {}
+    if known and not os.environ.get("PREFECT_API_URL") and api_key.path().exists():
+        found["Prefect"] = f"the key in {api_key.path()}"
+    if user := known.get("mlflow_user"):
+        found["MLflow"] = mlflow_key.asked_for(user)
+        os.environ.setdefault("LEWIS_MLFLOW_UI", known["mlflow"])  # where the pages of versions are
     return found
 
 

@@ -1,37 +1,69 @@
-"""User and password of an MLflow server that is started here, if `LEWIS_MLFLOW_AUTH` is 1.
+"""User and password of the MLflow server that `lewis up` starts, and how processes of this store find them.
 
-The server is then MLflow's own with basic authentication. It is off by default: the pictures in the pages of Prefect's
-artifacts come from MLflow, and a browser asks for no password for the picture of another page. The server has one user;
-more are made with MLflow's own means. Processes of this store open the database of MLflow itself and need no password.
-Others send `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`.
+The server is MLflow's own with basic authentication; `LEWIS_MLFLOW_AUTH=0` switches that off. It has one user; more are
+made with MLflow's own means. Processes of this store open the database of MLflow itself and need no password. Others
+send `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`. Both are only ever handed on in the environment of
+processes, which other users cannot read.
 """
 
 import hashlib
 import hmac
-import importlib.util
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from lewis import store
 from lewis.errors import InputError
-from lewis_flows.service import secret_file
+from lewis_flows.service import note, secret_file
 
 USER = "lewis"
 _NAME = "mlflow-password"
+_SENT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def wanted() -> bool:
     """Whether a server that is started here asks for a password.
 
     Raises:
-        InputError: if `LEWIS_MLFLOW_AUTH` is neither 0 nor 1, or what the server needs for it is not installed.
+        InputError: if `LEWIS_MLFLOW_AUTH` is neither 0 nor 1.
     """
-    given = os.environ.get("LEWIS_MLFLOW_AUTH") or "0"
+    given = os.environ.get("LEWIS_MLFLOW_AUTH") or "1"
     if given not in ("0", "1"):
         raise InputError(f"LEWIS_MLFLOW_AUTH: expected 0 or 1, got {given!r}; set or unset it")
-    if given == "1" and importlib.util.find_spec("flask_wtf") is None:
-        raise InputError("LEWIS_MLFLOW_AUTH: MLflow's server with passwords needs flask-wtf; install the extra `auth`")
     return given == "1"
+
+
+def user() -> str:
+    """The user of a server that is started here: `MLFLOW_AUTH_ADMIN_USERNAME`, or `lewis`."""
+    return os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME") or USER
+
+
+def asked_for(name: str) -> str:
+    """What the page of our server asks for, and where that is: words without the password.
+
+    Args:
+        name: of the user.
+    """
+    ours = not _given() and path().exists()
+    return f"user {name} and the password in {path() if ours else 'MLFLOW_AUTH_ADMIN_PASSWORD'}"
+
+
+def find() -> None:
+    """If `MLFLOW_TRACKING_URI` names the server of `lewis up` on this store, send it our user and password.
+
+    A user, password or token that the environment has already is left alone.
+
+    Raises:
+        InputError: if others may read the file of the password, or it is empty.
+    """
+    url = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not url.startswith("http") or any(os.environ.get(name) for name in _SENT):
+        return
+    known = note.read()
+    name = known.get("mlflow_user")
+    if name and url.rstrip("/") == known.get("mlflow") and (_given() or path().exists()):
+        os.environ.update(MLFLOW_TRACKING_USERNAME=name, MLFLOW_TRACKING_PASSWORD=password())
 
 
 def path() -> Path:
@@ -45,8 +77,7 @@ def password() -> str:
     Raises:
         InputError: if others may read the file, or it is empty.
     """
-    given = os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", "").strip()
-    return given or secret_file.read_or_make(_NAME, "remove it, and start `lewis up` again")
+    return _given() or secret_file.read_or_make(_NAME, "remove it, and start `lewis up` again")
 
 
 def server_environment() -> dict[str, str]:
@@ -58,6 +89,8 @@ def server_environment() -> dict[str, str]:
     secret = password()
     folder = store.make_folder(store.home() / "mlflow")
     users = folder / f"users-{hashlib.sha256(secret.encode()).hexdigest()[:16]}.db"
+    if users.exists() and not _has_users(users):
+        users.unlink()
     settings = {
         "default_permission": "NO_PERMISSIONS",
         "database_uri": f"sqlite:///{users}".replace("%", "%%"),
@@ -69,7 +102,20 @@ def server_environment() -> dict[str, str]:
     store.write_bytes(file, "".join(["[mlflow]\n", *lines]).encode())
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(file),
-        "MLFLOW_AUTH_ADMIN_USERNAME": os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME") or USER,
+        "MLFLOW_AUTH_ADMIN_USERNAME": user(),
         "MLFLOW_AUTH_ADMIN_PASSWORD": secret,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": hmac.new(secret.encode(), b"forms", "sha256").hexdigest(),
     }
+
+
+def _given() -> str:
+    return os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", "").strip()
+
+
+def _has_users(database: Path) -> bool:
+    """Whether a database of users is whole: MLflow cannot go on with one that a first start left half made."""
+    with closing(sqlite3.connect(database)) as connection:
+        try:
+            return connection.execute("SELECT 1 FROM users").fetchone() is not None
+        except sqlite3.OperationalError:  # not even the table is there
+            return False

@@ -9,13 +9,16 @@ from lewis import store
 
 
 def read() -> dict[str, Any]:
-    """The keys `pid`, `prefect`, `mlflow` and `webhook`; empty without a note. A killed `lewis up` leaves its note."""
+    """The keys `pid`, `prefect`, `mlflow` and `webhook`; empty without a note. A killed `lewis up` leaves its note.
+
+    `mlflow_user` is there too if `lewis up` started an MLflow server that asks for a password.
+    """
     return store.read_json(_path()) or {}
 
 
-def write(urls: Mapping[str, str]) -> None:
-    """Tell other commands of this store where the parts of this process answer."""
-    store.write_json(_path(), {**urls, "pid": os.getpid()})
+def write(known: Mapping[str, str]) -> None:
+    """Tell other commands of this store where the parts of this process answer, and MLflow's user."""
+    store.write_json(_path(), {**known, "pid": os.getpid()})
 
 
 def remove() -> None:

@@ -24,6 +24,7 @@ _NOISE = (
     *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
     "already in terminal state",  # if a run ends while its heartbeat is on the way
     "'change-flow-run-state' action: 404",  # the same, of a poll whose run is deleted
+    "This feature is still experimental",  # MLflow's basic authentication, whenever it starts
     *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
 )
 _RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up
@@ -64,7 +65,9 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
             parts.append(part)
 
         urls = _start_servers(add, say)
-        note.write(urls)
+        asks = mlflow_key.wanted() and any(part.name == "mlflow" for part in parts)
+        known = urls | ({"mlflow_user": mlflow_key.user()} if asks else {})
+        note.write(known)
         # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
         from lewis_flows.service.deployed import Deployed
 
@@ -72,7 +75,7 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         deployed.begin()
         add(Process("worker", _worker(), {"LEWIS_MLFLOW_UI": urls["mlflow"]}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
-        note.write(urls)
+        note.write(known | urls)
         ready(urls)
         _keep_up(parts, say, {"worker": deployed.worker_died}, deployed.follow)
 
@@ -95,8 +98,10 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
         database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
         server, urls["mlflow"] = mlflow_process(usable_port("MLFLOW_PORT", 5000), database, _echo("mlflow", say))
         add(server)
-        if mlflow_key.wanted() and mlflow_key.path().exists():
-            say("lewis", f"MLflow's page asks for user {mlflow_key.USER} and a password: it is in {mlflow_key.path()}")
+        if mlflow_key.wanted():
+            say("lewis", f"MLflow's page asks for {mlflow_key.asked_for(mlflow_key.user())}")
+        else:
+            say("lewis", "MLflow asks for no password (LEWIS_MLFLOW_AUTH=0): every user of this machine may change it")
     return urls
 
 

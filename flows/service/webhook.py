@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from lewis.errors import InputError
 from lewis_flows import environment, json_logs, secret_blocks
-from lewis_flows.service import api_key, webhook_secret
+from lewis_flows.service import api_key, mlflow_key, webhook_secret
 from lewis_flows.service.access_log import AccessLog
 from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
 from lewis_flows.service.ready import Readiness
@@ -162,6 +162,7 @@ def main() -> int:
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=handlers)
         logger.setLevel(logging.INFO)
         api_key.find()
+        mlflow_key.find()
         port = os.environ.get("LEWIS_WEBHOOK_PORT", "4300")
         if not port.isdecimal() or int(port) > 65535:
             raise InputError(f"LEWIS_WEBHOOK_PORT: expected a port, 0 to 65535, got {port!r}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from lewis.errors import InputError
 from lewis_flows import environment
-from lewis_flows.service import api_key
+from lewis_flows.service import api_key, mlflow_key
 
 
 def command(arguments: Sequence[str]) -> list[str]:
@@ -32,6 +32,7 @@ def main() -> int:
     try:
         environment.prepare()
         api_key.find()
+        mlflow_key.find()
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)  # noqa: T201
         return 2

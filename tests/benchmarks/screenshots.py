@@ -108,6 +108,7 @@ def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
     save("report", browser.picture())
 
     seen = {"_mlflow_user_setting_dismiss_next_model_registry_ui": "true", "mlflow.assistant.panelOpen_v1": "false"}
+    browser.sign_in(service.mlflow, "lewis", service.password())
     browser.remember(f"{service.mlflow}/#/models", seen)
     version = service.versions(MODEL)[0].version
     browser.open(f"{service.mlflow}/#/models/{MODEL}/versions/{version}", "Scores", width=1200, height=760)

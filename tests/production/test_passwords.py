@@ -32,7 +32,6 @@ def status(url: str) -> int:
 
 def test_mlflow_asks_for_the_password(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where the server puts files of experiments that are made through it
-    monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "1")
     server, url = mlflow_process(free_port(), f"sqlite:///{home}/mlflow/mlflow.db")
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""The key of the Prefect servers that tests start, and the header that a request shows it in."""
+"""The key of the Prefect servers that tests start, and the header that a request shows it, or MLflow's password, in."""
 
 import base64
 
@@ -6,5 +6,5 @@ KEY = "tests:the key of every Prefect server that the tests start"
 
 
 def credentials(key: str = KEY) -> dict[str, str]:
-    """The header that Prefect's API asks for."""
+    """The header that Prefect's API asks for; MLflow's, of `user:password`."""
     return {"Authorization": f"Basic {base64.b64encode(key.encode()).decode()}"}

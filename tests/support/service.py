@@ -161,6 +161,10 @@ class Service:
         """What its Prefect server asks for."""
         return (self.home / "prefect-api-key").read_text().strip()
 
+    def password(self) -> str:
+        """What its MLflow server asks for, with the user `lewis`."""
+        return (self.home / "mlflow-password").read_text().strip()
+
     def parts(self) -> dict[int, str]:
         return children(self.process.pid)
 

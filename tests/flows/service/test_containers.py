@@ -60,7 +60,7 @@ def test_the_image_has_the_packages_and_starts_as_a_user(tmp_path: Path) -> None
         check=True,
     )
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][name] for name in ("auth", "kubernetes", "postgres", "s3")]
+    extras = [project["optional-dependencies"][name] for name in ("kubernetes", "postgres", "s3")]
     assert (tmp_path / "found").read_text().splitlines() == sum(extras, project["dependencies"])
     (module,) = {json.loads(line)[2] for line in lines("ENTRYPOINT")}
     assert module == from_files.__name__

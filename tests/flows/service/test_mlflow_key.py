@@ -1,7 +1,11 @@
 """The password of an MLflow server that is started here, and what a server says that wants another."""
 
+import configparser
+import os
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.registry import tracking
-from lewis_flows.service import mlflow_key
+from lewis_flows.service import mlflow_key, note
 from lewis_flows.service.servers import mlflow_process
 
 
@@ -48,8 +52,6 @@ def test_a_wrong_password_is_told_in_one_sentence(
 
 
 def test_the_password_is_in_the_environment_of_the_server_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "1")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     server, _ = mlflow_process(1, "sqlite:///x")
     secret = mlflow_key.password()
     assert mlflow_key.path().stat().st_mode & 0o77 == 0
@@ -72,12 +74,66 @@ def test_files_of_other_peoples_experiments_go_into_the_store(home: Path, monkey
     assert destination() == "s3://bucket/files"
 
 
-def test_it_is_off_by_default_and_told_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not mlflow_key.wanted() and "--app-name" not in mlflow_process(1, "sqlite:///x")[0]._command
-    monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "yes")
-    with pytest.raises(InputError, match="LEWIS_MLFLOW_AUTH: expected 0 or 1, got 'yes'"):
+def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "0")
+    server, _ = mlflow_process(1, "sqlite:///x")
+    assert "--app-name" not in server._command and "MLFLOW_AUTH_ADMIN_PASSWORD" not in server._environment
+    assert not mlflow_key.path().exists()
+    monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "no")
+    with pytest.raises(InputError, match="LEWIS_MLFLOW_AUTH: expected 0 or 1, got 'no'"):
         mlflow_key.wanted()
-    monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "1")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match="install the extra `auth`"):
-        mlflow_key.wanted()
+
+
+@pytest.mark.parametrize("made", ["", "CREATE TABLE users (id)"], ids=["empty", "no user yet"])
+def test_a_first_start_that_was_killed_does_not_stop_the_next(home: Path, made: str) -> None:
+    """MLflow makes each table anew if it does not find all of them, and fails if one is there."""
+    users = users_of(mlflow_key.server_environment())
+    with closing(sqlite3.connect(users)) as connection:
+        connection.execute(made)
+    assert users.exists() and users_of(mlflow_key.server_environment()) == users
+    assert not users.exists()
+    with closing(sqlite3.connect(users)) as connection, connection:
+        connection.execute("CREATE TABLE users (id)")
+        connection.execute("INSERT INTO users VALUES (1)")
+    mlflow_key.server_environment()
+    assert users.exists()
+
+
+def users_of(environment: dict[str, str]) -> Path:
+    settings = configparser.ConfigParser()
+    settings.read(environment["MLFLOW_AUTH_CONFIG_PATH"])
+    return Path(settings["mlflow"]["database_uri"].removeprefix("sqlite:///"))
+
+
+class TestFind:
+    """Commands whose `MLFLOW_TRACKING_URI` names a server."""
+
+    @pytest.fixture(autouse=True)
+    def served(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            monkeypatch.setenv(name, "")  # so that the teardown undoes what is found
+        note.write({"mlflow": "http://127.0.0.1:5000", "mlflow_user": "lewis"})
+
+    def found(self, url: str) -> list[str]:
+        os.environ["MLFLOW_TRACKING_URI"] = url
+        mlflow_key.find()
+        return [os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]]
+
+    def test_that_of_lewis_up_gets_our_password(self) -> None:
+        assert self.found("http://127.0.0.1:5000/") == ["", ""]  # `lewis up` has another than this store's
+        secret = mlflow_key.password()
+        assert self.found("http://127.0.0.1:5000/") == ["lewis", secret]
+
+    def test_another_does_not(self) -> None:
+        mlflow_key.password()
+        assert self.found("http://mlflow.example.org:5000") == ["", ""]
+
+    def test_nor_one_that_lewis_up_was_told_to_use(self) -> None:
+        mlflow_key.password()
+        note.write({"mlflow": "http://mlflow.example.org:5000"})
+        assert self.found("http://mlflow.example.org:5000") == ["", ""]
+
+    def test_what_is_given_counts_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        mlflow_key.password()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+        assert self.found("http://127.0.0.1:5000") == ["ann", ""]

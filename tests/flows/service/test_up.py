@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from mlflow import MlflowClient
 
 from tests.conftest import Family, full
 from tests.flows.conftest import TASK, write_words
@@ -67,6 +69,7 @@ def service(
         put_prefect(common, service.home)
         (service.home / "mlflow").mkdir()
         shutil.copy(empty_database, service.home / "mlflow" / "mlflow.db")
+        register_before(service)
         write_words(service.recipes)
         (service.recipes / "tasks").mkdir()
         (service.recipes / "tasks" / "words.yaml").write_text(TASK)
@@ -77,6 +80,16 @@ def service(
         with service:
             schedule_once(service, "cron", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))
             yield service
+
+
+def register_before(service: Service) -> None:
+    """A champion and an experiment of the time before MLflow asked for a password."""
+    client = MlflowClient(f"sqlite:///{service.home}/mlflow/mlflow.db")
+    client.create_experiment("earlier", artifact_location=(service.home / "mlflow" / "artifacts").as_uri())
+    client.create_registered_model("earlier")
+    for _ in range(2):
+        client.create_model_version("earlier", str(service.home))
+    client.set_registered_model_alias("earlier", "champion", "2")
 
 
 def schedule_once(service: Service, recipe: str, when: datetime) -> None:
@@ -136,7 +149,9 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     artifacts = service.ask("/artifacts/filter", body)
     assert f"{service.mlflow}/#/models/scored/versions/1" in json.dumps([each["data"] for each in artifacts])
     picture = re.search(r"\]\((get-artifact\?path=density\.png&run_uuid=\w+)\)", version.description)
-    assert picture and urllib.request.urlopen(f"{service.mlflow}/{picture[1]}", timeout=30).read(4) == b"\x89PNG"
+    assert picture
+    signed_in = urllib.request.Request(f"{service.mlflow}/{picture[1]}", headers=to_mlflow(service))
+    assert urllib.request.urlopen(signed_in, timeout=30).read(4) == b"\x89PNG"
     service.until(lambda: any("models:/scored/1 is the champion" in each["body"] for each in service.sink.received), 30)
 
     service.start_run("merge/merge-on-release", recipe="scored")
@@ -269,9 +284,31 @@ def test_pages_of_other_sites_get_nothing(service: Service) -> None:
     with pytest.raises(urllib.error.HTTPError, match="422"):
         service.ask(f"/deployments/{found['id']}/create_flow_run", command)
     assert len(service.runs("scored")) == runs and not (service.home / "evil").exists()
-    search = f"{service.mlflow}/api/2.0/mlflow/experiments/search"
-    assert status_of(search, {"max_results": 1}, {}) == 200
-    assert status_of(search, {"max_results": 1}, evil) == status_of(search, {"max_results": 1}, page) == 403
+    search, mine = f"{service.mlflow}/api/2.0/mlflow/experiments/search", to_mlflow(service)
+    assert status_of(search, {"max_results": 1}, mine) == 200
+    for site in (evil, page):  # also of a browser that has signed in
+        assert status_of(search, {"max_results": 1}, mine | site) == 403
+
+
+def to_mlflow(service: Service) -> dict[str, str]:
+    return credentials(f"lewis:{service.password()}")
+
+
+def test_mlflow_asks_for_a_password_and_has_what_was_registered_before(service: Service) -> None:
+    assert stat.S_IMODE((service.home / "mlflow-password").stat().st_mode) == 0o600
+    experiments = f"{service.mlflow}/api/2.0/mlflow/experiments"
+    create = {"name": "of a stranger"}
+    for stranger in ({}, credentials(f"lewis:{service.password()}x"), credentials("admin:password1234")):
+        assert status_of(f"{experiments}/create", create, stranger) == 401
+    user = {"MLFLOW_TRACKING_USERNAME": "lewis", "MLFLOW_TRACKING_PASSWORD": service.password()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in user.items():
+            patch.setenv(name, value)
+        client = MlflowClient(service.mlflow)
+        assert client.get_model_version_by_alias("earlier", "champion").version == "2"
+        assert {each.version for each in client.search_model_versions("name='earlier'")} == {"1", "2"}
+        names = {each.name for each in client.search_experiments()}
+        assert "earlier" in names and "of a stranger" not in names
 
 
 def status_of(url: str, body: Any, headers: dict[str, str]) -> int:
@@ -284,7 +321,9 @@ def status_of(url: str, body: Any, headers: dict[str, str]) -> int:
 
 
 def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
+    """Also if `MLFLOW_TRACKING_URI` names the MLflow server, which asks for its password then."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    mine |= {"MLFLOW_TRACKING_URI": service.mlflow}
     command = [sys.executable, "-m", "lewis_flows.cli.main", "status", "--json"]
     told = subprocess.run(
         command, env={**mine, **service.environment}, capture_output=True, text=True, cwd=service.folder
@@ -292,12 +331,15 @@ def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
     assert all(part["up"] for part in found["parts"]) and found["running"] is not None and not found["unknown"]
+    assert not [why for recipe in found["recipes"] for why in recipe["unknown"] if "champion" in why]
 
-    key = service.key()
-    secrets = [key, credentials(key)["Authorization"].split()[1]]
+    keys = [service.key(), f"lewis:{service.password()}"]
+    secrets = [*keys, service.password(), *(credentials(key)["Authorization"].split()[1] for key in keys)]
     shown = [*service.parts().values(), service.log.read_text(), told.stdout, told.stderr]
     assert f"it is in {service.home}/prefect-api-key" in service.log.read_text()
-    files = [path for path in service.home.rglob("*") if path.is_file() and path.name != "prefect-api-key"]
+    assert f"MLflow's page asks for user lewis and the password in {service.home}/mlflow-password" in shown[-3]
+    own = ("prefect-api-key", "mlflow-password")
+    files = [path for path in service.home.rglob("*") if path.is_file() and path.name not in own]
     assert not [secret for secret in secrets for text in shown if secret in text]
     assert not [path for path in files for secret in secrets if secret.encode() in content(path)]
 
