@@ -209,7 +209,7 @@ class Fleet:
             folder.mkdir(exist_ok=True)
             (folder / "sitecustomize.py").write_text(patch)
             environment["PYTHONPATH"] = f"{folder}{os.pathsep}{environment['PYTHONPATH']}"
-        command = ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", "--name", name]
+        command = ["-m", "lewis_flows.service.worker", "--name", name]  # which asks for work every 2 s, not every 10
         command += ["--work-queue", queue] if queue else []
         return self.add(name, command, environment, alone=True)
 
