@@ -31,6 +31,9 @@ _LOOK = 60.0  # seconds between two looks whether a wait is long by now
 def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     """Hold a recipe's turn; a second run waits for it.
 
+    Its note is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
+    `lewis up` is killed and its worker's run gets SIGTERM. `crash_dead_runs` tells the server, and removes the note.
+
     Args:
         recipe: the recipe's file.
         run: id of the flow run.
@@ -49,7 +52,7 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
             yield held
         finally:
             running.release()
-            note.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
     Path(alive.lock_file).unlink(missing_ok=True)
 
 
@@ -120,6 +123,7 @@ def crash_dead_runs() -> None:
     for note in _notes():
         if _is_dead(note.name):
             note.unlink(missing_ok=True)
+            Path(store.lock(f"run-{note.name}").lock_file).unlink(missing_ok=True)
 
 
 def tag_crashed_runs() -> None:

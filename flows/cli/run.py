@@ -1,6 +1,7 @@
 """`lewis run` and `lewis search`: the flows in this process, on a Prefect server."""
 
 import argparse
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from lewis_flows.cli import arguments
-from lewis_flows.cli.terminal import print_table
+from lewis_flows.cli.terminal import print_table, say_error
 
 if TYPE_CHECKING:
     from lewis.recipe.recipe import Recipe
@@ -47,7 +48,7 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
 
         return merge_flow(recipe, list(overrides))
 
-    report = _with_prefect(flow)
+    report = _with_prefect(flow, as_json=as_json)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -78,7 +79,7 @@ def search(options: argparse.Namespace) -> None:
         path = str(Path(options.recipe).resolve())
         return search_flow(path, options.overrides, options.trials, options.minutes)
 
-    report = _with_prefect(flow)
+    report = _with_prefect(flow, as_json=options.json)
     if options.json:
         print(report.model_dump_json(indent=2))
         return
@@ -111,12 +112,16 @@ def print_merge(report: "MergeReport") -> None:
         print(f"published: {report.published}")
 
 
-def _with_prefect(flow: Callable[[], R]) -> R:
-    """Run a flow on the server that there is, or on one that is started for it."""
+def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
+    """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed."""
     from lewis_flows.service.api_key import connected
     from lewis_flows.service.servers import prefect_server
 
-    with prefect_server() as url, connected(url):
+    def leave(reason: str) -> NoReturn:
+        say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
+        os._exit(1)  # what it has started ends with it, and the next run marks this one as Crashed
+
+    with prefect_server(leave) as url, connected(url):
         from prefect import tags
         from prefect.logging.handlers import APILogWorker
 

@@ -5,7 +5,7 @@ asks for a key too, because whoever may start its runs may run code.
 """
 
 import os
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,10 +18,14 @@ _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLO
 
 
 @contextmanager
-def prefect_server() -> Iterator[str]:
+def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     """Give the URL of a Prefect API: the user's own, that of `lewis up`, or one of a server started for this block.
 
     `api_key.connected` lets Prefect's client use it.
+
+    Args:
+        died: called from a thread, with a sentence, if the server that was started ends before the block does. It
+            shall end this process: Prefect's client would go on for minutes, and end in errors of its own.
 
     A server that is started keeps its database in the store, so the next one shows all runs. It ends with this process,
     even if this process is killed.
@@ -37,10 +41,22 @@ def prefect_server() -> Iterator[str]:
         return
     server, url = prefect_process(free_port())
     server.start()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            if died and (code := server.ended()) is not None:
+                died(f"the Prefect server of this run ended with exit code {code}; its log is {server.log}")
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield url
-        time.sleep(1)  # so that it stores the last events
     finally:
+        watcher.join(1)  # so that it stores the last events; if the block failed since it died, that is told instead
+        over.set()
+        watcher.join()
         server.stop()
 
 

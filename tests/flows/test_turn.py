@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 from filelock import Timeout
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Running
 
-from lewis_flows import turn
+from lewis_flows import prefect_runs, turn
 
 
 def test_a_recipe_of_the_folder_has_one_turn_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +52,24 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
             assert not ours and not turn.waits("third")
     waiter.join()
     assert held.is_set() and not turn.waits("second")
+
+
+def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_server(
+    prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run that gets SIGTERM when all of `lewis up` was killed: its server believes it running."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+
+    @flow(name=prefect_runs.MERGE)
+    def merge() -> None:
+        """Stands for a merge."""
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        run = client.create_flow_run(merge, state=Running()).id
+        with pytest.raises(KeyboardInterrupt), turn.turn(tmp_path / "x.yaml", str(run), skip=True):
+            turn.crash_dead_runs()
+            assert client.read_flow_run(run).state_name == "Running"
+            raise KeyboardInterrupt
+        turn.crash_dead_runs()
+        assert client.read_flow_run(run).state_name == "Crashed"
+    assert not [*(tmp_path / "home" / "runs").iterdir()]
