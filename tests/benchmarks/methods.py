@@ -161,6 +161,9 @@ def recipe_of(case: Case, base: Path, experts: list[Path], data: Path, made: Pat
     content: dict[str, Any] = {"merge_method": chosen.method, "base_model": str(base), "dtype": "bfloat16"}
     content["parameters"] = dict(chosen.values)
     content["models"] = [{"model": str(path)} for path in experts]
+    if chosen.method == "linear":  # the mean of the experts: the base takes part in it, here with no weight
+        weights = [(str(base), 0.0), *((str(path), 1.0) for path in experts)]
+        content["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in weights]
     if chosen.by_activation or chosen.method.startswith("regmean"):
         sets = dict(zip(FAMILIES[case.family], calibrations(case, base, data, made), strict=True))
         for task, entry in zip(sets, content["models"], strict=True):
