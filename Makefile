@@ -62,7 +62,7 @@ faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/test_search.py tests/flows/service/test_up.py tests/flows/runners tests/flows/service/test_browser.py
 
 test-production: setup
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,postgres,s3,production]'
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,kubernetes,postgres,s3,production]'
 	LEWIS_PRODUCTION=1 $(BIN)/pytest --timeout 1800 tests/production
 
 clean:

@@ -172,11 +172,9 @@ def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
         if run.state and run.state.is_final():
             return run
         if run.state and run.state.name == "Late" and not late:
-            option = (
-                f"--work-queue {queue}" if work_queue.pool() == work_queue.MERGES else f"--pool {work_queue.pool()}"
-            )
+            options = work_queue.worker_options(queue, work_queue.pool())
             logger.warning(
-                "no worker takes the evaluation run %s: is one started with `%s`, and has it time?", run.name, option
+                "no worker takes the evaluation run %s: is one started with `%s`, and has it time?", run.name, options
             )
             late = True
         time.sleep(POLL)

@@ -87,7 +87,6 @@ def _sign_in() -> dict[str, str]:
         found["Prefect"] = f"the key in {api_key.path()}"
     if user := known.get("mlflow_user"):
         found["MLflow"] = mlflow_key.asked_for(user)
-        os.environ.setdefault("LEWIS_MLFLOW_UI", known["mlflow"])  # where the pages of versions are
     return found
 
 

@@ -6,6 +6,7 @@ asks for a key too, because whoever may start its runs may run code.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,9 +35,6 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
         LewisError: if the server does not come up; names its log.
     """
     if found := running():
-        known = note.read()
-        if found == known.get("prefect"):
-            os.environ.setdefault("LEWIS_MLFLOW_UI", known.get("mlflow", ""))
         yield found
         return
     server, url = prefect_process(free_port())
@@ -44,8 +42,8 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.1):
-            if died and (code := server.ended()) is not None:
+        while died and not over.wait(0.1):
+            if (code := server.ended()) is not None:
                 died(f"the Prefect server of this run ended with exit code {code}; its log is {server.log}")
                 return
 
@@ -54,7 +52,7 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     try:
         yield url
     finally:
-        watcher.join(1)  # so that it stores the last events; if the block failed since it died, that is told instead
+        time.sleep(1)  # so that it stores the last events; if the block failed since it died, that is told instead
         over.set()
         watcher.join()
         server.stop()
@@ -62,8 +60,12 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
 
 def running() -> str | None:
     """The URL of the Prefect API that is there already: the user's own, or that of `lewis up` if it answers."""
-    served = note.read().get("prefect")
-    return os.environ.get("PREFECT_API_URL") or (served if served and answers(f"{served}/health") else None)
+    known = note.read()
+    served = known.get("prefect")
+    found = os.environ.get("PREFECT_API_URL") or (served if served and answers(f"{served}/health") else None)
+    if found and found == served:
+        os.environ.setdefault("LEWIS_MLFLOW_UI", known.get("mlflow", ""))  # where the pages of versions are
+    return found
 
 
 def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:

@@ -10,6 +10,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from lewis.evaluation import work_queue
 from lewis_flows import prefect_runs, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
 from lewis_flows.service.api_key import connected
@@ -71,8 +72,7 @@ def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
         return
     for queue in queues if len(queues) > 1 else []:
         paused, ready = queue.is_paused, queue.status == WorkQueueStatus.READY
-        options = f"--work-queue {queue.name}" + ("" if pool == POOL else f" --pool {pool}")
-        start = f"`python -m lewis_flows.service.worker {options}`"
+        start = f"`python -m lewis_flows.service.worker {work_queue.worker_options(queue.name, pool)}`"
         state = f"has no worker; start one: {start}"
         if ready:
             state = "has a worker"

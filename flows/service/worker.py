@@ -12,13 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from lewis.errors import InputError
+from lewis.evaluation import work_queue
 from lewis_flows import environment
 from lewis_flows.service import api_key, mlflow_key
 
 
 def command(arguments: Sequence[str]) -> list[str]:
     """What Python is started with: the command that it becomes, without the program."""
-    pool = [] if "--pool" in arguments else ["--pool", "lewis"]
+    named = any(each.partition("=")[0] in ("--pool", "-p") for each in arguments)  # Prefect takes it only once
+    pool = [] if named else ["--pool", work_queue.MERGES]
     return ["-m", "prefect", "worker", "start", *pool, "--type", "process", *arguments]
 
 

@@ -33,6 +33,11 @@ def place(name: str) -> str:
     return f"work queue {name}" + (f" of the work pool {pool()}" if pool() != MERGES else "")
 
 
+def worker_options(name: str, of: str) -> str:
+    """What `prefect worker start` is given to serve the work queue of that name in the work pool `of`."""
+    return f"--work-queue {name}" + ("" if of == MERGES else f" --pool {of}")
+
+
 def _name(setting: str, what: str, example: str) -> str:
     name = os.environ.get(setting, "").strip()
     if re.search(r"[/%&<>\s]", name):

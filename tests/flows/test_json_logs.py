@@ -112,5 +112,6 @@ def test_the_worker_is_prefects_with_our_settings(home: Path, monkeypatch: pytes
     assert became[0][1:] == ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", "--limit", "2"]
     assert os.environ[json_logs.CONSOLE] == "lewis_flows.json_logs.JsonLines"
     assert worker.command(["--pool", "scoring"])[2:] == ["worker", "start", "--type", "process", "--pool", "scoring"]
+    assert [worker.command([each]).count("--pool") for each in ("-p", "--pool=scoring", "--limit")] == [0, 0, 1]
     monkeypatch.setenv(json_logs.SETTING, "xml")
     assert worker.main() == 2 and len(became) == 1
