@@ -34,6 +34,7 @@ import torch
 import yaml
 
 from lewis import pipeline
+from lewis.methods import find
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.benchmarks.quality import MEMORY, Scorer, lines
@@ -161,9 +162,11 @@ def recipe_of(case: Case, base: Path, experts: list[Path], data: Path, made: Pat
     content: dict[str, Any] = {"merge_method": chosen.method, "base_model": str(base), "dtype": "bfloat16"}
     content["parameters"] = dict(chosen.values)
     content["models"] = [{"model": str(path)} for path in experts]
-    if chosen.method == "linear":  # the mean of the experts: the base takes part in it, here with no weight
-        weights = [(str(base), 0.0), *((str(path), 1.0) for path in experts)]
-        content["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in weights]
+    if find(chosen.method).base_is_a_model:  # it would take part in the mean of the experts
+        del content["base_model"]
+        adapted = [path for path in experts if (path / "adapter_config.json").exists()]
+        content["models"] = [{"model": f"{base}+{path}" if path in adapted else str(path)} for path in experts]
+        content["parameters"] |= {"weight": 1.0} if chosen.method == "linear" else {}
     if chosen.by_activation or chosen.method.startswith("regmean"):
         sets = dict(zip(FAMILIES[case.family], calibrations(case, base, data, made), strict=True))
         for task, entry in zip(sets, content["models"], strict=True):
@@ -181,10 +184,9 @@ def merge(recipe: Recipe, folder: Path, threads: int) -> tuple[str, float, float
     """Merge into a folder: the digest, seconds and the process's peak memory in GB."""
     torch.set_num_threads(threads)
     pinned, sources = pipeline.pin_all(recipe)
-    assert pinned is not None
-    base, files = pipeline.download(pinned), [pipeline.download(source) for source in sources]
+    base, files = pinned and pipeline.download(pinned), [pipeline.download(source) for source in sources]
     start = time.perf_counter()
-    allocated = pipeline.guide(recipe, base, files)[1] if recipe.allocator else None
+    allocated = pipeline.guide(recipe, base, files)[1] if base and recipe.allocator else None
     prepared = pipeline.prepare_merge(recipe, base, files, allocated)
     prepared.run(folder, threads=threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
