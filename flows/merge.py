@@ -20,7 +20,7 @@ from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide, pin
 from lewis_flows.submit import finish, known, submit
-from lewis_flows.turn import turn
+from lewis_flows.turn import HOOKS, turn
 from lewis_tasks.evaluate import check_tasks, evaluate
 from lewis_tasks.inspect import diagnose
 from lewis_tasks.merge import merging
@@ -70,7 +70,7 @@ def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
+@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
 @says_why
 def merge_flow(
     recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0

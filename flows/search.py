@@ -27,7 +27,7 @@ from lewis_flows.merge import MergeReport, merge_flow
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide, pin
 from lewis_flows.submit import finish, submit
-from lewis_flows.turn import turn
+from lewis_flows.turn import HOOKS, turn
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
 from lewis_tasks.support import flow_run as run_tags
@@ -65,7 +65,7 @@ def _run_name() -> str:
     return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
+@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
 @says_why
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None

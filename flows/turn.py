@@ -8,9 +8,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 from filelock import FileLock, Timeout
+from prefect import Flow, State
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
@@ -32,7 +34,8 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     """Hold a recipe's turn; a second run waits for it.
 
     Its note is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
-    `lewis up` is killed and its worker's run gets SIGTERM. `crash_dead_runs` tells the server, and removes the note.
+    `lewis up` is killed and its worker's run gets SIGTERM. Whoever tells the server removes it: `HOOKS` at the end of
+    this run, or else `crash_dead_runs` of a later process.
 
     Args:
         recipe: the recipe's file.
@@ -52,8 +55,21 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
             yield held
         finally:
             running.release()
-        note.unlink(missing_ok=True)
-    Path(alive.lock_file).unlink(missing_ok=True)
+    _forget(run)
+
+
+def _told(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook of flows, which Prefect calls once its server has taken the state that a run ended in."""
+    _forget(str(flow_run.id))
+
+
+HOOKS: dict[str, Any] = {ending: [*hooks, _told] for ending, hooks in run_tags.HOOKS.items()}
+"""Arguments of `@flow` for flows that take turns."""
+
+
+def _forget(run: str) -> None:
+    _note(run).unlink(missing_ok=True)
+    Path(store.lock(f"run-{run}").lock_file).unlink(missing_ok=True)
 
 
 def _lock(what: str, recipe: Path) -> FileLock | SharedLock:
@@ -122,8 +138,7 @@ def crash_dead_runs() -> None:
             logger.warning("run %s had died; it is marked as Crashed now", run.name)
     for note in _notes():
         if _is_dead(note.name):
-            note.unlink(missing_ok=True)
-            Path(store.lock(f"run-{note.name}").lock_file).unlink(missing_ok=True)
+            _forget(note.name)
 
 
 def tag_crashed_runs() -> None:

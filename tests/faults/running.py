@@ -133,8 +133,8 @@ def last_step(log: str) -> str:
     return "the end" if ended else str(task)
 
 
-def below() -> dict[int, str]:
-    """Process id -> command line of all that lives and that this process has started, directly or not.
+def below(top: int | None = None) -> dict[int, str]:
+    """Process id -> command line of all that lives and that a process, this one, has started, directly or not.
 
     Under `adopted`, what lost its parent is among them.
     """
@@ -147,7 +147,7 @@ def below() -> dict[int, str]:
             if state == "Z":
                 dead.add(int(stat.parent.name))
     found: set[int] = set()
-    new = {os.getpid()}
+    new = {top or os.getpid()}
     while new:
         new = {pid for pid, parent in parents.items() if parent in new} - found
         found |= new

@@ -8,6 +8,7 @@ import pytest
 from filelock import Timeout
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 
@@ -52,6 +53,21 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
             assert not ours and not turn.waits("third")
     waiter.join()
     assert held.is_set() and not turn.waits("second")
+
+
+def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
+    prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+
+    @flow(name=prefect_runs.MERGE, **turn.HOOKS)
+    def merge() -> None:
+        with turn.turn(tmp_path / "x.yaml", str(flow_run.id), skip=True):
+            raise ValueError("a merge that fails")
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}), pytest.raises(ValueError, match="fails"):
+        merge()
+    assert not [*(tmp_path / "home" / "runs").iterdir()] and not [*(tmp_path / "home").rglob("*run-*")]
 
 
 def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_server(
