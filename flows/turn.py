@@ -58,12 +58,12 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     _forget(run)
 
 
-def _told(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+def end_turn(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook of flows, which Prefect calls once its server has taken the state that a run ended in."""
     _forget(str(flow_run.id))
 
 
-HOOKS: dict[str, Any] = {ending: [*hooks, _told] for ending, hooks in run_tags.HOOKS.items()}
+HOOKS: dict[str, Any] = {ending: [*hooks, end_turn] for ending, hooks in run_tags.HOOKS.items()}
 """Arguments of `@flow` for flows that take turns."""
 
 

@@ -11,6 +11,7 @@ from lewis.store import files, format
 from lewis.store.folders import make_folder
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = 64  # characters that a scratch name has more than the name it stands for
 
 
@@ -32,10 +33,17 @@ def check_store() -> None:
         ) from error
 
 
+def of_the_disk(error: BaseException | None) -> bool:
+    """Whether a disk is full or read-only: `explained` tells all about it, and a traceback would tell no more."""
+    return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
+
+
 def explained(error: OSError) -> str:
     """The words of an error of the system; one that the store caused names LEWIS_HOME."""
     place = str(error.filename or "")
     home = str(files.home())
+    if error.errno in _FULL:
+        return f"{error}; free space where {place or f'the store {home} and the temporary folder are'}"
     if error.errno in _REFUSED and (place == home or place.startswith(home + os.sep)):
         return f"LEWIS_HOME: the store {home} cannot be written to: {error}"
     return str(error)

@@ -13,7 +13,7 @@ from prefect.states import Failed, State
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.redact import redacted
-from lewis.store.writable import explained
+from lewis.store.writable import explained, of_the_disk
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,7 +21,7 @@ PATIENCE = 10.0  # seconds; the server learns of task runs and their names from 
 MAX_MESSAGE = 2000  # characters
 AUTOMATIC = re.compile(r"-[0-9a-f]{3}$")  # what Prefect appends to the name of a task
 DETAILS = "\nThe end of its output:"  # what follows is output of lm-eval, for the log
-AGAIN = "the traceback is in the task's log; what was finished is kept, run it again to go on"
+AGAIN = "what was finished is kept, run it again to go on"
 
 
 class NotPublishedError(LewisError):
@@ -58,7 +58,8 @@ def result_of(future: PrefectFuture[Any]) -> Any:
         return future.result()
     except Exception as error:
         kind = next((k for k in (InputError, TransientError) if isinstance(error, k)), LewisError)
-        message = str(error) if isinstance(error, LewisError) else f"{_first_line(error)}; {AGAIN}"
+        traceback = "" if of_the_disk(error) else "the traceback is in the task's log; "
+        message = str(error) if isinstance(error, LewisError) else f"{_first_line(error)}; {traceback}{AGAIN}"
         raise kind(f"{_name(future)}: {message}") from error
 
 

@@ -64,6 +64,8 @@ def test_an_error_of_ours_is_logged_as_its_message() -> None:
     ours, theirs = record("failed", InputError("wrong")), record("failed", KeyError("bug"))
     assert worth_reading(ours) and ours.exc_info is None
     assert worth_reading(theirs) and theirs.exc_info is not None
+    full = record("failed", OSError(28, "No space left on device"))
+    assert worth_reading(full) and full.exc_info is None
     assert not worth_reading(record("Finished in state NotReady(...)"))
 
 
