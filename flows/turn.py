@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from filelock import FileLock, Timeout
 from prefect import Flow, State
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Crashed
@@ -132,13 +132,18 @@ def crash_dead_runs() -> None:
     with get_client(sync_client=True) as client:
         runs = prefect_runs.of_flows(client, flows, running)
         for run in filter(_died, runs):
-            message = "Its process died. Run it again: what was finished is kept."
-            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-            run_tags.tag(run.id, verdict="crashed")
-            logger.warning("run %s had died; it is marked as Crashed now", run.name)
+            mark_crashed(client, run)
     for note in _notes():
         if _is_dead(note.name):
             _forget(note.name)
+
+
+def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Tell the server that the process of a run has died."""
+    message = "Its process died. Run it again: what was finished is kept."
+    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+    run_tags.tag(run.id, verdict="crashed")
+    logger.warning("run %s had died; it is marked as Crashed now", run.name)
 
 
 def tag_crashed_runs() -> None:

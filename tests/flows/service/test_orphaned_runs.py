@@ -1,5 +1,7 @@
 """Runs that a worker had taken and not begun when it died."""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -8,7 +10,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Pending
+from prefect.states import Pending, Running
 
 from lewis_flows import prefect_runs
 from lewis_flows.service import orphaned_runs
@@ -51,6 +53,22 @@ def test_a_run_that_no_worker_can_begin_is_scheduled_again_and_gives_its_slot_ba
     orphaned_runs.give_back("another")
     assert state_of(taken) == "Scheduled"
     assert state_of(take()) == "Pending"
+
+
+def test_a_run_whose_process_died_before_it_took_its_turn_is_crashed(client: SyncPrefectClient) -> None:
+    made = client.create_deployment(client.create_flow(_watch), "watch", work_pool_name="lewis", parameters={})
+    dead, alive = (client.create_flow_run_from_deployment(made, state=Running()).id for _ in range(2))
+    of_the_user = client.create_flow_run(_watch, state=Running()).id  # by no worker
+    client.send_worker_heartbeat("lewis", "ours")
+    process = subprocess.Popen(["sleep", "60"], env={"PREFECT__FLOW_RUN_ID": str(alive), "PATH": os.environ["PATH"]})
+    try:
+        orphaned_runs.give_back("ours")
+    finally:
+        process.kill()
+        process.wait()
+    states = [client.read_flow_run(each).state_name for each in (dead, alive, of_the_user)]
+    assert states == ["Crashed", "Running", "Running"]
+    assert "verdict:crashed" in client.read_flow_run(dead).tags
 
 
 def test_nothing_is_said_of_a_server_that_does_not_answer(prefect_url: str) -> None:
