@@ -52,6 +52,7 @@ FAMILIES = {
     "full": ("math", "code"),
     "seeds": ("code", "sql"),
 }
+NAMED = {"regmean_forward", "regmean", "ties", "task_arithmetic", "della", "pcb", "linear", "model_stock", "dare_ties"}
 JUDGED_FROM = 200  # test rows; those before have chosen values, of this study or of those before it
 FOR_CALIBRATION = 240  # rows from here on are not those that the methods were compared on
 
@@ -338,10 +339,13 @@ def draw(known: Known, path: Path) -> None:
                 panel.errorbar(
                     max(found["seconds"], 0.1), gap, [[gap - low], [high - gap]], fmt="o", color="C1" if fits else "C0"
                 )
-                side = {"xytext": (-5, 5), "ha": "right"} if fits else {"xytext": (5, 4), "ha": "left"}
-                panel.annotate(name, (found["seconds"], gap), textcoords="offset points", fontsize=7, **side)
+                side = {"xytext": (-5, 5), "ha": "right"} if fits else {"xytext": (5, -3), "ha": "left"}
+                if name in NAMED:  # of all, the names would lie upon each other
+                    panel.annotate(name, (found["seconds"], gap), textcoords="offset points", fontsize=7, **side)
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(xscale="log", title=family, xlabel="seconds of a merge")
+        panel.set_ylim(bottom=-0.012)
+        panel.set_yscale("symlog", linthresh=0.01)  # from a hundredth of a nat on, each tenfold has the same height
     panels[0][0].set_ylabel("distance to the experts, nats per answer token")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
