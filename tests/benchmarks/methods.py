@@ -2,13 +2,15 @@
 
     python -m tests.benchmarks.methods FILE.jsonl tune        --shared DIR --base DIR [--full-math DIR --full-code DIR]
     python -m tests.benchmarks.methods FILE.jsonl judge       --shared DIR --base DIR ...
+    python -m tests.benchmarks.methods FILE.jsonl more        --shared DIR --base DIR ... --rows 176 --only METHOD ...
     python -m tests.benchmarks.methods FILE.jsonl calibration --shared DIR --base DIR ...
     python -m tests.benchmarks.methods FILE.jsonl table
     python -m tests.benchmarks.methods FILE.jsonl picture --output FILE.png
 
 `tune` tries the values in `SEARCHED` on test rows 1 to `--rows`, models scored in bf16. `judge` takes the best value of
-each method there, by family, to rows from 201 on, which no value was chosen on, scored in fp32. `calibration` does so
-for other numbers of calibration rows, and for wrong ones, on rows from 241 on, scored in bf16.
+each method there, by family, to rows from 201 on, which no value was chosen on, scored in fp32. `more` does so on rows
+from 25 on, for the methods that `--only` names, scored in bf16. `calibration` does so for other numbers of calibration
+rows, and for wrong ones, on rows from 241 on, scored in bf16.
 
 Families: `two` LoRA experts of one seed (maths, code), `seeds`: two of different seeds (code, SQL), `three` LoRA
 experts, `full`: two full fine-tunes (`real/train_expert.py math` and `code`, without --lora). The distance is the mean
@@ -54,7 +56,9 @@ FAMILIES = {
 }
 NAMED = {"regmean_forward", "regmean", "ties", "task_arithmetic", "della", "pcb", "linear", "model_stock", "dare_ties"}
 JUDGED_FROM = 200  # test rows; those before have chosen values, of this study or of those before it
+FOR_MORE = 24
 FOR_CALIBRATION = 240  # rows from here on are not those that the methods were compared on
+SKIPPED = {"tune": 0, "judge": JUDGED_FROM, "more": FOR_MORE, "calibration": FOR_CALIBRATION}
 
 
 @dataclass(frozen=True)
@@ -255,15 +259,15 @@ def cases(options: argparse.Namespace, known: Known) -> Iterator[Case]:
     if options.what == "tune":
         yield from (Case(family, label, options.rows, 0) for label in SEARCHED for family in families)
         return
-    skip = JUDGED_FROM if options.what == "judge" else FOR_CALIBRATION
+    skip = SKIPPED[options.what]
     yield from (Case(family, "experts", options.rows, skip) for family in families)
-    if options.what == "judge":
+    if options.what in ("judge", "more"):
         chosen = {family: best(known, family) for family in families}
         order = dict.fromkeys(each.method for each in SEARCHED.values())
-        for method in order:
+        for method in options.only or order:
             for family in families:
-                yield Case(family, chosen[family][method], options.rows, JUDGED_FROM)
-        yield from (Case(family, "base", options.rows, JUDGED_FROM) for family in families)
+                yield Case(family, chosen[family][method], options.rows, skip)
+        yield from (Case(family, "base", options.rows, skip) for family in families if not options.only)
         return
     forward = Candidate("regmean_forward", (("ridge", 0.01),)).label
     for samples, sets in (
@@ -354,12 +358,13 @@ def draw(known: Known, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("what", choices=["tune", "judge", "calibration", "table", "picture"])
+    parser.add_argument("what", choices=[*SKIPPED, "table", "picture"])
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--full-math", type=Path)
     parser.add_argument("--full-code", type=Path)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--only", nargs="+", choices=dict.fromkeys(each.method for each in SEARCHED.values()))
     parser.add_argument("--rows", type=int, default=40, help="test rows of each task")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after these")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -379,9 +384,7 @@ def main() -> None:
 def study(options: argparse.Namespace, known: Known) -> None:
     """Run the cases that are not known yet."""
     start, data, judge = time.perf_counter(), options.shared / "data", options.what == "judge"
-    rows = test_rows(
-        data, options.rows, {"tune": 0, "judge": JUDGED_FROM, "calibration": FOR_CALIBRATION}[options.what]
-    )
+    rows = test_rows(data, options.rows, SKIPPED[options.what])
     scorer = Scorer(options.base, rows, torch.float32 if judge else torch.bfloat16)
     for case in cases(options, known):
         if case in known or time.perf_counter() - start > 60 * options.minutes:
