@@ -55,7 +55,7 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
             yield held
         finally:
             running.release()
-    _forget(run)
+        _forget(run)  # before the lock is free: a note without a holder is that of a dead run
 
 
 def end_turn(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

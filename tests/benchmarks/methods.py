@@ -54,9 +54,19 @@ FAMILIES = {
     "full": ("math", "code"),
     "seeds": ("code", "sql"),
 }
-NAMED = {"regmean_forward", "regmean", "ties", "task_arithmetic", "della", "pcb", "linear", "model_stock", "dare_ties"}
+NAMED = {  # in the picture
+    "regmean_forward",
+    "regmean",
+    "ties",
+    "task_arithmetic",
+    "della",
+    "pcb",
+    "linear",
+    "model_stock",
+    "dare_ties",
+}
 JUDGED_FROM = 200  # test rows; those before have chosen values, of this study or of those before it
-FOR_MORE = 24
+FOR_MORE = 24  # as many rows as `tune` had
 FOR_CALIBRATION = 240  # rows from here on are not those that the methods were compared on
 SKIPPED = {"tune": 0, "judge": JUDGED_FROM, "more": FOR_MORE, "calibration": FOR_CALIBRATION}
 
@@ -171,7 +181,8 @@ def recipe_of(case: Case, base: Path, experts: list[Path], data: Path, made: Pat
         del content["base_model"]
         adapted = [path for path in experts if (path / "adapter_config.json").exists()]
         content["models"] = [{"model": f"{base}+{path}" if path in adapted else str(path)} for path in experts]
-        content["parameters"] |= {"weight": 1.0} if chosen.method == "linear" else {}
+        if chosen.method == "linear":
+            content["parameters"]["weight"] = 1.0
     if chosen.by_activation or chosen.method.startswith("regmean"):
         sets = dict(zip(FAMILIES[case.family], calibrations(case, base, data, made), strict=True))
         for task, entry in zip(sets, content["models"], strict=True):

@@ -134,7 +134,7 @@ def last_step(log: str) -> str:
 
 
 def below(top: int | None = None) -> dict[int, str]:
-    """Process id -> command line of all that lives and that a process, this one, has started, directly or not.
+    """Process id -> command line of what lives and was started, directly or not, by a process; this one by default.
 
     Under `adopted`, what lost its parent is among them.
     """

@@ -55,6 +55,15 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
     assert held.is_set() and not turn.waits("second")
 
 
+def test_a_run_that_ends_well_never_looks_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    forget, dead = turn._forget, []
+    monkeypatch.setattr(turn, "_forget", lambda run: (dead.append(turn._is_dead(run)), forget(run)))
+    with turn.turn(tmp_path / "x.yaml", "run", skip=True):
+        pass
+    assert dead == [False] and not [*(tmp_path / "home").rglob("*run*/*")]
+
+
 def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
     prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
