@@ -16,7 +16,7 @@ from prefect.utilities.annotations import quote
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.step import ScoresEntry, eval_settings
-from lewis.merge.step import find_merged
+from lewis.merging.step import find_merged
 from lewis.models.source import ModelFiles, Source, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short

@@ -19,7 +19,7 @@ from prefect.utilities.annotations import quote
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.step import ScoresEntry, eval_settings, find_all_scores
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis_flows import prefect_runs, recipes_folder

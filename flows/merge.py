@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lewis.errors import LewisError
 from lewis.evaluation.step import ScoresEntry, eval_settings
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.reports.verdict_line import verdict_line

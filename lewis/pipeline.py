@@ -17,7 +17,7 @@ from lewis.importance.step import (
     prepare_calibration,
     wanted_measurements,
 )
-from lewis.merge.step import MergedModel, find_merged, lineage, merge, prepare_merge
+from lewis.merging.step import MergedModel, find_merged, lineage, merge, prepare_merge
 from lewis.models.compatible import preflight
 from lewis.models.source import ModelFiles, Source, download, pin, pin_all, short_names
 from lewis.recipe.recipe import Recipe

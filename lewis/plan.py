@@ -20,13 +20,13 @@ from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry, grams_place
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
-from lewis.merge.few_tokens import told_of_shared_set
-from lewis.merge.forecast import forecast, without_models
-from lewis.merge.low_rank import factor_bytes
-from lewis.merge.resolved import stored_dtype
-from lewis.merge.run import Merge
-from lewis.merge.split import split
-from lewis.merge.step import check_output
+from lewis.merging.few_tokens import told_of_shared_set
+from lewis.merging.forecast import forecast, without_models
+from lewis.merging.low_rank import factor_bytes
+from lewis.merging.resolved import stored_dtype
+from lewis.merging.run import Merge
+from lewis.merging.split import split
+from lewis.merging.step import check_output
 from lewis.methods import find
 from lewis.models import hub
 from lewis.models.compatible import result_headers

@@ -10,7 +10,7 @@ from lewis import store
 from lewis.evaluation import backends, lm_eval, metric_names, server, step
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support import assets

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis import store
 from lewis.importance.step import layers_of
 from lewis.inspection import measures, picture, step
-from lewis.merge.step import check_output, prepare_merge
+from lewis.merging.step import check_output, prepare_merge
 from lewis.models import compatible
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe

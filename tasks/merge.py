@@ -9,9 +9,9 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merge import step
-from lewis.merge.prepared import FIT_SEMANTICS, SEMANTICS, STATIC_SEMANTICS
-from lewis.merge.step import MergedModel
+from lewis.merging import step
+from lewis.merging.prepared import FIT_SEMANTICS, SEMANTICS, STATIC_SEMANTICS
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support import assets

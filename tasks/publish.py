@@ -6,7 +6,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing, versions
 from lewis.registry.publishing import Published

@@ -10,7 +10,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, promotion, versions

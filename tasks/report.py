@@ -16,8 +16,8 @@ from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merge.few_tokens import told_of_shared_set
-from lewis.merge.step import MergedModel
+from lewis.merging.few_tokens import told_of_shared_set
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import champions, versions

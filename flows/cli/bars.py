@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lewis.merge.run import Merge
+    from lewis.merging.run import Merge
 
 Report = Callable[[str, int, int], None]
 """Called with (what, done, total)."""

@@ -69,7 +69,7 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
     """
     from lewis import pipeline, store
     from lewis.devices import default_device
-    from lewis.merge.step import adapter_in, check_output
+    from lewis.merging.step import adapter_in, check_output
     from lewis.models.lora import WEIGHTS
     from lewis.registry.registration import write_card
 
@@ -141,7 +141,7 @@ def export(options: argparse.Namespace) -> None:
     import yaml
 
     from lewis import pipeline
-    from lewis.merge.export import check_exportable, to_mergekit
+    from lewis.merging.export import check_exportable, to_mergekit
 
     recipe = arguments.load(options)
     check_exportable(recipe)  # before anything is measured

@@ -33,7 +33,7 @@ class TokenEmbedding(Block):
     """The embedding row of one token, for the models that lack it.
 
     Attributes:
-        source: a model, or a `TokenRow`; None: the rule of `lewis.merge.vocabulary`.
+        source: a model, or a `TokenRow`; None: the rule of `lewis.merging.vocabulary`.
         force: use it in the models that have the token, too.
     """
 

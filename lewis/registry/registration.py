@@ -14,7 +14,7 @@ from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry
-from lewis.merge.step import MergedModel, adapter_in, chosen_ridge
+from lewis.merging.step import MergedModel, adapter_in, chosen_ridge
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry.lineage import lineage_of

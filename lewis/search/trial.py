@@ -32,7 +32,7 @@ def score_trial(
 
     Args:
         recipe: with a trial's values.
-        base, experts: as in `lewis.merge.step.merge`; their importance is measured if the store does not have it.
+        base, experts: as in `lewis.merging.step.merge`; their importance is measured if the store does not have it.
         settings: tasks and documents.
         device: of the forward passes.
         progress: called with the fraction done of the current kind of requests, and the name of that kind.

@@ -39,10 +39,10 @@ from lewis.importance.gram_files import Grams
 from lewis.importance.grams import measure_grams, measured_by
 from lewis.importance.step import find_or_measure_grams
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merge import static_fit
-from lewis.merge.expert import Expert
-from lewis.merge.resolved import resolve
-from lewis.merge.run import Merge
+from lewis.merging import static_fit
+from lewis.merging.expert import Expert
+from lewis.merging.resolved import resolve
+from lewis.merging.run import Merge
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model

@@ -23,7 +23,7 @@ AWAY = 60  # seconds
 TOLD = {
     "mlflow": "import lewis.registry.logged_model as m; f = m.write\n"
     "m.write = lambda *a, **k: (open(os.environ['HERE'], 'w').close(), f(*a, **k))[1]",
-    "prefect": "import lewis.merge.run as m; f = m.Merge.run\n"
+    "prefect": "import lewis.merging.run as m; f = m.Merge.run\n"
     "m.Merge.run = lambda *a, **k: (open(os.environ['HERE'], 'w').close(), f(*a, **k))[1]",
 }
 

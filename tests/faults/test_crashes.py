@@ -112,7 +112,7 @@ def in_child(recipe: Recipe, home: Path, how: str, where: int, answer: Connectio
 def racing(recipe: Recipe, home: Path, computed: Path, begin: Any, answer: Connection) -> None:
     """A run that notes what it computes, and begins with others."""
     import lewis.importance.measure
-    import lewis.merge.run
+    import lewis.merging.run
 
     def noting(call: Callable[..., Any], word: str) -> Callable[..., Any]:
         def wrapper(*given: Any, **named: Any) -> Any:
@@ -123,7 +123,7 @@ def racing(recipe: Recipe, home: Path, computed: Path, begin: Any, answer: Conne
         return wrapper
 
     os.environ["LEWIS_HOME"] = str(home)
-    for owner, name in ((lewis.merge.run.Merge, "run"), (lewis.importance.measure, "measure_sets")):
+    for owner, name in ((lewis.merging.run.Merge, "run"), (lewis.importance.measure, "measure_sets")):
         setattr(owner, name, noting(getattr(owner, name), name))
     begin.wait(60)
     answer.send(go(recipe))

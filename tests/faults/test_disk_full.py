@@ -54,7 +54,7 @@ def strike():
 STEPS = {
     "importance": "import lewis.importance.measure as m; f = m.measure_sets\n"
     "m.measure_sets = lambda *a, **k: (strike(), f(*a, **k))[1]",
-    "merge": "import lewis.merge.run as m; f = m.Merge._write; n = []\n"
+    "merge": "import lewis.merging.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and strike(), f(s, *a))[2]",
     "evaluation": "import lewis.evaluation.lm_eval as m; f = m.evaluate\n"
     "m.evaluate = lambda *a, **k: (strike(), f(*a, **k))[1]",

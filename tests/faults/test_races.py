@@ -15,7 +15,7 @@ pytestmark = full
 
 RACERS = min(8, 2 * POINTS)
 COUNTS = """
-import sys, lewis.merge.run as m, lewis.importance.measure as i
+import sys, lewis.merging.run as m, lewis.importance.measure as i
 run, measure = m.Merge.run, i.measure_sets
 m.Merge.run = lambda *a, **k: (print('MERGED', file=sys.stderr, flush=True), run(*a, **k))[1]
 i.measure_sets = lambda *a, **k: (print('MEASURED', file=sys.stderr, flush=True), measure(*a, **k))[1]

@@ -17,7 +17,7 @@ from tests.flows.conftest import Command
 from tests.support.local_hub import LocalHub
 
 SLOW = (
-    "import time, lewis.merge.run as m; f = m.Merge._write; n = []\n"
+    "import time, lewis.merging.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and (print('HERE', flush=True), time.sleep(60)),"
     " f(s, *a))[2]"
 )
@@ -119,7 +119,7 @@ def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
     lewis: Command, recipe: Path, home: Path
 ) -> None:
     patch = (
-        "import lewis.merge.run as m; f = m.Merge.run\n"
+        "import lewis.merging.run as m; f = m.Merge.run\n"
         "m.Merge.run = lambda *a, **k: (print('COMPUTED', flush=True), f(*a, **k))[1]"
     )
     both = [lewis("run", recipe, *NO_SCORES, patch=patch) for _ in range(2)]

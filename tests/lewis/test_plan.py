@@ -12,7 +12,7 @@ from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.evaluation import task_files
 from lewis.importance.step import ImportanceEntry
-from lewis.merge.step import prepare_merge
+from lewis.merging.step import prepare_merge
 from lewis.plan import Plan, make_plan
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
@@ -123,7 +123,7 @@ class TestLocal:
         assert "GB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
         monkeypatch.setattr("lewis.importance.measure.measure_sets", None)
         monkeypatch.setattr("lewis.allocation.densities.allocate", None)
-        monkeypatch.setattr("lewis.merge.run.Merge.run", None)
+        monkeypatch.setattr("lewis.merging.run.Merge.run", None)
         carry_out(recipe, merge=True)
         one, two = (next((tmp_path / name / "merged").iterdir()) for name in ("one", "two"))
         assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()

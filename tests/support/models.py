@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.merge.expert import Expert
-from lewis.merge.resolved import resolve
-from lewis.merge.run import Merge
+from lewis.merging.expert import Expert
+from lewis.merging.resolved import resolve
+from lewis.merging.run import Merge
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert
 from lewis.recipe.recipe import Recipe

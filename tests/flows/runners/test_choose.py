@@ -152,7 +152,7 @@ def listening(pids: set[int]) -> set[str]:
 
 
 SLOW_MERGE = """
-    import os, time, lewis.merge.run as m
+    import os, time, lewis.merging.run as m
     f, n = m.Merge._write, []
     def write(self, *arguments):
         n.append(arguments)

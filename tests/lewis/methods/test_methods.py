@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis.allocation.aim import aim
-from lewis.merge.prepared import random_stream
+from lewis.merging.prepared import random_stream
 from lewis.methods import METHODS, Parameter, registry
 from lewis.methods.arcee_fusion import arcee_fusion
 from lewis.methods.arithmetic.sparsify import drop, match_l1, trim

@@ -12,7 +12,7 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.store import format, housekeeping, kinds, writable
 from lewis.store.verification import verify
 

@@ -19,7 +19,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.importance import measured
 from lewis.importance.measured import Measured
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merge.step import MergedModel
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, promotion, versions

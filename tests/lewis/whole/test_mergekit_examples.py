@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lewis import pipeline
-from lewis.merge.run import Merge
+from lewis.merging.run import Merge
 from lewis.models.chat_template import template_in
 from lewis.recipe import Recipe
 from lewis.recipe.chat_template import FORMATS

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from lewis.merge.prepared import random_stream
+from lewis.merging.prepared import random_stream
 from lewis.methods import METHODS
 from lewis.methods.arcee_fusion import importance
 from lewis.methods.arithmetic.sparsify import largest

@@ -16,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis.merge.expert import Expert
-from lewis.merge.resolved import resolve
-from lewis.merge.run import Merge
+from lewis.merging.expert import Expert
+from lewis.merging.resolved import resolve
+from lewis.merging.run import Merge
 from lewis.methods import METHODS
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.whole.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold

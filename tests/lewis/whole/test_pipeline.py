@@ -26,9 +26,9 @@ from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merge import run
-from lewis.merge.export import to_mergekit
-from lewis.merge.step import MergedModel
+from lewis.merging import run
+from lewis.merging.export import to_mergekit
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures

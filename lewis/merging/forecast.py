@@ -1,0 +1,203 @@
+"""How long a merge takes and how much memory it needs: a part of it is done as a sample, and the output deleted.
+
+Time grows with the number of elements. The memory of the compiled loops does not depend on the size of tensors. That of
+a method's own function, if it takes a tensor as a whole, and that of a LoRA expert, whose weights are computed, grows
+with the largest tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lewis import store
+from lewis.devices import one_thread
+from lewis.importance.effort import bytes_of, operations_per_second, share_of_tokens
+from lewis.importance.measure import network_of
+from lewis.lazy_torch import torch
+from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.merging.in_torch import PIECE, is_computed, is_whole
+from lewis.merging.low_rank import factorise, sides
+from lewis.merging.run import Merge
+from lewis.methods import Method
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
+from lewis.models.writer import CheckpointWriter
+
+_WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
+_FIRST = 1 << 22  # elements of the first sample; each further one is four times as large
+_ENOUGH = 0.3  # seconds: a sample that takes this long is the last
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a merge will take.
+
+    Attributes:
+        seconds: wall time, without the start of the process, on a machine as busy as it is now.
+        memory: bytes of anonymous memory at the peak.
+        disk: bytes that it needs on disk meanwhile, more than the output.
+    """
+
+    seconds: float
+    memory: int
+    disk: int = 0
+
+
+def forecast(merge: Merge) -> Forecast:
+    """Do larger and larger parts of a merge until one takes long enough to be a measure of the whole.
+
+    Raises:
+        LewisError: as the merge.
+    """
+    elements = {name: merge.base.tensors[name].elements for name in merge.layout}
+    order = sorted(elements, key=lambda name: -elements[name])
+    begun = time.perf_counter()
+    _run(merge, order[-1:])
+    loading = time.perf_counter() - begun  # of code, which the first tensor waits for
+    whole, limit = [name for name in order if _is_whole(merge, name)], _FIRST
+    before = anonymous_bytes()
+    _run(merge, _part(order, elements, _WARM_UP))
+    while True:
+        part = _part(order, elements, limit)
+        sample = [name for name in part if name in whole] or whole[-1:]
+        part += [name for name in sample if name not in part]
+        begun = time.perf_counter()
+        with PeakMemory() as memory:
+            _run(merge, part)
+        took = time.perf_counter() - begun
+        if took >= _ENOUGH or limit >= merge.elements:
+            break
+        limit *= 4
+    done, growth = sum(elements[name] for name in part), 1.0
+    if whole:
+        largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
+        growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
+    seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
+    disk = 0
+    if merge.method.fits:
+        of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
+        seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
+    if merge.as_adapter:
+        of_factors = _of_factors(merge)
+        seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
+    return Forecast(seconds, peak, disk)
+
+
+def _of_fit(merge: Merge) -> Forecast:
+    """What the regression takes, from the number of tokens and the sizes of the projections.
+
+    Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
+    was measured with SmolLM2-135M; how many operations a second there are is measured here.
+    """
+    from lewis.merging.fit import TOKENS_PER_PASS, beside_output, in_order, rests
+    from lewis.merging.held_out import LOGITS
+    from lewis.merging.spill import IN_MEMORY
+    from lewis.merging.stacked_fit import stacks_of
+
+    network = network_of(merge.base)
+    tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
+    weights, solving = 0, 0
+    for each in in_order(network):
+        outputs, inputs = (
+            reversed(network.empty(each.parameter).shape) if each.transposed else network.empty(each.parameter).shape
+        )
+        known, weights = min(tokens, DUAL_TOKENS), weights + outputs * inputs
+        products = (
+            2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (2 * len(merge.experts) + 4) * inputs**2
+        )
+        solving = max(solving, products + outputs * inputs + merge.threads * 3 * TOKENS_PER_PASS * max(outputs, inputs))
+    stacked = [name for parameters in stacks_of(network, merge).values() for name in parameters]
+    for name in stacked:
+        weights += int(network.empty(name).numel() * share_of_tokens(network, name))
+    if stacked:
+        solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
+    resting = rests(merge, network)
+    held = 4 * (merge.tunes * merge.threads * 2 * LOGITS + solving) + (resting if resting <= IN_MEMORY else 0)
+    seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
+    return Forecast(seconds, 450_000_000 + held, beside_output(merge, network, resting))
+
+
+def _of_static_fit(merge: Merge) -> Forecast:
+    """What a fit to statistics takes, once these are there, from the sizes of the projections.
+
+    Of a projection (out, in), the fit takes 2 out in^2 operations for each expert, twice as many in fp64 for the
+    solution, and in^3 / 3 in fp64 for the factor of the inputs that it shares with others; in fp64 each counts twice.
+    In memory are one projection of each model, as stored, the anchor whose place the result takes, and what is written.
+    """
+    network = network_of(merge.base)
+    operations, held = 0.0, 0
+    for parameter, transposed in {each.parameter: each.transposed for each in network.covered}.items():
+        shape = network.empty(parameter).shape
+        outputs, inputs = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+        known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
+        stack = shape[0] if len(shape) == 3 else 1
+        operations += stack * (outputs * inputs * known * (2 * len(merge.experts) + 8) + known**3 / 3)
+        # Products of the inputs in fp32, their sum and its factor in fp64; or rows, and products of these in fp64.
+        of_inputs = (
+            4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (4 * len(merge.experts) + 16) * inputs**2
+        )
+        held = max(held, of_inputs + 4 * (len(merge.experts) + 2) * shape.numel())
+    return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + held)
+
+
+def _of_factors(merge: Merge) -> Forecast:
+    """What the singular value decompositions of an adapter take, by the time of a small one.
+
+    One of a tensor with a small side s and a large side l takes s * s * l operations, times a constant.
+    """
+    pairs = sides({name: shape for name, shape in merge.base.shapes.items() if merge.merges(name)})
+    with one_thread(), torch.inference_mode():
+        delta = torch.arange(256.0 * 256).sin_().reshape(256, 256)
+        factorise(delta, None, None)
+        begun = time.perf_counter()
+        factorise(delta, None, None)
+        per_operation = (time.perf_counter() - begun) / 256**3
+    operations = sum(small * small * large for small, large in pairs)
+    largest = max((small * large + 3 * small * small for small, large in pairs), default=0)
+    return Forecast(per_operation * operations / merge.threads, 450_000_000 + 20 * largest)
+
+
+def without_models(method: Method, largest: int, experts: int) -> int:
+    """Bytes of memory that a merge needs whose models are not on this disk yet.
+
+    Args:
+        method: the merge method.
+        largest: elements of the largest tensor.
+        experts: number of experts.
+    """
+    if method.compiled or method.coefficients:
+        return 130_000_000
+    by_rows = method.elementwise or method.by_rows
+    # The base, each expert's weights and task vector, then a few temporaries, in fp32.
+    return 400_000_000 + (PIECE if by_rows else largest) * 4 * (4 + 4 * experts)
+
+
+def _part(order: list[str], elements: dict[str, int], limit: int) -> list[str]:
+    """The largest tensors that together have at most `limit` elements; at least one."""
+    part, left = [], limit
+    for name in order:
+        if elements[name] <= left:
+            part.append(name)
+            left -= elements[name]
+    return part or order[-1:]
+
+
+def _run(merge: Merge, names: Iterable[str]) -> None:
+    folder = store.beside(store.home() / "forecast")
+    folder.mkdir(parents=True)
+    try:
+        with CheckpointWriter(folder, {name: merge.layout[name] for name in names}, merge.size + 1) as writer:
+            merge.write_tensors(writer)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_whole(merge: Merge, name: str) -> bool:
+    """Whether a tensor is whole in memory while it is merged."""
+    if not merge.merges(name):
+        return False
+    giving = merge.giving(name)
+    in_loops = merge.device == "cpu" and giving.compiles(name)
+    return is_computed(giving, name) or (is_whole(giving, name) and not in_loops)

@@ -1,0 +1,349 @@
+"""A merge before it is run: checked inputs, the layout of the result, each tensor's parameters, and the digest.
+
+Experts are put in the order of their keys, and random streams are keyed by (seed, expert key, tensor name): the order
+of the models in a recipe changes nothing. Both engines, `compiled` and `in_torch`, read what is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lewis import store
+from lewis.allocation.scales import ScalesByTensor, fingerprint
+from lewis.devices import default_device, precision
+from lewis.errors import InputError
+from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
+from lewis.lazy_torch import torch
+from lewis.merging.alignment import Alignment, align
+from lewis.merging.expert import Expert
+from lewis.merging.memory_budget import MemoryBudget
+from lewis.merging.settings import RIDGES, MergeSettings
+from lewis.merging.split import EVERY
+from lewis.merging.split import check as check_split
+from lewis.methods.arithmetic.streams import Stream
+from lewis.methods.registry import AUTO
+from lewis.models.chat_template import chosen_template
+from lewis.models.compatible import check_compatible
+from lewis.models.dtypes import size_of
+from lewis.models.files import tokenizer_files
+from lewis.models.lora import LoraExpert
+from lewis.models.model import Model
+from lewis.models.names import layer_of
+from lewis.models.tokenizer import tokenizer_folder
+
+SEMANTICS = "6"  # bump when the same inputs would give other bytes
+FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
+STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
+STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
+
+
+class Prepared:
+    """A merge that has been checked.
+
+    Attributes:
+        settings: as given.
+        method: the merge method.
+        base: the base as it is read, its embeddings in the result's vocabulary; the first model if there is no base.
+        experts: in the order of their keys, read likewise.
+        adds_to_base: whether task vectors are merged and the result is added to the base.
+        held_back: tensor name -> factors of the merged delta.
+        device: where the methods compute.
+        vocabulary: whose tokenizer the result has.
+        chat_template: that the tokenizer gets, as Jinja text; None: it keeps its own.
+        layout: tensor name -> dtype and shape of the output.
+        excluded: names of the tensors that are copied from the base, in its dtype.
+        digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
+        size: bytes of the output's tensors.
+        elements: number of elements of the output's tensors.
+        budget: limits how many elements are merged in torch at a time.
+        traffic: bytes of the tensors of all inputs and of the output; an adapter, which is small, is not counted.
+    """
+
+    def __init__(
+        self,
+        settings: MergeSettings,
+        base: Model | None,
+        experts: Sequence[Expert],
+        held_back: ScalesByTensor | None = None,
+        device: str = "cpu",
+        vocabulary: Alignment | None = None,
+    ) -> None:
+        """Check that the models fit together, and the parameters and scales fit the models.
+
+        Args:
+            settings: what the recipe asks for.
+            base: the base, or None for a method on weights without one.
+            experts: all models to merge, as `Recipe.experts` lists them.
+            held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`); tensors that are left
+                out are not held back.
+            device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part
+                of the digest, as `lewis.devices.merge_device` says.
+            vocabulary: the models' common one, if they have been matched by token already.
+
+        Raises:
+            InputError: naming every tensor, vocabulary or parameter that does not fit.
+        """
+        self.settings, self.method, self.device = settings, settings.method, device
+        self.held_back, self.excluded = held_back or {}, settings.excluded
+        by_key = sorted(experts, key=lambda expert: expert.model.key)
+        first = base or experts[0].model
+        base_ref = None if base is None else settings.base
+        by_token = settings.vocabulary is not None or vocabulary is not None
+        self.vocabulary = vocabulary or align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
+        self.experts = [self._aligned(first, expert) for expert in by_key]
+        if settings.anchor:  # what guides the merge guides the anchor
+            self.held_back, self.experts = {}, [replace(expert, scales=None) for expert in self.experts]
+        self.base: Model = self.vocabulary.of(first)
+        self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
+        check_compatible(self.base, [e.model for e in self.experts], self.excluded, by_token=by_token)
+        if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
+            raise InputError("exclude: it matches every tensor; nothing is left to merge")
+        folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
+        self.chat_template = chosen_template(settings.chat_template, folders)
+        self._layers = 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
+        self.layout = {
+            name: (settings.dtype or info.dtype if self.merges(name) else info.dtype, info.shape)
+            for name, info in self.base.tensors.items()
+        }
+        self.size = sum(size_of(dtype, shape) for dtype, shape in self.layout.values())
+        self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
+        inputs = {model.key: model for model in self.models}
+        self.traffic = (0 if self.as_adapter else self.size) + sum(
+            size_of(info.dtype, info.shape) for model in inputs.values() for info in model.tensors.values()
+        )
+        self._anchor = self._prepare_anchor(base, experts, held_back)
+        self._check_parameters()
+        self._check_scales()
+        self._check_fit()
+        self._check_output()
+        self.digest = self._digest()
+        largest = max((info.elements for info in self.base.tensors.values()), default=0)
+        self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the ridge of the fit has yet to be found: `ridge: auto`."""
+        return self.method.fits is not None and self.parameters(next(iter(self.layout)))["ridge"] == AUTO
+
+    def _prepare_anchor(
+        self, base: Model | None, experts: Sequence[Expert], held_back: ScalesByTensor | None
+    ) -> Prepared | None:
+        """The merge of the anchor, if there is one. Its weight is a factor of the delta, like those that hold back."""
+        if self.settings.anchor is None:
+            return None
+        factors = dict(held_back or {})
+        for name in filter(self.merges, self.layout):
+            weight = self.settings.anchor_weight(name, self._depth(name))
+            if weight != 1:
+                factors[name] = weight * factors.get(name, torch.ones(()))
+        return Prepared(self.settings.anchor, base, experts, factors, self.device)
+
+    @property
+    def anchor(self) -> Prepared:
+        """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
+        return self._anchor or self
+
+    @property
+    def guided(self) -> Sequence[Prepared]:
+        """The merges whose densities the recipe decides: the anchor's."""
+        return (self.anchor,)
+
+    def giving(self, name: str) -> Prepared:
+        """What gives a tensor that is not fitted: the anchor."""
+        return self.anchor
+
+    @property
+    def models(self) -> list[Model]:
+        """The base, then the experts."""
+        return [self.base, *(expert.model for expert in self.experts)]
+
+    @property
+    def as_adapter(self) -> bool:
+        """Whether a LoRA adapter is written instead of the full model."""
+        return self.settings.output.kind == "lora"
+
+    @property
+    def threads(self) -> int:
+        """How many tensors are merged at a time by default: one per core."""
+        return len(os.sched_getaffinity(0))
+
+    def merges(self, name: str) -> bool:
+        """Whether a tensor is merged; the base's is copied if it is excluded or not floating-point."""
+        return name not in self.excluded and self.base.tensors[name].floating
+
+    def compiles(self, name: str) -> bool:
+        """Whether there are compiled loops for one tensor's method and parameters."""
+        if not self.method.coefficients:
+            return self.method.compiled is not None
+        count = len(self.experts) + self.method.takes_base
+        try:
+            with self.method.blamed(name):
+                return self.method.coefficients(np.eye(count), **self.parameters(name)) is not None
+        except ValueError:  # the method's function raises it again, and names the tensor
+            return False
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        """The method's parameters for one tensor; for a parameter per expert, a list in the experts' order."""
+        value, depth = self.settings.value, self._depth(name)
+        values: dict[str, Any] = {}
+        for parameter in self.method.parameters.values():
+            if parameter.per_expert:
+                values[parameter.name] = [value(parameter, expert.ref, name, depth) for expert in self.experts]
+            else:
+                values[parameter.name] = value(parameter, None, name, depth)
+        if "density" in values:
+            each = zip(self.experts, values["density"], strict=True)
+            values["density"] = [(expert.densities or {}).get(name, own) for expert, own in each]
+        if self.settings.anchor and values["ridge"] != AUTO:
+            values["ridge"] *= self._ridge_factor(name)
+        return values
+
+    def _depth(self, name: str) -> float:
+        """The position of a tensor's layer in [0, 1], for gradients; 0 outside the layers."""
+        layer = layer_of(name)
+        return 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
+
+    def _ridge_factor(self, name: str) -> float:
+        """How much harder than on average a tensor is pulled towards a guided anchor: mean density / its density.
+
+        Both are means over the experts. A density below 0.01 counts as 0.01.
+        """
+        if any(expert.densities is None or name not in expert.densities for expert in self.experts):
+            return 1.0
+        density = sum((expert.densities or {})[name] for expert in self.experts)
+        return sum(expert.mean_density for expert in self.experts) / max(density, 0.01 * len(self.experts))
+
+    def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
+        """Which experts take part in a tensor, given the method's parameters for it."""
+        elements = self.base.tensors[name].elements
+        density = values.get("density", [1.0] * len(self.experts))
+        # A random method may keep elements of a tensor that is too small for an exact share.
+        kept = [d > 0 if self.method.random else int(d * elements) > 0 for d in density]
+        return [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+
+    def stream(self, expert: Expert, name: str) -> Stream:
+        """The random stream of one expert's tensor."""
+        return random_stream(self.settings.seed, expert.model.key, name)
+
+    def scales(self, name: str) -> list[torch.Tensor | None]:
+        """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
+        return [(expert.scales or {}).get(name) for expert in self.experts]
+
+    def _aligned(self, base: Model, expert: Expert) -> Expert:
+        """An expert as it is read, and its calibration set, if the method fits, in the same token ids."""
+        calibration = expert.calibration
+        if self.method.fits and calibration:
+            calibration = self.vocabulary.translate(expert.ref, base, expert.model, calibration)
+        return replace(expert, model=self.vocabulary.of(expert.model), calibration=calibration)
+
+    def _fit_digest(self) -> list[Any]:
+        sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
+        sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
+        if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
+            return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
+        stacked = any(
+            ".experts." in n or (len(t.shape) == 3 and min(t.shape) > 1) for n, t in self.base.tensors.items()
+        )
+        return [FIT_SEMANTICS, *(["stacked", STACKED_SEMANTICS] if stacked else []), *sets]
+
+    def nothing_to_fit(self) -> InputError:
+        """What a fit raises that finds no projection to fit."""
+        return InputError(
+            f"{self.base.folder}: no projection that {self.method.name} could fit; use another merge_method"
+        )
+
+    def _check_parameters(self) -> None:
+        for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
+            values = self.parameters(name)
+            for i, expert in enumerate(self.experts):
+                each = {
+                    p.name: values[p.name][i] if p.per_expert else values[p.name]
+                    for p in self.method.parameters.values()
+                }
+                with self.method.blamed(name):
+                    problem = self.method.check(each, len(self.experts)) if self.method.check else None
+                if problem:
+                    raise InputError(f"{name}: {expert.ref}: {problem}")
+
+    def _check_scales(self) -> None:
+        if any(expert.scales for expert in self.experts) and not self.method.takes_scales:
+            raise InputError(f"lewis.prune_by: {self.method.name} does not trim by size; use magnitude")
+        if self.held_back and not self.adds_to_base:
+            raise InputError(f"lewis.aim: {self.method.name} merges no task vectors that could be held back")
+        of_base = (str(self.settings.base), self.held_back)
+        for model, scales in (of_base, *((expert.ref, expert.scales or {}) for expert in self.experts)):
+            for name, scale in scales.items():
+                shape = self.base.tensors[name].shape if name in self.base.tensors else ()
+                axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)
+                if len(shape) < scale.dim() or any(size not in (1, length) for length, size in axes):
+                    raise InputError(
+                        f"{model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
+                        f"{list(shape)}; measure the importance of this model again"
+                    )
+
+    def _check_fit(self) -> None:
+        if not self.method.fits:
+            return
+        if lacking := [expert.ref for expert in self.experts if expert.calibration is None]:
+            raise InputError(f"{lacking[0]}: {self.method.name} needs its calibration set; see lewis.calibrations")
+        for expert in self.experts if self.tunes else ():
+            if expert.calibration is not None:
+                check_split(expert.ref, expert.calibration)
+
+    def _check_output(self) -> None:
+        if not self.as_adapter:
+            return
+        if isinstance(self.base, LoraExpert):
+            raise InputError(
+                f"output.kind: the base {self.settings.base} is an adapter on a model itself, and PEFT puts an adapter "
+                "on a full model; merge the base's adapter into it first, or use full"
+            )
+        if self.vocabulary.target is not None:
+            raise InputError(
+                "output.kind: an adapter has its base's vocabulary, and the result has another one here; leave the "
+                "tokenizer out, or use full"
+            )
+
+    def _resolved(self, name: str) -> dict[str, Any]:
+        """The parameters of a tensor for the digest: without those that came later, at values that change nothing."""
+        values = self.parameters(name)
+        return {k: v for k, v in values.items() if not (self.method.fits and (k, v) == ("alpha", 1.0))}
+
+    def _digest(self) -> str:
+        """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
+        resolved = [[name, self._resolved(name)] for name in self.base.tensors if self.merges(name)]
+        return store.digest(
+            {
+                "semantics": SEMANTICS,
+                "method": self.method.name,
+                "base": self.base.key,
+                "experts": [expert.model.key for expert in self.experts],
+                "parameters": resolved,
+                "layout": [[name, dtype, list(shape)] for name, (dtype, shape) in self.layout.items()],
+                "seed": self.settings.seed if self.method.random else None,
+                **({"device": torch.device(self.device).type} if self.device != "cpu" else {}),
+                **({"excluded": sorted(self.excluded)} if self.excluded else {}),
+                **({"chat_template": self.chat_template} if self.chat_template else {}),
+                **({"plugin": self.method.origin} if self.method.origin else {}),
+                **({"scales": scales} if any(scales := [fingerprint(e.scales) for e in self.experts]) else {}),
+                **({"held_back": held_back} if (held_back := fingerprint(self.held_back)) else {}),
+                **({"fit": self._fit_digest()} if self.method.fits else {}),
+                **({"anchor": self._anchor.digest} if self._anchor else {}),
+                **({"output": [self.settings.output.model_dump(), self.settings.base_name]} if self.as_adapter else {}),
+                **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
+                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
+            }
+        )
+
+
+def random_stream(seed: int, expert: str, tensor: str) -> Stream:
+    """The random stream of one (seed, expert key, tensor name), the same on every machine."""
+    key = hashlib.sha256(f"{seed}\0{expert}\0{tensor}".encode()).digest()
+    return Stream(int.from_bytes(key[:8], "little"))

@@ -1,0 +1,116 @@
+"""`ridge: auto`: of a few ridges the one with the least loss of the merged model on held-out calibration rows."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.importance.calibration import Calibration
+from lewis.merging.fitted import Fitted
+from lewis.merging.held_out import check, mean_loss
+from lewis.merging.prepared import Prepared
+from lewis.merging.settings import RIDGES
+from lewis.merging.split import split
+from lewis.methods import Parameter
+
+logger = logging.getLogger(__name__)
+
+Fit = Callable[[Prepared, Path, Callable[[float], None] | None, int | None], Fitted]
+"""Fits a merge: takes the merge, the folder for its tensors, what to call with the share done, and the threads."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        ridge: the one with the least loss; of equal ones the largest.
+        losses: ridge -> nats per token on the held-out rows, the mean over the experts.
+    """
+
+    ridge: float
+    losses: dict[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data, for the manifest of the merged model."""
+        losses = [[ridge, loss if math.isfinite(loss) else None] for ridge, loss in self.losses.items()]
+        return {"ridge": self.ridge, "losses": losses}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Choice:
+        """What `to_json` gave."""
+        return cls(data["ridge"], {ridge: math.inf if loss is None else loss for ridge, loss in data["losses"]})
+
+    def to_text(self) -> str:
+        """A sentence."""
+        losses = ", ".join(f"{loss:.4f} with {ridge:g}" for ridge, loss in self.losses.items())
+        return f"ridge: auto chose {self.ridge:g}, by the loss on held-out calibration rows (nats per token): {losses}"
+
+
+def choose(
+    merge: Prepared,
+    folder: Path,
+    fit: Fit,
+    progress: Callable[[float], None] | None = None,
+    threads: int | None = None,
+) -> Choice:
+    """Fit the merge with each of `RIDGES` to three of four rows, and find the loss on the others.
+
+    Args:
+        merge: with `ridge: auto`.
+        folder: for what is fitted; what a killed process has found there is not done again.
+        fit: fits with a given ridge.
+        progress: called with the share that is done, in [0, 1].
+        threads: by default one per core; any number gives the same choice.
+
+    Raises:
+        InputError: if the model does not predict the next token.
+        LewisError: as `fit` and `mean_loss`, or if no loss is finite.
+    """
+    check(merge)
+    parts = [split(expert.calibration) for expert in merge.experts if expert.calibration]
+    file = folder / "ridges.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = dict(store.read_entry(file) or {})
+    for i, ridge in enumerate(RIDGES):
+
+        def report(share: float, done: int = i) -> None:
+            if progress:
+                progress((done + share) / len(RIDGES))
+
+        if str(ridge) not in known:
+            candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
+            place = folder / f"ridge-{ridge:g}"
+            loss = mean_loss(candidate, fit(candidate, place, report, threads), [held for _, held in parts], threads)
+            known[str(ridge)] = loss if math.isfinite(loss) else None
+            store.write_entry(file, known)
+            store.discard(place)
+            logger.info("ridge %g: %.4f nats per token on held-out calibration rows", ridge, loss)
+        report(1.0)
+    losses = {ridge: math.inf if known[str(ridge)] is None else known[str(ridge)] for ridge in RIDGES}
+    if not any(map(math.isfinite, losses.values())):
+        raise LewisError("parameters.ridge: auto found no finite loss on held-out calibration rows; give a number")
+    found = Choice(min(RIDGES, key=lambda ridge: losses[ridge]), losses)
+    logger.info("%s", found.to_text())
+    return found
+
+
+def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None = None) -> Prepared:
+    """The same merge with a number for its ridge, fitted to other rows if they are given."""
+    value, made = merge.settings.value, copy.copy(merge)
+
+    def with_number(parameter: Parameter, *where: Any) -> Any:
+        return ridge if parameter.name == "ridge" else value(parameter, *where)
+
+    made.settings = replace(merge.settings, value=with_number)
+    if sets is not None:
+        pairs = zip(merge.experts, sets, strict=True)
+        made.experts = [replace(expert, calibration=calibration) for expert, calibration in pairs]
+    return made
