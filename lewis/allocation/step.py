@@ -21,7 +21,8 @@ from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
 from lewis.models.source import ModelFiles
-from lewis.recipe.recipe import Recipe, excluded
+from lewis.recipe.config import excluded
+from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import ModelEntry
 from lewis.store import kinds
 from lewis.store.reference import JsonReference

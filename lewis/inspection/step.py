@@ -23,7 +23,8 @@ from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source, download, pin, pin_all
 from lewis.models.stack import other_depth
-from lewis.recipe.recipe import Recipe, excluded
+from lewis.recipe.config import excluded
+from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
 from lewis.store.reference import JsonReference
 

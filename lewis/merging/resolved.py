@@ -10,7 +10,8 @@ from lewis.methods import Parameter, find
 from lewis.models.dtypes import MERGED
 from lewis.models.model import Model
 from lewis.models.pin import find_folder
-from lewis.recipe.recipe import Recipe, excluded
+from lewis.recipe.config import excluded
+from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Output
 
 
