@@ -12,18 +12,16 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.futures import PrefectFuture
 from prefect.states import Cancelling
-from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
-from lewis.evaluation.step import ScoresEntry, eval_settings, find_all_scores
-from lewis.merging.step import MergedModel
-from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
+from lewis.steps.graph import Graph
+from lewis.steps.shim import eval_settings, find_all_scores
+from lewis.steps.table import ScoreInput
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.submit import submit
+from lewis_flows.walk import Futures, submit, wanted
 from lewis_tasks.evaluate import take_scores
 
 logger = logging.getLogger(__name__)
@@ -54,10 +52,11 @@ def scores(
     plan: Recipe,
     name: str,
     overrides: Sequence[str],
-    models: Mapping[str, quote],
-    tasks: quote,
-    base: PrefectFuture[ModelFiles] | None,
-) -> dict[str, PrefectFuture[ScoresEntry]]:
+    scoring: Graph,
+    begun: Futures,
+    results: Mapping[str, Any],
+    tasks: str,
+) -> Futures:
     """The scores of models: found in the store, or made by a run in the queue, which is waited for.
 
     If what waits here is interrupted, by a cancellation or Ctrl-C, that run is cancelled.
@@ -66,34 +65,35 @@ def scores(
         queue: as `queue_for` gave it.
         plan: the recipe, whose name in the folder of recipes is `name`.
         overrides: of the merge.
-        models: label -> a model on disk, or a merged one. The result has them in the same order.
+        scoring: the nodes of the scores.
+        begun, results: as of `walk`.
         tasks: digest of the evaluation tasks.
-        base: of the recipe, if it has one.
+
+    Returns:
+        Name of a node -> a task that ends with its scores.
 
     Raises:
         LewisError: saying what has become of the run, if it has not made the scores.
     """
-    known: dict[str, ModelFiles | MergedModel] = {label: model.unwrap() for label, model in models.items()}
-    wanted = {label: (each.ref if isinstance(each, ModelFiles) else label, each.key) for label, each in known.items()}
-    settings = eval_settings(plan)
-    entries = find_all_scores(wanted, settings, plan.root)
-    found = entries is not None
+    found = dict(results)
+    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in scoring if wanted(node, begun, found)}
+    assert plan.evaluate is not None
+    settings = eval_settings(plan.evaluate, plan.root)
+    keys = {node: (each.ref, each.key) for node, each in given.items()}
+    entries = find_all_scores(keys, settings)
+    made = entries is None
     if entries is None:
-        parameters = {
-            "recipe": name,
-            "models": {label: key for label, (_, key) in wanted.items()},
-            "tasks": tasks.unwrap(),
-            "base": base.result().key if base else None,
-            "overrides": list(overrides),
-        }
+        base = begun[f"download {plan.base_model}"].result().key if plan.base_model else None
+        models = {each.label: each.key for each in given.values()}
+        parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base, "overrides": list(overrides)}
         _run(queue, parameters)
-        entries = find_all_scores(wanted, settings, plan.root)
+        entries = find_all_scores(keys, settings)
     if entries is None:
         raise LewisError(
             f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "
             "have the scores; the workers must share its disk (LEWIS_HOME), or all must have the same LEWIS_STORE"
         )
-    return {label: submit(take_scores, entry, label, found) for label, entry in entries.items()}
+    return {node: submit(take_scores, entry, given[node].label, not made) for node, entry in entries.items()}
 
 
 def _run(queue: str, parameters: dict[str, Any]) -> None:

@@ -8,62 +8,26 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
-from pydantic import BaseModel
 
 from lewis.errors import LewisError
-from lewis.evaluation.step import ScoresEntry, eval_settings
-from lewis.merging.step import MergedModel
-from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.reports.verdict_line import verdict_line
+from lewis.steps.graph import CHAMPION, Graph, graph
+from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
+from lewis_flows.merge_report import MergeReport
 from lewis_flows.runners import choose
-from lewis_flows.stages import fetch, guide, pin
-from lewis_flows.submit import finish, known, submit
 from lewis_flows.turn import HOOKS, turn
-from lewis_tasks.evaluate import check_tasks, evaluate
-from lewis_tasks.inspect import diagnose
-from lewis_tasks.merge import merging
+from lewis_flows.walk import Futures, finish, known, pin, submit, walk
+from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.publish import check_publish, publish
 from lewis_tasks.register import find_champion, gate, promote, register
-from lewis_tasks.report import report_run, report_scores
+from lewis_tasks.report import report_densities, report_run, report_scores
 from lewis_tasks.resolve import settle
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.assets import artifact_prefix
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
-
-
-class MergeReport(BaseModel):
-    """What a run of the DAG gives back.
-
-    Attributes:
-        recipe: its name.
-        digest, folder: of the merged checkpoint, or adapter, in the store.
-        adapter: what the adapter holds and what error it leaves; None for a full model.
-        mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
-        scores: rows of the score table.
-        comparison: rows of the merged model against each other model: gain, interval, wins, losses, p.
-        kept: rows of how much of each expert's gain over the base is kept; empty if base or experts are not scored.
-        version: `models:/name/version`, if the recipe registers.
-        created: whether that version is new.
-        promoted: whether it is the champion now.
-        verdict: the gate's reasons.
-        published: URL of the champion on the Hub, if the recipe publishes.
-    """
-
-    recipe: str
-    digest: str
-    folder: Path
-    adapter: str | None = None
-    mean_density: dict[str, float] = {}
-    scores: list[dict[str, str]] = []
-    comparison: list[dict[str, str]] = []
-    kept: list[dict[str, str]] = []
-    version: str | None = None
-    created: bool = False
-    promoted: bool = False
-    verdict: list[str] = []
-    published: str | None = None
 
 
 def _run_name() -> str:
@@ -112,67 +76,96 @@ def merge_flow(
     return Completed(name=name, message=line, data=report)
 
 
-def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
-    """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
-    # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
-    # draws edges between tasks that have nothing to do with each other.
-    settings = eval_settings(plan) if plan.evaluate else None
-    queue = evaluate_elsewhere.queue_for(path) if settings else ""
-    tasks_digest = submit(check_tasks, quote(plan), settings, plan.root, not queue) if settings else None
-    champion = submit(find_champion, plan.register_as.model, bool(settings)) if plan.register_as else None
-    publishable = submit(check_publish, quote(plan)) if plan.publish else None
+class _Run:
+    """One run of the DAG: walks the recipe's graph, then does by hand what depends on the scores."""
 
-    pinned = pin(plan, [tasks_digest, publishable])
-    run_tags.rename(run_tags.run_name(plan.name, [each.result().key for each in _all(pinned.base, pinned.experts)]))
-    models = fetch(plan, pinned)
-    base, experts, after = models.base, models.experts, [models.inspected]
-    files = (known(base), known(experts))
-    diagnosed = submit(diagnose, quote(plan), plan.blocks, *files, wait_for=after)
-    sets, measured, allocated, drawn = guide(plan, models)
-    merged = submit(
-        merging(plan),
-        *(quote(plan), plan.blocks, *files, allocated, "experts"),
-        *((sets, measured) if plan.fits else ([], [])),
-        wait_for=[] if allocated or sets else after,
-    )
-    uniform = None
-    if allocated and plan.wants_uniform:
-        uniform = submit(merging(plan, "uniform"), quote(plan), plan.blocks, *files, allocated, "uniform")
-    finish(champion, *sets, *measured, allocated, drawn, merged, uniform)
-    result = merged.result()
-    report = MergeReport(recipe=plan.name, digest=result.digest, folder=result.folder)
-    report.adapter = result.adapter.to_text() if result.adapter else None
-    report.mean_density = allocated.result().means if allocated else {}
+    def __init__(self, plan: Recipe, path: Path, overrides: list[str]) -> None:
+        """Check what can be checked before any model is looked at, then pin the models."""
+        # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same
+        # name, and draws edges between tasks that have nothing to do with each other.
+        self.plan, self.path, self.overrides = plan, path, overrides
+        self.graph, self.prefix = graph(plan), artifact_prefix(plan)
+        self.queue = evaluate_elsewhere.queue_for(path) if plan.evaluate else ""
+        self.tasks = submit(check_tasks, quote(plan), not self.queue) if plan.evaluate else None
+        registers = plan.register_as
+        self.champion = submit(find_champion, registers.model, bool(plan.evaluate)) if registers else None
+        checks = [self.tasks, submit(check_publish, quote(plan)) if plan.publish else None]
+        self.futures: Futures = pin(plan, checks)
+        keys = [each.result().key for name, each in self.futures.items() if name.startswith("resolve ")]
+        run_tags.rename(run_tags.run_name(plan.name, keys))
 
-    scores: dict[str, PrefectFuture[ScoresEntry]] = {}
-    if settings:
-        to_score = _models_to_score(plan, base, experts, uniform, merged)
-        current = champion.result() if champion else None
-        incumbent = current.files("champion") if current else None
-        if incumbent and incumbent.key != result.digest:
-            to_score["champion"] = quote(incumbent)
-            to_score[plan.label] = to_score.pop(plan.label)  # keep it the last: the pictures outline the last model
-        if queue:
-            scores = evaluate_elsewhere.scores(queue, plan, path.stem, overrides, to_score, known(tasks_digest), base)
+    def merge(self) -> MergeReport:
+        """Everything before the scores."""
+        merges = Graph(node for node in self.graph if node.step is not EVALUATE)
+        self.futures = walk(merges, self.futures, self.prefix)
+        allocated = self.futures.get(ALLOCATE.name)
+        finish(self.champion, *self.of(CALIBRATE), *self.of(MEASURE), allocated)
+        if allocated:
+            measured = known(self.of(MEASURE))
+            self.futures["report densities"] = submit(report_densities, quote(self.plan), measured, allocated)
+        finish(*self.of(MERGE))
+        merged = self.merged.result()
+        report = MergeReport(recipe=self.plan.name, digest=merged.digest, folder=merged.folder)
+        report.adapter = merged.adapter.to_text() if merged.adapter else None
+        report.mean_density = allocated.result().means if allocated else {}
+        return report
+
+    def score(self, report: MergeReport) -> None:
+        """Score the merged model beside its parents and the champion: here, or by workers of another queue."""
+        current = self.champion.result() if self.champion else None
+        values = {CHAMPION: current.files("champion") if current else None}
+        begun = {**self.futures, **({CHAMPION: self.champion} if self.champion else {})}
+        scoring = Graph(self.graph.of(EVALUATE))
+        if self.queue:
+            tasks = self.tasks.result() if self.tasks else ""
+            begun |= evaluate_elsewhere.scores(
+                self.queue, self.plan, self.path.stem, self.overrides, scoring, begun, values, tasks
+            )
         else:
-            causes = {"uniform": uniform, "champion": champion}
-            for label, model in to_score.items():
-                cause = causes.get(label) or merged
-                how = (settings, plan.root, known(tasks_digest))
-                scores[label] = submit(evaluate, model, label, *how, wait_for=[cause])
-        finish(*scores.values())
-        table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
+            begun = walk(scoring, begun, self.prefix, values)
+        self.futures = begun
+        finish(*self.scores.values())
+        table = submit(report_scores, quote(self.plan), known(self.scores), wait_for=[self.scores[self.plan.label]])
         finish(table)
         rows = table.result()
         report.scores, report.comparison, report.kept = rows["scores"], rows["comparison"], rows["kept"]
 
+    @property
+    def merged(self) -> PrefectFuture[Any]:
+        """The merged model."""
+        return self.futures["merge experts"]
+
+    @property
+    def scores(self) -> Futures:
+        """Label -> scores, in the order of the table."""
+        names = [node.name for node in self.graph.of(EVALUATE) if node.name in self.futures]
+        return {name.removeprefix(f"{EVALUATE.name} "): self.futures[name] for name in names}
+
+    def of(self, step: Any) -> list[PrefectFuture[Any]]:
+        """The futures of a step's nodes."""
+        return [self.futures[node.name] for node in self.graph.of(step) if node.name in self.futures]
+
+    def inputs(self) -> list[quote]:
+        """Base, experts, calibration sets and densities, for those that write them down."""
+        plan = self.plan
+        base = self.futures[f"download {plan.base_model}"] if plan.base_model else None
+        experts = [self.futures[f"download {entry.model}"] for entry in plan.experts]
+        return [known(each) for each in (base, experts, self.of(CALIBRATE), self.futures.get(ALLOCATE.name))]
+
+
+def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
+    """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
+    run = _Run(plan, path, overrides)
+    report = run.merge()
+    if plan.evaluate:
+        run.score(report)
+    merged, champion, scores = run.merged, run.champion, run.scores
     verdict = version = promoted = published = None
-    moved, told = False, ("Completed", "merged; the recipe registers nothing")
-    inputs = [known(each) for each in (base, experts, sets, allocated)]
+    moved, line = False, ("Completed", "merged; the recipe registers nothing")
     if plan.register_as:
-        causes_of_gate = [] if scores else [merged]
-        verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=causes_of_gate)
-        version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
+        after = [] if scores else [merged]
+        verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
+        version = submit(register, quote(plan), *run.inputs(), known(merged), known(scores), wait_for=[verdict])
         finish(verdict, version)
         promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
         finish(promoted)
@@ -181,50 +174,26 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
         before = champion.result() if champion else None
         in_use = before.version.uri if before else None
         moved = report.promoted and in_use != report.version
-        told = verdict_line(report.version, verdict.result(), champion=in_use)
+        line = verdict_line(report.version, verdict.result(), champion=in_use)
         if plan.publish:
             published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
             published.wait()  # raise its error after the report
-    work = tally(
-        download=[base, *experts],
-        measure=measured,
-        allocate=[allocated],
-        merge=[merged, uniform],
-        evaluate=scores.values(),
-    )
+    work = tally(**{step.name: run.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
     facts = [known(each) for each in (merged, champion, scores, verdict)]
     there = published.result() if published and published.state.is_completed() else None
     url = there.url if there else None
     about = (known(version), work, quote(report.comparison), url)
-    written = submit(report_run, quote(plan), *inputs, *facts, *about, wait_for=[promoted or merged])
-    diagnosed.wait()  # like the report's, its error is shown by the UI
-    written.wait()  # do not raise its error: the version is registered even if the report failed, and the UI shows that
+    written = submit(report_run, quote(plan), *run.inputs(), *facts, *about, wait_for=[promoted or merged])
+    for future in (*run.of(DIAGNOSE), written):  # their errors are shown by the UI: the version is registered anyway
+        future.wait()
     if published:
         try:
             result_of(published)
         except LewisError as error:
-            raise NotPublishedError(f"{': '.join(told)}; not published: {error}") from error
+            raise NotPublishedError(f"{': '.join(line)}; not published: {error}") from error
         report.published = url
     # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
-    results = [*measured, allocated, merged, uniform, *scores.values()]
-    computed = any(future.state.name != "Cached" for future in results if future)
-    return report, computed or report.created or moved or bool(there and there.new), told
-
-
-def _models_to_score(
-    plan: Recipe,
-    base: PrefectFuture[ModelFiles] | None,
-    experts: list[PrefectFuture[ModelFiles]],
-    uniform: PrefectFuture[MergedModel] | None,
-    merged: PrefectFuture[MergedModel],
-) -> dict[str, Any]:
-    """Label -> model, quoted, in the order of the table: the parents, the uniform baseline, the merged model."""
-    models: dict[str, Any] = {"base": known(base)} if plan.scores_base else {}
-    if plan.scores_experts:
-        pairs = zip(short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
-        models |= {label: known(files) for label, entry, files in pairs if entry.model != plan.base_model}
-    return {**models, **({"uniform": known(uniform)} if uniform else {}), plan.label: known(merged)}
-
-
-def _all(base: Any, experts: list[Any]) -> list[Any]:
-    return [*([base] if base else []), *experts]
+    computed = any(
+        each.state.name != "Cached" for step in (MEASURE, ALLOCATE, MERGE, EVALUATE) for each in run.of(step)
+    )
+    return report, computed or report.created or moved or bool(there and there.new), line

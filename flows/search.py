@@ -22,15 +22,19 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
+from lewis.steps.graph import graph
+from lewis.steps.shim import eval_settings
+from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
-from lewis_flows.merge import MergeReport, merge_flow
+from lewis_flows.merge import merge_flow
+from lewis_flows.merge_report import MergeReport
 from lewis_flows.runners import choose
-from lewis_flows.stages import fetch, guide, pin
-from lewis_flows.submit import finish, submit
 from lewis_flows.turn import HOOKS, turn
+from lewis_flows.walk import finish, pin, submit, walk
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.assets import artifact_prefix
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.failures import result_of, says_why
 
@@ -98,31 +102,30 @@ def search_flow(
         assert plan.search is not None
         wanted = trials or plan.search.trials
         limit = minutes or plan.search.minutes
-        base, experts, tasks = _prepare(plan)
-        tried = _Trials(plan, base, experts, metrics, tasks)
+        tried = _Trials(plan, *_prepare(plan), metrics)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
         report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
     run_tags.tag(verdict=name.lower())
     return Completed(name=name, message=f"{len(report.trials)} trials; {line}", data=report)
 
 
-def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
-    """Fetch the models and measure their importance, once for all trials; gives base, experts and the tasks' digest."""
-    settings = _settings(plan, SEARCH)
-    tasks = submit(check_tasks, quote(plan), settings, plan.root)
-    models = fetch(plan, pin(plan, [tasks]))
-    finish(*guide(plan, models).measured)
-    base = models.base.result() if models.base else None
-    return base, [future.result() for future in models.experts], tasks.result()
+def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
+    """Fetch the models and measure their importance, once for all trials; gives the results, and the tasks' digest."""
+    tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
+    walked = graph(plan)
+    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, MEASURE) for node in walked.of(step)]
+    futures = walk(walked.towards(*names), pin(plan, [tasks]), artifact_prefix(plan))
+    finish(*futures.values())
+    # A trial may vary the sets and passes: it looks for these itself, and finds most of them in the store.
+    kept = [node.name for step in (DOWNLOAD, CHECK) for node in walked.of(step)]
+    return {name: futures[name].result() for name in kept}, tasks.result()
 
 
 class _Trials:
     """The trials of one search."""
 
-    def __init__(
-        self, plan: Recipe, base: ModelFiles | None, experts: list[ModelFiles], metrics: tuple[str, ...], tasks: str
-    ) -> None:
-        self.plan, self.base, self.experts = plan, base, experts
+    def __init__(self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...]) -> None:
+        self.plan, self.known = plan, known
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
         # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
@@ -131,7 +134,7 @@ class _Trials:
         if unknown:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
-        inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
+        inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
         self.log = Log(plan, self.objectives, inputs, tasks)
         part = first[metrics[0]].samples // 4
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
@@ -139,7 +142,7 @@ class _Trials:
 
     def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ScoresEntry]:
         """Score a recipe in a task."""
-        return submit(score_trial, quote(recipe), number, part, quote(self.base), quote(self.experts), settings)
+        return submit(score_trial, quote(recipe), number, part, quote(self.known), settings)
 
     def run(self, wanted: int, deadline: float) -> Trial:
         """Make trials until there are enough, or no time is left; gives the best trial.
@@ -245,7 +248,9 @@ def _confirm(
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:
-    return step.eval_settings(space.with_values(plan, {}, documents))
+    varied = space.with_values(plan, {}, documents)
+    assert varied.evaluate is not None
+    return eval_settings(varied.evaluate, varied.root)
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:

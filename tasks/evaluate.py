@@ -1,58 +1,34 @@
-"""Score one model with lm-eval."""
+"""Check the tasks of an evaluation; take the scores that another worker has made."""
 
-from contextlib import nullcontext
-from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
 
-from lewis import store
-from lewis.evaluation import backends, lm_eval, metric_names, server, step
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation import backends, lm_eval, metric_names
 from lewis.evaluation.step import ScoresEntry
-from lewis.merging.step import MergedModel
-from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis_tasks.support import assets
-from lewis_tasks.support.caching import Progress, cached, computing_in
-from lewis_tasks.support.device_slot import device_slot
+from lewis.steps.shim import eval_settings
 
 
 @task(name="check-tasks", task_run_name="check tasks", cache_policy=NO_CACHE, timeout_seconds=600)
-def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path, here: bool = True) -> str:
+def check_tasks(recipe: Recipe, here: bool = True) -> str:
     """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
 
-    Gives the tasks' digest, for the cache key of scores. The backend is checked if it is used `here`.
+    Gives the tasks' digest, which is the same on every worker that scores alike. The backend is checked if it is used
+    `here`.
     """
-    lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
+    assert recipe.evaluate is not None
+    settings = eval_settings(recipe.evaluate, recipe.root)
+    lm_eval.check_tasks(settings.tasks, settings.root, allow_code_execution=settings.allow_code_execution)
     metric_names.check_names(recipe)
     if here:
         backends.check(settings.backend)
-    return lm_eval.tasks_digest(settings, root)
-
-
-# No timeout here: lm-eval runs in a child process, under the recipe's time limit.
-@task(
-    name="evaluate",
-    task_run_name="evaluate {label}",
-    **cached("model.key", "tasks_digest", device_of=computing_in),
-)
-def evaluate(
-    model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str
-) -> ScoresEntry:
-    """Score one model on all tasks of lm-eval; ends as `Cached` if the store has the scores.
-
-    `tasks_digest` is for the cache key.
-    """
-    files = model.files(label) if isinstance(model, MergedModel) else model
-    report = Progress("evaluate", f"evaluate {label}")
-    elsewhere = settings.backend == "openai" and server.is_url()
-    with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device, store.noticing() as made:
-        entry = step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
-    return assets.made_or_found(entry, entry.path, f"scores of {label}", made)
+    return lm_eval.tasks_digest(settings.inner, settings.root)
 
 
 @task(name="take-scores", task_run_name="take the scores of {label}", cache_policy=NO_CACHE)
-def take_scores(entry: ScoresEntry, label: str, found: bool) -> ScoresEntry:
+def take_scores(entry: ScoresEntry, label: str, found: bool) -> Any:
     """Scores that workers of another work queue have made; ends as `Cached` if they were `found` without a run."""
-    return assets.made_or_found(entry, entry.path, f"scores of {label}", [] if found else [entry.path])
+    return Completed(name="Cached", message=f"scores of {label}: in the store", data=entry) if found else entry

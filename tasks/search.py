@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -10,7 +11,6 @@ from prefect.cache_policies import NO_CACHE
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.scored import comparison_rows
 from lewis.evaluation.step import ScoresEntry, scored
-from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import picture
 from lewis.search import report as search_report
@@ -23,27 +23,20 @@ from lewis_tasks.support.device_slot import device_slot
 
 # No cache: the step itself finds the scores of a merge that was scored before. No retry: a failed trial is a result.
 @task(name="trial", task_run_name="trial {number}, {part}", cache_policy=NO_CACHE)
-def score_trial(
-    recipe: Recipe,
-    number: int,
-    part: str,
-    base: ModelFiles | None,
-    experts: list[ModelFiles],
-    settings: EvalSettings,
-) -> ScoresEntry:
+def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], settings: EvalSettings) -> ScoresEntry:
     """Merge with a trial's values and score the result.
 
     Args:
         recipe: with the trial's values in it.
         number: of the trial.
         part: which of the search's documents, for the name of the task run.
+        known: results of the graph's first nodes.
+        settings: what is scored.
     """
-    report = Progress("trial", f"trial {number}")
     with device_slot(gives_way=True, gpus=settings.gpus) as device:
         raise_if_stopping(f"trial {number}")
-        return trial.score_trial(
-            recipe, base, experts, settings, device=device, progress=lambda share, _: report(share)
-        )
+        report = Progress("trial", f"trial {number}")
+        return trial.score_trial(recipe, known, settings, device=device, report=report)
 
 
 @task(name="record-search", task_run_name="record search", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)

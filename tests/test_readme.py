@@ -79,6 +79,6 @@ def test_its_program_merges(method: str, family: Family, tmp_path: Path, monkeyp
         "lewis": {"calibrations": {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-    [program] = [block for block in blocks("python") if "pipeline" in block]
+    [program] = [block for block in blocks("python") if "import lewis" in block]
     exec(compile(program, "README.md", "exec"), {})
     assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -2,16 +2,19 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lewis.merging.run import Merge
+from lewis.progress import Report
 
-Report = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
+if TYPE_CHECKING:
+    from lewis.library import Merged
+    from lewis.merging.run import Merge
+    from lewis.merging.step import MergeInput
+    from lewis.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,13 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> Effort:
-    """Run a merge with a bar: tensors done, GB/s and the time left. The arguments are those of `Merge.run`."""
+def run_merge(
+    prepared: "Merge", recipe: "Recipe", given: "MergeInput", folder: Path, *, max_shard_size: int
+) -> tuple["Merged", Effort]:
+    """Run a prepared merge with a bar: tensors done, GB/s and the time left; arguments as of `lewis.library.write`."""
     from rich.progress import TextColumn
 
+    from lewis.library import write
     from lewis.memory import PeakMemory
 
     columns = TextColumn("{task.fields[tensors]} tensors"), TextColumn("{task.fields[rate]:.2f} GB/s")
@@ -69,14 +75,14 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> Effort:
     with _bars(*columns) as bars, PeakMemory() as memory:
         task, merged = _begin(bars, "merge", elements, tensors=f"0/{tensors}", rate=0.0), 0
 
-        def report(done: int, total: int, _: str) -> None:
+        def report(what: str, done: int, total: int) -> None:
             nonlocal merged
             merged += 1
             rate = prepared.traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
             bars.update(task, completed=done, tensors=f"{merged}/{tensors}", rate=rate)
 
-        prepared.run(*arguments, progress=report, **named)
-    return Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
+        made = write(recipe, given, prepared, folder, max_shard_size=max_shard_size, report=report)
+    return made, Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
 
 
 def _bars(*columns: Any) -> Any:

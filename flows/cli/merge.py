@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def plan(options: argparse.Namespace) -> None:
     """Print what a run would do."""
-    from lewis.plan import make_plan
+    from lewis.steps.plan import make_plan
 
     made = make_plan(arguments.load(options))
     print(json.dumps(made.to_json(), indent=2) if options.json else made.to_text())
@@ -65,39 +65,23 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
         again: whether to merge although the folder holds the same merge.
 
     Returns:
-        What is to be told, as JSON and as text.
+        The facts as JSON and as text.
     """
-    from lewis import pipeline, store
-    from lewis.devices import default_device
-    from lewis.merging.step import adapter_in, check_output
-    from lewis.models.lora import WEIGHTS
-    from lewis.registry.registration import write_card
+    from lewis import library, store
 
-    base, experts = pipeline.fetch(recipe)
-    check_output(recipe, pipeline.prepare_merge(recipe, base, experts))  # before the importance is measured
-    allocated = None
-    if (recipe.allocator or recipe.needs_grams) and base:
-        pipeline.layers_of(base, measured=recipe.runs_models)
-        with bars.progress() as shown:
-            _, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=shown)
-    prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
+    with bars.progress() as shown:
+        given, prepared = library.prepare(recipe, shown)
     if not again and (store.read_manifest(folder) or {}).get("digest") == prepared.digest:
         return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
-    manifest = pipeline.lineage(recipe, base, experts, allocated)
-    effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
-    write_card(folder, recipe, base, experts, allocated)
-    told = store.read_manifest(folder) or {}
-    adapter = adapter_in(folder)
-    written = (folder / WEIGHTS).stat().st_size if adapter else prepared.size
-    facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
-    facts |= {"adapter": adapter.to_json()} if adapter else {}
-    facts |= {"ridge": told["ridge"]} if "ridge" in told else {}
-    means = dict(allocated.means) if allocated else {}
-    size = f"{len(prepared.layout)} tensors, {written / 1e9:.2f} GB"
-    if adapter:
-        size = f"{adapter.to_text()}; {written / 1e6:.1f} MB"
-    text = f"{size}, digest {prepared.digest}\n{effort.to_text()}"
-    return {**facts, **effort.to_json(), "mean_density": means}, text
+    made, effort = bars.run_merge(prepared, recipe, given, folder, max_shard_size=shard)
+    facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
+    facts |= {"adapter": made.adapter.to_json()} if made.adapter else {}
+    facts |= {"ridge": made.ridge} if made.ridge else {}
+    size = f"{len(prepared.layout)} tensors, {made.size / 1e9:.2f} GB"
+    if made.adapter:
+        size = f"{made.adapter.to_text()}; {made.size / 1e6:.1f} MB"
+    text = f"{size}, digest {made.digest}\n{effort.to_text()}"
+    return {**facts, "mean_density": made.mean_density}, text
 
 
 def importance(options: argparse.Namespace) -> None:
@@ -140,12 +124,12 @@ def export(options: argparse.Namespace) -> None:
     """Print a config of mergekit."""
     import yaml
 
-    from lewis import pipeline
     from lewis.merging.export import check_exportable, to_mergekit
+    from lewis.models.source import pin_all
 
     recipe = arguments.load(options)
     check_exportable(recipe)  # before anything is measured
-    base, experts = pipeline.pin_all(recipe)
+    base, experts = pin_all(recipe)
     allocations = _guide(options).allocated.experts() if recipe.allocator else {}
     made = to_mergekit(recipe, base, experts, allocations)
     print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
@@ -177,9 +161,12 @@ def _guide(options: argparse.Namespace) -> _Guided:
     Raises:
         RecipeError: if the recipe has no `lewis` block or no base.
     """
-    from lewis import pipeline
     from lewis.allocation.step import layers_of_result
     from lewis.devices import default_device
+    from lewis.importance.step import layers_of
+    from lewis.steps.graph import graph
+    from lewis.steps.run import begin, run
+    from lewis.steps.table import ALLOCATE, DOWNLOAD, MEASURE
 
     recipe = arguments.load(options)
     if recipe.fits and recipe.allocator is None:
@@ -187,13 +174,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
     if recipe.lewis is None or recipe.base_model is None:
         raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
     show_log()
-    base, experts = pipeline.fetch(recipe)
-    assert base is not None
-    pipeline.prepare_merge(recipe, base, experts)  # find what does not fit before the importance is measured
-    parameters = sum(info.elements for info in base.open().tensors.values())
-    found = pipeline.layers_of(base, measured=recipe.runs_models)
-    layers = [layer for layer in found if not recipe.excludes(layer.tensor)]
-    result = layers_of_result(recipe, base, experts) if recipe.slices else layers
+    walked = graph(recipe)
     passes = set[str]()
     with bars.progress() as report:
 
@@ -201,9 +182,15 @@ def _guide(options: argparse.Namespace) -> _Guided:
             passes.add(what)
             report(what, done, total)
 
-        measured, allocated = pipeline.guide(recipe, base, experts, device=default_device(), progress=noted)
-        assert allocated is not None
-    return _Guided(layers, result, parameters, measured, allocated, len(passes))
+        results = run(walked, ALLOCATE.name, known=begin(recipe), report=noted, device=default_device())
+    base = results[f"{DOWNLOAD.name} {recipe.base_model}"]
+    parameters = sum(info.elements for info in base.open().tensors.values())
+    layers = [layer for layer in layers_of(base, measured=recipe.runs_models) if not recipe.excludes(layer.tensor)]
+    result = layers
+    if recipe.slices:
+        result = layers_of_result(recipe, base, [results[f"{DOWNLOAD.name} {e.model}"] for e in recipe.experts])
+    measured = [entry for node in walked.of(MEASURE) for entry in results[node.name]]
+    return _Guided(layers, result, parameters, measured, results[ALLOCATE.name], len(passes))
 
 
 def _print_densities(guided: _Guided) -> None:

@@ -126,12 +126,12 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
-    from lewis import pipeline
     from lewis.evaluation import lm_eval
     from lewis.evaluation.gate import decide
     from lewis.recipe.recipe import Recipe
     from lewis.registry import creation, promotion, versions
     from lewis.registry.registration import registration_of
+    from tests.support import pipeline
 
     recipe = Recipe.load(path)
     assert recipe.base_model and recipe.register_as and recipe.evaluate

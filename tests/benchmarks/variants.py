@@ -8,11 +8,11 @@ What a search has scored with the same settings (`LEWIS_HOME`) is found.
 import argparse
 import sys
 
-from lewis import pipeline
 from lewis.evaluation.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial
+from tests.support import pipeline
 
 
 def main(arguments: list[str]) -> None:

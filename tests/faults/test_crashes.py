@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.gate import Verdict
@@ -33,6 +32,7 @@ from lewis.reports import card
 from lewis.store.verification import verify
 from tests.conftest import POINTS, Family
 from tests.faults.running import half_done, left_over, merged
+from tests.support import pipeline
 from tests.support.models import parse
 
 OF_THE_SYSTEM = ("replace", "rename", "link", "fsync", "mkdir")

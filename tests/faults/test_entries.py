@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.evaluation import lm_eval
 from lewis.evaluation.scores import Evaluated
 from lewis.importance.calibration import Calibration
@@ -21,6 +21,7 @@ from lewis.search.study import Log, Objective
 from lewis.store import checked, kinds, png
 from lewis.store.checksums import remembered_sha256
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage
 from tests.support.models import parse
 
@@ -158,7 +159,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     from prefect.filesystems import LocalFileSystem
     from prefect.results import ResultStore
 
-    from lewis_tasks.support.records import RecordSerializer
+    from lewis_tasks.support.caching import RecordSerializer
 
     made.use()
     source, sources = pipeline.pin_all(made.recipe)

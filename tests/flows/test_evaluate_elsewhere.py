@@ -15,7 +15,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
 from prefect.utilities.annotations import quote
 
-from lewis import pipeline
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step, work_queue
 from lewis.recipe import Recipe
@@ -24,6 +23,7 @@ from lewis_flows import recipes_folder
 from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
 from tests.conftest import Family
+from tests.support import pipeline
 
 LORA = ["output={kind: lora, rank: 4}", "exclude=[norm]"]  # it saves the embedding whole, to which the head is tied
 LATE = Scheduled().model_copy(update={"name": "Late"})

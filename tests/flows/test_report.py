@@ -213,11 +213,11 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
 ) -> None:
     from prefect import flow
 
-    from lewis import pipeline
     from lewis.importance import measure
     from lewis.recipe.schema import Importance
     from lewis_tasks.importance import measuring
     from lewis_tasks.support import assets
+    from tests.support import pipeline
 
     made: list[list[str]] = []
     real = measure.measure_sets

@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis import pipeline
 from lewis.errors import InputError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings
@@ -24,6 +23,7 @@ from lewis.merging.run import Merge
 from lewis.merging.vocabulary import Target
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import (
     bits,
     edit_json,

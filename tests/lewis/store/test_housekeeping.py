@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
@@ -28,6 +28,7 @@ from lewis.registry.registration import registration_of
 from lewis.store import housekeeping
 from lewis.store.housekeeping import Removable, remove
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.lineage import make_home
 from tests.support.models import parse
 

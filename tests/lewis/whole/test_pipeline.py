@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import lm_eval
@@ -33,6 +33,7 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -412,7 +413,7 @@ class TestMerge:
     def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text(parse(recipe_data(family, *family.experts)).text)
         code = (
-            "import os, sys; from lewis import pipeline; from lewis.recipe import Recipe\n"
+            "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
             "kill = lambda done, total, name: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], progress=kill)"

@@ -10,8 +10,7 @@ import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis_tasks.support import caching
-from lewis_tasks.support.caching import RETRIES, ContentAddressed, Progress, slug
-from lewis_tasks.support.logs import worth_reading
+from lewis_tasks.support.caching import RETRIES, ContentAddressed, Progress, slug, worth_reading
 
 
 def key(inputs: dict[str, Any], **policy: Any) -> str:
