@@ -23,7 +23,7 @@ from lewis_flows.service.automations import put_automations
 from lewis_tasks.support.device_slot import LIMIT, slots
 
 POOL = work_queue.MERGES
-PREFECT_YAML = recipes_folder.SHIPPED / "prefect.yaml"
+PREFECT_YAML = recipes_folder.SHIPPED.resolve() / "prefect.yaml"
 JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFECT_SERVER_", "PREFECT_WORKER_"))}
 TEMPLATE: dict[str, Any] = {
     # For a worker that was not started by `lewis up`: no telemetry, and the heartbeat that `lewis-dead-runs` waits for.
