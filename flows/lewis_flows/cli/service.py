@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from lewis.errors import LewisError
 from lewis.redact import redacted
 from lewis_flows import json_logs
 
@@ -131,11 +132,13 @@ def log_options(command: argparse.ArgumentParser) -> None:
 def logs(options: argparse.Namespace) -> None:
     """Print the log of the last run of a recipe; with `--json` an object a line."""
     from lewis_flows import recipes_folder
-    from lewis_flows.service.links import run_of, server
+    from lewis_flows.service.links import last_run, server
 
     recipe = recipes_folder.name_of(str(recipes_folder.find(options.recipe)))
     with server() as (client, _):
-        run, seen = run_of(client, recipe), 0
+        if (run := last_run(client, recipe)) is None:
+            raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
+        seen = 0
         while True:
             state = client.read_flow_run(run.id).state
             for line in _lines(client, run.id, logging.getLevelName(options.level), seen):

@@ -1,7 +1,7 @@
 """The automations on a Prefect server: mark dead runs, notify of failures and of new champions."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
 from lewis_flows import prefect_runs, release_event
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, VERIFY
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
 from lewis_tasks.support.waiting import LONG, WAITING
 
@@ -26,7 +27,12 @@ _NOT_PENDING = (
     "InfrastructurePending",  # its job waits in a cluster, for a GPU or an image; the worker watches it
 )
 _RUN = "{{ flow_run.name }}: {{ flow_run.state.message or flow_run.state.name }}\n\n{{ flow_run|ui_url }}"
+_RUN_LATE = "{{ flow_run.name }} was due long ago: is there a worker, and has it time?\n\n{{ flow_run|ui_url }}"
 _EVENT = "{{ event.payload.message }}{% if flow_run %}\n\n{{ flow_run|ui_url }}{% endif %}"
+_PROMOTED = (
+    "{{ event.payload.message }}{% if event.payload.recipe %} (recipe {{ event.payload.recipe }}){% endif %}"
+    "\n\n{{ event.payload.url }}"
+)
 
 
 def put_automations(client: SyncPrefectClient) -> None:
@@ -44,140 +50,73 @@ def put_automations(client: SyncPrefectClient) -> None:
 
 
 def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
+    died = "Its heartbeats stopped: the process or machine died. Run it again: what was finished is kept."
     yield AutomationCore(
         name="lewis-dead-runs",
         description="A run whose heartbeats stop has died with its process or machine.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.*"},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=_ours(),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=DEAD_AFTER,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message="Its heartbeats stopped: the process or machine died. Run it again: what was finished is kept.",
-            )
-        ],
+        trigger=_runs("*", after="heartbeat", within=DEAD_AFTER),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=died)],
     )
     yield AutomationCore(
         name="lewis-stuck-runs",
         description="A run whose worker died while it started the run's process would be Pending for ever.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.Pending"},
-            expect={f"prefect.flow-run.{state}" for state in _NOT_PENDING},
-            match=_ANY_RUN,
-            match_related=_ours(),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=STARTS_WITHIN,
-        ),
+        trigger=_runs(*_NOT_PENDING, after="Pending", within=STARTS_WITHIN),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message="It was never started: its worker died.")],
     )
     block = _notification_block(client)
-    if block is None:
-        return
-    for name, state, flows, subject, description in _OF_RUNS:
-        yield _notification(name, _ended_as(state, *flows), block, (subject, _RUN), description)
-    for name, event, subject, description in _OF_EVENTS:
-        trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
-        yield _notification(name, trigger, block, (subject, _EVENT), description)
-    late = EventTrigger(
-        after={"prefect.flow-run.Late"},
-        expect={"prefect.flow-run.Pending", "prefect.flow-run.Running", "prefect.flow-run.Cancelled"},
-        match=_ANY_RUN,
-        match_related=[_ours(), _of_flows(prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.EVALUATE)],
-        for_each={"prefect.resource.id"},
-        posture=Posture.Proactive,
-        threshold=1,
-        within=LONG,
-    )
-    told = "{{ flow_run.name }} was due long ago: is there a worker, and has it time?\n\n{{ flow_run|ui_url }}"
-    yield _notification("lewis-notify-late", late, block, ("LEWIS: a run is late", told), "No worker takes a run.")
-    promoted = EventTrigger(expect={PROMOTED}, posture=Posture.Reactive, threshold=1)
-    told = "{{ event.payload.message }}{% if event.payload.recipe %} (recipe {{ event.payload.recipe }}){% endif %}"
-    told += "\n\n{{ event.payload.url }}"
-    yield _notification(NOTIFIES, promoted, block, ("LEWIS: a new champion", told), "The alias champion has moved.")
+    for name, trigger, subject, body, description in _notifications() if block else ():
+        action = SendNotification(block_document_id=block, subject=f"LEWIS: {subject}", body=body)
+        yield AutomationCore(name=name, description=description, trigger=trigger, actions=[action])
 
 
-_ANY_RUN = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
-_OF_RUNS: tuple[tuple[str, str, tuple[str, ...], str, str], ...] = (
-    (
-        "lewis-notify-failure",
-        "Failed",
-        (*(each for each in prefect_runs.ALL if each != prefect_runs.EVALUATE), "approve"),  # its merge fails too
-        "LEWIS: a run failed",
-        "A run failed; its message says why.",
-    ),
-    (
-        "lewis-notify-crash",
-        "Crashed",
-        (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.VERIFY),  # of a poll the next one does the work
-        "LEWIS: a run died",
-        "The process or machine of a run died.",
-    ),
-    ("lewis-notify-rejection", "Rejected", (), "LEWIS: a merge was rejected", "The gate let a merge not pass."),
-    (
-        "lewis-notify-approval",
-        "AwaitingApproval",
-        (),
-        "LEWIS: a version waits for approval",
-        "A person has to approve it.",
-    ),
-    (
-        "lewis-notify-unpublished",
-        "Unpublished",
-        (),
-        "LEWIS: a champion was not published",
-        "The Hub refused a champion.",
-    ),
-)
-"""Automations on the end of a run: name, name of its state, flows (of all if empty), subject, description."""
+def _runs(*states: str, flows: Sequence[str] = (), after: str = "", within: timedelta = timedelta()) -> EventTrigger:
+    """Fires when a run of ours enters one of some states; with `after`, when it does not within a time after that.
 
-_OF_EVENTS = (
-    ("lewis-notify-waiting", WAITING, "LEWIS: a run waits for long", "A run waits for a device, or for its turn."),
-    (
-        "lewis-notify-stuck",
-        release_event.STUCK,
-        "LEWIS: a release is not merged",
-        "A release could not be merged thrice.",
-    ),
-)
-"""Automations on events of ours: name, event, subject of the notification, description."""
-
-
-def _ended_as(state: str, *flows: str) -> EventTrigger:
+    Args:
+        states: their names.
+        flows: of which flows; by default of all.
+        after: name of the state, or `heartbeat`.
+        within: the time.
+    """
+    related = [ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]})]
+    if flows:
+        named = {"prefect.resource.role": ["flow"], "prefect.resource.name": list(flows)}
+        related.append(ResourceSpecification(named))
     return EventTrigger(
-        expect={f"prefect.flow-run.{state}"},
-        match=_ANY_RUN,
-        match_related=[_ours(), _of_flows(*flows)] if flows else _ours(),
-        posture=Posture.Reactive,
+        after={f"prefect.flow-run.{after}"} if after else set(),
+        expect={f"prefect.flow-run.{state}" for state in states},
+        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+        match_related=related if flows else related[0],
+        for_each={"prefect.resource.id"} if after else set(),
+        posture=Posture.Proactive if after else Posture.Reactive,
         threshold=1,
+        within=within,
     )
 
 
-def _of_flows(*names: str) -> ResourceSpecification:
-    return ResourceSpecification({"prefect.resource.role": ["flow"], "prefect.resource.name": list(names)})
+def _event(name: str) -> EventTrigger:
+    return EventTrigger(expect={name}, posture=Posture.Reactive, threshold=1)
 
 
-def _ours() -> ResourceSpecification:
-    return ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]})
-
-
-def _notification(
-    name: str, trigger: EventTrigger, block: UUID, words: tuple[str, str], description: str
-) -> AutomationCore:
-    return AutomationCore(
-        name=name,
-        description=description,
-        trigger=trigger,
-        actions=[SendNotification(block_document_id=block, subject=words[0], body=words[1])],
-    )
+def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
+    """Of each notification: its name, what triggers it, subject, body, description."""
+    failing = (*(each for each in prefect_runs.ALL if each != EVALUATE), "approve")  # its merge fails too
+    failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, VERIFY))  # a poll is repeated
+    yield "lewis-notify-failure", failed, "a run failed", _RUN, "A run failed; its message says why."
+    yield "lewis-notify-crash", died, "a run died", _RUN, "The process or machine of a run died."
+    about = "The gate let a merge not pass."
+    yield "lewis-notify-rejection", _runs("Rejected"), "a merge was rejected", _RUN, about
+    about = "A person has to approve it."
+    yield "lewis-notify-approval", _runs("AwaitingApproval"), "a version waits for approval", _RUN, about
+    about = "The Hub refused a champion."
+    yield "lewis-notify-unpublished", _runs("Unpublished"), "a champion was not published", _RUN, about
+    about = "A run waits for a device, or for its turn."
+    yield "lewis-notify-waiting", _event(WAITING), "a run waits for long", _EVENT, about
+    about = "A release could not be merged thrice."
+    yield "lewis-notify-stuck", _event(release_event.STUCK), "a release is not merged", _EVENT, about
+    late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE), after="Late", within=LONG)
+    yield "lewis-notify-late", late, "a run is late", _RUN_LATE, "No worker takes a run."
+    yield NOTIFIES, _event(PROMOTED), "a new champion", _PROMOTED, "The alias champion has moved."
 
 
 def _notification_block(client: SyncPrefectClient) -> UUID | None:
