@@ -9,8 +9,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.states import Scheduled
 
+from lewis.evaluation.work_queue import MERGES as POOL
 from lewis_flows import prefect_runs
-from lewis_flows.service.deploy import POOL
 from lewis_flows.turn import mark_crashed
 
 logger = logging.getLogger(__name__)

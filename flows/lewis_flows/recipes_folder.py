@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 
 from lewis import store
@@ -22,8 +21,8 @@ from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = Path(str(files("lewis_deployments"))).resolve()
-"""What comes with the project: in a checkout its folder `deployments`, else a folder of the installed package."""
+SHIPPED = Path(__file__).parent / "shipped"
+"""Has `prefect.yaml` and `recipes/`: a link to `deployments/` in a checkout, a folder in an installed wheel."""
 
 EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
 _KEYS = ("name", "team", "group")  # of `register`
@@ -38,9 +37,7 @@ def location() -> Path:
             return Path(given).expanduser().absolute()
         except RuntimeError as error:  # "~nobody"
             raise InputError(f"LEWIS_RECIPES: {given}: {error}") from error
-    # A checkout has the links by which its folders are installed; a folder of installed packages has not.
-    in_checkout = (SHIPPED.parent / ".packages").is_dir()
-    return SHIPPED / "recipes" if in_checkout else store.home() / "recipes"
+    return SHIPPED.resolve() / "recipes" if SHIPPED.is_symlink() else store.home() / "recipes"
 
 
 def folder() -> Path:

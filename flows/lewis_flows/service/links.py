@@ -7,18 +7,16 @@ from datetime import datetime
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowFilter, FlowFilterName, FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from pydantic import BaseModel
 
-from lewis.errors import InputError, LewisError, TransientError
+from lewis.errors import InputError, TransientError
 from lewis.registry import releases, versions
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.service import api_key, mlflow_key, note, servers
 from lewis_flows.service.api_key import connected
-
-_PAGES = 10  # of 200 runs each, that are looked through
 
 
 class Links(BaseModel):
@@ -61,7 +59,12 @@ def links(recipe: str) -> Links:
         TransientError: if a server does not answer.
     """
     path = recipes_folder.find(recipe)
-    found = Links(recipe=recipes_folder.name_of(str(path)), sign_in=_sign_in())
+    found = Links(recipe=recipes_folder.name_of(str(path)))
+    known = note.read()
+    if known and not os.environ.get("PREFECT_API_URL") and api_key.path().exists():
+        found.sign_in["Prefect"] = f"the key in {api_key.path()}"
+    if user := known.get("mlflow_user"):
+        found.sign_in["MLflow"] = mlflow_key.asked_for(user)
     with server() as (client, ui):
         if run := last_run(client, found.recipe):
             found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"
@@ -70,23 +73,12 @@ def links(recipe: str) -> Links:
             shown = [each for each in client.read_artifacts(artifact_filter=of_run) if each.key]
             found.artifacts = {str(each.key): f"{ui}/artifacts/artifact/{each.id}" for each in shown}
     name = recipes_folder.registered_name(str(path))
-    held = releases.merged(name) if name else []
-    if held:
-        found.version, found.version_page = f"models:/{name}/{held[0].version}", versions.page(name, held[0].version)
-    for each in held:
+    for number, each in enumerate(releases.merged(name) if name else []):
+        uri, page = f"models:/{name}/{each.version}", versions.page(name, each.version)
+        if not number:
+            found.version, found.version_page = uri, page
         if "champion" in each.aliases:
-            found.champion, found.champion_page = f"models:/{name}/{each.version}", versions.page(name, each.version)
-            found.published = each.published
-    return found
-
-
-def _sign_in() -> dict[str, str]:
-    known = note.read()
-    found = {}
-    if known and not os.environ.get("PREFECT_API_URL") and api_key.path().exists():
-        found["Prefect"] = f"the key in {api_key.path()}"
-    if user := known.get("mlflow_user"):
-        found["MLflow"] = mlflow_key.asked_for(user)
+            found.champion, found.champion_page, found.published = uri, page, each.published
     return found
 
 
@@ -110,27 +102,6 @@ def server() -> Iterator[tuple[SyncPrefectClient, str]]:
 
 def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
     """The merge or search of a recipe that began last; None if there is none among the newest 2,000."""
-    flows = FlowFilter(name=FlowFilterName(any_=[prefect_runs.MERGE, prefect_runs.SEARCH]))
-    begun = FlowRunFilter.model_validate({"start_time": {"is_null_": False}})
-    for page in range(_PAGES):
-        runs = client.read_flow_runs(
-            flow_filter=flows, flow_run_filter=begun, sort=FlowRunSort.START_TIME_DESC, limit=200, offset=200 * page
-        )
-        for run in runs:
-            if prefect_runs.recipe_of(run) == recipe:
-                return run
-        if len(runs) < 200:
-            break
-    return None
-
-
-def run_of(client: SyncPrefectClient, recipe: str) -> FlowRun:
-    """`last_run`.
-
-    Raises:
-        LewisError: if there is none.
-    """
-    run = last_run(client, recipe)
-    if run is None:
-        raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
-    return run
+    flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
+    runs = prefect_runs.all_of_flows(client, flows, {}, newest, most=2000, start_time={"is_null_": False})
+    return next((run for run in runs if prefect_runs.recipe_of(run) == recipe), None)

@@ -1,8 +1,11 @@
-"""What Prefect's server says for `lewis status`: workers, and the runs that go on, come next and ended last."""
+"""Find out what the service is doing: ask each of its servers, the registry, and the Hub for each recipe."""
 
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
@@ -10,22 +13,110 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from lewis import store
+from lewis.errors import LewisError
 from lewis.evaluation import work_queue
-from lewis_flows import prefect_runs, turn
+from lewis.redact import redacted
+from lewis.registry import approval, releases
+from lewis.registry.releases import Held
+from lewis_flows import polls, prefect_runs, recipes_folder, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
+from lewis_flows.service import note
 from lewis_flows.service.api_key import connected
 from lewis_flows.service.deploy import POOL
-from lewis_flows.service.status_data import Part, Run, Status
+from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
+from lewis_tasks.support import device_queue
+
+
+def status() -> Status:
+    """Ask every part. One that does not answer is no error: the status says so."""
+    known = note.read()
+    api = os.environ.get("PREFECT_API_URL") or known.get("prefect") or ""
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or known.get("mlflow") or ""
+    prefect, mlflow = _part("Prefect", api), _part("MLflow", tracking)
+    if not tracking.startswith("http"):  # the registry is a file then: it needs no server
+        mlflow = Part(
+            name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
+        )
+    webhooks = _part("webhooks", os.environ.get("LEWIS_WEBHOOK_URL") or known.get("webhook") or "")
+    found = Status(parts=[prefect, mlflow, webhooks], polled=polls.last())
+    found.devices = device_queue.queue()
+    if prefect.up:
+        try:
+            _ask_prefect(found, api)
+        except (httpx.HTTPError, LewisError) as error:
+            found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
+    else:
+        found.unknown["runs"] = f"Prefect {prefect.state}"
+    try:
+        names = recipes_folder.names()
+    except LewisError as error:
+        found.unknown["recipes"] = str(error)
+        return found
+    with ThreadPoolExecutor(8) as pool:
+        found.recipes = list(pool.map(lambda name: _watched(name, mlflow), names))
+    return found
+
+
+def _part(name: str, url: str) -> Part:
+    if not url:
+        return Part(name=name, up=False, state="is not running; `lewis up` starts it")
+    shown = redacted(url)
+    try:
+        answer = httpx.get(f"{url.removesuffix('/webhook').rstrip('/')}/health", timeout=PATIENCE)
+        if answer.status_code == 200:
+            return Part(name=name, url=shown, up=True, state="answers")
+        state = f"answers with an error ({answer.status_code}); look at its log"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        state = f"does not answer ({type(error).__name__})"
+    return Part(name=name, url=shown, up=False, state=state)
+
+
+def _watched(name: str, mlflow: Part) -> Watched:
+    """One recipe: what its champion holds, and the newest commits."""
+    found = Watched(recipe=name)
+    try:
+        recipe = recipes_folder.load(name)
+    except Exception as error:  # whatever is wrong with one recipe does not stop the others
+        found.unknown.append(str(error))
+        found.broken, found.registered = True, recipes_folder.registered_name(name)
+        found.champion = _champion(found, mlflow)[1]
+        return found
+    heads: dict[str, str] = {}
+    try:
+        heads = releases.heads(recipe)
+    except (LewisError, OSError) as error:
+        found.unknown.append(f"the heads now: {error}")
+    found.registered = recipe.register_as.model if recipe.register_as else ""
+    champion, found.champion = _champion(found, mlflow)
+    refs = [recipe.base_model, *(entry.model for entry in recipe.experts)]
+    for ref in dict.fromkeys(ref for ref in refs if ref):
+        found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
+    return found
+
+
+def _champion(found: Watched, mlflow: Part) -> tuple[Held | None, str | None]:
+    """The champion of what a recipe registers, and its version; why that could not be found out is noted."""
+    try:
+        if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
+            raise LewisError(f"MLflow {mlflow.state}")
+        held = releases.merged(found.registered) if found.registered else []
+    except (LewisError, OSError) as error:
+        found.unknown.append(f"the champion: {error}")
+        held = []
+    champion = next((version for version in held if "champion" in version.aliases), None)
+    waits = [
+        version.version for version in held if version.verdict == approval.WAITING and "challenger" in version.aliases
+    ]
+    found.waiting = waits[0] if waits else None
+    return champion, champion.version if champion else None
+
 
 PATIENCE = 10.0  # seconds for one request
 
 
-def ask_prefect(found: Status, api: str) -> None:
-    """Add the work pools and the runs to a status.
-
-    Args:
-        found: the status so far.
-        api: URL of Prefect's API.
+def _ask_prefect(found: Status, api: str) -> None:
+    """Add the work pools and the runs that the Prefect server at `api` knows.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or answers with an error.

@@ -69,7 +69,7 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         known = urls | ({"mlflow_user": mlflow_key.user()} if asks else {})
         note.write(known)
         # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
-        from lewis_flows.service.deployed import Deployed
+        from lewis_flows.service.deploy import Deployed
 
         deployed = Deployed(partial(say, "lewis"), prefect_file)
         deployed.begin()

@@ -1,4 +1,4 @@
-"""`lewis run` and `lewis search`: the flows in this process, on a Prefect server."""
+"""`lewis run`, `lewis search` and `lewis demo`: the flows in this process, on a Prefect server."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from lewis_flows.cli import arguments
+from lewis_flows.cli import arguments, bars
 from lewis_flows.cli.terminal import print_table, say_error
 
 if TYPE_CHECKING:
@@ -144,3 +144,13 @@ def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:
 
     STOPPING.set()
     raise KeyboardInterrupt
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Train the family of tiny models in the store, then run its recipe."""
+    from lewis import store
+    from lewis.demo.family import make_family
+
+    with bars.progress() as report:
+        folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
+    run_merge(str(folder / "demo.yaml"), [], as_json=options.json)

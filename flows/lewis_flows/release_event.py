@@ -60,14 +60,7 @@ def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None
 
 
 def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:
-    """Send an event about a recipe and a repo.
-
-    Args:
-        kind: its name.
-        id_: a UUID.
-        recipe, repo: as of `announce`.
-        about: the payload, beside those two.
-    """
+    """Send an event `kind` about a recipe and a repo; `about` is the rest of its payload."""
     events.post(
         {
             "id": id_,

@@ -12,8 +12,7 @@ from uuid import UUID
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowFilter, FlowFilterName, FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
@@ -29,7 +28,6 @@ from lewis_tasks.support.failures import says_why
 
 DAYS = 90.0
 _DAY = 86400.0
-_PAGE = 200  # what the server gives at most
 _SHOWN = 500  # rows of the table
 
 
@@ -44,14 +42,10 @@ def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]
     """
     run_tags.tag(trigger=run_tags.trigger(run_tags.this_run()))
     found = survey(days)
+    dates = [datetime.fromtimestamp(each.time, UTC).date().isoformat() for each in found[:_SHOWN]]
     rows = [
-        {
-            "where": each.where,
-            "what": each.what,
-            "of": datetime.fromtimestamp(each.time, UTC).date().isoformat(),
-            "MB": f"{each.bytes / 1e6:.2f}",
-        }
-        for each in found[:_SHOWN]
+        {"where": each.where, "what": each.what, "of": date, "MB": f"{each.bytes / 1e6:.2f}"}
+        for each, date in zip(found, dates, strict=False)
     ]
     told = to_text(found, removed=not dry_run)
     create_table_artifact(rows or [{"where": "all", "what": "nothing"}], key="lewis-retention", description=told)
@@ -102,35 +96,19 @@ def remove(found: list[Outdated]) -> None:
 def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iterator[Outdated]:
     """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
     seen = set[tuple[str, str]]()
-    for run in _ended(client, before):
+    limits = {"end_time": {"before_": datetime.fromtimestamp(before, UTC)}}
+    ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
+    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, **limits):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
         if of in seen and str(run.id) not in kept and run.end_time is not None:
             yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())
         seen.add(of)
 
 
-def _ended(client: SyncPrefectClient, before: float) -> Iterator[FlowRun]:
-    wanted = {
-        "state": {"type": {"any_": prefect_runs.ENDED}},
-        "end_time": {"before_": datetime.fromtimestamp(before, UTC)},
-    }
-    for offset in range(0, 10_000_000, _PAGE):
-        page = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL))),
-            flow_run_filter=FlowRunFilter.model_validate(wanted),
-            sort=FlowRunSort.END_TIME_DESC,
-            limit=_PAGE,
-            offset=offset,
-        )
-        yield from page
-        if len(page) < _PAGE:
-            return
-
-
 def _remove_flow_run(client: SyncPrefectClient, run: str) -> None:
     """Delete a run and its artifacts; its logs go with the server's own vacuum of orphans."""
     of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run]}})
-    while page := client.read_artifacts(artifact_filter=of_run, limit=_PAGE):
+    while page := client.read_artifacts(artifact_filter=of_run, limit=prefect_runs.PAGE):
         for artifact in page:
             with suppress(ObjectNotFound):
                 client.delete_artifact(artifact.id)

@@ -24,8 +24,7 @@ from lewis_flows import environment, json_logs, secret_blocks
 from lewis_flows.service import api_key, mlflow_key, webhook_secret
 from lewis_flows.service.access_log import AccessLog
 from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
-from lewis_flows.service.ready import Readiness
-from lewis_flows.service.receiver import Receiver
+from lewis_flows.service.receiver import Readiness, Receiver
 
 logger = logging.getLogger("lewis.webhook")
 

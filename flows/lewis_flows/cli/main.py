@@ -16,7 +16,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment, json_logs
-from lewis_flows.cli import demo, draft, housekeeping, inspect, look, merge, registry, run, service, terminal
+from lewis_flows.cli import housekeeping, inspect, merge, registry, run, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import api_key, mlflow_key
 
@@ -42,9 +42,9 @@ class Command(NamedTuple):
 COMMANDS = (
     Command(
         "new",
-        draft.new,
+        inspect.new,
         "write a recipe with comments, from a base and experts: calibration sets and tasks that fit",
-        (draft.new_options, as_json),
+        (inspect.new_options, as_json),
     ),
     Command("run", run.run, "run the whole DAG: merge, score, register, promote", (recipe, as_json)),
     Command(
@@ -85,7 +85,7 @@ COMMANDS = (
         (recipe, json_file, as_json),
     ),
     Command("export", merge.export, "print a mergekit config with the LEWIS densities as filters", (recipe, as_json)),
-    Command("demo", demo.demo, "train a family of tiny models and run the whole DAG on it", (as_json,)),
+    Command("demo", run.demo, "train a family of tiny models and run the whole DAG on it", (as_json,)),
     Command(
         "up",
         service.up,
@@ -101,16 +101,16 @@ COMMANDS = (
     ),
     Command(
         "open",
-        look.open_links,
+        service.open_links,
         "print the pages of a recipe's last run, its artifacts, its version and the champion",
-        (look.known_recipe, as_json),
+        (service.known_recipe, as_json),
         writes=False,
     ),
     Command(
         "logs",
-        look.logs,
+        service.logs,
         "print the log of a recipe's last run",
-        (look.known_recipe, look.log_options, as_json),
+        (service.known_recipe, service.log_options, as_json),
         writes=False,
     ),
     Command(

@@ -1,12 +1,13 @@
-"""Put work pool, device limit, deployments and automations on a Prefect server, or bring them up to date."""
+"""Put work pool, device limit, deployments and automations on a Prefect server, and keep them up to date."""
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
@@ -17,13 +18,15 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
 from lewis.input_files import read_bytes
 from lewis.recipe import yaml_limits
-from lewis_flows import environment, prefect_runs, recipes_folder
-from lewis_flows.service import schedules
+from lewis_flows import environment, polls, prefect_runs, recipes_folder
+from lewis_flows.service import orphaned_runs, schedules, worker
 from lewis_flows.service.automations import put_automations
+from lewis_flows.turn import crash_dead_runs
+from lewis_tasks.support import moves
 from lewis_tasks.support.device_slot import LIMIT, slots
 
 POOL = work_queue.MERGES
-PREFECT_YAML = recipes_folder.SHIPPED / "prefect.yaml"
+PREFECT_YAML = recipes_folder.SHIPPED.resolve() / "prefect.yaml"
 JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFECT_SERVER_", "PREFECT_WORKER_"))}
 TEMPLATE: dict[str, Any] = {
     # For a worker that was not started by `lewis up`: no telemetry, and the heartbeat that `lewis-dead-runs` waits for.
@@ -99,3 +102,54 @@ def _create_limit(client: SyncPrefectClient) -> None:
         client.read_global_concurrency_limit_by_name(LIMIT)
     except ObjectNotFound:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
+
+
+class Deployed:
+    """Keeps the deployments equal to the folder of recipes, while `lewis up` runs."""
+
+    def __init__(self, say: Callable[[str], None], prefect_file: Path | None = None) -> None:
+        """Deploy nothing yet.
+
+        Args:
+            say: called with what is done.
+            prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
+        """
+        self._say, self._file = say, prefect_file or PREFECT_YAML
+        self._folder, self._recipes, self._told = schedules.Folder(), list[str](), ""
+
+    def begin(self) -> None:
+        """Bring the server up to date after a start of the service: deployments, runs that died, missed polls.
+
+        Raises:
+            InputError, LewisError: as `deploy`.
+        """
+        self._say("deploying")
+        crash_dead_runs()
+        polls.drop_missed()
+        recipes_folder.make()
+        self._deploy(self._folder.runnable())
+        self.worker_died()  # if there was one, it is not there now
+        moves.tell()
+
+    def worker_died(self) -> None:
+        """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
+        orphaned_runs.give_back(worker.name_of_up())
+
+    def follow(self) -> None:
+        """Deploy again if other recipes can run than those that were deployed.
+
+        What does not succeed is told, and done at a later call: the folder or the server may be away for a moment.
+        """
+        try:
+            if (now := self._folder.runnable()) != self._recipes:
+                self._deploy(now)
+            self._told = ""
+        except (LewisError, httpx.HTTPError) as error:
+            if (told := f"the recipes could not be deployed; trying again: {error}") != self._told:
+                self._say(told)
+            self._told = told
+
+    def _deploy(self, recipes: list[str]) -> None:
+        deploy(self._file, recipes)
+        self._recipes = recipes
+        self._say(f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")
