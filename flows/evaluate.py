@@ -15,7 +15,7 @@ from prefect.utilities.annotations import quote
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.step import ScoresEntry, eval_settings
+from lewis.evaluation.step import EvalSettings, ScoresEntry
 from lewis.merging.step import find_merged
 from lewis.models.source import ModelFiles, Source, short_names
 from lewis.recipe.recipe import Recipe
@@ -58,8 +58,8 @@ def evaluate_flow(
     plan = recipes_folder.load_for_deployment(path, overrides or [])
     if plan.evaluate is None:
         raise InputError(f"{recipe}: expected a recipe with an `evaluate` block, which this one has not here")
-    settings = eval_settings(plan)
-    checked = submit(check_tasks, quote(plan), settings, plan.root)
+    settings = EvalSettings.of(plan.evaluate, plan.root)
+    checked = submit(check_tasks, quote(plan), settings)
     finish(checked)
     if checked.result() != tasks:
         raise InputError(
@@ -67,7 +67,7 @@ def evaluate_flow(
             "folder of recipes, the same version of lm-eval, and the same LEWIS_EVALUATION_SERVER"
         )
     files = _files(plan, models, base)
-    scores = [submit(evaluate, quote(files[label]), label, settings, plan.root, tasks) for label in models]
+    scores = [submit(evaluate, quote(files[label]), label, settings, tasks) for label in models]
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]
     run_tags.tag(verdict="scored")

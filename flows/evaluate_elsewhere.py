@@ -18,7 +18,7 @@ from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
-from lewis.evaluation.step import ScoresEntry, eval_settings, find_all_scores
+from lewis.evaluation.step import EvalSettings, ScoresEntry, find_all_scores
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -75,8 +75,9 @@ def scores(
     """
     known: dict[str, ModelFiles | MergedModel] = {label: model.unwrap() for label, model in models.items()}
     wanted = {label: (each.ref if isinstance(each, ModelFiles) else label, each.key) for label, each in known.items()}
-    settings = eval_settings(plan)
-    entries = find_all_scores(wanted, settings, plan.root)
+    assert plan.evaluate is not None
+    settings = EvalSettings.of(plan.evaluate, plan.root)
+    entries = find_all_scores(wanted, settings)
     found = entries is not None
     if entries is None:
         parameters = {
@@ -87,7 +88,7 @@ def scores(
             "overrides": list(overrides),
         }
         _run(queue, parameters)
-        entries = find_all_scores(wanted, settings, plan.root)
+        entries = find_all_scores(wanted, settings)
     if entries is None:
         raise LewisError(
             f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "

@@ -11,7 +11,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from lewis.errors import LewisError
-from lewis.evaluation.step import ScoresEntry, eval_settings
+from lewis.evaluation.step import EvalSettings, ScoresEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
@@ -116,9 +116,9 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
     # Quote the recipe: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
-    settings = eval_settings(plan) if plan.evaluate else None
+    settings = EvalSettings.of(plan.evaluate, plan.root) if plan.evaluate else None
     queue = evaluate_elsewhere.queue_for(path) if settings else ""
-    tasks_digest = submit(check_tasks, quote(plan), settings, plan.root, not queue) if settings else None
+    tasks_digest = submit(check_tasks, quote(plan), settings, not queue) if settings else None
     champion = submit(find_champion, plan.register_as.model, bool(settings)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
 
@@ -158,7 +158,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
             causes = {"uniform": uniform, "champion": champion}
             for label, model in to_score.items():
                 cause = causes.get(label) or merged
-                how = (settings, plan.root, known(tasks_digest))
+                how = (settings, known(tasks_digest))
                 scores[label] = submit(evaluate, model, label, *how, wait_for=[cause])
         finish(*scores.values())
         table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])

@@ -109,7 +109,7 @@ def search_flow(
 def _prepare(plan: Recipe) -> tuple[ModelFiles | None, list[ModelFiles], str]:
     """Fetch the models and measure their importance, once for all trials; gives base, experts and the tasks' digest."""
     settings = _settings(plan, SEARCH)
-    tasks = submit(check_tasks, quote(plan), settings, plan.root)
+    tasks = submit(check_tasks, quote(plan), settings)
     models = fetch(plan, pin(plan, [tasks]))
     finish(*guide(plan, models).measured)
     base = models.base.result() if models.base else None
@@ -245,8 +245,10 @@ def _confirm(
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:
-    return step.eval_settings(space.with_values(plan, {}, documents))
+    recipe = space.with_values(plan, {}, documents)
+    assert recipe.evaluate is not None
+    return EvalSettings.of(recipe.evaluate, recipe.root)
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
-    return step.scored(plan, {"trial": entry})[0].by_name
+    return step.scored(plan.score_weights, {"trial": entry})[0].by_name

@@ -7,7 +7,7 @@ command line call the same functions, so that they find each other's entries.
 from collections.abc import Callable, Mapping, Sequence
 
 from lewis.allocation.step import AllocationEntry, allocate, find_allocated
-from lewis.evaluation.step import ScoresEntry, eval_settings, find_scores, score, scored
+from lewis.evaluation.step import EvalSettings, ScoresEntry, find_scores, score, scored
 from lewis.importance.step import (
     CalibrationEntry,
     ImportanceEntry,
@@ -23,10 +23,10 @@ from lewis.models.source import ModelFiles, Source, download, pin, pin_all, shor
 from lewis.recipe.recipe import Recipe
 
 __all__ = [
-    "AllocationEntry", "CalibrationEntry", "ImportanceEntry", "MergedModel", "ModelFiles", "ScoresEntry", "Source",
-    "allocate", "download", "eval_settings", "fetch", "find_allocated", "find_measured", "find_merged", "find_scores",
-    "guide", "layers_of", "lineage", "measure", "merge", "pin", "pin_all", "preflight", "prepare_calibration",
-    "prepare_merge", "score", "scored", "short_names", "wanted_measurements",
+    "AllocationEntry", "CalibrationEntry", "EvalSettings", "ImportanceEntry", "MergedModel", "ModelFiles",
+    "ScoresEntry", "Source", "allocate", "download", "fetch", "find_allocated", "find_measured", "find_merged",
+    "find_scores", "guide", "layers_of", "lineage", "measure", "merge", "pin", "pin_all", "preflight",
+    "prepare_calibration", "prepare_merge", "score", "scored", "short_names", "wanted_measurements",
 ]  # fmt: skip
 
 

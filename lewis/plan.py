@@ -11,6 +11,7 @@ from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
+from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.metric_names import check_names
 from lewis.evaluation.step import scoring_devices
 from lewis.importance import effort, measure
@@ -141,10 +142,8 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     publishing.check_base(recipe)
     if recipe.evaluate:
-        lm_eval.check_tasks(
-            recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
-        )
-        check_names(recipe)
+        lm_eval.check_tasks(EvalSettings.of(recipe.evaluate, recipe.root))
+        check_names(recipe.evaluate, recipe.root, recipe.gate, recipe.search.metrics if recipe.search else ())
     base, experts = pipeline.pin_all(recipe)
     renamed = pipeline.preflight(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
@@ -285,16 +284,14 @@ def _guided_steps(
         merged_keys[label] = digest
         writes += [] if cached or len(asked) > before else [which]
     if recipe.evaluate:
-        settings = pipeline.eval_settings(recipe)
+        settings = EvalSettings.of(recipe.evaluate, recipe.root)
         scored_parents = [base] if base and recipe.scores_base else []
         if recipe.scores_experts:
             scored_parents += [e for e in experts if base is None or e.ref != base.ref]
         keys = {source.ref: source.key for source in scored_parents}
         for label, whose in {**keys, **merged_keys}.items():
             before = len(asked)
-            scored = whose and any(
-                pipeline.find_scores(label, whose, settings, recipe.root, device) for device in scoring_devices()
-            )
+            scored = whose and any(pipeline.find_scores(label, whose, settings, device) for device in scoring_devices())
             plan.steps.append(Step(f"evaluate {label}", _state(scored, asked, before)))
     if "experts" in writes and recipe.tunes and recipe.needs_grams:
         passes += _passes_for_ridge(recipe, [_read_as(source, files) for source in experts], sets)

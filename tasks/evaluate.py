@@ -1,7 +1,6 @@
 """Score one model with lm-eval."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -19,16 +18,18 @@ from lewis_tasks.support.device_slot import device_slot
 
 
 @task(name="check-tasks", task_run_name="check tasks", cache_policy=NO_CACHE, timeout_seconds=600)
-def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path, here: bool = True) -> str:
+def check_tasks(recipe: Recipe, settings: EvalSettings, here: bool = True) -> str:
     """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
 
     Gives the tasks' digest, for the cache key of scores. The backend is checked if it is used `here`.
     """
-    lm_eval.check_tasks(settings.tasks, root, allow_code_execution=settings.allow_code_execution)
-    metric_names.check_names(recipe)
+    lm_eval.check_tasks(settings)
+    if recipe.evaluate:
+        searched = recipe.search.metrics if recipe.search else ()
+        metric_names.check_names(recipe.evaluate, settings.root, recipe.gate, searched)
     if here:
         backends.check(settings.backend)
-    return lm_eval.tasks_digest(settings, root)
+    return lm_eval.tasks_digest(settings)
 
 
 # No timeout here: lm-eval runs in a child process, under the recipe's time limit.
@@ -37,9 +38,7 @@ def check_tasks(recipe: Recipe, settings: EvalSettings, root: Path, here: bool =
     task_run_name="evaluate {label}",
     **cached("model.key", "tasks_digest", device_of=computing_in),
 )
-def evaluate(
-    model: ModelFiles | MergedModel, label: str, settings: EvalSettings, root: Path, tasks_digest: str
-) -> ScoresEntry:
+def evaluate(model: ModelFiles | MergedModel, label: str, settings: EvalSettings, tasks_digest: str) -> ScoresEntry:
     """Score one model on all tasks of lm-eval; ends as `Cached` if the store has the scores.
 
     `tasks_digest` is for the cache key.
@@ -48,7 +47,7 @@ def evaluate(
     report = Progress("evaluate", f"evaluate {label}")
     elsewhere = settings.backend == "openai" and server.is_url()
     with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device, store.noticing() as made:
-        entry = step.score(files, settings, root=root, device=device, progress=lambda part, _: report(part))
+        entry = step.score(files, settings, device=device, progress=lambda part, _: report(part))
     return assets.made_or_found(entry, entry.path, f"scores of {label}", made)
 
 

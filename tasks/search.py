@@ -69,7 +69,7 @@ def record_search(
 @task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
     """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
-    rows = comparison_rows(scored(recipe, {"default": default, "searched": best}))
+    rows = comparison_rows(scored(recipe.score_weights, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=artifact_key(recipe, "search-confirmed"), description="On the documents that the search did not see"
     )

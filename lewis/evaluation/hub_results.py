@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,12 +12,12 @@ from lewis.errors import InputError
 from lewis.evaluation.scored import WEIGHTED
 from lewis.evaluation.scores import Score
 from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Evaluate
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def hub_results(recipe: Recipe, scores: Sequence[Score]) -> str:
+def hub_results(evaluate: Evaluate | None, root: Path, metric: str | None, scores: Sequence[Score]) -> str:
     """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
 
     It is the gate's score, if that is the task's, else the task's first. Scores of a part of the documents are left
@@ -24,21 +25,21 @@ def hub_results(recipe: Recipe, scores: Sequence[Score]) -> str:
     lm-eval's.
 
     Args:
-        recipe: whose tasks were scored.
+        evaluate: the recipe's block; None: nothing was scored.
+        root: the recipe's folder.
+        metric: the gate's, as `task/metric,filter`; None: there is no gate.
         scores: of the merged model.
     """
-    asked = recipe.evaluate
-    if asked is None or asked.limit is not None or asked.documents != "all":
+    if evaluate is None or evaluate.limit is not None or evaluate.documents != "all":
         return ""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    gate = recipe.register_as.gate if recipe.register_as else None
-    found, entries = find_tasks(asked.tasks, recipe.root), []
+    found, entries = find_tasks(evaluate.tasks, root), []
     for task in dict.fromkeys(score.task for score in scores):
         if dataset := _dataset(task, found):
             own = [score for score in scores if score.task == task]
-            chosen = next((s for s in own if gate and gate.metric == f"{task}/{s.metric}"), own[0])
-            shots = f", {asked.num_fewshot}-shot" if asked.num_fewshot is not None else ""
+            chosen = next((s for s in own if metric == f"{task}/{s.metric}"), own[0])
+            shots = f", {evaluate.num_fewshot}-shot" if evaluate.num_fewshot is not None else ""
             notes = f"lm-eval {version('lm-eval')}, {chosen.metric}{shots}"
             entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=chosen.value, notes=notes))
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

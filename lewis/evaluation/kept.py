@@ -31,7 +31,7 @@ class Kept:
     baselines: Mapping[str, float]
 
 
-def kept(models: Sequence[Scored], preferred: str | None = None) -> list[Kept]:
+def kept_gains(metric: str | None, models: Sequence[Scored]) -> list[Kept]:
     """How much of each expert's gain over the base the merged model keeps.
 
     A task belongs to the expert that scores best on it, if that expert beats the base; the first one wins a tie. Then
@@ -40,12 +40,12 @@ def kept(models: Sequence[Scored], preferred: str | None = None) -> list[Kept]:
 
     on the task's primary metric, whether higher or lower is better. It is 1 if the merged model is as good as the
     expert, above 1 if it is better, and below 0 if it is worse than the base. A task on which no expert beats the base
-    has none. Scores that are not finite count as missing. The primary metric of a task is `preferred` if that is one
-    of its scores, else its first score. A group of tasks stands for its members, and the weighted mean is no task.
+    has none. Scores that are not finite count as missing. The primary metric of a task is `metric` if that is one of
+    its scores, else its first score. A group of tasks stands for its members, and the weighted mean is no task.
 
     Args:
+        metric: `task/metric,filter`, such as the gate's metric; None: there is none.
         models: everything that was scored, the merged model last.
-        preferred: `task/metric,filter`, such as the gate's metric.
 
     Returns:
         one per task that belongs to an expert; nothing if the base or all experts are missing.
@@ -56,7 +56,7 @@ def kept(models: Sequence[Scored], preferred: str | None = None) -> list[Kept]:
     by_label = {model.label: model for model in others}
     experts = {label: model for label, model in by_label.items() if label not in (BASE, *BASELINES)}
     base = by_label.get(BASE)
-    found = (_of_task(key, ours, base, experts, by_label) for key in _primary(ours, preferred)) if base else ()
+    found = (_of_task(key, ours, base, experts, by_label) for key in _primary(ours, metric)) if base else ()
     return [each for each in found if each]
 
 

@@ -13,7 +13,7 @@ from lewis.evaluation import backends, harness, server
 from lewis.evaluation.permission import check_code, runs_code
 from lewis.evaluation.scores import Evaluated, Score
 from lewis.evaluation.task_files import check_builtin, data_files, find_tasks, reads_hub
-from lewis.recipe.schema import Backend
+from lewis.recipe.schema import Backend, Evaluate
 from lewis.store import digest, file_sha256, scratch_folder
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,8 @@ class EvalSettings:
     """What to score, and how.
 
     Attributes:
-        tasks: names of lm-eval's tasks or groups, or of YAML files beside the recipe.
+        tasks: names of lm-eval's tasks or groups, or of YAML files relative to `root`.
+        root: the recipe's folder. Task files are looked up in it, and relative paths in them start there.
         limit: documents per task; below 1 it is a fraction.
         num_fewshot: examples in the prompt; None takes each task's own number. A task that sets 0 keeps 0.
         batch_size: requests per forward pass, or "auto".
@@ -41,6 +42,7 @@ class EvalSettings:
     """
 
     tasks: tuple[str, ...]
+    root: Path
     limit: int | float | None = None
     num_fewshot: int | None = None
     batch_size: int | str = 16
@@ -52,33 +54,40 @@ class EvalSettings:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     gpus: int = 1
 
+    @classmethod
+    def of(cls, block: Evaluate, root: Path) -> "EvalSettings":
+        """The settings of a recipe's `evaluate` block.
 
-def check_tasks(tasks: Sequence[str], root: Path, *, allow_code_execution: bool = False) -> None:
+        Args:
+            block: of the recipe.
+            root: the recipe's folder.
+        """
+        others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes"})
+        return cls(root=root, timeout_s=60 * block.timeout_minutes, **others)
+
+
+def check_tasks(settings: EvalSettings) -> None:
     """Check that every task is found and readable, that its data exist, and that the recipe allows the code it runs.
-
-    Args:
-        tasks: as in `EvalSettings`.
-        root: the recipe's folder.
-        allow_code_execution: whether task files may run code, as in `EvalSettings`.
 
     Raises:
         InputError: naming the task, and the nearest valid names for one that does not exist.
     """
-    found = find_tasks(tasks, root)
+    found = find_tasks(settings.tasks, settings.root)
     for name, task in found.files.items():
-        data_files(task, root)
-        check_code(name, task, allow_code_execution)
+        data_files(task, settings.root)
+        check_code(name, task, settings.allow_code_execution)
     check_builtin(found.builtin, found.beside)
 
 
-def tasks_digest(settings: EvalSettings, root: Path) -> str:
+def tasks_digest(settings: EvalSettings) -> str:
     """Digest of everything but the model that decides its scores: task and data files, options, lm-eval's version.
 
-    A built-in task counts by its name alone, since its documents come from the Hub. The device does not count.
+    A built-in task counts by its name alone, since its documents come from the Hub. Neither the device counts nor the
+    path of the recipe's folder.
     """
-    found = find_tasks(settings.tasks, root)
+    found = find_tasks(settings.tasks, settings.root)
     files = {
-        name: [file_sha256(path) for path in (*task.sources, *data_files(task, root))]
+        name: [file_sha256(path) for path in (*task.sources, *data_files(task, settings.root))]
         for name, task in found.files.items()
     }
     return digest(
@@ -101,7 +110,6 @@ def evaluate(
     model: Path,
     settings: EvalSettings,
     *,
-    root: Path,
     adapter: Path | None = None,
     device: str = "cpu",
     progress: harness.Progress | None = None,
@@ -110,7 +118,7 @@ def evaluate(
 
     Args:
         model: folder of a Hugging Face checkpoint with its tokenizer.
-        root: the recipe's folder; relative paths in task files start here.
+        settings: what to score, and how.
         adapter: folder of a LoRA adapter to apply to `model`.
         device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
             checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
@@ -123,10 +131,10 @@ def evaluate(
     _check_folder(model, "config.json")
     if adapter is not None:
         _check_folder(adapter, "adapter_model.safetensors")
-    found = find_tasks(settings.tasks, root)
+    found = find_tasks(settings.tasks, settings.root)
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
-    hub = reads_hub(found, root)
+    hub = reads_hub(found, settings.root)
     # Keys are kept from code that the recipe brings.
     code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
     with ExitStack() as held:
@@ -164,7 +172,7 @@ def evaluate(
         try:
             result = harness.run(
                 request,
-                cwd=root,
+                cwd=settings.root,
                 network=hub or asked.network,
                 hub=hub,
                 token=hub and not code,

@@ -7,7 +7,7 @@ from typing import Any
 from lewis.errors import InputError, nearest
 from lewis.evaluation.scored import WEIGHTED
 from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks, members
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Evaluate, Gate
 
 _DEFAULT = {  # lm-eval's metrics of a task that lists none
     "loglikelihood": ("perplexity", "acc"),
@@ -22,27 +22,29 @@ Known = Mapping[str, Sequence[str] | None]
 """Task or group -> its scores, each `metric,filter`; None where only a run of the task tells them."""
 
 
-def check_names(recipe: Recipe) -> None:
+def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, searched: Sequence[str] = ()) -> None:
     """Check every score that a recipe names: of the gate and its tolerances, of the weights, and of the search.
+
+    Args:
+        evaluate: the recipe's block, with the tasks and the weights.
+        root: the recipe's folder.
+        gate: of the block `register`.
+        searched: `search.metrics`.
 
     Raises:
         InputError: naming the key and the nearest score, if no task gives a score of that name.
     """
-    if recipe.evaluate is None:
-        return
-    known = known_scores(recipe.evaluate.tasks, recipe.root)
+    known = known_scores(evaluate.tasks, root)
     if known is None:
         return
-    weights = recipe.evaluate.weights
-    _check("evaluate.weights", weights, known, whole_tasks=True)
-    if weights:
+    _check("evaluate.weights", evaluate.weights, known, whole_tasks=True)
+    if evaluate.weights:
         known = {**known, WEIGHTED[0]: [WEIGHTED[1]]}
-    gate = recipe.register_as.gate if recipe.register_as else None
     if gate:
         _check("register.gate.metric", [gate.metric], known)
     if gate and isinstance(gate.tolerance, Mapping):
         _check("register.gate.tolerance", gate.tolerance, known, whole_tasks=True)
-    _check("search.metrics", recipe.search.metrics if recipe.search else (), known)
+    _check("search.metrics", searched, known)
 
 
 def known_scores(tasks: Sequence[str], root: Path) -> Known | None:

@@ -44,7 +44,7 @@ def score_trial(
     if recipe.allocator and base:
         allocated = pipeline.guide(recipe, base, experts, device=device)[1]
     prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
-    found = pipeline.find_scores(recipe.label, prepared.digest, settings, recipe.root, device)
+    found = pipeline.find_scores(recipe.label, prepared.digest, settings, device)
     if found is not None:
         return found
     with store.lock(f"trial-{prepared.digest}"), _folder(prepared.digest, prepared.size) as folder:
@@ -52,7 +52,7 @@ def score_trial(
             prepared.run(folder)
         adapter = folder if base and prepared.as_adapter else None
         files = ModelFiles.at(recipe.label, prepared.digest, base.folder if base and adapter else folder, adapter)
-        return pipeline.score(files, settings, root=recipe.root, device=device, progress=progress)
+        return pipeline.score(files, settings, device=device, progress=progress)
 
 
 @contextmanager

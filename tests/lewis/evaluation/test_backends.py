@@ -85,9 +85,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def scores(settings: EvalSettings, model: Path, root: Path) -> dict[str, Any]:
+def scores(settings: EvalSettings, model: Path) -> dict[str, Any]:
     """Score -> its value per document."""
-    found = lm_eval.evaluate(model, settings, root=root)
+    found = lm_eval.evaluate(model, settings)
     return {each.key: each.parts[0].values for each in found.samples} | {"ends": found.ends}
 
 
@@ -96,11 +96,11 @@ class TestAServer:
         self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         names = tuple(f"{name}.yaml" for name in TASKS)
-        ours = scores(EvalSettings(names, batch_size=2), model, root)
+        ours = scores(EvalSettings(names, root, batch_size=2), model)
         with serving(model) as (url, answers):
             monkeypatch.setenv(server.SETTING, url)
             monkeypatch.setenv("OPENAI_API_KEY", "of the server")
-            theirs = scores(EvalSettings(names, batch_size=2, backend="openai"), model, root)
+            theirs = scores(EvalSettings(names, root, batch_size=2, backend="openai"), model)
             assert set(answers.headers) == {"Bearer of the server"}
             assert all(body["model"] == str(model) for body in answers.asked)
             for code in (False, True):
@@ -115,11 +115,11 @@ class TestAServer:
 
     def test_a_chat(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = EvalSettings(
-            ("written.yaml",), backend="openai", apply_chat_template=True, model_args={"chat": True}
+            ("written.yaml",), root, backend="openai", apply_chat_template=True, model_args={"chat": True}
         )
         with serving(model) as (url, answers):
             monkeypatch.setenv(server.SETTING, url)
-            found = scores(settings, model, root)
+            found = scores(settings, model)
         assert answers.asked[0]["messages"] == [{"role": "user", "content": "who the sky is"}]
         assert len(found["written/exact_match,none"]) == len(ROWS)
         assert (found["ends"].tried, found["ends"].perplexity) == (0, None)
@@ -298,7 +298,7 @@ def test_what_lm_eval_is_asked(
     monkeypatch.setattr(lm_eval, "reads_hub", lambda found, root: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,2")
     with pytest.raises(LewisError, match="no GPU here"):
-        lm_eval.evaluate(model, EvalSettings(("pets.yaml",), **settings), root=root, device=device)
+        lm_eval.evaluate(model, EvalSettings(("pets.yaml",), root, **settings), device=device)
     [asked] = requests
     tokenizer = {"sglang": "tokenizer_path"}.get(name, "tokenizer")
     fixed = {"pretrained": str(model), tokenizer: str(model), "trust_remote_code": False}
@@ -318,7 +318,7 @@ def test_the_backend_its_arguments_and_the_server_are_a_part_of_the_scores_diges
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def digest(**options: Any) -> str:
-        return tasks_digest(EvalSettings(("pets.yaml",), **options), root)
+        return tasks_digest(EvalSettings(("pets.yaml",), root, **options))
 
     assert backends.identity("hf", {}) == {}  # so scores of recipes that name no backend are found
     assert len({digest(), digest(backend="hf"), digest(gpus=4)}) == 1

@@ -10,6 +10,7 @@ from lewis.evaluation import hub_results as module
 from lewis.evaluation.hub_results import hub_results
 from lewis.evaluation.scored import WEIGHTED
 from lewis.evaluation.scores import Score
+from lewis.recipe.recipe import Recipe
 from tests.support.models import parse
 
 TASK = "task: own\ndataset_path: json\ndataset_kwargs: {data_files: x.jsonl}\n"
@@ -20,12 +21,16 @@ SCORES = [
 ]
 
 
+def results_of(recipe: Recipe, scores: list[Score]) -> str:
+    return hub_results(recipe.evaluate, recipe.root, recipe.gate_metric, scores)
+
+
 def told(folder: Path, **evaluate: Any) -> Any:
     (folder / "own.yaml").write_text(TASK)
     models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
     asked = {"evaluate": {"tasks": ["gsm8k", "own.yaml"], "num_fewshot": 5, **evaluate}}
     gate = {"register": {"name": "m", "gate": {"metric": "gsm8k/exact_match,flexible-extract"}}}
-    return yaml.safe_load(hub_results(parse({**models, **asked, **gate}, root=folder), SCORES))
+    return yaml.safe_load(results_of(parse({**models, **asked, **gate}, root=folder), SCORES))
 
 
 def test_a_task_of_a_dataset_of_the_hub_has_one_entry(tmp_path: Path) -> None:
@@ -39,7 +44,7 @@ def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkey
     (tmp_path / "own.yaml").write_text(TASK)
     models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
     recipe = parse({**models, "evaluate": {"tasks": ["own.yaml"]}}, root=tmp_path)
-    assert hub_results(recipe, [SCORES[2], Score(*WEIGHTED, 0.5, 0.1, True, 10)]) == ""
+    assert results_of(recipe, [SCORES[2], Score(*WEIGHTED, 0.5, 0.1, True, 10)]) == ""
 
 
 @pytest.mark.parametrize("part", [{"limit": 10}, {"documents": "confirm"}])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lewis.evaluation.kept import kept, kept_rows
+from lewis.evaluation.kept import kept_gains, kept_rows
 from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Score
@@ -20,7 +20,9 @@ def model(label: str, samples: tuple[Samples, ...] = (), **values: float) -> Sco
 
 def fractions(*models: Scored) -> dict[str, tuple[str, float]]:
     """Task -> its expert, and what is kept of that expert's gain."""
-    return {each.best.task: (each.expert, pytest.approx(each.fraction, nan_ok=True)) for each in kept(models)}
+    return {
+        each.best.task: (each.expert, pytest.approx(each.fraction, nan_ok=True)) for each in kept_gains(None, models)
+    }
 
 
 def test_the_fractions_and_the_table_by_hand() -> None:
@@ -32,7 +34,7 @@ def test_the_fractions_and_the_table_by_hand() -> None:
         model("champion", sums=0.96),
         model("lewis", sums=0.888, loss=0.55),
     ]
-    first, second = kept(models)
+    first, second = kept_gains(None, models)
     assert (first.expert, second.expert) == ("math", "code")
     assert (first.fraction, second.fraction) == (pytest.approx(0.97), pytest.approx(0.8))
     assert first.baselines == {"uniform": pytest.approx(0.5), "champion": pytest.approx(1.15)}
@@ -83,16 +85,16 @@ def test_one_task(base: float, math: float, code: float, merged: float, found: d
 
 
 def test_a_merged_model_without_the_score_shows_a_dash() -> None:
-    [row] = kept_rows(kept([model("base", t=0.2), model("math", t=0.6), model("lewis", t=NAN)]))
+    [row] = kept_rows(kept_gains(None, [model("base", t=0.2), model("math", t=0.6), model("lewis", t=NAN)]))
     assert (row["merged"], row["kept"]) == ("-", "-")
 
 
 def test_nothing_without_base_or_experts() -> None:
     base, expert, uniform, ours = (model(label, t=v) for label, v in zip("bmul", (0.1, 0.9, 0.4, 0.5), strict=True))
     named = [model(name, t=0.5) for name in ("uniform", "champion", "lewis")]
-    assert kept([]) == kept([expert, uniform, ours]) == [] and kept_rows([]) == []
-    assert kept([model("base", t=0.1), *named]) == []
-    assert kept([base, *named]) == []  # an expert called `b`, and no base
+    assert kept_gains(None, []) == kept_gains(None, [expert, uniform, ours]) == [] and kept_rows([]) == []
+    assert kept_gains(None, [model("base", t=0.1), *named]) == []
+    assert kept_gains(None, [base, *named]) == []  # an expert called `b`, and no base
 
 
 def test_the_first_metric_of_a_task_counts_or_the_preferred_one() -> None:
@@ -104,9 +106,9 @@ def test_the_first_metric_of_a_task_counts_or_the_preferred_one() -> None:
         return Scored(label, label, scores, (), Ends({}, 0, 0, None))
 
     models = [two("base", 0.0, 0.0), two("math", 1.0, 1.0), two("lewis", 0.25, 0.75)]
-    assert [each.fraction for each in kept(models)] == [0.25]
-    assert [each.fraction for each in kept(models, "gsm8k/exact_match,flexible")] == [0.75]
-    assert [each.fraction for each in kept(models, "other/acc,none")] == [0.25]
+    assert [each.fraction for each in kept_gains(None, models)] == [0.25]
+    assert [each.fraction for each in kept_gains("gsm8k/exact_match,flexible", models)] == [0.75]
+    assert [each.fraction for each in kept_gains("other/acc,none", models)] == [0.25]
 
 
 def test_a_group_stands_for_its_members_and_the_weighted_mean_is_no_task() -> None:
@@ -118,4 +120,7 @@ def test_a_group_stands_for_its_members_and_the_weighted_mean_is_no_task() -> No
         weighted = Score("weighted", "mean,none", value, None, True, 2)
         return Scored(label, label, (*plain.scores, weighted), samples, plain.ends)
 
-    assert [each.best.task for each in kept([of("base", 0.2), of("math", 0.6), of("lewis", 0.4)])] == ["group", "other"]
+    assert [each.best.task for each in kept_gains(None, [of("base", 0.2), of("math", 0.6), of("lewis", 0.4)])] == [
+        "group",
+        "other",
+    ]

@@ -217,9 +217,9 @@ class TestScores:
         group = {"group": "both", "task": ["pets"], "aggregate_metric_list": [{"metric": "acc"}]}
         write_task(root / "both.yml", group)
         seen = []
-        settings = EvalSettings(("both.yml", "tasks/answers.yaml", "written"), num_fewshot=1, batch_size=2)
+        settings = EvalSettings(("both.yml", "tasks/answers.yaml", "written"), root, num_fewshot=1, batch_size=2)
         with caplog.at_level(logging.WARNING, "lewis"):
-            scores = evaluate(model, settings, root=root, progress=lambda done, what: seen.append((done, what))).scores
+            scores = evaluate(model, settings, progress=lambda done, what: seen.append((done, what))).scores
         found = {(score.task, score.metric): score for score in scores}
         llama, tokenizer = load(model)
 
@@ -262,7 +262,7 @@ class TestScores:
         write_rows(root, [*words[:3], "-", "-"])
 
         scores = evaluate(
-            model, EvalSettings(("pets", "answers", "written")), root=root, adapter=tmp_path / "adapter"
+            model, EvalSettings(("pets", "answers", "written"), root), adapter=tmp_path / "adapter"
         ).scores
 
         found = {score.metric: score for score in scores}
@@ -288,8 +288,10 @@ class TestScores:
         for name, rows in {"gsm8k": gsm8k, "mbpp": mbpp}.items():
             (root / "data" / name).mkdir()
             (root / f"data/{name}/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = EvalSettings(("shipped/gsm8k_answers.yaml", "shipped/mbpp_answers.yaml"), allow_code_execution=True)
-        scores = {score.task: score for score in evaluate(model, settings, root=root).scores}
+        settings = EvalSettings(
+            ("shipped/gsm8k_answers.yaml", "shipped/mbpp_answers.yaml"), root, allow_code_execution=True
+        )
+        scores = {score.task: score for score in evaluate(model, settings).scores}
 
         def bits(prompt, answer):
             return -loglikelihood(*loaded, prompt, answer) / math.log(2) / len(answer)
@@ -308,13 +310,13 @@ class TestScores:
         llama.save_pretrained(tmp_path / "broken")
         tokenizer.save_pretrained(tmp_path / "broken")
         with pytest.raises(LewisError, match=r"broken: answers/perplexity,none is nan"):
-            evaluate(tmp_path / "broken", EvalSettings(("answers",), limit=2), root=root)
+            evaluate(tmp_path / "broken", EvalSettings(("answers",), root, limit=2))
 
     def test_a_folder_without_a_model(self, root, tmp_path, model):
         with pytest.raises(InputError, match=r"config\.json"):
-            evaluate(tmp_path, EvalSettings(("pets",)), root=root)
+            evaluate(tmp_path, EvalSettings(("pets",), root))
         with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
-            evaluate(model, EvalSettings(("pets",)), root=root, adapter=tmp_path)
+            evaluate(model, EvalSettings(("pets",), root), adapter=tmp_path)
 
 
 class TestSamples:
@@ -322,7 +324,7 @@ class TestSamples:
         group = {"group": "both", "task": ["pets", "dogs"], "aggregate_metric_list": [{"metric": "acc"}]}
         write_task(root / "both.yml", group)
         write_task(root / "tasks/dogs.yaml", {**CHOICE, "task": "dogs", "doc_to_text": "Q {{question}}"})
-        found = evaluate(model, EvalSettings(("both.yml", "answers", "written")), root=root)
+        found = evaluate(model, EvalSettings(("both.yml", "answers", "written"), root))
         llama, tokenizer = load(model)
         samples = {(each.task, each.metric): each for each in found.samples}
         for score in found.scores:
@@ -344,14 +346,14 @@ class TestSamples:
         llama.lm_head.weight.data.zero_()  # every token is as likely, the first one (<unk>) is taken
         llama.save_pretrained(tmp_path / "flat")
         tokenizer.save_pretrained(tmp_path / "flat")
-        flat = evaluate(tmp_path / "flat", EvalSettings(("written", "answers")), root=root).ends
+        flat = evaluate(tmp_path / "flat", EvalSettings(("written", "answers"), root)).ends
         assert (flat.tried, flat.ended) == (4, 0) and flat.perplexity == pytest.approx(len(tokenizer), rel=1e-4)
 
         llama = load(tmp_path / "flat")[0]
         llama.generation_config.eos_token_id = 0
         llama.save_pretrained(tmp_path / "ends")
         tokenizer.save_pretrained(tmp_path / "ends")
-        ends = evaluate(tmp_path / "ends", EvalSettings(("written",)), root=root).ends
+        ends = evaluate(tmp_path / "ends", EvalSettings(("written",), root)).ends
         assert (ends.tried, ends.ended, ends.empty) == (4, 4, {"written": 1.0})
 
     def test_the_two_halves_are_disjoint_whole_and_the_limit_counts_within(self, model, root):
@@ -359,7 +361,7 @@ class TestSamples:
         (root / "data/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
         def documents(which, limit=None):
-            found = evaluate(model, EvalSettings(("answers",), documents=which, limit=limit), root=root)
+            found = evaluate(model, EvalSettings(("answers",), root, documents=which, limit=limit))
             return found.samples[0].parts[0].documents
 
         whole, search, confirm = (documents(which) for which in ("all", "search", "confirm"))
@@ -373,7 +375,7 @@ class TestSamples:
         errors = 0
         for which in ("search", "confirm"):
             try:
-                evaluate(model, EvalSettings(("answers",), documents=which), root=root)
+                evaluate(model, EvalSettings(("answers",), root, documents=which))
             except LewisError as error:
                 assert f"too few documents to split: the half `{which}` is empty" in str(error)
                 errors += 1
@@ -394,7 +396,7 @@ class TestTrust:
         template = f"{{{{ cycler.__init__.__globals__.os.popen('env > {mark}').read() }}}}"
         write_task(root / "tasks/pets.yaml", {**CHOICE, key: template})
         with pytest.raises(LewisError, match="SecurityError"):
-            evaluate(model, EvalSettings(("pets",), limit=1), root=root)
+            evaluate(model, EvalSettings(("pets",), root, limit=1))
         assert not mark.exists()
 
     def test_code_that_is_allowed_sees_no_secrets(self, model, root, tmp_path):
@@ -402,7 +404,7 @@ class TestTrust:
         task = faulty(root, f"pathlib.Path('{told}').write_bytes(open('/proc/self/environ', 'rb').read())\nreturn rows")
         with (root / "tasks/faulty.py").open("a") as more:
             more.write(f"\nopen('{told}2', 'w').write(repr(dict(os.environ)))\n")
-        evaluate(model, EvalSettings((task,), limit=1, allow_code_execution=True), root=root)
+        evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         for text in (told.read_text(), Path(f"{told}2").read_text()):
             assert "PATH" in text and "s3cret" not in text
 
@@ -424,14 +426,14 @@ class TestTrust:
             "seen = [len(text) > 99, b's3cret' in text, socket.if_nameindex()]\n"
             f"pathlib.Path('{told}').write_text(repr(seen))\nreturn rows",
         )
-        evaluate(model, EvalSettings((task,), limit=1, allow_code_execution=True), root=root)
+        evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         assert told.read_text() == "[True, False, [(1, 'lo')]]"
 
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
         task = faulty(root, "return rows")
         monkeypatch.setattr("lewis.evaluation.lm_eval.check_code", lambda *_: None)
         with pytest.raises(LewisError, match=r"!function faulty.docs of .*`allow_code_execution: true`"):
-            evaluate(model, EvalSettings((task,), limit=1), root=root)
+            evaluate(model, EvalSettings((task,), root, limit=1))
 
 
 class TestBadEnds:
@@ -443,14 +445,14 @@ class TestBadEnds:
         with pytest.raises(
             LewisError, match=r"exit code 1\): ValueError: task broken: .*: ValueError: row 3 has no answer"
         ) as caught:
-            evaluate(model, EvalSettings(("broken",), allow_code_execution=True), root=root)
+            evaluate(model, EvalSettings(("broken",), root, allow_code_execution=True))
         assert str(model) in str(caught.value)
 
     def test_a_signal_is_named_and_the_next_evaluation_is_none_the_worse(self, model, root):
         task = faulty(root, "print('loading')\nos.kill(os.getpid(), signal.SIGKILL)")
         with pytest.raises(LewisError, match=r"(?s)killed by SIGKILL: out of memory\?.*loading"):
-            evaluate(model, EvalSettings((task,), allow_code_execution=True), root=root)
-        assert evaluate(model, EvalSettings(("pets",)), root=root).scores
+            evaluate(model, EvalSettings((task,), root, allow_code_execution=True))
+        assert evaluate(model, EvalSettings(("pets",), root)).scores
 
     def test_the_time_limit_kills_the_child_and_its_children(self, model, root, tmp_path, monkeypatch):
         lock = tmp_path / "lock"
@@ -458,7 +460,7 @@ class TestBadEnds:
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * lock.exists(), sleep=time.sleep)
         monkeypatch.setattr(harness, "time", clock)
         with pytest.raises(LewisError, match="did not finish within 40 s"):
-            evaluate(model, EvalSettings((task,), allow_code_execution=True, timeout_s=40), root=root)
+            evaluate(model, EvalSettings((task,), root, allow_code_execution=True, timeout_s=40))
         assert wait_until(lambda: not held(lock))
 
     def test_an_interrupt_kills_the_child(self, model, root, tmp_path):
@@ -474,7 +476,7 @@ class TestBadEnds:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            evaluate(model, EvalSettings((task,), allow_code_execution=True), root=root, progress=interrupt)
+            evaluate(model, EvalSettings((task,), root, allow_code_execution=True), progress=interrupt)
         assert wait_until(lambda: not held(lock))
 
     def test_child_and_current_die_with_a_killed_parent(self, model, root, tmp_path):
@@ -482,8 +484,8 @@ class TestBadEnds:
         task = faulty(root, hold(lock) + "time.sleep(600)")
         code = (
             "import sys; from pathlib import Path; from lewis.evaluation.lm_eval import *\n"
-            "settings = EvalSettings((sys.argv[3],), allow_code_execution=True)\n"
-            "evaluate(Path(sys.argv[1]), settings, root=Path(sys.argv[2]))"
+            "settings = EvalSettings((sys.argv[3],), Path(sys.argv[2]), allow_code_execution=True)\n"
+            "evaluate(Path(sys.argv[1]), settings)"
         )
         command = [sys.executable, "-c", code, str(model), str(root), task]
         with subprocess.Popen(command, start_new_session=True) as parent:
@@ -496,17 +498,17 @@ class TestBadEnds:
 
     def test_what_an_evaluation_leaves_running_is_ended(self, model, root, tmp_path):
         task = faulty(root, hold(tmp_path / "lock") + "return rows")
-        evaluate(model, EvalSettings((task,), limit=1, allow_code_execution=True), root=root)
+        evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         assert wait_until(lambda: not held(tmp_path / "lock"))
 
     def test_a_killed_current_is_replaced(self, model, root):
-        evaluate(model, EvalSettings(("pets",)), root=root)
+        evaluate(model, EvalSettings(("pets",), root))
         dead = fork_server._current
         assert dead is not None
         dead._process.kill()
         dead._process.wait()
         assert select.select([dead._socket], [], [], 10)[0]  # what runs in its namespaces has ended too
-        assert evaluate(model, EvalSettings(("pets",)), root=root).scores
+        assert evaluate(model, EvalSettings(("pets",), root)).scores
         assert fork_server._current is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
@@ -523,25 +525,25 @@ class TestBadEnds:
 
 class TestCheckTasks:
     def test_the_recipes_own_tasks_are_fine(self, root):
-        check_tasks(("pets", "tasks/answers.yaml", "written"), root)
+        check_tasks(EvalSettings(("pets", "tasks/answers.yaml", "written"), root))
 
     def test_unknown_and_unsafe_names(self, root):
         with pytest.raises(InputError, match=r"'gsm8kk', which is neither; did you mean .*gsm8k"):
-            check_tasks(("gsm8kk",), root)
+            check_tasks(EvalSettings(("gsm8kk",), root))
         with pytest.raises(InputError, match="did you mean answers"):
-            check_tasks(("answer",), root)
+            check_tasks(EvalSettings(("answer",), root))
         with pytest.raises(InputError, match="humaneval of lm-eval runs code that the model writes"):
-            check_tasks(("humaneval",), root, allow_code_execution=True)
-        check_tasks(("gsm8k", "mmlu"), root)
+            check_tasks(EvalSettings(("humaneval",), root, allow_code_execution=True))
+        check_tasks(EvalSettings(("gsm8k", "mmlu"), root))
 
     def test_unsafe_code_in_an_included_file(self, root):
         write_task(root / "tasks/base.yaml", {"unsafe_code": True})
         write_task(root / "tasks/code.yaml", {**CHOICE, "task": "code", "include": "base.yaml"})
         with pytest.raises(InputError, match=r"code runs code.*`allow_code_execution: true`"):
-            check_tasks(("code",), root)
-        check_tasks(("code",), root, allow_code_execution=True)
+            check_tasks(EvalSettings(("code",), root))
+        check_tasks(EvalSettings(("code",), root, allow_code_execution=True))
         write_task(root / "tasks/base.yaml", {"unsafe_code": False})
-        check_tasks(("code",), root)
+        check_tasks(EvalSettings(("code",), root))
 
     @pytest.mark.parametrize(
         ("change", "function", "message"),
@@ -564,23 +566,21 @@ class TestCheckTasks:
         (root / "data/empty.jsonl").touch()
         write_task(root / "tasks/own.yaml", {**CHOICE, "task": "own", **change}, function)
         with pytest.raises(InputError, match=message):
-            check_tasks(("tasks/own.yaml",), root)
+            check_tasks(EvalSettings(("tasks/own.yaml",), root))
 
     def test_a_missing_file_and_a_name_defined_twice(self, root):
         with pytest.raises(InputError, match=r"absent\.yaml: not a readable lm-eval task"):
-            check_tasks(("absent.yaml",), root)
+            check_tasks(EvalSettings(("absent.yaml",), root))
         write_task(root / "again.yaml", CHOICE)
         with pytest.raises(InputError, match=r"again\.yaml: its task 'pets' is defined by .*pets\.yaml as well"):
-            check_tasks(("tasks/pets.yaml", "again.yaml"), root)
+            check_tasks(EvalSettings(("tasks/pets.yaml", "again.yaml"), root))
 
     def test_a_dataset_of_the_hub_is_not_looked_for_here(self, root):
         write_task(root / "tasks/own.yaml", {**CHOICE, "task": "own", "dataset_path": "org/pets"})
-        check_tasks(("own",), root)
+        check_tasks(EvalSettings(("own",), root))
 
 
 class TestDigest:
-    SETTINGS = EvalSettings(("pets", "coded"))
-
     @pytest.fixture
     def coded(self, root):
         (root / "tasks/code.py").write_text("def docs(rows):\n    return rows\n")
@@ -591,13 +591,14 @@ class TestDigest:
 
     @pytest.mark.parametrize("file", ["tasks/coded.yaml", "tasks/common.yaml", "tasks/code.py", "data/rows.jsonl"])
     def test_changes_with_every_file_it_depends_on(self, coded, file):
-        before = tasks_digest(self.SETTINGS, coded)
+        settings = EvalSettings(("pets", "coded"), coded)
+        before = tasks_digest(settings)
         (coded / file).write_text((coded / file).read_text() + "\n")
-        assert tasks_digest(self.SETTINGS, coded) != before
+        assert tasks_digest(settings) != before
 
     def test_covers_what_changes_scores_and_nothing_else(self, coded, tmp_path):
         def digest(**options):
-            return tasks_digest(EvalSettings(**{"tasks": ("pets", "coded"), **options}), coded)
+            return tasks_digest(EvalSettings(**{"tasks": ("pets", "coded"), "root": coded, **options}))
 
         same = [{}, {"batch_size": "auto"}, {"timeout_s": 1}, {"tasks": ("coded", "pets")}]
         assert len({digest(**options) for options in same}) == 1
@@ -605,13 +606,14 @@ class TestDigest:
         other += [{"documents": "search"}, {"documents": "confirm"}, {"allow_code_execution": True}]
         assert len({digest(**options) for options in other}) == len(other)
         (coded / "unrelated.yaml").write_text("task: unrelated\n")
-        assert digest() == tasks_digest(self.SETTINGS, coded.rename(tmp_path / "moved"))
+        before = digest()
+        assert digest(root=coded.rename(tmp_path / "moved")) == before
 
     def test_a_group_covers_its_members(self, root):
         write_task(root / "tasks/both.yaml", {"group": "both", "task": ["pets", "answers"]})
-        before = tasks_digest(EvalSettings(("both",)), root)
+        before = tasks_digest(EvalSettings(("both",), root))
         write_task(root / "tasks/answers.yaml", {**ANSWERS, "doc_to_text": "Q: {{question}}"})
-        assert tasks_digest(EvalSettings(("both",)), root) != before
+        assert tasks_digest(EvalSettings(("both",), root)) != before
 
 
 def test_score_table():

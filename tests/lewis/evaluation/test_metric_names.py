@@ -71,7 +71,9 @@ def check(root: Path, tasks: list[str], gate: dict[str, Any] | None = None, **ev
     data["evaluate"] = {"tasks": tasks, **evaluate}
     if gate:
         data["register"] = {"name": "x", "gate": gate}
-    check_names(parse(data, root))
+    recipe = parse(data, root)
+    assert recipe.evaluate is not None
+    check_names(recipe.evaluate, root, recipe.gate)
 
 
 @pytest.mark.parametrize(

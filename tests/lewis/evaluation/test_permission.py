@@ -9,7 +9,7 @@ from jinja2.exceptions import SecurityError
 
 from lewis.errors import InputError
 from lewis.evaluation import child_environment, permission, templates
-from lewis.evaluation.lm_eval import check_tasks
+from lewis.evaluation.lm_eval import EvalSettings, check_tasks
 from lewis.evaluation.task_files import find_tasks, reads_hub
 
 TASK = {"task": "own", "dataset_path": "org/pets", "output_type": "generate_until", "doc_to_text": "{{q}}"}
@@ -45,14 +45,14 @@ def test_code_needs_the_permission(
     (tmp_path / "shared.yaml").write_text("process_docs: !function own.docs\n")
     write(tmp_path, change, more)
     with pytest.raises(InputError, match=rf"evaluate\.tasks: \w+ runs .*{what}.*`allow_code_execution: true`"):
-        check_tasks(("own.yaml",), tmp_path)
-    check_tasks(("own.yaml",), tmp_path, allow_code_execution=True)
+        check_tasks(EvalSettings(("own.yaml",), tmp_path))
+    check_tasks(EvalSettings(("own.yaml",), tmp_path, allow_code_execution=True))
 
 
 def test_a_task_without_code_needs_none(tmp_path: Path) -> None:
     metrics = [{"metric": name} for name in ("acc", "exact_match")]
     write(tmp_path, {"metric_list": metrics, "generation_kwargs": {"until": ["\n"], "do_sample": False}})
-    check_tasks(("own.yaml",), tmp_path)
+    check_tasks(EvalSettings(("own.yaml",), tmp_path))
 
 
 def test_the_metrics_are_those_of_lm_eval() -> None:
