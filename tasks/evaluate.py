@@ -44,10 +44,10 @@ def evaluate(model: ModelFiles | MergedModel, label: str, settings: EvalSettings
     `tasks_digest` is for the cache key.
     """
     files = model.files(label) if isinstance(model, MergedModel) else model
-    report = Progress("evaluate", f"evaluate {label}")
+    shown = Progress("evaluate", f"evaluate {label}")
     elsewhere = settings.backend == "openai" and server.is_url()
     with nullcontext("cpu") if elsewhere else device_slot(gpus=settings.gpus) as device, store.noticing() as made:
-        entry = step.score(files, settings, device=device, progress=lambda part, _: report(part))
+        entry = step.score(files, settings, device=device, progress=lambda _, done, total: shown(done / total))
     return assets.made_or_found(entry, entry.path, f"scores of {label}", made)
 
 

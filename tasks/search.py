@@ -38,11 +38,11 @@ def score_trial(
         number: of the trial.
         part: which of the search's documents, for the name of the task run.
     """
-    report = Progress("trial", f"trial {number}")
+    shown = Progress("trial", f"trial {number}")
     with device_slot(gives_way=True, gpus=settings.gpus) as device:
         raise_if_stopping(f"trial {number}")
         return trial.score_trial(
-            recipe, base, experts, settings, device=device, progress=lambda share, _: report(share)
+            recipe, base, experts, settings, device=device, progress=lambda _, done, total: shown(done / total)
         )
 
 

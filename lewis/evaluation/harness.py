@@ -11,7 +11,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,10 +21,10 @@ from huggingface_hub import get_token
 from lewis.errors import LewisError
 from lewis.evaluation.child_environment import way_to_the_hub, without_secrets
 from lewis.evaluation.fork_server import Child, new_child
+from lewis.progress import Report, silent
 from lewis.store import read_json, scratch_folder
 
-Progress = Callable[[float, str], None]
-_BAR = re.compile(r"(?:(?:Running )?(\w+ requests|Requesting API):)?\s*(\d+)%\|.*\| \d+/(\d+) \[")
+_BAR = re.compile(r"(?:(?:Running )?(\w+ requests|Requesting API):)?\s*\d+%\|.*\| (\d+)/(\d+) \[")
 
 
 def run(
@@ -36,7 +36,7 @@ def run(
     timeout_s: float,
     hub: bool | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
-    progress: Progress | None = None,
+    progress: Report = silent,
 ) -> dict[str, Any]:
     """Run lm-eval in a process of its own session.
 
@@ -48,7 +48,7 @@ def run(
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
-        progress: called with the fraction done of the current kind of requests, and the name of that kind.
+        progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Returns:
         what `harness_child.evaluate` returns.
@@ -93,7 +93,7 @@ def _watch(child: Child, output: "_Output", timeout_s: float) -> None:
 class _Output:
     """The output of the child: progress bars become calls, the last lines are kept for an error message."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Report) -> None:
         self._progress = progress
         self._lines: deque[str] = deque(maxlen=30)
         self._rest = b""
@@ -110,14 +110,13 @@ class _Output:
                 self._lines.append(line)
         return bool(data)
 
-    def _bar(self, kind: str | None, percent: int, total: int) -> None:
+    def _bar(self, kind: str | None, done: int, total: int) -> None:
         if kind is None:  # the bar over a task's documents, which comes before their requests
             self._documents = total
-        # Rolling requests have one bar per batch and none for the whole: those bars, which start anew, are left out.
-        elif total >= self._documents and (kind, percent) != self._last:  # tqdm repeats the same percentage
-            self._last = (kind, percent)
-            if self._progress:
-                self._progress(percent / 100, kind)
+        # Rolling requests have one bar per batch and none for the whole: those bars, which begin again, are left out.
+        elif total >= self._documents and (kind, done) != self._last:  # tqdm repeats the same number
+            self._last = (kind, done)
+            self._progress(kind, done, total)
 
     def tail(self) -> str:
         return "\n".join([*self._lines, self._rest.decode(errors="replace")]).strip() or "(none)"

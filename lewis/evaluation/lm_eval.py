@@ -13,6 +13,7 @@ from lewis.evaluation import backends, harness, server
 from lewis.evaluation.permission import check_code, runs_code
 from lewis.evaluation.scores import Evaluated, Score
 from lewis.evaluation.task_files import check_builtin, data_files, find_tasks, reads_hub
+from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Evaluate
 from lewis.store import digest, file_sha256, scratch_folder
 
@@ -112,7 +113,7 @@ def evaluate(
     *,
     adapter: Path | None = None,
     device: str = "cpu",
-    progress: harness.Progress | None = None,
+    progress: Report = silent,
 ) -> Evaluated:
     """Score a model with lm-eval in a child process.
 
@@ -122,7 +123,7 @@ def evaluate(
         adapter: folder of a LoRA adapter to apply to `model`.
         device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
             checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
-        progress: called with the fraction done of the running kind of requests, and that kind.
+        progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
         InputError: if `model` or `adapter` is not such a folder, or a task file is broken.
@@ -151,7 +152,7 @@ def evaluate(
                 device,
                 code=code,
                 patience_s=min(settings.timeout_s, server.PATIENCE),
-                tick=lambda: progress(0.0, "server") if progress else None,
+                tick=lambda: progress("server", 0, 1),
             )
         )
         request = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 from lewis import store
@@ -13,6 +13,7 @@ from lewis.evaluation.scored import Scored
 from lewis.evaluation.scores import Evaluated, Score
 from lewis.evaluation.written import loadable
 from lewis.models.source import ModelFiles
+from lewis.progress import Report, silent
 from lewis.store import kinds
 from lewis.store.reference import JsonReference
 
@@ -40,7 +41,7 @@ def score(
     settings: EvalSettings,
     *,
     device: str = "cpu",
-    progress: Callable[[float, str], None] | None = None,
+    progress: Report = silent,
 ) -> ScoresEntry:
     """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
 

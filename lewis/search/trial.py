@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from lewis.errors import InputError
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
+from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def score_trial(
     settings: EvalSettings,
     *,
     device: str = "cpu",
-    progress: Callable[[float, str], None] | None = None,
+    progress: Report = silent,
 ) -> ScoresEntry:
     """Scores of the model that a recipe gives; found in the store if the same merge has been scored before.
 
@@ -35,7 +36,7 @@ def score_trial(
         base, experts: as in `lewis.merging.step.merge`; their importance is measured if the store does not have it.
         settings: tasks and documents.
         device: of the forward passes.
-        progress: called with the fraction done of the current kind of requests, and the name of that kind.
+        progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
         InputError, LewisError: if the values are not valid together, or the merge or lm-eval fails.

@@ -5,9 +5,9 @@ from lewis.evaluation.harness import _Output
 BAR = "\rRunning loglikelihood requests: {:3d}%|{:<10}| {}/{} [00:05<00:20,  8.53it/s]"
 
 
-def seen(*lines: str) -> tuple[list[tuple[float, str]], str]:
-    found: list[tuple[float, str]] = []
-    output = _Output(lambda part, kind: found.append((part, kind)))
+def seen(*lines: str) -> tuple[list[tuple[str, int, int]], str]:
+    found: list[tuple[str, int, int]] = []
+    output = _Output(lambda what, done, total: found.append((what, done, total)))
     text = "".join(lines).encode() + b"\n"
     for start in range(0, len(text), 7):  # it comes in pieces
         output.feed(text[start : start + 7])
@@ -17,7 +17,7 @@ def seen(*lines: str) -> tuple[list[tuple[float, str]], str]:
 def test_bars_become_progress_and_other_lines_are_kept() -> None:
     bars = [BAR.format(percent, "#", percent // 5, 20) for percent in (0, 0, 50, 100)]
     found, tail = seen("loading\n", "\r100%|##########| 10/10 [00:00<00:00, 99it/s]", *bars, "\nthe end")
-    assert found == [(part, "loglikelihood requests") for part in (0.0, 0.5, 1.0)]
+    assert found == [("loglikelihood requests", done, 20) for done in (0, 10, 20)]
     assert tail == "loading\nthe end"
 
 
