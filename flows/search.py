@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe

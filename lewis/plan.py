@@ -10,9 +10,9 @@ from typing import Any
 from lewis import pipeline, store
 from lewis.devices import default_device
 from lewis.errors import LewisError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.metric_names import check_names
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.task_metrics import check_names
 from lewis.evaluation.step import scoring_devices
 from lewis.importance import effort, measure
 from lewis.importance.by_name import covered_tensors

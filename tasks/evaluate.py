@@ -6,8 +6,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lewis import store
-from lewis.evaluation import backends, lm_eval, metric_names, server, step
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation import step
+from lewis.evaluation.harness import backends, lm_eval, server, task_metrics
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -26,7 +27,7 @@ def check_tasks(recipe: Recipe, settings: EvalSettings, here: bool = True) -> st
     lm_eval.check_tasks(settings)
     if recipe.evaluate:
         searched = recipe.search.metrics if recipe.search else ()
-        metric_names.check_names(recipe.evaluate, settings.root, recipe.gate, searched)
+        task_metrics.check_names(recipe.evaluate, settings.root, recipe.gate, searched)
     if here:
         backends.check(settings.backend)
     return lm_eval.tasks_digest(settings)

@@ -11,9 +11,9 @@ from prefect.cache_policies import NO_CACHE
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.kept import kept_gains, kept_rows
-from lewis.evaluation.scored import comparison_rows, scores_of
-from lewis.evaluation.scores import score_table
+from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
+from lewis.evaluation.statistics.scored import comparison_rows, scores_of
+from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merging.few_tokens import told_of_shared_set

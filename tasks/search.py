@@ -7,8 +7,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scored import comparison_rows
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scored import comparison_rows
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe

@@ -1,6 +1,6 @@
 """lm-eval's clients of servers, with texts split into tokens as its `hf` splits them.
 
-It runs in the child of `lewis.evaluation.harness`.
+It runs in the child of `lewis.evaluation.harness.process`.
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation import rules
-from lewis.evaluation.scored import Scored
+from lewis.evaluation.statistics.scored import Scored
 from lewis.recipe.schema import Gate
 
 

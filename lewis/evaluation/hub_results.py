@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError
-from lewis.evaluation.scored import WEIGHTED
-from lewis.evaluation.scores import Score
-from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks
+from lewis.evaluation.harness.task_files import FoundTasks, builtin_task, find_tasks
+from lewis.evaluation.statistics.scored import WEIGHTED
+from lewis.evaluation.statistics.scores import Score
 from lewis.recipe.schema import Evaluate
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.comparison import LEVEL, holm
 from lewis.evaluation.samples import Samples, by_key
-from lewis.evaluation.scored import WEIGHTED, Scored, gain, grouped_tasks
+from lewis.evaluation.statistics.comparison import LEVEL, holm
+from lewis.evaluation.statistics.scored import WEIGHTED, Scored, gain, grouped_tasks
 from lewis.recipe.schema import Gate
 
 CHANCE = 0.05  # the largest p at which a test counts as passed

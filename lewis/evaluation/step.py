@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from lewis import store
 from lewis.devices import default_device, precision
-from lewis.evaluation import lm_eval, work_queue
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scored import Scored
-from lewis.evaluation.scores import Evaluated, Score
-from lewis.evaluation.written import loadable
+from lewis.evaluation import work_queue
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.model_folder import loadable
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.store import kinds

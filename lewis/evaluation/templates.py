@@ -49,7 +49,7 @@ def sandbox_templates() -> None:
 def refuse_functions() -> None:
     """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
 
-    The recipe's task files were checked before (`lewis.evaluation.permission`). This holds if one has changed since.
+    The recipe's task files were checked before. This holds if one has changed since.
     """
     from lm_eval import tasks
     from lm_eval.tasks import _factory, _yaml_loader

@@ -9,9 +9,9 @@ from typing import Any
 from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.hub_results import hub_results
-from lewis.evaluation.kept import Kept, kept_gains, kept_rows
-from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
-from lewis.evaluation.scores import score_table
+from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
+from lewis.evaluation.statistics.scored import Scored, comparison_rows, gain, scores_of
+from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel, adapter_in, chosen_ridge

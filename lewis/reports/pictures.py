@@ -5,7 +5,7 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.scored import intervals, scores_of
+from lewis.evaluation.statistics.scored import intervals, scores_of
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lewis import memory, pipeline, store
 from lewis.errors import InputError
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent

@@ -112,7 +112,7 @@ def time_runs(side: str, recipe: Path) -> list[float]:
     import mlflow.transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from lewis.evaluation import harness  # noqa: F401
+    from lewis.evaluation.harness import process  # noqa: F401
     from lewis_flows.merge import merge_flow
 
     run: Callable[[str], Any] = merge_flow if side == "dag" else run_library
@@ -127,8 +127,8 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
     from lewis import pipeline
-    from lewis.evaluation import lm_eval
     from lewis.evaluation.gate import decide
+    from lewis.evaluation.harness import lm_eval
     from lewis.recipe.recipe import Recipe
     from lewis.registry import creation, promotion, versions
     from lewis.registry.registration import registration_of

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from lewis import pipeline
-from lewis.evaluation.scored import Scored, gain
+from lewis.evaluation.statistics.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial

@@ -23,10 +23,10 @@ import pytest
 
 from lewis import pipeline
 from lewis.errors import LewisError
-from lewis.evaluation import lm_eval
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scores import Evaluated
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, outbox, promotion
 from lewis.registry.registration import registration_of

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lewis import pipeline, store
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scores import Evaluated
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.inspection.step import inspect

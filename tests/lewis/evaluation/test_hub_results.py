@@ -8,8 +8,8 @@ import yaml
 
 from lewis.evaluation import hub_results as module
 from lewis.evaluation.hub_results import hub_results
-from lewis.evaluation.scored import WEIGHTED
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.scored import WEIGHTED
+from lewis.evaluation.statistics.scores import Score
 from lewis.recipe.recipe import Recipe
 from tests.support.models import parse
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lewis.evaluation.metric_names import check_names
-from lewis.evaluation.task_files import builtin_task
+from lewis.evaluation.harness.task_files import builtin_task
+from lewis.evaluation.harness.task_metrics import check_names
 from lewis.inspection.topics import GENERAL, TOPICS, Topic, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import pipeline
 from lewis.errors import InputError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merging.aligned import Aligned
 from lewis.merging.lent_rows import Lenders

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from lewis import pipeline, store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scores import Evaluated, Score
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration

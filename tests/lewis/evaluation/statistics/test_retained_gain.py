@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from lewis.evaluation.kept import kept_gains, kept_rows
 from lewis.evaluation.samples import Ends, Part, Samples
-from lewis.evaluation.scored import Scored
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Score
 
 NAN = math.nan
 

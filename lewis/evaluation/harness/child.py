@@ -1,9 +1,8 @@
-"""The child of `lewis.evaluation.harness`: runs lm-eval on one model and keeps the value of each document.
+"""The child of `lewis.evaluation.harness.process`: runs lm-eval on one model and keeps the value of each document.
 
-`python -m lewis.evaluation.harness_child SOCKET [loaded]` is the fork server of `lewis.evaluation.fork_server`. It
-forks a child for each message on the socket, which carries three file descriptors: the child's standard input and
-output, and the pipe of its keeper. The request is one line of JSON on the standard input, which stays open: when it
-ends, the child is killed.
+`python -m lewis.evaluation.harness.child SOCKET [loaded]` is the fork server. It forks a child for each message on the
+socket, which carries three file descriptors: the child's standard input and output, and the pipe of its keeper. The
+request is one line of JSON on the standard input, which stays open: when it ends, the child is killed.
 """
 
 import importlib
@@ -20,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.evaluation import api_model, smoke, templates
+from lewis.evaluation import api_model, templates
 from lewis.evaluation.adapter_rows import keep_rows
+from lewis.evaluation.harness import smoke
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -117,7 +117,7 @@ def evaluate(
     Args:
         include: a folder of task files; None if there are none.
         defaults: whether lm-eval's own tasks are needed.
-        model, model_args, device: as `lewis.evaluation.backends.Asked`.
+        model, model_args, device: as `lewis.evaluation.harness.backends.Asked`.
         tasks: names.
         documents: `all`, or one half of every task's documents: `search` or `confirm`.
         limit: documents per task, within that half.

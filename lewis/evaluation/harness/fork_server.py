@@ -20,7 +20,7 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.evaluation.walls import walls
+from lewis.evaluation.sandbox.isolation import walls
 
 _NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
 _PATIENCE = 2.0  # seconds for a child to be killed
@@ -86,7 +86,7 @@ class _ForkServer:
         before = walls(store.secret_files(), network=network)
         self._owner = (os.getpid(), _when_loaded(environment), before)
         # -P: a random.py in the working directory must not stand in for the library's
-        command = [*before, sys.executable, "-P", "-m", "lewis.evaluation.harness_child", str(theirs.fileno())]
+        command = [*before, sys.executable, "-P", "-m", "lewis.evaluation.harness.child", str(theirs.fileno())]
         command += ["loaded"] if loaded else []
         with theirs:
             self._process = subprocess.Popen(

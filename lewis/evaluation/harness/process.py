@@ -20,7 +20,7 @@ from huggingface_hub import get_token
 
 from lewis.errors import LewisError
 from lewis.evaluation.child_environment import way_to_the_hub, without_secrets
-from lewis.evaluation.fork_server import Child, new_child
+from lewis.evaluation.harness.fork_server import Child, new_child
 from lewis.progress import Report, silent
 from lewis.store import read_json, scratch_folder
 
@@ -41,7 +41,7 @@ def run(
     """Run lm-eval in a process of its own session.
 
     Args:
-        request: keyword arguments of `harness_child.evaluate`.
+        request: keyword arguments of `child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
         network: whether the child has the network of this machine.
         hub: whether it is told the way to the Hub; by default if it has the network.
@@ -51,7 +51,7 @@ def run(
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Returns:
-        what `harness_child.evaluate` returns.
+        what `child.evaluate` returns.
 
     Raises:
         LewisError: if the time limit passes or the process fails, with the end of its output.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import backends, harness, server
-from lewis.evaluation.permission import check_code, runs_code
-from lewis.evaluation.scores import Evaluated, Score
-from lewis.evaluation.task_files import check_builtin, data_files, find_tasks, reads_hub
+from lewis.evaluation.harness import backends, process, server
+from lewis.evaluation.harness.permission import check_code, runs_code
+from lewis.evaluation.harness.task_files import check_builtin, data_files, find_tasks, reads_hub
+from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Evaluate
 from lewis.store import digest, file_sha256, scratch_folder
@@ -171,7 +171,7 @@ def evaluate(
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }
         try:
-            result = harness.run(
+            result = process.run(
                 request,
                 cwd=settings.root,
                 network=hub or asked.network,

@@ -22,11 +22,12 @@ import torch
 import yaml
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import fork_server, harness, walls
-from lewis.evaluation.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
-from lewis.evaluation.scores import Evaluated, Score, score_table
+from lewis.evaluation.harness import fork_server, process
+from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
+from lewis.evaluation.sandbox import isolation
+from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
 
-RECIPES = Path(__file__).parents[3] / "deployments/recipes"
+RECIPES = Path(__file__).parents[4] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 CHOICES = [" cat", " dog", " red"]
 ROWS = [
@@ -197,7 +198,7 @@ def servers() -> set[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if b"lewis.evaluation.harness_child" in words and words[1] == b"-P":
+            if b"lewis.evaluation.harness.child" in words and words[1] == b"-P":
                 found.add(int(path.parent.name))
     return found
 
@@ -409,7 +410,7 @@ class TestTrust:
             assert "PATH" in text and "s3cret" not in text
 
     def test_code_that_is_allowed_finds_no_secrets(self, model, root, tmp_path, monkeypatch):
-        if not walls._possible():
+        if not isolation._possible():
             pytest.skip("this machine makes no namespaces")
         (tmp_path / "home").mkdir(exist_ok=True)
         for name in ("home/webhook-secret", "home/mlflow-password", "home/metrics-key", "home/.netrc", "home/.ssh/id"):
@@ -431,7 +432,7 @@ class TestTrust:
 
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
         task = faulty(root, "return rows")
-        monkeypatch.setattr("lewis.evaluation.lm_eval.check_code", lambda *_: None)
+        monkeypatch.setattr("lewis.evaluation.harness.lm_eval.check_code", lambda *_: None)
         with pytest.raises(LewisError, match=r"!function faulty.docs of .*`allow_code_execution: true`"):
             evaluate(model, EvalSettings((task,), root, limit=1))
 
@@ -458,7 +459,7 @@ class TestBadEnds:
         lock = tmp_path / "lock"
         task = faulty(root, hold(lock) + "time.sleep(600)")
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 50 * lock.exists(), sleep=time.sleep)
-        monkeypatch.setattr(harness, "time", clock)
+        monkeypatch.setattr(process, "time", clock)
         with pytest.raises(LewisError, match="did not finish within 40 s"):
             evaluate(model, EvalSettings((task,), root, allow_code_execution=True, timeout_s=40))
         assert wait_until(lambda: not held(lock))
@@ -483,7 +484,7 @@ class TestBadEnds:
         lock = tmp_path / "lock"
         task = faulty(root, hold(lock) + "time.sleep(600)")
         code = (
-            "import sys; from pathlib import Path; from lewis.evaluation.lm_eval import *\n"
+            "import sys; from pathlib import Path; from lewis.evaluation.harness.lm_eval import *\n"
             "settings = EvalSettings((sys.argv[3],), Path(sys.argv[2]), allow_code_execution=True)\n"
             "evaluate(Path(sys.argv[1]), settings)"
         )

@@ -8,7 +8,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.evaluation import sandbox
-from lewis.evaluation.sandbox_child import _Line, judge, serve
+from lewis.evaluation.sandbox.child import _Line, judge, serve
 
 
 def verdict(program: str, tests: str) -> str | None:

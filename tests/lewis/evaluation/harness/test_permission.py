@@ -8,9 +8,10 @@ import yaml
 from jinja2.exceptions import SecurityError
 
 from lewis.errors import InputError
-from lewis.evaluation import child_environment, permission, templates
-from lewis.evaluation.lm_eval import EvalSettings, check_tasks
-from lewis.evaluation.task_files import find_tasks, reads_hub
+from lewis.evaluation import child_environment, templates
+from lewis.evaluation.harness import permission
+from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks
+from lewis.evaluation.harness.task_files import find_tasks, reads_hub
 
 TASK = {"task": "own", "dataset_path": "org/pets", "output_type": "generate_until", "doc_to_text": "{{q}}"}
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
-from lewis.evaluation import task_files
-from lewis.evaluation.metric_names import check_names, known_scores
+from lewis.evaluation.harness import task_files
+from lewis.evaluation.harness.task_metrics import check_names, known_scores
 from tests.support.models import parse
 
 CHOICE: dict[str, Any] = {"dataset_path": "json", "output_type": "multiple_choice"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.evaluation import sandbox
-from lewis.evaluation.task_files import TaskFile, blocks
+from lewis.evaluation.harness.task_files import TaskFile, blocks
 
 METRICS = frozenset(
     (

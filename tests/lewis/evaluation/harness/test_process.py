@@ -1,6 +1,6 @@
 """Progress from lm-eval's output; the child process itself is tested with the evaluations."""
 
-from lewis.evaluation.harness import _Output
+from lewis.evaluation.harness.process import _Output
 
 BAR = "\rRunning loglikelihood requests: {:3d}%|{:<10}| {}/{} [00:05<00:20,  8.53it/s]"
 

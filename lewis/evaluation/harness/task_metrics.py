@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.scored import WEIGHTED
-from lewis.evaluation.task_files import FoundTasks, builtin_task, find_tasks, members
+from lewis.evaluation.harness.task_files import FoundTasks, builtin_task, find_tasks, members
+from lewis.evaluation.statistics.scored import WEIGHTED
 from lewis.recipe.schema import Evaluate, Gate
 
 _DEFAULT = {  # lm-eval's metrics of a task that lists none

@@ -1,6 +1,6 @@
 """What the gate's guards check beside the scores: empty answers, generations that end, perplexity.
 
-It runs in the child of `lewis.evaluation.harness`, on the model and the tasks that lm-eval has loaded there.
+It runs in the child of `lewis.evaluation.harness.process`, on the model and the tasks that lm-eval has loaded there.
 """
 
 import math

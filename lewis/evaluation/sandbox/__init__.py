@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation.system_calls import KEYCTL, seccomp_filter
+from lewis.evaluation.sandbox.system_calls import KEYCTL, seccomp_filter
 from lewis.store import scratch_folder
 
 PROCESSES, MEMORY = 4, 1 << 30
@@ -45,7 +45,7 @@ LIMITS = {
 _FOLDER = 16  # MiB: the size of the working folder
 _SHOWN = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
 _WORDS = 300  # longest message of a failure, in characters
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 
 # $1: an empty folder; $2: setpriv's options for the user; $3: Python; $4: its program; then paths to show read-only.
 # The shell must not `exec` Python: it is the first process of its namespace, so all others die when it is killed.

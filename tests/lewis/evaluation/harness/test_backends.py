@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import backends, harness, lm_eval, server
-from lewis.evaluation.lm_eval import EvalSettings, tasks_digest
+from lewis.evaluation.harness import backends, lm_eval, process, server
+from lewis.evaluation.harness.lm_eval import EvalSettings, tasks_digest
 from tests.support.completions_server import serving
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
@@ -293,7 +293,7 @@ def test_what_lm_eval_is_asked(
         requests.append({**request, **options})
         raise LewisError("no GPU here")
 
-    monkeypatch.setattr(harness, "run", run)
+    monkeypatch.setattr(process, "run", run)
     monkeypatch.setattr(backends, "check", lambda backend: None)
     monkeypatch.setattr(lm_eval, "reads_hub", lambda found, root: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,2")

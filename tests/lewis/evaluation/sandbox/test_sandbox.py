@@ -13,7 +13,8 @@ import pytest
 
 import lewis
 from lewis.errors import InputError
-from lewis.evaluation import sandbox, system_calls
+from lewis.evaluation import sandbox
+from lewis.evaluation.sandbox import system_calls
 
 try:
     sandbox.check()
@@ -221,9 +222,9 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path: Path) -> None:
     python = Path("/usr/bin/python3")
     if not python.exists():
         pytest.skip("there is no /usr/bin/python3")
-    (tmp_path / "lewis" / "evaluation").mkdir(parents=True)
+    (tmp_path / "lewis" / "evaluation" / "sandbox").mkdir(parents=True)
     source = Path(lewis.__file__).parent
-    ours = (source / f"evaluation/{name}.py" for name in ("__init__", "sandbox", "sandbox_child", "system_calls"))
+    ours = (source / "evaluation/__init__.py", *(source / "evaluation/sandbox").glob("*.py"))
     for file in (*source.glob("*.py"), *ours):
         (tmp_path / "lewis" / file.relative_to(source)).write_bytes(file.read_bytes())
     # The store needs packages that the system's own Python has not.

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lewis.evaluation.comparison import ROUNDING
-from lewis.evaluation.scored import WEIGHTED, Scored, grouped_tasks
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.comparison import ROUNDING
+from lewis.evaluation.statistics.scored import WEIGHTED, Scored, grouped_tasks
+from lewis.evaluation.statistics.scores import Score
 
 BASE, BASELINES = "base", ("uniform", "champion")  # labels in tables; no expert has one of them
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation import server
+from lewis.evaluation.harness import server
 from lewis.models.tokenizer import read_vocabulary
 from lewis.recipe.schema import Backend
 
