@@ -5,6 +5,7 @@ socket, which carries three file descriptors: the child's standard input and out
 request is one line of JSON on the standard input, which stays open: when it ends, the child is killed.
 """
 
+import datetime
 import importlib
 import json
 import math
@@ -16,12 +17,15 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lewis.evaluation import api_model, templates
-from lewis.evaluation.adapter_rows import keep_rows
-from lewis.evaluation.harness import smoke
+from jinja2 import Template, runtime
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.utils import Cycler, Joiner, Namespace
+
+from lewis.evaluation.harness import loaded_model
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -32,6 +36,8 @@ LIBRARIES = (
     "accelerate",
     "transformers.models.llama.modeling_llama",
 )
+_PLAIN = (str, bytes, int, float, complex, list, tuple, set, frozenset, dict, datetime.date, datetime.time, type(None))
+_JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime.Undefined, Cycler, Joiner, Namespace)
 
 
 def main(descriptor: str, loaded: str = "") -> None:
@@ -93,10 +99,69 @@ def _answer() -> None:
     os.environ.update(request.pop("environment"))
     os.chdir(request.pop("cwd"))
     result = Path(request.pop("result"))
-    templates.sandbox_templates()
+    sandbox_templates()
     if not request["confirm_run_unsafe_code"]:
-        templates.refuse_functions()
+        refuse_functions()
     write_json(result, evaluate(**request))
+
+
+class _Sandbox(SandboxedEnvironment):
+    """Jinja's sandbox, in which only plain data and Jinja's own objects have attributes and methods.
+
+    A document may hold other objects, such as a picture, whose methods write files. A template is compiled once, and
+    not for each document as lm-eval would have it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled = lru_cache(100)(super().from_string)
+
+    def from_string(self, source: Any, *arguments: Any, **options: Any) -> Template:
+        if arguments or options or not isinstance(source, str):
+            return super().from_string(source, *arguments, **options)
+        return self._compiled(source)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return isinstance(obj, _PLAIN + _JINJA) and super().is_safe_attribute(obj, attr, value)
+
+
+def sandbox_templates() -> None:
+    """Let lm-eval render all templates of tasks in Jinja's sandbox.
+
+    Models' chat templates need nothing: transformers renders them in Jinja's sandbox.
+    """
+    from lm_eval import utils
+
+    plain = utils.env
+    safe = _Sandbox(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
+    safe.filters.update(plain.filters)
+    vars(utils)["env"] = safe
+
+
+def refuse_functions() -> None:
+    """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
+
+    The recipe's task files were checked before. This holds if one has changed since.
+    """
+    from lm_eval import tasks
+    from lm_eval.tasks import _factory, _yaml_loader
+
+    ours = Path(tasks.__file__).resolve().parent
+    load_function, load_yaml = _yaml_loader._import_func_in_yml, _factory.load_yaml
+
+    def function(name: str, folder: Path) -> Any:
+        if not Path(folder).resolve().is_relative_to(ours):
+            raise ValueError(f"!function {name} of {folder}: the recipe does not say `allow_code_execution: true`")
+        return load_function(name, folder)
+
+    def yaml(path: Path, **options: Any) -> Any:
+        config = load_yaml(path, **options)
+        if config.get("unsafe_code"):
+            raise ValueError(f"{path} runs code that the model writes; the recipe does not allow it")
+        return config
+
+    vars(_yaml_loader)["_import_func_in_yml"] = function
+    vars(_factory)["load_yaml"] = yaml
 
 
 def evaluate(
@@ -125,20 +190,15 @@ def evaluate(
 
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
-        `lewis.evaluation.samples.read` takes them; `ends` as `lewis.evaluation.samples.Ends`.
+        `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`.
     """
     from lm_eval import evaluator
-    from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
     manager: Any = TaskManager(include_path=include, include_defaults=defaults)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
-    if model.startswith("local-"):
-        lm = api_model.opened(model, model_args, batch_size)
-    else:
-        with keep_rows(model_args.get("peft")):
-            lm = get_model(model).create_from_arg_obj(model_args, {"batch_size": batch_size, "device": device})
+    lm = loaded_model.opened(model, model_args, batch_size, device)
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
     vars(evaluator)["add_env_info"] = lambda _: None  # it lists all packages with pip, which nobody reads
     found: Any = evaluator.simple_evaluate(
@@ -157,7 +217,7 @@ def evaluate(
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
-    kept["ends"] = smoke.ends(lm, rows, loaded["tasks"])
+    kept["ends"] = loaded_model.ends(lm, rows, loaded["tasks"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
 

@@ -1,8 +1,8 @@
 """Which task files run code, and whether the recipe allows it (`evaluate.allow_code_execution`).
 
 A task file is YAML, but lm-eval lets it name Python functions, metrics that are scripts of the `evaluate` library, and
-code that a repository brings along. Its Jinja templates run in a sandbox (`lewis.evaluation.templates`), so they need
-no permission.
+code that a repository brings along. Its Jinja templates run in a sandbox (`lewis.evaluation.harness.child`), so they
+need no permission.
 """
 
 from collections.abc import Iterator, Mapping

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from lewis import guard
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.child_environment import way_to_the_hub, without_secrets
+from lewis.evaluation.sandbox.isolation import way_to_the_hub, without_secrets
 from lewis.redact import redacted
 
 SETTING = "LEWIS_EVALUATION_SERVER"

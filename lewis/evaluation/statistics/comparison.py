@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lewis.errors import LewisError
-from lewis.evaluation.samples import Part, Samples
+from lewis.evaluation.statistics.scores import Part, Samples
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.samples import Ends, Samples, by_key, combined
 from lewis.evaluation.statistics.comparison import Comparison, compare, interval
-from lewis.evaluation.statistics.scores import Evaluated, Score
+from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, by_key, combined
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.harness import fork_server, process
+from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
@@ -492,10 +492,10 @@ class TestBadEnds:
         with subprocess.Popen(command, start_new_session=True) as parent:
             try:
                 assert wait_until(lock.exists, 60) and held(lock)
-                fork_server = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
+                forking = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
             finally:
                 os.kill(parent.pid, signal.SIGKILL)
-        assert wait_until(lambda: not alive(fork_server) and not held(lock), 30)
+        assert wait_until(lambda: not alive(forking) and not held(lock), 30)
 
     def test_what_an_evaluation_leaves_running_is_ended(self, model, root, tmp_path):
         task = faulty(root, hold(tmp_path / "lock") + "return rows")
@@ -504,24 +504,24 @@ class TestBadEnds:
 
     def test_a_killed_current_is_replaced(self, model, root):
         evaluate(model, EvalSettings(("pets",), root))
-        dead = fork_server._current
+        dead = process._current
         assert dead is not None
         dead._process.kill()
         dead._process.wait()
         assert select.select([dead._socket], [], [], 10)[0]  # what runs in its namespaces has ended too
         assert evaluate(model, EvalSettings(("pets",), root)).scores
-        assert fork_server._current is not dead
+        assert process._current is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
-        before, others = fork_server._current, servers()
-        child = fork_server.new_child(dict(os.environ), loaded=False, network=False)
+        before, others = process._current, servers()
+        child = process.new_child(dict(os.environ), loaded=False, network=False)
         assert wait_until(lambda: child.poll() is None and len(servers() - others) >= 3)  # server, keeper, child
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in servers() - others]
         child.send({})  # without an environment
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
         child.end()
-        assert all("python" in each and "torch" not in each for each in maps) and fork_server._current is before
+        assert all("python" in each and "torch" not in each for each in maps) and process._current is before
 
 
 class TestCheckTasks:

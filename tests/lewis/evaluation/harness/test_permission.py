@@ -8,10 +8,10 @@ import yaml
 from jinja2.exceptions import SecurityError
 
 from lewis.errors import InputError
-from lewis.evaluation import child_environment, templates
-from lewis.evaluation.harness import permission
+from lewis.evaluation.harness import child, permission
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks
 from lewis.evaluation.harness.task_files import find_tasks, reads_hub
+from lewis.evaluation.sandbox import isolation
 
 TASK = {"task": "own", "dataset_path": "org/pets", "output_type": "generate_until", "doc_to_text": "{{q}}"}
 
@@ -67,7 +67,7 @@ def test_templates_render_plain_data_and_nothing_else(tmp_path: Path, monkeypatc
     from lm_eval import utils
 
     monkeypatch.setattr(utils, "env", utils.env)  # so that it is put back
-    templates.sandbox_templates()
+    child.sandbox_templates()
 
     class Picture:
         size = 7
@@ -102,8 +102,8 @@ def test_the_environment_of_an_evaluation_has_what_libraries_need_and_no_secrets
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_AUTH_STRING", "X_KEY")
     secrets = {**dict.fromkeys((*names, "LEWIS_WEBHOOK_SECRET"), "s"), "HTTPS_PROXY": "http://u:s@h"}
     secrets |= {"MLFLOW_TRACKING_URI": "http://u:s@h"}
-    assert child_environment.without_secrets({**harmless, **secrets}) == {**harmless, **child_environment.FIXED}
-    assert child_environment.way_to_the_hub(secrets) == {"HTTPS_PROXY": "http://u:s@h"}
+    assert isolation.without_secrets({**harmless, **secrets}) == {**harmless, **isolation.FIXED}
+    assert isolation.way_to_the_hub(secrets) == {"HTTPS_PROXY": "http://u:s@h"}
 
 
 def test_what_reads_from_another_machine(tmp_path: Path) -> None:

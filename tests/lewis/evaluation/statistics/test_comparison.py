@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lewis.evaluation.samples import Part, Samples, combined
 from lewis.evaluation.statistics import comparison
 from lewis.evaluation.statistics.comparison import PairingError, compare, holm, interval, mcnemar
+from lewis.evaluation.statistics.scores import Part, Samples, combined
 
 
 def samples(values, *, task="t", aggregation="mean", documents=None, weight=1.0, metric="acc,none"):

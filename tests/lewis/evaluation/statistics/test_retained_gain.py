@@ -4,10 +4,9 @@ import math
 
 import pytest
 
-from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import Scored
-from lewis.evaluation.statistics.scores import Score
+from lewis.evaluation.statistics.scores import Ends, Part, Samples, Score
 
 NAN = math.nan
 

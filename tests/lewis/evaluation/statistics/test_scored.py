@@ -3,10 +3,9 @@
 import pytest
 
 from lewis.errors import InputError
-from lewis.evaluation.samples import Ends, Part, Samples
 from lewis.evaluation.statistics.comparison import PairingError
 from lewis.evaluation.statistics.scored import Scored, comparison_rows, intervals
-from lewis.evaluation.statistics.scores import Evaluated, Score
+from lewis.evaluation.statistics.scores import Ends, Evaluated, Part, Samples, Score
 
 DOCUMENTS = tuple("abcdefgh")
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lewis.evaluation import hub_results as module
-from lewis.evaluation.hub_results import hub_results
+from lewis.evaluation.harness import task_metrics as module
+from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.scored import WEIGHTED
 from lewis.evaluation.statistics.scores import Score
 from lewis.recipe.recipe import Recipe

@@ -1,19 +1,116 @@
-"""What the gate's guards check beside the scores: empty answers, generations that end, perplexity.
+"""lm-eval's model in the process that runs it: how it is opened, and what the gate's guards ask of it.
 
-It runs in the child of `lewis.evaluation.harness.process`, on the model and the tasks that lm-eval has loaded there.
+The guards look at empty answers, generations that end, and perplexity.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice, zip_longest
+from pathlib import Path
 from typing import Any
+
+from lewis.models.lora import WEIGHTS
+from lewis.models.names import PER_TOKEN
+from lewis.models.safetensors_file import file_headers
 
 PROMPTS, TOKENS = 4, 128  # smoke generations, and the most new tokens of each
 ANSWERS = 64  # reference answers whose perplexity is measured
 
 
+def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: str | None) -> Any:
+    """lm-eval's model, in the process that runs it.
+
+    Args:
+        name, arguments, device: as in `lewis.evaluation.harness.backends.Asked`.
+        batch_size: prompts of one forward pass, or of one request.
+    """
+    from lm_eval.api.registry import get_model
+
+    options = {"batch_size": batch_size, "device": device}
+    if not name.startswith("local-"):
+        with _keep_rows(arguments.get("peft")):
+            return get_model(name).create_from_arg_obj(arguments, options)
+    if name == "local-completions" and "max_length" not in arguments:
+        arguments = {**arguments, "max_length": _max_length(arguments["model"])}
+    lm: Any = get_model(name).create_from_arg_obj(arguments, {"batch_size": batch_size})
+    if lm.tokenizer is not None:  # it splits texts into tokens as `hf` does
+        lm.add_bos_token = arguments.get("add_bos_token")  # None: what the tokenizer does by itself, as for `hf`
+        lm.tok_encode = _encoder(lm)
+    return lm
+
+
+def _max_length(folder: str) -> int:
+    """The longest input of the model in tokens, as lm-eval finds it for `hf`."""
+    import transformers
+    from lm_eval.models.utils import DEFAULT_MAX_LENGTH, resolve_max_length
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return int(resolve_max_length(config, tokenizer, default=DEFAULT_MAX_LENGTH))
+
+
+def _encoder(lm: Any) -> Any:
+    """`tok_encode` of lm-eval's `hf`, for one text or several."""
+    from lm_eval.models.utils import has_bos_prefix
+
+    def encode(
+        text: Any, left_truncate_len: int | None = None, add_special_tokens: bool | None = None, **_: Any
+    ) -> Any:
+        if not isinstance(text, str):
+            return [encode(each, left_truncate_len, add_special_tokens) for each in text]
+        special = lm.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(text, lm.tokenizer.bos_token):
+            special = False
+        found = lm.tokenizer.encode(text, **({} if special is None else {"add_special_tokens": special}))
+        return found[-left_truncate_len:] if left_truncate_len else found
+
+    return encode
+
+
+@contextmanager
+def _keep_rows(adapter: str | None) -> Iterator[None]:
+    """Meanwhile, embeddings are resized only to what an adapter needs.
+
+    lm-eval resizes the base's embeddings to the number of tokens, for adapters with tokens of their own. Many bases
+    have more rows than tokens. An adapter that saves all of them would then not load, and one that does not would be
+    scored on fewer tokens than its base.
+
+    Args:
+        adapter: folder of the adapter; None changes nothing.
+    """
+    if adapter is None:
+        yield
+        return
+    import transformers
+
+    owner: Any = transformers.PreTrainedModel
+    wanted, resize = _rows(Path(adapter)), owner.resize_token_embeddings
+
+    def resized(model: Any, new_num_tokens: int, *arguments: Any, **options: Any) -> Any:
+        present = model.get_input_embeddings().weight.shape[0]
+        rows = wanted or max(new_num_tokens, present)
+        return model.get_input_embeddings() if rows == present else resize(model, rows, *arguments, **options)
+
+    owner.resize_token_embeddings = resized
+    try:
+        yield
+    finally:
+        owner.resize_token_embeddings = resize
+
+
+def _rows(adapter: Path) -> int | None:
+    """How many rows the embeddings and the head have that an adapter changes; None if it changes none."""
+    for name, (_, shape) in file_headers(adapter / WEIGHTS).items():
+        if name.endswith((*PER_TOKEN, "lm_head.lora_B.weight")):
+            return shape[0]
+        if name.endswith("lora_embedding_A"):
+            return shape[1]
+    return None
+
+
 def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `lewis.evaluation.samples.Ends`.
+    """The fields of `lewis.evaluation.statistics.scores.Ends`.
 
     Args:
         lm: lm-eval's model.
