@@ -59,7 +59,7 @@ def run(
         request: keyword arguments of `child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
         network: whether the child has the network of this machine.
-        hub: whether it is told the way to the Hub; by default if it has the network.
+        hub: whether it gets the way to the Hub, proxies included; None: if it has the network.
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
@@ -164,13 +164,13 @@ class Child:
     def send(self, request: dict[str, Any]) -> None:
         """Write the request as a line of JSON; the pipe stays open."""
         data = json.dumps(request).encode() + b"\n"
-        with suppress(BrokenPipeError):  # it died at once: its exit code tells why
+        with suppress(BrokenPipeError):  # it has died: its exit code says why
             while data:
                 data = data[os.write(self._stdin, data) :]
 
     def poll(self) -> int | None:
         """The exit code, None while it runs."""
-        while not self._over and self._told_within(0):
+        while not self._over and self._reads_within(0):
             pass
         if self._reported:
             self.returncode = int(self._reported)
@@ -181,17 +181,17 @@ class Child:
     def end(self) -> None:
         """Kill it and all processes that it started, and close its pipes."""
         os.close(self._stdin)  # its keeper kills them then
-        while not self._over and self._told_within(_PATIENCE):
+        while not self._over and self._reads_within(_PATIENCE):
             pass
         os.close(self.stdout)
         os.close(self._status)
 
-    def _told_within(self, seconds: float) -> bool:
+    def _reads_within(self, seconds: float) -> bool:
         """Read what the keeper writes; whether there was something, be it the end."""
         if not select.select([self._status], [], [], seconds)[0]:
             return False
-        told = os.read(self._status, 64)
-        self._reported, self._over = self._reported + told, not told
+        data = os.read(self._status, 64)
+        self._reported, self._over = self._reported + data, not data
         return True
 
 
@@ -201,15 +201,7 @@ class _ForkServer:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.started_with = _start(environment, network)
         # -P: a random.py in the working directory must not stand in for the library's
-        command = [
-            *self.started_with[-1],
-            sys.executable,
-            "-P",
-            "-m",
-            "lewis.evaluation.harness.child",
-            str(theirs.fileno()),
-        ]
-        command += ["loaded"] if loaded else []
+        command = [sys.executable, "-P", "-m", "lewis.evaluation.harness.child", str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 [*self.started_with[-1], *command, *(["loaded"] if loaded else [])],
@@ -265,7 +257,7 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) ->
             return alone.fork()
         finally:
             alone.close()
-    told = ""
+    output = ""
     with _guard:
         for _ in range(2):
             if _current is None or _current.started_with != _start(environment, network):
@@ -274,10 +266,10 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) ->
                 _current = _ForkServer(environment, loaded=True, network=network)
             with suppress(OSError):  # it is dead: try again with a new one
                 return _current.fork()
-            told = _current.output()
+            output = _current.output()
             _current.close()
             _current = None
-    raise LewisError(f"the process that loads lm-eval does not live\nThe end of its output:\n{told}")
+    raise LewisError(f"the process that loads lm-eval does not live\nThe end of its output:\n{output}")
 
 
 def _start(environment: Mapping[str, str], network: bool) -> tuple[int, dict[str, str], tuple[str, ...]]:
