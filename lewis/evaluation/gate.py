@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.statistics.comparison import LEVEL, holm
-from lewis.evaluation.statistics.scored import WEIGHTED, Scored, gain, grouped_tasks
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored, gain, grouped_tasks
 from lewis.evaluation.statistics.scores import Samples, by_key
 from lewis.recipe.schema import Gate
 
@@ -83,8 +83,8 @@ def judge(
     if champion and champion.digest == digest:
         return Verdict(True, ("this very model is the champion already",), in_use)
     if withdrawn is not None:
-        told = f"this very model was rolled back by hand ({withdrawn}); only `lewis promote` brings it back: fail"
-        return Verdict(False, (told,), in_use)
+        reason = f"this very model was rolled back by hand ({withdrawn}); only `lewis promote` brings it back: fail"
+        return Verdict(False, (reason,), in_use)
     if gate is None:
         return Verdict(True, ("no gate in the recipe",), in_use)
     ours, others = models[-1], {model.label: model for model in models[:-1]}
@@ -201,12 +201,11 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
     It is the metric that has a tolerance of its own, else the gate's metric, else the task's first. A group is tested
     in place of its members. If the rule of superiority applies, the gate's metric is not tested here.
     """
-    weighted = "/".join(WEIGHTED)
     tasks: dict[str, tuple[tuple[bool, bool], Samples]] = {}
     members = grouped_tasks(candidate.samples)
     named = gate.tolerance if isinstance(gate.tolerance, Mapping) else {}
     for each in candidate.samples:
-        if each.key == weighted or (each.task in members and not {each.key, each.task} & set(named)):
+        if each.key == WEIGHTED_KEY or (each.task in members and not {each.key, each.task} & set(named)):
             continue
         rank = (each.key in named, each.key == gate.metric)
         if each.task not in tasks or rank > tasks[each.task][0]:

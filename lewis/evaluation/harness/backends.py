@@ -23,7 +23,7 @@ class Asked:
         arguments: of that class.
         device: as torch names it; None where the class takes none.
         network: whether the child needs the network of this machine, be it only to speak to itself.
-        environment: variables of the child, beside those that every child has.
+        environment: variables of the child, in addition to those that every child has.
         problem: what is to be added to the message if the evaluation fails.
     """
 
@@ -51,7 +51,7 @@ def check(backend: Backend) -> None:
     """
     if backend in ("vllm", "sglang") and importlib.util.find_spec(backend) is None:
         raise InputError(
-            f"evaluate.backend: {backend} is not installed on this machine; install it beside LEWIS, or use openai "
+            f"evaluate.backend: {backend} is not installed on this machine; install it next to LEWIS, or use openai "
             "with a server in an environment of its own"
         )
     if backend == "openai":

@@ -87,7 +87,7 @@ def _become_child(stdin: int, stdout: int, status: int) -> None:
 def _kill_at_end(stdin: int) -> None:
     """Kill this process's group once nobody can write to a pipe any more; what is written is left to the child."""
     poll = select.poll()
-    poll.register(stdin, 0)  # the end of a pipe is always told
+    poll.register(stdin, 0)  # the end of a pipe is always reported
     poll.poll()
     os.killpg(0, signal.SIGKILL)
 
@@ -235,8 +235,8 @@ def _load(manager: Any, tasks: list[str]) -> Any:
             try:
                 manager.load([name])
             except Exception as error:
-                told = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {told}") from error
+                problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {problem}") from error
         raise  # each loads alone: for example, a task that is in one of the groups too
 
 

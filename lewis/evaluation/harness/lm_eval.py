@@ -77,7 +77,7 @@ def check_tasks(settings: EvalSettings) -> None:
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
-    check_builtin(found.builtin, found.beside)
+    check_builtin(found.builtin, found.local)
 
 
 def tasks_digest(settings: EvalSettings) -> str:
@@ -141,7 +141,7 @@ def evaluate(
     with ExitStack() as held:
         include = held.enter_context(scratch_folder("tasks"))
         for number, task in enumerate(found.files.values()):
-            # A link, which lm-eval follows: so it finds the functions beside the file.
+            # A link, which lm-eval follows: so it finds the functions next to the file.
             (include / f"{number}.yaml").symlink_to(task.path)
         asked = held.enter_context(
             backends.asked(

@@ -40,7 +40,7 @@ def check_code(name: str, task: TaskFile, allowed: bool) -> None:
     found = next(_code(task), "code that the model writes (unsafe_code: true)" if generated else None)
     if found and not allowed:
         raise InputError(
-            f"evaluate.tasks: {name} runs {found}; if you trust {task.path} and the files beside it, say "
+            f"evaluate.tasks: {name} runs {found}; if you trust {task.path} and the files next to it, say "
             "`allow_code_execution: true` in the block `evaluate`, or else choose a task without code"
         )
     if generated:

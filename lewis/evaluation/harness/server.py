@@ -28,7 +28,7 @@ from lewis.redact import redacted
 SETTING = "LEWIS_EVALUATION_SERVER"
 PATIENCE = 1800.0  # seconds until a server that was started must answer
 _GRACE = 15.0  # seconds to end after SIGTERM, before it is killed
-_TOLD = 4000  # bytes at the end of its output that are told
+_SHOWN = 4000  # bytes at the end of its output that an error message shows
 _EXAMPLE = "`vllm serve {model} --host 127.0.0.1 --port {port}`"
 
 
@@ -80,7 +80,7 @@ def serving(
 
     Args:
         model: folder of the checkpoint, which is also the name that it must be served under.
-        environment: variables of the server, beside those that an evaluation has; what shows it its GPUs.
+        environment: variables of the server, in addition to those of an evaluation: what shows it its GPUs.
         patience_s: how long it may take to load the model.
         tick: called now and then while it loads; what it raises ends the wait.
 
@@ -109,7 +109,7 @@ def serving(
             start_new_session=True,
         )
         try:
-            _wait(process, output, url, model, patience_s, tick)
+            _check_model(url, model, _wait(process, output, url, patience_s, tick))
             yield Served(url, {"NO_PROXY": direct, "no_proxy": direct}, lambda: _problem(process, output))
         finally:
             _end(process)
@@ -132,25 +132,19 @@ def _command(model: str, port: int, gpus: int) -> list[str]:
     program = shutil.which(words[0])
     if program is None:
         raise InputError(f"{SETTING}: there is no program {words[0]!r} on this machine; install it, or give its path")
-    values = {"{model}": model, "{port}": str(port), "{gpus}": str(gpus)}
-    for place, value in values.items():
+    for place, value in {"{model}": model, "{port}": str(port), "{gpus}": str(gpus)}.items():
         words = [word.replace(place, value) for word in words]
     return [os.path.abspath(program), *words[1:]]
 
 
 def _wait(
-    process: subprocess.Popen[bytes],
-    output: IO[bytes],
-    url: str,
-    model: str,
-    patience_s: float,
-    tick: Callable[[], None],
-) -> None:
+    process: subprocess.Popen[bytes], output: IO[bytes], url: str, patience_s: float, tick: Callable[[], None]
+) -> list[str]:
+    """Wait until a server answers; the names of its models."""
     deadline = time.monotonic() + patience_s
     while True:
         with suppress(OSError, LewisError):  # it still loads
-            names = _models(url, direct=True)
-            break
+            return _models(url, direct=True)
         if process.poll() is not None:
             raise LewisError(f"the evaluation server does not start{_problem(process, output)}")
         if time.monotonic() > deadline:
@@ -160,7 +154,6 @@ def _wait(
             )
         tick()
         time.sleep(0.1)
-    _check_model(url, model, names)
 
 
 def _models(url: str, *, direct: bool) -> list[str]:
@@ -196,8 +189,8 @@ def _problem(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
 
 def _tail(output: IO[bytes]) -> str:
     size = output.seek(0, os.SEEK_END)
-    told = os.pread(output.fileno(), _TOLD, max(0, size - _TOLD)).decode(errors="replace").strip()
-    return f"\nThe end of its output:\n{redacted(told) or '(none)'}"
+    shown = os.pread(output.fileno(), _SHOWN, max(0, size - _SHOWN)).decode(errors="replace").strip()
+    return f"\nThe end of its output:\n{redacted(shown) or '(none)'}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -47,21 +47,21 @@ class FoundTasks:
         names: of the tasks and groups to ask lm-eval for.
         files: name -> the file that defines it, for these names and the members of groups.
         builtin: names and members that no file defines, so lm-eval must know them.
-        beside: all names that files in the recipe's folder define, whether asked for or not.
+        local: all names that files in the recipe's folder define, whether asked for or not.
     """
 
     names: tuple[str, ...]
     files: Mapping[str, TaskFile]
     builtin: tuple[str, ...]
-    beside: tuple[str, ...]
+    local: tuple[str, ...]
 
 
 def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
-    """Sort tasks into those that YAML files beside the recipe define and those that lm-eval has to know.
+    """Sort tasks into those that YAML files in the recipe's folder define and those that lm-eval has to know.
 
     Args:
         tasks: paths of YAML files relative to `root`, and names of tasks or groups.
-        root: the recipe's folder; a name is looked up beside the named files, in `root/tasks` and in `root`.
+        root: the recipe's folder; a name is looked up next to the named files, in `root/tasks` and in `root`.
 
     Raises:
         InputError: if a named file cannot be read, or two named files define the same task.
@@ -70,7 +70,7 @@ def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
     folders = dict.fromkeys(
         [*(task.path.parent for task in named.values()), (root / "tasks").resolve(), root.resolve()]
     )
-    beside = _read_folders(folders)
+    local = _read_folders(folders)
     files: dict[str, TaskFile] = {}
     for task in named.values():
         if task.name in files and files[task.name].path != task.path:
@@ -81,14 +81,14 @@ def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
     names = list(dict.fromkeys(named[item].name if item in named else item for item in tasks))
     builtin, pending = [], list(names)
     for name in pending:
-        if name not in files and name in beside:
-            files[name] = beside[name]
+        if name not in files and name in local:
+            files[name] = local[name]
         if name in files:
-            members = _members(files[name].config.get("task")) if "group" in files[name].config else ()
-            pending += [member for member in members if member not in pending]
+            inside = _names(members(files[name].config)) if "group" in files[name].config else ()
+            pending += [member for member in inside if member not in pending]
         else:
             builtin.append(name)
-    return FoundTasks(tuple(names), files, tuple(builtin), tuple(beside))
+    return FoundTasks(tuple(names), files, tuple(builtin), tuple(local))
 
 
 def read_task(path: Path) -> TaskFile:
@@ -165,7 +165,7 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
             raise InputError(
                 f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"
             )
-        if any(block.get("unsafe_code") for config in _builtin_configs(name) for block in blocks(config)):
+        if any(block.get("unsafe_code") for block in blocks(_builtin_configs(name))):
             raise InputError(
                 f"evaluate.tasks: {name} of lm-eval runs code that the model writes, on the bare machine; "
                 "use a task file that runs it in lewis.evaluation.sandbox, "
@@ -199,11 +199,9 @@ def _builtin_configs(name: str) -> list[Any]:
     """The configs of a built-in task, or of all members of a group or a tag."""
     configs, pending = [], [name]
     for name in pending:
-        if entry := _builtin_index().get(name):
-            configs.append(entry.cfg or {})
-            members = _members((entry.cfg or {}).get("task")) if entry.kind.name == "GROUP" else entry.tags
-            if entry.kind.name in ("GROUP", "TAG"):
-                pending += [member for member in members if member not in pending]
+        config, inside = builtin_task(name)
+        configs.append(config)
+        pending += [member for member in _names(inside or ()) if member not in pending]
     return configs
 
 
@@ -246,15 +244,15 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
     return merged | config
 
 
-def _members(tasks: Any) -> Iterator[str]:
-    """The names in a group's `task` list; an unnamed task or group that is defined inside the list is skipped."""
-    for item in [tasks] if isinstance(tasks, str) else tasks or ():
+def _names(listed: Iterable[Any]) -> Iterator[str]:
+    """The names among a group's members; an unnamed task or group that is defined inside the list is skipped."""
+    for item in listed:
         if isinstance(item, str):
             yield item
         elif not isinstance(item, Mapping):
             raise InputError(f"a group's list `task`: expected the name of a task, or a mapping, got {item!r}")
         elif isinstance(item.get("task"), list):
-            yield from _members(item["task"])
+            yield from _names(item["task"])
         elif "dataset_path" not in item and (name := item.get("task") or item.get("group")):
             yield str(name)
 

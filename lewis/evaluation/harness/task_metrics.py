@@ -1,6 +1,4 @@
-"""What the tasks' files say of their scores: the names, so that a wrong one is found before any work, and the datasets
-of the Hub that they are of.
-"""
+"""What task files say of their scores: the names, to find a wrong one before any work, and the Hub's datasets."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +25,7 @@ _OVERRIDES = {"metric_list", "filter_list", "process_results", "output_type", "c
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 Known = Mapping[str, Sequence[str] | None]
-"""Task or group -> its scores, each `metric,filter`; None where only a run of the task tells them."""
+"""Task or group -> its scores, each `metric,filter`; None where only a run of the task shows them."""
 
 
 def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, searched: Sequence[str] = ()) -> None:
@@ -56,7 +54,7 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
 
 
 def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
-    """What each task will give; None if a group defines or changes its members, so that their files do not tell.
+    """What each task will give; None if a group defines or changes its members, so that their files do not say.
 
     Args:
         tasks: as in the recipe.
@@ -78,7 +76,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
 
 
 def _read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
-    """The config of a task or group, and the members of a group or tag; None for a task."""
+    """As `builtin_task`, also of the recipe's own tasks."""
     if name not in found.files:
         return builtin_task(name)
     config = found.files[name].config
@@ -146,7 +144,7 @@ def hub_results(evaluate: Evaluate | None, root: Path, metric: str | None, score
     for task in dict.fromkeys(score.task for score in scores):
         if dataset := _dataset(task, found):
             own = [score for score in scores if score.task == task]
-            chosen = next((s for s in own if metric == f"{task}/{s.metric}"), own[0])
+            chosen = next((s for s in own if metric == s.key), own[0])
             shots = f", {evaluate.num_fewshot}-shot" if evaluate.num_fewshot is not None else ""
             notes = f"lm-eval {version('lm-eval')}, {chosen.metric}{shots}"
             entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=chosen.value, notes=notes))

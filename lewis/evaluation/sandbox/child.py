@@ -54,7 +54,7 @@ class _Program:
         exec(compile(source, "program.py", "exec"), self.names)
 
     def answer(self, request: bytes) -> bytes:
-        """Do what a request says; the answer tells the value, or which error was raised."""
+        """Do what a request says; the answer is the value, or which error was raised."""
         try:
             operation, arguments, named = self._read(request)
             if operation == "name":
@@ -233,7 +233,7 @@ def _exception(name: str) -> type[Exception]:
     return kind if usable and kind not in (StopIteration, StopAsyncIteration) else RuntimeError  # type: ignore
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -272,7 +272,7 @@ def serve(source: str, line: _Line) -> None:
         program = _Program(source)
         loaded["names"] = [name for name in program.names if isinstance(name, str)]
     except BaseException as error:
-        loaded["problem"] = _told(error)
+        loaded["problem"] = _message(error)
     if os.getpid() != ours:  # a process that the program forked
         os._exit(0)
     line.send(json.dumps(loaded).encode())
@@ -296,7 +296,7 @@ def judge(tests: str, line: _Line) -> dict[str, Any]:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return {"began": began, "problem": "ended early"}
     except BaseException as error:
-        return {"began": True, "problem": _told(error)}
+        return {"began": True, "problem": _message(error)}
     return {"began": True, "problem": None}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lewis.evaluation.statistics.comparison import ROUNDING
-from lewis.evaluation.statistics.scored import WEIGHTED, Scored, grouped_tasks
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored, grouped_tasks
 from lewis.evaluation.statistics.scores import Score
 
 BASE, BASELINES = "base", ("uniform", "champion")  # labels in tables; no expert has one of them
@@ -50,13 +50,10 @@ def kept_gains(metric: str | None, models: Sequence[Scored]) -> list[Kept]:
     Returns:
         one per task that belongs to an expert; nothing if the base or all experts are missing.
     """
-    if not models:
+    by_label = {model.label: model for model in models[:-1]}
+    if BASE not in by_label:
         return []
-    *others, ours = models
-    by_label = {model.label: model for model in others}
-    experts = {label: model for label, model in by_label.items() if label not in (BASE, *BASELINES)}
-    base = by_label.get(BASE)
-    found = (_of_task(key, ours, base, experts, by_label) for key in _primary(ours, metric)) if base else ()
+    found = (_of_task(key, models[-1], by_label) for key in _primary(models[-1], metric))
     return [each for each in found if each]
 
 
@@ -66,7 +63,7 @@ def kept_rows(found: Sequence[Kept]) -> list[dict[str, str]]:
     return [
         {
             "expert": each.expert,
-            "task": f"{_key(each.best)} {'↑' if each.best.higher_is_better else '↓'}",
+            "task": f"{each.best.key} {'↑' if each.best.higher_is_better else '↓'}",
             "base": f"{each.base.value:.4g}",
             "expert's score": f"{each.best.value:.4g}",
             "merged": f"{each.merged.value:.4g}" if each.merged else "-",
@@ -82,46 +79,37 @@ def _primary(model: Scored, preferred: str | None) -> list[str]:
     members = grouped_tasks(model.samples)
     chosen: dict[str, str] = {}
     for key, score in model.by_name.items():
-        if score.task not in members and key != "/".join(WEIGHTED) and (key == preferred or score.task not in chosen):
+        if score.task not in members and key != WEIGHTED_KEY and (key == preferred or score.task not in chosen):
             chosen[score.task] = key
     return list(chosen.values())
 
 
-def _of_task(
-    key: str, ours: Scored, base: Scored, experts: Mapping[str, Scored], by_label: Mapping[str, Scored]
-) -> Kept | None:
-    scores = {label: score for label, model in experts.items() if (score := _finite(model, key))}
-    start = _finite(base, key)
-    if start is None or not scores:
+def _of_task(key: str, ours: Scored, by_label: Mapping[str, Scored]) -> Kept | None:
+    scores = {label: score for label, model in by_label.items() if (score := _finite(model, key))}
+    experts = [label for label in scores if label not in (BASE, *BASELINES)]
+    if BASE not in scores or not experts:
         return None
-    sign = 1 if start.higher_is_better else -1
-    expert = max(scores, key=lambda label: sign * scores[label].value)
-    gain = scores[expert].value - start.value
+    base = scores[BASE]
+    sign = 1 if base.higher_is_better else -1
+    expert = max(experts, key=lambda label: sign * scores[label].value)
+    gain = scores[expert].value - base.value
     if sign * gain <= ROUNDING:
         return None
-
-    def fraction(score: Score | None) -> float:
-        return (score.value - start.value) / gain if score else math.nan
-
     merged = _finite(ours, key)
-    baselines = {label: fraction(_finite(by_label[label], key)) for label in BASELINES if label in by_label}
+    fractions = {label: (score.value - base.value) / gain for label, score in scores.items()}
     return Kept(
         expert=expert,
-        base=start,
+        base=base,
         best=scores[expert],
         merged=merged,
-        fraction=fraction(merged),
-        baselines={label: value for label, value in baselines.items() if math.isfinite(value)},
+        fraction=(merged.value - base.value) / gain if merged else math.nan,
+        baselines={label: fractions[label] for label in BASELINES if label in fractions},
     )
 
 
 def _finite(model: Scored, key: str) -> Score | None:
     score = model.by_name.get(key)
     return score if score and math.isfinite(score.value) else None
-
-
-def _key(score: Score) -> str:
-    return f"{score.task}/{score.metric}"
 
 
 def _percent(fraction: float) -> str:

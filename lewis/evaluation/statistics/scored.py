@@ -9,6 +9,7 @@ from lewis.evaluation.statistics.comparison import Comparison, compare, interval
 from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, by_key, combined
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
+WEIGHTED_KEY = "/".join(WEIGHTED)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Scored:
     @property
     def by_name(self) -> dict[str, Score]:
         """Scores by `task/metric,filter`."""
-        return {f"{score.task}/{score.metric}": score for score in self.scores}
+        return {score.key: score for score in self.scores}
 
 
 def scores_of(models: Sequence[Scored]) -> dict[str, Sequence[Score]]:
@@ -107,7 +108,7 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
 
 def grouped_tasks(samples: Sequence[Samples]) -> set[str]:
     """The tasks that are members of a group which was scored as a whole, so that the group stands for them."""
-    groups = [each for each in samples if len(each.parts) > 1 and each.key != "/".join(WEIGHTED)]
+    groups = [each for each in samples if len(each.parts) > 1 and each.key != WEIGHTED_KEY]
     return {part.task for each in groups for part in each.parts}
 
 
@@ -121,7 +122,7 @@ def _weighted(
     scores: Sequence[Score], samples: Mapping[str, Samples], weights: Mapping[str, float]
 ) -> tuple[Score, Samples]:
     of: list[tuple[Samples, float]] = []
-    known = {f"{score.task}/{score.metric}": score for score in scores}
+    known = {score.key: score for score in scores}
     directions, value, variance = set(), 0.0, 0.0
     for name, weight in weights.items():
         key = next((k for k, score in known.items() if name in (k, score.task) and k in samples), None)

@@ -87,7 +87,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ends:
-    """What the gate's guards check beside the scores.
+    """What the gate's guards check, apart from the scores.
 
     Attributes:
         empty: name of a task that generates -> share of its documents with an empty answer.
@@ -151,6 +151,11 @@ class Score:
     stderr: float | None
     higher_is_better: bool
     samples: int
+
+    @property
+    def key(self) -> str:
+        """`task/metric,filter`, as a recipe names it."""
+        return f"{self.task}/{self.metric}"
 
 
 @dataclass(frozen=True)
