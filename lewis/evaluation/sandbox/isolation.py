@@ -71,7 +71,7 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def way_to_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
-    """What reading documents from the Hub takes besides: its address and the proxies."""
+    """What a process needs in addition to read documents from the Hub: its address and the proxies."""
     return {name: environment[name] for name in _WAY_TO_THE_HUB if name in environment}
 
 
