@@ -129,9 +129,9 @@ def evaluate(
         InputError: if `model` or `adapter` is not such a folder, or a task file is broken.
         LewisError: if lm-eval fails, takes longer than `settings.timeout_s`, or gives a number that is not finite.
     """
-    _check_folder(model, "config.json")
-    if adapter is not None:
-        _check_folder(adapter, "adapter_model.safetensors")
+    for folder, file in ((model, "config.json"), (adapter, "adapter_model.safetensors")):
+        if folder is not None and not (folder / file).is_file():
+            raise InputError(f"{folder}: expected a folder with {file}, which is missing")
     found = find_tasks(settings.tasks, settings.root)
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
@@ -199,8 +199,3 @@ def _warn_of_direction(scores: Sequence[Score], higher_is_better: Mapping[str, M
     for score in scores:
         if higher_is_better.get(score.task, {}).get(score.metric.partition(",")[0]) is None:
             logger.warning("%s/%s: its YAML has no higher_is_better; taken as true", score.task, score.metric)
-
-
-def _check_folder(folder: Path, file: str) -> None:
-    if not (folder / file).is_file():
-        raise InputError(f"{folder}: expected a folder with {file}, which is missing")

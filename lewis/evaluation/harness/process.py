@@ -47,9 +47,9 @@ def run(
     *,
     cwd: Path,
     network: bool,
+    hub: bool,
     token: bool,
     timeout_s: float,
-    hub: bool | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
     progress: Report = silent,
 ) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def run(
         request: keyword arguments of `child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
         network: whether the child has the network of this machine.
-        hub: whether it gets the way to the Hub, proxies included; None: if it has the network.
+        hub: whether it gets the way to the Hub, proxies included.
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
@@ -72,10 +72,9 @@ def run(
         LewisError: if the time limit passes or the process fails, with the end of its output.
     """
     output = _Output(progress)
-    way = way_to_the_hub(os.environ) if (network if hub is None else hub) else {}
-    common = without_secrets(os.environ) | way
-    found = get_token() if token else None
-    given = common | ({"HF_TOKEN": found} if found else {}) | dict(environment)
+    common = without_secrets(os.environ) | (way_to_the_hub(os.environ) if hub else {})
+    secret = get_token() if token else None
+    given = common | ({"HF_TOKEN": secret} if secret else {}) | dict(environment)
     with store.scratch_folder("eval") as scratch:
         result = scratch / "result.json"
         no_gpu = request["device"] == "cpu" or request["model"].startswith("local-")
