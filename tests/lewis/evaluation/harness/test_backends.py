@@ -198,7 +198,7 @@ class TestAServerThatIsStarted:
     def test_it_ends_with_us_after_kill_9(self, fake: str, tmp_path: Path) -> None:
         code = """
             import sys, time
-            from lewis.evaluation import server
+            from lewis.evaluation.harness import server
             with server.serving("/some/model", {}) as served:
                 print(served.url, flush=True)
                 time.sleep(600)
