@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from lewis.devices import default_device
 from lewis.errors import RecipeError
-from lewis.evaluation.scores import Score
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Score
+from lewis.evaluation.step import score as score_model
 from lewis.importance.step import ImportanceEntry
 from lewis.inspection.result import Inspection
 from lewis.inspection.step import inspect_recipe
@@ -25,8 +27,6 @@ from lewis.reports import card
 from lewis.steps.graph import graph
 from lewis.steps.plan import Plan, make_plan
 from lewis.steps.run import begin, run
-from lewis.steps.shim import eval_settings
-from lewis.steps.shim import score as score_model
 from lewis.steps.table import ALLOCATE, MEASURE
 from lewis.store.writable import check_output_folder
 
@@ -171,7 +171,7 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
         raise RecipeError("evaluate: missing; it says what is scored")
     files = download(pin(str(folder.absolute()), recipe.root))
     return score_model(
-        files, eval_settings(recipe.evaluate, recipe.root), device=default_device(), progress=report
+        files, EvalSettings.of(recipe.evaluate, recipe.root), device=default_device(), progress=report
     ).scores
 
 

@@ -16,9 +16,10 @@ from prefect.states import Cancelling
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import find_all_scores
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import Graph
-from lewis.steps.shim import eval_settings, find_all_scores
 from lewis.steps.table import ScoreInput
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.walk import Futures, submit, wanted
@@ -78,7 +79,7 @@ def scores(
     found = dict(results)
     given: dict[str, ScoreInput] = {node.name: node.given(found) for node in scoring if wanted(node, begun, found)}
     assert plan.evaluate is not None
-    settings = eval_settings(plan.evaluate, plan.root)
+    settings = EvalSettings.of(plan.evaluate, plan.root)
     keys = {node: (each.ref, each.key) for node, each in given.items()}
     entries = find_all_scores(keys, settings)
     made = entries is None

@@ -16,14 +16,13 @@ from pydantic import BaseModel
 
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis.steps.graph import graph
-from lewis.steps.shim import eval_settings
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.merge import merge_flow
@@ -250,8 +249,8 @@ def _confirm(
 def _settings(plan: Recipe, documents: str) -> EvalSettings:
     varied = space.with_values(plan, {}, documents)
     assert varied.evaluate is not None
-    return eval_settings(varied.evaluate, varied.root)
+    return EvalSettings.of(varied.evaluate, varied.root)
 
 
 def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
-    return step.scored(plan, {"trial": entry})[0].by_name
+    return step.scored(plan.score_weights, {"trial": entry})[0].by_name

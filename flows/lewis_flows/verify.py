@@ -4,7 +4,7 @@ from prefect import State, flow
 from prefect.states import Completed
 
 from lewis_flows import prefect_runs
-from lewis_flows.submit import submit
+from lewis_flows.walk import submit
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import result_of, says_why
 from lewis_tasks.verify import verify

@@ -30,8 +30,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import polls, prefect_runs, recipes_folder, release_event, secret_blocks
-from lewis_flows.submit import submit
 from lewis_flows.turn import tag_crashed_runs
+from lewis_flows.walk import submit
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
 from lewis_tasks.support.caching import RETRIES

@@ -10,15 +10,14 @@ from typing import Any
 
 from lewis import memory, store
 from lewis.errors import InputError
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry, find_scores, score
 from lewis.merging.step import MergeInput, find_merged, prepare_merge
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import graph
 from lewis.steps.run import run
-from lewis.steps.shim import find_scores, score
 
 logger = logging.getLogger(__name__)
 MEMORY = Path("/dev/shm")  # a file system in memory, whose files lm-eval maps without a copy

@@ -22,12 +22,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any
 
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.importance.step import CalibrationInput, MeasureInput
 from lewis.merging.step import MergeInput
 from lewis.models.source import short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
-from lewis.steps.shim import AllocationInput, InspectionInput, eval_settings
+from lewis.steps.shim import AllocationInput, InspectionInput
 from lewis.steps.step import Step
 from lewis.steps.table import CheckInput, ScoreInput
 
@@ -247,7 +248,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
 def _scores(recipe: Recipe) -> Iterator[Node]:
     if recipe.evaluate is None:
         return
-    settings = eval_settings(recipe.evaluate, recipe.root)
+    settings = EvalSettings.of(recipe.evaluate, recipe.root)
     merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
 

@@ -13,9 +13,7 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.metric_names import check_names
-from lewis.evaluation.step import scoring_devices
+from lewis.evaluation.step import find_scores, scoring_devices
 from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.inspection.kinds import Finding
@@ -35,8 +33,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import publishing, tracking, versions
 from lewis.steps.graph import CHAMPION, Graph, Node, graph
-from lewis.steps.run import pinned
-from lewis.steps.shim import find_scores
+from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE
 from lewis.store import remote
@@ -183,11 +180,7 @@ def make_plan(recipe: Recipe) -> Plan:
         InputError: as a run would, for everything that can be known before the work.
     """
     publishing.check_base(recipe)
-    if recipe.evaluate:
-        lm_eval.check_tasks(
-            recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
-        )
-        check_names(recipe)
+    check_tasks(recipe)
     base, experts = pin_all(recipe)
     renamed = preflight(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))

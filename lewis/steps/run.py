@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.task_metrics import check_names
 from lewis.models.compatible import preflight
 from lewis.models.source import Source, pin_all
 from lewis.progress import Report, silent
@@ -25,6 +28,23 @@ def begin(recipe: Recipe) -> dict[str, Any]:
     base, experts = pin_all(recipe)
     preflight(recipe, base, experts)
     return pinned(base, experts)
+
+
+def check_tasks(recipe: Recipe) -> EvalSettings | None:
+    """Check that the tasks of a recipe's evaluation exist and give the scores that it names, before any work.
+
+    Returns:
+        What is scored, and how; None if the recipe scores nothing.
+
+    Raises:
+        InputError: naming the task or the score.
+    """
+    if recipe.evaluate is None:
+        return None
+    settings = EvalSettings.of(recipe.evaluate, recipe.root)
+    lm_eval.check_tasks(settings)
+    check_names(recipe.evaluate, recipe.root, recipe.gate, recipe.search.metrics if recipe.search else ())
+    return settings
 
 
 def pinned(base: Source | None, experts: list[Source]) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 # temporary: until the wings take inputs
 from dataclasses import dataclass
-from pathlib import Path
 
 from lewis.allocation import step as alloc
-from lewis.evaluation import step as ev
 from lewis.inspection import step as insp
 from lewis.models.source import ModelFiles
 
@@ -50,42 +48,3 @@ def inspect(given, report=None):
     return insp.inspect(
         given.config, given.base, given.experts, progress=report and (lambda d, t: report("inspect", d, t))
     )
-
-
-class _S:
-    pass
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    inner: object
-    root: Path
-
-    def __getattr__(self, n):
-        if n.startswith("__"):
-            raise AttributeError(n)
-        return getattr(object.__getattribute__(self, "inner"), n)
-
-
-def eval_settings(block, root):
-    r = _S()
-    r.evaluate = block
-    return EvalSettings(ev.eval_settings(r), root)
-
-
-def scores_digest(key, settings, device):
-    return ev._scores_place(key, settings.inner, settings.root, device)[0]
-
-
-def find_scores(ref, key, settings, device):
-    return ev.find_scores(ref, key, settings.inner, settings.root, device)
-
-
-def score(files, settings, *, device, progress):
-    return ev.score(
-        files, settings.inner, root=settings.root, device=device, progress=lambda f, w: progress(w, int(1000 * f), 1000)
-    )
-
-
-def find_all_scores(models, settings):
-    return ev.find_all_scores(models, settings.inner, settings.root)

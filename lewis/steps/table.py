@@ -13,9 +13,9 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import default_device
 from lewis.errors import LewisError
-from lewis.evaluation import server
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry
+from lewis.evaluation.harness import server
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry, find_scores, score, scores_digest
 from lewis.importance import effort, measure
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import (
@@ -51,10 +51,7 @@ from lewis.steps.shim import (
     allocation_digest,
     find_allocated,
     find_inspected,
-    find_scores,
     inspect,
-    score,
-    scores_digest,
 )
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds

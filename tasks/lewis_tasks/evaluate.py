@@ -6,10 +6,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from lewis.evaluation import backends, lm_eval, metric_names
+from lewis.evaluation.harness import backends, lm_eval
 from lewis.evaluation.step import ScoresEntry
 from lewis.recipe.recipe import Recipe
-from lewis.steps.shim import eval_settings
+from lewis.steps.run import check_tasks as checked
 
 
 @task(name="check-tasks", task_run_name="check tasks", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -19,13 +19,11 @@ def check_tasks(recipe: Recipe, here: bool = True) -> str:
     Gives the tasks' digest, which is the same on every worker that scores alike. The backend is checked if it is used
     `here`.
     """
-    assert recipe.evaluate is not None
-    settings = eval_settings(recipe.evaluate, recipe.root)
-    lm_eval.check_tasks(settings.tasks, settings.root, allow_code_execution=settings.allow_code_execution)
-    metric_names.check_names(recipe)
+    settings = checked(recipe)
+    assert settings is not None
     if here:
         backends.check(settings.backend)
-    return lm_eval.tasks_digest(settings.inner, settings.root)
+    return lm_eval.tasks_digest(settings)
 
 
 @task(name="take-scores", task_run_name="take the scores of {label}", cache_policy=NO_CACHE)

@@ -38,7 +38,7 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
     rule = recipe.register_as.gate
     return judge(
         rule,
-        scored(recipe, scores) if rule else (),
+        scored(recipe.score_weights, scores) if rule else (),
         merged.digest,
         champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
         withdrawn=promotion.withdrawn(recipe.register_as.model, merged.digest),

@@ -11,10 +11,10 @@ from prefect.cache_policies import NO_CACHE
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.kept import kept_rows
-from lewis.evaluation.scored import comparison_rows, scores_of
-from lewis.evaluation.scores import score_table
-from lewis.evaluation.step import ScoresEntry, kept_gains, scored
+from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
+from lewis.evaluation.statistics.scored import comparison_rows, scores_of
+from lewis.evaluation.statistics.scores import score_table
+from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merging.few_tokens import told_of_shared_set
 from lewis.merging.step import MergedModel
@@ -56,11 +56,11 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
     Returns:
         the rows of the tables `scores`, `comparison` and `kept`.
     """
-    models = scored(recipe, scores)
+    models = scored(recipe.score_weights, scores)
     found = {
         "scores": score_table(scores_of(models)),
         "comparison": comparison_rows(models),
-        "kept": kept_rows(kept_gains(recipe, models)),
+        "kept": kept_rows(kept_gains(recipe.gate_metric, models)),
     }
     create_table_artifact(
         found["scores"], key=artifact_key(recipe, "score-table"), description="Scores beside the parents'"
@@ -117,7 +117,7 @@ def report_run(
         links["Hub"] = published
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
     earlier = champion.metrics if champion and champion.digest != merged.digest else None
-    models = scored(recipe, scores)
+    models = scored(recipe.score_weights, scores)
     facts = RunFacts(
         recipe=recipe.name,
         outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
@@ -130,7 +130,7 @@ def report_run(
         scores=score_columns(models, earlier),
         merged=recipe.label,
         comparison=comparison,
-        kept=kept_rows(kept_gains(recipe, models)),
+        kept=kept_rows(kept_gains(recipe.gate_metric, models)),
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         means=allocated.means if allocated else {},

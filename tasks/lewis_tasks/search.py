@@ -8,8 +8,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scored import comparison_rows
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scored import comparison_rows
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import picture
@@ -62,7 +62,7 @@ def record_search(
 @task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
     """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
-    rows = comparison_rows(scored(recipe, {"default": default, "searched": best}))
+    rows = comparison_rows(scored(recipe.score_weights, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=artifact_key(recipe, "search-confirmed"), description="On the documents that the search did not see"
     )

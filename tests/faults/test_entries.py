@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lewis import store
-from lewis.evaluation import lm_eval
-from lewis.evaluation.scores import Evaluated
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.inspection.step import inspect
@@ -42,7 +43,7 @@ class Store:
     def use(self) -> dict[str, Any]:
         """Find or make everything; gives what is in it."""
         source, sources = pipeline.pin_all(self.recipe)
-        assert source is not None
+        assert source is not None and self.recipe.evaluate is not None
         base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
         layers = pipeline.layers_of(base)
         measured, allocated = pipeline.guide(self.recipe, base, experts)
@@ -51,7 +52,7 @@ class Store:
         grams = find_or_measure_grams(experts[0].open(), Calibration.load(sums.path))
         merged = pipeline.merge(self.recipe, base, experts, allocated)
         files = merged.files("merged")
-        scores = pipeline.score(files, pipeline.eval_settings(self.recipe), root=self.recipe.root)
+        scores = pipeline.score(files, EvalSettings.of(self.recipe.evaluate, self.recipe.root))
         return {
             "layers": layers,
             "norms": [each.norms for each in measured],
@@ -77,7 +78,7 @@ def made(home: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Store:
     drawn = png_of(b"a picture")
     monkeypatch.setattr(charts, "density_heat_map", lambda *_: drawn)
     monkeypatch.setattr(lm_eval, "evaluate", evaluate)
-    monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings, root: "tasks")
+    monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings: "tasks")
     models = [{"model": str(path)} for path in family.experts]
     return Store(parse({**DATA, "base_model": str(family.base), "models": models}))
 

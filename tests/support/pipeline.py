@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import find_scores, score
 from lewis.importance import step as importance
 from lewis.importance.step import CalibrationEntry, CalibrationInput, ImportanceEntry, MeasureInput, layers_of
 from lewis.merging import step as merging
@@ -16,10 +17,8 @@ from lewis.models.source import ModelFiles, download, pin, pin_all, short_names
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Importance
-from lewis.steps import shim
 from lewis.steps.graph import graph
 from lewis.steps.run import run
-from lewis.steps.shim import find_scores, score
 from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, MEASURE
 
 __all__ = [
@@ -120,4 +119,4 @@ def merge(
 def eval_settings(recipe: Recipe, root: Path | None = None) -> EvalSettings:
     """The settings of a recipe's evaluation."""
     assert recipe.evaluate is not None
-    return shim.eval_settings(recipe.evaluate, root or recipe.root)
+    return EvalSettings.of(recipe.evaluate, root or recipe.root)

@@ -10,7 +10,7 @@ import pytest
 from lewis import store
 from lewis.devices import default_device
 from lewis.errors import InputError
-from lewis.evaluation import task_files
+from lewis.evaluation.harness import task_files
 from lewis.importance.step import ImportanceEntry
 from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import Plan, make_plan

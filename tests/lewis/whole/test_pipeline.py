@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scores import Evaluated, Score
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
@@ -536,19 +536,17 @@ class TestScore:
             return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"sums": {"acc": True}}, **kept})
 
         monkeypatch.setattr(lm_eval, "evaluate", evaluate)
-        monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings, root: store.digest(settings.tasks))
+        monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings: store.digest(settings.tasks))
         recipe = parse(recipe_data(family, *family.experts, evaluate={"tasks": ["sums"], "timeout_minutes": 2}))
-        settings, files = pipeline.eval_settings(recipe), ModelFiles.at("math", "key", family.math)
-        assert settings == EvalSettings(tasks=("sums",), timeout_s=120, batch_size=16)
-        assert pipeline.find_scores("math", "key", settings, tmp_path) is None
-        entry = pipeline.score(files, settings, root=tmp_path)
-        assert (
-            pipeline.score(files, settings, root=tmp_path)
-            == entry
-            == pipeline.find_scores("math", "key", settings, tmp_path)
-        )
+        assert recipe.evaluate is not None
+        settings = EvalSettings.of(recipe.evaluate, tmp_path)
+        files = ModelFiles.at("math", "key", family.math)
+        assert settings == EvalSettings(tasks=("sums",), root=tmp_path, timeout_s=120, batch_size=16)
+        assert pipeline.find_scores("math", "key", settings) is None
+        entry = pipeline.score(files, settings)
+        assert pipeline.score(files, settings) == entry == pipeline.find_scores("math", "key", settings)
         assert entry.scores == [Score("sums", "acc,none", 0.5, 0.1, True, 10)] and ran == [family.math]
         entry.path.write_text("{")
         with pytest.raises(ValidationError, match="is gone or damaged"):
             type(entry).model_validate(entry.model_dump())
-        assert pipeline.score(files, settings, root=tmp_path).scores and len(ran) == 2
+        assert pipeline.score(files, settings).scores and len(ran) == 2
