@@ -19,16 +19,15 @@ from lewis.merging.step import MergedModel, find_merged
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
-from lewis.steps.graph import CHAMPION, Graph, graph, labels, resolved
+from lewis.steps.graph import CHAMPION, labels, resolved
 from lewis.steps.table import DOWNLOAD, EVALUATE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
-from lewis_flows.walk import Futures, finish, known, submit, walk
+from lewis_flows.walk import Futures, Walk, finish, known, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.register import find_champion
 from lewis_tasks.resolve import resolve_at
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support.assets import artifact_prefix
 from lewis_tasks.support.failures import says_why
 
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -66,48 +65,47 @@ def evaluate_flow(
             f"{recipe}: its evaluation is not the same on this worker as where the merge runs; give both the same "
             "folder of recipes, the same version of lm-eval, and the same LEWIS_EVALUATION_SERVER"
         )
-    scoring, begun, results = _models(plan, models, base)
-    futures = walk(scoring, begun, artifact_prefix(plan), results)
-    scores = [futures[node.name] for node in scoring.of(EVALUATE) if node.name in futures]
+    walk, results = _models(plan, models, base)
+    walk.go((walk.graph[f"{EVALUATE.name} {label}"] for label in models), results)
+    scores = walk.of(EVALUATE)
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]
     run_tags.tag(verdict="scored")
     return Completed(name="Scored", message=", ".join(models), data=[entry.digest for entry in entries])
 
 
-def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Graph, Futures, dict[str, Any]]:
-    """The nodes that score the models, and what they begin with: every model is on this machine, or pinned.
+def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Walk, dict[str, Any]]:
+    """Bring the models to this machine; gives the walk that scores them, and what its nodes are given.
 
     Raises:
         LewisError: naming a model that this machine has not.
     """
-    sources, begun, results = labels(plan), Futures(), dict[str, Any]()
+    begun, of_base = Futures(), f"{DOWNLOAD.name} {plan.base_model}"
     pinned_base = submit(resolve_at, quote(plan), plan.base_model, base) if plan.base_model and base else None
     finish(pinned_base)
     if pinned_base:
         begun[resolved(str(plan.base_model))] = pinned_base
-    for label, key in models.items():
-        source = sources[label]
-        if source.startswith("download ") and source != f"download {plan.base_model}":
-            ref = source.removeprefix("download ")
-            begun[resolved(ref)] = submit(resolve_at, quote(plan), ref, key, known(pinned_base))
-    walked = graph(plan)
-    on_base = pinned_base and plan.output.kind == "lora"
-    downloads = [sources[label] for label in models if sources[label] in walked and label != plan.label]
-    downloads = [name for name in downloads if walked[name].step is DOWNLOAD]
-    first = walked.towards(*downloads, *([f"download {plan.base_model}"] if on_base else []))
-    begun = walk(first, begun, artifact_prefix(plan))
-    if "champion" in models and plan.register_as:
-        begun[CHAMPION] = submit(find_champion, plan.register_as.model, True)
-    finish(*begun.values())
-    for label, key in models.items():
-        found = _found(sources[label], key, begun)
+    walk = Walk(plan, begun)
+    sources = {label: node for label, node in labels(plan).items() if label in models}
+    wanted = [name for name in sources.values() if name in walk.graph and walk.graph[name].step is DOWNLOAD]
+    for label, name in sources.items():
+        if name in wanted and name != of_base:
+            ref = name.removeprefix(f"{DOWNLOAD.name} ")
+            walk.futures[resolved(ref)] = submit(resolve_at, quote(plan), ref, models[label], known(pinned_base))
+    on_base = bool(pinned_base) and plan.output.kind == "lora"
+    walk.go(walk.graph.towards(*wanted, *([of_base] if on_base else [])))
+    if CHAMPION in sources.values() and plan.register_as:
+        walk.futures[CHAMPION] = submit(find_champion, plan.register_as.model, True)
+    finish(*walk.futures.values())
+    results = dict[str, Any]()
+    for label, name in sources.items():
+        found = _found(name, models[label], walk.futures)
         if isinstance(found, MergedModel) and on_base:
-            found = found.model_copy(update={"base": begun[f"download {plan.base_model}"].result().folder})
-        if found is None or found.key != key:
-            raise _missing(label, key)
-        results[sources[label]] = found
-    return Graph(walked[f"evaluate {label}"] for label in models), begun, results
+            found = found.model_copy(update={"base": walk.futures[of_base].result().folder})
+        if found is None or found.key != models[label]:
+            raise _missing(label, models[label])
+        results[name] = found
+    return walk, results
 
 
 def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | None:

@@ -16,13 +16,11 @@ from prefect.states import Cancelling
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
-from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import find_all_scores
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import Graph
-from lewis.steps.table import ScoreInput
+from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.walk import Futures, submit, wanted
+from lewis_flows.walk import Walk, submit
 from lewis_tasks.evaluate import take_scores
 
 logger = logging.getLogger(__name__)
@@ -48,43 +46,39 @@ def queue_for(recipe: Path) -> str:
     return queue
 
 
-def scores(
+def score(
+    walk: Walk,
+    results: Mapping[str, Any],
     queue: str,
     plan: Recipe,
     name: str,
     overrides: Sequence[str],
-    scoring: Graph,
-    begun: Futures,
-    results: Mapping[str, Any],
     tasks: str,
-) -> Futures:
-    """The scores of models: found in the store, or made by a run in the queue, which is waited for.
+) -> None:
+    """Give a walk the scores of its models: found in the store, or made by a run in the queue, which is waited for.
 
     If what waits here is interrupted, by a cancellation or Ctrl-C, that run is cancelled.
 
     Args:
+        walk: with the models; it gets a task for each of its scores.
+        results: as of `Walk.go`.
         queue: as `queue_for` gave it.
         plan: the recipe, whose name in the folder of recipes is `name`.
         overrides: of the merge.
-        scoring: the nodes of the scores.
-        begun, results: as of `walk`.
         tasks: digest of the evaluation tasks.
-
-    Returns:
-        Name of a node -> a task that ends with its scores.
 
     Raises:
         LewisError: saying what has become of the run, if it has not made the scores.
     """
     found = dict(results)
-    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in scoring if wanted(node, begun, found)}
-    assert plan.evaluate is not None
-    settings = EvalSettings.of(plan.evaluate, plan.root)
+    nodes = [node for node in walk.graph.of(EVALUATE) if walk.wants(node, found)]
+    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes}
     keys = {node: (each.ref, each.key) for node, each in given.items()}
+    settings = next(iter(given.values())).settings
     entries = find_all_scores(keys, settings)
     made = entries is None
     if entries is None:
-        base = begun[f"download {plan.base_model}"].result().key if plan.base_model else None
+        base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         models = {each.label: each.key for each in given.values()}
         parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base, "overrides": list(overrides)}
         _run(queue, parameters)
@@ -94,7 +88,7 @@ def scores(
             f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "
             "have the scores; the workers must share its disk (LEWIS_HOME), or all must have the same LEWIS_STORE"
         )
-    return {node: submit(take_scores, entry, given[node].label, not made) for node, entry in entries.items()}
+    walk.futures |= {node: submit(take_scores, entry, given[node].label, not made) for node, entry in entries.items()}
 
 
 def _run(queue: str, parameters: dict[str, Any]) -> None:

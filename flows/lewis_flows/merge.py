@@ -1,5 +1,6 @@
 """The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,19 @@ from prefect.utilities.annotations import quote
 from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
 from lewis.reports.verdict_line import verdict_line
-from lewis.steps.graph import CHAMPION, Graph, graph
+from lewis.steps.graph import CHAMPION, PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.runners import choose
 from lewis_flows.turn import HOOKS, turn
-from lewis_flows.walk import Futures, finish, known, pin, submit, walk
+from lewis_flows.walk import Futures, Walk, finish, known, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.publish import check_publish, publish
 from lewis_tasks.register import find_champion, gate, promote, register
 from lewis_tasks.report import report_densities, report_run, report_scores
 from lewis_tasks.resolve import settle
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support.assets import artifact_prefix
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
@@ -76,124 +76,112 @@ def merge_flow(
     return Completed(name=name, message=line, data=report)
 
 
-class _Run:
-    """One run of the DAG: walks the recipe's graph, then does by hand what depends on the scores."""
-
-    def __init__(self, plan: Recipe, path: Path, overrides: list[str]) -> None:
-        """Check what can be checked before any model is looked at, then pin the models."""
-        # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same
-        # name, and draws edges between tasks that have nothing to do with each other.
-        self.plan, self.path, self.overrides = plan, path, overrides
-        self.graph, self.prefix = graph(plan), artifact_prefix(plan)
-        self.queue = evaluate_elsewhere.queue_for(path) if plan.evaluate else ""
-        self.tasks = submit(check_tasks, quote(plan), not self.queue) if plan.evaluate else None
-        registers = plan.register_as
-        self.champion = submit(find_champion, registers.model, bool(plan.evaluate)) if registers else None
-        checks = [self.tasks, submit(check_publish, quote(plan)) if plan.publish else None]
-        self.futures: Futures = pin(plan, checks)
-        keys = [each.result().key for name, each in self.futures.items() if name.startswith("resolve ")]
-        run_tags.rename(run_tags.run_name(plan.name, keys))
-
-    def merge(self) -> MergeReport:
-        """Everything before the scores."""
-        merges = Graph(node for node in self.graph if node.step is not EVALUATE)
-        self.futures = walk(merges, self.futures, self.prefix)
-        allocated = self.futures.get(ALLOCATE.name)
-        finish(self.champion, *self.of(CALIBRATE), *self.of(MEASURE), allocated)
-        if allocated:
-            measured = known(self.of(MEASURE))
-            self.futures["report densities"] = submit(report_densities, quote(self.plan), measured, allocated)
-        finish(*self.of(MERGE))
-        merged = self.merged.result()
-        report = MergeReport(recipe=self.plan.name, digest=merged.digest, folder=merged.folder)
-        report.adapter = merged.adapter.to_text() if merged.adapter else None
-        report.mean_density = allocated.result().means if allocated else {}
-        return report
-
-    def score(self, report: MergeReport) -> None:
-        """Score the merged model beside its parents and the champion: here, or by workers of another queue."""
-        current = self.champion.result() if self.champion else None
-        values = {CHAMPION: current.files("champion") if current else None}
-        begun = {**self.futures, **({CHAMPION: self.champion} if self.champion else {})}
-        scoring = Graph(self.graph.of(EVALUATE))
-        if self.queue:
-            tasks = self.tasks.result() if self.tasks else ""
-            begun |= evaluate_elsewhere.scores(
-                self.queue, self.plan, self.path.stem, self.overrides, scoring, begun, values, tasks
-            )
-        else:
-            begun = walk(scoring, begun, self.prefix, values)
-        self.futures = begun
-        finish(*self.scores.values())
-        table = submit(report_scores, quote(self.plan), known(self.scores), wait_for=[self.scores[self.plan.label]])
-        finish(table)
-        rows = table.result()
-        report.scores, report.comparison, report.kept = rows["scores"], rows["comparison"], rows["kept"]
-
-    @property
-    def merged(self) -> PrefectFuture[Any]:
-        """The merged model."""
-        return self.futures["merge experts"]
-
-    @property
-    def scores(self) -> Futures:
-        """Label -> scores, in the order of the table."""
-        names = [node.name for node in self.graph.of(EVALUATE) if node.name in self.futures]
-        return {name.removeprefix(f"{EVALUATE.name} "): self.futures[name] for name in names}
-
-    def of(self, step: Any) -> list[PrefectFuture[Any]]:
-        """The futures of a step's nodes."""
-        return [self.futures[node.name] for node in self.graph.of(step) if node.name in self.futures]
-
-    def inputs(self) -> list[quote]:
-        """Base, experts, calibration sets and densities, for those that write them down."""
-        plan = self.plan
-        base = self.futures[f"download {plan.base_model}"] if plan.base_model else None
-        experts = [self.futures[f"download {entry.model}"] for entry in plan.experts]
-        return [known(each) for each in (base, experts, self.of(CALIBRATE), self.futures.get(ALLOCATE.name))]
-
-
 def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
     """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
-    run = _Run(plan, path, overrides)
-    report = run.merge()
-    if plan.evaluate:
-        run.score(report)
-    merged, champion, scores = run.merged, run.champion, run.scores
-    verdict = version = promoted = published = None
-    moved, line = False, ("Completed", "merged; the recipe registers nothing")
-    if plan.register_as:
-        after = [] if scores else [merged]
-        verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
-        version = submit(register, quote(plan), *run.inputs(), known(merged), known(scores), wait_for=[verdict])
-        finish(verdict, version)
-        promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
-        finish(promoted)
-        report.version, report.created = version.result().uri, version.result().created
-        report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
-        before = champion.result() if champion else None
-        in_use = before.version.uri if before else None
-        moved = report.promoted and in_use != report.version
-        line = verdict_line(report.version, verdict.result(), champion=in_use)
-        if plan.publish:
-            published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
-            published.wait()  # raise its error after the report
-    work = tally(**{step.name: run.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
-    facts = [known(each) for each in (merged, champion, scores, verdict)]
-    there = published.result() if published and published.state.is_completed() else None
-    url = there.url if there else None
-    about = (known(version), work, quote(report.comparison), url)
-    written = submit(report_run, quote(plan), *run.inputs(), *facts, *about, wait_for=[promoted or merged])
-    for future in (*run.of(DIAGNOSE), written):  # their errors are shown by the UI: the version is registered anyway
+    # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same name, and
+    # draws edges between tasks that have nothing to do with each other.
+    queue = evaluate_elsewhere.queue_for(path) if plan.evaluate else ""
+    tasks = submit(check_tasks, quote(plan), not queue) if plan.evaluate else None
+    champion = submit(find_champion, plan.register_as.model, bool(tasks)) if plan.register_as else None
+    publishable = submit(check_publish, quote(plan)) if plan.publish else None
+    pinned = pin(plan, [tasks, publishable])
+    keys = [each.result().key for name, each in pinned.items() if name != PREFLIGHT]
+    run_tags.rename(run_tags.run_name(plan.name, keys))
+
+    walk = Walk(plan, pinned)
+    walk.go(node for node in walk.graph if node.step is not EVALUATE)
+    allocated, merged = walk.futures.get(ALLOCATE.name), walk.futures["merge experts"]
+    finish(champion, *walk.of(CALIBRATE, MEASURE, ALLOCATE))
+    drawn = submit(report_densities, quote(plan), known(walk.of(MEASURE)), allocated) if allocated else None
+    finish(drawn, *walk.of(MERGE))
+    report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
+
+    scores = _score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else {}
+    if scores:
+        table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
+        finish(table)
+        report = report.model_copy(update=table.result())
+    ended = _register(plan, walk, report, champion, scores) if plan.register_as else _Ended()
+    facts = [known(each) for each in (merged, champion, scores, ended.verdict)]
+    work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
+    about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
+    after = [ended.promoted or merged]
+    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
+    for future in (*walk.of(DIAGNOSE), written):  # the UI shows their errors: the version is registered all the same
         future.wait()
-    if published:
+    if ended.published:
         try:
-            result_of(published)
+            report.published = getattr(result_of(ended.published), "url", None)
         except LewisError as error:
-            raise NotPublishedError(f"{': '.join(line)}; not published: {error}") from error
-        report.published = url
+            raise NotPublishedError(f"{': '.join(ended.line)}; not published: {error}") from error
     # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
-    computed = any(
-        each.state.name != "Cached" for step in (MEASURE, ALLOCATE, MERGE, EVALUATE) for each in run.of(step)
-    )
-    return report, computed or report.created or moved or bool(there and there.new), line
+    computed = any(future.state.name != "Cached" for future in walk.of(MEASURE, ALLOCATE, MERGE, EVALUATE))
+    return report, computed or report.created or ended.moved or bool(ended.there and ended.there.new), ended.line
+
+
+def _score(
+    walk: Walk,
+    plan: Recipe,
+    path: Path,
+    overrides: list[str],
+    queue: str,
+    champion: PrefectFuture[Any] | None,
+    tasks: str,
+) -> Futures:
+    """Label -> scores of the merged model, its parents and the champion; computed here, or by workers of a queue."""
+    current = champion.result() if champion else None
+    walk.futures |= {CHAMPION: champion} if champion else {}
+    results = {CHAMPION: current.files("champion") if current else None}
+    if queue:
+        evaluate_elsewhere.score(walk, results, queue, plan, path.stem, overrides, tasks)
+    else:
+        walk.go(walk.graph.of(EVALUATE), results)
+    scores = walk.scores()
+    finish(*scores.values())
+    return scores
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a run ended.
+
+    Attributes:
+        verdict, version, promoted, published: futures; None if the recipe does not register, or publish.
+        there: where the champion was published, if that went well.
+        moved: whether the champion is another one now.
+        line: name and message of the run's state.
+    """
+
+    verdict: PrefectFuture[Any] | None = None
+    version: PrefectFuture[Any] | None = None
+    promoted: PrefectFuture[Any] | None = None
+    published: PrefectFuture[Any] | None = None
+    there: Any = None
+    moved: bool = False
+    line: tuple[str, str] = ("Completed", "merged; the recipe registers nothing")
+
+
+def _register(
+    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Futures
+) -> _Ended:
+    """Judge, register, promote and publish, and write into the report what came of it."""
+    merged = walk.futures["merge experts"]
+    after = [] if scores else [merged]
+    verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
+    inputs = walk.inputs(plan)
+    version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
+    finish(verdict, version)
+    promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
+    finish(promoted)
+    report.version, report.created = version.result().uri, version.result().created
+    report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+    current = champion.result() if champion else None
+    in_use = current.version.uri if current else None
+    line = verdict_line(report.version, verdict.result(), champion=in_use)
+    published = there = None
+    if plan.publish:
+        published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
+        published.wait()  # its error is raised after the report
+        there = published.result() if published.state.is_completed() else None
+    moved = report.promoted and in_use != report.version
+    return _Ended(verdict, version, promoted, published, there, moved, line)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from lewis.allocation.step import AllocationEntry
+from lewis.merging.step import MergedModel
+
 
 class MergeReport(BaseModel):
     """What a run of the DAG gives back.
@@ -36,3 +39,10 @@ class MergeReport(BaseModel):
     promoted: bool = False
     verdict: list[str] = []
     published: str | None = None
+
+    @classmethod
+    def of(cls, recipe: str, merged: MergedModel, allocated: AllocationEntry | None) -> "MergeReport":
+        """The report of a merge before it is scored."""
+        adapter = merged.adapter.to_text() if merged.adapter else None
+        means = allocated.means if allocated else {}
+        return cls(recipe=recipe, digest=merged.digest, folder=merged.folder, adapter=adapter, mean_density=means)

@@ -22,18 +22,16 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
-from lewis.steps.graph import graph
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.merge import merge_flow
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.runners import choose
 from lewis_flows.turn import HOOKS, turn
-from lewis_flows.walk import finish, pin, submit, walk
+from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support.assets import artifact_prefix
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.failures import result_of, says_why
 
@@ -111,13 +109,13 @@ def search_flow(
 def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
     """Fetch the models and measure their importance, once for all trials; gives the results, and the tasks' digest."""
     tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
-    walked = graph(plan)
-    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, MEASURE) for node in walked.of(step)]
-    futures = walk(walked.towards(*names), pin(plan, [tasks]), artifact_prefix(plan))
-    finish(*futures.values())
+    walk = Walk(plan, pin(plan, [tasks]))
+    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, MEASURE) for node in walk.graph.of(step)]
+    walk.go(walk.graph.towards(*names))
+    finish(*walk.futures.values())
     # A trial may vary the sets and passes: it looks for these itself, and finds most of them in the store.
-    kept = [node.name for step in (DOWNLOAD, CHECK) for node in walked.of(step)]
-    return {name: futures[name].result() for name in kept}, tasks.result()
+    kept = [node.name for step in (DOWNLOAD, CHECK) for node in walk.graph.of(step)]
+    return {name: walk.futures[name].result() for name in kept}, tasks.result()
 
 
 class _Trials:

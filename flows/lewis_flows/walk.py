@@ -9,10 +9,13 @@ from prefect.utilities.annotations import quote
 
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import PREFLIGHT, Graph, Node, resolved
+from lewis.steps.graph import PREFLIGHT, Node, graph, resolved
+from lewis.steps.step import Step
+from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
 from lewis_tasks.inspect import preflight
 from lewis_tasks.resolve import resolve
 from lewis_tasks.steps import task_of
+from lewis_tasks.support.assets import artifact_prefix
 from lewis_tasks.support.failures import result_of
 
 R = TypeVar("R")
@@ -23,39 +26,64 @@ Futures = dict[str, PrefectFuture[Any]]
 # run has only the edges of `Graph.edges`, and reads from left to right.
 
 
-def walk(graph: Graph, begun: Futures, prefix: str, results: Mapping[str, Any] | None = None) -> Futures:
-    """Submit the tasks of a graph in its order, each when the results that it needs are there.
+class Walk:
+    """A graph on its way through Prefect.
 
-    Args:
-        graph: of a recipe, or a part of it.
-        begun: the tasks by hand, and those of nodes that were submitted before.
-        prefix: of the keys of artifacts.
-        results: what is taken for the result of a name, instead of what its task returned.
-
-    Returns:
-        The futures of this graph's nodes, and those of `begun`. The last ones may not have ended.
-
-    Raises:
-        LewisError: what the first failed task raised that a node needs.
+    Attributes:
+        graph: of a recipe.
+        futures: of the tasks by hand that the graph begins with, and of the nodes that were submitted.
     """
-    futures, found = dict(begun), dict(results or {})
-    for node in graph:
-        if wanted(node, futures, found):
-            after = [futures[name] for name in graph.edges(node.name) if name in futures]
-            futures[node.name] = submit(task_of(node), quote(node.given(found)), node.name, prefix, wait_for=after)
-    return futures
 
+    def __init__(self, plan: Recipe, begun: Futures) -> None:
+        """
+        Args:
+            plan: the recipe.
+            begun: as `pin` gives it.
+        """
+        self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
 
-def wanted(node: Node, futures: Futures, found: dict[str, Any]) -> bool:
-    """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.
+    def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None) -> None:
+        """Submit the tasks of nodes, in their order, each when the results that it needs are there.
 
-    Raises:
-        LewisError: what the first failed task raised that the node needs.
-    """
-    needed = {name: futures[name] for name in node.needs if name in futures}
-    finish(*needed.values())
-    found |= {name: future.result() for name, future in needed.items() if name not in found}
-    return node.when is None or node.when(found)
+        Args:
+            nodes: of the graph.
+            results: what is taken for the result of a name, instead of what its task returned.
+
+        Raises:
+            LewisError: what the first failed task raised that a node needs.
+        """
+        found = dict(results or {})
+        for node in nodes:
+            if self.wants(node, found):
+                after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
+                given = quote(node.given(found))
+                self.futures[node.name] = submit(task_of(node), given, node.name, self._prefix, wait_for=after)
+
+    def wants(self, node: Node, found: dict[str, Any]) -> bool:
+        """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.
+
+        Raises:
+            LewisError: what the first failed task raised that the node needs.
+        """
+        needed = {name: self.futures[name] for name in node.needs if name in self.futures}
+        finish(*needed.values())
+        found |= {name: future.result() for name, future in needed.items() if name not in found}
+        return node.when is None or node.when(found)
+
+    def of(self, *steps: Step[Any, Any]) -> list[PrefectFuture[Any]]:
+        """The futures of the nodes of some steps, in the order of the graph."""
+        return [self.futures[each.name] for each in self.graph if each.step in steps and each.name in self.futures]
+
+    def scores(self) -> Futures:
+        """Label -> future of its scores, in the order of the table."""
+        names = [node.name for node in self.graph.of(EVALUATE) if node.name in self.futures]
+        return {name.removeprefix(f"{EVALUATE.name} "): self.futures[name] for name in names}
+
+    def inputs(self, plan: Recipe) -> list[quote]:
+        """Base, experts, calibration sets and densities, for tasks that write them down."""
+        base = self.futures[f"{DOWNLOAD.name} {plan.base_model}"] if plan.base_model else None
+        experts = [self.futures[f"{DOWNLOAD.name} {entry.model}"] for entry in plan.experts]
+        return [known(each) for each in (base, experts, self.of(CALIBRATE), self.futures.get(ALLOCATE.name))]
 
 
 def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:

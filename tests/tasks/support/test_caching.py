@@ -18,7 +18,7 @@ def test_progress_ends_a_task_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -
     report("tensor", 1, 2)
     stopping.set()
     with pytest.raises(LewisError, match="merge x: stopped"):
-        report(0.6)
+        report("tensor", 2, 2)
 
 
 @pytest.mark.parametrize(
