@@ -7,7 +7,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import to_json
 
 from lewis.errors import RecipeError
-from lewis.methods import load_plugins
+from lewis.methods import METHODS
 from lewis.recipe import dialect, yaml_text
 from lewis.recipe.checks import cross_check
 from lewis.recipe.config import MergeConfig
@@ -77,7 +77,7 @@ class Recipe(MergeConfig):
         data = yaml_text.read(text, name)
         for setting in overrides:
             yaml_text.override(data, setting)
-        load_plugins()
+        METHODS.load()
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
         data = dialect.as_recipe(data)
