@@ -4,9 +4,9 @@ Each step finds its entry in the store by content, or makes it once, under a loc
 command line call the same functions, so that they find each other's entries.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lewis.allocation.step import AllocationEntry, allocate, find_allocated
+from lewis.allocation.step import AllocationEntry, AllocationInput, ExpertInput, allocate, find_allocated
 from lewis.evaluation.step import ScoresEntry, eval_settings, find_scores, score, scored
 from lewis.importance.step import (
     CalibrationEntry,
@@ -24,9 +24,9 @@ from lewis.recipe.recipe import Recipe
 
 __all__ = [
     "AllocationEntry", "CalibrationEntry", "ImportanceEntry", "MergedModel", "ModelFiles", "ScoresEntry", "Source",
-    "allocate", "download", "eval_settings", "fetch", "find_allocated", "find_measured", "find_merged", "find_scores",
-    "guide", "layers_of", "lineage", "measure", "merge", "pin", "pin_all", "preflight", "prepare_calibration",
-    "prepare_merge", "score", "scored", "short_names", "wanted_measurements",
+    "allocate", "allocation_input", "download", "eval_settings", "fetch", "find_allocated", "find_measured",
+    "find_merged", "find_scores", "guide", "layers_of", "lineage", "measure", "merge", "pin", "pin_all", "preflight",
+    "prepare_calibration", "prepare_merge", "score", "scored", "short_names", "wanted_measurements",
 ]  # fmt: skip
 
 
@@ -74,7 +74,34 @@ def guide(
         own = [sets[name] for name in names]
         grams = recipe.needs_grams and entry is not None
         measured += measure(files, own, recipe.lewis.importance, grams=grams, device=device, progress=report)
-    return measured, allocate(recipe, base, experts, measured) if recipe.allocator else None
+    return measured, allocate(allocation_input(recipe, base, experts, measured)) if recipe.allocator else None
+
+
+def allocation_input(
+    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Iterable[ImportanceEntry]
+) -> AllocationInput:
+    """What decides the densities of a recipe with a `lewis` block.
+
+    Args:
+        experts: in the order of `recipe.experts`.
+        measured: importance of base and experts on the sets that they need.
+    """
+    block = recipe.lewis
+    assert block is not None
+    return AllocationInput(
+        density=block.density,
+        metric=block.importance.metric,
+        prune_by=block.prune_by,
+        aim=block.aim is not None,
+        config=recipe.config,
+        base=base,
+        experts=tuple(
+            ExpertInput(entry.model, files, recipe.calibration_of(entry) if recipe.measures else None)
+            for entry, files in zip(recipe.experts, experts, strict=True)
+        ),
+        measured=tuple(measured),
+        runs_models=recipe.runs_models,
+    )
 
 
 def _labelled(progress: Callable[[str, int, int], None], label: str) -> Callable[[int, int], None]:

@@ -262,7 +262,8 @@ def _guided_steps(
                 plan.steps.append(Step(f"measure {source.ref} on {name}", _state(found, asked, before)))
                 measured.append(found)
         if recipe.allocator and known_base and complete and all(measured):
-            allocated = pipeline.find_allocated(recipe, known_base, present, [m for m in measured if m])
+            given = pipeline.allocation_input(recipe, known_base, present, filter(None, measured))
+            allocated = pipeline.find_allocated(given)
         plan.steps += [Step("allocate", "cached" if allocated else "to do")] if recipe.allocator else []
     writes, merged_keys, prepared = [], {}, None
     if complete:

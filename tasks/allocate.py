@@ -9,6 +9,7 @@ from lewis.allocation import densities, step
 from lewis.allocation.step import AllocationEntry
 from lewis.importance.step import ImportanceEntry
 from lewis.models.source import ModelFiles
+from lewis.pipeline import allocation_input
 from lewis.recipe.recipe import Recipe
 from lewis_tasks.support import assets
 from lewis_tasks.support.caching import cached
@@ -30,5 +31,5 @@ def allocate(
         measured: importance of each measured model on its calibration sets.
     """
     with store.noticing() as made:
-        entry = step.allocate(recipe, base, experts, list(chain.from_iterable(measured)))
+        entry = step.allocate(allocation_input(recipe, base, experts, chain.from_iterable(measured)))
     return assets.made_or_found(entry, entry.path, "the densities", made)

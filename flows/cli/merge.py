@@ -193,7 +193,8 @@ def _guide(options: argparse.Namespace) -> _Guided:
     parameters = sum(info.elements for info in base.open().tensors.values())
     found = pipeline.layers_of(base, measured=recipe.runs_models)
     layers = [layer for layer in found if not recipe.excludes(layer.tensor)]
-    result = layers_of_result(recipe, base, experts) if recipe.slices else layers
+    given = pipeline.allocation_input(recipe, base, experts, ())
+    result = layers_of_result(given) if recipe.slices else layers
     passes = set[str]()
     with bars.progress() as report:
 

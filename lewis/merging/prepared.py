@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor, fingerprint
+from lewis.allocation.densities import ScalesByTensor, fingerprint
 from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS

@@ -136,7 +136,7 @@ class SliceValues:
         self._entries = [{entry.model: entry for entry in each.recipe.experts} for each in slices]
 
     def value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        """The value for one tensor of the result; arguments as those of `MergeConfig.value`, but for `depth`: unused."""
+        """The value for one tensor of the result; arguments as of `MergeConfig.value`; `depth` is unused."""
         return self._look_up(lambda recipe: recipe.value, parameter, expert, tensor)
 
     def anchor_value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
