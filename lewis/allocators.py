@@ -21,34 +21,35 @@ Needs = Literal["nothing", "metric", "norm_difference", "delta_norm", "outlier",
 
 
 class Layer(Protocol):
-    """What an allocator is given of a layer; `lewis.importance.architecture.Layer` has it."""
+    """What an allocator is given of a layer; `lewis.importance.architecture.Layer` has it.
+
+    Attributes:
+        key: its name: that of its tensor in the base, and the part of a fused tensor in brackets.
+        tensor: the name of its tensor.
+        index: the number of its block, from 0.
+        projection: its type (`self_attn.q_proj`).
+        parameters: how many weights it has.
+    """
 
     @property
-    def key(self) -> str:
-        """Its name: that of its tensor, and the part of a fused tensor in brackets."""
-
+    def key(self) -> str: ...
     @property
-    def tensor(self) -> str:
-        """The name of its tensor in the base."""
-
+    def tensor(self) -> str: ...
     @property
-    def index(self) -> int:
-        """The number of its block, from 0."""
-
+    def index(self) -> int: ...
     @property
-    def projection(self) -> str:
-        """Its type (`self_attn.q_proj`)."""
-
+    def projection(self) -> str: ...
     @property
-    def parameters(self) -> int:
-        """How many weights it has."""
+    def parameters(self) -> int: ...
 
 
 class Policy(Protocol):
     """The keys of `lewis.density` that an allocator may use; `lewis.recipe.schema.Density` has them.
 
-    `min` and `max` bound every density: 0 < min <= max <= 1. `budget` is the mean density, weighted by parameters, or
-    None.
+    Attributes:
+        min, max: bounds of every density: 0 < min <= max <= 1.
+        budget: the mean density, weighted by parameters; None if the recipe gives none.
+        scale, decimals: how `lewis` brings its shares to the bounds.
     """
 
     @property

@@ -128,10 +128,10 @@ def _of_layers(
             return found
         low, high = (policy.min, policy.max) if allocator.guides else (0.0, 1.0)
         for layer in layers:
-            rho = float(found.get(layer.key, math.nan))
-            if not low - ROUNDING <= rho <= high + ROUNDING:
-                raise ValueError(f"{layer.key}: expected a density from {low:g} to {high:g}, got {rho:g}")
-            found[layer.key] = min(high, max(low, rho))
+            rho = found.get(layer.key)
+            if rho is None or not low - ROUNDING <= rho <= high + ROUNDING:
+                raise ValueError(f"{layer.key}: expected a density from {low:g} to {high:g}, got {rho}")
+            found[layer.key] = min(high, max(low, float(rho)))
         return found
 
 
