@@ -81,7 +81,7 @@ class Prepared:
             settings: what the recipe asks for.
             base: the base, or None for a method on weights without one.
             experts: all models to merge, as `Recipe.experts` lists them.
-            held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`); tensors that are left
+            held_back: factors that merged deltas are multiplied with (`lewis.allocation.step.aim`); tensors that are
                 out are not held back.
             device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part
                 of the digest, as `lewis.devices.merge_device` says.

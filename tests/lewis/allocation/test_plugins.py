@@ -62,10 +62,8 @@ def test_a_recipe_names_one_and_its_version_is_part_of_the_digest(install: Insta
     kept = {densities[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(2)}
     assert kept == {0.2, 0.6}
     ALLOCATORS["loud"] = ALLOCATORS["loud"].__class__(**{**vars(ALLOCATORS["loud"]), "origin": "lewis-loud 1.3"})
-    given_ = pipeline.allocation_input(recipe, *given(recipe), [])
-    assert pipeline.find_allocated(given_) is None
-    again = pipeline.allocate(given_)
-    assert again.digest != entry.digest and again.means == entry.means
+    _, again = pipeline.guide(recipe, *given(recipe))
+    assert again is not None and again.digest != entry.digest and again.means == entry.means
 
 
 @pytest.mark.usefixtures("home")
