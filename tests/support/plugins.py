@@ -23,7 +23,7 @@ def installing(
         table: whose group of entry points the package names.
         module, entry: of the package, unless the function is given others.
     """
-    before, loaded, modules = table.copy(), table.loaded, set(sys.modules)
+    before, loaded = table.copy(), table.loaded
     named = {"module": module, "entry": entry}
     monkeypatch.syspath_prepend(str(folder))
 
@@ -41,5 +41,6 @@ def installing(
     table.clear()
     table.update(before)
     table.loaded = loaded
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+    for name, found in list(sys.modules.items()):
+        if str(getattr(found, "__file__", None)).startswith(str(folder)):
+            del sys.modules[name]
