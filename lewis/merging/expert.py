@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lewis.allocation.scales import Densities, ScalesByTensor
+from lewis.allocation.densities import Densities, ScalesByTensor
 from lewis.importance.calibration import Calibration
 from lewis.models.model import Model
 

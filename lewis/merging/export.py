@@ -33,7 +33,8 @@ def check_exportable(recipe: Recipe) -> None:
         raise InputError("output.kind: mergekit writes full models; use full (--set output=null)")
     if recipe.exclude:
         raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
-    if not find(recipe.merge_method).in_mergekit:
+    method = find(recipe.merge_method)
+    if method.origin or not method.in_mergekit:
         raise InputError(
             f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"
         )

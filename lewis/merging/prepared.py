@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor, fingerprint
+from lewis.allocation.densities import ScalesByTensor, fingerprint
 from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
@@ -81,7 +81,7 @@ class Prepared:
             settings: what the recipe asks for.
             base: the base, or None for a method on weights without one.
             experts: all models to merge, as `Recipe.experts` lists them.
-            held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`); tensors that are left
+            held_back: factors that merged deltas are multiplied with (`lewis.allocation.step.aim`); tensors that are
                 out are not held back.
             device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part
                 of the digest, as `lewis.devices.merge_device` says.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor
+from lewis.allocation.densities import ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.merging.alignment import Alignment, align

@@ -22,13 +22,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any
 
+from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.importance.step import CalibrationInput, MeasureInput
 from lewis.merging.step import MergeInput
 from lewis.models.source import short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
-from lewis.steps.shim import AllocationInput, InspectionInput
+from lewis.steps.shim import InspectionInput
 from lewis.steps.step import Step
 from lewis.steps.table import CheckInput, ScoreInput
 
@@ -197,11 +198,22 @@ def _measurements(recipe: Recipe) -> Iterator[Node]:
 
 
 def _allocation(recipe: Recipe) -> Callable[[Results], AllocationInput]:
-    names = _all_measured(recipe)
+    block, config, runs, names = recipe.lewis, recipe.config, recipe.runs_models, _all_measured(recipe)
+    assert block is not None
+    sets = {each.model: recipe.calibration_of(each) if recipe.measures else None for each in recipe.experts}
 
     def given(results: Results) -> AllocationInput:
-        measured = [entry for name in names for entry in results[name]]
-        return AllocationInput(recipe, results[f"download {recipe.base_model}"], _experts(recipe, results), measured)
+        return AllocationInput(
+            density=block.density,
+            metric=block.importance.metric,
+            prune_by=block.prune_by,
+            aim=block.aim is not None,
+            config=config,
+            base=results[f"download {config.base_model}"],
+            experts=tuple(ExpertInput(ref, results[f"download {ref}"], chosen) for ref, chosen in sets.items()),
+            measured=tuple(entry for name in names for entry in results[name]),
+            runs_models=runs,
+        )
 
     return given
 

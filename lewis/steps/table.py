@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.allocation.step import AllocationEntry
+from lewis.allocation import step as allocation
+from lewis.allocation.step import AllocationEntry, AllocationInput
 from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation.harness import server
@@ -44,15 +45,7 @@ from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.progress import Report
 from lewis.registry.room import make_room
-from lewis.steps.shim import (
-    AllocationInput,
-    InspectionInput,
-    allocate,
-    allocation_digest,
-    find_allocated,
-    find_inspected,
-    inspect,
-)
+from lewis.steps.shim import InspectionInput, find_inspected, inspect
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
 
@@ -203,13 +196,13 @@ class Allocate(Step[AllocationInput, AllocationEntry]):
     name, kind, timeout = "allocate", kinds.ALLOCATIONS, 0.5 * HOURS
 
     def key(self, given: AllocationInput) -> str:
-        return allocation_digest(given)
+        return allocation.digest(given)
 
     def find(self, given: AllocationInput) -> AllocationEntry | None:
-        return find_allocated(given)
+        return allocation.find_allocated(given)
 
     def make(self, given: AllocationInput, report: Report, device: str) -> AllocationEntry:
-        return allocate(given)
+        return allocation.allocate(given)
 
     def paths(self, made: AllocationEntry) -> Sequence[Path]:
         return [made.path]

@@ -188,7 +188,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
     layers = [layer for layer in layers_of(base, measured=recipe.runs_models) if not recipe.excludes(layer.tensor)]
     result = layers
     if recipe.slices:
-        result = layers_of_result(recipe, base, [results[f"{DOWNLOAD.name} {e.model}"] for e in recipe.experts])
+        result = layers_of_result(walked[ALLOCATE.name].given(results))
     measured = [entry for node in walked.of(MEASURE) for entry in results[node.name]]
     return _Guided(layers, result, parameters, measured, results[ALLOCATE.name], len(passes))
 
