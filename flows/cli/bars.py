@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lewis.merging.run import Merge
+    from lewis.merging.run import Merge, Written
 
 Report = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -58,7 +58,7 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> Effort:
+def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Written", Effort]:
     """Run a merge with a bar: tensors done, GB/s and the time left. The arguments are those of `Merge.run`."""
     from rich.progress import TextColumn
 
@@ -75,8 +75,8 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> Effort:
             rate = prepared.traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
             bars.update(task, completed=done, tensors=f"{merged}/{tensors}", rate=rate)
 
-        prepared.run(*arguments, progress=report, **named)
-    return Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
+        written = prepared.run(*arguments, progress=report, **named)
+    return written, Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
 
 
 def _bars(*columns: Any) -> Any:

@@ -69,8 +69,7 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
     """
     from lewis import pipeline, store
     from lewis.devices import default_device
-    from lewis.merging.step import adapter_in, check_output
-    from lewis.models.lora import WEIGHTS
+    from lewis.merging.step import check_output
     from lewis.registry.registration import write_card
 
     base, experts = pipeline.fetch(recipe)
@@ -84,19 +83,15 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
     if not again and (store.read_manifest(folder) or {}).get("digest") == prepared.digest:
         return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
     manifest = pipeline.lineage(recipe, base, experts, allocated)
-    effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
-    write_card(folder, recipe, base, experts, allocated)
-    told = store.read_manifest(folder) or {}
-    adapter = adapter_in(folder)
-    written = (folder / WEIGHTS).stat().st_size if adapter else prepared.size
-    facts = {"folder": str(folder), "digest": prepared.digest, "bytes": written}
-    facts |= {"adapter": adapter.to_json()} if adapter else {}
-    facts |= {"ridge": told["ridge"]} if "ridge" in told else {}
+    written, effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=manifest)
+    write_card(written, recipe, base, experts, allocated)
+    facts = {"folder": str(folder), "digest": written.digest, "bytes": written.size}
+    facts |= {key: written.manifest[key] for key in ("adapter", "ridge") if key in written.manifest}
     means = dict(allocated.means) if allocated else {}
-    size = f"{len(prepared.layout)} tensors, {written / 1e9:.2f} GB"
-    if adapter:
-        size = f"{adapter.to_text()}; {written / 1e6:.1f} MB"
-    text = f"{size}, digest {prepared.digest}\n{effort.to_text()}"
+    size = f"{len(prepared.layout)} tensors, {written.size / 1e9:.2f} GB"
+    if written.adapter:
+        size = f"{written.adapter.to_text()}; {written.size / 1e6:.1f} MB"
+    text = f"{size}, digest {written.digest}\n{effort.to_text()}"
     return {**facts, **effort.to_json(), "mean_density": means}, text
 
 

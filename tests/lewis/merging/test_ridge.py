@@ -19,7 +19,6 @@ from lewis.merging.held_out import mean_loss
 from lewis.merging.ridge import Choice, choose, with_ridge
 from lewis.merging.settings import RIDGES
 from lewis.merging.split import split
-from lewis.merging.step import chosen_ridge
 from tests.conftest import Family
 from tests.lewis.merging.test_fit import prepare, recipe_of
 from tests.support.models import write_expert, write_llama
@@ -63,15 +62,15 @@ def test_gives_the_bytes_of_the_number_that_it_chose_for_any_number_of_threads(
     merge = prepare(recipe_of(family.base, family.experts, method, parameters={"ridge": "auto"}))
     steps: list[int] = []
     with caplog.at_level(logging.INFO):
-        merge.run(tmp_path / "one", threads=1, progress=lambda done, total, name: steps.append(done))
+        written = merge.run(tmp_path / "one", threads=1, progress=lambda done, total, name: steps.append(done))
     merge.run(tmp_path / "two", threads=3)
     told = [json.loads((tmp_path / name / "lewis.json").read_text())["ridge"] for name in ("one", "two")]
     assert told[0] == told[1] and [row[0] for row in told[0]["losses"]] == list(RIDGES)
     assert told[0]["ridge"] == min(told[0]["losses"], key=lambda row: row[1])[0]
-    assert chosen_ridge(tmp_path / "one") in caplog.text and "ridge: auto chose" in caplog.text
+    assert written.ridge and written.ridge.to_text() in caplog.text and "ridge: auto chose" in caplog.text
     number = prepare(recipe_of(family.base, family.experts, method, parameters={"ridge": told[0]["ridge"]}))
-    number.run(tmp_path / "number")
-    assert number.digest != merge.digest and chosen_ridge(tmp_path / "number") == ""
+    ridge = number.run(tmp_path / "number").ridge
+    assert number.digest != merge.digest and ridge is None
     expected = weights(tmp_path / "number")
     for name in ("one", "two"):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / name).items())
