@@ -4,7 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lewis import pipeline, store
@@ -20,13 +20,12 @@ from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry, grams_place
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
-from lewis.merging.few_tokens import told_of_shared_set
 from lewis.merging.forecast import forecast, without_models
 from lewis.merging.low_rank import factor_bytes
-from lewis.merging.resolved import stored_dtype
 from lewis.merging.run import Merge
+from lewis.merging.settings import stored_dtype
 from lewis.merging.split import split
-from lewis.merging.step import check_output
+from lewis.merging.step import check_output, warning_of_shared_set
 from lewis.methods import find
 from lewis.models import hub
 from lewis.models.compatible import result_headers
@@ -151,7 +150,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
-    plan.findings, plan.warning = before_download(recipe, base, experts), told_of_shared_set(recipe)
+    plan.findings, plan.warning = before_download(recipe, base, experts), warning_of_shared_set(recipe)
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
@@ -271,9 +270,7 @@ def _guided_steps(
         plan.renamed += [f"{ref}: {model.told}" for ref, model in opened.items() if model.told]
         check_output(recipe, prepared)
         if recipe.allocator and not allocated:  # any density takes as long
-            guess = dict.fromkeys(prepared.layout, 0.5)
-            for guided in prepared.guided:
-                guided.experts = [replace(expert, densities=guess) for expert in guided.experts]
+            prepared = prepared.with_densities(dict.fromkeys(prepared.layout, 0.5))
     for which, label in {"experts": recipe.label, **({"uniform": "uniform"} if recipe.wants_uniform else {})}.items():
         digest = None
         if prepared and (allocated or not recipe.allocator):

@@ -16,8 +16,7 @@ from lewis.evaluation.scored import comparison_rows, scores_of
 from lewis.evaluation.scores import score_table
 from lewis.evaluation.step import ScoresEntry, kept_gains, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merging.few_tokens import told_of_shared_set
-from lewis.merging.step import MergedModel
+from lewis.merging.step import MergedModel, warning_of_shared_set
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import champions, versions
@@ -135,7 +134,7 @@ def report_run(
         verdict=verdict,
         means=allocated.means if allocated else {},
         ridge=merged.ridge,
-        warning=told_of_shared_set(recipe),
+        warning=warning_of_shared_set(recipe),
         links=links,
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )

@@ -139,10 +139,10 @@ def export(options: argparse.Namespace) -> None:
     from lewis.merging.export import check_exportable, to_mergekit
 
     recipe = arguments.load(options)
-    check_exportable(recipe)  # before anything is measured
+    check_exportable(recipe.config, recipe.lewis)  # before anything is measured
     base, experts = pipeline.pin_all(recipe)
     allocations = _guide(options).allocated.experts() if recipe.allocator else {}
-    made = to_mergekit(recipe, base, experts, allocations)
+    made = to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
     print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
 
 

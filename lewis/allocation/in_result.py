@@ -75,7 +75,8 @@ def is_stack(recipe: Recipe, base: Model, experts: Mapping[str, Model]) -> bool:
     if not recipe.slices:
         return False
     models = {**experts, str(recipe.base_model): base}
-    return not in_place(recipe, {ref: layers_of(ref, [*m.tensors, *m.tied]).count for ref, m in models.items()})
+    counts = {ref: layers_of(ref, [*model.tensors, *model.tied]).count for ref, model in models.items()}
+    return not in_place(slices_of(recipe), recipe.base_model, counts)
 
 
 def _renamed(covered: Covered, tensor: str) -> Covered:

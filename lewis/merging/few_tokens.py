@@ -1,34 +1,33 @@
-"""Tells of calibration sets that are too small for what is fitted to them, or are perhaps of another domain."""
+"""Warnings about calibration sets that are too small for what is fitted to them, or perhaps of another domain."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
-from lewis.recipe.recipe import Recipe
-
 logger = logging.getLogger(__name__)
 
 
-def told_of_shared_set(recipe: Recipe) -> str:
+def shared_set_warning(first: str, chosen: Mapping[str, str | None]) -> str:
     """A sentence on experts that are fitted to the first calibration set because they name none; empty if none are.
 
     An expert that has that set for itself is none of them.
+
+    Args:
+        first: name of the first calibration set.
+        chosen: expert -> the set that it names; None if it names none.
     """
-    if not recipe.fits or recipe.lewis is None or not recipe.lewis.calibrations:
-        return ""
-    name = next(iter(recipe.lewis.calibrations))
-    silent = [entry.model for entry in recipe.experts if not entry.calibration]
-    if not silent or sum(recipe.calibration_of(entry) == name for entry in recipe.experts) < 2:
+    silent = [expert for expert, name in chosen.items() if not name]
+    if not silent or sum((name or first) == first for name in chosen.values()) < 2:
         return ""
     return (
         f"{' and '.join(silent)} {'names' if len(silent) == 1 else 'name'} no calibration set, so the fit takes the "
-        f"rows of {name!r}, which several share; rows of another domain spoil a fit: give each expert rows like "
+        f"rows of {first!r}, which several share; rows of another domain spoil a fit: give each expert rows like "
         "those of its own training in lewis.calibrations, and name them in models[].calibration"
     )
 
 
-def tell_of_few_tokens(expert: str, seen: Mapping[str, tuple[int, int]]) -> None:
+def warn_of_few_tokens(expert: str, seen: Mapping[str, tuple[int, int]]) -> None:
     """Warn if projections saw no token, or fewer than they have inputs; the fit is stable, but may not hold elsewhere.
 
     Args:

@@ -30,7 +30,7 @@ from lewis.importance.model_class import input_embeddings
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.few_tokens import tell_of_few_tokens
+from lewis.merging.few_tokens import warn_of_few_tokens
 from lewis.merging.fitted import Fitted
 from lewis.merging.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
 from lewis.merging.prepared import Prepared
@@ -85,7 +85,7 @@ def fit(
     logger.info(
         "fitting %d tensors, %.0f %% of the weights; the others are merged as they are", len(names), 100 * share
     )
-    _tell_of_few_tokens(merge, places.values())
+    _warn_of_few_tokens(merge, places.values())
     made = batches(_sets(merge), network, equal=bool(stacks), tokens=TOKENS_PER_PASS)
     fitted = Fitted(folder)
     spill = _spill(merge, network, sum(batch.ids.numel() for batch in made), folder)
@@ -120,7 +120,7 @@ def fit(
         for done in walk.blocks():
             if progress:
                 progress(done)
-        stacked.tell()
+        stacked.warn()
     return fitted
 
 
@@ -187,11 +187,11 @@ def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spil
     return Spill(folder)
 
 
-def _tell_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
+def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
     inputs = {each.tensor: merge.base.tensors[each.tensor].shape[0 if each.transposed else 1] for each in covered}
     for expert in merge.experts:
         tokens = expert.calibration.tokens if expert.calibration else 0
-        tell_of_few_tokens(expert.ref, {name: (tokens, size) for name, size in inputs.items()})
+        warn_of_few_tokens(expert.ref, {name: (tokens, size) for name, size in inputs.items()})
 
 
 def in_order(network: Network) -> list[Covered]:

@@ -204,9 +204,9 @@ class AdapterWriter:
             )
         usual = Counter(adapter.ranks.values()).most_common(1)[0][0] if adapter.ranks else 1
         others = {module: rank for module, rank in adapter.ranks.items() if rank != usual}
-        name, _, revision = self._merge.settings.base_name.partition("@")
-        if Path(self._merge.settings.base_name).is_absolute():
-            name, revision = self._merge.settings.base_name, ""
+        name, _, revision = self._merge.base_name.partition("@")
+        if Path(self._merge.base_name).is_absolute():
+            name, revision = self._merge.base_name, ""
         return {
             "peft_type": "LORA",
             "task_type": "SEQ_2_SEQ_LM" if self._network.encodes else "CAUSAL_LM",

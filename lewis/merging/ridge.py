@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -104,13 +103,12 @@ def choose(
 
 def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None = None) -> Prepared:
     """The same merge with a number for its ridge, fitted to other rows if they are given."""
-    value, made = merge.settings.value, copy.copy(merge)
+    value = merge.settings.value
 
     def with_number(parameter: Parameter, *where: Any) -> Any:
         return ridge if parameter.name == "ridge" else value(parameter, *where)
 
-    made.settings = replace(merge.settings, value=with_number)
-    if sets is not None:
-        pairs = zip(merge.experts, sets, strict=True)
-        made.experts = [replace(expert, calibration=calibration) for expert, calibration in pairs]
-    return made
+    given = sets or [expert.calibration for expert in merge.experts]
+    pairs = zip(merge.experts, given, strict=True)
+    experts = tuple(replace(expert, calibration=calibration) for expert, calibration in pairs)
+    return replace(merge, settings=replace(merge.settings, value=with_number), experts=experts)

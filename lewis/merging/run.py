@@ -65,7 +65,7 @@ class Written:
 
 
 class Merge(Prepared):
-    """A prepared merge that can be run; made as a `Prepared` is."""
+    """A prepared merge that can be run."""
 
     def run(
         self,

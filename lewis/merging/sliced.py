@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor
+from lewis.allocation.scales import Densities, ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.merging.alignment import Alignment, align
-from lewis.merging.expert import Expert
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
-from lewis.merging.resolved import settings_of
 from lewis.merging.run import Merge
-from lewis.methods import find
-from lewis.models.arranged import Slice, SliceValues, check_ranges, in_place, slices_of
+from lewis.merging.settings import Expert, MergeSettings
+from lewis.models.arranged import Slice, SliceValues, check_ranges, in_place
 from lewis.models.chat_template import chosen_template
 from lewis.models.files import tokenizer_files
 from lewis.models.model import Model, TensorInfo
@@ -27,63 +26,42 @@ from lewis.models.names import PER_TOKEN
 from lewis.models.stack import Layers, Restacked, layers_of, own_head
 from lewis.models.stack_config import Origin, restacked
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe
 
 SEMANTICS = "1"  # bump when the same slices would give other bytes
 
 
 def prepare_slices(
-    recipe: Recipe,
-    base: Model | None,
-    experts: Sequence[Expert],
-    held_back: ScalesByTensor | None = None,
-    device: str = "cpu",
+    settings: MergeSettings, base: Model | None, experts: Sequence[Expert], held_back: ScalesByTensor, device: str
 ) -> Merge:
-    """Check the merge of a recipe with slices.
-
-    Args:
-        recipe: with slices.
-        base: the recipe's `base_model`; None if it names none.
-        experts: the other models, as `Recipe.experts` lists them.
-        held_back, device: as those of `Prepared`.
-
-    Raises:
-        RecipeError: naming each range of layers that a model does not have, and each filter that matches nothing.
-        InputError: naming what does not fit.
-    """
+    """Check a merge by slices; arguments and errors as those of `prepare`, but for the settings of the whole merge."""
     models = {expert.ref: expert.model for expert in experts}
-    models |= {str(recipe.base_model): base} if base is not None else {}
+    models |= {str(settings.base): base} if base is not None else {}
     layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in models.items()}
-    counts = {ref: own.count for ref, own in layers.items()}
-    check_ranges(recipe, counts)
-    slices = slices_of(recipe)
-    if in_place(recipe, counts):
-        first = base or experts[0].model
-        values = SliceValues(slices, layers[recipe.base_model or experts[0].ref])
-        recipe.check_filters([*first.tensors, *first.tied])
-        settings = settings_of(recipe, first, values.value, values.anchor_value)
-        return Merge(settings, base, experts, held_back, device)
-    _check_stackable(recipe)
-    donor = recipe.base_model or experts[0].ref
-    return _stack(recipe, slices, donor, experts, models, layers, held_back or {}, device)
+    counts, donor = {ref: own.count for ref, own in layers.items()}, settings.base or experts[0].ref
+    check_ranges(settings.slices, counts)
+    if in_place(settings.slices, settings.base, counts):
+        first, values = base or experts[0].model, SliceValues(settings.slices, layers[donor])
+        settings.check_filters([*first.tensors, *first.tied])
+        return Merge.of(settings.with_values(values.value, values.anchor_value), base, experts, held_back, device)
+    _check_stackable(settings)
+    return _stack(settings, donor, experts, models, layers, held_back, device)
 
 
-def _check_stackable(recipe: Recipe) -> None:
+def _check_stackable(settings: MergeSettings) -> None:
     what = "layers are put together anew"
-    if recipe.output.kind != "full":
+    if settings.output.kind != "full":
         raise InputError(f"output.kind: {what}, so the result is no adapter on the base; use full")
-    if recipe.fits:
+    if settings.method.fits:
         raise InputError(
-            f"merge_method: {recipe.merge_method} fits a layer to what comes in at its place, and here {what}; use "
+            f"merge_method: {settings.method.name} fits a layer to what comes in at its place, and here {what}; use "
             "another method, or slices that leave every layer in its place"
         )
-    if recipe.exclude and find(recipe.merge_method).base_is_a_model:
-        raise InputError(f"exclude: slices of {recipe.merge_method} have no base that is copied from; use filters")
+    if settings.exclude and settings.method.base_is_a_model:
+        raise InputError(f"exclude: slices of {settings.method.name} have no base that is copied from; use filters")
 
 
 def _stack(
-    recipe: Recipe,
-    slices: Sequence[Slice],
+    settings: MergeSettings,
     donor: str,
     experts: Sequence[Expert],
     models: Mapping[str, Model],
@@ -94,45 +72,46 @@ def _stack(
     """Prepare a stack.
 
     Args:
+        settings: of the whole merge.
         donor: the model that gives the config, the tokenizer and the names.
         experts: with what guides them: densities by the result's tensors, scales by the expert's own.
         models: all models by their references.
         layers: of each.
         held_back: factors of the merged delta by the base's own tensors.
+        device: as that of `prepare`.
     """
-    by_key = sorted((model.key, ref) for ref, model in models.items() if ref != recipe.base_model)
-    others = [(ref, models[ref]) for _, ref in by_key]
-    vocabulary = align(recipe.vocabulary, recipe.base_model, models[donor], others)
+    by_key = sorted((model.key, ref) for ref, model in models.items() if ref != settings.base)
+    vocabulary = align(settings.vocabulary, settings.base, models[donor], [(ref, models[ref]) for _, ref in by_key])
     read = {ref: vocabulary.of(model) for ref, model in models.items()}
     result = layers_of(donor, read[donor].tensors)
-    values = SliceValues(slices, result)
+    values = SliceValues(settings.slices, result)
     known = {expert.ref: expert for expert in experts}
     parts, names, origins = list[Merge](), dict[str, None](), list[list[Origin]]()
-    for each in slices:
+    for each in settings.slices:
         views = {ref: Restacked(read[ref], each.names(ref, layers, result)) for ref in each.starts}
         lead = views[each.lead]
         _check_sizes(donor, read[donor], result, each, lead)
         names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
         own = [
             _seen(known.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
-            for ref in (entry.model for entry in each.recipe.experts)
+            for ref in each.experts
         ]
-        settings = settings_of(each.recipe, lead, values.value, values.anchor_value)
-        settings = replace(settings, vocabulary=None, chat_template=None)
-        matched = Alignment(tokenizer_folder(models[donor]), models[donor]) if recipe.vocabulary else None
-        base = lead if each.recipe.base_model else None
-        parts.append(Merge(settings, base, own, _by_new_names(held_back, lead), device, matched))
+        of_slice = replace(settings, base=each.base, value=values.value, vocabulary=None, chat_template=None, slices=())
+        matched = Alignment(tokenizer_folder(models[donor]), models[donor]) if settings.vocabulary else None
+        base = lead if each.base else None
+        parts.append(Merge.of(of_slice, base, own, _by_new_names(held_back, lead), device, matched))
         in_order = [each.lead, *(ref for ref in each.starts if ref != each.lead)]
         for i in range(each.count):
             places = [(ref, models[ref], each.starts[ref] + i) for ref in in_order]
             origins.append([Origin(ref, own.home, own.config, i, layers[ref].count) for ref, own, i in places])
-    recipe.check_filters([*names, *models[donor].tied])
-    if not recipe.vocabulary:
+    settings.check_filters([*names, *models[donor].tied])
+    if not settings.vocabulary:
         _check_vocabularies(donor, models)
-    _check_heads(donor, models, slices[-1])
+    _check_heads(donor, models, settings.slices[-1])
     config = restacked(models[donor].config, models[donor].home, origins)
     folders = [tokenizer_folder(models[ref]) for ref in dict.fromkeys([donor, *models])]
-    return Stack(Whole(read[donor], config, parts), parts, vocabulary, chosen_template(recipe.chat_template, folders))
+    template = chosen_template(settings.chat_template, folders)
+    return _put_together(Whole(read[donor], config, parts), parts, vocabulary, template)
 
 
 def _seen(expert: Expert, view: Restacked) -> Expert:
@@ -224,40 +203,37 @@ class Whole:
         return self._models[self.tied.get(name, name)]
 
 
+@dataclass(frozen=True, eq=False)
 class Stack(Merge):
-    """A merge whose result has other layers than its base: each slice is prepared as a merge of its own."""
+    """A merge whose result has other layers than its base: each slice is prepared as a merge of its own.
 
-    def __init__(self, base: Whole, parts: Sequence[Merge], vocabulary: Alignment, chat_template: str | None) -> None:
-        """
-        Args:
-            base: what the slices start from.
-            parts: the slices, in the order of the result.
-            vocabulary: whose tokenizer the result has.
-            chat_template: that the tokenizer gets; None: it keeps its own.
-        """
-        first = parts[0]
-        self.settings, self.method, self.device = first.settings, first.method, first.device
-        self.base, self.vocabulary, self.chat_template = base, vocabulary, chat_template
-        self.adds_to_base, self.held_back, self._anchor = first.adds_to_base, {}, None
-        self.parts, self._giving = parts, {name: part for part in parts for name in part.layout}
-        self.experts = list({expert.ref: expert for part in parts for expert in part.experts}.values())
-        self.excluded = frozenset(name for part in parts for name in part.excluded)
-        self.layout = {name: place for part in parts for name, place in part.layout.items()}
-        self.size, self.elements = sum(part.size for part in parts), sum(part.elements for part in parts)
-        self.traffic = sum(part.traffic for part in parts)
-        self.budget = MemoryBudget(max(part.budget.size for part in parts))
-        for part in parts:
-            part.budget = self.budget
-        self.digest = self._digest()
+    Attributes:
+        parts: the slices, in the order of the result.
+    """
 
-    @property
-    def guided(self) -> Sequence[Prepared]:
-        """The merges of the slices."""
-        return self.parts
+    parts: tuple[Merge, ...] = ()
+
+    def with_densities(self, densities: Densities) -> Self:
+        """The same merge with these densities for every expert of every slice."""
+        return replace(self, parts=tuple(part.with_densities(densities) for part in self.parts))
+
+    @cached_property
+    def _giving(self) -> Mapping[str, Merge]:
+        return {name: part for part in self.parts for name in part.layout}
 
     def giving(self, name: str) -> Prepared:
         """The merge of the slice that a tensor is in."""
         return self._giving[name]
+
+    @cached_property
+    def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> dtype and shape of the output, slice by slice."""
+        return {name: place for part in self.parts for name, place in part.layout.items()}
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of the tensors of all inputs and of the output."""
+        return sum(part.traffic for part in self.parts)
 
     @property
     def models(self) -> list[Model]:
@@ -275,7 +251,9 @@ class Stack(Merge):
     def _read_for(self, name: str) -> list[Model]:
         return self._giving[name]._read_for(name)
 
-    def _digest(self) -> str:
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the result: the merges of the slices, and where their layers come from."""
         places = [
             [sorted(model.names.items()) for model in part.models if isinstance(model, Restacked)]
             for part in self.parts
@@ -291,3 +269,27 @@ class Stack(Merge):
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }
         )
+
+
+def _put_together(base: Whole, parts: Sequence[Merge], vocabulary: Alignment, chat_template: str | None) -> Stack:
+    """The merges of all slices as one, which share a memory budget.
+
+    Args:
+        base: what the slices start from.
+        parts: the slices, in the order of the result.
+        vocabulary: whose tokenizer the result has.
+        chat_template: that the tokenizer gets; None: it keeps its own.
+    """
+    first, budget = parts[0], MemoryBudget(max(part.budget.size for part in parts))
+    return Stack(
+        settings=first.settings,
+        base=base,
+        experts=tuple({expert.ref: expert for part in parts for expert in part.experts}.values()),
+        adds_to_base=first.adds_to_base,
+        vocabulary=vocabulary,
+        excluded=frozenset(name for part in parts for name in part.excluded),
+        budget=budget,
+        device=first.device,
+        chat_template=chat_template,
+        parts=tuple(replace(part, budget=budget) for part in parts),
+    )

@@ -18,7 +18,7 @@ from lewis.importance.collected import Collected
 from lewis.importance.passes import see_experts
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.few_tokens import tell_of_few_tokens
+from lewis.merging.few_tokens import warn_of_few_tokens
 from lewis.merging.fitted import Fitted
 from lewis.merging.passes import Pair
 from lewis.merging.prepared import Prepared
@@ -97,10 +97,10 @@ class StackedFit:
                 self._fitted.add(parameter, found)
             self._merged.load([parameter])
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warn of what few tokens reached."""
         for expert, seen in zip(self._merge.experts, self._seen, strict=True):
-            tell_of_few_tokens(expert.ref, seen)
+            warn_of_few_tokens(expert.ref, seen)
 
     def _noted(self, path: str, wanted: Mapping[str, Group]) -> tuple[str | None, list[_Noted]]:
         """Run the module in every pass of the merged model; the first of the wanted parameters, and what went in."""

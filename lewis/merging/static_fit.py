@@ -24,7 +24,7 @@ from lewis.importance.gram_files import Grams
 from lewis.importance.step import find_or_measure_grams
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.few_tokens import tell_of_few_tokens
+from lewis.merging.few_tokens import warn_of_few_tokens
 from lewis.merging.fitted import Fitted
 from lewis.merging.prepared import Prepared
 from lewis.merging.static_solver import Group, bytes_of, parts_of, solve_group
@@ -64,7 +64,7 @@ def fit(
     ]
     names = dict.fromkeys(part.projection for each in blocks.values() for _, parts in each for part in parts)
     for expert, grams in zip(merge.experts, statistics, strict=True):
-        tell_of_few_tokens(expert.ref, {n: (grams.tokens(n), grams.size(n) if n in grams else 0) for n in names})
+        warn_of_few_tokens(expert.ref, {n: (grams.tokens(n), grams.size(n) if n in grams else 0) for n in names})
     fitted = Fitted(folder)
     groups = {
         block: _by_input([each for each in tensors if each[0].tensor not in fitted], statistics)

@@ -18,11 +18,10 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import prepare_calibration
 from lewis.merging.adapter import Adapter
-from lewis.merging.expert import Expert
-from lewis.merging.few_tokens import told_of_shared_set
-from lewis.merging.resolved import resolve
+from lewis.merging.few_tokens import shared_set_warning
+from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge, Written
-from lewis.merging.sliced import prepare_slices
+from lewis.merging.settings import Expert
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
@@ -132,19 +131,24 @@ def prepare_merge(
     in_order = recipe.fits and not recipe.needs_grams  # its passes can take the result's token ids instead
     if (recipe.measures or (in_order and recipe.vocabulary is None)) and opened_base is not None:
         _check_token_ids(recipe, opened_base, [expert.model for expert in opened])
-    if recipe.slices:
-        return prepare_slices(recipe, opened_base, opened, held_back, merge_device(gpu))
-    settings = resolve(recipe, opened_base or opened[0].model)
-    return Merge(settings, opened_base, opened, held_back, merge_device(gpu))
+    return prepare(recipe.config, opened_base, opened, held_back, merge_device(gpu))
 
 
 def calibrations_of(recipe: Recipe, base: ModelFiles) -> dict[str, Calibration]:
     """Expert, as the recipe names it -> its calibration set, found in the store or made."""
-    if told := told_of_shared_set(recipe):
-        logger.warning("%s", told)
+    if warning := warning_of_shared_set(recipe):
+        logger.warning("%s", warning)
     names = {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}
     sets = {name: Calibration.load(prepare_calibration(recipe, name, base).path) for name in set(names.values())}
     return {model: sets[name] for model, name in names.items()}
+
+
+def warning_of_shared_set(recipe: Recipe) -> str:
+    """`shared_set_warning` for a recipe; empty if it fits to no calibration rows."""
+    sets = recipe.lewis.calibrations if recipe.lewis else {}
+    if not recipe.fits or not sets:
+        return ""
+    return shared_set_warning(next(iter(sets)), {entry.model: entry.calibration for entry in recipe.experts})
 
 
 def check_output(recipe: Recipe, prepared: Merge) -> None:
@@ -160,7 +164,8 @@ def check_output(recipe: Recipe, prepared: Merge) -> None:
         return
     if guide:  # what an adapter cannot hold is not covered, and so has density 1
         whole = dict.fromkeys(prepared.layout, 1.0)
-        prepared.experts = [replace(expert, densities=expert.densities or whole) for expert in prepared.experts]
+        experts = tuple(replace(expert, densities=expert.densities or whole) for expert in prepared.experts)
+        prepared = replace(prepared, experts=experts)
     prepared.check_adapter()
 
 

@@ -109,10 +109,10 @@ def draw(rng: random.Random, place: Path, method: str) -> Merge:
     if ALL[method].takes_scales and shape and rng.random() < 0.5:
         scales = [{NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)} for _ in merge.experts]
         experts = [replace(e, scales=s) for e, s in zip(merge.experts, scales, strict=True)]
-        merge = Merge(merge.settings, merge.base, experts)
+        merge = Merge.of(merge.settings, merge.base, experts)
     if merge.adds_to_base and shape and rng.random() < 0.2:
         held_back = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
-        return Merge(merge.settings, merge.base, merge.experts, held_back)
+        return Merge.of(merge.settings, merge.base, merge.experts, held_back)
     return merge
 
 
@@ -194,7 +194,7 @@ def test_activations_of_every_layout_are_compiled(shape: tuple[int, ...], tmp_pa
     plain = open_merge("ties", folders[0], folders[1:], parameters={"density": 0.4})
     for layout in layouts(shape):
         scales, held_back = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
-        merge = Merge(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
+        merge = Merge.of(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
         assert compiled(merge) == bits(merge.tensor(NAME))
 
 
@@ -202,7 +202,7 @@ def test_activations_of_another_layout_are_left_to_the_function(tmp_path: Path) 
     folders = [write_tensors(tmp_path / str(i), {NAME: torch.full((3, 4, 5), 1.0 * i)}) for i in range(2)]
     plain = open_merge("task_arithmetic", folders[0], folders[1:])
     for layout in ((4, 1), (4, 5), (1, 4, 5)):
-        merge = Merge(plain.settings, plain.base, plain.experts, {NAME: torch.ones(layout)})
+        merge = Merge.of(plain.settings, plain.base, plain.experts, {NAME: torch.ones(layout)})
         assert not merge_tensor(merge, NAME, lambda data, offset: None)
 
 

@@ -80,9 +80,10 @@ def test_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_device_is_part_of_the_digest_and_all_gpus_are_alike(tmp_path: Path) -> None:
     merge = draw(random.Random(0), tmp_path, "ties")
     digests = [
-        Merge(merge.settings, merge.base, merge.experts, device=device).digest for device in ("cpu", "cuda", "cuda:1")
+        Merge.of(merge.settings, merge.base, merge.experts, device=device).digest
+        for device in ("cpu", "cuda", "cuda:1")
     ]
-    assert digests[0] == Merge(merge.settings, merge.base, merge.experts).digest
+    assert digests[0] == Merge.of(merge.settings, merge.base, merge.experts).digest
     assert digests[0] != digests[1] == digests[2]
 
 
@@ -91,5 +92,5 @@ def test_the_device_is_part_of_the_digest_and_all_gpus_are_alike(tmp_path: Path)
 def test_a_gpu_gives_the_cpus_numbers(name: str, tmp_path: Path) -> None:
     for number in range(6):
         merge = draw(random.Random(f"{name} {number}"), tmp_path / str(number), name)
-        there = Merge(merge.settings, merge.base, merge.experts, merge.held_back, device="cuda")
+        there = Merge.of(merge.settings, merge.base, merge.experts, merge.held_back, device="cuda")
         torch.testing.assert_close(there.tensor(NAME), merge.tensor(NAME))

@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM
 from lewis import pipeline, store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
-from lewis.merging.expert import Expert
-from lewis.merging.few_tokens import told_of_shared_set
-from lewis.merging.resolved import resolve
 from lewis.merging.run import Merge
+from lewis.merging.settings import Expert, resolve
+from lewis.merging.step import warning_of_shared_set
 from lewis.models.checkpoint import Checkpoint
 from lewis.plan import Plan
 from lewis.recipe.recipe import Recipe
@@ -216,7 +215,7 @@ def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
         Expert(str(folder), model, calibration=each)
         for folder, model, each in zip(models, opened[1:], sets, strict=True)
     ]
-    merge = Merge(merge_settings, opened[0], experts)
+    merge = Merge.of(merge_settings, opened[0], experts)
     merge.run(tmp_path / "out")
     found = Checkpoint(tmp_path / "out", "out")
     summed = {key: merge.tensor(key) for key in found.tensors}
@@ -350,17 +349,17 @@ def test_experts_that_share_a_set_by_default_are_told(family: Family, caplog: An
         ]
         return recipe_of(family.base, family.experts, models=models, lewis={"calibrations": sets}, **blocks)
 
-    told = told_of_shared_set(of(None, None))
+    told = warning_of_shared_set(of(None, None))
     assert (
         told.startswith(f"{family.experts[0]} and {family.experts[1]} name no calibration set, ") and "'some'" in told
     )
     assert "models[].calibration" in told
-    assert told_of_shared_set(of("some", None)).startswith(f"{family.experts[1]} names no calibration set, ")
-    assert not told_of_shared_set(of("some", "some")) and not told_of_shared_set(of(None))
-    assert not told_of_shared_set(of(None, None, method="ties", parameters={}))
+    assert warning_of_shared_set(of("some", None)).startswith(f"{family.experts[1]} names no calibration set, ")
+    assert not warning_of_shared_set(of("some", "some")) and not warning_of_shared_set(of(None))
+    assert not warning_of_shared_set(of(None, None, method="ties", parameters={}))
     recipe = of(None, None)
     prepare(recipe)
-    assert told in caplog.text and f"warning: {told}" in Plan("a", "b", warning=told_of_shared_set(recipe)).to_text()
+    assert told in caplog.text and f"warning: {told}" in Plan("a", "b", warning=warning_of_shared_set(recipe)).to_text()
 
 
 def test_a_forecast_counts_the_fit(family: Family) -> None:

@@ -204,7 +204,7 @@ def test_a_base_that_is_an_adapter_is_refused(family: Family) -> None:
     merge = open_merge("task_arithmetic", family.base, [family.math], output=LORA)
     base = LoraExpert(Checkpoint(family.base, "base"), family.lora, "both")
     with pytest.raises(InputError, match="an adapter on a model itself"):
-        Merge(merge.settings, base, merge.experts)
+        Merge.of(merge.settings, base, merge.experts)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_an_adapter_in_the_store_is_scored_on_its_base(family: Family) -> None:
     assert '"output"' in recipe.blocks and '"output"' not in full.blocks  # the cache tells them apart
     assert (pipeline.merge(full, base, experts).base, pipeline.merge(full, base, experts).adapter) == (None, None)
     with pytest.raises(InputError, match="mergekit writes full models"):
-        check_exportable(recipe)
+        check_exportable(recipe, recipe.lewis)
     with pytest.raises(ValueError, match="is gone"):
         MergedModel(digest=made.digest, folder=made.folder, base=made.folder)
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.merging import in_torch
-from lewis.merging.expert import Expert
 from lewis.merging.run import Merge
+from lewis.merging.settings import Expert
 from lewis.methods import METHODS as ALL
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.files import INDEX, SINGLE
@@ -335,10 +335,10 @@ class TestRun:
         merge = open_merge(method, base, experts if base else [family.math], parameters=parameters, dtype="bfloat16")
         names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
         if base:  # as aim does, for a tensor of (out, in) and one of (in, out)
-            merge.held_back = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
+            merge = replace(merge, held_back={names[0]: torch.rand(16), names[1]: torch.rand(16, 1)})
         if merge.method.takes_scales:
             scales = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
-            merge.experts = [replace(expert, scales=scales) for expert in merge.experts]
+            merge = replace(merge, experts=tuple(replace(expert, scales=scales) for expert in merge.experts))
         expected = {name: bits(merge.tensor(name)) for name in merge.layout}
         parts: list[int] = []
         merged = in_torch._Tensor.merged
@@ -405,23 +405,23 @@ class TestRun:
         scale = torch.zeros(16)
         scale[3:7] = 1.0
         expert = replace(plain.experts[0], scales={name: scale})
-        merge = Merge(plain.settings, plain.base, [expert])
+        merge = Merge.of(plain.settings, plain.base, [expert])
         changed = (merge.tensor(name) != plain.base.read(name)).nonzero()
         assert len(changed) == 32 * 16 // 4 and set(changed[:, 1].tolist()) == {3, 4, 5, 6}
         assert bits(merge.tensor(other)) == bits(plain.tensor(other))
-        louder = Merge(plain.settings, plain.base, [replace(expert, scales={name: 2 * scale})])
+        louder = Merge.of(plain.settings, plain.base, [replace(expert, scales={name: 2 * scale})])
         assert len({plain.digest, merge.digest, louder.digest}) == 3
-        assert Merge(plain.settings, plain.base, [replace(expert, scales={})]).digest == plain.digest
+        assert Merge.of(plain.settings, plain.base, [replace(expert, scales={})]).digest == plain.digest
 
     @pytest.mark.parametrize("scale", [torch.ones(15), torch.ones(2, 32, 16)])
     def test_scales_that_do_not_fit_are_refused(self, family: Family, scale: torch.Tensor) -> None:
         merge = open_merge("ties", family.base, [family.math])
         expert = replace(merge.experts[0], scales={"model.layers.0.mlp.up_proj.weight": scale})
         with pytest.raises(InputError, match=r"activations of shape .* do not fit 'model.layers.0.mlp.up_proj.weight'"):
-            Merge(merge.settings, merge.base, [expert])
+            Merge.of(merge.settings, merge.base, [expert])
         random = open_merge("dare_ties", family.base, [family.math])
         with pytest.raises(InputError, match="dare_ties does not trim by size"):
-            Merge(random.settings, random.base, [expert])
+            Merge.of(random.settings, random.base, [expert])
 
     @pytest.mark.parametrize(
         "settings", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"up_proj": 32}}]
@@ -552,7 +552,7 @@ class TestRefused:
         adapter = LoraExpert(Checkpoint(wide, "wide"), write_lora(wide, tmp_path / "adapter"), "wide+adapter")
         merge = open_merge("ties", family.base, [family.math])
         with pytest.raises(InputError, match=r"has shape \[64, 32\], in the base it is \[64, 16\]"):
-            Merge(merge.settings, merge.base, [Expert(merge.experts[0].ref, adapter)])
+            Merge.of(merge.settings, merge.base, [Expert(merge.experts[0].ref, adapter)])
 
     def test_a_filter_that_matches_nothing(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"parameters.weight\[0\].filter: 'self_atn' matches no tensor"):

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lewis.importance.calibration import Calibration
-from lewis.merging.expert import Expert
 from lewis.merging.run import Merge
-from lewis.merging.step import resolve
+from lewis.merging.settings import Expert, resolve
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.importance.test_architecture import SAMPLES, expert_inputs
 from tests.lewis.merging.test_fit import RIDGE, recipe_of
@@ -111,9 +110,9 @@ def test_experts_of_other_layouts_are_fitted(kind: str, method: str, tmp_path: P
     opened = [Checkpoint(folder, folder.name) for folder in folders]
     models = [{"model": str(folder)} for folder in folders[1:]]
     block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models), opened[0])
+    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models))
     rows = Calibration("a", SAMPLES)
-    merge = Merge(settings, opened[0], [Expert(str(m.folder), m, calibration=rows) for m in opened[1:]])
+    merge = Merge.of(settings, opened[0], [Expert(str(m.folder), m, calibration=rows) for m in opened[1:]])
     merge.run(tmp_path / "out", threads=1)
     found = Checkpoint(tmp_path / "out", "out")
     fitted = {name for name in merge.layout if not torch.equal(found.read(name), merge.tensor(name))}

@@ -17,9 +17,8 @@ from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
 from lewis.merging import static_fit
-from lewis.merging.expert import Expert
-from lewis.merging.resolved import resolve
 from lewis.merging.run import Merge
+from lewis.merging.settings import Expert, resolve
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
@@ -157,13 +156,13 @@ def mixture(folder: Path, stacked: bool, method: str = "regmean") -> tuple[Merge
     opened = [Checkpoint(each, each.name) for each in folders]
     models = [{"model": str(each)} for each in folders[1:]]
     block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models), opened[0])
+    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models))
     sets = [Calibration("a", SAMPLES), Calibration("b", SAMPLES[::-1])]
     experts = [
         Expert(str(each), model, calibration=own)
         for each, model, own in zip(folders[1:], opened[1:], sets, strict=True)
     ]
-    return Merge(settings, opened[0], experts), loaded
+    return Merge.of(settings, opened[0], experts), loaded
 
 
 @pytest.mark.parametrize("stacked", [False, True])

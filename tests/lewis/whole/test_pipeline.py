@@ -249,7 +249,7 @@ class TestGuide:
         torch.testing.assert_close(merged.tensor(name), expected, rtol=1e-6, atol=1e-7)
         assert torch.equal(merged.tensor(other), same.tensor(other)) and merged.digest != same.digest
         with pytest.raises(InputError, match=r"lewis.aim: mergekit has nothing like it"):
-            to_mergekit(held.recipe, None, [], {})
+            to_mergekit(held.recipe.text, held.recipe, held.recipe.lewis, None, [], {})
 
     def test_an_adapter_is_measured_as_an_expert(self, family: Family) -> None:
         o = open_all(family, family.lora, family.code)
