@@ -9,7 +9,7 @@ from lewis.allocation.scales import ScalesByTensor
 from lewis.merging.prepared import Expert
 from lewis.merging.run import Merge
 from lewis.merging.settings import resolve
-from lewis.merging.sliced import prepare_slices
+from lewis.merging.sliced import Stack, placed
 from lewis.models.model import Model
 from lewis.recipe.config import MergeConfig
 
@@ -41,9 +41,11 @@ def prepare(
     """
     settings, first = resolve(config), base or experts[0].model
     if settings.slices:
-        made = prepare_slices(settings, base, experts, held_back or {}, device)
-    else:
+        named = {settings.base: base} if settings.base and base else {}
+        settings = placed(settings, named | {expert.ref: expert.model for expert in experts})
+    if not settings.slices:
         settings.check_filters([*first.tensors, *first.tied])
-        made = Merge.of(settings, base, experts, held_back, device)
+    kind = Stack if settings.slices else Merge
+    made = kind.of(settings, base, experts, held_back, device)
     logger.debug("prepared the merge %s", made.digest)
     return made

@@ -30,21 +30,25 @@ from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 SEMANTICS = "1"  # bump when the same slices would give other bytes
 
 
-def prepare_slices(
-    settings: MergeSettings, base: Model | None, experts: Sequence[Expert], held_back: ScalesByTensor, device: str
-) -> Merge:
-    """Check a merge by slices; arguments and errors as those of `prepare`, but for the settings of the whole merge."""
-    models = {expert.ref: expert.model for expert in experts}
-    models |= {str(settings.base): base} if base is not None else {}
+def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSettings:
+    """Settings with slices over these models: without slices, but with their values, if every layer stays in its place.
+
+    Args:
+        settings: with slices.
+        models: by their references; the base first.
+
+    Raises:
+        RecipeError: naming each range of layers that a model does not have.
+        InputError: if a model has no stack of layers, or the layers cannot be put together anew.
+    """
     layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in models.items()}
-    counts, donor = {ref: own.count for ref, own in layers.items()}, settings.base or experts[0].ref
+    counts = {ref: own.count for ref, own in layers.items()}
     check_ranges(settings.slices, counts)
     if in_place(settings.slices, settings.base, counts):
-        first, values = base or experts[0].model, SliceValues(settings.slices, layers[donor])
-        settings.check_filters([*first.tensors, *first.tied])
-        return Merge.of(settings.with_values(values.value, values.anchor_value), base, experts, held_back, device)
+        values = SliceValues(settings.slices, next(iter(layers.values())))
+        return replace(settings.with_values(values.value, values.anchor_value), slices=())
     _check_stackable(settings)
-    return _stack(settings, donor, experts, models, layers, held_back, device)
+    return settings
 
 
 def _check_stackable(settings: MergeSettings) -> None:
@@ -58,60 +62,6 @@ def _check_stackable(settings: MergeSettings) -> None:
         )
     if settings.exclude and settings.method.base_is_a_model:
         raise InputError(f"exclude: slices of {settings.method.name} have no base that is copied from; use filters")
-
-
-def _stack(
-    settings: MergeSettings,
-    donor: str,
-    experts: Sequence[Expert],
-    models: Mapping[str, Model],
-    layers: Mapping[str, Layers],
-    held_back: ScalesByTensor,
-    device: str,
-) -> Stack:
-    """Prepare a stack.
-
-    Args:
-        settings: of the whole merge.
-        donor: the model that gives the config, the tokenizer and the names.
-        experts: with what guides them: densities by the result's tensors, scales by the expert's own.
-        models: all models by their references.
-        layers: of each.
-        held_back: factors of the merged delta by the base's own tensors.
-        device: as that of `prepare`.
-    """
-    by_key = sorted((model.key, ref) for ref, model in models.items() if ref != settings.base)
-    vocabulary = align(settings.vocabulary, settings.base, models[donor], [(ref, models[ref]) for _, ref in by_key])
-    read = {ref: vocabulary.of(model) for ref, model in models.items()}
-    result = layers_of(donor, read[donor].tensors)
-    values = SliceValues(settings.slices, result)
-    known = {expert.ref: expert for expert in experts}
-    parts, names, origins = list[Merge](), dict[str, None](), list[list[Origin]]()
-    for each in settings.slices:
-        views = {ref: Restacked(read[ref], each.names(ref, layers, result)) for ref in each.starts}
-        lead = views[each.lead]
-        _check_sizes(donor, read[donor], result, each, lead)
-        names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
-        own = [
-            _seen(known.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
-            for ref in each.experts
-        ]
-        of_slice = replace(settings, base=each.base, value=values.value, vocabulary=None, chat_template=None, slices=())
-        matched = Alignment(tokenizer_folder(models[donor]), models[donor]) if settings.vocabulary else None
-        base = lead if each.base else None
-        parts.append(Merge.of(of_slice, base, own, _by_new_names(held_back, lead), device, matched))
-        in_order = [each.lead, *(ref for ref in each.starts if ref != each.lead)]
-        for i in range(each.count):
-            places = [(ref, models[ref], each.starts[ref] + i) for ref in in_order]
-            origins.append([Origin(ref, own.home, own.config, i, layers[ref].count) for ref, own, i in places])
-    settings.check_filters([*names, *models[donor].tied])
-    if not settings.vocabulary:
-        _check_vocabularies(donor, models)
-    _check_heads(donor, models, settings.slices[-1])
-    config = restacked(models[donor].config, models[donor].home, origins)
-    folders = [tokenizer_folder(models[ref]) for ref in dict.fromkeys([donor, *models])]
-    template = chosen_template(settings.chat_template, folders)
-    return _put_together(Whole(read[donor], config, parts), parts, vocabulary, template)
 
 
 def _seen(expert: Expert, view: Restacked) -> Expert:
@@ -203,6 +153,59 @@ class Whole:
         return self._models[self.tied.get(name, name)]
 
 
+class _Stacked:
+    """The models of a stack while its slices are prepared.
+
+    Attributes:
+        read: reference -> model, in the result's vocabulary.
+    """
+
+    def __init__(self, settings: MergeSettings, models: Mapping[str, Model], vocabulary: Alignment) -> None:
+        self._settings, self._models, self._donor = settings, models, next(iter(models))
+        self.read = {ref: vocabulary.of(model) for ref, model in models.items()}
+        self._layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in models.items()}
+        self._result = layers_of(self._donor, self.read[self._donor].tensors)
+        self._values = SliceValues(settings.slices, self._result)
+        self._names = dict[str, None]()  # of all tensors, in the result and in the models
+
+    def part(
+        self, kind: type[Merge], each: Slice, experts: Mapping[str, Expert], held_back: ScalesByTensor, device: str
+    ) -> Merge:
+        """The merge of one slice."""
+        donor = self._models[self._donor]
+        views = {ref: Restacked(self.read[ref], each.names(ref, self._layers, self._result)) for ref in each.starts}
+        lead = views[each.lead]
+        _check_sizes(self._donor, self.read[self._donor], self._result, each, lead)
+        self._names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
+        own = [
+            _seen(experts.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
+            for ref in each.experts
+        ]
+        settings = replace(
+            self._settings, base=each.base, value=self._values.value, vocabulary=None, chat_template=None, slices=()
+        )
+        matched = Alignment(tokenizer_folder(donor), donor) if self._settings.vocabulary else None
+        return kind.of(settings, lead if each.base else None, own, _by_new_names(held_back, lead), device, matched)
+
+    def check(self) -> None:
+        """Check what concerns all slices, once each is prepared: filters, vocabularies, the head."""
+        self._settings.check_filters([*self._names, *self._models[self._donor].tied])
+        if not self._settings.vocabulary:
+            _check_vocabularies(self._donor, self._models)
+        _check_heads(self._donor, self._models, self._settings.slices[-1])
+
+    def config(self) -> dict[str, Any]:
+        """The config of the result."""
+        origins = list[list[Origin]]()
+        for each in self._settings.slices:
+            for i in range(each.count):
+                origins.append([self._origin(ref, each.starts[ref] + i) for ref in each.in_order])
+        return restacked(self._models[self._donor].config, self._models[self._donor].home, origins)
+
+    def _origin(self, ref: str, layer: int) -> Origin:
+        return Origin(ref, self._models[ref].home, self._models[ref].config, layer, self._layers[ref].count)
+
+
 @dataclass(frozen=True, eq=False)
 class Stack(Merge):
     """A merge whose result has other layers than its base: each slice is prepared as a merge of its own.
@@ -212,6 +215,44 @@ class Stack(Merge):
     """
 
     parts: tuple[Merge, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        settings: MergeSettings,
+        base: Model | None,
+        experts: Sequence[Expert],
+        held_back: ScalesByTensor | None = None,
+        device: str = "cpu",
+        vocabulary: Alignment | None = None,
+    ) -> Self:
+        """As `Merge.of`, by slices; the first model gives the config, the tokenizer and the names.
+
+        Densities are by the result's tensors, scales by the expert's own, and `held_back` by the base's.
+        """
+        models = {settings.base: base} if base is not None and settings.base else {}
+        models |= {expert.ref: expert.model for expert in experts if expert.ref != settings.base}
+        donor = next(iter(models))
+        by_key = sorted((model.key, ref) for ref, model in models.items() if ref != settings.base)
+        others = [(ref, models[ref]) for _, ref in by_key]
+        vocabulary = vocabulary or align(settings.vocabulary, settings.base, models[donor], others)
+        stacked = _Stacked(settings, models, vocabulary)
+        known = {expert.ref: expert for expert in experts}
+        parts = [stacked.part(Merge, each, known, held_back or {}, device) for each in settings.slices]
+        stacked.check()
+        budget = MemoryBudget(max(part.budget.size for part in parts))
+        return cls(
+            settings=parts[0].settings,
+            base=Whole(stacked.read[donor], stacked.config(), parts),
+            experts=tuple({expert.ref: expert for part in parts for expert in part.experts}.values()),
+            adds_to_base=parts[0].adds_to_base,
+            vocabulary=vocabulary,
+            excluded=frozenset(name for part in parts for name in part.excluded),
+            budget=budget,
+            device=device,
+            chat_template=chosen_template(settings.chat_template, [tokenizer_folder(each) for each in models.values()]),
+            parts=tuple(replace(part, budget=budget) for part in parts),
+        )
 
     def with_densities(self, densities: Densities) -> Self:
         """The same merge with these densities for every expert of every slice."""
@@ -269,27 +310,3 @@ class Stack(Merge):
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }
         )
-
-
-def _put_together(base: Whole, parts: Sequence[Merge], vocabulary: Alignment, chat_template: str | None) -> Stack:
-    """The merges of all slices as one, which share a memory budget.
-
-    Args:
-        base: what the slices start from.
-        parts: the slices, in the order of the result.
-        vocabulary: whose tokenizer the result has.
-        chat_template: that the tokenizer gets; None: it keeps its own.
-    """
-    first, budget = parts[0], MemoryBudget(max(part.budget.size for part in parts))
-    return Stack(
-        settings=first.settings,
-        base=base,
-        experts=tuple({expert.ref: expert for part in parts for expert in part.experts}.values()),
-        adds_to_base=first.adds_to_base,
-        vocabulary=vocabulary,
-        excluded=frozenset(name for part in parts for name in part.excluded),
-        budget=budget,
-        device=first.device,
-        chat_template=chat_template,
-        parts=tuple(replace(part, budget=budget) for part in parts),
-    )

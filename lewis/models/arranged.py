@@ -48,6 +48,11 @@ class Slice:
         """The models that are merged, without the base."""
         return [entry.model for entry in self.config.experts]
 
+    @property
+    def in_order(self) -> list[str]:
+        """All its models, the one that gives the names first."""
+        return [self.lead, *(ref for ref in self.starts if ref != self.lead)]
+
     def depth(self, layer: int | None) -> float:
         """The position in [0, 1] of a layer of the result within the slice, for gradients; 0 outside of the layers."""
         if layer is None:
