@@ -50,7 +50,7 @@ def merge(
     report = Progress(f"merge-{which}", f"merge {recipe.name} ({which})")
     with device_slot() as slot, store.noticing() as written:
         made = step.merge(
-            recipe, base, experts, allocated, which, progress=lambda done, total, name: report(done / total), gpu=slot
+            recipe, base, experts, allocated, which, progress=lambda _, done, total: report(done / total), gpu=slot
         )
     inputs = {files.ref: files.key for files in [*([base] if base else []), *experts]}
     assets.describe(digest=made.digest, inputs=inputs, mean_density=dict(allocated.means) if allocated else {})

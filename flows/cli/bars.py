@@ -69,7 +69,7 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Writte
     with _bars(*columns) as bars, PeakMemory() as memory:
         task, merged = _begin(bars, "merge", elements, tensors=f"0/{tensors}", rate=0.0), 0
 
-        def report(done: int, total: int, _: str) -> None:
+        def report(_: str, done: int, total: int) -> None:
             nonlocal merged
             merged += 1
             rate = prepared.traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)

@@ -102,15 +102,9 @@ def align(
     models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
     names = [name for name in base.tensors if name.endswith(PER_TOKEN)]
     sizes = [embedding_rows(model, names) for model in models]
-    of_one_size = len(set(sizes)) == 1
-    as_they_are = of_one_size and not policy.tokens and policy.pad_to_multiple_of is None
-    if as_they_are and all(same(plain.donor, tokenizer_folder(model)) for model in models):
-        return plain
-    known = read_vocabulary(tokenizer_folder(base))
-    if min(sizes) == 0 or (known is None and of_one_size):
-        return plain  # a tensor that a model lacks is reported later, with all else that does not fit
+    known = _vocabulary_to_match(policy, plain.donor, models, sizes)
     if known is None:
-        raise InputError(f"{tokenizer_folder(base)}: no tokenizer.json; the models' embeddings cannot be matched")
+        return plain
     ids = [vocabulary_of(model, known, rows) for model, rows in zip(models, sizes, strict=True)]
     chosen = models.index(source)
     target = _target(policy, read_vocabulary(plain.donor) or known, models, ids, chosen, sizes[chosen])
@@ -121,14 +115,46 @@ def align(
             lent[row] = _origin(token, embedding.source, by_ref, models, ids, sizes)
             for own in maps if embedding.force else ():
                 own[row] = -1
-    size = target.rows
-    unmoved = [rows == size and np.array_equal(own, np.arange(size)) for rows, own in zip(sizes, maps, strict=True)]
-    if all(unmoved) and not target.added and target.padded_from == size:
+    if _changes_nothing(target, sizes, maps):
         return plain
     lenders = Lenders(models, lent)
     views = {id(m): Aligned(m, names, own, lenders, target) for m, own in zip(models, maps, strict=True)}
     digest = store.digest([[own.tolist() for own in maps], sorted(lent.items()), target.padded_from, target.added])
     return replace(plain, target=target, views=views, digest=digest)
+
+
+def _vocabulary_to_match(
+    policy: Tokenizer, donor: Path, models: Sequence[Model], sizes: Sequence[int]
+) -> Mapping[str, int] | None:
+    """Token -> id of the first model, which is the base; None if no rows have to be matched, or none can be.
+
+    Args:
+        policy: whose tokens the result has.
+        donor: folder of its tokenizer.
+        models: the base, then the experts.
+        sizes: rows of their embeddings.
+
+    Raises:
+        InputError: if the vocabulary is needed and cannot be read.
+    """
+    of_one_size = len(set(sizes)) == 1
+    as_they_are = of_one_size and not policy.tokens and policy.pad_to_multiple_of is None
+    if as_they_are and all(same(donor, tokenizer_folder(model)) for model in models):
+        return None
+    folder = tokenizer_folder(models[0])
+    known = read_vocabulary(folder)
+    if min(sizes) == 0 or (known is None and of_one_size):
+        return None  # a tensor that a model lacks is reported later, with all else that does not fit
+    if known is None:
+        raise InputError(f"{folder}: no tokenizer.json; the models' embeddings cannot be matched")
+    return known
+
+
+def _changes_nothing(target: Target, sizes: Sequence[int], maps: Sequence[np.ndarray]) -> bool:
+    """Whether every model has the rows of the target already, in their order."""
+    size = target.rows
+    unmoved = [rows == size and np.array_equal(own, np.arange(size)) for rows, own in zip(sizes, maps, strict=True)]
+    return all(unmoved) and not target.added and target.padded_from == size
 
 
 def _target(

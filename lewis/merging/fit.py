@@ -16,7 +16,7 @@ Here the models and the passes are made ready; `lewis.merging.walk` leads them t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from lewis.merging.walk import Walk
 from lewis.methods.arithmetic.regression import sampled
 from lewis.methods.arithmetic.stacked import within
 from lewis.models.dtypes import size_of
+from lewis.progress import Report
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -55,7 +56,7 @@ TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay i
 def fit(
     merge: Prepared,
     folder: Path,
-    progress: Callable[[float], None] | None = None,
+    progress: Report | None = None,
     threads: int | None = None,
 ) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
@@ -64,7 +65,7 @@ def fit(
         merge: whose method fits.
         folder: where the tensors are kept, and what rests between two projections if it is much
             (`lewis.merging.spill`); what a killed process has finished there is not fitted again.
-        progress: called with the share that is done, in [0, 1].
+        progress: called with (fit, blocks done, blocks in all).
         threads: by default one per core; any number gives the same bytes.
 
     Raises:
@@ -119,7 +120,7 @@ def fit(
                 contexts.callback(module.register_forward_pre_hook(partial(note_stream, path), prepend=True).remove)
         for done in walk.blocks():
             if progress:
-                progress(done)
+                progress("fit", done, len(network.blocks))
         stacked.warn()
     return fitted
 

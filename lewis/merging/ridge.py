@@ -18,11 +18,12 @@ from lewis.merging.prepared import Prepared
 from lewis.merging.settings import RIDGES
 from lewis.merging.split import split
 from lewis.methods import Parameter
+from lewis.progress import Report
 
 logger = logging.getLogger(__name__)
 
-Fit = Callable[[Prepared, Path, Callable[[float], None] | None, int | None], Fitted]
-"""Fits a merge: takes the merge, the folder for its tensors, what to call with the share done, and the threads."""
+Fit = Callable[[Prepared, Path, Report | None, int | None], Fitted]
+"""Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def choose(
     merge: Prepared,
     folder: Path,
     fit: Fit,
-    progress: Callable[[float], None] | None = None,
+    progress: Report | None = None,
     threads: int | None = None,
 ) -> Choice:
     """Fit the merge with each of `RIDGES` to three of four rows, and find the loss on the others.
@@ -66,7 +67,7 @@ def choose(
         merge: with `ridge: auto`.
         folder: for what is fitted; what a killed process has found there is not done again.
         fit: fits with a given ridge.
-        progress: called with the share that is done, in [0, 1].
+        progress: called with (fit, what `fit` counts for all ridges).
         threads: by default one per core; any number gives the same choice.
 
     Raises:
@@ -80,9 +81,9 @@ def choose(
     known = dict(store.read_entry(file) or {})
     for i, ridge in enumerate(RIDGES):
 
-        def report(share: float, done: int = i) -> None:
+        def report(what: str, done: int, total: int, before: int = i) -> None:
             if progress:
-                progress((done + share) / len(RIDGES))
+                progress(what, before * total + done, len(RIDGES) * total)
 
         if str(ridge) not in known:
             candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
@@ -92,7 +93,7 @@ def choose(
             store.write_entry(file, known)
             store.discard(place)
             logger.info("ridge %g: %.4f nats per token on held-out calibration rows", ridge, loss)
-        report(1.0)
+        report("fit", 1, 1)
     losses = {ridge: math.inf if known[str(ridge)] is None else known[str(ridge)] for ridge in RIDGES}
     if not any(map(math.isfinite, losses.values())):
         raise LewisError("parameters.ridge: auto found no finite loss on held-out calibration rows; give a number")

@@ -33,6 +33,7 @@ from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files import ADAPTER, copy_tokenizer
 from lewis.models.model import Model
 from lewis.models.writer import CheckpointWriter
+from lewis.progress import Report
 from lewis.store import checksums
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Merge(Prepared):
         *,
         max_shard_size: int = 5 * 10**9,
         manifest: Mapping[str, Any] | None = None,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Report | None = None,
         threads: int | None = None,
     ) -> Written:
         """Write the merged checkpoint, or the adapter, to `folder`, which appears whole or not at all.
@@ -85,7 +86,7 @@ class Merge(Prepared):
             folder: the output; absent, empty, or an earlier output.
             max_shard_size: bytes.
             manifest: recorded in `lewis.json`, next to the digest.
-            progress: called with (elements done, elements in all, tensor name); if the method fits, every element
+            progress: called with (tensor name, elements done, elements in all); if the method fits, every element
                 counts first as one to be fitted, as often as it is.
             threads: how many tensors are merged at a time; by default one per core.
 
@@ -109,7 +110,7 @@ class Merge(Prepared):
         folder: Path,
         record: dict[str, Any],
         max_shard_size: int,
-        progress: Callable[[int, int, str], None] | None,
+        progress: Report | None,
         threads: int | None,
     ) -> Written:
         """`run` for a full checkpoint. Its checksums are remembered, so that the next reader need not hash it again."""
@@ -143,7 +144,7 @@ class Merge(Prepared):
         self,
         folder: Path,
         record: dict[str, Any],
-        progress: Callable[[int, int, str], None] | None,
+        progress: Report | None,
         threads: int | None,
     ) -> Written:
         """`run` for an adapter."""
@@ -180,7 +181,7 @@ class Merge(Prepared):
 
     @contextmanager
     def _fitted_in(
-        self, folder: Path, progress: Callable[[int, int, str], None] | None, threads: int | None
+        self, folder: Path, progress: Report | None, threads: int | None
     ) -> Iterator[tuple[Fitted | None, Choice | None]]:
         """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards.
 
@@ -195,21 +196,20 @@ class Merge(Prepared):
         else:
             from lewis.merging.fit import fit
 
-        def report(fits: float) -> None:
+        def report(before: int, times: int, done: int, total: int) -> None:
             if progress:
-                progress(int(fits * self.elements), self.steps, "fit")
+                progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
 
-        merge: Prepared = self
-        choice = None
+        merge, choice = self, None
         if self.tunes:
             from lewis.merging.ridge import choose, with_ridge
 
-            choice = choose(self, folder, fit, lambda share: report(share * (self.fits - 1)), threads)
+            choice = choose(self, folder, fit, lambda _, *share: report(0, self.fits - 1, *share), threads)
             merge = with_ridge(self, choice.ridge)
-        yield fit(merge, folder, lambda share: report(self.fits - 1 + share), threads), choice
+        yield fit(merge, folder, lambda _, *share: report(self.fits - 1, 1, *share), threads), choice
         store.discard(folder)
 
-    def _counted(self, progress: Callable[[int, int, str], None] | None) -> Callable[[str], None]:
+    def _counted(self, progress: Report | None) -> Callable[[str], None]:
         """What is called with the name of each tensor that is done; it counts the elements for `progress`."""
         done = self.steps - self.elements
 
@@ -217,14 +217,14 @@ class Merge(Prepared):
             nonlocal done
             done += self.base.tensors[name].elements
             if progress:
-                progress(done, self.steps, name)
+                progress(name, done, self.steps)
 
         return report
 
     def write_tensors(
         self,
         writer: CheckpointWriter,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Report | None = None,
         threads: int | None = None,
         fitted: Fitted | None = None,
     ) -> None:
@@ -245,23 +245,13 @@ class Merge(Prepared):
         for name in writer.finished:
             report(name)
 
-        def write(name: str, data: memoryview, offset: int) -> None:
-            if stopped.is_set():
-                raise LewisError("the merge was stopped")
-            writer.write_bytes(name, data, offset)
-
-        def merge(name: str) -> None:
-            if (later := next(following)) is not None:  # the operating system reads it while this one is merged
-                for model in self._read_for(later):
-                    model.will_need(later)
-            self._merge_into(name, partial(write, name), fitted)
-            for model in self._read_for(name):
-                model.done_with(name)
+        def merge(name: str, later: str | None) -> None:
+            self._write(name, later, writer, stopped, fitted)
 
         pool = ThreadPoolExecutor(threads)
         try:
-            following = iter([*names[threads:], *[None] * threads])
-            for name, _ in zip(names, pool.map(merge, names), strict=True):
+            following = [*names[threads:], *[None] * threads]
+            for name, _ in zip(names, pool.map(merge, names, following), strict=True):
                 writer.finish(name)
                 report(name)
         finally:
@@ -271,6 +261,23 @@ class Merge(Prepared):
     def tensor(self, name: str) -> torch.Tensor:
         """Merge one tensor without a fit, in torch; returns and raises as `in_torch.merge_whole`."""
         return in_torch.merge_whole(self.giving(name), name)
+
+    def _write(
+        self, name: str, later: str | None, writer: CheckpointWriter, stopped: threading.Event, fitted: Fitted | None
+    ) -> None:
+        """Merge and write one tensor; meanwhile the operating system may read `later`, which is merged next."""
+        if later is not None:
+            for model in self._read_for(later):
+                model.will_need(later)
+
+        def write(data: memoryview, offset: int) -> None:
+            if stopped.is_set():
+                raise LewisError("the merge was stopped")
+            writer.write_bytes(name, data, offset)
+
+        self._merge_into(name, write, fitted)
+        for model in self._read_for(name):
+            model.done_with(name)
 
     def _merged(self, name: str, fitted: Fitted | None = None) -> torch.Tensor:
         """One tensor as `run` writes it: fitted, copied, or merged in the engine that it uses."""

@@ -29,6 +29,7 @@ from lewis.merging.fitted import Fitted
 from lewis.merging.prepared import Prepared
 from lewis.merging.static_solver import Group, bytes_of, parts_of, solve_group
 from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.progress import Report
 
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
@@ -36,7 +37,7 @@ _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 def fit(
     merge: Prepared,
     folder: Path,
-    progress: Callable[[float], None] | None = None,
+    progress: Report | None = None,
     threads: int | None = None,
 ) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
@@ -44,7 +45,7 @@ def fit(
     Args:
         merge: whose method fits.
         folder: where the tensors are kept; the blocks that a killed process has finished there are not fitted again.
-        progress: called with the share that is done, in [0, 1].
+        progress: called with (fit, tensors done, tensors in all).
         threads: by default one per core; any number gives the same bytes.
 
     Raises:
@@ -85,7 +86,7 @@ def fit(
             done += len(tensors)
             del tensors  # before the next is fitted
             if progress:
-                progress(done / max(total, 1))
+                progress("fit", done, max(total, 1))
     return fitted
 
 

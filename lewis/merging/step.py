@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from lewis.merging.settings import Expert
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
+from lewis.progress import Report
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
@@ -190,7 +191,7 @@ def merge(
     experts: Sequence[ModelFiles],
     allocated: AllocationEntry | None = None,
     which: str = "experts",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Report | None = None,
     gpu: str = "cuda",
 ) -> MergedModel:
     """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""

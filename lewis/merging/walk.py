@@ -66,15 +66,15 @@ class Walk:
         self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
 
-    def blocks(self) -> Iterator[float]:
-        """Go through the model; yields the share of the blocks that are done, after each."""
+    def blocks(self) -> Iterator[int]:
+        """Go through the model; yields how many of the blocks are done, after each."""
         network, block, done = self._weights[-1].network, "", 0
         while (place := self._next()) is not None:
             if place in network.blocks:
                 if block:
                     done += 1
                     self._keep(block)
-                    yield min(1.0, done / len(network.blocks))
+                    yield min(done, len(network.blocks))
                 block = place
                 self._enter(place)
             elif place in self._stacked:
@@ -85,7 +85,7 @@ class Walk:
                 self._fit(place)
         if block:
             self._keep(block)
-        yield 1.0
+        yield len(network.blocks)
 
     def stop(self) -> None:
         """End the passes that still wait."""

@@ -208,7 +208,6 @@ def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
             lewis={"calibrations": {"a": {"texts": ["x"], "samples": 1}}},
             models=[{"model": str(folder)} for folder in models],
         ),
-        opened[0],
     )
     sets = [Calibration("a", SAMPLES), Calibration("b", SAMPLES[::-1])]
     experts = [
@@ -236,7 +235,7 @@ fit.IN_MEMORY, spill.LARGE = 0, 1  # what rests is in files
 recipe = Recipe.load(sys.argv[1])
 base, experts = pipeline.pin_all(recipe)
 merge = pipeline.prepare_merge(recipe, pipeline.download(base), [pipeline.download(expert) for expert in experts])
-kill = lambda done, total, name: done >= float(sys.argv[3]) * total and os.kill(os.getpid(), 9)
+kill = lambda name, done, total: done >= float(sys.argv[3]) * total and os.kill(os.getpid(), 9)
 merge.run(Path(sys.argv[2]), progress=kill)
 """
 

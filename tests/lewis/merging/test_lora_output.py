@@ -292,7 +292,7 @@ def test_a_merge_that_fits(family: Family, tmp_path: Path) -> None:
         seen: list[int] = []
         pipeline.prepare_merge(recipe, *pipeline.fetch(recipe)).run(
             tmp_path / name,
-            progress=lambda done, total, _, seen=seen: seen.append(done - total),  # type: ignore[misc]
+            progress=lambda _, done, total, seen=seen: seen.append(done - total),  # type: ignore[misc]
         )
         assert seen == sorted(seen) and seen[-1] == 0
     merged = load_file(tmp_path / "full" / "model.safetensors")

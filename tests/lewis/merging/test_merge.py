@@ -298,14 +298,14 @@ class TestRun:
     def test_writes_what_transformers_loads(self, setup: tuple[Path, list[Path], int], tmp_path: Path) -> None:
         base, experts, limit = setup
         merge = open_merge("ties", base, experts, parameters={"density": 0.5}, dtype="float16")
-        seen: list[tuple[int, int, str]] = []
+        seen: list[tuple[str, int, int]] = []
         merge.run(
             tmp_path / "out", max_shard_size=limit, manifest={"who": "me"}, progress=lambda *step: seen.append(step)
         )
         manifest = store.read_manifest(tmp_path / "out")
         assert manifest is not None and (manifest["digest"], manifest["who"]) == (merge.digest, "me")
         assert (tmp_path / "out" / INDEX).exists() == (limit < 10**9)
-        assert seen[-1][0] == seen[-1][1] == sum(info.elements for info in merge.base.tensors.values())
+        assert seen[-1][1] == seen[-1][2] == sum(info.elements for info in merge.base.tensors.values())
 
         model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float16
@@ -656,7 +656,7 @@ class TestRefused:
         assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
     def test_a_merge_that_is_interrupted(self, family: Family, tmp_path: Path) -> None:
-        def interrupt(done: int, total: int, name: str) -> None:
+        def interrupt(name: str, done: int, total: int) -> None:
             if done > total / 2:
                 raise KeyboardInterrupt
 

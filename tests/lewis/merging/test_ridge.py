@@ -62,7 +62,7 @@ def test_gives_the_bytes_of_the_number_that_it_chose_for_any_number_of_threads(
     merge = prepare(recipe_of(family.base, family.experts, method, parameters={"ridge": "auto"}))
     steps: list[int] = []
     with caplog.at_level(logging.INFO):
-        written = merge.run(tmp_path / "one", threads=1, progress=lambda done, total, name: steps.append(done))
+        written = merge.run(tmp_path / "one", threads=1, progress=lambda name, done, total: steps.append(done))
     merge.run(tmp_path / "two", threads=3)
     told = [json.loads((tmp_path / name / "lewis.json").read_text())["ridge"] for name in ("one", "two")]
     assert told[0] == told[1] and [row[0] for row in told[0]["losses"]] == list(RIDGES)

@@ -395,9 +395,9 @@ class TestMerge:
         o, runs, made = open_all(family), [], []
         real = run.Merge.run
 
-        def counted(self: run.Merge, *args: Any, **kwargs: Any) -> None:
+        def counted(self: run.Merge, *args: Any, **kwargs: Any) -> run.Written:
             runs.append(self.digest)
-            real(self, *args, **kwargs)
+            return real(self, *args, **kwargs)
 
         monkeypatch.setattr(run.Merge, "run", counted)
         threads = [
@@ -414,7 +414,7 @@ class TestMerge:
         code = (
             "import os, sys; from lewis import pipeline; from lewis.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
-            "kill = lambda done, total, name: done > total / 2 and os.kill(os.getpid(), 9)\n"
+            "kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], progress=kill)"
         )
         ran = subprocess.run(
