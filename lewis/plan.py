@@ -20,11 +20,11 @@ from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry, grams_place
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
+from lewis.merging.adapter import factor_bytes
+from lewis.merging.calibration_rows import split
 from lewis.merging.forecast import forecast, without_models
-from lewis.merging.low_rank import factor_bytes
 from lewis.merging.run import Merge
 from lewis.merging.settings import stored_dtype
-from lewis.merging.split import split
 from lewis.merging.step import check_output, warning_of_shared_set
 from lewis.methods import find
 from lewis.models import hub

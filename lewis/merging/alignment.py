@@ -12,8 +12,7 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
-from lewis.merging.aligned import Aligned, embedding_rows
-from lewis.merging.lent_rows import Lenders, Origin
+from lewis.merging.aligned import Aligned, Lenders, Origin, embedding_rows
 from lewis.merging.vocabulary import Target, plain_entry, union
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from lewis.merging import kernels
-from lewis.merging.chunks import chunks
 from lewis.merging.inputs import Inputs, ScaleLayouts
 from lewis.merging.kernels import KINDS
+from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
 from lewis.merging.selection import Kept, Pair, Varied, address_of
 from lewis.methods.loops import Combine, Loops

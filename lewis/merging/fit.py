@@ -30,14 +30,13 @@ from lewis.importance.model_class import input_embeddings
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.few_tokens import warn_of_few_tokens
-from lewis.merging.fitted import Fitted
+from lewis.merging.calibration_rows import warn_of_few_tokens
+from lewis.merging.fitted import Fitted, Unwritten
 from lewis.merging.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
 from lewis.merging.prepared import Prepared
 from lewis.merging.solver import Solver
 from lewis.merging.spill import IN_MEMORY, Spill, bytes_at_rest
 from lewis.merging.stacked_fit import StackedFit, stacks_of, tensors_in
-from lewis.merging.unwritten import Unwritten
 from lewis.merging.walk import Walk
 from lewis.methods.arithmetic.regression import sampled
 from lewis.methods.arithmetic.stacked import within

@@ -18,8 +18,8 @@ from lewis.importance.effort import bytes_of, operations_per_second, share_of_to
 from lewis.importance.measure import network_of
 from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.merging.adapter import factorise, sides
 from lewis.merging.in_torch import PIECE, is_computed, is_whole
-from lewis.merging.low_rank import factorise, sides
 from lewis.merging.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
@@ -92,7 +92,7 @@ def _of_fit(merge: Merge) -> Forecast:
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
     """
     from lewis.merging.fit import TOKENS_PER_PASS, beside_output, in_order, rests
-    from lewis.merging.held_out import LOGITS
+    from lewis.merging.ridge import LOGITS
     from lewis.merging.spill import IN_MEMORY
     from lewis.merging.stacked_fit import stacks_of
 

@@ -24,9 +24,9 @@ from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.merging import in_torch
 from lewis.merging.adapter import Adapter
-from lewis.merging.chunks import chunks
+from lewis.merging.calibration_rows import RIDGES
+from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
-from lewis.merging.settings import RIDGES
 from lewis.models.chat_template import write_template
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype

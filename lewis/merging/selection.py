@@ -23,7 +23,7 @@ import numpy as np
 
 from lewis.lazy_torch import torch
 from lewis.merging import kernels
-from lewis.merging.chunks import chunks
+from lewis.merging.memory_budget import chunks
 from lewis.methods.arithmetic.cuts import cuts
 from lewis.methods.arithmetic.sparsify import SPREAD
 from lewis.methods.arithmetic.sums import exact_sum

@@ -18,7 +18,6 @@ from lewis.recipe.config import MergeConfig, excluded
 from lewis.recipe.schema import Output
 from lewis.recipe.tokenizer import Tokenizer
 
-RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
 ParameterValue = Callable[[Parameter, str | None, str, float], Any]
 """The value of a parameter, by (parameter, reference of the expert or None for all, tensor name, depth in [0, 1])."""
 

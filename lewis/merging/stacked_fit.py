@@ -18,7 +18,7 @@ from lewis.importance.collected import Collected
 from lewis.importance.passes import see_experts
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.few_tokens import warn_of_few_tokens
+from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitted import Fitted
 from lewis.merging.passes import Pair
 from lewis.merging.prepared import Prepared

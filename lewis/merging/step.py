@@ -18,7 +18,7 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import prepare_calibration
 from lewis.merging.adapter import Adapter
-from lewis.merging.few_tokens import shared_set_warning
+from lewis.merging.calibration_rows import shared_set_warning
 from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge, Written
 from lewis.merging.settings import Expert

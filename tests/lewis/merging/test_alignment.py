@@ -18,8 +18,7 @@ from lewis.errors import InputError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merging.aligned import Aligned
-from lewis.merging.lent_rows import Lenders
+from lewis.merging.aligned import Aligned, Lenders
 from lewis.merging.run import Merge
 from lewis.merging.vocabulary import Target
 from lewis.models.checkpoint import Checkpoint

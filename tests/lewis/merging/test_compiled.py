@@ -125,7 +125,7 @@ def test_the_bytes_of_the_methods_own_functions(
     if number % 2:  # so that small tensors take the way of large ones
         monkeypatch.setattr(selection, "_ROOM", 4096)
         monkeypatch.setattr("lewis.merging.selection._own", type("Fresh", (), {})())
-        monkeypatch.setattr("lewis.merging.chunks.CHUNK", 2048)
+        monkeypatch.setattr("lewis.merging.memory_budget.CHUNK", 2048)
     merge = draw(rng, tmp_path, method)
     try:
         expected = bits(merge.tensor(NAME))

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lewis import pipeline, store
 from lewis.errors import InputError, RecipeError
+from lewis.merging.adapter import factorise
 from lewis.merging.export import check_exportable
-from lewis.merging.low_rank import factorise
 from lewis.merging.run import Merge
 from lewis.merging.step import MergedModel, check_output
 from lewis.models.checkpoint import Checkpoint

@@ -15,10 +15,8 @@ from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 from lewis.merging import fit as forward_order
 from lewis.merging import ridge
-from lewis.merging.held_out import mean_loss
-from lewis.merging.ridge import Choice, choose, with_ridge
-from lewis.merging.settings import RIDGES
-from lewis.merging.split import split
+from lewis.merging.calibration_rows import RIDGES, split
+from lewis.merging.ridge import Choice, choose, mean_loss, with_ridge
 from tests.conftest import Family
 from tests.lewis.merging.test_fit import prepare, recipe_of
 from tests.support.models import write_expert, write_llama

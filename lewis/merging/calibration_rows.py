@@ -1,11 +1,37 @@
-"""Warnings about calibration sets that are too small for what is fitted to them, or perhaps of another domain."""
-
-from __future__ import annotations
+"""The calibration rows of a fit: which `ridge: auto` holds out to judge it by, and warnings where there are too few."""
 
 import logging
 from collections.abc import Mapping
 
+from lewis.errors import InputError
+from lewis.importance.calibration import Calibration
+
 logger = logging.getLogger(__name__)
+
+RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
+EVERY = 4  # of so many rows, the last is held out
+
+
+def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """The rows to fit to, and those that are held out: every fourth, or of fewer than four rows the last."""
+    rows = calibration.samples
+    held = range(EVERY - 1, len(rows), EVERY) if len(rows) >= EVERY else range(len(rows) - 1, len(rows))
+    fitted_to = tuple(row for i, row in enumerate(rows) if i not in held)
+    return Calibration(calibration.name, fitted_to), Calibration(calibration.name, tuple(rows[i] for i in held))
+
+
+def check_split(expert: str, calibration: Calibration) -> None:
+    """Check that a set can be split and has tokens to predict.
+
+    Raises:
+        InputError: naming the expert and its set.
+    """
+    fitted_to, held = split(calibration)
+    if not fitted_to.samples or max(map(len, held.samples)) < 2:
+        raise InputError(
+            f"{expert}: parameters.ridge: auto holds out every fourth row of the calibration set {calibration.name!r}, "
+            f"which has {len(calibration.samples)} rows; give it more rows of two tokens or more, or give a number"
+        )
 
 
 def shared_set_warning(first: str, chosen: Mapping[str, str | None]) -> str:
