@@ -19,7 +19,7 @@ from lewis.importance.measure import network_of
 from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merging.adapter import factorise, sides
-from lewis.merging.in_torch import PIECE, is_computed, is_whole
+from lewis.merging.engine.in_torch import PIECE, is_computed, is_whole
 from lewis.merging.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
@@ -91,10 +91,10 @@ def _of_fit(merge: Merge) -> Forecast:
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
     """
-    from lewis.merging.fit import TOKENS_PER_PASS, beside_output, in_order, rests
-    from lewis.merging.ridge import LOGITS
-    from lewis.merging.spill import IN_MEMORY
-    from lewis.merging.stacked_fit import stacks_of
+    from lewis.merging.fitting.fit import TOKENS_PER_PASS, beside_output, in_order, rests
+    from lewis.merging.fitting.ridge import LOGITS
+    from lewis.merging.fitting.spill import IN_MEMORY
+    from lewis.merging.fitting.stacked_fit import stacks_of
 
     network = network_of(merge.base)
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)

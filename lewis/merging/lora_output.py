@@ -22,7 +22,7 @@ from lewis.importance.architecture import Network
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
 from lewis.merging.adapter import Adapter, Found, factorise
-from lewis.merging.fitted import Fitted
+from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
 from lewis.models.files import SINGLE

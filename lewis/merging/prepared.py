@@ -22,10 +22,10 @@ from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
-from lewis.merging.alignment import Alignment, align
 from lewis.merging.calibration_rows import EVERY, RIDGES, check_split
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.settings import Expert, MergeSettings
+from lewis.merging.vocabulary.alignment import Alignment, align
 from lewis.methods import Method
 from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.registry import AUTO

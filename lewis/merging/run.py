@@ -22,9 +22,9 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.merging import in_torch
 from lewis.merging.adapter import Adapter
 from lewis.merging.calibration_rows import RIDGES
+from lewis.merging.engine import in_torch
 from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
 from lewis.models.chat_template import write_template
@@ -37,8 +37,8 @@ from lewis.progress import Report
 from lewis.store import checksums
 
 if TYPE_CHECKING:
-    from lewis.merging.fitted import Fitted
-    from lewis.merging.ridge import Choice
+    from lewis.merging.fitting.fitted import Fitted
+    from lewis.merging.fitting.ridge import Choice
 
 logger = logging.getLogger(__name__)
 _FITTED = ".fitted"  # folder of what is fitted, in that of the output until it is whole
@@ -192,9 +192,9 @@ class Merge(Prepared):
             yield None, None
             return
         if self.method.fits == "static":
-            from lewis.merging.static_fit import fit
+            from lewis.merging.fitting.static_fit import fit
         else:
-            from lewis.merging.fit import fit
+            from lewis.merging.fitting.fit import fit
 
         def report(before: int, times: int, done: int, total: int) -> None:
             if progress:
@@ -202,7 +202,7 @@ class Merge(Prepared):
 
         merge, choice = self, None
         if self.tunes:
-            from lewis.merging.ridge import choose, with_ridge
+            from lewis.merging.fitting.ridge import choose, with_ridge
 
             choice = choose(self, folder, fit, lambda _, *share: report(0, self.fits - 1, *share), threads)
             merge = with_ridge(self, choice.ridge)
@@ -321,6 +321,6 @@ class Merge(Prepared):
             return False
         # Imported here to start quickly: numba and the compiled code take about a second to load, which only a merge
         # that is run has to wait for. Checks, digests and `lewis --help` do without.
-        from lewis.merging.compiled import merge_tensor
+        from lewis.merging.engine.compiled import merge_tensor
 
         return merge_tensor(self.giving(name), name, write)

@@ -13,11 +13,11 @@ from lewis import store
 from lewis.allocation.scales import Densities, ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.merging.alignment import Alignment, align
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, MergeSettings
+from lewis.merging.vocabulary.alignment import Alignment, align
 from lewis.models.arranged import Slice, SliceValues, check_ranges, in_place
 from lewis.models.chat_template import chosen_template
 from lewis.models.files import tokenizer_files

@@ -70,7 +70,7 @@ class MergedModel(Reference):
         found = self._manifest.get("ridge")
         if not found:
             return ""
-        from lewis.merging.ridge import Choice  # brings torch with it
+        from lewis.merging.fitting.ridge import Choice  # brings torch with it
 
         return Choice.from_json(found).to_text()
 

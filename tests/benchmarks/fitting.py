@@ -39,7 +39,7 @@ from lewis.importance.gram_files import Grams
 from lewis.importance.grams import measure_grams, measured_by
 from lewis.importance.step import find_or_measure_grams
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merging import static_fit
+from lewis.merging.fitting import static_fit
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, resolve
 from lewis.methods.arithmetic.regression import Inputs

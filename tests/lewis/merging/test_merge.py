@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
-from lewis.merging import in_torch
+from lewis.merging.engine import in_torch
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert
 from lewis.methods import METHODS as ALL
@@ -350,7 +350,7 @@ class TestRun:
 
         monkeypatch.setattr(in_torch._Tensor, "merged", noted)
         monkeypatch.setattr(in_torch, "PIECE", 100)
-        monkeypatch.setattr("lewis.merging.compiled.merge_tensor", lambda *_: False)
+        monkeypatch.setattr("lewis.merging.engine.compiled.merge_tensor", lambda *_: False)
         merge.run(tmp_path / "out")
         assert {
             name: bits(tensor) for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()

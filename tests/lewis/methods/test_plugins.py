@@ -10,7 +10,7 @@ import torch
 
 from lewis import methods
 from lewis.errors import InputError, LewisError
-from lewis.merging import in_torch
+from lewis.merging.engine import in_torch
 from lewis.methods import METHODS, find
 from lewis.methods.plugins import load_plugins
 from lewis.recipe.recipe import Recipe

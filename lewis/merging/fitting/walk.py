@@ -15,13 +15,13 @@ from lewis.errors import LewisError
 from lewis.importance.architecture import Covered
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.fitted import Fitted
-from lewis.merging.in_torch import merge_into
-from lewis.merging.passes import Pair
+from lewis.merging.engine.in_torch import merge_into
+from lewis.merging.fitting.fitted import Fitted
+from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.solver import Solver
+from lewis.merging.fitting.spill import Spill
+from lewis.merging.fitting.stacked_fit import StackedFit
 from lewis.merging.prepared import Prepared
-from lewis.merging.solver import Solver
-from lewis.merging.spill import Spill
-from lewis.merging.stacked_fit import StackedFit
 from lewis.methods.arithmetic.jobs import one_after_another
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from lewis.importance.passes import see_experts
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
-from lewis.merging.fitted import Fitted
-from lewis.merging.passes import Pair
+from lewis.merging.fitting.fitted import Fitted
+from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.static_solver import Group, parts_of, solve_group
 from lewis.merging.prepared import Prepared
-from lewis.merging.static_solver import Group, parts_of, solve_group
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 

@@ -18,9 +18,9 @@ from lewis.errors import InputError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merging.aligned import Aligned, Lenders
 from lewis.merging.run import Merge
-from lewis.merging.vocabulary import Target
+from lewis.merging.vocabulary.aligned import Aligned, Lenders
+from lewis.merging.vocabulary.tokens import Target
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.support.models import (

@@ -229,7 +229,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lewis import pipeline
-from lewis.merging import fit, spill
+from lewis.merging.fitting import fit, spill
 from lewis.recipe import Recipe
 fit.IN_MEMORY, spill.LARGE = 0, 1  # what rests is in files
 recipe = Recipe.load(sys.argv[1])
@@ -262,7 +262,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(
 
 
 def test_a_damaged_part_of_a_killed_fit_is_not_believed(family: Family, tmp_path: Path) -> None:
-    from lewis.merging.fitted import Fitted
+    from lewis.merging.fitting.fitted import Fitted
 
     kept = Fitted(tmp_path / "fitted")
     kept.add("block", {"a": torch.ones(3)})
@@ -279,9 +279,9 @@ class TestInFiles:
     def files(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """The sizes of the files that are made; all that rests is much and large."""
         made: list[int] = []
-        monkeypatch.setattr("lewis.merging.fit.IN_MEMORY", 0)
-        monkeypatch.setattr("lewis.merging.spill.LARGE", 1)
-        monkeypatch.setattr("lewis.merging.walk.IN_MEMORY_FITTED", 0)
+        monkeypatch.setattr("lewis.merging.fitting.fit.IN_MEMORY", 0)
+        monkeypatch.setattr("lewis.merging.fitting.spill.LARGE", 1)
+        monkeypatch.setattr("lewis.merging.fitting.walk.IN_MEMORY_FITTED", 0)
         monkeypatch.setattr(
             "os.posix_fallocate", lambda file, start, size: made.append(os.ftruncate(file, size) or size)
         )
@@ -292,7 +292,7 @@ class TestInFiles:
     ) -> None:
         recipe = recipe_of(family.base, [*family.experts, family.lora])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lewis.merging.fit.IN_MEMORY", 1 << 30)
+            patch.setattr("lewis.merging.fitting.fit.IN_MEMORY", 1 << 30)
             expected = run(recipe, tmp_path / "memory")
         assert not files
         named: list[Path] = []
@@ -305,7 +305,7 @@ class TestInFiles:
     ) -> None:
         recipe = recipe_of(family.base, family.experts)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lewis.merging.fit.bytes_at_rest", lambda *_: 10**15)
+            patch.setattr("lewis.merging.fitting.fit.bytes_at_rest", lambda *_: 10**15)
             with pytest.raises(InputError, match="no space: the fit, with what rests between two projections"):
                 run(recipe, tmp_path / "out")
 
@@ -325,7 +325,9 @@ def test_passes_keep_only_the_tokens_that_a_wide_layer_is_fitted_on(
     monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_TOKENS", 30)
     recipe = recipe_of(family.base, family.experts)
     found = run(recipe, tmp_path / "found")
-    monkeypatch.setattr("lewis.merging.fit.sampled", lambda *_: None)  # all rows, of which the regression takes a share
+    monkeypatch.setattr(
+        "lewis.merging.fitting.fit.sampled", lambda *_: None
+    )  # all rows, of which the regression takes a share
     expected = run(recipe, tmp_path / "expected")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -16,7 +16,7 @@ from lewis import pipeline, store
 from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
-from lewis.merging import static_fit
+from lewis.merging.fitting import static_fit
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, resolve
 from lewis.methods.arithmetic.regression import Inputs
@@ -24,7 +24,7 @@ from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import MOES, SAMPLES, expert_inputs, write
-from tests.lewis.merging.test_fit import KILLED, RIDGE, prepare, recipe_of, run
+from tests.lewis.merging.fitting.test_fit import KILLED, RIDGE, prepare, recipe_of, run
 from tests.support.models import write_tensors
 
 pytestmark = pytest.mark.usefixtures("home")

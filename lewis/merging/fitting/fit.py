@@ -5,12 +5,12 @@ so far. Where all passes have come to a projection, its weight is fitted (`lewis
 the inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go
 on with their own weights. So each layer makes up for the errors of those before it.
 
-The stacked experts of a mixture are fitted where their module is reached (`lewis.merging.stacked_fit`).
+The stacked experts of a mixture are fitted where their module is reached (`lewis.merging.fitting.stacked_fit`).
 
 What is no such projection (embeddings, norms, biases, head, experts of a mixture that are modules of their own) is
 merged by the recipe's anchor, else by the method's own function. That is also what the fit is pulled towards.
 
-Here the models and the passes are made ready; `lewis.merging.walk` leads them through the blocks.
+Here the models and the passes are made ready; `lewis.merging.fitting.walk` leads them through the blocks.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
-from lewis.merging.fitted import Fitted, Unwritten
-from lewis.merging.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
+from lewis.merging.fitting.fitted import Fitted, Unwritten
+from lewis.merging.fitting.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
+from lewis.merging.fitting.solver import Solver
+from lewis.merging.fitting.spill import IN_MEMORY, Spill, bytes_at_rest
+from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in
+from lewis.merging.fitting.walk import Walk
 from lewis.merging.prepared import Prepared
-from lewis.merging.solver import Solver
-from lewis.merging.spill import IN_MEMORY, Spill, bytes_at_rest
-from lewis.merging.stacked_fit import StackedFit, stacks_of, tensors_in
-from lewis.merging.walk import Walk
 from lewis.methods.arithmetic.regression import sampled
 from lewis.methods.arithmetic.stacked import within
 from lewis.models.dtypes import size_of
@@ -63,7 +63,7 @@ def fit(
     Args:
         merge: whose method fits.
         folder: where the tensors are kept, and what rests between two projections if it is much
-            (`lewis.merging.spill`); what a killed process has finished there is not fitted again.
+            (`lewis.merging.fitting.spill`); what a killed process has finished there is not fitted again.
         progress: called with (fit, blocks done, blocks in all).
         threads: by default one per core; any number gives the same bytes.
 

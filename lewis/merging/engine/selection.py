@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.merging import kernels
+from lewis.merging.engine import kernels
 from lewis.merging.memory_budget import chunks
 from lewis.methods.arithmetic.cuts import cuts
 from lewis.methods.arithmetic.sparsify import SPREAD

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lewis.importance.stepping import Stepping, wait
 from lewis.lazy_torch import nn, torch
-from lewis.merging.spill import Made, Spill
+from lewis.merging.fitting.spill import Made, Spill
 
 
 @dataclass(eq=False)

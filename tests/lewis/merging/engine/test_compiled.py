@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from lewis.errors import LewisError
-from lewis.merging import kernels, selection
-from lewis.merging.compiled import merge_tensor
-from lewis.merging.kernels import KINDS
+from lewis.merging.engine import kernels, selection
+from lewis.merging.engine.compiled import merge_tensor
+from lewis.merging.engine.kernels import KINDS
+from lewis.merging.engine.selection import Pair, Selector
 from lewis.merging.run import Merge
-from lewis.merging.selection import Pair, Selector
 from lewis.methods import METHODS as ALL
 from lewis.methods.arithmetic.sparsify import largest
 from lewis.methods.arithmetic.streams import Stream
@@ -124,7 +124,7 @@ def test_the_bytes_of_the_methods_own_functions(
     rng = random.Random(f"{method} {number}")
     if number % 2:  # so that small tensors take the way of large ones
         monkeypatch.setattr(selection, "_ROOM", 4096)
-        monkeypatch.setattr("lewis.merging.selection._own", type("Fresh", (), {})())
+        monkeypatch.setattr("lewis.merging.engine.selection._own", type("Fresh", (), {})())
         monkeypatch.setattr("lewis.merging.memory_budget.CHUNK", 2048)
     merge = draw(rng, tmp_path, method)
     try:

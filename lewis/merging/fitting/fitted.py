@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lewis import store
 from lewis.lazy_torch import torch
-from lewis.merging.in_torch import merge_into
+from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
 from lewis.models.dtypes import torch_dtype
 from lewis.models.safetensors_file import write_file

@@ -12,7 +12,7 @@ from lewis import pipeline
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
-from tests.lewis.merging.test_fit import recipe_of
+from tests.lewis.merging.fitting.test_fit import recipe_of
 from tests.support.models import parse
 
 pytestmark = pytest.mark.usefixtures("home")

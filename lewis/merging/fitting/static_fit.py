@@ -25,9 +25,9 @@ from lewis.importance.step import find_or_measure_grams
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
-from lewis.merging.fitted import Fitted
+from lewis.merging.fitting.fitted import Fitted
+from lewis.merging.fitting.static_solver import Group, bytes_of, parts_of, solve_group
 from lewis.merging.prepared import Prepared
-from lewis.merging.static_solver import Group, bytes_of, parts_of, solve_group
 from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.progress import Report
 

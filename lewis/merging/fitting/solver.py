@@ -10,9 +10,9 @@ from lewis.errors import LewisError
 from lewis.importance.architecture import Covered
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.passes import Pair
+from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.spill import Spill
 from lewis.merging.prepared import Prepared
-from lewis.merging.spill import Spill
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import torch_dtype

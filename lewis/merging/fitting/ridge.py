@@ -22,8 +22,8 @@ from lewis.importance.model_class import input_embeddings
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import RIDGES, split
-from lewis.merging.fitted import Fitted, Unwritten
-from lewis.merging.passes import Pass, stop
+from lewis.merging.fitting.fitted import Fitted, Unwritten
+from lewis.merging.fitting.passes import Pass, stop
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
 from lewis.progress import Report

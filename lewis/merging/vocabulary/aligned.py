@@ -16,7 +16,7 @@ import numpy as np
 from lewis import store
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
-from lewis.merging.vocabulary import Target
+from lewis.merging.vocabulary.tokens import Target
 from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, torch_dtype
 from lewis.models.model import Model, View
 

@@ -12,8 +12,8 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
-from lewis.merging.aligned import Aligned, Lenders, Origin, embedding_rows
-from lewis.merging.vocabulary import Target, plain_entry, union
+from lewis.merging.vocabulary.aligned import Aligned, Lenders, Origin, embedding_rows
+from lewis.merging.vocabulary.tokens import Target, plain_entry, union
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.tokenizer import read_vocabulary, same, tokenizer_folder, vocabulary_of

@@ -12,7 +12,7 @@ from lewis.errors import LewisError
 from lewis.importance.architecture import Covered, Network
 from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
-from lewis.merging.fitted import Unwritten
+from lewis.merging.fitting.fitted import Unwritten
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import Jobs
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lewis.merging import kernels
+from lewis.merging.engine import kernels
+from lewis.merging.engine.selection import Varied, address_of
 from lewis.merging.memory_budget import chunks
-from lewis.merging.selection import Varied, address_of
 from lewis.methods.arithmetic.sums import exact_sum
 from lewis.models.model import Model
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
-from lewis.merging import fit as forward_order
-from lewis.merging import ridge
 from lewis.merging.calibration_rows import RIDGES, split
-from lewis.merging.ridge import Choice, choose, mean_loss, with_ridge
+from lewis.merging.fitting import fit as forward_order
+from lewis.merging.fitting import ridge
+from lewis.merging.fitting.ridge import Choice, choose, mean_loss, with_ridge
 from tests.conftest import Family
-from tests.lewis.merging.test_fit import prepare, recipe_of
+from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
 from tests.support.models import write_expert, write_llama
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -132,8 +132,8 @@ def test_a_choice_is_told_and_read_again() -> None:
 
 
 def test_a_guided_anchor_scales_what_is_chosen(family: Family) -> None:
-    from tests.lewis.merging.test_anchor import guided
-    from tests.lewis.merging.test_anchor import prepare as prepare_guided
+    from tests.lewis.merging.fitting.test_anchor import guided
+    from tests.lewis.merging.fitting.test_anchor import prepare as prepare_guided
 
     name = "model.layers.0.mlp.up_proj.weight"
     merge = prepare_guided(guided(family.base, family.experts, parameters={"ridge": "auto"}))

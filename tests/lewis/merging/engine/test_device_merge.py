@@ -14,7 +14,7 @@ from lewis.merging.run import Merge
 from lewis.methods import METHODS
 from lewis.methods.arithmetic.cuts import Kth
 from lewis.methods.arithmetic.sparsify import _largest_there, largest
-from tests.lewis.merging.test_compiled import NAME, draw
+from tests.lewis.merging.engine.test_compiled import NAME, draw
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sce": [{}, {"select_topk": 0.5}],

@@ -10,8 +10,8 @@ from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, resolve
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.importance.test_architecture import SAMPLES, expert_inputs
-from tests.lewis.merging.test_fit import RIDGE, recipe_of
-from tests.lewis.merging.test_static_fit import mixture
+from tests.lewis.merging.fitting.test_fit import RIDGE, recipe_of
+from tests.lewis.merging.fitting.test_static_fit import mixture
 from tests.support.tiny_architectures import tiny
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -72,14 +72,14 @@ class Unfitted(Checkpoint):
 def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads_and_in_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lewis.merging import fit as forward_order
-    from lewis.merging.walk import Walk
+    from lewis.merging.fitting import fit as forward_order
+    from lewis.merging.fitting.walk import Walk
 
     merge, _ = mixture(tmp_path, True, "regmean_forward")
     whole = forward_order.fit(merge, tmp_path / "whole", threads=1)
     keep, kept = Walk._keep, []
-    monkeypatch.setattr("lewis.merging.fit.IN_MEMORY", 0)  # what rests is in files from here on
-    monkeypatch.setattr("lewis.merging.spill.LARGE", 1)
+    monkeypatch.setattr("lewis.merging.fitting.fit.IN_MEMORY", 0)  # what rests is in files from here on
+    monkeypatch.setattr("lewis.merging.fitting.spill.LARGE", 1)
 
     def stop(walk: Walk, block: str) -> None:
         keep(walk, block)

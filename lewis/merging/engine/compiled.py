@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from lewis.merging import kernels
-from lewis.merging.inputs import Inputs, ScaleLayouts
-from lewis.merging.kernels import KINDS
+from lewis.merging.engine import kernels
+from lewis.merging.engine.inputs import Inputs, ScaleLayouts
+from lewis.merging.engine.kernels import KINDS
+from lewis.merging.engine.selection import Kept, Pair, Varied, address_of
 from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
-from lewis.merging.selection import Kept, Pair, Varied, address_of
 from lewis.methods.loops import Combine, Loops
 from lewis.models.dtypes import DTYPES
 
