@@ -200,7 +200,8 @@ class Merge(Prepared):
             if progress:
                 progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
 
-        merge, choice = self, None
+        merge: Prepared = self
+        choice = None
         if self.tunes:
             from lewis.merging.fitting.ridge import choose, with_ridge
 
