@@ -92,13 +92,13 @@ class Factors:
 
 
 def sides(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
-    """The smaller and the larger side of each tensor that an adapter holds as factors, as far as shapes tell."""
+    """The smaller and the larger side of each tensor that an adapter holds as factors, as far as shapes show."""
     found = [shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(PER_TOKEN)]
     return [(min(shape), max(shape)) for shape in found]
 
 
 def factor_bytes(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> int:
-    """Bytes of an adapter's factors at most, as far as shapes tell; without what it saves whole.
+    """Bytes of an adapter's factors at most, as far as shapes show; without the modules that it saves whole.
 
     Args:
         shapes: tensor -> shape, of the tensors that are merged.

@@ -39,7 +39,7 @@ def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSetting
 
     Raises:
         RecipeError: naming each range of layers that a model does not have.
-        InputError: if a model has no stack of layers, or the layers cannot be put together anew.
+        InputError: if a model has no stack of layers, or the layers cannot be stacked.
     """
     layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in models.items()}
     counts = {ref: own.count for ref, own in layers.items()}
@@ -88,9 +88,11 @@ def _check_sizes(donor: str, model: Model, result: Layers, each: Slice, lead: Mo
         suffix = name.removeprefix(result.prefix).partition(".")[2] if name.startswith(result.prefix) else name
         shapes = known.get(suffix, {info.shape})
         if info.shape not in shapes:
-            told = f"{each.lead}: slices: {name!r} of the result has shape {list(info.shape)} there, in {donor} it is "
+            problem = (
+                f"{each.lead}: slices: {name!r} of the result has shape {list(info.shape)} there, in {donor} it is "
+            )
             fix = f"; {FIX}" if name.endswith(PER_TOKEN) else "; layers of models of other sizes cannot be stacked"
-            raise InputError(f"{told}{list(min(shapes))}{fix}")
+            raise InputError(f"{problem}{list(min(shapes))}{fix}")
 
 
 def _check_vocabularies(donor: str, models: Mapping[str, Model]) -> None:

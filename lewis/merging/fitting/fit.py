@@ -1,6 +1,6 @@
 """Merge by regression: every projection is fitted to what the experts do on their calibration rows, block by block.
 
-The calibration rows of expert t go through two models at once: through expert t itself, and through the model merged
+The calibration rows of expert t go through two models in step: through expert t itself, and through the model merged
 so far. Where all passes have come to a projection, its weight is fitted (`lewis.methods.arithmetic.regression`): given
 the inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go
 on with their own weights. So each layer makes up for the errors of those before it.
@@ -34,7 +34,7 @@ from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
 from lewis.merging.fitting.solver import Solver
-from lewis.merging.fitting.spill import IN_MEMORY, Spill, bytes_at_rest
+from lewis.merging.fitting.spill import IN_MEMORY, Spill, approximate_bytes
 from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in
 from lewis.merging.fitting.walk import Walk
 from lewis.merging.prepared import Prepared
@@ -62,7 +62,7 @@ def fit(
 
     Args:
         merge: whose method fits.
-        folder: where the tensors are kept, and what rests between two projections if it is much
+        folder: where the tensors are kept, and what the passes hold between two projections if it is much
             (`lewis.merging.fitting.spill`); what a killed process has finished there is not fitted again.
         progress: called with (fit, blocks done, blocks in all).
         threads: by default one per core; any number gives the same bytes.
@@ -152,8 +152,8 @@ def _taken(begun: int, tokens: int, count: int, total: int, size: int) -> torch.
     return None if taken is None else within(taken, begun, tokens)
 
 
-def rests(merge: Prepared, network: Network, tokens: int | None = None) -> int:
-    """Bytes that rest between two projections, roughly; in files if they are more than `IN_MEMORY`.
+def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -> int:
+    """Approximate bytes held while all passes are paused between two projections; in files above `IN_MEMORY`.
 
     Args:
         merge: whose method fits.
@@ -167,23 +167,23 @@ def rests(merge: Prepared, network: Network, tokens: int | None = None) -> int:
     outside = sum(network.empty(name).numel() for name in network.parameters_outside())
     hidden = input_embeddings(network.module).embedding_dim
     models = len(merge.experts) + 1
-    return bytes_at_rest(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)
+    return approximate_bytes(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)
 
 
-def beside_output(merge: Prepared, network: Network, resting: int) -> int:
-    """Bytes on disk that a fit needs more than the output, roughly: the fitted tensors, and what rests meanwhile."""
+def extra_disk_bytes(merge: Prepared, network: Network, held: int) -> int:
+    """Approximate bytes on disk that a fit needs beyond the output: the fitted tensors, and what paused passes hold."""
     names = [*(each.tensor for each in in_order(network) if merge.merges(each.tensor))]
     fitted = sum(size_of(*merge.layout[name]) for name in [*names, *tensors_in(stacks_of(network, merge))])
-    return fitted + max((resting if resting > IN_MEMORY else 0) - merge.size, 0)
+    return fitted + max((held if held > IN_MEMORY else 0) - merge.size, 0)
 
 
 def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spill:
-    resting = rests(merge, network, tokens)
-    needed = merge.size + beside_output(merge, network, resting) - store.bytes_on_disk(folder)
+    held = paused_bytes(merge, network, tokens)
+    needed = merge.size + extra_disk_bytes(merge, network, held) - store.bytes_on_disk(folder)
     store.check_space(folder, needed, "the fit, with what rests between two projections or with the output,")
-    if resting <= IN_MEMORY:
+    if held <= IN_MEMORY:
         return Spill()
-    logger.info("up to %.2f GB rest in files between two projections, in %s", resting / 1e9, folder)
+    logger.info("paused passes hold up to %.2f GB, in files in %s", held / 1e9, folder)
     return Spill(folder)
 
 

@@ -19,7 +19,7 @@ from lewis.models.safetensors_file import write_file
 class Fitted:
     """The fitted tensors, on disk, a file for each block.
 
-    A file that a killed process has finished is found again: its checksum stands in a list beside it.
+    A file that a killed process has finished is found again: its checksum is in a list next to it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -40,9 +40,9 @@ class Pass(Stepping):
     def go_on(self) -> None:
         """Run to the next place; always in the same thread."""
         with self.spill.watch(self._made):
-            told = self.advance()
-        self.place, inputs, self.call = told or (None, None, None)
-        self.spill.rest(self._made.alive())
+            stopped_at = self.advance()
+        self.place, inputs, self.call = stopped_at or (None, None, None)
+        self.spill.move_out(self._made.alive())
         self.is_new = inputs is None or inputs is not self._raw
         if self.is_new:
             self._raw = inputs

@@ -82,8 +82,8 @@ class Solver:
             with torch.inference_mode():
                 residual = values.get("residual", 0.0)
                 whole = bool(residual) and place in self._streams and self._inputs[1].takes_outputs
-                besides = self._besides(place, residual, whole)
-                value = self._inputs[1].solve(anchor, weights, besides, out=anchor, whole=whole)
+                additions = self._additions(place, residual, whole)
+                value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
         except ValueError as error:
             raise LewisError(f"{name}: {error}; a model is damaged") from error
         value = value.T if covered.transposed else value
@@ -92,8 +92,8 @@ class Solver:
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
 
-    def _besides(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
-        """What the projection shall give besides: what the merged model's residual stream lacks, and its bias.
+    def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
+        """What the projection shall give in addition: what the merged model's residual stream lacks, and its bias.
 
         With `whole` all that it shall give: what the expert gives, too, whose passes compute it here and not again.
         """

@@ -1,9 +1,9 @@
-"""Where a fit keeps what rests between two projections: in memory, or, if it is much, in files mapped into memory.
+"""Where a fit keeps what paused passes hold: in memory, or, if it is much, in files mapped into memory.
 
-The rule: if what rests needs more than `IN_MEMORY` bytes, by the estimate of `bytes_at_rest`, then every tensor of at
+The rule: if that needs more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of at
 least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
 operating system writes such files out and reads them back as it needs memory. They have no name any more as soon as
-they are mapped, so that they are gone with the process, however it ends. The numbers do not depend on where they rest.
+they are mapped, so that they are gone with the process, however it ends. The numbers do not depend on where they are kept.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-IN_MEMORY = 2 << 30  # bytes that may rest in memory; `lewis/methods/README.md` tells both numbers
-LARGE = 1 << 20  # bytes of a tensor that rests in a file
+IN_MEMORY = 2 << 30  # bytes that may stay in memory; `lewis/methods/README.md` names both numbers
+LARGE = 1 << 20  # bytes of a tensor that is kept in a file
 
 
-def bytes_at_rest(tokens: int, widest: int, hidden: int, weights: int) -> int:
-    """What rests at most at a time, roughly: of each token, two inputs of the widest projection and six hidden states.
+def approximate_bytes(tokens: int, widest: int, hidden: int, weights: int) -> int:
+    """What paused passes hold at most: of each token, two inputs of the widest projection and six hidden states.
 
     Args:
         tokens: of all passes, with padding.
@@ -75,7 +75,7 @@ class Spill:
         """Note the large tensors that are made in the block, if they do not stay in memory."""
         return nullcontext() if self.folder is None else made
 
-    def rest(self, tensors: Iterable[torch.Tensor]) -> None:
+    def move_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """Bring tensors to files, those that share their storage together. They are the same objects as before."""
         moved: dict[int, torch.Tensor] = {}
         for each in tensors:

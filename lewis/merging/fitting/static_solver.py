@@ -22,7 +22,7 @@ from lewis.models.dtypes import torch_dtype
 
 @dataclass(frozen=True)
 class Part:
-    """What is fitted at once: a tensor, or one of the experts that are stacked in it.
+    """What one regression fits: a tensor, or one of the experts that are stacked in it.
 
     Attributes:
         projection: its name in the statistics.
@@ -48,7 +48,7 @@ class Statistics(Protocol):
 
 
 def parts_of(network: Network, covered: Covered) -> list[Part]:
-    """A tensor in the parts that are fitted at once."""
+    """A tensor in the parts that one regression fits each."""
     if network.empty(covered.parameter).dim() != 3 or covered.expert is not None:
         return [Part(of_expert(covered.parameter, covered.expert))]
     return [Part(of_expert(covered.parameter, i), i) for i in range(network.empty(covered.parameter).shape[0])]
