@@ -3,7 +3,7 @@
 The rule: if that needs more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of at
 least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
 operating system writes such files out and reads them back as it needs memory. They have no name any more as soon as
-they are mapped, so that they are gone with the process, however it ends. The numbers do not depend on where they are kept.
+they are mapped, so that they are gone with the process, however it ends. Results do not depend on it.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Walk:
         def read(i: int) -> None:
             found[i] = self._spill.keep(readers[i](tensor), torch.float32)
 
-        # The last first, since merging takes longest. Weights kept in files are large: then one after another, since each is
+        # The last first, since merging takes longest. Large ones, kept in files, come one by one, since each is
         # whole in memory while it is read.
         jobs = [partial(read, i) for i in reversed(range(len(readers)))]
         (self._workers if self._spill.folder is None else one_after_another)(jobs)
