@@ -16,7 +16,7 @@ from lewis.inspection.kinds import Finding
 from lewis.inspection.measures import SEMANTICS, Measures, measure
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
-from lewis.merging.resolved import stored_dtype
+from lewis.merging.settings import stored_dtype
 from lewis.methods import find
 from lewis.models.compatible import check_compatible, preflight
 from lewis.models.model import Model

@@ -1,4 +1,4 @@
-"""The slices of a recipe over the layers of its models: each as a merge of its own, and the names that it reads.
+"""The slices of a merge over the layers of its models: each as a merge of its own, and the names that it reads.
 
 Where every layer stays in its place, slices only give layers values of their own. Otherwise the result is a stack of
 other layers than any model's. What lies before the layers (embeddings) comes from the first slice, what lies after them
@@ -23,20 +23,35 @@ class Slice:
     """One slice.
 
     Attributes:
-        recipe: of the slice alone: its sources are the models, its parameters hold before the top level's.
+        config: of the slice alone: its sources are the models, its parameters hold before the top level's.
         first, count: its first layer in the result, and how many it has.
         starts: model -> number of the first of its layers that go in.
         lead: the model that gives the names: the base if the method has one, else the first source.
         opens, closes: whether it is the first, or the last, slice.
     """
 
-    recipe: MergeConfig
+    config: MergeConfig
     first: int
     count: int
     starts: Mapping[str, int]
     lead: str
     opens: bool
     closes: bool
+
+    @property
+    def base(self) -> str | None:
+        """The base that it is merged onto; None if its method needs none."""
+        return self.config.base_model
+
+    @property
+    def experts(self) -> list[str]:
+        """The models that are merged, without the base."""
+        return [entry.model for entry in self.config.experts]
+
+    @property
+    def in_order(self) -> list[str]:
+        """All its models, the one that gives the names first."""
+        return [self.lead, *(ref for ref in self.starts if ref != self.lead)]
 
     def depth(self, layer: int | None) -> float:
         """The position in [0, 1] of a layer of the result within the slice, for gradients; 0 outside of the layers."""
@@ -67,16 +82,16 @@ class Slice:
         return found | {name: name for name in result.after if self.closes}
 
 
-def slices_of(recipe: MergeConfig) -> tuple[Slice, ...]:
-    """The slices of a recipe that has some."""
+def slices_of(config: MergeConfig) -> tuple[Slice, ...]:
+    """The slices of a config; none if it has `models`."""
     found, first = list[Slice](), 0
-    listed, method = recipe.slices or (), find(recipe.merge_method)
+    listed, method = config.slices or (), find(config.merge_method)
     for number, each in enumerate(listed):
-        base = None if method.base_is_a_model else each.base_model or recipe.base_model
-        keys = [*each.parameters, *recipe.parameters]
-        parameters = {key: (*each.parameters.get(key, ()), *recipe.parameters.get(key, ())) for key in keys}
+        base = None if method.base_is_a_model else each.base_model or config.base_model
+        keys = [*each.parameters, *config.parameters]
+        parameters = {key: (*each.parameters.get(key, ()), *config.parameters.get(key, ())) for key in keys}
         models = tuple(ModelEntry(model=source.model, parameters=source.parameters) for source in each.sources)
-        own = recipe.model_copy(update={"models": models, "parameters": parameters, "base_model": base, "slices": None})
+        own = config.model_copy(update={"models": models, "parameters": parameters, "base_model": base, "slices": None})
         starts = {source.model: source.layer_range[0] for source in each.sources}
         ends = number == 0, number == len(listed) - 1
         found.append(Slice(own, first, each.layers, starts, base or models[0].model, *ends))
@@ -84,42 +99,42 @@ def slices_of(recipe: MergeConfig) -> tuple[Slice, ...]:
     return tuple(found)
 
 
-def check_ranges(recipe: MergeConfig, counts: Mapping[str, int]) -> None:
+def check_ranges(slices: Sequence[Slice], counts: Mapping[str, int]) -> None:
     """Check that the models have the layers that the slices name.
 
     Args:
-        recipe: with slices.
+        slices: all of a config.
         counts: model -> how many layers it has; a model that is left out is not checked.
 
     Raises:
         RecipeError: naming each range that goes beyond.
     """
     problems = [
-        f"slices[{i}].sources[{j}].layer_range: expected at most {counts[source.model]}, the number of layers of "
-        f"{source.model}, got {list(source.layer_range)}"
-        for i, each in enumerate(recipe.slices or ())
-        for j, source in enumerate(each.sources)
-        if source.layer_range[1] > counts.get(source.model, source.layer_range[1])
+        f"slices[{i}].sources[{j}].layer_range: expected at most {counts[model]}, the number of layers of {model}, "
+        f"got {[start, start + each.count]}"
+        for i, each in enumerate(slices)
+        for j, (model, start) in enumerate(each.starts.items())
+        if start + each.count > counts.get(model, start + each.count)
     ]
     if problems:
         raise RecipeError(problems)
 
 
-def in_place(recipe: MergeConfig, counts: Mapping[str, int]) -> bool:
+def in_place(slices: Sequence[Slice], base: str | None, counts: Mapping[str, int]) -> bool:
     """Whether every layer stays in its place: each is merged from the layers of its number of the same, whole models.
 
     Args:
-        recipe: with slices.
+        slices: all of a config.
+        base: the config's `base_model`.
         counts: model -> how many layers it has.
     """
-    slices = slices_of(recipe)
     total, models = sum(each.count for each in slices), slices[0].starts.keys()
-    same = all((each.starts.keys(), each.recipe.base_model) == (models, slices[0].recipe.base_model) for each in slices)
+    same = all((each.starts.keys(), each.base) == (models, slices[0].base) for each in slices)
     return (
         same
         and all(start == each.first for each in slices for start in each.starts.values())
         and all(count == total for count in counts.values())
-        and (slices[0].recipe.base_model in (None, recipe.base_model))
+        and (slices[0].base in (None, base))
     )
 
 
@@ -129,19 +144,19 @@ class SliceValues:
     def __init__(self, slices: Sequence[Slice], layers: Layers) -> None:
         """
         Args:
-            slices: of the recipe.
+            slices: all of a config.
             layers: of the model that names the result's tensors.
         """
         self._slices, self._result, self._before = slices, layers, frozenset(layers.before)
-        self._entries = [{entry.model: entry for entry in each.recipe.experts} for each in slices]
+        self._entries = [{entry.model: entry for entry in each.config.experts} for each in slices]
 
     def value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        """The value for one tensor of the result; arguments as of `MergeConfig.value`; `depth` is unused."""
-        return self._look_up(lambda recipe: recipe.value, parameter, expert, tensor)
+        """The value for one tensor of the result; arguments as those of `MergeConfig.value`; `depth` is not used."""
+        return self._look_up(lambda config: config.value, parameter, expert, tensor)
 
     def anchor_value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
         """As `value`, of the anchor's method."""
-        return self._look_up(lambda recipe: recipe.anchor_value, parameter, expert, tensor)
+        return self._look_up(lambda config: config.anchor_value, parameter, expert, tensor)
 
     def _look_up(
         self, of: Callable[[MergeConfig], Callable[..., Any]], parameter: Parameter, expert: str | None, tensor: str
@@ -152,4 +167,4 @@ class SliceValues:
         number = outside if layer is None else next((i for i, end in enumerate(ends) if layer < end), -1)
         each, entries = self._slices[number], self._entries[number]
         name = tensor if expert is None or layer is None else each.source(tensor, expert)
-        return of(each.recipe)(parameter, None if expert is None else entries[expert], name, each.depth(layer))
+        return of(each.config)(parameter, None if expert is None else entries[expert], name, each.depth(layer))

@@ -100,11 +100,12 @@ def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) 
     shapes = {source.ref: _shapes(source) for source in (first, *experts)}
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
-    check_ranges(recipe, counts)
-    if in_place(recipe, counts):
+    slices = slices_of(recipe)
+    check_ranges(slices, counts)
+    if in_place(slices, recipe.base_model, counts):
         return False
     problems, known = list[str](), dict.fromkeys(shapes[first.ref])
-    for each in slices_of(recipe):
+    for each in slices:
         read = {}
         for ref in each.starts.keys() & shapes.keys():
             names = {new: old for new, old in each.names(ref, layers, layers[first.ref]).items() if old in shapes[ref]}

@@ -1,4 +1,4 @@
-"""The config of a model whose layers were put together anew: their number, and everything that it says layer by layer.
+"""The config of a model whose layers were stacked: their number, and everything that it says layer by layer.
 
 A config says of which kind a layer is in three ways: by a list with an item for each layer (`layer_types`), by a list
 of layers' numbers (`mlp_only_layers`), or by a rule (every sixth, the first three). Lists follow the layers. A rule
@@ -62,7 +62,7 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     """The config of a result.
 
     Args:
-        config: of the model that gives the rest of it.
+        config: of the model that gives everything else.
         home: its folder.
         origins: for each layer of the result, what it is merged from; the first decides of which kind it is.
 
@@ -81,23 +81,11 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
         keys = [_COUNTS[0]]  # a block of a larger config leaves out what is as usual
     if not keys:
         raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
-    known: dict[str, dict[str, Any]] = {}
-    for merged in origins:
-        for each in merged:
-            if each.ref not in known:
-                known[each.ref] = _with_derived(each)
+    of_model = {each.ref: each for merged in origins for each in merged}
+    known = {ref: _with_derived(each) for ref, each in of_model.items()}
     own = [[(each, known[each.ref]) for each in merged] for merged in origins]
     listed = _listed([layer[0] for layer in own])
-    for key in listed:
-        values = [[_at(each, theirs, key) for each, theirs in layer] for layer in own]
-        _check_alike(key, own, values)
-        firsts = [of_layer[0] for of_layer in values]
-        block[key] = "".join(firsts) if key in _TEXTS else firsts
-    for key in _NUMBERS:
-        if any(layer[0][1].get(key) for layer in own):
-            values = [[each.layer in (theirs.get(key) or ()) for each, theirs in layer] for layer in own]
-            _check_alike(key, own, values)
-            block[key] = [i for i, of_layer in enumerate(values) if of_layer[0]]
+    _follow_layers(block, own, listed)
     for key, rule in _RULES.items():
         if key not in listed and _active(block.get(key)):
             _keep_rule(key, rule, block, own)
@@ -110,6 +98,28 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     for key in [*listed, *_NUMBERS, *_RULES, *keys] if block is not found else ():
         found |= {key: block[key]} if key in found and key in block else {}  # some say it twice (Qwen2.5-VL)
     return found
+
+
+def _follow_layers(
+    block: dict[str, Any], own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]], listed: Sequence[str]
+) -> None:
+    """Write the lists that have an item for each layer, and those of layers' numbers, for the result's layers.
+
+    Args:
+        block: of the result's config; changed.
+        own: for each layer, what it is merged from, with what the config there says of its layers.
+        listed: keys of the lists with an item for each layer.
+    """
+    for key in listed:
+        values = [[_at(each, theirs, key) for each, theirs in layer] for layer in own]
+        _check_alike(key, own, values)
+        firsts = [of_layer[0] for of_layer in values]
+        block[key] = "".join(firsts) if key in _TEXTS else firsts
+    for key in _NUMBERS:
+        if any(layer[0][1].get(key) for layer in own):
+            values = [[each.layer in (theirs.get(key) or ()) for each, theirs in layer] for layer in own]
+            _check_alike(key, own, values)
+            block[key] = [i for i, of_layer in enumerate(values) if of_layer[0]]
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any]:

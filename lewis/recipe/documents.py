@@ -11,6 +11,7 @@ from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 
 LAST = "final"  # the output of the document without a name
+_SEPARATOR = re.compile(r"^---", re.MULTILINE)
 _PLAIN = re.compile(r"\w[\w.-]*")
 _MODELS = ("model", "base_model", "tokenizer_source", "source", "path")  # keys whose texts are references to models
 
@@ -44,6 +45,8 @@ def load_documents(path: str | Path, outputs: Path) -> list[Document]:
             than one has none, or some use each other.
     """
     path, text = yaml_text.read_file(path)
+    if not _SEPARATOR.search(text):
+        return []  # without a second look: to read a large recipe takes longer than to start the merge
     found = yaml_text.read_all(text, path.stem)
     if len(found) < 2:
         return []

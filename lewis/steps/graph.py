@@ -25,6 +25,7 @@ from typing import Any
 from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.importance.step import CalibrationInput, MeasureInput
+from lewis.merging.calibration_rows import shared_set_warning
 from lewis.merging.step import MergeInput
 from lewis.models.source import short_names
 from lewis.recipe.recipe import Recipe
@@ -149,10 +150,10 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
     downloads = tuple(f"download {ref}" for ref in _refs(recipe))
     merge, config = _merging(recipe), recipe.config
     covers, runs = recipe.lewis is not None and recipe.base_model is not None, recipe.runs_models
-    copies = 1 + recipe.wants_uniform
+    copies, warning = 1 + recipe.wants_uniform, warning_of_shared_set(recipe)
 
     def to_check(results: Results) -> CheckInput:
-        return CheckInput(merge(results), copies, covers, runs)
+        return CheckInput(merge(results), copies, covers, runs, warning)
 
     def to_inspect(results: Results) -> InspectionInput:
         base, *others = (results[name] for name in downloads)
@@ -292,6 +293,14 @@ def labels(recipe: Recipe) -> dict[str, str]:
     if recipe.register_as:
         found["champion"] = CHAMPION
     return {**found, recipe.label: "merge experts"}
+
+
+def warning_of_shared_set(recipe: Recipe) -> str:
+    """What is perhaps wrong with the calibration sets of a fit, as a sentence; empty if nothing is."""
+    sets = recipe.lewis.calibrations if recipe.lewis else {}
+    if not recipe.fits or not sets:
+        return ""
+    return shared_set_warning(next(iter(sets)), {entry.model: entry.calibration for entry in recipe.experts})
 
 
 def _refs(recipe: Recipe) -> list[str]:

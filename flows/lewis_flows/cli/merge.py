@@ -75,8 +75,7 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
         return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
     made, effort = bars.run_merge(prepared, recipe, given, folder, max_shard_size=shard)
     facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
-    facts |= {"adapter": made.adapter.to_json()} if made.adapter else {}
-    facts |= {"ridge": made.ridge} if made.ridge else {}
+    facts |= {key: made.manifest[key] for key in ("adapter", "ridge") if key in made.manifest}
     size = f"{len(prepared.layout)} tensors, {made.size / 1e9:.2f} GB"
     if made.adapter:
         size = f"{made.adapter.to_text()}; {made.size / 1e6:.1f} MB"
@@ -128,10 +127,10 @@ def export(options: argparse.Namespace) -> None:
     from lewis.models.source import pin_all
 
     recipe = arguments.load(options)
-    check_exportable(recipe)  # before anything is measured
+    check_exportable(recipe.config, recipe.lewis)  # before anything is measured
     base, experts = pin_all(recipe)
     allocations = _guide(options).allocated.experts() if recipe.allocator else {}
-    made = to_mergekit(recipe, base, experts, allocations)
+    made = to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
     print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lewis import methods
 from lewis.errors import InputError, LewisError
-from lewis.merging import in_torch
+from lewis.merging.engine import in_torch
 from lewis.methods import METHODS, find
 from lewis.recipe.recipe import Recipe
 from tests.support.models import bits, open_merge, write_tensors

@@ -14,7 +14,7 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.store.checksums import remembered_sha256
+from lewis.store.checksums import remember, remembered_sha256
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -247,6 +247,21 @@ class TestRememberedSha256:
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         store.write_entry(entry, {"stamp": stamp, "sha256": "remembered"})
         assert remembered_sha256(path) == "remembered"
+
+    def test_takes_what_a_writer_knows_if_the_file_stays_as_it_was(
+        self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "file"
+        path.write_text("one")
+        remember({path: "known"})
+        assert remembered_sha256(path) == store.file_sha256(path), "a small file is read as fast as remembered"
+        monkeypatch.setattr("lewis.store.checksums._LARGE", 0)
+        path.write_text("two")
+        remember({path: "known"})
+        assert time.time_ns() - path.stat().st_ctime_ns > 100_000_000  # a change from now on is seen
+        assert remembered_sha256(path) == "known"
+        path.write_text("six")
+        assert remembered_sha256(path) == store.file_sha256(path)
 
 
 def test_a_recipe_error_survives_pickling() -> None:
