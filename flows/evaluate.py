@@ -115,6 +115,6 @@ def _files(plan: Recipe, models: dict[str, str], base: str | None) -> dict[str, 
 
 def references(plan: Recipe) -> dict[str, str]:
     """Label -> reference of the parents of a recipe, as its tables name them."""
-    labels = short_names([entry.model for entry in plan.experts])
+    labels = short_names([entry.model for entry in plan.experts], plan.root)
     experts = dict(zip(labels, (entry.model for entry in plan.experts), strict=True))
     return {**({"base": plan.base_model} if plan.base_model else {}), **experts}

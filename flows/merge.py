@@ -221,7 +221,7 @@ def _models_to_score(
     """Label -> model, quoted, in the order of the table: the parents, the uniform baseline, the merged model."""
     models: dict[str, Any] = {"base": known(base)} if plan.scores_base else {}
     if plan.scores_experts:
-        pairs = zip(short_names([e.model for e in plan.experts]), plan.experts, experts, strict=True)
+        pairs = zip(short_names([e.model for e in plan.experts], plan.root), plan.experts, experts, strict=True)
         models |= {label: known(files) for label, entry, files in pairs if entry.model != plan.base_model}
     return {**models, **({"uniform": known(uniform)} if uniform else {}), plan.label: known(merged)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from lewis.models.model import Model
 from lewis.models.names import short_or_whole
 from lewis.models.pin import Pinned, find_folder
 from lewis.models.renamed import differ, under_names_of
+from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
@@ -52,7 +53,7 @@ class Source:
     @property
     def key(self) -> str:
         """Identity of the content: the commit of the model, and `+` that of each adapter."""
-        return "+".join(pinned.commit for pinned in (self.model, *self.adapters))
+        return key_of(pinned.commit for pinned in (self.model, *self.adapters))
 
     @property
     def size(self) -> int:
@@ -136,10 +137,10 @@ class ModelFiles(Reference):
         Raises:
             InputError: as `Checkpoint` and `LoraExpert` do.
         """
-        commit, *others = self.key.split("+")
-        model: Model = Checkpoint(self.folder, self.key if self.adapter is None else commit)
+        commits = commits_of(self.key)
+        model: Model = Checkpoint(self.folder, self.key if self.adapter is None else commits[0])
         for number, folder in enumerate(self.folders[1:], 1):
-            model = LoraExpert(model, folder, "+".join([commit, *others[:number]]))
+            model = LoraExpert(model, folder, key_of(commits[: number + 1]))
         if self.like is None:
             return model
         base = Checkpoint(self.like, "")
@@ -147,19 +148,18 @@ class ModelFiles(Reference):
         return under_names_of(base, model, f"{self.key} as {names}")
 
 
-def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
-    """`model+adapter+adapter` as its parts; any other reference by itself.
+def commits_of(key: str) -> tuple[str, ...]:
+    """The commits of a `Source.key`: that of the model, then that of each adapter on it.
 
     Args:
-        ref: a reference to a model.
-        root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
-            looked for, and every `+` separates two parts.
+        key: of a `Source` or `ModelFiles`; the digest of a merge, which is no commit, is given back by itself.
     """
-    adapters = list[str]()
-    while "+" in ref and (root is None or not any(map(os.path.exists, (root / ref, Path(ref))))):
-        ref, _, adapter = ref.rpartition("+")
-        adapters.insert(0, adapter)
-    return ref, *adapters
+    return tuple(key.split("+"))
+
+
+def key_of(commits: Iterable[str]) -> str:
+    """The identity of a model and the adapters on it, by the commits of each, in order: what `commits_of` splits."""
+    return "+".join(commits)
 
 
 def pin(ref: str, root: Path, base: Source | None = None, first: Source | None = None) -> Source:
@@ -206,7 +206,7 @@ def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source
     parts = parts_of(ref, root)
     fixed = [
         f"{part.partition('@')[0]}@{commit}" if COMMIT.fullmatch(commit) and not find_folder(part, root) else part
-        for part, commit in zip(reversed(parts), reversed(key.split("+")), strict=False)
+        for part, commit in zip(reversed(parts), reversed(commits_of(key)), strict=False)
     ]
     found = replace(pin("+".join(reversed(fixed)), root, base), ref=ref)
     if found.key != key or len(fixed) < len(parts):
@@ -243,7 +243,17 @@ def _shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, (_, shape) in hub.tensor_headers(pinned).items()}
 
 
-def short_names(refs: Sequence[str]) -> list[str]:
-    """What to call experts in tables: the last part of each reference, or all of it where that would be ambiguous."""
-    last = [parts_of(ref)[-1].partition("@")[0].rstrip("/").rpartition("/")[2] for ref in refs]
+def short_name(ref: str, root: Path) -> str:
+    """The last part of a reference without its owner, folder and revision: `math` of `org/base+org/math@main`.
+
+    Args:
+        ref: as in a recipe.
+        root: where relative folders start (the recipe's folder).
+    """
+    return parts_of(ref, root)[-1].partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def short_names(refs: Sequence[str], root: Path) -> list[str]:
+    """What to call experts in tables: their `short_name`, or the whole reference where that would be ambiguous."""
+    last = [short_name(ref, root) for ref in refs]
     return short_or_whole(last, refs, taken=("base", "uniform", "lewis", "merged", "champion"))

@@ -1,6 +1,8 @@
 """What all blocks of a recipe are made of: their base class, names of models, and method parameters."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -23,6 +25,26 @@ def model_name(value: Any) -> Any:
         if "path" in value:
             return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
     return value
+
+
+def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
+    """Split a reference to a model, `model+adapter+adapter`, into its parts: the model, then its adapters in order.
+
+    Args:
+        ref: a reference to a model, as in a recipe.
+        root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
+            looked for, and every `+` separates two parts.
+    """
+    adapters = list[str]()
+    while "+" in ref and (root is None or not _exists(ref, root)):
+        ref, _, adapter = ref.rpartition("+")
+        adapters.insert(0, adapter)
+    return ref, *adapters
+
+
+def _exists(ref: str, root: Path) -> bool:
+    path = os.path.expanduser(ref)
+    return os.path.exists(root / path) or os.path.exists(path)
 
 
 ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]
