@@ -35,16 +35,18 @@ def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
         root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
             looked for, and every `+` separates two parts.
     """
-    adapters = list[str]()
-    while "+" in ref and (root is None or not _exists(ref, root)):
-        ref, _, adapter = ref.rpartition("+")
-        adapters.insert(0, adapter)
-    return ref, *adapters
+    pieces, parts = ref.split("+"), list[str]()
+    while pieces:
+        ends = range(len(pieces), 1, -1)
+        end = next((end for end in ends if _exists("+".join(pieces[:end]), root)), 1)
+        parts.append("+".join(pieces[:end]))
+        pieces = pieces[end:]
+    return tuple(parts)
 
 
-def _exists(ref: str, root: Path) -> bool:
+def _exists(ref: str, root: Path | None) -> bool:
     path = os.path.expanduser(ref)
-    return os.path.exists(root / path) or os.path.exists(path)
+    return root is not None and (os.path.exists(root / path) or os.path.exists(path))
 
 
 ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]

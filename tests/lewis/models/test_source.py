@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import InputError
-from lewis.models.source import parts_of, pin, pin_at, short_names
+from lewis.models.source import pin, pin_at, short_names
+from lewis.recipe.block import parts_of
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
 
@@ -18,11 +19,20 @@ from tests.support.local_hub import LocalHub
         ("./a+b+org/lora", ("./a+b", "org/lora")),
         ("./a+b", ("./a+b",)),
         ("./a+b+org/one@v1+org/two", ("./a+b", "org/one@v1", "org/two")),
+        ("org/base+./a+b", ("org/base", "./a+b")),
     ],
 )
 def test_adapters_are_split_off_unless_a_folder_has_this_name(tmp_path: Path, ref: str, parts: tuple[str, ...]) -> None:
     (tmp_path / "a+b").mkdir()
     assert parts_of(ref, tmp_path) == parts
+
+
+def test_a_folder_in_the_home_folder_may_have_a_plus_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a+b").mkdir()
+    assert parts_of("~/a+b+org/lora", tmp_path / "recipes") == ("~/a+b", "org/lora")
 
 
 @pytest.mark.parametrize(
@@ -33,8 +43,8 @@ def test_adapters_are_split_off_unless_a_folder_has_this_name(tmp_path: Path, re
         (["a/champion", "b/code"], ["a/champion", "code"]),
     ],
 )
-def test_short_names(refs: list[str], names: list[str]) -> None:
-    assert short_names(refs) == names
+def test_short_names(refs: list[str], names: list[str], tmp_path: Path) -> None:
+    assert short_names(refs, tmp_path) == names
 
 
 def test_a_model_is_pinned_to_what_it_was_elsewhere(
