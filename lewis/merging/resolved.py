@@ -10,12 +10,11 @@ from lewis.methods import Parameter, find
 from lewis.models.dtypes import MERGED
 from lewis.models.model import Model
 from lewis.models.pin import find_folder
-from lewis.recipe.config import excluded
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.config import MergeConfig, excluded
 from lewis.recipe.schema import Output
 
 
-def resolve(recipe: Recipe, base: Model) -> MergeSettings:
+def resolve(recipe: MergeConfig, base: Model) -> MergeSettings:
     """The settings of the merge that a recipe asks for.
 
     Args:
@@ -37,7 +36,7 @@ def resolve(recipe: Recipe, base: Model) -> MergeSettings:
     return settings_of(recipe, base, value, of_anchor)
 
 
-def settings_of(recipe: Recipe, base: Model, value: ParameterValue, of_anchor: ParameterValue) -> MergeSettings:
+def settings_of(recipe: MergeConfig, base: Model, value: ParameterValue, of_anchor: ParameterValue) -> MergeSettings:
     """`resolve`, with what looks up a parameter of the merge, and of its anchor."""
     settings = MergeSettings(
         method=find(recipe.merge_method),
@@ -57,7 +56,7 @@ def settings_of(recipe: Recipe, base: Model, value: ParameterValue, of_anchor: P
     return replace(settings, anchor=anchor, anchor_weight=recipe.anchor_weight)
 
 
-def _base_name(recipe: Recipe, base: Model) -> str:
+def _base_name(recipe: MergeConfig, base: Model) -> str:
     """How an adapter names its base: `org/name@commit`, or the absolute path of a folder."""
     if recipe.base_model is None:
         return ""
@@ -65,7 +64,7 @@ def _base_name(recipe: Recipe, base: Model) -> str:
     return str(folder) if folder else f"{recipe.base_model.partition('@')[0]}@{base.key}"
 
 
-def stored_dtype(recipe: Recipe) -> str | None:
+def stored_dtype(recipe: MergeConfig) -> str | None:
     """The dtype that a recipe gives the result, as safetensors names it; None: each tensor keeps the base's.
 
     For an adapter it is always fp32: rounding to fewer bits would add noise of full rank to the merged delta.

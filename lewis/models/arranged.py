@@ -14,7 +14,7 @@ from typing import Any
 from lewis.errors import RecipeError
 from lewis.methods import Parameter, find
 from lewis.models.stack import Layers, as_source
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.config import MergeConfig
 from lewis.recipe.schema import ModelEntry
 
 
@@ -30,7 +30,7 @@ class Slice:
         opens, closes: whether it is the first, or the last, slice.
     """
 
-    recipe: Recipe
+    recipe: MergeConfig
     first: int
     count: int
     starts: Mapping[str, int]
@@ -67,7 +67,7 @@ class Slice:
         return found | {name: name for name in result.after if self.closes}
 
 
-def slices_of(recipe: Recipe) -> tuple[Slice, ...]:
+def slices_of(recipe: MergeConfig) -> tuple[Slice, ...]:
     """The slices of a recipe that has some."""
     found, first = list[Slice](), 0
     listed, method = recipe.slices or (), find(recipe.merge_method)
@@ -84,7 +84,7 @@ def slices_of(recipe: Recipe) -> tuple[Slice, ...]:
     return tuple(found)
 
 
-def check_ranges(recipe: Recipe, counts: Mapping[str, int]) -> None:
+def check_ranges(recipe: MergeConfig, counts: Mapping[str, int]) -> None:
     """Check that the models have the layers that the slices name.
 
     Args:
@@ -105,7 +105,7 @@ def check_ranges(recipe: Recipe, counts: Mapping[str, int]) -> None:
         raise RecipeError(problems)
 
 
-def in_place(recipe: Recipe, counts: Mapping[str, int]) -> bool:
+def in_place(recipe: MergeConfig, counts: Mapping[str, int]) -> bool:
     """Whether every layer stays in its place: each is merged from the layers of its number of the same, whole models.
 
     Args:
@@ -136,7 +136,7 @@ class SliceValues:
         self._entries = [{entry.model: entry for entry in each.recipe.experts} for each in slices]
 
     def value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        """The value for one tensor of the result; arguments as those of `Recipe.value`, but for `depth`: unused."""
+        """The value for one tensor of the result; arguments as of `MergeConfig.value`; `depth` is not used."""
         return self._look_up(lambda recipe: recipe.value, parameter, expert, tensor)
 
     def anchor_value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
@@ -144,7 +144,7 @@ class SliceValues:
         return self._look_up(lambda recipe: recipe.anchor_value, parameter, expert, tensor)
 
     def _look_up(
-        self, of: Callable[[Recipe], Callable[..., Any]], parameter: Parameter, expert: str | None, tensor: str
+        self, of: Callable[[MergeConfig], Callable[..., Any]], parameter: Parameter, expert: str | None, tensor: str
     ) -> Any:
         layer = self._result.number(tensor)
         ends = [each.first + each.count for each in self._slices]

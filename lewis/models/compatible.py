@@ -17,7 +17,7 @@ from lewis.models.safetensors_file import Headers, same_bits
 from lewis.models.source import Source
 from lewis.models.stack import layers_of
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.config import MergeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def check_compatible(
         )
 
 
-def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[str]:
+def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> list[str]:
     """Check names, shapes and filters from the headers of the weight files, before gigabytes are downloaded.
 
     Returns:
@@ -71,10 +71,10 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
             read_config(Path(source.model.source))
             weight_files(Path(source.model.source))
     first = base or experts[0]
-    if recipe.slices and _preflight_slices(recipe, first, experts):
+    if config.slices and _preflight_slices(config, first, experts):
         return []
     ours, problems, told = _shapes(first), list[str](), list[str]()
-    left_out, by_token = {name for name in ours if recipe.excludes(name)}, recipe.vocabulary is not None
+    left_out, by_token = {name for name in ours if config.excludes(name)}, config.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
             continue  # the base itself, or an adapter on it
@@ -88,11 +88,11 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
         problems += [f"{source.ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
-    recipe.check_filters(ours)
+    config.check_filters(ours)
     return told
 
 
-def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) -> bool:
+def _preflight_slices(config: MergeConfig, first: Source, experts: Sequence[Source]) -> bool:
     """`preflight` of slices that are stacked; False, and nothing is checked, if every layer stays in its place.
 
     Models that are not among these are not looked at, and then filters are not either.
@@ -100,11 +100,11 @@ def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) 
     shapes = {source.ref: _shapes(source) for source in (first, *experts)}
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
-    check_ranges(recipe, counts)
-    if in_place(recipe, counts):
+    check_ranges(config, counts)
+    if in_place(config, counts):
         return False
     problems, known = list[str](), dict.fromkeys(shapes[first.ref])
-    for each in slices_of(recipe):
+    for each in slices_of(config):
         read = {}
         for ref in each.starts.keys() & shapes.keys():
             names = {new: old for new, old in each.names(ref, layers, layers[first.ref]).items() if old in shapes[ref]}
@@ -113,26 +113,26 @@ def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) 
         ours = read.pop(each.lead, {})
         heads = {name: shape for name, shape in ours.items() if name.endswith(HEADS)}
         for ref, theirs in read.items() if ours else ():
-            by_token = recipe.vocabulary is not None
+            by_token = config.vocabulary is not None
             found = _differences(ours, {**heads, **theirs}, (), matched=False, by_token=by_token)
             problems += [f"{ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, "expected layers of the same architecture in each slice"]))
-    if shapes.keys() >= {entry.model for entry in recipe.models}:
-        recipe.check_filters(known)
+    if shapes.keys() >= {entry.model for entry in config.models}:
+        config.check_filters(known)
     return True
 
 
-def result_headers(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> Headers:
+def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:
     """The tensors of the result: name -> dtype and shape, as the base has them, or what stands for it in each slice."""
     first = base or experts[0]
     headers = {source.ref: hub.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
-    if not recipe.slices:
+    if not config.slices:
         return headers[first.ref]
     layers = {ref: layers_of(ref, own) for ref, own in headers.items()}
     return {
         new: headers[each.lead][old]
-        for each in slices_of(recipe)
+        for each in slices_of(config)
         for new, old in each.names(each.lead, layers, layers[first.ref]).items()
         if old in headers[each.lead]
     }

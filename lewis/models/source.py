@@ -21,7 +21,7 @@ from lewis.models.names import short_or_whole
 from lewis.models.pin import Pinned, find_folder
 from lewis.models.renamed import differ, under_names_of
 from lewis.recipe.block import parts_of
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 from lewis.threads import ContextPool
@@ -214,16 +214,16 @@ def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source
     return found
 
 
-def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
-    """Pin the base (None if the recipe has none) and the experts, in the recipe's order.
+def pin_all(config: MergeConfig) -> tuple[Source | None, list[Source]]:
+    """Pin the base (None if there is none) and the experts, in their order.
 
     Experts are pinned in parallel: hashing the files of new folders takes longer than merging them.
     """
-    base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
-    refs = [entry.model for entry in recipe.experts]
-    first = None if base else pin(refs[0], recipe.root)
+    base = pin(config.base_model, config.root) if config.base_model else None
+    refs = [entry.model for entry in config.experts]
+    first = None if base else pin(refs[0], config.root)
     with ContextPool(len(os.sched_getaffinity(0))) as pool:
-        return base, list(pool.map(lambda ref: pin(ref, recipe.root, base, first), refs))
+        return base, list(pool.map(lambda ref: pin(ref, config.root, base, first), refs))
 
 
 def download(source: Source) -> ModelFiles:
