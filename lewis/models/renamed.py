@@ -114,15 +114,16 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     return Matched(runs, shapes | others, made, conversions)
 
 
-def under_names_of(base: Model, model: Model, key: str) -> Model:
+def under_names_of(base: Model, model: Model, key: str, found: Matched | None = None) -> Model:
     """A model as it is read under the base's names; itself if it has them, or has none of theirs.
 
     Args:
         base: whose names.
         model: to be read.
         key: identity of what is read, if it is read under other names than its own.
+        found: what `match` gives of them, if that is known.
     """
-    found = match(base.home, with_tied(base), with_tied(model))
+    found = found or match(base.home, with_tied(base), with_tied(model))
     if found is None:
         return model
     logger.info("%s: %s", model.folder, found.told)

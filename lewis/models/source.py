@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary, finalize
 
 from pydantic import model_validator
 
@@ -19,7 +21,7 @@ from lewis.models.lora import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
 from lewis.models.pin import Pinned, find_folder
-from lewis.models.renamed import differ, under_names_of
+from lewis.models.renamed import Matched, differ, match, under_names_of, with_tied
 from lewis.recipe.block import parts_of
 from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
@@ -104,8 +106,7 @@ class ModelFiles(Reference):
     ) -> ModelFiles:
         """The files of these folders, with the sizes that they have now."""
         folders = [folder, *under, *([adapter] if adapter else [])]
-        paths = [p for place in folders for p in sorted(place.glob("*")) if p.is_file()]
-        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".gguf", ".json")}
+        sizes = {str(path): path.stat().st_size for place in folders for path in _files_of(place)}
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=tuple(under), like=like, sizes=sizes)
 
     @property
@@ -134,18 +135,64 @@ class ModelFiles(Reference):
     def open(self) -> Model:
         """Open the model for reading.
 
+        Files are opened, and their headers parsed, once in a process: each call returns what an earlier one for the
+        same files opened, until a file changes on disk, or all `ModelFiles` that opened it and their models are gone.
+
         Raises:
             InputError: as `Checkpoint` and `LoraExpert` do.
         """
         commits = commits_of(self.key)
-        model: Model = Checkpoint(self.folder, self.key if self.adapter is None else commits[0])
-        for number, folder in enumerate(self.folders[1:], 1):
-            model = LoraExpert(model, folder, key_of(commits[: number + 1]))
+        key = self.key if self.adapter is None else commits[0]
+        identity: tuple[object, ...] = (key, _state(self.folder))
+        model: Model = _once(identity, lambda: Checkpoint(self.folder, key))
+        for number, folder in enumerate(self.folders[1:], 2):
+            below, key = model, key_of(commits[:number])
+            identity = (*identity, key, _state(folder))
+            model = _once(identity, lambda below=below, folder=folder, key=key: LoraExpert(below, folder, key))
         if self.like is None:
+            self._keep(model)
             return model
-        base = Checkpoint(self.like, "")
+        like = self.like
+        base: Model = _once(("", _state(like)), lambda: Checkpoint(like, ""))
+        identity = (*identity, "as", _state(like))
+        # What is read under other names may hold a computed tensor: only how it is read is kept, not this model itself.
+        found = _once(identity, lambda: match(base.home, with_tied(base), with_tied(model)) or model)
+        self._keep(model, base, found)
+        if not isinstance(found, Matched):
+            return model
         names = store.digest([version("transformers"), base.shapes])[:16]
-        return under_names_of(base, model, f"{self.key} as {names}")
+        return _once((*identity, names), lambda: under_names_of(base, model, f"{self.key} as {names}", found))
+
+    def _keep(self, *opened: object) -> None:
+        """Keep what is open for as long as this reference exists."""
+        if id(self) not in _KEPT:
+            finalize(self, _KEPT.pop, id(self), None)
+        _KEPT[id(self)] = opened
+
+
+_T = TypeVar("_T")
+_OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # identity -> what is open
+_KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> what it keeps open
+
+
+def _once(identity: tuple[object, ...], make: Callable[[], _T]) -> _T:
+    """What was made under this identity and is still in use somewhere in this process; else it is made."""
+    found: _T | None = _OPENED.get(identity)
+    if found is None:  # two threads may both come here: the second then takes what the first has made
+        made = make()
+        found = _OPENED.setdefault(identity, made)
+    return found
+
+
+def _state(folder: Path) -> tuple[object, ...]:
+    """A folder, and each of its weight files and configs with what changes when its content does."""
+    stats = [(path.name, path.stat()) for path in _files_of(folder)]
+    return str(folder), *((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in stats)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    paths = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".gguf", ".json"))
+    return [path for path in paths if path.is_file()]
 
 
 def commits_of(key: str) -> tuple[str, ...]:

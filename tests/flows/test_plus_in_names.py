@@ -52,7 +52,7 @@ def test_such_a_recipe_is_planned_merged_and_scheduled(folder: Path) -> None:
     card = (merged.folder / "README.md").read_text()
     assert all(f"`{ref}`" in card and f"`{key}`" in card for ref, key in lineage_of(*files, ()).items())
     assert "base_model" not in card.split("---")[1]  # the front matter: they are not on the Hub
-    with pytest.raises(InputError, match=r"my\+base: mergekit takes a \+ in a name .* rename the folder"):
+    with pytest.raises(InputError, match=r"math\+a: mergekit takes a \+ in a name .* rename the folder"):
         to_mergekit(recipe, base, experts, {})
 
 
@@ -79,7 +79,7 @@ def test_an_adapter_with_a_plus_in_its_name_moves_with_the_base(folder: Path) ->
 
 def test_its_models_have_short_names(folder: Path) -> None:
     assert short_names(REFS, folder) == ["my+base", "math+a", "lo+ra"]
-    assert run_name("plus", ["abcdef0123", key_of(["1" * 40, "2" * 40])]) == "merge plus (abcdef01+22222222)"
+    assert run_name("plus", ["a" * 40, key_of(["1" * 40, "2" * 40])]) == "merge plus (aaaaaaaa+22222222)"
 
 
 def test_drafts_and_several_recipes_in_one_file_take_it(folder: Path) -> None:
