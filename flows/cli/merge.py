@@ -33,7 +33,7 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
-    from lewis.models.shards import parse_size
+    from lewis.models.writer import parse_size
     from lewis.recipe.documents import load_documents
     from lewis.store.writable import check_output_folder
 

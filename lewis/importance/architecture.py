@@ -12,12 +12,19 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lewis.importance.fused import Rows, parts_of
-from lewis.importance.layouts import below_block, keeps_inputs, only_stacks, stacked_in, stored_in_out, weights
-from lewis.importance.model_class import input_embeddings, lists_of_blocks, text_tower
+from lewis.importance.layouts import (
+    Rows,
+    below_block,
+    keeps_inputs,
+    only_stacks,
+    parts_of,
+    stacked_in,
+    stored_in_out,
+    weights,
+)
 from lewis.lazy_torch import nn, torch
 from lewis.models.names import short_or_whole
-from lewis.models.network_class import build
+from lewis.models.network_class import build, input_embeddings, lists_of_blocks, text_tower
 from lewis.models.placing import Placing
 
 

@@ -20,10 +20,10 @@ from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Covered, Layer, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measured import Measured
-from lewis.importance.model_class import input_embeddings
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
+from lewis.models.network_class import input_embeddings
 from lewis.recipe.schema import Importance
 
 if TYPE_CHECKING:

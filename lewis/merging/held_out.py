@@ -9,13 +9,13 @@ from functools import partial
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
-from lewis.importance.model_class import input_embeddings
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.fitted import Fitted
 from lewis.merging.passes import Pass, stop
 from lewis.merging.prepared import Prepared
 from lewis.merging.unwritten import Unwritten
+from lewis.models.network_class import input_embeddings
 
 LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
 

@@ -3,30 +3,39 @@
 Versions of transformers name and cut the weights of one model differently (`h.0` and `transformer.h.0`, every expert a
 tensor or all in one). Their own tables of conversion tell which parameter of the network a tensor is, or which part of
 it. A tensor of the base that is a part of one of the model's is a view of the model's file; one that several make is
-put together when it is read. Nothing is rounded, and no model is ever whole in memory.
+put together when it is read; where a conversion does more than cut, join and stack along rows, it is done, and undone,
+when the tensor is read. Nothing is rounded, and no model is ever whole in memory.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.models.conversion import Conversions
 from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.network_class import known_network
-from lewis.models.placing import Shapes
-from lewis.models.segments import Layout, Run
+from lewis.models.placing import Read, Shapes, operations_of
+from lewis.models.segments import Layout, Role, Run
 
 logger = logging.getLogger(__name__)
 _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
+_MOVES = frozenset(  # operations of conversions that move values, and never round, pad or drop some
+    (
+        *("Chunk", "Split", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose"),
+        *("PermuteForRope", "Conv3dToLinear", "LinearToConv3d", "Inkling2LoopMergeMessageQueries"),
+        *("ErnieFuseAndSplitTextVisionExperts", "ErnieSplitAndDecoupleTextVisionExperts"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -241,3 +250,83 @@ class Renamed(View):
 def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
     dtype = name_of(value.dtype)
     return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))
+
+
+class Conversions:
+    """Makes the base's tensors of another model's by way of the network's parameters."""
+
+    def __init__(self, base: Layout, model: Layout) -> None:
+        self._ours, self._theirs = base, model
+        self._own: dict[Role, str] = {role: tensor for tensor, role in base.roles.items()}
+
+    def sources(self, name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[str, ...]:
+        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read.
+
+        Args:
+            name: the base's tensor.
+            shape: its shape.
+            shapes: of the model's tensors.
+        """
+        asked: dict[str, None] = {}
+
+        def read(tensor: str) -> torch.Tensor:
+            asked[tensor] = None
+            return torch.empty(shapes[tensor], device="meta")
+
+        try:
+            made = self.make(name, read)
+        except (RuntimeError, ValueError, IndexError, AttributeError):  # shapes that no conversion takes
+            return ()
+        fits = name in made and (name in self._ours.runs or tuple(made[name].shape) == shape)
+        return tuple(asked) if fits else ()
+
+    def make(self, name: str, read: Read) -> dict[str, torch.Tensor]:
+        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made.
+
+        Args:
+            name: the base's tensor.
+            read: the model's tensor -> its value.
+        """
+        if name not in self._ours.runs:
+            return self._reverted(name, read)
+        parts = []
+        for run in self._ours.runs[name]:
+            parameter = self._parameter(run.name, read)
+            if parameter is None:
+                return {}
+            parts.append(parameter.reshape(-1)[run.start : run.stop])
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0]}
+
+    def _parameter(self, name: str, read: Read) -> torch.Tensor | None:
+        """A parameter of the network, made of the model's tensors; None if it cannot be made."""
+        shape = self._theirs.placing.state[name].shape
+        runs = self._theirs.tensors_of(Run(name, 0, shape.numel()))
+        if runs is not None:
+            parts = [read(run.name).reshape(-1)[run.start : run.stop] for run in runs]
+            return torch.cat(parts).reshape(shape)
+        converter = self._theirs.placing.converters.get(name)
+        if converter is None or not _only_moves(converter):
+            return None
+        return self._theirs.placing.value(name, read)
+
+    def _reverted(self, name: str, read: Read) -> dict[str, torch.Tensor]:
+        role = self._ours.roles.get(name)
+        placing = self._ours.placing
+        converter = placing.converters.get(role[0]) if role else None
+        if role is None or converter is None or not _only_moves(converter):
+            return {}
+        back, first = copy.deepcopy(converter.reverse_transform()), ""
+        for parameter in (each for each, of in placing.firsts.items() if of == role[0]):
+            value, (called, pattern) = self._parameter(parameter, read), back.rename_source_key(parameter)
+            if value is None or pattern is None:
+                return {}
+            first = first or called
+            back.add_tensor(first, parameter, pattern, lambda value=value: value)
+        made = back.convert(first, model=placing.module, config=placing.module.config)
+        made = {each: value[0] if isinstance(value, list) else value for each, value in made.items()}
+        roles = Layout(placing.module, {each: tuple(value.shape) for each, value in made.items()}).roles
+        return {self._own[its]: made[each] for each, its in roles.items() if its in self._own}
+
+
+def _only_moves(converter: Any) -> bool:
+    return all(name in _MOVES for name, _ in operations_of(converter))

@@ -16,7 +16,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.listing import COMMIT
+from lewis.models.hub import COMMIT
 from lewis.models.lora import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole

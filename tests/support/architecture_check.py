@@ -18,9 +18,9 @@ from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure, network_of
 from lewis.importance.measured import Measured
-from lewis.importance.model_class import text_tower
 from lewis.importance.streaming import decoder_ids
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.network_class import text_tower
 from lewis.recipe.schema import Density
 from tests.support.models import bits, open_merge
 from tests.support.tiny_architectures import SAMPLES, tiny

@@ -13,7 +13,7 @@ from lewis.errors import InputError
 from lewis.importance import batches
 from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
-from lewis.importance.fused import Rows, parts_of
+from lewis.importance.layouts import Rows, parts_of
 from lewis.importance.measure import covered_layers, measure
 from lewis.models.checkpoint import Checkpoint
 from tests.support.models import write_tensors

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lewis import pipeline
 from lewis.errors import InputError
-from lewis.importance.model_class import text_tower
 from lewis.merging.sliced import Stack
+from lewis.models.network_class import text_tower
 from lewis.models.stack import layers_of
 from lewis.models.stack_config import Origin, restacked
 from tests.lewis.merging.test_sliced import merged, opened, sliced, source

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from lewis import pipeline
 from lewis.errors import InputError
-from lewis.models import gguf_folder, hub
+from lewis.models import gguf_file, hub
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.gguf_folder import as_folder
+from lewis.models.gguf_file import as_folder
 from tests.support.gguf_files import write_gguf
 from tests.support.models import bits, parse, write_expert, write_llama
 
@@ -191,8 +191,8 @@ class TestRefused:
 
     def test_a_tensor_without_a_place(self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_gguf(base, tmp_path / "m.gguf")
-        names: Any = gguf_folder._names
-        monkeypatch.setattr(gguf_folder, "_names", lambda *a: names(*a[:3], {**a[3], "blk.9.odd.weight": []}))
+        names: Any = gguf_file._names
+        monkeypatch.setattr(gguf_file, "_names", lambda *a: names(*a[:3], {**a[3], "blk.9.odd.weight": []}))
         self.refused(tmp_path / "m.gguf", "no place for the tensor 'blk.9.odd.weight'", "LlamaForCausalLM")
 
     def test_a_file_that_was_moved(self, base: Path, tmp_path: Path) -> None:

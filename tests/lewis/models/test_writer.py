@@ -17,8 +17,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import write_config
 from lewis.models.dtypes import DTYPES, torch_dtype
 from lewis.models.files import INDEX, copy_tokenizer
-from lewis.models.shards import parse_size
-from lewis.models.writer import CheckpointWriter
+from lewis.models.writer import CheckpointWriter, parse_size
 from tests.conftest import Family
 from tests.support.models import bits
 
