@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from urllib.parse import quote
 
 from lewis.errors import InputError
-from lewis.models.pin import find_folder
+from lewis.models.hub.pin import find_folder
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short

@@ -28,10 +28,10 @@ from lewis.merging.run import Merge
 from lewis.merging.split import split
 from lewis.merging.step import check_output
 from lewis.methods import find
-from lewis.models import hub
 from lewis.models.compatible import result_headers
 from lewis.models.dtypes import DTYPES
-from lewis.models.lora import LoraExpert
+from lewis.models.hub import repository
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.recipe.recipe import Recipe
@@ -163,8 +163,8 @@ def make_plan(recipe: Recipe) -> Plan:
     files = {source.ref: _files(source) for source in sources}
     plan.steps = [Step(f"download {s.ref}", "cached" if files[s.ref] else "to do") for s in sources]
     if recipe.lewis and base:
-        shapes = {name: shape for name, (_, shape) in hub.tensor_headers(base.model).items()}
-        configs = hub.fetch(base.model, weights=False)
+        shapes = {name: shape for name, (_, shape) in repository.tensor_headers(base.model).items()}
+        configs = repository.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
         plan.layers = [layer for each in covered for layer in each.layers]
     with remote.looking() as asked:
@@ -252,7 +252,7 @@ def _guided_steps(
             source = base if entry is None else experts[recipe.experts.index(entry)]
             for name in names:
                 if name not in sets:
-                    configs = hub.fetch(base.model, weights=False)
+                    configs = repository.fetch(base.model, weights=False)
                     sets[name] = pipeline.prepare_calibration(recipe, name, ModelFiles.at(base.ref, base.key, configs))
                 key = _read_as(source, files)
                 of_pass = (source.ref, key, sets[name], recipe.lewis.importance, default_device())
@@ -323,7 +323,7 @@ def _passes_for_ridge(recipe: Recipe, keys: Sequence[str], sets: Mapping[str, Ca
 
 def _files(source: Source) -> ModelFiles | None:
     """The model's files if they are on this disk already."""
-    if not all(hub.is_present(pinned) for pinned in (source.model, *source.adapters)):
+    if not all(repository.is_present(pinned) for pinned in (source.model, *source.adapters)):
         return None
     try:
         return pipeline.download(source)

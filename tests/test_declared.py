@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 OURS = {"lewis", "lewis_tasks", "lewis_flows", "lewis_deployments", "tests"}
 OPTIONAL = {
     **{"flows/runners/dask.py": "dask", "flows/runners/dask_worker.py": "dask", "flows/runners/ray.py": "ray"},
-    "lewis/models/gguf_file.py": "gguf",
+    "lewis/models/gguf.py": "gguf",
 }
 # Imported in the tests only by the Python of another environment, or from a folder that the test or the user makes.
 ELSEWHERE = {"mergekit", "programs", "bitsandbytes", "compressed_tensors"} | {

@@ -12,8 +12,8 @@ from lewis_flows.cli.terminal import show_log
 
 if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
-    from lewis.importance.architecture import Layer
     from lewis.importance.step import ImportanceEntry
+    from lewis.models.network.module_tree import Layer
     from lewis.recipe.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
-    from lewis.models.writer import parse_size
+    from lewis.models.files.writer import parse_size
     from lewis.recipe.documents import load_documents
     from lewis.store.writable import check_output_folder
 
@@ -70,7 +70,7 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
     from lewis import pipeline, store
     from lewis.devices import default_device
     from lewis.merging.step import adapter_in, check_output
-    from lewis.models.lora import WEIGHTS
+    from lewis.models.lora.expert import WEIGHTS
     from lewis.registry.registration import write_card
 
     base, experts = pipeline.fetch(recipe)

@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
-from lewis.models.pin import find_folder
+from lewis.models.hub.pin import find_folder
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows import prefect_runs, recipes_folder

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lewis.allocation.strategies import ALLOCATORS, target_of
-from lewis.importance.architecture import Layer
+from lewis.models.network.module_tree import Layer
 from lewis.recipe.schema import Density
 
 SEMANTICS = "5"  # bump when the same inputs would give other densities

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.importance.architecture import Covered
 from lewis.importance.measure import row_sums
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Covered
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
 UNRELATED = 0.3  # if every layer differs by more, relative to its norm, the base is hardly this expert's ancestor

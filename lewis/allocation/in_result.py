@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from lewis.importance.architecture import Covered
-from lewis.models.arranged import in_place, slices_of
+from lewis.models.layers.slices import in_place, slices_of
+from lewis.models.layers.stack import Restacked, layers_of
 from lewis.models.model import Model
 from lewis.models.names import layer_of
-from lewis.models.stack import Restacked, layers_of
+from lewis.models.network.module_tree import Covered
 from lewis.recipe.recipe import Recipe
 
 T = TypeVar("T")

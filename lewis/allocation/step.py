@@ -15,11 +15,11 @@ from lewis.allocation.densities import Allocation
 from lewis.allocation.in_result import InResult, in_result, is_stack
 from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError
-from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
 from lewis.recipe.config import excluded
 from lewis.recipe.recipe import Recipe

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lewis.importance.architecture import Layer
+from lewis.models.network.module_tree import Layer
 from lewis.recipe.schema import Density
 
 Evidence = Mapping[str, float]

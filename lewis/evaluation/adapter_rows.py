@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lewis.models.lora import WEIGHTS
+from lewis.models.files.safetensors_file import file_headers
+from lewis.models.lora.expert import WEIGHTS
 from lewis.models.names import PER_TOKEN
-from lewis.models.safetensors_file import file_headers
 
 
 @contextmanager

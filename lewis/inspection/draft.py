@@ -15,11 +15,11 @@ from lewis.input_files import read_json, read_text
 from lewis.inspection import step
 from lewis.inspection.kinds import Finding
 from lewis.inspection.topics import GENERAL, Topic, topic_of
-from lewis.models import hub
 from lewis.models.chat_template import template_in
 from lewis.models.compatible import preflight
 from lewis.models.config import read_config
-from lewis.models.pin import find_folder
+from lewis.models.hub import repository
+from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, pin, short_name
 from lewis.recipe import yaml_limits
 from lewis.recipe.recipe import Recipe
@@ -83,7 +83,7 @@ def _told(source: Source, root: Path) -> list[str]:
     """What tells an expert's topic: its name, then the datasets and tags of its model card, where that is here."""
     pinned = source.adapter or source.model
     try:
-        found = FRONT_MATTER.match(read_text(hub.fetch(pinned, weights=False) / NAME, yaml_limits.MAX_BYTES))
+        found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_limits.MAX_BYTES))
         card = yaml_limits.load(found[1], NAME) if found else {}
     except (OSError, InputError):
         card = {}
@@ -101,7 +101,7 @@ def _end(folder: Path) -> str:
 
 
 def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], name: str) -> str:
-    folder = hub.fetch(base.model, weights=False)
+    folder = repository.fetch(base.model, weights=False)
     config = read_config(folder)
     dtype = config.get("dtype") or config.get("torch_dtype")
     dtype = dtype if dtype in ("float32", "float16", "bfloat16") else "bfloat16"

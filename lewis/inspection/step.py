@@ -19,10 +19,10 @@ from lewis.inspection.structure import moved_parts
 from lewis.merging.resolved import stored_dtype
 from lewis.methods import find
 from lewis.models.compatible import check_compatible, preflight
+from lewis.models.layers.stack import other_depth
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source, download, pin, pin_all
-from lewis.models.stack import other_depth
 from lewis.recipe.config import excluded
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from lewis import store
 from lewis.devices import one_thread
-from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
@@ -41,7 +40,8 @@ from lewis.merging.walk import Walk
 from lewis.methods.arithmetic.regression import sampled
 from lewis.methods.arithmetic.stacked import within
 from lewis.models.dtypes import size_of
-from lewis.models.network_class import input_embeddings
+from lewis.models.network.module_tree import Covered, Network
+from lewis.models.network.network_class import input_embeddings
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch

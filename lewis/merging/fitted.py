@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lewis import store
 from lewis.lazy_torch import torch
-from lewis.models.safetensors_file import write_file
+from lewis.models.files.safetensors_file import write_file
 
 
 class Fitted:

@@ -15,7 +15,7 @@ from lewis.merging.fitted import Fitted
 from lewis.merging.passes import Pass, stop
 from lewis.merging.prepared import Prepared
 from lewis.merging.unwritten import Unwritten
-from lewis.models.network_class import input_embeddings
+from lewis.models.network.network_class import input_embeddings
 
 LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
 

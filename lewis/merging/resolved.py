@@ -8,8 +8,8 @@ from typing import Any
 from lewis.merging.settings import MergeSettings, ParameterValue
 from lewis.methods import Parameter, find
 from lewis.models.dtypes import MERGED
+from lewis.models.hub.pin import find_folder
 from lewis.models.model import Model
-from lewis.models.pin import find_folder
 from lewis.recipe.config import MergeConfig, excluded
 from lewis.recipe.schema import Output
 

@@ -27,9 +27,9 @@ from lewis.merging.settings import RIDGES
 from lewis.models.chat_template import write_template
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
-from lewis.models.files import copy_tokenizer
+from lewis.models.files.folder import copy_tokenizer
+from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import Model
-from lewis.models.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from lewis.merging.fitted import Fitted

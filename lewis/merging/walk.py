@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
-from lewis.importance.architecture import Covered
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.fitted import Fitted
@@ -23,6 +22,7 @@ from lewis.merging.solver import Solver
 from lewis.merging.spill import Spill
 from lewis.merging.stacked_fit import StackedFit
 from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.models.network.module_tree import Covered
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

@@ -6,16 +6,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.models import hub
-from lewis.models.arranged import check_ranges, in_place, slices_of
 from lewis.models.config import read_config
-from lewis.models.files import weight_files
+from lewis.models.files.folder import weight_files
+from lewis.models.files.safetensors_file import Headers, same_bits
+from lewis.models.hub import repository
+from lewis.models.layers.slices import check_ranges, in_place, slices_of
+from lewis.models.layers.stack import layers_of
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
-from lewis.models.renamed import differ, match
-from lewis.models.safetensors_file import Headers, same_bits
+from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
-from lewis.models.stack import layers_of
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 from lewis.recipe.config import MergeConfig
 
@@ -79,7 +79,7 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
         if source.model.commit == first.model.commit:
             continue  # the base itself, or an adapter on it
         theirs = _shapes(source)
-        if differ(ours, theirs) and (matched := match(hub.fetch(first.model, weights=False), ours, theirs)):
+        if differ(ours, theirs) and (matched := match(repository.fetch(first.model, weights=False), ours, theirs)):
             theirs = matched.shapes
             told.append(f"{source.ref}: {matched.told}")
         # A head that is not stored may be tied to the embedding: only the model's config says so.
@@ -126,7 +126,7 @@ def _preflight_slices(config: MergeConfig, first: Source, experts: Sequence[Sour
 def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:
     """The tensors of the result: name -> dtype and shape, as the base has them, or what stands for it in each slice."""
     first = base or experts[0]
-    headers = {source.ref: hub.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
+    headers = {source.ref: repository.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
     if not config.slices:
         return headers[first.ref]
     layers = {ref: layers_of(ref, own) for ref, own in headers.items()}
@@ -139,7 +139,7 @@ def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[S
 
 
 def _shapes(source: Source) -> Shapes:
-    return {name: shape for name, (_, shape) in hub.tensor_headers(source.model).items()}
+    return {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
 
 
 def _differences(

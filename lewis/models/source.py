@@ -14,14 +14,14 @@ from pydantic import model_validator
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.hub import COMMIT
-from lewis.models.lora import LoraExpert, holds_adapter
+from lewis.models.hub import repository
+from lewis.models.hub.pin import Pinned, find_folder
+from lewis.models.hub.repository import COMMIT
+from lewis.models.lora.expert import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
-from lewis.models.pin import Pinned, find_folder
-from lewis.models.renamed import Matched, differ, match, under_names_of, with_tied
+from lewis.models.network.renamed import Matched, differ, match, under_names_of, with_tied
 from lewis.recipe.block import parts_of
 from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
@@ -225,9 +225,9 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
     of_names = first or base
     named = of_names.model if of_names else None
     model, *adapters = parts_of(ref, root)
-    pinned = hub.resolve(model, root)
-    if adapters or not holds_adapter(hub.file_names(pinned)):
-        put = [hub.resolve(each, root) for each in adapters]
+    pinned = repository.resolve(model, root)
+    if adapters or not holds_adapter(repository.file_names(pinned)):
+        put = [repository.resolve(each, root) for each in adapters]
         like = named if named and named.commit != pinned.commit else None
         return Source(ref, pinned, put[-1] if put else None, tuple(put[:-1]), like)
     if base is None:
@@ -279,15 +279,15 @@ def download(source: Source) -> ModelFiles:
     Raises:
         TransientError: if the transfer broke; trying again can help.
     """
-    put = [hub.fetch(each) for each in source.adapters]
-    folder, like = hub.fetch(source.model), None
+    put = [repository.fetch(each) for each in source.adapters]
+    folder, like = repository.fetch(source.model), None
     if source.like and differ(*(_shapes(each) for each in (source.like, source.model))):
-        like = hub.folder_of(source.like)
+        like = repository.folder_of(source.like)
     return ModelFiles.at(source.ref, source.key, folder, put[-1] if put else None, put[:-1], like)
 
 
 def _shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in hub.tensor_headers(pinned).items()}
+    return {name: shape for name, (_, shape) in repository.tensor_headers(pinned).items()}
 
 
 def short_name(ref: str, root: Path) -> str:

@@ -6,7 +6,7 @@ No state is kept: what has been merged is read from the tags of the registered v
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lewis.models.pin import find_folder
+from lewis.models.hub.pin import find_folder
 from lewis.models.source import commits_of, pin_all
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe

@@ -19,7 +19,7 @@ from pydantic_core import to_jsonable_python
 from lewis import store
 from lewis.devices import default_device, precision
 from lewis.errors import LewisError
-from lewis.models.hub_errors import retryable
+from lewis.models.hub.errors import retryable
 from lewis.store import kinds
 from lewis_tasks.support.logs import quieten
 from lewis_tasks.support.records import RecordSerializer

@@ -25,7 +25,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.plan import Plan
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
-from tests.lewis.importance.test_architecture import DENSE, SAMPLES, SIZES, T5, write
+from tests.lewis.models.test_module_tree import DENSE, SAMPLES, SIZES, T5, write
 from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -17,7 +17,7 @@ from lewis.merging.low_rank import factorise
 from lewis.merging.run import Merge
 from lewis.merging.step import MergedModel, check_output
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import WEIGHTS, LoraExpert
+from lewis.models.lora.expert import WEIGHTS, LoraExpert
 from lewis.plan import make_plan
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family

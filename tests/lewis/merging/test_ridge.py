@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lewis.errors import InputError, LewisError
-from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 from lewis.merging import fit as forward_order
 from lewis.merging import ridge
@@ -20,6 +19,7 @@ from lewis.merging.ridge import Choice, choose, with_ridge
 from lewis.merging.settings import RIDGES
 from lewis.merging.split import split
 from lewis.merging.step import chosen_ridge
+from lewis.models.network.module_tree import Network
 from tests.conftest import Family
 from tests.lewis.merging.test_fit import prepare, recipe_of
 from tests.support.models import write_expert, write_llama

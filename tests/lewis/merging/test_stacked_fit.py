@@ -10,9 +10,9 @@ from lewis.merging.expert import Expert
 from lewis.merging.run import Merge
 from lewis.merging.step import resolve
 from lewis.models.checkpoint import Checkpoint
-from tests.lewis.importance.test_architecture import SAMPLES, expert_inputs
 from tests.lewis.merging.test_fit import RIDGE, recipe_of
 from tests.lewis.merging.test_static_fit import mixture
+from tests.lewis.models.test_module_tree import SAMPLES, expert_inputs
 from tests.support.tiny_architectures import tiny
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from lewis.errors import InputError
 from lewis.evaluation.written import loadable
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert, holds_adapter, is_adapter
+from lewis.models.lora.expert import LoraExpert, holds_adapter, is_adapter
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles, pin
 from tests.conftest import Family

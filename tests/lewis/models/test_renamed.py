@@ -14,9 +14,9 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.names import unwrapped
-from lewis.models.renamed import Renamed, under_names_of
+from lewis.models.network.renamed import Renamed, under_names_of
 from lewis.models.source import ModelFiles
 from lewis.plan import make_plan
 from tests.conftest import Family
@@ -214,6 +214,6 @@ class TestRecipe:
 
 
 def test_a_family_with_one_kind_of_names_is_read_as_it_is(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lewis.models.renamed.known_network", None)  # nothing is built
+    monkeypatch.setattr("lewis.models.network.renamed.known_network", None)  # nothing is built
     base, expert = Checkpoint(family.base, "base"), Checkpoint(family.math, "math")
     assert under_names_of(base, expert, "key") is expert

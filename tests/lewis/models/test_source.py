@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import InputError
-from lewis.models.lora import LoraExpert
-from lewis.models.safetensors_file import TensorFile
+from lewis.models.files.safetensors_file import TensorFile
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.source import ModelFiles, download, pin, pin_at, short_names
 from lewis.recipe.block import parts_of
 from lewis_flows.cli.main import main

@@ -14,12 +14,12 @@ from lewis.errors import InputError
 from lewis.input_files import check_regular
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, as_tensor
-from lewis.models.files import ADAPTER as WEIGHTS
-from lewis.models.lora_config import CONFIG, read_settings
-from lewis.models.lora_delta import LowRank, Replaced
-from lewis.models.lora_targets import Targets
+from lewis.models.files.folder import ADAPTER as WEIGHTS
+from lewis.models.files.safetensors_file import TensorFile
+from lewis.models.lora.config import CONFIG, read_settings
+from lewis.models.lora.delta import LowRank, Replaced
+from lewis.models.lora.targets import Targets
 from lewis.models.model import Model
-from lewis.models.safetensors_file import TensorFile
 
 logger = logging.getLogger(__name__)
 

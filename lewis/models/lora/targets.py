@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.models.files import ADAPTER
-from lewis.models.lora_config import CONFIG, by_pattern, token_indices
-from lewis.models.lora_delta import AddedBias, Change, LowRank, NewRows, Replaced
-from lewis.models.lora_keys import Keys, parameters_of
+from lewis.models.files.folder import ADAPTER
+from lewis.models.files.safetensors_file import TensorFile, same_bits
+from lewis.models.lora.config import CONFIG, by_pattern, token_indices
+from lewis.models.lora.delta import AddedBias, Change, LowRank, NewRows, Replaced
+from lewis.models.lora.keys import Keys, parameters_of
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
-from lewis.models.network_class import known_network
-from lewis.models.renamed import with_tied
-from lewis.models.safetensors_file import TensorFile, same_bits
-from lewis.models.segments import Layout, Run
+from lewis.models.network.network_class import known_network
+from lewis.models.network.renamed import with_tied
+from lewis.models.network.segments import Layout, Run
 
 
 @dataclass(frozen=True)

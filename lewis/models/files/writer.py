@@ -20,7 +20,7 @@ from typing import IO, Any
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, bytes_of, size_of, torch_dtype
-from lewis.models.files import INDEX, SINGLE
+from lewis.models.files.folder import INDEX, SINGLE
 from lewis.store import size as of_store
 
 _JOURNAL = "journal.jsonl"

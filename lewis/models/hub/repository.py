@@ -18,13 +18,13 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import InputError, TransientError
-from lewis.models.files import ADAPTER, GGUF_TABLE, check_weights, needed
-from lewis.models.gguf_file import as_folder, headers, only
-from lewis.models.hub_client import api, cache_folder, check_repo_id, errors, offline, snapshot
+from lewis.models.files.folder import ADAPTER, GGUF_TABLE, check_weights, needed
+from lewis.models.files.safetensors_file import Headers, file_headers
+from lewis.models.gguf import as_folder, headers, only
+from lewis.models.hub.client import api, cache_folder, check_repo_id, errors, offline, snapshot
+from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
-from lewis.models.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.quantised.headers import dequantised
-from lewis.models.safetensors_file import Headers, file_headers
 from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
 from lewis.threads import ContextPool

@@ -23,9 +23,9 @@ from lewis.lazy_torch import torch
 from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
-from lewis.models.network_class import known_network
-from lewis.models.placing import Read, Shapes, operations_of
-from lewis.models.segments import Layout, Role, Run
+from lewis.models.network.network_class import known_network
+from lewis.models.network.placing import Read, Shapes, operations_of
+from lewis.models.network.segments import Layout, Role, Run
 
 logger = logging.getLogger(__name__)
 _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape

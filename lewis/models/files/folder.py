@@ -14,7 +14,7 @@ from lewis.models.names import unwrapped
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-GGUF_TABLE = "gguf.json"  # of a folder that `gguf_file.as_folder` made: the tensors of the GGUF file in it
+GGUF_TABLE = "gguf.json"  # of a folder that `gguf.as_folder` made: the tensors of the GGUF file in it
 GGUF_LINK = "model.gguf"  # of such a folder: where the file is
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),

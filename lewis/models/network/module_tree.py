@@ -12,7 +12,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lewis.importance.layouts import (
+from lewis.lazy_torch import nn, torch
+from lewis.models.names import short_or_whole
+from lewis.models.network.layouts import (
     Rows,
     below_block,
     keeps_inputs,
@@ -22,10 +24,8 @@ from lewis.importance.layouts import (
     stored_in_out,
     weights,
 )
-from lewis.lazy_torch import nn, torch
-from lewis.models.names import short_or_whole
-from lewis.models.network_class import build, input_embeddings, lists_of_blocks, text_tower
-from lewis.models.placing import Placing
+from lewis.models.network.network_class import build, input_embeddings, lists_of_blocks, text_tower
+from lewis.models.network.placing import Placing
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lewis.models.lora_config import token_indices
+from lewis.models.lora.config import token_indices
 from lewis.models.names import PER_TOKEN, unwrapped
 
 _FACTOR = re.compile(

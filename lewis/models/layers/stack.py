@@ -10,9 +10,9 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
+from lewis.models.files.safetensors_file import same_bits
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import EMBEDDINGS, HEADS, PER_TOKEN, layer_of
-from lewis.models.safetensors_file import same_bits
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _BEFORE = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared|project_in)(\.|$)")

@@ -26,7 +26,7 @@ from lewis.errors import InputError
 from lewis.input_files import check_regular, read_json
 from lewis.models.config import read_config
 from lewis.models.dtypes import DTYPES
-from lewis.models.files import GGUF_LINK, GGUF_TABLE, copy_tokenizer
+from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer
 from lewis.models.quantised.stored import Packed
 from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
