@@ -8,10 +8,10 @@ from pathlib import Path
 from lewis.errors import InputError
 from lewis.models.config import read_config
 from lewis.models.files.folder import weight_files
-from lewis.models.files.safetensors_file import Headers, same_bits
+from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
 from lewis.models.layers.slices import check_ranges, in_place, slices_of
-from lewis.models.layers.stack import layers_of
+from lewis.models.layers.stack import layers_of, same_tensor
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.network.renamed import differ, match
@@ -186,13 +186,8 @@ def _check_tensors(base: Model, expert: Model, excluded: Collection[str], by_tok
 
 def _check_heads(base: Model, expert: Model) -> Iterator[str]:
     for head, embedding in base.tied.items():
-        if head in expert.tensors and embedding in expert.tensors and not _equal(expert, head, embedding):
+        if head in expert.tensors and embedding in expert.tensors and not same_tensor(expert, head, embedding):
             yield (
                 f"{head!r} is a weight of its own, in the base it is tied to the embedding; "
                 "merge onto a base with a head of its own"
             )
-
-
-def _equal(model: Model, one: str, other: str) -> bool:
-    (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
-    return kind == other_kind and same_bits(bits, other_bits)

@@ -144,24 +144,24 @@ class ModelFiles(Reference):
         commits = commits_of(self.key)
         key = self.key if self.adapter is None else commits[0]
         identity: tuple[object, ...] = (key, _state(self.folder))
-        model: Model = _once(identity, lambda: Checkpoint(self.folder, key))
+        model: Model = _once(identity, Checkpoint, self.folder, key)
         for number, folder in enumerate(self.folders[1:], 2):
-            below, key = model, key_of(commits[:number])
+            key = key_of(commits[:number])
             identity = (*identity, key, _state(folder))
-            model = _once(identity, lambda below=below, folder=folder, key=key: LoraExpert(below, folder, key))
+            model = _once(identity, LoraExpert, model, folder, key)
         if self.like is None:
             self._keep(model)
             return model
-        like = self.like
-        base: Model = _once(("", _state(like)), lambda: Checkpoint(like, ""))
-        identity = (*identity, "as", _state(like))
+        like = ("", _state(self.like))
+        base: Model = _once(like, Checkpoint, self.like, "")
+        identity = (*identity, "as", *like)
         # What is read under other names may hold a computed tensor: only how it is read is kept, not this model itself.
-        found = _once(identity, lambda: match(base.home, with_tied(base), with_tied(model)) or model)
+        found = _once(identity, _matched, base, model)
         self._keep(model, base, found)
         if not isinstance(found, Matched):
             return model
         names = store.digest([version("transformers"), base.shapes])[:16]
-        return _once((*identity, names), lambda: under_names_of(base, model, f"{self.key} as {names}", found))
+        return _once((*identity, names), under_names_of, base, model, f"{self.key} as {names}", found)
 
     def _keep(self, *opened: object) -> None:
         """Keep what is open for as long as this reference exists."""
@@ -175,13 +175,18 @@ _OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  #
 _KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> what it keeps open
 
 
-def _once(identity: tuple[object, ...], make: Callable[[], _T]) -> _T:
+def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any) -> _T:
     """What was made under this identity and is still in use somewhere in this process; else it is made."""
     found: _T | None = _OPENED.get(identity)
     if found is None:  # two threads may both come here: the second then takes what the first has made
-        made = make()
+        made = make(*arguments)
         found = _OPENED.setdefault(identity, made)
     return found
+
+
+def _matched(base: Model, model: Model) -> Matched | Model:
+    """What the model has of the base's tensors under other names; the model itself if its names are the base's."""
+    return match(base.home, with_tied(base), with_tied(model)) or model
 
 
 def _state(folder: Path) -> tuple[object, ...]:

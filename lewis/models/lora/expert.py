@@ -19,7 +19,7 @@ from lewis.models.files.safetensors_file import TensorFile
 from lewis.models.lora.config import CONFIG, read_settings
 from lewis.models.lora.delta import LowRank, Replaced
 from lewis.models.lora.targets import Targets
-from lewis.models.model import Model
+from lewis.models.model import Model, View
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def is_adapter(folder: Path) -> bool:
     return folder.is_dir() and holds_adapter(os.listdir(folder))
 
 
-class LoraExpert:
+class LoraExpert(View):
     """A model with a LoRA adapter on it; reads like a `Checkpoint`.
 
     The delta of a module is `scale * B @ A` in fp32, with `scale = alpha / r`, or `alpha / sqrt(r)` for rsLoRA
@@ -60,7 +60,8 @@ class LoraExpert:
             InputError: if it is another kind of adapter, or one of its keys matches nothing in the base, or has
                 another shape.
         """
-        self.base, self.folder, self.key = base, folder, key
+        self.base = self.model = base
+        self.folder, self.key = folder, key
         self.config, self.tied = base.config, base.tied
         settings = read_settings(folder)
         path = folder / WEIGHTS
@@ -85,16 +86,6 @@ class LoraExpert:
             name: replace(info, shape=self._file.places[self._whole[name]].shape) if name in self._whole else info
             for name, info in base.tensors.items()
         }
-
-    @property
-    def home(self) -> Path:
-        """The folder with its config.json: the base's."""
-        return self.base.home
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: the base's, or the one that the adapter saves whole; with other changes, in fp32."""
@@ -124,14 +115,6 @@ class LoraExpert:
             return self._file.places[key].dtype, self._file.bits(key)
         return "F32", self.read(name).contiguous().reshape(-1).numpy().view(np.uint32)
 
-    def will_need(self, name: str) -> None:
-        """As `Checkpoint`, for the base: an adapter is small."""
-        self.base.will_need(name)
-
-    def done_with(self, name: str) -> None:
-        """As `Checkpoint`, for the base: an adapter is small."""
-        self.base.done_with(name)
-
     def touches(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
         return self.tied.get(name, name) in self._parts
@@ -141,7 +124,7 @@ class LoraExpert:
         stored = self.tied.get(name, name)
         if stored in self._parts:
             return stored not in self._whole or len(self._parts[stored]) > 1
-        return self.base.computes(name)
+        return super().computes(name)
 
     def _saved(self, key: str) -> torch.Tensor:
         place = self._file.places[key]

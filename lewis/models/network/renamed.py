@@ -108,11 +108,9 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
         same = by_role.get(ours.roles[name]) if name in ours.roles else name if name in model else None
         if same is not None and (model[same] == shape or name.endswith(PER_TOKEN)):
             runs[name] = (Run(same, 0, _WHOLE),)
-        elif name in ours.runs:
-            found = [theirs.tensors_of(run) for run in ours.runs[name]]
-            if all(found):
-                runs[name] = tuple(run for each in found for run in each or ())
-        if name not in runs and (sources := conversions.sources(name, shape, model)):
+        elif found := _runs(name, ours, theirs):
+            runs[name] = found
+        elif sources := conversions.sources(name, shape, model):
             made[name] = sources
     if not made and all(each == (Run(name, 0, _WHOLE),) for name, each in runs.items()):
         return None
@@ -121,6 +119,12 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     shapes |= {name: base[name] for name in made}
     others = {name: shape for name, shape in model.items() if name not in used | shapes.keys()}
     return Matched(runs, shapes | others, made, conversions)
+
+
+def _runs(name: str, ours: Layout, theirs: Layout) -> tuple[Run, ...]:
+    """The runs of the model's tensors that make a tensor of the base; empty if they do not make all of it."""
+    found = [theirs.tensors_of(run) for run in ours.runs.get(name, ())]
+    return tuple(run for each in found for run in each or ()) if all(found) else ()
 
 
 def under_names_of(base: Model, model: Model, key: str, found: Matched | None = None) -> Model:
@@ -188,20 +192,9 @@ class Renamed(View):
         values = [as_tensor(dtype, bits.copy()).float().numpy() for dtype, bits in parts]
         return "F32", np.concatenate(values).view(np.uint32)
 
-    def will_need(self, name: str) -> None:
-        """As `Checkpoint`."""
-        for tensor in self._sources(name):
-            self.model.will_need(tensor)
-
-    def done_with(self, name: str) -> None:
-        """As `Checkpoint`."""
-        for tensor in self._sources(name):
-            self.model.done_with(tensor)
-
     def computes(self, name: str) -> bool:
         """Whether this tensor is put together or computed, and so takes memory while it is used."""
-        sources = self._sources(name)
-        return len(sources) > 1 or name in self._made or any(map(self.model.computes, sources))
+        return len(self._sources(name)) > 1 or name in self._made or super().computes(name)
 
     def _of(self, name: str) -> tuple[Run, ...]:
         name = self.tied.get(name, name)
