@@ -268,7 +268,7 @@ def _guided_steps(
     if complete:
         prepared = pipeline.prepare_merge(recipe, known_base, present, allocated)
         opened = {expert.ref: expert.model for expert in prepared.experts if isinstance(expert.model, LoraExpert)}
-        plan.renamed += [f"{ref}: {model.told}" for ref, model in opened.items() if model.told]
+        plan.renamed += [f"{ref}: {model.summary}" for ref, model in opened.items() if model.summary]
         check_output(recipe, prepared)
         if recipe.allocator and not allocated:  # any density takes as long
             guess = dict.fromkeys(prepared.layout, 0.5)

@@ -140,7 +140,7 @@ class Checkpoint:
             info = self._stored[name]
             return info.dtype, self._files[info.file].bits(name)
         try:
-            with np.errstate(all="ignore"):  # a scale that is not finite is told by the tensor's name later
+            with np.errstate(all="ignore"):  # a scale that is not finite is reported later, by the tensor's name
                 values = packed.values(self._part)
         except (ValueError, IndexError) as error:
             raise InputError(

@@ -73,7 +73,7 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
     first = base or experts[0]
     if config.slices and _preflight_slices(config, first, experts):
         return []
-    ours, problems, told = _shapes(first), list[str](), list[str]()
+    ours, problems, renamed = _shapes(first), list[str](), list[str]()
     left_out, by_token = {name for name in ours if config.excludes(name)}, config.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
@@ -81,7 +81,7 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
         theirs = _shapes(source)
         if differ(ours, theirs) and (matched := match(repository.fetch(first.model, weights=False), ours, theirs)):
             theirs = matched.shapes
-            told.append(f"{source.ref}: {matched.told}")
+            renamed.append(f"{source.ref}: {matched.summary}")
         # A head that is not stored may be tied to the embedding: only the model's config says so.
         theirs = {**{name: shape for name, shape in ours.items() if name.endswith(HEADS)}, **theirs}
         found = _differences(ours, theirs, left_out, matched=False, by_token=by_token)
@@ -89,7 +89,7 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
     config.check_filters(ours)
-    return told
+    return renamed
 
 
 def _preflight_slices(config: MergeConfig, first: Source, experts: Sequence[Source]) -> bool:
@@ -164,8 +164,8 @@ def _differences(
     for name, shape in wanted.items():
         start = int(by_token and not matched and name.endswith(PER_TOKEN))
         if name in expert and expert[name][start:] != shape[start:] and (matched or not _flat(expert[name], shape)):
-            told = f"{name!r} has shape {list(expert[name])}, in the base it is {list(shape)}"
-            yield told + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
+            problem = f"{name!r} has shape {list(expert[name])}, in the base it is {list(shape)}"
+            yield problem + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
             break
 
 

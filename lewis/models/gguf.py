@@ -64,9 +64,9 @@ def only(ref: str, names: list[str]) -> str:
         InputError: if there are several.
     """
     if len(names) > 1:
-        told = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         raise InputError(
-            f"{ref}: {len(names)} GGUF files ({told}) and no safetensors; give the path of one of them, downloaded if "
+            f"{ref}: {len(names)} GGUF files ({some}) and no safetensors; give the path of one of them, downloaded if "
             "need be; a file in several parts is joined by llama-gguf-split --merge"
         )
     return names[0]

@@ -130,7 +130,7 @@ class ModelFiles(Reference):
                 try:
                     manifest.check(folder)
                 except manifest.DamagedError as error:
-                    raise LewisError(f"{folder}: {error}; run again, which makes it anew") from error
+                    raise LewisError(f"{folder}: {error}; run again, which makes it again") from error
 
     def open(self) -> Model:
         """Open the model for reading.

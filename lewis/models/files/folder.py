@@ -100,8 +100,8 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError, InputError) as error:
-        told = error if isinstance(error, InputError) else repr(error)
-        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {told}") from error
+        reason = error if isinstance(error, InputError) else repr(error)
+        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {reason}") from error
     placed: dict[str, set[str]] = {file: set() for file in weight_map.values()}
     for file in placed:
         if Path(file).name != file or file in ("", ".", ".."):

@@ -41,7 +41,7 @@ def resolve(ref: str, root: Path) -> Pinned:
 
     Args:
         ref: `org/name`, `org/name@revision` (branch, tag or commit) or a folder. Anything that begins with `.`, `/` or
-            `~`, or that exists as a folder or GGUF file, is local. A repo's only GGUF file is downloaded at once.
+            `~`, or that exists as a folder or GGUF file, is local. A repo's only GGUF file is downloaded immediately.
         root: where a relative folder is looked for first (the recipe's folder); then comes the working directory.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The config of a model whose layers were put together anew: their number, and everything that it says layer by layer.
+"""The config of a model with another stack of layers: their number, and everything that it says layer by layer.
 
 A config says of which kind a layer is in three ways: by a list with an item for each layer (`layer_types`), by a list
 of layers' numbers (`mlp_only_layers`), or by a rule (every sixth, the first three). Lists follow the layers. A rule

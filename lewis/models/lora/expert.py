@@ -50,7 +50,7 @@ class LoraExpert(View):
         key: identity of base and adapter.
         config, tied: the base's.
         tensors: the base's; embeddings that the adapter resized have its shapes.
-        told: how many of the base's tensors the adapter has other names for, as a sentence; empty if none.
+        summary: how many of the base's tensors the adapter has other names for, as a sentence; empty if none.
     """
 
     def __init__(self, base: Model, folder: Path, key: str) -> None:
@@ -75,9 +75,9 @@ class LoraExpert(View):
             if place.dtype not in DTYPES or not DTYPES[place.dtype].floating:
                 raise InputError(f"{path}: {key_in_file!r} is stored as {place.dtype}; save the adapter in float32")
         targets = Targets(base, folder, settings, self._file)
-        self._parts, self.told = targets.parts, targets.told
-        if self.told:
-            logger.info("%s: %s", folder, self.told)
+        self._parts, self.summary = targets.parts, targets.summary
+        if self.summary:
+            logger.info("%s: %s", folder, self.summary)
         firsts = {name: parts[0] for name, parts in self._parts.items()}
         self._whole = {
             n: each.change.key for n, each in firsts.items() if each.whole and isinstance(each.change, Replaced)

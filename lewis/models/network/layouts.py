@@ -16,7 +16,7 @@ _SPLIT_OTHERWISE = ("codegen", "minimax")  # their qkv_proj is cut for the devic
 
 
 def stored_in_out(module: nn.Module) -> bool:
-    """Whether stacked experts are stored as (experts, in, out): told by the module, or by their shapes (Llama 4)."""
+    """Whether stacked experts are stored as (experts, in, out): as the module says, or by their shapes (Llama 4)."""
     stacks = {name: value.shape for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
     up, down = (next((stacks[name] for name in stacks if part in name), None) for part in ("gate_up", "down"))
     by_shape = up is not None and down is not None and up[-1] == 2 * down[-2]

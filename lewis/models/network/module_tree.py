@@ -127,9 +127,9 @@ class Network:
     def looks_ahead(self) -> bool:
         """Whether an attention sees later tokens too (BERT, EmbeddingGemma)."""
         modules = [module for block in self.blocks.values() for module in block.modules()]
-        told = [module.is_causal for module in modules if hasattr(module, "is_causal")]
-        if told:
-            return not all(told)
+        causal = [module.is_causal for module in modules if hasattr(module, "is_causal")]
+        if causal:
+            return not all(causal)
         config = self.module.config.get_text_config()
         asked = "is_decoder" in signature(self.tower.forward).parameters  # BLIP, whose head asks for it
         return asked or getattr(config, "is_decoder", True) is False
@@ -236,7 +236,7 @@ class Network:
                     if first or kept == "joined":
                         layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
                         yield Covered(tensor, (layer,), (None,), parameter, None, False)
-                elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is told
+                elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is reported
                     stack = [each for each, of in self._sources[parameter] if of == pattern]
                     expert = stack.index(tensor)
                     yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)

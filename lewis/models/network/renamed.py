@@ -55,7 +55,7 @@ class Matched:
     conversions: Conversions
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What is read otherwise than it is stored, as a sentence."""
         whole = {name: runs[0] for name, runs in self.runs.items() if len(runs) == 1 and self._is_whole(name)}
         moved = [f"{run.name} as {name}" for name, run in whole.items() if run.name != name]
@@ -139,7 +139,7 @@ def under_names_of(base: Model, model: Model, key: str, found: Matched | None = 
     found = found or match(base.home, with_tied(base), with_tied(model))
     if found is None:
         return model
-    logger.info("%s: %s", model.folder, found.told)
+    logger.info("%s: %s", model.folder, found.summary)
     return Renamed(base, model, found, key)
 
 
@@ -158,12 +158,12 @@ class Renamed(View):
         key: as given.
         tensors: the base's names that the model has, then what only the model has.
         tied: the base's name of the head -> of the embedding, if the model ties them.
-        told: what is read otherwise than it is stored.
+        summary: what is read otherwise than it is stored.
     """
 
     def __init__(self, base: Model, model: Model, matched: Matched, key: str) -> None:
         self.model, self.folder, self.config, self.key = model, model.folder, model.config, key
-        self.told, self._runs, self._made = matched.told, dict(matched.runs), matched.made
+        self.summary, self._runs, self._made = matched.summary, dict(matched.runs), matched.made
         self._conversions = matched.conversions
         self._kept: dict[str, tuple[str, np.ndarray]] = {}
         self._lock = Lock()

@@ -96,7 +96,7 @@ def test_experts_of_a_mixture(tmp_path: Path, stored: str) -> None:
     if stored == "joined":
         merged = native(tmp_path / "merged")
     assert check(expert, merged) == {"apart": 10, "joined": 3}[stored]
-    assert ("are read under the base's names" in expert.told) == (stored == "apart")
+    assert ("are read under the base's names" in expert.summary) == (stored == "apart")
 
 
 def native(folder: Path) -> dict[str, torch.Tensor]:

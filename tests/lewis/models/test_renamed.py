@@ -103,7 +103,7 @@ def test_what_is_cut_out_is_a_view_of_the_file(tmp_path: Path) -> None:
     assert isinstance(expert, Renamed)
     name = next(name for name in expert.tensors if ".experts.1." in name)
     assert not expert.computes(name) and not expert.raw(name)[1].flags.owndata
-    assert "are cut out of larger ones" in expert.told
+    assert "are cut out of larger ones" in expert.summary
     back = under_names_of(Checkpoint(tmp_path / "e", "e"), base, "key")
     assert isinstance(back, Renamed) and [n for n in back.tensors if back.computes(n)] == [
         n for n in back.tensors if n.endswith(("gate_up_proj", "down_proj"))
