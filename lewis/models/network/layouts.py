@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lewis.lazy_torch import nn, torch
+from lewis.models.network.placing import operations_of
 
 _QKV = ("qkv_proj", "wqkv", "qkv", "c_attn", "query_key_value")
 _SPLIT_OTHERWISE = ("codegen", "minimax")  # their qkv_proj is cut for the devices of its training, or by heads
@@ -48,14 +49,13 @@ def stacked_in(module: nn.Module) -> dict[str, int]:
 
 def only_stacks(converter: Any) -> bool:
     """Whether a conversion only stacks experts, in the order of their tensors (and their gate upon their up)."""
-    operations = [type(each).__name__ for each in converter.operations]
+    operations = [name for name, _ in operations_of(converter)]
     return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 def keeps_inputs(converter: Any, dimensions: int) -> str:
     """Whether a conversion leaves each row as it is: it brings them into another `order`, or tensors are `joined`."""
-    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
-    row = dimensions - 2
+    operations, row = operations_of(converter), dimensions - 2
     if operations == [("Concatenate", row)]:
         return "joined"
     return "order" if operations in ([("Interleave", row)], [("Interleave", row), ("Chunk", row)]) else ""

@@ -25,7 +25,7 @@ from lewis.models.network.layouts import (
     weights,
 )
 from lewis.models.network.network_class import build, input_embeddings, lists_of_blocks, text_tower
-from lewis.models.network.placing import Placing
+from lewis.models.network.placing import Placing, operations_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ class Network:
             tensors = {name: tuple(value.shape) for name, value in self._state.items()}
         self._placing = Placing(self.module, tensors)
         self._sources, self._converters = self._placing.sources, self._placing.converters
-        self._firsts = self._placing.firsts
         self.covered = tuple(self._find_covered(tensors))
 
     @property
@@ -228,7 +227,7 @@ class Network:
                     yield _covered(tensor, shape, place, prefix + below, parameter, None, module, self.module.config)
                     continue
                 converter, projection = self._converters[parameter], prefix + below_block(tensor)
-                first = parameter == self._firsts[parameter]
+                first = parameter == self._placing.firsts[parameter]
                 if tensor in split:
                     if first:
                         yield self._covered_split(tensor, shape, place, projection, split[tensor])
@@ -246,8 +245,7 @@ class Network:
         linear = {f"{name}.weight" for _, name, module in found if isinstance(module, nn.Linear)}
         parts: dict[str, list[str]] = {}
         for name, converter in self._converters.items():
-            operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
-            if len(converter.target_patterns) > 1 and operations in ([("Chunk", 0)], [("Split", 0)]):
+            if len(converter.target_patterns) > 1 and operations_of(converter) in ([("Chunk", 0)], [("Split", 0)]):
                 parts.setdefault(self._sources[name][0][0], []).append(name)
         return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
 
