@@ -21,7 +21,7 @@ Needs = Literal["nothing", "metric", "norm_difference", "delta_norm", "outlier",
 
 
 class Layer(Protocol):
-    """What an allocator is given of a layer; `lewis.importance.architecture.Layer` has it.
+    """What an allocator is given of a layer; `lewis.models.network.module_tree.Layer` has it.
 
     Attributes:
         key: its name: that of its tensor in the base, and the part of a fused tensor in brackets.

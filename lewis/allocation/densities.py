@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lewis.allocators import ALLOCATORS, Allocator, target_of
-from lewis.importance.architecture import Layer
 from lewis.lazy_torch import torch
+from lewis.models.network.module_tree import Layer
 from lewis.recipe.schema import Density
 
 SEMANTICS = "5"  # bump when the same inputs would give other densities

@@ -13,13 +13,13 @@ from typing import TypeVar
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.importance.architecture import Covered
 from lewis.importance.measure import row_sums
 from lewis.lazy_torch import torch
-from lewis.models.arranged import in_place, slices_of
+from lewis.models.layers.slices import in_place, slices_of
+from lewis.models.layers.stack import Restacked, layers_of
 from lewis.models.model import Model
 from lewis.models.names import layer_of
-from lewis.models.stack import Restacked, layers_of
+from lewis.models.network.module_tree import Covered
 from lewis.recipe.config import MergeConfig
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean

@@ -13,12 +13,12 @@ from lewis.allocation.densities import Allocation, ScalesByTensor
 from lewis.allocation.evidence import InResult, in_result, is_stack
 from lewis.allocators import target_of
 from lewis.errors import InputError
-from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
 from lewis.recipe.config import MergeConfig, excluded
 from lewis.recipe.schema import Density

@@ -210,7 +210,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
             )
         arguments["data_files"] = paths
     if repo not in ("json", "parquet"):
-        from lewis.models.hub import resolve_dataset
+        from lewis.models.hub.repository import resolve_dataset
 
         arguments["revision"] = resolve_dataset(repo, revision or None)
     return arguments

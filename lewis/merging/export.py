@@ -108,4 +108,6 @@ def _pinned_name(source: Source) -> str:
     if source.under:
         raise InputError(f"{source.ref}: mergekit puts one adapter on a model; merge the first ones into it before")
     parts = (source.model, *source.adapters)
+    if plus := next((part.source for part in parts if "+" in part.source), None):
+        raise InputError(f"{plus}: mergekit takes a + in a name for the start of an adapter's; rename the folder")
     return "+".join(part.source if part.is_local else f"{part.source}@{part.commit}" for part in parts)

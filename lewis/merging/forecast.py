@@ -23,7 +23,7 @@ from lewis.merging.engine.in_torch import PIECE, is_computed, is_whole
 from lewis.merging.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
-from lewis.models.writer import CheckpointWriter
+from lewis.models.files.writer import CheckpointWriter
 
 _WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large

@@ -18,17 +18,17 @@ from typing import Any
 from lewis import store
 from lewis.devices import one_thread
 from lewis.errors import InputError
-from lewis.importance.architecture import Network
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
 from lewis.merging.adapter import Adapter, Found, factorise
 from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
-from lewis.models.files import SINGLE
-from lewis.models.lora import WEIGHTS
-from lewis.models.lora_config import CONFIG
-from lewis.models.writer import CheckpointWriter
+from lewis.models.files.folder import SINGLE
+from lewis.models.files.writer import CheckpointWriter
+from lewis.models.lora.config import CONFIG
+from lewis.models.lora.expert import WEIGHTS
+from lewis.models.network.module_tree import Network
 
 _PREFIX = "base_model.model."
 _NONE = "dummy-target-modules"  # PEFT's word for no module at all, where it takes no empty list

@@ -32,8 +32,8 @@ from lewis.methods.registry import AUTO
 from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
-from lewis.models.files import tokenizer_files
-from lewis.models.lora import LoraExpert
+from lewis.models.files.folder import tokenizer_files
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 from lewis.models.names import layer_of
 from lewis.models.tokenizer import tokenizer_folder

@@ -30,9 +30,9 @@ from lewis.merging.prepared import Prepared
 from lewis.models.chat_template import write_template
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
-from lewis.models.files import ADAPTER, copy_tokenizer
+from lewis.models.files.folder import ADAPTER, copy_tokenizer
+from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import Model
-from lewis.models.writer import CheckpointWriter
 from lewis.progress import Report
 from lewis.store import checksums
 

@@ -10,10 +10,10 @@ from typing import Any
 from lewis.allocation.densities import Densities, ScalesByTensor
 from lewis.importance.calibration import Calibration
 from lewis.methods import Method, Parameter, find
-from lewis.models.arranged import Slice, slices_of
 from lewis.models.dtypes import MERGED
+from lewis.models.hub.pin import find_folder
+from lewis.models.layers.slices import Slice, slices_of
 from lewis.models.model import Model
-from lewis.models.pin import find_folder
 from lewis.recipe.config import MergeConfig, excluded
 from lewis.recipe.schema import Output
 from lewis.recipe.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Merges by `slices` (`lewis.models.arranged`): of a stack of layers, each slice is a merge of its own."""
+"""Merges by `slices` (`lewis.models.layers.slices`): of a stack of layers, each slice is a merge of its own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lewis.merging.prepared import Prepared
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.merging.vocabulary.alignment import Alignment, align
-from lewis.models.arranged import Slice, SliceValues, check_ranges, in_place
 from lewis.models.chat_template import chosen_template
-from lewis.models.files import tokenizer_files
+from lewis.models.files.folder import tokenizer_files
+from lewis.models.layers.slices import Slice, SliceValues, check_ranges, in_place
+from lewis.models.layers.stack import Layers, Restacked, layers_of, own_head
+from lewis.models.layers.stack_config import Origin, restacked
 from lewis.models.model import Model, TensorInfo
 from lewis.models.names import PER_TOKEN
-from lewis.models.stack import Layers, Restacked, layers_of, own_head
-from lewis.models.stack_config import Origin, restacked
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 
 SEMANTICS = "1"  # bump when the same slices would give other bytes

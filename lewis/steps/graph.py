@@ -286,7 +286,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
         found["base"] = f"download {recipe.base_model}"
     if recipe.scores_experts:
         refs = [entry.model for entry in recipe.experts]
-        pairs = zip(short_names(refs), refs, strict=True)
+        pairs = zip(short_names(refs, recipe.root), refs, strict=True)
         found |= {label: f"download {ref}" for label, ref in pairs if ref != recipe.base_model}
     if recipe.wants_uniform:
         found["uniform"] = "merge uniform"

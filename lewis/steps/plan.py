@@ -14,7 +14,6 @@ from typing import Any
 from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.step import find_scores, scoring_devices
-from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
@@ -25,7 +24,8 @@ from lewis.methods import find
 from lewis.models import hub
 from lewis.models.compatible import preflight, result_headers
 from lewis.models.dtypes import DTYPES
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles, Source, pin_all
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe

@@ -13,7 +13,7 @@ from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
 from lewis.recipe.recipe import Recipe
 
 WORDS = [f"w{i}" for i in range(60)]

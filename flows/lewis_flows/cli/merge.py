@@ -12,8 +12,8 @@ from lewis_flows.cli.terminal import show_log
 
 if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
-    from lewis.importance.architecture import Layer
     from lewis.importance.step import ImportanceEntry
+    from lewis.models.network.module_tree import Layer
     from lewis.recipe.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
-    from lewis.models.shards import parse_size
+    from lewis.models.files.writer import parse_size
     from lewis.recipe.documents import load_documents
     from lewis.store.writable import check_output_folder
 

@@ -24,9 +24,7 @@ from typing import TYPE_CHECKING
 
 from lewis import store
 from lewis.devices import one_thread
-from lewis.importance.architecture import Covered, Network
 from lewis.importance.calibration import Calibration
-from lewis.importance.model_class import input_embeddings
 from lewis.importance.residuals import writers
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
@@ -41,6 +39,8 @@ from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.regression import sampled
 from lewis.methods.arithmetic.stacked import within
 from lewis.models.dtypes import size_of
+from lewis.models.network.module_tree import Covered, Network
+from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report
 
 if TYPE_CHECKING:

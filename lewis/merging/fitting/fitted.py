@@ -13,7 +13,7 @@ from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
 from lewis.models.dtypes import torch_dtype
-from lewis.models.safetensors_file import write_file
+from lewis.models.files.safetensors_file import write_file
 
 
 class Fitted:

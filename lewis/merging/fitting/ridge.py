@@ -18,7 +18,6 @@ from lewis import store
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
-from lewis.importance.model_class import input_embeddings
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import RIDGES, split
@@ -26,6 +25,7 @@ from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.passes import Pass, stop
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
+from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report
 
 logger = logging.getLogger(__name__)

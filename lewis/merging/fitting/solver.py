@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lewis.errors import LewisError
-from lewis.importance.architecture import Covered
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.passes import Pair
@@ -16,6 +15,7 @@ from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import torch_dtype
+from lewis.models.network.module_tree import Covered
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

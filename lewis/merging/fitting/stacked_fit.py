@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
-from lewis.importance.architecture import Network
 from lewis.importance.collected import Collected
 from lewis.importance.passes import see_experts
 from lewis.importance.workers import Workers
@@ -25,6 +24,7 @@ from lewis.merging.fitting.static_solver import Group, parts_of, solve_group
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
+from lewis.models.network.module_tree import Network
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from lewis.devices import default_device, one_thread
-from lewis.importance.architecture import Network
 from lewis.importance.gram_files import Grams
 from lewis.importance.step import find_or_measure_grams
 from lewis.importance.workers import Workers
@@ -29,6 +28,7 @@ from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.fitting.static_solver import Group, bytes_of, parts_of, solve_group
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.models.network.module_tree import Network
 from lewis.progress import Report
 
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from lewis.devices import one_thread
 from lewis.errors import LewisError
-from lewis.importance.architecture import Covered, Network
 from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.fitted import Unwritten
@@ -18,6 +17,7 @@ from lewis.methods.arithmetic.jobs import Jobs
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.dtypes import torch_dtype
+from lewis.models.network.module_tree import Covered, Network
 
 
 @dataclass(frozen=True)

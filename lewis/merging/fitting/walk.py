@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
-from lewis.importance.architecture import Covered
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
@@ -23,6 +22,7 @@ from lewis.merging.fitting.spill import Spill
 from lewis.merging.fitting.stacked_fit import StackedFit
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.models.network.module_tree import Covered
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

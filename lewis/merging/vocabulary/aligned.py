@@ -76,18 +76,10 @@ class Aligned(View):
             self._copies[name] = self._copy(name)
         return self._copies[name]
 
-    def computes(self, name: str) -> bool:
-        """Whether a tensor is computed, as of the model."""
-        return self.model.computes(name)
-
-    def will_need(self, name: str) -> None:
-        """Announce a tensor that is read soon, as to the model."""
-        self.model.will_need(name)
-
     def done_with(self, name: str) -> None:
         """Let go of a tensor, as of the model's, and of the file that was written for it."""
         self._copies.pop(name, None)
-        self.model.done_with(name)
+        super().done_with(name)
 
     def _copy(self, name: str) -> tuple[str, np.ndarray]:
         lent, (dtype, bits) = self._lenders.of(name, np.flatnonzero(self.rows < 0)), self.model.raw(name)

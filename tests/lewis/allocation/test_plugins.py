@@ -11,7 +11,7 @@ from lewis import allocation, pipeline
 from lewis.allocation.densities import allocate
 from lewis.allocators import ALLOCATORS
 from lewis.errors import InputError, LewisError, RecipeError
-from lewis.importance.architecture import Layer
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Density

@@ -14,7 +14,7 @@ from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.merging.export import check_exportable, to_mergekit
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.pin import Pinned
+from lewis.models.hub.pin import Pinned
 from lewis.models.source import Source
 from tests.conftest import Family
 from tests.support import pipeline

@@ -17,7 +17,7 @@ from lewis.merging.export import check_exportable
 from lewis.merging.run import Merge
 from lewis.merging.step import MergedModel, check_output
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import WEIGHTS, LoraExpert
+from lewis.models.lora.expert import WEIGHTS, LoraExpert
 from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import make_plan
 from tests.conftest import Family

@@ -23,8 +23,8 @@ from lewis.merging.run import Merge
 from lewis.merging.settings import Expert
 from lewis.methods import METHODS as ALL
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX, SINGLE
-from lewis.models.lora import LoraExpert
+from lewis.models.files.folder import INDEX, SINGLE
+from lewis.models.lora.expert import LoraExpert
 from tests.conftest import Family
 from tests.support.models import (
     bits,
@@ -631,14 +631,14 @@ class TestRefused:
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", "no space: the output needs 0.01 GB")
 
-    @pytest.mark.parametrize("failing", ["writer.CheckpointWriter._lay_out", "files.shutil.copyfile"])
+    @pytest.mark.parametrize("failing", ["writer.CheckpointWriter._lay_out", "folder.shutil.copyfile"])
     def test_a_disk_that_fails_beside_the_tensors(
         self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
     ) -> None:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(f"lewis.models.{failing}", full)
+        monkeypatch.setattr(f"lewis.models.files.{failing}", full)
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", f"{tmp_path / 'out'}: cannot be written: No space left on device")
 

@@ -17,9 +17,9 @@ from lewis.merging.settings import Expert
 from lewis.merging.sliced import Stack
 from lewis.models.chat_template import template_in
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX
-from lewis.models.lora import LoraExpert
-from lewis.models.stack_config import Origin, restacked
+from lewis.models.files.folder import INDEX
+from lewis.models.layers.stack_config import Origin, restacked
+from lewis.models.lora.expert import LoraExpert
 from lewis.reports.tables import importance_rows
 from tests.conftest import Family
 from tests.support import pipeline

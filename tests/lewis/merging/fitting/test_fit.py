@@ -24,7 +24,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import warning_of_shared_set
 from lewis.steps.plan import Plan
 from tests.conftest import Family
-from tests.lewis.importance.test_architecture import DENSE, SAMPLES, SIZES, T5, write
+from tests.lewis.models.test_module_tree import DENSE, SAMPLES, SIZES, T5, write
 from tests.support import pipeline
 from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors, write_tokenizer
 

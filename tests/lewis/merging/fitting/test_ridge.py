@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lewis.errors import InputError, LewisError
-from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import RIDGES, split
 from lewis.merging.fitting import fit as forward_order
 from lewis.merging.fitting import ridge
 from lewis.merging.fitting.ridge import Choice, choose, mean_loss, with_ridge
+from lewis.models.network.module_tree import Network
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
 from tests.support.models import write_expert, write_llama

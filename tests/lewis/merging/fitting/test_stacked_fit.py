@@ -9,9 +9,9 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, resolve
 from lewis.models.checkpoint import Checkpoint
-from tests.lewis.importance.test_architecture import SAMPLES, expert_inputs
 from tests.lewis.merging.fitting.test_fit import RIDGE, recipe_of
 from tests.lewis.merging.fitting.test_static_fit import mixture
+from tests.lewis.models.test_module_tree import SAMPLES, expert_inputs
 from tests.support.tiny_architectures import tiny
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -23,8 +23,8 @@ from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
-from tests.lewis.importance.test_architecture import MOES, SAMPLES, expert_inputs, write
 from tests.lewis.merging.fitting.test_fit import KILLED, RIDGE, prepare, recipe_of, run
+from tests.lewis.models.test_module_tree import MOES, SAMPLES, expert_inputs, write
 from tests.support import pipeline
 from tests.support.models import write_tensors
 

@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -146,12 +147,21 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def file_headers(path: Path) -> Headers:
-    """Name, dtype and shape of each tensor in a safetensors file.
+    """Name, dtype and shape of each tensor in a safetensors file, which is read once until it changes.
 
     Raises:
         InputError: if it is damaged.
     """
     check_regular(path)
+    try:
+        now = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return _headers(path, now.st_ino, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _headers(path: Path, *_: int) -> Headers:
     try:
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118

@@ -2,7 +2,8 @@
 
 The Hub's client follows a moving branch, may return an older snapshot when the Hub is down, and does not check what it
 downloaded. Here a reference is first resolved to a commit, or it is an error, and every file is compared with its
-checksum in that commit. The client is imported when the Hub is asked first; a merge of local folders does without it.
+checksum in that commit; the store remembers these, since a commit never changes. The client is imported when the Hub is
+asked first; a merge of local folders does without it.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ import glob
 import hashlib
 import logging
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from lewis import store
 from lewis.errors import InputError, TransientError
-from lewis.models.files import ADAPTER, GGUF_TABLE, check_weights, needed
-from lewis.models.gguf_file import headers
-from lewis.models.gguf_folder import as_folder, only
-from lewis.models.hub_client import api, cache_folder, check_repo_id, errors, offline, snapshot
-from lewis.models.listing import COMMIT, cached_listing, listing_of, remember_listing
+from lewis.models.files.folder import ADAPTER, GGUF_TABLE, check_weights, needed
+from lewis.models.files.safetensors_file import Headers, file_headers
+from lewis.models.gguf import as_folder, headers, only
+from lewis.models.hub.client import api, cache_folder, check_repo_id, errors, offline, snapshot
+from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
-from lewis.models.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.quantised.headers import dequantised
-from lewis.models.safetensors_file import Headers, file_headers
+from lewis.store import kinds
 from lewis.store.checksums import remembered_sha256
 from lewis.threads import ContextPool
 
 logger = logging.getLogger(__name__)
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
 _told: dict[str, str] = {}  # reference -> commit, as last logged
 
 
@@ -36,7 +41,7 @@ def resolve(ref: str, root: Path) -> Pinned:
 
     Args:
         ref: `org/name`, `org/name@revision` (branch, tag or commit) or a folder. Anything that begins with `.`, `/` or
-            `~`, or that exists as a folder or GGUF file, is local. A repo's only GGUF file is downloaded at once.
+            `~`, or that exists as a folder or GGUF file, is local. A repo's only GGUF file is downloaded immediately.
         root: where a relative folder is looked for first (the recipe's folder); then comes the working directory.
 
     Raises:
@@ -201,3 +206,71 @@ def _discard(path: Path) -> None:
     if blob.is_relative_to(cache_folder().resolve()):
         blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def listing_of(pinned: Pinned) -> Listing:
+    """The files of a pinned commit, from the store or else from the Hub.
+
+    Raises:
+        InputError: if HF_HUB_OFFLINE is set, and the commit is not in the Hub client's cache.
+        TransientError: if the Hub is busy or unreachable.
+    """
+    known = _remembered_listing(pinned.source, pinned.commit)
+    if known is not None:
+        return known
+    if offline():
+        return cached_listing(pinned.ref, pinned.source, pinned.commit)
+    with errors(pinned.ref):
+        info = api().model_info(pinned.source, revision=pinned.commit, files_metadata=True)
+    return remember_listing(pinned.source, info)
+
+
+def _listing_entry(source: str, commit: str) -> Path:
+    return kinds.DIGESTS.path(f"{source.replace('/', '--')}@{commit}")
+
+
+def _remembered_listing(source: str, commit: str) -> Listing | None:
+    known = store.entry(_listing_entry(source, commit), "files")
+    return None if known is None else {name: (size, checksum) for name, (size, checksum) in known.items()}
+
+
+def remember_listing(source: str, info: Any) -> Listing:
+    """Keep the files of a commit in the store.
+
+    Args:
+        source: `org/name`.
+        info: what `HfApi.model_info` said, with `files_metadata`.
+
+    Raises:
+        InputError: if a file's name leads out of its folder.
+    """
+    files = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
+    outside = next((name for name in files if ".." in PurePosixPath(name).parts or name.startswith("/")), None)
+    if outside:
+        raise InputError(f"{source}: refused: its file {outside!r} would land outside its folder")
+    store.write_entry(_listing_entry(source, info.sha), {"files": files})
+    return files
+
+
+def cached_listing(ref: str, source: str, revision: str) -> Listing:
+    """The files of a commit in the Hub client's cache, for work without the Hub.
+
+    There each file is a link to a blob, and the blob's name is its checksum.
+
+    Raises:
+        InputError: if `revision` is no full commit, or the cache lacks it or one of its files.
+    """
+    folder = snapshot(source, revision)
+    if not COMMIT.fullmatch(revision) or not folder.is_dir():
+        raise InputError(
+            f"{ref}: HF_HUB_OFFLINE is set: expected org/name@commit (40 hex digits) in {cache_folder()}; "
+            "unset HF_HUB_OFFLINE, or download it first"
+        )
+    known = _remembered_listing(source, revision)
+    if known is None:
+        links = [path for path in folder.iterdir() if path.is_symlink() and path.is_file()]
+        return {path.name: (path.stat().st_size, path.readlink().name) for path in links}
+    missing = [name for name in needed(known) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it to download")
+    return known

@@ -14,12 +14,12 @@ from lewis.errors import InputError
 from lewis.input_files import check_regular
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, as_tensor
-from lewis.models.files import ADAPTER as WEIGHTS
-from lewis.models.lora_config import CONFIG, read_settings
-from lewis.models.lora_delta import LowRank, Replaced
-from lewis.models.lora_targets import Targets
-from lewis.models.model import Model
-from lewis.models.safetensors_file import TensorFile
+from lewis.models.files.folder import ADAPTER as WEIGHTS
+from lewis.models.files.safetensors_file import TensorFile
+from lewis.models.lora.config import CONFIG, read_settings
+from lewis.models.lora.delta import LowRank, Replaced
+from lewis.models.lora.targets import Targets
+from lewis.models.model import Model, View
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def is_adapter(folder: Path) -> bool:
     return folder.is_dir() and holds_adapter(os.listdir(folder))
 
 
-class LoraExpert:
+class LoraExpert(View):
     """A model with a LoRA adapter on it; reads like a `Checkpoint`.
 
     The delta of a module is `scale * B @ A` in fp32, with `scale = alpha / r`, or `alpha / sqrt(r)` for rsLoRA
@@ -50,7 +50,7 @@ class LoraExpert:
         key: identity of base and adapter.
         config, tied: the base's.
         tensors: the base's; embeddings that the adapter resized have its shapes.
-        told: how many of the base's tensors the adapter has other names for, as a sentence; empty if none.
+        summary: how many of the base's tensors the adapter has other names for, as a sentence; empty if none.
     """
 
     def __init__(self, base: Model, folder: Path, key: str) -> None:
@@ -60,7 +60,8 @@ class LoraExpert:
             InputError: if it is another kind of adapter, or one of its keys matches nothing in the base, or has
                 another shape.
         """
-        self.base, self.folder, self.key = base, folder, key
+        self.base = self.model = base
+        self.folder, self.key = folder, key
         self.config, self.tied = base.config, base.tied
         settings = read_settings(folder)
         path = folder / WEIGHTS
@@ -74,9 +75,9 @@ class LoraExpert:
             if place.dtype not in DTYPES or not DTYPES[place.dtype].floating:
                 raise InputError(f"{path}: {key_in_file!r} is stored as {place.dtype}; save the adapter in float32")
         targets = Targets(base, folder, settings, self._file)
-        self._parts, self.told = targets.parts, targets.told
-        if self.told:
-            logger.info("%s: %s", folder, self.told)
+        self._parts, self.summary = targets.parts, targets.summary
+        if self.summary:
+            logger.info("%s: %s", folder, self.summary)
         firsts = {name: parts[0] for name, parts in self._parts.items()}
         self._whole = {
             n: each.change.key for n, each in firsts.items() if each.whole and isinstance(each.change, Replaced)
@@ -85,16 +86,6 @@ class LoraExpert:
             name: replace(info, shape=self._file.places[self._whole[name]].shape) if name in self._whole else info
             for name, info in base.tensors.items()
         }
-
-    @property
-    def home(self) -> Path:
-        """The folder with its config.json: the base's."""
-        return self.base.home
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: the base's, or the one that the adapter saves whole; with other changes, in fp32."""
@@ -124,14 +115,6 @@ class LoraExpert:
             return self._file.places[key].dtype, self._file.bits(key)
         return "F32", self.read(name).contiguous().reshape(-1).numpy().view(np.uint32)
 
-    def will_need(self, name: str) -> None:
-        """As `Checkpoint`, for the base: an adapter is small."""
-        self.base.will_need(name)
-
-    def done_with(self, name: str) -> None:
-        """As `Checkpoint`, for the base: an adapter is small."""
-        self.base.done_with(name)
-
     def touches(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
         return self.tied.get(name, name) in self._parts
@@ -141,7 +124,7 @@ class LoraExpert:
         stored = self.tied.get(name, name)
         if stored in self._parts:
             return stored not in self._whole or len(self._parts[stored]) > 1
-        return self.base.computes(name)
+        return super().computes(name)
 
     def _saved(self, key: str) -> torch.Tensor:
         place = self._file.places[key]

@@ -14,7 +14,7 @@ from lewis.models.names import unwrapped
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-GGUF_TABLE = "gguf.json"  # of a folder that `gguf_folder` made: the tensors of the GGUF file in it
+GGUF_TABLE = "gguf.json"  # of a folder that `gguf.as_folder` made: the tensors of the GGUF file in it
 GGUF_LINK = "model.gguf"  # of such a folder: where the file is
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
@@ -100,8 +100,8 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError, InputError) as error:
-        told = error if isinstance(error, InputError) else repr(error)
-        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {told}") from error
+        reason = error if isinstance(error, InputError) else repr(error)
+        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {reason}") from error
     placed: dict[str, set[str]] = {file: set() for file in weight_map.values()}
     for file in placed:
         if Path(file).name != file or file in ("", ".", ".."):

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.models.files import ADAPTER
-from lewis.models.lora_config import CONFIG, by_pattern, token_indices
-from lewis.models.lora_delta import AddedBias, Change, LowRank, NewRows, Replaced
-from lewis.models.lora_keys import Keys, parameters_of
+from lewis.models.files.folder import ADAPTER
+from lewis.models.files.safetensors_file import TensorFile, same_bits
+from lewis.models.lora.config import CONFIG, Keys, by_pattern, parameters_of, token_indices
+from lewis.models.lora.delta import AddedBias, Change, LowRank, NewRows, Replaced
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
-from lewis.models.network_class import known_network
-from lewis.models.renamed import with_tied
-from lewis.models.safetensors_file import TensorFile, same_bits
-from lewis.models.segments import Layout, Run
+from lewis.models.network.network_class import known_network
+from lewis.models.network.renamed import with_tied
+from lewis.models.network.segments import Layout, Run
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,14 @@ class Part:
 
 @dataclass(frozen=True)
 class _Target:
-    """A weight by the adapter's name for it, the key that is told of it, what is done to it, and whether the name is of
-    a parameter of the network, as `target_parameters` has it."""
+    """One weight that the adapter changes.
+
+    Attributes:
+        name: as the adapter calls it.
+        key: in the adapter's file, for error messages.
+        change: what is applied.
+        parameter: whether the name is a parameter's of the network, as in `target_parameters`, not a module's.
+    """
 
     name: str
     key: str
@@ -55,7 +60,7 @@ class Targets:
 
     Attributes:
         parts: tensor of the base -> its changes, in the order in which they are made.
-        told: what the adapter has other names for, as a sentence; empty if nothing.
+        summary: what the adapter has other names for, as a sentence; empty if nothing.
     """
 
     def __init__(self, base: Model, folder: Path, settings: Mapping[str, Any], file: TensorFile) -> None:
@@ -81,7 +86,7 @@ class Targets:
             for tensor, part in self._place(target):
                 self.parts.setdefault(tensor, []).append(part)
                 moved += [f"{target.name} in {tensor}"] if tensor != target.name else []
-        self.told = f"{len(moved)} of its changes are read under the base's names ({moved[0]})" if moved else ""
+        self.summary = f"{len(moved)} of its changes are read under the base's names ({moved[0]})" if moved else ""
 
     def _raw(self, key: str) -> tuple[str, np.ndarray]:
         place = self._file.places[key]

@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is of, and its tree on the meta device.
+"""Which class of transformers a checkpoint is of, its tree on the meta device, and what in it text runs through.
 
 No architecture is named here, and no code that comes with a model is run.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.lazy_torch import torch
+from lewis.lazy_torch import nn, torch
 from lewis.models.config import needs_code, read_config
 
 logger = logging.getLogger(__name__)
@@ -90,3 +90,27 @@ def _registered(config: Any) -> Iterator[Any]:
     for table in reversed(_TABLES) if config.is_encoder_decoder else _TABLES:
         found = getattr(modeling_auto, table, {}).get(type(config), ())
         yield from found if isinstance(found, tuple | list) else [found]
+
+
+def text_tower(network: Any) -> Any:
+    """The module that text goes through, without the head: the whole model, or the language model of a larger one."""
+    if getattr(network.config, "is_encoder_decoder", False):
+        return network
+    found, used = network.get_decoder(), input_embeddings(network)
+    if found is not network and any(module is used for module in found.modules()):
+        return getattr(found, "base_model", found)  # of a language model with a head of its own (BLIP-2)
+    return network.base_model
+
+
+def input_embeddings(network: Any) -> Any:
+    """The module that gives a token its vector; of a decoder on an encoder without words (PP-FormulaNet), its own."""
+    try:
+        return network.get_input_embeddings()
+    except NotImplementedError:
+        return network.get_decoder().get_input_embeddings()
+
+
+def lists_of_blocks(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """Path -> each outermost `nn.ModuleList`."""
+    lists = {name: each for name, each in root.named_modules() if isinstance(each, nn.ModuleList)}
+    return {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}

@@ -3,30 +3,39 @@
 Versions of transformers name and cut the weights of one model differently (`h.0` and `transformer.h.0`, every expert a
 tensor or all in one). Their own tables of conversion tell which parameter of the network a tensor is, or which part of
 it. A tensor of the base that is a part of one of the model's is a view of the model's file; one that several make is
-put together when it is read. Nothing is rounded, and no model is ever whole in memory.
+put together when it is read; where a conversion does more than cut, join and stack along rows, it is done, and undone,
+when the tensor is read. Nothing is rounded, and no model is ever whole in memory.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.models.conversion import Conversions
 from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
-from lewis.models.network_class import known_network
-from lewis.models.placing import Shapes
-from lewis.models.segments import Layout, Run
+from lewis.models.network.network_class import known_network
+from lewis.models.network.placing import Read, Shapes, operations_of
+from lewis.models.network.segments import Layout, Role, Run
 
 logger = logging.getLogger(__name__)
 _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
+_MOVES = frozenset(  # operations of conversions that move values, and never round, pad or drop some
+    (
+        *("Chunk", "Split", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose"),
+        *("PermuteForRope", "Conv3dToLinear", "LinearToConv3d", "Inkling2LoopMergeMessageQueries"),
+        *("ErnieFuseAndSplitTextVisionExperts", "ErnieSplitAndDecoupleTextVisionExperts"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Matched:
     conversions: Conversions
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What is read otherwise than it is stored, as a sentence."""
         whole = {name: runs[0] for name, runs in self.runs.items() if len(runs) == 1 and self._is_whole(name)}
         moved = [f"{run.name} as {name}" for name, run in whole.items() if run.name != name]
@@ -99,11 +108,9 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
         same = by_role.get(ours.roles[name]) if name in ours.roles else name if name in model else None
         if same is not None and (model[same] == shape or name.endswith(PER_TOKEN)):
             runs[name] = (Run(same, 0, _WHOLE),)
-        elif name in ours.runs:
-            found = [theirs.tensors_of(run) for run in ours.runs[name]]
-            if all(found):
-                runs[name] = tuple(run for each in found for run in each or ())
-        if name not in runs and (sources := conversions.sources(name, shape, model)):
+        elif found := _runs(name, ours, theirs):
+            runs[name] = found
+        elif sources := conversions.sources(name, shape, model):
             made[name] = sources
     if not made and all(each == (Run(name, 0, _WHOLE),) for name, each in runs.items()):
         return None
@@ -114,18 +121,25 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     return Matched(runs, shapes | others, made, conversions)
 
 
-def under_names_of(base: Model, model: Model, key: str) -> Model:
+def _runs(name: str, ours: Layout, theirs: Layout) -> tuple[Run, ...]:
+    """The runs of the model's tensors that make a tensor of the base; empty if they do not make all of it."""
+    found = [theirs.tensors_of(run) for run in ours.runs.get(name, ())]
+    return tuple(run for each in found for run in each or ()) if all(found) else ()
+
+
+def under_names_of(base: Model, model: Model, key: str, found: Matched | None = None) -> Model:
     """A model as it is read under the base's names; itself if it has them, or has none of theirs.
 
     Args:
         base: whose names.
         model: to be read.
         key: identity of what is read, if it is read under other names than its own.
+        found: what `match` gives of them, if that is known.
     """
-    found = match(base.home, with_tied(base), with_tied(model))
+    found = found or match(base.home, with_tied(base), with_tied(model))
     if found is None:
         return model
-    logger.info("%s: %s", model.folder, found.told)
+    logger.info("%s: %s", model.folder, found.summary)
     return Renamed(base, model, found, key)
 
 
@@ -144,12 +158,12 @@ class Renamed(View):
         key: as given.
         tensors: the base's names that the model has, then what only the model has.
         tied: the base's name of the head -> of the embedding, if the model ties them.
-        told: what is read otherwise than it is stored.
+        summary: what is read otherwise than it is stored.
     """
 
     def __init__(self, base: Model, model: Model, matched: Matched, key: str) -> None:
         self.model, self.folder, self.config, self.key = model, model.folder, model.config, key
-        self.told, self._runs, self._made = matched.told, dict(matched.runs), matched.made
+        self.summary, self._runs, self._made = matched.summary, dict(matched.runs), matched.made
         self._conversions = matched.conversions
         self._kept: dict[str, tuple[str, np.ndarray]] = {}
         self._lock = Lock()
@@ -178,20 +192,9 @@ class Renamed(View):
         values = [as_tensor(dtype, bits.copy()).float().numpy() for dtype, bits in parts]
         return "F32", np.concatenate(values).view(np.uint32)
 
-    def will_need(self, name: str) -> None:
-        """As `Checkpoint`."""
-        for tensor in self._sources(name):
-            self.model.will_need(tensor)
-
-    def done_with(self, name: str) -> None:
-        """As `Checkpoint`."""
-        for tensor in self._sources(name):
-            self.model.done_with(tensor)
-
     def computes(self, name: str) -> bool:
         """Whether this tensor is put together or computed, and so takes memory while it is used."""
-        sources = self._sources(name)
-        return len(sources) > 1 or name in self._made or any(map(self.model.computes, sources))
+        return len(self._sources(name)) > 1 or name in self._made or super().computes(name)
 
     def _of(self, name: str) -> tuple[Run, ...]:
         name = self.tied.get(name, name)
@@ -240,3 +243,83 @@ class Renamed(View):
 def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
     dtype = name_of(value.dtype)
     return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))
+
+
+class Conversions:
+    """Makes the base's tensors of another model's by way of the network's parameters."""
+
+    def __init__(self, base: Layout, model: Layout) -> None:
+        self._ours, self._theirs = base, model
+        self._own: dict[Role, str] = {role: tensor for tensor, role in base.roles.items()}
+
+    def sources(self, name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[str, ...]:
+        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read.
+
+        Args:
+            name: the base's tensor.
+            shape: its shape.
+            shapes: of the model's tensors.
+        """
+        asked: dict[str, None] = {}
+
+        def read(tensor: str) -> torch.Tensor:
+            asked[tensor] = None
+            return torch.empty(shapes[tensor], device="meta")
+
+        try:
+            made = self.make(name, read)
+        except (RuntimeError, ValueError, IndexError, AttributeError):  # shapes that no conversion takes
+            return ()
+        fits = name in made and (name in self._ours.runs or tuple(made[name].shape) == shape)
+        return tuple(asked) if fits else ()
+
+    def make(self, name: str, read: Read) -> dict[str, torch.Tensor]:
+        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made.
+
+        Args:
+            name: the base's tensor.
+            read: the model's tensor -> its value.
+        """
+        if name not in self._ours.runs:
+            return self._reverted(name, read)
+        parts = []
+        for run in self._ours.runs[name]:
+            parameter = self._parameter(run.name, read)
+            if parameter is None:
+                return {}
+            parts.append(parameter.reshape(-1)[run.start : run.stop])
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0]}
+
+    def _parameter(self, name: str, read: Read) -> torch.Tensor | None:
+        """A parameter of the network, made of the model's tensors; None if it cannot be made."""
+        shape = self._theirs.placing.state[name].shape
+        runs = self._theirs.tensors_of(Run(name, 0, shape.numel()))
+        if runs is not None:
+            parts = [read(run.name).reshape(-1)[run.start : run.stop] for run in runs]
+            return torch.cat(parts).reshape(shape)
+        converter = self._theirs.placing.converters.get(name)
+        if converter is None or not _only_moves(converter):
+            return None
+        return self._theirs.placing.value(name, read)
+
+    def _reverted(self, name: str, read: Read) -> dict[str, torch.Tensor]:
+        role = self._ours.roles.get(name)
+        placing = self._ours.placing
+        converter = placing.converters.get(role[0]) if role else None
+        if role is None or converter is None or not _only_moves(converter):
+            return {}
+        back, first = copy.deepcopy(converter.reverse_transform()), ""
+        for parameter in (each for each, of in placing.firsts.items() if of == role[0]):
+            value, (called, pattern) = self._parameter(parameter, read), back.rename_source_key(parameter)
+            if value is None or pattern is None:
+                return {}
+            first = first or called
+            back.add_tensor(first, parameter, pattern, lambda value=value: value)
+        made = back.convert(first, model=placing.module, config=placing.module.config)
+        made = {each: value[0] if isinstance(value, list) else value for each, value in made.items()}
+        roles = Layout(placing.module, {each: tuple(value.shape) for each, value in made.items()}).roles
+        return {self._own[its]: made[each] for each, its in roles.items() if its in self._own}
+
+
+def _only_moves(converter: Any) -> bool:
+    return all(name in _MOVES for name, _ in operations_of(converter))

@@ -12,13 +12,20 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lewis.importance.fused import Rows, parts_of
-from lewis.importance.layouts import below_block, keeps_inputs, only_stacks, stacked_in, stored_in_out, weights
-from lewis.importance.model_class import input_embeddings, lists_of_blocks, text_tower
 from lewis.lazy_torch import nn, torch
 from lewis.models.names import short_or_whole
-from lewis.models.network_class import build
-from lewis.models.placing import Placing
+from lewis.models.network.layouts import (
+    Rows,
+    below_block,
+    keeps_inputs,
+    only_stacks,
+    parts_of,
+    stacked_in,
+    stored_in_out,
+    weights,
+)
+from lewis.models.network.network_class import build, input_embeddings, lists_of_blocks, text_tower
+from lewis.models.network.placing import Placing, operations_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,6 @@ class Network:
             tensors = {name: tuple(value.shape) for name, value in self._state.items()}
         self._placing = Placing(self.module, tensors)
         self._sources, self._converters = self._placing.sources, self._placing.converters
-        self._firsts = self._placing.firsts
         self.covered = tuple(self._find_covered(tensors))
 
     @property
@@ -120,9 +126,9 @@ class Network:
     def looks_ahead(self) -> bool:
         """Whether an attention sees later tokens too (BERT, EmbeddingGemma)."""
         modules = [module for block in self.blocks.values() for module in block.modules()]
-        told = [module.is_causal for module in modules if hasattr(module, "is_causal")]
-        if told:
-            return not all(told)
+        causal = [module.is_causal for module in modules if hasattr(module, "is_causal")]
+        if causal:
+            return not all(causal)
         config = self.module.config.get_text_config()
         asked = "is_decoder" in signature(self.tower.forward).parameters  # BLIP, whose head asks for it
         return asked or getattr(config, "is_decoder", True) is False
@@ -221,7 +227,7 @@ class Network:
                     yield _covered(tensor, shape, place, prefix + below, parameter, None, module, self.module.config)
                     continue
                 converter, projection = self._converters[parameter], prefix + below_block(tensor)
-                first = parameter == self._firsts[parameter]
+                first = parameter == self._placing.firsts[parameter]
                 if tensor in split:
                     if first:
                         yield self._covered_split(tensor, shape, place, projection, split[tensor])
@@ -229,7 +235,7 @@ class Network:
                     if first or kept == "joined":
                         layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
                         yield Covered(tensor, (layer,), (None,), parameter, None, False)
-                elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is told
+                elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is reported
                     stack = [each for each, of in self._sources[parameter] if of == pattern]
                     expert = stack.index(tensor)
                     yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)
@@ -239,8 +245,7 @@ class Network:
         linear = {f"{name}.weight" for _, name, module in found if isinstance(module, nn.Linear)}
         parts: dict[str, list[str]] = {}
         for name, converter in self._converters.items():
-            operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
-            if len(converter.target_patterns) > 1 and operations in ([("Chunk", 0)], [("Split", 0)]):
+            if len(converter.target_patterns) > 1 and operations_of(converter) in ([("Chunk", 0)], [("Split", 0)]):
                 parts.setdefault(self._sources[name][0][0], []).append(name)
         return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
+from lewis.models.files.safetensors_file import same_bits
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import EMBEDDINGS, HEADS, PER_TOKEN, layer_of
-from lewis.models.safetensors_file import same_bits
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _BEFORE = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared|project_in)(\.|$)")
@@ -167,17 +167,8 @@ class Restacked(View):
         """One tensor's dtype and bits, as the model gives them."""
         return self.model.raw(self.names[name])
 
-    def computes(self, name: str) -> bool:
-        """Whether a tensor is computed, as of the model."""
-        return self.model.computes(self.names[name])
-
-    def will_need(self, name: str) -> None:
-        """Announce a tensor that is read soon, as to the model."""
-        self.model.will_need(self.names[name])
-
-    def done_with(self, name: str) -> None:
-        """Let go of a tensor, as of the model's."""
-        self.model.done_with(self.names[name])
+    def _sources(self, name: str) -> tuple[str]:
+        return (self.names[name],)
 
 
 def own_head(model: Model) -> str | None:
@@ -185,12 +176,13 @@ def own_head(model: Model) -> str | None:
     heads = [name for name in model.tensors if name.endswith(HEADS)]
     embeddings = [name for name in model.tensors if name.endswith(EMBEDDINGS)]
     for head in heads:
-        if not any(_same(model, head, embedding) for embedding in embeddings):
+        if not any(same_tensor(model, head, embedding) for embedding in embeddings):
             return head
     return None
 
 
-def _same(model: Model, one: str, other: str) -> bool:
+def same_tensor(model: Model, one: str, other: str) -> bool:
+    """Whether two tensors of a model have the same dtype, shape and bits."""
     if model.tensors[one].shape != model.tensors[other].shape:
         return False
     (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)

@@ -1,13 +1,18 @@
-"""The settings of a PEFT LoRA adapter, adapter_config.json: read, checked, and what is not supported refused."""
+"""The settings of a PEFT LoRA adapter, adapter_config.json, and the keys of its weights: read and checked.
+
+What is not supported is refused.
+"""
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
+from lewis.models.names import PER_TOKEN, unwrapped
 
 CONFIG = "adapter_config.json"
 _LONGEST = 1000  # characters of a pattern
@@ -45,6 +50,12 @@ _KINDS = {  # peft_type -> what it does, and what to do instead
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHTS),
     **dict.fromkeys(("ADAPTION_PROMPT", "CPT", "CARTRIDGE"), _NO_WEIGHTS),
 }
+# The keys of an adapter's file.
+_FACTOR = re.compile(
+    r"^(?P<module>.+?)\.lora_(?P<part>(?:embedding_)?[AB])(?:\.(?!bias$)\w+)??(?:\.(?P<kind>weight|bias))?$"
+)
+_MAGNITUDE = re.compile(r"^(?P<module>.+?)\.lora_magnitude_vector(?:\.\w+)??(?:\.weight)?$")
+_ROWS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.\w+)?$")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -62,15 +73,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     kind = settings.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        told = _KINDS.get(kind) if isinstance(kind, str) else None
-        told = f"this kind {told}" if told else _MERGE
-        raise InputError(f"{path}: expected a LoRA adapter (peft_type LORA), got {kind!r}: {told}")
+        known = _KINDS.get(kind) if isinstance(kind, str) else None
+        advice = f"this kind {known}" if known else _MERGE
+        raise InputError(f"{path}: expected a LoRA adapter (peft_type LORA), got {kind!r}: {advice}")
     refused = [f"{words} is not supported; {_MERGE}" for key, words in _REFUSED.items() if settings.get(key)]
     refused += [f"{words} cannot be merged; leave it out" for key, words in _PER_TOKEN.items() if settings.get(key)]
     initial = settings.get("init_lora_weights")
     if isinstance(initial, str) and initial.startswith(_UNLIKE_BASE):
-        told = f"a LoRA that changes its base (init_lora_weights {initial}) is not supported; {_MERGE}"
-        refused.append(told + ", or save it with path_initial_model_for_weight_conversion")
+        problem = f"a LoRA that changes its base (init_lora_weights {initial}) is not supported; {_MERGE}"
+        refused.append(problem + ", or save it with path_initial_model_for_weight_conversion")
     if refused:
         raise InputError(f"{path}: {refused[0]}")
     _check_numbers(path, settings, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
@@ -95,7 +106,7 @@ def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -
     Raises:
         InputError: if a pattern takes longer than any that is meant: some need time exponential in the name's length.
     """
-    import regex  # as re, but it can be told to stop
+    import regex  # as re, with a time limit
 
     for pattern, value in (patterns or {}).items():
         try:
@@ -156,3 +167,70 @@ def _is_finite(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass
+class Keys:
+    """The keys of an adapter's file by what they are of.
+
+    Attributes:
+        parts: module, as its key calls it -> `A`, `B`, `bias` (of lora_B) or `magnitude` -> key.
+        whole: tensor -> key of the values that replace it.
+        rows: module -> key of the rows that replace those of some tokens.
+        twice: two keys that stand for the same, if there are any.
+        unknown: keys that stand for nothing.
+    """
+
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def add(self, key: str, settings: Mapping[str, Any]) -> None:
+        """File a key under what it is of."""
+        name = unwrapped(key)
+        if match := _FACTOR.match(name):
+            part = match["part"][-1] if match["kind"] != "bias" else "bias"
+            self._put(self.parts.setdefault(match["module"], {}), part, key)
+        elif match := _MAGNITUDE.match(name):
+            self._put(self.parts.setdefault(match["module"], {}), "magnitude", key)
+        elif (match := _ROWS.match(name)) and token_indices(settings, match["module"]) is not None:
+            self._put(self.rows, match["module"], key)
+        else:
+            # With a LoRA on an embedding, PEFT saves the embedding itself too, as base_layer.
+            stored = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+            bias = stored.endswith(".bias") and settings.get("bias", "none") != "none"
+            known = settings.get("modules_to_save") or ".base_layer." in name or stored.endswith(PER_TOKEN) or bias
+            if "lora_" in name or not known:
+                self.unknown.append(key)
+            else:
+                self._put(self.whole, stored, key)
+
+    def _put(self, found: dict[str, str], place: str, key: str) -> None:
+        if place in found:
+            self.twice.append((found[place], key))
+        found[place] = key
+
+
+def parameters_of(
+    module: str, parts: Collection[str], targets: Collection[str], parameters: Mapping[str, Any]
+) -> dict[str, str]:
+    """The parameters that an adapter with `target_parameters` changes in one module.
+
+    PEFT wraps the module once for each of them, in the order in which the module has them; so the key of the last one
+    has the module's own path, that of the one before it `.base_layer` behind it, and so on.
+
+    Args:
+        module: its path in the network.
+        parts: the paths of the modules in the adapter's keys.
+        targets: `target_parameters`: names, or their ends after a dot.
+        parameters: of the network.
+
+    Returns:
+        Path as in the key -> full name of the parameter.
+    """
+    own = [name for name in parameters if name.rpartition(".")[0] == module]
+    chosen = [name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)]
+    depths = {f"{module}{'.base_layer' * depth}": name for depth, name in enumerate(reversed(chosen))}
+    return {path: name for path, name in depths.items() if path in parts}

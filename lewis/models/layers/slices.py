@@ -13,7 +13,7 @@ from typing import Any
 
 from lewis.errors import RecipeError
 from lewis.methods import Parameter, find
-from lewis.models.stack import Layers, as_source
+from lewis.models.layers.stack import Layers, as_source
 from lewis.recipe.config import MergeConfig
 from lewis.recipe.schema import ModelEntry
 

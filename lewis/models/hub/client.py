@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants
 
 from lewis.errors import InputError
-from lewis.models.pin import FORMS
+from lewis.models.hub.pin import FORMS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -91,8 +91,8 @@ def without_xet() -> Iterator[None]:
 
 @contextmanager
 def errors(ref: str) -> Iterator[None]:
-    """Turn what the client raises in this block into our errors, by `lewis.models.hub_errors.explain`."""
-    from lewis.models.hub_errors import CLIENT_ERRORS, explain
+    """Turn what the client raises in this block into our errors, by `lewis.models.hub.errors.explain`."""
+    from lewis.models.hub.errors import CLIENT_ERRORS, explain
 
     try:
         yield
