@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.store import checked, files, made, remote
+from lewis.store import files, made, remote, sealed_json
 from lewis.store.folders import holds, home, make_folder
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much old
 
 def write_entry(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write an entry, an object that is not empty, with its checksum; push it, if its kind is shared."""
-    files.write_text(path, checked.dumps(content, indent))
+    files.write_text(path, sealed_json.dumps(content, indent))
     made.note(path)
     remote.push(path)
 
@@ -34,10 +34,10 @@ def read_entry(path: Path) -> dict[str, Any] | None:
     mark_used(path)
     remote.fetch(path)
     try:
-        return checked.loads(path.read_bytes())
-    except checked.DamagedError as error:
+        return sealed_json.loads(path.read_bytes())
+    except sealed_json.DamagedError as error:
         set_aside([path], str(error))
-    except checked.UncheckedError:
+    except sealed_json.UncheckedError:
         logger.info("%s: an earlier version wrote it, without a checksum; it is made again", path)
     except OSError:
         pass

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
 from lewis.input_files import open_regular
-from lewis.store import checked, made, remote, size
+from lewis.store import made, remote, sealed_json, size
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
 from lewis.store.lease import SharedLock
 from lewis.store.writers import beside, is_dead
@@ -130,7 +130,7 @@ def publish(
             paths = sorted(p for p in scratch.rglob("*") if p.is_file())
             names = [str(path.relative_to(scratch)) for path in paths]
             files = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
-            write_text(scratch / MANIFEST, checked.dumps({**manifest, "files": files}))
+            write_text(scratch / MANIFEST, sealed_json.dumps({**manifest, "files": files}))
             if folder.is_dir():
                 shutil.rmtree(folder)
             os.replace(scratch, folder)

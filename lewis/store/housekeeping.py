@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.store import checked, kinds
+from lewis.store import kinds, sealed_json
 from lewis.store.kinds import Kind
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def _targets(record: Path) -> list[Path]:
 
 def _result(text: str) -> Any:
     try:
-        return checked.loads(text.encode())["result"]
+        return sealed_json.loads(text.encode())["result"]
     except ValueError:  # written by Prefect's own serializer
         return json.loads(text)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lewis.store import checked, remote
+from lewis.store import remote, sealed_json
 from lewis.store.checksums import remembered_sha256
 from lewis.store.entries import mark_used, set_aside
 from lewis.store.files import MANIFEST
@@ -98,7 +98,7 @@ def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *,
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        return checked.loads(data)
-    except checked.UncheckedError:  # an earlier version wrote it: still it has the checksums of the files
+        return sealed_json.loads(data)
+    except sealed_json.UncheckedError:  # an earlier version wrote it: still it has the checksums of the files
         found: dict[str, Any] = json.loads(data)
         return found

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 from lewis.errors import InputError
 from lewis.redact import redacted
-from lewis.store import checked, png
-from lewis.store.checked import DamagedError
+from lewis.store import png, sealed_json
 from lewis.store.folders import holds, home, make_folder, make_read_only, restrict
+from lewis.store.sealed_json import DamagedError
 from lewis.store.writers import beside
 
 logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ def _parts(path: Path, head: bytes) -> dict[str, tuple[int, str]]:
             raise DamagedError("its checksums do not fit")
         return {}
     try:
-        content = checked.loads(head)
+        content = sealed_json.loads(head)
         files = content["files"] if _is_folder(path) else {}
         if path.parent.name == "importance":
             files = {path.with_suffix(".safetensors").name: content["moments"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from lewis.store import checked, kinds, manifest, png
+from lewis.store import kinds, manifest, png, sealed_json
 from lewis.store.files import MANIFEST
 from lewis.store.kinds import Kind
 
@@ -71,7 +71,7 @@ def _problem(kind: Kind, path: Path, check: Callable[[Path], None]) -> str | Non
     try:
         with kind.lock(path.stem).acquire(timeout=0) if kind.locks else nullcontext():
             check(path)
-    except (Timeout, checked.UncheckedError):  # an entry without a checksum is made again when a run needs it
+    except (Timeout, sealed_json.UncheckedError):  # an entry without a checksum is made again when a run needs it
         return None
     except (OSError, ValueError) as error:
         return (str(error) or "it cannot be read") if path.exists() else None
@@ -80,16 +80,16 @@ def _problem(kind: Kind, path: Path, check: Callable[[Path], None]) -> str | Non
 
 def _check_folder(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():  # LEWIS did not write it
-        raise checked.UncheckedError
+        raise sealed_json.UncheckedError
     manifest.check(folder, anew=True)
 
 
 def _check_entry(path: Path) -> None:
-    checked.loads(path.read_bytes())
+    sealed_json.loads(path.read_bytes())
 
 
 def _check_importance(path: Path) -> None:
-    expected, beside = checked.loads(path.read_bytes())["moments"], kinds.IMPORTANCE.beside_of(path)
+    expected, beside = sealed_json.loads(path.read_bytes())["moments"], kinds.IMPORTANCE.beside_of(path)
     manifest.check_files(beside.parent, {beside.name: (expected["size"], expected["sha256"])}, anew=True)
 
 
@@ -99,11 +99,11 @@ def _check_picture(path: Path) -> None:
 
 
 def _check_record(path: Path) -> None:
-    checked.loads(json.loads(path.read_bytes())["result"].encode())
+    sealed_json.loads(json.loads(path.read_bytes())["result"].encode())
 
 
 def _check_journal(path: Path) -> None:
-    checked.check_lines(path.read_bytes())
+    sealed_json.check_lines(path.read_bytes())
 
 
 _CHECKS: dict[Kind, Callable[[Path], None]] = {

@@ -9,7 +9,7 @@ from typing import Any
 from prefect.serializers import JSONSerializer
 from pydantic import Field
 
-from lewis.store import checked
+from lewis.store import sealed_json
 
 
 class RecordSerializer(JSONSerializer):
@@ -19,7 +19,7 @@ class RecordSerializer(JSONSerializer):
 
     def dumps(self, obj: Any) -> bytes:
         """The result as bytes."""
-        return checked.dumps({"result": json.loads(super().dumps(obj))}, indent=None).encode()
+        return sealed_json.dumps({"result": json.loads(super().dumps(obj))}, indent=None).encode()
 
     def loads(self, blob: bytes) -> Any:
         """The result.
@@ -27,4 +27,4 @@ class RecordSerializer(JSONSerializer):
         Raises:
             ValueError: if the bytes are damaged, or what they refer to is.
         """
-        return super().loads(json.dumps(checked.loads(blob)["result"]).encode())
+        return super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())

@@ -18,7 +18,7 @@ from lewis.inspection.step import inspect
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from lewis.search.study import Log, Objective
-from lewis.store import checked, kinds, png
+from lewis.store import kinds, png, sealed_json
 from lewis.store.checksums import remembered_sha256
 from tests.conftest import Family
 from tests.support.damage import DAMAGES, damage
@@ -138,9 +138,9 @@ def test_what_a_version_before_wrote_without_a_checksum_is_made_again(made: Stor
     first = made.use()
     for kind in (kinds.IMPORTANCE, kinds.ALLOCATIONS, kinds.CALIBRATIONS, kinds.SCORES, kinds.DIGESTS):
         for path in kind.entries():
-            store.write_json(path, checked.loads(path.read_bytes()))
+            store.write_json(path, sealed_json.loads(path.read_bytes()))
     manifest = next(kinds.MERGED.folder.glob("*/lewis.json"))
-    content = checked.loads(manifest.read_bytes())
+    content = sealed_json.loads(manifest.read_bytes())
     manifest.chmod(0o600)
     store.write_json(manifest, content)  # this one has the checksums of the files: they are checked, and it is kept
     again = made.use()
@@ -198,8 +198,8 @@ def test_a_search_begins_anew(home: Path, how: str, caplog: pytest.LogCaptureFix
 
 
 def test_no_flipped_bit_of_an_entry_is_believed() -> None:
-    whole = checked.dumps({"norms": {"a": 1.5, "é": None}, "model": "x"}).encode()
-    assert checked.loads(whole) == {"norms": {"a": 1.5, "é": None}, "model": "x"}
+    whole = sealed_json.dumps({"norms": {"a": 1.5, "é": None}, "model": "x"}).encode()
+    assert sealed_json.loads(whole) == {"norms": {"a": 1.5, "é": None}, "model": "x"}
     picture = png_of(b"x")
     assert png.is_whole(picture) and not png.is_whole(picture + b"\0")
     for data, is_whole in ((whole, _is_believed), (picture, png.is_whole)):
@@ -212,7 +212,7 @@ def test_no_flipped_bit_of_an_entry_is_believed() -> None:
 
 def _is_believed(data: bytes) -> bool:
     try:
-        checked.loads(data)
+        sealed_json.loads(data)
     except ValueError:
         return False
     return True
