@@ -165,7 +165,7 @@ def _rows(where: str, spec: CalibrationSet, root: Path) -> Iterator[Any]:
     if spec.texts is not None:
         yield list(spec.texts)
         return
-    cache = store.beside(store.make_folder(kinds.DATASETS.folder) / "rows")
+    cache = store.beside(store.make_folder(store.home()) / "rows")
     try:
         with _LOADING:
             rows = _load_dataset(where, spec, root, cache)

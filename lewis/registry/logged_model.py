@@ -34,9 +34,6 @@ FACTS = "version.json"  # what is known of the version and nobody filters by: it
 CHECKPOINT = "model"  # the subfolder in which MLflow's transformers flavor keeps the Hugging Face folder
 WEIGHTS = "*.safetensors"
 
-Files = Mapping[str, tuple[int, str | None]]
-"""Path in the model's artifacts -> size in bytes and SHA-256; None for versions of earlier versions of LEWIS."""
-
 
 def write(
     client: "MlflowClient",
@@ -88,24 +85,25 @@ def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
     return found
 
 
-def check(client: "MlflowClient", model: "LoggedModel", files: Files, *, anew: bool = False) -> None:
+def check(client: "MlflowClient", model: "LoggedModel", *, anew: bool = False) -> None:
     """Check that the artifact store still has every file as it was written.
 
     On a file system of this machine that means the content. Of remote files only the sizes can be asked for.
 
     Args:
-        files: what `write` returned.
         anew: read every file, whatever is remembered.
 
     Raises:
         DamagedError: naming the file.
     """
+    try:
+        files = {name: (int(size), str(sha256)) for name, (size, sha256) in facts(client, model)["files"].items()}
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{FACTS} is lost or damaged") from error
     if not files:
         raise DamagedError("the version does not say which files it has")
     if (folder := local_folder(model)) is not None:
         manifest.check_files(folder, files, anew=anew)
-        if not all(sha256 for _, sha256 in files.values()) and (folder / CHECKPOINT / store.MANIFEST).is_file():
-            manifest.check(folder / CHECKPOINT, anew=anew)
         return
     for parent, names in groupby(sorted(files, key=_parent), _parent):
         listed = client.list_logged_model_artifacts(model.model_id, parent or None)

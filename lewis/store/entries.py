@@ -28,8 +28,7 @@ def read_entry(path: Path) -> dict[str, Any] | None:
     """What `write_entry` wrote, fetched if only the remote half has it, and mark it as used.
 
     Returns:
-        None if the entry is absent, or an earlier version wrote it without a checksum; the caller makes it anew. None
-        too if it is damaged: then it is set aside.
+        None if the entry is absent, or damaged: then it is set aside. The caller makes it again.
     """
     mark_used(path)
     remote.fetch(path)
@@ -37,8 +36,6 @@ def read_entry(path: Path) -> dict[str, Any] | None:
         return sealed_json.loads(path.read_bytes())
     except sealed_json.DamagedError as error:
         set_aside([path], str(error))
-    except sealed_json.UncheckedError:
-        logger.info("%s: an earlier version wrote it, without a checksum; it is made again", path)
     except OSError:
         pass
     return None

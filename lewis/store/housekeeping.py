@@ -5,7 +5,6 @@ else can be made again. Housekeeping leaves alone what MLflow and Prefect own, l
 name paths in it) and every other folder that `kinds.REMOVABLE` does not list.
 """
 
-import json
 import logging
 import os
 import re
@@ -201,7 +200,7 @@ def _last_used(kind: str, path: Path) -> float:
     if kind == kinds.RESULTS.name:
         marks = [_mark(target) for target in _targets(path) if target.is_relative_to(store.home())]
         return max([path.stat().st_mtime, *(mark.stat().st_mtime for mark in marks if mark.exists())])
-    if kind in (_PARTIAL, kinds.DATASETS.name, kinds.QUARANTINE.name):
+    if kind in (_PARTIAL, kinds.QUARANTINE.name):
         return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
     return _mark(path).stat().st_mtime
 
@@ -215,20 +214,13 @@ def _targets(record: Path) -> list[Path]:
     """The files and folders that Prefect's record of a task refers to."""
     content: Any = store.read_json(record)
     try:
-        found = _result(content["result"])
+        found = sealed_json.loads(content["result"].encode())["result"]
         named = []
         for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
             named += [*map(fields.get, ("path", "folder", "adapter", "base", "statistics")), *fields.get("sizes", ())]
     except (ValueError, KeyError, TypeError, AttributeError):  # LEWIS did not write it
         return []
     return [Path(name) for name in named if name]
-
-
-def _result(text: str) -> Any:
-    try:
-        return sealed_json.loads(text.encode())["result"]
-    except ValueError:  # written by Prefect's own serializer
-        return json.loads(text)
 
 
 def _size(path: Path) -> int:

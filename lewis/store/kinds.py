@@ -81,7 +81,6 @@ GGUF = Kind("gguf", "*", "gguf-")  # config, tokenizer and names of GGUF files, 
 SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
 DIGESTS = Kind("digests")  # remembered checksums and other facts
 PICTURES = Kind("pictures", "*.png")
-DATASETS = Kind("datasets", "*/*", notes_use=False)  # what earlier versions let `datasets` keep of a file
 LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<`store.writer`>
 RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
 SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
@@ -92,5 +91,5 @@ SHARED = {
 """The kinds that `LEWIS_STORE` keeps, by name."""
 REMOVABLE = (
     *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-    *(DIGESTS, PICTURES, DATASETS, LOGS, QUARANTINE),
+    *(DIGESTS, PICTURES, LOGS, QUARANTINE),
 )

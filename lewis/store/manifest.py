@@ -1,6 +1,5 @@
 """Published folders: whether every file is byte for byte what was written, by the checksums in the manifest."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str
     mark_used(folder / MANIFEST)
     remote.fetch(folder)
     try:
-        manifest = _parse((folder / MANIFEST).read_bytes())
+        manifest = sealed_json.loads((folder / MANIFEST).read_bytes())
         expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error
@@ -94,11 +93,3 @@ def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *,
         for found in pool.map(problem, expected.items()):
             if found:
                 raise DamagedError(found)
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        return sealed_json.loads(data)
-    except sealed_json.UncheckedError:  # an earlier version wrote it: still it has the checksums of the files
-        found: dict[str, Any] = json.loads(data)
-        return found

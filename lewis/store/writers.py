@@ -29,8 +29,7 @@ def is_dead(name: str, left: Path) -> bool:
     """Whether a writer is dead.
 
     Args:
-        name: what `writer` gave in its process; other words, such as the bare number that earlier versions wrote, are
-            those of a writer that cannot be asked.
+        name: what `writer` gave in its process; other words are those of a writer that cannot be asked.
         left: the file or folder that it writes. If the writer cannot be asked, it counts as dead when nothing in there
             has changed for `AGE`.
     """

@@ -134,25 +134,6 @@ def test_a_remembered_fact_is_found_out_again(made: Store, how: str, caplog: pyt
     assert caplog.text.count("is damaged and made again") == len(entries)
 
 
-def test_what_a_version_before_wrote_without_a_checksum_is_made_again(made: Store, home: Path) -> None:
-    first = made.use()
-    for kind in (kinds.IMPORTANCE, kinds.ALLOCATIONS, kinds.CALIBRATIONS, kinds.SCORES, kinds.DIGESTS):
-        for path in kind.entries():
-            store.write_json(path, sealed_json.loads(path.read_bytes()))
-    manifest = next(kinds.MERGED.folder.glob("*/lewis.json"))
-    content = sealed_json.loads(manifest.read_bytes())
-    manifest.chmod(0o600)
-    store.write_json(manifest, content)  # this one has the checksums of the files: they are checked, and it is kept
-    again = made.use()
-    assert {**again, "merged": {**again["merged"], "lewis.json": b""}} == {
-        **first,
-        "merged": {**first["merged"], "lewis.json": b""},
-    }
-    assert not (home / "quarantine").exists()
-    damage(manifest.parent / "model.safetensors", "flipped")
-    assert made.use() == first
-
-
 @pytest.mark.parametrize("how", DAMAGES)
 def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(made: Store, how: str) -> None:
     from prefect.filesystems import LocalFileSystem

@@ -514,17 +514,6 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
 
 
-def test_a_version_of_before_that_lists_sizes_alone_is_checked_by_its_manifest(entry: Registration, home: Path) -> None:
-    creation.register(entry)
-    (listed,) = artifacts(home).glob("models/*/artifacts/version.json")
-    sizes = {name: size for name, (size, _) in json.loads(listed.read_text())["files"].items()}
-    listed.unlink()
-    client().set_model_version_tag("tiny", "1", "lewis.files", json.dumps(sizes))
-    assert registry.find("tiny", DIGEST) is not None
-    damage(next(artifacts(home).glob("models/*/artifacts/model/config.json")), "flipped")
-    assert registry.find("tiny", DIGEST) is None
-
-
 def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(
     entry: Registration, tiny_model: Path
 ) -> None:

@@ -296,10 +296,11 @@ class TestRecords:
         """A task's result as Prefect keeps it."""
         from prefect.filesystems import LocalFileSystem
         from prefect.results import ResultStore
-        from prefect.serializers import JSONSerializer
+
+        from lewis_tasks.support.records import RecordSerializer
 
         storage = LocalFileSystem(basepath=str(store.home() / "results"))
-        ResultStore(result_storage=storage, serializer=JSONSerializer()).write(key=key, obj=value)
+        ResultStore(result_storage=storage, serializer=RecordSerializer()).write(key=key, obj=value)
         return old(store.home() / "results" / key, age)
 
     def importance(self, name: str) -> ImportanceEntry:
@@ -379,17 +380,6 @@ def test_logs_of_living_processes_stay(home: Path) -> None:
         old_log.write_text("line\n")
         old(old_log, 30 * DAY)
     assert names(survey()) == {f"logs/worker-{died}.log"}
-
-
-def test_caches_of_datasets_go_when_no_run_goes_on(home: Path) -> None:
-    for name, days in (("old", 30), ("new", 1)):
-        arrow = home / "datasets" / "json" / name / "0.0.0" / "train.arrow"
-        arrow.parent.mkdir(parents=True)
-        arrow.write_text("rows")
-        for path in (arrow, *list(arrow.parents)[:2]):
-            old(path, days * DAY)
-    assert names(survey()) == {"datasets/old"} and survey(active_since=time.time()) == []
-    assert remove(survey()) == 4 and [path.name for path in (home / "datasets" / "json").iterdir()] == ["new"]
 
 
 def test_what_is_not_ours_stays(home: Path) -> None:

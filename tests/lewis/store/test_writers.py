@@ -43,7 +43,7 @@ def leftover(folder: Path, writer: str, *, age: float = 0.0) -> Path:
         ("0123456789ab-999999999", 86000, False),  # another host, boot or namespace: nobody knows whether it runs
         ("0123456789ab-999999999", 86800, True),
         ("0123456789ab-1", 86800, True),
-        ("999999999", 86000, False),  # as earlier versions wrote it: the number alone says nothing
+        ("999999999", 86000, False),  # not named by `writer`: the number alone says nothing
         ("999999999", 86800, True),
     ],
 )
