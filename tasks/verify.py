@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis.errors import LewisError
 from lewis.registry import verification
 from lewis_tasks.support.caching import RETRIES
+from lewis_tasks.support.records import RESULTS
 
 
 @task(name="verify", task_run_name="verify", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
@@ -16,7 +17,7 @@ def verify() -> int:
     Raises:
         LewisError: if something is damaged.
     """
-    found = verification.verify()
+    found = verification.verify(also=[RESULTS])
     rows = [{"kind": each.kind, "entry": each.entry, "what is wrong": each.why} for each in found.damaged]
     create_table_artifact(
         rows or [{"kind": "all", "entry": found.to_text(), "what is wrong": ""}],

@@ -74,7 +74,7 @@ def allocate(
     assert recipe.lewis is not None
     policy = recipe.lewis.density
     digest, path = _allocation_place(recipe, base, experts, measured)
-    with kinds.ALLOCATIONS.turn(digest):
+    with store.turn(kinds.ALLOCATIONS, digest):
         if store.entry(path, "experts") is None:
             opened = base.open()
             covered, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)

@@ -52,7 +52,7 @@ def score(
         LewisError: if the model is a merged one that is damaged; or as `lm_eval.evaluate`.
     """
     digest, path = _scores_place(files.key, settings, root, device)
-    with kinds.SCORES.turn(digest):
+    with store.turn(kinds.SCORES, digest):
         if store.entry(path, "results") is None:
             files.check()
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):

@@ -180,7 +180,7 @@ def merge(
     """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""
     prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
     folder = kinds.MERGED.path(prepared.digest)
-    with kinds.MERGED.turn(prepared.digest):
+    with store.turn(kinds.MERGED, prepared.digest):
         if find_merged(prepared.digest) is None:
             manifest.set_damaged_aside(folder)
             prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)

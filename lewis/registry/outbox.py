@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lewis import store
+from lewis.store.kinds import OUTBOX
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Move:
 
 def write(move: Move) -> None:
     """Write a move down; one of the same id is replaced."""
-    store.write_entry(_path(move), asdict(move))
+    store.write_entry(OUTBOX.path(move.id), asdict(move))
 
 
 def remove(move: Move) -> None:
     """Forget a move: it is known, or it never happened."""
-    _path(move).unlink(missing_ok=True)
+    OUTBOX.path(move.id).unlink(missing_ok=True)
 
 
 def moves() -> list[Move]:
     """All moves that are written down, oldest first."""
-    found = [store.read_entry(path) for path in _folder().glob("[!.]*.json")]
+    found = [store.read_entry(path) for path in OUTBOX.entries()]
     return sorted((Move(**each) for each in found if each), key=lambda move: move.time)
 
 
@@ -83,11 +83,3 @@ def settle(name: str, champion: str | None) -> None:
             write(replace(move, happened=True))
         else:
             remove(move)
-
-
-def _path(move: Move) -> Path:
-    return _folder() / f"{move.id}.json"
-
-
-def _folder() -> Path:
-    return store.home() / "outbox"

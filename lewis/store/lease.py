@@ -23,14 +23,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
 from lewis.redact import redacted
-from lewis.store import remote
+from lewis.store import files, remote
+from lewis.store.kinds import Kind
 from lewis.store.writers import writer
 
 logger = logging.getLogger(__name__)
@@ -209,3 +210,26 @@ class SharedLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
+
+
+def shared_lock(name: str, local: str = "") -> SharedLock:
+    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines.
+
+    Args:
+        name: the same on every machine.
+        local: name of the lock of this machine, if that is another; paths may differ between machines.
+    """
+    return SharedLock(files.lock(local or name), name)
+
+
+@contextmanager
+def turn(kind: Kind, digest: str) -> Iterator[None]:
+    """`kind.lock`, and with `LEWIS_STORE` a lease, while one looks for an entry that is shared, and makes it.
+
+    An entry that another machine has made meanwhile is fetched. No lease is taken for one that is there already.
+    """
+    path = kind.path(digest)
+    with kind.lock(digest):
+        absent = remote.shares(path) and not path.exists() and not remote.fetch(path)
+        with Lease(kind.locks + digest).held() if absent else nullcontext():
+            yield

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.store import files, format
+from lewis.store import entries, files, format
 from lewis.store.folders import make_folder
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
@@ -60,7 +60,7 @@ def check_output_folder(folder: Path) -> Path:
     """
     try:
         place = folder.resolve()
-        files.check_replaceable(place)
+        entries.check_replaceable(place)
         _try(place)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
         if isinstance(error, InputError):

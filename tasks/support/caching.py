@@ -20,7 +20,7 @@ from lewis import store
 from lewis.devices import default_device, precision
 from lewis.errors import LewisError
 from lewis.models.hub_errors import retryable
-from lewis.store import kinds
+from lewis_tasks.support import records
 from lewis_tasks.support.logs import quieten
 from lewis_tasks.support.records import RecordSerializer
 
@@ -29,7 +29,7 @@ STOPPING = threading.Event()
 """Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
 quieten()
 
-RESULTS = kinds.RESULTS.folder
+RESULTS = records.RESULTS.folder
 """Folder of Prefect's cache records: small references, one file for each key."""
 FORMAT = "2"  # of a record; raise it when records of before must not be found
 

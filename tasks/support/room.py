@@ -5,6 +5,7 @@ import logging
 from lewis import store
 from lewis.registry.needed import by_versions
 from lewis.store import housekeeping, size
+from lewis_tasks.support.records import RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def make_room(needed: int) -> int:
         return 0
     # The notes of runs, also of dead ones that nobody has cleared yet: then more stays.
     began = min((note.stat().st_mtime for note in (store.home() / "runs").glob("[!.]*")), default=None)
-    found = housekeeping.survey(0, needed=by_versions(), active_since=began)
+    found = housekeeping.survey(0, needed=by_versions(), active_since=began, also=[RESULTS])
     chosen, sum_ = list[housekeeping.Removable](), 0
     for item in sorted(found, key=lambda each: each.last_used):
         if sum_ >= missing:
@@ -32,7 +33,7 @@ def make_room(needed: int) -> int:
         if item.bytes:
             chosen.append(item)
             sum_ += item.bytes
-    freed = housekeeping.remove(chosen)
+    freed = housekeeping.remove(chosen, also=[RESULTS])
     if chosen:
         told = "%s leaves too little: %d entries that nothing needs were removed, %.2f GB, the longest unused first"
         logger.warning(told, size.QUOTA, len(chosen), freed / 1e9)

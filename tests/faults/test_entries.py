@@ -18,7 +18,7 @@ from lewis.inspection.step import inspect
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from lewis.search.study import Log, Objective
-from lewis.store import kinds, png, sealed_json
+from lewis.store import kinds, sealed_json
 from lewis.store.checksums import remembered_sha256
 from tests.conftest import Family
 from tests.support.damage import DAMAGES, damage
@@ -139,7 +139,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     from prefect.filesystems import LocalFileSystem
     from prefect.results import ResultStore
 
-    from lewis_tasks.support.records import RecordSerializer
+    from lewis_tasks.support.records import RESULTS, RecordSerializer
 
     made.use()
     source, sources = pipeline.pin_all(made.recipe)
@@ -148,7 +148,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     measured, allocated = pipeline.guide(made.recipe, base, experts)
     assert allocated is not None
     merged = pipeline.merge(made.recipe, base, experts, allocated)
-    storage = LocalFileSystem(basepath=str(kinds.RESULTS.folder))
+    storage = LocalFileSystem(basepath=str(RESULTS.folder))
     records = ResultStore(result_storage=storage, serializer=RecordSerializer(), cache_result_in_memory=False)
     values = {"measured": measured, "allocated": allocated, "merged": merged, "base": base}
     for name, value in values.items():
@@ -158,7 +158,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
         "measured": kinds.IMPORTANCE.beside_of(measured[0].path),
         "allocated": allocated.path,
         "merged": merged.folder / "config.json",
-        "base": kinds.RESULTS.folder / "base",
+        "base": RESULTS.folder / "base",
     }.items():
         damage(path, how)
         assert not records.exists(name), name
@@ -182,18 +182,18 @@ def test_no_flipped_bit_of_an_entry_is_believed() -> None:
     whole = sealed_json.dumps({"norms": {"a": 1.5, "é": None}, "model": "x"}).encode()
     assert sealed_json.loads(whole) == {"norms": {"a": 1.5, "é": None}, "model": "x"}
     picture = png_of(b"x")
-    assert png.is_whole(picture) and not png.is_whole(picture + b"\0")
-    for data, is_whole in ((whole, _is_believed), (picture, png.is_whole)):
+    for data, check in ((whole, sealed_json.loads), (picture, kinds.check_png)):
+        assert _is_believed(check, data) and not _is_believed(check, data + b"\0")
         for bit in range(8 * len(data)):
             flipped = bytearray(data)
             flipped[bit // 8] ^= 1 << bit % 8
-            assert not is_whole(bytes(flipped)), (bit, bytes(flipped))
-        assert not any(is_whole(data[:stop]) for stop in range(len(data)))
+            assert not _is_believed(check, bytes(flipped)), (bit, bytes(flipped))
+        assert not any(_is_believed(check, data[:stop]) for stop in range(len(data)))
 
 
-def _is_believed(data: bytes) -> bool:
+def _is_believed(check: Callable[[bytes], Any], data: bytes) -> bool:
     try:
-        sealed_json.loads(data)
+        check(data)
     except ValueError:
         return False
     return True

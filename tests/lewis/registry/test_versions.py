@@ -31,7 +31,7 @@ from lewis.registry import champions, creation, history, logged_model, promotion
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
-from lewis.store.png import is_whole
+from lewis.store.kinds import check_png
 from tests.support.damage import damage
 from tests.support.lineage import make_home
 
@@ -462,7 +462,7 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert re.search(r"  promoted +v1 +the first +addition/acc.* \(the run x\)$", oldest)
     assert "v1 stays" in history.lines(told)[3] and all("\n" not in line for line in history.lines(told))
     assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
-    assert is_whole(champions.picture("tiny"))
+    check_png(champions.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
     with pytest.raises(InputError, match=r"models:/tiny/2, .* was rolled back itself \(it was rude\)"):
         promotion.rollback("tiny", "once too often")

@@ -26,7 +26,8 @@ from lewis.registry import creation, promotion, versions
 from lewis.registry.needed import by_versions
 from lewis.registry.registration import registration_of
 from lewis.store import housekeeping
-from lewis.store.housekeeping import Removable, remove
+from lewis.store.housekeeping import Removable
+from lewis_tasks.support.records import RESULTS, RecordSerializer
 from tests.conftest import Family
 from tests.support.lineage import make_home
 from tests.support.models import parse
@@ -41,7 +42,12 @@ def mlflow_home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.Monkey
 
 def survey(*args: Any, **options: Any) -> list[Removable]:
     """As `lewis gc` asks for it: what the registered versions need is kept."""
-    return housekeeping.survey(*args, needed=by_versions(), **options)
+    return housekeeping.survey(*args, needed=by_versions(), also=[RESULTS], **options)
+
+
+def remove(items: list[Removable]) -> int:
+    """As `lewis gc --yes` does."""
+    return housekeeping.remove(items, also=[RESULTS])
 
 
 def age(home: Path, days: float) -> None:
@@ -297,8 +303,6 @@ class TestRecords:
         from prefect.filesystems import LocalFileSystem
         from prefect.results import ResultStore
 
-        from lewis_tasks.support.records import RecordSerializer
-
         storage = LocalFileSystem(basepath=str(store.home() / "results"))
         ResultStore(result_storage=storage, serializer=RecordSerializer()).write(key=key, obj=value)
         return old(store.home() / "results" / key, age)
@@ -380,6 +384,19 @@ def test_logs_of_living_processes_stay(home: Path) -> None:
         old_log.write_text("line\n")
         old(old_log, 30 * DAY)
     assert names(survey()) == {f"logs/worker-{died}.log"}
+
+
+def test_what_was_read_of_a_gguf_file_goes_when_it_is_unused(home: Path) -> None:
+    folders = [home / "gguf" / name for name in ("used", "unused")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "table.json").write_text("{}")
+        (folder / "model.gguf").symlink_to(home / "elsewhere.gguf")
+        old(folder, 30 * DAY)
+    store.mark_used(folders[0])
+    found = survey()
+    assert names(found) == {"gguf/unused"} and remove(found) > 0
+    assert [folder.exists() for folder in folders] == [True, False]
 
 
 def test_what_is_not_ours_stays(home: Path) -> None:
