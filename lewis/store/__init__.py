@@ -31,8 +31,7 @@ from lewis.store.files import (
 from lewis.store.folders import holds, home, make_folder, private_folder, restrict, secret_files, umask
 from lewis.store.lease import shared_lock, turn
 from lewis.store.manifest import read_manifest
-from lewis.store.scratch import scratch_folder
-from lewis.store.writers import beside, is_dead, writer
+from lewis.store.scratch import beside, is_dead, scratch_folder, writer
 
 __all__ = [
     "MANIFEST",

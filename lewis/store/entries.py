@@ -17,7 +17,7 @@ from lewis.errors import InputError
 from lewis.store import files, kinds, remote, sealed_json
 from lewis.store.files import MANIFEST
 from lewis.store.folders import holds, make_folder, make_read_only, restrict
-from lewis.store.writers import beside
+from lewis.store.scratch import beside
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from lewis.errors import InputError
 from lewis.input_files import open_regular
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, restrict, umask
-from lewis.store.writers import beside, is_dead
+from lewis.store.scratch import beside, is_dead
 
 MANIFEST = "lewis.json"
 RESUMABLE = ".resumable.partial"
@@ -140,7 +140,7 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`writers.is_dead`)."""
+    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`scratch.is_dead`)."""
     if leftover.name.endswith(RESUMABLE):
         try:
             with lock(str(leftover.absolute())).acquire(timeout=0):

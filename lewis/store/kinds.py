@@ -65,7 +65,7 @@ class Kind:
         return self.folder / self.pattern.replace("*", digest)
 
     def lock(self, digest: str) -> FileLock:
-        """The lock of this machine, held while one looks for an entry and makes it; `store.turn` is for all machines."""
+        """The lock to hold on this machine while one looks for an entry and makes it; `store.turn` takes it, too."""
         return files.lock(self.locks + digest)
 
     def entries(self) -> list[Path]:

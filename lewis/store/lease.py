@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from lewis.redact import redacted
 from lewis.store import files, remote
 from lewis.store.kinds import Kind
-from lewis.store.writers import writer
+from lewis.store.scratch import writer
 
 logger = logging.getLogger(__name__)
 SECONDS = 60.0  # for so long a lease lives after its holder was last heard of

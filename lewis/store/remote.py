@@ -32,8 +32,8 @@ from lewis.store import kinds
 from lewis.store.files import MANIFEST
 from lewis.store.folders import home, make_folder, make_read_only, restrict
 from lewis.store.kinds import Kind
+from lewis.store.scratch import beside
 from lewis.store.sealed_json import DamagedError
-from lewis.store.writers import beside
 
 logger = logging.getLogger(__name__)
 
