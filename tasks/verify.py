@@ -5,7 +5,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.errors import LewisError
-from lewis.registry import verification
+from lewis.registry import repair
 from lewis_tasks.support.caching import RETRIES
 from lewis_tasks.support.records import RESULTS
 
@@ -17,7 +17,7 @@ def verify() -> int:
     Raises:
         LewisError: if something is damaged.
     """
-    found = verification.verify(also=[RESULTS])
+    found = repair.verify(also=[RESULTS])
     rows = [{"kind": each.kind, "entry": each.entry, "what is wrong": each.why} for each in found.damaged]
     create_table_artifact(
         rows or [{"kind": "all", "entry": found.to_text(), "what is wrong": ""}],

@@ -27,7 +27,7 @@ def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -
 
 def gc(options: argparse.Namespace) -> None:
     """Show what can go, and with `--yes` remove it."""
-    from lewis.registry.needed import by_versions
+    from lewis.registry.retention import by_versions
     from lewis.store import housekeeping
     from lewis_flows import turn
     from lewis_tasks.support.records import RESULTS
@@ -102,7 +102,7 @@ def verify(options: argparse.Namespace) -> None:
     Raises:
         LewisError: if something is.
     """
-    from lewis.registry.verification import verify
+    from lewis.registry.repair import verify
     from lewis_tasks.support.records import RESULTS
 
     show_log()

@@ -76,7 +76,7 @@ def survey(
     Args:
         days: entries used in the last `days` days are kept.
         needed: kind's name -> which of its entries are kept whenever they were used last. The registered versions'
-            are in `lewis.registry.needed.by_versions`.
+            are in `lewis.registry.retention.by_versions`.
         now: Unix time in seconds; by default the clock's.
         active_since: when the oldest run that is still going on began (Unix time in seconds), or None. Everything used
             since then is kept, and every kind whose entries do not note their use.

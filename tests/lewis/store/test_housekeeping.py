@@ -23,8 +23,8 @@ from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, promotion, versions
-from lewis.registry.needed import by_versions
 from lewis.registry.registration import registration_of
+from lewis.registry.retention import by_versions
 from lewis.store import housekeeping
 from lewis.store.housekeeping import Removable
 from lewis_tasks.support.records import RESULTS, RecordSerializer
