@@ -31,7 +31,7 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Importance, ModelEntry
 from lewis.store import kinds, manifest
-from lewis.store.checksums import place_of
+from lewis.store.manifest import place_of
 from lewis.store.reference import JsonReference, Reference
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from lewis.errors import InputError
 from lewis.input_files import check_regular
 from lewis.models.files import GGUF_LINK, GGUF_TABLE, copy_tokenizer
 from lewis.store import kinds
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 

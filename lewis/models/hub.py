@@ -23,7 +23,7 @@ from lewis.models.names import is_buffer, unwrapped
 from lewis.models.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.quantised.headers import dequantised
 from lewis.models.safetensors_file import Headers, file_headers
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 from lewis.threads import ContextPool
 
 logger = logging.getLogger(__name__)

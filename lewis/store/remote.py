@@ -15,7 +15,6 @@ A remote half that does not answer stops no run. What could not be pushed is not
 with a later entry.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 from lewis.errors import InputError
 from lewis.redact import redacted
-from lewis.store import kinds
+from lewis.store import files, kinds
 from lewis.store.files import MANIFEST
 from lewis.store.folders import home, make_folder, make_read_only, restrict
 from lewis.store.kinds import Kind
@@ -239,32 +238,28 @@ def _arrive(system: Any, kind: Kind, there: str, path: Path, head: bytes) -> Non
     make_folder(path.parent)
     if (free := shutil.disk_usage(path.parent).free) < (size := sum(size for size, _ in parts.values())):
         raise OSError(f"{size / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {home()}")
+    if not kind.manifest:
+        for name, expected in parts.items():
+            with files.written_beside(path.parent / name) as second:
+                _get(system, f"{_above(there)}/{name}", second, *expected)
+        files.write_bytes(path, head)
+        return
     scratch = beside(path)
     try:
-        if kind.manifest:
-            scratch.mkdir()
-            restrict(scratch)
-            for name, expected in parts.items():
-                make_folder((scratch / name).parent)
-                _get(system, f"{there}/{name}", scratch / name, *expected)
-                make_read_only(scratch / name)
-            _write(scratch / MANIFEST, head)
-        else:
-            for name, expected in parts.items():
-                second = beside(path.parent / name)
-                try:
-                    _get(system, f"{_above(there)}/{name}", second, *expected)
-                    os.replace(second, path.parent / name)
-                finally:
-                    second.unlink(missing_ok=True)
-            _write(scratch, head)
+        scratch.mkdir()
+        restrict(scratch)
+        for name, expected in parts.items():
+            make_folder((scratch / name).parent)
+            _get(system, f"{there}/{name}", scratch / name, *expected)
+            make_read_only(scratch / name)
+        files.write_bytes(scratch / MANIFEST, head)
         try:
             os.replace(scratch, path)
         except OSError:
             if not path.exists():  # else another process was faster
                 raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _get(system: Any, there: str, target: Path, size: int, sha256: str) -> None:
@@ -273,18 +268,9 @@ def _get(system: Any, there: str, target: Path, size: int, sha256: str) -> None:
     except FileNotFoundError as error:
         raise DamagedError(f"{target.name} is missing") from error
     restrict(target)
-    with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.file_sha256(target)
     if target.stat().st_size != size or found != sha256:
         raise DamagedError(f"{target.name}: expected {size} bytes with SHA-256 {sha256}, got {found}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    restrict(path)
 
 
 def _name(path: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -235,7 +235,7 @@ class TestRememberedSha256:
             raise OSError(28, "No space left on device")
 
         path.write_text("one")
-        monkeypatch.setattr("lewis.store.checksums._TIMESTAMP_TICK", -1)
+        monkeypatch.setattr("lewis.store.manifest._TIMESTAMP_TICK", -1)
         monkeypatch.setattr(store, "write_entry", full)
         assert remembered_sha256(path) == store.file_sha256(path) and asked
 
