@@ -39,7 +39,7 @@ class Record:
     Attributes:
         time: UTC, ISO 8601.
         what: `promoted`, `rejected`, `promoted by hand`, `rolled back`; `waits` for approval, `approved`, `refused` by
-            hand, or `lapsed` because nobody did in time; or `repaired`: the same merge, registered anew because the
+            hand, or `lapsed` because nobody did in time; or `repaired`: the same merge, registered again because the
             champion's files were damaged.
         version: the new champion, or the version that was refused.
         champion: the version that was in use before; None if there was none.

@@ -2,7 +2,7 @@
 
 MLflow's own `log_model` copies the weights twice. Here MLflow writes everything but the weights, which are then
 hard-linked. This is safe because the store never changes the content of a file, which is read-only: it replaces the
-file. If the disk damages one, the version is tagged as damaged and registered anew (`lewis.registry.repair`).
+file. If the disk damages one, the version is tagged as damaged and registered again (`lewis.registry.repair`).
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Promotion: the aliases of a registered model are moved by the gate's verdict or by hand.
 
 Everything happens under the registry's lock. First the champion must still be the version that the gate compared with.
-Then a record is written to the history, and the move to the outbox, so that it is told even if this process dies. The
+Then a record is written to the history, and the move to the outbox, so that it is reported even if this process dies. The
 alias `champion`, which alone says what is in use, moves last.
 
 A version that passed the gate may wait for a person's approval. Its tags say until when, and what must hold then.
@@ -53,7 +53,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
 
     Args:
         by: who promotes, for the history; by default the name of the user.
-        about: what is told of the move, as `Move.about`.
+        about: what else is reported of the move, as `Move.about`.
 
     Raises:
         LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.

@@ -2,7 +2,7 @@
 
 The weights in MLflow may be hard links of the store's, so that one damaged sector damages both. The merge makes them
 again in the store, in new files, and registers them as a new version. The aliases move to it. A version is not mended
-in place, because whoever loaded it has the damaged files, and its number should not stand for two contents.
+in place: a program that loaded it has the damaged files, and its number should not stand for two contents.
 """
 
 import logging
@@ -31,7 +31,7 @@ _INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published")
 def verify(also: Sequence[Kind] = ()) -> Verified:
     """Check the store and the registered versions; nothing that is remembered of them counts.
 
-    A version whose files are lost or damaged is tagged. The next run of its recipe registers it anew.
+    A version whose files are lost or damaged is tagged. The next run of its recipe registers it again.
 
     Args:
         also: as of `lewis.store.verification.verify`.
@@ -63,7 +63,7 @@ def mark(client: "MlflowClient", version: "ModelVersion", digest: str) -> None:
 
 
 def give_up(client: "MlflowClient", version: "ModelVersion", digest: str) -> None:
-    """Tag a version as damaged, and let its merge be registered anew. Call it under the registry's lock."""
+    """Tag a version as damaged, and let its merge be registered again. Call it under the registry's lock."""
     mark(client, version, digest)
     client.delete_model_version_tag(version.name, version.version, "lewis.digest")
 
@@ -97,7 +97,7 @@ def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> N
 
 
 def _move_champion(client: "MlflowClient", version: Version, before: str, digest: str) -> None:
-    """Move the alias `champion`, and have it told: who serves the damaged files must load the new version."""
+    """Move the alias `champion`, and report it: what serves the damaged files must load the new version."""
     why = f"the files of {before} were damaged"
     history.record(client, version.name, "repaired", version.uri, before, why)
     outbox.settle(version.name, before.rpartition("/")[2])

@@ -112,7 +112,7 @@ def champion(name: str) -> Champion | None:
 def fetch(current: Champion) -> Champion:
     """Bring a champion to this disk: its files, if MLflow's artifacts are remote, and the base of an adapter.
 
-    It still has no folder if the artifacts are damaged, which is told.
+    It still has no folder if the artifacts are damaged, which is logged.
 
     Raises:
         TransientError: if the server, or the Hub that has the base, does not answer.
@@ -220,12 +220,12 @@ def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
 
 
 def of_digest(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:
-    """The versions of a merge, with or without all their files, and without those that were registered anew."""
+    """The versions of a merge, with or without all their files, and without those that were registered again."""
     return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
 
 
 def model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | None":
-    """The LoggedModel of a version; None, which is told, if `check_model` raises."""
+    """The LoggedModel of a version; None, which is logged, if `check_model` raises."""
     try:
         return check_model(client, version)
     except DamagedError as error:
@@ -252,7 +252,7 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool =
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise DamagedError("its LoggedModel was deleted") from error
         raise
-    # The sizes, all that a remote store tells, cannot lift the tag.
+    # The sizes, all that a remote store knows, cannot lift the tag.
     if logged_model.local_folder(model) is None and DAMAGED in version.tags:
         raise DamagedError("a download of it was damaged")
     return model

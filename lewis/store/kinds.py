@@ -142,7 +142,7 @@ DIGESTS = Kind("digests")  # remembered checksums and other facts, which are of 
 PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
 LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log
 SEARCHES = Kind("search", "*.log", check=sealed_json.check_lines, removable=False)  # Optuna's journals
-OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` that nobody was informed of
+OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` to report
 QUARANTINE = Kind("quarantine", "*", check=None, notes_use=False)  # damaged entries that were set aside
 
 ALL = (

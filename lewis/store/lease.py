@@ -8,7 +8,7 @@ would free none of them earlier.
 The objects of one lock are numbered: `leases/<lock>/<number>`. The highest is the holder's, who writes a new end into
 it every `SECONDS / 4`, and an end that has passed when it gives the lease back. Then, or when a holder is killed and
 its end passes, the next holder makes the object of the next number, which only one can, and removes the one before.
-The numbers never go back, so whoever was slow and makes an object that was made and removed already sees a higher
+The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
 one.
 
 The end is by the holder's clock. If clocks differ by more than `GRACE`, or a holder stands still for longer, two may
@@ -62,7 +62,7 @@ class Lease:
         Raises:
             Timeout: if another holder has it for longer.
         """
-        begin, told = time.monotonic(), False
+        begin, logged = time.monotonic(), False
         while remote.url():
             try:
                 if self._try():
@@ -73,9 +73,9 @@ class Lease:
                 break
             if 0 <= timeout <= time.monotonic() - begin:
                 raise Timeout(self._name)
-            if not told:
+            if not logged:
                 logger.info("waiting for %s, which another machine holds", self._name)
-                told = True
+                logged = True
             time.sleep(_POLL if timeout < 0 else min(_POLL, timeout))
         return self
 

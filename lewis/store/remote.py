@@ -115,7 +115,7 @@ def fetch(path: Path) -> bool:
         path: where it is to be: a file, or a folder with a manifest.
 
     Returns:
-        Whether it is there now. False too if the remote half does not answer or what it has is damaged, which is told.
+        Whether it is there now. False too if the remote half does not answer or has it damaged: that is logged.
 
     Raises:
         InputError: as `opened`.
@@ -139,7 +139,7 @@ def fetch(path: Path) -> bool:
             system.rm_file(head_object(kind, there))
         return False
     except Exception as error:  # each file system has errors of its own
-        _tell("fetched", path, error)
+        _warn("fetched", path, error)
         return False
     logger.info("fetched %s from %s", _name(path), redacted(url()))
     return True
@@ -149,7 +149,7 @@ def push(path: Path) -> bool:
     """Push an entry that was published, and what could not be pushed before.
 
     Returns:
-        Whether the remote half has it now. If it does not answer, that is told, and a later call sends it.
+        Whether the remote half has it now. If it does not answer, that is logged, and a later call sends it.
 
     Raises:
         InputError: as `opened`.
@@ -180,7 +180,7 @@ def _push(kind: Kind, path: Path) -> bool:
             if number + 1 < _TRIES:
                 time.sleep(_WAIT * 2**number)
             else:
-                _tell("pushed", path, error)
+                _warn("pushed", path, error)
         else:
             (home() / "unpushed" / _name(path).replace("/", "@")).unlink(missing_ok=True)
             return True
@@ -213,7 +213,7 @@ def _put(system: Any, source: Path, target: str, size: int) -> None:
 
 
 def create(system: Any, target: str, data: bytes) -> None:
-    """Make an object if there is none of its name; of several writers at once, one succeeds.
+    """Make an object if there is none of its name; of several concurrent writers, one succeeds.
 
     Object stores do that. fsspec's own way for files of a disk looks first and writes then, so two can succeed.
 
@@ -290,7 +290,7 @@ def _sleeps() -> bool:
     return _asleep.get(url(), 0.0) > time.monotonic()
 
 
-def _tell(what: str, path: Path, error: Exception) -> None:
+def _warn(what: str, path: Path, error: Exception) -> None:
     _asleep[url()] = time.monotonic() + _SILENT
     text = redacted(f"{type(error).__name__}: {error}")
     logger.warning("LEWIS_STORE: %s was not %s, the run goes on without: %s", _name(path), what, text)

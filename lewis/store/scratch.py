@@ -51,13 +51,13 @@ def is_dead(name: str, left: Path) -> bool:
 
 
 def _place() -> str | None:
-    """Host, boot and PID namespace of this process; None where the system does not tell the last two."""
+    """Host, boot and PID namespace of this process; None where the system does not say the last two."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        told = [os.uname().nodename, boot, os.readlink("/proc/self/ns/pid")]
+        facts = [os.uname().nodename, boot, os.readlink("/proc/self/ns/pid")]
     except OSError:
         return None
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def _is_alive(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""JSON that carries its own checksum: a file that was cut or changed is told from one that is whole.
+"""JSON that carries its own checksum: it shows whether a file was cut or changed.
 
 The first line is `{"checksum": "sha256:<64 hex digits>",` and covers every byte after it; the file is plain JSON. In a
 file that grows line by line, each line is an object that holds the checksum of its other keys.

@@ -76,7 +76,7 @@ def _write_format(number: int) -> None:
 
 
 def of_the_disk(error: BaseException | None) -> bool:
-    """Whether a disk is full or read-only: `explained` tells all about it, and a traceback would tell no more."""
+    """Whether a disk is full or read-only: `explained` says all about it, and a traceback adds nothing."""
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
 
 
