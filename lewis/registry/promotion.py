@@ -1,8 +1,8 @@
 """Promotion: the aliases of a registered model are moved by the gate's verdict or by hand.
 
 Everything happens under the registry's lock. First the champion must still be the version that the gate compared with.
-Then a record is written to the history, and the move to the outbox, so that it is reported even if this process dies. The
-alias `champion`, which alone says what is in use, moves last.
+Then a record is written to the history, and the move to the outbox, so that it is reported even if this process dies.
+The alias `champion`, which alone says what is in use, moves last.
 
 A version that passed the gate may wait for a person's approval. Its tags say until when, and what must hold then.
 """
