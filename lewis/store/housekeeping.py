@@ -6,6 +6,7 @@ paths in it) and everything else that is not of a removable kind.
 """
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -90,12 +91,11 @@ def survey(
     now = time.time() if now is None else now
     recent = min(now - RECENT, now if active_since is None else active_since) - store.MARK_EVERY
     unused = min(recent, now - days * _DAY - store.MARK_EVERY)
-    running = active_since is not None
-    chosen = [kind for kind in (*kinds.ALL, *also) if kind.removable]
-    found = [x for kind in chosen for x in _entries(kind, needed.get(kind.name), now, unused, running)]
-    lost = {item.path for item in found}
-    referring = [x for kind in chosen for x in _referring(kind, lost, now, recent, unused, running)]
-    return [*found, *referring, *_leftovers(recent)]
+    found = list[Removable]()
+    for kind in (kind for kind in (*kinds.ALL, *also) if kind.removable):
+        limit = unused if kind.notes_use or active_since is None else -math.inf
+        found += _entries(kind, needed.get(kind.name), {item.path for item in found}, now, recent, limit)
+    return [*found, *_leftovers(recent)]
 
 
 def remove(items: list[Removable], also: Sequence[Kind] = ()) -> int:
@@ -125,9 +125,10 @@ def remove(items: list[Removable], also: Sequence[Kind] = ()) -> int:
     return freed
 
 
-def _entries(kind: Kind, needed: Needed | None, now: float, unused: float, running: bool) -> Iterator[Removable]:
-    if kind.refers_to or (running and not kind.notes_use):
-        return
+def _entries(
+    kind: Kind, needed: Needed | None, lost: set[Path], now: float, recent: float, unused: float
+) -> Iterator[Removable]:
+    """The entries of a kind that were not used since `unused`, or refer to what is gone or among `lost`."""
     for path in kind.entries():
         if not kind.head_of(path).exists():
             continue  # LEWIS did not write it
@@ -135,26 +136,13 @@ def _entries(kind: Kind, needed: Needed | None, now: float, unused: float, runni
         if writer and not store.is_dead(writer[1], path):
             continue
         with suppress(FileNotFoundError):  # another process removes it
-            used = _last_used(kind, path)
-            if used < unused and not (needed and needed.includes(path)):
-                size = sum(map(_size, kind.files_of(path)))
-                why = _ago(now, used) + (needed.otherwise if needed else "")
-                yield Removable(path, kind.name, size, used, why)
-
-
-def _referring(
-    kind: Kind, lost: set[Path], now: float, recent: float, unused: float, running: bool
-) -> Iterator[Removable]:
-    """The entries that refer to something which is gone or among `lost`, and those not used for long."""
-    for path in kind.entries() if kind.refers_to else ():
-        with suppress(FileNotFoundError):
-            used = _last_used(kind, path)
+            used, why = _last_used(kind, path), ""
             if any(target in lost or not target.exists() for target in _targets(kind, path)):
-                if path.stat().st_mtime < recent:
-                    why = "the result that it refers to is gone or goes"
-                    yield Removable(path, kind.name, _size(path), used, why)
-            elif used < unused and not running:  # files outside the store do not note their use
-                yield Removable(path, kind.name, _size(path), used, _ago(now, used))
+                why = "the result that it refers to is gone or goes" if path.stat().st_mtime < recent else ""
+            elif used < unused and not (needed and needed.includes(path)):
+                why = _ago(now, used) + (needed.otherwise if needed else "")
+            if why:
+                yield Removable(path, kind.name, sum(map(_size, kind.files_of(path))), used, why)
 
 
 def _leftovers(recent: float) -> Iterator[Removable]:

@@ -33,7 +33,8 @@ class Kind:
         check: parses a head, and raises `DamagedError` if it is not what was written; None: it has no checksum.
         shared: whether `LEWIS_STORE` keeps it; `merged`: only if `LEWIS_STORE_MERGED` is 1.
         removable: whether housekeeping removes entries that nobody needs.
-        notes_use: whether readers call `store.mark_used` on an entry. Else an entry is as old as its newest file.
+        notes_use: whether readers call `store.mark_used` on an entry. Else an entry is as old as its newest file, and
+            housekeeping removes none while a run goes on.
         writer: regular expression for the part of a file's name that names its writer (`store.writer`). Housekeeping
             leaves the file alone while the writer lives, since it may write nothing for days.
         refers_to: gives the files and folders that an entry refers to. The entry is in use when one of these is, and

@@ -55,5 +55,6 @@ def _targets(record: Path) -> list[Path]:
     return [Path(name) for name in named if name]
 
 
-RESULTS = Kind("results", "*", check=_content, refers_to=_targets)
+# Files outside the store do not note their use.
+RESULTS = Kind("results", "*", check=_content, notes_use=False, refers_to=_targets)
 """Prefect's records of finished tasks: one file for each key, which goes with what it refers to."""

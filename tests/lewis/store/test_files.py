@@ -236,7 +236,7 @@ class TestRememberedSha256:
 
         path.write_text("one")
         monkeypatch.setattr("lewis.store.manifest._TIMESTAMP_TICK", -1)
-        monkeypatch.setattr(store, "write_entry", full)
+        monkeypatch.setattr("lewis.store.manifest.write_entry", full)
         assert remembered_sha256(path) == store.file_sha256(path) and asked
 
     def test_is_not_read_twice(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
