@@ -20,11 +20,11 @@ from filelock import Timeout
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
-from lewis.store import manifest
+from lewis.store import kinds, manifest
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
-_FOLDERS = ("mlflow/artifacts", "outbox")
+_FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.ALL if kind.backed_up))
 _SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 

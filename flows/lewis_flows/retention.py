@@ -18,8 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from lewis.errors import InputError
-from lewis.registry import outdated as in_mlflow
-from lewis.registry.needed import by_versions
+from lewis.registry import retention as in_mlflow
 from lewis.store import outdated as in_remote
 from lewis.store.outdated import Outdated
 from lewis_flows import prefect_runs
@@ -76,7 +75,7 @@ def survey(days: float) -> list[Outdated]:
     runs, made_versions = in_mlflow.runs(before)
     with get_client(sync_client=True) as client:
         flow_runs = list(_flow_runs(client, before, made_versions))
-    return [*flow_runs, *runs, *in_remote.entries(before, by_versions())]
+    return [*flow_runs, *runs, *in_remote.entries(before, in_mlflow.by_versions())]
 
 
 def remove(found: list[Outdated]) -> None:

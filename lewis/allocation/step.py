@@ -167,7 +167,7 @@ def allocate(given: AllocationInput) -> AllocationEntry:
     """
     key = digest(given)
     path = kinds.ALLOCATIONS.path(key)
-    with kinds.ALLOCATIONS.turn(key):
+    with store.turn(kinds.ALLOCATIONS, key):
         if store.entry(path, "experts") is None:
             store.write_entry(path, _allocated(given))
     for text in store.entry(path, "warnings") or []:  # also of densities that were found

@@ -51,7 +51,7 @@ def score(
     """
     digest = scores_digest(files.key, settings, device)
     path = kinds.SCORES.path(digest)
-    with kinds.SCORES.turn(digest):
+    with store.turn(kinds.SCORES, digest):
         if store.entry(path, "results") is None:
             files.check()
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):

@@ -18,7 +18,7 @@ from lewis.input_files import check_regular
 from lewis.models.config import needs_code
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import kinds
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids
@@ -165,7 +165,7 @@ def _rows(where: str, spec: CalibrationSet, root: Path) -> Iterator[Any]:
     if spec.texts is not None:
         yield list(spec.texts)
         return
-    cache = store.beside(store.make_folder(kinds.DATASETS.folder) / "rows")
+    cache = store.beside(store.make_folder(store.home()) / "rows")
     try:
         with _LOADING:
             rows = _load_dataset(where, spec, root, cache)

@@ -31,7 +31,7 @@ from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.recipe.schema import CalibrationSet, Importance
 from lewis.store import kinds, manifest
-from lewis.store.checksums import place_of
+from lewis.store.manifest import place_of
 from lewis.store.reference import JsonReference, Reference
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
     missing = {each.digest: each for each in given.sets if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
         for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
-            locks.enter_context(kinds.IMPORTANCE.turn(digest))
+            locks.enter_context(store.turn(kinds.IMPORTANCE, digest))
         absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
         if absent:
             sets = [Calibration.load(each.path) for each in absent]
@@ -231,7 +231,7 @@ def _keep_norms(
     """
     digest, path = _importance_place(files.read_as, calibration, settings, device)
     if not measurements.is_whole(path):
-        with kinds.IMPORTANCE.turn(digest):
+        with store.turn(kinds.IMPORTANCE, digest):
             measured = None if measurements.is_whole(path) else make(settings.reduce)
             if measured is not None and None not in measured.norms.values():
                 measurements.write(path, measured, _facts(files, calibration))
@@ -264,7 +264,7 @@ def find_or_measure_grams(
         InputError: if there is no space for them; also as `measure`.
     """
     digest, folder = grams_place(model.key, calibration.digest, device)
-    with kinds.GRAMS.turn(digest):
+    with store.turn(kinds.GRAMS, digest):
         if store.read_manifest(folder) is None:
             manifest.set_damaged_aside(folder)
             from lewis.importance.effort import bytes_of

@@ -170,7 +170,7 @@ def measured(
     keys = [[each.files.key for each in group] for group in (models, candidates)]
     digest = store.digest([SEMANTICS, *keys, per_token])
     path = kinds.INSPECTIONS.path(digest)
-    with kinds.INSPECTIONS.turn(digest):
+    with store.turn(kinds.INSPECTIONS, digest):
         if store.entry(path, "measures") is None:
             base, *others = [each.model for each in (*models, *candidates)]
             found = measure(base, others, progress, per_token=per_token)

@@ -201,7 +201,7 @@ def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> Merg
     """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""
     prepared = prepare_merge(given, gpu)
     folder, on = kinds.MERGED.path(prepared.digest), given.base.folder if given.base and prepared.as_adapter else None
-    with kinds.MERGED.turn(prepared.digest):
+    with store.turn(kinds.MERGED, prepared.digest):
         if (found := find_merged(prepared.digest, on)) is not None:
             return found
         manifest.set_damaged_aside(folder)

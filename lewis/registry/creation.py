@@ -32,7 +32,7 @@ _OF_RUN = "lewis.prefect."  # tags that lead to the flow run
 def register(new: Registration) -> Version:
     """Register a merged checkpoint, once per digest.
 
-    If the files of its version are lost or damaged, it is registered anew, and the aliases move to the new version.
+    If the files of its version are lost or damaged, it is registered again, and the aliases move to the new version.
 
     Raises:
         InputError: if the name or the digest is malformed.

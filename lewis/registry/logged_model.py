@@ -2,7 +2,7 @@
 
 MLflow's own `log_model` copies the weights twice. Here MLflow writes everything but the weights, which are then
 hard-linked. This is safe because the store never changes the content of a file, which is read-only: it replaces the
-file. If the disk damages one, the version is tagged as damaged and registered anew (`lewis.registry.repair`).
+file. If the disk damages one, the version is tagged as damaged and registered again (`lewis.registry.repair`).
 """
 
 import logging
@@ -21,8 +21,7 @@ from lewis import store
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
 from lewis.store import manifest
-from lewis.store.checksums import remembered_sha256
-from lewis.store.manifest import DamagedError
+from lewis.store.manifest import DamagedError, remembered_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,9 +32,6 @@ logger = logging.getLogger(__name__)
 FACTS = "version.json"  # what is known of the version and nobody filters by: its files, its scores
 CHECKPOINT = "model"  # the subfolder in which MLflow's transformers flavor keeps the Hugging Face folder
 WEIGHTS = "*.safetensors"
-
-Files = Mapping[str, tuple[int, str | None]]
-"""Path in the model's artifacts -> size in bytes and SHA-256; None for versions of earlier versions of LEWIS."""
 
 
 def write(
@@ -88,24 +84,25 @@ def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
     return found
 
 
-def check(client: "MlflowClient", model: "LoggedModel", files: Files, *, anew: bool = False) -> None:
+def check(client: "MlflowClient", model: "LoggedModel", *, anew: bool = False) -> None:
     """Check that the artifact store still has every file as it was written.
 
     On a file system of this machine that means the content. Of remote files only the sizes can be asked for.
 
     Args:
-        files: what `write` returned.
         anew: read every file, whatever is remembered.
 
     Raises:
         DamagedError: naming the file.
     """
+    try:
+        files = {name: (int(size), str(sha256)) for name, (size, sha256) in facts(client, model)["files"].items()}
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{FACTS} is lost or damaged") from error
     if not files:
         raise DamagedError("the version does not say which files it has")
     if (folder := local_folder(model)) is not None:
         manifest.check_files(folder, files, anew=anew)
-        if not all(sha256 for _, sha256 in files.values()) and (folder / CHECKPOINT / store.MANIFEST).is_file():
-            manifest.check(folder / CHECKPOINT, anew=anew)
         return
     for parent, names in groupby(sorted(files, key=_parent), _parent):
         listed = client.list_logged_model_artifacts(model.model_id, parent or None)

@@ -1,21 +1,21 @@
-"""Moves of the alias `champion` that are still to be told: written before the alias moves, removed when they are told.
+"""Moves of the alias `champion` that are still to be reported.
 
-Whoever moves the alias may die before it tells of the move, and so may the server that it has told. So a move is
-written down first, as a file in the store, and the file stays until somebody has made sure that the move is known. Each
-move has one id, however often it is told.
+A process may die after it moved the alias and before it reported that, and so may the server that it reported to. So
+a move is written to a file of the store before the alias moves, and the file stays until the reader of the outbox has
+made sure that the move is known. A move has one id, however often it is reported.
 
-A move that is written down has not happened yet: its writer may have died before it. `settle` finds that out from the
-alias. Until then, a move is neither told nor forgotten.
+A move that is written down may not have happened: its writer may have died before. `settle` finds that out from the
+alias. Until then, a move is neither reported nor forgotten.
 """
 
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lewis import store
+from lewis.store.kinds import OUTBOX
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Move:
         version: the new champion's number.
         previous: `uri` of the champion before; None if there was none.
         reasons: the gate's, or a person's.
-        about: what else is told of it, such as the recipe; JSON data.
-        id: a UUID, the same whenever the move is told.
+        about: what else is reported of it, such as the recipe; JSON data.
+        id: a UUID, the same whenever the move is reported.
         time: when it was written down; UTC, ISO 8601.
         happened: whether the alias is known to have moved.
     """
@@ -50,17 +50,17 @@ class Move:
 
 def write(move: Move) -> None:
     """Write a move down; one of the same id is replaced."""
-    store.write_entry(_path(move), asdict(move))
+    store.write_entry(OUTBOX.path(move.id), asdict(move))
 
 
 def remove(move: Move) -> None:
     """Forget a move: it is known, or it never happened."""
-    _path(move).unlink(missing_ok=True)
+    OUTBOX.path(move.id).unlink(missing_ok=True)
 
 
 def moves() -> list[Move]:
     """All moves that are written down, oldest first."""
-    found = [store.read_entry(path) for path in _folder().glob("[!.]*.json")]
+    found = [store.read_entry(path) for path in OUTBOX.entries()]
     return sorted((Move(**each) for each in found if each), key=lambda move: move.time)
 
 
@@ -83,11 +83,3 @@ def settle(name: str, champion: str | None) -> None:
             write(replace(move, happened=True))
         else:
             remove(move)
-
-
-def _path(move: Move) -> Path:
-    return _folder() / f"{move.id}.json"
-
-
-def _folder() -> Path:
-    return store.home() / "outbox"

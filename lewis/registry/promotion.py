@@ -1,19 +1,22 @@
 """Promotion: the aliases of a registered model are moved by the gate's verdict or by hand.
 
 Everything happens under the registry's lock. First the champion must still be the version that the gate compared with.
-Then a record is written to the history, and the move to the outbox, so that it is told even if this process dies. The
-alias `champion`, which alone tells readers what to use, moves last.
+Then a record is written to the history, and the move to the outbox, so that it is reported even if this process dies.
+The alias `champion`, which alone says what is in use, moves last.
+
+A version that passed the gate may wait for a person's approval. Its tags say until when, and what must hold then.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import approval, champions, history, outbox, repair, tracking, versions
+from lewis.registry import history, outbox, repair, tracking, versions
 from lewis.registry.outbox import Move
 from lewis.registry.repair import WITHDRAWN
 from lewis.registry.versions import Champion, Version
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
+
+WAITING = "waiting"
+"""The verdict of a version that passed and is not approved yet."""
+
+_UNTIL, _BESIDE = "lewis.approve_until", "lewis.approve_beside"
+"""Tags of such a version: until when it waits (UTC, ISO 8601), and what the gate compared it with."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
 
     Args:
         by: who promotes, for the history; by default the name of the user.
-        about: what is told of the move, as `Move.about`.
+        about: what else is reported of the move, as `Move.about`.
 
     Raises:
         LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.
@@ -54,18 +63,18 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         before = current.version.uri if current is not None else None
         if before == version.uri:
             logger.info("%s already is the champion", version.uri)
-            champions.follow(client, version.name)  # what a process that died did not do
+            history.follow(client, version.name)  # what a process that died did not do
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
             if not versions.is_whole(client, version.name, version.version):
                 raise LewisError(f"{version.uri}: its files are lost or damaged; run again, which registers it anew")
         tags = {
-            "lewis.verdict": approval.WAITING if verdict.waits else "passed" if verdict.passed else "failed",
-            **({champions.METRIC: verdict.metric} if verdict.metric else {}),
+            "lewis.verdict": WAITING if verdict.waits else "passed" if verdict.passed else "failed",
+            **({history.METRIC: verdict.metric} if verdict.metric else {}),
         }
         if verdict.waits:
-            tags |= approval.ask(client, version, verdict, before, by)
+            tags |= _ask(client, version, verdict, before, by)
         told = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
         client.log_dict(version.run_id, told, "verdict.json")
         for key, value in tags.items():
@@ -78,7 +87,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             _crown(client, version.name, version.version, number, verdict.reasons, about or {})
         else:
             client.set_registered_model_alias(version.name, "challenger", version.version)
-        champions.follow(client, version.name)
+        history.follow(client, version.name)
         return Promotion(moved=moves, previous=before)
 
 
@@ -106,7 +115,7 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
     """
     name = tracking.model_name(name)
     with store.shared_lock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
-        approval.check(client, name, version, _aliases(client, name).get("champion"))
+        _check_waits(client, name, version, _aliases(client, name).get("champion"))
         before = _move(client, name, version, "approved", why, by=by)
         client.set_model_version_tag(name, version, "lewis.verdict", "passed")
         return before
@@ -122,13 +131,13 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
     with store.shared_lock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
-        approval.waiting(client, name, version)
+        _tags_of_waiting(client, name, version)
         champion = _aliases(client, name).get("champion")
         before = f"models:/{name}/{champion}" if champion else None
         history.record(client, name, "refused", f"models:/{name}/{version}", before, why, by)
         client.set_model_version_tag(name, version, WITHDRAWN, why)
         client.set_model_version_tag(name, version, "lewis.verdict", "failed")
-        champions.follow(client, name)
+        history.follow(client, name)
 
 
 def rollback(name: str, why: str) -> str:
@@ -176,6 +185,66 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
         )
 
 
+def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
+    """The tags of a version that begins to wait, or waits already; that its time was up before goes to the history.
+
+    Args:
+        verdict: of the gate, just now.
+        champion: `uri` of the version in use; None if there is none.
+        by: who ran the gate, for the history.
+    """
+    known = dict(client.get_model_version(version.name, version.version).tags)
+    now = datetime.now(UTC)
+    if known.get("lewis.verdict") == WAITING and _UNTIL in known:
+        same = known.get(_BESIDE) == verdict.compared_with
+        if same and datetime.fromisoformat(known[_UNTIL]) > now:
+            return {}
+        why = "nobody approved it in time" if same else f"it was compared with {known.get(_BESIDE)}"
+        history.record(client, version.name, "lapsed", version.uri, champion, why, by)
+    until = now + timedelta(hours=verdict.approve_hours or 0)
+    return {_UNTIL: until.isoformat(timespec="seconds"), _BESIDE: verdict.compared_with}
+
+
+def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[str, str]:
+    """The tags of a version that waits.
+
+    Raises:
+        InputError: if it does not.
+    """
+    from mlflow.exceptions import MlflowException
+
+    uri = f"models:/{name}/{version}"
+    try:
+        tags = dict(client.get_model_version(name, version).tags)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise InputError(f"{uri}: no such version; see `lewis history {name}`") from error
+        raise
+    if tags.get("lewis.verdict") != WAITING:
+        told = tags.get("lewis.verdict") or "none yet"
+        raise InputError(f"{uri}: it waits for no approval, its verdict is: {told}; see `lewis history {name}`")
+    return tags
+
+
+def _check_waits(client: "MlflowClient", name: str, version: str, champion: str | None) -> None:
+    """Check that a version waits, and that what the gate found still holds.
+
+    Args:
+        champion: the version in use now; None if there is none.
+
+    Raises:
+        InputError: if not.
+    """
+    uri, tags = f"models:/{name}/{version}", _tags_of_waiting(client, name, version)
+    again = "run its recipe again, which judges it anew"
+    until = datetime.fromisoformat(tags[_UNTIL])
+    if until < datetime.now(UTC):
+        raise InputError(f"{uri}: it waited for approval until {until:%Y-%m-%d %H:%M} UTC; {again}")
+    compared, now = tags[_BESIDE], f"models:/{name}/{champion}" if champion else None
+    if now != (compared if compared.startswith("models:/") else None):
+        raise InputError(f"{uri}: the gate compared it with {compared}, but the champion is {now} by now; {again}")
+
+
 def _move(
     client: "MlflowClient", name: str, version: str, what: str, why: str, withdrawing: str | None = None, by: str = ""
 ) -> str:
@@ -196,7 +265,7 @@ def _move(
         client.delete_model_version_tag(name, version, WITHDRAWN)
     digest = dict(client.get_model_version(name, version).tags).get("lewis.digest", "")
     _crown(client, name, version, current, [f"{what}: {why}"], {"digest": digest})
-    champions.follow(client, name)
+    history.follow(client, name)
     return before or ""
 
 

@@ -1,17 +1,23 @@
-"""Versions whose files are lost or damaged: they are tagged, and the version that is registered in their place follows.
+"""Versions whose files are lost or damaged: they are found and tagged, and a version is registered in their place.
 
 The weights in MLflow may be hard links of the store's, so that one damaged sector damages both. The merge makes them
 again in the store, in new files, and registers them as a new version. The aliases move to it. A version is not mended
-in place, because whoever loaded it has the damaged files, and its number should not stand for two contents.
+in place: a program that loaded it has the damaged files, and its number should not stand for two contents.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lewis.registry import champions, history, outbox
+from lewis.registry import history, outbox, tracking, versions
 from lewis.registry.outbox import Move
+from lewis.registry.retention import all_versions
 from lewis.registry.versions import DAMAGED, Version
+from lewis.store import verification
+from lewis.store.kinds import Kind
+from lewis.store.manifest import DamagedError
+from lewis.store.verification import Damage, Verified
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,13 +28,42 @@ WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; 
 _INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published")
 
 
+def verify(also: Sequence[Kind] = ()) -> Verified:
+    """Check the store and the registered versions; nothing that is remembered of them counts.
+
+    A version whose files are lost or damaged is tagged. The next run of its recipe registers it again.
+
+    Args:
+        also: as of `lewis.store.verification.verify`.
+
+    Raises:
+        TransientError: if MLflow does not answer.
+        LewisError: if MLflow refuses.
+    """
+    found = verification.verify(also)
+    checked, damaged = found.checked, list(found.damaged)
+    if tracking.exists():  # without a database nothing was registered, and a look should not create one
+        with tracking.client("checking the registered versions") as client:
+            for version in all_versions(client):
+                digest = version.tags.get("lewis.digest")
+                if not digest:  # LEWIS did not register it, or gave it up
+                    continue
+                checked += 1
+                try:
+                    versions.check_model(client, version, anew=True)
+                except DamagedError as error:
+                    damaged.append(Damage("version", f"models:/{version.name}/{version.version}", str(error)))
+                    mark(client, version, digest)
+    return Verified(checked, damaged)
+
+
 def mark(client: "MlflowClient", version: "ModelVersion", digest: str) -> None:
     """Tag a version as damaged."""
     client.set_model_version_tag(version.name, version.version, DAMAGED, digest)
 
 
 def give_up(client: "MlflowClient", version: "ModelVersion", digest: str) -> None:
-    """Tag a version as damaged, and let its merge be registered anew. Call it under the registry's lock."""
+    """Tag a version as damaged, and let its merge be registered again. Call it under the registry's lock."""
     mark(client, version, digest)
     client.delete_model_version_tag(version.name, version.version, "lewis.digest")
 
@@ -62,7 +97,7 @@ def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> N
 
 
 def _move_champion(client: "MlflowClient", version: Version, before: str, digest: str) -> None:
-    """Move the alias `champion`, and have it told: who serves the damaged files must load the new version."""
+    """Move the alias `champion`, and report it: what serves the damaged files must load the new version."""
     why = f"the files of {before} were damaged"
     history.record(client, version.name, "repaired", version.uri, before, why)
     outbox.settle(version.name, before.rpartition("/")[2])
@@ -70,4 +105,4 @@ def _move_champion(client: "MlflowClient", version: Version, before: str, digest
     outbox.write(move)
     client.set_registered_model_alias(version.name, "champion", version.version)
     outbox.write(replace(move, happened=True))
-    champions.follow(client, version.name)
+    history.follow(client, version.name)

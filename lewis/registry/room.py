@@ -3,7 +3,7 @@
 import logging
 
 from lewis import store
-from lewis.registry.needed import by_versions
+from lewis.registry.retention import by_versions
 from lewis.store import housekeeping, size
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ MLflow is the source of truth for what was merged from what, and for which versi
 the version in use, `previous` the one before it (to go back to), `challenger` the last one that the gate refused.
 """
 
-import json
 import logging
 import os
 import re
@@ -113,7 +112,7 @@ def champion(name: str) -> Champion | None:
 def fetch(current: Champion) -> Champion:
     """Bring a champion to this disk: its files, if MLflow's artifacts are remote, and the base of an adapter.
 
-    It still has no folder if the artifacts are damaged, which is told.
+    It still has no folder if the artifacts are damaged, which is logged.
 
     Raises:
         TransientError: if the server, or the Hub that has the base, does not answer.
@@ -221,23 +220,12 @@ def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
 
 
 def of_digest(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:
-    """The versions of a merge, with or without all their files, and without those that were registered anew."""
+    """The versions of a merge, with or without all their files, and without those that were registered again."""
     return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
 
 
-def files_of(client: "MlflowClient", version: "ModelVersion", model: "LoggedModel") -> logged_model.Files:
-    """The files of a version. Earlier versions of LEWIS listed them in a tag, first their sizes alone.
-
-    Raises:
-        DamagedError: if the list is lost or damaged.
-    """
-    tag = version.tags.get("lewis.files")
-    listed = json.loads(tag) if tag else logged_model.facts(client, model)["files"]
-    return {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in listed.items()}
-
-
 def model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | None":
-    """The LoggedModel of a version; None, which is told, if `check_model` raises."""
+    """The LoggedModel of a version; None, which is logged, if `check_model` raises."""
     try:
         return check_model(client, version)
     except DamagedError as error:
@@ -259,12 +247,12 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool =
 
     try:
         model = client.get_logged_model((version.source or "").removeprefix("models:/"))
-        logged_model.check(client, model, files_of(client, version, model), anew=anew)
+        logged_model.check(client, model, anew=anew)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise DamagedError("its LoggedModel was deleted") from error
         raise
-    # The sizes, all that a remote store tells, cannot lift the tag.
+    # The sizes, all that a remote store knows, cannot lift the tag.
     if logged_model.local_folder(model) is None and DAMAGED in version.tags:
         raise DamagedError("a download of it was damaged")
     return model
@@ -286,14 +274,9 @@ def champion_of(client: "MlflowClient", name: str) -> Champion | None:
         version=Version.of(version),
         digest=version.tags.get("lewis.digest") or version.tags.get(DAMAGED, ""),
         folder=folder and folder / logged_model.CHECKPOINT,
-        metrics=_metrics(client, version, model) if model is not None else {},
+        metrics=logged_model.facts(client, model).get("metrics", {}) if model is not None else {},
         sources=lineage.sources(version.tags),
     )
-
-
-def _metrics(client: "MlflowClient", version: "ModelVersion", model: "LoggedModel") -> Mapping[str, float]:
-    tag = version.tags.get("lewis.metrics")  # of earlier versions of LEWIS
-    return dict(json.loads(tag) if tag else logged_model.facts(client, model).get("metrics", {}))
 
 
 def _server() -> str:

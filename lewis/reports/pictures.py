@@ -10,7 +10,7 @@ from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
 from lewis.store import kinds, remote
-from lewis.store.png import is_whole
+from lewis.store.sealed_json import DamagedError
 
 SEMANTICS = "2"  # raise it when the same numbers would be drawn in another way
 
@@ -46,9 +46,12 @@ def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
     store.mark_used(path)
     remote.fetch(path)
     found = path.read_bytes() if path.is_file() else None
-    if found is not None and not is_whole(found):
-        store.set_aside([path], "its checksums do not fit")
-        found = None
+    if found is not None:
+        try:
+            kinds.check_png(found)
+        except DamagedError as error:
+            store.set_aside([path], str(error))
+            found = None
     if found is None:
         found = draw()
         store.write_bytes(path, found)

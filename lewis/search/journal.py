@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis import store
-from lewis.store import checked
+from lewis.store import sealed_json
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
@@ -28,17 +28,17 @@ def open_journal(path: Path) -> "JournalStorage":
 
         def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
             for line in self._file.read_logs(log_number_from):
-                yield checked.unsealed(line)
+                yield sealed_json.unsealed(line)
 
         def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            self._file.append_logs([checked.sealed(line) for line in logs])
+            self._file.append_logs([sealed_json.sealed(line) for line in logs])
 
     store.make_folder(path.parent)
     try:
-        checked.check_lines(path.read_bytes())
+        sealed_json.check_lines(path.read_bytes())
     except FileNotFoundError:
         pass
-    except checked.DamagedError as error:
+    except sealed_json.DamagedError as error:
         store.set_aside([path], str(error))
     storage = JournalStorage(Journal())
     store.restrict(path)

@@ -1,10 +1,19 @@
 """What is on disk: content-addressed entries, written whole or not at all, and their upkeep."""
 
-from lewis.store.entries import MARK_EVERY, entry, mark_used, read_entry, set_aside, write_entry
+from lewis.store.entries import (
+    MARK_EVERY,
+    check_replaceable,
+    entry,
+    mark_used,
+    noticing,
+    publish,
+    read_entry,
+    set_aside,
+    write_entry,
+)
 from lewis.store.files import (
     MANIFEST,
     bytes_on_disk,
-    check_replaceable,
     check_space,
     digest,
     discard,
@@ -12,9 +21,7 @@ from lewis.store.files import (
     free_space,
     is_abandoned,
     lock,
-    publish,
     read_json,
-    shared_lock,
     sweep,
     write_bytes,
     write_json,
@@ -22,10 +29,9 @@ from lewis.store.files import (
     written_beside,
 )
 from lewis.store.folders import holds, home, make_folder, private_folder, restrict, secret_files, umask
-from lewis.store.made import noticing
+from lewis.store.lease import shared_lock, turn
 from lewis.store.manifest import read_manifest
-from lewis.store.scratch import scratch_folder
-from lewis.store.writers import beside, is_dead, writer
+from lewis.store.scratch import beside, is_dead, scratch_folder, writer
 
 __all__ = [
     "MANIFEST",
@@ -58,6 +64,7 @@ __all__ = [
     "set_aside",
     "shared_lock",
     "sweep",
+    "turn",
     "umask",
     "write_bytes",
     "write_entry",

@@ -1,26 +1,111 @@
-"""Entries of the store that are one JSON file: written with a checksum, and checked whenever they are read."""
+"""Entries of the store: written whole or not at all, with checksums, and set aside when they are damaged.
+
+An entry is one JSON file (`write_entry`) or a folder with a manifest (`publish`; `lewis.store.manifest` checks it).
+"""
 
 import logging
 import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from lewis.store import checked, files, made, remote
-from lewis.store.folders import holds, home, make_folder
+from lewis.errors import InputError
+from lewis.store import files, kinds, remote, sealed_json
+from lewis.store.files import MANIFEST
+from lewis.store.folders import holds, make_folder, make_read_only, restrict
+from lewis.store.scratch import beside
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE = "quarantine"  # the folder of the store that damaged entries are moved to
 MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much older than the last use
+_making: ContextVar[list[Path] | None] = ContextVar("making", default=None)
+
+
+@contextmanager
+def noticing() -> Iterator[list[Path]]:
+    """Give a list to which each entry is appended that this block writes in this thread, not those that it finds."""
+    made = list[Path]()
+    token = _making.set(made)
+    try:
+        yield made
+    finally:
+        _making.reset(token)
+
+
+@contextmanager
+def publish(
+    folder: Path, manifest: dict[str, Any], key: str | None = None, checksums: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
+
+    In the store the files are read-only then: MLflow's copy of the weights may be a hard link of the same file, and one
+    slip must not damage both.
+
+    Args:
+        folder: where the finished folder goes. An older folder that has a manifest is replaced.
+        manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
+        key: identity of what is written, if the block can continue a half-written folder. The scratch folder then
+            holds what a process left that was writing the same to `folder` and died. Without a key, it is empty.
+        checksums: file name -> SHA-256, for the files whose checksum the block knows; the others are read.
+
+    Raises:
+        InputError: if `folder` holds something that was not written by this function.
+    """
+    check_replaceable(folder)
+    make_folder(folder.parent)
+    scratch = folder.with_name(f".{folder.name}.{key[:32]}{files.RESUMABLE}") if key else beside(folder)
+    with files.lock(str(scratch.absolute())) if key else nullcontext():
+        files.sweep(folder.parent, folder.name)
+        scratch.mkdir(exist_ok=bool(key))
+        try:
+            yield scratch
+            # What a process left that died when it was almost done.
+            for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):
+                path.unlink(missing_ok=True)
+            paths = sorted(p for p in scratch.rglob("*") if p.is_file())
+            names = [str(path.relative_to(scratch)) for path in paths]
+            described = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
+            files.write_text(scratch / MANIFEST, sealed_json.dumps({**manifest, "files": described}))
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            os.replace(scratch, folder)
+            if holds(folder):
+                restrict(folder)
+                for name in names:
+                    make_read_only(folder / name)
+                _push(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _described(path: Path, sha256: str | None) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256 or files.file_sha256(path)}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
+    above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder}: {above} is no folder, or may not be written to; choose another path")
 
 
 def write_entry(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write an entry, an object that is not empty, with its checksum; push it, if its kind is shared."""
-    files.write_text(path, checked.dumps(content, indent))
-    made.note(path)
+    files.write_text(path, sealed_json.dumps(content, indent))
+    _push(path)
+
+
+def _push(path: Path) -> None:
+    if (made := _making.get()) is not None:
+        made.append(path)
     remote.push(path)
 
 
@@ -28,17 +113,14 @@ def read_entry(path: Path) -> dict[str, Any] | None:
     """What `write_entry` wrote, fetched if only the remote half has it, and mark it as used.
 
     Returns:
-        None if the entry is absent, or an earlier version wrote it without a checksum; the caller makes it anew. None
-        too if it is damaged: then it is set aside.
+        None if the entry is absent, or damaged: then it is set aside. The caller makes it again.
     """
     mark_used(path)
     remote.fetch(path)
     try:
-        return checked.loads(path.read_bytes())
-    except checked.DamagedError as error:
+        return sealed_json.loads(path.read_bytes())
+    except sealed_json.DamagedError as error:
         set_aside([path], str(error))
-    except checked.UncheckedError:
-        logger.info("%s: an earlier version wrote it, without a checksum; it is made again", path)
     except OSError:
         pass
     return None
@@ -60,7 +142,7 @@ def mark_used(path: Path) -> None:
 
 
 def set_aside(paths: Sequence[Path], why: str) -> None:
-    """Move a damaged entry into the store's quarantine, where no reader finds it, and tell.
+    """Move a damaged entry into the store's quarantine, where no reader finds it, and log a warning.
 
     Nothing is deleted: `lewis gc` does that when it is old. What is outside of the store stays where it is.
 
@@ -75,7 +157,8 @@ def set_aside(paths: Sequence[Path], why: str) -> None:
     where = "it cannot be moved away"
     for path in paths:
         with suppress(OSError):  # another process was faster, or the store is read-only
-            target = make_folder(home() / QUARANTINE) / f"{path.parent.name}-{path.stem[:16]}-{moved}{path.suffix}"
+            folder = make_folder(kinds.QUARANTINE.folder)
+            target = folder / f"{path.parent.name}-{path.stem[:16]}-{moved}{path.suffix}"
             os.rename(path, target)
             os.utime(target)  # housekeeping counts its age from now on
             where = f"set aside as {target}"

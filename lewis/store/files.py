@@ -13,8 +13,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError
 from lewis.input_files import open_regular
-from lewis.store import checked, made, remote, size
-from lewis.store.folders import holds, home, make_folder, make_read_only, restrict, umask
-from lewis.store.lease import SharedLock
-from lewis.store.writers import beside, is_dead
+from lewis.store import size
+from lewis.store.folders import holds, home, make_folder, restrict, umask
+from lewis.store.scratch import beside, is_dead
 
-MANIFEST = remote.MANIFEST
-_RESUMABLE = ".resumable.partial"
+MANIFEST = "lewis.json"
+RESUMABLE = ".resumable.partial"
 _KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
 
 
@@ -47,16 +46,6 @@ def lock(name: str) -> FileLock:
     """A lock between processes and threads, held as `with lock("..."):`. The kernel frees it when its holder dies."""
     path = make_folder(home() / "locks") / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".lock")
     return FileLock(path, thread_local=False, mode=0o660 & ~umask())
-
-
-def shared_lock(name: str, local: str = "") -> SharedLock:
-    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines.
-
-    Args:
-        name: the same on every machine.
-        local: name of the lock of this machine, if that is another; paths may differ between machines.
-    """
-    return SharedLock(lock(local or name), name)
 
 
 @contextmanager
@@ -95,68 +84,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def publish(
-    folder: Path, manifest: dict[str, Any], key: str | None = None, checksums: Mapping[str, str] | None = None
-) -> Iterator[Path]:
-    """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
-
-    In the store the files are read-only then: MLflow's copy of the weights may be a hard link of the same file, and one
-    slip must not damage both.
-
-    Args:
-        folder: where the finished folder goes. An older folder that has a manifest is replaced.
-        manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
-        key: identity of what is written, if the block can continue a half-written folder. The scratch folder then
-            holds what a process left that was writing the same to `folder` and died. Without a key, it is empty.
-        checksums: file name -> SHA-256, for the files whose checksum the block knows; the others are read.
-
-    Raises:
-        InputError: if `folder` holds something that was not written by this function.
-    """
-    check_replaceable(folder)
-    make_folder(folder.parent)
-    scratch = folder.with_name(f".{folder.name}.{key[:32]}{_RESUMABLE}") if key else beside(folder)
-    with lock(str(scratch.absolute())) if key else nullcontext():
-        sweep(folder.parent, folder.name)
-        scratch.mkdir(exist_ok=bool(key))
-        try:
-            yield scratch
-            # What a process left that died when it was almost done.
-            for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):
-                path.unlink(missing_ok=True)
-            paths = sorted(p for p in scratch.rglob("*") if p.is_file())
-            names = [str(path.relative_to(scratch)) for path in paths]
-            files = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
-            write_text(scratch / MANIFEST, checked.dumps({**manifest, "files": files}))
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            os.replace(scratch, folder)
-            if holds(folder):
-                restrict(folder)
-                for name in names:
-                    make_read_only(folder / name)
-                made.note(folder)
-                remote.push(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _described(path: Path, sha256: str | None) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256 or file_sha256(path)}
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
-    above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{folder}: {above} is no folder, or may not be written to; choose another path")
 
 
 def read_json(path: Path) -> Any | None:
@@ -213,8 +140,8 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`writers.is_dead`)."""
-    if leftover.name.endswith(_RESUMABLE):
+    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`scratch.is_dead`)."""
+    if leftover.name.endswith(RESUMABLE):
         try:
             with lock(str(leftover.absolute())).acquire(timeout=0):
                 return True
@@ -224,7 +151,7 @@ def is_abandoned(leftover: Path) -> bool:
 
 
 def _can_resume(leftover: Path) -> bool:
-    if not leftover.name.endswith(_RESUMABLE):
+    if not leftover.name.endswith(RESUMABLE):
         return False
     with suppress(OSError):
         return max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) > time.time() - _KEPT
@@ -233,7 +160,7 @@ def _can_resume(leftover: Path) -> bool:
 
 def _target(leftover: Path) -> str:
     """The name of the folder that was to be written."""
-    return leftover.name.removesuffix(_RESUMABLE).rpartition(".")[0].removeprefix(".")
+    return leftover.name.removesuffix(RESUMABLE).rpartition(".")[0].removeprefix(".")
 
 
 def discard(path: Path) -> None:

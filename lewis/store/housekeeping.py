@@ -1,27 +1,27 @@
 """Housekeeping: find what nobody needs any more in the store, and remove it.
 
 An entry is needed if it was used lately, which `store.mark_used` notes, or if the caller says so (`Needed`). Everything
-else can be made again. Housekeeping leaves alone what MLflow and Prefect own, locks, notes of runs, the demo (recipes
-name paths in it) and every other folder that `kinds.REMOVABLE` does not list.
+else can be made again. Housekeeping leaves alone what other programs own, locks, notes of runs, the demo (recipes name
+paths in it) and everything else that is not of a removable kind.
 """
 
-import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.store import checked, kinds
+from lewis.store import kinds
 from lewis.store.kinds import Kind
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 DAYS = 14.0  # by default, what was used in the last 14 days is kept
 RECENT = 3600.0  # seconds; what was used in the last hour is always kept
 _DAY = 86400.0
-_PARTIAL = "partial"  # the kind of what a dead process left half-written
-_LOG_OF = re.compile(r"-([0-9a-z]+-\d+)\.log$")  # the `store.writer` of a log
-_FOREIGN = ("mlflow", "prefect")  # folders of the store that others write to
-_REMOVABLE = {kind.name: kind for kind in kinds.REMOVABLE}
+_PARTIAL = Kind("partial", notes_use=False)  # what a dead process left half-written
 
 
 class Needed(NamedTuple):
@@ -73,16 +70,18 @@ def survey(
     needed: Mapping[str, Needed],
     now: float | None = None,
     active_since: float | None = None,
+    also: Sequence[Kind] = (),
 ) -> list[Removable]:
     """Find what can be removed; changes nothing.
 
     Args:
         days: entries used in the last `days` days are kept.
         needed: kind's name -> which of its entries are kept whenever they were used last. The registered versions'
-            are in `lewis.registry.needed.by_versions`.
+            are in `lewis.registry.retention.by_versions`.
         now: Unix time in seconds; by default the clock's.
         active_since: when the oldest run that is still going on began (Unix time in seconds), or None. Everything used
             since then is kept, and every kind whose entries do not note their use.
+        also: kinds of entries that are not in the table, because a program above this library makes them.
 
     Raises:
         InputError: if `days` is negative or NaN.
@@ -92,22 +91,28 @@ def survey(
     now = time.time() if now is None else now
     recent = min(now - RECENT, now if active_since is None else active_since) - store.MARK_EVERY
     unused = min(recent, now - days * _DAY - store.MARK_EVERY)
-    running = active_since is not None
-    found = [x for kind in kinds.REMOVABLE for x in _entries(kind, needed.get(kind.name), now, unused, running)]
-    lost = {item.path for item in found}
-    return [*found, *_records(lost, now, recent, unused, running), *_leftovers(recent)]
+    found = list[Removable]()
+    for kind in (kind for kind in (*kinds.ALL, *also) if kind.removable):
+        limit = unused if kind.notes_use or active_since is None else -math.inf
+        found += _entries(kind, needed.get(kind.name), {item.path for item in found}, now, recent, limit)
+    return [*found, *_leftovers(recent)]
 
 
-def remove(items: list[Removable]) -> int:
+def remove(items: list[Removable], also: Sequence[Kind] = ()) -> int:
     """Remove what `survey` found, unless it has been used since then; return the bytes freed.
+
+    Args:
+        items: what to remove.
+        also: as of `survey`.
 
     Raises:
         LewisError: if something could not be removed; everything else is removed.
     """
     freed, failures = 0, []
+    named = {kind.name: kind for kind in (*kinds.ALL, *also, _PARTIAL)}
     for item in items:
         try:
-            freed += _remove(item)
+            freed += _remove(item, named[item.kind])
         except FileNotFoundError:  # another process was faster
             continue
         except OSError as error:
@@ -120,115 +125,84 @@ def remove(items: list[Removable]) -> int:
     return freed
 
 
-def _entries(kind: Kind, needed: Needed | None, now: float, unused: float, running: bool) -> Iterator[Removable]:
-    if running and not kind.notes_use:
-        return
+def _entries(
+    kind: Kind, needed: Needed | None, lost: set[Path], now: float, recent: float, unused: float
+) -> Iterator[Removable]:
+    """The entries of a kind that were not used since `unused`, or refer to what is gone or among `lost`."""
     for path in kind.entries():
-        if kind in (kinds.MERGED, kinds.GRAMS) and not (path / store.MANIFEST).is_file():
+        if not kind.head_of(path).exists():
             continue  # LEWIS did not write it
-        writer = _LOG_OF.search(path.name) if kind is kinds.LOGS else None
-        if writer and not store.is_dead(writer[1], path):  # it may write nothing for days
+        writer = re.search(kind.writer, path.name) if kind.writer else None
+        if writer and not store.is_dead(writer[1], path):
             continue
         with suppress(FileNotFoundError):  # another process removes it
-            used = _last_used(kind.name, path)
-            if used < unused and not (needed and needed.includes(path)):
-                size = sum(map(_size, kind.files_of(path)))
+            used, why = _last_used(kind, path), ""
+            if any(target in lost or not target.exists() for target in _targets(kind, path)):
+                why = "the result that it refers to is gone or goes" if path.stat().st_mtime < recent else ""
+            elif used < unused and not (needed and needed.includes(path)):
                 why = _ago(now, used) + (needed.otherwise if needed else "")
-                yield Removable(path, kind.name, size, used, why)
-
-
-def _records(lost: set[Path], now: float, recent: float, unused: float, running: bool) -> Iterator[Removable]:
-    """Prefect's records of finished tasks whose results are gone or among `lost`, and those not used for long."""
-    for path in kinds.RESULTS.entries():
-        with suppress(FileNotFoundError):
-            used = _last_used(kinds.RESULTS.name, path)
-            if any(target in lost or not target.exists() for target in _targets(path)):
-                if path.stat().st_mtime < recent:
-                    why = "the result that it refers to is gone or goes"
-                    yield Removable(path, kinds.RESULTS.name, _size(path), used, why)
-            elif used < unused and not running:  # files outside the store do not note their use
-                yield Removable(path, kinds.RESULTS.name, _size(path), used, _ago(now, used))
+            if why:
+                yield Removable(path, kind.name, sum(map(_size, kind.files_of(path))), used, why)
 
 
 def _leftovers(recent: float) -> Iterator[Removable]:
     home = store.home()
     for path in sorted([*home.glob(".*.partial"), *home.glob("*/.*.partial")]):
-        if path.parent.name in _FOREIGN or not store.is_abandoned(path):
+        if path.parent.name in kinds.FOREIGN or not store.is_abandoned(path):
             continue
         with suppress(FileNotFoundError):
             used = _last_used(_PARTIAL, path)
             if used < recent:  # a younger one may be written by another machine on a shared file system
-                yield Removable(path, _PARTIAL, _size(path), used, "left half-written by a process that died")
+                yield Removable(path, _PARTIAL.name, _size(path), used, "left half-written by a process that died")
 
 
-def _remove(item: Removable) -> int:
+def _remove(item: Removable, kind: Kind) -> int:
     try:
-        with _locked(item):
-            taken = _take(item)
+        # The lock under which a step looks for an entry and makes it.
+        with kind.lock(item.path.stem).acquire(timeout=0) if kind.locks else nullcontext():
+            taken = _take(item, kind)
     except Timeout:
         taken = None
     if taken is None:
         logger.info("%s: in use by now, kept", item.path)
         return 0
-    kind = _REMOVABLE.get(item.kind)
-    second = kind.files_of(item.path)[1:] if kind else []
+    second = kind.files_of(item.path)[1:]
     freed = sum(map(_size, [taken, *second]))
     for path in (*second, taken):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return freed
 
 
-def _locked(item: Removable) -> AbstractContextManager[Any]:
-    """The lock under which a step looks for an entry and makes it; raises Timeout if a step holds it."""
-    kind = _REMOVABLE.get(item.kind)
-    return kind.lock(item.path.stem).acquire(timeout=0) if kind and kind.locks else nullcontext()
-
-
-def _take(item: Removable) -> Path | None:
+def _take(item: Removable, kind: Kind) -> Path | None:
     """Rename an entry so that no reader finds it, and give its new path; None if it was used since the survey."""
-    if _last_used(item.kind, item.path) > item.last_used:
+    if _last_used(kind, item.path) > item.last_used:
         return None
     taken = store.beside(item.path)
     os.rename(item.path, taken)
-    if _last_used(item.kind, taken) > item.last_used:  # a reader without the lock used it just before it was renamed
+    if _last_used(kind, taken) > item.last_used:  # a reader without the lock used it just before it was renamed
         os.rename(taken, item.path)
         return None
     return taken
 
 
-def _last_used(kind: str, path: Path) -> float:
-    """Unix time in seconds. A record of Prefect's counts as used when the entry that it refers to was used."""
-    if kind == kinds.RESULTS.name:
-        marks = [_mark(target) for target in _targets(path) if target.is_relative_to(store.home())]
+def _last_used(kind: Kind, path: Path) -> float:
+    """Unix time in seconds. An entry that refers to others counts as used when one of them was used."""
+    if kind.refers_to:
+        marks = [_mark(target) for target in _targets(kind, path) if target.is_relative_to(store.home())]
         return max([path.stat().st_mtime, *(mark.stat().st_mtime for mark in marks if mark.exists())])
-    if kind in (_PARTIAL, kinds.DATASETS.name, kinds.QUARANTINE.name):
+    if not kind.notes_use:
         return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
-    return _mark(path).stat().st_mtime
+    return kind.head_of(path).stat().st_mtime
 
 
-def _mark(path: Path) -> Path:
+def _targets(kind: Kind, path: Path) -> list[Path]:
+    return kind.refers_to(path) if kind.refers_to else []
+
+
+def _mark(target: Path) -> Path:
     """The file whose modification time `store.mark_used` renews."""
-    return path / store.MANIFEST if path.is_dir() else path
-
-
-def _targets(record: Path) -> list[Path]:
-    """The files and folders that Prefect's record of a task refers to."""
-    content: Any = store.read_json(record)
-    try:
-        found = _result(content["result"])
-        named = []
-        for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
-            named += [*map(fields.get, ("path", "folder", "adapter", "base", "statistics")), *fields.get("sizes", ())]
-    except (ValueError, KeyError, TypeError, AttributeError):  # LEWIS did not write it
-        return []
-    return [Path(name) for name in named if name]
-
-
-def _result(text: str) -> Any:
-    try:
-        return checked.loads(text.encode())["result"]
-    except ValueError:  # written by Prefect's own serializer
-        return json.loads(text)
+    kind = kinds.kind_of(target)
+    return kind.head_of(target) if kind else target
 
 
 def _size(path: Path) -> int:

@@ -1,17 +1,22 @@
-"""The kinds of entries in the store: where each kind is, how its entries are named and locked, what belongs to one.
+"""The table of kinds: where the entries of each kind are, how they are named, locked and checked, who shares them.
 
-The steps that make entries and the housekeeping that removes them both read this table.
+An entry is a file or a folder of `LEWIS_HOME/<kind>/`. It is believed by its head: the file itself, or the manifest of
+a folder. The head has a checksum of its own, and says which other files belong to the entry. The steps that make
+entries, the remote half that shares them, `lewis verify`, housekeeping and backups read this table.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from filelock import FileLock
 
-from lewis.store import entries, files, lease, remote
+from lewis.store import files, sealed_json
+from lewis.store.files import MANIFEST
 from lewis.store.folders import home
+from lewis.store.sealed_json import DamagedError
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,34 @@ class Kind:
         name: of the kind, and of its folder in the store.
         pattern: of its entries in that folder, with the entry's digest in place of `*`.
         locks: first part of the names of its locks; empty if entries are made without a lock.
+        manifest: whether an entry is a folder with a manifest.
         beside: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
-        notes_use: whether readers call `store.mark_used` on an entry.
+        beside_in: key of the entry's JSON that has the size and SHA-256 of the second file.
+        check: parses a head, and raises `DamagedError` if it is not what was written; None: it has no checksum.
+        shared: whether `LEWIS_STORE` keeps it; `merged`: only if `LEWIS_STORE_MERGED` is 1.
+        removable: whether housekeeping removes entries that nobody needs.
+        notes_use: whether readers call `store.mark_used` on an entry. Else an entry is as old as its newest file, and
+            housekeeping removes none while a run goes on.
+        writer: regular expression for the part of a file's name that names its writer (`store.writer`). Housekeeping
+            leaves the file alone while the writer lives, since it may write nothing for days.
+        refers_to: gives the files and folders that an entry refers to. The entry is in use when one of these is, and
+            is worth nothing when one of these is gone.
+        backed_up: whether backups have it, since it cannot be made again.
     """
 
     name: str
     pattern: str = "*.json"
     locks: str = ""
+    manifest: bool = False
     beside: str = ""
+    beside_in: str = ""
+    check: Callable[[bytes], Mapping[str, Any] | None] | None = sealed_json.loads
+    shared: Literal["never", "always", "merged"] = "never"
+    removable: bool = True
     notes_use: bool = True
+    writer: str = ""
+    refers_to: Callable[[Path], list[Path]] | None = None
+    backed_up: bool = False
 
     @property
     def folder(self) -> Path:
@@ -42,20 +66,16 @@ class Kind:
         return self.folder / self.pattern.replace("*", digest)
 
     def lock(self, digest: str) -> FileLock:
-        """The lock to hold while one looks for an entry and makes it."""
+        """The lock to hold on this machine while one looks for an entry and makes it; `store.turn` takes it, too."""
         return files.lock(self.locks + digest)
 
-    @contextmanager
-    def turn(self, digest: str) -> Iterator[None]:
-        """`lock`, and with `LEWIS_STORE` a lease, while one looks for an entry that is shared, and makes it.
+    def entries(self) -> list[Path]:
+        """All entries on disk, sorted, without those being written."""
+        return sorted(path for path in self.folder.glob(self.pattern) if not path.name.startswith("."))
 
-        An entry that another machine has made meanwhile is fetched. No lease is taken for one that is there already.
-        """
-        path = self.path(digest)
-        with self.lock(digest):
-            absent = remote.shares(path) and not path.exists() and not remote.fetch(path)
-            with lease.Lease(self.locks + digest).held() if absent else nullcontext():
-                yield
+    def head_of(self, path: Path) -> Path:
+        """The file by which the entry at `path` is believed, whose modification time notes its use."""
+        return path / MANIFEST if self.manifest else path
 
     def beside_of(self, path: Path) -> Path:
         """The second file of the entry at `path`."""
@@ -66,31 +86,77 @@ class Kind:
         second = self.beside_of(path) if self.beside else None
         return [path, second] if second and second.is_file() else [path]
 
-    def entries(self) -> list[Path]:
-        """All entries on disk, sorted, without those being written."""
-        return sorted(path for path in self.folder.glob(self.pattern) if not path.name.startswith("."))
+    def parts(self, path: Path, head: bytes) -> dict[str, tuple[int, str]]:
+        """The other files of the entry at `path`, by what its head says.
+
+        Returns:
+            Name, in the folder of the entry or beside its file, -> size in bytes and SHA-256 (64 hex digits).
+
+        Raises:
+            DamagedError: if `head` is not whole, or names a file elsewhere.
+        """
+        try:
+            content = (self.check(head) if self.check else None) or {}
+            named = content["files"] if self.manifest else {}
+            if self.beside:
+                named = {self.beside_of(path).name: content[self.beside_in]}
+            found = {str(name): (int(each["size"]), str(each["sha256"])) for name, each in named.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{MANIFEST}: {error}" if self.manifest else str(error)) from error
+        for name in found:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise DamagedError(f"{name}: expected the name of a file in it")
+        return found
 
 
-MERGED = Kind("merged", "*", "merged-")  # merged checkpoints, folders with a manifest
-IMPORTANCE = Kind("importance", locks="importance-", beside=".safetensors")  # norms; second moments beside them
-GRAMS = Kind("grams", "*", "grams-")  # second-order statistics of a model's inputs, folders with a manifest
-ALLOCATIONS = Kind("allocations", locks="allocation-")  # densities
-CALIBRATIONS = Kind("calibrations")  # token ids of calibration sets
-INSPECTIONS = Kind("inspections", locks="inspection-")  # how the weights of base and experts differ
-GGUF = Kind("gguf", "*", "gguf-")  # config, tokenizer and names of GGUF files, folders with a link to the file
-SCORES = Kind("scores", locks="scores-")  # what lm-eval said of one model
-DIGESTS = Kind("digests")  # remembered checksums and other facts
-PICTURES = Kind("pictures", "*.png")
-DATASETS = Kind("datasets", "*/*", notes_use=False)  # what earlier versions let `datasets` keep of a file
-LOGS = Kind("logs", "*.log")  # of the servers, named <server>-<`store.writer`>
-RESULTS = Kind("results", "*")  # Prefect's records of finished tasks
-SEARCHES = Kind("search", "*.log")  # Optuna's journals, which housekeeping leaves alone
-QUARANTINE = Kind(entries.QUARANTINE, "*", notes_use=False)  # damaged entries that were set aside
-SHARED = {
-    kind.name: kind for kind in (IMPORTANCE, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, SCORES, PICTURES, GRAMS, MERGED)
-}
-"""The kinds that `LEWIS_STORE` keeps, by name."""
-REMOVABLE = (
-    *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-    *(DIGESTS, PICTURES, DATASETS, LOGS, QUARANTINE),
+def check_png(data: bytes) -> None:
+    """Check a PNG file, by the checksum that each of its chunks carries.
+
+    Raises:
+        DamagedError: if these are not all bytes of it, as they were written.
+    """
+    signature = b"\x89PNG\r\n\x1a\n"
+    start, kind = len(signature), b""
+    while data.startswith(signature) and kind != b"IEND" and start + 12 <= len(data):
+        length = int.from_bytes(data[start : start + 4], "big")
+        kind, stop = data[start + 4 : start + 8], start + 8 + length
+        if zlib.crc32(data[start + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
+            break
+        start = stop + 4
+    else:
+        if kind == b"IEND" and start == len(data):
+            return
+    raise DamagedError("its checksums do not fit")
+
+
+MERGED = Kind("merged", "*", "merged-", manifest=True, shared="merged")  # merged checkpoints
+IMPORTANCE = Kind(  # norms, with the second moments beside them
+    "importance", locks="importance-", beside=".safetensors", beside_in="moments", shared="always"
 )
+GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-order statistics of a model's inputs
+ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densities
+CALIBRATIONS = Kind("calibrations", shared="always")  # token ids of calibration sets
+INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
+GGUF = Kind("gguf", "*", "gguf-", check=None)  # folders: config, tokenizer and names of a GGUF file, a link to it
+SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said of one model
+DIGESTS = Kind("digests")  # remembered checksums and other facts, which are of one disk
+PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
+LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log
+SEARCHES = Kind("search", "*.log", check=sealed_json.check_lines, removable=False)  # Optuna's journals
+OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` to report
+QUARANTINE = Kind("quarantine", "*", check=None, notes_use=False)  # damaged entries that were set aside
+
+ALL = (
+    *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
+    *(DIGESTS, PICTURES, LOGS, SEARCHES, OUTBOX, QUARANTINE),
+)
+BY_NAME = {kind.name: kind for kind in ALL}
+FOREIGN = ("mlflow", "prefect")
+"""Folders of the store that other programs write to."""
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of the entry at `path`, whether or not it exists; None if no entry of the store has such a path."""
+    place = path.absolute()
+    is_entry = place.parent.parent == home() and not place.name.startswith(".")
+    return BY_NAME.get(place.parent.name) if is_entry else None

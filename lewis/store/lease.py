@@ -8,7 +8,7 @@ would free none of them earlier.
 The objects of one lock are numbered: `leases/<lock>/<number>`. The highest is the holder's, who writes a new end into
 it every `SECONDS / 4`, and an end that has passed when it gives the lease back. Then, or when a holder is killed and
 its end passes, the next holder makes the object of the next number, which only one can, and removes the one before.
-The numbers never go back, so whoever was slow and makes an object that was made and removed already sees a higher
+The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
 one.
 
 The end is by the holder's clock. If clocks differ by more than `GRACE`, or a holder stands still for longer, two may
@@ -23,15 +23,16 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
 from lewis.redact import redacted
-from lewis.store import remote
-from lewis.store.writers import writer
+from lewis.store import files, remote
+from lewis.store.kinds import Kind
+from lewis.store.scratch import writer
 
 logger = logging.getLogger(__name__)
 SECONDS = 60.0  # for so long a lease lives after its holder was last heard of
@@ -61,7 +62,7 @@ class Lease:
         Raises:
             Timeout: if another holder has it for longer.
         """
-        begin, told = time.monotonic(), False
+        begin, logged = time.monotonic(), False
         while remote.url():
             try:
                 if self._try():
@@ -72,9 +73,9 @@ class Lease:
                 break
             if 0 <= timeout <= time.monotonic() - begin:
                 raise Timeout(self._name)
-            if not told:
+            if not logged:
                 logger.info("waiting for %s, which another machine holds", self._name)
-                told = True
+                logged = True
             time.sleep(_POLL if timeout < 0 else min(_POLL, timeout))
         return self
 
@@ -209,3 +210,26 @@ class SharedLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
+
+
+def shared_lock(name: str, local: str = "") -> SharedLock:
+    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines.
+
+    Args:
+        name: the same on every machine.
+        local: name of the lock of this machine, if that is another; paths may differ between machines.
+    """
+    return SharedLock(files.lock(local or name), name)
+
+
+@contextmanager
+def turn(kind: Kind, digest: str) -> Iterator[None]:
+    """`kind.lock`, and with `LEWIS_STORE` a lease, while one looks for an entry that is shared, and makes it.
+
+    An entry that another machine has made meanwhile is fetched. No lease is taken for one that is there already.
+    """
+    path = kind.path(digest)
+    with kind.lock(digest):
+        absent = remote.shares(path) and not path.exists() and not remote.fetch(path)
+        with Lease(kind.locks + digest).held() if absent else nullcontext():
+            yield

@@ -12,12 +12,11 @@ from typing import Any
 from lewis.errors import TransientError
 from lewis.redact import redacted
 from lewis.store import kinds, remote
-from lewis.store.files import MANIFEST
 from lewis.store.housekeeping import Needed
+from lewis.store.kinds import Kind
 from lewis.store.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
-_FOLDERS = (*remote.FOLDERS, "merged")
 
 
 @dataclass(frozen=True)
@@ -57,51 +56,50 @@ def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:
     try:
         with scratch_folder("outdated") as scratch:
             return [
-                Outdated("remote store", f"{kind}/{digest[:16]}", f"{kind}/{digest}", time, size)
+                Outdated("remote store", f"{kind.name}/{digest[:16]}", f"{kind.name}/{digest}", time, size)
                 for kind, digest, time, size in _entries(system, root)
                 if time < before
                 and not _used_since(kind, digest, before)
-                and not _needed(system, root, kind, digest, needed.get(kind), scratch)
+                and not _needed(system, root, kind, digest, needed.get(kind.name), scratch)
             ]
     except OSError as error:
         raise _away(error) from error
 
 
 def remove(found: Outdated) -> None:
-    """Remove all objects of an entry, the one first by which the others are believed.
+    """Remove all objects of an entry, its head first.
 
     Raises:
         TransientError: if the remote half does not answer.
     """
     system, root = remote.opened()
-    kind, _, digest = found.key.partition("/")
+    name, _, digest = found.key.partition("/")
+    kind = kinds.BY_NAME[name]
+    entry = f"{root}/{name}/{kind.path(digest).name}"
     try:
         with suppress(FileNotFoundError):  # somebody else was quicker
-            if kind in _FOLDERS:
-                system.rm_file(f"{root}/{found.key}/{MANIFEST}")
-                system.rm(f"{root}/{found.key}", recursive=True)
-            else:
-                path = _local(kind, digest)
-                system.rm_file(f"{root}/{kind}/{path.name}")
-                if beside := kinds.SHARED[kind].beside:
-                    system.rm_file(f"{root}/{found.key}{beside}")
+            system.rm_file(remote.head_object(kind, entry))
+            if kind.manifest:
+                system.rm(entry, recursive=True)
+            elif kind.beside:
+                system.rm_file(f"{root}/{found.key}{kind.beside}")
     except OSError as error:
         raise _away(error) from error
 
 
-def _entries(system: Any, root: str) -> Iterator[tuple[str, str, float, int]]:
+def _entries(system: Any, root: str) -> Iterator[tuple[Kind, str, float, int]]:
     """Of each entry: its kind, its digest, when its newest object was written, and the bytes of all."""
-    for kind in (*remote.FILES, *_FOLDERS):
+    for kind in (kind for kind in kinds.ALL if kind.shared != "never"):
         try:
-            objects = system.find(f"{root}/{kind}", detail=True)
+            objects = system.find(f"{root}/{kind.name}", detail=True)
         except FileNotFoundError:
             continue
         found: dict[str, tuple[float, int]] = {}
         for path, info in objects.items():
-            first = path[path.rindex(f"/{kind}/") + len(kind) + 2 :].partition("/")[0]
+            first = path[path.rindex(f"/{kind.name}/") + len(kind.name) + 2 :].partition("/")[0]
             if first.startswith("."):
                 continue  # half-written on a disk
-            digest = first if kind in _FOLDERS else first.partition(".")[0]
+            digest = first if kind.manifest else first.partition(".")[0]
             time, size = found.get(digest, (0.0, 0))
             found[digest] = max(time, _modified(system, path, info)), size + int(info.get("size") or 0)
         yield from ((kind, digest, time, size) for digest, (time, size) in sorted(found.items()))
@@ -115,28 +113,21 @@ def _modified(system: Any, path: str, info: Mapping[str, Any]) -> float:
     return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
-def _local(kind: str, digest: str) -> Path:
-    return kinds.SHARED[kind].path(digest)
-
-
-def _used_since(kind: str, digest: str, before: float) -> bool:
-    path = _local(kind, digest)
-    mark = path / MANIFEST if kind in _FOLDERS else path
+def _used_since(kind: Kind, digest: str, before: float) -> bool:
     with suppress(OSError):
-        return mark.stat().st_mtime >= before
+        return kind.head_of(kind.path(digest)).stat().st_mtime >= before
     return False
 
 
-def _needed(system: Any, root: str, kind: str, digest: str, needed: Needed | None, scratch: Path) -> bool:
+def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | None, scratch: Path) -> bool:
     """Whether a registered version needs an entry: `Needed` reads what says so, which is fetched for it."""
     if needed is None:
         return False
-    path = scratch / kind / _local(kind, digest).name
-    head = path / MANIFEST if kind in _FOLDERS else path
+    path = scratch / kind.name / kind.path(digest).name
+    head = kind.head_of(path)
     head.parent.mkdir(parents=True, exist_ok=True)
     try:
-        there = f"{root}/{kind}/{head.relative_to(scratch / kind).as_posix()}"
-        head.write_bytes(system.cat_file(there))
+        head.write_bytes(system.cat_file(remote.head_object(kind, f"{root}/{kind.name}/{path.name}")))
     except FileNotFoundError:
         return False  # its upload was cut long ago
     try:

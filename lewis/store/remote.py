@@ -15,7 +15,6 @@ A remote half that does not answer stops no run. What could not be pushed is not
 with a later entry.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -23,22 +22,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lewis.errors import InputError
 from lewis.redact import redacted
-from lewis.store import checked, png
-from lewis.store.checked import DamagedError
-from lewis.store.folders import holds, home, make_folder, make_read_only, restrict
-from lewis.store.writers import beside
+from lewis.store import files, kinds
+from lewis.store.files import MANIFEST
+from lewis.store.folders import home, make_folder, make_read_only, restrict
+from lewis.store.kinds import Kind
+from lewis.store.scratch import beside
+from lewis.store.sealed_json import DamagedError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "lewis.json"
-FOLDERS = ("grams",)
-FILES = ("importance", "allocations", "calibrations", "inspections", "scores", "pictures")
-_MERGED = "merged"
 _TRIES = 3
 _WAIT = 2.0  # seconds between two tries
 _SILENT = 30.0  # seconds for which a remote half that did not answer is not asked again
@@ -73,12 +70,14 @@ def shares_merged() -> bool:
 
 def shares(path: Path) -> bool:
     """Whether an entry is pushed and fetched: there is a remote half, and the entry is of a kind that is shared."""
-    if not url() or not holds(path):
-        return False
-    parts = path.absolute().relative_to(home()).parts
-    if len(parts) != 2 or parts[1].startswith("."):
-        return False
-    return parts[0] in FILES or parts[0] in FOLDERS or (parts[0] == _MERGED and shares_merged())
+    return _shared_kind(path) is not None
+
+
+def _shared_kind(path: Path) -> Kind | None:
+    kind = kinds.kind_of(path) if url() else None
+    if kind is None or kind.shared == "never" or (kind.shared == "merged" and not shares_merged()):
+        return None
+    return kind
 
 
 def opened() -> tuple[Any, str]:
@@ -116,30 +115,31 @@ def fetch(path: Path) -> bool:
         path: where it is to be: a file, or a folder with a manifest.
 
     Returns:
-        Whether it is there now. False too if the remote half does not answer or what it has is damaged, which is told.
+        Whether it is there now. False too if the remote half does not answer or has it damaged: that is logged.
 
     Raises:
         InputError: as `opened`.
     """
-    if not shares(path) or path.exists() or _sleeps():
+    kind = _shared_kind(path)
+    if kind is None or path.exists() or _sleeps():
         return False
     system, root = opened()
-    there = _there(root, path)
+    there = f"{root}/{_name(path)}"
     try:
-        head = system.cat_file(f"{there}/{MANIFEST}" if _is_folder(path) else there)
+        head = system.cat_file(head_object(kind, there))
         if (found := _looking.get()) is not None:
-            found.append(Found(path, len(head) + sum(size for size, _ in _parts(path, head).values())))
+            found.append(Found(path, len(head) + sum(size for size, _ in kind.parts(path, head).values())))
             return False
-        _arrive(system, there, path, head)
+        _arrive(system, kind, there, path, head)
     except FileNotFoundError:
         return False
     except DamagedError as error:
         logger.warning("%s/%s is damaged and made again: %s", redacted(url()), _name(path), error)
         with suppress(Exception):
-            system.rm_file(f"{there}/{MANIFEST}" if _is_folder(path) else there)
+            system.rm_file(head_object(kind, there))
         return False
     except Exception as error:  # each file system has errors of its own
-        _tell("fetched", path, error)
+        _warn("fetched", path, error)
         return False
     logger.info("fetched %s from %s", _name(path), redacted(url()))
     return True
@@ -149,56 +149,55 @@ def push(path: Path) -> bool:
     """Push an entry that was published, and what could not be pushed before.
 
     Returns:
-        Whether the remote half has it now. If it does not answer, that is told, and a later call sends it.
+        Whether the remote half has it now. If it does not answer, that is logged, and a later call sends it.
 
     Raises:
         InputError: as `opened`.
     """
-    if not shares(path):
+    kind = _shared_kind(path)
+    if kind is None:
         return False
     notes = make_folder(home() / "unpushed")
     (notes / _name(path).replace("/", "@")).touch()
-    if _sleeps() or not _push(path):
+    if _sleeps() or not _push(kind, path):
         return False
     for note in list(notes.iterdir()):
         with suppress(FileNotFoundError):
             left = home() / note.name.replace("@", "/")
-            if not left.exists():
+            if (its_kind := kinds.kind_of(left)) is None or not left.exists():
                 note.unlink()
-            elif note.stat().st_mtime < time.time() - _RESEND and not _push(left):
+            elif note.stat().st_mtime < time.time() - _RESEND and not _push(its_kind, left):
                 break
     return True
 
 
-def _push(path: Path) -> bool:
+def _push(kind: Kind, path: Path) -> bool:
     system, root = opened()
     for number in range(_TRIES):
         try:
-            _send(system, _there(root, path), path)
+            _send(system, kind, f"{root}/{_name(path)}", path)
         except Exception as error:
             if number + 1 < _TRIES:
                 time.sleep(_WAIT * 2**number)
             else:
-                _tell("pushed", path, error)
+                _warn("pushed", path, error)
         else:
             (home() / "unpushed" / _name(path).replace("/", "@")).unlink(missing_ok=True)
             return True
     return False
 
 
-def _send(system: Any, there: str, path: Path) -> None:
-    """Write all objects of an entry, the one that is believed last."""
-    folder = _is_folder(path)
-    last, target = (path / MANIFEST, f"{there}/{MANIFEST}") if folder else (path, there)
-    head = last.read_bytes()
+def _send(system: Any, kind: Kind, there: str, path: Path) -> None:
+    """Write all objects of an entry, its head last."""
+    target = head_object(kind, there)
+    head = kind.head_of(path).read_bytes()
     with suppress(FileNotFoundError):
         if system.cat_file(target) == head:
             return
         system.rm_file(target)  # of another writer: it must not be believed with these files
-    for name, (size, _) in _parts(path, head).items():
-        source = path / name if folder else path.parent / name
-        _put(system, source, f"{there}/{name}" if folder else f"{_above(there)}/{name}", size)
-    _put(system, last, target, len(head))
+    for name, (size, _) in kind.parts(path, head).items():
+        _put(system, kind.head_of(path).parent / name, f"{_above(target)}/{name}", size)
+    _put(system, kind.head_of(path), target, len(head))
 
 
 def _put(system: Any, source: Path, target: str, size: int) -> None:
@@ -214,7 +213,7 @@ def _put(system: Any, source: Path, target: str, size: int) -> None:
 
 
 def create(system: Any, target: str, data: bytes) -> None:
-    """Make an object if there is none of its name; of several writers at once, one succeeds.
+    """Make an object if there is none of its name; of several concurrent writers, one succeeds.
 
     Object stores do that. fsspec's own way for files of a disk looks first and writes then, so two can succeed.
 
@@ -233,38 +232,34 @@ def _is_disk(system: Any) -> bool:
     return "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol)
 
 
-def _arrive(system: Any, there: str, path: Path, head: bytes) -> None:
-    """Fetch an entry whose manifest is `head` into a scratch place, check it, and rename it to `path`."""
-    parts = _parts(path, head)
+def _arrive(system: Any, kind: Kind, there: str, path: Path, head: bytes) -> None:
+    """Fetch an entry whose head has arrived into a scratch place, check it, and rename it to `path`."""
+    parts = kind.parts(path, head)
     make_folder(path.parent)
     if (free := shutil.disk_usage(path.parent).free) < (size := sum(size for size, _ in parts.values())):
         raise OSError(f"{size / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {home()}")
+    if not kind.manifest:
+        for name, expected in parts.items():
+            with files.written_beside(path.parent / name) as second:
+                _get(system, f"{_above(there)}/{name}", second, *expected)
+        files.write_bytes(path, head)
+        return
     scratch = beside(path)
     try:
-        if _is_folder(path):
-            scratch.mkdir()
-            restrict(scratch)
-            for name, expected in parts.items():
-                make_folder((scratch / name).parent)
-                _get(system, f"{there}/{name}", scratch / name, *expected)
-                make_read_only(scratch / name)
-            _write(scratch / MANIFEST, head)
-        else:
-            for name, expected in parts.items():
-                second = beside(path.parent / name)
-                try:
-                    _get(system, f"{_above(there)}/{name}", second, *expected)
-                    os.replace(second, path.parent / name)
-                finally:
-                    second.unlink(missing_ok=True)
-            _write(scratch, head)
+        scratch.mkdir()
+        restrict(scratch)
+        for name, expected in parts.items():
+            make_folder((scratch / name).parent)
+            _get(system, f"{there}/{name}", scratch / name, *expected)
+            make_read_only(scratch / name)
+        files.write_bytes(scratch / MANIFEST, head)
         try:
             os.replace(scratch, path)
         except OSError:
             if not path.exists():  # else another process was faster
                 raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _get(system: Any, there: str, target: Path, size: int, sha256: str) -> None:
@@ -273,54 +268,18 @@ def _get(system: Any, there: str, target: Path, size: int, sha256: str) -> None:
     except FileNotFoundError as error:
         raise DamagedError(f"{target.name} is missing") from error
     restrict(target)
-    with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.file_sha256(target)
     if target.stat().st_size != size or found != sha256:
         raise DamagedError(f"{target.name}: expected {size} bytes with SHA-256 {sha256}, got {found}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    restrict(path)
-
-
-def _parts(path: Path, head: bytes) -> dict[str, tuple[int, str]]:
-    """The other files of an entry: name -> size in bytes and SHA-256.
-
-    Raises:
-        DamagedError: if `head` is not whole.
-    """
-    if path.suffix == ".png":
-        if not png.is_whole(head):
-            raise DamagedError("its checksums do not fit")
-        return {}
-    try:
-        content = checked.loads(head)
-        files = content["files"] if _is_folder(path) else {}
-        if path.parent.name == "importance":
-            files = {path.with_suffix(".safetensors").name: content["moments"]}
-        found = {str(name): (int(each["size"]), str(each["sha256"])) for name, each in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(str(error)) from error
-    for name in found:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DamagedError(f"{name}: expected the name of a file in it")
-    return found
-
-
-def _is_folder(path: Path) -> bool:
-    return path.parent.name not in FILES
 
 
 def _name(path: Path) -> str:
     return path.absolute().relative_to(home()).as_posix()
 
 
-def _there(root: str, path: Path) -> str:
-    return f"{root}/{_name(path)}"
+def head_object(kind: Kind, there: str) -> str:
+    """The object by which the entry at `there` is believed."""
+    return f"{there}/{MANIFEST}" if kind.manifest else there
 
 
 def _above(there: str) -> str:
@@ -331,7 +290,7 @@ def _sleeps() -> bool:
     return _asleep.get(url(), 0.0) > time.monotonic()
 
 
-def _tell(what: str, path: Path, error: Exception) -> None:
+def _warn(what: str, path: Path, error: Exception) -> None:
     _asleep[url()] = time.monotonic() + _SILENT
     text = redacted(f"{type(error).__name__}: {error}")
     logger.warning("LEWIS_STORE: %s was not %s, the run goes on without: %s", _name(path), what, text)

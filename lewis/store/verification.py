@@ -1,18 +1,16 @@
-"""Check everything in the store anew, whatever is remembered of it.
+"""Check everything in the store again, whatever is remembered of it.
 
 Nothing is moved: the next run that needs a damaged entry sets it aside and makes it again.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import Timeout
 
-from lewis.store import checked, kinds, manifest, png
-from lewis.store.files import MANIFEST
+from lewis.store import kinds, manifest
 from lewis.store.kinds import Kind
 
 
@@ -54,68 +52,32 @@ class Verified:
         )
 
 
-def verify() -> Verified:
-    """Read and check every entry of the store that has checksums. An entry that a step works on is left out."""
+def verify(also: Sequence[Kind] = ()) -> Verified:
+    """Read and check every entry of the store that has checksums. An entry that a step works on is left out.
+
+    Args:
+        also: kinds of entries that are not in the table, because a program above this library makes them.
+    """
     count, damaged = 0, []
-    for kind, check in _CHECKS.items():
-        for path in kind.entries():
-            why = _problem(kind, path, check)
+    for kind in (*kinds.ALL, *also):
+        for path in kind.entries() if kind.check else ():
+            why = _problem(kind, path)
             count += why is not None
             if why:
                 damaged.append(Damage(kind.name, str(path), why))
     return Verified(count, damaged)
 
 
-def _problem(kind: Kind, path: Path, check: Callable[[Path], None]) -> str | None:
+def _problem(kind: Kind, path: Path) -> str | None:
     """What is wrong with an entry; empty if nothing is, None if it was not checked."""
+    head = kind.head_of(path)
+    if kind.manifest and not head.is_file():  # LEWIS did not write it
+        return None
     try:
         with kind.lock(path.stem).acquire(timeout=0) if kind.locks else nullcontext():
-            check(path)
-    except (Timeout, checked.UncheckedError):  # an entry without a checksum is made again when a run needs it
+            manifest.check_files(head.parent, kind.parts(path, head.read_bytes()), anew=True)
+    except Timeout:
         return None
     except (OSError, ValueError) as error:
         return (str(error) or "it cannot be read") if path.exists() else None
     return ""
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():  # LEWIS did not write it
-        raise checked.UncheckedError
-    manifest.check(folder, anew=True)
-
-
-def _check_entry(path: Path) -> None:
-    checked.loads(path.read_bytes())
-
-
-def _check_importance(path: Path) -> None:
-    expected, beside = checked.loads(path.read_bytes())["moments"], kinds.IMPORTANCE.beside_of(path)
-    manifest.check_files(beside.parent, {beside.name: (expected["size"], expected["sha256"])}, anew=True)
-
-
-def _check_picture(path: Path) -> None:
-    if not png.is_whole(path.read_bytes()):
-        raise ValueError("its checksums do not fit")
-
-
-def _check_record(path: Path) -> None:
-    checked.loads(json.loads(path.read_bytes())["result"].encode())
-
-
-def _check_journal(path: Path) -> None:
-    checked.check_lines(path.read_bytes())
-
-
-_CHECKS: dict[Kind, Callable[[Path], None]] = {
-    kinds.MERGED: _check_folder,
-    kinds.IMPORTANCE: _check_importance,
-    kinds.GRAMS: _check_folder,
-    kinds.ALLOCATIONS: _check_entry,
-    kinds.CALIBRATIONS: _check_entry,
-    kinds.INSPECTIONS: _check_entry,
-    kinds.SCORES: _check_entry,
-    kinds.DIGESTS: _check_entry,
-    kinds.PICTURES: _check_picture,
-    kinds.RESULTS: _check_record,
-    kinds.SEARCHES: _check_journal,
-}

@@ -1,15 +1,25 @@
-"""Find out before any work whether the store, and what a command writes, can be written: by trying."""
+"""Find out before any work whether this version may write to the store, and a command where it writes to: by trying.
+
+The file `format` in the store has a number. It is raised when a store of the version before can no longer be read as it
+is; `_MIGRATIONS` then has what brings an older store up to date. What one step computes otherwise than before is no
+matter of the format: such a step raises its own `SEMANTICS`, and finds no entry of the version before.
+"""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.store import files, format
+from lewis.store import entries, files
 from lewis.store.folders import make_folder
 
+FORMAT = 1
+_MIGRATIONS: dict[int, Callable[[], None]] = {}
+"""Format -> what turns a store of it into one of the next format; it can be repeated after a kill."""
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = 64  # characters that a scratch name has more than the name it stands for
@@ -25,7 +35,7 @@ def check_store() -> None:
     try:
         make_folder(home)
         os.rmdir(tempfile.mkdtemp(prefix=".lewis-", dir=home))
-        format.check()
+        check_format()
     except (OSError, InputError) as error:
         told = error if isinstance(error, InputError) else error.strerror
         raise InputError(
@@ -33,8 +43,40 @@ def check_store() -> None:
         ) from error
 
 
+def check_format() -> None:
+    """Bring a store of an older version up to date; a new one, and one without a number, is of the first format.
+
+    Raises:
+        InputError: if a newer version made it.
+    """
+    if (found := _read_format()) == FORMAT:
+        return
+    with files.lock("format"):
+        found = _read_format()
+        if found > FORMAT:
+            raise InputError(
+                f"LEWIS_HOME: the store {files.home()} has the format {found}, this version of LEWIS knows {FORMAT}: a "
+                "newer version made it; install that, or set LEWIS_HOME to another folder"
+            )
+        for number in range(max(found, 1), FORMAT):
+            _MIGRATIONS[number]()
+            _write_format(number + 1)
+        if found == 0:
+            _write_format(FORMAT)
+
+
+def _read_format() -> int:
+    """The number; 0 without a file, or with one that is damaged."""
+    found = files.read_json(files.home() / "format")
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
+
+
+def _write_format(number: int) -> None:
+    files.write_text(files.home() / "format", json.dumps(number) + "\n")
+
+
 def of_the_disk(error: BaseException | None) -> bool:
-    """Whether a disk is full or read-only: `explained` tells all about it, and a traceback would tell no more."""
+    """Whether a disk is full or read-only: `explained` says all about it, and a traceback adds nothing."""
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
 
 
@@ -60,7 +102,7 @@ def check_output_folder(folder: Path) -> Path:
     """
     try:
         place = folder.resolve()
-        files.check_replaceable(place)
+        entries.check_replaceable(place)
         _try(place)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
         if isinstance(error, InputError):

@@ -19,7 +19,7 @@ from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.registry import champions, versions
+from lewis.registry import history, versions
 from lewis.registry.lineage import by_reference, lineage_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import pictures, tables
@@ -149,7 +149,7 @@ def report_run(
 def _over_versions(version: Version) -> dict[str, bytes]:
     """The champion over the versions, once there is more than one."""
     try:
-        return {"The champion over the versions": champions.picture(version.name)} if int(version.version) > 1 else {}
+        return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
     except InputError:  # nothing is scored
         return {}
 

@@ -19,8 +19,9 @@ from lewis.inspection.step import inspect
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from lewis.search.study import Log, Objective
-from lewis.store import checked, kinds, png
-from lewis.store.checksums import remembered_sha256
+from lewis.store import kinds, sealed_json
+from lewis.store.manifest import remembered_sha256
+from lewis_tasks.support.caching import RESULTS
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage
@@ -136,25 +137,6 @@ def test_a_remembered_fact_is_found_out_again(made: Store, how: str, caplog: pyt
     assert caplog.text.count("is damaged and made again") == len(entries)
 
 
-def test_what_a_version_before_wrote_without_a_checksum_is_made_again(made: Store, home: Path) -> None:
-    first = made.use()
-    for kind in (kinds.IMPORTANCE, kinds.ALLOCATIONS, kinds.CALIBRATIONS, kinds.SCORES, kinds.DIGESTS):
-        for path in kind.entries():
-            store.write_json(path, checked.loads(path.read_bytes()))
-    manifest = next(kinds.MERGED.folder.glob("*/lewis.json"))
-    content = checked.loads(manifest.read_bytes())
-    manifest.chmod(0o600)
-    store.write_json(manifest, content)  # this one has the checksums of the files: they are checked, and it is kept
-    again = made.use()
-    assert {**again, "merged": {**again["merged"], "lewis.json": b""}} == {
-        **first,
-        "merged": {**first["merged"], "lewis.json": b""},
-    }
-    assert not (home / "quarantine").exists()
-    damage(manifest.parent / "model.safetensors", "flipped")
-    assert made.use() == first
-
-
 @pytest.mark.parametrize("how", DAMAGES)
 def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(made: Store, how: str) -> None:
     from prefect.filesystems import LocalFileSystem
@@ -169,7 +151,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     measured, allocated = pipeline.guide(made.recipe, base, experts)
     assert allocated is not None
     merged = pipeline.merge(made.recipe, base, experts, allocated)
-    storage = LocalFileSystem(basepath=str(kinds.RESULTS.folder))
+    storage = LocalFileSystem(basepath=str(RESULTS.folder))
     records = ResultStore(result_storage=storage, serializer=RecordSerializer(), cache_result_in_memory=False)
     values = {"measured": measured, "allocated": allocated, "merged": merged, "base": base}
     for name, value in values.items():
@@ -179,7 +161,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
         "measured": kinds.IMPORTANCE.beside_of(measured[0].path),
         "allocated": allocated.path,
         "merged": merged.folder / "config.json",
-        "base": kinds.RESULTS.folder / "base",
+        "base": RESULTS.folder / "base",
     }.items():
         damage(path, how)
         assert not records.exists(name), name
@@ -200,21 +182,21 @@ def test_a_search_begins_anew(home: Path, how: str, caplog: pytest.LogCaptureFix
 
 
 def test_no_flipped_bit_of_an_entry_is_believed() -> None:
-    whole = checked.dumps({"norms": {"a": 1.5, "é": None}, "model": "x"}).encode()
-    assert checked.loads(whole) == {"norms": {"a": 1.5, "é": None}, "model": "x"}
+    whole = sealed_json.dumps({"norms": {"a": 1.5, "é": None}, "model": "x"}).encode()
+    assert sealed_json.loads(whole) == {"norms": {"a": 1.5, "é": None}, "model": "x"}
     picture = png_of(b"x")
-    assert png.is_whole(picture) and not png.is_whole(picture + b"\0")
-    for data, is_whole in ((whole, _is_believed), (picture, png.is_whole)):
+    for data, check in ((whole, sealed_json.loads), (picture, kinds.check_png)):
+        assert _is_believed(check, data) and not _is_believed(check, data + b"\0")
         for bit in range(8 * len(data)):
             flipped = bytearray(data)
             flipped[bit // 8] ^= 1 << bit % 8
-            assert not is_whole(bytes(flipped)), (bit, bytes(flipped))
-        assert not any(is_whole(data[:stop]) for stop in range(len(data)))
+            assert not _is_believed(check, bytes(flipped)), (bit, bytes(flipped))
+        assert not any(_is_believed(check, data[:stop]) for stop in range(len(data)))
 
 
-def _is_believed(data: bytes) -> bool:
+def _is_believed(check: Callable[[bytes], Any], data: bytes) -> bool:
     try:
-        checked.loads(data)
+        check(data)
     except ValueError:
         return False
     return True

@@ -29,14 +29,14 @@ def make(folder: Path) -> dict[str, list[object]]:
     """Merge tiny models in `folder`, whose store is `folder/home`; gives the references by their class."""
     from lewis.inspection import step as inspection
     from lewis.recipe import Recipe
-    from lewis.store import format
+    from lewis.store import writable
     from tests.support import pipeline
     from tests.support.models import write_expert, write_llama
 
     base = write_llama(folder / "base", layers=1, hidden=4)
     for seed, name in enumerate(("math", "code"), 1):
         write_expert(base, folder / name, seed=seed)
-    format.check()
+    writable.check_format()
     found: dict[str, list[object]] = {}
     for method, more in (("ties", "  prune_by: activation"), ("regmean", "")):
         recipe = Recipe.parse(RECIPE % (method, more), root=folder)
@@ -54,7 +54,7 @@ def make(folder: Path) -> dict[str, list[object]]:
 
 def main() -> None:
     """Write the archive."""
-    from lewis.store.format import FORMAT
+    from lewis.store.writable import FORMAT
 
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "home"

@@ -27,14 +27,15 @@ def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -
 
 def gc(options: argparse.Namespace) -> None:
     """Show what can go, and with `--yes` remove it."""
-    from lewis.registry.needed import by_versions
+    from lewis.registry.retention import by_versions
     from lewis.store import housekeeping
     from lewis_flows import turn
+    from lewis_tasks.support.caching import RESULTS
 
     show_log()
     active_since = turn.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
-    found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since)
-    freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
+    found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since, also=[RESULTS])
+    freed, total = housekeeping.remove(found, also=[RESULTS]) if options.yes else 0, sum(item.bytes for item in found)
     if options.json:
         facts = {"found": [asdict(item) for item in found], "bytes": total, "removed": options.yes, "freed": freed}
         print(json.dumps(facts, indent=2, default=str))
@@ -101,10 +102,11 @@ def verify(options: argparse.Namespace) -> None:
     Raises:
         LewisError: if something is.
     """
-    from lewis.registry.verification import verify
+    from lewis.registry.repair import verify
+    from lewis_tasks.support.caching import RESULTS
 
     show_log()
-    found = verify()
+    found = verify(also=[RESULTS])
     if options.json:
         print(json.dumps(asdict(found), indent=2))
     else:

@@ -18,13 +18,13 @@ def plot_file(command: argparse.ArgumentParser) -> None:
 def history(options: argparse.Namespace) -> None:
     """Print who replaced whom as champion, a line an entry, the newest first."""
     from lewis import store
-    from lewis.registry import champions, history
+    from lewis.registry import history
     from lewis.store.writable import check_output_file
 
     plot = check_output_file(options.plot) if options.plot else None
     records = history.history(options.name)
     if plot:
-        store.write_bytes(plot, champions.picture(options.name))
+        store.write_bytes(plot, history.picture(options.name))
     if options.json:
         print(json.dumps([asdict(each) for each in reversed(records)], indent=2, ensure_ascii=False))
         return

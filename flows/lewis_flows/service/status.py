@@ -17,7 +17,7 @@ from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.redact import redacted
-from lewis.registry import approval, releases
+from lewis.registry import promotion, releases
 from lewis.registry.releases import Held
 from lewis_flows import polls, prefect_runs, recipes_folder, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
@@ -106,7 +106,7 @@ def _champion(found: Watched, mlflow: Part) -> tuple[Held | None, str | None]:
         held = []
     champion = next((version for version in held if "champion" in version.aliases), None)
     waits = [
-        version.version for version in held if version.verdict == approval.WAITING and "challenger" in version.aliases
+        version.version for version in held if version.verdict == promotion.WAITING and "challenger" in version.aliases
     ]
     found.waiting = waits[0] if waits else None
     return champion, champion.version if champion else None

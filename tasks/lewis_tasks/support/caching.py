@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -15,15 +16,13 @@ from pydantic import Field
 from lewis.errors import LewisError
 from lewis.models.hub.errors import retryable
 from lewis.redact import redact_logs
-from lewis.store import checked, kinds
+from lewis.store import sealed_json
+from lewis.store.kinds import Kind
 from lewis.store.writable import of_the_disk
 
 logger = logging.getLogger(__name__)
 STOPPING = threading.Event()
 """Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
-RESULTS = kinds.RESULTS.folder
-"""Folder of Prefect's cache records: small references, one file for each key."""
-
 # For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
 RETRIES: dict[str, Any] = {
     "retries": 4,
@@ -48,7 +47,7 @@ class RecordSerializer(JSONSerializer):
 
     def dumps(self, obj: Any) -> bytes:
         """The result as bytes."""
-        return checked.dumps({"result": json.loads(super().dumps(obj))}, indent=None).encode()
+        return sealed_json.dumps({"result": json.loads(super().dumps(obj))}, indent=None).encode()
 
     def loads(self, blob: bytes) -> Any:
         """The result.
@@ -56,7 +55,36 @@ class RecordSerializer(JSONSerializer):
         Raises:
             ValueError: if the bytes are damaged, or what they refer to is.
         """
-        return super().loads(json.dumps(checked.loads(blob)["result"]).encode())
+        return super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())
+
+
+_PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of references that are paths
+
+
+def _content(record: bytes) -> dict[str, Any]:
+    """What a record holds under `result`, without making it a reference, which would note a use.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: if LEWIS did not write it, or it is damaged.
+    """
+    return sealed_json.loads(json.loads(record)["result"].encode())
+
+
+def _targets(record: Path) -> list[Path]:
+    """The files and folders that a record refers to; none if LEWIS did not write it."""
+    try:
+        found = _content(record.read_bytes())["result"]
+        named = list[str | None]()
+        for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
+            named += [*map(fields.get, _PATHS), *fields.get("sizes", ())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [Path(name) for name in named if name]
+
+
+# Files outside the store do not note their use.
+RESULTS = Kind("results", "*", check=_content, notes_use=False, refers_to=_targets)
+"""Prefect's records of finished tasks: one file for each key, which goes with what it refers to."""
 
 
 def raise_if_stopping(what: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lewis.store.png import is_whole
+from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from tests.conftest import Family
 from tests.support.models import rewrite
@@ -17,7 +17,7 @@ def test_sound_models_are_measured_and_drawn(recipe: Path, home: Path, capsys: p
     out = capsys.readouterr().out
     assert out.endswith("no findings: these models can be merged\n")
     assert "cosine with base" in out and "opposite signs" in out and "math and code" in out
-    assert is_whole(picture.read_bytes())
+    check_png(picture.read_bytes())
     assert main(["inspect", str(recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [set(each["size_by_layer"]) for each in found["models"]] == [{"0", "1"}] * 2 and found["findings"] == []

@@ -27,11 +27,11 @@ from lewis.evaluation.gate import Verdict
 from lewis.models.files.folder import copy_tokenizer
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
-from lewis.registry import champions, creation, history, logged_model, promotion
+from lewis.registry import creation, history, logged_model, promotion
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
-from lewis.store.png import is_whole
+from lewis.store.kinds import check_png
 from tests.support.damage import damage
 from tests.support.lineage import make_home
 
@@ -462,7 +462,7 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert re.search(r"  promoted +v1 +the first +addition/acc.* \(the run x\)$", oldest)
     assert "v1 stays" in history.lines(told)[3] and all("\n" not in line for line in history.lines(told))
     assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
-    assert is_whole(champions.picture("tiny"))
+    check_png(history.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
     with pytest.raises(InputError, match=r"models:/tiny/2, .* was rolled back itself \(it was rude\)"):
         promotion.rollback("tiny", "once too often")
@@ -514,17 +514,6 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
 
 
-def test_a_version_of_before_that_lists_sizes_alone_is_checked_by_its_manifest(entry: Registration, home: Path) -> None:
-    creation.register(entry)
-    (listed,) = artifacts(home).glob("models/*/artifacts/version.json")
-    sizes = {name: size for name, (size, _) in json.loads(listed.read_text())["files"].items()}
-    listed.unlink()
-    client().set_model_version_tag("tiny", "1", "lewis.files", json.dumps(sizes))
-    assert registry.find("tiny", DIGEST) is not None
-    damage(next(artifacts(home).glob("models/*/artifacts/model/config.json")), "flipped")
-    assert registry.find("tiny", DIGEST) is None
-
-
 def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(
     entry: Registration, tiny_model: Path
 ) -> None:
@@ -541,7 +530,7 @@ def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(
 
 
 def test_a_version_whose_files_are_back_is_no_longer_tagged(entry: Registration, home: Path) -> None:
-    from lewis.registry.verification import verify
+    from lewis.registry.repair import verify
 
     creation.register(entry)
     (config,) = artifacts(home).glob("models/*/artifacts/model/config.json")

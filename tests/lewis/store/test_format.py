@@ -13,7 +13,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merging.step import MergedModel
-from lewis.store import format, housekeeping, kinds, writable
+from lewis.store import housekeeping, kinds, writable
 from lewis.store.verification import verify
 
 OLD = sorted(Path(__file__).parent.glob("store_*.tar.gz"))
@@ -51,7 +51,7 @@ def test_every_entry_of_an_old_store_is_read(old: dict[str, list[dict]]) -> None
 
 
 def test_an_old_store_is_brought_up_to_date_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    format.check()
+    writable.check_format()
     assert store.read_json(home / "format") == 1
     (home / "format").unlink()  # as versions before the number left it
     done = list[str]()
@@ -61,22 +61,22 @@ def test_an_old_store_is_brought_up_to_date_once(home: Path, monkeypatch: pytest
         if len(done) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(format, "FORMAT", 3)
-    monkeypatch.setattr(format, "_MIGRATIONS", {1: second, 2: lambda: done.append("3")})
+    monkeypatch.setattr(writable, "FORMAT", 3)
+    monkeypatch.setattr(writable, "_MIGRATIONS", {1: second, 2: lambda: done.append("3")})
     store.write_json(home / "format", 1)
     with pytest.raises(KeyboardInterrupt):
-        format.check()
+        writable.check_format()
     assert store.read_json(home / "format") == 1
     for _ in range(2):
-        format.check()
+        writable.check_format()
     assert done == ["2", "2", "3"] and store.read_json(home / "format") == 3
 
 
 def test_a_newer_store_is_refused(home: Path) -> None:
     home.mkdir(exist_ok=True)
-    store.write_json(home / "format", format.FORMAT + 1)
+    store.write_json(home / "format", writable.FORMAT + 1)
     with pytest.raises(InputError, match=r"LEWIS_HOME: .* has the format 2, this version of LEWIS knows 1"):
         writable.check_store()
     (home / "format").write_text("{damaged")
     writable.check_store()
-    assert store.read_json(home / "format") == format.FORMAT
+    assert store.read_json(home / "format") == writable.FORMAT

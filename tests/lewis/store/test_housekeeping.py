@@ -23,10 +23,11 @@ from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, promotion, versions
-from lewis.registry.needed import by_versions
 from lewis.registry.registration import registration_of
+from lewis.registry.retention import by_versions
 from lewis.store import housekeeping
-from lewis.store.housekeeping import Removable, remove
+from lewis.store.housekeeping import Removable
+from lewis_tasks.support.caching import RESULTS, RecordSerializer
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.lineage import make_home
@@ -42,7 +43,12 @@ def mlflow_home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.Monkey
 
 def survey(*args: Any, **options: Any) -> list[Removable]:
     """As `lewis gc` asks for it: what the registered versions need is kept."""
-    return housekeeping.survey(*args, needed=by_versions(), **options)
+    return housekeeping.survey(*args, needed=by_versions(), also=[RESULTS], **options)
+
+
+def remove(items: list[Removable]) -> int:
+    """As `lewis gc --yes` does."""
+    return housekeeping.remove(items, also=[RESULTS])
 
 
 def age(home: Path, days: float) -> None:
@@ -297,10 +303,9 @@ class TestRecords:
         """A task's result as Prefect keeps it."""
         from prefect.filesystems import LocalFileSystem
         from prefect.results import ResultStore
-        from prefect.serializers import JSONSerializer
 
         storage = LocalFileSystem(basepath=str(store.home() / "results"))
-        ResultStore(result_storage=storage, serializer=JSONSerializer()).write(key=key, obj=value)
+        ResultStore(result_storage=storage, serializer=RecordSerializer()).write(key=key, obj=value)
         return old(store.home() / "results" / key, age)
 
     def importance(self, name: str) -> ImportanceEntry:
@@ -382,15 +387,17 @@ def test_logs_of_living_processes_stay(home: Path) -> None:
     assert names(survey()) == {f"logs/worker-{died}.log"}
 
 
-def test_caches_of_datasets_go_when_no_run_goes_on(home: Path) -> None:
-    for name, days in (("old", 30), ("new", 1)):
-        arrow = home / "datasets" / "json" / name / "0.0.0" / "train.arrow"
-        arrow.parent.mkdir(parents=True)
-        arrow.write_text("rows")
-        for path in (arrow, *list(arrow.parents)[:2]):
-            old(path, days * DAY)
-    assert names(survey()) == {"datasets/old"} and survey(active_since=time.time()) == []
-    assert remove(survey()) == 4 and [path.name for path in (home / "datasets" / "json").iterdir()] == ["new"]
+def test_what_was_read_of_a_gguf_file_goes_when_it_is_unused(home: Path) -> None:
+    folders = [home / "gguf" / name for name in ("used", "unused")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "table.json").write_text("{}")
+        (folder / "model.gguf").symlink_to(home / "elsewhere.gguf")
+        old(folder, 30 * DAY)
+    store.mark_used(folders[0])
+    found = survey()
+    assert names(found) == {"gguf/unused"} and remove(found) > 0
+    assert [folder.exists() for folder in folders] == [True, False]
 
 
 def test_what_is_not_ours_stays(home: Path) -> None:

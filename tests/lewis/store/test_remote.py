@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.store import kinds, lease, remote
+from lewis.store import kinds, lease, remote, sealed_json
 from lewis.store.lease import Lease, SharedLock
 
 
@@ -187,7 +187,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(machines: Machines, caplo
     folder = machines.remote / "grams" / "77"
     folder.mkdir(parents=True)
     manifest = {"files": {"../../x": {"size": 1, "sha256": "0" * 64}}}
-    (folder / "lewis.json").write_text(remote.checked.dumps(manifest))
+    (folder / "lewis.json").write_text(sealed_json.dumps(manifest))
     assert store.read_manifest(kinds.GRAMS.path("77")) is None and "expected the name of a file in it" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""JSON that carries its own checksum: a file that was cut or changed is told from one that is whole.
+"""JSON that carries its own checksum: it shows whether a file was cut or changed.
 
 The first line is `{"checksum": "sha256:<64 hex digits>",` and covers every byte after it; the file is plain JSON. In a
 file that grows line by line, each line is an object that holds the checksum of its other keys.
@@ -17,10 +17,6 @@ class DamagedError(ValueError):
     """The bytes are not those that were written."""
 
 
-class UncheckedError(ValueError):
-    """The bytes are JSON without a checksum, as an earlier version wrote it."""
-
-
 def dumps(content: Mapping[str, Any], indent: int | None = 2) -> str:
     """JSON text of an object that is not empty, with its checksum in the first line."""
     if not content:
@@ -34,13 +30,10 @@ def loads(data: bytes) -> dict[str, Any]:
 
     Raises:
         DamagedError: if the bytes are not those of `dumps`.
-        UncheckedError: if they are a JSON object without a checksum.
     """
     first, _, rest = data.partition(b"\n")
     found = _FIRST_LINE.fullmatch(first)
     if found is None:
-        if not first.startswith(b'{"checksum"') and b"sha256:" not in first and _is_object(data):
-            raise UncheckedError("there is no checksum in it")
         raise DamagedError("expected a checksum in its first line" if data else "it is empty")
     if hashlib.sha256(rest).hexdigest().encode() != found[1]:
         raise DamagedError("its content is not what its checksum says")
@@ -55,14 +48,13 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `sealed` was given; an object without a checksum, which an earlier version wrote, as it is.
+    """What `sealed` was given.
 
     Raises:
-        DamagedError: if the checksum does not fit.
+        DamagedError: if the checksum is missing or does not fit.
     """
     rest = dict(content)
-    checksum = rest.pop("checksum", None)
-    if checksum not in (None, _canonical(rest)):
+    if rest.pop("checksum", None) != _canonical(rest):
         raise DamagedError("its content is not what its checksum says")
     return rest
 
@@ -85,10 +77,3 @@ def check_lines(data: bytes) -> None:
 def _canonical(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def _is_object(data: bytes) -> bool:
-    try:
-        return isinstance(json.loads(data), dict)
-    except ValueError:
-        return False

@@ -1,0 +1,173 @@
+"""What the registered versions need, and the old runs of MLflow that nothing needs.
+
+Of the store they need their checkpoints, what these were made from, and the scores of both.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis import store
+from lewis.registry import history, lineage, logged_model, tracking
+from lewis.store import kinds
+from lewis.store.housekeeping import Needed
+from lewis.store.outdated import Outdated
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+_PARENT = "mlflow.parentRunId"
+_FLOW_RUN = "lewis.prefect.flow_run_id"
+_NOT_MADE_FROM = ", no registered version was made from it"
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """What all registered versions were made of, from their tags and manifests.
+
+    Attributes:
+        merges: digests of the registered merges.
+        inputs: commits and content digests of everything that they were made from.
+        means: expert -> mean density, one mapping for each merge that has densities.
+    """
+
+    merges: set[str]
+    inputs: set[str]
+    means: list[dict[str, float]]
+
+    def is_merge(self, path: Path) -> bool:
+        """Whether a checkpoint is registered."""
+        return path.stem in self.merges
+
+    def is_calibration(self, path: Path) -> bool:
+        """Whether a version was made from a calibration set."""
+        return path.stem in self.inputs
+
+    def is_measurement(self, path: Path) -> bool:
+        """Whether a version was made from the model and the calibration set of norms or second-order statistics."""
+        content = _content(path)
+        return {content.get("model"), content.get("calibration")} <= self.inputs
+
+    def is_allocation(self, path: Path) -> bool:
+        """Whether a version has the mean densities of an allocation, which does not name its merge."""
+        experts = _content(path).get("experts") or {}
+        return {ref: fields.get("mean") for ref, fields in experts.items()} in self.means
+
+    def is_score(self, path: Path) -> bool:
+        """Whether scores are of a registered merge, or of a model that one was made from."""
+        return _content(path).get("model") in self.inputs | self.merges
+
+
+def by_versions() -> dict[str, Needed]:
+    """For `housekeeping.survey`: name of a kind -> what to keep of it. Asks MLflow for all registered versions.
+
+    Raises:
+        TransientError: if MLflow does not answer.
+        LewisError: if MLflow refuses.
+    """
+    found = _read()
+    return {
+        kinds.MERGED.name: Needed(found.is_merge, ", not registered"),
+        kinds.IMPORTANCE.name: Needed(found.is_measurement, _NOT_MADE_FROM),
+        kinds.GRAMS.name: Needed(found.is_measurement, _NOT_MADE_FROM),
+        kinds.ALLOCATIONS.name: Needed(found.is_allocation, _NOT_MADE_FROM),
+        kinds.CALIBRATIONS.name: Needed(found.is_calibration, _NOT_MADE_FROM),
+        kinds.SCORES.name: Needed(found.is_score, ", not of a registered version or what it was made from"),
+    }
+
+
+def all_versions(client: "MlflowClient") -> Iterator["ModelVersion"]:
+    """All versions of all registered models."""
+    token: str | None = None
+    while token is None or token:
+        page = client.search_model_versions(max_results=1000, page_token=token)
+        yield from page
+        token = page.token or ""
+
+
+def runs(before: float) -> tuple[list[Outdated], set[str]]:
+    """The runs that ended before a time and that no version, chart or newest search of a name needs.
+
+    Args:
+        before: Unix time in seconds.
+
+    Returns:
+        Those runs, and the ids of the Prefect runs that made registered versions, which are needed.
+
+    Raises:
+        TransientError: if MLflow does not answer.
+        LewisError: if MLflow refuses.
+    """
+    if not tracking.exists():  # a look should not create a database
+        return [], set()
+    with tracking.client("looking for old runs") as client:
+        versions = {str(version.run_id) for version in all_versions(client)}
+        found = {str(run.info.run_id): run for run in _all_runs(client)}
+    kept = {key for key, run in found.items() if key in versions or history.CHART in run.data.tags}
+    newest: dict[str, tuple[float, str]] = {}
+    for key, run in found.items():
+        if key not in kept and _PARENT not in run.data.tags:
+            name = str(run.info.run_name)
+            newest[name] = max(newest.get(name, (0.0, "")), (float(run.info.start_time), key))
+    kept |= {key for _, key in newest.values()}
+    kept |= {found[key].data.tags.get(_PARENT, "") for key in kept}
+    old = [
+        Outdated("mlflow", f"run {run.info.run_name}, {run.info.status.lower()}", key, run.info.end_time / 1000)
+        for key, run in found.items()
+        if key not in kept and run.data.tags.get(_PARENT) not in kept and _ended_before(run, before)
+    ]
+    flow_runs = {found[key].data.tags.get(_FLOW_RUN, "") for key in versions & found.keys()} - {""}
+    return old, flow_runs
+
+
+def remove(found: Outdated) -> None:
+    """Delete a run, and the models that it logged if no version has them; `mlflow gc` frees their rows and files.
+
+    Raises:
+        TransientError: if MLflow does not answer.
+        LewisError: if MLflow refuses.
+    """
+    with tracking.client(f"deleting {found.what}") as client:
+        experiment = client.get_run(found.key).info.experiment_id
+        models = client.search_logged_models([experiment], f"source_run_id = '{found.key}'")
+        for model in models:
+            if not any(
+                key.startswith("mlflow.modelVersions") and model.tags[key] not in ("", "[]") for key in model.tags
+            ):
+                logged_model.discard(client, model)
+        client.delete_run(found.key)
+
+
+def _all_runs(client: "MlflowClient") -> Iterator["Run"]:
+    """All runs of ours, in the experiment and in those of the teams."""
+    base = tracking.experiment_name()
+    ids = [e.experiment_id for e in client.search_experiments() if e.name == base or e.name.startswith(f"{base}/")]
+    token: str | None = None
+    while ids and (token is None or token):
+        page = client.search_runs(ids, max_results=1000, page_token=token)
+        yield from (run for run in page if any(tag.startswith("lewis.") for tag in run.data.tags))
+        token = page.token or ""
+
+
+def _ended_before(run: "Run", before: float) -> bool:
+    return run.info.status != "RUNNING" and bool(run.info.end_time) and run.info.end_time / 1000 < before
+
+
+def _read() -> _Versions:
+    tags: list[dict[str, str]] = []
+    if tracking.exists():  # without a database nothing was registered, and a look should not create one
+        with tracking.client("listing the registered versions") as client:
+            tags = [version.tags for version in all_versions(client)]
+    merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
+    inputs = {key for each in tags for key in lineage.sources(each).values()}
+    manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]
+    return _Versions(merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")])
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What an entry, or its manifest, holds; nothing if it is damaged."""
+    content = store.read_json(path / store.MANIFEST if path.is_dir() else path)
+    return content if isinstance(content, dict) else {}
