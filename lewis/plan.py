@@ -139,7 +139,8 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         InputError: as a run would, for everything that can be known before the work.
     """
-    publishing.check_base(recipe)
+    if recipe.publish:
+        publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
     if recipe.evaluate:
         lm_eval.check_tasks(
             recipe.evaluate.tasks, recipe.root, allow_code_execution=recipe.evaluate.allow_code_execution
@@ -151,7 +152,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
-    plan.findings, plan.warning = before_download(recipe, base, experts), told_of_shared_set(recipe)
+    plan.findings, plan.warning = before_download(base, experts, find(recipe.merge_method)), told_of_shared_set(recipe)
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())

@@ -77,7 +77,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
             description="How much of each expert's gain over the base is kept on its own task",
         )
     create_markdown_artifact(
-        f"# Scores\n\n{picture('scores', pictures.scores(recipe, scores))}",
+        f"# Scores\n\n{picture('scores', pictures.scores(_weights(recipe), scores))}",
         key=artifact_key(recipe, "score-bars"),
         description="Scores with 95 % intervals",
     )
@@ -158,8 +158,12 @@ def _models(base: Any, experts: list[Any]) -> list[Any]:
     return [*([base] if base else []), *experts]
 
 
+def _weights(recipe: Recipe) -> dict[str, float]:
+    return recipe.evaluate.weights if recipe.evaluate else {}
+
+
 def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ScoresEntry]) -> dict[str, bytes]:
-    found = {"Scores with 95 % intervals": pictures.scores(recipe, scores)} if scores else {}
+    found = {"Scores with 95 % intervals": pictures.scores(_weights(recipe), scores)} if scores else {}
     if allocated:
         found["Density per layer"] = pictures.densities(allocated)
     return found

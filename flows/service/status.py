@@ -7,6 +7,7 @@ import httpx
 
 from lewis import store
 from lewis.errors import LewisError
+from lewis.models.source import pin_all
 from lewis.redact import redacted
 from lewis.registry import approval, releases
 from lewis.registry.releases import Held
@@ -73,7 +74,7 @@ def _watched(name: str, mlflow: Part) -> Watched:
         return found
     heads: dict[str, str] = {}
     try:
-        heads = releases.heads(recipe)
+        heads = releases.heads(*pin_all(recipe))
     except (LewisError, OSError) as error:
         found.unknown.append(f"the heads now: {error}")
     found.registered = recipe.register_as.model if recipe.register_as else ""

@@ -83,7 +83,7 @@ def allocate(
             warnings = list[str | None]()
             for entry, files in zip(recipe.experts, experts, strict=True):
                 here = seen[entry.model]
-                left_out = excluded(recipe, here.base.tensors, here.base.tied)
+                left_out = excluded(recipe.exclude, here.base.tensors, here.base.tied)
                 here = replace(here, covered=tuple(each for each in here.covered if each.tensor not in left_out))
                 if not here.covered:
                     raise InputError("exclude: it matches every covered layer; leave the lewis block out")

@@ -44,7 +44,7 @@ def settings_of(recipe: Recipe, base: Model, value: ParameterValue, of_anchor: P
         base=recipe.base_model,
         seed=recipe.seed,
         dtype=stored_dtype(recipe),
-        excluded=excluded(recipe, base.tensors, base.tied),
+        excluded=excluded(recipe.exclude, base.tensors, base.tied),
         vocabulary=recipe.vocabulary,
         output=recipe.output,
         base_name=_base_name(recipe, base),

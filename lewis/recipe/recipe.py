@@ -175,7 +175,7 @@ class Recipe(Block):
 
     def excludes(self, tensor: str) -> bool:
         """Whether a tensor is copied from the base instead of merged."""
-        return any(_matches(pattern, tensor) for pattern in self.exclude)
+        return _matches(self.exclude, tensor)
 
     def check_filters(self, tensors: Iterable[str]) -> None:
         """Check that every filter, and every pattern of `exclude`, matches a tensor.
@@ -191,7 +191,7 @@ class Recipe(Block):
         problems = [
             f"exclude[{i}]: {pattern!r} matches no tensor{nearest(pattern, modules)}"
             for i, pattern in enumerate(self.exclude)
-            if not any(_matches(pattern, name) for name in names)
+            if not any(_matches([pattern], name) for name in names)
         ]
         for where, parameters in self._parameter_blocks():
             for key, rules in parameters.items():
@@ -310,18 +310,16 @@ class Recipe(Block):
         return self.model_dump_json(exclude=left_out)
 
 
-def excluded(recipe: Recipe, names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:
+def excluded(patterns: Sequence[str], names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:
     """The tensors of the base that a recipe excludes from the merge.
 
     Args:
-        recipe: whose `exclude` is applied.
+        patterns: the recipe's `exclude`.
         names: the stored tensors of the base.
         tied: name -> the stored tensor it is tied to. A pattern that matches the name excludes the stored tensor.
     """
-    if not recipe.exclude:
-        return frozenset()
-    return frozenset(tied.get(name, name) for name in [*names, *tied] if recipe.excludes(name))
+    return frozenset(tied.get(name, name) for name in [*names, *tied] if _matches(patterns, name))
 
 
-def _matches(pattern: str, tensor: str) -> bool:
-    return fnmatch.fnmatchcase(tensor, f"*{pattern}*")
+def _matches(patterns: Sequence[str], tensor: str) -> bool:
+    return any(fnmatch.fnmatchcase(tensor, f"*{pattern}*") for pattern in patterns)

@@ -107,7 +107,7 @@ def registration_of(
             for tensor, density in each.densities.items()
         ]
     if found:
-        drawn["scores.png"] = pictures.scores(recipe, scores)
+        drawn["scores.png"] = pictures.scores(recipe.evaluate.weights if recipe.evaluate else {}, scores)
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
     # The merged model's metrics have the same names in all versions, whatever its label in the score table.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}

@@ -5,9 +5,8 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.scored import intervals, scores_of
-from lewis.evaluation.step import ScoresEntry, scored
-from lewis.recipe.recipe import Recipe
+from lewis.evaluation.scored import Scored, intervals, scores_of
+from lewis.evaluation.step import ScoresEntry
 from lewis.reports import charts
 from lewis.store import kinds, remote
 from lewis.store.png import is_whole
@@ -25,18 +24,18 @@ def densities(allocated: AllocationEntry) -> bytes:
     return _kept(["densities", allocated.digest], draw)
 
 
-def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
+def scores(weights: Mapping[str, float], found: Mapping[str, ScoresEntry]) -> bytes:
     """`charts.score_bars` of what was scored, with 95 % intervals; a PNG file.
 
     Args:
+        weights: `evaluate.weights` of the recipe; empty: there is no weighted mean.
         found: label -> scores, in the order of the bars.
     """
 
     def draw() -> bytes:
-        models = scored(recipe, found)
+        models = [Scored.of(label, each.content("model"), each.evaluated, weights) for label, each in found.items()]
         return charts.score_bars(scores_of(models), intervals(models))
 
-    weights = recipe.evaluate.weights if recipe.evaluate else {}
     return _kept(["scores", [[label, entry.digest] for label, entry in found.items()], dict(weights)], draw)
 
 
