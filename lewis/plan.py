@@ -152,7 +152,10 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
-    plan.findings, plan.warning = before_download(base, experts, find(recipe.merge_method)), told_of_shared_set(recipe)
+    plan.findings, plan.warning = (
+        before_download(base, experts, pipeline.inspection_settings(recipe)),
+        told_of_shared_set(recipe),
+    )
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis import store
+from lewis import pipeline, store
 from lewis.importance.step import layers_of
 from lewis.inspection import measures, picture, step
 from lewis.merging.step import check_output, prepare_merge
@@ -27,7 +27,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
     """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
     for told in compatible.preflight(recipe, base, experts):
         logger.info(told)
-    for finding in step.before_download(recipe, base, experts):
+    for finding in step.before_download(base, experts, pipeline.inspection_settings(recipe)):
         logger.warning(finding.to_text())
 
 
@@ -60,8 +60,8 @@ def diagnose(recipe: Recipe, blocks: str, base: ModelFiles | None, experts: list
         The findings as plain data.
     """
     report = Progress("diagnose", f"read the weights of {recipe.name}'s models")
-    first, others = (base, experts) if base else (experts[0], experts[1:])
-    found = step.inspect(recipe, first, others, progress=lambda done, total: report(done / max(total, 1)))
+    settings = pipeline.inspection_settings(recipe)
+    found = step.inspect(base, experts, settings, report=lambda _, done, total: report(done / max(total, 1)))
     (logger.warning if found.findings else logger.info)("%s: %s", recipe.name, found.verdict)
     tables = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
     drawn = markdown.picture("layers by experts", picture.draw(found))

@@ -26,14 +26,14 @@ def inspect(options: argparse.Namespace) -> None:
     """
     from lewis import store
     from lewis.inspection import picture
-    from lewis.inspection.step import inspect_recipe
+    from lewis.pipeline import inspect_recipe
     from lewis.store.writable import check_output_file
 
     recipe = arguments.load(options)
     plot = check_output_file(options.plot) if options.plot else None
     show_log()
     with bars.progress() as report:
-        found = inspect_recipe(recipe, options.bases, lambda done, total: report("inspect", done, total))
+        found = inspect_recipe(recipe, options.bases, report)
     if plot:
         store.write_bytes(plot, picture.draw(found))
     if options.json:

@@ -66,7 +66,7 @@ def draft(base: str, experts: Sequence[str], file: Path) -> Draft:
     text = _compose(first, topics, tasks, file.stem)
     recipe = Recipe.parse(text, root=root, name=file.stem)
     preflight(recipe, first, others)
-    found = tuple(step.before_download(recipe, first, others))
+    found = tuple(step.before_download(first, others))
     warned = "".join(f"# {line}\n" for each in found for line in each.to_text().splitlines())
     return Draft(warned + text, {ref: topic.name for ref, topic in topics.items()}, tasks, found)
 

@@ -56,7 +56,7 @@ class Store:
             "norms": [each.norms for each in measured],
             "moments": [{name: s.tolist() for name, s in each.moments.items()} for each in measured],
             "grams": {path.name: path.read_bytes() for path in grams.iterdir()},
-            "inspected": inspect(self.recipe, base, experts).measures.to_json(),
+            "inspected": inspect(base, experts).measures.to_json(),
             "densities": allocated.experts(),
             "tokens": Calibration.load(sums.path).samples,
             "merged": {path.name: path.read_bytes() for path in merged.folder.iterdir()},

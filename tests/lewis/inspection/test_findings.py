@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lewis.inspection.measures import measure
-from lewis.inspection.step import before_download, inspect_recipe
+from lewis.inspection.step import before_download
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import pin_all
+from lewis.pipeline import inspect_recipe
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
 from tests.conftest import Family
@@ -220,7 +221,7 @@ def test_what_configs_tell_is_told_before_a_download(models: Path, home: Path, t
     odd = FAULTS["other rope"][0](models / "math", tmp_path / "odd")
     again = shutil.copytree(models / "code", tmp_path / "again")
     recipe = recipe_of(models / "base", models / "code", odd, again)
-    found = before_download(recipe, *pin_all(recipe))
+    found = before_download(*pin_all(recipe))
     assert [(each.kind, each.level) for each in found] == [("expert twice", "error"), ("rope", "warning")]
     assert "rope_theta is 1000000.0, in the base 10000.0" in found[1].what
 
