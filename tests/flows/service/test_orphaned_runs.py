@@ -81,7 +81,7 @@ def test_a_process_that_loads_its_program_is_not_dead(
     made = client.create_deployment(client.create_flow(_watch), "watch", work_pool_name="lewis", parameters={})
     dead, alive = (client.create_flow_run_from_deployment(made, state=Running()).id for _ in range(2))
     client.send_worker_heartbeat("lewis", "ours")
-    stat = "{} (a (b)) {} 1 1 1 0 -1 {} " + "0 " * 41 + "{} {} 0"  # state, flags, start and end of the environment
+    stat = "{} (a (b)) {} 1 1 1 0 -1 {} " + "0 " * 40 + "{} {} 0"  # state, flags, start and end of the environment
     processes = {"self": (b"A=b", ""), "7": (b"", stat.format(7, "S", 0, 0, 0)), "8": (b"", "")}
     processes |= {"9": (b"", stat.format(9, "Z", 0, 0, 0)), "10": (b"", stat.format(10, "S", 1 << 21, 0, 0))}
     processes |= {"11": (b"", stat.format(11, "R", 0, 77, 77)), "12": (b"A=b\0", "")}
