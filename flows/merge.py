@@ -15,7 +15,7 @@ from lewis.evaluation.step import ScoresEntry, eval_settings
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles, short_names
 from lewis.recipe.recipe import Recipe
-from lewis.reports.verdict_line import verdict_line
+from lewis.reports.run_report import verdict_line
 from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
 from lewis_flows.stages import fetch, guide, pin

@@ -13,9 +13,9 @@ from lewis.errors import LewisError
 from lewis.evaluation import lm_eval
 from lewis.evaluation.metric_names import check_names
 from lewis.evaluation.step import scoring_devices
-from lewis.importance import effort, measure
-from lewis.importance.by_name import covered_tensors
+from lewis.importance import grams, measure
 from lewis.importance.calibration import Calibration
+from lewis.importance.coverage import covered_tensors
 from lewis.importance.measure import Layer
 from lewis.importance.step import CalibrationEntry, grams_place
 from lewis.inspection.kinds import Finding
@@ -180,11 +180,11 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.disk, plan.disk_free = output * len(writes), store.free_space(store.home())
     if passes and recipe.needs_grams:
         network = measure.network_in(configs, shapes)
-        statistics = sum(effort.bytes_of(network, tokens) for tokens in passes)
+        statistics = sum(grams.bytes_of(network, tokens) for tokens in passes)
         plan.disk += statistics
         plan.to_push += statistics if plan.remote else 0
-        per_second = effort.operations_per_second() * len(os.sched_getaffinity(0))
-        plan.measuring = sum(effort.operations_of(network, tokens) for tokens in passes) / per_second
+        per_second = grams.operations_per_second() * len(os.sched_getaffinity(0))
+        plan.measuring = sum(grams.operations_of(network, tokens) for tokens in passes) / per_second
     if writes and prepared and plan.disk < plan.disk_free:
         found = forecast(prepared)  # before anything loads the compiled loops, which takes a part of the time
         plan.seconds, plan.memory = found.seconds * len(writes), found.memory
@@ -193,7 +193,7 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.seconds = None if writes else 0.0
         plan.memory = without_models(find(recipe.guided_method), max(count.values()), len(experts))
     if pipeline.wanted_measurements(recipe):
-        statistics = effort.memory_of(network, max(passes), len(os.sched_getaffinity(0))) if plan.measuring else 0
+        statistics = grams.memory_of(network, max(passes), len(os.sched_getaffinity(0))) if plan.measuring else 0
         plan.memory = max(plan.memory, _memory_of_pass(count) + statistics)
     if recipe.register_as:
         plan.steps.append(Step(f"register {recipe.register_as.model}", "to do"))

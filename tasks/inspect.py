@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis import pipeline, store
 from lewis.importance.step import layers_of
-from lewis.inspection import measures, picture, step
+from lewis.inspection import measures, result, step
 from lewis.merging.step import check_output, prepare_merge
 from lewis.models import compatible
 from lewis.models.source import ModelFiles, Source
@@ -64,7 +64,7 @@ def diagnose(recipe: Recipe, blocks: str, base: ModelFiles | None, experts: list
     found = step.inspect(base, experts, settings, report=lambda _, done, total: report(done / max(total, 1)))
     (logger.warning if found.findings else logger.info)("%s: %s", recipe.name, found.verdict)
     tables = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
-    drawn = markdown.picture("layers by experts", picture.draw(found))
+    drawn = markdown.picture("layers by experts", result.draw(found))
     create_markdown_artifact(
         f"# Do these models belong together?\n\n{found.to_markdown()}\n\n{tables}\n\n{drawn}",
         key=artifact_key(recipe, "inspection"),

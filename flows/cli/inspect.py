@@ -25,7 +25,7 @@ def inspect(options: argparse.Namespace) -> None:
         InputError: if there are findings of level error.
     """
     from lewis import store
-    from lewis.inspection import picture
+    from lewis.inspection import result
     from lewis.pipeline import inspect_recipe
     from lewis.store.writable import check_output_file
 
@@ -35,7 +35,7 @@ def inspect(options: argparse.Namespace) -> None:
     with bars.progress() as report:
         found = inspect_recipe(recipe, options.bases, report)
     if plot:
-        store.write_bytes(plot, picture.draw(found))
+        store.write_bytes(plot, result.draw(found))
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

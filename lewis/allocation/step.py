@@ -16,7 +16,7 @@ from lewis.allocation.in_result import InResult, in_result, is_stack
 from lewis.allocation.scales import ScalesByTensor
 from lewis.errors import InputError
 from lewis.importance.architecture import Layer
-from lewis.importance.by_name import covered_tensors
+from lewis.importance.coverage import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find

@@ -19,12 +19,11 @@ from lewis.importance import calibration
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
 from lewis.importance.architecture import Layer
-from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
+from lewis.importance.coverage import covered_tensors, told
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.importance.gram_files import Grams
 from lewis.importance.measured import Measured
-from lewis.importance.uncovered import told
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
@@ -218,8 +217,7 @@ def find_or_measure_grams(
     with kinds.GRAMS.turn(digest):
         if store.read_manifest(folder) is None:
             manifest.set_damaged_aside(folder)
-            from lewis.importance.effort import bytes_of
-            from lewis.importance.grams import measure_grams
+            from lewis.importance.grams import bytes_of, measure_grams
 
             needed = bytes_of(measuring.network_of(model), calibration.tokens)
             facts, checksums = {"model": model.key, "calibration": calibration.digest}, dict[str, str]()

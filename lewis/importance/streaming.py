@@ -11,7 +11,7 @@ from torch import nn
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.architecture import Network
-from lewis.importance.stepping import wait_at
+from lewis.importance.passes import wait_at
 from lewis.models.lora import LoraExpert
 from lewis.models.model import Model
 

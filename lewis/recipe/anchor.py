@@ -7,7 +7,7 @@ from pydantic import Field
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter, Range
 from lewis.recipe.block import Block, Parameters, Setting
-from lewis.recipe.settings import Rule
+from lewis.recipe.parameter_values import Rule
 
 WEIGHT = Parameter("weight", float, per_expert=False, default=1.0, range=Range(0))
 

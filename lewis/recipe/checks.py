@@ -6,9 +6,9 @@ from typing import Any
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
 from lewis.methods.registry import AUTO
-from lewis.recipe import anchor, backends, slices
+from lewis.recipe import anchor, model_args, slices
+from lewis.recipe.parameter_values import parse_setting
 from lewis.recipe.presets import GUIDES, contradictions
-from lewis.recipe.settings import parse_setting
 
 
 def cross_check(data: dict[str, Any]) -> list[str]:
@@ -23,7 +23,7 @@ def cross_check(data: dict[str, Any]) -> list[str]:
         problems.append(
             f"merge_method: unknown method {data['merge_method']!r}{nearest(str(data['merge_method']), METHODS)}"
         )
-    problems += anchor.problems_of(data, method) + backends.problems_of(data)
+    problems += anchor.problems_of(data, method) + model_args.problems_of(data)
     if not data.get("slices"):
         return problems + _check_merge(data, method) + _check_blocks(data)
     problems += slices.problems_of(data, method)

@@ -14,14 +14,13 @@ from lewis.methods.registry import AUTO
 from lewis.recipe import dialect, yaml_text
 from lewis.recipe.anchor import WEIGHT, Anchor
 from lewis.recipe.block import Block, ModelName, Parameters
-from lewis.recipe.chat_template import ChatTemplate
 from lewis.recipe.checks import cross_check
+from lewis.recipe.parameter_values import Rule, first_value
 from lewis.recipe.presets import GUIDES, RECOMMENDED
 from lewis.recipe.problems import describe
 from lewis.recipe.schema import Dtype, Evaluate, Lewis, ModelEntry, Output, Publish, Register, Search
-from lewis.recipe.settings import Rule, first_value
 from lewis.recipe.slices import OutputSlice, listed_models
-from lewis.recipe.tokenizer import Tokenizer
+from lewis.recipe.tokenizer import ChatTemplate, Tokenizer
 
 MAX_TOLD = 50  # problems of one recipe that an error lists
 

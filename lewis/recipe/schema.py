@@ -167,7 +167,7 @@ class Evaluate(Block):
             and what a model writes (`unsafe_code: true`).
         baselines: which other models are scored for comparison.
         backend: what computes the answers.
-        model_args: further arguments of it, as `lewis.recipe.backends` allows them.
+        model_args: further arguments of it, as `lewis.recipe.model_args` allows them.
         gpus: how many GPUs one evaluation takes.
     """
 

@@ -16,7 +16,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.inspection.step import inspect
 from lewis.recipe.recipe import Recipe
-from lewis.reports import charts, pictures
+from lewis.reports import charts
 from lewis.search.study import Log, Objective
 from lewis.store import checked, kinds, png
 from lewis.store.checksums import remembered_sha256
@@ -61,7 +61,7 @@ class Store:
             "tokens": Calibration.load(sums.path).samples,
             "merged": {path.name: path.read_bytes() for path in merged.folder.iterdir()},
             "scores": scores.scores,
-            "picture": pictures.densities(allocated),
+            "picture": charts.densities(allocated),
         }
 
 

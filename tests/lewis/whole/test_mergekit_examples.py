@@ -20,8 +20,8 @@ from lewis import pipeline
 from lewis.merging.run import Merge
 from lewis.models.chat_template import template_in
 from lewis.recipe import Recipe
-from lewis.recipe.chat_template import FORMATS
 from lewis.recipe.documents import load_documents
+from lewis.recipe.tokenizer import FORMATS
 from tests.support.mergekit_formulae import CONFIG, SHAPES, expected
 from tests.support.models import write_tensors, write_tokenizer
 
