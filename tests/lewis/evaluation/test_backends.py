@@ -19,6 +19,8 @@ from lewis.evaluation import backends, harness, lm_eval, server
 from lewis.evaluation.lm_eval import EvalSettings, tasks_digest
 from tests.support.completions_server import serving
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 ROWS = [
     {"question": "the sky is", "answer": 2, "text": " red"},

@@ -26,6 +26,8 @@ from lewis.evaluation import fork_server, harness, walls
 from lewis.evaluation.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
 from lewis.evaluation.scores import Evaluated, Score, score_table
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[3] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 CHOICES = [" cat", " dog", " red"]

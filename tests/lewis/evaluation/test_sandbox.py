@@ -15,6 +15,8 @@ import lewis
 from lewis.errors import InputError
 from lewis.evaluation import sandbox, system_calls
 
+pytestmark = pytest.mark.slow
+
 try:
     sandbox.check()
 except InputError as error:
