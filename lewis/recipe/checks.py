@@ -8,7 +8,7 @@ from lewis.methods import METHODS, Method, Parameter
 from lewis.methods.registry import AUTO
 from lewis.recipe import anchor, model_args, slices
 from lewis.recipe.parameter_values import parse_setting
-from lewis.recipe.presets import GUIDES, contradictions
+from lewis.recipe.schema import GUIDES, contradictions
 
 
 def cross_check(data: dict[str, Any]) -> list[str]:

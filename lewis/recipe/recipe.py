@@ -16,9 +16,19 @@ from lewis.recipe.anchor import WEIGHT, Anchor
 from lewis.recipe.block import Block, ModelName, Parameters
 from lewis.recipe.checks import cross_check
 from lewis.recipe.parameter_values import Rule, first_value
-from lewis.recipe.presets import GUIDES, RECOMMENDED
 from lewis.recipe.problems import describe
-from lewis.recipe.schema import Dtype, Evaluate, Lewis, ModelEntry, Output, Publish, Register, Search
+from lewis.recipe.schema import (
+    GUIDES,
+    RECOMMENDED,
+    Dtype,
+    Evaluate,
+    Lewis,
+    ModelEntry,
+    Output,
+    Publish,
+    Register,
+    Search,
+)
 from lewis.recipe.slices import OutputSlice, listed_models
 from lewis.recipe.tokenizer import ChatTemplate, Tokenizer
 
