@@ -71,7 +71,7 @@ def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
     return found
 
 
-def until(true: Callable[[], bool], timeout: float = 30) -> None:
+def until(true: Callable[[], bool], timeout: float = 120) -> None:
     """The server stores events in batches, so they are there after some seconds."""
     deadline = time.monotonic() + timeout
     while not true():
