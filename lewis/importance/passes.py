@@ -37,17 +37,23 @@ class Stepping:
 
     @classmethod
     def current(cls) -> Self | None:
-        """The pass that is running; None if none of this class is."""
+        """The pass that is running; None if it is of another class, or none is running."""
         found = _OF_RUN.get(getcurrent())
         return found if isinstance(found, cls) else None
 
     def advance(self) -> Any:
-        """Run until the next `wait`, always in the same thread; gives what that was told, None at the end."""
+        """Resume the pass until it calls `wait`.
+
+        A greenlet cannot change threads, so call this from the thread that started it.
+
+        Returns:
+            The value passed to `wait`; None when the forward pass has ended.
+        """
         if self._run is None:
             self._run = greenlet(self.forward)
             _OF_RUN[self._run] = self
-        told = self._run.switch()
-        return None if self._run.dead else told
+        value = self._run.switch()
+        return None if self._run.dead else value
 
     def stop(self) -> None:
         """End what waits here, in its own thread."""
@@ -55,13 +61,13 @@ class Stepping:
             self._run.throw()
 
 
-def wait(told: Any) -> None:
-    """Stop the pass that is running until it is its turn again, and hand `told` to whoever leads it."""
-    getcurrent().parent.switch(told)
+def wait(value: Any) -> None:
+    """Pause the pass that is running; the `advance` that resumed it returns `value`."""
+    getcurrent().parent.switch(value)
 
 
 def wait_at(path: str, *_: object) -> None:
-    """A hook before the module `path`: stop in front of it."""
+    """A forward pre-hook of the module `path`: pause in front of it."""
     wait(path)
 
 

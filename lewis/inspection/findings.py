@@ -1,4 +1,4 @@
-"""Findings that the measured weights tell: what is out of line, and between whom."""
+"""Findings that follow from the measured weights: about single tensors, experts, and pairs of experts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def weight_findings(
     candidates: int = 0,
     result: str | None = None,
 ) -> list[Finding]:
-    """All that the weights tell.
+    """All findings that follow from the measured weights.
 
     Args:
         refs: of the base, the experts, and other possible bases.
@@ -131,11 +131,11 @@ def _norms(ref: str, i: int, odd: Sequence[TensorMeasures]) -> Iterator[Finding]
 
 
 def _amount(ref: str, size: float, others: Sequence[float], dtype: str, base: str) -> Iterator[Finding]:
-    """What the size of a task vector tells, beside those of the others.
+    """Findings from the size of a task vector, compared with those of the others.
 
     Args:
         ref: of the expert.
-        size: without the tensors that were told already.
+        size: without the tensors that have findings already.
         others: the sizes of the other experts.
         dtype, base: in which the expert and the base are stored.
     """
