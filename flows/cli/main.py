@@ -18,7 +18,7 @@ from lewis.store import writable
 from lewis_flows import environment, json_logs
 from lewis_flows.cli import demo, draft, housekeeping, inspect, look, merge, registry, run, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
-from lewis_flows.service import api_key, mlflow_key
+from lewis_flows.service import credentials
 
 
 class Command(NamedTuple):
@@ -210,8 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         as_json = json_logs.is_json()
         environment.prepare()
-        api_key.find()
-        mlflow_key.find()
+        credentials.find()
         if options.writes:
             writable.check_store()
         code = options.run(options) or 0

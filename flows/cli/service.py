@@ -6,6 +6,7 @@ import os
 import shutil
 from datetime import UTC, datetime
 
+from lewis import settings
 from lewis.redact import redacted
 from lewis_flows import json_logs
 
@@ -25,7 +26,7 @@ def up(options: argparse.Namespace) -> None:
     from lewis_flows.service.up import up
 
     if options.log_format:
-        os.environ[json_logs.SETTING] = options.log_format  # the parts print what is read here
+        os.environ[settings.LOG_FORMAT.name] = options.log_format  # the parts print what is read here
         json_logs.prepare()
     output = Output(verbose=options.verbose, as_json=json_logs.is_json())
 
@@ -43,7 +44,7 @@ def up(options: argparse.Namespace) -> None:
 
 def deploy(options: argparse.Namespace) -> None:
     """Bring a Prefect server up to date."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     with prefect_server() as url, connected(url):

@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.registry import releases, versions
+from lewis.store.secrets import PREFECT_KEY
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.service import api_key, mlflow_key, note, servers
-from lewis_flows.service.api_key import connected
+from lewis_flows.service import credentials, note, servers
+from lewis_flows.service.credentials import connected
 
 _PAGES = 10  # of 200 runs each, that are looked through
 
@@ -83,10 +84,10 @@ def links(recipe: str) -> Links:
 def _sign_in() -> dict[str, str]:
     known = note.read()
     found = {}
-    if known and not os.environ.get("PREFECT_API_URL") and api_key.path().exists():
-        found["Prefect"] = f"the key in {api_key.path()}"
+    if known and not os.environ.get("PREFECT_API_URL") and PREFECT_KEY.path().exists():
+        found["Prefect"] = f"the key in {PREFECT_KEY.path()}"
     if user := known.get("mlflow_user"):
-        found["MLflow"] = mlflow_key.asked_for(user)
+        found["MLflow"] = credentials.mlflow_asks_for(user)
     return found
 
 

@@ -9,9 +9,8 @@ import httpx
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from lewis.errors import LewisError
-from lewis.redact import redacted
+from lewis.redact import printable, redacted
 from lewis_flows import recipes_folder
-from lewis_flows.service.access_log import printable
 
 logger = logging.getLogger("lewis.webhook")
 KEPT = 5.0  # seconds for which an answer is given again, so that whoever asks often causes no load

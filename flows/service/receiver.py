@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from lewis.errors import LewisError
+from lewis.redact import printable
 from lewis_flows import recipes_folder
 from lewis_flows.release_event import announce, hub_repos
-from lewis_flows.service.access_log import printable
 from lewis_flows.service.hub_payload import Delivery, UpdatedRef
 
 logger = logging.getLogger("lewis.webhook")

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import LewisError
 from lewis.redact import redacted
 from lewis.registry import approval, releases
@@ -27,7 +27,7 @@ def status() -> Status:
         mlflow = Part(
             name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
         )
-    webhooks = _part("webhooks", os.environ.get("LEWIS_WEBHOOK_URL") or known.get("webhook") or "")
+    webhooks = _part("webhooks", settings.WEBHOOK_URL.get() or known.get("webhook") or "")
     found = Status(parts=[prefect, mlflow, webhooks], polled=polls.last())
     found.devices = device_queue.queue()
     if prefect.up:

@@ -13,7 +13,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from lewis.evaluation import work_queue
 from lewis_flows import prefect_runs, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
-from lewis_flows.service.api_key import connected
+from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Part, Run, Status
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.walls import walls
+from lewis.store import secrets
 
 _NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
 _PATIENCE = 2.0  # seconds for a child to be killed
@@ -83,7 +83,7 @@ class _ForkServer:
     def __init__(self, environment: Mapping[str, str], *, loaded: bool, network: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        before = walls(store.secret_files(), network=network)
+        before = walls(secrets.files(), network=network)
         self._owner = (os.getpid(), _when_loaded(environment), before)
         # -P: a random.py in the working directory must not stand in for the library's
         command = [*before, sys.executable, "-P", "-m", "lewis.evaluation.harness_child", str(theirs.fileno())]
@@ -101,7 +101,7 @@ class _ForkServer:
 
     def serves(self, environment: Mapping[str, str], *, network: bool) -> bool:
         """Whether this process started it, behind the same walls, in the same environment as far as imports go."""
-        return self._owner == (os.getpid(), _when_loaded(environment), walls(store.secret_files(), network=network))
+        return self._owner == (os.getpid(), _when_loaded(environment), walls(secrets.files(), network=network))
 
     def fork(self) -> Child:
         """A new child; OSError if the server is dead."""

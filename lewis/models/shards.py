@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from lewis.store import size as of_store
+from lewis import settings
+from lewis.errors import InputError
 
 
 def parse_size(text: str) -> int:
@@ -11,7 +12,10 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if the text is no such size.
     """
-    return of_store.parse_size(text, "max_shard_size")
+    try:
+        return settings.parse_size(text)
+    except ValueError:
+        raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}") from None
 
 
 def shard_names(count: int) -> list[str]:

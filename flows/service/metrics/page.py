@@ -1,27 +1,13 @@
 """The page of metrics: all sources at once, in Prometheus's text format."""
 
-import os
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lewis_flows.service import secret_file
 from lewis_flows.service.metrics import of_prefect, of_registry, of_store
 from lewis_flows.service.metrics.source import Source
-
-
-def metrics_key() -> str:
-    """What a scraper must send: `LEWIS_METRICS_KEY`, or the store's `metrics-key`, made when missing.
-
-    It opens nothing else: a scraper needs neither the key of the Prefect server nor the secret of the webhook.
-
-    Raises:
-        InputError: if others may read the file, or it is empty.
-    """
-    given = os.environ.get("LEWIS_METRICS_KEY", "").strip()
-    return given or secret_file.read_or_make("metrics-key", "remove it, and tell Prometheus the new key")
 
 
 def default_sources() -> list[Source]:

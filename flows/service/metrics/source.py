@@ -8,8 +8,7 @@ from contextvars import copy_context
 
 from prometheus_client.core import Metric
 
-from lewis.redact import redacted
-from lewis_flows.service.access_log import printable
+from lewis.redact import printable, redacted
 
 logger = logging.getLogger("lewis.webhook")
 PATIENCE = 8.0  # seconds that a scrape waits for one source; Prometheus itself waits for ten
