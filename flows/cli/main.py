@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
+from lewis import settings
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
@@ -97,6 +98,13 @@ COMMANDS = (
         service.status,
         "tell what runs, what is due, what champions hold and what is newer",
         (service.status_check, as_json),
+        writes=False,
+    ),
+    Command(
+        "settings",
+        service.print_settings,
+        "print every environment variable that LEWIS reads: its value now, its default, what it does",
+        (as_json,),
         writes=False,
     ),
     Command(
@@ -212,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment.prepare()
         credentials.find()
         if options.writes:
+            settings.check()
             writable.check_store()
         code = options.run(options) or 0
         sys.stdout.flush()  # so that it is noticed here if nobody reads it

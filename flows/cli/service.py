@@ -1,4 +1,4 @@
-"""`lewis up`, `lewis deploy` and `lewis status`: the service that keeps merged models up to date."""
+"""`lewis up`, `lewis deploy`, `lewis status` and `lewis settings`: the service that keeps merged models up to date."""
 
 import argparse
 import json
@@ -7,8 +7,10 @@ import shutil
 from datetime import UTC, datetime
 
 from lewis import settings
+from lewis.errors import InputError
 from lewis.redact import redacted
 from lewis_flows import json_logs
+from lewis_flows.cli import terminal
 
 
 def up_output(command: argparse.ArgumentParser) -> None:
@@ -83,3 +85,23 @@ def status(options: argparse.Namespace) -> int:
         return wrong[0].code if wrong else 0
     print(found.model_dump_json(indent=2) if options.json else as_text(found, datetime.now(UTC), width), end="")
     return 0 if all(part.up for part in found.parts) else 1
+
+
+def print_settings(options: argparse.Namespace) -> int:
+    """Print every setting; the exit code is 2 if one has a wrong value."""
+    rows, problems = [], []
+    for each in settings.ALL:
+        rows.append({"name": each.name, "value": each.shown(), "default": each.default, "what": each.what})
+        try:
+            each.get()
+        except InputError as error:
+            problems.append(str(error))
+    unknown = list(settings.unknown())
+    if options.json:
+        told = {"settings": rows, "unknown": unknown, "problems": problems}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        terminal.print_table(rows)
+    for text in unknown + problems:
+        terminal.say_error(text, as_json=json_logs.is_json())
+    return 2 if problems else 0

@@ -42,12 +42,11 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
 
     Raises:
-        InputError: if a setting is wrong, a port is taken, or another `lewis up` runs on this store.
+        InputError: if a port is taken, or another `lewis up` runs on this store.
         LewisError: if a part does not come up, or does not stay up.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts its background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    settings.check()
     alone = store.lock("up")
     try:
         alone.acquire(timeout=0)

@@ -30,7 +30,8 @@ from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from lewis.errors import InputError
 from lewis.store.secrets import PREFECT_KEY
-from lewis_flows.service import credentials, deploy, note, prefect_app, prefect_log
+from lewis_flows.service import deploy, note, prefect_app, prefect_log
+from lewis_flows.service.credentials import PREFECT_SENT, connected, key_for
 from tests.support.databases import put_prefect
 from tests.support.prefect_key import KEY, credentials
 
@@ -160,21 +161,21 @@ def test_a_run_chooses_nothing_of_its_process(client: SyncPrefectClient) -> None
 
 
 def test_the_key_is_made_once_and_found_by_every_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (PREFECT_KEY.variable.name, credentials.PREFECT_SENT, "PREFECT_API_URL"):
+    for name in (PREFECT_KEY.variable.name, PREFECT_SENT, "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
     made = PREFECT_KEY.read()
-    assert made == PREFECT_KEY.read() == credentials.key_for("http://127.0.0.1:1/api") and len(made) > 40
+    assert made == PREFECT_KEY.read() == key_for("http://127.0.0.1:1/api") and len(made) > 40
     assert stat.S_IMODE(PREFECT_KEY.path().stat().st_mode) == 0o600
 
     note.write({"prefect": "http://127.0.0.1:1/api"})
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
-    assert credentials.key_for("http://127.0.0.1:1/api") == made
+    assert key_for("http://127.0.0.1:1/api") == made
     monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example/api")
-    assert credentials.key_for("https://prefect.example/api") is None  # not ours: our key is not for it
-    monkeypatch.setenv(credentials.PREFECT_SENT, "theirs")
-    assert credentials.key_for("https://prefect.example/api") == "theirs"
+    assert key_for("https://prefect.example/api") is None  # not ours: our key is not for it
+    monkeypatch.setenv(PREFECT_SENT, "theirs")
+    assert key_for("https://prefect.example/api") == "theirs"
     monkeypatch.delenv("PREFECT_API_URL")
-    assert credentials.key_for("http://127.0.0.1:1/api") == made
+    assert key_for("http://127.0.0.1:1/api") == made
 
 
 @pytest.mark.parametrize("url", ["https://prefect.example/api", "http://127.0.0.1@prefect.example/api"])
@@ -182,24 +183,24 @@ def test_the_key_of_the_store_is_sent_to_loopback_alone(home: Path, url: str, mo
     """Also if `lewis up` was started with `PREFECT_API_URL`, so that its note names a server elsewhere."""
     PREFECT_KEY.read()
     note.write({"prefect": url})
-    for name in (PREFECT_KEY.variable.name, credentials.PREFECT_SENT):
+    for name in (PREFECT_KEY.variable.name, PREFECT_SENT):
         monkeypatch.delenv(name, raising=False)
     for named in ("", url):
         monkeypatch.setenv("PREFECT_API_URL", named)
-        assert credentials.key_for(url) is None
+        assert key_for(url) is None
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:2/api")  # another server of this machine
-    assert credentials.key_for("http://127.0.0.1:2/api") is None
+    assert key_for("http://127.0.0.1:2/api") is None
     monkeypatch.setenv("PREFECT_API_URL", "")
-    monkeypatch.setenv(credentials.PREFECT_SENT, "theirs")
-    assert credentials.key_for(url) == "theirs"
+    monkeypatch.setenv(PREFECT_SENT, "theirs")
+    assert key_for(url) == "theirs"
 
 
 def test_a_wrong_key_is_told(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)
-    monkeypatch.setenv(credentials.PREFECT_SENT, "wrong")
+    monkeypatch.setenv(PREFECT_SENT, "wrong")
     with (
         pytest.raises(InputError, match=r"wants another key; set PREFECT_API_AUTH_STRING"),
-        credentials.connected(prefect_url),
+        connected(prefect_url),
         get_client(sync_client=True) as client,
     ):
         client.read_flow_runs()
@@ -211,9 +212,9 @@ def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv(PREFECT_KEY.variable.name, "ours")
     before = dict(os.environ)
-    with credentials.connected("http://127.0.0.1:1/api"):
+    with connected("http://127.0.0.1:1/api"):
         assert (PREFECT_API_URL.value(), PREFECT_API_AUTH_STRING.value()) == ("http://127.0.0.1:1/api", "ours")
-        assert os.environ[credentials.PREFECT_SENT] == "ours"
+        assert os.environ[PREFECT_SENT] == "ours"
     assert dict(os.environ) == before and PREFECT_API_AUTH_STRING.value() == KEY
 
 
