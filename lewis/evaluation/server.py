@@ -118,7 +118,7 @@ def _command(model: str, port: int, gpus: int) -> list[str]:
     if not given:
         raise InputError(
             "LEWIS_EVALUATION_SERVER: not set; evaluate.backend openai asks a server: set it to "
-            f"{settings.EVALUATION_SERVER.expected}, such as http://127.0.0.1:8000/v1"
+            f"{settings.EVALUATION_SERVER.kind.expected}, such as http://127.0.0.1:8000/v1"
         )
     words = shlex.split(given)
     program = shutil.which(words[0])

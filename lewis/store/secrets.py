@@ -6,6 +6,7 @@ from secrets import token_urlsafe
 
 from lewis import settings
 from lewis.errors import InputError
+from lewis.settings import ONE_LINE, Setting
 from lewis.store.files import lock, written_beside
 from lewis.store.folders import home
 
@@ -22,7 +23,7 @@ class Secret:
     """
 
     name: str
-    variable: settings.Setting[str]
+    variable: Setting[str]
     fix: str
     prefix: str = ""
 
@@ -54,13 +55,13 @@ class Secret:
 
 PREFECT_KEY = Secret(
     "prefect-api-key",
-    settings.secret("PREFECT_SERVER_API_AUTH_STRING", "What the Prefect server that LEWIS starts asks for."),
+    Setting("PREFECT_SERVER_API_AUTH_STRING", ONE_LINE, "", "What Prefect's server asks for.", secret=True),
     "remove it, and start `lewis up` again",
     prefix="lewis:",
 )
 MLFLOW_PASSWORD = Secret(
     "mlflow-password",
-    settings.secret("MLFLOW_AUTH_ADMIN_PASSWORD", "What the MLflow server of `lewis up` asks for."),
+    Setting("MLFLOW_AUTH_ADMIN_PASSWORD", ONE_LINE, "", "What MLflow's server asks for.", secret=True),
     "remove it, and start `lewis up` again",
 )
 WEBHOOK_SECRET = Secret(

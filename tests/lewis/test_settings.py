@@ -59,7 +59,9 @@ def test_default_good_and_wrong(name: str, case: tuple[Any, str, Any, str], monk
     monkeypatch.setenv(name, wrong)
     with pytest.raises(InputError) as error:
         setting.get()
-    assert re.match(f"{name}: expected {re.escape(setting.expected)}, got .*; change or unset it$", str(error.value))
+    assert re.match(
+        f"{name}: expected {re.escape(setting.kind.expected)}, got .*; change or unset it$", str(error.value)
+    )
     assert (wrong in str(error.value)) != setting.secret
     with pytest.raises(InputError, match=f"^{name}: "):
         settings.check()
@@ -106,7 +108,7 @@ def test_nothing_else_reads_one() -> None:
 def test_the_page_has_the_table() -> None:
     page = (ROOT / "deployments" / "SETTINGS.md").read_text()
     table = [
-        f"| `{each.name}` | {f'`{each.default}`' if each.default else ''} | {each.expected} | {each.what} |"
+        f"| `{each.name}` | {f'`{each.default}`' if each.default else ''} | {each.kind.expected} | {each.what} |"
         for each in settings.ALL
     ]
     assert re.findall(r"^\| `LEWIS_.*$", page, re.MULTILINE) == table
