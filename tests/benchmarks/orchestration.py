@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 def overhead(root: Path) -> list[bool]:
     """The same merge with and without the DAG; each full run in a new process, from an empty store, in alternation."""
     from lewis_flows import environment
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     family = in_new_process(root / "training", train_demo, root / "demo")
@@ -168,7 +168,7 @@ def time_process(side: str, recipe: Path, home: Path) -> float:
 
 def time_remerge(root: Path) -> list[dict[str, float]]:
     """A full run and a re-merge, after a small one of other models has warmed up all code."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     experts = ["one", "two", "three", "four"]

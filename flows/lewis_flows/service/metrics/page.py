@@ -4,7 +4,6 @@ A source is asked at a scrape, not more often than it can bear, and a scrape nev
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +14,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lewis import store
-from lewis.redact import redacted
+from lewis.redact import printable, redacted
 from lewis.store import size
-from lewis_flows.service import secret_file
-from lewis_flows.service.access_log import printable
 from lewis_flows.service.metrics import of_prefect, of_registry
 
 logger = logging.getLogger("lewis.webhook")
@@ -76,18 +73,6 @@ class Source:
         self._wrong = wrong
         with self._lock:
             self._running = None
-
-
-def metrics_key() -> str:
-    """What a scraper must send: `LEWIS_METRICS_KEY`, or the store's `metrics-key`, made when missing.
-
-    It opens nothing else: a scraper needs neither the key of the Prefect server nor the secret of the webhook.
-
-    Raises:
-        InputError: if others may read the file, or it is empty.
-    """
-    given = os.environ.get("LEWIS_METRICS_KEY", "").strip()
-    return given or secret_file.read_or_make("metrics-key", "remove it, and tell Prometheus the new key")
 
 
 def default_sources() -> list[Source]:
