@@ -66,4 +66,4 @@ test-production: setup
 	LEWIS_PRODUCTION=1 $(BIN)/pytest --timeout 1800 tests/production
 
 clean:
-	rm -rf .venv build .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

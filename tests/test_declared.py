@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-OURS = {"lewis", "lewis_tasks", "lewis_flows", "lewis_deployments", "tests"}
+OURS = {"lewis", "lewis_tasks", "lewis_flows", "tests"}
 OPTIONAL = {
-    **{"flows/runners/dask.py": "dask", "flows/runners/dask_worker.py": "dask", "flows/runners/ray.py": "ray"},
+    **{f"flows/lewis_flows/runners/{name}.py": name.partition("_")[0] for name in ("dask", "dask_worker", "ray")},
     **{"lewis/models/gguf_file.py": "gguf", "lewis/models/gguf_folder.py": "gguf"},
 }
 # Imported in the tests only by the Python of another environment, or from a folder that the test or the user makes.

@@ -19,7 +19,6 @@ from tests.support.models import write_expert
 from tests.support.service import Service
 
 REPO = Path(__file__).resolve().parents[1]
-FOLDERS = {"lewis": "lewis", "tasks": "lewis_tasks", "flows": "lewis_flows", "deployments": "lewis_deployments"}
 RECIPE = """
 merge_method: ties
 base_model: org/base
@@ -54,13 +53,13 @@ def run(command: list[str | Path], folder: Path, **environment: str) -> subproce
 def test_it_holds_the_packages_with_their_data_and_no_tests(installed: Path, tmp_path: Path) -> None:
     built = next(installed.parent.glob("wheels-from-*.tar.gz/*.whl"))
     expected = {
-        f"{name}/{path.relative_to(REPO / folder).as_posix()}"
-        for folder, name in FOLDERS.items()
-        for path in (REPO / folder).rglob("*.py")
+        path.relative_to(REPO / root).as_posix()
+        for root, name in ((".", "lewis"), ("tasks", "lewis_tasks"), ("flows", "lewis_flows"))
+        for path in (REPO / root / name).rglob("*.py")
     }
     shipped = REPO / "deployments"
-    data = [shipped / "prefect.yaml", *shipped.glob("recipes/*.y*ml*"), *shipped.glob("recipes/tasks/*.yaml")]
-    expected |= {f"lewis_deployments/{path.relative_to(shipped).as_posix()}" for path in data}
+    data = [shipped / "prefect.yaml", *shipped.glob("recipes/*.y*ml*"), *shipped.glob("recipes/tasks/*.*")]
+    expected |= {f"lewis_flows/shipped/{path.relative_to(shipped).as_posix()}" for path in data}
     names = zipfile.ZipFile(built).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -70,7 +69,7 @@ def test_it_holds_the_packages_with_their_data_and_no_tests(installed: Path, tmp
 
 
 def test_what_runs_is_the_wheel(installed: Path, folder: Path) -> None:
-    modules = ", ".join(FOLDERS.values())
+    modules = "lewis, lewis_tasks, lewis_flows"
     code = f"import {modules}\nprint(*(m.__file__ for m in ({modules})), sep='\\n')"
     done = run([installed / "bin" / "python", "-c", code], folder)
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,24 @@
 """The gate: may a merged model take the champion's place?
 
-It chooses what the model is compared with and applies the rules of promotion, all of which must pass.
+It chooses what the model is compared with and applies the rules of promotion, all of which must pass. Each rule is a
+line with its number, and says whether it passed. Two copies of one model, however their answers are drawn, pass the
+rule of superiority in at most one case of forty: its test of sign flips is exact for them.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation import rules
-from lewis.evaluation.scored import Scored
+from lewis.evaluation.statistics.comparison import LEVEL, holm
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored, gain, grouped_tasks
+from lewis.evaluation.statistics.scores import Samples, by_key
 from lewis.recipe.schema import Gate
+
+CHANCE = 0.05  # the largest p at which a test counts as passed
+ROUNDING = 1e-9  # 0.57 - 0.55 is a little less than 0.02 in floating point
+MORE_PERPLEXITY = 1.1  # the largest perplexity allowed, as a multiple of the base's
+TOLERANCE = 0.05  # of a task for which the recipe gives none
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ def judge(
     if champion and champion.digest == digest:
         return Verdict(True, ("this very model is the champion already",), in_use)
     if withdrawn is not None:
-        told = f"this very model was rolled back by hand ({withdrawn}); only `lewis promote` brings it back: fail"
-        return Verdict(False, (told,), in_use)
+        reason = f"this very model was rolled back by hand ({withdrawn}); only `lewis promote` brings it back: fail"
+        return Verdict(False, (reason,), in_use)
     if gate is None:
         return Verdict(True, ("no gate in the recipe",), in_use)
     ours, others = models[-1], {model.label: model for model in models[:-1]}
@@ -115,7 +124,12 @@ def decide(
         if gate.metric not in model.by_name:
             hint = nearest(gate.metric, model.by_name) if model.by_name else "; there are no scores"
             raise InputError(f"register.gate.metric: expected a score of {who}, got {gate.metric!r}{hint}")
-    found = rules.apply(gate, candidate, reference, base, limit)
+    found = [
+        *_gain(gate, candidate, reference),
+        *_non_inferiority(gate, candidate, reference),
+        *_guards(candidate, reference, base),
+        *_whole(gate, limit),
+    ]
     ours, theirs = candidate.by_name[gate.metric].value, reference.by_name[gate.metric].value
     numbers = f"{gate.metric} {ours:.4g} vs {theirs:.4g}"
     hours = gate.approve_hours if gate.approve else None
@@ -130,3 +144,125 @@ def _best(metric: str, parents: Mapping[str, Scored]) -> Scored:
         return next(iter(parents.values()))
     higher = next(iter(known.values())).higher_is_better
     return parents[max(known, key=lambda label: known[label].value if higher else -known[label].value)]
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """One rule: what it asks for and what was found, and whether that passes."""
+
+    text: str
+    passed: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}: {'pass' if self.passed else 'fail'}"
+
+
+def _superiority(gate: Gate) -> bool:
+    """Whether the gain must be significant; a negative `min_gain` switches this rule off by default."""
+    return gate.min_gain >= 0 if gate.superiority is None else gate.superiority
+
+
+def _gain(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[RuleResult]:
+    ours, theirs = candidate.by_name[gate.metric], reference.by_name[gate.metric]
+    new, old = ours.value, theirs.value
+    passed = (new - old if ours.higher_is_better else old - new) >= gate.min_gain - ROUNDING  # NaN compares false
+    direction = "gain" if ours.higher_is_better else "drop"
+    yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {new:.4f} vs {old:.4f}", passed)
+    if _superiority(gate):
+        found = gain(candidate, reference, gate.metric)
+        text = (
+            f"{gate.metric}, lower {LEVEL * 100:.0f} % bound of the paired gain must be above 0, p at most {CHANCE:g}"
+        )
+        if found is None:
+            yield RuleResult(f"{text}: it has no value per document", False)
+        else:
+            certain = found.low > 0 and found.p <= CHANCE
+            yield RuleResult(f"{text}: {found.low:+.4f}, p {found.p:.3g}", certain)
+
+
+def _non_inferiority(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[RuleResult]:
+    """Tests that each task is worse by no more than its tolerance; p is adjusted by Holm for the number of tests."""
+    judged = {}
+    for key, samples in _judged(gate, candidate).items():
+        if (found := gain(candidate, reference, key)) is not None:
+            judged[key] = (found, _tolerance(gate, samples, reference))
+    adjusted = holm({key: found.p_inferior(tolerance) for key, (found, tolerance) in judged.items()})
+    for key, (found, tolerance) in judged.items():
+        yield RuleResult(
+            f"{key} must not be worse by {tolerance:.4g}: gain {found.delta:+.4f}, from {found.low:+.4f}, "
+            f"Holm's p {adjusted[key]:.3g}",
+            adjusted[key] <= CHANCE,
+        )
+
+
+def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
+    """One metric per task, by `task/metric,filter`.
+
+    It is the metric that has a tolerance of its own, else the gate's metric, else the task's first. A group is tested
+    in place of its members. If the rule of superiority applies, the gate's metric is not tested here.
+    """
+    tasks: dict[str, tuple[tuple[bool, bool], Samples]] = {}
+    members = grouped_tasks(candidate.samples)
+    named = gate.tolerance if isinstance(gate.tolerance, Mapping) else {}
+    for each in candidate.samples:
+        if each.key == WEIGHTED_KEY or (each.task in members and not {each.key, each.task} & set(named)):
+            continue
+        rank = (each.key in named, each.key == gate.metric)
+        if each.task not in tasks or rank > tasks[each.task][0]:
+            tasks[each.task] = (rank, each)
+    chosen = {each.key: each for _, each in tasks.values()}
+    unknown = [name for name in named if name not in chosen and name not in tasks]
+    if unknown:
+        known = [*tasks, *by_key(candidate.samples)]
+        raise InputError(
+            f"register.gate.tolerance: expected a task or a score with a value per document, got {unknown[0]!r}"
+            f"{nearest(unknown[0], known)}"
+        )
+    if _superiority(gate):
+        chosen.pop(gate.metric, None)
+    return chosen
+
+
+def _tolerance(gate: Gate, samples: Samples, reference: Scored) -> float:
+    """In the metric's unit: absolute for a score from 0 to 1 that is better high, else relative to the reference."""
+    given = gate.tolerance
+    share = given.get(samples.key, given.get(samples.task, TOLERANCE)) if isinstance(given, Mapping) else given
+    score = reference.by_name[samples.key]
+    unit = 1.0 if score.higher_is_better and 0 <= score.value <= 1 else abs(score.value)
+    allowed = -gate.min_gain if samples.key == gate.metric else 0.0
+    return max(share * unit, allowed)
+
+
+def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterator[RuleResult]:
+    """What disqualifies a model, whatever its other scores."""
+    ours = candidate.ends
+    broken = [score for score in candidate.by_name.values() if not math.isfinite(score.value)]
+    bad = len(broken) + sum(not samples.is_finite() for samples in candidate.samples)
+    yield RuleResult(f"no score may be NaN or infinite: {bad} of {len(candidate.scores)}", bad == 0)
+    parent = base or reference
+    for task, share in ours.empty.items():
+        theirs = parent.ends.empty.get(task, 0.0)
+        text = f"{task} must have no empty answers, or no more than {parent.label}"
+        yield RuleResult(f"{text}: {share:.1%} vs {theirs:.1%}", share <= theirs + ROUNDING)
+    if ours.tried:
+        count, ends = f"{ours.ended} of {ours.tried}", parent.ends.ended
+        words = "a generation must come to its end" if ends else f"no generation of {parent.label} ends, so none must"
+        yield RuleResult(f"{words}: {count}", ours.ended > 0 or not ends)
+    if base is None:
+        return
+    numbers: dict[str, tuple[float | None, float | None]] = {
+        "the reference answers' perplexity": (ours.perplexity, base.ends.perplexity)
+    }
+    for key, score in candidate.by_name.items():
+        if "perplexity" in score.metric and key in base.by_name:
+            numbers[key] = (score.value, base.by_name[key].value)
+    for what, (new, old) in numbers.items():
+        if new is not None and old is not None:
+            text = f"{what} must be at most {MORE_PERPLEXITY:g} times the base's: {new:.4g} vs {old:.4g}"
+            yield RuleResult(text, new <= MORE_PERPLEXITY * old)
+
+
+def _whole(gate: Gate, limit: float | None) -> Iterator[RuleResult]:
+    if limit is not None:
+        allowed = "allow_limit: true" if gate.allow_limit else "set register.gate.allow_limit to promote all the same"
+        yield RuleResult(f"all documents must be scored: evaluate.limit is {limit:g} ({allowed})", gate.allow_limit)

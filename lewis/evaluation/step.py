@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import ClassVar
 
 from lewis import store
 from lewis.devices import default_device, precision
-from lewis.evaluation import lm_eval, work_queue
-from lewis.evaluation.kept import Kept, kept
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scored import Scored
-from lewis.evaluation.scores import Evaluated, Score
-from lewis.evaluation.written import loadable
+from lewis.evaluation import work_queue
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.model_folder import loadable
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
-from lewis.recipe.recipe import Recipe
+from lewis.progress import Report, silent
 from lewis.store import kinds
 from lewis.store.reference import JsonReference
 
@@ -42,28 +41,29 @@ def score(
     files: ModelFiles,
     settings: EvalSettings,
     *,
-    root: Path,
     device: str = "cpu",
-    progress: Callable[[float, str], None] | None = None,
+    progress: Report = silent,
 ) -> ScoresEntry:
     """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
 
     Raises:
         LewisError: if the model is a merged one that is damaged; or as `lm_eval.evaluate`.
     """
-    digest, path = _scores_place(files.key, settings, root, device)
+    digest = scores_digest(files.key, settings, device)
+    path = kinds.SCORES.path(digest)
     with store.turn(kinds.SCORES, digest):
         if store.entry(path, "results") is None:
             files.check()
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
-                found = lm_eval.evaluate(folder, settings, root=root, adapter=adapter, device=device, progress=progress)
+                found = lm_eval.evaluate(folder, settings, adapter=adapter, device=device, progress=progress)
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 
-def find_scores(ref: str, key: str, settings: EvalSettings, root: Path, device: str = "cpu") -> ScoresEntry | None:
+def find_scores(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ScoresEntry | None:
     """The scores of a model, if the store has them."""
-    digest, path = _scores_place(key, settings, root, device)
+    digest = scores_digest(key, settings, device)
+    path = kinds.SCORES.path(digest)
     return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
 
 
@@ -72,64 +72,41 @@ def scoring_devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if work_queue.queue() else (default_device(),)
 
 
-def find_all_scores(
-    models: Mapping[str, tuple[str, str]], settings: EvalSettings, root: Path
-) -> dict[str, ScoresEntry] | None:
+def find_all_scores(models: Mapping[str, tuple[str, str]], settings: EvalSettings) -> dict[str, ScoresEntry] | None:
     """The scores of all models, all computed in one number format so that they can be compared; None if one is missing.
 
     Args:
         models: label -> reference and key of the model.
         settings: what to score, and how.
-        root: the recipe's folder.
     """
     for device in scoring_devices():
-        found = {label: find_scores(ref, key, settings, root, device) for label, (ref, key) in models.items()}
+        found = {label: find_scores(ref, key, settings, device) for label, (ref, key) in models.items()}
         whole = {label: entry for label, entry in found.items() if entry}
         if len(whole) == len(models):
             return whole
     return None
 
 
-def _scores_place(key: str, settings: EvalSettings, root: Path, device: str) -> tuple[str, Path]:
-    numbers = precision(device) if settings.backend == "hf" else settings.backend
-    digest = store.digest([key, lm_eval.tasks_digest(settings, root), numbers])
-    return digest, kinds.SCORES.path(digest)
-
-
-def scored(recipe: Recipe, entries: Mapping[str, ScoresEntry]) -> list[Scored]:
-    """The models of an evaluation side by side, with the recipe's weighted mean, in the order of the tables.
-
-    Raises:
-        InputError: if `evaluate.weights` names a score that does not exist.
-    """
-    weights = recipe.evaluate.weights if recipe.evaluate else {}
-    return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]
-
-
-def kept_gains(recipe: Recipe, models: Sequence[Scored]) -> list[Kept]:
-    """`kept`, where the gate's metric is the primary one of its task.
+def scores_digest(key: str, settings: EvalSettings, device: str) -> str:
+    """Digest of everything that decides the scores of a model, by which the store has them.
 
     Args:
-        models: everything that was scored, the merged model last.
+        key: identity of the model's content.
+        settings: what to score, and how.
+        device: as torch names it; its number format counts for the backend `hf`.
     """
-    gate = recipe.register_as.gate if recipe.register_as else None
-    return kept(models, gate.metric if gate else None)
+    numbers = precision(device) if settings.backend == "hf" else settings.backend
+    return store.digest([key, lm_eval.tasks_digest(settings), numbers])
 
 
-def eval_settings(recipe: Recipe) -> EvalSettings:
-    """The recipe's `evaluate` block as lm-eval settings."""
-    block = recipe.evaluate
-    assert block is not None
-    return EvalSettings(
-        tasks=block.tasks,
-        limit=block.limit,
-        num_fewshot=block.num_fewshot,
-        batch_size=block.batch_size,
-        timeout_s=60 * block.timeout_minutes,
-        apply_chat_template=block.apply_chat_template,
-        documents=block.documents,
-        allow_code_execution=block.allow_code_execution,
-        backend=block.backend,
-        model_args=block.model_args,
-        gpus=block.gpus,
-    )
+def scored(weights: Mapping[str, float], entries: Mapping[str, ScoresEntry]) -> list[Scored]:
+    """The models of an evaluation side by side, with their weighted mean, in the order of the tables.
+
+    Args:
+        weights: `evaluate.weights` of the recipe; empty: there is no weighted mean.
+        entries: label -> scores.
+
+    Raises:
+        InputError: if a weight names a score that does not exist.
+    """
+    return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,8 @@ from lewis.importance.uncovered import told
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
-from lewis.recipe.recipe import Recipe
-from lewis.recipe.schema import Importance, ModelEntry
+from lewis.progress import Report, silent
+from lewis.recipe.schema import CalibrationSet, Importance
 from lewis.store import kinds, manifest
 from lewis.store.manifest import place_of
 from lewis.store.reference import JsonReference, Reference
@@ -83,75 +83,106 @@ class ImportanceEntry(JsonReference):
         return measurements.read_moments(self.path)
 
 
-def wanted_measurements(recipe: Recipe) -> list[tuple[ModelEntry | None, list[str]]]:
-    """(model, calibration sets) for each pass that the recipe needs; None is the base.
+@dataclass(frozen=True)
+class CalibrationInput:
+    """Everything that decides a calibration set.
 
-    The base's is needed for the difference of norms, and for `aim`, on every set that an expert has; the experts' not
-    for `uniform` and `depth_gradient`, unless the recipe prunes by activation. Where `Recipe.needs_grams`, the experts'
-    passes leave second-order statistics too (`measure` with `grams`).
+    Attributes:
+        name: in the recipe, under `lewis.calibrations`.
+        spec: its block.
+        root: where relative `data_files` start.
+        base: whose tokenizer is used for all models; its weights need not be here.
     """
-    sets = list(dict.fromkeys(map(recipe.calibration_of, recipe.experts))) if recipe.measures_base else []
-    own = [(entry, [recipe.calibration_of(entry)]) for entry in recipe.experts] if recipe.measures else []
-    return [*([(None, sets)] if sets else []), *own]
 
+    name: str
+    spec: CalibrationSet
+    root: Path
+    base: ModelFiles
 
-def prepare_calibration(recipe: Recipe, name: str, base: ModelFiles) -> CalibrationEntry:
-    """Tokenise one calibration set of the recipe and put it into the store.
+    def place(self) -> Path:
+        """Where the store notes which entry was made of these rows by this tokenizer.
 
-    What was made of the same rows by the same tokenizer is found, so that a run which has nothing to do need not load
-    the libraries that do it.
-    """
-    assert recipe.lewis is not None
-    spec = recipe.lewis.calibrations[name]
-
-    def note() -> Path:
+        Raises:
+            InputError: if there are no such files, or there is no such dataset.
+            TransientError: if the Hub cannot be asked for the dataset's commit right now.
+        """
         libraries = [version("datasets"), version("transformers")]
-        rows = calibration.origin(f"lewis.calibrations.{name}", spec, recipe.root)
-        block = spec.model_dump(mode="json", exclude_unset=True)
-        return place_of([calibration.SEMANTICS, libraries, base.key, block, rows])
+        rows = calibration.origin(f"lewis.calibrations.{self.name}", self.spec, self.root)
+        block = self.spec.model_dump(mode="json", exclude_unset=True)
+        return place_of([calibration.SEMANTICS, libraries, self.base.key, block, rows])
 
-    place = note()
-    known = store.entry(place, "calibration") or {}
+
+def find_calibration(given: CalibrationInput) -> CalibrationEntry | None:
+    """The token ids of a set, if they were made of the same rows by the same tokenizer before.
+
+    A run that has nothing to do need then not load the libraries that make them.
+
+    Raises:
+        InputError, TransientError: as `CalibrationInput.place`.
+    """
+    known = store.entry(given.place(), "calibration") or {}
     path = calibration.path_of(known.get("digest", ""))
-    if store.read_entry(path) is None:
-        made = calibration.calibrate(name, spec, tokenizer=base.folder, root=recipe.root)
-        known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
-        if note() == place:  # no row moved meanwhile
-            store.write_entry(place, {"calibration": known})
-    return CalibrationEntry(name=name, path=path, **known)
+    return None if store.read_entry(path) is None else CalibrationEntry(name=given.name, path=path, **known)
 
 
-def measure(
-    files: ModelFiles,
-    calibrations: Sequence[CalibrationEntry],
-    settings: Importance | None = None,
-    *,
-    grams: bool = False,
-    device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[ImportanceEntry]:
+def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
+    """Tokenise one calibration set and put it into the store, or find it there.
+
+    Raises:
+        InputError: as `calibration.calibrate`.
+    """
+    place = given.place()
+    if found := find_calibration(given):
+        return found
+    made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.folder, root=given.root)
+    known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
+    if given.place() == place:  # no row moved meanwhile
+        store.write_entry(place, {"calibration": known})
+    return CalibrationEntry(name=given.name, path=path, digest=made.digest, tokens=made.tokens)
+
+
+@dataclass(frozen=True)
+class MeasureInput:
+    """Everything that decides what is measured of one model.
+
+    Attributes:
+        files: of the model.
+        sets: the calibration sets that it is measured on.
+        settings: of the passes.
+        grams: whether second-order statistics are wanted as well.
+    """
+
+    files: ModelFiles
+    sets: tuple[CalibrationEntry, ...]
+    settings: Importance = field(default_factory=Importance)
+    grams: bool = False
+
+
+def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -> list[ImportanceEntry]:
     """Importance of one model on each calibration set; what the store does not have is measured, in one pass.
 
+    With second-order statistics each set has a pass of its own, which leaves norms and moments, too, unless they are
+    to come from a model that is pruned.
+
     Args:
-        files: of the model.
-        calibrations: the sets.
-        settings: of the pass.
-        grams: whether second-order statistics are wanted as well. Then each set has a pass of its own, which leaves
-            norms and moments, too, unless they are to come from a model that is pruned.
+        given: the model and the sets.
+        report: called with (model and sets, tokens done, tokens in all).
         device: of the forward passes.
-        progress: called with (tokens done, tokens in all).
     """
-    settings = settings or Importance()
+    files, settings = given.files, given.settings
+    what = f"{files.ref} on {', '.join(each.name for each in given.sets)}"
+
+    def progress(done: int, total: int) -> None:
+        report(what, done, total)
+
     statistics = {}
-    if grams:
-        for each in calibrations:
-            set_ = Calibration.load(each.path)
-            model = files.open()
-            statistics[each.digest] = find_or_measure_grams(model, set_, device=device, progress=progress)
-            if settings.prune_ratio == 0:
-                _keep_norms(files, each, settings, device, partial(_from_grams, model, set_, statistics[each.digest]))
-    places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in calibrations}
-    missing = {each.digest: each for each in calibrations if not measurements.is_whole(places[each.digest][1])}
+    for each in given.sets if given.grams else ():
+        set_, model = Calibration.load(each.path), files.open()
+        statistics[each.digest] = find_or_measure_grams(model, set_, device=device, progress=progress)
+        if settings.prune_ratio == 0:
+            _keep_norms(files, each, settings, device, partial(_from_grams, model, set_, statistics[each.digest]))
+    places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in given.sets}
+    missing = {each.digest: each for each in given.sets if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
         for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
             locks.enter_context(store.turn(kinds.IMPORTANCE, digest))
@@ -169,8 +200,26 @@ def measure(
             path=places[each.digest][1],
             statistics=statistics.get(each.digest),
         )
-        for each in calibrations
+        for each in given.sets
     ]
+
+
+def measure_digest(given: MeasureInput, device: str) -> str:
+    """Identity of what `measure` gives: of the entries in the store, and of the names that it gives them."""
+    read_as, files = given.files.read_as, given.files
+    entries = [_importance_place(read_as, each, given.settings, device)[0] for each in given.sets]
+    grams = [grams_place(read_as, each.digest, device)[0] for each in given.sets if given.grams]
+    return store.digest([files.ref, [each.name for each in given.sets], entries, grams])
+
+
+def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry] | None:
+    """What `measure` gives, if the store has all of it."""
+    read_as = given.files.read_as
+    found = [
+        find_measured(given.files.ref, read_as, each, given.settings, device, grams=given.grams) for each in given.sets
+    ]
+    whole = [entry for entry in found if entry]
+    return whole if len(whole) == len(found) else None
 
 
 def _keep_norms(

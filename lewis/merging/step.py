@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import model_validator
@@ -14,17 +14,17 @@ from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
-from lewis.importance.step import prepare_calibration
+from lewis.importance.step import CalibrationEntry
 from lewis.merging.adapter import Adapter
 from lewis.merging.expert import Expert
-from lewis.merging.few_tokens import told_of_shared_set
 from lewis.merging.resolved import resolve
 from lewis.merging.run import Merge
 from lewis.merging.sliced import prepare_slices
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe
+from lewis.progress import Report, silent
+from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 
@@ -80,63 +80,84 @@ def adapter_in(folder: Path) -> Adapter | None:
     return Adapter(**found) if found else None
 
 
-def prepare_merge(
-    recipe: Recipe,
-    base: ModelFiles | None,
-    experts: Sequence[ModelFiles],
-    allocated: AllocationEntry | None = None,
-    which: str = "experts",
-    gpu: str = "cuda",
-) -> Merge:
+@dataclass(frozen=True)
+class MergeInput:
+    """Everything that decides a merge.
+
+    Attributes:
+        config: the merge part of a recipe.
+        base, experts: on disk; the experts in the order of `config.experts`. None: the config has no base.
+        text: the recipe as YAML, for the manifest.
+        allocated: densities of the merge, or of the anchor of a method that fits; None for a plain merge.
+        which: `experts` for the allocated densities, `uniform` for those of the baseline.
+        sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing.
+        omega: `lewis.aim.omega`; None: the merged delta is not held back.
+        measured: whether models are measured on the base's token ids, which must then mean the same to all of them.
+        uncovered: the policy `density.uncovered`, if densities are to be allocated; None if they are not.
+    """
+
+    config: MergeConfig
+    base: ModelFiles | None
+    experts: tuple[ModelFiles, ...]
+    text: str = ""
+    allocated: AllocationEntry | None = None
+    which: str = "experts"
+    sets: Mapping[str, CalibrationEntry] = field(default_factory=dict)
+    omega: float | None = None
+    measured: bool = False
+    uncovered: str | None = None
+
+    @property
+    def models(self) -> list[ModelFiles]:
+        """The base, if there is one, then the experts."""
+        return [*([self.base] if self.base else []), *self.experts]
+
+    def lineage(self) -> dict[str, object]:
+        """What the result is made of, for its manifest."""
+        inputs = {files.ref: files.key for files in self.models}
+        means = self.allocated.means if self.allocated else None
+        anchor = {"anchor": self.config.anchor.merge_method} if self.config.anchor else {}
+        return {
+            "method": self.config.merge_method, **anchor, "inputs": inputs, "mean_density": means, "recipe": self.text,
+        }  # fmt: skip
+
+
+def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     """Open all models and check that they fit.
 
     Args:
-        recipe: the recipe.
-        base: the base, if there is one.
-        experts: in the order of `recipe.experts`.
-        allocated: densities, for a guided merge.
-        which: `experts` for the guided densities, `uniform` for the baseline's.
+        given: what is merged.
         gpu: which one to compute on, if `lewis.devices.merge_device` says so.
 
     Raises:
         InputError: naming what does not fit.
     """
-    guided = allocated.experts(which) if allocated else {}
-    sets = calibrations_of(recipe, base) if recipe.fits and base else {}
+    config, allocated = given.config, given.allocated
+    guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
-    aim = recipe.lewis.aim if recipe.lewis else None
-    held_back = allocated.held_back(aim.omega) if allocated and aim else None
+    held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
+    sets = {each.path: Calibration.load(each.path) for each in given.sets.values()}
     opened = [
         Expert(
             entry.model,
             files.open(),
             guided[files.ref].densities if guided else None,
             scales.get(files.ref),
-            sets.get(entry.model),
+            sets[given.sets[entry.model].path] if entry.model in given.sets else None,
             guided[files.ref].mean if guided else 1.0,
         )
-        for entry, files in zip(recipe.experts, experts, strict=True)
+        for entry, files in zip(config.experts, given.experts, strict=True)
     ]
-    opened_base = base.open() if base else None
-    in_order = recipe.fits and not recipe.needs_grams  # its passes can take the result's token ids instead
-    if (recipe.measures or (in_order and recipe.vocabulary is None)) and opened_base is not None:
-        _check_token_ids(recipe, opened_base, [expert.model for expert in opened])
-    if recipe.slices:
-        return prepare_slices(recipe, opened_base, opened, held_back, merge_device(gpu))
-    settings = resolve(recipe, opened_base or opened[0].model)
-    return Merge(settings, opened_base, opened, held_back, merge_device(gpu))
+    base = given.base.open() if given.base else None
+    in_order = config.fits and not config.needs_grams  # its passes can take the result's token ids instead
+    if (given.measured or (in_order and config.vocabulary is None)) and base is not None:
+        _check_token_ids(given, base, [expert.model for expert in opened])
+    if config.slices:
+        return prepare_slices(config, base, opened, held_back, merge_device(gpu))
+    return Merge(resolve(config, base or opened[0].model), base, opened, held_back, merge_device(gpu))
 
 
-def calibrations_of(recipe: Recipe, base: ModelFiles) -> dict[str, Calibration]:
-    """Expert, as the recipe names it -> its calibration set, found in the store or made."""
-    if told := told_of_shared_set(recipe):
-        logger.warning("%s", told)
-    names = {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}
-    sets = {name: Calibration.load(prepare_calibration(recipe, name, base).path) for name in set(names.values())}
-    return {model: sets[name] for model, name in names.items()}
-
-
-def check_output(recipe: Recipe, prepared: Merge) -> None:
+def check_output(given: MergeInput, prepared: Merge) -> None:
     """Refuse a merge that an adapter cannot hold, before anything is measured or fitted.
 
     Where the densities that are still to be measured could decide this, it is left to the merge itself.
@@ -144,20 +165,19 @@ def check_output(recipe: Recipe, prepared: Merge) -> None:
     Raises:
         InputError: naming a tensor that an adapter cannot hold and the merge changes.
     """
-    guide = recipe.allocator
-    if recipe.output.kind != "lora" or (guide and guide.density.uncovered != "expert"):
+    if given.config.output.kind != "lora" or given.uncovered not in (None, "expert"):
         return
-    if guide:  # what an adapter cannot hold is not covered, and so has density 1
+    if given.uncovered:  # what an adapter cannot hold is not covered, and so has density 1
         whole = dict.fromkeys(prepared.layout, 1.0)
         prepared.experts = [replace(expert, densities=expert.densities or whole) for expert in prepared.experts]
     prepared.check_adapter()
 
 
-def _check_token_ids(recipe: Recipe, base: Model, experts: Sequence[Model]) -> None:
+def _check_token_ids(given: MergeInput, base: Model, experts: Sequence[Model]) -> None:
     """Check that the base's token ids, which a calibration set consists of, mean the same to each expert."""
-    if not recipe.fits:
+    if not given.config.fits:
         fix = "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
-    elif recipe.needs_grams or recipe.measures:
+    elif given.config.needs_grams or given.measured:
         fix = "this model cannot be measured on them: use regmean_forward, with tokenizer_source and no guided anchor"
     else:
         fix = "set tokenizer_source to base or union: then the fit matches them by token"
@@ -168,23 +188,15 @@ def _check_token_ids(recipe: Recipe, base: Model, experts: Sequence[Model]) -> N
             )
 
 
-def merge(
-    recipe: Recipe,
-    base: ModelFiles | None,
-    experts: Sequence[ModelFiles],
-    allocated: AllocationEntry | None = None,
-    which: str = "experts",
-    progress: Callable[[int, int, str], None] | None = None,
-    gpu: str = "cuda",
-) -> MergedModel:
+def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> MergedModel:
     """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""
-    prepared = prepare_merge(recipe, base, experts, allocated, which, gpu)
+    prepared = prepare_merge(given, gpu)
     folder = kinds.MERGED.path(prepared.digest)
     with store.turn(kinds.MERGED, prepared.digest):
         if find_merged(prepared.digest) is None:
             manifest.set_damaged_aside(folder)
-            prepared.run(folder, manifest=lineage(recipe, base, experts, allocated), progress=progress)
-    on = base.folder if base and prepared.as_adapter else None
+            prepared.run(folder, manifest=given.lineage(), progress=lambda done, total, name: report(name, done, total))
+    on = given.base.folder if given.base and prepared.as_adapter else None
     return MergedModel(digest=prepared.digest, folder=folder, base=on)
 
 
@@ -203,13 +215,3 @@ def find_merged(digest: str) -> MergedModel | None:
     folder = kinds.MERGED.path(digest)
     whole = (store.read_manifest(folder) or {}).get("digest") == digest
     return MergedModel(digest=digest, folder=folder) if whole else None
-
-
-def lineage(
-    recipe: Recipe, base: ModelFiles | None, experts: Sequence[ModelFiles], allocated: AllocationEntry | None
-) -> dict[str, object]:
-    """What a merged model was made of, for its manifest."""
-    inputs = {files.ref: files.key for files in ([base] if base else []) + list(experts)}
-    means = allocated.means if allocated else None
-    anchor = {"anchor": recipe.anchor.merge_method} if recipe.anchor else {}
-    return {"method": recipe.merge_method, **anchor, "inputs": inputs, "mean_density": means, "recipe": recipe.text}

@@ -117,6 +117,15 @@ class ModelFiles(Reference):
         """Identity of what `open` reads: the key, and whose names it is read under if these are another model's."""
         return self.key if self.like is None else self.open().key
 
+    def files(self, label: str) -> ModelFiles:
+        """Itself, as a merged model gives the files to score."""
+        return self
+
+    def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
+        """The folder with its config, and the shape of every tensor."""
+        opened = self.open()
+        return opened.home, dict(opened.shapes)
+
     def check(self) -> None:
         """Check the content of a folder in the store that has a manifest: a merged model, to be scored or merged again.
 

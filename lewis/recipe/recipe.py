@@ -1,6 +1,6 @@
 """The recipe: what the user asks for, validated, and the questions that the other wings ask of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, PrivateAttr, ValidationError
@@ -13,7 +13,7 @@ from lewis.recipe.checks import cross_check
 from lewis.recipe.config import MergeConfig
 from lewis.recipe.presets import GUIDES, RECOMMENDED
 from lewis.recipe.problems import describe
-from lewis.recipe.schema import Evaluate, Lewis, ModelEntry, Publish, Register, Search
+from lewis.recipe.schema import Evaluate, Gate, Lewis, ModelEntry, Publish, Register, Search
 from lewis.recipe.slices import listed_models
 
 MAX_TOLD = 50  # problems of one recipe that an error lists
@@ -151,18 +151,33 @@ class Recipe(MergeConfig):
         return self.guided and self.evaluate is not None and "uniform" in self.evaluate.baselines
 
     @property
+    def gate(self) -> Gate | None:
+        """The rules of promotion; None: every version becomes the champion, or nothing is registered."""
+        return self.register_as.gate if self.register_as else None
+
+    @property
+    def gate_metric(self) -> str | None:
+        """The score that decides about promotion, `task/metric,filter`; None if there is no gate."""
+        return self.gate.metric if self.gate else None
+
+    @property
+    def score_weights(self) -> Mapping[str, float]:
+        """The weights of the score `weighted/mean,none`; empty: there is no such score."""
+        return self.evaluate.weights if self.evaluate else {}
+
+    @property
     def scores_base(self) -> bool:
         """Whether the base is scored: as a baseline, or because the first champion has to beat it."""
-        gated = self.register_as is not None and self.register_as.gate is not None
-        return (
-            self.base_model is not None and self.evaluate is not None and ("base" in self.evaluate.baselines or gated)
-        )
+        if self.base_model is None or self.evaluate is None:
+            return False
+        return "base" in self.evaluate.baselines or self.gate is not None
 
     @property
     def scores_experts(self) -> bool:
         """Whether the experts are scored: as baselines, or because without a base the gate compares with the best."""
-        gated = self.register_as is not None and self.register_as.gate is not None
-        return self.evaluate is not None and ("experts" in self.evaluate.baselines or (gated and not self.base_model))
+        if self.evaluate is None:
+            return False
+        return "experts" in self.evaluate.baselines or (self.gate is not None and not self.base_model)
 
     @property
     def label(self) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.hub_results import hub_results
-from lewis.evaluation.kept import Kept, kept_rows
-from lewis.evaluation.scored import Scored, comparison_rows, gain, scores_of
-from lewis.evaluation.scores import score_table
-from lewis.evaluation.step import ScoresEntry, kept_gains, scored
+from lewis.evaluation.harness.task_metrics import hub_results
+from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
+from lewis.evaluation.statistics.scored import Scored, comparison_rows, gain, scores_of
+from lewis.evaluation.statistics.scores import score_table
+from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel, adapter_in, chosen_ridge
 from lewis.models.source import ModelFiles
@@ -90,11 +90,11 @@ def registration_of(
         began: as of `Registration`.
     """
     assert recipe.register_as is not None
-    models = scored(recipe, scores)
+    models = scored(recipe.score_weights, scores)
     found = scores_of(models)
     rows = score_table(found)
     comparison = comparison_rows(models) if models else []
-    kept = kept_gains(recipe, models)
+    kept = kept_gains(recipe.gate_metric, models)
     lineage = lineage_of(base, experts, calibrations)
     means = dict(allocated.means) if allocated else {}
     drawn: dict[str, bytes] = {}
@@ -135,7 +135,7 @@ def registration_of(
         base=merged.base,
         source=f"{recipe.name}.yaml",
         began=began,
-        eval_results=hub_results(recipe, found.get(recipe.label, ())),
+        eval_results=hub_results(recipe.evaluate, recipe.root, recipe.gate_metric, found.get(recipe.label, ())),
         team=recipe.register_as.team,
     )
 
@@ -183,7 +183,7 @@ def model_card(
         ridge=ridge,
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
-        kept=kept_rows(kept_gains(recipe, models)),
+        kept=kept_rows(kept_gains(recipe.gate_metric, models)),
         results=found.get(recipe.label, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
         adapter=adapter,

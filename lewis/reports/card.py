@@ -9,7 +9,7 @@ import yaml
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.scores import Score
 from lewis.input_files import read_text
 from lewis.recipe import yaml_limits
 from lewis.reports.markdown import markdown_table
@@ -49,9 +49,9 @@ def model_card(
         strategy: how the densities were allocated; empty for a plain merge.
         anchor: the method whose merge the fit was pulled towards; empty if there was no such block.
         ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
-        scores: rows of `lewis.evaluation.scores.score_table`; empty if nothing was scored.
-        comparison: rows of `lewis.evaluation.scored.comparison_rows`.
-        kept: rows of `lewis.evaluation.kept.kept_rows`.
+        scores: rows of `lewis.evaluation.statistics.scores.score_table`; empty if nothing was scored.
+        comparison: rows of `lewis.evaluation.statistics.scored.comparison_rows`.
+        kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> what `licence_of` returned for that parent.
         adapter: if it is a LoRA adapter on the base, not a full model: what it holds and what error it leaves.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.scores import Score
 from lewis.importance.architecture import projection_names
 
 if TYPE_CHECKING:

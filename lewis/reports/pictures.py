@@ -5,7 +5,7 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.scored import intervals, scores_of
+from lewis.evaluation.statistics.scored import intervals, scores_of
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
@@ -33,11 +33,12 @@ def scores(recipe: Recipe, found: Mapping[str, ScoresEntry]) -> bytes:
     """
 
     def draw() -> bytes:
-        models = scored(recipe, found)
+        models = scored(recipe.score_weights, found)
         return charts.score_bars(scores_of(models), intervals(models))
 
-    weights = recipe.evaluate.weights if recipe.evaluate else {}
-    return _kept(["scores", [[label, entry.digest] for label, entry in found.items()], dict(weights)], draw)
+    return _kept(
+        ["scores", [[label, entry.digest] for label, entry in found.items()], dict(recipe.score_weights)], draw
+    )
 
 
 def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.scored import Scored
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Score
 from lewis.reports.markdown import code, link, markdown_table, picture, plain
 
 SHORT = 8  # characters of a commit or digest
@@ -50,8 +50,8 @@ class RunFacts:
         work: step -> (how many results were computed, how many were found in the cache).
         scores: label -> scores, in the order of the columns; the registry may give those of the `champion`.
         merged: the label of the merged model in `scores`.
-        comparison: rows of `lewis.evaluation.scored.comparison_rows`.
-        kept: rows of `lewis.evaluation.kept.kept_rows`.
+        comparison: rows of `lewis.evaluation.statistics.scored.comparison_rows`.
+        kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.

@@ -73,8 +73,7 @@ def objectives_of(recipe: Recipe) -> tuple[str, ...]:
     """
     if recipe.search is None:
         raise RecipeError("search: missing; `lewis search` needs this block: which values, in which range")
-    gate = recipe.register_as.gate if recipe.register_as else None
-    metrics = recipe.search.metrics or ((gate.metric,) if gate else ())
+    metrics = recipe.search.metrics or ((recipe.gate_metric,) if recipe.gate_metric else ())
     if not metrics:
         raise RecipeError("search.metrics: missing; name one or two metrics, or give the recipe a gate")
     if recipe.evaluate is None:

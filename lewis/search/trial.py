@@ -3,16 +3,21 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lewis import memory, pipeline, store
+from lewis import memory, store
 from lewis.errors import InputError
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry, find_scores, score
+from lewis.merging.step import MergeInput, find_merged, prepare_merge
 from lewis.models.source import ModelFiles
+from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
+from lewis.steps.graph import graph
+from lewis.steps.run import run
 
 logger = logging.getLogger(__name__)
 MEMORY = Path("/dev/shm")  # a file system in memory, whose files lm-eval maps without a copy
@@ -21,44 +26,45 @@ SHARE = 0.5  # largest share of the free memory for a merged model
 
 def score_trial(
     recipe: Recipe,
-    base: ModelFiles | None,
-    experts: Sequence[ModelFiles],
+    known: Mapping[str, Any],
     settings: EvalSettings,
     *,
     device: str = "cpu",
-    progress: Callable[[float, str], None] | None = None,
+    report: Report = silent,
 ) -> ScoresEntry:
     """Scores of the model that a recipe gives; found in the store if the same merge has been scored before.
 
     Args:
         recipe: with a trial's values.
-        base, experts: as in `lewis.merging.step.merge`; their importance is measured if the store does not have it.
+        known: results of the graph's first nodes, the downloads among them; what else the merge needs is found or made.
         settings: tasks and documents.
         device: of the forward passes.
-        progress: called with the fraction done of the current kind of requests, and the name of that kind.
+        report: called with (kind of requests, done, total) while lm-eval works.
 
     Raises:
         InputError, LewisError: if the values are not valid together, or the merge or lm-eval fails.
     """
-    allocated = None
-    if recipe.allocator and base:
-        allocated = pipeline.guide(recipe, base, experts, device=device)[1]
-    prepared = pipeline.prepare_merge(recipe, base, experts, allocated)
-    found = pipeline.find_scores(recipe.label, prepared.digest, settings, recipe.root, device)
+    walked = graph(recipe)
+    node = walked["merge experts"]
+    results = run(walked, *node.needs, known=known, device=device)
+    given: MergeInput = node.given(results)
+    prepared = prepare_merge(given)
+    found = find_scores(recipe.label, prepared.digest, settings, device)
     if found is not None:
         return found
     with store.lock(f"trial-{prepared.digest}"), _folder(prepared.digest, prepared.size) as folder:
         if not folder.exists():
             prepared.run(folder)
-        adapter = folder if base and prepared.as_adapter else None
-        files = ModelFiles.at(recipe.label, prepared.digest, base.folder if base and adapter else folder, adapter)
-        return pipeline.score(files, settings, root=recipe.root, device=device, progress=progress)
+        adapter = folder if given.base and prepared.as_adapter else None
+        where = given.base.folder if given.base and adapter else folder
+        files = ModelFiles.at(recipe.label, prepared.digest, where, adapter)
+        return score(files, settings, device=device, progress=report)
 
 
 @contextmanager
 def _folder(digest: str, size: int) -> Iterator[Path]:
     """The merged model in the store if it has it; else a path for one, in memory if it fits, removed afterwards."""
-    known = pipeline.find_merged(digest)
+    known = find_merged(digest)
     if known is not None:
         yield known.folder
         return

@@ -31,7 +31,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lewis import pipeline
 from lewis.importance import measure
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
@@ -47,6 +46,7 @@ from lewis.methods.arithmetic.regression import Inputs
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
+from tests.support import pipeline
 
 CASES = ("statistics", "regmean", "forward", "layers", "block")
 BARS = {"regmean": 10, "forward": 60}  # seconds on two idle cores: of the solves, of the merge

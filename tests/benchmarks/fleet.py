@@ -210,8 +210,8 @@ def make_large(root: Path) -> None:
 
 def merge_large(root: Path) -> None:
     """A TIES merge of them into the store."""
-    from lewis import pipeline
     from lewis.recipe import Recipe
+    from tests.support import pipeline
 
     text = "merge_method: ties\nbase_model: ./base\nmodels: [{model: ./math}, {model: ./code}]\n"
     text += "parameters: {density: 0.5, weight: 1.0}\n"

@@ -28,7 +28,6 @@ import yaml
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lewis import pipeline
 from lewis.importance import measure
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
@@ -36,7 +35,7 @@ from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
-from tests.support import authors
+from tests.support import authors, pipeline
 
 WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}
 ROUNDS = 3

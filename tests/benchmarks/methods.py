@@ -35,11 +35,11 @@ import numpy as np
 import torch
 import yaml
 
-from lewis import pipeline
 from lewis.methods import find
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.benchmarks.quality import MEMORY, Scorer, lines
+from tests.support import pipeline
 
 END = "<|im_end|>"
 SETS = {  # task -> calibration set, in the format of the training to the end token; samples of it relative to others

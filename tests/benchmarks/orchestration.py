@@ -112,7 +112,7 @@ def time_runs(side: str, recipe: Path) -> list[float]:
     import mlflow.transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from lewis.evaluation import harness  # noqa: F401
+    from lewis.evaluation.harness import process  # noqa: F401
     from lewis_flows.merge import merge_flow
 
     run: Callable[[str], Any] = merge_flow if side == "dag" else run_library
@@ -126,17 +126,17 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
-    from lewis import pipeline
-    from lewis.evaluation import lm_eval
     from lewis.evaluation.gate import decide
+    from lewis.evaluation.harness import lm_eval
     from lewis.recipe.recipe import Recipe
     from lewis.registry import creation, promotion, versions
     from lewis.registry.registration import registration_of
+    from tests.support import pipeline
 
     recipe = Recipe.load(path)
     assert recipe.base_model and recipe.register_as and recipe.evaluate
-    settings = pipeline.eval_settings(recipe)
-    lm_eval.check_tasks(settings.tasks, recipe.root)
+    settings = pipeline.EvalSettings.of(recipe.evaluate, recipe.root)
+    lm_eval.check_tasks(settings)
     champion = versions.champion(recipe.register_as.name)
     pinned, sources = pipeline.pin_all(recipe)
     assert pinned is not None
@@ -148,8 +148,8 @@ def run_library(path: str) -> None:
     names = pipeline.short_names([entry.model for entry in recipe.experts])
     models = {"base": base, **dict(zip(names, experts, strict=True))}
     models |= {"uniform": uniform.files("uniform"), recipe.label: merged.files(recipe.label)}
-    scores = {label: pipeline.score(files, settings, root=recipe.root) for label, files in models.items()}
-    scored = {model.label: model for model in pipeline.scored(recipe, scores)}
+    scores = {label: pipeline.score(files, settings) for label, files in models.items()}
+    scored = {model.label: model for model in pipeline.scored(recipe.score_weights, scores)}
     against = champion.version.uri if champion else "base"
     verdict = decide(recipe.register_as.gate, scored[recipe.label], scored["base"], against, base=scored["base"])
     version = creation.register(registration_of(recipe, base, experts, [], allocated, merged, scores))

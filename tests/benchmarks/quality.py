@@ -27,10 +27,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis import pipeline
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
+from tests.support import pipeline
 
 TOKENS, PER_BATCH = 224, 700
 MEMORY = Path("/dev/shm")  # what is written there is written to no disk

@@ -4,7 +4,7 @@ pip install --target oracles --no-deps bitsandbytes compressed-tensors loguru au
     gptqmodel pypcre device-smi tokenicer logbar defuser torchao \
     nvidia-modelopt omegaconf antlr4-python3-runtime==4.9.3 pulp
 pip download --no-deps --no-binary :all: autoawq  # for GPUs alone: put its folder `awq` into oracles
-PYTHONPATH=.packages:.:oracles python -m tests.benchmarks.quantised_oracles
+PYTHONPATH=.:oracles python -m tests.benchmarks.quantised_oracles
 """
 
 import json

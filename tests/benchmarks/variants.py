@@ -8,11 +8,11 @@ What a search has scored with the same settings (`LEWIS_HOME`) is found.
 import argparse
 import sys
 
-from lewis import pipeline
-from lewis.evaluation.scored import Scored, gain
+from lewis.evaluation.statistics.scored import Scored, gain
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial
+from tests.support import pipeline
 
 
 def main(arguments: list[str]) -> None:
@@ -32,11 +32,11 @@ def main(arguments: list[str]) -> None:
 def score(name: str, recipe: Recipe) -> Scored:
     base_source, sources = pipeline.pin_all(recipe)
     base = pipeline.download(base_source) if base_source else None
-    entry = trial.score_trial(
-        recipe, base, [pipeline.download(source) for source in sources], pipeline.eval_settings(recipe)
-    )
+    experts = [pipeline.download(source) for source in sources]
+    assert recipe.evaluate is not None
+    entry = trial.score_trial(recipe, base, experts, pipeline.EvalSettings.of(recipe.evaluate, recipe.root))
     print(f"{name}: scored", file=sys.stderr)
-    return pipeline.scored(recipe, {name: entry})[0]
+    return pipeline.scored(recipe.score_weights, {name: entry})[0]
 
 
 def row(model: Scored, default: Scored, metric: str) -> dict[str, str]:

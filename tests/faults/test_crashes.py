@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline
 from lewis.errors import LewisError
-from lewis.evaluation import lm_eval
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.scores import Evaluated
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.recipe.recipe import Recipe
 from lewis.registry import creation, outbox, promotion
 from lewis.registry.registration import registration_of
@@ -33,6 +33,7 @@ from lewis.reports import card
 from lewis.store.verification import verify
 from tests.conftest import POINTS, Family
 from tests.faults.running import half_done, left_over, merged
+from tests.support import pipeline
 from tests.support.models import parse
 
 OF_THE_SYSTEM = ("replace", "rename", "link", "fsync", "mkdir")
@@ -53,11 +54,11 @@ DATA: dict[str, Any] = {
 def go(recipe: Recipe, *, to_the_end: bool = bool(POINTS)) -> str:
     """The steps of a run, without Prefect, to the scores or to the end; gives the digest."""
     source, sources = pipeline.pin_all(recipe)
-    assert source is not None
+    assert source is not None and recipe.evaluate is not None
     base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
     _, allocated = pipeline.guide(recipe, base, experts)
     found = pipeline.merge(recipe, base, experts, allocated)
-    scores = pipeline.score(found.files("merged"), pipeline.eval_settings(recipe), root=recipe.root)
+    scores = pipeline.score(found.files("merged"), EvalSettings.of(recipe.evaluate, recipe.root))
     if not to_the_end:
         return found.digest
     sets = [pipeline.prepare_calibration(recipe, "words", base)]
@@ -178,7 +179,7 @@ def stub(patch: pytest.MonkeyPatch) -> None:
         return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"words": {"acc": True}}, **kept})
 
     patch.setattr(lm_eval, "evaluate", evaluate)
-    patch.setattr(lm_eval, "tasks_digest", lambda settings, root: "words")
+    patch.setattr(lm_eval, "tasks_digest", lambda settings: "words")
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ STEPS = {
     "m.measure_sets = lambda *a, **k: (strike(), f(*a, **k))[1]",
     "merge": "import lewis.merging.run as m; f = m.Merge._write; n = []\n"
     "m.Merge._write = lambda s, *a: (n.append(a), len(n) == 5 and strike(), f(s, *a))[2]",
-    "evaluation": "import lewis.evaluation.lm_eval as m; f = m.evaluate\n"
+    "evaluation": "import lewis.evaluation.harness.lm_eval as m; f = m.evaluate\n"
     "m.evaluate = lambda *a, **k: (strike(), f(*a, **k))[1]",
     "registration": "import lewis.registry.logged_model as m; f = m.write\n"
     "m.write = lambda *a, **k: (strike(), f(*a, **k))[1]",

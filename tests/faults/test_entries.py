@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline, store
-from lewis.evaluation import lm_eval
-from lewis.evaluation.scores import Evaluated
+from lewis import store
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.inspection.step import inspect
@@ -21,6 +22,7 @@ from lewis.search.study import Log, Objective
 from lewis.store import kinds, sealed_json
 from lewis.store.manifest import remembered_sha256
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage
 from tests.support.models import parse
 
@@ -41,7 +43,7 @@ class Store:
     def use(self) -> dict[str, Any]:
         """Find or make everything; gives what is in it."""
         source, sources = pipeline.pin_all(self.recipe)
-        assert source is not None
+        assert source is not None and self.recipe.evaluate is not None
         base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
         layers = pipeline.layers_of(base)
         measured, allocated = pipeline.guide(self.recipe, base, experts)
@@ -50,7 +52,7 @@ class Store:
         grams = find_or_measure_grams(experts[0].open(), Calibration.load(sums.path))
         merged = pipeline.merge(self.recipe, base, experts, allocated)
         files = merged.files("merged")
-        scores = pipeline.score(files, pipeline.eval_settings(self.recipe), root=self.recipe.root)
+        scores = pipeline.score(files, EvalSettings.of(self.recipe.evaluate, self.recipe.root))
         return {
             "layers": layers,
             "norms": [each.norms for each in measured],
@@ -76,7 +78,7 @@ def made(home: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Store:
     drawn = png_of(b"a picture")
     monkeypatch.setattr(charts, "density_heat_map", lambda *_: drawn)
     monkeypatch.setattr(lm_eval, "evaluate", evaluate)
-    monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings, root: "tasks")
+    monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings: "tasks")
     models = [{"model": str(path)} for path in family.experts]
     return Store(parse({**DATA, "base_model": str(family.base), "models": models}))
 
@@ -139,7 +141,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     from prefect.filesystems import LocalFileSystem
     from prefect.results import ResultStore
 
-    from lewis_tasks.support.records import RESULTS, RecordSerializer
+    from lewis_tasks.support.caching import RESULTS, RecordSerializer
 
     made.use()
     source, sources = pipeline.pin_all(made.recipe)
@@ -148,7 +150,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     measured, allocated = pipeline.guide(made.recipe, base, experts)
     assert allocated is not None
     merged = pipeline.merge(made.recipe, base, experts, allocated)
-    storage = LocalFileSystem(basepath=str(RESULTS.folder))
+    storage = LocalFileSystem(basepath=str(RESULTS))
     records = ResultStore(result_storage=storage, serializer=RecordSerializer(), cache_result_in_memory=False)
     values = {"measured": measured, "allocated": allocated, "merged": merged, "base": base}
     for name, value in values.items():
@@ -158,7 +160,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
         "measured": kinds.IMPORTANCE.beside_of(measured[0].path),
         "allocated": allocated.path,
         "merged": merged.folder / "config.json",
-        "base": RESULTS.folder / "base",
+        "base": RESULTS / "base",
     }.items():
         damage(path, how)
         assert not records.exists(name), name

@@ -37,7 +37,7 @@ from tests.support.service import Service, children
 
 pytestmark = full
 
-GROUP, ALL, SERVER, EVALUATION, WORKER = "group", "everything", "prefect_app", "harness_child", "worker start"
+GROUP, ALL, SERVER, EVALUATION, WORKER = "group", "everything", "prefect_app", "harness.child", "worker start"
 OF_A_RUN = {
     "every process, SIGKILL": (ALL, signal.SIGKILL, 5),
     "the Prefect server, SIGKILL": (SERVER, signal.SIGKILL, 5),

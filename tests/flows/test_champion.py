@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lewis.errors import LewisError
-from lewis.evaluation import harness, harness_child
+from lewis.evaluation.harness import child, process
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from tests.flows.conftest import TASK, Command, write_words
@@ -71,9 +71,9 @@ def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPa
     from lewis_flows.merge import merge_flow
 
     def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
-        return harness_child.evaluate(**json.loads(json.dumps(request)))
+        return child.evaluate(**json.loads(json.dumps(request)))
 
-    monkeypatch.setattr(harness, "run", evaluate_here)
+    monkeypatch.setattr(process, "run", evaluate_here)
     monkeypatch.chdir(recipe.parent)
 
     def start(expert: str, *overrides: str) -> Any:

@@ -15,7 +15,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
 from prefect.utilities.annotations import quote
 
-from lewis import pipeline
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step, work_queue
 from lewis.recipe import Recipe
@@ -24,6 +23,7 @@ from lewis_flows import recipes_folder
 from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
 from tests.conftest import Family
+from tests.support import pipeline
 
 LORA = ["output={kind: lora, rank: 4}", "exclude=[norm]"]  # it saves the embedding whole, to which the head is tied
 LATE = Scheduled().model_copy(update={"name": "Late"})
@@ -169,11 +169,11 @@ def test_scores_of_different_devices_are_not_mixed(monkeypatch: pytest.MonkeyPat
     there = {("a", "cpu"), ("a", "cuda"), ("b", "cpu")}
     monkeypatch.setattr(step, "find_scores", lambda _, key, *rest: rest[-1] if (key, rest[-1]) in there else None)
     monkeypatch.setenv(work_queue.SETTING, "gpu")
-    settings = step.EvalSettings(("words",))
+    settings = step.EvalSettings(("words",), tmp_path)
     models = {"base": ("org/a", "a"), "merged": ("merged", "b")}
-    assert step.find_all_scores(models, settings, tmp_path) == {"base": "cpu", "merged": "cpu"}
+    assert step.find_all_scores(models, settings) == {"base": "cpu", "merged": "cpu"}
     there.remove(("a", "cpu"))
-    assert step.find_all_scores(models, settings, tmp_path) is None
+    assert step.find_all_scores(models, settings) is None
 
 
 @pytest.mark.parametrize("output", [[], LORA], ids=["full", "lora"])
@@ -188,7 +188,8 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
     base, experts = pipeline.fetch(plan)
     assert base is not None
     merged = pipeline.merge(plan, base, experts)
-    tasks = step.lm_eval.tasks_digest(step.eval_settings(plan), plan.root)
+    assert plan.evaluate is not None
+    tasks = step.lm_eval.tasks_digest(step.EvalSettings.of(plan.evaluate, plan.root))
     runs: list[dict[str, Any]] = []
 
     def run(queue: str, parameters: dict[str, Any]) -> None:

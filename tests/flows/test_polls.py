@@ -20,7 +20,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, State
 
 from lewis.errors import LewisError, TransientError
 from lewis_flows import polls, prefect_runs, watch
-from lewis_flows.service import problems
+from lewis_flows.service import status_data
 from lewis_flows.service.status_data import Part, Status
 from lewis_flows.service.status_text import as_text
 from lewis_flows.turn import tag_crashed_runs
@@ -77,7 +77,7 @@ def test_a_poll_leaves_a_run_only_while_something_is_wrong(home: Path, monkeypat
     assert left(Failed(message="no MLflow"), quiet) == ["Failed"]
 
     found = Status(parts=[], polled=polls.last())
-    assert [(each.code, each.text) for each in problems.problems(found)] == [(problems.UNKNOWN, "no MLflow")]
+    assert [(each.code, each.text) for each in status_data.problems(found)] == [(status_data.UNKNOWN, "no MLflow")]
     assert polls.remember(3, {}) and not polls.remember(3, {})
     server.delete_flow_run = busy
     assert left(quiet) == ["Failed", polls.QUIET]

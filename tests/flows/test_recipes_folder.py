@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +28,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As if the package were installed from a wheel; gives the store."""
     monkeypatch.delenv("LEWIS_RECIPES", raising=False)
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
-    shipped = tmp_path / "site-packages" / "lewis_deployments"
-    shipped.parent.mkdir()
-    shipped.symlink_to(REPO / "deployments")
+    shipped = shutil.copytree(REPO / "deployments", tmp_path / "site-packages" / "lewis_flows" / "shipped")
     monkeypatch.setattr(recipes_folder, "SHIPPED", shipped)
     return tmp_path / "home"
 

@@ -213,11 +213,14 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
 ) -> None:
     from prefect import flow
 
-    from lewis import pipeline
     from lewis.importance import measure
+    from lewis.importance.step import MeasureInput
     from lewis.recipe.schema import Importance
-    from lewis_tasks.importance import measuring
+    from lewis.steps.graph import Node
+    from lewis.steps.table import MEASURE
+    from lewis_tasks.steps import task_of
     from lewis_tasks.support import assets
+    from tests.support import pipeline
 
     made: list[list[str]] = []
     real = measure.measure_sets
@@ -233,19 +236,24 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
     )
     base = pipeline.download(pipeline.pin(str(family.base), Path("/")))
     a, b, c = (pipeline.prepare_calibration(recipe, name, base) for name in "abc")
-    settings = Importance().model_dump(exclude={"metric"})
+    settings, what = Importance(), [[a], [b], [a, b], [a, b], [c, b]]
 
     @flow
     def passes() -> list[Any]:
-        task = measuring(str(home))
-        return [task(base, sets, settings, return_state=True) for sets in ([a], [b], [a, b], [a, b], [c, b])]
+        found = []
+        for sets in what:
+            name = f"measure {base.ref} on {', '.join(each.name for each in sets)}"
+            node = Node(name, MEASURE, lambda _: None, asset=("importance", str(home)))
+            given = MeasureInput(base, tuple(sets), settings)
+            found.append(task_of(node)(given, name, "x", return_state=True))
+        return found
 
     states = passes()
     assert [state.name for state in states] == ["Completed", "Completed", "Cached", "Cached", "Completed"]
     assert made == [["a"], ["b"], ["c"]]
     names = [client.read_task_run(state.state_details.task_run_id).name for state in states]
     assert names == [f"measure {base.ref} on {sets}" for sets in ("a", "b", "a, b", "a, b", "c, b")]
-    done, key = "prefect.asset.materialization.succeeded", assets.importance(str(home)).key
+    done, key = "prefect.asset.materialization.succeeded", assets.asset("importance", str(home)).key
     told = eventually(lambda: [*found] if len(found := events(client, done, key)) == 4 else [])
     assert sorted("".join(event.payload["calibrations"]) for event in told) == ["a", "ab", "b", "cb"]
     both = states[2].result()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lewis import pipeline
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family, full
 from tests.flows.conftest import Command
+from tests.support import pipeline
 from tests.support.local_hub import LocalHub
 
 SLOW = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lewis.errors import InputError
-from lewis.evaluation.task_files import find_tasks
+from lewis.evaluation.harness.task_files import find_tasks
 from lewis.importance.calibration import calibrate
 from lewis.input_files import read_json, read_text
 from lewis.models.checkpoint import Checkpoint

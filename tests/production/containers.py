@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from tests.production.fleet import postgres_programs
-from tests.support.service import REPO
+from tests.support.service import PYTHONPATH, REPO
 
 FOLDER = REPO / "deployments"
 COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
@@ -73,7 +73,7 @@ class Container:
             "/sbin",
             "/bin",
         ]
-        python = {"PYTHONPATH": f"{REPO / '.packages'}:{REPO}"} if self.ours else {}
+        python = {"PYTHONPATH": PYTHONPATH} if self.ours else {}
         own = {"PATH": ":".join(map(str, paths)), "HOME": "/home/lewis" if self.ours else "/root", **python}
         given = {key: self._plain(value) for key, value in self.service.get("environment", {}).items()}
         self._environment = ["env", "-i", *(f"{key}={value}" for key, value in (own | given).items())]

@@ -21,7 +21,7 @@ import yaml
 
 from tests.production.s3_server import BUCKET, S3Server
 from tests.support.local_hub import LocalHub, Webhook
-from tests.support.service import REPO, free_port
+from tests.support.service import PYTHONPATH, REPO, free_port
 
 KEY, SECRET, PASSWORD = "lewis:the key of the fleet", "what the Hub sends", "the password of the databases"
 USER = "lewis"
@@ -121,7 +121,7 @@ class Fleet:
         left_out = ("PREFECT_", "MLFLOW_", "LEWIS_", "AWS_")
         self._common = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         self._common |= {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        self._common["PYTHONPATH"] = os.pathsep.join(map(str, (REPO / ".packages", REPO)))
+        self._common["PYTHONPATH"] = PYTHONPATH
         self.client = self._common | {
             **hub.environment(root / "hub-client"),
             **s3.environment(),

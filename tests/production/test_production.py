@@ -203,7 +203,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_scoring(fleet: Fleet, family: 
     flag, before = fleet.root / "scoring", len(evaluations(fleet))
     there = scores(fleet)
     patch = (
-        "import time, lewis.evaluation.harness as m; f = m._watch; n = []\n"
+        "import time, lewis.evaluation.harness.process as m; f = m._watch; n = []\n"
         "m._watch = lambda *a: (n.append(a), len(n) == 3 and"
         f" (open({str(flag)!r}, 'w').close(), time.sleep(3600)), f(*a))[2]"  # while lm-eval runs for the third model
     )

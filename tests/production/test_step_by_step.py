@@ -30,7 +30,7 @@ FOLLOWED = {
     "Several machines": "LEWIS_STORE here and in test_production.py, the limit in test_device_slot.py",
     "Numbers": "in test_metrics.py; it is no command, but what Prometheus reads",
     "Back up": "in test_backup.py",
-    "GPUs": "in test_evaluate_elsewhere.py, test_production.py and the tests of lewis.evaluation.server",
+    "GPUs": "in test_evaluate_elsewhere.py, test_production.py and the tests of lewis.evaluation.harness.server",
 }
 """Section with commands -> where they are followed."""
 MISSING = {"docker": "a container runtime", "kubectl": "a cluster of Kubernetes"}

@@ -23,6 +23,7 @@ from tests.support.local_hub import LocalHub, Webhook
 from tests.support.prefect_key import credentials
 
 REPO = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join(map(str, (REPO, REPO / "flows", REPO / "tasks")))
 SECRET = "only the Hub and the receiver know"
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class Service:
             "LEWIS_WEBHOOK_SECRET": SECRET,
             "LEWIS_NOTIFY_URL": self.sink.url,
             # The first is a place for a sitecustomize.py.
-            "PYTHONPATH": os.pathsep.join(map(str, (root / "patch", REPO / ".packages", REPO))),
+            "PYTHONPATH": f"{root / 'patch'}{os.pathsep}{PYTHONPATH}",
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
         self.patience = 120.0

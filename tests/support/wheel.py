@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[2]
-PARTS = (".packages", "lewis", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("lewis", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
 
 
 def install(root: Path) -> Path:

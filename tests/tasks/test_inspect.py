@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline
 from lewis_tasks import inspect
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import edit_json, parse, rewrite
 
 

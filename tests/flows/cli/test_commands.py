@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lewis.plan import Plan
 from lewis.registry.history import Record
+from lewis.steps.plan import Plan
 from lewis.store.verification import Verified
 from lewis_flows.cli.main import COMMANDS, Command, _parser
 from lewis_flows.merge import MergeReport

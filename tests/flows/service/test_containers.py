@@ -70,7 +70,6 @@ def test_the_image_has_the_packages_and_starts_as_a_user(tmp_path: Path) -> None
         *lines("COPY")[0].split()[:-1],
         "README.md",
         "LICENSE",
-        ".packages",
         "lewis",
         "tasks",
         "flows",

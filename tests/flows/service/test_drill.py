@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from lewis_flows.prefect_runs import UNFINISHED, WATCH
-from lewis_flows.service import problems
+from lewis_flows.service import status_data
 from tests.flows.conftest import TASK, write_words
 from tests.flows.service.test_up import schedule_once, slow
 from tests.support.local_hub import LocalHub
@@ -253,7 +253,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     drill.release("alpha", broken="cut")
     drill.release("gamma", good=False)
     drill.ends(("merge", "alpha", "Failed", "release"), ("merge", "gamma", "Rejected", "release"))
-    drill.check(problems.FAILED, "alpha")
+    drill.check(status_data.FAILED, "alpha")
 
     step("better ones")
     drill.promoted("alpha", "gamma")
@@ -265,7 +265,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     drill.check(0)
     text = (service.recipes / "beta.yaml").read_text()
     (service.recipes / "beta.yaml").write_text(text.replace("merge_method", "merge_metod"))
-    drill.check(problems.BROKEN, "beta")
+    drill.check(status_data.BROKEN, "beta")
     time.sleep(2 * POLL)  # polls tell of it
     (service.recipes / "beta.yaml").write_text(text)
     drill.ends(("merge", "alpha", "Cached", "schedule"))
@@ -286,7 +286,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     with drill.held("lewis_flows.service.webhook"):
         os.kill(service.part("service.webhook"), signal.SIGKILL)
         drill.release("beta")
-        drill.check(problems.DOWN, "webhooks")
+        drill.check(status_data.DOWN, "webhooks")
     drill.ends(("merge", "beta", "Promoted", "release"))
     drill.check(0)
 
@@ -295,7 +295,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
         drill.release("gamma")
         service.until(merging.exists, PATIENCE)
         os.kill(service.part("prefect_app"), signal.SIGKILL)
-        drill.check(problems.DOWN, "Prefect")
+        drill.check(status_data.DOWN, "Prefect")
     service.until(service.answers, PATIENCE)
     drill.ends(("merge", "gamma", "Promoted", "release"))
     drill.check(0)
@@ -303,7 +303,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     step("a release of another size, and one that a person has to approve")
     drill.release("gamma", broken="wide")
     drill.ends(("merge", "gamma", "Failed", "release"))
-    drill.check(problems.FAILED, "gamma")
+    drill.check(status_data.FAILED, "gamma")
     drill.add_recipe("gamma", approve="true")
     drill.release("gamma")
     drill.ends(("merge", "gamma", "AwaitingApproval", "release"))

@@ -22,9 +22,9 @@ from lewis.registry.releases import Held
 from lewis.store import size
 from lewis_flows.release_event import announce
 from lewis_flows.service import webhook
-from lewis_flows.service.metrics import of_prefect, of_registry, page, source
+from lewis_flows.service.metrics import of_prefect, of_registry, page
 from lewis_flows.service.metrics.of_registry import Release
-from lewis_flows.service.metrics.source import Source
+from lewis_flows.service.metrics.page import Source
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 
@@ -139,15 +139,15 @@ def test_how_far_a_champion_is_behind(held: str | None, behind: float, took: flo
 
 
 def test_a_source_that_fails_or_hangs_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "PATIENCE", 0.05)
+    monkeypatch.setattr(page, "PATIENCE", 0.05)
     hangs, answers = threading.Event(), iter(["first"])
 
-    def read(name: str) -> list[source.Metric]:
+    def read(name: str) -> list[page.Metric]:
         if name == "hangs":
             hangs.wait(10)
         elif name == "breaks":
             next(answers)
-        metric = source.Metric(f"of_{name}", "", "gauge")
+        metric = page.Metric(f"of_{name}", "", "gauge")
         metric.add_sample(f"of_{name}", {}, 1.0)
         return [metric]
 
@@ -157,7 +157,7 @@ def test_a_source_that_fails_or_hangs_takes_no_other_with_it(monkeypatch: pytest
     assert (first["of_well{}"], first["of_breaks{}"], "of_hangs{}" in first) == (1, 1, False)
     assert [first[up % name] for name in ("well", "hangs", "breaks")] == [1, 0, 1]
     assert second["of_breaks{}"] == 1 and [second[up % name] for name in ("well", "breaks")] == [1, 0]
-    monkeypatch.setattr(source, "FORGET", 0.0)
+    monkeypatch.setattr(page, "FORGET", 0.0)
     assert "of_breaks{}" not in numbers(one.text())  # it is too old
     hangs.set()
 

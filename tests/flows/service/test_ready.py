@@ -10,8 +10,8 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from starlette.testclient import TestClient
 
-from lewis_flows.service import ready, webhook
-from lewis_flows.service.ready import Readiness
+from lewis_flows.service import receiver, webhook
+from lewis_flows.service.receiver import Readiness
 
 URL = "http://127.0.0.1:9/api"
 
@@ -59,7 +59,7 @@ def test_anyone_is_told_names_alone_and_what_is_back_is_seen(
     answer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer(200)
-    monkeypatch.setattr(ready, "KEPT", 0.0)
+    monkeypatch.setattr(receiver, "KEPT", 0.0)
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "none"))
     with TestClient(webhook.create_app("s")) as client:
         found = client.get("/health/ready")

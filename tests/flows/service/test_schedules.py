@@ -10,7 +10,7 @@ import yaml
 
 from lewis.errors import LewisError
 from lewis_flows.service import deploy, schedules
-from lewis_flows.service.deployed import Deployed
+from lewis_flows.service.deploy import Deployed
 
 GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
 

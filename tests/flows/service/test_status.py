@@ -18,7 +18,7 @@ from prefect.states import Completed, Failed, Running, Scheduled, State
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
 from lewis_flows.cli.main import main
-from lewis_flows.service import problems
+from lewis_flows.service import status_data
 from lewis_flows.service.status import status
 from lewis_flows.service.status_data import Part, Run, Status, Watched
 from lewis_flows.service.status_text import as_text, moment
@@ -134,11 +134,11 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
     odd = Watched(recipe="odd", unknown=["the heads now: busy"])
     cases: dict[int, dict[str, Any]] = {
         0: {"finished": [done], "recipes": [Watched(recipe="good")]},
-        problems.LATE: {"scheduled": [late]},
-        problems.FAILED: {"scheduled": [late], "finished": [done, failed]},
-        problems.BROKEN: {"finished": [failed], "recipes": [broken]},
-        problems.UNKNOWN: {"recipes": [broken, odd]},
-        problems.DOWN: {"parts": [*well.parts, Part(name="webhooks", up=False, state="is not running")]},
+        status_data.LATE: {"scheduled": [late]},
+        status_data.FAILED: {"scheduled": [late], "finished": [done, failed]},
+        status_data.BROKEN: {"finished": [failed], "recipes": [broken]},
+        status_data.UNKNOWN: {"recipes": [broken, odd]},
+        status_data.DOWN: {"parts": [*well.parts, Part(name="webhooks", up=False, state="is not running")]},
     }
     for code, changes in cases.items():
         monkeypatch.setattr("lewis_flows.service.status.status", lambda now=changes: well.model_copy(update=now))
@@ -148,16 +148,16 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
         listed = json.loads(capsys.readouterr().out)
         assert [problem["code"] for problem in listed[:1]] == ([code] if code else [])
         assert text.splitlines() == ([f"{each['about']}: {each['text']}" for each in listed] or ["all is well"])
-        assert main(["status"]) == (code == problems.DOWN)
+        assert main(["status"]) == (code == status_data.DOWN)
         capsys.readouterr()
-    assert failed.name in problems.problems(well.model_copy(update={"finished": [failed]}))[0].text
+    assert failed.name in status_data.problems(well.model_copy(update={"finished": [failed]}))[0].text
 
 
 def test_nothing_runs(home: Path, recipes: Path) -> None:
     found = status()
     assert {part.name: part.up for part in found.parts} == {"Prefect": False, "MLflow": True, "webhooks": False}
     assert found.running is found.scheduled is found.finished is None and found.recipes == []
-    assert main(["status"]) == 1 and main(["status", "--check"]) == problems.DOWN
+    assert main(["status"]) == 1 and main(["status", "--check"]) == status_data.DOWN
     text = as_text(found, datetime.now(UTC))
     assert text.count("is not running; `lewis up` starts it") == 5 and "none in the folder of recipes" in text
 

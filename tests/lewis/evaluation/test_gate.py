@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from lewis.errors import InputError
-from lewis.evaluation.comparison import PairingError
 from lewis.evaluation.gate import Incumbent, decide, judge
-from lewis.evaluation.samples import Ends, Part, Samples
-from lewis.evaluation.scored import Scored
-from lewis.evaluation.scores import Evaluated, Score
+from lewis.evaluation.statistics.comparison import PairingError
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Ends, Evaluated, Part, Samples, Score
 from lewis.recipe.schema import Gate
 
 KEY = "maths/exact_match,none"

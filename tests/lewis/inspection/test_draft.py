@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lewis.evaluation.metric_names import check_names
-from lewis.evaluation.task_files import builtin_task
+from lewis.evaluation.harness.task_files import builtin_task
+from lewis.evaluation.harness.task_metrics import check_names
 from lewis.inspection.topics import GENERAL, TOPICS, Topic, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main
@@ -57,7 +57,8 @@ def test_it_writes_a_recipe_that_fits(
     assert recipe.fits and [each.model for each in recipe.experts] == ["./math", "./lora: {x}"]
     assert recipe.lewis and str(recipe.lewis.calibrations["gsm8k"].text).endswith("{answer}{{end}}")
     assert recipe.register_as and recipe.register_as.gate and recipe.register_as.gate.metric == "weighted/mean,none"
-    check_names(recipe)
+    assert recipe.evaluate
+    check_names(recipe.evaluate, recipe.root, recipe.gate)
     assert "# apply_chat_template" in file.read_text()
 
     assert main(["new", *given, "-o", str(file)]) == 2
@@ -67,7 +68,8 @@ def test_it_writes_a_recipe_that_fits(
     recipe = Recipe.load(file)
     assert recipe.register_as and recipe.register_as.gate
     assert recipe.register_as.gate.metric == "gsm8k/exact_match,flexible-extract"
-    check_names(recipe)
+    assert recipe.evaluate
+    check_names(recipe.evaluate, recipe.root, recipe.gate)
 
     before, odd = file.read_bytes(), write_llama(tmp_path / "odd", hidden=32)
     assert main(["new", str(base), str(odd), "-o", str(file), "--force"]) == 2

@@ -13,10 +13,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis import pipeline
 from lewis.errors import InputError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merging.aligned import Aligned
 from lewis.merging.lent_rows import Lenders
@@ -24,6 +23,7 @@ from lewis.merging.run import Merge
 from lewis.merging.vocabulary import Target
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import (
     bits,
     edit_json,
@@ -323,7 +323,7 @@ class TestAdapters:
         monkeypatch.setattr(lm_eval.harness, "run", lambda request, **_: seen.append(request["model_args"]))
         for each in (adapter, family.lora):
             with pytest.raises(TypeError):  # there is nothing that lm-eval said
-                lm_eval.evaluate(family.base, EvalSettings(tasks=()), root=family.base, adapter=each)
+                lm_eval.evaluate(family.base, EvalSettings((), family.base), adapter=each)
         assert [Path(arguments["tokenizer"]) for arguments in seen] == [adapter, family.base]
 
     def test_a_head_that_is_not_the_embeddings_is_refused(self, family: Family, adapter: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis import pipeline
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
 from tests.lewis.merging.test_fit import recipe_of
+from tests.support import pipeline
 from tests.support.models import parse
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -10,7 +10,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis import pipeline
 from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.merging.export import check_exportable, to_mergekit
@@ -18,6 +17,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.pin import Pinned
 from lewis.models.source import Source
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import parse
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")

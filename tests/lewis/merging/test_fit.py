@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.merging.expert import Expert
@@ -22,10 +22,11 @@ from lewis.merging.few_tokens import told_of_shared_set
 from lewis.merging.resolved import resolve
 from lewis.merging.run import Merge
 from lewis.models.checkpoint import Checkpoint
-from lewis.plan import Plan
 from lewis.recipe.recipe import Recipe
+from lewis.steps.plan import Plan
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import DENSE, SAMPLES, SIZES, T5, write
+from tests.support import pipeline
 from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -230,7 +231,7 @@ def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from lewis import pipeline
+from tests.support import pipeline
 from lewis.merging import fit, spill
 from lewis.recipe import Recipe
 fit.IN_MEMORY, spill.LARGE = 0, 1  # what rests is in files

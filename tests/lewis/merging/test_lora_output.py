@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.errors import InputError, RecipeError
 from lewis.merging.export import check_exportable
 from lewis.merging.low_rank import factorise
@@ -18,9 +18,10 @@ from lewis.merging.run import Merge
 from lewis.merging.step import MergedModel, check_output
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import WEIGHTS, LoraExpert
-from lewis.plan import make_plan
 from lewis.recipe.recipe import Recipe
+from lewis.steps.plan import make_plan
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import open_merge, parse, rewrite, write_llama, write_lora, write_tokenizer
 
 LORA = {"kind": "lora", "rank": 4}

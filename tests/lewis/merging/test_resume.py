@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import open_merge, parse
 
 LIMIT = 6000  # bytes of a shard, so that there are several
 KILLED = """
 import os, sys
 from pathlib import Path
-from lewis import pipeline
+from tests.support import pipeline
 from lewis.recipe import Recipe
 recipe = Recipe.load(sys.argv[1])
 base, experts = pipeline.pin_all(recipe)

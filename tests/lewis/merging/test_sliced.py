@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lewis import pipeline
 from lewis.errors import InputError, LewisError
 from lewis.merging.expert import Expert
 from lewis.merging.run import Merge
@@ -22,6 +21,7 @@ from lewis.models.lora import LoraExpert
 from lewis.models.stack_config import Origin, restacked
 from lewis.reports.tables import importance_rows
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import edit_json, open_merge, parse, write_tensors, write_tokenizer
 
 HIDDEN, VOCABULARY = 4, 7

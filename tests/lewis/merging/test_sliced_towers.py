@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lewis import pipeline
 from lewis.errors import InputError
 from lewis.importance.model_class import text_tower
 from lewis.merging.sliced import Stack
 from lewis.models.stack import layers_of
 from lewis.models.stack_config import Origin, restacked
 from tests.lewis.merging.test_sliced import merged, opened, sliced, source
+from tests.support import pipeline
 from tests.support.architecture_check import moved
 from tests.support.models import parse, write_tokenizer
 from tests.support.tiny_architectures import tiny

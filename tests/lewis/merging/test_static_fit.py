@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
@@ -26,6 +26,7 @@ from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.lewis.importance.test_architecture import MOES, SAMPLES, expert_inputs, write
 from tests.lewis.merging.test_fit import KILLED, RIDGE, prepare, recipe_of, run
+from tests.support import pipeline
 from tests.support.models import write_tensors
 
 pytestmark = pytest.mark.usefixtures("home")

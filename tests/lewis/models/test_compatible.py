@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lewis import pipeline
 from lewis.errors import InputError
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.compatible import check_compatible
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import parse, rewrite
 
 NORM = "model.layers.1.input_layernorm.weight"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lewis import pipeline
 from lewis.errors import InputError
 from lewis.models import gguf_folder, hub
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.gguf_folder import as_folder
+from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
 from tests.support.models import bits, parse, write_expert, write_llama
 

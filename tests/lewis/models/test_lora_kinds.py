@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError
-from lewis.evaluation.written import loadable
+from lewis.evaluation.harness.model_folder import loadable
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora import LoraExpert, holds_adapter, is_adapter
 from lewis.models.model import Model

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError
-from lewis.evaluation.written import loadable
+from lewis.evaluation.harness.model_folder import loadable
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.dtypes import EIGHT_BIT_FLOATS, torch_dtype
 from lewis.models.lora import LoraExpert

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis import pipeline
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure
@@ -18,8 +17,9 @@ from lewis.models.lora import LoraExpert
 from lewis.models.names import unwrapped
 from lewis.models.renamed import Renamed, under_names_of
 from lewis.models.source import ModelFiles
-from lewis.plan import make_plan
+from lewis.steps.plan import make_plan
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import bits, parse, write_lora, write_tokenizer
 from tests.support.tiny_architectures import tiny
 

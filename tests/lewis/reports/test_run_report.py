@@ -5,9 +5,8 @@ import re
 import pytest
 
 from lewis.evaluation.gate import Verdict
-from lewis.evaluation.samples import Ends
-from lewis.evaluation.scored import Scored
-from lewis.evaluation.scores import Score
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Ends, Score
 from lewis.registry.lineage import by_reference
 from lewis.reports.run_report import (
     Change,

@@ -16,12 +16,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis import pipeline
 from lewis.merging.run import Merge
 from lewis.models.chat_template import template_in
 from lewis.recipe import Recipe
 from lewis.recipe.chat_template import FORMATS
 from lewis.recipe.documents import load_documents
+from tests.support import pipeline
 from tests.support.mergekit_formulae import CONFIG, SHAPES, expected
 from tests.support.models import write_tensors, write_tokenizer
 

@@ -16,12 +16,12 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lewis import pipeline, store
+from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError, LewisError
-from lewis.evaluation import lm_eval
-from lewis.evaluation.lm_eval import EvalSettings
-from lewis.evaluation.scores import Evaluated, Score
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.importance import calibration, measure
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
@@ -33,6 +33,7 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -412,7 +413,7 @@ class TestMerge:
     def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text(parse(recipe_data(family, *family.experts)).text)
         code = (
-            "import os, sys; from lewis import pipeline; from lewis.recipe import Recipe\n"
+            "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
             "kill = lambda done, total, name: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], progress=kill)"
@@ -535,19 +536,17 @@ class TestScore:
             return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"sums": {"acc": True}}, **kept})
 
         monkeypatch.setattr(lm_eval, "evaluate", evaluate)
-        monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings, root: store.digest(settings.tasks))
+        monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings: store.digest(settings.tasks))
         recipe = parse(recipe_data(family, *family.experts, evaluate={"tasks": ["sums"], "timeout_minutes": 2}))
-        settings, files = pipeline.eval_settings(recipe), ModelFiles.at("math", "key", family.math)
-        assert settings == EvalSettings(tasks=("sums",), timeout_s=120, batch_size=16)
-        assert pipeline.find_scores("math", "key", settings, tmp_path) is None
-        entry = pipeline.score(files, settings, root=tmp_path)
-        assert (
-            pipeline.score(files, settings, root=tmp_path)
-            == entry
-            == pipeline.find_scores("math", "key", settings, tmp_path)
-        )
+        assert recipe.evaluate is not None
+        settings = EvalSettings.of(recipe.evaluate, tmp_path)
+        files = ModelFiles.at("math", "key", family.math)
+        assert settings == EvalSettings(tasks=("sums",), root=tmp_path, timeout_s=120, batch_size=16)
+        assert pipeline.find_scores("math", "key", settings) is None
+        entry = pipeline.score(files, settings)
+        assert pipeline.score(files, settings) == entry == pipeline.find_scores("math", "key", settings)
         assert entry.scores == [Score("sums", "acc,none", 0.5, 0.1, True, 10)] and ran == [family.math]
         entry.path.write_text("{")
         with pytest.raises(ValidationError, match="is gone or damaged"):
             type(entry).model_validate(entry.model_dump())
-        assert pipeline.score(files, settings, root=tmp_path).scores and len(ran) == 2
+        assert pipeline.score(files, settings).scores and len(ran) == 2

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lewis import pipeline
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import bits, parse
 from tests.support.quantised import write_quantised
 

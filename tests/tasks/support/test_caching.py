@@ -2,48 +2,23 @@
 
 import logging
 import threading
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis_tasks.support import caching
-from lewis_tasks.support.caching import RETRIES, ContentAddressed, Progress, slug
-from lewis_tasks.support.logs import worth_reading
-
-
-def key(inputs: dict[str, Any], **policy: Any) -> str:
-    context: Any = SimpleNamespace(task=SimpleNamespace(name="measure"))
-    return ContentAddressed(fields=("model", "set"), **policy).compute_key(context, inputs, {})
-
-
-def test_a_key_covers_the_chosen_inputs_and_the_version_only() -> None:
-    first = key({"model": {"a": 1, "b": Path("/x")}, "set": "s", "device": "cpu"})
-    assert first == key({"model": {"b": Path("/x"), "a": 1}, "set": "s", "device": "cuda"})
-    assert first != key({"model": {"a": 2, "b": Path("/x")}, "set": "s"})
-    assert first != key({"model": {"a": 1, "b": Path("/x")}, "set": "s"}, version="2")
-    assert "/" not in first and "." not in first
-
-
-def test_a_key_of_numbers_covers_what_their_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, keys = {"model": "m", "set": "s"}, []
-    for device in ("cpu", "cuda"):
-        monkeypatch.setattr(caching, "default_device", lambda device=device: device)
-        keys.append((key(inputs, device_of=caching.computing_in), key(inputs)))
-    (on_cpu, first), (on_cuda, second) = keys
-    assert on_cpu != on_cuda and first == second
+from lewis_tasks.support.caching import RETRIES, Progress, slug, worth_reading
 
 
 def test_progress_ends_a_task_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     stopping = threading.Event()
     monkeypatch.setattr(caching, "STOPPING", stopping)
     report = Progress("merge", "merge x")
-    report(0.5)
+    report("tensor", 1, 2)
     stopping.set()
     with pytest.raises(LewisError, match="merge x: stopped"):
-        report(0.6)
+        report("tensor", 2, 2)
 
 
 @pytest.mark.parametrize(

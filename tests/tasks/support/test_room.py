@@ -8,9 +8,9 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError
+from lewis.registry import room
+from lewis.registry.room import make_room
 from lewis.store import kinds, size
-from lewis_tasks.support import room
-from lewis_tasks.support.room import make_room
 
 OLD = time.time() - 30 * 86400
 

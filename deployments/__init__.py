@@ -1,1 +1,0 @@
-"""What the service deploys: `prefect.yaml`, and the recipes and evaluation tasks that come with the project."""

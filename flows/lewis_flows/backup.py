@@ -1,0 +1,136 @@
+"""A copy of what cannot be made again, and back: MLflow's and Prefect's data in the store, recipes, secrets, outbox.
+
+    DIR/lewis.json  DIR/store/mlflow/mlflow.db  DIR/store/mlflow/artifacts/...  DIR/store/prefect/prefect.db
+    DIR/store/prefect-api-key ...  DIR/store/outbox/...  DIR/recipes/...
+
+`lewis.json` has the size and SHA-256 of every file. A copy appears whole or not at all.
+"""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import Timeout
+
+from lewis import store
+from lewis.errors import InputError, LewisError
+from lewis.redact import redacted
+from lewis.store import kinds, manifest
+from lewis_flows import recipes_folder
+
+_DATABASES = ("mlflow/*.db", "prefect/prefect.db")
+_FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
+_SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
+
+
+class Copied(NamedTuple):
+    """What was copied.
+
+    Attributes:
+        folder: of the copy.
+        files: how many.
+        bytes: of all of them.
+        elsewhere: what a server that the environment names has, and is to be copied there: part -> its address.
+    """
+
+    folder: Path
+    files: int
+    bytes: int
+    elsewhere: dict[str, str]
+
+
+def backup(folder: Path) -> Copied:
+    """Copy to a folder, also while the service runs: each database is of one moment, MLflow's files are of later ones.
+
+    Raises:
+        InputError: if the folder holds something else than an earlier copy, or is in the store.
+        LewisError: if a database cannot be read, or the folder not be written.
+    """
+    folder = folder.absolute()
+    if store.holds(folder):
+        raise InputError(f"{folder}: it is in the store that it is to be a copy of; choose a folder elsewhere")
+    about = {"backup": str(store.home()), "made": datetime.now(UTC).isoformat()}
+    try:
+        with store.publish(folder, about) as scratch:
+            scratch.chmod(0o700)  # there are secrets in it
+            _copy_store(scratch / "store")
+            with suppress(InputError):  # there is none
+                shutil.copytree(recipes_folder.folder(), scratch / "recipes")
+    except (OSError, sqlite3.Error, shutil.Error) as error:
+        raise LewisError(f"{folder}: the copy could not be made: {error}") from error
+    files = (store.read_manifest(folder) or {})["files"]
+    servers = {part: os.environ.get(name, "") for part, name in _SERVERS.items()}
+    servers = {part: redacted(url) for part, url in servers.items() if url and str(store.home()) not in url}
+    return Copied(folder, len(files), sum(each["size"] for each in files.values()), servers)
+
+
+def restore(folder: Path) -> Copied:
+    """Put a copy back, where the store has none of its files; can be repeated after a kill.
+
+    Raises:
+        InputError: if it is no copy or damaged, is of a store at another place, `lewis up` runs, or a file is there
+            already with another content.
+        LewisError: if the disk fails.
+    """
+    try:
+        found = manifest.check(folder, anew=True)
+    except manifest.DamagedError as error:
+        raise InputError(f"{folder}: expected a whole copy that `lewis backup` made: {error}") from error
+    home = found.get("backup")
+    if home != str(store.home()):
+        raise InputError(
+            f"{folder}: it is a copy of the store {home or '(it is none of a store)'}, and MLflow's database names "
+            f"files by their whole path; set LEWIS_HOME to that, not {store.home()}"
+        )
+    try:
+        with store.lock("up").acquire(timeout=0):
+            wanted = list(_targets(folder, found["files"]))
+            for name, target in wanted:
+                if target.exists() and store.file_sha256(target) != found["files"][name]["sha256"]:
+                    raise InputError(f"{target}: it is there already; move the store or the recipes away first")
+            for name, target in wanted:
+                _put(folder / name, target)
+    except Timeout:
+        raise InputError(f"`lewis up` runs on {store.home()}; stop it first") from None
+    except OSError as error:
+        raise LewisError(f"{error.filename or folder}: the copy could not be put back: {error}") from error
+    return Copied(folder, len(wanted), sum(each["size"] for each in found["files"].values()), {})
+
+
+def _copy_store(target: Path) -> None:
+    # First, as what a database names is written before it does so.
+    for path in (path for pattern in _DATABASES for path in store.home().glob(pattern)):
+        copied = target / path.relative_to(store.home())
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as there, closing(sqlite3.connect(copied)) as copy:
+            there.backup(copy)
+        copied.chmod(0o600)
+    for name in _FOLDERS:
+        if (store.home() / name).is_dir():
+            shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*"))
+    for path in store.secret_files():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+
+
+def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path]]:
+    """Each file of a copy, and where it goes; MLflow's database last: what it names is there then."""
+    for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
+        top, _, rest = name.partition("/")
+        if not rest or ".." in Path(rest).parts or top not in ("store", "recipes"):
+            raise InputError(f"{folder}: {name!r} is no name of a file of such a copy")
+        yield name, (store.home() if top == "store" else recipes_folder.location()) / rest
+
+
+def _put(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    inside = store.holds(target)
+    store.make_folder(target.parent) if inside else target.parent.mkdir(parents=True, exist_ok=True)
+    with store.written_beside(target) as beside:
+        shutil.copy2(source, beside)

@@ -1,0 +1,116 @@
+"""`lewis gc`, `retention`, `backup`, `restore` and `verify`: remove what nothing needs, keep and check what is."""
+
+import argparse
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lewis.errors import LewisError
+from lewis_flows.cli.terminal import show_log
+
+
+def gc_options(command: argparse.ArgumentParser) -> None:
+    """`--days N` and `--yes`."""
+    _removal_options(command, "keep what was used in the last N days", 14.0)
+
+
+def retention_options(command: argparse.ArgumentParser) -> None:
+    """`--days N` and `--yes`."""
+    _removal_options(command, "keep what ended or was written in the last N days", 90.0)
+
+
+def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -> None:
+    command.add_argument("--days", metavar="N", type=float, default=days, help=f"{what} ({days:.0f})")
+    command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
+
+
+def gc(options: argparse.Namespace) -> None:
+    """Show what can go, and with `--yes` remove it."""
+    from lewis.registry.retention import by_versions
+    from lewis.store import housekeeping
+    from lewis_flows import turn
+    from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
+
+    show_log()
+    active_since = turn.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
+    found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since)
+    freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
+    if options.json:
+        facts = {"found": [asdict(item) for item in found], "bytes": total, "removed": options.yes, "freed": freed}
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    for item in found:
+        print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
+    done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
+    print(f"{len(found)} entries, {done}" if found else "nothing to remove")
+
+
+def retention(options: argparse.Namespace) -> None:
+    """Show what can go from Prefect, MLflow and the store's remote half, and with `--yes` remove it."""
+    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.servers import prefect_server
+
+    show_log()
+    with prefect_server() as url, connected(url):
+        from lewis_flows import retention
+
+        found = retention.survey(options.days)
+        if options.yes:
+            retention.remove(found)
+    if options.json:
+        facts = {"found": [asdict(each) for each in found], "removed": options.yes}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for each in found:
+        print(f"{each.where}: {each.what}, of {datetime.fromtimestamp(each.time, UTC).date()}")
+    print(retention.to_text(found, removed=options.yes))
+
+
+def copy_folder(command: argparse.ArgumentParser) -> None:
+    """`DIR`."""
+    command.add_argument("folder", metavar="DIR", type=Path, help="the copy, a folder outside of the store")
+
+
+def backup(options: argparse.Namespace) -> None:
+    """Copy what cannot be made again to a folder."""
+    from lewis_flows.backup import backup
+
+    done = backup(options.folder)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2, default=str))
+        return
+    print(f"{done.folder}: {done.files} files, {done.bytes / 1e6:.1f} MB; whoever has it has the secrets")
+    for part, url in done.elsewhere.items():
+        print(f"{part} is at {url}: copy its database{' and artifacts' if part == 'mlflow' else ''} there")
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Put such a copy back."""
+    from lewis_flows.backup import restore
+
+    done = restore(options.folder)
+    if options.json:
+        print(json.dumps(done._asdict(), indent=2, default=str))
+        return
+    print(f"{done.files} files, {done.bytes / 1e6:.1f} MB are back; start `lewis up`")
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check everything anew, and print what is damaged.
+
+    Raises:
+        LewisError: if something is.
+    """
+    from lewis.registry.repair import verify
+    from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
+
+    show_log()
+    found = verify()
+    if options.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        print(f"checked {found.checked} entries and versions, {len(found.damaged)} damaged")
+        print("".join(f"{each.kind} {each.entry}: {each.why}\n" for each in found.damaged), end="")
+    if found.damaged:
+        raise LewisError(found.to_text())

@@ -1,0 +1,84 @@
+"""`lewis new` and `lewis inspect`: what is found out about models before they are merged."""
+
+import argparse
+import json
+from pathlib import Path
+
+from lewis.errors import InputError
+from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.terminal import print_table, show_log
+
+
+def new_options(command: argparse.ArgumentParser) -> None:
+    """`BASE EXPERT... -o FILE.yaml --force`."""
+    command.add_argument("base", metavar="BASE", help="the base: org/name, org/name@revision or a folder")
+    command.add_argument("experts", metavar="EXPERT", nargs="+", help="fine-tunes of it, or LoRA adapters")
+    command.add_argument("-o", "--output", metavar="FILE.yaml", type=Path, required=True)
+    command.add_argument("--force", action="store_true", help="replace the file if there is one")
+
+
+def new(options: argparse.Namespace) -> None:
+    """Write a recipe.
+
+    Raises:
+        InputError: if there is a file already, or a model does not exist or does not fit.
+    """
+    from lewis import store
+    from lewis.inspection.draft import draft
+    from lewis.store.writable import check_output_file
+
+    if options.output.suffix not in (".yaml", ".yml"):
+        raise InputError(f"-o {options.output}: expected the name of a recipe, which ends in .yaml")
+    file = check_output_file(options.output)
+    if file.exists() and not options.force:
+        raise InputError(f"-o {options.output}: there is a file already; choose another name, or say --force")
+    show_log()
+    made = draft(options.base, options.experts, file)
+    store.write_text(file, made.text)
+    if options.json:
+        findings = [each.to_json() for each in made.findings]
+        facts = {"file": str(file), "calibrations": made.topics, "tasks": list(made.tasks), "findings": findings}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for expert, topic in made.topics.items():
+        print(f"{expert}: calibrated on {topic}")
+    print("".join(f"{each.to_text()}\n" for each in made.findings), end="")
+    print(f"{options.output}: scored by {', '.join(made.tasks)}; read it, then `lewis plan {options.output}`")
+
+
+def inspect_options(command: argparse.ArgumentParser) -> None:
+    """`--base MODEL` and `--plot FILE.png`."""
+    command.add_argument(
+        "--base", metavar="MODEL", action="append", default=[], dest="bases",
+        help="another model that an expert may have been trained from, to find the nearest; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw layers by experts")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print measures, findings and a verdict.
+
+    Raises:
+        InputError: if there are findings of level error.
+    """
+    from lewis import store
+    from lewis.inspection import picture
+    from lewis.inspection.step import inspect_recipe
+    from lewis.store.writable import check_output_file
+
+    recipe = arguments.load(options)
+    plot = check_output_file(options.plot) if options.plot else None
+    show_log()
+    with bars.progress() as report:
+        found = inspect_recipe(recipe, options.bases, lambda done, total: report("inspect", done, total))
+    if plot:
+        store.write_bytes(plot, picture.draw(found))
+    if options.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        for rows in (found.rows, found.pairs):
+            if rows:
+                print_table(rows)
+        print("".join(f"{each.to_text()}\n" for each in found.findings) + found.verdict)
+    if found.errors:
+        raise InputError(found.verdict)

@@ -1,0 +1,261 @@
+"""The command line: its table of contents. Exit codes: 0 done, 2 the input is wrong, 1 it failed while running.
+
+A module that holds commands imports the library, Prefect and MLflow inside its functions, so that the help comes at
+once.
+"""
+
+import argparse
+import atexit
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, NoReturn
+
+from lewis.errors import InputError, LewisError
+from lewis.redact import redacted
+from lewis.store import writable
+from lewis_flows import environment, json_logs
+from lewis_flows.cli import housekeeping, inspect, merge, registry, run, service, terminal
+from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
+from lewis_flows.service import api_key, mlflow_key
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        name: on the command line.
+        run: does it, given the parsed arguments; gives the exit code, None is 0.
+        words: for the help.
+        arguments: each adds some to the command's parser.
+        writes: whether it needs a store that it can write to.
+    """
+
+    name: str
+    run: Callable[[argparse.Namespace], int | None]
+    words: str
+    arguments: tuple[Add, ...] = ()
+    writes: bool = True
+
+
+COMMANDS = (
+    Command(
+        "new",
+        inspect.new,
+        "write a recipe with comments, from a base and experts: calibration sets and tasks that fit",
+        (inspect.new_options, as_json),
+    ),
+    Command("run", run.run, "run the whole DAG: merge, score, register, promote", (recipe, as_json)),
+    Command(
+        "search",
+        run.search,
+        "try the values of the recipe's `search` block, and register the best",
+        (recipe, run.search_limits, as_json),
+    ),
+    Command(
+        "plan",
+        merge.plan,
+        "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers",
+        (recipe, as_json),
+        writes=False,
+    ),
+    Command(
+        "inspect",
+        inspect.inspect,
+        "tell whether the models belong together: findings, what they mean, what to do",
+        (recipe, inspect.inspect_options, as_json),
+    ),
+    Command(
+        "merge",
+        merge.merge,
+        "merge with the library alone: no Prefect, no MLflow",
+        (recipe, merge.merge_output, as_json),
+    ),
+    Command(
+        "importance",
+        merge.importance,
+        "measure the importance of every covered layer",
+        (recipe, json_file, as_json),
+    ),
+    Command(
+        "allocate",
+        merge.allocate,
+        "allocate a density to every tensor of every expert; draws FILE.png too",
+        (recipe, json_file, as_json),
+    ),
+    Command("export", merge.export, "print a mergekit config with the LEWIS densities as filters", (recipe, as_json)),
+    Command("demo", run.demo, "train a family of tiny models and run the whole DAG on it", (as_json,)),
+    Command(
+        "up",
+        service.up,
+        "run the service until Ctrl-C: servers, deployments, worker, webhook receiver",
+        (prefect_file, service.up_output),
+    ),
+    Command(
+        "status",
+        service.status,
+        "tell what runs, what is due, what champions hold and what is newer",
+        (service.status_check, as_json),
+        writes=False,
+    ),
+    Command(
+        "open",
+        service.open_links,
+        "print the pages of a recipe's last run, its artifacts, its version and the champion",
+        (service.known_recipe, as_json),
+        writes=False,
+    ),
+    Command(
+        "logs",
+        service.logs,
+        "print the log of a recipe's last run",
+        (service.known_recipe, service.log_options, as_json),
+        writes=False,
+    ),
+    Command(
+        "gc",
+        housekeeping.gc,
+        "remove what no registered version, no recent run and no running one needs",
+        (housekeeping.gc_options, as_json),
+    ),
+    Command(
+        "retention",
+        housekeeping.retention,
+        "remove old runs of Prefect and MLflow, and old entries of LEWIS_STORE, that nothing needs",
+        (housekeeping.retention_options, as_json),
+    ),
+    Command(
+        "backup",
+        housekeeping.backup,
+        "copy what cannot be made again: the databases in the store, MLflow's files, recipes, secrets",
+        (housekeeping.copy_folder, as_json),
+    ),
+    Command(
+        "restore",
+        housekeeping.restore,
+        "put such a copy back into an empty store",
+        (housekeeping.copy_folder, as_json),
+    ),
+    Command(
+        "verify",
+        housekeeping.verify,
+        "read everything in the store and in MLflow again, and tell what is damaged",
+        (as_json,),
+    ),
+    Command(
+        "history",
+        registry.history,
+        "tell who replaced whom as champion of a model, and why",
+        (name, registry.plot_file, as_json),
+        writes=False,
+    ),
+    Command(
+        "approve",
+        registry.approve,
+        "let a version that passed its gate, and waits for a person, become the champion",
+        (registry.version, registry.refuse, why, as_json),
+    ),
+    Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why, as_json)),
+    Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why, as_json)),
+    Command(
+        "deploy",
+        service.deploy,
+        "put pool, limit, deployments and automations on a Prefect server",
+        (prefect_file, as_json),
+    ),
+)
+"""All commands, in the order of the help."""
+
+
+def program() -> NoReturn:
+    """The program `lewis`: `main`, and then the process ends at once.
+
+    It would take seconds to take apart what torch, Prefect and MLflow have made. What is registered with `atexit` runs
+    before.
+    """
+    status = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # the first that is registered is the last that runs
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    sys.exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line, without the program; by default those of this process.
+
+    Returns:
+        The exit code.
+    """
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
+    as_json = False
+    try:
+        as_json = json_logs.is_json()
+        environment.prepare()
+        api_key.find()
+        mlflow_key.find()
+        if options.writes:
+            writable.check_store()
+        code = options.run(options) or 0
+        sys.stdout.flush()  # so that it is noticed here if nobody reads it
+    except InputError as error:
+        terminal.say_error(f"{error}", as_json=as_json)
+        return 2
+    except LewisError as error:
+        terminal.say_error(f"it failed: {error}", as_json=as_json)
+        return 1
+    except KeyboardInterrupt:
+        terminal.say_error("stopped; finished steps are kept, run the same command to go on", as_json=as_json)
+        return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
+            return terminal.SIGPIPE
+        terminal.say_error(f"it failed: {redacted(writable.explained(error))}", as_json=as_json)
+        return 1
+    return code
+
+
+class _Version(argparse.Action):
+    """`--version`: looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"lewis {version('lewis-merge')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lewis", description="Keep a merged LLM up to date: merge, score, register and promote, as a Prefect DAG."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="tell the version of LEWIS and end")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        its = parsers.add_parser(command.name, help=command.words, description=command.words)
+        its.set_defaults(run=command.run, writes=command.writes)
+        for add in command.arguments:
+            add(its)
+    return parser
+
+
+if __name__ == "__main__":
+    program()

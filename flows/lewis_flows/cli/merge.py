@@ -1,0 +1,214 @@
+"""`lewis plan`, `merge`, `importance`, `allocate` and `export`: the library alone, without Prefect and MLflow."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lewis.errors import InputError, RecipeError
+from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.terminal import show_log
+
+if TYPE_CHECKING:
+    from lewis.allocation.step import AllocationEntry
+    from lewis.importance.architecture import Layer
+    from lewis.importance.step import ImportanceEntry
+    from lewis.recipe.recipe import Recipe
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what a run would do."""
+    from lewis.steps.plan import make_plan
+
+    made = make_plan(arguments.load(options))
+    print(json.dumps(made.to_json(), indent=2) if options.json else made.to_text())
+
+
+def merge_output(command: argparse.ArgumentParser) -> None:
+    """`-o DIR` and `--max-shard-size SIZE`."""
+    command.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model")
+    command.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file to write, default 5GB")
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
+    from lewis.models.shards import parse_size
+    from lewis.recipe.documents import load_documents
+    from lewis.store.writable import check_output_folder
+
+    documents = load_documents(options.recipe, options.output)
+    if documents and options.overrides:
+        raise InputError(
+            f"--set {options.overrides[0]}: the file holds {len(documents)} recipes; change it in the file"
+        )
+    jobs = [(each.recipe, options.output / each.name) for each in documents]
+    jobs = jobs or [(arguments.load(options), options.output)]
+    shard, folders = parse_size(options.max_shard_size), [check_output_folder(folder) for _, folder in jobs]
+    show_log()
+    told = []
+    for (recipe, shown), folder in zip(jobs, folders, strict=True):
+        facts, text = _merge_one(recipe, folder, shard, again=not documents)
+        told.append(facts)
+        if not options.json:
+            print(f"{shown}: {text}")
+    if options.json:
+        print(json.dumps(told if documents else told[0], indent=2))
+
+
+def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tuple[dict[str, Any], str]:
+    """Write what one recipe gives.
+
+    Args:
+        folder: checked.
+        shard: bytes of the largest file.
+        again: whether to merge although the folder holds the same merge.
+
+    Returns:
+        The facts as JSON and as text.
+    """
+    from lewis import library, store
+
+    with bars.progress() as shown:
+        given, prepared = library.prepare(recipe, shown)
+    if not again and (store.read_manifest(folder) or {}).get("digest") == prepared.digest:
+        return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
+    made, effort = bars.run_merge(prepared, recipe, given, folder, max_shard_size=shard)
+    facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
+    facts |= {"adapter": made.adapter.to_json()} if made.adapter else {}
+    facts |= {"ridge": made.ridge} if made.ridge else {}
+    size = f"{len(prepared.layout)} tensors, {made.size / 1e9:.2f} GB"
+    if made.adapter:
+        size = f"{made.adapter.to_text()}; {made.size / 1e6:.1f} MB"
+    text = f"{size}, digest {made.digest}\n{effort.to_text()}"
+    return {**facts, "mean_density": made.mean_density}, text
+
+
+def importance(options: argparse.Namespace) -> None:
+    """Write the importance of every layer as JSON, and print it with the densities."""
+    from lewis import store
+    from lewis.reports import tables
+
+    file = _json_file(options.output)
+    guided = _guide(options)
+    rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in guided.measured]
+    store.write_json(file, {"importance": rows})
+    if options.json:
+        print(json.dumps({"file": str(file), "measurements": len(rows), "passes": guided.passes}, indent=2))
+        return
+    for each in guided.measured:
+        print(f"importance of {each.ref} on {each.calibration}\n{tables.grid(guided.layers, each.norms, '.4g')}\n")
+    _print_densities(guided)
+    print(f"{options.output}: {len(rows)} measurements; passes run now: {guided.passes}")
+
+
+def allocate(options: argparse.Namespace) -> None:
+    """Write the densities as JSON and as a picture, and print them."""
+    from lewis import store
+    from lewis.reports import pictures
+
+    file = _json_file(options.output)
+    guided = _guide(options)
+    experts = {ref: each.to_json() for ref, each in guided.allocated.experts().items()}
+    store.write_json(file, {"experts": experts})
+    picture = file.with_suffix(".png")
+    store.write_bytes(picture, pictures.densities(guided.allocated))
+    if options.json:
+        facts = {"file": str(file), "picture": str(picture), "mean_density": dict(guided.allocated.means)}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    _print_densities(guided)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Print a config of mergekit."""
+    import yaml
+
+    from lewis.merging.export import check_exportable, to_mergekit
+    from lewis.models.source import pin_all
+
+    recipe = arguments.load(options)
+    check_exportable(recipe)  # before anything is measured
+    base, experts = pin_all(recipe)
+    allocations = _guide(options).allocated.experts() if recipe.allocator else {}
+    made = to_mergekit(recipe, base, experts, allocations)
+    print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
+
+
+class _Guided(NamedTuple):
+    """What guides a merge.
+
+    Attributes:
+        layers: the covered layers of the base that the recipe does not exclude.
+        result: those of the result, which slices make of them.
+        parameters: number of parameters of the base.
+        measured: importance of base and experts.
+        allocated: the densities.
+        passes: how many forward passes ran now; the store had the others.
+    """
+
+    layers: "list[Layer]"
+    result: "list[Layer]"
+    parameters: int
+    measured: "list[ImportanceEntry]"
+    allocated: "AllocationEntry"
+    passes: int
+
+
+def _guide(options: argparse.Namespace) -> _Guided:
+    """Measure and allocate.
+
+    Raises:
+        RecipeError: if the recipe has no `lewis` block or no base.
+    """
+    from lewis.allocation.step import layers_of_result
+    from lewis.devices import default_device
+    from lewis.importance.step import layers_of
+    from lewis.steps.graph import graph
+    from lewis.steps.run import begin, run
+    from lewis.steps.table import ALLOCATE, DOWNLOAD, MEASURE
+
+    recipe = arguments.load(options)
+    if recipe.fits and recipe.allocator is None:
+        raise RecipeError(f"merge_method: {recipe.merge_method} takes no densities; there is nothing to allocate")
+    if recipe.lewis is None or recipe.base_model is None:
+        raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
+    show_log()
+    walked = graph(recipe)
+    passes = set[str]()
+    with bars.progress() as report:
+
+        def noted(what: str, done: int, total: int) -> None:
+            passes.add(what)
+            report(what, done, total)
+
+        results = run(walked, ALLOCATE.name, known=begin(recipe), report=noted, device=default_device())
+    base = results[f"{DOWNLOAD.name} {recipe.base_model}"]
+    parameters = sum(info.elements for info in base.open().tensors.values())
+    layers = [layer for layer in layers_of(base, measured=recipe.runs_models) if not recipe.excludes(layer.tensor)]
+    result = layers
+    if recipe.slices:
+        result = layers_of_result(recipe, base, [results[f"{DOWNLOAD.name} {e.model}"] for e in recipe.experts])
+    measured = [entry for node in walked.of(MEASURE) for entry in results[node.name]]
+    return _Guided(layers, result, parameters, measured, results[ALLOCATE.name], len(passes))
+
+
+def _print_densities(guided: _Guided) -> None:
+    from lewis.reports import tables
+
+    for ref, each in guided.allocated.experts().items():
+        print(tables.allocation_text(ref, guided.result, each, guided.parameters), end="\n\n")
+
+
+def _json_file(path: Path) -> Path:
+    """Find out before the long part whether the output can be written; gives its absolute path.
+
+    Raises:
+        InputError: if it can not.
+    """
+    from lewis.store.writable import check_output_file
+
+    above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if os.path.isdir(path) or not above.is_dir() or path.suffix == ".png":
+        raise InputError(f"-o {path}: expected the name of a JSON file in a folder")
+    return check_output_file(path)

@@ -1,0 +1,156 @@
+"""`lewis run`, `lewis search` and `lewis demo`: the flows in this process, on a Prefect server."""
+
+import argparse
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.terminal import print_table, say_error
+
+if TYPE_CHECKING:
+    from lewis.recipe.recipe import Recipe
+    from lewis_flows.merge import MergeReport
+    from lewis_flows.search import SearchReport
+
+R = TypeVar("R")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the DAG of a recipe."""
+    _load(options)
+    run_merge(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
+
+
+def _load(options: argparse.Namespace) -> "Recipe":
+    """The recipe of a run: find a mistake in it before a server is started."""
+    from lewis_flows import recipes_folder
+
+    recipe = arguments.load(options)
+    recipes_folder.check_alone(Path(options.recipe), recipe)
+    return recipe
+
+
+def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Run the flow `merge` and print its report.
+
+    Args:
+        recipe: path of the YAML file.
+        overrides: `key.path=value` each.
+        as_json: print JSON instead of text.
+    """
+
+    def flow() -> "MergeReport":
+        from lewis_flows.merge import merge_flow
+
+        return merge_flow(recipe, list(overrides))
+
+    report = _with_prefect(flow, as_json=as_json)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print_merge(report)
+
+
+def search_limits(command: argparse.ArgumentParser) -> None:
+    """`--trials N` and `--minutes M`."""
+    command.add_argument(
+        "--trials", metavar="N", type=arguments.positive(int), help="how many in all, instead of the recipe's number"
+    )
+    command.add_argument(
+        "--minutes", metavar="M", type=arguments.positive(float), help="begin no further trial after this time"
+    )
+
+
+def search(options: argparse.Namespace) -> None:
+    """Run the search of a recipe."""
+    from lewis.search import space, study
+
+    recipe = _load(options)
+    study.objectives_of(recipe)
+    space.check(recipe)
+
+    def flow() -> "SearchReport":
+        from lewis_flows.search import search_flow
+
+        path = str(Path(options.recipe).resolve())
+        return search_flow(path, options.overrides, options.trials, options.minutes)
+
+    report = _with_prefect(flow, as_json=options.json)
+    if options.json:
+        print(report.model_dump_json(indent=2))
+        return
+    print(f"{len(report.trials)} trials; the best, beside the recipe as it is, on documents that no trial saw:")
+    print_table(report.confirmed)
+    for override in report.overrides:
+        print(f"  --set {override}")
+    print(f"MLflow run of the search: {report.mlflow_run}")
+    if report.merge:
+        print_merge(report.merge)
+
+
+def print_merge(report: "MergeReport") -> None:
+    """Print what a run of the DAG gave."""
+    print_table(report.scores)
+    print_table(report.comparison)
+    if report.kept:
+        print("what is kept of each expert's gain over the base, on its own task:")
+        print_table(report.kept)
+    for expert, mean in report.mean_density.items():
+        print(f"mean density of {expert}: {mean:.3f}")
+    print(f"merged model: {report.folder}")
+    if report.adapter:
+        print(report.adapter)
+    if report.version:
+        print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
+        print(f"verdict: {'champion' if report.promoted else 'not promoted'}")
+        print("\n".join(f"  {reason}" for reason in report.verdict))
+    if report.published:
+        print(f"published: {report.published}")
+
+
+def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
+    """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed."""
+    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.servers import prefect_server
+
+    def leave(reason: str) -> NoReturn:
+        say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
+        os._exit(1)  # what it has started ends with it, and the next run marks this one as Crashed
+
+    with prefect_server(leave) as url, connected(url):
+        from prefect import tags
+        from prefect.logging.handlers import APILogWorker
+
+        from lewis_flows.turn import crash_dead_runs
+        from lewis_tasks.support import moves
+
+        crash_dead_runs()
+        signal.signal(signal.SIGINT, _stop_tasks)
+        try:
+            with tags("lewis"):
+                return flow()
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            APILogWorker.drain_all(timeout=10)  # send the log before the server is stopped
+            moves.tell(patience=10)
+
+
+def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:
+    from lewis_tasks.support.caching import STOPPING
+
+    STOPPING.set()
+    raise KeyboardInterrupt
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Train the family of tiny models in the store, then run its recipe."""
+    from lewis import store
+    from lewis.demo.family import make_family
+
+    with bars.progress() as report:
+        folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
+    run_merge(str(folder / "demo.yaml"), [], as_json=options.json)

@@ -1,0 +1,128 @@
+"""Score the models of a merge that goes on elsewhere: a run of this flow waits in a queue or pool of its own.
+
+It is given names and digests, and finds the models itself: parents on the Hub or in their folders, merged models in the
+store, the champion in the registry. Its scores go into the store, where the merge takes them.
+"""
+
+import re
+from typing import Any
+
+from prefect import State, flow
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from prefect.utilities.annotations import quote
+
+from lewis import store
+from lewis.errors import InputError, LewisError
+from lewis.evaluation.step import ScoresEntry
+from lewis.merging.step import MergedModel, find_merged
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis.reports.run_report import short
+from lewis.steps.graph import CHAMPION, labels, resolved
+from lewis.steps.table import DOWNLOAD, EVALUATE
+from lewis_flows import prefect_runs, recipes_folder, secret_blocks
+from lewis_flows.runners import choose
+from lewis_flows.walk import Futures, Walk, finish, known, submit
+from lewis_tasks.evaluate import check_tasks
+from lewis_tasks.register import find_champion
+from lewis_tasks.resolve import resolve_at
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.failures import says_why
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def _run_name() -> str:
+    return f"evaluate {flow_run.parameters['recipe']}"
+
+
+@flow(name=prefect_runs.EVALUATE, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
+@says_why
+def evaluate_flow(
+    recipe: str, models: dict[str, str], tasks: str, base: str | None = None, overrides: list[str] | None = None
+) -> list[str] | State[list[str]]:
+    """Score models of a recipe; gives the digests of their scores in the store.
+
+    Args:
+        recipe: the name of a recipe in the recipes folder.
+        models: label -> key of the content, as the merge has pinned or made it.
+        tasks: the digest of the evaluation tasks where the merge runs. Here it must be the same.
+        base: key of the recipe's base, if it has one.
+        overrides: as of the flow `merge`.
+    """
+    choose.check()
+    path = recipes_folder.find(recipe, paths=False)
+    secret_blocks.load_for_run(path.stem)
+    run_tags.tag(recipe=path.stem, trigger="merge")
+    plan = recipes_folder.load_for_deployment(path, overrides or [])
+    if plan.evaluate is None:
+        raise InputError(f"{recipe}: expected a recipe with an `evaluate` block, which this one has not here")
+    checked = submit(check_tasks, quote(plan))
+    finish(checked)
+    if checked.result() != tasks:
+        raise InputError(
+            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; give both the same "
+            "folder of recipes, the same version of lm-eval, and the same LEWIS_EVALUATION_SERVER"
+        )
+    walk, results = _models(plan, models, base)
+    walk.go((walk.graph[f"{EVALUATE.name} {label}"] for label in models), results)
+    scores = walk.of(EVALUATE)
+    finish(*scores)
+    entries: list[ScoresEntry] = [each.result() for each in scores]
+    run_tags.tag(verdict="scored")
+    return Completed(name="Scored", message=", ".join(models), data=[entry.digest for entry in entries])
+
+
+def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Walk, dict[str, Any]]:
+    """Bring the models to this machine; gives the walk that scores them, and what its nodes are given.
+
+    Raises:
+        LewisError: naming a model that this machine has not.
+    """
+    begun, of_base = Futures(), f"{DOWNLOAD.name} {plan.base_model}"
+    pinned_base = submit(resolve_at, quote(plan), plan.base_model, base) if plan.base_model and base else None
+    finish(pinned_base)
+    if pinned_base:
+        begun[resolved(str(plan.base_model))] = pinned_base
+    walk = Walk(plan, begun)
+    sources = {label: node for label, node in labels(plan).items() if label in models}
+    wanted = [name for name in sources.values() if name in walk.graph and walk.graph[name].step is DOWNLOAD]
+    for label, name in sources.items():
+        if name in wanted and name != of_base:
+            ref = name.removeprefix(f"{DOWNLOAD.name} ")
+            walk.futures[resolved(ref)] = submit(resolve_at, quote(plan), ref, models[label], known(pinned_base))
+    on_base = bool(pinned_base) and plan.output.kind == "lora"
+    walk.go(walk.graph.towards(*wanted, *([of_base] if on_base else [])))
+    if CHAMPION in sources.values() and plan.register_as:
+        walk.futures[CHAMPION] = submit(find_champion, plan.register_as.model, True)
+    finish(*walk.futures.values())
+    results = dict[str, Any]()
+    for label, name in sources.items():
+        found = _found(name, models[label], walk.futures)
+        if isinstance(found, MergedModel) and on_base:
+            found = found.model_copy(update={"base": walk.futures[of_base].result().folder})
+        if found is None or found.key != models[label]:
+            raise _missing(label, models[label])
+        results[name] = found
+    return walk, results
+
+
+def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | None:
+    """The model that a node, or the search for the champion, gives on this machine; None if it is not here."""
+    if source == CHAMPION:
+        champion = begun[source].result()
+        return champion.files("champion") if champion else None
+    if source in begun:
+        files: ModelFiles = begun[source].result()
+        return files
+    return find_merged(key) if _DIGEST.fullmatch(key) else None  # no path of another's choice
+
+
+def _missing(label: str, key: str) -> LewisError:
+    if label == "champion":
+        return LewisError(f"champion: expected {short(key)}, but it is another one by now, or its files are gone")
+    return LewisError(
+        f"{label}: this worker does not have the model {short(key)}; the workers must share the disk of the store "
+        f"({store.home()}), or LEWIS_STORE must be the same on all of them, and LEWIS_STORE_MERGED=1"
+    )

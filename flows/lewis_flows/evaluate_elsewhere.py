@@ -1,0 +1,175 @@
+"""Have models scored by workers of another queue or pool: one run of the deployment `evaluate` for all of a merge."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
+
+from lewis.errors import LewisError
+from lewis.evaluation import work_queue
+from lewis.evaluation.step import find_all_scores
+from lewis.recipe.recipe import Recipe
+from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput
+from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows.walk import Walk, submit
+from lewis_tasks.evaluate import take_scores
+
+logger = logging.getLogger(__name__)
+DEPLOYMENT = f"{prefect_runs.EVALUATE}/evaluate"
+POLL = 2.0  # seconds
+ATTEMPTS = 3
+"""How many runs one merge starts, if each before the last has died with its worker."""
+
+
+def queue_for(recipe: Path) -> str:
+    """The work queue that the models of a recipe are scored in; empty if that is done here.
+
+    A recipe outside of the folder of recipes is scored here: other workers do not find it.
+
+    Raises:
+        InputError: as `lewis.evaluation.work_queue.queue`.
+    """
+    queue = work_queue.queue()
+    if queue and recipe.parent.resolve() != recipes_folder.location().resolve():
+        place = work_queue.place(queue)
+        logger.info("%s is not in the folder of recipes: its models are scored here, not in the %s", recipe, place)
+        return ""
+    return queue
+
+
+def score(
+    walk: Walk,
+    results: Mapping[str, Any],
+    queue: str,
+    plan: Recipe,
+    name: str,
+    overrides: Sequence[str],
+    tasks: str,
+) -> None:
+    """Give a walk the scores of its models: found in the store, or made by a run in the queue, which is waited for.
+
+    If what waits here is interrupted, by a cancellation or Ctrl-C, that run is cancelled.
+
+    Args:
+        walk: with the models; it gets a task for each of its scores.
+        results: as of `Walk.go`.
+        queue: as `queue_for` gave it.
+        plan: the recipe, whose name in the folder of recipes is `name`.
+        overrides: of the merge.
+        tasks: digest of the evaluation tasks.
+
+    Raises:
+        LewisError: saying what has become of the run, if it has not made the scores.
+    """
+    found = dict(results)
+    nodes = [node for node in walk.graph.of(EVALUATE) if walk.wants(node, found)]
+    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes}
+    keys = {node: (each.ref, each.key) for node, each in given.items()}
+    settings = next(iter(given.values())).settings
+    entries = find_all_scores(keys, settings)
+    made = entries is None
+    if entries is None:
+        base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
+        models = {each.label: each.key for each in given.values()}
+        parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base, "overrides": list(overrides)}
+        _run(queue, parameters)
+        entries = find_all_scores(keys, settings)
+    if entries is None:
+        raise LewisError(
+            f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "
+            "have the scores; the workers must share its disk (LEWIS_HOME), or all must have the same LEWIS_STORE"
+        )
+    walk.futures |= {node: submit(take_scores, entry, given[node].label, not made) for node, entry in entries.items()}
+
+
+def _run(queue: str, parameters: dict[str, Any]) -> None:
+    """Start a run in the queue, and wait until it has ended well; if it dies, another one takes its place.
+
+    What the dead run had scored is in the store, where the next one finds it.
+    """
+    place = work_queue.place(queue)
+    with get_client(sync_client=True) as client:
+        name, state = _ended(client, queue, parameters)
+        for _ in range(ATTEMPTS - 1):
+            if not state.is_crashed():
+                break
+            logger.warning("the run %s in the %s died; starting it again: %s", name, place, state.message)
+            name, state = _ended(client, queue, parameters)
+    if not state.is_completed():
+        how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
+        raise LewisError(
+            f"evaluate: the run {name} in the {place} {how}: "
+            f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
+        )
+
+
+def _ended(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> tuple[str, State]:
+    """Start a run and wait for its end; gives its name and last state."""
+    run = _start(client, queue, parameters)
+    try:
+        run = _wait(client, run, queue)
+    except BaseException:  # also what ends a run that is cancelled
+        with suppress(Exception):
+            client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
+        raise
+    assert run.state is not None
+    return run.name, run.state
+
+
+def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> FlowRun:
+    place = work_queue.place(queue)
+    try:
+        if (found := client.read_deployment_by_name(DEPLOYMENT).work_pool_name) != work_queue.pool():
+            raise LewisError(
+                f"evaluate: expected the deployment {DEPLOYMENT} in the work pool {work_queue.pool()}, but it is in "
+                f"{found}; run `lewis deploy` with the {work_queue.POOL_SETTING} that the merges have"
+            )
+        run = run_deployment(
+            DEPLOYMENT,
+            parameters=parameters,
+            flow_run_name=f"evaluate {parameters['recipe']}",
+            timeout=0,
+            work_queue_name=queue,
+        )
+    except ObjectNotFound as error:
+        raise LewisError(
+            f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which {work_queue.SETTING} and "
+            f"{work_queue.POOL_SETTING} need; run `lewis deploy`, and if you deploy a file of your own, copy it from "
+            "deployments/prefect.yaml"
+        ) from error
+    except httpx.HTTPError as error:
+        raise LewisError(f"evaluate: the Prefect server takes no run for the {place}: {error}") from error
+    assert isinstance(run, FlowRun)  # not awaitable, as there is no event loop here
+    logger.info("%s is scored by the run %s in the %s", parameters["recipe"], run.name, place)
+    return run
+
+
+def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
+    late = away = False
+    while True:
+        try:
+            run, away = client.read_flow_run(run.id), False
+        except ObjectNotFound:
+            raise LewisError(f"evaluate: the run {run.name} in the {work_queue.place(queue)} was deleted") from None
+        except httpx.HTTPError as error:
+            if not away:
+                logger.warning("Prefect does not say how the evaluation goes on; asking again: %s", error)
+            away = True
+        if run.state and run.state.is_final():
+            return run
+        if run.state and run.state.name == "Late" and not late:
+            options = work_queue.worker_options(queue, work_queue.pool())
+            logger.warning(
+                "no worker takes the evaluation run %s: is one started with `%s`, and has it time?", run.name, options
+            )
+            late = True
+        time.sleep(POLL)

@@ -1,0 +1,187 @@
+"""The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import State, flow
+from prefect.futures import PrefectFuture
+from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
+from prefect.utilities.annotations import quote
+
+from lewis.errors import LewisError
+from lewis.recipe.recipe import Recipe
+from lewis.reports.verdict_line import verdict_line
+from lewis.steps.graph import CHAMPION, PREFLIGHT
+from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
+from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
+from lewis_flows.merge_report import MergeReport
+from lewis_flows.runners import choose
+from lewis_flows.turn import HOOKS, turn
+from lewis_flows.walk import Futures, Walk, finish, known, pin, submit
+from lewis_tasks.evaluate import check_tasks
+from lewis_tasks.publish import check_publish, publish
+from lewis_tasks.register import find_champion, gate, promote, register
+from lewis_tasks.report import report_densities, report_run, report_scores
+from lewis_tasks.resolve import settle
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
+from lewis_tasks.support.flow_run import tally
+
+
+def _run_name() -> str:
+    return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
+
+
+@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
+@says_why
+def merge_flow(
+    recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0
+) -> MergeReport | State[MergeReport]:
+    """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
+
+    The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; or as `Cached`
+    if nothing was left to do. It ends as `Skipped`, without a report, if a deployment started it and another run of the
+    recipe waits for its turn already. As `Unpublished` if the Hub has not taken the champion. Its tags name the recipe,
+    what started it, and the verdict.
+
+    Args:
+        recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
+        overrides: `key.path=value` each, as `lewis run --set`. A run of a deployment cannot allow code or publish so.
+        settle_seconds: wait until no model has moved for so long; for runs that a release starts.
+    """
+    choose.check()
+    deployed = deployment.id is not None
+    path = recipes_folder.find(recipe, paths=not deployed)
+    secret_blocks.load_for_run(path.stem)
+    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
+    with turn(path, str(flow_run.id), skip=deployed) as ours:
+        if not ours:
+            run_tags.tag(verdict="skipped")
+            return Completed(
+                name="Skipped", message=f"a run of {path.stem} waits already and will find the newest state"
+            )
+        load = recipes_folder.load_for_deployment if deployed else Recipe.load
+        plan = load(path, overrides or [])
+        recipes_folder.check_alone(path, plan)
+        if plan.register_as and plan.register_as.team:
+            run_tags.tag(team=plan.register_as.team)
+        if settle_seconds > 0:
+            settle(quote(plan), settle_seconds, return_state=False)
+        report, changed, (name, line) = _merge(plan, path, overrides or [])
+    if not changed:
+        name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
+    run_tags.tag(verdict=name.lower())
+    return Completed(name=name, message=line, data=report)
+
+
+def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
+    """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
+    # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same name, and
+    # draws edges between tasks that have nothing to do with each other.
+    queue = evaluate_elsewhere.queue_for(path) if plan.evaluate else ""
+    tasks = submit(check_tasks, quote(plan), not queue) if plan.evaluate else None
+    champion = submit(find_champion, plan.register_as.model, bool(tasks)) if plan.register_as else None
+    publishable = submit(check_publish, quote(plan)) if plan.publish else None
+    pinned = pin(plan, [tasks, publishable])
+    keys = [each.result().key for name, each in pinned.items() if name != PREFLIGHT]
+    run_tags.rename(run_tags.run_name(plan.name, keys))
+
+    walk = Walk(plan, pinned)
+    walk.go(node for node in walk.graph if node.step is not EVALUATE)
+    allocated, merged = walk.futures.get(ALLOCATE.name), walk.futures["merge experts"]
+    finish(champion, *walk.of(CALIBRATE, MEASURE, ALLOCATE))
+    drawn = submit(report_densities, quote(plan), known(walk.of(MEASURE)), allocated) if allocated else None
+    finish(drawn, *walk.of(MERGE))
+    report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
+
+    scores = _score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else {}
+    if scores:
+        table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
+        finish(table)
+        report = report.model_copy(update=table.result())
+    ended = _register(plan, walk, report, champion, scores) if plan.register_as else _Ended()
+    facts = [known(each) for each in (merged, champion, scores, ended.verdict)]
+    work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
+    about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
+    after = [ended.promoted or merged]
+    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
+    for future in (*walk.of(DIAGNOSE), written):  # the UI shows their errors: the version is registered all the same
+        future.wait()
+    if ended.published:
+        try:
+            report.published = getattr(result_of(ended.published), "url", None)
+        except LewisError as error:
+            raise NotPublishedError(f"{': '.join(ended.line)}; not published: {error}") from error
+    # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
+    computed = any(future.state.name != "Cached" for future in walk.of(MEASURE, ALLOCATE, MERGE, EVALUATE))
+    return report, computed or report.created or ended.moved or bool(ended.there and ended.there.new), ended.line
+
+
+def _score(
+    walk: Walk,
+    plan: Recipe,
+    path: Path,
+    overrides: list[str],
+    queue: str,
+    champion: PrefectFuture[Any] | None,
+    tasks: str,
+) -> Futures:
+    """Label -> scores of the merged model, its parents and the champion; computed here, or by workers of a queue."""
+    current = champion.result() if champion else None
+    walk.futures |= {CHAMPION: champion} if champion else {}
+    results = {CHAMPION: current.files("champion") if current else None}
+    if queue:
+        evaluate_elsewhere.score(walk, results, queue, plan, path.stem, overrides, tasks)
+    else:
+        walk.go(walk.graph.of(EVALUATE), results)
+    scores = walk.scores()
+    finish(*scores.values())
+    return scores
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a run ended.
+
+    Attributes:
+        verdict, version, promoted, published: futures; None if the recipe does not register, or publish.
+        there: where the champion was published, if that went well.
+        moved: whether the champion is another one now.
+        line: name and message of the run's state.
+    """
+
+    verdict: PrefectFuture[Any] | None = None
+    version: PrefectFuture[Any] | None = None
+    promoted: PrefectFuture[Any] | None = None
+    published: PrefectFuture[Any] | None = None
+    there: Any = None
+    moved: bool = False
+    line: tuple[str, str] = ("Completed", "merged; the recipe registers nothing")
+
+
+def _register(
+    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Futures
+) -> _Ended:
+    """Judge, register, promote and publish, and write into the report what came of it."""
+    merged = walk.futures["merge experts"]
+    after = [] if scores else [merged]
+    verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
+    inputs = walk.inputs(plan)
+    version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
+    finish(verdict, version)
+    promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
+    finish(promoted)
+    report.version, report.created = version.result().uri, version.result().created
+    report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+    current = champion.result() if champion else None
+    in_use = current.version.uri if current else None
+    line = verdict_line(report.version, verdict.result(), champion=in_use)
+    published = there = None
+    if plan.publish:
+        published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
+        published.wait()  # its error is raised after the report
+        there = published.result() if published.state.is_completed() else None
+    moved = report.promoted and in_use != report.version
+    return _Ended(verdict, version, promoted, published, there, moved, line)

@@ -1,0 +1,82 @@
+"""Questions about flow runs that more than one module asks Prefect's server."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+
+from lewis.errors import LewisError
+from lewis_flows import recipes_folder
+
+MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
+WATCH, VERIFY, RETENTION = "watch-releases", "verify", "retention"
+"""Names of our flows, as their decorators give them to Prefect."""
+
+ALL = (MERGE, SEARCH, EVALUATE, WATCH, VERIFY, RETENTION)
+"""All of them."""
+
+PAGE = 200
+"""How many runs, or artifacts, the server gives at most for one request."""
+
+UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
+"""State types of a run that has begun, or is about to, and has not ended."""
+
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+"""State types of a run that has ended."""
+
+
+def of_flows(
+    client: SyncPrefectClient,
+    flows: tuple[str, ...],
+    state: dict[str, Any],
+    sort: FlowRunSort | None = None,
+    offset: int = 0,
+    **limits: Any,
+) -> list[FlowRun]:
+    """The runs of some flows in some states; the server gives `PAGE` at most.
+
+    Args:
+        client: of the server to ask.
+        flows: names of the flows.
+        state: Prefect's filter of the state, by type or by name: `{"type": {"any_": [...]}}`.
+        sort: which come first; by default the server's order.
+        offset: how many to leave out before the first.
+        limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`.
+
+    Raises:
+        httpx.HTTPError: if the server does not answer, or refuses.
+    """
+    return client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=list(flows))),
+        flow_run_filter=FlowRunFilter.model_validate({"state": state, **limits}),
+        sort=sort,
+        offset=offset,
+    )
+
+
+def all_of_flows(
+    client: SyncPrefectClient,
+    flows: tuple[str, ...],
+    state: dict[str, Any],
+    sort: FlowRunSort,
+    most: int = 10_000_000,
+    **limits: Any,
+) -> Iterator[FlowRun]:
+    """As `of_flows`, but page after page, until there are no more runs or `most` are given."""
+    for offset in range(0, most, PAGE):
+        page = of_flows(client, flows, state, sort, offset, **limits)
+        yield from page
+        if len(page) < PAGE:
+            return
+
+
+def recipe_of(run: FlowRun) -> str:
+    """The name of the recipe that a run is for; of a watcher, all its names, or empty if it watches all recipes."""
+    given = run.parameters.get("recipe") or ", ".join(run.parameters.get("recipes") or [])
+    with suppress(LewisError):  # there is no folder of recipes: the name stays as it was given
+        return recipes_folder.name_of(str(given))
+    return str(given)

@@ -1,0 +1,102 @@
+"""The event of a new release, which starts merges. The poll and the receiver of webhooks both announce it here."""
+
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+from lewis.errors import InputError
+from lewis.models.pin import find_folder
+from lewis.models.source import parts_of
+from lewis.recipe.recipe import Recipe
+from lewis.reports.run_report import short
+from lewis_tasks.support import events
+
+EVENT = "lewis.expert.released"
+STUCK = "lewis.release.stuck"
+"""A release whose merge has failed three times."""
+
+
+def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
+    """Send the event to Prefect's server; returns when the server has taken it.
+
+    The resource is `lewis.expert.<repo>`, with the recipe's name as the label `lewis.recipe`. If two recipes share an
+    expert, there are two events about one resource, and a trigger can collect those of each recipe separately.
+
+    Args:
+        recipe: its name in the folder of recipes.
+        ref: the model as the recipe writes it.
+        repo: `org/name`, or the path of a local folder.
+        old: the commit before; None if it is not known.
+        new: the commit that was released.
+
+    Returns:
+        The event's id, a UUID.
+
+    Raises:
+        TransientError: the server is unreachable or busy.
+        LewisError: the server refuses it.
+        InputError: there is no server to ask.
+    """
+    before, id_ = short(old) if old else "never merged", str(uuid.uuid4())
+    message = f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged"
+    _send(EVENT, id_, recipe, repo, {"ref": ref, "old": old, "new": new, "message": message})
+    return id_
+
+
+def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
+    """Send the event of a release that could not be merged; its id is the same whenever it is sent of one release.
+
+    Args:
+        recipe, ref, repo, new: as of `announce`.
+        why: what the last run said.
+
+    Raises:
+        TransientError, LewisError, InputError: as `announce`.
+    """
+    id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{STUCK} {recipe} {ref} {new}"))
+    message = f"{repo} {short(new)} could not be merged into {recipe}, three times: {why}"
+    _send(STUCK, id_, recipe, repo, {"ref": ref, "new": new, "message": message})
+
+
+def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:
+    """Send an event `kind` about a recipe and a repo; `about` is the rest of its payload."""
+    events.post(
+        {
+            "id": id_,
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": kind,
+            "resource": {
+                "prefect.resource.id": resource_id(repo),
+                "prefect.resource.name": repo,
+                "lewis.recipe": recipe,
+            },
+            "payload": {"recipe": recipe, "repo": repo, **about},
+        }
+    )
+
+
+def resource_id(repo: str) -> str:
+    """Id of the resource of a repo or folder: `lewis.expert.org/name`; special characters are quoted as in a URL."""
+    return f"lewis.expert.{quote(repo, safe='/')}"
+
+
+def hub_repos(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The Hub repos whose main branch the recipe's base and experts follow: pairs of `org/name` and reference.
+
+    A recipe does not follow a repo that it pins to a commit, a tag or another branch. Of `base+adapter`, it follows
+    both, and every adapter of several.
+    """
+    refs = [recipe.base_model, *(entry.model for entry in recipe.models)]
+    for ref in dict.fromkeys(ref for ref in refs if ref):
+        for part in parts_of(ref, recipe.root):
+            repo, _, revision = part.partition("@")
+            if revision in ("", "main") and repo.count("/") == 1 and not _is_folder(part, recipe):
+                yield repo, ref
+
+
+def _is_folder(ref: str, recipe: Recipe) -> bool:
+    try:
+        return find_folder(ref, recipe.root) is not None
+    except InputError:  # it can only be a folder, and the folder does not exist now
+        return True

@@ -1,0 +1,115 @@
+"""Retention: what is old and needed by nothing in Prefect, MLflow and the store's remote half is removed.
+
+Never a registered version, its MLflow run, what it was made from, or the Prefect run that made it.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from uuid import UUID
+
+from prefect import State, flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed
+
+from lewis.errors import InputError
+from lewis.registry import retention as in_mlflow
+from lewis.store import outdated as in_remote
+from lewis.store.outdated import Outdated
+from lewis_flows import prefect_runs
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.failures import says_why
+
+DAYS = 90.0
+_DAY = 86400.0
+_SHOWN = 500  # rows of the table
+
+
+@flow(name=prefect_runs.RETENTION, flow_run_name="retention", **run_tags.HOOKS)
+@says_why
+def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]:
+    """Remove what ended or was written more than `days` ago and nothing needs; gives how many that are.
+
+    Args:
+        days: what is younger stays.
+        dry_run: only show it, in the artifact `lewis-retention`.
+    """
+    run_tags.tag(trigger=run_tags.trigger(run_tags.this_run()))
+    found = survey(days)
+    dates = [datetime.fromtimestamp(each.time, UTC).date().isoformat() for each in found[:_SHOWN]]
+    rows = [
+        {"where": each.where, "what": each.what, "of": date, "MB": f"{each.bytes / 1e6:.2f}"}
+        for each, date in zip(found, dates, strict=False)
+    ]
+    told = to_text(found, removed=not dry_run)
+    create_table_artifact(rows or [{"where": "all", "what": "nothing"}], key="lewis-retention", description=told)
+    if not dry_run:
+        remove(found)
+    run_tags.tag(verdict="looked" if dry_run else "removed")
+    return Completed(name="Looked" if dry_run else "Removed", message=told, data=len(found))
+
+
+def to_text(found: list[Outdated], *, removed: bool) -> str:
+    """How many there are of each place, in a sentence."""
+    counts = {where: sum(each.where == where for each in found) for where in dict.fromkeys(e.where for e in found)}
+    listed = ", ".join(f"{count} of {where}" for where, count in counts.items()) or "nothing"
+    size = f" ({sum(each.bytes for each in found) / 1e6:.1f} MB there)" if any(each.bytes for each in found) else ""
+    return f"{listed}{size} {'is removed' if removed else 'would be removed; nothing was'}"
+
+
+def survey(days: float) -> list[Outdated]:
+    """What can be removed; changes nothing.
+
+    Raises:
+        InputError: if `days` is not at least 1.
+        TransientError, LewisError: if MLflow or the remote half does not answer.
+    """
+    if not days >= 1:
+        raise InputError(f"days: expected a number from 1 up, got {days}")
+    before = time.time() - days * _DAY
+    runs, made_versions = in_mlflow.runs(before)
+    with get_client(sync_client=True) as client:
+        flow_runs = list(_flow_runs(client, before, made_versions))
+    return [*flow_runs, *runs, *in_remote.entries(before, in_mlflow.by_versions())]
+
+
+def remove(found: list[Outdated]) -> None:
+    """Remove what `survey` found.
+
+    Raises:
+        TransientError, LewisError: if MLflow or the remote half does not answer; what is left is found again.
+    """
+    with get_client(sync_client=True) as client:
+        for each in found:
+            if each.where == "prefect":
+                _remove_flow_run(client, each.key)
+            else:
+                (in_mlflow if each.where == "mlflow" else in_remote).remove(each)
+
+
+def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iterator[Outdated]:
+    """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
+    seen = set[tuple[str, str]]()
+    limits = {"end_time": {"before_": datetime.fromtimestamp(before, UTC)}}
+    ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
+    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, **limits):
+        of = (str(run.flow_id), prefect_runs.recipe_of(run))
+        if of in seen and str(run.id) not in kept and run.end_time is not None:
+            yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())
+        seen.add(of)
+
+
+def _remove_flow_run(client: SyncPrefectClient, run: str) -> None:
+    """Delete a run and its artifacts; its logs go with the server's own vacuum of orphans."""
+    of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run]}})
+    while page := client.read_artifacts(artifact_filter=of_run, limit=prefect_runs.PAGE):
+        for artifact in page:
+            with suppress(ObjectNotFound):
+                client.delete_artifact(artifact.id)
+    with suppress(ObjectNotFound):
+        client.delete_flow_run(UUID(run))

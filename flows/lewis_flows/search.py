@@ -1,0 +1,254 @@
+"""The search: try values on one half of the documents, confirm the best on the other half, and register it."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from prefect import State, flow
+from prefect.futures import PrefectFuture
+from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
+from prefect.utilities.annotations import quote
+from pydantic import BaseModel
+
+from lewis.errors import InputError, LewisError, nearest
+from lewis.evaluation import step
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis.search import space, study
+from lewis.search.study import Log, Objective, Trial
+from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
+from lewis_flows import prefect_runs, recipes_folder, secret_blocks
+from lewis_flows.merge import merge_flow
+from lewis_flows.merge_report import MergeReport
+from lewis_flows.runners import choose
+from lewis_flows.turn import HOOKS, turn
+from lewis_flows.walk import Walk, finish, pin, submit
+from lewis_tasks.evaluate import check_tasks
+from lewis_tasks.search import compare_with_default, record_search, score_trial
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.caching import STOPPING
+from lewis_tasks.support.failures import result_of, says_why
+
+logger = logging.getLogger(__name__)
+SEARCH, CONFIRM = "evaluate.documents=search", "evaluate.documents=confirm"  # disjoint halves
+FEWEST = 8  # documents in the first quarter; with fewer, no trial is given up early
+
+
+class SearchReport(BaseModel):
+    """What a search gives back.
+
+    Attributes:
+        trials: all that was tried.
+        best: YAML path -> value, of the winner.
+        overrides: the same as text for `--set`.
+        confirmed: rows of the winner against the recipe as it is, on the other half of the documents.
+        merge: report of the run that merged the winner, compared it with the champion and registered it.
+        mlflow_run: id of the search's run.
+    """
+
+    recipe: str
+    digest: str
+    trials: list[dict[str, Any]]
+    best: dict[str, Any]
+    overrides: list[str]
+    confirmed: list[dict[str, str]]
+    merge: MergeReport | None
+    mlflow_run: str
+
+
+def _run_name() -> str:
+    return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
+
+
+@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
+@says_why
+def search_flow(
+    recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
+) -> SearchReport | State[SearchReport]:
+    """Measure once; allocate, merge and score each trial; confirm, gate and register the best.
+
+    A search that was killed goes on where it was. Run again with more `trials`, it adds to those it has. The run ends
+    as its best trial's merge does: as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers none.
+
+    Args:
+        recipe: the name of a recipe in the recipes folder; it has a `search` block. From the command line, a YAML
+            file's path too.
+        overrides: as of the flow `merge`.
+        trials: how many in all, instead of the recipe's number.
+        minutes: begin no further trial after this time, instead of the recipe's.
+    """
+    choose.check()
+    deployed = deployment.id is not None
+    path = recipes_folder.find(recipe, paths=not deployed)
+    secret_blocks.load_for_run(path.stem)
+    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
+    with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
+        load = recipes_folder.load_for_deployment if deployed else Recipe.load
+        plan = load(path, overrides or [])
+        recipes_folder.check_alone(path, plan)
+        if plan.register_as and plan.register_as.team:
+            run_tags.tag(team=plan.register_as.team)
+        metrics = study.objectives_of(plan)
+        space.check(plan)
+        assert plan.search is not None
+        wanted = trials or plan.search.trials
+        limit = minutes or plan.search.minutes
+        tried = _Trials(plan, *_prepare(plan), metrics)
+        best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
+        report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
+    run_tags.tag(verdict=name.lower())
+    return Completed(name=name, message=f"{len(report.trials)} trials; {line}", data=report)
+
+
+def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
+    """Fetch the models and measure their importance, once for all trials; gives the results, and the tasks' digest."""
+    tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
+    walk = Walk(plan, pin(plan, [tasks]))
+    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, MEASURE) for node in walk.graph.of(step)]
+    walk.go(walk.graph.towards(*names))
+    finish(*walk.futures.values())
+    # A trial may vary the sets and passes: it looks for these itself, and finds most of them in the store.
+    kept = [node.name for step in (DOWNLOAD, CHECK) for node in walk.graph.of(step)]
+    return {name: walk.futures[name].result() for name in kept}, tasks.result()
+
+
+class _Trials:
+    """The trials of one search."""
+
+    def __init__(self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...]) -> None:
+        self.plan, self.known = plan, known
+        assert plan.search is not None
+        self.search, self.settings = plan.search, _settings(plan, SEARCH)
+        # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
+        first = _by_name(plan, result_of(self.submit(plan, 0, "all", self.settings)))
+        unknown = [metric for metric in metrics if metric not in first]
+        if unknown:
+            raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
+        self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
+        inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
+        self.log = Log(plan, self.objectives, inputs, tasks)
+        part = first[metrics[0]].samples // 4
+        prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
+        self.part = replace(self.settings, limit=part) if prune else None
+
+    def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ScoresEntry]:
+        """Score a recipe in a task."""
+        return submit(score_trial, quote(recipe), number, part, quote(self.known), settings)
+
+    def run(self, wanted: int, deadline: float) -> Trial:
+        """Make trials until there are enough, or no time is left; gives the best trial.
+
+        Raises:
+            LewisError: if none could be scored.
+        """
+        while (left := wanted - len(self.log.trials)) > 0 and time.monotonic() < deadline:
+            self._round(min(left, self.search.parallel))
+            self._record(ended=False)
+        if not self.log.front:
+            reasons = {trial.reason for trial in self.log.trials if trial.reason}
+            raise LewisError(f"none of {len(self.log.trials)} trials could be scored: {'; '.join(sorted(reasons)[:3])}")
+        return self.log.front[0]
+
+    def _round(self, count: int) -> None:
+        live: list[tuple[Trial, Recipe]] = []
+        for trial in [self.log.ask() for _ in range(count)]:
+            try:
+                live.append((trial, space.with_values(self.plan, trial.values, SEARCH)))
+            except LewisError as error:
+                self._fail(trial, error)
+        if self.part is not None:
+            live = [each for each, score in self._score(live, "a quarter", self.part) if not self._give_up(each, score)]
+        for (trial, _), scores in self._score(live, "all", self.settings):
+            self.log.done(trial, scores)
+            logger.info("trial %d: %s", trial.number, ", ".join(f"{score:.4g}" for score in scores))
+
+    def _give_up(self, each: tuple[Trial, Recipe], scores: list[float]) -> bool:
+        behind = self.log.behind(each[0], scores[0])
+        if behind:
+            self.log.pruned(each[0])
+            logger.info("trial %d: given up, %.4g after a quarter of the documents", each[0].number, scores[0])
+        return behind
+
+    def _score(
+        self, live: list[tuple[Trial, Recipe]], part: str, settings: EvalSettings
+    ) -> list[tuple[tuple[Trial, Recipe], list[float]]]:
+        futures = [self.submit(recipe, trial.number, part, settings) for trial, recipe in live]
+        scored = []
+        for each, future in zip(live, futures, strict=True):
+            try:
+                found = _by_name(self.plan, result_of(future))
+                scored.append((each, [found[objective.metric].value for objective in self.objectives]))
+            except LewisError as error:
+                if STOPPING.is_set():
+                    raise
+                self._fail(each[0], error)
+        return scored
+
+    def _fail(self, trial: Trial, error: LewisError) -> None:
+        self.log.failed(trial, str(error).partition("\n")[0])
+        logger.warning("trial %d failed: %s", trial.number, error)
+
+    def _record(self, ended: bool) -> str:
+        log = self.log
+        told = submit(
+            record_search,
+            quote(self.plan),
+            log.digest,
+            quote(self.objectives),
+            quote(log.trials),
+            quote(log.front),
+            ended,
+        )
+        return str(result_of(told))
+
+    def end(self) -> str:
+        """Record that the search has ended; gives the id of its MLflow run."""
+        return self._record(ended=True)
+
+
+def _confirm(
+    recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial
+) -> tuple[SearchReport, tuple[str, str]]:
+    """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is.
+
+    Gives the report and the search's verdict: name and line of its state.
+    """
+    settings = _settings(plan, CONFIRM)
+    winner = space.with_values(plan, best.values, CONFIRM)
+    run = tried.end()
+    scores = zip(tried.objectives, best.scores, strict=True)
+    told = "Completed", f"the best is number {best.number}: {', '.join(f'{o.metric} {s:.4g}' for o, s in scores)}"
+    merged = None
+    if plan.register_as:
+        ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
+        merged, told = ended.result(), (ended.name or "Completed", ended.message or "")
+    default = tried.submit(plan, 0, "confirm", settings)
+    chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
+    rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
+    report = SearchReport(
+        recipe=plan.name,
+        digest=tried.log.digest,
+        trials=[asdict(trial) for trial in tried.log.trials],
+        best=dict(best.values),
+        overrides=best.overrides,
+        confirmed=rows,
+        merge=merged if isinstance(merged, MergeReport) else None,
+        mlflow_run=run,
+    )
+    return report, told
+
+
+def _settings(plan: Recipe, documents: str) -> EvalSettings:
+    varied = space.with_values(plan, {}, documents)
+    assert varied.evaluate is not None
+    return EvalSettings.of(varied.evaluate, varied.root)
+
+
+def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
+    return step.scored(plan.score_weights, {"trial": entry})[0].by_name

@@ -1,0 +1,148 @@
+"""The automations on a Prefect server: mark dead runs, notify of failures and of new champions."""
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.automations import AutomationCore
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+
+from lewis.errors import InputError
+from lewis_flows import prefect_runs, release_event
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, VERIFY
+from lewis_tasks.support.moves import NOTIFIES, PROMOTED
+from lewis_tasks.support.waiting import LONG, WAITING
+
+TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
+DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
+STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
+_NOT_PENDING = (
+    *("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late"),
+    "InfrastructurePending",  # its job waits in a cluster, for a GPU or an image; the worker watches it
+)
+_RUN = "{{ flow_run.name }}: {{ flow_run.state.message or flow_run.state.name }}\n\n{{ flow_run|ui_url }}"
+_RUN_LATE = "{{ flow_run.name }} was due long ago: is there a worker, and has it time?\n\n{{ flow_run|ui_url }}"
+_EVENT = "{{ event.payload.message }}{% if flow_run %}\n\n{{ flow_run|ui_url }}{% endif %}"
+_PROMOTED = (
+    "{{ event.payload.message }}{% if event.payload.recipe %} (recipe {{ event.payload.recipe }}){% endif %}"
+    "\n\n{{ event.payload.url }}"
+)
+
+
+def put_automations(client: SyncPrefectClient) -> None:
+    """Create the automations, or bring those of the same names up to date; one that was switched off stays off.
+
+    Raises:
+        InputError: if there is no such notification block as `LEWIS_NOTIFY` names.
+    """
+    for automation in _automations(client):
+        found = client.read_automations_by_name(automation.name)
+        if found:
+            client.update_automation(found[0].id, automation.model_copy(update={"enabled": found[0].enabled}))
+        else:
+            client.create_automation(automation)
+
+
+def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
+    died = "Its heartbeats stopped: the process or machine died. Run it again: what was finished is kept."
+    yield AutomationCore(
+        name="lewis-dead-runs",
+        description="A run whose heartbeats stop has died with its process or machine.",
+        trigger=_runs("*", after="heartbeat", within=DEAD_AFTER),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=died)],
+    )
+    yield AutomationCore(
+        name="lewis-stuck-runs",
+        description="A run whose worker died while it started the run's process would be Pending for ever.",
+        trigger=_runs(*_NOT_PENDING, after="Pending", within=STARTS_WITHIN),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="It was never started: its worker died.")],
+    )
+    block = _notification_block(client)
+    for name, trigger, subject, body, description in _notifications() if block else ():
+        action = SendNotification(block_document_id=block, subject=f"LEWIS: {subject}", body=body)
+        yield AutomationCore(name=name, description=description, trigger=trigger, actions=[action])
+
+
+def _runs(*states: str, flows: Sequence[str] = (), after: str = "", within: timedelta = timedelta()) -> EventTrigger:
+    """Fires when a run of ours enters one of some states; with `after`, when it does not within a time after that.
+
+    Args:
+        states: their names.
+        flows: of which flows; by default of all.
+        after: name of the state, or `heartbeat`.
+        within: the time.
+    """
+    related = [ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]})]
+    if flows:
+        named = {"prefect.resource.role": ["flow"], "prefect.resource.name": list(flows)}
+        related.append(ResourceSpecification(named))
+    return EventTrigger(
+        after={f"prefect.flow-run.{after}"} if after else set(),
+        expect={f"prefect.flow-run.{state}" for state in states},
+        match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+        match_related=related if flows else related[0],
+        for_each={"prefect.resource.id"} if after else set(),
+        posture=Posture.Proactive if after else Posture.Reactive,
+        threshold=1,
+        within=within,
+    )
+
+
+def _event(name: str) -> EventTrigger:
+    return EventTrigger(expect={name}, posture=Posture.Reactive, threshold=1)
+
+
+def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
+    """Of each notification: its name, what triggers it, subject, body, description."""
+    failing = (*(each for each in prefect_runs.ALL if each != EVALUATE), "approve")  # its merge fails too
+    failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, VERIFY))  # a poll is repeated
+    yield "lewis-notify-failure", failed, "a run failed", _RUN, "A run failed; its message says why."
+    yield "lewis-notify-crash", died, "a run died", _RUN, "The process or machine of a run died."
+    about = "The gate let a merge not pass."
+    yield "lewis-notify-rejection", _runs("Rejected"), "a merge was rejected", _RUN, about
+    about = "A person has to approve it."
+    yield "lewis-notify-approval", _runs("AwaitingApproval"), "a version waits for approval", _RUN, about
+    about = "The Hub refused a champion."
+    yield "lewis-notify-unpublished", _runs("Unpublished"), "a champion was not published", _RUN, about
+    about = "A run waits for a device, or for its turn."
+    yield "lewis-notify-waiting", _event(WAITING), "a run waits for long", _EVENT, about
+    about = "A release could not be merged thrice."
+    yield "lewis-notify-stuck", _event(release_event.STUCK), "a release is not merged", _EVENT, about
+    late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE), after="Late", within=LONG)
+    yield "lewis-notify-late", late, "a run is late", _RUN_LATE, "No worker takes a run."
+    yield NOTIFIES, _event(PROMOTED), "a new champion", _PROMOTED, "The alias champion has moved."
+
+
+def _notification_block(client: SyncPrefectClient) -> UUID | None:
+    """The id of the block that `LEWIS_NOTIFY` names, or of one for `LEWIS_NOTIFY_URL`; None if neither is set."""
+    named, url = os.environ.get("LEWIS_NOTIFY"), os.environ.get("LEWIS_NOTIFY_URL")
+    if url and not named:
+        from prefect.blocks.notifications import CustomWebhookNotificationBlock
+        from prefect.types import SecretDict
+
+        # As a secret, which Prefect stores encrypted and shows to nobody: the URL itself may be what lets one post.
+        block = CustomWebhookNotificationBlock(
+            name="lewis",
+            url="{{url}}",
+            secrets=SecretDict({"url": url}),
+            json_data={"subject": "{{subject}}", "body": "{{body}}"},
+        )
+        saved = block.save("lewis-notify", overwrite=True)
+        assert isinstance(saved, UUID)  # not awaitable, as there is no event loop here
+        return saved
+    if not named:
+        return None
+    kind, _, name = named.partition("/")
+    try:
+        return client.read_block_document_by_name(name, kind).id
+    except ObjectNotFound:
+        raise InputError(
+            f"LEWIS_NOTIFY={named}: no such block; expected the type and name of a notification block of this "
+            "server, for example slack-webhook/ops; `prefect block ls` lists them"
+        ) from None

@@ -1,0 +1,107 @@
+"""Where to look at a recipe's last run: its page and artifacts in Prefect, the version in MLflow, the Hub."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from pydantic import BaseModel
+
+from lewis.errors import InputError, TransientError
+from lewis.registry import releases, versions
+from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows.service import api_key, mlflow_key, note, servers
+from lewis_flows.service.api_key import connected
+
+
+class Links(BaseModel):
+    """What `lewis open` prints.
+
+    Attributes:
+        recipe: its name.
+        state, message: of its last run; empty if there is none.
+        ended: when that ended; None if it goes on.
+        run: its page in Prefect.
+        artifacts: key -> page in Prefect.
+        version, version_page: the newest registered version, its `uri` and its page in MLflow.
+        champion, champion_page: likewise.
+        published: the champion's page on the Hub.
+        sign_in: server of `lewis up` -> what its pages ask for, and where that is.
+    """
+
+    recipe: str
+    state: str = ""
+    message: str = ""
+    ended: datetime | None = None
+    run: str = ""
+    artifacts: dict[str, str] = {}
+    version: str = ""
+    version_page: str = ""
+    champion: str = ""
+    champion_page: str = ""
+    published: str = ""
+    sign_in: dict[str, str] = {}
+
+
+def links(recipe: str) -> Links:
+    """Ask Prefect for the last run of a recipe, and MLflow for its versions.
+
+    Args:
+        recipe: its name in the folder of recipes, or the path of a file.
+
+    Raises:
+        InputError: if there is no such recipe, or no Prefect server.
+        TransientError: if a server does not answer.
+    """
+    path = recipes_folder.find(recipe)
+    found = Links(recipe=recipes_folder.name_of(str(path)))
+    known = note.read()
+    if known and not os.environ.get("PREFECT_API_URL") and api_key.path().exists():
+        found.sign_in["Prefect"] = f"the key in {api_key.path()}"
+    if user := known.get("mlflow_user"):
+        found.sign_in["MLflow"] = mlflow_key.asked_for(user)
+    with server() as (client, ui):
+        if run := last_run(client, found.recipe):
+            found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"
+            found.message = (run.state.message if run.state else None) or ""
+            of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
+            shown = [each for each in client.read_artifacts(artifact_filter=of_run) if each.key]
+            found.artifacts = {str(each.key): f"{ui}/artifacts/artifact/{each.id}" for each in shown}
+    name = recipes_folder.registered_name(str(path))
+    for number, each in enumerate(releases.merged(name) if name else []):
+        uri, page = f"models:/{name}/{each.version}", versions.page(name, each.version)
+        if not number:
+            found.version, found.version_page = uri, page
+        if "champion" in each.aliases:
+            found.champion, found.champion_page, found.published = uri, page, each.published
+    return found
+
+
+@contextmanager
+def server() -> Iterator[tuple[SyncPrefectClient, str]]:
+    """A client of the Prefect server that there is, and the address of its pages.
+
+    Raises:
+        InputError: if there is none.
+        TransientError: if it does not answer.
+    """
+    url = servers.running()
+    if not url:
+        raise InputError("no Prefect server is running: start `lewis up`, or set PREFECT_API_URL")
+    try:
+        with connected(url), get_client(sync_client=True) as client:
+            yield client, url.removesuffix("/api")
+    except httpx.HTTPError as error:
+        raise TransientError(f"{url}: Prefect does not answer ({type(error).__name__})") from error
+
+
+def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
+    """The merge or search of a recipe that began last; None if there is none among the newest 2,000."""
+    flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
+    runs = prefect_runs.all_of_flows(client, flows, {}, newest, most=2000, start_time={"is_null_": False})
+    return next((run for run in runs if prefect_runs.recipe_of(run) == recipe), None)

@@ -1,0 +1,143 @@
+"""The page of metrics: all sources at once, in Prometheus's text format.
+
+A source is asked at a scrape, not more often than it can bear, and a scrape never waits for it too long.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import copy_context
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lewis import store
+from lewis.redact import redacted
+from lewis.store import size
+from lewis_flows.service import secret_file
+from lewis_flows.service.access_log import printable
+from lewis_flows.service.metrics import of_prefect, of_registry
+
+logger = logging.getLogger("lewis.webhook")
+PATIENCE = 8.0  # seconds that a scrape waits for one source; Prometheus itself waits for ten
+FORGET = 600.0  # seconds after which numbers of a source that no longer answers are left out
+
+
+class Source:
+    """Numbers of one origin; threads may share it."""
+
+    def __init__(self, name: str, read: Callable[[], Iterable[Metric]], kept: float) -> None:
+        """Describe the source; nothing is asked yet.
+
+        Args:
+            name: for the label `source`.
+            read: asks it; whatever it raises means that there is no answer.
+            kept: seconds for which an answer is given again.
+        """
+        self.name, self._read, self._kept = name, read, kept
+        self._lock = threading.Lock()
+        self._running: threading.Thread | None = None
+        self._found: list[Metric] = []
+        self._time, self._tried = float("-inf"), float("-inf")  # of the last answer, and of the last question
+        self._wrong = ""
+
+    @property
+    def up(self) -> bool:
+        """Whether the last question was answered."""
+        return not self._wrong and self._time > float("-inf")
+
+    def ask(self) -> None:
+        """Begin to ask it anew, unless its answer is young or it is being asked."""
+        with self._lock:
+            if self._running is None and time.monotonic() >= self._tried + self._kept:
+                self._tried = time.monotonic()
+                self._running = threading.Thread(target=copy_context().run, args=(self._refresh,), daemon=True)
+                self._running.start()
+
+    def latest(self) -> list[Metric]:
+        """The newest numbers, after at most `PATIENCE` seconds; none if the last answer is older than `FORGET`."""
+        if running := self._running:
+            running.join(PATIENCE)
+        return self._found if time.monotonic() < self._time + max(FORGET, 2 * self._kept) else []
+
+    def _refresh(self) -> None:
+        wrong = ""
+        try:
+            self._found = list(self._read())
+            self._time = time.monotonic()
+        except Exception as error:  # a part that does not answer takes the numbers of no other with it
+            wrong = redacted(f"{type(error).__name__}: {error}")
+        if wrong != self._wrong:
+            told = f"metrics of {self.name}: {wrong or 'they can be read again'}"
+            logger.log(logging.WARNING if wrong else logging.INFO, "%s", printable(told))
+        self._wrong = wrong
+        with self._lock:
+            self._running = None
+
+
+def metrics_key() -> str:
+    """What a scraper must send: `LEWIS_METRICS_KEY`, or the store's `metrics-key`, made when missing.
+
+    It opens nothing else: a scraper needs neither the key of the Prefect server nor the secret of the webhook.
+
+    Raises:
+        InputError: if others may read the file, or it is empty.
+    """
+    given = os.environ.get("LEWIS_METRICS_KEY", "").strip()
+    return given or secret_file.read_or_make("metrics-key", "remove it, and tell Prometheus the new key")
+
+
+def default_sources() -> list[Source]:
+    """Prefect's server, the registry, and the store of this machine."""
+    runs = of_prefect.Steps()
+    return [
+        Source("prefect", lambda: of_prefect.read(runs), 15.0),
+        Source("mlflow", of_registry.read, 60.0),
+        Source("store", _store, 300.0),
+    ]
+
+
+class Page(Collector):
+    """Makes the page; threads may share it."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """Make pages of the numbers of some sources."""
+        self._sources = sources
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """The page, in the text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not ask the sources."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask all sources at once, and give what they say."""
+        for source in self._sources:
+            source.ask()
+        answers = GaugeMetricFamily("lewis_source_up", "Whether what the numbers come from answers.", labels=["source"])
+        for source in self._sources:
+            yield from source.latest()
+            answers.add_metric([source.name], float(source.up))
+        yield answers
+
+
+def _store() -> Iterator[Metric]:
+    """The size of the store of this machine by folder, what is free, and the quota if there is one."""
+    folders = GaugeMetricFamily("lewis_store_bytes", "Bytes on disk in the store, by folder.", labels=["folder"])
+    for name, count in size.by_folder().items():
+        folders.add_metric([name], count)
+    yield folders
+    free = GaugeMetricFamily("lewis_store_free_bytes", "Bytes that may still be written to the store.")
+    free.add_metric([], store.free_space(store.home()))
+    yield free
+    if (quota := size.quota()) is not None:
+        limit = GaugeMetricFamily("lewis_store_quota_bytes", "How large the store may be, LEWIS_QUOTA.")
+        limit.add_metric([], quota)
+        yield limit

@@ -1,0 +1,56 @@
+"""What a worker had taken from its work pool when it died: not begun yet, or begun by a process that died, too."""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import WorkerStatus
+from prefect.states import Scheduled
+
+from lewis.evaluation.work_queue import MERGES as POOL
+from lewis_flows import prefect_runs
+from lewis_flows.turn import mark_crashed
+
+logger = logging.getLogger(__name__)
+_PROCESSES = Path("/proc")
+_RUN = b"PREFECT__FLOW_RUN_ID="  # in the environment of the process that Prefect's worker starts for a run
+
+
+def give_back(worker: str) -> None:
+    """Schedule again the runs of the work pool that are Pending, unless another worker than `worker` may begin them.
+
+    Those that are Running without a process are marked as Crashed, if the pool never had another worker, so that they
+    ran here: `crash_dead_runs` does not know of a run that died before it took its turn. Pending or Running, a run
+    holds its deployment's slot, and what is due meanwhile is skipped, polls too. An automation ends what is Pending,
+    but only after ten minutes, as a machine may be busy. While the server does not answer, nothing is done.
+    """
+    begun = _with_a_process()
+    try:
+        with get_client(sync_client=True) as client:
+            others = [each for each in client.read_workers_for_work_pool(POOL) if each.name != worker]
+            if any(each.status == WorkerStatus.ONLINE for each in others):
+                return
+            for run in prefect_runs.of_flows(client, prefect_runs.ALL, {"type": {"any_": ["PENDING", "RUNNING"]}}):
+                if run.work_pool_name != POOL or run.state is None:
+                    continue
+                if run.state.is_pending():
+                    client.set_flow_run_state(run.id, Scheduled(message="Its worker died before it began."), force=True)
+                    logger.info("run %s had not begun when its worker died; it is scheduled again", run.name)
+                elif not others and begun is not None and str(run.id) not in begun:
+                    mark_crashed(client, run)
+    except httpx.HTTPError as error:
+        logger.info("what the worker had taken is left as it is: %s", type(error).__name__)
+
+
+def _with_a_process() -> set[str] | None:
+    """The ids of the runs that a worker of this machine has started and that live; None where the system hides it."""
+    if not (_PROCESSES / "self" / "environ").exists():
+        return None
+    found = set()
+    for file in _PROCESSES.glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended, or is another user's
+            variables = file.read_bytes().split(b"\0")
+            found |= {each.removeprefix(_RUN).decode() for each in variables if each.startswith(_RUN)}
+    return found

@@ -1,0 +1,196 @@
+"""A delivery of the Hub's webhooks: it is refused, ignored, known already, or announced as a release to Prefect.
+
+Of the payload, version 3 of the Hub's, only what is read here is checked.
+"""
+
+import base64
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import httpx
+from huggingface_hub.utils import validate_repo_id
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from lewis.errors import LewisError
+from lewis.redact import redacted
+from lewis_flows import recipes_folder
+from lewis_flows.release_event import announce, hub_repos
+from lewis_flows.service.access_log import printable
+
+_BRANCH = "refs/heads/main"
+
+
+def _repo_name(name: str) -> str:
+    validate_repo_id(name)  # refuses `..` and the like with a ValueError
+    return name
+
+
+RepoName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"), AfterValidator(_repo_name)]
+Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)  # ignores unknown keys: the Hub sends more, and may add some
+
+
+class Event(_Part):
+    """What was done, and to what kind of thing."""
+
+    action: str
+    scope: str
+
+
+class Repo(_Part):
+    """The repo it was done to; `type` is `model`, `dataset` or `space`."""
+
+    type: str
+    name: RepoName
+
+
+class UpdatedRef(_Part):
+    """A branch or tag that moved; `oldSha` is null for a new one, `newSha` for a deleted one."""
+
+    ref: str
+    oldSha: Sha | None = None
+    newSha: Sha | None = None
+
+
+class Delivery(_Part):
+    """One payload."""
+
+    event: Event
+    repo: Repo
+    updatedRefs: list[UpdatedRef] | None = None
+
+    def push(self) -> UpdatedRef | str:
+        """The push to the main branch of a model; if it is none, the reason."""
+        if self.repo.type != "model":
+            return "not a model"
+        if self.event.scope != "repo.content" or self.event.action not in ("update", "create"):
+            return "not a change of the content"
+        moved = [each for each in self.updatedRefs or [] if each.ref == _BRANCH and each.newSha]
+        return moved[-1] if moved else "the main branch did not move"
+
+
+logger = logging.getLogger("lewis.webhook")
+
+_REMEMBERED = 4096  # releases, to recognise one that is delivered again
+
+Answer = tuple[int, dict[str, Any]]
+"""HTTP status, and the body as JSON data."""
+
+
+class Receiver:
+    """Takes deliveries whose sender is known to be the Hub; threads may share it."""
+
+    def __init__(self) -> None:
+        self._taken: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._one_at_a_time = threading.Lock()  # of two deliveries of one release at once, only one is the first
+
+    def take(self, body: bytes) -> Answer:
+        """Announce the release that a delivery tells of; the answer says what was done.
+
+        Args:
+            body: of the request, JSON as the Hub sends it.
+        """
+        try:
+            delivery = Delivery.model_validate_json(body)
+        except ValidationError as error:
+            # Tell the field and the kind of error, not the value: the sender chose that.
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "body"
+            return 422, {"status": "refused", "why": f"not a webhook payload of the Hub: {where}: {first['type']}"}
+        push = delivery.push()
+        if isinstance(push, str):
+            # 200, because the Hub switches off a webhook that often answers with an error.
+            return 200, {"status": "ignored", "why": push}
+        try:
+            with self._one_at_a_time:
+                return self._announce(delivery.repo.name, push)
+        except LewisError as error:
+            logger.error("%s", printable(str(error)))
+            return 503, {"status": "failed", "why": "the event could not be handed on; deliver it again"}
+
+    def _announce(self, name: str, push: UpdatedRef) -> Answer:
+        # Read the recipes for each delivery: the folder may have a new one.
+        followers = dict(_followers(name))
+        if not followers:
+            return 200, {"status": "ignored", "why": "no recipe follows the main branch of this repo", "repo": name}
+        new = str(push.newSha)
+        release = (name, new)
+        about = {"repo": name, "new": new, "recipes": sorted(followers)}
+        if release in self._taken:
+            self._taken.move_to_end(release)
+            return 200, {"status": "duplicate", **about}
+        events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in sorted(followers.items())]
+        self._taken[release] = None
+        if len(self._taken) > _REMEMBERED:
+            self._taken.popitem(last=False)
+        return 202, {"status": "accepted", **about, "events": events}
+
+
+def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The recipes that follow a repo: each with the repo and the reference, as it writes them."""
+    for recipe, content in recipes_folder.load_all().items():
+        try:
+            followed = list(hub_repos(content))
+        except Exception as error:  # whatever is wrong with one recipe does not stop the others
+            logger.error("%s", printable(f"recipe {recipe} is left out: {type(error).__name__}: {error}"))
+            continue
+        # The Hub takes a repo's name in any case; its payload has the official one.
+        yield from ((recipe, (repo, ref)) for repo, ref in followed if repo.lower() == name.lower())
+
+
+logger = logging.getLogger("lewis.webhook")
+KEPT = 5.0  # seconds for which `Readiness` gives an answer again, so that frequent requests cause no load
+_TIMEOUT = 4.0
+
+
+class Readiness:
+    """Whether a delivery can be handed on: needs the Prefect server, the key to it, and the folder of recipes.
+
+    Threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._until, self._missing = threading.Lock(), 0.0, list[str]()
+
+    def missing(self) -> list[str]:
+        """The names of what does not work: `prefect`, `recipes`. Why is in the log, as anyone may ask."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                before, found = self._missing, {"prefect": _prefect(), "recipes": _recipes()}
+                self._missing = [name for name, why in found.items() if why]
+                self._until = time.monotonic() + KEPT
+                if self._missing != before:
+                    told = "; ".join(f"{name}: {found[name]}" for name in self._missing)
+                    logger.log(logging.WARNING if told else logging.INFO, "%s", printable(told or "ready"))
+            return list(self._missing)
+
+
+def _prefect() -> str:
+    """What is wrong with the Prefect server; empty if it answers and takes the key."""
+    secret = PREFECT_API_AUTH_STRING.value() or ""
+    headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
+    try:
+        status = httpx.get(f"{PREFECT_API_URL.value()}/admin/version", headers=headers, timeout=_TIMEOUT).status_code
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return redacted(f"{PREFECT_API_URL.value()} does not answer ({type(error).__name__})")
+    if status == httpx.codes.UNAUTHORIZED:
+        return "it refuses the key: set PREFECT_API_AUTH_STRING"
+    return "" if status == httpx.codes.OK else f"it answers with status {status}"
+
+
+def _recipes() -> str:
+    """What is wrong with the folder of recipes; empty if it can be read."""
+    try:
+        recipes_folder.folder()
+        recipes_folder.signature()
+    except (LewisError, OSError) as error:
+        return str(error)
+    return ""

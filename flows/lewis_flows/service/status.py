@@ -1,0 +1,232 @@
+"""Find out what the service is doing: ask each of its servers, the registry, and the Hub for each recipe."""
+
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.evaluation import work_queue
+from lewis.redact import redacted
+from lewis.registry import promotion, releases
+from lewis.registry.releases import Held
+from lewis_flows import polls, prefect_runs, recipes_folder, turn
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
+from lewis_flows.service import note
+from lewis_flows.service.api_key import connected
+from lewis_flows.service.deploy import POOL
+from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
+from lewis_tasks.support import device_queue
+
+
+def status() -> Status:
+    """Ask every part. One that does not answer is no error: the status says so."""
+    known = note.read()
+    api = os.environ.get("PREFECT_API_URL") or known.get("prefect") or ""
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or known.get("mlflow") or ""
+    prefect, mlflow = _part("Prefect", api), _part("MLflow", tracking)
+    if not tracking.startswith("http"):  # the registry is a file then: it needs no server
+        mlflow = Part(
+            name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
+        )
+    webhooks = _part("webhooks", os.environ.get("LEWIS_WEBHOOK_URL") or known.get("webhook") or "")
+    found = Status(parts=[prefect, mlflow, webhooks], polled=polls.last())
+    found.devices = device_queue.queue()
+    if prefect.up:
+        try:
+            _ask_prefect(found, api)
+        except (httpx.HTTPError, LewisError) as error:
+            found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
+    else:
+        found.unknown["runs"] = f"Prefect {prefect.state}"
+    try:
+        names = recipes_folder.names()
+    except LewisError as error:
+        found.unknown["recipes"] = str(error)
+        return found
+    with ThreadPoolExecutor(8) as pool:
+        found.recipes = list(pool.map(lambda name: _watched(name, mlflow), names))
+    return found
+
+
+def _part(name: str, url: str) -> Part:
+    if not url:
+        return Part(name=name, up=False, state="is not running; `lewis up` starts it")
+    shown = redacted(url)
+    try:
+        answer = httpx.get(f"{url.removesuffix('/webhook').rstrip('/')}/health", timeout=PATIENCE)
+        if answer.status_code == 200:
+            return Part(name=name, url=shown, up=True, state="answers")
+        state = f"answers with an error ({answer.status_code}); look at its log"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        state = f"does not answer ({type(error).__name__})"
+    return Part(name=name, url=shown, up=False, state=state)
+
+
+def _watched(name: str, mlflow: Part) -> Watched:
+    """One recipe: what its champion holds, and the newest commits."""
+    found = Watched(recipe=name)
+    try:
+        recipe = recipes_folder.load(name)
+    except Exception as error:  # whatever is wrong with one recipe does not stop the others
+        found.unknown.append(str(error))
+        found.broken, found.registered = True, recipes_folder.registered_name(name)
+        found.champion = _champion(found, mlflow)[1]
+        return found
+    heads: dict[str, str] = {}
+    try:
+        heads = releases.heads(recipe)
+    except (LewisError, OSError) as error:
+        found.unknown.append(f"the heads now: {error}")
+    found.registered = recipe.register_as.model if recipe.register_as else ""
+    champion, found.champion = _champion(found, mlflow)
+    refs = [recipe.base_model, *(entry.model for entry in recipe.experts)]
+    for ref in dict.fromkeys(ref for ref in refs if ref):
+        found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
+    return found
+
+
+def _champion(found: Watched, mlflow: Part) -> tuple[Held | None, str | None]:
+    """The champion of what a recipe registers, and its version; why that could not be found out is noted."""
+    try:
+        if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
+            raise LewisError(f"MLflow {mlflow.state}")
+        held = releases.merged(found.registered) if found.registered else []
+    except (LewisError, OSError) as error:
+        found.unknown.append(f"the champion: {error}")
+        held = []
+    champion = next((version for version in held if "champion" in version.aliases), None)
+    waits = [
+        version.version for version in held if version.verdict == promotion.WAITING and "challenger" in version.aliases
+    ]
+    found.waiting = waits[0] if waits else None
+    return champion, champion.version if champion else None
+
+
+PATIENCE = 10.0  # seconds for one request
+
+
+def _ask_prefect(found: Status, api: str) -> None:
+    """Add the work pools and the runs that the Prefect server at `api` knows.
+
+    Raises:
+        httpx.HTTPError: if the server does not answer, or answers with an error.
+        InputError: if it wants another key.
+    """
+    with (
+        connected(api),
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client,
+    ):
+        for pool in _pools(client):
+            found.parts += [_workers(client, pool), *_queues(client, pool)]
+        found.running, found.scheduled, found.finished = _running(client), _scheduled(client), _finished(client)
+
+
+def _pools(client: SyncPrefectClient) -> list[str]:
+    """The work pool, and that of evaluations if it is another."""
+    try:
+        scoring = client.read_deployment_by_name(f"{EVALUATE}/{EVALUATE}").work_pool_name
+    except ObjectNotFound:
+        scoring = None
+    return list(dict.fromkeys([POOL, scoring or POOL]))
+
+
+def _workers(client: SyncPrefectClient, pool: str) -> Part:
+    name = f"work pool {pool}"
+    try:
+        paused = client.read_work_pool(pool).is_paused
+    except ObjectNotFound:
+        return Part(name=name, up=False, state="does not exist; `lewis up` or `lewis deploy` makes it")
+    online = [worker for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
+    if paused:
+        return Part(name=name, up=False, state=f"is paused; run `prefect work-pool resume {pool}`")
+    if not online:
+        return Part(name=name, up=False, state=f"has no worker; start one: `prefect worker start --pool {pool}`")
+    return Part(name=name, up=True, state=f"{len(online)} worker{'s' if len(online) > 1 else ''}")
+
+
+def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
+    """The work queues of the pool beside the one that there always is; with them that one too."""
+    try:
+        queues = client.read_work_queues(work_pool_name=pool)
+    except ObjectNotFound:
+        return
+    for queue in queues if len(queues) > 1 else []:
+        paused, ready = queue.is_paused, queue.status == WorkQueueStatus.READY
+        start = f"`python -m lewis_flows.service.worker {work_queue.worker_options(queue.name, pool)}`"
+        state = f"has no worker; start one: {start}"
+        if ready:
+            state = "has a worker"
+        if paused:
+            state = f"is paused; run `prefect work-queue resume {queue.name} --pool {pool}`"
+        yield Part(name=f"work queue {queue.name}", up=ready and not paused, state=state)
+
+
+def _running(client: SyncPrefectClient) -> list[Run]:
+    runs = _runs(client, (MERGE, SEARCH, EVALUATE, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
+
+
+def _scheduled(client: SyncPrefectClient) -> list[Run]:
+    """The next run of each deployment and recipe, the soonest first."""
+    # Ask for each flow by itself: the server gives 200 runs at most, and a poll every minute would leave no room for
+    # the nightly merges.
+    soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
+    runs = [run for flow in (MERGE, SEARCH, EVALUATE, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
+    described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
+    return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
+
+
+def _finished(client: SyncPrefectClient) -> list[Run]:
+    """The last merge and the last search of each recipe, the newest first."""
+    runs = _runs(client, (MERGE, SEARCH), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
+    return _described(client, _first(runs, lambda run: (run.flow_id, recipe_of(run))), lambda run: run.end_time)
+
+
+def _runs(
+    client: SyncPrefectClient, flows: tuple[str, ...], states: tuple[str, ...], sort: FlowRunSort
+) -> list[FlowRun]:
+    return prefect_runs.of_flows(client, flows, {"type": {"any_": states}}, sort)
+
+
+def _described(
+    client: SyncPrefectClient, runs: list[FlowRun], since: Callable[[FlowRun], datetime | None]
+) -> list[Run]:
+    ids = {run.deployment_id for run in runs if run.deployment_id}
+    wanted = DeploymentFilter.model_validate({"id": {"any_": list(ids)}})
+    names = {each.id: each.name for each in client.read_deployments(deployment_filter=wanted)} if ids else {}
+    return [
+        Run(
+            recipe=recipe_of(run),
+            name=run.name,
+            deployment=names.get(run.deployment_id, "") if run.deployment_id else "",
+            state=run.state_name or "",
+            message=_waits(run) or (run.state.message if run.state else None) or "",
+            since=since(run),
+        )
+        for run in runs
+    ]
+
+
+def _waits(run: FlowRun) -> str:
+    going_on = run.state_type is not None and run.state_type.value in prefect_runs.UNFINISHED
+    return "waits for its turn: another run of the recipe goes on" if going_on and turn.waits(str(run.id)) else ""
+
+
+def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:
+    """Of the runs with the same key, the first."""
+    kept: dict[Hashable, FlowRun] = {}
+    for run in runs:
+        kept.setdefault(key(run), run)
+    return list(kept.values())

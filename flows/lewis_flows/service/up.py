@@ -1,0 +1,158 @@
+"""`lewis up`: the whole service in the foreground, on loopback."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from filelock import Timeout
+
+from lewis import store
+from lewis.errors import InputError, LewisError
+from lewis.evaluation import work_queue
+from lewis_flows.service import api_key, mlflow_key, note, worker
+from lewis_flows.service.processes import Process, usable_port
+from lewis_flows.service.servers import mlflow_process, prefect_process
+
+Say = Callable[[str, str], None]
+"""Called with the name of a part and a line of its output."""
+
+_NOISE = (
+    *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
+    "already in terminal state",  # if a run ends while its heartbeat is on the way
+    "'change-flow-run-state' action: 404",  # the same, of a poll whose run is deleted
+    "This feature is still experimental",  # MLflow's basic authentication, whenever it starts
+    *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
+)
+_RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up
+
+
+def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | None = None) -> None:
+    """Run servers, deployments, a worker and the receiver until Ctrl-C; a part that dies is started again.
+
+    If `PREFECT_API_URL` or `MLFLOW_TRACKING_URI` names a server, that one is used instead of starting one.
+
+    Args:
+        say: called with each line that a part prints.
+        ready: called with the URL of each part when all of them answer.
+        prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
+
+    Raises:
+        InputError: if a port is taken, or another `lewis up` runs on this store.
+        LewisError: if a part does not come up, or does not stay up.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts its background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
+    alone = store.lock("up")
+    try:
+        alone.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"`lewis up` runs on {store.home()} already (process {note.read().get('pid')}); stop it first"
+        ) from None
+    with alone, ExitStack() as stack:
+        stack.callback(note.remove)
+        parts: list[Process] = []
+
+        def add(part: Process) -> None:
+            say("lewis", f"starting {part.name}")
+            part.start()
+            stack.callback(part.stop)
+            stack.callback(say, "lewis", f"stopping {part.name}")
+            parts.append(part)
+
+        urls = _start_servers(add, say)
+        asks = mlflow_key.wanted() and any(part.name == "mlflow" for part in parts)
+        known = urls | ({"mlflow_user": mlflow_key.user()} if asks else {})
+        note.write(known)
+        # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
+        from lewis_flows.service.deploy import Deployed
+
+        deployed = Deployed(partial(say, "lewis"), prefect_file)
+        deployed.begin()
+        add(Process("worker", _worker(), {"LEWIS_MLFLOW_UI": urls["mlflow"]}, echo=_echo("worker", say)))
+        add(_receiver(urls, say))
+        note.write(known | urls)
+        ready(urls)
+        _keep_up(parts, say, {"worker": deployed.worker_died}, deployed.follow)
+
+
+def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
+    """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL` and its key."""
+    urls = {"prefect": os.environ.get("PREFECT_API_URL", "")}
+    if not urls["prefect"]:
+        server, urls["prefect"] = prefect_process(usable_port("PREFECT_SERVER_API_PORT", 4200), _echo("prefect", say))
+        add(server)
+        os.environ.update({"PREFECT_API_URL": urls["prefect"], api_key.CLIENT: api_key.api_key()})
+        if api_key.path().exists():
+            say("lewis", f"Prefect's page asks for a key, once for each browser: it is in {api_key.path()}")
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    urls["mlflow"] = given
+    if not given.startswith("http"):
+        from lewis.registry import versions
+
+        versions.configure()
+        database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
+        server, urls["mlflow"] = mlflow_process(usable_port("MLFLOW_PORT", 5000), database, _echo("mlflow", say))
+        add(server)
+        if mlflow_key.wanted():
+            say("lewis", f"MLflow's page asks for {mlflow_key.asked_for(mlflow_key.user())}")
+        else:
+            say("lewis", "MLflow asks for no password (LEWIS_MLFLOW_AUTH=0): every user of this machine may change it")
+    return urls
+
+
+def _worker() -> list[str]:
+    limit = os.environ.get("LEWIS_WORKER_LIMIT", "4")
+    only = ["--work-queue", "default"] if work_queue.queue() else []
+    return worker.command(["--name", worker.name_of_up(), "--limit", limit, *only])
+
+
+def _receiver(urls: dict[str, str], say: Say) -> Process:
+    port = usable_port("LEWIS_WEBHOOK_PORT", 4300)
+    urls["webhook"] = f"http://127.0.0.1:{port}/webhook"
+    environment = {"LEWIS_WEBHOOK_HOST": "127.0.0.1", "LEWIS_WEBHOOK_PORT": str(port)}
+    health = f"http://127.0.0.1:{port}/health"
+    return Process(
+        "webhook", ["-m", "lewis_flows.service.webhook"], environment, health=health, echo=_echo("webhook", say)
+    )
+
+
+def _keep_up(
+    parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]], follow: Callable[[], None]
+) -> None:
+    """Start again what ends, and follow the folder of recipes.
+
+    `died` says by the name of a part what is to be done before it starts again.
+    """
+    failures = dict.fromkeys((part.name for part in parts), 0)
+    started = dict.fromkeys(failures, time.monotonic())
+    looked = time.monotonic()
+    while True:
+        time.sleep(0.5)
+        for part in parts:
+            if part.ended() is None:
+                continue
+            failures[part.name] = failures[part.name] + 1 if time.monotonic() - started[part.name] < 60 else 1
+            if failures[part.name] > _RESTARTS:
+                raise LewisError(f"{part.name} does not stay up; its log is {part.log}")
+            say("lewis", f"{part.name} ended with exit code {part.ended()}; starting it again")
+            time.sleep(2 ** (failures[part.name] - 1) - 1)
+            if part.name in died:
+                died[part.name]()
+            part.start()
+            started[part.name] = time.monotonic()
+        if time.monotonic() - looked > 5:
+            follow()
+            looked = time.monotonic()
+
+
+def _echo(name: str, say: Say) -> Callable[[str], None]:
+    def echo(line: str) -> None:
+        if not any(words in line for words in _NOISE):
+            say(name, line)
+
+    return echo

@@ -1,0 +1,24 @@
+"""The nightly check: is every entry of the store, and every registered version, still what was written?"""
+
+from prefect import State, flow
+from prefect.states import Completed
+
+from lewis_flows import prefect_runs
+from lewis_flows.walk import submit
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.failures import result_of, says_why
+from lewis_tasks.verify import verify
+
+
+@flow(name=prefect_runs.VERIFY, flow_run_name="verify the store", **run_tags.HOOKS)
+@says_why
+def verify_flow() -> int | State[int]:
+    """Read everything again, whatever is remembered of it; gives how many entries and versions are whole.
+
+    Raises:
+        LewisError: if something is damaged: the run fails, and whoever is told of failures is told of this.
+    """
+    run_tags.tag(trigger=run_tags.trigger(run_tags.this_run()))
+    checked = int(result_of(submit(verify)))
+    run_tags.tag(verdict="whole")
+    return Completed(name="Whole", message=f"{checked} entries and versions, all as they were written", data=checked)

@@ -1,0 +1,153 @@
+"""Walk the graph of a recipe with Prefect: a task for each node, as soon as what it needs is there."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from prefect import Task
+from prefect.futures import PrefectFuture, wait
+from prefect.utilities.annotations import quote
+
+from lewis.models.source import Source
+from lewis.recipe.recipe import Recipe
+from lewis.steps.graph import PREFLIGHT, Node, graph, resolved
+from lewis.steps.step import Step
+from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
+from lewis_tasks.inspect import preflight
+from lewis_tasks.resolve import resolve
+from lewis_tasks.steps import task_of
+from lewis_tasks.support.assets import artifact_prefix
+from lewis_tasks.support.failures import result_of
+
+R = TypeVar("R")
+Futures = dict[str, PrefectFuture[Any]]
+"""Name of a node, or of a task by hand -> its future."""
+
+# Whoever waits in the flow for what a task needs, and gives it quoted, draws no edge in Prefect's UI. So the graph of a
+# run has only the edges of `Graph.edges`, and reads from left to right.
+
+
+class Walk:
+    """A graph on its way through Prefect.
+
+    Attributes:
+        graph: of a recipe.
+        futures: of the tasks by hand that the graph begins with, and of the nodes that were submitted.
+    """
+
+    def __init__(self, plan: Recipe, begun: Futures) -> None:
+        """
+        Args:
+            plan: the recipe.
+            begun: as `pin` gives it.
+        """
+        self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
+
+    def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None) -> None:
+        """Submit the tasks of nodes, in their order, each when the results that it needs are there.
+
+        Args:
+            nodes: of the graph.
+            results: what is taken for the result of a name, instead of what its task returned.
+
+        Raises:
+            LewisError: what the first failed task raised that a node needs.
+        """
+        found = dict(results or {})
+        for node in nodes:
+            if self.wants(node, found):
+                after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
+                given = quote(node.given(found))
+                self.futures[node.name] = submit(task_of(node), given, node.name, self._prefix, wait_for=after)
+
+    def wants(self, node: Node, found: dict[str, Any]) -> bool:
+        """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.
+
+        Raises:
+            LewisError: what the first failed task raised that the node needs.
+        """
+        needed = {name: self.futures[name] for name in node.needs if name in self.futures}
+        finish(*needed.values())
+        found |= {name: future.result() for name, future in needed.items() if name not in found}
+        return node.when is None or node.when(found)
+
+    def of(self, *steps: Step[Any, Any]) -> list[PrefectFuture[Any]]:
+        """The futures of the nodes of some steps, in the order of the graph."""
+        return [self.futures[each.name] for each in self.graph if each.step in steps and each.name in self.futures]
+
+    def scores(self) -> Futures:
+        """Label -> future of its scores, in the order of the table."""
+        names = [node.name for node in self.graph.of(EVALUATE) if node.name in self.futures]
+        return {name.removeprefix(f"{EVALUATE.name} "): self.futures[name] for name in names}
+
+    def inputs(self, plan: Recipe) -> list[quote]:
+        """Base, experts, calibration sets and densities, for tasks that write them down."""
+        base = self.futures[f"{DOWNLOAD.name} {plan.base_model}"] if plan.base_model else None
+        experts = [self.futures[f"{DOWNLOAD.name} {entry.model}"] for entry in plan.experts]
+        return [known(each) for each in (base, experts, self.of(CALIBRATE), self.futures.get(ALLOCATE.name))]
+
+
+def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
+    """Resolve base and experts, and check from their headers that they fit together.
+
+    Args:
+        plan: the recipe.
+        checks: nothing is looked at before they have ended: if a task does not exist, the run fails early.
+
+    Raises:
+        LewisError: if a check fails, or a model does not exist or does not fit.
+    """
+    base = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
+    finish(base)
+    experts = list[PrefectFuture[Source]]()
+    for entry in plan.experts:  # without a base, models are read under the names of the first
+        first = experts[0] if experts and base is None else None
+        experts.append(submit(resolve, quote(plan), entry.model, known(base), first))
+    checked = submit(preflight, quote(plan), base, experts, wait_for=[each for each in checks if each])
+    finish(*checks, *experts, checked)
+    found = {resolved(entry.model): future for entry, future in zip(plan.experts, experts, strict=True)}
+    return {**({resolved(plan.base_model): base} if plan.base_model and base else {}), **found, PREFLIGHT: checked}
+
+
+def submit(
+    task: Task[..., R], *arguments: Any, wait_for: Iterable[PrefectFuture[Any]] | None = None
+) -> PrefectFuture[R]:
+    """Start a task as soon as its arguments are there.
+
+    It is `Task.submit`, whose own types allow only an argument's value.
+
+    Args:
+        task: what to start.
+        arguments: for each argument its value, a future of it, or the value quoted; Prefect searches a value for
+            results of other tasks, but not a quoted one.
+        wait_for: what must have ended before.
+    """
+    return task.submit(*arguments, wait_for=wait_for, return_state=False)
+
+
+def known(futures: Any) -> quote:
+    """The results of finished tasks, quoted, so that Prefect draws no edges from those tasks to their reader.
+
+    For readers that only write down what is known. Their edges would say nothing, and they are many: Prefect's server
+    sends each edge as many times as the task it comes from has inputs, and its UI draws no edge at all if it counts
+    more than 500.
+
+    Args:
+        futures: a future, None, or a list or dictionary of futures.
+    """
+    if isinstance(futures, dict):
+        return quote({name: future.result() for name, future in futures.items()})
+    if isinstance(futures, list):
+        return quote([future.result() for future in futures])
+    return quote(futures.result() if futures else None)
+
+
+def finish(*futures: PrefectFuture[Any] | None) -> None:
+    """Wait for all tasks.
+
+    Raises:
+        LewisError: what the first failed task in this order raised; so give a cause before what it breaks.
+    """
+    given = [future for future in futures if future is not None]
+    wait(given)
+    for future in given:
+        result_of(future)

@@ -1,0 +1,321 @@
+"""The child of `lewis.evaluation.harness.process`: runs lm-eval on one model and keeps the value of each document.
+
+`python -m lewis.evaluation.harness.child SOCKET [loaded]` is the fork server. It forks a child for each message on the
+socket, which carries three file descriptors: the child's standard input and output, and the pipe of its keeper. The
+request is one line of JSON on the standard input, which stays open: when it ends, the child is killed.
+"""
+
+import datetime
+import importlib
+import json
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, runtime
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.utils import Cycler, Joiner, Namespace
+
+from lewis.evaluation.harness import loaded_model
+from lewis.store import write_json
+
+HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
+# What every evaluation imports; the last takes most of the time.
+LIBRARIES = (
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "accelerate",
+    "transformers.models.llama.modeling_llama",
+)
+_PLAIN = (str, bytes, int, float, complex, list, tuple, set, frozenset, dict, datetime.date, datetime.time, type(None))
+_JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime.Undefined, Cycler, Joiner, Namespace)
+
+
+def main(descriptor: str, loaded: str = "") -> None:
+    """Fork a child for each message, until the socket is closed; then, in the child, answer the request."""
+    with socket.socket(fileno=int(descriptor)) as messages:
+        for name in LIBRARIES if loaded else ():
+            if select.select([messages], [], [], 0)[0] and not messages.recv(1, socket.MSG_PEEK):
+                return
+            with suppress(ImportError):  # the child will report it
+                importlib.import_module(name)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nothing waits for the keepers
+        while True:
+            _, ends, _, _ = socket.recv_fds(messages, 1, 3)
+            if not ends:
+                with suppress(ChildProcessError):
+                    os.wait()  # until all have ended: as the first process of a namespace, it takes them along
+                return
+            if os.fork() == 0:
+                break
+            for end in ends:
+                os.close(end)
+    _become_child(*ends)
+    _answer()
+
+
+def _become_child(stdin: int, stdout: int, status: int) -> None:
+    """Fork: the new process returns, and this one becomes its keeper.
+
+    The keeper waits for it and reports how it ended. Then, or earlier if the parent is dead or has closed the child's
+    input, it kills the child, all processes that the child started, and itself.
+    """
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child:
+        os.close(stdout)
+        threading.Thread(target=_kill_at_end, args=(stdin,), daemon=True).start()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(status, str(code).encode())
+        os.killpg(0, signal.SIGKILL)
+    for end, place in ((stdin, 0), (stdout, 1), (stdout, 2)):
+        os.dup2(end, place)
+    for end in (stdin, stdout, status):
+        os.close(end)
+
+
+def _kill_at_end(stdin: int) -> None:
+    """Kill this process's group once nobody can write to a pipe any more; what is written is left to the child."""
+    poll = select.poll()
+    poll.register(stdin, 0)  # the end of a pipe is always reported
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _answer() -> None:
+    """Read the request, evaluate, write the result file."""
+    request = json.loads(sys.stdin.buffer.readline())
+    os.environ.clear()
+    os.environ.update(request.pop("environment"))
+    os.chdir(request.pop("cwd"))
+    result = Path(request.pop("result"))
+    sandbox_templates()
+    if not request["confirm_run_unsafe_code"]:
+        refuse_functions()
+    write_json(result, evaluate(**request))
+
+
+class _Sandbox(SandboxedEnvironment):
+    """Jinja's sandbox, in which only plain data and Jinja's own objects have attributes and methods.
+
+    A document may hold other objects, such as a picture, whose methods write files. A template is compiled once, and
+    not for each document as lm-eval would have it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled = lru_cache(100)(super().from_string)
+
+    def from_string(self, source: Any, *arguments: Any, **options: Any) -> Template:
+        if arguments or options or not isinstance(source, str):
+            return super().from_string(source, *arguments, **options)
+        return self._compiled(source)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return isinstance(obj, _PLAIN + _JINJA) and super().is_safe_attribute(obj, attr, value)
+
+
+def sandbox_templates() -> None:
+    """Let lm-eval render all templates of tasks in Jinja's sandbox.
+
+    Models' chat templates need nothing: transformers renders them in Jinja's sandbox.
+    """
+    from lm_eval import utils
+
+    plain = utils.env
+    safe = _Sandbox(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
+    safe.filters.update(plain.filters)
+    vars(utils)["env"] = safe
+
+
+def refuse_functions() -> None:
+    """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
+
+    The recipe's task files were checked before. This holds if one has changed since.
+    """
+    from lm_eval import tasks
+    from lm_eval.tasks import _factory, _yaml_loader
+
+    ours = Path(tasks.__file__).resolve().parent
+    load_function, load_yaml = _yaml_loader._import_func_in_yml, _factory.load_yaml
+
+    def function(name: str, folder: Path) -> Any:
+        if not Path(folder).resolve().is_relative_to(ours):
+            raise ValueError(f"!function {name} of {folder}: the recipe does not say `allow_code_execution: true`")
+        return load_function(name, folder)
+
+    def yaml(path: Path, **options: Any) -> Any:
+        config = load_yaml(path, **options)
+        if config.get("unsafe_code"):
+            raise ValueError(f"{path} runs code that the model writes; the recipe does not allow it")
+        return config
+
+    vars(_yaml_loader)["_import_func_in_yml"] = function
+    vars(_factory)["load_yaml"] = yaml
+
+
+def evaluate(
+    *,
+    include: str | None,
+    defaults: bool,
+    model: str,
+    model_args: dict[str, Any],
+    tasks: list[str],
+    documents: str,
+    limit: int | float | None,
+    batch_size: int | str,
+    device: str | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run `simple_evaluate`, keep the value of each document, then measure what the gate's guards check.
+
+    Args:
+        include: a folder of task files; None if there are none.
+        defaults: whether lm-eval's own tasks are needed.
+        model, model_args, device: as `lewis.evaluation.harness.backends.Asked`.
+        tasks: names.
+        documents: `all`, or one half of every task's documents: `search` or `confirm`.
+        limit: documents per task, within that half.
+        options: further arguments of `simple_evaluate`.
+
+    Returns:
+        plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
+        `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`.
+    """
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    manager: Any = TaskManager(include_path=include, include_defaults=defaults)
+    loaded = _load(manager, tasks)
+    manager.load = lambda _: loaded  # else simple_evaluate loads the data again
+    lm = loaded_model.opened(model, model_args, batch_size, device)
+    chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
+    vars(evaluator)["add_env_info"] = lambda _: None  # it lists all packages with pip, which nobody reads
+    found: Any = evaluator.simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        task_manager=manager,
+        log_samples=True,
+        samples=chosen,
+        limit=limit if chosen is None else None,
+        **options,
+    )
+    assert found is not None  # None only on the other ranks of a distributed run
+    kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
+    rows = found["samples"]
+    sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
+    kept["documents"] = {name: documents for name, documents, _ in sampled}
+    kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
+    kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
+    kept["ends"] = loaded_model.ends(lm, rows, loaded["tasks"])
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
+    return plain
+
+
+def _load(manager: Any, tasks: list[str]) -> Any:
+    """The tasks with their data.
+
+    Raises:
+        ValueError: naming the task whose YAML or data lm-eval cannot use; lm-eval's own error names none.
+    """
+    try:
+        return manager.load(tasks)
+    except Exception:
+        for name in tasks:
+            try:
+                manager.load([name])
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {problem}") from error
+        raise  # each loads alone: for example, a task that is in one of the groups too
+
+
+def _half(task: Any, documents: str, limit: int | float | None) -> list[int]:
+    """Indices of the documents in one of two halves; a document's hash decides its half.
+
+    Raises:
+        ValueError: if the half is empty.
+    """
+    wanted = ("search", "confirm").index(documents)
+    indices = [i for i, doc in enumerate(task.eval_docs) if int(_hash(doc), 16) % 2 == wanted]
+    if limit is not None:
+        indices = indices[: math.ceil(len(indices) * limit) if limit < 1 else int(limit)]
+    if not indices:
+        raise ValueError(f"{task.task_name}: too few documents to split: the half `{documents}` is empty")
+    return indices
+
+
+def _hash(doc: Any) -> str:
+    """lm-eval's own hash of a document, shortened."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return str(hash_string(text))[:HASH]
+
+
+def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, list[str], list[dict[str, Any]]]:
+    """Name, document hashes, and for each metric and filter one value per document (None if it has none) of a task."""
+    by_filter: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:  # one row per document and filter
+        by_filter.setdefault(row["filter"], {})[row["doc_id"]] = row
+    first = next(iter(by_filter.values()), {})
+    found = []
+    for filter_, of_document in by_filter.items():
+        metrics = dict.fromkeys(metric for row in of_document.values() for metric in row["metrics"])
+        for metric in metrics:
+            values = [_value(of_document.get(number, {}).get(metric)) for number in first]
+            aggregation = _aggregation(task, metric)
+            if aggregation and any(value is not None for value in values):
+                key = f"{metric},{filter_}"
+                found.append({"task": name, "metric": key, "aggregation": aggregation, "values": values})
+    return name, [row["doc_hash"][:HASH] for row in first.values()], found
+
+
+def _aggregation(task: Any, metric: str) -> str | None:
+    """lm-eval's name of the aggregation over documents; None if it is not a function of two sums."""
+    from lm_eval.api import metrics
+
+    known = {getattr(metrics, name): name for name in ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")}
+    return known.get(task.aggregation().get(metric, metrics.mean))
+
+
+def _value(value: Any) -> Any:
+    """A number, or a pair (log-likelihood, weight); None for anything else."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        pair = [_value(each) for each in value]
+        return None if None in pair else pair
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _weights(group: Any, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """For each metric of a group, the weight of each task, as in lm-eval's `Group.aggregate`."""
+    found: dict[str, dict[str, float]] = {}
+    members = [task.task_name for task in group.get_all_tasks()]
+    for config in group.aggregate_metric_list or ():
+        keys = [key for key in results[group.name] if key.partition(",")[0] == config.metric]
+        for key in keys if config.aggregation == "mean" else ():
+            having = [name for name in members if key in results.get(name, {})]
+            sizes = {name: results[name]["sample_len"] if config.weight_by_size else 1 for name in having}
+            found[key] = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as a Python number; anything else, which is no score, as text."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

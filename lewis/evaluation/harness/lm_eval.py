@@ -1,0 +1,201 @@
+"""Ask lm-eval for the scores of a model: which tasks, with which options, in a child process."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from lewis.errors import InputError, LewisError
+from lewis.evaluation.harness import backends, process, server
+from lewis.evaluation.harness.permission import check_code, runs_code
+from lewis.evaluation.harness.task_files import check_builtin, data_files, find_tasks, reads_hub
+from lewis.evaluation.statistics.scores import Evaluated, Score
+from lewis.progress import Report, silent
+from lewis.recipe.schema import Backend, Evaluate
+from lewis.store import digest, file_sha256, scratch_folder
+
+logger = logging.getLogger(__name__)
+
+SEMANTICS = 3  # raise it when the same model and tasks would get different scores
+BOOTSTRAPS = 100  # for the standard error of metrics that have no formula for it
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What to score, and how.
+
+    Attributes:
+        tasks: names of lm-eval's tasks or groups, or of YAML files relative to `root`.
+        root: the recipe's folder. Task files are looked up in it, and relative paths in them start there.
+        limit: documents per task; below 1 it is a fraction.
+        num_fewshot: examples in the prompt; None takes each task's own number. A task that sets 0 keeps 0.
+        batch_size: requests per forward pass, or "auto".
+        timeout_s: seconds for all the tasks of one model.
+        documents: `all`, or one of two disjoint halves of every task's documents. A document's hash decides its half;
+            the limit applies within the half.
+        allow_code_execution: whether task files may run code: functions of their own, and what the model writes.
+        backend: `hf`, `vllm`, `sglang` or `openai`, as in the recipe.
+        model_args: further arguments of the backend, which `lewis.recipe.backends` has checked.
+        gpus: how many GPUs one evaluation takes.
+    """
+
+    tasks: tuple[str, ...]
+    root: Path
+    limit: int | float | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = 16
+    timeout_s: float = 3600
+    apply_chat_template: bool = False
+    documents: Literal["all", "search", "confirm"] = "all"
+    allow_code_execution: bool = False
+    backend: Backend = "hf"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    gpus: int = 1
+
+    @classmethod
+    def of(cls, block: Evaluate, root: Path) -> "EvalSettings":
+        """The settings of a recipe's `evaluate` block.
+
+        Args:
+            block: of the recipe.
+            root: the recipe's folder.
+        """
+        others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes"})
+        return cls(root=root, timeout_s=60 * block.timeout_minutes, **others)
+
+
+def check_tasks(settings: EvalSettings) -> None:
+    """Check that every task is found and readable, that its data exist, and that the recipe allows the code it runs.
+
+    Raises:
+        InputError: naming the task, and the nearest valid names for one that does not exist.
+    """
+    found = find_tasks(settings.tasks, settings.root)
+    for name, task in found.files.items():
+        data_files(task, settings.root)
+        check_code(name, task, settings.allow_code_execution)
+    check_builtin(found.builtin, found.local)
+
+
+def tasks_digest(settings: EvalSettings) -> str:
+    """Digest of everything but the model that decides its scores: task and data files, options, lm-eval's version.
+
+    A built-in task counts by its name alone, since its documents come from the Hub. Neither the device counts nor the
+    path of the recipe's folder.
+    """
+    found = find_tasks(settings.tasks, settings.root)
+    files = {
+        name: [file_sha256(path) for path in (*task.sources, *data_files(task, settings.root))]
+        for name, task in found.files.items()
+    }
+    return digest(
+        {
+            "semantics": SEMANTICS,
+            "lm_eval": version("lm_eval"),
+            "tasks": sorted(found.names),
+            "files": files,
+            "limit": settings.limit,
+            "num_fewshot": settings.num_fewshot,
+            "apply_chat_template": settings.apply_chat_template,
+            "documents": settings.documents,
+            "allow_code_execution": settings.allow_code_execution,
+            **backends.identity(settings.backend, settings.model_args),
+        }
+    )
+
+
+def evaluate(
+    model: Path,
+    settings: EvalSettings,
+    *,
+    adapter: Path | None = None,
+    device: str = "cpu",
+    progress: Report = silent,
+) -> Evaluated:
+    """Score a model with lm-eval in a child process.
+
+    Args:
+        model: folder of a Hugging Face checkpoint with its tokenizer.
+        settings: what to score, and how.
+        adapter: folder of a LoRA adapter to apply to `model`.
+        device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
+            checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
+        progress: called with the kind of requests that is running, how many are done, and how many there are.
+
+    Raises:
+        InputError: if `model` or `adapter` is not such a folder, or a task file is broken.
+        LewisError: if lm-eval fails, takes longer than `settings.timeout_s`, or gives a number that is not finite.
+    """
+    for folder, file in ((model, "config.json"), (adapter, "adapter_model.safetensors")):
+        if folder is not None and not (folder / file).is_file():
+            raise InputError(f"{folder}: expected a folder with {file}, which is missing")
+    found = find_tasks(settings.tasks, settings.root)
+    for name, task in found.files.items():
+        check_code(name, task, settings.allow_code_execution)
+    hub = reads_hub(found, settings.root)
+    # Keys are kept from code that the recipe brings.
+    code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
+    with ExitStack() as held:
+        include = held.enter_context(scratch_folder("tasks"))
+        for number, task in enumerate(found.files.values()):
+            # A link, which lm-eval follows: so it finds the functions next to the file.
+            (include / f"{number}.yaml").symlink_to(task.path)
+        asked = held.enter_context(
+            backends.asked(
+                settings.backend,
+                settings.model_args,
+                model,
+                adapter,
+                device,
+                code=code,
+                patience_s=min(settings.timeout_s, server.PATIENCE),
+                tick=lambda: progress("server", 0, 1),
+            )
+        )
+        request = {
+            "model": asked.model,
+            "model_args": asked.arguments,
+            "tasks": found.names,
+            "include": str(include),
+            "defaults": bool(found.builtin),
+            "device": asked.device,
+            "batch_size": settings.batch_size,
+            "limit": settings.limit,
+            "num_fewshot": settings.num_fewshot,
+            "apply_chat_template": settings.apply_chat_template,
+            "documents": settings.documents,
+            "bootstrap_iters": BOOTSTRAPS,
+            "confirm_run_unsafe_code": settings.allow_code_execution,
+        }
+        try:
+            result = process.run(
+                request,
+                cwd=settings.root,
+                network=hub or asked.network,
+                hub=hub,
+                token=hub and not code,
+                environment=asked.environment,
+                timeout_s=settings.timeout_s,
+                progress=progress,
+            )
+        except LewisError as error:
+            raise LewisError(f"{adapter or model}: {error}{asked.problem()}") from error
+    evaluated = Evaluated.of(str(adapter or model), result)
+    _warn_of_fewshot(settings, result["n-shot"])
+    _warn_of_direction(evaluated.scores, result["higher_is_better"])
+    return evaluated
+
+
+def _warn_of_fewshot(settings: EvalSettings, shots: Mapping[str, int]) -> None:
+    for task, number in shots.items():
+        if settings.num_fewshot is not None and number != settings.num_fewshot:
+            logger.warning("%s: evaluate.num_fewshot is %d, the task fixes %d", task, settings.num_fewshot, number)
+
+
+def _warn_of_direction(scores: Sequence[Score], higher_is_better: Mapping[str, Mapping[str, bool | None]]) -> None:
+    for score in scores:
+        if higher_is_better.get(score.task, {}).get(score.metric.partition(",")[0]) is None:
+            logger.warning("%s/%s: its YAML has no higher_is_better; taken as true", score.task, score.metric)

@@ -1,0 +1,209 @@
+"""lm-eval's model in the process that runs it: how it is opened, and what the gate's guards ask of it.
+
+The guards look at empty answers, generations that end, and perplexity.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from lewis.models.lora import WEIGHTS
+from lewis.models.names import PER_TOKEN
+from lewis.models.safetensors_file import file_headers
+
+PROMPTS, TOKENS = 4, 128  # generations, and the most new tokens of each
+ANSWERS = 64  # reference answers whose perplexity is measured
+
+
+def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: str | None) -> Any:
+    """lm-eval's model, in the process that runs it.
+
+    Args:
+        name, arguments, device: as in `lewis.evaluation.harness.backends.Asked`.
+        batch_size: prompts of one forward pass, or of one request.
+    """
+    from lm_eval.api.registry import get_model
+
+    options = {"batch_size": batch_size, "device": device}
+    if not name.startswith("local-"):
+        with _keep_rows(arguments.get("peft")):
+            return get_model(name).create_from_arg_obj(arguments, options)
+    if name == "local-completions" and "max_length" not in arguments:
+        arguments = {**arguments, "max_length": _max_length(arguments["model"])}
+    lm: Any = get_model(name).create_from_arg_obj(arguments, {"batch_size": batch_size})
+    if lm.tokenizer is not None:  # it splits texts into tokens as `hf` does
+        lm.add_bos_token = arguments.get("add_bos_token")  # None: what the tokenizer does by itself, as for `hf`
+        lm.tok_encode = _encoder(lm)
+    return lm
+
+
+def _max_length(folder: str) -> int:
+    """The longest input of the model in tokens, as lm-eval finds it for `hf`."""
+    import transformers
+    from lm_eval.models.utils import DEFAULT_MAX_LENGTH, resolve_max_length
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return int(resolve_max_length(config, tokenizer, default=DEFAULT_MAX_LENGTH))
+
+
+def _encoder(lm: Any) -> Any:
+    """`tok_encode` of lm-eval's `hf`, for one text or several."""
+    from lm_eval.models.utils import has_bos_prefix
+
+    def encode(
+        text: Any, left_truncate_len: int | None = None, add_special_tokens: bool | None = None, **_: Any
+    ) -> Any:
+        if not isinstance(text, str):
+            return [encode(each, left_truncate_len, add_special_tokens) for each in text]
+        special = lm.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(text, lm.tokenizer.bos_token):
+            special = False
+        found = lm.tokenizer.encode(text, **({} if special is None else {"add_special_tokens": special}))
+        return found[-left_truncate_len:] if left_truncate_len else found
+
+    return encode
+
+
+@contextmanager
+def _keep_rows(adapter: str | None) -> Iterator[None]:
+    """Meanwhile, embeddings are resized only to what an adapter needs.
+
+    lm-eval resizes the base's embeddings to the number of tokens, for adapters with tokens of their own. Many bases
+    have more rows than tokens. An adapter that saves all of them would then not load, and one that does not would be
+    scored on fewer tokens than its base.
+
+    Args:
+        adapter: folder of the adapter; None changes nothing.
+    """
+    if adapter is None:
+        yield
+        return
+    import transformers
+
+    owner: Any = transformers.PreTrainedModel
+    wanted, resize = _rows(Path(adapter)), owner.resize_token_embeddings
+
+    def resized(model: Any, new_num_tokens: int, *arguments: Any, **options: Any) -> Any:
+        present = model.get_input_embeddings().weight.shape[0]
+        rows = wanted or max(new_num_tokens, present)
+        return model.get_input_embeddings() if rows == present else resize(model, rows, *arguments, **options)
+
+    owner.resize_token_embeddings = resized
+    try:
+        yield
+    finally:
+        owner.resize_token_embeddings = resize
+
+
+def _rows(adapter: Path) -> int | None:
+    """How many rows the embeddings and the head have that an adapter changes; None if it changes none."""
+    for name, (_, shape) in file_headers(adapter / WEIGHTS).items():
+        if name.endswith((*PER_TOKEN, "lm_head.lora_B.weight")):
+            return shape[0]
+        if name.endswith("lora_embedding_A"):
+            return shape[1]
+    return None
+
+
+def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `lewis.evaluation.statistics.scores.Ends`.
+
+    Args:
+        lm: lm-eval's model.
+        rows: task -> lm-eval's sample of each document and filter.
+        tasks: task -> lm-eval's task.
+    """
+    lm.batch_size_per_gpu = PROMPTS  # `auto` would search for a batch size again, for these few requests
+    # There is one row per document and filter; those of the first filter are taken.
+    of_task = {name: [row for row in each if row["filter"] == each[0]["filter"]] for name, each in rows.items()}
+    pairs = ([(tasks[name], row) for row in each] for name, each in of_task.items())
+    mixed = [pair for each in zip_longest(*pairs) for pair in each if pair is not None]
+    prompts = dict.fromkeys(row["arguments"][0][0] for _, row in mixed if len(row["arguments"][0]) > 1)
+    ended = _ended(lm, list(islice(filter(None, prompts), PROMPTS)))
+    return {
+        "empty": {
+            name: sum(not any(text.strip() for text in _texts(row["resps"])) for row in each) / len(each)
+            for name, each in of_task.items()
+            if each and tasks[name].OUTPUT_TYPE == "generate_until"
+        },
+        "tried": len(ended),
+        "ended": sum(ended),
+        "perplexity": _perplexity(lm, list(islice(_answers(mixed), ANSWERS))),
+    }
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _ended(lm: Any, prompts: list[str]) -> list[bool]:
+    """Whether a greedy generation from each prompt reaches an end token; a chat template is applied if there is one.
+
+    Where only the text is known, it came to its end if it is shorter than it may be. Nothing is tried where there is no
+    tokenizer to measure the text, as in chats with a server.
+    """
+    tokenizer = getattr(lm, "tokenizer", None)
+    if not prompts or tokenizer is None:
+        return []
+    if getattr(tokenizer, "chat_template", None):
+        prompts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    wanted = min(TOKENS, lm.max_length // 2)
+    if not hasattr(lm, "model") or not hasattr(lm.model, "generation_config"):
+        from lm_eval.api.instance import Instance
+
+        settings = {"until": [], "max_gen_toks": wanted, "do_sample": False}
+        requests = [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
+        texts = lm.generate_until(requests, disable_tqdm=True)
+        return [len(lm.tok_encode(text, add_special_tokens=False)) < wanted for text in texts]
+    import torch
+
+    ids, mask = lm.tok_batch_encode(prompts, left_truncate_len=lm.max_length - wanted)
+    listed = lm.model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    stops = sorted({stop for stop in (*listed, tokenizer.eos_token_id) if stop is not None})
+    with torch.no_grad():
+        made = lm.model.generate(
+            input_ids=ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            max_new_tokens=wanted,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stops or None,
+        )
+    return [bool(set(stops) & set(row.tolist())) for row in made[:, ids.shape[1] :]]
+
+
+def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    """Prompt and reference answer of each document that has one."""
+    for task, row in rows:
+        arguments, target = row["arguments"], row["target"]
+        if task.OUTPUT_TYPE == "loglikelihood":
+            yield arguments[0][0], arguments[0][1]
+        elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(arguments):
+            yield arguments[target][0], arguments[target][1]
+        elif task.OUTPUT_TYPE == "generate_until":
+            answer = next(_texts(target), "")
+            if answer.strip():
+                yield arguments[0][0], f"{task.config.target_delimiter}{answer}"
+
+
+def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
+    """Perplexity per token over reference answers; None if there are none."""
+    from lm_eval.api.instance import Instance
+
+    if lm.tokenizer is None:  # a chat with a server, which has no likelihoods
+        return None
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(answers)]
+    tokens = sum(len(lm.tok_encode(answer, add_special_tokens=False)) for _, answer in answers)
+    if not tokens:
+        return None
+    mean = sum(found[0] for found in lm.loglikelihood(requests, disable_tqdm=True)) / tokens
+    return math.exp(-mean) if -mean < 700 else math.inf  # NaN stays NaN

@@ -1,0 +1,277 @@
+"""Run lm-eval in a child process, so that a time limit always holds and all memory is freed afterwards.
+
+The child is forked by a server process that has imported lm-eval and transformers already: importing them takes longer
+than many evaluations. CUDA does not work after a fork, so a child that uses a GPU is forked by a server that has
+imported nothing. A child has a session of its own, in which a second process, its keeper, waits for it and reports how
+it ended.
+
+The request is one line of JSON on the child's standard input, which stays open: when the parent dies, even by SIGKILL,
+the keeper sees the end of that input and kills the child and all processes that it started. The result is a file that
+appears when it is complete.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub import get_token
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.evaluation.sandbox.isolation import namespaces, way_to_the_hub, without_secrets
+from lewis.progress import Report, silent
+
+_BAR = re.compile(r"(?:(?:Running )?(\w+ requests|Requesting API):)?\s*\d+%\|.*\| (\d+)/(\d+) \[")
+_NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
+_PATIENCE = 2.0  # seconds for a child to be killed
+_guard = threading.Lock()
+_current: "_ForkServer | None" = None
+
+
+def run(
+    request: dict[str, Any],
+    *,
+    cwd: Path,
+    network: bool,
+    hub: bool,
+    token: bool,
+    timeout_s: float,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    progress: Report = silent,
+) -> dict[str, Any]:
+    """Run lm-eval in a process of its own session.
+
+    Args:
+        request: keyword arguments of `child.evaluate`.
+        cwd: working folder of the child; relative paths of data files start here.
+        network: whether the child has the network of this machine.
+        hub: whether it gets the way to the Hub, proxies included.
+        token: whether it gets the Hub's token. It gets no other secret of this process's environment.
+        timeout_s: seconds until the process and all processes that it started are killed.
+        environment: further variables of the child.
+        progress: called with the kind of requests that is running, how many are done, and how many there are.
+
+    Returns:
+        what `child.evaluate` returns.
+
+    Raises:
+        LewisError: if the time limit passes or the process fails, with the end of its output.
+    """
+    output = _Output(progress)
+    common = without_secrets(os.environ) | (way_to_the_hub(os.environ) if hub else {})
+    secret = get_token() if token else None
+    given = common | ({"HF_TOKEN": secret} if secret else {}) | dict(environment)
+    with store.scratch_folder("eval") as scratch:
+        result = scratch / "result.json"
+        no_gpu = request["device"] == "cpu" or request["model"].startswith("local-")
+        child = new_child(common, loaded=no_gpu, network=network)
+        try:
+            child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
+            _watch(child, output, timeout_s)
+        finally:
+            child.end()
+        if child.returncode == 0 and (found := store.read_json(result)) is not None:
+            return dict(found)
+        raise LewisError(f"lm-eval {_ending(child.returncode, output.tail())}\nThe end of its output:\n{output.tail()}")
+
+
+def _watch(child: "Child", output: "_Output", timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while child.poll() is None:
+        if time.monotonic() > deadline:
+            raise LewisError(
+                f"lm-eval did not finish within {timeout_s:g} s and was stopped: raise the time limit, or lower "
+                f"evaluate.limit\nThe end of its output:\n{output.tail()}"
+            )
+        ready, _, _ = select.select([child.stdout], [], [], 0.2)
+        if ready and not output.feed(os.read(child.stdout, 65536)):
+            time.sleep(0.05)  # it closed its output and is about to exit
+    while select.select([child.stdout], [], [], 0)[0] and output.feed(os.read(child.stdout, 65536)):
+        pass
+
+
+class _Output:
+    """The output of the child: progress bars become calls, the last lines are kept for an error message."""
+
+    def __init__(self, progress: Report) -> None:
+        self._progress = progress
+        self._lines: deque[str] = deque(maxlen=30)
+        self._rest = b""
+        self._last: tuple[str, int] | None = None
+        self._documents = 0
+
+    def feed(self, data: bytes) -> bool:
+        """Take the next bytes of output; False at its end."""
+        *lines, self._rest = re.split(rb"[\r\n]+", self._rest + data)
+        for line in (line.decode(errors="replace").strip() for line in lines):
+            if bar := _BAR.fullmatch(line, endpos=line.rfind("[") + 1):
+                self._bar(bar[1], int(bar[2]), int(bar[3]))
+            elif line and "%|" not in line:
+                self._lines.append(line)
+        return bool(data)
+
+    def _bar(self, kind: str | None, done: int, total: int) -> None:
+        if kind is None:  # the bar over a task's documents, which comes before their requests
+            self._documents = total
+        # Rolling requests have one bar per batch and none for the whole: those bars, which begin again, are left out.
+        elif total >= self._documents and (kind, done) != self._last:  # tqdm repeats the same number
+            self._last = (kind, done)
+            self._progress(kind, done, total)
+
+    def tail(self) -> str:
+        return "\n".join([*self._lines, self._rest.decode(errors="replace")]).strip() or "(none)"
+
+
+def _ending(code: int | None, tail: str) -> str:
+    if code is None or code >= 0:
+        return f"failed (exit code {code}): {tail.splitlines()[-1]}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (": out of memory? lower evaluate.batch_size" if name == "SIGKILL" else "")
+
+
+class Child:
+    """A process that answers one request.
+
+    Attributes:
+        stdout: file descriptor of its output.
+        returncode: as in `subprocess.Popen`; None while it runs.
+    """
+
+    def __init__(self) -> None:
+        stdin, self._stdin = os.pipe()
+        self.stdout, stdout = os.pipe()
+        self._status, status = os.pipe()
+        self.far_ends = [stdin, stdout, status]
+        self._reported = b""  # what the keeper wrote: the exit code
+        self._over = False
+        self.returncode: int | None = None
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Write the request as a line of JSON; the pipe stays open."""
+        data = json.dumps(request).encode() + b"\n"
+        with suppress(BrokenPipeError):  # it has died: its exit code says why
+            while data:
+                data = data[os.write(self._stdin, data) :]
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        while not self._over and self._reads_within(0):
+            pass
+        if self._reported:
+            self.returncode = int(self._reported)
+        elif self._over:  # its keeper or the server was killed
+            self.returncode = -signal.SIGKILL
+        return self.returncode
+
+    def end(self) -> None:
+        """Kill it and all processes that it started, and close its pipes."""
+        os.close(self._stdin)  # its keeper kills them then
+        while not self._over and self._reads_within(_PATIENCE):
+            pass
+        os.close(self.stdout)
+        os.close(self._status)
+
+    def _reads_within(self, seconds: float) -> bool:
+        """Read what the keeper writes; whether there was something, be it the end."""
+        if not select.select([self._status], [], [], seconds)[0]:
+            return False
+        data = os.read(self._status, 64)
+        self._reported, self._over = self._reported + data, not data
+        return True
+
+
+class _ForkServer:
+    def __init__(self, environment: Mapping[str, str], *, loaded: bool, network: bool) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self.started_with = _start(environment, network)
+        # -P: a random.py in the working directory must not stand in for the library's
+        command = [sys.executable, "-P", "-m", "lewis.evaluation.harness.child", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*self.started_with[-1], *command, *(["loaded"] if loaded else [])],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def fork(self) -> Child:
+        """A new child; OSError if the server is dead."""
+        child = Child()
+        try:
+            try:
+                socket.send_fds(self._socket, [b"."], child.far_ends)
+            finally:
+                for end in child.far_ends:
+                    os.close(end)
+        except OSError:
+            child.end()
+            raise
+        return child
+
+    def output(self) -> str:
+        """What the server wrote to its output."""
+        self._output.seek(0)
+        return self._output.read().decode(errors="replace").strip() or "(none)"
+
+    def close(self) -> None:
+        """Let the server end; its children continue."""
+        self._socket.close()
+        self._output.close()
+        threading.Thread(target=self._process.wait, daemon=True).start()  # it may still be importing
+
+
+def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) -> Child:
+    """Fork a child, which waits for its request.
+
+    Args:
+        environment: in which the libraries are imported. The child's own environment is in its request.
+        loaded: whether the child has the libraries imported already.
+        network: whether the child reaches other machines.
+
+    Raises:
+        LewisError: if the server does not start.
+    """
+    global _current
+    if not loaded:
+        alone = _ForkServer(environment, loaded=False, network=network)
+        try:
+            return alone.fork()
+        finally:
+            alone.close()
+    output = ""
+    with _guard:
+        for _ in range(2):
+            if _current is None or _current.started_with != _start(environment, network):
+                if _current is not None:
+                    _current.close()
+                _current = _ForkServer(environment, loaded=True, network=network)
+            with suppress(OSError):  # it is dead: try again with a new one
+                return _current.fork()
+            output = _current.output()
+            _current.close()
+            _current = None
+    raise LewisError(f"the process that loads lm-eval does not live\nThe end of its output:\n{output}")
+
+
+def _start(environment: Mapping[str, str], network: bool) -> tuple[int, dict[str, str], tuple[str, ...]]:
+    """What a server depends on: this process, the variables that are read when it imports, and its namespaces."""
+    read = {name: value for name, value in environment.items() if not name.startswith(_NOT_READ_WHEN_LOADED)}
+    return os.getpid(), read, namespaces(store.secret_files(), network=network)

@@ -1,0 +1,273 @@
+"""Find, read and check the lm-eval tasks that a recipe names, before a model is loaded.
+
+A name is looked up in the recipe's folder first. lm-eval's index of 14 000 tasks takes 7 seconds to read, so it is read
+only for a name that is not found there.
+"""
+
+import difflib
+import functools
+import glob
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lewis.errors import InputError
+from lewis.input_files import read_bytes
+from lewis.recipe.yaml_limits import MAX_BYTES, LimitedLoader, load
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One YAML file of a task or a group.
+
+    Attributes:
+        name: the value of its key `group` or `task`.
+        config: its content, merged with the files that it includes; a `!function` tag is kept as text.
+        sources: the YAML file, the files that it includes and the Python files that its functions are in.
+        functions: the values of its `!function` tags, as `module.function`.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    sources: tuple[Path, ...]
+    functions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundTasks:
+    """Where the tasks of a list are defined.
+
+    Attributes:
+        names: of the tasks and groups to ask lm-eval for.
+        files: name -> the file that defines it, for these names and the members of groups.
+        builtin: names and members that no file defines, so lm-eval must know them.
+        local: all names that files in the recipe's folder define, whether asked for or not.
+    """
+
+    names: tuple[str, ...]
+    files: Mapping[str, TaskFile]
+    builtin: tuple[str, ...]
+    local: tuple[str, ...]
+
+
+def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
+    """Sort tasks into those that YAML files in the recipe's folder define and those that lm-eval has to know.
+
+    Args:
+        tasks: paths of YAML files relative to `root`, and names of tasks or groups.
+        root: the recipe's folder; a name is looked up next to the named files, in `root/tasks` and in `root`.
+
+    Raises:
+        InputError: if a named file cannot be read, or two named files define the same task.
+    """
+    named = {item: read_task(root / item) for item in tasks if item.endswith((".yaml", ".yml"))}
+    folders = dict.fromkeys(
+        [*(task.path.parent for task in named.values()), (root / "tasks").resolve(), root.resolve()]
+    )
+    local = _read_folders(folders)
+    files: dict[str, TaskFile] = {}
+    for task in named.values():
+        if task.name in files and files[task.name].path != task.path:
+            raise InputError(
+                f"{task.path}: its task {task.name!r} is defined by {files[task.name].path} as well; rename one"
+            )
+        files[task.name] = task
+    names = list(dict.fromkeys(named[item].name if item in named else item for item in tasks))
+    builtin, pending = [], list(names)
+    for name in pending:
+        if name not in files and name in local:
+            files[name] = local[name]
+        if name in files:
+            inside = _names(members(files[name].config)) if "group" in files[name].config else ()
+            pending += [member for member in inside if member not in pending]
+        else:
+            builtin.append(name)
+    return FoundTasks(tuple(names), files, tuple(builtin), tuple(local))
+
+
+def read_task(path: Path) -> TaskFile:
+    """Read an lm-eval YAML file without running any code.
+
+    Raises:
+        InputError: if the file, a file that it includes or a Python file of its functions is missing or broken.
+    """
+    sources: list[Path] = []
+    functions: list[str] = []
+    try:
+        config = _read_yaml(path.resolve(), sources, functions)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        raise InputError(f"{path}: not a readable lm-eval task: {error}") from error
+    name = config.get("group", config.get("task"))
+    if not isinstance(name, str):
+        keys = sorted(map(str, config))
+        raise InputError(f"{path}: expected the key `task` (or `group`) with a name, got the keys {keys}")
+    if any(not isinstance(block.get("dataset_kwargs") or {}, Mapping) for block in blocks(config)):
+        raise InputError(f"{path}: dataset_kwargs: expected a mapping")
+    return TaskFile(name, path.resolve(), config, tuple(sources), tuple(functions))
+
+
+def data_files(task: TaskFile, root: Path) -> list[Path]:
+    """The local files that a task reads its documents from, sorted. Relative paths start at `root`, where lm-eval runs.
+
+    Raises:
+        InputError: if one is missing or empty.
+    """
+    found: set[Path] = set()
+    for block in blocks(task.config):
+        source, options = str(block.get("dataset_path", "")), block.get("dataset_kwargs") or {}
+        base = root / source if source and (root / source).is_dir() else root
+        if base == root and "/" in source:
+            continue  # a dataset on the Hub: its data_files are there
+        base = base / str(options.get("data_dir") or "")
+        for pattern in _texts(options.get("data_files")) or (["**"] if base != root else []):
+            if "://" in pattern:
+                continue
+            matches = [Path(match) for match in glob.glob(str(base / pattern), recursive=True)]
+            matches = [match for match in matches if match.is_file() and match.stat().st_size]
+            if not matches:
+                raise InputError(
+                    f"{task.path}: data file {pattern!r} is missing or empty in {base}; put or link it there"
+                )
+            found.update(matches)
+    return sorted(found)
+
+
+def reads_hub(found: FoundTasks, root: Path) -> bool:
+    """Whether a task may read its documents from the Hub or another machine.
+
+    These are the tasks of lm-eval's own, and files that name a repo on the Hub or a URL.
+    """
+    for block in (block for task in found.files.values() for block in blocks(task.config)):
+        source, options = str(block.get("dataset_path") or ""), block.get("dataset_kwargs")
+        patterns = _texts(options.get("data_files")) if isinstance(options, Mapping) else []
+        if ("/" in source and not (root / source).exists()) or any("://" in pattern for pattern in patterns):
+            return True
+    return bool(found.builtin)
+
+
+def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
+    """Check that lm-eval has these tasks, and that none of them runs generated code.
+
+    Raises:
+        InputError: with the nearest names, of lm-eval's and the `local` ones.
+    """
+    for name in names:
+        index = _builtin_index()
+        if name not in index:
+            near = difflib.get_close_matches(name, [*local, *index], n=3, cutoff=0.7)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+            raise InputError(
+                f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"
+            )
+        if any(block.get("unsafe_code") for block in blocks(_builtin_configs(name))):
+            raise InputError(
+                f"evaluate.tasks: {name} of lm-eval runs code that the model writes, on the bare machine; "
+                "use a task file that runs it in lewis.evaluation.sandbox, "
+                "as deployments/recipes/tasks/mbpp_generate.yaml does"
+            )
+
+
+@functools.cache
+def _builtin_index() -> Mapping[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def builtin_task(name: str) -> tuple[Mapping[str, Any], list[Any] | None]:
+    """The config of a task or group of lm-eval, and the members of a group or tag; None for a task."""
+    entry = _builtin_index().get(name)
+    if entry is None:
+        return {}, None
+    config = entry.cfg or {}
+    return config, {"GROUP": members(config), "TAG": list(entry.tags)}.get(entry.kind.name)
+
+
+def members(config: Mapping[str, Any]) -> list[Any]:
+    """What the list `task` of a group holds: names, and mappings that define a member or change it."""
+    listed = config.get("task")
+    return listed if isinstance(listed, list) else [listed] if isinstance(listed, str) else []
+
+
+def _builtin_configs(name: str) -> list[Any]:
+    """The configs of a built-in task, or of all members of a group or a tag."""
+    configs, pending = [], [name]
+    for name in pending:
+        config, inside = builtin_task(name)
+        configs.append(config)
+        pending += [member for member in _names(inside or ()) if member not in pending]
+    return configs
+
+
+def _read_folders(folders: Iterable[Path]) -> dict[str, TaskFile]:
+    """The tasks that files directly in these folders define; if several define one, the first folder wins."""
+    tasks: dict[str, TaskFile] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.y*ml"))):
+        with suppress(InputError):  # recipes are there too, and files that no recipe uses
+            task = read_task(path)
+            tasks.setdefault(task.name, task)
+    return tasks
+
+
+def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[str, Any]:
+    if path in sources:
+        raise ValueError(f"{path} is included twice")
+    sources.append(path)
+
+    class Loader(LimitedLoader):
+        pass
+
+    def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+        text = str(loader.construct_scalar(node))
+        functions.append(text)
+        module = text.rpartition(".")[0]
+        file = path.parent / (module.replace(".", "/") + ".py")
+        if file.is_file():
+            sources.extend([file] if file not in sources else [])
+        elif not module or importlib.util.find_spec(module.partition(".")[0]) is None:
+            raise ValueError(f"!function {text}: no file {file}")
+        return text
+
+    Loader.add_constructor("!function", function)
+    config = load(read_bytes(path, MAX_BYTES), str(path), Loader)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
+    merged: dict[str, Any] = {}
+    for included in _texts(config.pop("include", None)):
+        merged |= _read_yaml((path.parent / included).resolve(), sources, functions)
+    return merged | config
+
+
+def _names(listed: Iterable[Any]) -> Iterator[str]:
+    """The names among a group's members; an unnamed task or group that is defined inside the list is skipped."""
+    for item in listed:
+        if isinstance(item, str):
+            yield item
+        elif not isinstance(item, Mapping):
+            raise InputError(f"a group's list `task`: expected the name of a task, or a mapping, got {item!r}")
+        elif isinstance(item.get("task"), list):
+            yield from _names(item["task"])
+        elif "dataset_path" not in item and (name := item.get("task") or item.get("group")):
+            yield str(name)
+
+
+def blocks(config: Any) -> Iterator[Mapping[str, Any]]:
+    """A config and every mapping inside it."""
+    if isinstance(config, Mapping):
+        yield config
+    inner = config.values() if isinstance(config, Mapping) else config if isinstance(config, list) else ()
+    for value in inner:
+        yield from blocks(value)
+
+
+def _texts(value: Any) -> list[str]:
+    """The strings of `data_files`: one, a list of them, or a mapping from splits."""
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _texts(item)]
+    return [value] if isinstance(value, str) else [str(item) for item in value or ()]

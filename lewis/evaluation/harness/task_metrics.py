@@ -1,0 +1,166 @@
+"""What task files say of their scores: the names, to find a wrong one before any work, and the Hub's datasets."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lewis.errors import InputError, nearest
+from lewis.evaluation.harness.task_files import FoundTasks, builtin_task, find_tasks, members
+from lewis.evaluation.statistics.scored import WEIGHTED
+from lewis.evaluation.statistics.scores import Score
+from lewis.recipe.schema import Evaluate, Gate
+
+_DEFAULT = {  # lm-eval's metrics of a task that lists none
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": ("acc", "acc_norm"),
+    "generate_until": ("exact_match",),
+}
+# With these a group changes its members, and a task gives scores that only its code knows.
+_OVERRIDES = {"metric_list", "filter_list", "process_results", "output_type", "class"}
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+Known = Mapping[str, Sequence[str] | None]
+"""Task or group -> its scores, each `metric,filter`; None where only a run of the task shows them."""
+
+
+def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, searched: Sequence[str] = ()) -> None:
+    """Check every score that a recipe names: of the gate and its tolerances, of the weights, and of the search.
+
+    Args:
+        evaluate: the recipe's block, with the tasks and the weights.
+        root: the recipe's folder.
+        gate: of the block `register`.
+        searched: `search.metrics`.
+
+    Raises:
+        InputError: naming the key and the nearest score, if no task gives a score of that name.
+    """
+    known = known_scores(evaluate.tasks, root)
+    if known is None:
+        return
+    _check("evaluate.weights", evaluate.weights, known, whole_tasks=True)
+    if evaluate.weights:
+        known = {**known, WEIGHTED[0]: [WEIGHTED[1]]}
+    if gate:
+        _check("register.gate.metric", [gate.metric], known)
+    if gate and isinstance(gate.tolerance, Mapping):
+        _check("register.gate.tolerance", gate.tolerance, known, whole_tasks=True)
+    _check("search.metrics", searched, known)
+
+
+def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
+    """What each task will give; None if a group defines or changes its members, so that their files do not say.
+
+    Args:
+        tasks: as in the recipe.
+        root: the recipe's folder.
+    """
+    found = find_tasks(tasks, root)
+    scores: dict[str, Sequence[str] | None] = {}
+    pending = list(found.names)
+    for name in pending:
+        config, inside = _read(name, found)
+        if inside is None:
+            scores[name] = _of_task(config)
+            continue
+        if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
+            return None
+        scores[name] = _of_group(config)
+        pending += [each for each in inside if each not in pending]
+    return scores
+
+
+def _read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
+    """As `builtin_task`, also of the recipe's own tasks."""
+    if name not in found.files:
+        return builtin_task(name)
+    config = found.files[name].config
+    return config, members(config) if "group" in config else None
+
+
+def _of_task(config: Mapping[str, Any]) -> list[str] | None:
+    if "process_results" in config or "class" in config:
+        return None
+    listed, filters = config.get("metric_list"), config.get("filter_list")
+    metrics = _names(listed, "metric") if listed else _DEFAULT.get(str(config.get("output_type")))
+    chosen = _names(filters, "name") if filters else ["none"]
+    if metrics is None or chosen is None or any("/" in metric or "." in metric for metric in metrics):
+        return None  # a function as a metric names its scores itself
+    return [f"{metric},{each}" for metric in metrics for each in chosen]
+
+
+def _of_group(config: Mapping[str, Any]) -> list[str] | None:
+    listed = config.get("aggregate_metric_list") or []
+    scores = []
+    for each in listed if isinstance(listed, list) else [listed]:
+        filters = each.get("filter_list") if isinstance(each, Mapping) else None
+        if filters is None:
+            return None  # all that the members have
+        scores += [f"{each.get('metric')},{chosen}" for chosen in ([filters] if isinstance(filters, str) else filters)]
+    return scores
+
+
+def _names(listed: Any, key: str) -> list[str] | None:
+    """What a list of mappings has under `key`; None if it is no such list, or a metric comes from another package."""
+    items = listed if isinstance(listed, list) else [listed]
+    names = [each.get(key) if isinstance(each, Mapping) and not each.get("hf_evaluate") else None for each in items]
+    found = [name for name in names if isinstance(name, str)]
+    return found if len(found) == len(names) else None
+
+
+def _check(where: str, given: Iterable[str], known: Known, *, whole_tasks: bool = False) -> None:
+    for name in given:
+        task = max((each for each in known if name.startswith(f"{each}/")), key=len, default=None)
+        scores = () if task is None else known[task]
+        if (whole_tasks and name in known) or scores is None or name.removeprefix(f"{task}/") in scores:
+            continue
+        choices = [f"{each}/{score}" for each, found in known.items() for score in found or ()]
+        raise InputError(f"{where}: there is no score {name!r}{nearest(name, choices)}")
+
+
+def hub_results(evaluate: Evaluate | None, root: Path, metric: str | None, scores: Sequence[Score]) -> str:
+    """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
+
+    It is the gate's score, if that is the task's, else the task's first. Scores of a part of the documents are left
+    out, since the Hub would compare them with those of all. The Hub's name of a task within its dataset is taken to be
+    lm-eval's.
+
+    Args:
+        evaluate: the recipe's block; None: nothing was scored.
+        root: the recipe's folder.
+        metric: the gate's, as `task/metric,filter`; None: there is no gate.
+        scores: of the merged model.
+    """
+    if evaluate is None or evaluate.limit is not None or evaluate.documents != "all":
+        return ""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    found, entries = find_tasks(evaluate.tasks, root), []
+    for task in dict.fromkeys(score.task for score in scores):
+        if dataset := _dataset(task, found):
+            own = [score for score in scores if score.task == task]
+            chosen = next((s for s in own if metric == s.key), own[0])
+            shots = f", {evaluate.num_fewshot}-shot" if evaluate.num_fewshot is not None else ""
+            notes = f"lm-eval {version('lm-eval')}, {chosen.metric}{shots}"
+            entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=chosen.value, notes=notes))
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
+def _dataset(task: str, found: FoundTasks) -> str | None:
+    """The repo of a task's documents; None if they are files, or lm-eval does not say."""
+    try:
+        config: Mapping[str, Any] = {}
+        if task in found.files:
+            config = found.files[task].config
+        elif found.builtin and task != WEIGHTED[0]:  # reading lm-eval's own tasks takes ten seconds
+            config = builtin_task(task)[0]
+    except InputError:
+        return None
+    path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    files = isinstance(options, Mapping) and "data_files" in options
+    return path if isinstance(path, str) and _REPO.fullmatch(path) and not files else None

@@ -1,0 +1,1 @@
+"""What scores say: values per document, paired comparisons of models, what is kept of the experts' gains."""

@@ -1,0 +1,208 @@
+"""Two models on the same documents: how far apart they are, and whether that could be chance.
+
+Differences are taken document by document, which removes the variance between documents (Miller 2024,
+arXiv 2411.00640), and resampled within each task. All draws are seeded: the same samples give the same numbers.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lewis.errors import LewisError
+from lewis.evaluation.statistics.scores import Part, Samples
+
+Array = NDArray[np.float64]
+RESAMPLES = 10_000
+LEVEL = 0.95
+CELLS = 4_000_000  # numbers drawn at once: 32 MB
+ROUNDING = 1e-12
+
+
+class PairingError(LewisError):
+    """Two models were not scored on the same documents, so they cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much better the candidate is than a reference on one metric. A positive gain is always better.
+
+    Attributes:
+        key: `task/metric,filter`.
+        documents: how many documents both models were scored on.
+        delta: gain of the candidate.
+        low, high: the 95 % interval of the gain, from a paired bootstrap.
+        wins, losses: documents on which the candidate is better, and worse.
+        binary: whether every value is 0 or 1.
+        p: two-sided, of the hypothesis that the models are equally good. McNemar's exact test if every value is 0 or 1,
+            else a permutation test that swaps the two models' values (sign flips).
+        draws: the resampled gains, sorted.
+    """
+
+    key: str
+    documents: int
+    delta: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    binary: bool
+    p: float
+    draws: Array = field(repr=False, compare=False)
+
+    def p_inferior(self, tolerance: float) -> float:
+        """One-sided p: the share of resamples in which the candidate is worse by `tolerance` or more."""
+        return float((1 + np.count_nonzero(~(self.draws > -tolerance))) / (1 + len(self.draws)))
+
+
+@functools.lru_cache(256)  # the gate, the tables and the reports ask for the same comparisons
+def compare(
+    candidate: Samples, reference: Samples, *, higher_is_better: bool = True, who: str = "the reference"
+) -> Comparison:
+    """Compare two models document by document.
+
+    Args:
+        candidate, reference: of the same metric.
+        who: what the error message calls the reference.
+
+    Raises:
+        PairingError: if the two were not scored on the same documents.
+    """
+    pairs = [_aligned(ours, theirs, who) for ours, theirs in _parts(candidate, reference, who)]
+    sign = 1.0 if higher_is_better else -1.0
+    delta = sign * float(sum(_gain(part, sums.sum(axis=0)) for part, sums in pairs)) + 0.0  # no -0
+    draws = sign * _resampled(pairs, _gain) + 0.0
+    low, high = _interval(draws)
+    better = np.concatenate([sign * _per_document(part, sums) for part, sums in pairs])
+    binary = all(part.aggregation == "mean" and bool(np.isin(sums[:, [0, 2]], (0, 1)).all()) for part, sums in pairs)
+    wins, losses = int((better > 0).sum()), int((better < 0).sum())
+    p = mcnemar(wins, losses) if binary and len(pairs) == 1 else _permutation(pairs, abs(delta))
+    return Comparison(candidate.key, candidate.count, delta, low, high, wins, losses, binary, p, np.sort(draws))
+
+
+@functools.lru_cache(256)
+def interval(samples: Samples) -> tuple[float, float]:
+    """The 95 % interval of one model's value, from a bootstrap."""
+    return _interval(_resampled([(part, part.sums()) for part in samples.parts], _own))
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """McNemar's exact two-sided p; only the documents count on which exactly one of the two models is right."""
+    from scipy.special import bdtr  # slow to import, and a merge does not need it
+
+    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values: compare each with the significance level of the whole family of tests."""
+    adjusted, largest = {}, 0.0
+    for rank, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p) - rank) * value))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p}
+
+
+def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part, Part]]:
+    ours, theirs = ([part.task for part in each.parts] for each in (candidate, reference))
+    if ours != theirs:
+        raise PairingError(f"{candidate.key}: scored on {', '.join(ours)}, but {who} on {', '.join(theirs)}")
+    return list(zip(candidate.parts, reference.parts, strict=True))
+
+
+def _aligned(ours: Part, theirs: Part, who: str) -> tuple[Part, Array]:
+    """The sums of both models per document: fp64, shape (documents, 4), zero where a metric skips the document."""
+    place = _places(theirs)
+    order = _places(ours)
+    if place.keys() != order.keys():
+        missing, more = len(order.keys() - place.keys()), len(place.keys() - order.keys())
+        raise PairingError(
+            f"{ours.task}: not the same documents: {missing} of the candidate's {len(order)} are not among those of "
+            f"{who}, which has {more} others; score both with the same tasks, data and limit"
+        )
+    return ours, np.hstack([ours.sums(), theirs.sums()[[place[document] for document in order]]])
+
+
+def _places(part: Part) -> dict[tuple[str, int], int]:
+    """The index of each document; the n-th of several equal documents has the key (document, n)."""
+    seen: dict[str, int] = {}
+    places = {}
+    for place, document in enumerate(part.documents):
+        seen[document] = seen.get(document, -1) + 1
+        places[document, seen[document]] = place
+    return places
+
+
+def _gain(part: Part, sums: Array) -> Array:
+    """A part's share of candidate minus reference: fp64, shape (..., 4) -> (...)."""
+    return part.weight * (part.aggregate(sums[..., :2]) - part.aggregate(sums[..., 2:]))
+
+
+def _own(part: Part, sums: Array) -> Array:
+    """A part's share of one model's value: fp64, shape (..., 2) -> (...)."""
+    return part.weight * part.aggregate(sums)
+
+
+def _resampled(parts: Sequence[tuple[Part, Array]], statistic: Callable[[Part, Array], Array]) -> Array:
+    """The statistic on resamples of the documents within each part: fp64, shape (RESAMPLES,).
+
+    The variance of a bootstrap is too small by (n - 1) / n, so small samples would look more certain than they are.
+    The distance of each draw from the observed value is therefore scaled by the square root of n / (n - 1).
+    """
+    rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
+    for part, sums in parts:
+        count, observed = len(sums), statistic(part, sums.sum(axis=0))
+        wider = math.sqrt(count / (count - 1)) if count > 1 else math.nan  # one document has no spread
+        # Many documents have equal sums: right and wrong answers give only four kinds of rows.
+        kinds, often = np.unique(sums, axis=0, return_counts=True)
+        for rows in _chunks(RESAMPLES, len(kinds)):
+            drawn = rng.multinomial(count, often / count, size=len(rows)).astype(np.float64)
+            total[rows] += observed + wider * (statistic(part, drawn @ kinds) - observed)
+    return total
+
+
+def _chunks(rows: int, columns: int) -> Iterator[range]:
+    """Split rows so that each piece has at most `CELLS` cells."""
+    step = max(1, CELLS // max(columns, 1))
+    return (range(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _interval(draws: Array) -> tuple[float, float]:
+    if not np.isfinite(draws).all():
+        return -math.inf, math.inf
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _per_document(part: Part, sums: Array) -> Array:
+    """Candidate minus reference on each document: fp64, shape (documents,); 0 where a model has no value."""
+    gain = part.aggregate(sums[:, :2]) - part.aggregate(sums[:, 2:])
+    return np.nan_to_num(np.where((sums[:, 1] > 0) & (sums[:, 3] > 0), gain, 0.0))
+
+
+def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
+    """Two-sided p of a gain when the two models' values are swapped at random on each document.
+
+    The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
+    swaps are counted instead of random ones.
+    """
+    unequal = [(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in pairs]
+    number = sum(int(each.sum()) for each in unequal)
+    every = number <= math.log2(RESAMPLES)
+    rounds, hits = 2**number if every else RESAMPLES, 0
+    rng = np.random.default_rng(1)
+    for rows in _chunks(rounds, number):
+        if every:
+            swapped = (np.array(rows)[:, None] >> np.arange(number)) & 1
+        else:
+            swapped = rng.integers(0, 2, (len(rows), number), dtype=np.int8)
+        total, start = np.zeros(len(rows)), 0
+        for (part, sums), where in zip(pairs, unequal, strict=True):
+            moved, end = sums[where], start + int(where.sum())
+            change = np.hstack([moved[:, 2:] - moved[:, :2], moved[:, :2] - moved[:, 2:]])
+            total += _gain(part, sums.sum(axis=0) + swapped[:, start:end].astype(np.float64) @ change)
+            start = end
+        hits += int(np.count_nonzero(~(np.abs(total) < observed - ROUNDING)))
+    return hits / rounds if every else (1 + hits) / (1 + rounds)

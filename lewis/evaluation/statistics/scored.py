@@ -1,0 +1,149 @@
+"""The models of one evaluation side by side, and the table of how much the merged model gains on each."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lewis.errors import InputError, nearest
+from lewis.evaluation.statistics.comparison import Comparison, compare, interval
+from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, by_key, combined
+
+WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
+WEIGHTED_KEY = "/".join(WEIGHTED)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model of an evaluation.
+
+    Attributes:
+        label: its name in tables: `base`, an expert's name, `uniform`, `champion`, `lewis`.
+        key: identity of its content, as in `ModelFiles`.
+        scores: one per task and metric.
+        samples: the value of each document, for the metrics that can be compared.
+        ends: what the gate's guards look at.
+    """
+
+    label: str
+    key: str
+    scores: tuple[Score, ...]
+    samples: tuple[Samples, ...] = field(repr=False)
+    ends: Ends
+
+    @classmethod
+    def of(cls, label: str, key: str, found: Evaluated, weights: Mapping[str, float] | None = None) -> "Scored":
+        """One model of an evaluation; weights add the weighted mean to lm-eval's metrics.
+
+        Args:
+            weights: `evaluate.weights` of the recipe.
+
+        Raises:
+            InputError: if a weight names a score that does not exist.
+        """
+        scores, samples = list(found.scores), list(found.samples)
+        if weights:
+            mean = _weighted(scores, by_key(samples), weights)
+            scores.append(mean[0])
+            samples.append(mean[1])
+        return cls(label, key, tuple(scores), tuple(samples), found.ends)
+
+    @property
+    def by_name(self) -> dict[str, Score]:
+        """Scores by `task/metric,filter`."""
+        return {score.key: score for score in self.scores}
+
+
+def scores_of(models: Sequence[Scored]) -> dict[str, Sequence[Score]]:
+    """Label -> scores, in the order of the models."""
+    return {model.label: model.scores for model in models}
+
+
+def gain(candidate: Scored, reference: Scored, key: str) -> Comparison | None:
+    """Compare the candidate with a reference on one metric; None if a model has no samples of it.
+
+    Raises:
+        PairingError: if the two were not scored on the same documents.
+    """
+    ours, theirs = by_key(candidate.samples).get(key), by_key(reference.samples).get(key)
+    if ours is None or theirs is None:
+        return None
+    return compare(ours, theirs, higher_is_better=candidate.by_name[key].higher_is_better, who=reference.label)
+
+
+def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
+    """The table of a run: one row per metric and model, the last model against each of the others.
+
+    A gain is positive if the last model is better, also where lower values are better. Its 95 % interval is from a
+    paired bootstrap. Wins and losses count documents. p is from McNemar's exact test where all values are 0 or 1, else
+    from random sign flips.
+
+    Args:
+        models: the merged model last.
+
+    Raises:
+        PairingError: if they were not scored on the same documents.
+    """
+    ours, rows = models[-1], []
+    for key, score in ours.by_name.items():
+        for model in models:
+            if key not in model.by_name:
+                continue
+            found = None if model is ours else gain(ours, model, key)
+            theirs = model.by_name[key]
+            rows.append(
+                {
+                    "metric": f"{key} {'↑' if score.higher_is_better else '↓'}",
+                    "model": model.label,
+                    "score": f"{theirs.value:.4g}" + (f" ± {theirs.stderr:.2g}" if theirs.stderr is not None else ""),
+                    f"gain of {ours.label}": f"{found.delta:+.4g}" if found else "",
+                    "95 % interval": _range(found.low, found.high) if found else "",
+                    "wins": str(found.wins) if found else "",
+                    "losses": str(found.losses) if found else "",
+                    "p": f"{found.p:.3g}" if found else "",
+                    "documents": str(theirs.samples),
+                }
+            )
+    return rows
+
+
+def grouped_tasks(samples: Sequence[Samples]) -> set[str]:
+    """The tasks that are members of a group which was scored as a whole, so that the group stands for them."""
+    groups = [each for each in samples if len(each.parts) > 1 and each.key != WEIGHTED_KEY]
+    return {part.task for each in groups for part in each.parts}
+
+
+def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """(label, task, metric) -> the 95 % interval of the score, for the metrics that have samples."""
+    found = {(m.label, s.task, s.metric): interval(s) for m in models for s in m.samples if s.count > 1}
+    return {key: ends for key, ends in found.items() if all(map(math.isfinite, ends))}
+
+
+def _weighted(
+    scores: Sequence[Score], samples: Mapping[str, Samples], weights: Mapping[str, float]
+) -> tuple[Score, Samples]:
+    of: list[tuple[Samples, float]] = []
+    known = {score.key: score for score in scores}
+    directions, value, variance = set(), 0.0, 0.0
+    for name, weight in weights.items():
+        key = next((k for k, score in known.items() if name in (k, score.task) and k in samples), None)
+        if key is None:
+            choices = [*samples, *{score.task for score in scores}]
+            raise InputError(
+                f"evaluate.weights: expected a task or a score with a value per document, got {name!r}"
+                f"{nearest(name, choices)}"
+            )
+        share = weight / sum(weights.values())
+        of.append((samples[key], share))
+        directions.add(known[key].higher_is_better)
+        value += share * known[key].value
+        stderr = known[key].stderr
+        variance += math.nan if stderr is None else (share * stderr) ** 2
+    if len(directions) > 1:
+        raise InputError("evaluate.weights: some of these scores are better high, others low; weight one kind only")
+    mean = combined(*WEIGHTED, of)
+    spread = None if math.isnan(variance) else math.sqrt(variance)
+    return Score(*WEIGHTED, value, spread, directions.pop(), mean.count), mean
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:+.4g} to {high:+.4g}" if math.isfinite(low) and math.isfinite(high) else ""

@@ -1,0 +1,189 @@
+"""The front door for notebooks and scripts: what `import lewis` gives, each a function of a recipe.
+
+What is found in the store is not done again, and a run of the service finds what is done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lewis.devices import default_device
+from lewis.errors import RecipeError
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Score
+from lewis.evaluation.step import score as score_model
+from lewis.importance.step import ImportanceEntry
+from lewis.inspection.result import Inspection
+from lewis.inspection.step import inspect_recipe
+from lewis.merging.adapter import Adapter
+from lewis.merging.step import MergeInput, adapter_in, chosen_ridge, prepare_merge
+from lewis.models.source import download, pin
+from lewis.progress import Report, silent
+from lewis.recipe.recipe import Recipe
+from lewis.registry.registration import write_card
+from lewis.reports import card
+from lewis.steps.graph import graph
+from lewis.steps.plan import Plan, make_plan
+from lewis.steps.run import begin, run
+from lewis.steps.table import ALLOCATE, MEASURE
+from lewis.store.writable import check_output_folder
+
+if TYPE_CHECKING:
+    from lewis.allocation.step import AllocationEntry
+    from lewis.merging.run import Merge
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model that was written to a folder.
+
+    Attributes:
+        folder: of the checkpoint, or of the adapter.
+        digest: identity of the merge: of every input and parameter that decides a byte; 64 hex digits.
+        size: bytes of its weights.
+        mean_density: expert -> mean density of its covered weights; empty for a plain merge.
+        adapter: what an adapter holds and what error it leaves; None for a full model.
+        ridge: what `ridge: auto` chose, as a sentence; else empty.
+    """
+
+    folder: Path
+    digest: str
+    size: int
+    mean_density: dict[str, float]
+    adapter: Adapter | None = None
+    ridge: str = ""
+
+    @property
+    def card(self) -> str:
+        """The model card, Markdown, as it stands in the folder."""
+        return (self.folder / card.NAME).read_text()
+
+
+def merge(
+    recipe: Recipe | str | Path, folder: str | Path, *, max_shard_size: int = 5 * 10**9, report: Report = silent
+) -> Merged:
+    """Merge the models of a recipe into a folder, with a model card.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        folder: absent, empty, or an earlier output. It appears whole or not at all.
+        max_shard_size: bytes of the largest weight file.
+        report: called with (what, done, total).
+
+    Raises:
+        InputError: naming what is wrong with the recipe, the models or the folder.
+        LewisError: if the work fails.
+    """
+    recipe, folder = load(recipe), check_output_folder(Path(folder))
+    given, prepared = prepare(recipe, report)
+    return write(recipe, given, prepared, folder, max_shard_size=max_shard_size, report=report)
+
+
+def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]:
+    """Do everything before the merge itself: fetch the models, check them, measure, allocate; what was done is found.
+
+    Raises:
+        InputError, LewisError: as `merge`.
+    """
+    walked, known = graph(recipe), begin(recipe)
+    check, node = walked["inspect"], walked["merge experts"]
+    results = run(walked, *check.needs, known=known, report=report)
+    results[check.name] = check.step.make(replace(check.given(results), copies=0), report, "cpu")
+    results = run(walked, *node.needs, known=results, report=report, device=default_device())
+    given = node.given(results)
+    return given, prepare_merge(given)
+
+
+def write(
+    recipe: Recipe, given: MergeInput, prepared: Merge, folder: Path, *, max_shard_size: int, report: Report = silent
+) -> Merged:
+    """Run a prepared merge, and put the model card beside the weights."""
+    prepared.run(
+        folder,
+        max_shard_size=max_shard_size,
+        manifest=given.lineage(),
+        progress=lambda done, total, name: report(name, done, total),
+    )
+    write_card(folder, recipe, given.base, given.experts, given.allocated)
+    means = dict(given.allocated.means) if given.allocated else {}
+    adapter = adapter_in(folder)
+    size = (folder / "adapter_model.safetensors").stat().st_size if adapter else prepared.size
+    return Merged(folder, prepared.digest, size, means, adapter, chosen_ridge(folder))
+
+
+def plan(recipe: Recipe | str | Path) -> Plan:
+    """What a run of the recipe would do, and what it takes; only configs and tokenizers are downloaded.
+
+    Raises:
+        InputError: as a run would, for everything that can be known before the work.
+    """
+    return make_plan(load(recipe))
+
+
+def measure(recipe: Recipe | str | Path, *, report: Report = silent) -> list[ImportanceEntry]:
+    """The importance of the layers of each model that the recipe measures: `entry.norms`, `entry.moments`.
+
+    Raises:
+        RecipeError: if the recipe measures nothing.
+        InputError, LewisError: as `merge`.
+    """
+    recipe = load(recipe)
+    walked = graph(recipe)
+    names = [node.name for node in walked.of(MEASURE)]
+    if not names:
+        raise RecipeError("lewis: missing, or with densities that need no measurement; there is nothing to measure")
+    results = run(walked, *names, known=begin(recipe), report=report, device=default_device())
+    return [entry for name in names for entry in results[name]]
+
+
+def allocate(recipe: Recipe | str | Path, *, report: Report = silent) -> AllocationEntry:
+    """The densities of each expert: `entry.experts()[reference].densities`.
+
+    Raises:
+        RecipeError: if the recipe allocates none.
+        InputError, LewisError: as `merge`.
+    """
+    recipe = load(recipe)
+    walked = graph(recipe)
+    if ALLOCATE.name not in walked:
+        raise RecipeError("lewis: missing; there is nothing to allocate without this block")
+    results = run(walked, ALLOCATE.name, known=begin(recipe), report=report, device=default_device())
+    found: AllocationEntry = results[ALLOCATE.name]
+    return found
+
+
+def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = silent) -> list[Score]:
+    """Score a model with the `evaluate` block of a recipe; scores of the same files are found in the store.
+
+    Args:
+        recipe: with an `evaluate` block.
+        folder: a checkpoint with its tokenizer, such as `merge` wrote.
+        report: called with (what, done, total).
+
+    Raises:
+        RecipeError: if the recipe has no such block.
+        InputError, LewisError: as `merge`.
+    """
+    recipe, folder = load(recipe), Path(folder)
+    if recipe.evaluate is None:
+        raise RecipeError("evaluate: missing; it says what is scored")
+    files = download(pin(str(folder.absolute()), recipe.root))
+    return score_model(
+        files, EvalSettings.of(recipe.evaluate, recipe.root), device=default_device(), progress=report
+    ).scores
+
+
+def inspect(recipe: Recipe | str | Path, *, report: Report = silent) -> Inspection:
+    """Whether the models of a recipe belong together: `found.findings`, `found.verdict`.
+
+    Raises:
+        InputError: if a model does not exist, or the base is broken.
+    """
+    return inspect_recipe(load(recipe), progress=lambda done, total: report("inspect", done, total))
+
+
+def load(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe, read from its file if it is one."""
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

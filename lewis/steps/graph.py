@@ -1,0 +1,325 @@
+"""The graph of a recipe: which steps it needs, in which order, and what each is given.
+
+    resolve, preflight                  by hand: pin each model to a commit; do headers and configs fit together?
+      └─ download [base, experts]
+           └─ inspect                   can it be merged, is there room?
+                ├─ diagnose             do the weights belong together? nothing waits for it
+                └─ calibrate [sets]     before `inspect`, if the method fits
+                     └─ measure [base, experts]
+                          └─ allocate
+                               ├─ merge experts
+                               └─ merge uniform
+                                    └─ evaluate [base, experts, uniform, champion, merged]
+                                         └─ gate, register, promote, publish      by hand
+
+What a recipe does not need is left out: a plain merge has neither sets nor densities, a method that fits in forward
+order has sets but measures nothing. This module is the only one that reads a recipe for its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.importance.step import CalibrationInput, MeasureInput
+from lewis.merging.step import MergeInput
+from lewis.models.source import short_names
+from lewis.recipe.recipe import Recipe
+from lewis.steps import table
+from lewis.steps.shim import AllocationInput, InspectionInput
+from lewis.steps.step import Step
+from lewis.steps.table import CheckInput, ScoreInput
+
+Results = Mapping[str, Any]
+"""Name of a node, or of a task by hand -> its result."""
+
+CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
+PREFLIGHT = "preflight"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a recipe.
+
+    Attributes:
+        name: what is done to what, such as `measure org/math on gsm8k`; the name of its task in Prefect and its line
+            in a plan.
+        step: its row in the table.
+        given: makes the step's input of the results that it needs. A result that is missing is left out of the input.
+        needs: names of the nodes whose results it needs, or that must have passed before.
+        after: names of further nodes that it comes after, if they are done at all.
+        when: whether the step is done, once the results are known that it needs; None: always.
+        asset: kind and name of what it makes, for Prefect's lineage; None for what is no asset.
+        made_of: kinds and names of the assets that it is made of.
+    """
+
+    name: str
+    step: Step[Any, Any]
+    given: Callable[[Results], Any]
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    when: Callable[[Results], bool] | None = None
+    asset: tuple[str, str] | None = None
+    made_of: tuple[tuple[str, str], ...] = ()
+
+
+class Graph:
+    """The nodes of a recipe, each after those that it needs."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        """Put nodes in order.
+
+        Args:
+            nodes: each after those that it needs. Of two with one name the first counts.
+        """
+        self._nodes: dict[str, Node] = {}
+        for node in nodes:
+            self._nodes.setdefault(node.name, node)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def __getitem__(self, name: str) -> Node:
+        return self._nodes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._nodes
+
+    def of(self, step: Step[Any, Any]) -> list[Node]:
+        """The nodes of a step."""
+        return [node for node in self if node.step is step]
+
+    def towards(self, *names: str, known: Collection[str] = ()) -> Graph:
+        """The nodes that the named ones need, and these.
+
+        Args:
+            names: of nodes.
+            known: names whose results are there already: they, and what only they need, are left out.
+        """
+        wanted, open_ = set[str](), [name for name in names if name not in known]
+        while open_:
+            name = open_.pop()
+            if name in self._nodes and name not in wanted:
+                wanted.add(name)
+                open_ += [each for each in self._nodes[name].needs if each not in known]
+        return Graph(node for node in self if node.name in wanted)
+
+    def edges(self, name: str) -> list[str]:
+        """The names that a node is drawn after: of all that it waits for, those that none of the others waits for."""
+        direct = [*self._nodes[name].needs, *self._nodes[name].after]
+        behind = {each for other in direct for each in self._before(other)}
+        return [each for each in dict.fromkeys(direct) if each not in behind]
+
+    def _before(self, name: str) -> set[str]:
+        """All names that a node comes after, by whatever way."""
+        if name not in self._nodes:
+            return set()
+        direct = {*self._nodes[name].needs, *self._nodes[name].after}
+        return direct.union(*(self._before(each) for each in direct))
+
+
+def graph(recipe: Recipe) -> Graph:
+    """The steps of a recipe, as the diagram above has them.
+
+    The caller gives the results of what is done by hand: `resolve REF` -> the pinned `Source` of each model, and for
+    the scores of the champion `find champion` -> its `ModelFiles`, or None.
+    """
+    first, then = [_calibrations, _checks] if recipe.fits else [_checks, _calibrations]
+    parts = (_downloads, first, then, _measurements, _merges, _scores)
+    return Graph(node for part in parts for node in part(recipe))
+
+
+def resolved(ref: str) -> str:
+    """The name under which the caller gives the pinned model of a reference."""
+    return f"resolve {ref}"
+
+
+def _downloads(recipe: Recipe) -> Iterator[Node]:
+    for ref in _refs(recipe):
+        yield Node(
+            f"download {ref}", table.DOWNLOAD, lambda results, ref=ref: results[resolved(ref)], (resolved(ref),),
+            after=(PREFLIGHT,),
+        )  # fmt: skip
+
+
+def _checks(recipe: Recipe) -> Iterator[Node]:
+    downloads = tuple(f"download {ref}" for ref in _refs(recipe))
+    merge, config = _merging(recipe), recipe.config
+    covers, runs = recipe.lewis is not None and recipe.base_model is not None, recipe.runs_models
+    copies = 1 + recipe.wants_uniform
+
+    def to_check(results: Results) -> CheckInput:
+        return CheckInput(merge(results), copies, covers, runs)
+
+    def to_inspect(results: Results) -> InspectionInput:
+        base, *others = (results[name] for name in downloads)
+        return InspectionInput(config, base, tuple(others))
+
+    fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))
+    yield Node("inspect", table.CHECK, to_check, (*downloads, *fitted))
+    yield Node("diagnose", table.DIAGNOSE, to_inspect, downloads, after=("inspect",))
+
+
+def _calibrations(recipe: Recipe) -> Iterator[Node]:
+    if recipe.lewis is None or recipe.base_model is None:
+        return
+    sets, root, of_base = recipe.lewis.calibrations, recipe.root, f"download {recipe.base_model}"
+    names = [*(name for chosen in _passes(recipe).values() for name in chosen), *_sets_of_fit(recipe).values()]
+    # A method that fits needs its sets for the check itself.
+    needs = (of_base,) if recipe.fits else (of_base, "inspect")
+    for name in dict.fromkeys(names):
+
+        def to_calibrate(results: Results, name: str = name) -> CalibrationInput:
+            return CalibrationInput(name, sets[name], root, results[of_base])
+
+        yield Node(f"calibrate {name}", table.CALIBRATE, to_calibrate, needs)
+
+
+def _measurements(recipe: Recipe) -> Iterator[Node]:
+    if recipe.lewis is None or recipe.base_model is None:
+        return
+    grams, experts, block = recipe.needs_grams, _expert_refs(recipe), recipe.lewis.importance
+    settings = block.model_copy(update={"metric": type(block)().metric})  # no pass depends on it
+    for ref, chosen in _passes(recipe).items():
+
+        def to_measure(results: Results, ref: str = ref, chosen: Sequence[str] = chosen) -> MeasureInput:
+            own = tuple(results[f"calibrate {name}"] for name in chosen)
+            return MeasureInput(results[f"download {ref}"], own, settings, grams and ref in experts)
+
+        needs = (f"download {ref}", "inspect", *(f"calibrate {name}" for name in chosen))
+        assets = ("importance", ref), (("model", ref),)
+        yield Node(_measured(ref, chosen), table.MEASURE, to_measure, needs, (), None, *assets)
+    if recipe.allocator is not None:
+        downloads, measured = tuple(f"download {ref}" for ref in _refs(recipe)), _all_measured(recipe)
+        yield Node("allocate", table.ALLOCATE, _allocation(recipe), (*downloads, "inspect", *measured))
+
+
+def _allocation(recipe: Recipe) -> Callable[[Results], AllocationInput]:
+    names = _all_measured(recipe)
+
+    def given(results: Results) -> AllocationInput:
+        measured = [entry for name in names for entry in results[name]]
+        return AllocationInput(recipe, results[f"download {recipe.base_model}"], _experts(recipe, results), measured)
+
+    return given
+
+
+def _merges(recipe: Recipe) -> Iterator[Node]:
+    needs = [*(f"download {ref}" for ref in _refs(recipe)), "inspect"]
+    guided = recipe.allocator is not None and recipe.base_model is not None
+    needs += ["allocate"] if guided else []
+    needs += [f"calibrate {name}" for name in _sets_of_fit(recipe).values()]
+    needs += _all_measured(recipe) if recipe.needs_grams else []
+    name = recipe.register_as.model if recipe.register_as else recipe.name
+    made_of = tuple(("model", ref) for ref in _refs(recipe)) + tuple(("importance", ref) for ref in _passes(recipe))
+    for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())):
+        asset = ("merged", name if which == "experts" else f"{name} {which}")
+        given = _merging(recipe, which)
+        yield Node(f"merge {which}", table.MERGE, given, tuple(dict.fromkeys(needs)), asset=asset, made_of=made_of)
+
+
+def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], MergeInput]:
+    """What makes the input of a merge. Without densities and calibration sets among the results, it has none."""
+    config, text, sets = recipe.config, recipe.text, _sets_of_fit(recipe)
+    block = recipe.allocator if recipe.base_model else None
+    aim = recipe.lewis.aim if recipe.lewis else None
+    measured, uncovered = recipe.measures, block.density.uncovered if block else None
+
+    def given(results: Results) -> MergeInput:
+        known = {ref: results.get(f"calibrate {name}") for ref, name in sets.items()}
+        return MergeInput(
+            config,
+            results[f"download {config.base_model}"] if config.base_model else None,
+            _experts(config, results),
+            text,
+            results.get("allocate"),
+            which,
+            known if all(known.values()) else {},
+            aim.omega if aim else None,
+            measured,
+            uncovered,
+        )
+
+    return given
+
+
+def _scores(recipe: Recipe) -> Iterator[Node]:
+    if recipe.evaluate is None:
+        return
+    settings = EvalSettings.of(recipe.evaluate, recipe.root)
+    merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
+    for label, source in labels(recipe).items():
+
+        def to_score(results: Results, label: str = label, source: str = source) -> ScoreInput:
+            model = results[source]
+            return ScoreInput(label, model.key, model.files(label), settings)
+
+        def differs(results: Results) -> bool:
+            champion = results.get(CHAMPION)
+            return champion is not None and champion.key != results["merge experts"].key
+
+        last = source if source in merges else merges[0]
+        when = differs if label == "champion" else None
+        needs = (source, "merge experts") if label == "champion" else (source,)
+        yield Node(f"evaluate {label}", table.EVALUATE, to_score, needs, after=(last,), when=when)
+
+
+def labels(recipe: Recipe) -> dict[str, str]:
+    """What is scored: label -> the node, or the task by hand, that gives the model; the merged model is the last."""
+    found: dict[str, str] = {}
+    if recipe.scores_base:
+        found["base"] = f"download {recipe.base_model}"
+    if recipe.scores_experts:
+        refs = [entry.model for entry in recipe.experts]
+        pairs = zip(short_names(refs), refs, strict=True)
+        found |= {label: f"download {ref}" for label, ref in pairs if ref != recipe.base_model}
+    if recipe.wants_uniform:
+        found["uniform"] = "merge uniform"
+    if recipe.register_as:
+        found["champion"] = CHAMPION
+    return {**found, recipe.label: "merge experts"}
+
+
+def _refs(recipe: Recipe) -> list[str]:
+    """References of the base and the experts, each once."""
+    return list(dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *_expert_refs(recipe)]))
+
+
+def _expert_refs(recipe: Recipe) -> list[str]:
+    return [entry.model for entry in recipe.experts]
+
+
+def _experts(config: Any, results: Results) -> tuple[Any, ...]:
+    return tuple(results[f"download {entry.model}"] for entry in config.experts)
+
+
+def _passes(recipe: Recipe) -> dict[str, list[str]]:
+    """Model -> the calibration sets that it is measured on, in one pass.
+
+    The base's importance is needed for the difference of norms, and for `aim`, on every set that an expert has; the
+    experts' where the allocator or `prune_by: activation` looks at activations, or the method fits to statistics.
+    """
+    found: dict[str, list[str]] = {}
+    if recipe.measures_base:
+        found[str(recipe.base_model)] = list(dict.fromkeys(map(recipe.calibration_of, recipe.experts)))
+    for entry in recipe.experts if recipe.measures else ():
+        sets = found.setdefault(entry.model, [])
+        sets += [name for name in (recipe.calibration_of(entry),) if name not in sets]
+    return found
+
+
+def _measured(ref: str, sets: Sequence[str]) -> str:
+    return f"measure {ref} on {', '.join(sets)}"
+
+
+def _all_measured(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(_measured(ref, sets) for ref, sets in _passes(recipe).items())
+
+
+def _sets_of_fit(recipe: Recipe) -> dict[str, str]:
+    """Expert -> the calibration set that it is fitted on; empty if the method fits nothing."""
+    if not recipe.fits or recipe.lewis is None:
+        return {}
+    return {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}

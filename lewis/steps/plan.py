@@ -1,0 +1,320 @@
+"""Walk a graph without doing the work: what a run would do, and what that takes.
+
+Only configs and tokenizers are downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.evaluation.step import find_scores, scoring_devices
+from lewis.importance.architecture import Layer
+from lewis.importance.by_name import covered_tensors
+from lewis.inspection.kinds import Finding
+from lewis.inspection.step import before_download
+from lewis.merging.few_tokens import told_of_shared_set
+from lewis.merging.forecast import without_models
+from lewis.merging.low_rank import factor_bytes
+from lewis.merging.resolved import stored_dtype
+from lewis.methods import find
+from lewis.models import hub
+from lewis.models.compatible import preflight, result_headers
+from lewis.models.dtypes import DTYPES
+from lewis.models.lora import LoraExpert
+from lewis.models.source import ModelFiles, Source, pin_all
+from lewis.progress import silent
+from lewis.recipe.recipe import Recipe
+from lewis.redact import redacted
+from lewis.registry import publishing, tracking, versions
+from lewis.steps.graph import CHAMPION, Graph, Node, graph
+from lewis.steps.run import check_tasks, pinned
+from lewis.steps.step import Cost
+from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE
+from lewis.store import remote
+from lewis.store.remote import Found
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of the run.
+
+    Attributes:
+        name: of its task.
+        state: `cached`; `to fetch`, from the remote half of the store; `to do`; or `always`, of a check that each run
+            makes.
+        cost: what it takes, if it is to be done and that is known.
+    """
+
+    name: str
+    state: str
+    cost: Cost = field(default_factory=Cost)
+
+
+@dataclass
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        inputs: ref, commit and bytes of each model.
+        findings: what configs, tokenizers and headers tell of models that do not belong together.
+        warning: what is perhaps wrong with the calibration sets of a fit, as a sentence; else empty.
+        renamed: which models have other names for the base's tensors, and how they are read.
+        layers: the covered layers; empty without a lewis block.
+        uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
+        tensors, parameters: of the base.
+        disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
+        disk_free: bytes free where the store is.
+        memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
+        remote: `LEWIS_STORE`, without its password; empty without a remote half of the store.
+        to_fetch: bytes that the remote half has of what is missing here.
+        to_push: bytes that the run will push, roughly: statistics and, if they are shared, merged models. All else is
+            small.
+        output: what an adapter of the merge will be; empty for a full model.
+        measuring: seconds that the passes for second-order statistics take which are to do, roughly.
+        seconds: that the merges take which are to do, roughly, as `lewis merge` tells it afterwards: without the start
+            of the process; None if the models are not all here yet.
+    """
+
+    recipe: str
+    method: str
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    steps: list[PlannedStep] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
+    warning: str = ""
+    layers: list[Layer] = field(default_factory=list)
+    uncovered: dict[str, float] = field(default_factory=dict)
+    tensors: int = 0
+    parameters: int = 0
+    disk: int = 0
+    disk_free: int = 0
+    memory: int = 0
+    remote: str = ""
+    to_fetch: int = 0
+    to_push: int = 0
+    output: str = ""
+    measuring: float = 0.0
+    seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        findings = [each.to_json() for each in self.findings]
+        steps = [{"name": each.name, "state": each.state} for each in self.steps]
+        return {**asdict(self), "findings": findings, "steps": steps, "covered_layers": len(self.layers)}
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        kinds: dict[str, list[int]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.projection, []).append(layer.index)
+        lines = [
+            f"recipe  {self.recipe} ({self.method}), {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters",
+            "",
+        ]
+        lines += [f"input   {row['ref']}  {row['commit'][:23]}  {row['bytes'] / 1e6:.1f} MB" for row in self.inputs]
+        lines += [f"names   {each}" for each in self.renamed]
+        lines += ["", f"output  {self.output}"] if self.output else []
+        lines += ["", *(each.to_text() for each in self.findings)] if self.findings else []
+        lines += ["", f"warning: {self.warning}"] if self.warning else []
+        lines += ["", *(f"{step.state:<7} {step.name}" for step in self.steps), ""]
+        lines += [
+            f"covered {kind}: {len(where)} layers ({min(where)} to {max(where)})" for kind, where in kinds.items()
+        ]
+        lines += ["covered none: a plain merge"] if not kinds else []
+        lines += [f"left    {name}: {100 * share:.1f} % of the parameters" for name, share in self.uncovered.items()]
+        lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
+        if self.remote:
+            moved = f"{self.to_fetch / 1e9:.3f} GB to fetch, about {self.to_push / 1e9:.3f} GB to push"
+            lines.append(f"remote  {moved}, {self.remote}")
+        lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
+        told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
+        lines.append(f"time    {told}, for the merges")
+        lines += (
+            [f"        about {self.measuring:.1f} s, for statistics of the experts' inputs"] if self.measuring else []
+        )
+        return "\n".join(lines)
+
+
+class _NotHere(ModelFiles):
+    """A model that is not on this disk: its configs are, and the headers of its weight files are known."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, source: Source) -> _NotHere:
+        """What is known of a pinned model without its weights."""
+        folder = hub.fetch(source.model, weights=False)
+        shapes = {name: shape for name, (_, shape) in hub.tensor_headers(source.model).items()}
+        return cls(ref=source.ref, key=source.key, folder=folder, sizes={}, shapes=shapes)
+
+    @property
+    def read_as(self) -> str:
+        """Identity of the content: under whose names it is read is known once it is here."""
+        return self.key
+
+    def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
+        """The folder with its config, and the shape of every tensor."""
+        return self.folder, self.shapes
+
+
+@dataclass(frozen=True)
+class _Unmade:
+    """A merged model that is not in the store, or the champion; `key` is empty if it is not known."""
+
+    key: str
+
+    def files(self, label: str) -> None:
+        """It has none here."""
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Find out what a run of `recipe` would do.
+
+    Raises:
+        InputError: as a run would, for everything that can be known before the work.
+    """
+    publishing.check_base(recipe)
+    check_tasks(recipe)
+    base, experts = pin_all(recipe)
+    renamed = preflight(recipe, base, experts)
+    plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
+    plan.renamed = renamed
+    sources = ([base] if base else []) + experts
+    plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
+    plan.findings, plan.warning = before_download(recipe, base, experts), told_of_shared_set(recipe)
+    headers = result_headers(recipe, base, experts)
+    count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
+    plan.tensors, plan.parameters = len(headers), sum(count.values())
+    if recipe.lewis and base:
+        shapes = {name: shape for name, (_, shape) in hub.tensor_headers(base.model).items()}
+        configs = hub.fetch(base.model, weights=False)
+        covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
+        plan.layers = [layer for each in covered for layer in each.layers]
+    _add_steps(plan, recipe, pinned(base, experts))
+    merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
+    unknown = any(each.cost.seconds is None for each in merges)
+    out, output = stored_dtype(recipe), 0
+    if recipe.output.kind == "lora":
+        merged = {name: shape for name, (_, shape) in headers.items() if not recipe.excludes(name)}
+        output, plan.output = factor_bytes(merged, recipe.output.rank), _adapter_of(recipe)
+    else:
+        output = sum(count[name] * _width(out or dtype) for name, (dtype, _) in headers.items())
+    plan.disk_free = store.free_space(store.home())
+    if unknown:
+        plan.disk += output * len(merges)
+        plan.to_push += output * len(merges) if plan.remote and remote.shares_merged() else 0
+        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), max(count.values()), len(experts)))
+    plan.seconds = None if unknown else sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
+    if recipe.register_as:
+        plan.steps.append(PlannedStep(f"register {recipe.register_as.model}", "to do"))
+    if recipe.publish:
+        plan.steps.append(PlannedStep(f"publish {recipe.publish.repo}", "to do"))
+    return plan
+
+
+def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
+    """Add the steps of a recipe and what they take, and what the remote half of the store has of them."""
+    walked, results = graph(recipe), dict(known)
+    if EVALUATE.name in {node.step.name for node in walked}:
+        results[CHAMPION] = _champion(plan, recipe)
+    scores = {node.name for node in walked.of(EVALUATE)}
+    with remote.looking() as asked:
+        for node in walked:
+            if node.name not in scores:
+                plan.steps.append(_look(node, results, asked))
+        plan.steps += _look_at_scores(walked, results, asked)
+    for files in results.values():
+        if isinstance(files, ModelFiles) and not isinstance(files, _NotHere) and files.adapter:
+            opened = files.open()
+            if isinstance(opened, LoraExpert) and opened.told:
+                plan.renamed.append(f"{files.ref}: {opened.told}")
+    plan.remote = redacted(remote.url())
+    plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
+    for node in walked:
+        cost = next((each.cost for each in plan.steps if each.name == node.name), Cost())
+        if node.step is not DOWNLOAD:
+            plan.disk += cost.written + cost.scratch
+        if node.step.kind and remote.shares(node.step.kind.path("0" * 64)):
+            plan.to_push += cost.written
+        plan.measuring += cost.passes
+        plan.memory = max(plan.memory, cost.memory)
+
+
+def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> PlannedStep:
+    """Look for the result of a step, and put it, or what stands for it, among the results."""
+    step, before = node.step, len(asked)
+    missing = any(name in results and results[name] is None for name in node.needs)
+    absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
+    given = None if step.opens and absent else _given(node, results)
+    if step is CHECK:
+        if given is not None:
+            step.make(replace(given, copies=0, covers=False), silent, "cpu")
+        results[node.name] = 0
+        return PlannedStep(node.name, "always")
+    found = None if given is None or missing else step.find(given)
+    state = "cached" if found is not None else "to fetch" if len(asked) > before else "to do"
+    results[node.name] = found
+    if step is DOWNLOAD and found is None:
+        results[node.name] = _NotHere.of(given)
+    elif step is CALIBRATE and found is None:
+        results[node.name] = step.make(given, silent, "cpu")  # it is cheap, and what follows is found by it
+    elif step is MERGE and found is None:
+        results[node.name] = _Unmade("" if given is None or missing else step.key(given))
+    if state != "to do":
+        return PlannedStep(node.name, state)
+    return PlannedStep(node.name, state, Cost(seconds=None) if given is None else step.cost(given))
+
+
+def _given(node: Node, results: Mapping[str, Any]) -> Any:
+    """The input of a step; None if a result that it cannot do without is missing."""
+    try:
+        return node.given(results)
+    except (KeyError, TypeError):
+        return None
+
+
+def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[Found]) -> list[PlannedStep]:
+    """Look for scores: those that are compared with each other must have been computed in one number format."""
+    given = {node.name: node.given(results) for node in walked.of(EVALUATE) if node.when is None or node.when(results)}
+    plans = list[dict[str, str]]()
+    for device in scoring_devices():
+        states = {}
+        for name, each in given.items():
+            before = len(asked)
+            found = each.key and find_scores(each.ref, each.key, each.settings, device)
+            states[name] = "cached" if found else "to fetch" if len(asked) > before else "to do"
+        plans.append(states)
+    best = min(plans, key=lambda states: list(states.values()).count("to do"), default={})
+    return [PlannedStep(name, state) for name, state in best.items()]
+
+
+def _champion(plan: Plan, recipe: Recipe) -> _Unmade | None:
+    """The champion that a run would score beside the merged model; None if there is none, or MLflow does not say."""
+    if recipe.register_as is None or not tracking.exists():
+        return None
+    try:
+        current = versions.champion(recipe.register_as.model)
+    except LewisError as error:
+        plan.warning = " ".join(filter(None, (plan.warning, f"the champion is not known: {error}")))
+        return None
+    return _Unmade(current.digest) if current and current.digest else None
+
+
+def _adapter_of(recipe: Recipe) -> str:
+    """What is known of an adapter before it is made."""
+    rank, tolerance = recipe.output.rank, recipe.output.tolerance
+    limits = [f"rank at most {rank}"] if rank else []
+    limits += [f"error of a module at most {tolerance:g} of its merged delta"] if tolerance else []
+    unknown = "its error is" if rank else "its ranks and size are"
+    return f"LoRA adapter on {recipe.base_model}, {', '.join(limits)}; {unknown} known after the merge"
+
+
+def _width(dtype: str) -> int:
+    """Bytes per element; 4 for a dtype that no merge takes, which is reported later."""
+    return DTYPES[dtype].size if dtype in DTYPES else 4

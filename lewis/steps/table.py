@@ -1,0 +1,351 @@
+"""The table of steps: every kind of work of a merge, one row each."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+from lewis.allocation.step import AllocationEntry
+from lewis.devices import default_device
+from lewis.errors import LewisError
+from lewis.evaluation.harness import server
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import ScoresEntry, find_scores, score, scores_digest
+from lewis.importance import effort, measure
+from lewis.importance.calibration import Calibration
+from lewis.importance.step import (
+    CalibrationEntry,
+    CalibrationInput,
+    ImportanceEntry,
+    MeasureInput,
+    find_all_measured,
+    find_calibration,
+    find_measured,
+    grams_place,
+    layers_of,
+    measure_digest,
+    prepare_calibration,
+)
+from lewis.importance.step import measure as measure_model
+from lewis.inspection import measures
+from lewis.merging import step as merging
+from lewis.merging.forecast import forecast
+from lewis.merging.low_rank import factor_bytes
+from lewis.merging.split import split
+from lewis.merging.step import MergedModel, MergeInput, check_output, find_merged, prepare_merge
+from lewis.models import hub
+from lewis.models import source as models
+from lewis.models.names import layer_of
+from lewis.models.source import ModelFiles, Source
+from lewis.progress import Report
+from lewis.registry.room import make_room
+from lewis.steps.shim import (
+    AllocationInput,
+    InspectionInput,
+    allocate,
+    allocation_digest,
+    find_allocated,
+    find_inspected,
+    inspect,
+)
+from lewis.steps.step import Cost, Step
+from lewis.store import kinds
+
+HOURS = 3600.0
+
+
+class Download(Step[Source, ModelFiles]):
+    """The files of a pinned model, with verified checksums."""
+
+    name, retries, timeout = "download", True, 6 * HOURS
+
+    def key(self, given: Source) -> str:
+        pinned = [[each.source, each.commit, each.is_local] for each in (given.model, *given.adapters)]
+        like = [given.like.source, given.like.commit] if given.like else None
+        return store.digest([given.ref, pinned, like])
+
+    def find(self, given: Source) -> ModelFiles | None:
+        if not all(hub.is_present(pinned) for pinned in (given.model, *given.adapters)):
+            return None
+        try:
+            return models.download(given)  # which checks the files that are here
+        except LewisError:
+            return None
+
+    def make(self, given: Source, report: Report, device: str) -> ModelFiles:
+        return models.download(given)
+
+    def cost(self, given: Source) -> Cost:
+        return Cost(written=given.size)
+
+
+@dataclass(frozen=True)
+class CheckInput:
+    """What is checked before anything expensive.
+
+    Attributes:
+        merge: that is to be made, without its densities and calibration sets.
+        copies: how many merged models go into the store.
+        covers: whether layers are measured or allocated, so that there must be some.
+        runs: whether a model is run, which transformers must be able to build then.
+    """
+
+    merge: MergeInput
+    copies: int
+    covers: bool
+    runs: bool
+
+
+class Check(Step[CheckInput, int]):
+    """Whether the models fit together, and there is room; gives the number of covered layers, 0 for a plain merge."""
+
+    name, cached, timeout, opens = "inspect", False, 0.5 * HOURS, True
+
+    def key(self, given: CheckInput) -> str:
+        return store.digest([each.key for each in given.merge.models])
+
+    def find(self, given: CheckInput) -> int | None:
+        return None
+
+    def make(self, given: CheckInput, report: Report, device: str) -> int:
+        prepared = prepare_merge(given.merge)
+        check_output(given.merge, prepared)
+        if needed := given.copies * prepared.size:
+            make_room(needed)
+            store.check_space(kinds.MERGED.folder, needed)
+        if given.merge.base is None or not given.covers:
+            return 0
+        return len(layers_of(given.merge.base, measured=given.runs))
+
+
+class Diagnose(Step[InspectionInput, list[dict[str, str]]]):
+    """What the weights show of models that do not belong together, as plain data; it stops no run."""
+
+    name, kind, timeout, opens = "diagnose", kinds.INSPECTIONS, HOURS, True
+
+    def key(self, given: InspectionInput) -> str:
+        return store.digest([measures.SEMANTICS, given.identity()])
+
+    def find(self, given: InspectionInput) -> list[dict[str, str]] | None:
+        return self._findings(given) if find_inspected(given) else None
+
+    def make(self, given: InspectionInput, report: Report, device: str) -> list[dict[str, str]]:
+        return self._findings(given, report)
+
+    @staticmethod
+    def _findings(given: InspectionInput, *report: Report) -> list[dict[str, str]]:
+        return [each.to_json() for each in inspect(given, *report).findings]
+
+
+class Calibrate(Step[CalibrationInput, CalibrationEntry]):
+    """The token ids of a calibration set."""
+
+    name, kind, retries, timeout = "calibrate", kinds.CALIBRATIONS, True, HOURS
+
+    def key(self, given: CalibrationInput) -> str:
+        return store.digest([given.name, given.place().stem])
+
+    def find(self, given: CalibrationInput) -> CalibrationEntry | None:
+        return find_calibration(given)
+
+    def make(self, given: CalibrationInput, report: Report, device: str) -> CalibrationEntry:
+        return prepare_calibration(given)
+
+    def paths(self, made: CalibrationEntry) -> Sequence[Path]:
+        return [made.path]
+
+
+class Measure(Step[MeasureInput, list[ImportanceEntry]]):
+    """The importance of one model's layers, or the statistics of their inputs, in one pass over its sets."""
+
+    name, kind, timeout = "measure", kinds.IMPORTANCE, 6 * HOURS
+
+    def key(self, given: MeasureInput) -> str:
+        return measure_digest(given, default_device())
+
+    def find(self, given: MeasureInput) -> list[ImportanceEntry] | None:
+        return find_all_measured(given, default_device())
+
+    def make(self, given: MeasureInput, report: Report, device: str) -> list[ImportanceEntry]:
+        return measure_model(given, report, device)
+
+    def devices(self, given: MeasureInput) -> int:
+        return 1
+
+    def cost(self, given: MeasureInput) -> Cost:
+        home, shapes = given.files.outline()
+        memory = _memory_of_pass(shapes)
+        read_as, here = given.files.read_as, default_device()
+        passes = [
+            each.tokens
+            for each in given.sets
+            if not find_measured(given.files.ref, read_as, each, given.settings, here, grams=given.grams)
+        ]
+        return _cost_of_statistics(home, shapes, passes, memory) if given.grams else Cost(memory=memory)
+
+    def paths(self, made: list[ImportanceEntry]) -> Sequence[Path]:
+        return [path for each in made for path in (each.path, each.statistics) if path]
+
+    def facts(self, given: MeasureInput, made: list[ImportanceEntry]) -> Mapping[str, Any]:
+        pairs = zip(given.sets, made, strict=True)
+        found = {each.name: {"digest": entry.digest, "tokens": each.tokens} for each, entry in pairs}
+        return {"model": given.files.key, "calibrations": found}
+
+
+class Allocate(Step[AllocationInput, AllocationEntry]):
+    """The density of every tensor of every expert."""
+
+    name, kind, timeout = "allocate", kinds.ALLOCATIONS, 0.5 * HOURS
+
+    def key(self, given: AllocationInput) -> str:
+        return allocation_digest(given)
+
+    def find(self, given: AllocationInput) -> AllocationEntry | None:
+        return find_allocated(given)
+
+    def make(self, given: AllocationInput, report: Report, device: str) -> AllocationEntry:
+        return allocate(given)
+
+    def paths(self, made: AllocationEntry) -> Sequence[Path]:
+        return [made.path]
+
+
+class Merge(Step[MergeInput, MergedModel]):
+    """The merged checkpoint, or adapter."""
+
+    name, kind, timeout, opens = "merge", kinds.MERGED, 6 * HOURS, True
+
+    def key(self, given: MergeInput) -> str:
+        return prepare_merge(given).digest
+
+    def find(self, given: MergeInput) -> MergedModel | None:
+        prepared = prepare_merge(given)
+        found = find_merged(prepared.digest)
+        on_base = given.base.folder if given.base and prepared.as_adapter else None
+        return found and found.model_copy(update={"base": on_base})
+
+    def make(self, given: MergeInput, report: Report, device: str) -> MergedModel:
+        return merging.merge(given, report, device)
+
+    def devices(self, given: MergeInput) -> int:
+        return 1
+
+    def cost(self, given: MergeInput) -> Cost:
+        prepared = prepare_merge(given)
+        shapes = {name: shape for name, (_, shape) in prepared.layout.items() if prepared.merges(name)}
+        written = factor_bytes(shapes, given.config.output.rank) if prepared.as_adapter else prepared.size
+        if written >= store.free_space(store.home()):  # no room for the sample that a forecast writes
+            return Cost(written=written, seconds=None)
+        found, more = forecast(prepared), Cost()
+        if prepared.tunes and given.config.needs_grams and given.base and given.sets:
+            more = _cost_of_statistics(*given.base.outline(), list(_passes_for_ridge(given)), 0)
+        seconds = found.seconds + more.passes
+        return Cost(written + more.written, found.disk, seconds, more.passes, max(found.memory, more.memory))
+
+    def paths(self, made: MergedModel) -> Sequence[Path]:
+        return [made.folder]
+
+    def facts(self, given: MergeInput, made: MergedModel) -> Mapping[str, Any]:
+        means = dict(given.allocated.means) if given.allocated else {}
+        return {"digest": made.digest, "inputs": {each.ref: each.key for each in given.models}, "mean_density": means}
+
+
+@dataclass(frozen=True)
+class ScoreInput:
+    """A model to score.
+
+    Attributes:
+        label: in the tables.
+        key: identity of the model's content.
+        files: on disk; None if only its scores are asked for.
+        settings: what to score, and how.
+    """
+
+    label: str
+    key: str
+    files: ModelFiles | None
+    settings: EvalSettings
+
+    @property
+    def ref(self) -> str:
+        """What the scores call the model."""
+        return self.files.ref if self.files else self.label
+
+
+class Evaluate(Step[ScoreInput, ScoresEntry]):
+    """The scores of one model on all tasks."""
+
+    name, kind = "evaluate", kinds.SCORES  # lm-eval runs in a child process, under the recipe's time limit
+
+    def key(self, given: ScoreInput) -> str:
+        return store.digest([given.ref, scores_digest(given.key, given.settings, default_device())])
+
+    def find(self, given: ScoreInput) -> ScoresEntry | None:
+        return find_scores(given.ref, given.key, given.settings, default_device())
+
+    def make(self, given: ScoreInput, report: Report, device: str) -> ScoresEntry:
+        assert given.files is not None
+        return score(given.files, given.settings, device=device, progress=report)
+
+    def devices(self, given: ScoreInput) -> int:
+        elsewhere = given.settings.backend == "openai" and server.is_url()
+        return 0 if elsewhere else given.settings.gpus
+
+    def paths(self, made: ScoresEntry) -> Sequence[Path]:
+        return [made.path]
+
+
+def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that an importance pass needs at most, roughly: torch, all outside of the layers, two layers in fp32."""
+    sizes = Counter[int | None]()
+    for name, shape in shapes.items():
+        elements = 1
+        for length in shape:
+            elements *= length
+        sizes[layer_of(name)] += 4 * elements
+    outside = sizes.pop(None, 0)
+    return 450_000_000 + outside + 2 * max(sizes.values(), default=0)
+
+
+def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
+    """What passes for second-order statistics take.
+
+    Args:
+        home: folder with the model's config.
+        shapes: of its tensors.
+        passes: tokens of each pass.
+        memory: bytes that a pass needs without statistics.
+    """
+    if not passes:
+        return Cost(memory=memory)
+    network, cores = measure.network_in(home, shapes), len(os.sched_getaffinity(0))
+    operations = sum(effort.operations_of(network, tokens) for tokens in passes)
+    seconds = operations / (effort.operations_per_second() * cores)
+    return Cost(
+        written=sum(effort.bytes_of(network, tokens) for tokens in passes),
+        seconds=seconds,
+        passes=seconds,
+        memory=memory + effort.memory_of(network, max(passes), cores),
+    )
+
+
+def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
+    """Tokens of each pass that `ridge: auto` has yet to do: over the rows of an expert that are not held out."""
+    for entry, files in zip(given.config.experts, given.experts, strict=True):
+        fitted_to, _ = split(Calibration.load(given.sets[entry.model].path))
+        _, folder = grams_place(files.read_as, fitted_to.digest, default_device())
+        if store.read_manifest(folder) is None:
+            yield fitted_to.tokens
+
+
+DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE = Download(), Check(), Diagnose(), Calibrate()
+MEASURE, ALLOCATE, MERGE, EVALUATE = Measure(), Allocate(), Merge(), Evaluate()
+STEPS: dict[str, Step[Any, Any]] = {
+    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, MEASURE, ALLOCATE, MERGE, EVALUATE)
+}
+"""The table, in the order in which a run first comes to each."""

@@ -1,0 +1,32 @@
+"""Check the tasks of an evaluation; take the scores that another worker has made."""
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from lewis.evaluation.harness import backends, lm_eval
+from lewis.evaluation.step import ScoresEntry
+from lewis.recipe.recipe import Recipe
+from lewis.steps.run import check_tasks as checked
+
+
+@task(name="check-tasks", task_run_name="check tasks", cache_policy=NO_CACHE, timeout_seconds=600)
+def check_tasks(recipe: Recipe, here: bool = True) -> str:
+    """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
+
+    Gives the tasks' digest, which is the same on every worker that scores alike. The backend is checked if it is used
+    `here`.
+    """
+    settings = checked(recipe)
+    assert settings is not None
+    if here:
+        backends.check(settings.backend)
+    return lm_eval.tasks_digest(settings)
+
+
+@task(name="take-scores", task_run_name="take the scores of {label}", cache_policy=NO_CACHE)
+def take_scores(entry: ScoresEntry, label: str, found: bool) -> Any:
+    """Scores that workers of another work queue have made; ends as `Cached` if they were `found` without a run."""
+    return Completed(name="Cached", message=f"scores of {label}: in the store", data=entry) if found else entry

@@ -1,0 +1,40 @@
+"""What is checked of the models before they are downloaded, and what their weights show of models that do not fit."""
+
+import logging
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from lewis.inspection import picture
+from lewis.inspection.step import before_download
+from lewis.models import compatible
+from lewis.models.source import Source
+from lewis.recipe.recipe import Recipe
+from lewis.reports import markdown
+from lewis.steps.shim import InspectionInput, inspect
+from lewis_tasks.support.caching import RETRIES
+
+logger = logging.getLogger(__name__)
+
+
+@task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
+def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
+    """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
+    for told in compatible.preflight(recipe, base, experts):
+        logger.info(told)
+    for finding in before_download(recipe, base, experts):
+        logger.warning(finding.to_text())
+
+
+def show_inspection(given: InspectionInput, prefix: str) -> None:
+    """The findings on the models of a merge, with tables and a picture, as an artifact; warnings go to the log."""
+    found = inspect(given)
+    (logger.warning if found.findings else logger.info)("%s", found.verdict)
+    grids = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
+    drawn = markdown.picture("layers by experts", picture.draw(found))
+    create_markdown_artifact(
+        f"# Do these models belong together?\n\n{found.to_markdown()}\n\n{grids}\n\n{drawn}",
+        key=f"{prefix}-inspection",
+        description=found.verdict,
+    )

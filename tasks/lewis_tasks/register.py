@@ -1,0 +1,92 @@
+"""The tasks around the registry: find the champion, compare with it, register, promote."""
+
+import logging
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from lewis.allocation.step import AllocationEntry
+from lewis.evaluation.gate import Incumbent, Verdict, judge
+from lewis.evaluation.step import ScoresEntry, scored
+from lewis.importance.step import CalibrationEntry
+from lewis.merging.step import MergedModel
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis.registry import creation, promotion, versions
+from lewis.registry.registration import registration_of
+from lewis.registry.versions import Champion, Version
+from lewis.reports import card
+from lewis_tasks.support import flow_run, moves
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES
+
+logger = logging.getLogger(__name__)
+
+
+@task(name="find-champion", task_run_name="find champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def find_champion(name: str, to_score: bool) -> Champion | None:
+    """The version in use; its files are brought to this disk if it will be scored."""
+    current = versions.champion(name)
+    return versions.fetch(current) if current and to_score else current
+
+
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
+def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
+    """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
+    assert recipe.register_as is not None
+    rule = recipe.register_as.gate
+    return judge(
+        rule,
+        scored(recipe.score_weights, scores) if rule else (),
+        merged.digest,
+        champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
+        withdrawn=promotion.withdrawn(recipe.register_as.model, merged.digest),
+        limit=recipe.evaluate.limit if recipe.evaluate else None,
+    )
+
+
+# Not cached: MLflow itself knows whether this merge is registered already.
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def register(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    calibrations: list[CalibrationEntry],
+    allocated: AllocationEntry | None,
+    merged: MergedModel,
+    scores: dict[str, ScoresEntry],
+) -> Version:
+    """One version per merge digest, with its lineage, scores and pictures."""
+    begin, tags = flow_run.this_run().start_time, flow_run.tags()
+    began = begin.timestamp() if begin else None
+    entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags, began)
+    card.write(merged.folder, entry.card, entry.pictures.get(card.HEAT_MAP), entry.eval_results)
+    version = creation.register(entry)
+    flow_run.name_task(f"register v{version.version}")
+    logger.info("%s %s", version.uri, "is new" if version.created else "was registered before")
+    return version
+
+
+@task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
+    """Move the alias `champion` if the verdict allows it; return whether the version is the champion now."""
+    about = {"recipe": recipe.name, "digest": merged.digest, "flow_run": str(flow_run.current.id or "")}
+    done = promotion.promote(version, verdict, f"the run {flow_run.url()}", about)
+    number, name = version.version, f"{version.name}/{version.version}"
+    word, what = "failed: the champion stays", f"reject v{number}"
+    if verdict.passed:
+        word, what = "passed: champion", f"promote v{number}"
+    if verdict.waits and done.previous != version.uri:
+        word, what = f"passed: waits for `lewis approve {name} --why ...`", f"ask about v{number}"
+    flow_run.name_task(what)
+    moves.tell()  # also what an earlier run could not tell
+    lines = [
+        f"# {version.uri}: {word}",
+        f"Compared with {verdict.compared_with}.",
+        *(f"* {r}" for r in verdict.reasons),
+    ]
+    create_markdown_artifact("\n\n".join(lines), key=artifact_key(recipe, "verdict"), description="The gate's verdict")
+    text = f"{version.uri} (run {version.run_id})"
+    create_link_artifact(versions.link(version), text, key=artifact_key(recipe, "mlflow"), description="Model version")
+    return verdict.passed and (done.moved or done.previous == version.uri)

@@ -1,0 +1,165 @@
+"""Artifacts for the Prefect UI, with stable keys: pictures and tables of densities and scores, the run's report."""
+
+from datetime import UTC, datetime
+from itertools import chain
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from lewis.allocation.step import AllocationEntry
+from lewis.errors import InputError
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
+from lewis.evaluation.statistics.scored import comparison_rows, scores_of
+from lewis.evaluation.statistics.scores import score_table
+from lewis.evaluation.step import ScoresEntry, scored
+from lewis.importance.step import CalibrationEntry, ImportanceEntry
+from lewis.merging.few_tokens import told_of_shared_set
+from lewis.merging.step import MergedModel
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis.registry import history, versions
+from lewis.registry.lineage import by_reference, lineage_of
+from lewis.registry.versions import Champion, Version
+from lewis.reports import pictures, tables
+from lewis.reports.markdown import picture
+from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
+from lewis_tasks.support import flow_run
+from lewis_tasks.support.assets import artifact_key
+from lewis_tasks.support.caching import RETRIES
+
+
+@task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
+def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
+    """The density heat map and the importance table."""
+    means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
+    drawn = picture("densities", pictures.densities(allocated))
+    create_markdown_artifact(
+        f"# Density per layer\n\nMean over the covered weights: {means}\n\n{drawn}",
+        key=artifact_key(recipe, "density-heat-map"),
+        description="Fraction of each task vector that is kept",
+    )
+    if measured:
+        create_table_artifact(
+            tables.importance_rows(list(chain.from_iterable(measured)), allocated),
+            key=artifact_key(recipe, "importance-table"),
+            description="Activation-weighted norm of every covered layer, and how far the experts moved",
+        )
+
+
+@task(name="report-scores", task_run_name="report scores", cache_policy=NO_CACHE, timeout_seconds=600)
+def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
+    """The score table, the comparison document by document, what is kept of the experts' gains, and a picture.
+
+    Returns:
+        the rows of the tables `scores`, `comparison` and `kept`.
+    """
+    models = scored(recipe.score_weights, scores)
+    found = {
+        "scores": score_table(scores_of(models)),
+        "comparison": comparison_rows(models),
+        "kept": kept_rows(kept_gains(recipe.gate_metric, models)),
+    }
+    create_table_artifact(
+        found["scores"], key=artifact_key(recipe, "score-table"), description="Scores beside the parents'"
+    )
+    create_table_artifact(
+        found["comparison"],
+        key=artifact_key(recipe, "comparison"),
+        description="The merged model against each other one, document by document",
+    )
+    if found["kept"]:
+        create_table_artifact(
+            found["kept"],
+            key=artifact_key(recipe, "kept"),
+            description="How much of each expert's gain over the base is kept on its own task",
+        )
+    create_markdown_artifact(
+        f"# Scores\n\n{picture('scores', pictures.scores(recipe, scores))}",
+        key=artifact_key(recipe, "score-bars"),
+        description="Scores with 95 % intervals",
+    )
+    return found
+
+
+@task(name="report-run", task_run_name="report run", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def report_run(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    calibrations: list[CalibrationEntry],
+    allocated: AllocationEntry | None,
+    merged: MergedModel,
+    champion: Champion | None,
+    scores: dict[str, ScoresEntry],
+    verdict: Verdict | None,
+    version: Version | None,
+    work: dict[str, tuple[int, int]],
+    comparison: list[dict[str, str]],
+    published: str | None,
+) -> str:
+    """Write the report of the run to the UI, and to the run of a new version in MLflow; return its Markdown.
+
+    Args:
+        champion: the version in use when the run began.
+        work: step -> (how many results were computed, how many were found in the cache).
+        comparison: rows from `report_scores`.
+        published: URL of the champion on the Hub.
+    """
+    flow_run.rename(flow_run.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
+    run = flow_run.this_run()
+    links = {"Prefect run": flow_run.url()}
+    if version:
+        links |= {"MLflow version": versions.link(version), "MLflow run": versions.run_link(version)}
+    if published:
+        links["Hub"] = published
+    inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
+    earlier = champion.metrics if champion and champion.digest != merged.digest else None
+    models = scored(recipe.score_weights, scores)
+    facts = RunFacts(
+        recipe=recipe.name,
+        outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
+        why=flow_run.why(run),
+        seconds=(datetime.now(UTC) - run.start_time).total_seconds() if run.start_time else 0,
+        digest=merged.digest,
+        champion=in_use,
+        changes=changes(by_reference(champion.sources, inputs) if champion else {}, inputs),
+        work=work,
+        scores=score_columns(models, earlier),
+        merged=recipe.label,
+        comparison=comparison,
+        kept=kept_rows(kept_gains(recipe.gate_metric, models)),
+        pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
+        verdict=verdict,
+        means=allocated.means if allocated else {},
+        ridge=merged.ridge,
+        warning=told_of_shared_set(recipe),
+        links=links,
+        adapter=merged.adapter.to_text() if merged.adapter else "",
+    )
+    text = to_markdown(facts)
+    create_markdown_artifact(text, key=artifact_key(recipe, "run-report"), description=facts.outcome)
+    if version and version.created:
+        versions.attach(version, {"run_report.md": text})
+    return text
+
+
+def _over_versions(version: Version) -> dict[str, bytes]:
+    """The champion over the versions, once there is more than one."""
+    try:
+        return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
+    except InputError:  # nothing is scored
+        return {}
+
+
+def _models(base: Any, experts: list[Any]) -> list[Any]:
+    return [*([base] if base else []), *experts]
+
+
+def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ScoresEntry]) -> dict[str, bytes]:
+    found = {"Scores with 95 % intervals": pictures.scores(recipe, scores)} if scores else {}
+    if allocated:
+        found["Density per layer"] = pictures.densities(allocated)
+    return found

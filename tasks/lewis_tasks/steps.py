@@ -1,0 +1,90 @@
+"""The factory of tasks: one Prefect task for each step of a graph, by the step's row in the table."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import Task, task
+from prefect.assets import materialize
+from prefect.cache_policies import NO_CACHE, CachePolicy
+from prefect.context import TaskRunContext
+from prefect.states import Completed
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.steps.graph import Node
+from lewis.steps.step import Step
+from lewis.steps.table import DIAGNOSE
+from lewis_tasks.inspect import show_inspection
+from lewis_tasks.support import assets
+from lewis_tasks.support.caching import RESULTS, RETRIES, Progress, RecordSerializer
+from lewis_tasks.support.device_slot import device_slot
+
+SHOWN: Mapping[Step[Any, Any], Any] = {DIAGNOSE: show_inspection}
+"""What is shown in the UI beside the result of a step: a function of its input and the prefix of the artifact's key."""
+
+
+@dataclass
+class StepKey(CachePolicy):
+    """Prefect's cache key of a step's task: `Step.key` of its input, nothing else."""
+
+    step: Step[Any, Any] | None = None
+
+    def compute_key(
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str | None:
+        """The key; None if the input is wrong, which the task itself then reports."""
+        assert self.step is not None
+        try:
+            key = self.step.key(inputs["given"])
+        except LewisError:
+            return None
+        store.mark_used(RESULTS / key)
+        return key
+
+
+def task_of(node: Node) -> Task[..., Any]:
+    """The task of a node: its name, cache key, retries, timeout and assets follow from the node and its step.
+
+    The task takes the step's input, the name of its run and the prefix of artifact keys. It ends as `Cached` if the
+    result was found. The result that Prefect keeps is a small reference, which checks its files when it is loaded; if
+    they are deleted or damaged, or the record itself is, the task runs again.
+    """
+    step = node.step
+
+    def work(given: Any, name: str, prefix: str) -> Any:
+        made, found = list[Any](), step.find(given) if step.cached else None
+        result = found
+        if found is None:
+            count = step.devices(given)
+            slot = device_slot(gpus=count) if count else nullcontext("cpu")
+            with slot as device, store.noticing() as made:
+                result = step.make(given, Progress(step.name, name), device)
+        if step in SHOWN:
+            SHOWN[step](given, prefix)
+        assets.describe(**step.facts(given, result))
+        paths = step.paths(result)
+        if found is None and (not paths or any(path in made for path in paths)):
+            return result
+        assets.found()
+        return Completed(name="Cached", message=f"{name}: in the store", data=result)
+
+    work.__name__ = work.__qualname__ = step.name
+    options: dict[str, Any] = {"name": step.name, "task_run_name": "{name}", "timeout_seconds": step.timeout}
+    options |= _kept(step) if step.cached else {"cache_policy": NO_CACHE}
+    options |= RETRIES if step.retries else {}
+    if node.asset is None:
+        return task(**options)(work)
+    made_of = [assets.asset(*each) for each in node.made_of]
+    return materialize(assets.asset(*node.asset), by="lewis", asset_deps=made_of, **options)(work)
+
+
+def _kept(step: Step[Any, Any]) -> dict[str, Any]:
+    return {
+        "cache_policy": StepKey(step=step),
+        "persist_result": True,
+        "result_storage": RESULTS,
+        "result_serializer": RecordSerializer(),
+        "cache_result_in_memory": False,
+    }

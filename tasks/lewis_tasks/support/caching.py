@@ -1,0 +1,164 @@
+"""What the tasks share: records of results, the retry rule, progress in the UI, what their log leaves out."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.serializers import JSONSerializer
+from prefect.tasks import exponential_backoff
+from pydantic import Field
+
+from lewis.errors import LewisError
+from lewis.models.hub_errors import retryable
+from lewis.redact import redact_logs
+from lewis.store import kinds, sealed_json
+from lewis.store.writable import of_the_disk
+
+logger = logging.getLogger(__name__)
+STOPPING = threading.Event()
+"""Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
+_PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of references that are paths
+
+# For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
+RETRIES: dict[str, Any] = {
+    "retries": 4,
+    "retry_delay_seconds": exponential_backoff(2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": lambda task, run, state: retryable(_exception_of(state)),
+}
+
+
+def _exception_of(state: Any) -> BaseException:
+    try:
+        state.result()
+    except BaseException as error:
+        return error
+    return RuntimeError("the task did not fail")
+
+
+class RecordSerializer(JSONSerializer):
+    """Prefect's JSON of a task's result, with its checksum."""
+
+    type: str = Field(default="lewis-record", frozen=True)
+
+    def dumps(self, obj: Any) -> bytes:
+        """The result as bytes."""
+        return sealed_json.dumps({"result": json.loads(super().dumps(obj))}, indent=None).encode()
+
+    def loads(self, blob: bytes) -> Any:
+        """The result.
+
+        Raises:
+            ValueError: if the bytes are damaged, or what they refer to is.
+        """
+        return super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())
+
+
+def _content(record: bytes) -> dict[str, Any]:
+    """What a record holds under `result`, without making it a reference, which would note a use.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: if LEWIS did not write it, or it is damaged.
+    """
+    return sealed_json.loads(json.loads(record)["result"].encode())
+
+
+def _targets(record: Path) -> list[Path]:
+    """The files and folders that a record refers to; none if LEWIS did not write it."""
+    try:
+        found = _content(record.read_bytes())["result"]
+        named = list[str | None]()
+        for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
+            named += [*map(fields.get, _PATHS), *fields.get("sizes", ())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [Path(name) for name in named if name]
+
+
+# Files outside the store do not note their use.
+RECORDS = kinds.add(kinds.Kind("results", "*", check=_content, notes_use=False, refers_to=_targets))
+"""Prefect's records of finished tasks: small references, one file for each key."""
+RESULTS = RECORDS.folder
+
+
+def raise_if_stopping(what: str) -> None:
+    """End a task if the process was told to stop.
+
+    Raises:
+        LewisError: if it was; the message begins with `what`.
+    """
+    if STOPPING.is_set():
+        raise LewisError(f"{what}: stopped")
+
+
+class Progress:
+    """A `lewis.progress.Report` of a long task: an artifact in the UI and a line in the log, every two seconds."""
+
+    def __init__(self, kind: str, about: str) -> None:
+        self._kind, self._about, self._last = kind, about, time.monotonic()
+        self._artifact: UUID | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report `done` of `total` units.
+
+        Raises:
+            LewisError: if the process was told to stop.
+        """
+        raise_if_stopping(self._about)
+        if time.monotonic() - self._last < 2 and (done < total or self._artifact is None):
+            return
+        self._last = time.monotonic()
+        percent = round(100 * done / max(total, 1), 1)
+        if self._artifact is None:
+            key = f"{self._kind}-progress"
+            made = create_progress_artifact(progress=percent, key=key, description=self._about)
+            assert isinstance(made, UUID)  # not awaitable, as there is no event loop here
+            self._artifact = made
+        else:
+            update_progress_artifact(artifact_id=self._artifact, progress=percent)
+        logger.info("%s: %.0f %%", self._about, percent)
+
+
+def slug(text: str) -> str:
+    """A text in small letters, digits and dashes, of which the keys of artifacts must consist."""
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).split("-")
+    return "-".join(word for word in words if word) or "x"
+
+
+def quieten() -> None:
+    """Let lewis and lewis_tasks log at INFO, and remove noise and passwords from what is logged."""
+    redact_logs()
+    for library in ("lewis", "lewis_tasks"):
+        logging.getLogger(library).setLevel(logging.INFO)
+    for runs in ("prefect.task_runs", "prefect.flow_runs"):
+        logging.getLogger(runs).addFilter(worth_reading)
+    logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error goes on, and we tell it
+
+
+def worth_reading(record: logging.LogRecord) -> bool:
+    """Filter of log records: False drops the record.
+
+    Of a LewisError the traceback is dropped, because the message says what went wrong; that of a full disk, too.
+    Records of tasks that did not start because another failed are dropped; the UI shows those tasks. Dropped too is
+    Prefect's warning that a timeout stops a thread only between calls: our threads loop over tensors and batches, and
+    lm-eval runs in a child process.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, LewisError) or of_the_disk(error):
+        without_traceback(record)
+    message = record.getMessage()
+    return not message.startswith(("Finished in state NotReady", "Timeout of "))
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Filter of log records: drops the traceback, and keeps the record."""
+    record.exc_info = record.exc_text = None
+    return True
+
+
+quieten()

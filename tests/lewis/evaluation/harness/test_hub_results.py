@@ -1,0 +1,52 @@
+"""Scores in the form that the Hub reads beside a card, as its own client writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lewis.evaluation.harness import task_metrics as module
+from lewis.evaluation.harness.task_metrics import hub_results
+from lewis.evaluation.statistics.scored import WEIGHTED
+from lewis.evaluation.statistics.scores import Score
+from lewis.recipe.recipe import Recipe
+from tests.support.models import parse
+
+TASK = "task: own\ndataset_path: json\ndataset_kwargs: {data_files: x.jsonl}\n"
+SCORES = [
+    Score("gsm8k", "exact_match,strict-match", 0.25, 0.02, True, 100),
+    Score("gsm8k", "exact_match,flexible-extract", 0.5, 0.02, True, 100),
+    Score("own", "acc,none", 0.75, 0.02, True, 10),
+]
+
+
+def results_of(recipe: Recipe, scores: list[Score]) -> str:
+    return hub_results(recipe.evaluate, recipe.root, recipe.gate_metric, scores)
+
+
+def told(folder: Path, **evaluate: Any) -> Any:
+    (folder / "own.yaml").write_text(TASK)
+    models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
+    asked = {"evaluate": {"tasks": ["gsm8k", "own.yaml"], "num_fewshot": 5, **evaluate}}
+    gate = {"register": {"name": "m", "gate": {"metric": "gsm8k/exact_match,flexible-extract"}}}
+    return yaml.safe_load(results_of(parse({**models, **asked, **gate}, root=folder), SCORES))
+
+
+def test_a_task_of_a_dataset_of_the_hub_has_one_entry(tmp_path: Path) -> None:
+    (entry,) = told(tmp_path)
+    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 0.5
+    assert entry["notes"].startswith("lm-eval ") and entry["notes"].endswith(", exact_match,flexible-extract, 5-shot")
+
+
+def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "builtin_task", lambda name: pytest.fail("read"))
+    (tmp_path / "own.yaml").write_text(TASK)
+    models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
+    recipe = parse({**models, "evaluate": {"tasks": ["own.yaml"]}}, root=tmp_path)
+    assert results_of(recipe, [SCORES[2], Score(*WEIGHTED, 0.5, 0.1, True, 10)]) == ""
+
+
+@pytest.mark.parametrize("part", [{"limit": 10}, {"documents": "confirm"}])
+def test_a_part_of_the_documents_is_not_told(tmp_path: Path, part: dict[str, Any]) -> None:
+    assert told(tmp_path, **part) is None

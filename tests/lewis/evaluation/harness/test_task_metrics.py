@@ -1,0 +1,99 @@
+"""The scores that tasks will give, and a wrong name in the gate, the weights or the search before any work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lewis.errors import InputError
+from lewis.evaluation.harness import task_files
+from lewis.evaluation.harness.task_metrics import check_names, known_scores
+from tests.support.models import parse
+
+CHOICE: dict[str, Any] = {"dataset_path": "json", "output_type": "multiple_choice"}
+TASKS: dict[str, dict[str, Any]] = {
+    "plain": {**CHOICE, "task": "plain"},
+    "listed": {**CHOICE, "task": "listed", "metric_list": [{"metric": "acc"}, {"metric": "f1"}]},
+    "filtered": {
+        **{"task": "filtered", "dataset_path": "json", "output_type": "generate_until"},
+        "metric_list": [{"metric": "exact_match"}],
+        "filter_list": [{"name": "strict-match", "filter": []}, {"name": "flexible", "filter": []}],
+    },
+    "code": {**CHOICE, "task": "code", "process_results": "os.path"},
+    "own": {**CHOICE, "task": "own", "metric_list": [{"metric": "os.path.join"}]},
+    "both": {
+        **{"group": "both", "task": ["plain", "listed"]},
+        "aggregate_metric_list": [{"metric": "acc", "filter_list": "none"}],
+    },
+    "all": {"group": "all", "task": ["plain"], "aggregate_metric_list": [{"metric": "acc"}]},
+    "changed": {"group": "changed", "task": [{"task": "plain", "metric_list": [{"metric": "f1"}]}]},
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name, content in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def test_scores_are_known_from_the_files(root: Path) -> None:
+    assert known_scores(["plain", "listed", "filtered"], root) == {
+        "plain": ["acc,none", "acc_norm,none"],
+        "listed": ["acc,none", "f1,none"],
+        "filtered": ["exact_match,strict-match", "exact_match,flexible"],
+    }
+    both = known_scores(["both"], root)
+    assert both and both["both"] == ["acc,none"] and list(both) == ["both", "plain", "listed"]
+    assert known_scores(["code", "own", "all"], root) == {
+        **{"code": None, "own": None, "all": None},
+        "plain": ["acc,none", "acc_norm,none"],
+    }
+    assert known_scores(["changed"], root) is None
+
+
+def test_lm_evals_own_are_known_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks._index import Entry, Kind
+
+    index = {
+        "theirs": Entry("theirs", Kind.TASK, None, {**CHOICE, "task": "theirs"}),
+        "group": Entry("group", Kind.GROUP, None, {"group": "group", "task": ["theirs"]}),
+        "tag": Entry("tag", Kind.TAG, None, None, {"theirs"}),
+    }
+    monkeypatch.setattr(task_files, "_builtin_index", lambda: index)
+    scores = ["acc,none", "acc_norm,none"]
+    assert known_scores(["group", "tag"], root) == {"group": [], "tag": [], "theirs": scores}
+
+
+def check(root: Path, tasks: list[str], gate: dict[str, Any] | None = None, **evaluate: Any) -> None:
+    data = {"merge_method": "ties", "base_model": "a", "models": [{"model": "b"}]}
+    data["evaluate"] = {"tasks": tasks, **evaluate}
+    if gate:
+        data["register"] = {"name": "x", "gate": gate}
+    recipe = parse(data, root)
+    assert recipe.evaluate is not None
+    check_names(recipe.evaluate, root, recipe.gate)
+
+
+@pytest.mark.parametrize(
+    "gate, weights, expected",
+    [
+        ({"metric": "plain/acc"}, {}, r"register.gate.metric: .* 'plain/acc'; did you mean 'plain/acc,none'\?"),
+        ({"metric": "plan/acc,none"}, {}, r"register.gate.metric: .*did you mean 'plain/acc,none'\?"),
+        ({"metric": "plain"}, {}, "register.gate.metric: there is no score 'plain'"),
+        ({"metric": "weighted/mean,none"}, {}, "register.gate.metric: there is no score 'weighted/mean,none'"),
+        ({"metric": "plain/acc,none", "tolerance": {"listd": 0.1}}, {}, "register.gate.tolerance: .*'listd'"),
+        (None, {"plain/acc_nrom,none": 1.0}, "evaluate.weights: .*did you mean 'plain/acc_norm,none'"),
+    ],
+)
+def test_a_wrong_name_is_told(root: Path, gate: Any, weights: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        check(root, ["plain", "listed"], gate, weights=weights)
+
+
+def test_right_names_pass(root: Path) -> None:
+    check(root, ["plain"], {"metric": "plain/acc,none", "tolerance": {"plain": 0.1, "plain/acc_norm,none": 0.2}})
+    check(root, ["plain", "listed"], {"metric": "weighted/mean,none"}, weights={"plain": 1.0, "listed/f1,none": 2.0})
+    check(root, ["code"], {"metric": "code/what it says,none"})
+    check(root, ["changed"], {"metric": "plain/f1,none"})

@@ -1,0 +1,258 @@
+"""What a run would do, against what a run then does; nothing heavy is downloaded for it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import store
+from lewis.devices import default_device
+from lewis.errors import InputError
+from lewis.evaluation.harness import task_files
+from lewis.importance.step import ImportanceEntry
+from lewis.recipe.recipe import Recipe
+from lewis.steps.plan import Plan, make_plan
+from tests.conftest import Family
+from tests.support import pipeline
+from tests.support.local_hub import LocalHub
+from tests.support.models import parse, write_llama
+
+SETS = {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}
+
+
+def recipe_of(base: Path | str, *experts: Path | str, **blocks: Any) -> Recipe:
+    models = [{"model": str(expert)} for expert in experts]
+    return parse({"merge_method": "ties", "base_model": str(base), "models": models} | blocks)
+
+
+def states(plan: Plan) -> dict[str, str]:
+    """Without checks and calibration sets, which `test_graph` looks at."""
+    left_out = ("inspect", "diagnose", "calibrate ")
+    return {step.name: step.state for step in plan.steps if not step.name.startswith(left_out)}
+
+
+def carry_out(recipe: Recipe, *, merge: bool) -> None:
+    base, experts = pipeline.pin_all(recipe)
+    assert base is not None
+    files, expert_files = pipeline.download(base), [pipeline.download(source) for source in experts]
+    _, allocated = pipeline.guide(recipe, files, expert_files, device=default_device())
+    if merge:
+        pipeline.merge(recipe, files, expert_files, allocated)
+
+
+class TestLocal:
+    def test_before_during_and_after_a_run(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS}, register={"name": "x"})
+        downloads = {f"download {path}": "cached" for path in (family.base, *family.experts)}
+        work = [f"measure {path} on sums" for path in (family.base, *family.experts)] + ["allocate"]
+        ends = {"merge experts": "to do", "register x": "to do"}
+        before = make_plan(recipe)
+        assert states(before) == downloads | dict.fromkeys(work, "to do") | ends
+        assert not (home / "importance").exists() and not (home / "merged").exists()
+        carry_out(recipe, merge=False)
+        assert states(make_plan(recipe)) == downloads | dict.fromkeys(work, "cached") | ends
+        carry_out(recipe, merge=True)
+        after = make_plan(recipe)
+        assert states(after) == downloads | dict.fromkeys(work, "cached") | ends | {"merge experts": "cached"}
+        assert (before.disk > 0, after.disk) == (True, 0)
+        assert before.seconds and after.seconds == 0
+        changed = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS, "density": {"max": 0.7}})
+        assert states(make_plan(changed))["allocate"] == states(make_plan(changed))["merge experts"] == "to do"
+
+    def test_a_guided_anchor_is_measured_and_allocated_like_a_merge_by_its_method(
+        self, family: Family, home: Path
+    ) -> None:
+        anchored = {"merge_method": "regmean_forward", "anchor": {"merge_method": "ties"}}
+        guided = {"calibrations": SETS, "density": {"strategy": "owl", "budget": 0.5}}
+        recipe = recipe_of(family.base, *family.experts, **anchored, lewis=guided)
+        work = [f"measure {path} on sums" for path in family.experts] + ["allocate", "merge experts"]
+        before = make_plan(recipe)
+        assert before.method == "regmean_forward, anchor ties" and before.seconds
+        assert {states(before)[name] for name in work} == {"to do"}
+        carry_out(recipe, merge=True)
+        assert {states(make_plan(recipe))[name] for name in work} == {"cached"}
+        plain = make_plan(recipe_of(family.base, *family.experts, **anchored, lewis={"calibrations": SETS}))
+        assert "allocate" not in states(plain) and states(plain)["merge experts"] == "to do"
+
+    def test_finding_the_ridge_takes_a_fit_for_each_that_is_tried(self, family: Family) -> None:
+        lewis = {"calibrations": SETS}
+        recipes = [
+            recipe_of(family.base, *family.experts, merge_method="regmean_forward", lewis=lewis, parameters=each)
+            for each in ({"ridge": 0.1}, {"ridge": "auto"})
+        ]
+        number, auto = (pipeline.prepare_merge(recipe, *pipeline.fetch(recipe)) for recipe in recipes)
+        assert (number.fits, auto.fits) == (1, 5)
+
+    def test_statistics_that_a_fit_needs(self, family: Family, home: Path) -> None:
+        blocks: dict[str, Any] = {"merge_method": "regmean", "lewis": {"calibrations": SETS}}
+        recipe = recipe_of(family.base, *family.experts, **blocks)
+        work = [f"measure {path} on sums" for path in family.experts]
+        before = make_plan(recipe)
+        assert states(before) == {f"download {p}": "cached" for p in (family.base, *family.experts)} | dict.fromkeys(
+            [*work, "merge experts"], "to do"
+        )
+        merge = pipeline.prepare_merge(recipe, *(files := pipeline.fetch(recipe)))
+        assert before.measuring > 0 and before.seconds
+        assert "s, for statistics of the experts' inputs" in before.to_text()
+        pipeline.guide(recipe, *files)
+        after = make_plan(recipe)
+        assert {states(after)[name] for name in work} == {"cached"} and after.disk == merge.size
+        written = sum(path.stat().st_size for path in (home / "grams").glob("*/*.safetensors"))
+        assert written / 3 < before.disk - after.disk < 3 * written and after.measuring == 0
+        auto = make_plan(recipe_of(family.base, *family.experts, **(blocks | {"parameters": {"ridge": "auto"}})))
+        assert auto.measuring > 0 and after.disk < auto.disk < before.disk  # passes over three of four rows
+        for entry in (home / "grams").iterdir():
+            store.discard(entry)
+        assert {states(make_plan(recipe))[name] for name in work} == {"to do"}
+
+    def test_a_second_machine_fetches_what_the_first_made(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+        monkeypatch.setenv("LEWIS_STORE_MERGED", "1")
+        recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS})
+        monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "one"))
+        assert make_plan(recipe).to_push == make_plan(recipe).disk
+        carry_out(recipe, merge=True)
+
+        monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "two"))
+        before = make_plan(recipe)
+        work = [f"measure {path} on sums" for path in (family.base, family.math)]
+        assert {states(before)[name] for name in work} == {"to fetch"} and before.remote == f"file://{tmp_path}/remote"
+        assert before.to_fetch == sum(path.stat().st_size for path in (tmp_path / "one" / "importance").iterdir())
+        assert "GB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
+        monkeypatch.setattr("lewis.importance.measure.measure_sets", None)
+        monkeypatch.setattr("lewis.allocation.densities.allocate", None)
+        monkeypatch.setattr("lewis.merging.run.Merge.run", None)
+        carry_out(recipe, merge=True)
+        one, two = (next((tmp_path / name / "merged").iterdir()) for name in ("one", "two"))
+        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert {states(make_plan(recipe))[name] for name in [*work, "allocate", "merge experts"]} == {"cached"}
+
+        found = next((tmp_path / "two" / "importance").glob("*.json"))
+        record = ImportanceEntry(ref="r", calibration="sums", digest=found.stem, path=found).model_dump_json()
+        shutil.rmtree(tmp_path / "two" / "importance")
+        again = ImportanceEntry.model_validate_json(record)  # a record of Prefect's cache whose entry is gone
+        assert again.norms and again.moments
+
+    def test_sizes(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, family.math, lewis={"calibrations": SETS}, dtype="bfloat16")
+        plan = make_plan(recipe)
+        assert [row["ref"] for row in plan.inputs] == [str(family.base), str(family.math)]
+        assert plan.inputs[0]["commit"].startswith("sha256:")
+        assert (plan.tensors, len(plan.layers)) == (20, 14)
+        assert plan.disk == 2 * plan.parameters
+        assert plan.disk_free > 0 and plan.memory > 100e6
+        text = plan.to_text()
+        assert "covered self_attn.q_proj: 2 layers (0 to 1)" in text
+        assert f"to do   measure {family.base} on sums" in text
+        assert f"time    about {plan.seconds:.1f} s, for the merges" in text
+        data = plan.to_json()
+        assert (data["covered_layers"], data["steps"][0]) == (
+            14,
+            {"name": f"download {family.base}", "state": "cached"},
+        )
+
+    def test_what_configs_tell_of_models_that_do_not_belong_together(self, family: Family, tmp_path: Path) -> None:
+        odd = shutil.copytree(family.code, tmp_path / "odd")
+        (odd / "chat_template.jinja").write_text("{{ messages }}")
+        plan = make_plan(recipe_of(family.base, family.math, odd))
+        assert [(each["kind"], each["model"]) for each in plan.to_json()["findings"]] == [("chat template", str(odd))]
+        assert f"warning: {odd}: chat template: it has a chat template, the base none\n  means: " in plan.to_text()
+        assert make_plan(recipe_of(family.base, *family.experts)).findings == []
+
+    def test_a_plain_merge(self, family: Family, home: Path) -> None:
+        recipe = recipe_of(family.base, family.lora)
+        plan = make_plan(recipe)
+        assert states(plan) == {f"download {p}": "cached" for p in (family.base, family.lora)} | {
+            "merge experts": "to do"
+        }
+        assert "covered none: a plain merge" in plan.to_text()
+        base, experts = pipeline.pin_all(recipe)
+        assert base is not None
+        pipeline.merge(recipe, pipeline.download(base), [pipeline.download(source) for source in experts])
+        assert states(make_plan(recipe))["merge experts"] == "cached"
+
+    def test_scores_and_baselines(
+        self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "sums.yaml").write_text(
+            "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\n"
+            "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+            "metric_list: [{metric: exact_match}]\n"
+        )
+        (tmp_path / "sums.jsonl").write_text('{"q": "w1", "a": "w2"}\n')
+        data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}]}
+        data |= {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["sums"], "baselines": ["base", "uniform"]}}
+        found = states(make_plan(parse(data, root=tmp_path)))
+        ours = {"merge experts", "merge uniform", "evaluate lewis", "evaluate uniform", "evaluate base"}
+        assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
+        assert found["evaluate lewis"] == "to do"
+        monkeypatch.setattr(task_files, "_builtin_index", dict)  # to read lm-eval's takes seconds
+        data["evaluate"]["tasks"] = ["smus"]
+        with pytest.raises(InputError, match="smus"):
+            make_plan(parse(data, root=tmp_path))
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+        with LocalHub(tmp_path / "server") as hub:
+            for name, value in hub.environment(tmp_path / "home").items():
+                monkeypatch.setenv(name, value)
+            yield hub
+
+    def downloads(self, hub: LocalHub) -> list[str]:
+        """Requests that took a whole weight file: the headers are read with a range."""
+        return [r.path for r in hub.log if r.method == "GET" and r.path.endswith(".safetensors") and r.status == 200]
+
+    def test_downloads_no_weights(self, family: Family, hub: LocalHub) -> None:
+        commit = hub.commit("org/base", family.base)
+        hub.commit("org/math", family.math)
+        recipe = recipe_of("org/base", "org/math", lewis={"calibrations": SETS})
+        plan = make_plan(recipe)
+        assert plan.inputs[0]["commit"] == commit
+        assert set(states(plan).values()) == {"to do"} and len(plan.layers) == 14
+        assert plan.seconds is None and "time    unknown until all models are here" in plan.to_text()
+        assert self.downloads(hub) == []
+        carry_out(recipe, merge=True)
+        assert len(self.downloads(hub)) == 2
+        assert set(states(make_plan(recipe)).values()) == {"cached"}
+        source = pipeline.pin("org/math", Path("/"))
+        weights = pipeline.download(source).folder / "model.safetensors"
+        blob = weights.resolve()
+        blob.write_bytes(blob.read_bytes()[:-1] + b"\0")
+        assert states(make_plan(recipe))["download org/math"] == "to do"  # a damaged file does not count
+        hub.commit("org/math", family.code)  # a release
+        after = states(make_plan(recipe))
+        assert (after["download org/base"], after["download org/math"], after["merge experts"]) == (
+            "cached",
+            "to do",
+            "to do",
+        )
+
+    def test_refuses_other_shapes_before_downloading_them(self, family: Family, hub: LocalHub, tmp_path: Path) -> None:
+        hub.commit("org/base", family.base)
+        hub.commit("org/wide", write_llama(tmp_path / "wide", hidden=32))
+        with pytest.raises(InputError, match=r"org/wide: '.*' has shape .*, in the base it is"):
+            make_plan(recipe_of("org/base", "org/wide", lewis={"calibrations": SETS}))
+        assert self.downloads(hub) == []
+
+    def test_a_filter_that_matches_nothing(self, family: Family, hub: LocalHub) -> None:
+        hub.commit("org/base", family.base)
+        hub.commit("org/math", family.math)
+        with pytest.raises(InputError, match=r"parameters.weight\[0\].filter: 'mpl' matches no tensor"):
+            make_plan(recipe_of("org/base", "org/math", parameters={"weight": [{"filter": "mpl", "value": 1}]}))
+        assert self.downloads(hub) == []
+
+    def test_a_repo_that_does_not_exist(self, family: Family, hub: LocalHub) -> None:
+        hub.commit("org/base", family.base)
+        with pytest.raises(InputError, match="org/mth"):
+            make_plan(recipe_of("org/base", "org/mth"))
+
+
+def test_the_store_is_left_as_it_was(family: Family, home: Path) -> None:
+    make_plan(recipe_of(family.base, family.math))
+    assert not (store.home() / "merged").exists()
