@@ -31,7 +31,7 @@ setup: .venv/.installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dev]'
 	@$(BIN)/python -m compileall -q lewis flows tasks
-	@$(BIN)/python -c 'import lewis.merging.kernels, lewis.inspection.loops' & loops=$$!; $(BIN)/python -W ignore -c 'import $(SLOW)' && wait $$loops
+	@$(BIN)/python -c 'import lewis.merging.engine.kernels, lewis.inspection.loops' & loops=$$!; $(BIN)/python -W ignore -c 'import $(SLOW)' && wait $$loops
 	@touch $@
 
 demo: setup

@@ -5,9 +5,10 @@ What is found in the store is not done again, and a run of the service finds wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis.devices import default_device
 from lewis.errors import RecipeError
@@ -18,7 +19,7 @@ from lewis.importance.step import ImportanceEntry
 from lewis.inspection.result import Inspection
 from lewis.inspection.step import inspect_recipe
 from lewis.merging.adapter import Adapter
-from lewis.merging.step import MergeInput, adapter_in, chosen_ridge, prepare_merge
+from lewis.merging.step import MergeInput, prepare_merge
 from lewis.models.source import download, pin
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
@@ -44,6 +45,7 @@ class Merged:
         digest: identity of the merge: of every input and parameter that decides a byte; 64 hex digits.
         size: bytes of its weights.
         mean_density: expert -> mean density of its covered weights; empty for a plain merge.
+        manifest: what `lewis.json` in the folder records, without the list of files.
         adapter: what an adapter holds and what error it leaves; None for a full model.
         ridge: what `ridge: auto` chose, as a sentence; else empty.
     """
@@ -52,6 +54,7 @@ class Merged:
     digest: str
     size: int
     mean_density: dict[str, float]
+    manifest: Mapping[str, Any]
     adapter: Adapter | None = None
     ridge: str = ""
 
@@ -100,17 +103,11 @@ def write(
     recipe: Recipe, given: MergeInput, prepared: Merge, folder: Path, *, max_shard_size: int, report: Report = silent
 ) -> Merged:
     """Run a prepared merge, and put the model card beside the weights."""
-    prepared.run(
-        folder,
-        max_shard_size=max_shard_size,
-        manifest=given.lineage(),
-        progress=lambda done, total, name: report(name, done, total),
-    )
-    write_card(folder, recipe, given.base, given.experts, given.allocated)
+    written = prepared.run(folder, max_shard_size=max_shard_size, manifest=given.lineage(), progress=report)
+    write_card(written, recipe, given.base, given.experts, given.allocated)
     means = dict(given.allocated.means) if given.allocated else {}
-    adapter = adapter_in(folder)
-    size = (folder / "adapter_model.safetensors").stat().st_size if adapter else prepared.size
-    return Merged(folder, prepared.digest, size, means, adapter, chosen_ridge(folder))
+    ridge = written.ridge.to_text() if written.ridge else ""
+    return Merged(written.folder, written.digest, written.size, means, written.manifest, written.adapter, ridge)
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:

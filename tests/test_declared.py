@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 OURS = {"lewis", "lewis_tasks", "lewis_flows", "tests"}
 OPTIONAL = {
     **{f"flows/lewis_flows/runners/{name}.py": name.partition("_")[0] for name in ("dask", "dask_worker", "ray")},
-    **{"lewis/models/gguf_file.py": "gguf", "lewis/models/gguf_folder.py": "gguf"},
+    "lewis/models/gguf.py": "gguf",
 }
 # Imported in the tests only by the Python of another environment, or from a folder that the test or the user makes.
 ELSEWHERE = {"mergekit", "programs", "bitsandbytes", "compressed_tensors"} | {

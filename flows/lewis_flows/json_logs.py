@@ -1,6 +1,6 @@
 """Logs as an object a line, for a collector of logs: `LEWIS_LOG_FORMAT=json`.
 
-    {"time": "2026-01-01T03:00:01.205+00:00", "level": "INFO", "logger": "lewis.models.hub", "line": "..."}
+    {"time": "2026-01-01T03:00:01.205+00:00", "level": "INFO", "logger": "lewis.models.hub.repository", "line": "..."}
 
 Beside these four, a line of a run has `flow_run` and `task_run` (their ids), and an error its traceback as `error`.
 `lewis up`, which prints the lines of several parts, adds `part`.

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from urllib.parse import quote
 
 from lewis.errors import InputError
-from lewis.models.pin import find_folder
-from lewis.models.source import parts_of
+from lewis.models.hub.pin import find_folder
+from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
 from lewis_tasks.support import events

@@ -26,6 +26,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from lewis.errors import LewisError, TransientError
+from lewis.models.source import commits_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
@@ -206,7 +207,7 @@ def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: dat
     resource = {"id": [release_event.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
     wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [release_event.EVENT]}, "resource": resource}
     events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the server gives 50 at most
-    commits = {move.new, *move.new.split("+")}  # of `base+adapter`, a webhook knows only the part that moved
+    commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
     return [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
 
 

@@ -1,17 +1,28 @@
 """Allocation: evidence about the layers of base and expert -> a density for every tensor."""
 
+from __future__ import annotations
+
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lewis.allocation.strategies import ALLOCATORS, target_of
-from lewis.importance.architecture import Layer
+from lewis.allocators import ALLOCATORS, Allocator, target_of
+from lewis.lazy_torch import torch
+from lewis.models.network.module_tree import Layer
 from lewis.recipe.schema import Density
 
 SEMANTICS = "5"  # bump when the same inputs would give other densities
 NEAR_UNIFORM = 0.02  # closer to uniform than this, an allocation guides nothing
+ROUNDING = 1e-9  # as far as this, another package's density may lie beyond a bound
+
+ScalesByTensor = Mapping[str, "torch.Tensor"]
+"""Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
+
+Densities = Mapping[str, float]
+"""Tensor name -> fraction of the task vector that is kept, in [0, 1]; names that are left out follow the recipe."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +61,20 @@ def allocate(
 
     Returns:
         Densities in [min, max] for covered tensors; with a budget, their weighted mean is exactly that.
+
+    Raises:
+        LewisError: naming the package whose allocator fails, or gives a layer no density within the bounds.
     """
     known = differences or {}
     reached = [layer for layer in layers if differences is None or known.get(layer.key) is not None]
     evidence = {layer.key: value for layer in reached if (value := known.get(layer.key)) is not None}
-    if policy.strategy == "uniform" or not reached:
-        of_layers = {layer.key: target_of(policy) for layer in reached}
-    else:
-        of_layers = ALLOCATORS[policy.strategy](reached, evidence, policy)
-        budget = policy.budget if policy.strategy not in ("owl", "dlp") else target_of(policy)
-        if budget is not None and policy.strategy != "global":
-            of_layers = _meet_budget(reached, policy, of_layers, budget)
+    allocator = ALLOCATORS.find(policy.strategy)
+    of_layers = _of_layers(allocator, reached, evidence, policy) if reached else {}
+    budget = target_of(policy) if allocator.keeps_mean else policy.budget
+    if reached and budget is not None and allocator.guides and not allocator.whole_elements:
+        of_layers = _meet_budget(reached, policy, of_layers, budget)
     densities = _of_tensors(reached, of_layers)
-    if policy.strategy == "global":
+    if allocator.whole_elements:
         sizes = Counter[str]()
         for layer in reached:
             sizes[layer.tensor] += layer.parameters
@@ -95,6 +107,32 @@ def distance_to_uniform(layers: Sequence[Layer], allocation: Allocation) -> floa
     moved = sum(abs(allocation.densities[x.tensor] - allocation.mean) * x.parameters for x in covered)
     kept = allocation.mean * sum(x.parameters for x in covered)
     return moved / (2 * kept) if kept else 0.0
+
+
+def fingerprint(scales: ScalesByTensor | None) -> str | None:
+    """SHA-256 of the names, shapes and bytes of the scales; None if there are none."""
+    if not scales:
+        return None
+    found = hashlib.sha256()
+    for name in sorted(scales):
+        found.update(f"{name}\0{list(scales[name].shape)}\0".encode() + scales[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+def _of_layers(
+    allocator: Allocator, layers: Sequence[Layer], evidence: Mapping[str, float], policy: Density
+) -> dict[str, float]:
+    with allocator.blamed("lewis.density.strategy"):
+        found = allocator(layers, evidence, policy)
+        if not allocator.origin:
+            return found
+        low, high = (policy.min, policy.max) if allocator.guides else (0.0, 1.0)
+        for layer in layers:
+            rho = found.get(layer.key)
+            if rho is None or not low - ROUNDING <= rho <= high + ROUNDING:
+                raise ValueError(f"{layer.key}: expected a density from {low:g} to {high:g}, got {rho}")
+            found[layer.key] = min(high, max(low, float(rho)))
+        return found
 
 
 def _of_tensors(layers: Sequence[Layer], of_layers: Mapping[str, float]) -> dict[str, float]:

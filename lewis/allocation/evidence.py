@@ -7,20 +7,89 @@ weighted by the activations of the expert: they need no pass over the base.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.importance.architecture import Covered
 from lewis.importance.measure import row_sums
 from lewis.lazy_torch import torch
+from lewis.models.layers.slices import in_place, slices_of
+from lewis.models.layers.stack import Restacked, layers_of
 from lewis.models.model import Model
+from lewis.models.names import layer_of
+from lewis.models.network.module_tree import Covered
+from lewis.recipe.config import MergeConfig
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
 UNRELATED = 0.3  # if every layer differs by more, relative to its norm, the base is hardly this expert's ancestor
 SAMPLE = 8  # number of tensors that this is judged by
 
 Norms = Mapping[str, float | None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InResult:
+    """An expert and its base under the result's names.
+
+    Attributes:
+        base, expert: opened; of the tensors that the expert goes into.
+        covered: of these tensors.
+    """
+
+    base: Model
+    expert: Model
+    covered: tuple[Covered, ...]
+
+    def of_base(self, measured: Mapping[str, T]) -> Mapping[str, T]:
+        """What was measured of the base, under the result's names.
+
+        Args:
+            measured: by tensors, or by keys of layers.
+        """
+        return _under_new_names(self.base, measured)
+
+    def of_expert(self, measured: Mapping[str, T]) -> Mapping[str, T]:
+        """What was measured of the expert; as `of_base`."""
+        return _under_new_names(self.expert, measured)
+
+
+def in_result(
+    config: MergeConfig, base: Model, experts: Mapping[str, Model], covered: Sequence[Covered]
+) -> dict[str, InResult]:
+    """Each expert as the result has its layers: as it is, unless slices put layers together anew.
+
+    Args:
+        config: the merge, whose slices are asked for.
+        base: the base.
+        experts: by their references.
+        covered: of the base.
+    """
+    if not is_stack(config, base, experts):
+        return {ref: InResult(base, model, tuple(covered)) for ref, model in experts.items()}
+    slices, ours = slices_of(config), str(config.base_model)
+    layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in {**experts, ours: base}.items()}
+    known, found = {each.tensor: each for each in covered}, {}
+    for ref, model in experts.items():
+        names: dict[str, dict[str, str]] = {ref: {}, ours: {}}
+        for each in slices:
+            if ref in each.starts:
+                for name in names:
+                    names[name] |= each.names(name, layers, layers[ours])
+        seen = Restacked(base, names[ours])
+        moved = tuple(_renamed(known[old], new) for new, old in seen.names.items() if old in known)
+        found[ref] = InResult(seen, Restacked(model, names[ref]), moved)
+    return found
+
+
+def is_stack(config: MergeConfig, base: Model, experts: Mapping[str, Model]) -> bool:
+    """Whether the result has other layers than the base."""
+    if not config.slices:
+        return False
+    models = {**experts, str(config.base_model): base}
+    return not in_place(config, {ref: layers_of(ref, [*m.tensors, *m.tied]).count for ref, m in models.items()})
 
 
 def norm_difference(base: Norms, expert: Norms) -> dict[str, float | None]:
@@ -107,3 +176,20 @@ def by_layer(values: torch.Tensor, covered: Covered) -> Iterator[np.ndarray]:
     axis = values.dim() - (1 if covered.transposed else 2)
     for rows in covered.rows:
         yield (values if rows is None else rows.take(values, axis)).reshape(-1).numpy()
+
+
+def _renamed(covered: Covered, tensor: str) -> Covered:
+    number = layer_of(tensor)
+    layers = [
+        replace(layer, tensor=tensor, index=layer.index if number is None else number) for layer in covered.layers
+    ]
+    return replace(covered, tensor=tensor, layers=tuple(layers))
+
+
+def _under_new_names(model: Model, measured: Mapping[str, T]) -> Mapping[str, T]:
+    if not isinstance(model, Restacked):
+        return measured
+    keys: dict[str, list[str]] = {}
+    for key in measured:
+        keys.setdefault(key.partition("[")[0], []).append(key)
+    return {new + key.removeprefix(old): measured[key] for new, old in model.names.items() for key in keys.get(old, ())}

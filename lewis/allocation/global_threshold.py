@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lewis.allocation.evidence import by_layer, task_vector
-from lewis.importance.architecture import Covered
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Covered
 
 _COARSE, _FINE = 1 << 15, 1 << 16  # a non-negative fp32 has 31 bits, and their order as whole numbers is its own
 

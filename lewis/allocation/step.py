@@ -4,30 +4,79 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from lewis import store
 from lewis.allocation import densities, evidence, global_threshold
-from lewis.allocation.aim import aim
-from lewis.allocation.densities import Allocation
-from lewis.allocation.in_result import InResult, in_result, is_stack
-from lewis.allocation.scales import ScalesByTensor
+from lewis.allocation.densities import Allocation, ScalesByTensor
+from lewis.allocation.evidence import InResult, in_result, is_stack
+from lewis.allocators import target_of
 from lewis.errors import InputError
-from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
+from lewis.models.model import Model
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
-from lewis.recipe.config import excluded
-from lewis.recipe.recipe import Recipe
-from lewis.recipe.schema import ModelEntry
+from lewis.recipe.config import MergeConfig, excluded
+from lewis.recipe.schema import Density
 from lewis.store import kinds
 from lewis.store.reference import JsonReference
 
 logger = logging.getLogger(__name__)
+
+
+class ExpertInput(NamedTuple):
+    """One expert.
+
+    Attributes:
+        ref: its reference in the recipe.
+        files: of the model.
+        calibration: the name of the calibration set that it was measured on; None if the experts are not measured.
+    """
+
+    ref: str
+    files: ModelFiles
+    calibration: str | None
+
+
+@dataclass(frozen=True)
+class AllocationInput:
+    """What decides the densities of all experts of a merge.
+
+    Attributes:
+        density: strategy, bounds and budget.
+        metric: `importance.metric` of the recipe: the evidence of an allocator that leaves it to the recipe.
+        prune_by: as in the recipe.
+        aim: whether the merged delta is held back by the activations of the base (`aim`).
+        config: the merge: its slices, what it excludes, and its parameters, which are only read for a warning.
+        base: files of the base.
+        experts: in the recipe's order.
+        measured: importance of base and experts on the sets that they need; empty if no model is measured.
+        runs_models: whether the merge runs a model. If not, layers of a model that transformers cannot build are found
+            by their names.
+    """
+
+    density: Density
+    metric: str
+    prune_by: Literal["magnitude", "activation"]
+    aim: bool
+    config: MergeConfig
+    base: ModelFiles
+    experts: tuple[ExpertInput, ...]
+    measured: tuple[ImportanceEntry, ...]
+    runs_models: bool
+
+    @property
+    def guides(self) -> bool:
+        """Whether layers can have different densities."""
+        return self.density.allocator.guides
+
+    def of(self, files: ModelFiles, calibration: str | None) -> ImportanceEntry:
+        """What was measured of a model on a calibration set."""
+        return next(each for each in self.measured if (each.ref, each.calibration) == (files.ref, calibration))
 
 
 class AllocationEntry(JsonReference):
@@ -60,102 +109,137 @@ class AllocationEntry(JsonReference):
         return {name: aim(torch.stack([s[name] for s in sets]).mean(dim=0).sqrt(), omega) for name in names}
 
 
-def allocate(
-    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
-) -> AllocationEntry:
-    """Densities of every expert, and of the uniform baseline.
+def aim(scale: torch.Tensor, omega: float) -> torch.Tensor:
+    """Activation-informed merging (arXiv 2502.02421): the factors 1 - (1 - omega) * scale_j / max scale.
+
+    It is no merge method but a step after any of them (`lewis.aim` in a recipe): the merged delta is multiplied by the
+    factor of its input channel, so that channels in which the base's activations are large change less.
 
     Args:
-        recipe: with a `lewis` block.
-        base: the base.
-        experts: in the order of `recipe.experts`.
-        measured: importance of base and experts on the sets they need; empty for `uniform`.
+        scale: fp32, not negative, broadcasts to the delta, as `Method.takes_scales` says: how large the base's
+            activations are in each input channel. The paper takes the mean of |x|; sqrt(mean x^2), which LEWIS measures
+            anyway, serves as well. Of stacked experts, shape (experts, ., .), each has a maximum of its own.
+        omega: in [0, 1]; what is left of the delta in the largest channel. 1 changes nothing.
+
+    Returns:
+        fp32, shape of `scale`.
     """
-    assert recipe.lewis is not None
-    policy = recipe.lewis.density
-    digest, path = _allocation_place(recipe, base, experts, measured)
-    with store.turn(kinds.ALLOCATIONS, digest):
+    top = scale.amax(dim=(1, 2), keepdim=True) if scale.dim() == 3 else scale.max()
+    return 1 - (1 - omega) * scale / torch.where(top > 0, top, 1.0)
+
+
+def digest(given: AllocationInput) -> str:
+    """The digest of all that decides the densities."""
+    config = given.config
+    policy = [given.prune_by, given.density.model_dump(), given.metric]
+    models = [[files.ref, files.key] for files in (given.base, *(expert.files for expert in given.experts))]
+    passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in given.measured)
+    # What few recipes have is added only where there is something, so that the digests of all others stay as they were.
+    more: list[object] = [sorted(config.exclude)] if config.exclude else []
+    more += [[[[s.model, *s.layer_range] for s in e.sources] for e in config.slices]] if config.slices else []
+    origin = given.density.allocator.origin
+    more += [{"allocator": origin}] if origin else []
+    return store.digest([densities.SEMANTICS, policy, models, passes, *more])
+
+
+def find_allocated(given: AllocationInput) -> AllocationEntry | None:
+    """The densities, if the store has them."""
+    key = digest(given)
+    path = kinds.ALLOCATIONS.path(key)
+    content = store.entry(path, "experts")
+    if content is None:
+        return None
+    own = {}
+    if given.prune_by == "activation":
+        own = {expert.files.ref: given.of(expert.files, expert.calibration) for expert in given.experts}
+    of_base = tuple(entry for entry in given.measured if entry.ref == given.base.ref) if given.aim else ()
+    means = {ref: fields["mean"] for ref, fields in content.items()}
+    stacked = bool(store.entry(path, "stacked"))
+    return AllocationEntry(digest=key, path=path, means=means, measured=own, base=of_base, stacked=stacked)
+
+
+def allocate(given: AllocationInput) -> AllocationEntry:
+    """Densities of every expert, and of the uniform baseline; found in the store or made once, under a lock.
+
+    Raises:
+        InputError: if `exclude` leaves no layer, or base and an expert were not measured on the same layers.
+        LewisError: naming the package whose allocator fails.
+    """
+    key = digest(given)
+    path = kinds.ALLOCATIONS.path(key)
+    with store.turn(kinds.ALLOCATIONS, key):
         if store.entry(path, "experts") is None:
-            opened = base.open()
-            covered, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)
-            models = {entry.model: files.open() for entry, files in zip(recipe.experts, experts, strict=True)}
-            stacked = is_stack(recipe, opened, models)
-            seen, layers, guided = in_result(recipe, opened, models, covered), {}, {}
-            warnings = list[str | None]()
-            for entry, files in zip(recipe.experts, experts, strict=True):
-                here = seen[entry.model]
-                left_out = excluded(recipe, here.base.tensors, here.base.tied)
-                here = replace(here, covered=tuple(each for each in here.covered if each.tensor not in left_out))
-                if not here.covered:
-                    raise InputError("exclude: it matches every covered layer; leave the lewis block out")
-                layers[files.ref] = [layer for each in here.covered for layer in each.layers]
-                names = [name for name in here.base.tensors if name not in left_out]
-                moved = _evidence(recipe, entry, base.ref, files.ref, measured, here)
-                own = densities.allocate(layers[files.ref], names, policy, moved)
-                tensors = [each.tensor for each in here.covered]
-                warnings.append(evidence.unrelated(files.ref, here.base, here.expert, tensors))
-                warnings.append(_near_uniform(recipe, files.ref, layers[files.ref], own))
-                guided[files.ref] = own
-            warnings.append(_rescaled(recipe, layers, guided))
-            uniform = {ref: densities.uniform_like(layers[ref], each) for ref, each in guided.items()}
-            named = {"experts": guided, "uniform": uniform}
-            content: dict[str, Any] = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
-            content |= {"stacked": True} if stacked else {}
-            store.write_entry(path, {**content, "warnings": list(filter(None, warnings))})
+            store.write_entry(path, _allocated(given))
     for text in store.entry(path, "warnings") or []:  # also of densities that were found
         logger.warning("%s", text)
-    found = find_allocated(recipe, base, experts, measured)
+    found = find_allocated(given)
     assert found is not None
     return found
 
 
-def layers_of_result(recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles]) -> list[Layer]:
+def layers_of_result(given: AllocationInput) -> list[Layer]:
     """The covered layers of the result, without those that the recipe excludes."""
-    opened = base.open()
-    covered, _ = covered_tensors(opened.home, opened.shapes, measured=recipe.runs_models)
-    models = {entry.model: files.open() for entry, files in zip(recipe.experts, experts, strict=True)}
-    seen = in_result(recipe, opened, models, covered)
+    seen = _in_result(given, *_opened(given))
     found = {layer.key: layer for here in seen.values() for each in here.covered for layer in each.layers}
-    return [layer for layer in found.values() if not recipe.excludes(layer.tensor)]
+    return [layer for layer in found.values() if not given.config.excludes(layer.tensor)]
 
 
-def _evidence(
-    recipe: Recipe,
-    entry: ModelEntry,
-    base: str,
-    expert: str,
-    measured: Sequence[ImportanceEntry],
-    here: InResult,
-) -> dict[str, float | None] | None:
+def _opened(given: AllocationInput) -> tuple[Model, dict[str, Model]]:
+    return given.base.open(), {expert.ref: expert.files.open() for expert in given.experts}
+
+
+def _in_result(given: AllocationInput, base: Model, experts: Mapping[str, Model]) -> dict[str, InResult]:
+    covered, _ = covered_tensors(base.home, base.shapes, measured=given.runs_models)
+    return in_result(given.config, base, experts, covered)
+
+
+def _allocated(given: AllocationInput) -> dict[str, Any]:
+    """The content of the entry."""
+    base, models = _opened(given)
+    seen = _in_result(given, base, models)
+    layers, guided, warnings = {}, {}, list[str | None]()
+    for expert in given.experts:
+        here, ref = seen[expert.ref], expert.files.ref
+        left_out = excluded(given.config, here.base.tensors, here.base.tied)
+        here = replace(here, covered=tuple(each for each in here.covered if each.tensor not in left_out))
+        if not here.covered:
+            raise InputError("exclude: it matches every covered layer; leave the lewis block out")
+        layers[ref] = [layer for each in here.covered for layer in each.layers]
+        names = [name for name in here.base.tensors if name not in left_out]
+        guided[ref] = densities.allocate(layers[ref], names, given.density, _evidence(given, expert, here))
+        tensors = [each.tensor for each in here.covered]
+        warnings.append(evidence.unrelated(ref, here.base, here.expert, tensors))
+        warnings.append(_near_uniform(given, ref, layers[ref], guided[ref]))
+    warnings.append(_rescaled(given, layers, guided))
+    uniform = {ref: densities.uniform_like(layers[ref], each) for ref, each in guided.items()}
+    named = {"experts": guided, "uniform": uniform}
+    content: dict[str, Any] = {w: {ref: a.to_json() for ref, a in group.items()} for w, group in named.items()}
+    content |= {"stacked": True} if is_stack(given.config, base, models) else {}
+    return {**content, "warnings": list(filter(None, warnings))}
+
+
+def _evidence(given: AllocationInput, expert: ExpertInput, here: InResult) -> dict[str, float | None] | None:
     """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
-    assert recipe.lewis is not None
-    policy = recipe.lewis.density
-    if not recipe.measures:
+    if expert.calibration is None:
         return None
-    name = recipe.calibration_of(entry)
-    found = _by_model(measured)
-    if policy.strategy in ("uniform", "depth_gradient"):  # they need to know only what no token reached
-        return {key: None if norm is None else 1.0 for key, norm in here.of_expert(found[expert, name].norms).items()}
-    if recipe.compares_norms:
-        of_base, of_expert = here.of_base(found[base, name].norms), here.of_expert(found[expert, name].norms)
-        return evidence.norm_difference(of_base, of_expert)
-    moments = here.of_expert(found[expert, name].moments)
-    if policy.strategy == "global":
-        target = densities.target_of(policy)
-        bounds = {"target": target, "low": policy.min, "high": policy.max}
+    of_expert = given.of(expert.files, expert.calibration)
+    wanted = given.density.allocator.evidence_by(given.metric)
+    if wanted == "nothing":  # but it has to know what no token reached
+        return {key: None if norm is None else 1.0 for key, norm in here.of_expert(of_expert.norms).items()}
+    if wanted == "norm_difference":
+        of_base = given.of(given.base, expert.calibration)
+        return evidence.norm_difference(here.of_base(of_base.norms), here.of_expert(of_expert.norms))
+    moments = here.of_expert(of_expert.moments)
+    if wanted == "threshold":
+        policy = given.density
+        bounds = {"target": target_of(policy), "low": policy.min, "high": policy.max}
         return global_threshold.shares(here.base, here.expert, here.covered, moments, **bounds)
-    metric = {"owl": "outlier", "dlp": "median"}.get(policy.strategy, recipe.lewis.importance.metric)
-    return evidence.of_task_vector(metric, here.base, here.expert, here.covered, moments)
+    return evidence.of_task_vector(wanted, here.base, here.expert, here.covered, moments)
 
 
-def _by_model(measured: Sequence[ImportanceEntry]) -> dict[tuple[str, str], ImportanceEntry]:
-    """(reference of a model, calibration set) -> what was measured."""
-    return {(each.ref, each.calibration): each for each in measured}
-
-
-def _near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allocation) -> str | None:
+def _near_uniform(given: AllocationInput, ref: str, layers: Sequence[Layer], found: Allocation) -> str | None:
     distance = densities.distance_to_uniform(layers, found)
-    if not recipe.guided or distance >= densities.NEAR_UNIFORM:
+    if not given.guides or distance >= densities.NEAR_UNIFORM:
         return None
     return (
         f"{ref}: the densities are within {100 * distance:.1f} % of uniform {found.mean:.3f}: this allocation guides "
@@ -163,50 +247,19 @@ def _near_uniform(recipe: Recipe, ref: str, layers: Sequence[Layer], found: Allo
     )
 
 
-def _rescaled(recipe: Recipe, layers: Mapping[str, Sequence[Layer]], found: Mapping[str, Allocation]) -> str | None:
-    rescale = find(recipe.guided_method).parameters.get("rescale")
-    value = recipe.anchor_value if recipe.anchor else recipe.value
+def _rescaled(
+    given: AllocationInput, layers: Mapping[str, Sequence[Layer]], found: Mapping[str, Allocation]
+) -> str | None:
+    config = given.config
+    rescale = find(config.guided_method).parameters.get("rescale")
+    value = config.anchor_value if config.anchor else config.value
     distances = [densities.distance_to_uniform(layers[ref], each) for ref, each in found.items()]
     first = next((each[0].tensor for each in layers.values() if each), "")
     uneven = max(distances) >= densities.NEAR_UNIFORM
-    if not (recipe.guided and uneven and rescale and value(rescale, None, first, 0.0)):
+    if not (given.guides and uneven and rescale and value(rescale, None, first, 0.0)):
         return None
     return (
-        f"{recipe.guided_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
+        f"{config.guided_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
         "scaled up most: in our study uneven densities did such merges more harm than good; compare with the uniform "
         "baseline, or set parameters.rescale: false"
     )
-
-
-def find_allocated(
-    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
-) -> AllocationEntry | None:
-    """The densities, if the store has them."""
-    digest, path = _allocation_place(recipe, base, experts, measured)
-    content = store.entry(path, "experts")
-    if content is None:
-        return None
-    assert recipe.lewis is not None
-    own, of_base = {}, list[ImportanceEntry]()
-    if recipe.lewis.prune_by == "activation":
-        found = _by_model(measured)
-        pairs = zip(recipe.experts, experts, strict=True)
-        own = {files.ref: found[files.ref, recipe.calibration_of(entry)] for entry, files in pairs}
-    if recipe.lewis.aim is not None:
-        of_base = [entry for entry in measured if entry.ref == base.ref]
-    means = {ref: fields["mean"] for ref, fields in content.items()}
-    stacked = bool(store.entry(path, "stacked"))
-    return AllocationEntry(digest=digest, path=path, means=means, measured=own, base=tuple(of_base), stacked=stacked)
-
-
-def _allocation_place(
-    recipe: Recipe, base: ModelFiles, experts: Sequence[ModelFiles], measured: Sequence[ImportanceEntry]
-) -> tuple[str, Path]:
-    assert recipe.lewis is not None
-    policy = [recipe.lewis.prune_by, recipe.lewis.density.model_dump(), recipe.lewis.importance.metric]
-    models = [[files.ref, files.key] for files in (base, *experts)]
-    passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in measured)
-    left_out: list[object] = [sorted(recipe.exclude)] if recipe.exclude else []
-    left_out += [[[[s.model, *s.layer_range] for s in e.sources] for e in recipe.slices]] if recipe.slices else []
-    digest = store.digest([densities.SEMANTICS, policy, models, passes, *left_out])
-    return digest, kinds.ALLOCATIONS.path(digest)

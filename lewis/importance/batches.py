@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from lewis.errors import LewisError
-from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
+from lewis.models.network.module_tree import Network
 
 TOKENS_PER_BATCH = 4096
 _TOKENS_OF_A_BATCH = 100  # the fixed cost of a batch, in tokens: less on a CPU, more on a GPU

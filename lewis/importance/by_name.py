@@ -8,10 +8,10 @@ from math import prod
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.importance.architecture import Covered, Layer
 from lewis.importance.measure import network_in
 from lewis.importance.uncovered import uncovered
 from lewis.models.names import PER_TOKEN, layer_of
+from lewis.models.network.module_tree import Covered, Layer
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from lewis.input_files import check_regular
 from lewis.models.config import needs_code
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import kinds
-from lewis.store.manifest import remembered_sha256
+from lewis.store.checksums import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids
@@ -210,7 +210,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
             )
         arguments["data_files"] = paths
     if repo not in ("json", "parquet"):
-        from lewis.models.hub import resolve_dataset
+        from lewis.models.hub.repository import resolve_dataset
 
         arguments["revision"] = resolve_dataset(repo, revision or None)
     return arguments

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lewis.devices import one_thread
-from lewis.importance.architecture import Network
 from lewis.importance.grams import tokens_per_pass
-from lewis.importance.model_class import input_embeddings
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.gram import packed_length
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, keeps_rows
+from lewis.models.network.module_tree import Network
+from lewis.models.network.network_class import input_embeddings
 
 
 def operations_per_second() -> float:

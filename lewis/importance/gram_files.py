@@ -22,7 +22,7 @@ from lewis.importance.collected import Collected
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
-from lewis.models.safetensors_file import TensorFile, write_file
+from lewis.models.files.safetensors_file import TensorFile, write_file
 
 SEMANTICS = "4"  # bump when the same inputs would give other statistics
 _ENDING, _SQUARES, _HEADER = ".safetensors", ".squares.safetensors", "statistics"

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance import gram_files
-from lewis.importance.architecture import Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.collected import Collected
 from lewis.importance.gram_files import Grams
@@ -31,6 +30,7 @@ from lewis.importance.passes import Pass, Watched, of_expert
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Network
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights

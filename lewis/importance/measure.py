@@ -1,6 +1,6 @@
 """Importance: the activation-weighted norm of every covered layer of one model.
 
-Covered are the projections in the repeated blocks, as `lewis.importance.architecture` finds them. Everything else
+Covered are the projections in the repeated blocks, as `lewis.models.network.module_tree` finds them. Everything else
 (embeddings, norms, head, biases) is left to the recipe's `uncovered` policy.
 """
 
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
-from lewis.importance.architecture import Covered, Layer, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measured import Measured
-from lewis.importance.model_class import input_embeddings
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Covered, Layer, Network
+from lewis.models.network.network_class import input_embeddings
 from lewis.recipe.schema import Importance
 
 if TYPE_CHECKING:

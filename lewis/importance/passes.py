@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from lewis.importance.architecture import Network
 from lewis.importance.stepping import Stepping, wait_at
 from lewis.lazy_torch import nn, torch
+from lewis.models.network.module_tree import Network
 
 
 @dataclass(eq=False)

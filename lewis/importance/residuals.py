@@ -16,9 +16,9 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from lewis.errors import InputError
-from lewis.importance.architecture import Network
 from lewis.importance.streaming import forward
 from lewis.lazy_torch import nn, torch
+from lewis.models.network.module_tree import Network
 
 logger = logging.getLogger(__name__)
 _ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lewis.errors import LewisError
-from lewis.importance.architecture import Network
+from lewis.models.network.module_tree import Network
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
 

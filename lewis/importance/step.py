@@ -18,7 +18,6 @@ from lewis.devices import precision
 from lewis.importance import calibration
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
-from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
@@ -27,11 +26,12 @@ from lewis.importance.measured import Measured
 from lewis.importance.uncovered import told
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.recipe.schema import CalibrationSet, Importance
 from lewis.store import kinds, manifest
-from lewis.store.manifest import place_of
+from lewis.store.checksums import place_of
 from lewis.store.reference import JsonReference, Reference
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from greenlet import greenlet
 from torch import nn
 
 from lewis.errors import InputError, LewisError
-from lewis.importance.architecture import Network
 from lewis.importance.stepping import wait_at
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
+from lewis.models.network.module_tree import Network
 
 _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 
-from lewis.importance.architecture import Network
 from lewis.lazy_torch import nn
 from lewis.models.names import PER_TOKEN
+from lewis.models.network.module_tree import Network
 
 TOLD = 0.001  # of the parameters; what is less is not told
 

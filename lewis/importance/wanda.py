@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lewis.errors import InputError
-from lewis.importance.architecture import Network
 from lewis.importance.second_moments import SecondMoments
+from lewis.models.network.module_tree import Network
 
 
 class PruneAfter:

@@ -13,11 +13,11 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.inspection.kinds import Finding
-from lewis.models import hub
 from lewis.models.chat_template import template_in
+from lewis.models.files.safetensors_file import Headers, file_headers
+from lewis.models.hub import repository
 from lewis.models.names import HEADS
 from lewis.models.quantised.headers import dequantised
-from lewis.models.safetensors_file import Headers, file_headers
 from lewis.models.source import ModelFiles, Source
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
 
@@ -51,9 +51,9 @@ class Described:
     @classmethod
     def pinned(cls, source: Source) -> Described:
         """Fetch configs and tokenizer of a pinned model, and read the headers of its weights."""
-        home = hub.fetch(source.model, weights=False)
-        own = hub.fetch(source.adapter, weights=False) if source.adapter else home
-        return cls._at(source.ref, source.key, home, own, hub.tensor_headers(source.model))
+        home = repository.fetch(source.model, weights=False)
+        own = repository.fetch(source.adapter, weights=False) if source.adapter else home
+        return cls._at(source.ref, source.key, home, own, repository.tensor_headers(source.model))
 
     @classmethod
     def on_disk(cls, files: ModelFiles) -> Described:

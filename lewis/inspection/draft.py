@@ -15,12 +15,12 @@ from lewis.input_files import read_json, read_text
 from lewis.inspection import step
 from lewis.inspection.kinds import Finding
 from lewis.inspection.topics import GENERAL, Topic, topic_of
-from lewis.models import hub
 from lewis.models.chat_template import template_in
 from lewis.models.compatible import preflight
 from lewis.models.config import read_config
-from lewis.models.pin import find_folder
-from lewis.models.source import Source, pin
+from lewis.models.hub import repository
+from lewis.models.hub.pin import find_folder
+from lewis.models.source import Source, pin, short_name
 from lewis.recipe import yaml_limits
 from lewis.recipe.recipe import Recipe
 from lewis.reports.card import FRONT_MATTER, NAME
@@ -61,7 +61,7 @@ def draft(base: str, experts: Sequence[str], file: Path) -> Draft:
     refs = [_placed(each, root) for each in (base, *experts)]
     first = pin(refs[0], root)
     others = [pin(ref, root, first) for ref in refs[1:]]
-    topics = {source.ref: topic_of(*_told(source)) for source in others}
+    topics = {source.ref: topic_of(*_told(source, root)) for source in others}
     tasks = tuple(dict.fromkeys(topic.task for topic in topics.values() if topic.task)) or (GENERAL.task,)
     text = _compose(first, topics, tasks, file.stem)
     recipe = Recipe.parse(text, root=root, name=file.stem)
@@ -79,17 +79,16 @@ def _placed(ref: str, root: Path) -> str:
     return f"./{folder.relative_to(root)}" if folder.is_relative_to(root) else str(folder)
 
 
-def _told(source: Source) -> list[str]:
+def _told(source: Source, root: Path) -> list[str]:
     """What tells an expert's topic: its name, then the datasets and tags of its model card, where that is here."""
     pinned = source.adapter or source.model
-    name = source.ref.rpartition("+")[2].rstrip("/").rpartition("/")[2]
     try:
-        found = FRONT_MATTER.match(read_text(hub.fetch(pinned, weights=False) / NAME, yaml_limits.MAX_BYTES))
+        found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_limits.MAX_BYTES))
         card = yaml_limits.load(found[1], NAME) if found else {}
     except (OSError, InputError):
         card = {}
     stated = card if isinstance(card, dict) else {}
-    return [name, json.dumps(stated.get("datasets")), json.dumps(stated.get("tags"))]
+    return [short_name(source.ref, root), json.dumps(stated.get("datasets")), json.dumps(stated.get("tags"))]
 
 
 def _end(folder: Path) -> str:
@@ -102,7 +101,7 @@ def _end(folder: Path) -> str:
 
 
 def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], name: str) -> str:
-    folder = hub.fetch(base.model, weights=False)
+    folder = repository.fetch(base.model, weights=False)
     config = read_config(folder)
     dtype = config.get("dtype") or config.get("torch_dtype")
     dtype = dtype if dtype in ("float32", "float16", "bfloat16") else "bfloat16"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lewis.inspection.kinds import Finding
@@ -23,11 +24,13 @@ class Inspection:
         refs: of the models that were measured, the base first; those that do not fit are only in the findings.
         findings: errors first.
         measures: of the weights, in the order of `refs`; an expert of the same content as another is measured once.
+        root: where relative folders in `refs` start (the recipe's folder).
     """
 
     refs: tuple[str, ...]
     findings: tuple[Finding, ...]
     measures: Measures
+    root: Path
 
     @property
     def errors(self) -> list[Finding]:
@@ -49,7 +52,7 @@ class Inspection:
     def rows(self) -> list[dict[str, str]]:
         """A row for each expert, for a table."""
         rows = []
-        for i, name in enumerate(self._names[1:], 1):
+        for i, name in enumerate(self.names[1:], 1):
             row = {
                 "model": name,
                 "size": f"{self.measures.size(i):.3g}",
@@ -66,7 +69,7 @@ class Inspection:
         experts = range(1, len(self.refs))
         return [
             {
-                "models": f"{self._names[i]} and {self._names[j]}",
+                "models": f"{self.names[i]} and {self.names[j]}",
                 "cosine": f"{self.measures.between(i, j):.3f}",
                 "opposite signs": f"{self.measures.conflict(i, j):.1%}",
             }
@@ -109,8 +112,9 @@ class Inspection:
         return "\n".join(lines)
 
     @property
-    def _names(self) -> list[str]:
-        return ["base", *short_names(self.refs[1:])]
+    def names(self) -> list[str]:
+        """What tables and pictures call the models, in the order of `refs`."""
+        return ["base", *short_names(self.refs[1:], self.root)]
 
 
 def bars(values: Sequence[float]) -> str:

@@ -16,13 +16,13 @@ from lewis.inspection.kinds import Finding
 from lewis.inspection.measures import SEMANTICS, Measures, measure
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
-from lewis.merging.resolved import stored_dtype
+from lewis.merging.settings import stored_dtype
 from lewis.methods import find
 from lewis.models.compatible import check_compatible, preflight
+from lewis.models.layers.stack import other_depth
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source, download, pin, pin_all
-from lewis.models.stack import other_depth
 from lewis.recipe.config import excluded
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
@@ -72,7 +72,7 @@ def inspect_recipe(
             refused.append(Finding("no fit", source.ref, str(error)))
     candidates, known = [download(each) for each in others], before_download(recipe, base, sources)
     found = inspect(recipe, download(first), fitting, candidates, progress, known=known)
-    return Inspection(found.refs, tuple(_errors_first([*refused, *found.findings])), found.measures)
+    return Inspection(found.refs, tuple(_errors_first([*refused, *found.findings])), found.measures, recipe.root)
 
 
 def before_download(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[Finding]:
@@ -149,7 +149,7 @@ def inspect(
         candidates=len(more),
         result=stored_dtype(recipe),
     )
-    return Inspection(tuple(refs[: len(chosen)]), tuple(_errors_first(findings)), measures)
+    return Inspection(tuple(refs[: len(chosen)]), tuple(_errors_first(findings)), measures, recipe.root)
 
 
 def measured(

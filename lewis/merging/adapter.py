@@ -1,8 +1,14 @@
-"""What an adapter holds of a merge, and what error it leaves."""
+"""What a LoRA adapter holds of a merge: the best low-rank factors of each delta, and what error they leave."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from lewis.lazy_torch import torch
+from lewis.models.names import PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,73 @@ class Found:
             worst=worst,
             worst_error=self.errors.get(worst, 0.0),
         )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A delta of shape (out, in) as `b @ a`, and what that leaves out.
+
+    Attributes:
+        a: fp32 (rank, in); its rows have length 1.
+        b: fp32 (out, rank); the lengths of its columns are the singular values.
+        left: Frobenius norm of `delta - b @ a`, rounding of the factors included.
+        norm: Frobenius norm of the delta.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    left: float
+    norm: float
+
+
+def sides(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
+    """The smaller and the larger side of each tensor that an adapter holds as factors, as far as shapes show."""
+    found = [shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(PER_TOKEN)]
+    return [(min(shape), max(shape)) for shape in found]
+
+
+def factor_bytes(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> int:
+    """Bytes of an adapter's factors at most, as far as shapes show; without the modules that it saves whole.
+
+    Args:
+        shapes: tensor -> shape, of the tensors that are merged.
+        rank: the largest rank; None: no limit.
+    """
+    return sum(4 * min(rank or small, small) * (small + large) for small, large in sides(shapes))
+
+
+def factorise(delta: torch.Tensor, rank: int | None, tolerance: float | None) -> Factors:
+    """Truncate the singular value decomposition of a delta (Eckart and Young: no factors of this rank are closer).
+
+    The singular vectors of the smaller side are the eigenvectors of its Gram matrix, in fp64: singular values down to
+    1e-8 of the largest come out, less than what fp32 weights resolve. Call it single-threaded for the same bytes on
+    every number of threads.
+
+    Args:
+        delta: fp32 (out, in), not all 0.
+        rank: the largest rank; None: no limit.
+        tolerance: the smallest rank is taken whose `left` is at most this share of `norm`; None: `rank`.
+    """
+    exact = delta.double()
+    outputs, inputs = exact.shape
+    tall = outputs >= inputs
+    values, vectors = torch.linalg.eigh(exact.T @ exact if tall else exact @ exact.T)  # ascending
+    values, vectors = values.clamp_(min=0).flip(0), vectors.flip(1)
+    kept = min(rank or len(values), len(values))
+    if tolerance is not None:
+        left = values.flip(0).cumsum(0).flip(0)  # left[k]: the squared error of rank k
+        within = int((left > tolerance**2 * values.sum()).sum())
+        kept = min(kept, max(within, 1))
+    vectors = vectors[:, :kept]
+    # An eigenvector has no sign of its own: its largest element is made positive.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+    if tall:
+        a, b = vectors.T, exact @ vectors
+    else:
+        a = vectors.T @ exact
+        lengths = a.norm(dim=1, keepdim=True)
+        a, b = a / torch.where(lengths > 0, lengths, 1.0), vectors * lengths.T
+    a, b = a.float().contiguous(), b.float().contiguous()
+    norm = float(exact.norm())
+    return Factors(a, b, float(exact.addmm_(b.double(), a.double(), alpha=-1).norm()), norm)

@@ -9,38 +9,45 @@ from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.methods import find
 from lewis.models.source import Source
+from lewis.recipe.config import MergeConfig
 from lewis.recipe.dialect import as_recipe
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Lewis
 
 _OURS = ("lewis", "evaluate", "register", "publish", "search", "seed", "output")
 
 
-def check_exportable(recipe: Recipe) -> None:
-    """Raise InputError if mergekit does not know the method, or cannot do what the recipe asks for."""
-    if recipe.slices:
+def check_exportable(config: MergeConfig, guide: Lewis | None) -> None:
+    """Raise InputError if mergekit does not know the method, or cannot do what the config or the guide asks for."""
+    if config.slices:
         raise InputError(
             "slices: export writes `models`, with densities by the names of their tensors; without the blocks that "
             "mergekit lacks, a recipe with slices is a config of mergekit as it is"
         )
-    if recipe.lewis is not None and recipe.lewis.prune_by == "activation":
+    if guide is not None and guide.prune_by == "activation":
         raise InputError(
             "lewis.prune_by: mergekit keeps elements by magnitude, it cannot prune by activation; merge with LEWIS, or "
             "export with --set lewis.prune_by=magnitude, which is another merge"
         )
-    if recipe.lewis is not None and recipe.lewis.aim is not None:
+    if guide is not None and guide.aim is not None:
         raise InputError("lewis.aim: mergekit has nothing like it; this recipe runs in LEWIS only")
-    if recipe.output.kind != "full":
+    if config.output.kind != "full":
         raise InputError("output.kind: mergekit writes full models; use full (--set output=null)")
-    if recipe.exclude:
+    if config.exclude:
         raise InputError("exclude: mergekit has nothing like it; this recipe runs in LEWIS only")
-    if not find(recipe.merge_method).in_mergekit:
+    method = find(config.merge_method)
+    if method.origin or not method.in_mergekit:
         raise InputError(
-            f"merge_method: mergekit has no method {recipe.merge_method!r}; this recipe runs in LEWIS only"
+            f"merge_method: mergekit has no method {config.merge_method!r}; this recipe runs in LEWIS only"
         )
 
 
 def to_mergekit(
-    recipe: Recipe, base: Source | None, experts: Sequence[Source], allocations: Mapping[str, Allocation]
+    text: str,
+    config: MergeConfig,
+    guide: Lewis | None,
+    base: Source | None,
+    experts: Sequence[Source],
+    allocations: Mapping[str, Allocation],
 ) -> str:
     """Write the config that makes mergekit do this merge.
 
@@ -48,25 +55,25 @@ def to_mergekit(
     so longer names come first.
 
     Args:
-        recipe: the recipe.
-        base, experts: as pinned, experts in the order of `recipe.experts`.
+        text: the recipe, as YAML.
+        config: its merge part.
+        guide: its `lewis` block.
+        base, experts: as pinned, experts in the order of `config.experts`.
         allocations: expert -> densities; empty for a plain merge.
 
     Returns:
         YAML.
 
     Raises:
-        InputError: as `check_exportable`.
+        InputError: as `check_exportable`, or if an expert is an adapter on an adapter.
     """
-    check_exportable(recipe)
-    data: dict[str, Any] = {
-        key: value for key, value in as_recipe(yaml.safe_load(recipe.text)).items() if key not in _OURS
-    }
-    names = {entry.model: _pinned_name(source) for entry, source in zip(recipe.experts, experts, strict=True)}
-    if base is not None and recipe.base_model is not None:
-        names[recipe.base_model] = data["base_model"] = _pinned_name(base)
+    check_exportable(config, guide)
+    data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key not in _OURS}
+    names = {entry.model: _pinned_name(source) for entry, source in zip(config.experts, experts, strict=True)}
+    if base is not None and config.base_model is not None:
+        names[config.base_model] = data["base_model"] = _pinned_name(base)
     written = []
-    for entry, raw in zip(recipe.models, data["models"], strict=True):
+    for entry, raw in zip(config.models, data["models"], strict=True):
         block = {key: value for key, value in raw.items() if key != "calibration"}
         block["model"] = names[entry.model]
         allocated = allocations.get(entry.model)
@@ -101,4 +108,6 @@ def _pinned_name(source: Source) -> str:
     if source.under:
         raise InputError(f"{source.ref}: mergekit puts one adapter on a model; merge the first ones into it before")
     parts = (source.model, *source.adapters)
+    if plus := next((part.source for part in parts if "+" in part.source), None):
+        raise InputError(f"{plus}: mergekit takes a + in a name for the start of an adapter's; rename the folder")
     return "+".join(part.source if part.is_local else f"{part.source}@{part.commit}" for part in parts)

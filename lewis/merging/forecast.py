@@ -18,12 +18,12 @@ from lewis.importance.effort import bytes_of, operations_per_second, share_of_to
 from lewis.importance.measure import network_of
 from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merging.in_torch import PIECE, is_computed, is_whole
-from lewis.merging.low_rank import factorise, sides
+from lewis.merging.adapter import factorise, sides
+from lewis.merging.engine.in_torch import PIECE, is_computed, is_whole
 from lewis.merging.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
-from lewis.models.writer import CheckpointWriter
+from lewis.models.files.writer import CheckpointWriter
 
 _WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large
@@ -91,10 +91,10 @@ def _of_fit(merge: Merge) -> Forecast:
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
     """
-    from lewis.merging.fit import TOKENS_PER_PASS, beside_output, in_order, rests
-    from lewis.merging.held_out import LOGITS
-    from lewis.merging.spill import IN_MEMORY
-    from lewis.merging.stacked_fit import stacks_of
+    from lewis.merging.fitting.fit import TOKENS_PER_PASS, extra_disk_bytes, in_order, paused_bytes
+    from lewis.merging.fitting.ridge import LOGITS
+    from lewis.merging.fitting.spill import IN_MEMORY
+    from lewis.merging.fitting.stacked_fit import stacks_of
 
     network = network_of(merge.base)
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
@@ -113,10 +113,10 @@ def _of_fit(merge: Merge) -> Forecast:
         weights += int(network.empty(name).numel() * share_of_tokens(network, name))
     if stacked:
         solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
-    resting = rests(merge, network)
-    held = 4 * (merge.tunes * merge.threads * 2 * LOGITS + solving) + (resting if resting <= IN_MEMORY else 0)
+    paused = paused_bytes(merge, network)
+    held = 4 * (merge.tunes * merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
-    return Forecast(seconds, 450_000_000 + held, beside_output(merge, network, resting))
+    return Forecast(seconds, 450_000_000 + held, extra_disk_bytes(merge, network, paused))
 
 
 def _of_static_fit(merge: Merge) -> Forecast:

@@ -18,40 +18,41 @@ from typing import Any
 from lewis import store
 from lewis.devices import one_thread
 from lewis.errors import InputError
-from lewis.importance.architecture import Network
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
-from lewis.merging.adapter import Adapter, Found
-from lewis.merging.fitted import Fitted
-from lewis.merging.low_rank import factorise
+from lewis.merging.adapter import Adapter, Found, factorise
+from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
-from lewis.models.files import SINGLE
-from lewis.models.lora import WEIGHTS
-from lewis.models.lora_config import CONFIG
-from lewis.models.writer import CheckpointWriter
+from lewis.models.files.folder import SINGLE
+from lewis.models.files.writer import CheckpointWriter
+from lewis.models.lora.config import CONFIG
+from lewis.models.lora.expert import WEIGHTS
+from lewis.models.network.module_tree import Network
 
 _PREFIX = "base_model.model."
 _NONE = "dummy-target-modules"  # PEFT's word for no module at all, where it takes no empty list
 _PART = 1 << 20  # elements of a temporary tensor
 _FACTORS = ".factors"  # folder of what waits for the adapter file
 
+Merged = Callable[[str], torch.Tensor]
+"""Gives a merged tensor by its name, in fp32."""
+
 
 class AdapterWriter:
     """Makes the adapter of one merge."""
 
-    def __init__(self, merge: Prepared, merged: Callable[[str], torch.Tensor], report: Callable[[str], None]) -> None:
+    def __init__(self, merge: Prepared, report: Callable[[str], None]) -> None:
         """Find the module of each merged tensor.
 
         Args:
             merge: whose output is an adapter.
-            merged: gives a merged tensor, in fp32.
             report: called with the name of each tensor when it is done, one call at a time, in any thread.
 
         Raises:
             InputError: if transformers cannot build the base.
         """
-        self._merge, self._merged = merge, merged
+        self._merge = merge
         # Prefect's progress looks up the task that is running in the caller's context, which other threads do not have.
         context = copy_context()
         self._report: Callable[[str], None] = lambda name: context.run(report, name)
@@ -72,8 +73,11 @@ class AdapterWriter:
         shapes = [self._merge.base.tensors[name].shape for name in self._places if self._kind(name) == "factored"]
         return sum(2 * 4 * min(self._output.rank or 0, *shape) * sum(shape) for shape in shapes)
 
-    def check(self) -> None:
+    def check(self, merged: Merged) -> None:
         """Check the tensors that an adapter cannot hold, such as norms: they must not have moved.
+
+        Args:
+            merged: gives the merged tensors.
 
         Raises:
             InputError: naming a tensor that has moved, or has moved by more than the tolerance.
@@ -81,14 +85,18 @@ class AdapterWriter:
         with one_thread():
             for name in self._places:
                 if self._kind(name) == "unheld":
-                    self._leave_out(name)
+                    self._leave_out(name, merged)
 
-    def write(self, folder: Path, threads: int | None = None) -> Adapter:
+    def write(self, folder: Path, merged: Merged, threads: int | None = None) -> tuple[Adapter, str]:
         """Write `adapter_config.json` and `adapter_model.safetensors`; after `check`.
 
         Args:
             folder: where to.
+            merged: gives the merged tensors.
             threads: by default one per core; any number gives the same bytes.
+
+        Returns:
+            What the adapter holds, and the SHA-256 of its weights.
 
         Raises:
             InputError: if the merge changes nothing.
@@ -96,8 +104,8 @@ class AdapterWriter:
         """
         factors = Fitted(folder / _FACTORS)
         kinds = {name: self._kind(name) for name in self._places}
-        jobs = [partial(self._factorise, name, factors) for name, kind in kinds.items() if kind == "factored"]
-        jobs += [partial(self._compare, name) for name, kind in kinds.items() if kind == "whole"]
+        jobs = [partial(self._factorise, name, factors, merged) for name, kind in kinds.items() if kind == "factored"]
+        jobs += [partial(self._compare, name, merged) for name, kind in kinds.items() if kind == "whole"]
         for name in self._merge.layout.keys() - {name for name, kind in kinds.items() if kind != "unheld"}:
             self._report(name)  # looked at by `check`, or excluded
         with Workers(threads) as workers:
@@ -111,13 +119,13 @@ class AdapterWriter:
         size = 1 + sum(4 * math.prod(shape) for shape in shapes.values())
         with CheckpointWriter(folder, layout, size) as writer:
             for key in writer.names:
-                writer.write(key, factors.read(key) if key in factors else self._merged(saved[key]).float())
+                writer.write(key, factors.read(key) if key in factors else merged(saved[key]).float())
                 writer.finish(key)
         (folder / SINGLE).rename(folder / WEIGHTS)
         store.discard(factors.folder)
         adapter = found.adapter()
         store.write_json(folder / CONFIG, self._config(adapter))
-        return adapter
+        return adapter, writer.checksums[SINGLE]
 
     def _kind(self, name: str) -> str:
         """How an adapter holds a tensor: `linear` as factors, `whole` for embeddings and the head, or `unheld`."""
@@ -127,14 +135,14 @@ class AdapterWriter:
             return "whole"
         return "factored" if kind == "weight" and (isinstance(module, nn.Linear) or _is_conv1d(module)) else "unheld"
 
-    def _delta(self, name: str) -> torch.Tensor:
-        delta = self._merged(name)
+    def _delta(self, name: str, merged: Merged) -> torch.Tensor:
+        delta = merged(name)
         for part, old in zip(_parts(delta), _parts(self._merge.base.read(name)), strict=True):
             part.sub_(old.float())
         return delta
 
-    def _leave_out(self, name: str) -> None:
-        moved, norm = _norm(self._delta(name)), _norm(self._merge.base.read(name))
+    def _leave_out(self, name: str, merged: Merged) -> None:
+        moved, norm = _norm(self._delta(name, merged)), _norm(self._merge.base.read(name))
         tolerance = self._output.tolerance or 0.0
         if moved > tolerance * norm:
             share = f"by {moved / norm:.2g} of its norm" if norm else "from 0"
@@ -147,10 +155,10 @@ class AdapterWriter:
             self._found.left_out[name] = moved / norm
             self._found.deltas[name] = self._found.lefts[name] = moved**2
 
-    def _factorise(self, name: str, factors: Fitted) -> None:
+    def _factorise(self, name: str, factors: Fitted, merged: Merged) -> None:
         module = (self._places[name] or "").removesuffix(".weight")
         with self._budget.take(self._merge.base.tensors[name].elements):
-            delta = self._delta(name)
+            delta = self._delta(name, merged)
             if delta.any():
                 made = factorise(
                     delta.T if _is_conv1d(self._modules[module]) else delta, self._output.rank, self._output.tolerance
@@ -165,9 +173,9 @@ class AdapterWriter:
         with self._lock:
             self._report(name)
 
-    def _compare(self, name: str) -> None:
+    def _compare(self, name: str, merged: Merged) -> None:
         with self._budget.take(self._merge.base.tensors[name].elements):
-            moved = _norm(self._delta(name))
+            moved = _norm(self._delta(name, merged))
         with self._lock:
             if moved:
                 # A tied head is a module of its own in PEFT: it is saved as well.
@@ -195,9 +203,9 @@ class AdapterWriter:
             )
         usual = Counter(adapter.ranks.values()).most_common(1)[0][0] if adapter.ranks else 1
         others = {module: rank for module, rank in adapter.ranks.items() if rank != usual}
-        name, _, revision = self._merge.settings.base_name.partition("@")
-        if Path(self._merge.settings.base_name).is_absolute():
-            name, revision = self._merge.settings.base_name, ""
+        name, _, revision = self._merge.base_name.partition("@")
+        if Path(self._merge.base_name).is_absolute():
+            name, revision = self._merge.base_name, ""
         return {
             "peft_type": "LORA",
             "task_type": "SEQ_2_SEQ_LM" if self._network.encodes else "CAUSAL_LM",

@@ -1,8 +1,15 @@
-"""How many tensors are merged in torch at a time: by their elements, so that memory follows the largest tensor."""
+"""How much of a merge is in memory at a time: tensors in torch within a budget, and chunks in the compiled loops."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+CHUNK = 1 << 19  # elements; a multiple of the blocks that `kernels` sums over
+
+
+def chunks(size: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of each chunk of a tensor of `size` elements; the compiled loops read and write one at a time."""
+    return ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
 
 
 class MemoryBudget:

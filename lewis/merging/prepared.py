@@ -10,30 +10,30 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor, fingerprint
+from lewis.allocation.densities import Densities, ScalesByTensor, fingerprint
 from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
-from lewis.merging.alignment import Alignment, align
-from lewis.merging.expert import Expert
+from lewis.merging.calibration_rows import EVERY, RIDGES, check_split
 from lewis.merging.memory_budget import MemoryBudget
-from lewis.merging.settings import RIDGES, MergeSettings
-from lewis.merging.split import EVERY
-from lewis.merging.split import check as check_split
+from lewis.merging.settings import Expert, MergeSettings
+from lewis.merging.vocabulary.alignment import Alignment, align
+from lewis.methods import Method
 from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.registry import AUTO
 from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
-from lewis.models.files import tokenizer_files
-from lewis.models.lora import LoraExpert
+from lewis.models.files.folder import tokenizer_files
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 from lewis.models.names import layer_of
 from lewis.models.tokenizer import tokenizer_folder
@@ -44,116 +44,148 @@ STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would g
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 
 
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A merge that has been checked.
+    """A merge that has been checked. `of` makes one; `dataclasses.replace` makes a variant, which has its own digest.
 
     Attributes:
         settings: as given.
-        method: the merge method.
         base: the base as it is read, its embeddings in the result's vocabulary; the first model if there is no base.
         experts: in the order of their keys, read likewise.
         adds_to_base: whether task vectors are merged and the result is added to the base.
+        vocabulary: whose tokenizer the result has.
+        excluded: names of the tensors that are copied from the base, in its dtype.
+        budget: limits how many elements are merged in torch at a time.
         held_back: tensor name -> factors of the merged delta.
         device: where the methods compute.
-        vocabulary: whose tokenizer the result has.
         chat_template: that the tokenizer gets, as Jinja text; None: it keeps its own.
-        layout: tensor name -> dtype and shape of the output.
-        excluded: names of the tensors that are copied from the base, in its dtype.
-        digest: identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
-        size: bytes of the output's tensors.
-        elements: number of elements of the output's tensors.
-        budget: limits how many elements are merged in torch at a time.
-        traffic: bytes of the tensors of all inputs and of the output; an adapter, which is small, is not counted.
+        guide: the merge of the anchor; None without an anchor.
     """
 
-    def __init__(
-        self,
+    settings: MergeSettings
+    base: Model
+    experts: tuple[Expert, ...]
+    adds_to_base: bool
+    vocabulary: Alignment
+    excluded: frozenset[str]
+    budget: MemoryBudget
+    held_back: ScalesByTensor = field(default_factory=dict)
+    device: str = "cpu"
+    chat_template: str | None = None
+    guide: Prepared | None = None
+
+    @classmethod
+    def of(
+        cls,
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
         held_back: ScalesByTensor | None = None,
         device: str = "cpu",
         vocabulary: Alignment | None = None,
-    ) -> None:
+    ) -> Self:
         """Check that the models fit together, and the parameters and scales fit the models.
 
         Args:
-            settings: what the recipe asks for.
+            settings: what is asked for.
             base: the base, or None for a method on weights without one.
-            experts: all models to merge, as `Recipe.experts` lists them.
-            held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`); tensors that are left
-                out are not held back.
-            device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part
-                of the digest, as `lewis.devices.merge_device` says.
+            experts: all models to merge, as `MergeConfig.experts` lists them.
+            held_back: factors that merged deltas are multiplied with.
+            device: where the methods compute, by torch's name.
             vocabulary: the models' common one, if they have been matched by token already.
 
         Raises:
             InputError: naming every tensor, vocabulary or parameter that does not fit.
         """
-        self.settings, self.method, self.device = settings, settings.method, device
-        self.held_back, self.excluded = held_back or {}, settings.excluded
-        by_key = sorted(experts, key=lambda expert: expert.model.key)
-        first = base or experts[0].model
-        base_ref = None if base is None else settings.base
+        by_key, first = sorted(experts, key=lambda expert: expert.model.key), base or experts[0].model
         by_token = settings.vocabulary is not None or vocabulary is not None
-        self.vocabulary = vocabulary or align(settings.vocabulary, base_ref, first, [(e.ref, e.model) for e in by_key])
-        self.experts = [self._aligned(first, expert) for expert in by_key]
-        if settings.anchor:  # what guides the merge guides the anchor
-            self.held_back, self.experts = {}, [replace(expert, scales=None) for expert in self.experts]
-        self.base: Model = self.vocabulary.of(first)
-        self.adds_to_base = self.method.on == "task_vectors" or (self.method.on == "either" and base is not None)
-        check_compatible(self.base, [e.model for e in self.experts], self.excluded, by_token=by_token)
-        if self.excluded >= {name for name, info in self.base.tensors.items() if info.floating}:
+        if vocabulary is None:
+            base_ref = None if base is None else settings.base
+            vocabulary = align(settings.vocabulary, base_ref, first, [(each.ref, each.model) for each in by_key])
+        read, fits = vocabulary.of(first), settings.method.fits is not None
+        largest = max((info.elements for info in read.tensors.values()), default=0)
+        made = cls(
+            settings,
+            read,
+            tuple(_aligned(vocabulary, first, expert, fits) for expert in by_key),
+            settings.method.on == "task_vectors" or (settings.method.on == "either" and base is not None),
+            vocabulary,
+            settings.excluded(read.tensors, read.tied),
+            MemoryBudget(largest + largest // 4),  # small tensors are merged next to the largest
+            held_back or {},
+            device,
+        )
+        check_compatible(read, [each.model for each in made.experts], made.excluded, by_token=by_token)
+        if made.excluded >= {name for name, info in read.tensors.items() if info.floating}:
             raise InputError("exclude: it matches every tensor; nothing is left to merge")
         folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
-        self.chat_template = chosen_template(settings.chat_template, folders)
-        self._layers = 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
-        self.layout = {
-            name: (settings.dtype or info.dtype if self.merges(name) else info.dtype, info.shape)
+        made = replace(made, chat_template=chosen_template(settings.chat_template, folders))
+        if settings.anchor:  # what guides the merge guides the anchor
+            guide = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
+            unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
+            made = replace(made, guide=guide, held_back={}, experts=unscaled)
+        made._check_parameters()
+        made._check_scales()
+        made._check_fit()
+        made._check_output()
+        return made
+
+    @property
+    def method(self) -> Method:
+        """The merge method."""
+        return self.settings.method
+
+    @cached_property
+    def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> dtype and shape of the output."""
+        dtype = self.settings.dtype
+        return {
+            name: (dtype or info.dtype if self.merges(name) else info.dtype, info.shape)
             for name, info in self.base.tensors.items()
         }
-        self.size = sum(size_of(dtype, shape) for dtype, shape in self.layout.values())
-        self.elements = sum(math.prod(shape) for _, shape in self.layout.values())
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(size_of(dtype, shape) for dtype, shape in self.layout.values())
+
+    @cached_property
+    def elements(self) -> int:
+        """Number of elements of the output's tensors."""
+        return sum(math.prod(shape) for _, shape in self.layout.values())
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of the tensors of all inputs and of the output; an adapter, which is small, is not counted."""
         inputs = {model.key: model for model in self.models}
-        self.traffic = (0 if self.as_adapter else self.size) + sum(
+        return (0 if self.as_adapter else self.size) + sum(
             size_of(info.dtype, info.shape) for model in inputs.values() for info in model.tensors.values()
         )
-        self._anchor = self._prepare_anchor(base, experts, held_back)
-        self._check_parameters()
-        self._check_scales()
-        self._check_fit()
-        self._check_output()
-        self.digest = self._digest()
-        largest = max((info.elements for info in self.base.tensors.values()), default=0)
-        self.budget = MemoryBudget(largest + largest // 4)  # small tensors are merged beside the largest
 
     @property
     def tunes(self) -> bool:
         """Whether the ridge of the fit has yet to be found: `ridge: auto`."""
         return self.method.fits is not None and self.parameters(next(iter(self.layout)))["ridge"] == AUTO
 
-    def _prepare_anchor(
-        self, base: Model | None, experts: Sequence[Expert], held_back: ScalesByTensor | None
-    ) -> Prepared | None:
-        """The merge of the anchor, if there is one. Its weight is a factor of the delta, like those that hold back."""
-        if self.settings.anchor is None:
-            return None
-        factors = dict(held_back or {})
+    def _weighted_factors(self) -> ScalesByTensor:
+        """The factors that hold the anchor's delta back: those of this merge, times the weight of the anchor."""
+        factors = dict(self.held_back)
         for name in filter(self.merges, self.layout):
             weight = self.settings.anchor_weight(name, self._depth(name))
             if weight != 1:
                 factors[name] = weight * factors.get(name, torch.ones(()))
-        return Prepared(self.settings.anchor, base, experts, factors, self.device)
+        return factors
 
     @property
     def anchor(self) -> Prepared:
         """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
-        return self._anchor or self
+        return self.guide or self
 
-    @property
-    def guided(self) -> Sequence[Prepared]:
-        """The merges whose densities the recipe decides: the anchor's."""
-        return (self.anchor,)
+    def with_densities(self, densities: Densities) -> Self:
+        """The same merge with these densities for every expert, in the anchor if there is one."""
+        if self.guide is not None:
+            return replace(self, guide=self.guide.with_densities(densities))
+        return replace(self, experts=tuple(replace(expert, densities=densities) for expert in self.experts))
 
     def giving(self, name: str) -> Prepared:
         """What gives a tensor that is not fitted: the anchor."""
@@ -210,6 +242,10 @@ class Prepared:
         layer = layer_of(name)
         return 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
 
+    @cached_property
+    def _layers(self) -> int:
+        return 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
+
     def _ridge_factor(self, name: str) -> float:
         """How much harder than on average a tensor is pulled towards a guided anchor: mean density / its density.
 
@@ -235,13 +271,6 @@ class Prepared:
     def scales(self, name: str) -> list[torch.Tensor | None]:
         """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
-
-    def _aligned(self, base: Model, expert: Expert) -> Expert:
-        """An expert as it is read, and its calibration set, if the method fits, in the same token ids."""
-        calibration = expert.calibration
-        if self.method.fits and calibration:
-            calibration = self.vocabulary.translate(expert.ref, base, expert.model, calibration)
-        return replace(expert, model=self.vocabulary.of(expert.model), calibration=calibration)
 
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
@@ -316,8 +345,19 @@ class Prepared:
         values = self.parameters(name)
         return {k: v for k, v in values.items() if not (self.method.fits and (k, v) == ("alpha", 1.0))}
 
-    def _digest(self) -> str:
-        """Hash the parameters as resolved for each tensor: two recipes that give the same bytes get the same digest."""
+    @property
+    def base_name(self) -> str:
+        """How an adapter names its base: `org/name@commit`, or the absolute path of a folder; empty without a base."""
+        if self.settings.base is None:
+            return ""
+        return str(self.settings.base_folder or f"{self.settings.base.partition('@')[0]}@{self.base.key}")
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the result: every input's key, every parameter that changes a byte, the code's semantics.
+
+        Parameters are hashed as resolved for each tensor: two recipes that give the same bytes have the same digest.
+        """
         resolved = [[name, self._resolved(name)] for name in self.base.tensors if self.merges(name)]
         return store.digest(
             {
@@ -335,12 +375,20 @@ class Prepared:
                 **({"scales": scales} if any(scales := [fingerprint(e.scales) for e in self.experts]) else {}),
                 **({"held_back": held_back} if (held_back := fingerprint(self.held_back)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
-                **({"anchor": self._anchor.digest} if self._anchor else {}),
-                **({"output": [self.settings.output.model_dump(), self.settings.base_name]} if self.as_adapter else {}),
+                **({"anchor": self.guide.digest} if self.guide else {}),
+                **({"output": [self.settings.output.model_dump(), self.base_name]} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
             }
         )
+
+
+def _aligned(vocabulary: Alignment, base: Model, expert: Expert, fits: bool) -> Expert:
+    """An expert as it is read, and its calibration set, if the method fits, in the same token ids."""
+    calibration = expert.calibration
+    if fits and calibration:
+        calibration = vocabulary.translate(expert.ref, base, expert.model, calibration)
+    return replace(expert, model=vocabulary.of(expert.model), calibration=calibration)
 
 
 def random_stream(seed: int, expert: str, tensor: str) -> Stream:

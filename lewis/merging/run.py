@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +22,51 @@ import numpy as np
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
-from lewis.merging import in_torch
-from lewis.merging.chunks import chunks
+from lewis.merging.adapter import Adapter
+from lewis.merging.calibration_rows import RIDGES
+from lewis.merging.engine import in_torch
+from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
-from lewis.merging.settings import RIDGES
 from lewis.models.chat_template import write_template
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
-from lewis.models.files import copy_tokenizer
+from lewis.models.files.folder import ADAPTER, copy_tokenizer
+from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import Model
-from lewis.models.writer import CheckpointWriter
+from lewis.progress import Report
+from lewis.store import checksums
 
 if TYPE_CHECKING:
-    from lewis.merging.fitted import Fitted
+    from lewis.merging.fitting.fitted import Fitted
+    from lewis.merging.fitting.ridge import Choice
 
 logger = logging.getLogger(__name__)
 _FITTED = ".fitted"  # folder of what is fitted, in that of the output until it is whole
 
 
-class Merge(Prepared):
-    """A prepared merge that can be run; made as a `Prepared` is."""
+@dataclass(frozen=True)
+class Written:
+    """What a merge wrote: all that its card and its references need, so that nothing is read again.
 
-    _fitted: Fitted | None = None
+    Attributes:
+        digest: identity of the merge.
+        folder: of the checkpoint, or of the adapter.
+        size: bytes of its weights.
+        manifest: what `lewis.json` records, without the list of files.
+        adapter: what the adapter holds and what error it leaves; None for a full checkpoint.
+        ridge: what `ridge: auto` chose; None if the ridge was given.
+    """
+
+    digest: str
+    folder: Path
+    size: int
+    manifest: Mapping[str, Any]
+    adapter: Adapter | None = None
+    ridge: Choice | None = None
+
+
+class Merge(Prepared):
+    """A prepared merge that can be run."""
 
     def run(
         self,
@@ -49,19 +74,19 @@ class Merge(Prepared):
         *,
         max_shard_size: int = 5 * 10**9,
         manifest: Mapping[str, Any] | None = None,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Report | None = None,
         threads: int | None = None,
-    ) -> None:
+    ) -> Written:
         """Write the merged checkpoint, or the adapter, to `folder`, which appears whole or not at all.
 
         If a process that wrote the same merge to `folder` died (kill -9, power), this one keeps the tensors that it had
-        finished and writes the others. An adapter is begun anew.
+        finished and writes the others. An adapter is started again from the beginning.
 
         Args:
             folder: the output; absent, empty, or an earlier output.
             max_shard_size: bytes.
-            manifest: recorded in `lewis.json`, beside the digest.
-            progress: called with (elements done, elements in all, tensor name); if the method fits, every element
+            manifest: recorded in `lewis.json`, next to the digest.
+            progress: called with (tensor name, elements done, elements in all); if the method fits, every element
                 counts first as one to be fitted, as often as it is.
             threads: how many tensors are merged at a time; by default one per core.
 
@@ -71,29 +96,39 @@ class Merge(Prepared):
         """
         if folder.resolve() in {place.resolve() for model in self.models for place in (model.folder, model.home)}:
             raise InputError(f"{folder}: one of the models that are merged; choose another path")
-        if self.as_adapter:
-            self._run_adapter(folder, manifest, progress, threads)
-            return
-        checksums: dict[str, str] = {}
         record: dict[str, Any] = {"digest": self.digest, **(manifest or {})}
-        key = store.digest([self.digest, max_shard_size])
         try:
-            with store.publish(folder, record, key, checksums) as scratch:
-                store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
-                with (
-                    self._fitted_in(scratch / _FITTED, record, progress, threads),
-                    CheckpointWriter(scratch, self.layout, max_shard_size) as writer,
-                ):
-                    self.write_tensors(writer, progress, threads)
-                checksums |= writer.checksums
-                kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
-                write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
-                self._copy_tokenizer(scratch)
-                self.vocabulary.finish(scratch)
+            if self.as_adapter:
+                return self._run_adapter(folder, record, progress, threads)
+            return self._run_full(folder, record, max_shard_size, progress, threads)
         except OSError as error:
             place, why = error.filename or folder, error.strerror or error
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
+
+    def _run_full(
+        self,
+        folder: Path,
+        record: dict[str, Any],
+        max_shard_size: int,
+        progress: Report | None,
+        threads: int | None,
+    ) -> Written:
+        """`run` for a full checkpoint. Its checksums are remembered, so that the next reader need not hash it again."""
+        known: dict[str, str] = {}
+        with store.publish(folder, record, store.digest([self.digest, max_shard_size]), known) as scratch:
+            store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
+            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, ridge):
+                record |= {} if ridge is None else {"ridge": ridge.to_json()}
+                with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
+                    self.write_tensors(writer, progress, threads, fitted)
+            known |= writer.checksums
+            kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
+            write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
+            self._copy_tokenizer(scratch)
+            self.vocabulary.finish(scratch)
+        checksums.remember({folder / name: sha256 for name, sha256 in known.items()})
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
+        return Written(self.digest, folder, self.size, record, ridge=ridge)
 
     def check_adapter(self) -> None:
         """Check that the merge changes no tensor that an adapter cannot hold.
@@ -103,42 +138,31 @@ class Merge(Prepared):
         """
         from lewis.merging.lora_output import AdapterWriter
 
-        AdapterWriter(self, self._merged, lambda _: None).check()
+        AdapterWriter(self, lambda _: None).check(self._merged)
 
     def _run_adapter(
         self,
         folder: Path,
-        manifest: Mapping[str, Any] | None,
-        progress: Callable[[int, int, str], None] | None,
+        record: dict[str, Any],
+        progress: Report | None,
         threads: int | None,
-    ) -> None:
-        """`run` for an adapter. The manifest's `adapter` tells the ranks and the error (`lewis.merging.adapter`)."""
+    ) -> Written:
+        """`run` for an adapter."""
         from lewis.merging.lora_output import AdapterWriter
 
-        done = self.steps - self.elements
-
-        def report(name: str) -> None:
-            nonlocal done
-            done += self.base.tensors[name].elements
-            if progress:
-                progress(done, self.steps, name)
-
-        record: dict[str, Any] = {"digest": self.digest, **(manifest or {})}
-        writer = AdapterWriter(self, self._merged, report)
+        writer = AdapterWriter(self, self._counted(progress))
         store.check_space(folder, writer.size + 10**7)
-        writer.check()  # before a fit, which takes long
-        try:
-            with (
-                store.publish(folder, record) as scratch,
-                self._fitted_in(scratch / _FITTED, record, progress, threads),
-            ):
-                adapter = writer.write(scratch, threads)
-                self._copy_tokenizer(scratch)
-                record["adapter"] = adapter.to_json()
-        except OSError as error:
-            place, why = error.filename or folder, error.strerror or error
-            raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
+        writer.check(self._merged)  # before a fit, which takes long
+        known: dict[str, str] = {}
+        with store.publish(folder, record, checksums=known) as scratch:
+            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, ridge):
+                adapter, known[ADAPTER] = writer.write(scratch, partial(self._merged, fitted=fitted), threads)
+            self._copy_tokenizer(scratch)
+            size = (scratch / ADAPTER).stat().st_size
+            record |= {} if ridge is None else {"ridge": ridge.to_json()}
+            record["adapter"] = adapter.to_json()
         logger.info("%s: %s", folder, adapter.to_text())
+        return Written(self.digest, folder, size, record, adapter, ridge)
 
     def _copy_tokenizer(self, folder: Path) -> None:
         copy_tokenizer(self.vocabulary.donor, folder)
@@ -157,89 +181,106 @@ class Merge(Prepared):
 
     @contextmanager
     def _fitted_in(
-        self,
-        folder: Path,
-        record: dict[str, Any],
-        progress: Callable[[int, int, str], None] | None,
-        threads: int | None,
-    ) -> Iterator[None]:
+        self, folder: Path, progress: Report | None, threads: int | None
+    ) -> Iterator[tuple[Fitted | None, Choice | None]]:
         """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards.
 
-        What `ridge: auto` chose goes into the record.
+        Yields:
+            What was fitted, and what `ridge: auto` chose; None for nothing.
         """
-        if self.method.fits:
-            if self.method.fits == "static":
-                from lewis.merging.static_fit import fit
-            else:
-                from lewis.merging.fit import fit
+        if not self.method.fits:
+            yield None, None
+            return
+        if self.method.fits == "static":
+            from lewis.merging.fitting.static_fit import fit
+        else:
+            from lewis.merging.fitting.fit import fit
 
-            def report(fits: float) -> None:
-                if progress:
-                    progress(int(fits * self.elements), self.steps, "fit")
+        def report(before: int, times: int, done: int, total: int) -> None:
+            if progress:
+                progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
 
-            merge: Prepared = self
-            if self.tunes:
-                from lewis.merging.ridge import choose, with_ridge
+        merge: Prepared = self
+        choice = None
+        if self.tunes:
+            from lewis.merging.fitting.ridge import choose, with_ridge
 
-                choice = choose(self, folder, fit, lambda share: report(share * (self.fits - 1)), threads)
-                record["ridge"] = choice.to_json()
-                merge = with_ridge(self, choice.ridge)
-            self._fitted = fit(merge, folder, lambda share: report(self.fits - 1 + share), threads)
-        yield
-        self._fitted = None
+            choice = choose(self, folder, fit, lambda _, *share: report(0, self.fits - 1, *share), threads)
+            merge = with_ridge(self, choice.ridge)
+        yield fit(merge, folder, lambda _, *share: report(self.fits - 1, 1, *share), threads), choice
         store.discard(folder)
 
-    def write_tensors(
-        self,
-        writer: CheckpointWriter,
-        progress: Callable[[int, int, str], None] | None = None,
-        threads: int | None = None,
-    ) -> None:
-        """Merge the tensors that a writer has in its layout; the other arguments, and errors, as those of `run`."""
-        done, threads = 0, threads or self.threads
+    def _counted(self, progress: Report | None) -> Callable[[str], None]:
+        """What is called with the name of each tensor that is done; it counts the elements for `progress`."""
+        done = self.steps - self.elements
 
         def report(name: str) -> None:
             nonlocal done
             done += self.base.tensors[name].elements
             if progress:
-                progress(self.steps - self.elements + done, self.steps, name)
+                progress(name, done, self.steps)
 
+        return report
+
+    def write_tensors(
+        self,
+        writer: CheckpointWriter,
+        progress: Report | None = None,
+        threads: int | None = None,
+        fitted: Fitted | None = None,
+    ) -> None:
+        """Merge the tensors that a writer has in its layout.
+
+        Args:
+            writer: takes the tensors.
+            progress, threads: as those of `run`.
+            fitted: what was fitted, if the method fits.
+
+        Raises:
+            LewisError: as `run`.
+        """
+        threads, report, stopped = threads or self.threads, self._counted(progress), threading.Event()
         names = [name for name in writer.names if name not in writer.finished]
         if writer.finished:
             logger.info("going on after %d tensors that are written already", len(writer.finished))
         for name in writer.finished:
             report(name)
-        self._stopped = threading.Event()
+
+        def merge(name: str, later: str | None) -> None:
+            self._write(name, later, writer, stopped, fitted)
+
         pool = ThreadPoolExecutor(threads)
         try:
-            following = iter([*names[threads:], *[None] * threads])
-            for name, _ in zip(names, pool.map(lambda n: self._write(n, next(following), writer), names), strict=True):
+            following = [*names[threads:], *[None] * threads]
+            for name, _ in zip(names, pool.map(merge, names, following), strict=True):
                 writer.finish(name)
                 report(name)
         finally:
-            self._stopped.set()
+            stopped.set()
             pool.shutdown(cancel_futures=True)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Merge one tensor without a fit, in torch; returns and raises as `in_torch.merge_whole`."""
         return in_torch.merge_whole(self.giving(name), name)
 
-    def _write(self, name: str, later: str | None, writer: CheckpointWriter) -> None:
+    def _write(
+        self, name: str, later: str | None, writer: CheckpointWriter, stopped: threading.Event, fitted: Fitted | None
+    ) -> None:
         """Merge and write one tensor; meanwhile the operating system may read `later`, which is merged next."""
         if later is not None:
             for model in self._read_for(later):
                 model.will_need(later)
 
         def write(data: memoryview, offset: int) -> None:
-            if self._stopped.is_set():
+            if stopped.is_set():
                 raise LewisError("the merge was stopped")
             writer.write_bytes(name, data, offset)
 
-        self._merge_into(name, write)
+        self._merge_into(name, write, fitted)
         for model in self._read_for(name):
             model.done_with(name)
 
-    def _merged(self, name: str) -> torch.Tensor:
+    def _merged(self, name: str, fitted: Fitted | None = None) -> torch.Tensor:
         """One tensor as `run` writes it: fitted, copied, or merged in the engine that it uses."""
         dtype, shape = self.layout[name]
         merged = torch.empty(shape, dtype=torch_dtype(dtype))
@@ -248,13 +289,13 @@ class Merge(Prepared):
         def write(data: memoryview, offset: int) -> None:
             target[offset : offset + data.nbytes] = data
 
-        self._merge_into(name, write)
+        self._merge_into(name, write, fitted)
         return merged
 
-    def _merge_into(self, name: str, write: Callable[[memoryview, int], None]) -> None:
+    def _merge_into(self, name: str, write: Callable[[memoryview, int], None], fitted: Fitted | None) -> None:
         with np.errstate(all="ignore"):  # values that are not finite are reported by the tensor's name
-            if self._fitted and name in self._fitted:
-                write(bytes_of(self._fitted.read(name)), 0)
+            if fitted and name in fitted:
+                write(bytes_of(fitted.read(name)), 0)
             elif not self._copy(name, write) and not self._in_compiled_loops(name, write):
                 offset = 0
                 for piece in in_torch.merge_by_rows(self.giving(name), name):
@@ -281,6 +322,6 @@ class Merge(Prepared):
             return False
         # Imported here to start quickly: numba and the compiled code take about a second to load, which only a merge
         # that is run has to wait for. Checks, digests and `lewis --help` do without.
-        from lewis.merging.compiled import merge_tensor
+        from lewis.merging.engine.compiled import merge_tensor
 
         return merge_tensor(self.giving(name), name, write)

@@ -1,49 +1,132 @@
-"""What one merge needs to know of a recipe, resolved once: the engine itself knows no recipe."""
+"""What a merge is given: its settings, which are resolved from a config once, and the opened experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from lewis.methods import Method, Parameter
+from lewis.allocation.densities import Densities, ScalesByTensor
+from lewis.importance.calibration import Calibration
+from lewis.methods import Method, Parameter, find
+from lewis.models.dtypes import MERGED
+from lewis.models.hub.pin import find_folder
+from lewis.models.layers.slices import Slice, slices_of
+from lewis.models.model import Model
+from lewis.recipe.config import MergeConfig, excluded
 from lewis.recipe.schema import Output
 from lewis.recipe.tokenizer import Tokenizer
 
-RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
 ParameterValue = Callable[[Parameter, str | None, str, float], Any]
 """The value of a parameter, by (parameter, reference of the expert or None for all, tensor name, depth in [0, 1])."""
 
 
 @dataclass(frozen=True)
+class Expert:
+    """An opened expert.
+
+    Attributes:
+        ref: its reference in the config, which the settings look its parameters up by.
+        model: the opened model.
+        densities: if LEWIS guides the merge, its density per tensor.
+        calibration: token ids that the merge is fitted to this expert on, if the method fits.
+        scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
+            are ranked; tensors that are left out are ranked by magnitude.
+        mean_density: the mean of `densities` over the covered tensors, weighted by their parameters.
+    """
+
+    ref: str
+    model: Model
+    densities: Densities | None = None
+    scales: ScalesByTensor | None = None
+    calibration: Calibration | None = None
+    mean_density: float = 1.0
+
+
+@dataclass(frozen=True)
 class MergeSettings:
-    """The settings of one merge; `lewis.merging.step.resolve` makes them of a recipe.
+    """The settings of one merge; `resolve` makes them of a config.
 
     Attributes:
         method: the merge method.
         value: looks a parameter up for one tensor; depth is the position of the tensor's layer, 0 outside the layers.
-        base: the base's reference in the recipe; None without a base.
+        base: the base's reference in the config; None without a base.
+        base_folder: where the base of an adapter is, if it is a folder; None if it is a repo of the Hub.
         seed: of the random streams.
         dtype: of the result's floating-point tensors, as safetensors names it (`BF16`); None: each keeps the base's.
-        excluded: names of the tensors that are copied from the base.
+        exclude: whether tensors are excluded by name.
+        excluded: gives the names of the tensors that are copied from the base, by its stored and its tied tensors.
         vocabulary: whose tokens the result has; None: all models must have the base's.
         output: what is written: the full model, or an adapter.
-        base_name: how an adapter names its base: `org/name@commit`, or the absolute path of a folder.
         chat_template: of the result: a format's name, `auto` or a Jinja template; None: the tokenizer's own.
         anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that gives what is
             not fitted; None: the method's own function does.
         anchor_weight: with an anchor, the factor of what it adds to the base, by (tensor name, depth).
+        slices: what the result's layers are merged from; empty: each from the layers of its number.
+        check_filters: raises RecipeError for filters that match none of the given names of tensors.
     """
 
     method: Method
     value: ParameterValue
     base: str | None = None
+    base_folder: Path | None = None
     seed: int = 0
     dtype: str | None = None
-    excluded: frozenset[str] = frozenset()
+    exclude: bool = False
+    excluded: Callable[[Iterable[str], Mapping[str, str]], frozenset[str]] = field(
+        default=lambda names, tied: frozenset()
+    )
     vocabulary: Tokenizer | None = None
     output: Output = field(default_factory=Output)
-    base_name: str = ""
     chat_template: str | None = None
     anchor: MergeSettings | None = None
     anchor_weight: Callable[[str, float], float] = field(default=lambda name, depth: 1.0)
+    slices: tuple[Slice, ...] = ()
+    check_filters: Callable[[Iterable[str]], None] = field(default=lambda names: None)
+
+    def with_values(self, value: ParameterValue, of_anchor: ParameterValue) -> MergeSettings:
+        """The same settings with other values of the parameters, of the merge and of its anchor."""
+        anchor = self.anchor and replace(self.anchor, value=of_anchor)
+        return replace(self, value=value, anchor=anchor)
+
+
+def resolve(config: MergeConfig) -> MergeSettings:
+    """The settings of the merge that a config asks for."""
+    entries, is_adapter = {entry.model: entry for entry in config.experts}, config.output.kind == "lora"
+
+    def value(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
+        return config.value(parameter, None if expert is None else entries[expert], tensor, depth)
+
+    def of_anchor(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
+        return config.anchor_value(parameter, None if expert is None else entries[expert], tensor, depth)
+
+    settings = MergeSettings(
+        method=find(config.merge_method),
+        value=value,
+        base=config.base_model,
+        base_folder=find_folder(config.base_model, config.root) if config.base_model and is_adapter else None,
+        seed=config.seed,
+        dtype=stored_dtype(config),
+        exclude=bool(config.exclude),
+        excluded=lambda names, tied: excluded(config, names, tied),
+        vocabulary=config.vocabulary,
+        output=config.output,
+        chat_template=config.chat_template,
+        slices=slices_of(config),
+        check_filters=config.check_filters,
+    )
+    if config.anchor is None:
+        return settings
+    anchor = replace(settings, method=find(config.anchor.merge_method), value=of_anchor, output=Output())
+    return replace(settings, anchor=anchor, anchor_weight=config.anchor_weight)
+
+
+def stored_dtype(config: MergeConfig) -> str | None:
+    """The dtype that a config gives the result, as safetensors names it; None: each tensor keeps the base's.
+
+    For an adapter it is always fp32: rounding to fewer bits would add noise of full rank to the merged delta.
+    """
+    if config.output.kind == "lora":
+        return "F32"
+    return MERGED.get(config.out_dtype or config.dtype or "")

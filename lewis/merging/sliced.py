@@ -1,138 +1,67 @@
-"""Merges by `slices` (`lewis.models.arranged`): of a stack of layers, each slice is a merge of its own."""
+"""Merges by `slices` (`lewis.models.layers.slices`): of a stack of layers, each slice is a merge of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 
 from lewis import store
-from lewis.allocation.scales import ScalesByTensor
+from lewis.allocation.densities import Densities, ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.merging.alignment import Alignment, align
-from lewis.merging.expert import Expert
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
-from lewis.merging.resolved import settings_of
 from lewis.merging.run import Merge
-from lewis.methods import find
-from lewis.models.arranged import Slice, SliceValues, check_ranges, in_place, slices_of
+from lewis.merging.settings import Expert, MergeSettings
+from lewis.merging.vocabulary.alignment import Alignment, align
 from lewis.models.chat_template import chosen_template
-from lewis.models.files import tokenizer_files
+from lewis.models.files.folder import tokenizer_files
+from lewis.models.layers.slices import Slice, SliceValues, check_ranges, in_place
+from lewis.models.layers.stack import Layers, Restacked, layers_of, own_head
+from lewis.models.layers.stack_config import Origin, restacked
 from lewis.models.model import Model, TensorInfo
 from lewis.models.names import PER_TOKEN
-from lewis.models.stack import Layers, Restacked, layers_of, own_head
-from lewis.models.stack_config import Origin, restacked
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe
 
 SEMANTICS = "1"  # bump when the same slices would give other bytes
 
 
-def prepare_slices(
-    recipe: Recipe,
-    base: Model | None,
-    experts: Sequence[Expert],
-    held_back: ScalesByTensor | None = None,
-    device: str = "cpu",
-) -> Merge:
-    """Check the merge of a recipe with slices.
+def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSettings:
+    """Settings with slices over these models: without slices, but with their values, if every layer stays in its place.
 
     Args:
-        recipe: with slices.
-        base: the recipe's `base_model`; None if it names none.
-        experts: the other models, as `Recipe.experts` lists them.
-        held_back, device: as those of `Prepared`.
+        settings: with slices.
+        models: by their references; the base first.
 
     Raises:
-        RecipeError: naming each range of layers that a model does not have, and each filter that matches nothing.
-        InputError: naming what does not fit.
+        RecipeError: naming each range of layers that a model does not have.
+        InputError: if a model has no stack of layers, or the layers cannot be stacked.
     """
-    models = {expert.ref: expert.model for expert in experts}
-    models |= {str(recipe.base_model): base} if base is not None else {}
     layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in models.items()}
     counts = {ref: own.count for ref, own in layers.items()}
-    check_ranges(recipe, counts)
-    slices = slices_of(recipe)
-    if in_place(recipe, counts):
-        first = base or experts[0].model
-        values = SliceValues(slices, layers[recipe.base_model or experts[0].ref])
-        recipe.check_filters([*first.tensors, *first.tied])
-        settings = settings_of(recipe, first, values.value, values.anchor_value)
-        return Merge(settings, base, experts, held_back, device)
-    _check_stackable(recipe)
-    donor = recipe.base_model or experts[0].ref
-    return _stack(recipe, slices, donor, experts, models, layers, held_back or {}, device)
+    check_ranges(settings.slices, counts)
+    if in_place(settings.slices, settings.base, counts):
+        values = SliceValues(settings.slices, next(iter(layers.values())))
+        return replace(settings.with_values(values.value, values.anchor_value), slices=())
+    _check_stackable(settings)
+    return settings
 
 
-def _check_stackable(recipe: Recipe) -> None:
+def _check_stackable(settings: MergeSettings) -> None:
     what = "layers are put together anew"
-    if recipe.output.kind != "full":
+    if settings.output.kind != "full":
         raise InputError(f"output.kind: {what}, so the result is no adapter on the base; use full")
-    if recipe.fits:
+    if settings.method.fits:
         raise InputError(
-            f"merge_method: {recipe.merge_method} fits a layer to what comes in at its place, and here {what}; use "
+            f"merge_method: {settings.method.name} fits a layer to what comes in at its place, and here {what}; use "
             "another method, or slices that leave every layer in its place"
         )
-    if recipe.exclude and find(recipe.merge_method).base_is_a_model:
-        raise InputError(f"exclude: slices of {recipe.merge_method} have no base that is copied from; use filters")
-
-
-def _stack(
-    recipe: Recipe,
-    slices: Sequence[Slice],
-    donor: str,
-    experts: Sequence[Expert],
-    models: Mapping[str, Model],
-    layers: Mapping[str, Layers],
-    held_back: ScalesByTensor,
-    device: str,
-) -> Stack:
-    """Prepare a stack.
-
-    Args:
-        donor: the model that gives the config, the tokenizer and the names.
-        experts: with what guides them: densities by the result's tensors, scales by the expert's own.
-        models: all models by their references.
-        layers: of each.
-        held_back: factors of the merged delta by the base's own tensors.
-    """
-    by_key = sorted((model.key, ref) for ref, model in models.items() if ref != recipe.base_model)
-    others = [(ref, models[ref]) for _, ref in by_key]
-    vocabulary = align(recipe.vocabulary, recipe.base_model, models[donor], others)
-    read = {ref: vocabulary.of(model) for ref, model in models.items()}
-    result = layers_of(donor, read[donor].tensors)
-    values = SliceValues(slices, result)
-    known = {expert.ref: expert for expert in experts}
-    parts, names, origins = list[Merge](), dict[str, None](), list[list[Origin]]()
-    for each in slices:
-        views = {ref: Restacked(read[ref], each.names(ref, layers, result)) for ref in each.starts}
-        lead = views[each.lead]
-        _check_sizes(donor, read[donor], result, each, lead)
-        names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
-        own = [
-            _seen(known.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
-            for ref in (entry.model for entry in each.recipe.experts)
-        ]
-        settings = settings_of(each.recipe, lead, values.value, values.anchor_value)
-        settings = replace(settings, vocabulary=None, chat_template=None)
-        matched = Alignment(tokenizer_folder(models[donor]), models[donor]) if recipe.vocabulary else None
-        base = lead if each.recipe.base_model else None
-        parts.append(Merge(settings, base, own, _by_new_names(held_back, lead), device, matched))
-        in_order = [each.lead, *(ref for ref in each.starts if ref != each.lead)]
-        for i in range(each.count):
-            places = [(ref, models[ref], each.starts[ref] + i) for ref in in_order]
-            origins.append([Origin(ref, own.home, own.config, i, layers[ref].count) for ref, own, i in places])
-    recipe.check_filters([*names, *models[donor].tied])
-    if not recipe.vocabulary:
-        _check_vocabularies(donor, models)
-    _check_heads(donor, models, slices[-1])
-    config = restacked(models[donor].config, models[donor].home, origins)
-    folders = [tokenizer_folder(models[ref]) for ref in dict.fromkeys([donor, *models])]
-    return Stack(Whole(read[donor], config, parts), parts, vocabulary, chosen_template(recipe.chat_template, folders))
+    if settings.exclude and settings.method.base_is_a_model:
+        raise InputError(f"exclude: slices of {settings.method.name} have no base that is copied from; use filters")
 
 
 def _seen(expert: Expert, view: Restacked) -> Expert:
@@ -159,9 +88,11 @@ def _check_sizes(donor: str, model: Model, result: Layers, each: Slice, lead: Mo
         suffix = name.removeprefix(result.prefix).partition(".")[2] if name.startswith(result.prefix) else name
         shapes = known.get(suffix, {info.shape})
         if info.shape not in shapes:
-            told = f"{each.lead}: slices: {name!r} of the result has shape {list(info.shape)} there, in {donor} it is "
+            problem = (
+                f"{each.lead}: slices: {name!r} of the result has shape {list(info.shape)} there, in {donor} it is "
+            )
             fix = f"; {FIX}" if name.endswith(PER_TOKEN) else "; layers of models of other sizes cannot be stacked"
-            raise InputError(f"{told}{list(min(shapes))}{fix}")
+            raise InputError(f"{problem}{list(min(shapes))}{fix}")
 
 
 def _check_vocabularies(donor: str, models: Mapping[str, Model]) -> None:
@@ -224,40 +155,128 @@ class Whole:
         return self._models[self.tied.get(name, name)]
 
 
+class _Stacked:
+    """The models of a stack while its slices are prepared.
+
+    Attributes:
+        read: reference -> model, in the result's vocabulary.
+    """
+
+    def __init__(self, settings: MergeSettings, models: Mapping[str, Model], vocabulary: Alignment) -> None:
+        self._settings, self._models, self._donor = settings, models, next(iter(models))
+        self.read = {ref: vocabulary.of(model) for ref, model in models.items()}
+        self._layers = {ref: layers_of(ref, [*model.tensors, *model.tied]) for ref, model in models.items()}
+        self._result = layers_of(self._donor, self.read[self._donor].tensors)
+        self._values = SliceValues(settings.slices, self._result)
+        self._names = dict[str, None]()  # of all tensors, in the result and in the models
+
+    def part(
+        self, kind: type[Merge], each: Slice, experts: Mapping[str, Expert], held_back: ScalesByTensor, device: str
+    ) -> Merge:
+        """The merge of one slice."""
+        donor = self._models[self._donor]
+        views = {ref: Restacked(self.read[ref], each.names(ref, self._layers, self._result)) for ref in each.starts}
+        lead = views[each.lead]
+        _check_sizes(self._donor, self.read[self._donor], self._result, each, lead)
+        self._names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
+        own = [
+            _seen(experts.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
+            for ref in each.experts
+        ]
+        settings = replace(
+            self._settings, base=each.base, value=self._values.value, vocabulary=None, chat_template=None, slices=()
+        )
+        matched = Alignment(tokenizer_folder(donor), donor) if self._settings.vocabulary else None
+        return kind.of(settings, lead if each.base else None, own, _by_new_names(held_back, lead), device, matched)
+
+    def check(self) -> None:
+        """Check what concerns all slices, once each is prepared: filters, vocabularies, the head."""
+        self._settings.check_filters([*self._names, *self._models[self._donor].tied])
+        if not self._settings.vocabulary:
+            _check_vocabularies(self._donor, self._models)
+        _check_heads(self._donor, self._models, self._settings.slices[-1])
+
+    def config(self) -> dict[str, Any]:
+        """The config of the result."""
+        origins = list[list[Origin]]()
+        for each in self._settings.slices:
+            for i in range(each.count):
+                origins.append([self._origin(ref, each.starts[ref] + i) for ref in each.in_order])
+        return restacked(self._models[self._donor].config, self._models[self._donor].home, origins)
+
+    def _origin(self, ref: str, layer: int) -> Origin:
+        return Origin(ref, self._models[ref].home, self._models[ref].config, layer, self._layers[ref].count)
+
+
+@dataclass(frozen=True, eq=False)
 class Stack(Merge):
-    """A merge whose result has other layers than its base: each slice is prepared as a merge of its own."""
+    """A merge whose result has other layers than its base: each slice is prepared as a merge of its own.
 
-    def __init__(self, base: Whole, parts: Sequence[Merge], vocabulary: Alignment, chat_template: str | None) -> None:
-        """
-        Args:
-            base: what the slices start from.
-            parts: the slices, in the order of the result.
-            vocabulary: whose tokenizer the result has.
-            chat_template: that the tokenizer gets; None: it keeps its own.
-        """
-        first = parts[0]
-        self.settings, self.method, self.device = first.settings, first.method, first.device
-        self.base, self.vocabulary, self.chat_template = base, vocabulary, chat_template
-        self.adds_to_base, self.held_back, self._anchor = first.adds_to_base, {}, None
-        self.parts, self._giving = parts, {name: part for part in parts for name in part.layout}
-        self.experts = list({expert.ref: expert for part in parts for expert in part.experts}.values())
-        self.excluded = frozenset(name for part in parts for name in part.excluded)
-        self.layout = {name: place for part in parts for name, place in part.layout.items()}
-        self.size, self.elements = sum(part.size for part in parts), sum(part.elements for part in parts)
-        self.traffic = sum(part.traffic for part in parts)
-        self.budget = MemoryBudget(max(part.budget.size for part in parts))
-        for part in parts:
-            part.budget = self.budget
-        self.digest = self._digest()
+    Attributes:
+        parts: the slices, in the order of the result.
+    """
 
-    @property
-    def guided(self) -> Sequence[Prepared]:
-        """The merges of the slices."""
-        return self.parts
+    parts: tuple[Merge, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        settings: MergeSettings,
+        base: Model | None,
+        experts: Sequence[Expert],
+        held_back: ScalesByTensor | None = None,
+        device: str = "cpu",
+        vocabulary: Alignment | None = None,
+    ) -> Self:
+        """As `Merge.of`, by slices; the first model gives the config, the tokenizer and the names.
+
+        Densities are by the result's tensors, scales by the expert's own, and `held_back` by the base's.
+        """
+        models = {settings.base: base} if base is not None and settings.base else {}
+        models |= {expert.ref: expert.model for expert in experts if expert.ref != settings.base}
+        donor = next(iter(models))
+        by_key = sorted((model.key, ref) for ref, model in models.items() if ref != settings.base)
+        others = [(ref, models[ref]) for _, ref in by_key]
+        vocabulary = vocabulary or align(settings.vocabulary, settings.base, models[donor], others)
+        stacked = _Stacked(settings, models, vocabulary)
+        known = {expert.ref: expert for expert in experts}
+        parts = [stacked.part(Merge, each, known, held_back or {}, device) for each in settings.slices]
+        stacked.check()
+        budget = MemoryBudget(max(part.budget.size for part in parts))
+        return cls(
+            settings=parts[0].settings,
+            base=Whole(stacked.read[donor], stacked.config(), parts),
+            experts=tuple({expert.ref: expert for part in parts for expert in part.experts}.values()),
+            adds_to_base=parts[0].adds_to_base,
+            vocabulary=vocabulary,
+            excluded=frozenset(name for part in parts for name in part.excluded),
+            budget=budget,
+            device=device,
+            chat_template=chosen_template(settings.chat_template, [tokenizer_folder(each) for each in models.values()]),
+            parts=tuple(replace(part, budget=budget) for part in parts),
+        )
+
+    def with_densities(self, densities: Densities) -> Self:
+        """The same merge with these densities for every expert of every slice."""
+        return replace(self, parts=tuple(part.with_densities(densities) for part in self.parts))
+
+    @cached_property
+    def _giving(self) -> Mapping[str, Merge]:
+        return {name: part for part in self.parts for name in part.layout}
 
     def giving(self, name: str) -> Prepared:
         """The merge of the slice that a tensor is in."""
         return self._giving[name]
+
+    @cached_property
+    def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> dtype and shape of the output, slice by slice."""
+        return {name: place for part in self.parts for name, place in part.layout.items()}
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of the tensors of all inputs and of the output."""
+        return sum(part.traffic for part in self.parts)
 
     @property
     def models(self) -> list[Model]:
@@ -275,7 +294,9 @@ class Stack(Merge):
     def _read_for(self, name: str) -> list[Model]:
         return self._giving[name]._read_for(name)
 
-    def _digest(self) -> str:
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the result: the merges of the slices, and where their layers come from."""
         places = [
             [sorted(model.names.items()) for model in part.models if isinstance(model, Restacked)]
             for part in self.parts

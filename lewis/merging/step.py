@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
@@ -16,10 +18,9 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.adapter import Adapter
-from lewis.merging.expert import Expert
-from lewis.merging.resolved import resolve
-from lewis.merging.run import Merge
-from lewis.merging.sliced import prepare_slices
+from lewis.merging.prepare import prepare
+from lewis.merging.run import Merge, Written
+from lewis.merging.settings import Expert
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
@@ -52,6 +53,11 @@ class MergedModel(Reference):
             raise ValueError(f"{self.base}, the base of {self.folder}, is gone")
         return self
 
+    @classmethod
+    def of(cls, written: Written, base: Path | None = None) -> MergedModel:
+        """What a merge has just written, which therefore is not read again to check it."""
+        return cls.model_construct(digest=written.digest, folder=written.folder, base=base)
+
     @property
     def key(self) -> str:
         """Identity of the content, as that of `ModelFiles`."""
@@ -60,24 +66,28 @@ class MergedModel(Reference):
     @property
     def ridge(self) -> str:
         """What `ridge: auto` chose, as a sentence; empty if the recipe gave a number."""
-        return chosen_ridge(self.folder)
+        found = self._manifest.get("ridge")
+        if not found:
+            return ""
+        from lewis.merging.fitting.ridge import Choice  # brings torch with it
+
+        return Choice.from_json(found).to_text()
 
     @property
     def adapter(self) -> Adapter | None:
         """What the adapter holds and what error it leaves; None for a full checkpoint."""
-        return adapter_in(self.folder)
+        found = self._manifest.get("adapter")
+        return Adapter(**found) if found else None
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        return store.read_manifest(self.folder, content=False) or {}  # the content was checked when this was made
 
     def files(self, ref: str) -> ModelFiles:
         """As a model to score: an adapter as that of an expert, on its base."""
         if self.base is None:
             return ModelFiles.at(ref, self.digest, self.folder)
         return ModelFiles.at(ref, self.digest, self.base, self.folder)
-
-
-def adapter_in(folder: Path) -> Adapter | None:
-    """What the manifest of a merged folder says of its adapter; None if it is a full checkpoint."""
-    found = (store.read_manifest(folder) or {}).get("adapter")
-    return Adapter(**found) if found else None
 
 
 @dataclass(frozen=True)
@@ -152,9 +162,7 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     in_order = config.fits and not config.needs_grams  # its passes can take the result's token ids instead
     if (given.measured or (in_order and config.vocabulary is None)) and base is not None:
         _check_token_ids(given, base, [expert.model for expert in opened])
-    if config.slices:
-        return prepare_slices(config, base, opened, held_back, merge_device(gpu))
-    return Merge(resolve(config, base or opened[0].model), base, opened, held_back, merge_device(gpu))
+    return prepare(config, base, opened, held_back, merge_device(gpu))
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:
@@ -169,7 +177,8 @@ def check_output(given: MergeInput, prepared: Merge) -> None:
         return
     if given.uncovered:  # what an adapter cannot hold is not covered, and so has density 1
         whole = dict.fromkeys(prepared.layout, 1.0)
-        prepared.experts = [replace(expert, densities=expert.densities or whole) for expert in prepared.experts]
+        experts = tuple(replace(expert, densities=expert.densities or whole) for expert in prepared.experts)
+        prepared = replace(prepared, experts=experts)
     prepared.check_adapter()
 
 
@@ -191,27 +200,16 @@ def _check_token_ids(given: MergeInput, base: Model, experts: Sequence[Model]) -
 def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> MergedModel:
     """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""
     prepared = prepare_merge(given, gpu)
-    folder = kinds.MERGED.path(prepared.digest)
+    folder, on = kinds.MERGED.path(prepared.digest), given.base.folder if given.base and prepared.as_adapter else None
     with store.turn(kinds.MERGED, prepared.digest):
-        if find_merged(prepared.digest) is None:
-            manifest.set_damaged_aside(folder)
-            prepared.run(folder, manifest=given.lineage(), progress=lambda done, total, name: report(name, done, total))
-    on = given.base.folder if given.base and prepared.as_adapter else None
-    return MergedModel(digest=prepared.digest, folder=folder, base=on)
+        if (found := find_merged(prepared.digest, on)) is not None:
+            return found
+        manifest.set_damaged_aside(folder)
+        return MergedModel.of(prepared.run(folder, manifest=given.lineage(), progress=report), on)
 
 
-def chosen_ridge(folder: Path) -> str:
-    """What `ridge: auto` chose for a merged model or adapter, as a sentence; empty if the recipe gave a number."""
-    found = (store.read_manifest(folder) or {}).get("ridge")
-    if not found:
-        return ""
-    from lewis.merging.ridge import Choice  # brings torch with it
-
-    return Choice.from_json(found).to_text()
-
-
-def find_merged(digest: str) -> MergedModel | None:
-    """A merged checkpoint, or an adapter without its base, if the store has it whole."""
-    folder = kinds.MERGED.path(digest)
-    whole = (store.read_manifest(folder) or {}).get("digest") == digest
-    return MergedModel(digest=digest, folder=folder) if whole else None
+def find_merged(digest: str, base: Path | None = None) -> MergedModel | None:
+    """A merged checkpoint, or an adapter on the model in `base`, if the store has it whole."""
+    with suppress(ValidationError):
+        return MergedModel(digest=digest, folder=kinds.MERGED.path(digest), base=base)
+    return None

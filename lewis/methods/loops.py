@@ -17,7 +17,7 @@ OwnerWeights = Callable[..., list[float]]
 
 
 class Combine(IntEnum):
-    """How the compiled loops combine tensors; the numbers are what `lewis.merging.kernels` is compiled for.
+    """How the compiled loops combine tensors; the numbers are what `lewis.merging.engine.kernels` is compiled for.
 
     In all but AVERAGE, tau_i is expert i's task vector after sparsification, w_i its weight, and an element is one
     element of the tensor.

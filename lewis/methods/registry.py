@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.rows import ByRows
 from lewis.methods.loops import Loops
+from lewis.plugins import Row, Table
 
 T = TypeVar("T")
 _PER_EXPERT = "one value per expert"
 PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
 """The type of a parameter with a value per expert: a sequence in the experts' order, or one value for all."""
 
-METHODS: dict[str, Method] = {}
 _ADJECTIVES = {float: "finite", int: "whole"}
 _LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, the dtype of all arithmetic
 
@@ -110,7 +108,7 @@ Check = Callable[[Mapping[str, Any], int], str | None]
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Row):
     """A registered merge method; calling it calls the function.
 
     Attributes:
@@ -137,13 +135,10 @@ class Method:
             it gives for the experts' own inputs; `forward`, from the first block on, for the inputs that the model
             merged so far has there. The function then gives what is not fitted, and what the fit is pulled towards.
             It takes `ridge`, `alpha`, and `weight` of each expert. None: the function gives all tensors.
-        in_mergekit: whether mergekit has it too, so that a recipe can be exported; never of a plug-in.
-        origin: the package that brought it and its version; empty for LEWIS's own.
+        in_mergekit: whether mergekit has it too, so that a recipe can be exported; not asked of a plug-in.
     """
 
-    name: str
-    function: Callable[..., torch.Tensor]
-    paper: str
+    noun = "merge method"
     on: Literal["task_vectors", "weights", "either"]
     parameters: dict[str, Parameter]
     random: bool
@@ -157,7 +152,6 @@ class Method:
     compiled: Loops | None = None
     fits: Literal["static", "forward"] | None = None
     in_mergekit: bool = True
-    origin: str = ""
 
     @property
     def needs_base(self) -> bool:
@@ -172,29 +166,9 @@ class Method:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.function(*args, **kwargs)
 
-    @contextmanager
-    def blamed(self, where: str) -> Iterator[None]:
-        """Say in the errors of a block, which runs code of this method, where it failed and whose code it is.
 
-        Args:
-            where: what the method worked on: the name of a tensor, or a path in the recipe.
-
-        Raises:
-            InputError: instead of a ValueError of a method that comes with LEWIS: its parameters do not fit.
-            LewisError: instead of anything that a method of another package raises, an exit of the process included.
-        """
-        try:
-            yield
-        except (LewisError, KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:
-            if self.origin:
-                told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-                whose = f"merge_method {self.name} of {self.origin}"
-                raise LewisError(f"{where}: {whose} failed: {told}; repair or uninstall the package") from error
-            if isinstance(error, ValueError):
-                raise InputError(f"{where}: {error}") from error
-            raise
+METHODS = Table("lewis.methods", Method)
+"""Name -> method. The methods of LEWIS are in it once `lewis.methods` is imported."""
 
 
 def merge_method(
@@ -227,12 +201,6 @@ def merge_method(
     """
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        other = METHODS.get(name)
-        if other and (other.function.__module__, other.function.__qualname__) != (
-            function.__module__,
-            function.__qualname__,
-        ):
-            raise ValueError(f"there is a merge method {name!r} already, in {other.function.__module__}")
         arguments = inspect.signature(function).parameters
         names = [argument.name for argument in arguments.values() if argument.kind is argument.KEYWORD_ONLY]
         hints = _hints(function, names)
@@ -243,7 +211,7 @@ def merge_method(
                 parameters[parameter.name] = parameter
         if unknown := [each for each in (compiled.parameters if compiled else ()) if each not in parameters]:
             raise ValueError(f"{name}: `compiled` names the parameters {unknown}, which the function does not have")
-        METHODS[name] = Method(
+        made = Method(
             name,
             function,
             paper,
@@ -261,6 +229,7 @@ def merge_method(
             fits=fits,
             in_mergekit=in_mergekit,
         )
+        METHODS.add(made)
         return function
 
     return register

@@ -37,7 +37,7 @@ def regmean(
         weight: of each expert, in the sum and in the regression.
         lambda_: scale of the sum.
         ridge: pull towards the sum, in units of the mean diagonal of the inputs' products; large values give task
-            arithmetic, 0 RegMean. `auto`: found by `lewis.merging.ridge`.
+            arithmetic, 0 RegMean. `auto`: found by `lewis.merging.fitting.ridge`.
         alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
 
     Returns:

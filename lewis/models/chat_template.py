@@ -23,7 +23,7 @@ def template_in(folder: Path) -> str | None:
 
     Returns:
         None if it has none, or several by name and none of them is the `default`: transformers uses none of those
-        unless it is told a name. None too if the file cannot be read.
+        unless a name is given. Also None if the file cannot be read.
     """
     with suppress(OSError, InputError, UnicodeDecodeError):
         return read_bytes(folder / FILE, _LIMIT).decode()

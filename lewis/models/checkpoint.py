@@ -10,17 +10,16 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.config import read_config
-from lewis.models.config_check import check_config
+from lewis.models.config import check_config, read_config
 from lewis.models.dtypes import as_tensor
-from lewis.models.files import GGUF_TABLE, weight_files
-from lewis.models.gguf_file import open_gguf
+from lewis.models.files.folder import GGUF_TABLE, weight_files
+from lewis.models.files.safetensors_file import TensorFile, same_bits
+from lewis.models.gguf import open_gguf
 from lewis.models.model import TensorInfo
 from lewis.models.names import EMBEDDINGS, HEADS, is_buffer, unwrapped
 from lewis.models.quantised.find import check_plain, find
 from lewis.models.quantised.settings import dtype_of, settings_of, without
 from lewis.models.quantised.stored import Packed, Stored
-from lewis.models.safetensors_file import TensorFile, same_bits
 
 
 class Checkpoint:
@@ -141,7 +140,7 @@ class Checkpoint:
             info = self._stored[name]
             return info.dtype, self._files[info.file].bits(name)
         try:
-            with np.errstate(all="ignore"):  # a scale that is not finite is told by the tensor's name later
+            with np.errstate(all="ignore"):  # a scale that is not finite is reported later, by the tensor's name
                 values = packed.values(self._part)
         except (ValueError, IndexError) as error:
             raise InputError(

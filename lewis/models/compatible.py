@@ -6,18 +6,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.models import hub
-from lewis.models.arranged import check_ranges, in_place, slices_of
 from lewis.models.config import read_config
-from lewis.models.files import weight_files
+from lewis.models.files.folder import weight_files
+from lewis.models.files.safetensors_file import Headers
+from lewis.models.hub import repository
+from lewis.models.layers.slices import check_ranges, in_place, slices_of
+from lewis.models.layers.stack import layers_of, same_tensor
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
-from lewis.models.renamed import differ, match
-from lewis.models.safetensors_file import Headers, same_bits
+from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
-from lewis.models.stack import layers_of
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
-from lewis.recipe.recipe import Recipe
+from lewis.recipe.config import MergeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def check_compatible(
         )
 
 
-def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[str]:
+def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> list[str]:
     """Check names, shapes and filters from the headers of the weight files, before gigabytes are downloaded.
 
     Returns:
@@ -71,28 +71,28 @@ def preflight(recipe: Recipe, base: Source | None, experts: Sequence[Source]) ->
             read_config(Path(source.model.source))
             weight_files(Path(source.model.source))
     first = base or experts[0]
-    if recipe.slices and _preflight_slices(recipe, first, experts):
+    if config.slices and _preflight_slices(config, first, experts):
         return []
-    ours, problems, told = _shapes(first), list[str](), list[str]()
-    left_out, by_token = {name for name in ours if recipe.excludes(name)}, recipe.vocabulary is not None
+    ours, problems, renamed = _shapes(first), list[str](), list[str]()
+    left_out, by_token = {name for name in ours if config.excludes(name)}, config.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
             continue  # the base itself, or an adapter on it
         theirs = _shapes(source)
-        if differ(ours, theirs) and (matched := match(hub.fetch(first.model, weights=False), ours, theirs)):
+        if differ(ours, theirs) and (matched := match(repository.fetch(first.model, weights=False), ours, theirs)):
             theirs = matched.shapes
-            told.append(f"{source.ref}: {matched.told}")
+            renamed.append(f"{source.ref}: {matched.summary}")
         # A head that is not stored may be tied to the embedding: only the model's config says so.
         theirs = {**{name: shape for name, shape in ours.items() if name.endswith(HEADS)}, **theirs}
         found = _differences(ours, theirs, left_out, matched=False, by_token=by_token)
         problems += [f"{source.ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
-    recipe.check_filters(ours)
-    return told
+    config.check_filters(ours)
+    return renamed
 
 
-def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) -> bool:
+def _preflight_slices(config: MergeConfig, first: Source, experts: Sequence[Source]) -> bool:
     """`preflight` of slices that are stacked; False, and nothing is checked, if every layer stays in its place.
 
     Models that are not among these are not looked at, and then filters are not either.
@@ -100,11 +100,12 @@ def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) 
     shapes = {source.ref: _shapes(source) for source in (first, *experts)}
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
-    check_ranges(recipe, counts)
-    if in_place(recipe, counts):
+    slices = slices_of(config)
+    check_ranges(slices, counts)
+    if in_place(slices, config.base_model, counts):
         return False
     problems, known = list[str](), dict.fromkeys(shapes[first.ref])
-    for each in slices_of(recipe):
+    for each in slices:
         read = {}
         for ref in each.starts.keys() & shapes.keys():
             names = {new: old for new, old in each.names(ref, layers, layers[first.ref]).items() if old in shapes[ref]}
@@ -113,33 +114,33 @@ def _preflight_slices(recipe: Recipe, first: Source, experts: Sequence[Source]) 
         ours = read.pop(each.lead, {})
         heads = {name: shape for name, shape in ours.items() if name.endswith(HEADS)}
         for ref, theirs in read.items() if ours else ():
-            by_token = recipe.vocabulary is not None
+            by_token = config.vocabulary is not None
             found = _differences(ours, {**heads, **theirs}, (), matched=False, by_token=by_token)
             problems += [f"{ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, "expected layers of the same architecture in each slice"]))
-    if shapes.keys() >= {entry.model for entry in recipe.models}:
-        recipe.check_filters(known)
+    if shapes.keys() >= {entry.model for entry in config.models}:
+        config.check_filters(known)
     return True
 
 
-def result_headers(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> Headers:
+def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:
     """The tensors of the result: name -> dtype and shape, as the base has them, or what stands for it in each slice."""
     first = base or experts[0]
-    headers = {source.ref: hub.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
-    if not recipe.slices:
+    headers = {source.ref: repository.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
+    if not config.slices:
         return headers[first.ref]
     layers = {ref: layers_of(ref, own) for ref, own in headers.items()}
     return {
         new: headers[each.lead][old]
-        for each in slices_of(recipe)
+        for each in slices_of(config)
         for new, old in each.names(each.lead, layers, layers[first.ref]).items()
         if old in headers[each.lead]
     }
 
 
 def _shapes(source: Source) -> Shapes:
-    return {name: shape for name, (_, shape) in hub.tensor_headers(source.model).items()}
+    return {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
 
 
 def _differences(
@@ -164,8 +165,8 @@ def _differences(
     for name, shape in wanted.items():
         start = int(by_token and not matched and name.endswith(PER_TOKEN))
         if name in expert and expert[name][start:] != shape[start:] and (matched or not _flat(expert[name], shape)):
-            told = f"{name!r} has shape {list(expert[name])}, in the base it is {list(shape)}"
-            yield told + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
+            problem = f"{name!r} has shape {list(expert[name])}, in the base it is {list(shape)}"
+            yield problem + (f"; {FIX}" if name.endswith(PER_TOKEN) and not by_token else "")
             break
 
 
@@ -186,13 +187,8 @@ def _check_tensors(base: Model, expert: Model, excluded: Collection[str], by_tok
 
 def _check_heads(base: Model, expert: Model) -> Iterator[str]:
     for head, embedding in base.tied.items():
-        if head in expert.tensors and embedding in expert.tensors and not _equal(expert, head, embedding):
+        if head in expert.tensors and embedding in expert.tensors and not same_tensor(expert, head, embedding):
             yield (
                 f"{head!r} is a weight of its own, in the base it is tied to the embedding; "
                 "merge onto a base with a head of its own"
             )
-
-
-def _equal(model: Model, one: str, other: str) -> bool:
-    (kind, bits), (other_kind, other_bits) = model.raw(one), model.raw(other)
-    return kind == other_kind and same_bits(bits, other_bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class Model(Protocol):
 
 
 class View:
-    """What all have that read another model in another way: under other names, or with other rows.
+    """What all have that read another model in another way: under other names, with other rows, with an adapter on it.
 
     Attributes:
         model: the other model.
@@ -99,3 +100,21 @@ class View:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor -> shape."""
         return {name: info.shape for name, info in self.tensors.items()}
+
+    def _sources(self, name: str) -> Iterable[str]:
+        """The other model's tensors that a tensor is made of: by default the one of the same name."""
+        return (name,)
+
+    def computes(self, name: str) -> bool:
+        """Whether a tensor is computed by the other model, and so takes memory while it is used."""
+        return any(map(self.model.computes, self._sources(name)))
+
+    def will_need(self, name: str) -> None:
+        """Ask the system to read what a tensor is made of ahead."""
+        for source in self._sources(name):
+            self.model.will_need(source)
+
+    def done_with(self, name: str) -> None:
+        """Release the memory that the sources of a tensor are mapped to."""
+        for source in self._sources(name):
+            self.model.done_with(source)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary, finalize
 
 from pydantic import model_validator
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.models import hub
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.listing import COMMIT
-from lewis.models.lora import LoraExpert, holds_adapter
+from lewis.models.hub import repository
+from lewis.models.hub.pin import Pinned, find_folder
+from lewis.models.hub.repository import COMMIT
+from lewis.models.lora.expert import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
-from lewis.models.pin import Pinned, find_folder
-from lewis.models.renamed import differ, under_names_of
-from lewis.recipe.recipe import Recipe
+from lewis.models.network.renamed import Matched, differ, match, under_names_of, with_tied
+from lewis.recipe.block import parts_of
+from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 from lewis.threads import ContextPool
@@ -52,7 +55,7 @@ class Source:
     @property
     def key(self) -> str:
         """Identity of the content: the commit of the model, and `+` that of each adapter."""
-        return "+".join(pinned.commit for pinned in (self.model, *self.adapters))
+        return key_of(pinned.commit for pinned in (self.model, *self.adapters))
 
     @property
     def size(self) -> int:
@@ -103,8 +106,7 @@ class ModelFiles(Reference):
     ) -> ModelFiles:
         """The files of these folders, with the sizes that they have now."""
         folders = [folder, *under, *([adapter] if adapter else [])]
-        paths = [p for place in folders for p in sorted(place.glob("*")) if p.is_file()]
-        sizes = {str(p): p.stat().st_size for p in paths if p.suffix in (".safetensors", ".gguf", ".json")}
+        sizes = {str(path): path.stat().st_size for place in folders for path in _files_of(place)}
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=tuple(under), like=like, sizes=sizes)
 
     @property
@@ -137,38 +139,88 @@ class ModelFiles(Reference):
                 try:
                     manifest.check(folder)
                 except manifest.DamagedError as error:
-                    raise LewisError(f"{folder}: {error}; run again, which makes it anew") from error
+                    raise LewisError(f"{folder}: {error}; run again, which makes it again") from error
 
     def open(self) -> Model:
         """Open the model for reading.
 
+        Files are opened, and their headers parsed, once in a process: each call returns what an earlier one for the
+        same files opened, until a file changes on disk, or all `ModelFiles` that opened it and their models are gone.
+
         Raises:
             InputError: as `Checkpoint` and `LoraExpert` do.
         """
-        commit, *others = self.key.split("+")
-        model: Model = Checkpoint(self.folder, self.key if self.adapter is None else commit)
-        for number, folder in enumerate(self.folders[1:], 1):
-            model = LoraExpert(model, folder, "+".join([commit, *others[:number]]))
+        commits = commits_of(self.key)
+        key = self.key if self.adapter is None else commits[0]
+        identity: tuple[object, ...] = (key, _state(self.folder))
+        model: Model = _once(identity, Checkpoint, self.folder, key)
+        for number, folder in enumerate(self.folders[1:], 2):
+            key = key_of(commits[:number])
+            identity = (*identity, key, _state(folder))
+            model = _once(identity, LoraExpert, model, folder, key)
         if self.like is None:
+            self._keep(model)
             return model
-        base = Checkpoint(self.like, "")
+        like = ("", _state(self.like))
+        base: Model = _once(like, Checkpoint, self.like, "")
+        identity = (*identity, "as", *like)
+        # What is read under other names may hold a computed tensor: only how it is read is kept, not this model itself.
+        found = _once(identity, _matched, base, model)
+        self._keep(model, base, found)
+        if not isinstance(found, Matched):
+            return model
         names = store.digest([version("transformers"), base.shapes])[:16]
-        return under_names_of(base, model, f"{self.key} as {names}")
+        return _once((*identity, names), under_names_of, base, model, f"{self.key} as {names}", found)
+
+    def _keep(self, *opened: object) -> None:
+        """Keep what is open for as long as this reference exists."""
+        if id(self) not in _KEPT:
+            finalize(self, _KEPT.pop, id(self), None)
+        _KEPT[id(self)] = opened
 
 
-def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
-    """`model+adapter+adapter` as its parts; any other reference by itself.
+_T = TypeVar("_T")
+_OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # identity -> what is open
+_KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> what it keeps open
+
+
+def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any) -> _T:
+    """What was made under this identity and is still in use somewhere in this process; else it is made."""
+    found: _T | None = _OPENED.get(identity)
+    if found is None:  # two threads may both come here: the second then takes what the first has made
+        made = make(*arguments)
+        found = _OPENED.setdefault(identity, made)
+    return found
+
+
+def _matched(base: Model, model: Model) -> Matched | Model:
+    """What the model has of the base's tensors under other names; the model itself if its names are the base's."""
+    return match(base.home, with_tied(base), with_tied(model)) or model
+
+
+def _state(folder: Path) -> tuple[object, ...]:
+    """A folder, and each of its weight files and configs with what changes when its content does."""
+    stats = [(path.name, path.stat()) for path in _files_of(folder)]
+    return str(folder), *((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in stats)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    paths = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".gguf", ".json"))
+    return [path for path in paths if path.is_file()]
+
+
+def commits_of(key: str) -> tuple[str, ...]:
+    """The commits of a `Source.key`: that of the model, then that of each adapter on it.
 
     Args:
-        ref: a reference to a model.
-        root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
-            looked for, and every `+` separates two parts.
+        key: of a `Source` or `ModelFiles`; the digest of a merge, which is no commit, is given back by itself.
     """
-    adapters = list[str]()
-    while "+" in ref and (root is None or not any(map(os.path.exists, (root / ref, Path(ref))))):
-        ref, _, adapter = ref.rpartition("+")
-        adapters.insert(0, adapter)
-    return ref, *adapters
+    return tuple(key.split("+"))
+
+
+def key_of(commits: Iterable[str]) -> str:
+    """The identity of a model and the adapters on it, by the commits of each, in order: what `commits_of` splits."""
+    return "+".join(commits)
 
 
 def pin(ref: str, root: Path, base: Source | None = None, first: Source | None = None) -> Source:
@@ -187,9 +239,9 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
     of_names = first or base
     named = of_names.model if of_names else None
     model, *adapters = parts_of(ref, root)
-    pinned = hub.resolve(model, root)
-    if adapters or not holds_adapter(hub.file_names(pinned)):
-        put = [hub.resolve(each, root) for each in adapters]
+    pinned = repository.resolve(model, root)
+    if adapters or not holds_adapter(repository.file_names(pinned)):
+        put = [repository.resolve(each, root) for each in adapters]
         like = named if named and named.commit != pinned.commit else None
         return Source(ref, pinned, put[-1] if put else None, tuple(put[:-1]), like)
     if base is None:
@@ -215,7 +267,7 @@ def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source
     parts = parts_of(ref, root)
     fixed = [
         f"{part.partition('@')[0]}@{commit}" if COMMIT.fullmatch(commit) and not find_folder(part, root) else part
-        for part, commit in zip(reversed(parts), reversed(key.split("+")), strict=False)
+        for part, commit in zip(reversed(parts), reversed(commits_of(key)), strict=False)
     ]
     found = replace(pin("+".join(reversed(fixed)), root, base), ref=ref)
     if found.key != key or len(fixed) < len(parts):
@@ -223,16 +275,16 @@ def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source
     return found
 
 
-def pin_all(recipe: Recipe) -> tuple[Source | None, list[Source]]:
-    """Pin the base (None if the recipe has none) and the experts, in the recipe's order.
+def pin_all(config: MergeConfig) -> tuple[Source | None, list[Source]]:
+    """Pin the base (None if there is none) and the experts, in their order.
 
     Experts are pinned in parallel: hashing the files of new folders takes longer than merging them.
     """
-    base = pin(recipe.base_model, recipe.root) if recipe.base_model else None
-    refs = [entry.model for entry in recipe.experts]
-    first = None if base else pin(refs[0], recipe.root)
+    base = pin(config.base_model, config.root) if config.base_model else None
+    refs = [entry.model for entry in config.experts]
+    first = None if base else pin(refs[0], config.root)
     with ContextPool(len(os.sched_getaffinity(0))) as pool:
-        return base, list(pool.map(lambda ref: pin(ref, recipe.root, base, first), refs))
+        return base, list(pool.map(lambda ref: pin(ref, config.root, base, first), refs))
 
 
 def download(source: Source) -> ModelFiles:
@@ -241,18 +293,28 @@ def download(source: Source) -> ModelFiles:
     Raises:
         TransientError: if the transfer broke; trying again can help.
     """
-    put = [hub.fetch(each) for each in source.adapters]
-    folder, like = hub.fetch(source.model), None
+    put = [repository.fetch(each) for each in source.adapters]
+    folder, like = repository.fetch(source.model), None
     if source.like and differ(*(_shapes(each) for each in (source.like, source.model))):
-        like = hub.folder_of(source.like)
+        like = repository.folder_of(source.like)
     return ModelFiles.at(source.ref, source.key, folder, put[-1] if put else None, put[:-1], like)
 
 
 def _shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in hub.tensor_headers(pinned).items()}
+    return {name: shape for name, (_, shape) in repository.tensor_headers(pinned).items()}
 
 
-def short_names(refs: Sequence[str]) -> list[str]:
-    """What to call experts in tables: the last part of each reference, or all of it where that would be ambiguous."""
-    last = [parts_of(ref)[-1].partition("@")[0].rstrip("/").rpartition("/")[2] for ref in refs]
+def short_name(ref: str, root: Path) -> str:
+    """The last part of a reference without its owner, folder and revision: `math` of `org/base+org/math@main`.
+
+    Args:
+        ref: as in a recipe.
+        root: where relative folders start (the recipe's folder).
+    """
+    return parts_of(ref, root)[-1].partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def short_names(refs: Sequence[str], root: Path) -> list[str]:
+    """What to call experts in tables: their `short_name`, or the whole reference where that would be ambiguous."""
+    last = [short_name(ref, root) for ref in refs]
     return short_or_whole(last, refs, taken=("base", "uniform", "lewis", "merged", "champion"))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
-from lewis.models.files import tokenizer_files
-from lewis.models.lora import LoraExpert
+from lewis.models.files.folder import tokenizer_files
+from lewis.models.layers.stack import Restacked
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
-from lewis.models.renamed import Renamed
-from lewis.models.stack import Restacked
+from lewis.models.network.renamed import Renamed
 
 TOKENIZER = "tokenizer.json"
 FIX = "to match embeddings by token, set tokenizer_source to base, union or a model"

@@ -1,6 +1,8 @@
 """What all blocks of a recipe are made of: their base class, names of models, and method parameters."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -23,6 +25,28 @@ def model_name(value: Any) -> Any:
         if "path" in value:
             return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
     return value
+
+
+def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
+    """Split a reference to a model, `model+adapter+adapter`, into its parts: the model, then its adapters in order.
+
+    Args:
+        ref: a reference to a model, as in a recipe.
+        root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
+            looked for, and every `+` separates two parts.
+    """
+    pieces, parts = ref.split("+"), list[str]()
+    while pieces:
+        ends = range(len(pieces), 1, -1)
+        end = next((end for end in ends if _exists("+".join(pieces[:end]), root)), 1)
+        parts.append("+".join(pieces[:end]))
+        pieces = pieces[end:]
+    return tuple(parts)
+
+
+def _exists(ref: str, root: Path | None) -> bool:
+    path = os.path.expanduser(ref)
+    return root is not None and (os.path.exists(root / path) or os.path.exists(path))
 
 
 ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]

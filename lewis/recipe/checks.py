@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
 from lewis.methods.registry import AUTO
@@ -186,7 +187,7 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
     density: dict[str, Any] = found if isinstance(found, dict) else {}
     try:
         low, high = (float(density.get(key, default)) for key, default in (("min", 0.3), ("max", 0.8)))
-        if density.get("strategy") == "uniform":
+        if not _allocator(block).guides:
             low = high = float(density.get("budget") or (low + high) / 2)
     except (TypeError, ValueError, OverflowError):
         return []  # the schema reports it
@@ -239,7 +240,7 @@ def _check_density(data: dict[str, Any]) -> list[str]:
         return []  # the schema reports it
     if low > high:
         return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
-    if own.get("strategy") == "uniform":  # the default bounds do not apply to one density for all
+    if not _allocator(block).guides:  # the default bounds do not apply to one density for all
         low, high = (low if "min" in own else 0.0), (high if "max" in own else 1.0)
     if budget is not None and not low <= budget <= high:
         return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
@@ -295,6 +296,12 @@ def _is_given(block: Any, key: str) -> bool:
     return isinstance(block, dict) and block.get(key) is not None
 
 
+def _allocator(block: Any) -> Allocator:
+    """The allocator of a `lewis` block: the default's, if it names none or one that there is not."""
+    density = _block(_block(block).get("density"))
+    return ALLOCATORS.get(str(density.get("strategy")), ALLOCATORS[DEFAULT])
+
+
 def _prunes_by_activation(data: dict[str, Any]) -> bool:
     block = data.get("lewis")
     return isinstance(block, dict) and block.get("prune_by") == "activation"
@@ -306,17 +313,17 @@ def _check_guidance(data: dict[str, Any]) -> list[str]:
     if not isinstance(block, dict):
         return []
     density, importance = ({} if not isinstance(block.get(k), dict) else block[k] for k in ("density", "importance"))
-    strategy, problems = density.get("strategy", "lewis"), list(contradictions(block))
-    if strategy != "lewis":
-        for key in ("scale", "decimals"):
-            if density.get(key) is not None:
-                problems.append(f"lewis.density.{key}: {strategy} has no use for it; leave it out, or use lewis")
-        own = "outlier" if strategy == "owl" else None
-        if importance.get("metric") not in (None, own):
-            problems.append(
-                f"lewis.importance.metric: {strategy} has no use for {importance['metric']!r}; leave it out, or "
-                "use lewis"
-            )
+    allocator, problems = _allocator(block), list(contradictions(block))
+    for key in ("scale", "decimals"):
+        if density.get(key) is not None and key not in allocator.uses:
+            others = " or ".join(each.name for each in ALLOCATORS.values() if key in each.uses)
+            problems.append(f"lewis.density.{key}: {allocator.name} has no use for it; leave it out, or use {others}")
+    metric = importance.get("metric")
+    if metric is not None and allocator.evidence_by(str(metric)) != metric:
+        others = " or ".join(each.name for each in ALLOCATORS.values() if each.evidence == "metric")
+        problems.append(
+            f"lewis.importance.metric: {allocator.name} has no use for {metric!r}; leave it out, or use {others}"
+        )
     return problems
 
 
@@ -325,8 +332,7 @@ def _check_calibrations(data: dict[str, Any], models: list[dict[str, Any]]) -> l
     sets = block.get("calibrations") if isinstance(block, dict) else None
     names = list(map(str, sets)) if isinstance(sets, dict) else []
     problems = []
-    density = block.get("density") if isinstance(block, dict) else None
-    blind = isinstance(density, dict) and density.get("strategy") in ("uniform", "depth_gradient")
+    blind = _allocator(block).evidence == "nothing"
     holds_back = isinstance(block, dict) and block.get("aim") is not None
     method = METHODS.get(str(data.get("merge_method")))
     fits = method is not None and method.fits is not None  # `_check_fit` tells it

@@ -66,6 +66,11 @@ class MergeConfig(Block):
         return (*self.models, ModelEntry(model=self.base_model))
 
     @property
+    def guided_method(self) -> str:
+        """The method whose densities a `lewis` block decides: the anchor's, if there is one."""
+        return self.anchor.merge_method if self.anchor else self.merge_method
+
+    @property
     def vocabulary(self) -> Tokenizer | None:
         """Which vocabulary the result has; None: the base's, which all models must share."""
         return Tokenizer(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer

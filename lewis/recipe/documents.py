@@ -8,9 +8,11 @@ from typing import Any
 
 from lewis.errors import RecipeError
 from lewis.recipe import yaml_text
+from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 
 LAST = "final"  # the output of the document without a name
+_SEPARATOR = re.compile(r"^---", re.MULTILINE)
 _PLAIN = re.compile(r"\w[\w.-]*")
 _MODELS = ("model", "base_model", "tokenizer_source", "source", "path")  # keys whose texts are references to models
 
@@ -44,15 +46,18 @@ def load_documents(path: str | Path, outputs: Path) -> list[Document]:
             than one has none, or some use each other.
     """
     path, text = yaml_text.read_file(path)
+    if not _SEPARATOR.search(text):
+        return []  # without a second look: to read a large recipe takes longer than to start the merge
+    root = path.resolve().parent
     found = yaml_text.read_all(text, path.stem)
     if len(found) < 2:
         return []
     named = _named(found, path.stem)
     made = []
-    for name in _in_order(named, path.stem):
-        data = _replaced(named[name], {each: str(outputs.absolute() / each) for each in named.keys() - {name}})
+    for name in _in_order(named, path.stem, root):
+        data = _replaced(named[name], {each: str(outputs.absolute() / each) for each in named.keys() - {name}}, root)
         try:
-            recipe = Recipe.parse(yaml_text.write(data), root=path.resolve().parent, name=_title(name, path.stem))
+            recipe = Recipe.parse(yaml_text.write(data), root=root, name=_title(name, path.stem))
         except RecipeError as error:
             raise RecipeError([f"{name}: {problem}" for problem in error.problems]) from error
         made.append(Document(name, recipe))
@@ -76,9 +81,9 @@ def _named(found: Sequence[dict[str, Any]], stem: str) -> dict[str, dict[str, An
     return named
 
 
-def _in_order(named: Mapping[str, dict[str, Any]], stem: str) -> list[str]:
+def _in_order(named: Mapping[str, dict[str, Any]], stem: str, root: Path) -> list[str]:
     """The names, each after those that its document uses."""
-    uses = {name: set(_references(data)) & (named.keys() - {name}) for name, data in named.items()}
+    uses = {name: set(_references(data, root)) & (named.keys() - {name}) for name, data in named.items()}
     order = list[str]()
     while len(order) < len(named):
         ready = [name for name in named if name not in order and uses[name] <= set(order)]
@@ -89,25 +94,25 @@ def _in_order(named: Mapping[str, dict[str, Any]], stem: str) -> list[str]:
     return order
 
 
-def _references(value: Any) -> Iterator[str]:
+def _references(value: Any, root: Path) -> Iterator[str]:
     """The models that a document names, without adapters on them."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key in _MODELS and isinstance(inner, str):
-                yield inner.partition("+")[0]
-            yield from _references(inner)
+                yield parts_of(inner, root)[0]
+            yield from _references(inner, root)
     elif isinstance(value, list):
         for inner in value:
-            yield from _references(inner)
+            yield from _references(inner, root)
 
 
-def _replaced(value: Any, folders: Mapping[str, str], key: str = "") -> Any:
+def _replaced(value: Any, folders: Mapping[str, str], root: Path, key: str = "") -> Any:
     """A document in which outputs are named by their folders."""
     if isinstance(value, dict):
-        return {inner: _replaced(each, folders, str(inner)) for inner, each in value.items()}
+        return {inner: _replaced(each, folders, root, str(inner)) for inner, each in value.items()}
     if isinstance(value, list):
-        return [_replaced(each, folders) for each in value]
+        return [_replaced(each, folders, root) for each in value]
     if key in _MODELS and isinstance(value, str):
-        name, plus, adapter = value.partition("+")
-        return f"{folders[name]}{plus}{adapter}" if name in folders else value
+        name, *adapters = parts_of(value, root)
+        return "+".join([folders[name], *adapters]) if name in folders else value
     return value

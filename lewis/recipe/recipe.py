@@ -6,8 +6,9 @@ from pathlib import Path
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import to_json
 
+from lewis.allocators import ALLOCATORS
 from lewis.errors import RecipeError
-from lewis.methods import load_plugins
+from lewis.methods import METHODS
 from lewis.recipe import dialect, yaml_text
 from lewis.recipe.checks import cross_check
 from lewis.recipe.config import MergeConfig
@@ -77,7 +78,8 @@ class Recipe(MergeConfig):
         data = yaml_text.read(text, name)
         for setting in overrides:
             yaml_text.override(data, setting)
-        load_plugins()
+        for table in (METHODS, ALLOCATORS):
+            table.load()
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
         data = dialect.as_recipe(data)
@@ -110,14 +112,9 @@ class Recipe(MergeConfig):
         return self.lewis if guides else None
 
     @property
-    def guided_method(self) -> str:
-        """The method whose densities the `lewis` block decides: the anchor's, if there is one."""
-        return self.anchor.merge_method if self.anchor else self.merge_method
-
-    @property
     def guided(self) -> bool:
         """Whether importance decides the densities."""
-        return self.allocator is not None and self.allocator.density.strategy != "uniform"
+        return self.allocator is not None and self.allocator.density.allocator.guides
 
     @property
     def measures(self) -> bool:
@@ -127,7 +124,7 @@ class Recipe(MergeConfig):
         block = self.allocator
         if block is None:
             return False
-        return block.density.strategy not in ("uniform", "depth_gradient") or block.prune_by == "activation"
+        return block.evidence != "nothing" or block.prune_by == "activation"
 
     @property
     def runs_models(self) -> bool:
@@ -138,7 +135,7 @@ class Recipe(MergeConfig):
     def compares_norms(self) -> bool:
         """Whether densities come from the difference of norms, which needs those of the base too."""
         block = self.allocator
-        return block is not None and (block.density.strategy, block.importance.metric) == ("lewis", "norm_difference")
+        return block is not None and block.evidence == "norm_difference"
 
     @property
     def measures_base(self) -> bool:

@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
+from lewis.errors import nearest
 from lewis.recipe.block import Block, ModelName, Parameters
 from lewis.recipe.presets import with_preset
 
@@ -72,12 +74,21 @@ class Importance(Block):
     reduce: Literal["mean", "sum"] = "mean"
 
 
+def _known_allocator(name: str) -> str:
+    if name not in ALLOCATORS:
+        ALLOCATORS.load()
+    if name not in ALLOCATORS:
+        close = nearest(name, ALLOCATORS)
+        known = "" if "expected one of" in close else f"; there are {', '.join(ALLOCATORS)}"
+        raise ValueError(f"unknown allocator {name!r}{close}{known}")
+    return name
+
+
 class Density(Block):
     """How densities are allocated.
 
     Attributes:
-        strategy: `lewis`, `owl`, `dlp`, `depth_gradient` (see `lewis.allocation.strategies`), `global` (one threshold
-            over all tensors, see `lewis.allocation.global_threshold`) or `uniform` (the same everywhere).
+        strategy: the name of an allocator (`lewis.allocators`): LEWIS's own, or one that an installed package brings.
         min, max: bounds of every density, 0 < min <= max <= 1.
         budget: the exact mean density of the covered tensors, weighted by their number of parameters. Without one,
             the mean of `lewis` and `depth_gradient` follows from their formula, and is the midpoint of the bounds for
@@ -87,7 +98,7 @@ class Density(Block):
         uncovered: density of all other tensors: `expert` 1, `base` 0, `mean` that of the covered tensors.
     """
 
-    strategy: Literal["lewis", "uniform", "owl", "dlp", "depth_gradient", "global"] = "lewis"
+    strategy: Annotated[str, AfterValidator(_known_allocator)] = DEFAULT
     min: float = Field(default=0.3, gt=0, le=1)
     max: float = Field(default=0.8, gt=0, le=1)
     budget: float | None = Field(default=None, gt=0, le=1)
@@ -95,9 +106,14 @@ class Density(Block):
     decimals: int | None = Field(default=None, ge=1)
     uncovered: Literal["expert", "base", "mean"] = "expert"
 
+    @property
+    def allocator(self) -> Allocator:
+        """The row of the strategy."""
+        return ALLOCATORS.find(self.strategy)
+
 
 class Aim(Block):
-    """Shrink the merged delta where the base's activations are large (`lewis.allocation.aim`, arXiv 2502.02421).
+    """Shrink the merged delta where the base's activations are large (`lewis.allocation.step.aim`, arXiv 2502.02421).
 
     Attributes:
         omega: the factor for the input channel that the base uses most, in [0, 1]; 1 changes nothing.
@@ -123,6 +139,11 @@ class Lewis(Block):
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()
     aim: Aim | None = None
+
+    @property
+    def evidence(self) -> str:
+        """What the densities are decided by, as `lewis.allocators.Needs` says, but for `metric`."""
+        return self.density.allocator.evidence_by(self.importance.metric)
 
     @model_validator(mode="before")
     @classmethod

@@ -33,7 +33,7 @@ class TokenEmbedding(Block):
     """The embedding row of one token, for the models that lack it.
 
     Attributes:
-        source: a model, or a `TokenRow`; None: the rule of `lewis.merging.vocabulary`.
+        source: a model, or a `TokenRow`; None: the rule of `lewis.merging.vocabulary.tokens`.
         force: use it in the models that have the token, too.
     """
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.models import hub_client
-from lewis.models.pin import find_folder
+from lewis.models.hub import client
+from lewis.models.hub.pin import find_folder
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.reports.card import EVAL_RESULTS
@@ -109,7 +109,7 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         there = _look(repo, private)
         if there is None:
             with _errors(repo):
-                hub_client.api().create_repo(repo, private=private, exist_ok=True)
+                client.api().create_repo(repo, private=private, exist_ok=True)
             there = _look(repo, private)
             assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -122,18 +122,18 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
             made = _commit(repo, [*added, *removed], title, there.head)
     new = made.oid != there.head
     logger.info("%s %s", redacted(made.commit_url), "is new" if new else "has this model already")
-    return Published(repo, made.oid, f"{redacted(hub_client.endpoint())}/{repo}/tree/{made.oid}", new)
+    return Published(repo, made.oid, f"{redacted(client.endpoint())}/{repo}/tree/{made.oid}", new)
 
 
 def _look(repo: str, private: bool) -> _Remote | None:
     """What the repo has; None if there is no repo."""
-    if hub_client.offline():
+    if client.offline():
         raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
     if not get_token():
         raise InputError(f"publish: HF_TOKEN is needed to push to {repo}; set one that may write")
     with _errors(repo):
         try:
-            info = hub_client.api().model_info(repo)
+            info = client.api().model_info(repo)
         except HfHubHTTPError as error:
             if error.response.status_code == 404:
                 return None
@@ -143,8 +143,8 @@ def _look(repo: str, private: bool) -> _Remote | None:
         files = frozenset(file.rfilename for file in info.siblings or ())
         digest = None
         if store.MANIFEST in files:
-            place = hub_client.api().hf_hub_download(
-                repo, store.MANIFEST, revision=info.sha, cache_dir=hub_client.cache_folder()
+            place = client.api().hf_hub_download(
+                repo, store.MANIFEST, revision=info.sha, cache_dir=client.cache_folder()
             )
             digest = (store.read_json(Path(place)) or {}).get("digest")
     if digest is None and any(WEIGHTS.search(name) for name in files):
@@ -156,21 +156,21 @@ def _commit(repo: str, operations: list[CommitOperationAdd | CommitOperationDele
     """Make the commit; on a Hub without Xet, which new files of the Hub are kept in, upload by the LFS protocol."""
 
     def make() -> Any:
-        return hub_client.api().create_commit(repo, operations, commit_message=title, parent_commit=parent)
+        return client.api().create_commit(repo, operations, commit_message=title, parent_commit=parent)
 
     try:
         return make()
     except OSError as error:
         if not _NO_XET.search(str(error)):
             raise
-    logger.info("%s has no Xet storage; uploading by LFS", redacted(hub_client.endpoint()))
-    with hub_client.without_xet():
+    logger.info("%s has no Xet storage; uploading by LFS", redacted(client.endpoint()))
+    with client.without_xet():
         return make()
 
 
 @contextmanager
 def _errors(repo: str) -> Iterator[None]:
-    with hub_client.errors(f"publish.repo: {repo}"):
+    with client.errors(f"publish.repo: {repo}"):
         try:
             yield
         except HfHubHTTPError as error:

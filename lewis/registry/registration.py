@@ -14,7 +14,8 @@ from lewis.evaluation.statistics.scored import Scored, comparison_rows, gain, sc
 from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry
-from lewis.merging.step import MergedModel, adapter_in, chosen_ridge
+from lewis.merging.run import Written
+from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry.lineage import lineage_of
@@ -199,7 +200,7 @@ def _datasets(recipe: Recipe) -> list[str]:
 
 
 def write_card(
-    folder: Path,
+    written: Written,
     recipe: Recipe,
     base: ModelFiles | None,
     experts: Sequence[ModelFiles],
@@ -207,10 +208,10 @@ def write_card(
 ) -> None:
     """Put the card of a merge that was not scored, with the picture of its densities, into the model's folder."""
     means = dict(allocated.means) if allocated else {}
-    ridge, adapter, lineage = chosen_ridge(folder), adapter_in(folder), lineage_of(base, experts, ())
-    told = adapter.to_text() if adapter else ""
-    text = model_card(recipe, base, experts, lineage, means, ridge=ridge, adapter=told)
-    card.write(folder, text, pictures.densities(allocated) if allocated else None)
+    ridge = written.ridge.to_text() if written.ridge else ""
+    adapter = written.adapter.to_text() if written.adapter else ""
+    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, ridge=ridge, adapter=adapter)
+    card.write(written.folder, text, pictures.densities(allocated) if allocated else None)
 
 
 def _gains(models: Sequence[Scored]) -> dict[str, float]:

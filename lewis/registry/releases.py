@@ -6,8 +6,9 @@ No state is kept: what has been merged is read from the tags of the registered v
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lewis.models.pin import find_folder
-from lewis.models.source import parts_of, pin_all
+from lewis.models.hub.pin import find_folder
+from lewis.models.source import commits_of, pin_all
+from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import lineage, tracking
 
@@ -119,16 +120,18 @@ def moved(recipe: Recipe, heads: Mapping[str, str], held: list[Held]) -> list[Mo
     found = [Moved(ref, _repo(recipe, ref, old, new), old, new) for ref, (old, new) in pairs.items() if old != new]
     base_moved = any(each.ref == recipe.base_model for each in found)
     # The commit key of an adapter without its own base contains the recipe's base, which may have moved alone.
-    return [x for x in found if not (base_moved and "+" not in x.ref and _same_adapter(x.old, x.new))]
+    alone = {each.ref for each in found if len(parts_of(each.ref, recipe.root)) == 1}
+    return [x for x in found if not (base_moved and x.ref in alone and _same_adapter(x.old, x.new))]
 
 
 def _same_adapter(old: str | None, new: str) -> bool:
-    return old is not None and "+" in old and old.partition("+")[2] == new.partition("+")[2]
+    before, after = commits_of(old or ""), commits_of(new)
+    return len(before) > 1 and before[1:] == after[1:]
 
 
 def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
     parts = parts_of(ref, recipe.root)
-    before, after = (old or "").split("+"), new.split("+")
+    before, after = commits_of(old or ""), commits_of(new)
     moved = [part for part, one, other in zip(parts, before, after, strict=False) if one != other]
     ref = moved[0] if len(parts) == len(before) == len(after) and moved else parts[-1]
     folder = find_folder(ref, recipe.root)

@@ -15,9 +15,9 @@ from urllib.parse import quote, urlsplit
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.models import hub
-from lewis.models.lora import is_adapter
-from lewis.models.lora_config import read_settings
+from lewis.models.hub import repository
+from lewis.models.lora.config import read_settings
+from lewis.models.lora.expert import is_adapter
 from lewis.models.source import ModelFiles
 from lewis.registry import lineage, logged_model, tracking
 from lewis.store import kinds
@@ -129,9 +129,9 @@ def _base_of(current: Champion, adapter: Path) -> Path | None:
     settings = read_settings(adapter)
     name, revision = settings["base_model_name_or_path"], settings.get("revision")
     try:
-        pinned = hub.resolve(f"{name}@{revision}" if revision else name, adapter)
+        pinned = repository.resolve(f"{name}@{revision}" if revision else name, adapter)
         if pinned.commit in current.sources.values():
-            return hub.fetch(pinned)
+            return repository.fetch(pinned)
         why = "it has changed since the merge"
     except InputError as error:
         why = str(error)

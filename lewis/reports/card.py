@@ -11,7 +11,9 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.scores import Score
 from lewis.input_files import read_text
+from lewis.models.source import commits_of
 from lewis.recipe import yaml_limits
+from lewis.recipe.block import parts_of
 from lewis.reports.markdown import markdown_table
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -136,8 +138,8 @@ def _inputs(
 
 def _repo(ref: str, commit: str) -> str | None:
     """The Hub's name of a model; None for a local folder, whose lineage is a digest and longer than a commit."""
-    repo = ref.rpartition("+")[2].partition("@")[0]
-    return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commit.rpartition("+")[2]) else None
+    repo = parts_of(ref)[-1].partition("@")[0]
+    return repo if REPO.fullmatch(repo) and COMMIT.fullmatch(commits_of(commit)[-1]) else None
 
 
 def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: str = "") -> None:

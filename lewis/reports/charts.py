@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lewis.evaluation.statistics.scores import Score
-from lewis.importance.architecture import projection_names
+from lewis.models.network.module_tree import projection_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

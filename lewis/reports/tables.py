@@ -5,8 +5,8 @@ from typing import Any
 
 from lewis.allocation.densities import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
 from lewis.allocation.step import AllocationEntry
-from lewis.importance.architecture import Layer, projection_names
 from lewis.importance.step import ImportanceEntry
+from lewis.models.network.module_tree import Layer, projection_names
 
 WIDTH = 120  # of a table, in characters
 

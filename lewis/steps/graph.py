@@ -22,13 +22,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any
 
+from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.importance.step import CalibrationInput, MeasureInput
+from lewis.merging.calibration_rows import shared_set_warning
 from lewis.merging.step import MergeInput
 from lewis.models.source import short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
-from lewis.steps.shim import AllocationInput, InspectionInput
+from lewis.steps.shim import InspectionInput
 from lewis.steps.step import Step
 from lewis.steps.table import CheckInput, ScoreInput
 
@@ -148,10 +150,10 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
     downloads = tuple(f"download {ref}" for ref in _refs(recipe))
     merge, config = _merging(recipe), recipe.config
     covers, runs = recipe.lewis is not None and recipe.base_model is not None, recipe.runs_models
-    copies = 1 + recipe.wants_uniform
+    copies, warning = 1 + recipe.wants_uniform, warning_of_shared_set(recipe)
 
     def to_check(results: Results) -> CheckInput:
-        return CheckInput(merge(results), copies, covers, runs)
+        return CheckInput(merge(results), copies, covers, runs, warning)
 
     def to_inspect(results: Results) -> InspectionInput:
         base, *others = (results[name] for name in downloads)
@@ -197,11 +199,22 @@ def _measurements(recipe: Recipe) -> Iterator[Node]:
 
 
 def _allocation(recipe: Recipe) -> Callable[[Results], AllocationInput]:
-    names = _all_measured(recipe)
+    block, config, runs, names = recipe.lewis, recipe.config, recipe.runs_models, _all_measured(recipe)
+    assert block is not None
+    sets = {each.model: recipe.calibration_of(each) if recipe.measures else None for each in recipe.experts}
 
     def given(results: Results) -> AllocationInput:
-        measured = [entry for name in names for entry in results[name]]
-        return AllocationInput(recipe, results[f"download {recipe.base_model}"], _experts(recipe, results), measured)
+        return AllocationInput(
+            density=block.density,
+            metric=block.importance.metric,
+            prune_by=block.prune_by,
+            aim=block.aim is not None,
+            config=config,
+            base=results[f"download {config.base_model}"],
+            experts=tuple(ExpertInput(ref, results[f"download {ref}"], chosen) for ref, chosen in sets.items()),
+            measured=tuple(entry for name in names for entry in results[name]),
+            runs_models=runs,
+        )
 
     return given
 
@@ -273,13 +286,21 @@ def labels(recipe: Recipe) -> dict[str, str]:
         found["base"] = f"download {recipe.base_model}"
     if recipe.scores_experts:
         refs = [entry.model for entry in recipe.experts]
-        pairs = zip(short_names(refs), refs, strict=True)
+        pairs = zip(short_names(refs, recipe.root), refs, strict=True)
         found |= {label: f"download {ref}" for label, ref in pairs if ref != recipe.base_model}
     if recipe.wants_uniform:
         found["uniform"] = "merge uniform"
     if recipe.register_as:
         found["champion"] = CHAMPION
     return {**found, recipe.label: "merge experts"}
+
+
+def warning_of_shared_set(recipe: Recipe) -> str:
+    """What is perhaps wrong with the calibration sets of a fit, as a sentence; empty if nothing is."""
+    sets = recipe.lewis.calibrations if recipe.lewis else {}
+    if not recipe.fits or not sets:
+        return ""
+    return shared_set_warning(next(iter(sets)), {entry.model: entry.calibration for entry in recipe.experts})
 
 
 def _refs(recipe: Recipe) -> list[str]:

@@ -14,25 +14,24 @@ from typing import Any
 from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.step import find_scores, scoring_devices
-from lewis.importance.architecture import Layer
 from lewis.importance.by_name import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
-from lewis.merging.few_tokens import told_of_shared_set
+from lewis.merging.adapter import factor_bytes
 from lewis.merging.forecast import without_models
-from lewis.merging.low_rank import factor_bytes
-from lewis.merging.resolved import stored_dtype
+from lewis.merging.settings import stored_dtype
 from lewis.methods import find
 from lewis.models import hub
 from lewis.models.compatible import preflight, result_headers
 from lewis.models.dtypes import DTYPES
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
+from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles, Source, pin_all
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import publishing, tracking, versions
-from lewis.steps.graph import CHAMPION, Graph, Node, graph
+from lewis.steps.graph import CHAMPION, Graph, Node, graph, warning_of_shared_set
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE
@@ -187,7 +186,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
-    plan.findings, plan.warning = before_download(recipe, base, experts), told_of_shared_set(recipe)
+    plan.findings, plan.warning = before_download(recipe, base, experts), warning_of_shared_set(recipe)
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
@@ -254,7 +253,7 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
     given = None if step.opens and absent else _given(node, results)
     if step is CHECK:
         if given is not None:
-            step.make(replace(given, copies=0, covers=False), silent, "cpu")
+            step.make(replace(given, copies=0, covers=False, warning=""), silent, "cpu")
         results[node.name] = 0
         return PlannedStep(node.name, "always")
     found = None if given is None or missing else step.find(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.allocation.step import AllocationEntry
+from lewis.allocation import step as allocation
+from lewis.allocation.step import AllocationEntry, AllocationInput
 from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation.harness import server
@@ -34,9 +36,9 @@ from lewis.importance.step import (
 from lewis.importance.step import measure as measure_model
 from lewis.inspection import measures
 from lewis.merging import step as merging
+from lewis.merging.adapter import factor_bytes
+from lewis.merging.calibration_rows import split
 from lewis.merging.forecast import forecast
-from lewis.merging.low_rank import factor_bytes
-from lewis.merging.split import split
 from lewis.merging.step import MergedModel, MergeInput, check_output, find_merged, prepare_merge
 from lewis.models import hub
 from lewis.models import source as models
@@ -44,18 +46,11 @@ from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.progress import Report
 from lewis.registry.room import make_room
-from lewis.steps.shim import (
-    AllocationInput,
-    InspectionInput,
-    allocate,
-    allocation_digest,
-    find_allocated,
-    find_inspected,
-    inspect,
-)
+from lewis.steps.shim import InspectionInput, find_inspected, inspect
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
 
+logger = logging.getLogger(__name__)
 HOURS = 3600.0
 
 
@@ -93,12 +88,14 @@ class CheckInput:
         copies: how many merged models go into the store.
         covers: whether layers are measured or allocated, so that there must be some.
         runs: whether a model is run, which transformers must be able to build then.
+        warning: what is perhaps wrong, as a sentence for the log; else empty.
     """
 
     merge: MergeInput
     copies: int
     covers: bool
     runs: bool
+    warning: str = ""
 
 
 class Check(Step[CheckInput, int]):
@@ -113,6 +110,8 @@ class Check(Step[CheckInput, int]):
         return None
 
     def make(self, given: CheckInput, report: Report, device: str) -> int:
+        if given.warning:
+            logger.warning("%s", given.warning)
         prepared = prepare_merge(given.merge)
         check_output(given.merge, prepared)
         if needed := given.copies * prepared.size:
@@ -203,13 +202,13 @@ class Allocate(Step[AllocationInput, AllocationEntry]):
     name, kind, timeout = "allocate", kinds.ALLOCATIONS, 0.5 * HOURS
 
     def key(self, given: AllocationInput) -> str:
-        return allocation_digest(given)
+        return allocation.digest(given)
 
     def find(self, given: AllocationInput) -> AllocationEntry | None:
-        return find_allocated(given)
+        return allocation.find_allocated(given)
 
     def make(self, given: AllocationInput, report: Report, device: str) -> AllocationEntry:
-        return allocate(given)
+        return allocation.allocate(given)
 
     def paths(self, made: AllocationEntry) -> Sequence[Path]:
         return [made.path]
@@ -225,9 +224,7 @@ class Merge(Step[MergeInput, MergedModel]):
 
     def find(self, given: MergeInput) -> MergedModel | None:
         prepared = prepare_merge(given)
-        found = find_merged(prepared.digest)
-        on_base = given.base.folder if given.base and prepared.as_adapter else None
-        return found and found.model_copy(update={"base": on_base})
+        return find_merged(prepared.digest, given.base.folder if given.base and prepared.as_adapter else None)
 
     def make(self, given: MergeInput, report: Report, device: str) -> MergedModel:
         return merging.merge(given, report, device)

@@ -1,20 +1,14 @@
-"""Published folders: whether every file is byte for byte what was written, by the checksums in the manifest.
+"""Published folders: whether every file is byte for byte what was written, by the checksums in the manifest."""
 
-Checksums, and other facts that are computed once, are remembered: to hash gigabytes at every start takes minutes.
-"""
-
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.store import files, kinds, remote, sealed_json
-from lewis.store.entries import mark_used, read_entry, set_aside, write_entry
+from lewis.store import remote, sealed_json
+from lewis.store.checksums import remembered_sha256
+from lewis.store.entries import mark_used, set_aside
 from lewis.store.files import MANIFEST
 from lewis.threads import ContextPool
-
-_TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
 
 
 class DamagedError(ValueError):
@@ -99,35 +93,3 @@ def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *,
         for found in pool.map(problem, expected.items()):
             if found:
                 raise DamagedError(found)
-
-
-def place_of(facts: Any) -> Path:
-    """Where the store remembers what was computed from `facts`, which are plain data."""
-    return kinds.DIGESTS.path(files.digest(facts)[:40])
-
-
-def remembered_sha256(path: Path, *, anew: bool = False) -> str:
-    """SHA-256 (64 hex digits) of a file, read again only when its place, size, times or inode changed.
-
-    Args:
-        path: of the file.
-        anew: read it in any case; what was remembered is replaced.
-    """
-    path = path.resolve()
-    entry, stamp, start = place_of(str(path)), _stamp(path), time.time_ns()
-    known = None if anew else read_entry(entry)
-    if known and known.get("stamp") == stamp:
-        return str(known["sha256"])
-    sha256 = files.file_sha256(path)
-    changed_at = stamp[2]
-    with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
-        if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
-            write_entry(entry, {"stamp": stamp, "sha256": sha256})
-        elif anew:
-            entry.unlink(missing_ok=True)
-    return sha256
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

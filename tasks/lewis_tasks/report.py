@@ -16,7 +16,6 @@ from lewis.evaluation.statistics.scored import comparison_rows, scores_of
 from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.merging.few_tokens import told_of_shared_set
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -26,6 +25,7 @@ from lewis.registry.versions import Champion, Version
 from lewis.reports import pictures, tables
 from lewis.reports.markdown import picture
 from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
+from lewis.steps.graph import warning_of_shared_set
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
@@ -135,7 +135,7 @@ def report_run(
         verdict=verdict,
         means=allocated.means if allocated else {},
         ridge=merged.ridge,
-        warning=told_of_shared_set(recipe),
+        warning=warning_of_shared_set(recipe),
         links=links,
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )

@@ -38,10 +38,9 @@ from lewis.importance.gram_files import Grams
 from lewis.importance.grams import measure_grams, measured_by
 from lewis.importance.step import find_or_measure_grams
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merging import static_fit
-from lewis.merging.expert import Expert
-from lewis.merging.resolved import resolve
+from lewis.merging.fitting import static_fit
 from lewis.merging.run import Merge
+from lewis.merging.settings import Expert, resolve
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model
@@ -169,7 +168,7 @@ def of_random_models(method: str, folder: Path, rows: int, tokens: int) -> Merge
         samples = tuple(tuple(3 + (7 * i + 11 * row + j * j) % 900 for j in range(tokens)) for row in range(rows))
         model = Checkpoint(folder / name, name)
         experts.append(Expert(str(folder / name), model, calibration=Calibration(name, samples)))
-    return Merge(resolve(Recipe.parse(yaml.safe_dump(content), root=folder), base), base, experts)
+    return Merge.of(resolve(Recipe.parse(yaml.safe_dump(content), root=folder)), base, experts)
 
 
 def in_child(*given: object) -> Any:

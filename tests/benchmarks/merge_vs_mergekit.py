@@ -31,7 +31,7 @@ import yaml
 
 from lewis.memory import anonymous_bytes
 from lewis.methods import METHODS as METHODS_OF_LEWIS
-from lewis.models.writer import CheckpointWriter
+from lewis.models.files.writer import CheckpointWriter
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
 LAYERS = {"0.1": 2, "0.45": 16, "1.5": 58}  # of 25.2 M parameters, beside an embedding of 49 M

@@ -145,7 +145,7 @@ def run_library(path: str) -> None:
     _, allocated = pipeline.guide(recipe, base, experts)
     merged = pipeline.merge(recipe, base, experts, allocated)
     uniform = pipeline.merge(recipe, base, experts, allocated, "uniform")
-    names = pipeline.short_names([entry.model for entry in recipe.experts])
+    names = pipeline.short_names([entry.model for entry in recipe.experts], recipe.root)
     models = {"base": base, **dict(zip(names, experts, strict=True))}
     models |= {"uniform": uniform.files("uniform"), recipe.label: merged.files(recipe.label)}
     scores = {label: pipeline.score(files, settings) for label, files in models.items()}

@@ -20,7 +20,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from lewis.search.study import Log, Objective
 from lewis.store import kinds, sealed_json
-from lewis.store.manifest import remembered_sha256
+from lewis.store.checksums import remembered_sha256
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from lewis.errors import LewisError
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX
-from lewis.models.lora import LoraExpert
-from lewis.models.safetensors_file import file_headers
+from lewis.models.files.folder import INDEX
+from lewis.models.files.safetensors_file import file_headers
+from lewis.models.lora.expert import LoraExpert
 from tests.faults.fuzz import ANY, ODD, changed, fuzzed, outcome
 from tests.support.models import write_tensors
 

@@ -35,7 +35,7 @@ def record(name: str, text: str, **more: object) -> logging.LogRecord:
 @pytest.mark.parametrize(
     "made, expected",
     [
-        (record("lewis.models.hub", "two\nlines"), {"line": "two\nlines"}),
+        (record("lewis.models.hub.repository", "two\nlines"), {"line": "two\nlines"}),
         (
             record("prefect.flow_runs", "ends", flow_run_name="merge tiny", flow_run_id="f1"),
             {"line": "Flow run 'merge tiny' - ends", "flow_run": "f1"},

@@ -13,9 +13,9 @@ from lewis.evaluation.harness.task_files import find_tasks
 from lewis.importance.calibration import calibrate
 from lewis.input_files import read_json, read_text
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX
-from lewis.models.lora import LoraExpert
-from lewis.models.pin import pin_folder
+from lewis.models.files.folder import INDEX
+from lewis.models.hub.pin import pin_folder
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.tokenizer import read_vocabulary
 from lewis.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet

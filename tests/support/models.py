@@ -9,11 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.merging.expert import Expert
-from lewis.merging.resolved import resolve
+from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge
+from lewis.merging.settings import Expert
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
 from lewis.recipe.recipe import Recipe
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -184,7 +184,7 @@ def open_merge(
             opened.append(Expert(entry.model, LoraExpert(opened_base, path, str(path)), each))
         else:
             opened.append(Expert(entry.model, Checkpoint(path, str(path)), each))
-    return Merge(resolve(recipe, opened_base or opened[0].model), opened_base, opened)
+    return prepare(recipe, opened_base, opened)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

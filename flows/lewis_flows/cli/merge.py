@@ -12,8 +12,8 @@ from lewis_flows.cli.terminal import show_log
 
 if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
-    from lewis.importance.architecture import Layer
     from lewis.importance.step import ImportanceEntry
+    from lewis.models.network.module_tree import Layer
     from lewis.recipe.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
-    from lewis.models.shards import parse_size
+    from lewis.models.files.writer import parse_size
     from lewis.recipe.documents import load_documents
     from lewis.store.writable import check_output_folder
 
@@ -75,8 +75,7 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
         return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
     made, effort = bars.run_merge(prepared, recipe, given, folder, max_shard_size=shard)
     facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
-    facts |= {"adapter": made.adapter.to_json()} if made.adapter else {}
-    facts |= {"ridge": made.ridge} if made.ridge else {}
+    facts |= {key: made.manifest[key] for key in ("adapter", "ridge") if key in made.manifest}
     size = f"{len(prepared.layout)} tensors, {made.size / 1e9:.2f} GB"
     if made.adapter:
         size = f"{made.adapter.to_text()}; {made.size / 1e6:.1f} MB"
@@ -128,10 +127,10 @@ def export(options: argparse.Namespace) -> None:
     from lewis.models.source import pin_all
 
     recipe = arguments.load(options)
-    check_exportable(recipe)  # before anything is measured
+    check_exportable(recipe.config, recipe.lewis)  # before anything is measured
     base, experts = pin_all(recipe)
     allocations = _guide(options).allocated.experts() if recipe.allocator else {}
-    made = to_mergekit(recipe, base, experts, allocations)
+    made = to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
     print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
 
 
@@ -188,7 +187,7 @@ def _guide(options: argparse.Namespace) -> _Guided:
     layers = [layer for layer in layers_of(base, measured=recipe.runs_models) if not recipe.excludes(layer.tensor)]
     result = layers
     if recipe.slices:
-        result = layers_of_result(recipe, base, [results[f"{DOWNLOAD.name} {e.model}"] for e in recipe.experts])
+        result = layers_of_result(walked[ALLOCATE.name].given(results))
     measured = [entry for node in walked.of(MEASURE) for entry in results[node.name]]
     return _Guided(layers, result, parameters, measured, results[ALLOCATE.name], len(passes))
 

@@ -12,7 +12,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
-from lewis.models.pin import find_folder
+from lewis.models.hub.pin import find_folder
+from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows import prefect_runs, recipes_folder
 
@@ -51,10 +52,9 @@ class Folder:
 def missing_folder(recipe: Recipe) -> str | None:
     """The error of the first model that can only be a folder, if that folder does not exist."""
     for ref in [recipe.base_model, *(entry.model for entry in recipe.models)]:
-        for part in (ref or "").split("+"):
+        for part in parts_of(ref, recipe.root) if ref else ():
             try:
-                if part:
-                    find_folder(part, recipe.root)
+                find_folder(part, recipe.root)
             except InputError as error:
                 return str(error)
     return None

@@ -10,9 +10,9 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lewis.models.lora import WEIGHTS
+from lewis.models.files.safetensors_file import file_headers
+from lewis.models.lora.expert import WEIGHTS
 from lewis.models.names import PER_TOKEN
-from lewis.models.safetensors_file import file_headers
 
 PROMPTS, TOKENS = 4, 128  # generations, and the most new tokens of each
 ANSWERS = 64  # reference answers whose perplexity is measured

@@ -11,13 +11,13 @@ from lewis import store
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import write_config
 from lewis.models.dtypes import size_of, torch_dtype
-from lewis.models.files import copy_tokenizer
-from lewis.models.lora_config import read_settings
+from lewis.models.files.folder import copy_tokenizer
+from lewis.models.files.writer import CheckpointWriter
+from lewis.models.lora.config import read_settings
 from lewis.models.model import Model
 from lewis.models.quantised.headers import is_quantised
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import tokenizer_folder
-from lewis.models.writer import CheckpointWriter
 
 _SHARD = 5 * 10**9  # bytes
 

@@ -1,4 +1,4 @@
-"""Which weights a quantised checkpoint holds, and the stored tensors of each: told by names, dtypes and config."""
+"""Which weights a quantised checkpoint holds, and the stored tensors of each: known by names, dtypes and config."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ def check_plain(where: object, headers: Headers, settings: Settings | None) -> N
         whole = name.endswith("weight") and dtype in ("I8", "U8", "I32") and len(shape) > 1
         if dtype in DTYPES and dtype not in EIGHT_BIT_FLOATS and not whole and not name.endswith(".qweight"):
             continue
-        told = f"{where}: tensor {name!r} is stored as {dtype}"
+        what = f"{where}: tensor {name!r} is stored as {dtype}"
         if settings is None:
             raise InputError(
-                f"{told}: a quantised checkpoint without its quantization_config, which says how to read it; take the "
+                f"{what}: a quantised checkpoint without its quantization_config, which says how to read it; take the "
                 "config.json of the repository that these weights are from, or the unquantised model"
             )
         raise InputError(
-            f"{told}, and {settings.method} has no such weight without a scale beside it; download the model again, or "
+            f"{what}, and {settings.method} has no such weight without a scale beside it; download the model again, or "
             "use the unquantised one"
         )
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lewis.models.config import read_config
-from lewis.models.files import GGUF_TABLE
-from lewis.models.network_class import known_network
+from lewis.models.files.folder import GGUF_TABLE
+from lewis.models.files.safetensors_file import Headers, TensorFile
+from lewis.models.network.network_class import known_network
 from lewis.models.quantised.find import check_plain, find, not_here
 from lewis.models.quantised.settings import dtype_of, settings_of
 from lewis.models.quantised.stored import Stored
-from lewis.models.safetensors_file import Headers, TensorFile
 
 
 def dequantised(

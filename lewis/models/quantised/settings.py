@@ -1,4 +1,4 @@
-"""The quantisation that a config.json tells of: which method, in which variant; what is not read is refused."""
+"""The quantisation of a config.json: its method and variant; those that are not supported are refused."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def dtype_of(config: Mapping[str, Any]) -> str:
 
 
 class _NotReadError(Exception):
-    """A method, or a variant of one, that is not read."""
+    """Raised for a quantisation method or variant that is not supported."""
 
 
 def _given(config: Mapping[str, Any]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from prefect.tasks import exponential_backoff
 from pydantic import Field
 
 from lewis.errors import LewisError
-from lewis.models.hub_errors import retryable
+from lewis.models.hub.errors import retryable
 from lewis.redact import redact_logs
 from lewis.store import kinds, sealed_json
 from lewis.store.writable import of_the_disk

@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import State
 from prefect.utilities.urls import url_for
 
+from lewis.models.source import commits_of
 from lewis.redact import redacted
 from lewis.reports.run_report import duration, short
 
@@ -83,7 +84,7 @@ def run_name(recipe: str, keys: Sequence[str], digest: str = "") -> str:
         keys: commit key of each model; of `base+adapter`, only the adapter's is shown.
         digest: of the merge.
     """
-    named = [short(key.rpartition("+")[2]) for key in keys[:MAX_NAMED]]
+    named = [short(commits_of(key)[-1]) for key in keys[:MAX_NAMED]]
     more = [f"{len(keys) - MAX_NAMED} more"] if len(keys) > MAX_NAMED else []
     return " ".join(part for part in ("merge", recipe, short(digest), f"({'+'.join(named + more)})") if part)
 

@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from lewis import store
 from lewis.models.checkpoint import Checkpoint
+from lewis.store import files
 from lewis_flows.cli.main import main
 from lewis_flows.cli.terminal import Terminal
 from tests.conftest import Family
@@ -115,6 +118,32 @@ def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: py
     assert main(["plan", str(recipe)]) == 0
     text = capsys.readouterr().out
     assert "cached  allocate" in text and "self_attn.q_proj: 2 layers (0 to 1)" in text
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_merge_reads_what_it_wrote_at_most_once(
+    adapter: bool, recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checksum of each file comes from one pass over its bytes; card and facts need none."""
+    out, read, hashed, preadv, sha256 = home.parent / "out", list[int](), list[Path](), os.preadv, store.file_sha256
+
+    def counted(*arguments: Any) -> int:
+        read.append(preadv(*arguments))
+        return read[-1]
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256(path)
+
+    main(["merge", str(recipe), "-o", str(home.parent / "before")])  # what is measured of the inputs is in the store
+    monkeypatch.setattr(os, "preadv", counted)
+    for place in (store, files):
+        monkeypatch.setattr(place, "file_sha256", noted)
+    settings = ["--set", "output={kind: lora, rank: 4}", "--set", "exclude=[norm]"] if adapter else []
+    assert main(["merge", str(recipe), "-o", str(out), *settings]) == 0
+    weights = out / ("adapter_model.safetensors" if adapter else "model.safetensors")
+    assert weights.name not in [path.name for path in hashed]
+    assert sum(read) == weights.stat().st_size
 
 
 def test_merge_writes_an_adapter_and_plan_tells_of_it(

@@ -18,7 +18,7 @@ LINES = {
         "18:44:57.205 | INFO    | prefect.worker - Worker 'lewis' submitting flow run '1a'",
         "18:44:57.205 | INFO    | Flow run 'merge tiny' - Beginning flow run 'merge tiny' for flow 'merge'",
         "18:44:57.205 | INFO    | Task run 'download org/math' - Finished in state Completed()",
-        "18:44:57.205 | INFO    | lewis.models.hub - org/math: downloading 3 files, 0.27 GB",
+        "18:44:57.205 | INFO    | lewis.models.hub.repository - org/math: downloading 3 files, 0.27 GB",
         "18:44:57.205 | WARNING | Task run 'evaluate base' - it waits for a device",
         "18:44:57.205 | ERROR   | Flow run 'merge tiny' - Encountered an exception:",
         "Traceback (most recent call last):",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lewis.allocation.densities import Allocation, allocate, distance_to_uniform, uniform_like, weighted_mean
 from lewis.allocation.evidence import norm_difference
 from lewis.errors import InputError
-from lewis.importance.architecture import Layer
+from lewis.models.network.module_tree import Layer
 from lewis.recipe.schema import Density
 
 LAYERS = [Layer(f"{i}.{kind}.weight", i, kind, size) for kind, size in (("q", 10), ("up", 30)) for i in range(2)]

@@ -24,7 +24,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import ModelFiles
 from lewis.store import housekeeping
 from tests.conftest import Family
-from tests.lewis.importance.test_architecture import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
+from tests.lewis.models.test_module_tree import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
 from tests.support.models import rewrite
 from tests.support.tiny_architectures import tiny
 
@@ -55,7 +55,7 @@ def mean_products(found: Gram | Rows) -> torch.Tensor:
 def test_dense_decoders(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, sizes, covered = DENSE[kind]
     model = write(tmp_path, name, sizes).double()
-    monkeypatch.setattr("tests.lewis.importance.test_architecture.SAMPLES", SAMPLES)
+    monkeypatch.setattr("tests.lewis.models.test_module_tree.SAMPLES", SAMPLES)
     expected, found = inputs_of(model), measured(tmp_path, tmp_path / "grams")
     network = network_of(Checkpoint(tmp_path, "key"))
     assert len(network.covered) * (7 if kind in ("llama", "gemma2") else 1) >= covered
@@ -83,7 +83,7 @@ def test_stacked_experts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Each expert by itself; gate and up share their input; one that no token reached has nothing."""
     name, sizes, *_ = MOES[kind]
     model = write(tmp_path, name, sizes).double()
-    monkeypatch.setattr("tests.lewis.importance.test_architecture.SAMPLES", SAMPLES)
+    monkeypatch.setattr("tests.lewis.models.test_module_tree.SAMPLES", SAMPLES)
     inputs, found = expert_inputs(model), measured(tmp_path, tmp_path / "grams")
     assert found.tokens("model.layers.0.mlp.experts.gate_up_proj[0]") > 0
     network, reached = network_of(Checkpoint(tmp_path, "key")), 0

@@ -22,12 +22,12 @@ from transformers import (
 
 from lewis.errors import InputError, LewisError
 from lewis.importance import batches, streaming
-from lewis.importance.architecture import Layer, Network
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import covered_layers, measure, measure_sets, network_of
 from lewis.importance.streaming import Streamed
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
+from lewis.models.network.module_tree import Layer, Network
 from lewis.recipe.schema import Importance
 from tests.conftest import Family
 from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors

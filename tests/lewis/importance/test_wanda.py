@@ -14,7 +14,7 @@ from lewis.importance.wanda import smallest
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.schema import Importance
 from tests.conftest import Family
-from tests.lewis.importance.test_architecture import GPT2, MOES, write
+from tests.lewis.models.test_module_tree import GPT2, MOES, write
 from tests.support import authors
 
 OFFICIAL = Importance(prune_ratio=0.5, reduce="sum")

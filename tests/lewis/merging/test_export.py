@@ -14,7 +14,7 @@ from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.merging.export import check_exportable, to_mergekit
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.pin import Pinned
+from lewis.models.hub.pin import Pinned
 from lewis.models.source import Source
 from tests.conftest import Family
 from tests.support import pipeline
@@ -37,7 +37,9 @@ MATH = source("org/math@v1", "org/math", "1" * 40)
 def exported(data: dict[str, Any], *allocated: Allocation, experts: list[Source] | None = None) -> dict[str, Any]:
     recipe = parse({"merge_method": "ties", "base_model": "org/base", "models": [{"model": "org/math@v1"}]} | data)
     allocations = dict(zip([entry.model for entry in recipe.experts], allocated, strict=False))
-    found: dict[str, Any] = yaml.safe_load(to_mergekit(recipe, BASE, experts or [MATH], allocations))
+    found: dict[str, Any] = yaml.safe_load(
+        to_mergekit(recipe.text, recipe, recipe.lewis, BASE, experts or [MATH], allocations)
+    )
     return found
 
 
@@ -133,7 +135,7 @@ def test_pruning_by_activation_cannot_be_written(family: Family) -> None:
     lewis = {"calibrations": {"sums": SETS["sums"]}, "prune_by": "activation"}
     recipe = parse(plain(family, "ties", family.experts, [{}, {}]) | {"lewis": lewis})
     with pytest.raises(InputError, match=r"lewis.prune_by: mergekit keeps elements by magnitude"):
-        to_mergekit(recipe, None, [], {})
+        to_mergekit(recipe.text, recipe, recipe.lewis, None, [], {})
 
 
 @needs_mergekit
@@ -150,7 +152,8 @@ class TestOracle:
         merged = pipeline.merge(recipe, files, experts_files, allocated)
         ours = Checkpoint(merged.folder, merged.digest)
         theirs = mergekit(
-            to_mergekit(recipe, base, experts, allocated.experts() if allocated else {}), folder / "mergekit"
+            to_mergekit(recipe.text, recipe, recipe.lewis, base, experts, allocated.experts() if allocated else {}),
+            folder / "mergekit",
         )
         assert theirs.keys() - ours.tied.keys() == ours.tensors.keys()
         for name, tensor in theirs.items():
@@ -217,9 +220,11 @@ class TestOracle:
 def test_what_export_does_not_write_is_refused_and_modules_are_read() -> None:
     layers = {"model": "a", "layer_range": [0, 2]}
     with pytest.raises(InputError, match="slices: export writes `models`"):
-        check_exportable(parse({"merge_method": "passthrough", "slices": [{"sources": [layers]}]}))
+        check_exportable(parse({"merge_method": "passthrough", "slices": [{"sources": [layers]}]}), None)
     of_module = {"modules": {"default": {"models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 2}}}}
     recipe = parse({"merge_method": "linear", "random_seed": 3, **of_module})
     assert [entry.model for entry in recipe.models] == ["a", "b"] and recipe.seed == 3
-    written = yaml.safe_load(to_mergekit(recipe, None, [source(name, name, "0" * 40) for name in "ab"], {}))
+    written = yaml.safe_load(
+        to_mergekit(recipe.text, recipe, recipe.lewis, None, [source(name, name, "0" * 40) for name in "ab"], {})
+    )
     assert [each["model"][:2] for each in written["models"]] == ["a@", "b@"] and written["parameters"] == {"weight": 2}

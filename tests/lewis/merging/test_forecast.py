@@ -91,7 +91,7 @@ def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
 def test_memory_of_what_goes_by_chunks_or_rows_does_not(
     method: str, merge_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lewis.merging.in_torch.PIECE", 1 << 18)
+    monkeypatch.setattr("lewis.merging.engine.in_torch.PIECE", 1 << 18)
     forecast(merge_of(method, 10))  # what is loaded once
     before = anonymous_bytes()
     assert forecast(merge_of(method, 3 << 22)).memory - before < 110e6  # the three are 150 MB in fp32

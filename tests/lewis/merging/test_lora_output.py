@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
+from lewis.merging.adapter import factorise
 from lewis.merging.export import check_exportable
-from lewis.merging.low_rank import factorise
 from lewis.merging.run import Merge
 from lewis.merging.step import MergedModel, check_output
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import WEIGHTS, LoraExpert
+from lewis.models.lora.expert import WEIGHTS, LoraExpert
 from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import make_plan
 from tests.conftest import Family
@@ -205,7 +205,7 @@ def test_a_base_that_is_an_adapter_is_refused(family: Family) -> None:
     merge = open_merge("task_arithmetic", family.base, [family.math], output=LORA)
     base = LoraExpert(Checkpoint(family.base, "base"), family.lora, "both")
     with pytest.raises(InputError, match="an adapter on a model itself"):
-        Merge(merge.settings, base, merge.experts)
+        Merge.of(merge.settings, base, merge.experts)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_an_adapter_in_the_store_is_scored_on_its_base(family: Family) -> None:
     assert '"output"' in recipe.blocks and '"output"' not in full.blocks  # the cache tells them apart
     assert (pipeline.merge(full, base, experts).base, pipeline.merge(full, base, experts).adapter) == (None, None)
     with pytest.raises(InputError, match="mergekit writes full models"):
-        check_exportable(recipe)
+        check_exportable(recipe, recipe.lewis)
     with pytest.raises(ValueError, match="is gone"):
         MergedModel(digest=made.digest, folder=made.folder, base=made.folder)
 
@@ -293,7 +293,7 @@ def test_a_merge_that_fits(family: Family, tmp_path: Path) -> None:
         seen: list[int] = []
         pipeline.prepare_merge(recipe, *pipeline.fetch(recipe)).run(
             tmp_path / name,
-            progress=lambda done, total, _, seen=seen: seen.append(done - total),  # type: ignore[misc]
+            progress=lambda _, done, total, seen=seen: seen.append(done - total),  # type: ignore[misc]
         )
         assert seen == sorted(seen) and seen[-1] == 0
     merged = load_file(tmp_path / "full" / "model.safetensors")

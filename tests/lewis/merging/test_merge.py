@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis import store
 from lewis.errors import InputError, LewisError, RecipeError
-from lewis.merging import in_torch
-from lewis.merging.expert import Expert
+from lewis.merging.engine import in_torch
 from lewis.merging.run import Merge
+from lewis.merging.settings import Expert
 from lewis.methods import METHODS as ALL
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX, SINGLE
-from lewis.models.lora import LoraExpert
+from lewis.models.files.folder import INDEX, SINGLE
+from lewis.models.lora.expert import LoraExpert
 from tests.conftest import Family
 from tests.support.models import (
     bits,
@@ -298,14 +298,14 @@ class TestRun:
     def test_writes_what_transformers_loads(self, setup: tuple[Path, list[Path], int], tmp_path: Path) -> None:
         base, experts, limit = setup
         merge = open_merge("ties", base, experts, parameters={"density": 0.5}, dtype="float16")
-        seen: list[tuple[int, int, str]] = []
+        seen: list[tuple[str, int, int]] = []
         merge.run(
             tmp_path / "out", max_shard_size=limit, manifest={"who": "me"}, progress=lambda *step: seen.append(step)
         )
         manifest = store.read_manifest(tmp_path / "out")
         assert manifest is not None and (manifest["digest"], manifest["who"]) == (merge.digest, "me")
         assert (tmp_path / "out" / INDEX).exists() == (limit < 10**9)
-        assert seen[-1][0] == seen[-1][1] == sum(info.elements for info in merge.base.tensors.values())
+        assert seen[-1][1] == seen[-1][2] == sum(info.elements for info in merge.base.tensors.values())
 
         model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float16
@@ -335,10 +335,10 @@ class TestRun:
         merge = open_merge(method, base, experts if base else [family.math], parameters=parameters, dtype="bfloat16")
         names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
         if base:  # as aim does, for a tensor of (out, in) and one of (in, out)
-            merge.held_back = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
+            merge = replace(merge, held_back={names[0]: torch.rand(16), names[1]: torch.rand(16, 1)})
         if merge.method.takes_scales:
             scales = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
-            merge.experts = [replace(expert, scales=scales) for expert in merge.experts]
+            merge = replace(merge, experts=tuple(replace(expert, scales=scales) for expert in merge.experts))
         expected = {name: bits(merge.tensor(name)) for name in merge.layout}
         parts: list[int] = []
         merged = in_torch._Tensor.merged
@@ -350,7 +350,7 @@ class TestRun:
 
         monkeypatch.setattr(in_torch._Tensor, "merged", noted)
         monkeypatch.setattr(in_torch, "PIECE", 100)
-        monkeypatch.setattr("lewis.merging.compiled.merge_tensor", lambda *_: False)
+        monkeypatch.setattr("lewis.merging.engine.compiled.merge_tensor", lambda *_: False)
         merge.run(tmp_path / "out")
         assert {
             name: bits(tensor) for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
@@ -405,23 +405,23 @@ class TestRun:
         scale = torch.zeros(16)
         scale[3:7] = 1.0
         expert = replace(plain.experts[0], scales={name: scale})
-        merge = Merge(plain.settings, plain.base, [expert])
+        merge = Merge.of(plain.settings, plain.base, [expert])
         changed = (merge.tensor(name) != plain.base.read(name)).nonzero()
         assert len(changed) == 32 * 16 // 4 and set(changed[:, 1].tolist()) == {3, 4, 5, 6}
         assert bits(merge.tensor(other)) == bits(plain.tensor(other))
-        louder = Merge(plain.settings, plain.base, [replace(expert, scales={name: 2 * scale})])
+        louder = Merge.of(plain.settings, plain.base, [replace(expert, scales={name: 2 * scale})])
         assert len({plain.digest, merge.digest, louder.digest}) == 3
-        assert Merge(plain.settings, plain.base, [replace(expert, scales={})]).digest == plain.digest
+        assert Merge.of(plain.settings, plain.base, [replace(expert, scales={})]).digest == plain.digest
 
     @pytest.mark.parametrize("scale", [torch.ones(15), torch.ones(2, 32, 16)])
     def test_scales_that_do_not_fit_are_refused(self, family: Family, scale: torch.Tensor) -> None:
         merge = open_merge("ties", family.base, [family.math])
         expert = replace(merge.experts[0], scales={"model.layers.0.mlp.up_proj.weight": scale})
         with pytest.raises(InputError, match=r"activations of shape .* do not fit 'model.layers.0.mlp.up_proj.weight'"):
-            Merge(merge.settings, merge.base, [expert])
+            Merge.of(merge.settings, merge.base, [expert])
         random = open_merge("dare_ties", family.base, [family.math])
         with pytest.raises(InputError, match="dare_ties does not trim by size"):
-            Merge(random.settings, random.base, [expert])
+            Merge.of(random.settings, random.base, [expert])
 
     @pytest.mark.parametrize(
         "settings", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"up_proj": 32}}]
@@ -552,7 +552,7 @@ class TestRefused:
         adapter = LoraExpert(Checkpoint(wide, "wide"), write_lora(wide, tmp_path / "adapter"), "wide+adapter")
         merge = open_merge("ties", family.base, [family.math])
         with pytest.raises(InputError, match=r"has shape \[64, 32\], in the base it is \[64, 16\]"):
-            Merge(merge.settings, merge.base, [Expert(merge.experts[0].ref, adapter)])
+            Merge.of(merge.settings, merge.base, [Expert(merge.experts[0].ref, adapter)])
 
     def test_a_filter_that_matches_nothing(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"parameters.weight\[0\].filter: 'self_atn' matches no tensor"):
@@ -631,14 +631,14 @@ class TestRefused:
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", "no space: the output needs 0.01 GB")
 
-    @pytest.mark.parametrize("failing", ["writer.CheckpointWriter._lay_out", "files.shutil.copyfile"])
+    @pytest.mark.parametrize("failing", ["writer.CheckpointWriter._lay_out", "folder.shutil.copyfile"])
     def test_a_disk_that_fails_beside_the_tensors(
         self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
     ) -> None:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(f"lewis.models.{failing}", full)
+        monkeypatch.setattr(f"lewis.models.files.{failing}", full)
         merge = open_merge("ties", family.base, family.experts)
         self.fails(merge, tmp_path / "out", f"{tmp_path / 'out'}: cannot be written: No space left on device")
 
@@ -656,7 +656,7 @@ class TestRefused:
         assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
     def test_a_merge_that_is_interrupted(self, family: Family, tmp_path: Path) -> None:
-        def interrupt(done: int, total: int, name: str) -> None:
+        def interrupt(name: str, done: int, total: int) -> None:
             if done > total / 2:
                 raise KeyboardInterrupt
 

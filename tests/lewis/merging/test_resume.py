@@ -28,7 +28,7 @@ from lewis.recipe import Recipe
 recipe = Recipe.load(sys.argv[1])
 base, experts = pipeline.pin_all(recipe)
 merge = pipeline.prepare_merge(recipe, pipeline.download(base), [pipeline.download(expert) for expert in experts])
-kill = lambda done, total, name: done > total / 2 and os.kill(os.getpid(), 9)
+kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)
 merge.run(Path(sys.argv[2]), max_shard_size=int(sys.argv[3]), progress=kill)
 """  # as the command line does it; to import this module would take longer
 
@@ -91,11 +91,11 @@ class TestKilled:
     def test_it_goes_on_with_the_same_bytes(
         self, family: Family, place: Path, computed: list[str], undisturbed: dict[str, bytes]
     ) -> None:
-        merge, seen = prepare(recipe_of(family)), list[tuple[int, int, str]]()
+        merge, seen = prepare(recipe_of(family)), list[tuple[str, int, int]]()
         merge.run(place / "out", max_shard_size=LIMIT, progress=lambda *step: seen.append(step))
         assert content(place / "out") == undisturbed and os.listdir(place) == ["out"]
         assert 0 < len(computed) < len(merge.layout) - 3
-        assert {name for _, _, name in seen} == set(merge.layout) and seen[-1][0] == seen[-1][1] == merge.elements
+        assert {name for name, _, _ in seen} == set(merge.layout) and seen[-1][1:] == (merge.elements,) * 2
 
     @pytest.mark.parametrize("damage", ["bit", "short", "no file", "no journal", "torn journal", "other notes"])
     def test_what_is_damaged_is_computed_again(

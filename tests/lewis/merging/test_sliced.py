@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lewis.errors import InputError, LewisError
-from lewis.merging.expert import Expert
+from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge
-from lewis.merging.sliced import Stack, prepare_slices
+from lewis.merging.settings import Expert
+from lewis.merging.sliced import Stack
 from lewis.models.chat_template import template_in
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX
-from lewis.models.lora import LoraExpert
-from lewis.models.stack_config import Origin, restacked
+from lewis.models.files.folder import INDEX
+from lewis.models.layers.stack_config import Origin, restacked
+from lewis.models.lora.expert import LoraExpert
 from lewis.reports.tables import importance_rows
 from tests.conftest import Family
 from tests.support import pipeline
@@ -44,7 +45,7 @@ def opened(data: dict[str, Any]) -> Merge:
     recipe = parse(data)
     base = Checkpoint(Path(recipe.base_model), recipe.base_model) if recipe.base_model else None
     experts = [Expert(entry.model, Checkpoint(Path(entry.model), entry.model)) for entry in recipe.experts]
-    return prepare_slices(recipe, base, experts)
+    return prepare(recipe, base, experts)
 
 
 def source(model: Path, first: int, last: int, **parameters: Any) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def test_an_adapter_is_stacked_as_its_weights(family: Family, tmp_path: Path) ->
     recipe = parse(sliced("passthrough", [source(family.lora, 1, 2)], [source(family.base, 0, 1)]))
     base = Checkpoint(family.base, "base")
     lora = LoraExpert(base, family.lora, "lora")
-    stack = prepare_slices(recipe, None, [Expert(str(family.lora), lora), Expert(str(family.base), base)])
+    stack = prepare(recipe, None, [Expert(str(family.lora), lora), Expert(str(family.base), base)])
     stack.run(tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     changed = [name for name in lora.tensors if ".layers.1." in name and lora.touches(name)]

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from lewis.errors import InputError
-from lewis.importance.model_class import text_tower
 from lewis.merging.sliced import Stack
-from lewis.models.stack import layers_of
-from lewis.models.stack_config import Origin, restacked
+from lewis.models.layers.stack import layers_of
+from lewis.models.layers.stack_config import Origin, restacked
+from lewis.models.network.network_class import text_tower
 from tests.lewis.merging.test_sliced import merged, opened, sliced, source
 from tests.support import pipeline
 from tests.support.architecture_check import moved

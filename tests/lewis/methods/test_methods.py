@@ -1,5 +1,6 @@
 """The merge methods on tensors small enough to work out by hand, and what `trim` and `drop` keep."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis.allocation.aim import aim
+from lewis.allocation.step import aim
 from lewis.merging.prepared import random_stream
 from lewis.methods import METHODS, Parameter, registry
 from lewis.methods.arcee_fusion import arcee_fusion
@@ -568,14 +569,14 @@ class TestRegistry:
         assert {m.name for m in METHODS.values() if m.takes_base} == {"slerp", "arcee_fusion"}
 
     def test_a_name_is_given_once(self) -> None:
-        with pytest.raises(ValueError, match=r"a merge method 'ties' already, in lewis.methods.ties"):
+        with pytest.raises(ValueError, match=r"the merge method 'ties' exists already, in lewis.methods.ties"):
 
             @merge_method("ties", paper="https://example.org")
             def other(task_vectors: torch.Tensor) -> torch.Tensor:
                 return task_vectors[0]
 
     def test_every_kind_of_parameter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lewis.methods.registry.METHODS", METHODS.copy())
+        monkeypatch.setattr("lewis.methods.registry.METHODS", copy.copy(METHODS))
 
         def new(
             weights: torch.Tensor, base: torch.Tensor, *, t: Fraction, n: Count = 2, each: PerExpert[NotNegative] = 0.5

@@ -1,8 +1,7 @@
 """Merge methods of other packages: found by their entry points, told by their package's name when they fail."""
 
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 
 from lewis import methods
 from lewis.errors import InputError, LewisError
-from lewis.merging import in_torch
+from lewis.merging.engine import in_torch
 from lewis.methods import METHODS, find
-from lewis.methods.plugins import load_plugins
 from lewis.recipe.recipe import Recipe
 from tests.support.models import bits, open_merge, write_tensors
+from tests.support.plugins import Install, installing
 
 HALF = '''
 import torch
@@ -25,29 +24,12 @@ def half(task_vectors: torch.Tensor, *, share: PerExpert[float] = 0.5) -> torch.
     """Go half way."""
     return task_vectors[0] * torch.tensor(share)
 '''
-Install = Callable[..., None]
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Puts a package on sys.path as pip would: its module and its dist-info."""
-    before, modules = METHODS.copy(), set(sys.modules)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def write(source: str, *, module: str = "lewis_half", entry: str = "half = lewis_half") -> None:
-        (tmp_path / f"{module}.py").write_text(source)
-        info = tmp_path / f"{module}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[lewis.methods]\n{entry}\n")
-        load_plugins.cache_clear()
-
-    yield write
-    METHODS.clear()
-    METHODS.update(before)
-    load_plugins.cache_clear()
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+    with installing(METHODS, tmp_path, monkeypatch, module="lewis_half", entry="half = lewis_half") as found:
+        yield found
 
 
 def recipe(method: str = "half", parameters: str = "{share: 0.25}") -> Recipe:
@@ -86,7 +68,7 @@ def test_it_merges_and_its_version_is_part_of_the_digest(install: Install, tmp_p
 def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
     install(HALF)
     assert find("half").origin == "lewis-half 1.2"
-    with pytest.raises(InputError, match="there is no method 'hal'; install the package that brings it"):
+    with pytest.raises(InputError, match="there is no merge method 'hal'; install the package that brings it"):
         find("hal")
 
 
@@ -100,9 +82,9 @@ def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
             r"ModuleNotFoundError: No module named 'nothing_of_that_name'; repair or uninstall the package",
         ),
         ("1 / 0", {}, "lewis-half 1.2: .* cannot be loaded: ZeroDivisionError"),
-        ("", {}, "lewis-half 1.2: .* registers no merge method of that name; name the entry point as the method"),
+        ("", {}, "lewis-half 1.2: .* registers no merge method of that name; name the entry point as the merge method"),
         (HALF, {"entry": "halve = lewis_half"}, "registers no merge method of that name"),
-        (HALF.replace('"half"', '"ties"'), {}, "lewis-half 1.2: .*there is a merge method 'ties' already"),
+        (HALF.replace('"half"', '"ties"'), {}, "lewis-half 1.2: .*the merge method 'ties' exists already"),
         ("", {"entry": "ties = lewis_half"}, "takes a name that there is already, in lewis.methods.ties; rename"),
         (HALF.replace("float]", "str]").replace("0.5", "'a'"), {}, "share: a parameter is a float, int or bool"),
     ],
@@ -119,7 +101,7 @@ def test_one_that_fails_is_told_by_its_package(
 def test_two_packages_cannot_bring_the_same_name(install: Install) -> None:
     install(HALF)
     install(HALF, module="other_half", entry="half = other_half")
-    with pytest.raises(InputError, match=r"other-half 1.2: .*there is a merge method 'half' already, in lewis_half"):
+    with pytest.raises(InputError, match=r"other-half 1.2: .*the merge method 'half' exists already, in lewis_half"):
         recipe()
 
 
@@ -146,7 +128,7 @@ def test_whatever_it_raises_is_told_by_its_name(install: Install, tmp_path: Path
     )
     many = 2 * in_torch.PIECE  # elements, so that it is merged by rows
     folders = [write_tensors(tmp_path / str(i), {"w": torch.full((2, many // 2), float(i))}) for i in range(2)]
-    told = rf"merge_method half of lewis-half 1\.2 failed: {error.partition('(')[0]}.*; repair or uninstall the package"
+    told = rf"merge method half of lewis-half 1\.2 failed: {error.partition('(')[0]}.*; repair or uninstall the package"
     with pytest.raises(LewisError, match=told) as caught:
         open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).run(tmp_path / "out")
     assert not isinstance(caught.value, InputError)

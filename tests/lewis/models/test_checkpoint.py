@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError, LewisError
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.files import INDEX
+from lewis.models.files.folder import INDEX
 from lewis.models.model import TensorInfo
 from tests.conftest import Family
 from tests.support.models import edit_json, shard, write_llama, write_tensors

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from lewis.errors import InputError
-from lewis.models import gguf_folder, hub
+from lewis.models import gguf
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.gguf_folder import as_folder
+from lewis.models.gguf import as_folder
+from lewis.models.hub import repository
 from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
 from tests.support.models import bits, parse, write_expert, write_llama
@@ -40,7 +41,7 @@ def test_its_tensors_are_those_that_transformers_loads(kind: str, dtype: str, ba
     for name in opened.tensors:
         assert torch.equal(opened.read(name), theirs[name]), name
         assert opened.tensors[name].dtype == dtype and opened.computes(name)
-    assert hub.headers(folder) == {name: (dtype, shape) for name, shape in opened.shapes.items()}
+    assert repository.headers(folder) == {name: (dtype, shape) for name, shape in opened.shapes.items()}
     assert opened.config["architectures"] == ["LlamaForCausalLM"]
 
 
@@ -191,8 +192,8 @@ class TestRefused:
 
     def test_a_tensor_without_a_place(self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_gguf(base, tmp_path / "m.gguf")
-        names: Any = gguf_folder._names
-        monkeypatch.setattr(gguf_folder, "_names", lambda *a: names(*a[:3], {**a[3], "blk.9.odd.weight": []}))
+        names: Any = gguf._names
+        monkeypatch.setattr(gguf, "_names", lambda *a: names(*a[:3], {**a[3], "blk.9.odd.weight": []}))
         self.refused(tmp_path / "m.gguf", "no place for the tensor 'blk.9.odd.weight'", "LlamaForCausalLM")
 
     def test_a_file_that_was_moved(self, base: Path, tmp_path: Path) -> None:

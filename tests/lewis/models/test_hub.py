@@ -1,4 +1,4 @@
-"""lewis.models.hub against a real Hub server on loopback: what it pins, downloads, verifies and refuses."""
+"""lewis.models.hub.repository against a real Hub server on loopback: what it pins, downloads, verifies and refuses."""
 
 import hashlib
 import json
@@ -20,9 +20,9 @@ from safetensors.numpy import save
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.models.hub import fetch, resolve, resolve_dataset, tensor_headers
-from lewis.models.hub_errors import retryable
-from lewis.models.pin import Pinned
+from lewis.models.hub.errors import retryable
+from lewis.models.hub.pin import Pinned
+from lewis.models.hub.repository import fetch, resolve, resolve_dataset, tensor_headers
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_llama

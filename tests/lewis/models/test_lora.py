@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert, is_adapter
+from lewis.models.lora.expert import LoraExpert, is_adapter
 from tests.conftest import Family
 from tests.support.models import bits, edit_json, materialise, write_llama, write_lora, write_tensors
 

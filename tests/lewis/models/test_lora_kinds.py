@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from lewis.errors import InputError
 from lewis.evaluation.harness.model_folder import loadable
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert, holds_adapter, is_adapter
+from lewis.models.lora.expert import LoraExpert, holds_adapter, is_adapter
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles, pin
 from tests.conftest import Family
@@ -96,7 +96,7 @@ def test_experts_of_a_mixture(tmp_path: Path, stored: str) -> None:
     if stored == "joined":
         merged = native(tmp_path / "merged")
     assert check(expert, merged) == {"apart": 10, "joined": 3}[stored]
-    assert ("are read under the base's names" in expert.told) == (stored == "apart")
+    assert ("are read under the base's names" in expert.summary) == (stored == "apart")
 
 
 def native(folder: Path) -> dict[str, torch.Tensor]:

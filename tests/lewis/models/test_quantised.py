@@ -14,10 +14,10 @@ from lewis.errors import InputError
 from lewis.evaluation.harness.model_folder import loadable
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.dtypes import EIGHT_BIT_FLOATS, torch_dtype
-from lewis.models.lora import LoraExpert
+from lewis.models.files.safetensors_file import file_headers
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.quantised.headers import dequantised
 from lewis.models.quantised.stored import Stored
-from lewis.models.safetensors_file import file_headers
 from lewis.models.source import ModelFiles
 from tests.conftest import Family
 from tests.support.models import bits, edit_json, open_merge, write_lora, write_tensors

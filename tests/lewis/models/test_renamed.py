@@ -13,9 +13,9 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.lora import LoraExpert
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.names import unwrapped
-from lewis.models.renamed import Renamed, under_names_of
+from lewis.models.network.renamed import Renamed, under_names_of
 from lewis.models.source import ModelFiles
 from lewis.steps.plan import make_plan
 from tests.conftest import Family
@@ -103,7 +103,7 @@ def test_what_is_cut_out_is_a_view_of_the_file(tmp_path: Path) -> None:
     assert isinstance(expert, Renamed)
     name = next(name for name in expert.tensors if ".experts.1." in name)
     assert not expert.computes(name) and not expert.raw(name)[1].flags.owndata
-    assert "are cut out of larger ones" in expert.told
+    assert "are cut out of larger ones" in expert.summary
     back = under_names_of(Checkpoint(tmp_path / "e", "e"), base, "key")
     assert isinstance(back, Renamed) and [n for n in back.tensors if back.computes(n)] == [
         n for n in back.tensors if n.endswith(("gate_up_proj", "down_proj"))
@@ -214,6 +214,6 @@ class TestRecipe:
 
 
 def test_a_family_with_one_kind_of_names_is_read_as_it_is(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lewis.models.renamed.known_network", None)  # nothing is built
+    monkeypatch.setattr("lewis.models.network.renamed.known_network", None)  # nothing is built
     base, expert = Checkpoint(family.base, "base"), Checkpoint(family.math, "math")
     assert under_names_of(base, expert, "key") is expert

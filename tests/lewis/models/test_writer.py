@@ -16,9 +16,8 @@ from lewis.errors import InputError, LewisError
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import write_config
 from lewis.models.dtypes import DTYPES, torch_dtype
-from lewis.models.files import INDEX, copy_tokenizer
-from lewis.models.shards import parse_size
-from lewis.models.writer import CheckpointWriter
+from lewis.models.files.folder import INDEX, copy_tokenizer
+from lewis.models.files.writer import CheckpointWriter, parse_size
 from tests.conftest import Family
 from tests.support.models import bits
 
@@ -116,7 +115,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     with CheckpointWriter(tmp_path, {"a": ("F32", (2,))}, 100) as writer:
-        monkeypatch.setattr("lewis.models.writer.os.pwrite", full)
+        monkeypatch.setattr("lewis.models.files.writer.os.pwrite", full)
         with pytest.raises(LewisError, match="cannot write 'a': No space left on device"):
             writer.write("a", torch.zeros(2))
 

@@ -24,9 +24,9 @@ import yaml
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.gate import Verdict
-from lewis.models import hub
-from lewis.models.files import copy_tokenizer
-from lewis.models.pin import Pinned
+from lewis.models.files.folder import copy_tokenizer
+from lewis.models.hub import repository
+from lewis.models.hub.pin import Pinned
 from lewis.registry import creation, history, logged_model, promotion
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
@@ -216,8 +216,8 @@ def test_an_adapter_on_a_commit_of_the_hub_refers_to_it(
         asked.append(ref)
         return Pinned(ref, "org/base", "1" * 40, 0)
 
-    monkeypatch.setattr(hub, "resolve", resolve)
-    monkeypatch.setattr(hub, "fetch", lambda pinned: tiny_model)
+    monkeypatch.setattr(repository, "resolve", resolve)
+    monkeypatch.setattr(repository, "fetch", lambda pinned: tiny_model)
     files = registry.fetch(current).files("champion")
     assert files and (files.folder, files.adapter, files.key) == (tiny_model, current.folder, OTHER)
     assert asked == [f"org/base@{'1' * 40}"]

@@ -1,7 +1,7 @@
 """Tables for a terminal, parsed back."""
 
 from lewis.allocation.densities import Allocation
-from lewis.importance.architecture import Layer
+from lewis.models.network.module_tree import Layer
 from lewis.reports.tables import allocation_text, grid
 
 LAYERS = [Layer(f"m.{i}.{kind}.weight", i, kind, size) for i in range(2) for kind, size in (("a.q", 10), ("b.up", 30))]

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from lewis.methods import METHODS, Parameter
 from lewis_flows.cli.main import main
 from tests.conftest import Family
-from tests.lewis.merging.test_alignment import WORDS, with_vocabulary
+from tests.lewis.merging.vocabulary.test_alignment import WORDS, with_vocabulary
 from tests.support.models import rewrite
 
 DRAWS = int(os.environ.get("LEWIS_RECIPE_DRAWS", "100"))

@@ -16,9 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis.merging.expert import Expert
-from lewis.merging.resolved import resolve
-from lewis.merging.run import Merge
+from lewis.merging.prepare import prepare
+from lewis.merging.settings import Expert
 from lewis.methods import METHODS
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.whole.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold
@@ -139,7 +138,7 @@ def test_equals_mergekit(method: str, drawn: dict[str, list[Path]]) -> None:
         recipe = parse(yaml.safe_load((folder / "recipe.yaml").read_text()))
         base = Checkpoint(folder / "base", "base") if recipe.base_model else None
         experts = [Expert(entry.model, Checkpoint(Path(entry.model), entry.model)) for entry in recipe.experts]
-        merge = Merge(resolve(recipe, base or experts[0].model), base, experts)
+        merge = prepare(recipe, base, experts)
         merge.run(folder / "ours")
         ours = load_file(folder / "ours" / "model.safetensors")
         error = folder / "error.txt"

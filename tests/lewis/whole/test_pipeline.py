@@ -250,7 +250,7 @@ class TestGuide:
         torch.testing.assert_close(merged.tensor(name), expected, rtol=1e-6, atol=1e-7)
         assert torch.equal(merged.tensor(other), same.tensor(other)) and merged.digest != same.digest
         with pytest.raises(InputError, match=r"lewis.aim: mergekit has nothing like it"):
-            to_mergekit(held.recipe, None, [], {})
+            to_mergekit(held.recipe.text, held.recipe, held.recipe.lewis, None, [], {})
 
     def test_an_adapter_is_measured_as_an_expert(self, family: Family) -> None:
         o = open_all(family, family.lora, family.code)
@@ -396,9 +396,9 @@ class TestMerge:
         o, runs, made = open_all(family), [], []
         real = run.Merge.run
 
-        def counted(self: run.Merge, *args: Any, **kwargs: Any) -> None:
+        def counted(self: run.Merge, *args: Any, **kwargs: Any) -> run.Written:
             runs.append(self.digest)
-            real(self, *args, **kwargs)
+            return real(self, *args, **kwargs)
 
         monkeypatch.setattr(run.Merge, "run", counted)
         threads = [
@@ -415,7 +415,7 @@ class TestMerge:
         code = (
             "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
-            "kill = lambda done, total, name: done > total / 2 and os.kill(os.getpid(), 9)\n"
+            "kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], progress=kill)"
         )
         ran = subprocess.run(

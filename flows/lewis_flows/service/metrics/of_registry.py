@@ -13,6 +13,7 @@ from prefect.client.orchestration import get_client
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from lewis.errors import LewisError
+from lewis.models.source import commits_of
 from lewis.registry import history, releases, tracking
 from lewis_flows import recipes_folder
 from lewis_flows.service.metrics import of_prefect
@@ -91,7 +92,7 @@ def _took(seen: Sequence[Release], champion: releases.Held, promoted: datetime |
 def _holds(champion: releases.Held | None, release: Release) -> bool:
     """Whether a champion was merged from the commit of a release; of `base+adapter` the event may name one part."""
     held = champion.commit_of(release.ref) if champion else None
-    return held is not None and (held == release.new or release.new in held.split("+"))
+    return held is not None and (held == release.new or release.new in commits_of(held))
 
 
 def _promoted(model: str, version: str) -> datetime | None:

@@ -1,0 +1,78 @@
+"""The calibration rows of a fit: which `ridge: auto` holds out to judge it by, and warnings where there are too few."""
+
+import logging
+from collections.abc import Mapping
+
+from lewis.errors import InputError
+from lewis.importance.calibration import Calibration
+
+logger = logging.getLogger(__name__)
+
+RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
+EVERY = 4  # of so many rows, the last is held out
+
+
+def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """The rows to fit to, and those that are held out: every fourth, or of fewer than four rows the last."""
+    rows = calibration.samples
+    held = range(EVERY - 1, len(rows), EVERY) if len(rows) >= EVERY else range(len(rows) - 1, len(rows))
+    fitted_to = tuple(row for i, row in enumerate(rows) if i not in held)
+    return Calibration(calibration.name, fitted_to), Calibration(calibration.name, tuple(rows[i] for i in held))
+
+
+def check_split(expert: str, calibration: Calibration) -> None:
+    """Check that a set can be split and has tokens to predict.
+
+    Raises:
+        InputError: naming the expert and its set.
+    """
+    fitted_to, held = split(calibration)
+    if not fitted_to.samples or max(map(len, held.samples)) < 2:
+        raise InputError(
+            f"{expert}: parameters.ridge: auto holds out every fourth row of the calibration set {calibration.name!r}, "
+            f"which has {len(calibration.samples)} rows; give it more rows of two tokens or more, or give a number"
+        )
+
+
+def shared_set_warning(first: str, chosen: Mapping[str, str | None]) -> str:
+    """A sentence on experts that are fitted to the first calibration set because they name none; empty if none are.
+
+    An expert that has that set for itself is none of them.
+
+    Args:
+        first: name of the first calibration set.
+        chosen: expert -> the set that it names; None if it names none.
+    """
+    silent = [expert for expert, name in chosen.items() if not name]
+    if not silent or sum((name or first) == first for name in chosen.values()) < 2:
+        return ""
+    return (
+        f"{' and '.join(silent)} {'names' if len(silent) == 1 else 'name'} no calibration set, so the fit takes the "
+        f"rows of {first!r}, which several share; rows of another domain spoil a fit: give each expert rows like "
+        "those of its own training in lewis.calibrations, and name them in models[].calibration"
+    )
+
+
+def warn_of_few_tokens(expert: str, seen: Mapping[str, tuple[int, int]]) -> None:
+    """Warn if projections saw no token, or fewer than they have inputs; the fit is stable, but may not hold elsewhere.
+
+    Args:
+        expert: whose calibration set it is.
+        seen: name of a projection -> how many tokens reached it, and how many inputs it has (or 0, if unknown).
+    """
+    unseen = [name for name, (tokens, _) in seen.items() if not tokens]
+    if unseen:
+        logger.warning(
+            "%s: no token of its calibration set reached %d of %d projections, such as %s: they are fitted to the "
+            "other experts, or are the sum of the task vectors if those have seen none either; raise samples",
+            *(expert, len(unseen), len(seen), unseen[0]),
+        )
+    few = {name: (tokens, size) for name, (tokens, size) in seen.items() if 0 < tokens < size}
+    if few:
+        name, (tokens, size) = min(few.items(), key=lambda each: each[1][0] / each[1][1])
+        logger.warning(
+            "%s: %d of %d projections saw fewer tokens of its calibration set than they have inputs, such as %s, "
+            "%d tokens for %d inputs: the ridge keeps the fit stable, but it may not hold for other texts; raise "
+            "samples or max_tokens, to 2 tokens per input",
+            *(expert, len(few), len(seen), name, tokens, size),
+        )

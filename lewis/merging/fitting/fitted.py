@@ -1,0 +1,84 @@
+"""The tensors that a merge has fitted so far, on disk, and the merged model that is read of them before it is written.
+
+A process that goes on after a kill finds the fitted tensors again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lewis import store
+from lewis.lazy_torch import torch
+from lewis.merging.engine.in_torch import merge_into
+from lewis.merging.prepared import Prepared
+from lewis.models.dtypes import torch_dtype
+from lewis.models.files.safetensors_file import write_file
+
+
+class Fitted:
+    """The fitted tensors, on disk, a file for each block.
+
+    A file that a killed process has finished is found again: its checksum is in a list next to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._index, self._places = folder / "blocks.json", dict[str, Path]()
+        known = store.read_entry(self._index) or {}
+        for name, (sha256, tensors) in known.items():
+            path = folder / name
+            if path.is_file() and store.file_sha256(path) == sha256:
+                self._places |= dict.fromkeys(tensors, path)
+        self._known = {path.name: known[path.name] for path in dict.fromkeys(self._places.values())}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> torch.Tensor:
+        """A fitted tensor, in the dtype of the output."""
+        from safetensors import safe_open
+
+        with safe_open(self._places[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found.clone()  # in a file a tensor begins anywhere, on which products depend in their last bits
+
+    def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the tensors of a block."""
+        path = self.folder / f"{block}.safetensors"
+        sha256 = write_file(path, {name: [tensor] for name, tensor in tensors.items()}, {})
+        self._known[path.name] = [sha256, list(tensors)]
+        store.write_entry(self._index, self._known)
+        self._places |= dict.fromkeys(tensors, path)
+
+
+class Unwritten:
+    """The merged model, whose tensors are merged as they are read; reads like a checkpoint."""
+
+    def __init__(
+        self,
+        merge: Prepared,
+        fitted: Fitted | None = None,
+        place: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+    ) -> None:
+        """
+        Args:
+            merge: whose result it is.
+            fitted: the fitted tensors; without them all tensors are as if nothing was fitted.
+            place: makes the empty tensors that others are merged into; by default in memory.
+        """
+        base = merge.base
+        self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
+        self.tensors, self.tied, self.shapes, self.raw = base.tensors, base.tied, base.shapes, base.raw
+        self.will_need, self.done_with, self.computes = base.will_need, base.done_with, base.computes
+        self._merge, self._fitted, self._place = merge, fitted, place
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it would be written."""
+        if self._fitted is not None and name in self._fitted:
+            return self._fitted.read(name)
+        anchor = self._merge.anchor
+        dtype, shape = anchor.layout[name]
+        place = self._place or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        return merge_into(anchor, name, place(shape, torch_dtype(dtype)))

@@ -1,0 +1,109 @@
+"""Forward passes that stop in front of every projection, so that many of them can be led side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from lewis.importance.stepping import Stepping, wait
+from lewis.lazy_torch import nn, torch
+from lewis.merging.fitting.spill import Made, Spill
+
+
+@dataclass(eq=False)
+class Pass(Stepping):
+    """One batch on its way through one model, which stops in front of every block and projection.
+
+    Attributes:
+        spill: where it keeps what it holds while it waits; by default in memory.
+        taken_of: inputs of a projection -> which of the tokens are its rows; None for all. By default all.
+        rows: inputs of that projection without padding, of the tokens that are taken, fp32 (tokens, in).
+        taken: these tokens; None for all.
+        call: in front of stacked experts: runs their module on what this pass gives it.
+        streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
+        output: what the module in front of which it waits will give, if that has been computed.
+    """
+
+    spill: Spill = field(default_factory=Spill)
+    taken_of: Callable[[int], torch.Tensor | None] | None = None
+    rows: torch.Tensor | None = None
+    taken: torch.Tensor | None = None
+    call: Callable[[], Any] | None = None
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
+    output: torch.Tensor | None = None
+    _raw: torch.Tensor | None = None
+    _made: Made = field(default_factory=Made)
+    is_new: bool = True
+
+    def go_on(self) -> None:
+        """Run to the next place; always in the same thread."""
+        with self.spill.watch(self._made):
+            stopped_at = self.advance()
+        self.place, inputs, self.call = stopped_at or (None, None, None)
+        self.spill.move_out(self._made.alive())
+        self.is_new = inputs is None or inputs is not self._raw
+        if self.is_new:
+            self._raw = inputs
+            self.taken = self.taken_of(inputs.shape[-1]) if self.taken_of and inputs is not None else None
+            self.rows = None if inputs is None else self.spill.keep(self.without_padding(inputs, self.taken))
+
+    def stop(self) -> None:
+        """End what waits here, in its own thread."""
+        super().stop()
+        self._raw = self.rows = self.call = self.output = None
+        self.streams = {}
+
+    def run_ahead(self, module: nn.Module) -> torch.Tensor:
+        """Compute what the module gives, in front of which this waits; gives it without padding, as `rows`.
+
+        The module, whose `forward` must be `answering`, does not compute it again.
+        """
+        assert self._raw is not None
+        self.output = self.spill.keep(module.forward(self._raw))
+        return self.without_padding(self.output, self.taken)
+
+    def without_padding(self, inputs: torch.Tensor, taken: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of real tokens, fp32 (tokens, features); with `taken` only these of them."""
+        return self.batch.rows_of(inputs, str(self.place), taken)
+
+
+class Pair(NamedTuple):
+    """The two passes of a batch: through the expert that it is for, and through the merged model."""
+
+    own: Pass
+    merged: Pass
+
+
+def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook before a module: let the others go on, until it is this pass's turn again."""
+    wait((path, inputs[0] if with_inputs else None, None))
+
+
+def stop_with_call(path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """A hook before a module, as `stop`; `Pass.call` then runs the module, for which the hook lets it through."""
+    if Pass.current() is not None:
+        wait((path, None, partial(module, *args, **named)))
+
+
+def answering(module: nn.Module) -> Callable[[], None]:
+    """Let a module give what `Pass.run_ahead` has computed for the pass that is running; gives what ends this."""
+    forward = module.forward
+
+    def answer(inputs: torch.Tensor) -> Any:
+        run = Pass.current()
+        if run is None or run.output is None:
+            return forward(inputs)
+        output, run.output = run.output, None
+        return output
+
+    module.forward = answer
+    return partial(delattr, module, "forward")
+
+
+def note_stream(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook before a module: note what goes into it as the residual stream of the pass that is running."""
+    run = Pass.current()
+    if run is not None:
+        run.streams[path] = run.without_padding(inputs[0])

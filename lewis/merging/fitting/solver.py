@@ -1,0 +1,138 @@
+"""Fitting one projection to what the experts do, once the passes of all experts wait in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lewis.errors import LewisError
+from lewis.importance.workers import Workers
+from lewis.lazy_torch import torch
+from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.spill import Spill
+from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.tokens import Rows
+from lewis.models.dtypes import torch_dtype
+from lewis.models.network.module_tree import Covered
+
+if TYPE_CHECKING:
+    from lewis.importance.streaming import Weights
+
+
+class Solver:
+    """Fits the projection that all passes have come to; what several share (q, k and v) is computed once."""
+
+    def __init__(
+        self,
+        merge: Prepared,
+        pairs: Sequence[Sequence[Pair]],
+        experts: Sequence[Weights],
+        merged: Weights,
+        streams: Mapping[str, str],
+        workers: Workers,
+        spill: Spill,
+    ) -> None:
+        """
+        Args:
+            merge: what is fitted.
+            pairs: of each expert's batches.
+            experts: their weights; only biases are looked at.
+            merged: alike, of the merged model.
+            streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
+            workers: run the regressions.
+            spill: where the targets are kept meanwhile.
+        """
+        self._merge, self._pairs, self._workers, self._spill = merge, pairs, workers, spill
+        self._experts, self._merged, self._streams = experts, merged, streams
+        self._inputs: tuple[Any, Inputs] | None = None
+
+    def forget(self) -> None:
+        """Let go of what was computed of the last inputs."""
+        self._inputs = None
+
+    def solve(
+        self, place: str, covered: Covered, weights: Sequence[torch.Tensor], anchor: torch.Tensor
+    ) -> torch.Tensor:
+        """Fit the tensor of one place.
+
+        Args:
+            place: path of the module.
+            covered: its tensor.
+            weights: of the experts, fp32 of the tensor's shape.
+            anchor: what the fit is pulled towards, alike; overwritten.
+
+        Returns:
+            The fitted tensor, in the dtype of the output.
+
+        Raises:
+            LewisError: naming the tensor, if inputs or the result are not finite.
+        """
+        name = covered.tensor
+        values = self._merge.parameters(name)
+        setting = (values["alpha"], tuple(values["weight"]))
+        moved = any(each.is_new for pairs in self._pairs for pair in pairs for each in (pair.own, pair.merged))
+        if self._inputs is None or self._inputs[0] != setting or moved:
+            self._inputs = setting, Inputs(self._rows(setting[1]), values["ridge"], self._workers, setting[0])
+        self._inputs[1].ridge = values["ridge"]
+        if covered.transposed:
+            anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
+        try:
+            with torch.inference_mode():
+                residual = values.get("residual", 0.0)
+                whole = bool(residual) and place in self._streams and self._inputs[1].takes_outputs
+                additions = self._additions(place, residual, whole)
+                value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
+        except ValueError as error:
+            raise LewisError(f"{name}: {error}; a model is damaged") from error
+        value = value.T if covered.transposed else value
+        rounded = value.to(torch_dtype(self._merge.layout[name][0])).contiguous()
+        if not bool(torch.isfinite(rounded).all()):
+            raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
+        return rounded
+
+    def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
+        """What the projection shall give in addition: what the merged model's residual stream lacks, and its bias.
+
+        With `whole` all that it shall give: what the expert gives, too, whose passes compute it here and not again.
+        """
+        nothing = [None] * len(self._experts)
+        stream = self._streams.get(place) if residual else None
+        bias = self._merged.network.module.get_submodule(place).bias
+        if stream is None and bias is None:
+            return nothing
+        found = [[torch.empty(0)] * len(pairs) for pairs in self._pairs]
+
+        def compare(expert: int, i: int, pair: Pair) -> None:
+            missing = torch.zeros(1)
+            if stream:
+                own, merged = (
+                    each.streams[stream] if each.taken is None else each.streams[stream][each.taken] for each in pair
+                )
+                missing = residual * (own - merged)
+            module = self._experts[expert].network.module.get_submodule(place)
+            if whole:
+                missing = missing + pair.own.run_ahead(module)
+            if bias is not None:
+                missing = missing + (-bias if whole else module.bias - bias)
+            assert pair.own.rows is not None
+            found[expert][i] = self._spill.keep(missing).expand(len(pair.own.rows), -1)
+
+        self._workers(
+            [
+                partial(compare, expert, i, pair)
+                for expert, pairs in enumerate(self._pairs)
+                for i, pair in enumerate(pairs)
+            ]
+        )
+        return found
+
+    def _rows(self, weights: Sequence[float]) -> list[Rows]:
+        found = []
+        for pairs, weight in zip(self._pairs, weights, strict=True):
+            own, merged = (
+                [each.rows for each in passes if each.rows is not None] for passes in zip(*pairs, strict=True)
+            )
+            found.append(Rows(merged, own, weight))
+        return found

@@ -1,0 +1,116 @@
+"""Where a fit keeps what paused passes hold: in memory, or, if it is much, in files mapped into memory.
+
+The rule: if that needs more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of at
+least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
+operating system writes such files out and reads them back as it needs memory. They have no name any more as soon as
+they are mapped, so that they are gone with the process, however it ends. Results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+IN_MEMORY = 2 << 30  # bytes that may stay in memory; `lewis/methods/README.md` names both numbers
+LARGE = 1 << 20  # bytes of a tensor that is kept in a file
+
+
+def approximate_bytes(tokens: int, widest: int, hidden: int, weights: int) -> int:
+    """What paused passes hold at most: of each token, two inputs of the widest projection and six hidden states.
+
+    Args:
+        tokens: of all passes, with padding.
+        widest: inputs of the widest projection.
+        hidden: size of the hidden states.
+        weights: elements of all weights that are loaded at a time.
+    """
+    return 4 * (tokens * (2 * widest + 6 * hidden) + weights)
+
+
+class Spill:
+    """Tensors in memory, or in files.
+
+    Attributes:
+        folder: of the files; None: everything stays in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor without values.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        size = torch.Size(shape).numel()
+        bytes_needed = size * dtype.itemsize
+        if self.folder is None or bytes_needed < LARGE:
+            return torch.empty(shape, dtype=dtype)
+        path = self.folder / f"{uuid.uuid4().hex}.rest"
+        try:
+            with path.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, bytes_needed)  # a full disk would end the process at a write
+            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def keep(self, value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor with these values, of another dtype if one is given; the same tensor if it may stay where it is."""
+        dtype = dtype or value.dtype
+        in_place = self.folder is None or value.numel() * dtype.itemsize < LARGE or _in_file(value.untyped_storage())
+        if in_place or value.device.type != "cpu":
+            return value.to(dtype)
+        return self.empty(value.shape, dtype).copy_(value)
+
+    def watch(self, made: Made) -> AbstractContextManager[Any]:
+        """Note the large tensors that are made in the block, if they do not stay in memory."""
+        return nullcontext() if self.folder is None else made
+
+    def move_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Bring tensors to files, those that share their storage together. They are the same objects as before."""
+        moved: dict[int, torch.Tensor] = {}
+        for each in tensors:
+            storage = each.untyped_storage()
+            if storage.nbytes() < LARGE or _in_file(storage):
+                continue
+            place = storage.data_ptr()
+            if place not in moved:
+                flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+                moved[place] = self.empty(flat.shape, torch.uint8).copy_(flat)
+            offset, stride = each.storage_offset(), each.stride()
+            each.set_(moved[place].untyped_storage(), offset, each.shape, stride)
+
+
+class Made(TorchFunctionMode):
+    """Notes the large tensors that functions of torch return while it is entered, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    def alive(self) -> list[torch.Tensor]:
+        """Those that something still refers to."""
+        found = [each for each in (reference() for reference in self._made) if each is not None]
+        self._made = [weakref.ref(each) for each in found]
+        return found
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {id(each) for each in (*args, *(kwargs or {}).values())}  # may be shared with other passes
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, torch.Tensor) and id(each) not in given and each.untyped_storage().nbytes() >= LARGE:
+                self._made.append(weakref.ref(each))
+        return result
+
+
+def _in_file(storage: torch.UntypedStorage) -> bool:
+    return storage.filename is not None

@@ -1,0 +1,137 @@
+"""Merge by regression on what was measured of the experts: each projection is fitted for their own inputs.
+
+The importance step leaves second-order statistics of every expert on its own calibration rows
+(`lewis.importance.grams`). From these each projection is fitted to give what the experts give for their own inputs
+(`lewis.methods.arithmetic.regression`), one tensor after another. No model is run.
+
+What no token reached in any expert (an expert of a mixture that no router chose), and what is no projection, is merged
+by the recipe's anchor, else by the method's own function. That is also what the fit is pulled towards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lewis.devices import default_device, one_thread
+from lewis.importance.gram_files import Grams
+from lewis.importance.step import find_or_measure_grams
+from lewis.importance.workers import Workers
+from lewis.lazy_torch import torch
+from lewis.merging.calibration_rows import warn_of_few_tokens
+from lewis.merging.fitting.fitted import Fitted
+from lewis.merging.fitting.static_solver import Group, bytes_of, parts_of, solve_group
+from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.models.network.module_tree import Network
+from lewis.progress import Report
+
+_ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
+
+
+def fit(
+    merge: Prepared,
+    folder: Path,
+    progress: Report | None = None,
+    threads: int | None = None,
+) -> Fitted:
+    """Fit all tensors of a merge that can be fitted, block by block.
+
+    Args:
+        merge: whose method fits.
+        folder: where the tensors are kept; the blocks that a killed process has finished there are not fitted again.
+        progress: called with (fit, tensors done, tensors in all).
+        threads: by default one per core; any number gives the same bytes.
+
+    Raises:
+        InputError: if transformers cannot build the model, or nothing can be fitted.
+        LewisError: if statistics are damaged, or what is fitted is not finite, naming the tensor.
+    """
+    from lewis.importance.measure import network_of
+
+    network = network_of(merge.base)
+    blocks = _parts(network, merge)
+    if not blocks:
+        raise merge.nothing_to_fit()
+    statistics = [
+        Grams(find_or_measure_grams(expert.model, expert.calibration, device=default_device(), threads=threads))
+        for expert in merge.experts
+        if expert.calibration is not None
+    ]
+    names = dict.fromkeys(part.projection for each in blocks.values() for _, parts in each for part in parts)
+    for expert, grams in zip(merge.experts, statistics, strict=True):
+        warn_of_few_tokens(expert.ref, {n: (grams.tokens(n), grams.size(n) if n in grams else 0) for n in names})
+    fitted = Fitted(folder)
+    groups = {
+        block: _by_input([each for each in tensors if each[0].tensor not in fitted], statistics)
+        for block, tensors in blocks.items()
+    }
+    with ExitStack() as contexts:
+        contexts.enter_context(one_thread())
+        workers = contexts.enter_context(Workers(threads))
+        largest = max((bytes_of(merge, group) for each in groups.values() for group in each), default=0)
+        alone = workers.count * largest > _ROOM
+        # Small layers are fitted side by side, each by one thread; of large ones all threads share one.
+        solve = partial(solve_group, merge, statistics, jobs=workers if alone else one_after_another)
+        found = _one_by_one(groups, solve) if alone else _in_lanes(groups, solve, workers.count, contexts)
+        total, done = sum(len(group) for each in groups.values() for group in each), 0
+        for name, tensors in found:
+            if tensors:
+                fitted.add(name, tensors)
+            done += len(tensors)
+            del tensors  # before the next is fitted
+            if progress:
+                progress("fit", done, max(total, 1))
+    return fitted
+
+
+_Solve = Callable[[Group], "Iterator[tuple[str, torch.Tensor]]"]
+
+
+def _one_by_one(groups: Mapping[str, Sequence[Group]], solve: _Solve) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yields each fitted tensor by itself, before the next is fitted: so no two of them are in memory."""
+    for group in itertools.chain.from_iterable(groups.values()):
+        for name, tensor in solve(group):
+            yield name, {name: tensor}
+            del tensor
+
+
+def _in_lanes(
+    groups: Mapping[str, Sequence[Group]], solve: _Solve, lanes: int, contexts: ExitStack
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yields the fitted tensors of each list of groups with its name, while the next are being fitted."""
+    pool = ThreadPoolExecutor(lanes)
+    contexts.callback(lambda: pool.shutdown(cancel_futures=True))
+    running = list[tuple[str, list[Future[dict[str, torch.Tensor]]]]]()
+    for block, each in [*groups.items(), ("", ())]:
+        running.append((block, [pool.submit(lambda group: dict(solve(group)), group) for group in each]))
+        if len(running) > 1:
+            before, futures = running.pop(0)
+            yield before, {name: tensor for future in futures for name, tensor in future.result().items()}
+
+
+def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
+    """Path of a block -> its tensors that can be fitted, with their parts; not those that several blocks share."""
+    found = dict[str, Group]()
+    for each in network.covered:
+        if each.stack or not merge.merges(each.tensor) or len(network.same(each.parameter)) > 1:
+            continue
+        block = next(path for path in network.blocks if each.parameter.startswith(f"{path}."))
+        found.setdefault(block, []).append((each, parts_of(network, each)))
+    return found
+
+
+def _by_input(tensors: Group, statistics: Sequence[Grams]) -> list[Group]:
+    """The tensors that share their inputs together; those that take longest come first."""
+    found = dict[Any, Group]()
+    for covered, parts in tensors:
+        sources = tuple(each.source(parts[0].projection) for each in statistics)
+        found.setdefault(sources, []).append((covered, parts))
+    return sorted(
+        found.values(), key=lambda group: -sum(layer.parameters for each, _ in group for layer in each.layers)
+    )

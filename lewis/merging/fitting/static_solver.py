@@ -1,0 +1,162 @@
+"""Fitting the tensors that share their inputs to the statistics of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from lewis.devices import one_thread
+from lewis.errors import LewisError
+from lewis.importance.passes import of_expert
+from lewis.lazy_torch import torch
+from lewis.merging.fitting.fitted import Unwritten
+from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.jobs import Jobs
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
+from lewis.methods.arithmetic.tokens import Gram, Rows
+from lewis.models.dtypes import torch_dtype
+from lewis.models.network.module_tree import Covered, Network
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one regression fits: a tensor, or one of the experts that are stacked in it.
+
+    Attributes:
+        projection: its name in the statistics.
+        index: of the expert in the tensor; None if it is the whole tensor.
+    """
+
+    projection: str
+    index: int | None = None
+
+
+Group = list[tuple[Covered, list[Part]]]
+"""Tensors, each with its parts."""
+
+
+class Statistics(Protocol):
+    """What went into projections; `gram_files.Grams` has the meaning of each."""
+
+    def __contains__(self, projection: str) -> bool: ...
+
+    def source(self, projection: str) -> str | None: ...
+
+    def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows: ...
+
+
+def parts_of(network: Network, covered: Covered) -> list[Part]:
+    """A tensor in the parts that one regression fits each."""
+    if network.empty(covered.parameter).dim() != 3 or covered.expert is not None:
+        return [Part(of_expert(covered.parameter, covered.expert))]
+    return [Part(of_expert(covered.parameter, i), i) for i in range(network.empty(covered.parameter).shape[0])]
+
+
+def bytes_of(merge: Prepared, group: Group) -> int:
+    """Bytes of memory that fitting a group takes, roughly."""
+    held, experts = 0, len(merge.experts)
+    for covered, _ in group:
+        info = merge.base.tensors[covered.tensor]
+        inputs = info.shape[-2 if covered.transposed else -1]
+        known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
+        held = max(
+            held, (2 * experts + 6) * known * inputs + (experts + 4) * merge.base.tensors[covered.tensor].elements
+        )
+    return 4 * held
+
+
+def solve_group(
+    merge: Prepared, statistics: Sequence[Statistics], group: Group, *, jobs: Jobs
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Fit tensors that share their inputs, one after another.
+
+    Args:
+        merge: whose method fits.
+        statistics: of each expert.
+        group: the tensors.
+        jobs: runs what is computed.
+
+    Yields:
+        Tensor name, and what was fitted, in the dtype of the output; not of those that no token reached.
+
+    Raises:
+        LewisError: naming the tensor, if statistics are damaged, or inputs or the result are not finite.
+    """
+    solver = _Solver(merge, statistics, jobs)
+    for covered, parts in group:
+        known = [each for each in parts if any(each.projection in grams for grams in statistics)]
+        if known:
+            yield covered.tensor, solver.solve(covered, known)
+
+
+class _Solver:
+    """Fits tensor after tensor. What follows from inputs that several share is kept for them."""
+
+    def __init__(self, merge: Prepared, statistics: Sequence[Statistics], jobs: Jobs) -> None:
+        self._merge, self._statistics, self._jobs = merge, statistics, jobs
+        self._inputs: tuple[Any, Inputs] | None = None
+
+    def solve(self, covered: Covered, parts: Sequence[Part]) -> torch.Tensor:
+        """Fit these parts of a tensor; its other parts are the anchor's."""
+        with one_thread(), torch.inference_mode():
+            return self._solve(covered, parts)
+
+    def _solve(self, covered: Covered, parts: Sequence[Part]) -> torch.Tensor:
+        name = covered.tensor
+        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
+        *weights, anchor = self._read(name, [*readers, Unwritten(self._merge).read])
+        anchor = anchor.to(torch.float32)
+        values = self._merge.parameters(name)
+        for part in parts:
+            fitted, *own = (_part_of(tensor, part, covered) for tensor in (anchor, *weights))
+            start = fitted.contiguous()
+            try:
+                self._of(part.projection, values).solve(start, [each.contiguous() for each in own], out=start)
+            except ValueError as error:
+                raise LewisError(f"{name}: {error}; a model is damaged") from error
+            if start.data_ptr() != fitted.data_ptr():
+                fitted.copy_(start)
+        del weights, own, start, fitted  # they take much memory
+        rounded = anchor.to(torch_dtype(self._merge.layout[name][0]))
+        if not bool(torch.isfinite(rounded).all()):
+            raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
+        return rounded
+
+    def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
+        found = [torch.empty(0)] * len(readers)
+
+        def read(i: int) -> None:
+            found[i] = readers[i](tensor)
+
+        self._jobs([partial(read, i) for i in range(len(readers))])
+        return found
+
+    def _of(self, projection: str, values: Mapping[str, Any]) -> Inputs:
+        sources = [grams.source(projection) for grams in self._statistics]
+        setting = (sources, values["alpha"], values["weight"])
+        if self._inputs is None or self._inputs[0] != setting:
+            self._inputs = None  # let go of it before the next is read
+            read = self._read_inputs(projection, values["weight"])
+            self._inputs = setting, Inputs(read, values["ridge"], self._jobs, values["alpha"])
+        self._inputs[1].ridge = values["ridge"]
+        return self._inputs[1]
+
+    def _read_inputs(self, projection: str, weights: Sequence[float]) -> list[Rows | Gram]:
+        found: list[Rows | Gram | None] = [None] * len(self._statistics)
+
+        def read(i: int) -> None:
+            if projection in self._statistics[i]:
+                found[i] = self._statistics[i].inputs(projection, weights[i])
+
+        self._jobs([partial(read, i) for i in range(len(found))])
+        size = next(each.size for each in found if each is not None)
+        nothing = torch.empty(0, size)
+        return [Rows([nothing], [nothing], w) if each is None else each for each, w in zip(found, weights, strict=True)]
+
+
+def _part_of(tensor: torch.Tensor, part: Part, covered: Covered) -> torch.Tensor:
+    """The view of a part as (out, in)."""
+    own = tensor if part.index is None else tensor[part.index]
+    return own.T if covered.transposed else own

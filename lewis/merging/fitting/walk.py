@@ -1,0 +1,167 @@
+"""The walk of all passes of a fit through the blocks: what is in memory when, and what a killed process has done.
+
+Each pass is a greenlet that stops in front of every projection, in the code of whatever model it is. At any time there
+are in memory: what lies outside of the blocks, the small tensors of one block, one projection of each model, and what
+the passes hold between two projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lewis.errors import LewisError
+from lewis.importance.workers import Workers
+from lewis.lazy_torch import torch
+from lewis.merging.engine.in_torch import merge_into
+from lewis.merging.fitting.fitted import Fitted
+from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.solver import Solver
+from lewis.merging.fitting.spill import Spill
+from lewis.merging.fitting.stacked_fit import StackedFit
+from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.models.network.module_tree import Covered
+
+if TYPE_CHECKING:
+    from lewis.importance.streaming import Weights
+
+IN_MEMORY_FITTED = 64 << 20  # bytes of fitted tensors that wait to be written together
+
+
+class Walk:
+    """All passes on their way from place to place."""
+
+    def __init__(
+        self,
+        merge: Prepared,
+        places: Mapping[str, Covered],
+        weights: Sequence[Weights],
+        pairs: Sequence[Pair],
+        solver: Solver,
+        stacked: StackedFit,
+        workers: Workers,
+        fitted: Fitted,
+        spill: Spill,
+    ) -> None:
+        """
+        Args:
+            merge: what is fitted.
+            places: path of a module -> its tensor.
+            weights: of the experts, then of the merged model.
+            pairs: of all batches.
+            solver: fits the tensor of a place.
+            stacked: fits stacked experts.
+            workers: run the passes.
+            fitted: takes the tensors.
+            spill: where the weights are kept.
+        """
+        self._merge, self._places, self._weights = merge, places, weights
+        # First those of the experts, which have less to do: so each thread gets as many of them as of the others.
+        self._passes = [*(pair.own for pair in pairs), *(pair.merged for pair in pairs)]
+        self._solver, self._stacked, self._workers = solver, stacked, workers
+        self._fitted, self._spill = fitted, spill
+        self._loaded: list[tuple[Weights, list[str]]] = []
+        self._in_block: list[str] = []
+        self._found: dict[str, torch.Tensor] = {}
+
+    def blocks(self) -> Iterator[int]:
+        """Go through the model; yields how many of the blocks are done, after each."""
+        network, block, done = self._weights[-1].network, "", 0
+        while (place := self._next()) is not None:
+            if place in network.blocks:
+                if block:
+                    done += 1
+                    self._keep(block)
+                    yield min(done, len(network.blocks))
+                block = place
+                self._enter(place)
+            elif place in self._stacked:
+                self._drop()
+                self._solver.forget()
+                self._stacked.fit(place)
+            else:
+                self._fit(place)
+        if block:
+            self._keep(block)
+        yield len(network.blocks)
+
+    def stop(self) -> None:
+        """End the passes that still wait."""
+        self._workers.in_place([each.stop for each in self._passes])
+
+    def _next(self) -> str | None:
+        self._workers.in_place([each.go_on for each in self._passes])
+        places = {each.place for each in self._passes}
+        if len(places) > 1:
+            raise LewisError(
+                f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its projections "
+                "in one order for every text; use another merge_method"
+            )
+        return places.pop()
+
+    def _drop(self) -> None:
+        for weights, names in self._loaded:
+            weights.drop(names)
+        self._loaded = []
+
+    def _enter(self, block: str) -> None:
+        self._drop_block()
+        of_places = {each.parameter for each in self._places.values()}
+        self._in_block = [name for name in self._weights[-1].network.parameters_in(block) if name not in of_places]
+        for weights in self._weights:
+            weights.load(self._in_block)
+        for each in self._passes:  # what was noted in the blocks before is not needed any more
+            each.streams = {path: stream for path, stream in each.streams.items() if path == block}
+
+    def _drop_block(self) -> None:
+        self._drop()
+        for weights in self._weights:
+            weights.drop(self._in_block)
+        self._in_block = []
+
+    def _keep(self, block: str) -> None:
+        self._drop_block()
+        self._solver.forget()
+        self._write()
+
+    def _write(self) -> None:
+        if self._found:
+            self._fitted.add(next(iter(self._found)), self._found)
+            self._found = {}
+
+    def _fit(self, place: str) -> None:
+        """Give the projection its weight in each model; that of the merged model is fitted, unless it is known."""
+        self._drop()
+        covered = self._places[place]
+        known = covered.tensor in self._fitted
+        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
+        readers.append(self._fitted.read if known else self._anchor)
+        *weights, value = self._read(covered.tensor, readers)
+        for each, weight in zip(self._weights, weights, strict=False):  # the last are those of the merged model
+            self._put(each, covered.parameter, weight)
+        if not known:
+            value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
+            if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
+                self._write()
+        self._put(self._weights[-1], covered.parameter, value)
+
+    def _put(self, weights: Weights, parameter: str, value: torch.Tensor) -> None:
+        weights.put(parameter, value)
+        self._loaded.append((weights, [parameter]))
+
+    def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
+        found = [torch.empty(0)] * len(readers)
+
+        def read(i: int) -> None:
+            found[i] = self._spill.keep(readers[i](tensor), torch.float32)
+
+        # The last first, since merging takes longest. Large ones, kept in files, come one by one, since each is
+        # whole in memory while it is read.
+        jobs = [partial(read, i) for i in reversed(range(len(readers)))]
+        (self._workers if self._spill.folder is None else one_after_another)(jobs)
+        return found
+
+    def _anchor(self, tensor: str) -> torch.Tensor:
+        return merge_into(self._merge.anchor, tensor, self._spill.empty(self._merge.base.tensors[tensor].shape))

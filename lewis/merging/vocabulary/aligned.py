@@ -1,0 +1,180 @@
+"""A model whose embeddings are read in the order of another vocabulary.
+
+Where rows move, the tensor is written by runs of rows to a file without a name in the store, which is mapped into
+memory as the model's own files are. So the tensor is never whole in anonymous memory, and the file is gone as soon as
+the tensor has been merged or the process has died.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.lazy_torch import torch
+from lewis.merging.vocabulary.tokens import Target
+from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, torch_dtype
+from lewis.models.model import Model, View
+
+_RUN = 1 << 20  # elements that are written to the file at a time
+
+
+class Aligned(View):
+    """A model with the rows of its embeddings in the order of another vocabulary; reads like a `Checkpoint`.
+
+    Attributes:
+        folder, key, config, tied: those of the model.
+        tensors: those of the model, with the new shapes.
+        rows: as given.
+    """
+
+    def __init__(
+        self, model: Model, names: Collection[str], rows: np.ndarray, lenders: Lenders, target: Target
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: the model.
+            names: of the tensors that have a row per token.
+            rows: int64, shape (target.rows,): the model's own row for each row of the target; -1 where it has none.
+            lenders: give the rows that the model does not have.
+            target: the vocabulary.
+        """
+        self.model, self.folder, self.key = model, model.folder, model.key
+        self.config, self.tied = model.config, model.tied
+        self._names, self.rows, self._lenders = frozenset(names), rows, lenders
+        self._own_rows, self._copies = embedding_rows(model, names), dict[str, tuple[str, np.ndarray]]()
+        self._mean_from = target.padded_from if target.padded_from < target.rows else None
+        in_order = self._mean_from is None and rows[0] >= 0 and np.array_equal(rows, np.arange(len(rows)) + rows[0])
+        self._first = int(rows[0]) if in_order else None
+        self.tensors = {
+            name: replace(info, shape=(target.rows, *info.shape[1:])) if name in self._names else info
+            for name, info in model.tensors.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, in the dtype of `raw`."""
+        if not self._touches(name):
+            return self.model.read(name)
+        dtype, bits = self.raw(name)
+        shape = self.tensors[self.tied.get(name, name)].shape
+        return as_tensor(dtype, bits.copy()).reshape(shape)
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """One tensor's dtype and bits, as `Checkpoint.raw`; F32 where rows are means or come from other dtypes."""
+        if not self._touches(name):
+            return self.model.raw(name)
+        if self._first is not None:
+            dtype, bits = self.model.raw(name)
+            width = bits.size // self._own_rows
+            return dtype, bits[self._first * width : (self._first + len(self.rows)) * width]
+        if name not in self._copies:
+            self._copies[name] = self._copy(name)
+        return self._copies[name]
+
+    def done_with(self, name: str) -> None:
+        """Let go of a tensor, as of the model's, and of the file that was written for it."""
+        self._copies.pop(name, None)
+        super().done_with(name)
+
+    def _copy(self, name: str) -> tuple[str, np.ndarray]:
+        lent, (dtype, bits) = self._lenders.of(name, np.flatnonzero(self.rows < 0)), self.model.raw(name)
+        out = dtype if lent.dtypes <= {dtype} and self._mean_from is None else "F32"
+        try:
+            with tempfile.TemporaryFile(dir=store.make_folder(store.home())) as file:
+                for part in self._parts(dtype, bits.reshape(self._own_rows, -1), lent, out):
+                    file.write(bytes_of(part))
+                file.flush()
+                return out, np.memmap(file, bits_dtype(out), mode="r")
+        except OSError as error:
+            raise LewisError(
+                f"{store.home()}: cannot write the rows of {name!r} in their new order: {error.strerror}; free space"
+            ) from error
+
+    def _parts(self, dtype: str, own: np.ndarray, lent: LentRows, out: str) -> Iterator[torch.Tensor]:
+        """The rows in their new order; rows of padding are the mean of the others if the target asks for that."""
+        run, rows = max(_RUN // max(own.shape[1], 1), 1), self.rows[: self._mean_from]
+        total = torch.zeros(own.shape[1], dtype=torch.float64)
+        for start in range(0, len(rows), run):
+            taken = rows[start : start + run]
+            part = as_tensor(dtype, own[taken.clip(0)]).to(torch_dtype(out))
+            missing = np.flatnonzero(taken < 0)
+            part[torch.from_numpy(missing)] = lent.read(start + missing).to(part.dtype)
+            if self._mean_from is not None:
+                total += part.sum(dim=0, dtype=torch.float64)
+            yield part
+        padding = len(self.rows) - len(rows)
+        for start in range(0, padding, run):
+            yield (total / len(rows)).float().expand(min(run, padding - start), -1)
+
+    def _touches(self, name: str) -> bool:
+        # This model may tie a head that is separate in the base.
+        return name in self._names or self.tied.get(name, name) in self._names
+
+
+def embedding_rows(model: Model, names: Collection[str]) -> int:
+    """The number of rows of a model's embeddings and heads; 0 if it has none of these tensors, or they differ."""
+    stored = {model.tied.get(name, name) for name in names}
+    found = {model.tensors[name].shape[:1] for name in stored if name in model.tensors}
+    return found.pop()[0] if len(found) == 1 and () not in found else 0
+
+
+Origin = tuple[tuple[int, int], ...]
+"""(number of the model, its row) of each row that one row is the mean of; empty: the row is 0."""
+
+
+class Lenders:
+    """Models that lend rows to those that lack them, by one rule for all.
+
+    Attributes:
+        models: the models, by their numbers in the origins.
+        origins: row of the common vocabulary -> where it comes from.
+    """
+
+    def __init__(self, models: Sequence[Model], origins: Mapping[int, Origin]) -> None:
+        self.models, self.origins = models, origins
+
+    def of(self, name: str, rows: np.ndarray) -> LentRows:
+        """These rows of one tensor: int64, numbers in the common vocabulary."""
+        models = {model for row in rows.tolist() for model, _ in self.origins[row]}
+        return LentRows({i: _matrix(self.models[i], name) for i in sorted(models)}, self.origins, rows)
+
+
+class LentRows:
+    """Rows of one tensor that a model does not have itself.
+
+    Attributes:
+        dtypes: of the lenders' tensors, as safetensors names them; F32 if a row is a mean.
+    """
+
+    def __init__(
+        self, lenders: Mapping[int, tuple[str, np.ndarray]], origins: Mapping[int, Origin], rows: np.ndarray
+    ) -> None:
+        self._lenders, self._origins = lenders, origins
+        means = any(len(origins[row]) > 1 for row in rows.tolist())
+        self.dtypes = {"F32"} if means else {dtype for dtype, _ in lenders.values()}
+
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """Some of these rows: fp32, shape (len(rows), columns)."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for place, row in enumerate(rows.tolist()):
+            for model, number in self._origins[row]:
+                wanted.setdefault(model, []).append((place, number))
+        width = next((matrix.shape[1] for _, matrix in self._lenders.values()), 1)
+        result = torch.zeros(len(rows), width)
+        for model, pairs in sorted(wanted.items()):
+            places, numbers = (np.array(column) for column in zip(*pairs, strict=True))
+            dtype, matrix = self._lenders[model]
+            result[torch.from_numpy(places)] += as_tensor(dtype, matrix[numbers]).to(torch.float32)
+        counts = [max(len(self._origins[row]), 1) for row in rows.tolist()]
+        return result / torch.tensor(counts).reshape(-1, 1)
+
+
+def _matrix(model: Model, name: str) -> tuple[str, np.ndarray]:
+    """A tensor's dtype and bits, one row per token."""
+    dtype, bits = model.raw(name)
+    return dtype, bits.reshape(model.tensors[model.tied.get(name, name)].shape[0], -1)

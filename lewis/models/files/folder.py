@@ -1,0 +1,130 @@
+"""Which files of a model folder count: weights, configs and tokenizer."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.input_files import check_regular, read_json
+from lewis.models.names import unwrapped
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+GGUF_TABLE = "gguf.json"  # of a folder that `gguf.as_folder` made: the tensors of the GGUF file in it
+GGUF_LINK = "model.gguf"  # of such a folder: where the file is
+_DONATED = (  # tokenizer, chat template and generation_config
+    *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+_NEEDED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def needed(names: Iterable[str]) -> list[str]:
+    """The files that a merge reads, sorted: weights, configs and tokenizer. Files in subfolders do not count.
+
+    GGUF files count where there are no safetensors.
+    """
+    names = [n for n in names if "/" not in n and n != store.MANIFEST]
+    found = [n for n in names if any(fnmatch(n, p) for p in _NEEDED)]
+    if not any(".safetensors" in n for n in found):
+        found += [n for n in names if n.endswith(".gguf")]
+    # Mistral's repos hold the same weights a second time, as consolidated*.safetensors.
+    copies = [n for n in found if fnmatch(n, "consolidated*.safetensors")]
+    has_others = any(n.endswith(".safetensors") and n not in copies for n in found)
+    return sorted(n for n in found if not (has_others and n in copies))
+
+
+def check_weights(ref: str, names: Iterable[str]) -> None:
+    """Check that a model has safetensors weights, or an index that says which are missing.
+
+    Args:
+        ref: the model, for the error message.
+        names: of its files.
+
+    Raises:
+        InputError: if it has neither.
+    """
+    names = sorted(names)
+    if any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf")) for name in needed(names)):
+        return
+    refuse_pickled(ref, names)
+    raise InputError(f"{ref}: no *.safetensors in it; expected a model or a LoRA adapter in the Hugging Face layout")
+
+
+def refuse_pickled(ref: str, names: Iterable[str]) -> None:
+    """Refuse a model without safetensors weights that has pickled ones.
+
+    Args:
+        ref: the model, for the error message.
+        names: of its files.
+
+    Raises:
+        InputError: if one of the files is pickled.
+    """
+    pickled = next((name for name in sorted(names) if name.endswith(_PICKLED)), None)
+    if pickled:
+        raise InputError(
+            f"{ref}: only pickled weights ({pickled}), which can run code when loaded: expected *.safetensors; "
+            "convert them with save_pretrained, or at https://huggingface.co/spaces/safetensors/convert"
+        )
+
+
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """The safetensors files of a model folder.
+
+    Returns:
+        File name -> the tensors that the index places in it, by their `names.unwrapped` names; None: all that the file
+        holds. Empty for a folder that was made for a GGUF file.
+
+    Raises:
+        InputError: if there are none, or only pickled ones, or if the index names a file that is missing or in another
+            folder.
+    """
+    if (folder / GGUF_TABLE).is_file():
+        return {}
+    check_regular(folder / SINGLE)
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    index = folder / INDEX
+    check_regular(index)
+    if not index.is_file():
+        refuse_pickled(str(folder), [path.name for path in folder.glob("*")])
+        raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
+    try:
+        weight_map = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        reason = error if isinstance(error, InputError) else repr(error)
+        raise InputError(f"{index}: expected JSON with a weight_map from tensor to file: {reason}") from error
+    placed: dict[str, set[str]] = {file: set() for file in weight_map.values()}
+    for file in placed:
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise InputError(f"{index}: {file!r} is not a plain file name; an index must not lead out of its folder")
+        check_regular(folder / file)
+        if not os.path.isfile(folder / file):  # False also for a name that is too long for the system
+            raise InputError(f"{folder}: the shard {file} is missing, which {INDEX} names; download it again")
+    for name, file in weight_map.items():
+        placed[file].add(unwrapped(name))
+    return {**placed}
+
+
+def copy_tokenizer(donor: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation_config of `donor`, byte by byte.
+
+    Args:
+        donor: the folder of the model whose tokenizer the result gets.
+        folder: where to.
+    """
+    for path in tokenizer_files(donor):
+        shutil.copyfile(path, folder / path.name)
+
+
+def tokenizer_files(donor: Path) -> list[Path]:
+    """The files of `donor` that `copy_tokenizer` copies, sorted."""
+    return sorted({path for pattern in _DONATED for path in donor.glob(pattern) if path.is_file()})

@@ -1,0 +1,1 @@
+"""Models of the Hugging Face Hub and local folders: pinned to their content, downloaded, verified."""

@@ -1,0 +1,102 @@
+"""The Hub's client: where it asks, where it keeps files, and what its errors mean.
+
+huggingface_hub reads the environment once, when it is imported; here it is read at each call.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import constants
+
+from lewis.errors import InputError
+from lewis.models.hub.pin import FORMS
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def endpoint() -> str:
+    """The Hub's URL."""
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def cache_folder() -> Path:
+    """Where the Hub's client keeps what it downloads."""
+    home = os.environ.get("HF_HOME")
+    cache = os.environ.get("HF_HUB_CACHE") or (f"{home}/hub" if home else constants.HF_HUB_CACHE)
+    return Path(cache).expanduser().absolute()
+
+
+def offline() -> bool:
+    """Whether the Hub must not be asked (HF_HUB_OFFLINE)."""
+    return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def api() -> HfApi:
+    """A client of the Hub of HF_ENDPOINT, with the user's token.
+
+    Raises:
+        InputError: if the token holds characters that no token has.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if not re.fullmatch(r"[!-~]*", get_token() or ""):
+        # The HTTP library would quote the whole header, with the token, in its error.
+        raise InputError("HF_TOKEN holds characters that no token has (a space, a line break?); copy it again")
+    return HfApi(endpoint=endpoint())
+
+
+def snapshot(source: str, commit: str) -> Path:
+    """Where the Hub's client keeps the files of one commit of a model repo."""
+    return cache_folder() / f"models--{source.replace('/', '--')}" / "snapshots" / commit
+
+
+def check_repo_id(ref: str, source: str) -> None:
+    """Check that `source` has the form of a Hub repo's name, `org/name`.
+
+    Args:
+        ref: the reference that it is a part of, for the error message.
+        source: the name.
+
+    Raises:
+        InputError: if it has not.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise InputError(f"{ref}: neither a Hub repo's name nor an existing folder; {FORMS}") from error
+    if "/" not in source:
+        raise InputError(f"{ref}: neither a Hub repo's name nor an existing folder; {FORMS}")
+
+
+@contextmanager
+def without_xet() -> Iterator[None]:
+    """While the block lasts, all threads of this process speak LFS to the Hub instead of Xet."""
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+@contextmanager
+def errors(ref: str) -> Iterator[None]:
+    """Turn what the client raises in this block into our errors, by `lewis.models.hub.errors.explain`."""
+    from lewis.models.hub.errors import CLIENT_ERRORS, explain
+
+    try:
+        yield
+    except InputError:
+        raise
+    except CLIENT_ERRORS as error:
+        raise explain(ref, error, endpoint()) from error

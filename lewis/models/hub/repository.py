@@ -1,0 +1,276 @@
+"""Models of the Hub, and local folders: pin a reference to its exact content, then download and verify it.
+
+The Hub's client follows a moving branch, may return an older snapshot when the Hub is down, and does not check what it
+downloaded. Here a reference is first resolved to a commit, or it is an error, and every file is compared with its
+checksum in that commit; the store remembers these, since a commit never changes. The client is imported when the Hub is
+asked first; a merge of local folders does without it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lewis import store
+from lewis.errors import InputError, TransientError
+from lewis.models.files.folder import ADAPTER, GGUF_TABLE, check_weights, needed
+from lewis.models.files.safetensors_file import Headers, file_headers
+from lewis.models.gguf import as_folder, headers, only
+from lewis.models.hub.client import api, cache_folder, check_repo_id, errors, offline, snapshot
+from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
+from lewis.models.names import is_buffer, unwrapped
+from lewis.models.quantised.headers import dequantised
+from lewis.store import kinds
+from lewis.store.checksums import remembered_sha256
+from lewis.threads import ContextPool
+
+logger = logging.getLogger(__name__)
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
+_told: dict[str, str] = {}  # reference -> commit, as last logged
+
+
+def resolve(ref: str, root: Path) -> Pinned:
+    """Pin a model reference to its content, without downloading weights.
+
+    Args:
+        ref: `org/name`, `org/name@revision` (branch, tag or commit) or a folder. Anything that begins with `.`, `/` or
+            `~`, or that exists as a folder or GGUF file, is local. A repo's only GGUF file is downloaded immediately.
+        root: where a relative folder is looked for first (the recipe's folder); then comes the working directory.
+
+    Raises:
+        InputError: if there is no such folder, repo or revision, no access to it, or no safetensors weights in it.
+        TransientError: if the Hub is busy or unreachable.
+    """
+    folder = find_folder(ref, root)
+    if folder is not None:
+        return pin_folder(ref, as_folder(ref, folder))
+    source, at, revision = ref.partition("@")
+    check_repo_id(ref, source)
+    if at and not revision:
+        raise InputError(f"{ref}: nothing after '@'; {FORMS}")
+    if offline():
+        commit, files = revision, cached_listing(ref, source, revision)
+    else:
+        with errors(ref):
+            info = api().model_info(source, revision=revision or None, files_metadata=True)
+            if info.gated:
+                api().auth_check(source)
+        commit, files = str(info.sha), remember_listing(source, info)
+    check_weights(ref, files)
+    pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
+    if found := [name for name in needed(files) if name.endswith(".gguf")]:
+        only(ref, found)  # it is read where it is: config and tensors are known only from the file itself
+        return pin_folder(ref, as_folder(ref, fetch(pinned)))
+    if _told.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
+        _told[ref] = commit
+        logger.info("%s is commit %s (%.2f GB)", ref, commit, pinned.size / 1e9)
+    return pinned
+
+
+def resolve_dataset(repo: str, revision: str | None) -> str:
+    """The commit (40 hex digits) of a dataset repo's revision, by default of its main branch.
+
+    Raises:
+        InputError: if there is no such dataset or revision, or no access to it.
+        TransientError: if the Hub is busy or unreachable.
+    """
+    ref = f"dataset {repo}@{revision}" if revision else f"dataset {repo}"
+    check_repo_id(ref, repo)
+    if offline():
+        if not COMMIT.fullmatch(revision or ""):
+            raise InputError(f"{ref}: HF_HUB_OFFLINE is set: expected a full commit (40 hex digits) as the revision")
+        return str(revision)
+    with errors(ref):
+        info = api().dataset_info(repo, revision=revision)
+        if info.gated:
+            api().auth_check(repo, repo_type="dataset")
+    return str(info.sha)
+
+
+def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
+    """The folder that holds a pinned model, every file of it equal to its checksum.
+
+    A file that was checked is not read again until it changes. A damaged download is removed, so that a retry fetches
+    it again.
+
+    Args:
+        pinned: the model.
+        weights: False fetches only configs and tokenizer. With the weights comes the model card, for its licence.
+
+    Raises:
+        TransientError: if the transfer broke, files are missing or damaged, or the Hub is busy.
+        InputError: if the Hub refuses access, or HF_HUB_OFFLINE is set and files are missing.
+        LewisError: if a local folder changed since it was pinned, or the disk is full.
+    """
+    if pinned.is_local:
+        return check_unchanged(pinned)
+    files = listing_of(pinned)
+    names = [name for name in needed(files) if weights or not name.endswith(".safetensors")]
+    folder = snapshot(pinned.source, pinned.commit)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and offline():
+        raise InputError(f"{pinned.ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it")
+    if missing:
+        size = sum(files[name][0] for name in missing)
+        logger.info("%s: downloading %d files, %.2f GB", pinned.ref, len(missing), size / 1e9)
+        with errors(pinned.ref):
+            api().snapshot_download(
+                pinned.source,
+                revision=pinned.commit,
+                cache_dir=cache_folder(),
+                allow_patterns=[*(glob.escape(name) for name in names), *(["README.md"] if weights else [])],
+            )
+    damaged = [name for name in names if not _is_intact(folder / name, *files[name])]
+    for name in damaged:
+        _discard(folder / name)
+    if damaged:
+        raise TransientError(
+            f"{pinned.ref}: {', '.join(damaged)}: missing, or not the checksum of the commit; try again"
+        )
+    return folder
+
+
+def is_present(pinned: Pinned) -> bool:
+    """Whether a fetch would download nothing."""
+    if pinned.is_local:
+        return True
+    folder = snapshot(pinned.source, pinned.commit)
+    return all((folder / name).is_file() for name in needed(listing_of(pinned)))
+
+
+def folder_of(pinned: Pinned) -> Path:
+    """Where a fetch puts a pinned model, or where it is."""
+    return Path(pinned.source) if pinned.is_local else snapshot(pinned.source, pinned.commit)
+
+
+def file_names(pinned: Pinned) -> list[str]:
+    """The files of a pinned model, fetched or not.
+
+    Raises:
+        TransientError: if the Hub is busy or unreachable.
+    """
+    return os.listdir(folder_of(pinned)) if pinned.is_local else list(listing_of(pinned))
+
+
+def tensor_headers(pinned: Pinned) -> Headers:
+    """Name (`names.unwrapped`), dtype and shape of every weight. Of a Hub repo, only headers are read.
+
+    Quantised weights come as those that they are read as (`lewis.models.quantised`).
+
+    Raises:
+        InputError: if a safetensors file is damaged, or weights are quantised in a way that is not read.
+        TransientError: if the Hub is busy or unreachable.
+    """
+    folder = folder_of(pinned)
+    if (folder / GGUF_TABLE).is_file():
+        return headers(folder)
+    listing = {} if pinned.is_local else listing_of(pinned)
+    names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
+    names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter beside a full model
+
+    def read(name: str) -> Headers:
+        path = folder / name
+        if pinned.is_local or (path.is_file() and path.stat().st_size == listing[name][0]):
+            return file_headers(path)
+        with errors(pinned.ref):
+            found = api().parse_safetensors_file_metadata(pinned.source, name, revision=pinned.commit)
+        return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
+
+    with ContextPool(8) as pool:
+        by_file = dict(zip(names, pool.map(read, names), strict=True))
+    found = {key: header for headers in by_file.values() for key, header in headers.items()}
+    found = {key: header for key, header in found.items() if not is_buffer(key, header[1])}
+    on_disk = all((folder / name).is_file() for name in names)
+    found = dequantised(pinned.ref, folder, found, by_file if on_disk else None)
+    return {unwrapped(key): header for key, header in found.items()}
+
+
+def _is_intact(path: Path, size: int, checksum: str) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    if len(checksum) == 64:
+        return remembered_sha256(path) == checksum
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == checksum
+
+
+def _discard(path: Path) -> None:
+    """Remove a damaged file and its blob, or the client would link the same blob again."""
+    blob = path.resolve()
+    if blob.is_relative_to(cache_folder().resolve()):
+        blob.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def listing_of(pinned: Pinned) -> Listing:
+    """The files of a pinned commit, from the store or else from the Hub.
+
+    Raises:
+        InputError: if HF_HUB_OFFLINE is set, and the commit is not in the Hub client's cache.
+        TransientError: if the Hub is busy or unreachable.
+    """
+    known = _remembered_listing(pinned.source, pinned.commit)
+    if known is not None:
+        return known
+    if offline():
+        return cached_listing(pinned.ref, pinned.source, pinned.commit)
+    with errors(pinned.ref):
+        info = api().model_info(pinned.source, revision=pinned.commit, files_metadata=True)
+    return remember_listing(pinned.source, info)
+
+
+def _listing_entry(source: str, commit: str) -> Path:
+    return kinds.DIGESTS.path(f"{source.replace('/', '--')}@{commit}")
+
+
+def _remembered_listing(source: str, commit: str) -> Listing | None:
+    known = store.entry(_listing_entry(source, commit), "files")
+    return None if known is None else {name: (size, checksum) for name, (size, checksum) in known.items()}
+
+
+def remember_listing(source: str, info: Any) -> Listing:
+    """Keep the files of a commit in the store.
+
+    Args:
+        source: `org/name`.
+        info: what `HfApi.model_info` said, with `files_metadata`.
+
+    Raises:
+        InputError: if a file's name leads out of its folder.
+    """
+    files = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
+    outside = next((name for name in files if ".." in PurePosixPath(name).parts or name.startswith("/")), None)
+    if outside:
+        raise InputError(f"{source}: refused: its file {outside!r} would land outside its folder")
+    store.write_entry(_listing_entry(source, info.sha), {"files": files})
+    return files
+
+
+def cached_listing(ref: str, source: str, revision: str) -> Listing:
+    """The files of a commit in the Hub client's cache, for work without the Hub.
+
+    There each file is a link to a blob, and the blob's name is its checksum.
+
+    Raises:
+        InputError: if `revision` is no full commit, or the cache lacks it or one of its files.
+    """
+    folder = snapshot(source, revision)
+    if not COMMIT.fullmatch(revision) or not folder.is_dir():
+        raise InputError(
+            f"{ref}: HF_HUB_OFFLINE is set: expected org/name@commit (40 hex digits) in {cache_folder()}; "
+            "unset HF_HUB_OFFLINE, or download it first"
+        )
+    known = _remembered_listing(source, revision)
+    if known is None:
+        links = [path for path in folder.iterdir() if path.is_symlink() and path.is_file()]
+        return {path.name: (path.stat().st_size, path.readlink().name) for path in links}
+    missing = [name for name in needed(known) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it to download")
+    return known

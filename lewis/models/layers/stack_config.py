@@ -1,0 +1,218 @@
+"""The config of a model whose layers were stacked: their number, and everything that it says layer by layer.
+
+A config says of which kind a layer is in three ways: by a list with an item for each layer (`layer_types`), by a list
+of layers' numbers (`mlp_only_layers`), or by a rule (every sixth, the first three). Lists follow the layers. A rule
+stays if it says the same of the new numbers; some are written as the list that transformers derives of them; else the
+stack is refused, since its layers would be run as layers of another kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")  # lists of numbers
+_NO_LAYERS = ("architectures", "token_id", "token_ids", "bad_words_ids", "suppress_tokens")  # ends of other lists' keys
+_TEXTS = ("hybrid_override_pattern",)  # a letter for each layer
+_DERIVED: tuple[str, ...] = (
+    "sliding_window",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "full_attention_interval",
+)
+_DERIVED += ("global_attn_every_n_layers", "no_rope_layer_interval")  # transformers makes a list of these
+_RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # which layers are of the other kind
+    "first_k_dense_replace": lambda block, i: i < block["first_k_dense_replace"],
+    "num_dense_layers": lambda block, i: i < block["num_dense_layers"],
+    "decoder_sparse_step": lambda block, i: (i + 1) % block["decoder_sparse_step"] == 0,
+    "interleave_moe_layer_step": lambda block, i: (i + 1) % block["interleave_moe_layer_step"] == 0,
+    "moe_layer_freq": lambda block, i: i % block["moe_layer_freq"] == 0,
+    "attn_layer_period": lambda block, i: i % block["attn_layer_period"] == block.get("attn_layer_offset", 0),
+    "expert_layer_period": lambda block, i: i % block["expert_layer_period"] == block.get("expert_layer_offset", 0),
+}
+_SHARING = ("num_kv_shared_layers", "num_hidden_groups")  # layers that take from others by their number
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a layer of the result comes from.
+
+    Attributes:
+        ref: of the model, for error messages.
+        home: the folder with its config.json.
+        config: its parsed config.json.
+        layer: number of the layer there.
+        layers: how many layers the model has.
+    """
+
+    ref: str
+    home: Path
+    config: Mapping[str, Any]
+    layer: int
+    layers: int
+
+
+def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[Origin]]) -> dict[str, Any]:
+    """The config of a result.
+
+    Args:
+        config: of the model that gives everything else.
+        home: its folder.
+        origins: for each layer of the result, what it is merged from; the first decides of which kind it is.
+
+    Raises:
+        InputError: if the config does not say how many layers there are, models that are merged into one layer have
+            layers of different kinds there, or a rule would say something else of the new numbers.
+    """
+    found: dict[str, Any] = json.loads(json.dumps(config))
+    block = _block(found)
+    if "decoder_layers" in block:
+        raise InputError(
+            f"{home / 'config.json'}: slices: decoder_layers: the model is a decoder made for an encoder; use models"
+        )
+    keys = [key for key in _COUNTS if isinstance(block.get(key), int)]
+    if not keys and block is not found:
+        keys = [_COUNTS[0]]  # a block of a larger config leaves out what is as usual
+    if not keys:
+        raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
+    of_model = {each.ref: each for merged in origins for each in merged}
+    known = {ref: _with_derived(each) for ref, each in of_model.items()}
+    own = [[(each, known[each.ref]) for each in merged] for merged in origins]
+    listed = _listed([layer[0] for layer in own])
+    _follow_layers(block, own, listed)
+    for key, rule in _RULES.items():
+        if key not in listed and _active(block.get(key)):
+            _keep_rule(key, rule, block, own)
+    shares = next((key for key in _SHARING if (block.get(key) or 0) > (key == "num_hidden_groups")), None)
+    if shares:
+        raise InputError(
+            f"{home / 'config.json'}: slices: {shares}: layers take from others by their number; use models"
+        )
+    block.update(dict.fromkeys(keys, len(origins)))
+    for key in [*listed, *_NUMBERS, *_RULES, *keys] if block is not found else ():
+        found |= {key: block[key]} if key in found and key in block else {}  # some say it twice (Qwen2.5-VL)
+    return found
+
+
+def _follow_layers(
+    block: dict[str, Any], own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]], listed: Sequence[str]
+) -> None:
+    """Write the lists that have an item for each layer, and those of layers' numbers, for the result's layers.
+
+    Args:
+        block: of the result's config; changed.
+        own: for each layer, what it is merged from, with what the config there says of its layers.
+        listed: keys of the lists with an item for each layer.
+    """
+    for key in listed:
+        values = [[_at(each, theirs, key) for each, theirs in layer] for layer in own]
+        _check_alike(key, own, values)
+        firsts = [of_layer[0] for of_layer in values]
+        block[key] = "".join(firsts) if key in _TEXTS else firsts
+    for key in _NUMBERS:
+        if any(layer[0][1].get(key) for layer in own):
+            values = [[each.layer in (theirs.get(key) or ()) for each, theirs in layer] for layer in own]
+            _check_alike(key, own, values)
+            block[key] = [i for i, of_layer in enumerate(values) if of_layer[0]]
+
+
+def _block(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that speaks of the layers: of a model with other towers, that of its language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _with_derived(origin: Origin) -> dict[str, Any]:
+    """What a config says of its layers, with the lists that transformers derives of its rules."""
+    block = _block(dict(origin.config))
+    rules = [key for key in _DERIVED if block.get(key) and not (key == "sliding_window" and _all_alike(block))]
+    whole = "text_config" not in origin.config  # a block in a larger config leaves out what is as usual
+    if (whole and not rules) or "layer_types" in block:
+        return block
+    from transformers import AutoConfig  # seconds, so only where a config has a rule
+
+    try:
+        made = AutoConfig.from_pretrained(origin.home, trust_remote_code=False, local_files_only=True).to_dict()
+    except Exception as error:  # each architecture raises its own kind
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{origin.home / 'config.json'}: slices: {next(iter(rules), 'text_config')} says of which kind layers "
+            f"are, and transformers cannot tell: {reason}"
+        ) from error
+    lists = {key: value for key, value in _block(made).items() if _is_list(key, value, origin.layers)}
+    added = {key: value for key, value in lists.items() if key not in block}
+    if rules and not added and rules != ["sliding_window"]:  # which may hold for all layers
+        raise InputError(
+            f"{origin.home / 'config.json'}: slices: {rules[0]} says of which kind layers are by number, and there is "
+            "no list that could follow them; write layer_types into the config, or use models"
+        )
+    return {**block, **added}
+
+
+def _all_alike(block: Mapping[str, Any]) -> bool:
+    return block.get("use_sliding_window") is False
+
+
+def _is_list(key: str, value: Any, layers: int) -> bool:
+    """Whether it has an item for each layer."""
+    if key in _NUMBERS or key.endswith(_NO_LAYERS):
+        return False
+    return len(value) == layers if isinstance(value, list) or (isinstance(value, str) and key in _TEXTS) else False
+
+
+def _listed(firsts: Sequence[tuple[Origin, Mapping[str, Any]]]) -> list[str]:
+    keys = {key: None for each, block in firsts for key, value in block.items() if _is_list(key, value, each.layers)}
+    return list(keys)
+
+
+def _at(origin: Origin, block: Mapping[str, Any], key: str) -> Any:
+    value = block.get(key)
+    if not _is_list(key, value, origin.layers):
+        raise InputError(f"{origin.home / 'config.json'}: slices: expected {key} with {origin.layers} items, one for "
+                         f"each layer, as another of the models has; got {value!r:.100}")  # fmt: skip
+    return value[origin.layer] if value is not None else None
+
+
+def _check_alike(
+    key: str, own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]], values: Sequence[Sequence[Any]]
+) -> None:
+    for number, (layer, of_layer) in enumerate(zip(own, values, strict=True)):
+        for (each, _), value in zip(layer, of_layer, strict=True):
+            if value != of_layer[0]:
+                first = layer[0][0]
+                raise InputError(
+                    f"slices: layer {number} of the result would be merged from layers of different kinds: {key} is "
+                    f"{of_layer[0]!r} for layer {first.layer} of {first.ref}, {value!r} for layer {each.layer} of "
+                    f"{each.ref}; change layer_range"
+                )
+
+
+def _active(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _keep_rule(
+    key: str,
+    rule: Callable[[Mapping[str, Any], int], bool],
+    block: dict[str, Any],
+    own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]],
+) -> None:
+    """Leave a rule as it is if it holds for the new numbers; the number of first layers may follow them."""
+    values = [[_active(theirs.get(key)) and rule(theirs, each.layer) for each, theirs in layer] for layer in own]
+    _check_alike(key, own, values)
+    kinds = [of_layer[0] for of_layer in values]
+    if key in ("first_k_dense_replace", "num_dense_layers"):
+        block[key] = kinds.index(False) if False in kinds else len(kinds)
+    for number, (kind, layer) in enumerate(zip(kinds, own, strict=True)):
+        if rule(block, number) != kind:
+            first = layer[0][0]
+            raise InputError(
+                f"slices: {key} of {first.home / 'config.json'} says by their number of which kind layers are: layer "
+                f"{first.layer} would become layer {number}, which is of another kind; change layer_range"
+            )

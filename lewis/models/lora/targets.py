@@ -1,0 +1,308 @@
+"""Which of the base's tensors an adapter changes, and how: its keys, checked against the base and its own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lewis.errors import InputError
+from lewis.models.files.folder import ADAPTER
+from lewis.models.files.safetensors_file import TensorFile, same_bits
+from lewis.models.lora.config import CONFIG, Keys, by_pattern, parameters_of, token_indices
+from lewis.models.lora.delta import AddedBias, Change, LowRank, NewRows, Replaced
+from lewis.models.model import Model
+from lewis.models.names import PER_TOKEN
+from lewis.models.network.network_class import known_network
+from lewis.models.network.renamed import with_tied
+from lewis.models.network.segments import Layout, Run
+
+
+@dataclass(frozen=True)
+class Part:
+    """A change of some of a tensor's flat values, `start` to `stop`, by those from `place` on of an adapter's weight.
+
+    Attributes:
+        whole: whether the adapter's weight is the tensor itself.
+    """
+
+    start: int
+    stop: int
+    change: Change
+    place: int = 0
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One weight that the adapter changes.
+
+    Attributes:
+        name: as the adapter calls it.
+        key: in the adapter's file, for error messages.
+        change: what is applied.
+        parameter: whether the name is a parameter's of the network, as in `target_parameters`, not a module's.
+    """
+
+    name: str
+    key: str
+    change: Change
+    parameter: bool = False
+
+
+class Targets:
+    """The changes of one adapter.
+
+    Attributes:
+        parts: tensor of the base -> its changes, in the order in which they are made.
+        summary: what the adapter has other names for, as a sentence; empty if nothing.
+    """
+
+    def __init__(self, base: Model, folder: Path, settings: Mapping[str, Any], file: TensorFile) -> None:
+        """Check the keys and find the tensors.
+
+        Raises:
+            InputError: naming the key or the weight that does not fit.
+        """
+        self._base, self._settings, self._file = base, settings, file
+        self._where, self._config = folder / ADAPTER, folder / CONFIG
+        self._keys = Keys()
+        for key in file.places:
+            if not self._is_copy(key):
+                self._keys.add(key, settings)
+        for key in self._keys.unknown:
+            raise self._no_match(key)
+        for one, other in self._keys.twice:
+            raise InputError(f"{self._where}: {one!r} and {other!r} stand for the same tensor; keep one adapter")
+        self._targets = [*self._replaced(), *self._low_rank(), *self._new_rows()]
+        self.parts: dict[str, list[Part]] = {}
+        moved = []
+        for target in self._targets:
+            for tensor, part in self._place(target):
+                self.parts.setdefault(tensor, []).append(part)
+                moved += [f"{target.name} in {tensor}"] if tensor != target.name else []
+        self.summary = f"{len(moved)} of its changes are read under the base's names ({moved[0]})" if moved else ""
+
+    def _raw(self, key: str) -> tuple[str, np.ndarray]:
+        place = self._file.places[key]
+        return place.dtype, self._file.bits(key).reshape(place.shape)
+
+    def _is_copy(self, key: str) -> bool:
+        """Whether it is a tied head, equal to the embedding that is saved too: PEFT saves both."""
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        embedding = self._base.tied.get(name)
+        other = next((k for k in self._file.places if embedding and k.endswith(f".{embedding}")), None)
+        if other is None:
+            return False
+        place, embedded = self._file.places[key], self._file.places[other]
+        alike = (place.dtype, place.shape) == (embedded.dtype, embedded.shape)
+        return alike and same_bits(self._file.bits(key), self._file.bits(other))
+
+    def _replaced(self) -> Iterator[_Target]:
+        for name, key in self._keys.whole.items():
+            yield _Target(name, key, Replaced(self._raw, key, self._file.places[key].shape))
+
+    def _new_rows(self) -> Iterator[_Target]:
+        for module, key in self._keys.rows.items():
+            name, shape = f"{module}.weight", self._file.places[key].shape
+            stored = self._called(name)
+            if stored is None:
+                raise self._no_match(key)
+            known = self._base.tensors[stored].shape
+            known = self._file.places[self._keys.whole[name]].shape if name in self._keys.whole else known
+            ids = token_indices(self._settings, module) or []
+            last = max(ids, default=0)
+            if shape != (len(ids), *known[1:]) or last >= known[0]:
+                raise InputError(
+                    f"{self._where}: {key!r} has shape {list(shape)} for {len(ids)} tokens up to {last}, and {name!r} "
+                    f"is {list(known)} in the base; expected an adapter of this base model"
+                )
+            yield _Target(name, key, NewRows(self._raw, key, tuple(ids), known))
+
+    def _low_rank(self) -> Iterator[_Target]:
+        parameters = self._find_parameters()
+        for module, parts in self._keys.parts.items():
+            name = parameters.get(module, f"{module}.weight")
+            if not parts.keys() >= {"A", "B"}:
+                raise InputError(f"{self._where}: {name!r} has lora_{''.join(parts)} only; expected lora_A and lora_B")
+            if module.endswith(".base_layer") and module not in parameters:
+                raise self._no_match(parts["A"])
+            stored = list(self._state[name].shape) if module in parameters else []
+            stack = stored[0] if len(stored) == 3 else 0
+            change = self._factors(name, parts, stack, self._is_transposed(name, parts, stack))
+            yield _Target(name, parts["A"], change, module in parameters)
+            if "bias" in parts:
+                yield _Target(f"{module}.bias", parts["bias"], self._added_bias(parts["bias"], change.scale))
+
+    def _factors(self, name: str, parts: Mapping[str, str], stack: int, transposed: bool) -> LowRank:
+        a, b = (self._file.places[parts[part]].shape for part in "AB")
+        rank = self._check_rank(name, a, b, stack or 1)
+        fits, outer = len(a) == len(b) == 2 and b[1] == a[0], (stack,) if stack else ()
+        shape = (*outer, *((a[1], b[0]) if transposed else (b[0], a[1]))) if fits else ()
+        if expected := self._expected(name, stack):
+            if shape != expected:
+                raise self._unlike(name, a, b, f"the base's shape {list(expected)}")
+        elif not shape:
+            raise self._unlike(name, a, b, "a matrix")
+        module = name.removesuffix(".weight")
+        alpha = by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
+        scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
+        magnitude = parts.get("magnitude")
+        if bool(self._settings.get("use_dora")) != (magnitude is not None):
+            raise InputError(
+                f"{self._config}: use_dora is {bool(self._settings.get('use_dora'))}, but {name!r} has "
+                f"{'a' if magnitude else 'no'} lora_magnitude_vector; the config belongs to another adapter"
+            )
+        outputs = shape[1] if transposed else shape[0]
+        if magnitude and prod(self._file.places[magnitude].shape) != outputs:
+            raise InputError(f"{self._where}: {magnitude!r} has not one number for each of the {outputs} outputs")
+        return LowRank(self._raw, parts["A"], parts["B"], scale, shape, transposed, magnitude, stack)
+
+    def _added_bias(self, key: str, scale: float) -> AddedBias:
+        return AddedBias(self._raw, key, scale, self._file.places[key].shape)
+
+    def _expected(self, name: str, stack: int) -> tuple[int, ...] | None:
+        """The shape of a weight where it is known before it is placed."""
+        if name in self._keys.whole:
+            return self._file.places[self._keys.whole[name]].shape
+        if name in self._base.tensors:
+            return self._base.tensors[name].shape
+        return tuple(self._state[name].shape) if stack else None
+
+    def _unlike(self, name: str, a: tuple[int, ...], b: tuple[int, ...], expected: str) -> InputError:
+        return InputError(
+            f"{self._where}: lora_A {list(a)} and lora_B {list(b)} of {name!r} do not give {expected}; "
+            "expected an adapter of this base model"
+        )
+
+    def _check_rank(self, name: str, a: tuple[int, ...], b: tuple[int, ...], stack: int) -> int:
+        if not a or not b or 0 in (*a, *b) or a[0] % stack:
+            raise InputError(
+                f"{self._where}: lora_A {list(a)} and lora_B {list(b)} of {name!r} are of rank 0 or empty; "
+                "expected a rank of 1 or more"
+            )
+        stated = self._settings.get("r")
+        if stated is not None:  # older files lack it
+            stated = by_pattern(self._settings.get("rank_pattern"), name.removesuffix(".weight"), stated)
+            if a[0] != stated * stack:
+                raise InputError(
+                    f"{self._config}: r is {stated:g} for {name!r}, but its lora_A is {list(a)}; "
+                    "the config belongs to another adapter"
+                )
+        return a[0] // stack
+
+    def _is_transposed(self, name: str, parts: Mapping[str, str], stack: int) -> bool:
+        """Whether the weight is stored as (in, out): an embedding, GPT-2's Conv1D, or experts of some models."""
+        if stack:
+            module = self._network.get_submodule(name.rpartition(".")[0])
+            return bool(getattr(module, "is_transposed", False))
+        return "lora_embedding_A" in parts["A"] or bool(self._settings.get("fan_in_fan_out"))
+
+    @cached_property
+    def _network(self) -> Any:
+        network = known_network(self._base.home)
+        if network is None:
+            raise InputError(
+                f"{self._where}: it changes parameters by transformers' names, and transformers cannot build the base "
+                f"{self._base.home}; merge it into its base with PEFT's merge_and_unload first"
+            )
+        return network
+
+    @property
+    def _state(self) -> Mapping[str, Any]:
+        return self._ours.placing.state
+
+    @cached_property
+    def _ours(self) -> Layout:
+        return Layout(self._network, with_tied(self._base))
+
+    @cached_property
+    def _theirs(self) -> Layout:
+        """The weights that the base has no tensor of that name for."""
+        return Layout(self._network, {t.name: t.change.shape for t in self._targets if not self._has(t)})
+
+    def _called(self, name: str) -> str | None:
+        """The base's tensor that a weight is; None if there is none."""
+        if name in self._base.tensors:
+            return name
+        if name in self._base.tied or known_network(self._base.home) is None:
+            return None
+        role = Layout(self._network, {name: ()}).roles.get(name)
+        return next(
+            (each for each, its in self._ours.roles.items() if its == role and each in self._base.tensors), None
+        )
+
+    def _has(self, target: _Target) -> bool:
+        return target.name in self._base.tensors or target.name in self._base.tied
+
+    def _find_parameters(self) -> dict[str, str]:
+        """Path in the adapter's keys -> the network's parameter, for an adapter with `target_parameters`."""
+        targets = self._settings.get("target_parameters")
+        if not targets:
+            return {}
+        found: dict[str, str] = {}
+        for module in dict.fromkeys(path.split(".base_layer")[0] for path in self._keys.parts):
+            found |= parameters_of(module, self._keys.parts, targets, self._state)
+        return found
+
+    def _place(self, target: _Target) -> Iterator[tuple[str, Part]]:
+        """The base's tensors that a change is of."""
+        name, change = target.name, target.change
+        if name in self._base.tied:
+            raise InputError(
+                f"{self._where}: {target.key!r} changes the head, which the base ties to its embedding; "
+                "merge the adapter into its base with PEFT's merge_and_unload first"
+            )
+        if name in self._base.tensors:
+            yield name, self._direct(name, target)
+            return
+        if isinstance(change, AddedBias):
+            raise InputError(
+                f"{self._where}: {target.key!r} adds to {name!r} (lora_bias), and the base has no such bias, so no "
+                "weights stand for it; leave the adapter out"
+            )
+        if known_network(self._base.home) is None:
+            raise self._no_match(target.key)
+        if target.parameter:
+            runs: tuple[Run, ...] = (Run(name, 0, prod(change.shape)),)
+        else:
+            role = self._theirs.roles.get(name)
+            same = next((tensor for tensor, its in self._ours.roles.items() if role and its == role), None)
+            if same in self._base.tensors:
+                yield same, self._direct(same, target)
+                return
+            runs = self._theirs.runs.get(name, ())
+        found = [self._ours.tensors_of(run) for run in runs]
+        if not found or not all(found):
+            raise self._no_match(target.key)
+        place = 0
+        for each in (run for runs in found for run in runs or ()):
+            whole = each.size == prod(change.shape) == self._base.tensors[each.name].elements
+            if not whole and (isinstance(change, NewRows) or getattr(change, "needs_whole", False)):
+                raise InputError(f"{self._where}: {target.key!r} changes all of a weight that the base has in parts")
+            yield each.name, Part(each.start, each.stop, change, place, whole)
+            place += each.size
+
+    def _direct(self, tensor: str, target: _Target) -> Part:
+        shape, expected = target.change.shape, self._base.tensors[tensor].shape
+        if isinstance(target.change, Replaced | AddedBias):
+            per_row = int(tensor.endswith(PER_TOKEN) and isinstance(target.change, Replaced))
+            if shape[per_row:] != expected[per_row:] or len(shape) != len(expected):
+                raise InputError(
+                    f"{self._where}: {target.key!r} has shape {list(shape)}, in the base it is {list(expected)}"
+                )
+        elif isinstance(target.change, LowRank) and target.name not in self._keys.whole and shape != expected:
+            a, b = (self._file.places[key].shape for key in (target.change.a, target.change.b))
+            raise self._unlike(tensor, a, b, f"the base's shape {list(expected)}")
+        return Part(0, prod(shape), target.change)
+
+    def _no_match(self, key: str) -> InputError:
+        return InputError(
+            f"{self._where}: the key {key!r} matches nothing in the base {self._base.folder}; "
+            "expected an adapter of this base model"
+        )

@@ -1,0 +1,283 @@
+"""The module tree of a model: its repeated blocks, the projections in them, and their tensors in the checkpoint.
+
+Nothing is looked up by architecture. A block is an item of an outermost `nn.ModuleList`; a projection is a linear
+module (also GPT-2's `Conv1D`, which stores in x out) or a parameter of three dimensions (stacked experts) in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from lewis.lazy_torch import nn, torch
+from lewis.models.names import short_or_whole
+from lewis.models.network.layouts import (
+    Rows,
+    below_block,
+    keeps_inputs,
+    only_stacks,
+    parts_of,
+    stacked_in,
+    stored_in_out,
+    weights,
+)
+from lewis.models.network.network_class import build, input_embeddings, lists_of_blocks, text_tower
+from lewis.models.network.placing import Placing, operations_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A covered layer: the unit that importance is measured of.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        index: of its block, l.
+        projection: its type, c (`self_attn.q_proj`); after the path of its blocks if a model has several kinds.
+        parameters: number of weights.
+        part: which part of a fused tensor (`q` of `qkv_proj`); empty if it is the whole tensor.
+    """
+
+    tensor: str
+    index: int
+    projection: str
+    parameters: int
+    part: str = ""
+
+    @property
+    def key(self) -> str:
+        """What importance is filed under: the tensor, and the part in brackets."""
+        return f"{self.tensor}[{self.part}]" if self.part else self.tensor
+
+
+def projection_names(projections: Sequence[str]) -> list[str]:
+    """What to call projections in tables: the last part of each, or all of it where that would be ambiguous."""
+    return short_or_whole([name.rpartition(".")[2] for name in projections], projections)
+
+
+@dataclass(frozen=True)
+class Covered:
+    """A checkpoint tensor of a projection, and where its values are in the network.
+
+    Attributes:
+        layers: the layer, or one for each part of a fused tensor.
+        rows: output rows of each layer, None for all.
+        parameter: full name of the network's parameter.
+        expert: which of the stacked experts the tensor is, None if it is the whole parameter.
+        transposed: whether the weight is stored (in, out).
+        stack: how many matrices lie one after another in its rows, if these have inputs of their own; 0 if none do.
+    """
+
+    tensor: str
+    layers: tuple[Layer, ...]
+    rows: tuple[Rows | None, ...]
+    parameter: str
+    expert: int | None
+    transposed: bool
+    stack: int = 0
+
+
+class Network:
+    """A model on the meta device, whose parameters are read from a checkpoint when they are needed.
+
+    Attributes:
+        module: the transformers model.
+        tower: the part of it that text goes through.
+        blocks: path -> block of the tower, in the order of the forward pass.
+        covered: the covered tensors.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]] | None, dtype: torch.dtype) -> None:
+        """Build the tree; no weight is read.
+
+        Args:
+            folder: for its config.json.
+            tensors: name -> shape in the checkpoint; None: as the network names them.
+            dtype: what the pass computes in.
+
+        Raises:
+            InputError: if the class is unknown or needs code that comes with the model.
+        """
+        self.folder = folder
+        self.module = build(folder, dtype)
+        self.tower = text_tower(self.module)
+        inside = {id(module) for module in self.tower.modules()}
+        self._lists = lists_of_blocks(self.module)
+        lists = {name: each for name, each in self._lists.items() if id(each) in inside}
+        self.blocks = {f"{name}.{i}": block for name, each in lists.items() for i, block in enumerate(each)}
+        self._state = self.module.state_dict(keep_vars=True)
+        self._names: dict[int, list[str]] = {}
+        for name, value in self._state.items():
+            self._names.setdefault(id(value), []).append(name)
+        if tensors is None:
+            tensors = {name: tuple(value.shape) for name, value in self._state.items()}
+        self._placing = Placing(self.module, tensors)
+        self._sources, self._converters = self._placing.sources, self._placing.converters
+        self.covered = tuple(self._find_covered(tensors))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder with a decoder."""
+        return bool(getattr(self.module.config, "is_encoder_decoder", False))
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether an attention sees later tokens too (BERT, EmbeddingGemma)."""
+        modules = [module for block in self.blocks.values() for module in block.modules()]
+        causal = [module.is_causal for module in modules if hasattr(module, "is_causal")]
+        if causal:
+            return not all(causal)
+        config = self.module.config.get_text_config()
+        asked = "is_decoder" in signature(self.tower.forward).parameters  # BLIP, whose head asks for it
+        return asked or getattr(config, "is_decoder", True) is False
+
+    def sources(self, parameter: str) -> list[str]:
+        """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
+        return [tensor for tensor, _ in self._sources.get(parameter, [])]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Full names of all parameters and saved buffers."""
+        return list(self._state)
+
+    @property
+    def unconverted(self) -> dict[str, str]:
+        """Checkpoint tensor -> the parameter that it is, value by value."""
+        single = {found[0][0]: name for name, found in self._sources.items() if len(found) == 1}
+        return {tensor: name for tensor, name in single.items() if name not in self._converters}
+
+    @property
+    def unplaced(self) -> list[str]:
+        """Checkpoint tensors that the network has no place for."""
+        return self._placing.unplaced
+
+    def value(self, parameter: str, read: Any) -> torch.Tensor:
+        """Make a parameter from the checkpoint.
+
+        Args:
+            parameter: full name.
+            read: checkpoint tensor -> its value.
+        """
+        return self._placing.value(parameter, read)
+
+    def computed(self, parameter: str) -> torch.Tensor | None:
+        """A parameter that no checkpoint stores, since its module computes it (a table of sines); None for others."""
+        path, _, leaf = parameter.rpartition(".")
+        create = getattr(self.module.get_submodule(path), "create_weight", None)
+        return create() if create and leaf == "weight" else None
+
+    def parameters_in(self, path: str) -> list[str]:
+        """Names of the parameters and saved buffers under a module."""
+        return [name for name in self._state if name.startswith(f"{path}.")]
+
+    def parameters_outside(self, *, with_head: bool = False) -> list[str]:
+        """Names of those in no block.
+
+        Args:
+            with_head: also those of the head that makes logits. Without it, what the head shares with others is there.
+        """
+        head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
+        heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
+        inside = tuple(f"{path}." for path in self._lists)
+
+        def of_head(name: str) -> bool:
+            return name.startswith(heads)
+
+        return [
+            name
+            for name in self._state
+            if not name.startswith(inside) and (with_head or not all(map(of_head, self.same(name))))
+        ]
+
+    def same(self, parameter: str) -> list[str]:
+        """All names of a parameter that is tied."""
+        return self._names[id(self._state[parameter])]
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether it is a parameter, not a saved buffer."""
+        return isinstance(self._state[name], nn.Parameter)
+
+    def empty(self, parameter: str) -> torch.Tensor:
+        """The parameter on the meta device, without its values."""
+        return self._state[parameter]
+
+    def _find_covered(self, tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Covered]:
+        found = [
+            (path, f"{path}.{name}".rstrip("."), module)
+            for path, block in self.blocks.items()
+            for name, module in block.named_modules()
+        ]
+        projections = [(p, n, m, w) for p, n, m in found for w in weights(m)]
+        kinds = {path.rpartition(".")[0] for path, *_ in projections}
+        split = self._split(found)
+        for path, name, module, weight in projections:
+            parameter, (kind, _, index) = f"{name}.{weight}", path.rpartition(".")
+            below, prefix = parameter.removeprefix(f"{path}.").removesuffix(".weight"), ""
+            if len(kinds) > 1:
+                prefix = f"{kind}."
+            for tensor, pattern in self._sources.get(parameter, []):
+                shape, place = tensors[tensor], int(index)
+                if pattern is None and (count := stacked_in(module).get(weight)):
+                    layer = Layer(tensor, place, prefix + below, int(torch.Size(shape).numel()))
+                    yield Covered(tensor, (layer,), (None,), parameter, None, weight == "w2", count)
+                    continue
+                if pattern is None:
+                    yield _covered(tensor, shape, place, prefix + below, parameter, None, module, self.module.config)
+                    continue
+                converter, projection = self._converters[parameter], prefix + below_block(tensor)
+                first = parameter == self._placing.firsts[parameter]
+                if tensor in split:
+                    if first:
+                        yield self._covered_split(tensor, shape, place, projection, split[tensor])
+                elif kept := keeps_inputs(converter, self._state[parameter].dim()):
+                    if first or kept == "joined":
+                        layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
+                        yield Covered(tensor, (layer,), (None,), parameter, None, False)
+                elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is reported
+                    stack = [each for each, of in self._sources[parameter] if of == pattern]
+                    expert = stack.index(tensor)
+                    yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)
+
+    def _split(self, found: Sequence[tuple[str, str, nn.Module]]) -> dict[str, list[str]]:
+        """Tensor that is cut along its rows into weights of linear modules -> these; they share their inputs."""
+        linear = {f"{name}.weight" for _, name, module in found if isinstance(module, nn.Linear)}
+        parts: dict[str, list[str]] = {}
+        for name, converter in self._converters.items():
+            if len(converter.target_patterns) > 1 and operations_of(converter) in ([("Chunk", 0)], [("Split", 0)]):
+                parts.setdefault(self._sources[name][0][0], []).append(name)
+        return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
+
+    def _covered_split(
+        self, tensor: str, shape: tuple[int, ...], index: int, projection: str, names: Sequence[str]
+    ) -> Covered:
+        layers, rows, start = [], [], 0
+        for name in names:
+            count, part = self._state[name].shape[0], name.split(".")[-2]
+            layers.append(Layer(tensor, index, f"{projection}.{part}", count * shape[1], part))
+            rows.append(Rows(start, count, shape[0]))
+            start += count
+        return Covered(tensor, tuple(layers), tuple(rows), names[0], None, False)
+
+
+def _covered(
+    tensor: str,
+    shape: tuple[int, ...],
+    index: int,
+    projection: str,
+    parameter: str,
+    expert: int | None,
+    module: nn.Module,
+    config: Any,
+) -> Covered:
+    transposed = type(module).__name__ == "Conv1D" or (expert is None and stored_in_out(module))
+    outputs = shape[-1] if transposed else shape[-2]
+    size = int(torch.Size(shape).numel())
+    parts = parts_of(parameter, outputs, config) if expert is None else {}
+    if not parts:
+        return Covered(tensor, (Layer(tensor, index, projection, size),), (None,), parameter, expert, transposed)
+    layers = tuple(
+        Layer(tensor, index, f"{projection}.{part}", size // outputs * rows.count, part) for part, rows in parts.items()
+    )
+    return Covered(tensor, layers, tuple(parts.values()), parameter, expert, transposed)

@@ -1,0 +1,116 @@
+"""Which class of transformers a checkpoint is of, its tree on the meta device, and what in it text runs through.
+
+No architecture is named here, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+from lewis.lazy_torch import nn, torch
+from lewis.models.config import needs_code, read_config
+
+logger = logging.getLogger(__name__)
+_TABLES = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+)
+
+
+def build(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder without weights, its buffers on the CPU.
+
+    Args:
+        folder: for its config.json.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: if transformers has no class for it or cannot build it, or it needs code that comes with the model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        own = _class_of(config)
+        text = config.get_text_config()
+        for block in (config, text):  # the weights are read without their quantisation
+            vars(block).pop("quantization_config", None)
+        if own.config_class is type(text):  # perhaps the class of the language model alone
+            config = text
+        with init_empty_weights(include_buffers=False):
+            network = own._from_config(config, dtype=dtype)
+        if hasattr(network, "set_experts_implementation"):
+            network.set_experts_implementation("eager")
+        network.tie_weights()
+    except Exception as error:  # any kind, by architecture
+        reason = " ".join(str(error).split())[:300]
+        if "auto_map" in read_config(folder):
+            raise needs_code(folder, "this model", "config.json") from error
+        raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
+    return network.eval()
+
+
+def known_network(folder: Path) -> Any | None:
+    """The network of a folder in fp32, built once per process while its config stays; None if it cannot be built."""
+    try:
+        return _built(folder, (folder / "config.json").read_bytes())
+    except InputError as error:
+        logger.info("%s: so other names of its tensors are not known", error)
+        return None
+
+
+@lru_cache(maxsize=2)
+def _built(folder: Path, config: bytes) -> Any:
+    return build(folder, torch.float32)
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the config names in `architectures`, if it generates text; else the first that is registered."""
+    import transformers
+
+    registered, wanted = list(_registered(config)), config.architectures or []
+    named = [found for name in wanted if (found := getattr(transformers, name, None)) is not None]
+    own = [each for each in named if each in registered or (each.config_class is type(config) and each.can_generate())]
+    if not own and not registered:
+        raise ValueError(f"{type(config).__name__} has no class that generates text")
+    return (own or registered)[0]
+
+
+def _registered(config: Any) -> Iterator[Any]:
+    from transformers.models.auto import modeling_auto
+
+    for table in reversed(_TABLES) if config.is_encoder_decoder else _TABLES:
+        found = getattr(modeling_auto, table, {}).get(type(config), ())
+        yield from found if isinstance(found, tuple | list) else [found]
+
+
+def text_tower(network: Any) -> Any:
+    """The module that text goes through, without the head: the whole model, or the language model of a larger one."""
+    if getattr(network.config, "is_encoder_decoder", False):
+        return network
+    found, used = network.get_decoder(), input_embeddings(network)
+    if found is not network and any(module is used for module in found.modules()):
+        return getattr(found, "base_model", found)  # of a language model with a head of its own (BLIP-2)
+    return network.base_model
+
+
+def input_embeddings(network: Any) -> Any:
+    """The module that gives a token its vector; of a decoder on an encoder without words (PP-FormulaNet), its own."""
+    try:
+        return network.get_input_embeddings()
+    except NotImplementedError:
+        return network.get_decoder().get_input_embeddings()
+
+
+def lists_of_blocks(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """Path -> each outermost `nn.ModuleList`."""
+    lists = {name: each for name, each in root.named_modules() if isinstance(each, nn.ModuleList)}
+    return {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
