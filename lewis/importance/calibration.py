@@ -18,7 +18,7 @@ from lewis.input_files import check_regular
 from lewis.models.config import needs_code
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import kinds
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids

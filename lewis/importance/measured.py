@@ -15,7 +15,7 @@ from lewis import store
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.store import kinds
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 NORMS = "norms"
 

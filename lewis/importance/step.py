@@ -31,7 +31,7 @@ from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.recipe.schema import CalibrationSet, Importance
 from lewis.store import kinds, manifest
-from lewis.store.checksums import place_of
+from lewis.store.manifest import place_of
 from lewis.store.reference import JsonReference, Reference
 
 logger = logging.getLogger(__name__)

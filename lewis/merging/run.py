@@ -34,7 +34,7 @@ from lewis.models.files.folder import ADAPTER, copy_tokenizer
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import Model
 from lewis.progress import Report
-from lewis.store import checksums
+from lewis.store import manifest
 
 if TYPE_CHECKING:
     from lewis.merging.fitting.fitted import Fitted
@@ -126,7 +126,7 @@ class Merge(Prepared):
             write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
             self._copy_tokenizer(scratch)
             self.vocabulary.finish(scratch)
-        checksums.remember({folder / name: sha256 for name, sha256 in known.items()})
+        manifest.remember({folder / name: sha256 for name, sha256 in known.items()})
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
         return Written(self.digest, folder, self.size, record, ridge=ridge)
 

@@ -29,7 +29,7 @@ from lewis.models.dtypes import DTYPES
 from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer
 from lewis.models.quantised.stored import Packed
 from lewis.store import kinds
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 

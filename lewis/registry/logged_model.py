@@ -21,8 +21,7 @@ from lewis import store
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
 from lewis.store import manifest
-from lewis.store.checksums import remembered_sha256
-from lewis.store.manifest import DamagedError
+from lewis.store.manifest import DamagedError, remembered_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -40,7 +40,7 @@ class StepKey(CachePolicy):
             key = self.step.key(inputs["given"])
         except LewisError:
             return None
-        store.mark_used(RESULTS / key)
+        store.mark_used(RESULTS.folder / key)
         return key
 
 
@@ -84,7 +84,7 @@ def _kept(step: Step[Any, Any]) -> dict[str, Any]:
     return {
         "cache_policy": StepKey(step=step),
         "persist_result": True,
-        "result_storage": RESULTS,
+        "result_storage": RESULTS.folder,
         "result_serializer": RecordSerializer(),
         "cache_result_in_memory": False,
     }

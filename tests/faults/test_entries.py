@@ -20,7 +20,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports import charts, pictures
 from lewis.search.study import Log, Objective
 from lewis.store import kinds, sealed_json
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
+from lewis_tasks.support.caching import RESULTS
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage
@@ -141,7 +142,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     from prefect.filesystems import LocalFileSystem
     from prefect.results import ResultStore
 
-    from lewis_tasks.support.caching import RESULTS, RecordSerializer
+    from lewis_tasks.support.caching import RecordSerializer
 
     made.use()
     source, sources = pipeline.pin_all(made.recipe)
@@ -150,7 +151,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
     measured, allocated = pipeline.guide(made.recipe, base, experts)
     assert allocated is not None
     merged = pipeline.merge(made.recipe, base, experts, allocated)
-    storage = LocalFileSystem(basepath=str(RESULTS))
+    storage = LocalFileSystem(basepath=str(RESULTS.folder))
     records = ResultStore(result_storage=storage, serializer=RecordSerializer(), cache_result_in_memory=False)
     values = {"measured": measured, "allocated": allocated, "merged": merged, "base": base}
     for name, value in values.items():
@@ -160,7 +161,7 @@ def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(mad
         "measured": kinds.IMPORTANCE.beside_of(measured[0].path),
         "allocated": allocated.path,
         "merged": merged.folder / "config.json",
-        "base": RESULTS / "base",
+        "base": RESULTS.folder / "base",
     }.items():
         damage(path, how)
         assert not records.exists(name), name

@@ -7,7 +7,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.input_files import check_regular
 from lewis.models.files.folder import check_weights, needed
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 
 FORMS = "expected 'org/name', 'org/name@revision' or a local folder (or a GGUF file)"
 

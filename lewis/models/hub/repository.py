@@ -26,7 +26,7 @@ from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pi
 from lewis.models.names import is_buffer, unwrapped
 from lewis.models.quantised.headers import dequantised
 from lewis.store import kinds
-from lewis.store.checksums import remembered_sha256
+from lewis.store.manifest import remembered_sha256
 from lewis.threads import ContextPool
 
 logger = logging.getLogger(__name__)

@@ -17,13 +17,12 @@ from lewis.errors import LewisError
 from lewis.models.hub.errors import retryable
 from lewis.redact import redact_logs
 from lewis.store import kinds, sealed_json
+from lewis.store.kinds import Kind
 from lewis.store.writable import of_the_disk
 
 logger = logging.getLogger(__name__)
 STOPPING = threading.Event()
 """Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
-_PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of references that are paths
-
 # For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
 RETRIES: dict[str, Any] = {
     "retries": 4,
@@ -59,6 +58,9 @@ class RecordSerializer(JSONSerializer):
         return super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())
 
 
+_PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of references that are paths
+
+
 def _content(record: bytes) -> dict[str, Any]:
     """What a record holds under `result`, without making it a reference, which would note a use.
 
@@ -81,9 +83,8 @@ def _targets(record: Path) -> list[Path]:
 
 
 # Files outside the store do not note their use.
-RECORDS = kinds.add(kinds.Kind("results", "*", check=_content, notes_use=False, refers_to=_targets))
-"""Prefect's records of finished tasks: small references, one file for each key."""
-RESULTS = RECORDS.folder
+RESULTS = kinds.add(Kind("results", "*", check=_content, notes_use=False, refers_to=_targets))
+"""Prefect's records of finished tasks: one file for each key, which goes with what it refers to."""
 
 
 def raise_if_stopping(what: str) -> None:

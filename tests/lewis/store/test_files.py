@@ -14,7 +14,7 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.store.checksums import remember, remembered_sha256
+from lewis.store.manifest import remember, remembered_sha256
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -235,8 +235,8 @@ class TestRememberedSha256:
             raise OSError(28, "No space left on device")
 
         path.write_text("one")
-        monkeypatch.setattr("lewis.store.checksums._TIMESTAMP_TICK", -1)
-        monkeypatch.setattr(store, "write_entry", full)
+        monkeypatch.setattr("lewis.store.manifest._TIMESTAMP_TICK", -1)
+        monkeypatch.setattr("lewis.store.manifest.write_entry", full)
         assert remembered_sha256(path) == store.file_sha256(path) and asked
 
     def test_is_not_read_twice(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ class TestRememberedSha256:
         path.write_text("one")
         remember({path: "known"})
         assert remembered_sha256(path) == store.file_sha256(path), "a small file is read as fast as remembered"
-        monkeypatch.setattr("lewis.store.checksums._LARGE", 0)
+        monkeypatch.setattr("lewis.store.manifest._LARGE", 0)
         path.write_text("two")
         remember({path: "known"})
         assert time.time_ns() - path.stat().st_ctime_ns > 100_000_000  # a change from now on is seen
