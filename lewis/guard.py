@@ -75,20 +75,26 @@ class Guard:
     def _patience(self) -> float:
         return min(self._grace, _ORPHANED) if self._orphaned() else self._grace
 
-    def _reap(self) -> None:
-        """Note the exit codes of children that have ended; the orphans of the command are children too."""
-        with suppress(ChildProcessError):
-            while True:
+    def _reap(self) -> bool:
+        """Note the exit codes of children that have ended, and return whether any live.
+
+        The orphans of the command are children too, so that without a child there is no descendant.
+        """
+        while True:
+            try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-                if pid == 0:
-                    return
-                code = os.waitstatus_to_exitcode(status)
-                self._codes[pid] = code if code >= 0 else 128 - code
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            code = os.waitstatus_to_exitcode(status)
+            self._codes[pid] = code if code >= 0 else 128 - code
 
     def _end_the_rest(self) -> None:
         deadline = time.monotonic() + self._patience()
         asked: set[int] = set()
-        while left := _descendants():
+        while self._reap():
+            left = _descendants()  # misses a process whose parent ended while /proc was read: the next look finds it
             late = time.monotonic() > deadline
             for pid in left if late else left - asked:
                 with suppress(ProcessLookupError, PermissionError):
@@ -97,7 +103,6 @@ class Guard:
                 return  # the kernel keeps one in a system call
             asked |= left
             time.sleep(_PAUSE)
-            self._reap()
 
 
 def _start(command: list[str]) -> int:

@@ -5,27 +5,30 @@ What is found in the store is not done again, and a run of the service finds wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis.devices import default_device
-from lewis.errors import RecipeError
+from lewis.errors import InputError, RecipeError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import Score
 from lewis.evaluation.step import score as score_model
 from lewis.importance.step import ImportanceEntry
+from lewis.inspection.kinds import Finding
 from lewis.inspection.result import Inspection
-from lewis.inspection.step import inspect_recipe
+from lewis.inspection.step import InspectionInput, before_download
+from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
 from lewis.merging.step import MergeInput, prepare_merge
-from lewis.models.source import download, pin
+from lewis.models.compatible import preflight
+from lewis.models.source import download, pin, pin_all
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import write_card
 from lewis.reports import card
-from lewis.steps.graph import graph
+from lewis.steps.graph import graph, inspection_settings
 from lewis.steps.plan import Plan, make_plan
 from lewis.steps.run import begin, run
 from lewis.steps.table import ALLOCATE, MEASURE
@@ -172,13 +175,41 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
     ).scores
 
 
-def inspect(recipe: Recipe | str | Path, *, report: Report = silent) -> Inspection:
+def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), report: Report = silent) -> Inspection:
     """Whether the models of a recipe belong together: `found.findings`, `found.verdict`.
+
+    What does not fit is a finding, and is not downloaded.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        candidates: references of other models that may be an expert's base.
+        report: called with ("inspect", elements read, elements in all).
 
     Raises:
         InputError: if a model does not exist, or the base is broken.
+        TransientError: if the Hub cannot be asked right now; trying again can help.
     """
-    return inspect_recipe(load(recipe), progress=lambda done, total: report("inspect", done, total))
+    recipe = load(recipe)
+    base, experts = pin_all(recipe)
+    others = [pin(ref, recipe.root) for ref in candidates]
+    first = base or experts[0]
+    preflight(recipe, first, [])
+    fitting, refused = [], []
+    for source in experts if base else experts[1:]:
+        try:
+            preflight(recipe, first, [source])
+            fitting.append(download(source))
+        except RecipeError:
+            raise
+        except InputError as error:
+            refused.append(Finding("no fit", source.ref, str(error)))
+    settings = inspection_settings(recipe)
+    known = [*refused, *before_download(base, experts, settings)]
+    files = download(first)
+    models = (files, tuple(fitting)) if base else (None, (files, *fitting))
+    return inspect_models(
+        InspectionInput(*models, settings, tuple(download(each) for each in others)), report, known=known
+    )
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:

@@ -36,6 +36,8 @@ POINTS = int(os.environ.get("LEWIS_FAULTS_POINTS", "0"))
 """At how many points `make faults` kills a run; 0 in `make test`."""
 full = pytest.mark.skipif(not POINTS, reason="make faults")
 """Tests of minutes that only `make faults` runs."""
+SERVERS = {"hub", "empty_database", "installed", "subprocess", "LocalHub"}
+"""Fixtures and names in a test that say that it starts a server or a process, or makes a database."""
 LONGEST = ("test_up.py", "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
 
 
@@ -61,8 +63,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
+        if _is_unit(item):
+            item.add_marker(pytest.mark.unit)
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.no_cover)
+
+
+def _is_unit(item: pytest.Item) -> bool:
+    """Whether a test is of one wing, quick, and needs no server and no other process: those of `pytest -m unit`.
+
+    A test or a module that is not, though it is in the folder of a wing and uses none of `SERVERS`, is marked `slow`.
+    """
+    parts = item.path.relative_to(Path(__file__).parent).parts
+    if parts[0] != "lewis" or "whole" in parts or item.get_closest_marker("slow"):
+        return False
+    names = item.function.__code__.co_names if isinstance(item, pytest.Function) else ()
+    return SERVERS.isdisjoint({*names, *getattr(item, "fixturenames", ())})
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def run(command: list[str | Path], folder: Path, **environment: str) -> subproce
     """Run a program in a folder, which is on Python's path."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     mine |= {"PYTHONPATH": ".", "LEWIS_HOME": str(folder.parent / "home"), **environment}
-    return subprocess.run(command, cwd=folder, env=mine, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=mine, capture_output=True, text=True, timeout=300)
 
 
 def test_it_holds_the_packages_with_their_data_and_no_tests(installed: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
-from lewis.reports.verdict_line import verdict_line
+from lewis.reports.run_report import verdict_line
 from lewis.steps.graph import CHAMPION, PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks

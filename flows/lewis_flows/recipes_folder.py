@@ -16,7 +16,7 @@ from pathlib import Path
 from lewis import store
 from lewis.errors import InputError, LewisError, nearest
 from lewis.input_files import check_regular, read_bytes
-from lewis.recipe import yaml_limits
+from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -180,11 +180,11 @@ def _all_registers(_folder: Path, _signature: tuple[tuple[str, int, int, int], .
 def _registers(path: Path) -> tuple[str, str]:
     """Name in MLflow and group of the model that a recipe registers; each empty if the file does not say it."""
     try:
-        text = read_bytes(path, yaml_limits.MAX_BYTES).decode(errors="replace")
+        text = read_bytes(path, yaml_text.MAX_BYTES).decode(errors="replace")
     except (LewisError, OSError):
         return "", ""
     try:
-        content = yaml_limits.load(text, path.stem)
+        content = yaml_text.load(text, path.stem)
         block = content.get("register") if isinstance(content, dict) else None
         found = [block.get(key) if isinstance(block, dict) else None for key in _KEYS]
     except LewisError:  # not even YAML: look for the lines

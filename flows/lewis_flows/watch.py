@@ -26,7 +26,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from lewis.errors import LewisError, TransientError
-from lewis.models.source import commits_of
+from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
@@ -138,7 +138,7 @@ def _told(report: WatchReport, *, others: bool) -> tuple[str, str]:
 @task(name="heads", task_run_name="heads {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
 def find_heads(recipe: Recipe, name: str) -> dict[str, str]:
     """The newest commits of base and experts of one recipe; `name` is for the UI."""
-    return releases.heads(recipe)
+    return releases.heads(*pin_all(recipe))
 
 
 def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[str, Exception]]:
@@ -160,7 +160,7 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
     found: dict[str, list[Moved]] = {}
     for name, (plan, held) in plans.items():
         try:
-            found[name] = releases.moved(plan, asked[name].result(), held)
+            found[name] = releases.moved(asked[name].result(), held, base=plan.base_model, root=plan.root)
         except (LewisError, OSError) as error:
             problems[name] = error
     return found, problems

@@ -13,7 +13,7 @@ from lewis.allocation.densities import Allocation, ScalesByTensor
 from lewis.allocation.evidence import InResult, in_result, is_stack
 from lewis.allocators import target_of
 from lewis.errors import InputError
-from lewis.importance.by_name import covered_tensors
+from lewis.importance.coverage import covered_tensors
 from lewis.importance.step import ImportanceEntry
 from lewis.lazy_torch import torch
 from lewis.methods import find
@@ -200,7 +200,7 @@ def _allocated(given: AllocationInput) -> dict[str, Any]:
     layers, guided, warnings = {}, {}, list[str | None]()
     for expert in given.experts:
         here, ref = seen[expert.ref], expert.files.ref
-        left_out = excluded(given.config, here.base.tensors, here.base.tied)
+        left_out = excluded(given.config.exclude, here.base.tensors, here.base.tied)
         here = replace(here, covered=tuple(each for each in here.covered if each.tensor not in left_out))
         if not here.covered:
             raise InputError("exclude: it matches every covered layer; leave the lewis block out")

@@ -6,11 +6,69 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
-from lewis.importance.stepping import Stepping, wait_at
+from greenlet import getcurrent, greenlet
+
 from lewis.lazy_torch import nn, torch
 from lewis.models.network.module_tree import Network
+
+if TYPE_CHECKING:
+    from lewis.importance.batches import Batch
+
+_OF_RUN: WeakKeyDictionary[greenlet, Stepping] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Stepping:
+    """One batch on its way through a model.
+
+    Attributes:
+        batch: what goes through.
+        forward: runs the model on it.
+        place: path of the module that it waits in front of; None at its end.
+    """
+
+    batch: Batch
+    forward: Callable[[], None]
+    place: str | None = None
+    _run: greenlet | None = None
+
+    @classmethod
+    def current(cls) -> Self | None:
+        """The pass that is running; None if it is of another class, or none is running."""
+        found = _OF_RUN.get(getcurrent())
+        return found if isinstance(found, cls) else None
+
+    def advance(self) -> Any:
+        """Resume the pass until it calls `wait`.
+
+        A greenlet cannot change threads, so call this from the thread that started it.
+
+        Returns:
+            The value passed to `wait`; None when the forward pass has ended.
+        """
+        if self._run is None:
+            self._run = greenlet(self.forward)
+            _OF_RUN[self._run] = self
+        value = self._run.switch()
+        return None if self._run.dead else value
+
+    def stop(self) -> None:
+        """End what waits here, in its own thread."""
+        if self._run is not None and not self._run.dead:
+            self._run.throw()
+
+
+def wait(value: Any) -> None:
+    """Pause the pass that is running; the `advance` that resumed it returns `value`."""
+    getcurrent().parent.switch(value)
+
+
+def wait_at(path: str, *_: object) -> None:
+    """A forward pre-hook of the module `path`: pause in front of it."""
+    wait(path)
 
 
 @dataclass(eq=False)

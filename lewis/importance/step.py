@@ -18,12 +18,11 @@ from lewis.devices import precision
 from lewis.importance import calibration
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
-from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
+from lewis.importance.coverage import covered_tensors, told
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.importance.gram_files import Grams
 from lewis.importance.measured import Measured
-from lewis.importance.uncovered import told
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Layer
@@ -267,8 +266,7 @@ def find_or_measure_grams(
     with store.turn(kinds.GRAMS, digest):
         if store.read_manifest(folder) is None:
             manifest.set_damaged_aside(folder)
-            from lewis.importance.effort import bytes_of
-            from lewis.importance.grams import measure_grams
+            from lewis.importance.grams import bytes_of, measure_grams
 
             needed = bytes_of(measuring.network_of(model), calibration.tokens)
             facts, checksums = {"model": model.key, "calibration": calibration.digest}, dict[str, str]()

@@ -10,7 +10,7 @@ from greenlet import greenlet
 from torch import nn
 
 from lewis.errors import InputError, LewisError
-from lewis.importance.stepping import wait_at
+from lewis.importance.passes import wait_at
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Network

@@ -1,4 +1,4 @@
-"""What configs, tokenizers and headers tell of models that are to be merged; no weights are read."""
+"""Findings from configs, tokenizers and headers of the models that are to be merged; no weights are read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Described:
 
 
 def config_findings(base: Described, experts: Sequence[Described], *, among: bool = False) -> list[Finding]:
-    """All that configs, tokenizers and headers tell.
+    """All findings from configs, tokenizers and headers.
 
     Args:
         base: what the experts are compared with.

@@ -1,4 +1,7 @@
-"""A recipe for a base and experts, written with comments: what `lewis new` makes."""
+"""A recipe for a base and experts, written with comments: what `lewis new` makes.
+
+Calibration rows and tasks are public ones of a field that the expert's name or model card mentions (`TOPICS`).
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,96 @@ from lewis.errors import InputError
 from lewis.input_files import read_json, read_text
 from lewis.inspection import step
 from lewis.inspection.kinds import Finding
-from lewis.inspection.topics import GENERAL, Topic, topic_of
 from lewis.models.chat_template import template_in
 from lewis.models.compatible import preflight
 from lewis.models.config import read_config
 from lewis.models.hub import repository
 from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, pin, short_name
-from lewis.recipe import yaml_limits
+from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 from lewis.reports.card import FRONT_MATTER, NAME
 
 SAMPLES = 32  # rows of each set: enough where rows are long
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A field that experts are trained in.
+
+    Attributes:
+        name: of the calibration set.
+        words: regular expression of what names such an expert, its datasets or its tags.
+        dataset, config: of the Hub, with a split `train`; None: its only configuration.
+        text: template that turns a row into text, without the end token.
+        task: of lm-eval; empty if it has none that runs without a permission.
+        score: of the task, `metric,filter`.
+        note: what to know about it; empty if there is nothing.
+    """
+
+    name: str
+    words: str
+    dataset: str
+    config: str | None
+    text: str
+    task: str = ""
+    score: str = ""
+    note: str = ""
+
+
+GENERAL = Topic(
+    "general",
+    r"$.",
+    "EleutherAI/wikitext_document_level",
+    "wikitext-2-raw-v1",
+    "{page}",
+    "sciq",
+    "acc,none",
+    "nothing tells what this expert is good at: put in rows of its training data",
+)
+"""For an expert of which nothing is known."""
+
+TOPICS = (
+    Topic(
+        "gsm8k",
+        r"math|gsm|arithmetic|algebra|numina|orca.?math",
+        "openai/gsm8k",
+        "main",
+        "Question: {question}\nAnswer: {answer}",
+        "gsm8k",
+        "exact_match,flexible-extract",
+    ),
+    Topic(
+        "mbpp",
+        r"code|coder|python|mbpp|humaneval|program",
+        "google-research-datasets/mbpp",
+        "full",
+        "{text}\n{test_list[0]}\n{code}",
+        note="lm-eval would run programs on the bare machine: score by deployments/recipes/tasks/mbpp_generate.yaml",
+    ),
+    Topic(
+        "sciq",
+        r"scien|sciq|physic|chemi|biolog|medic|medqa|knowledge",
+        "allenai/sciq",
+        None,
+        "{support}\nQuestion: {question}\nAnswer: {correct_answer}",
+        "sciq",
+        "acc,none",
+    ),
+)
+
+
+def topic_of(*told: str) -> Topic:
+    """The topic of a model, by the first of some texts that names one; `GENERAL` if none does.
+
+    Args:
+        told: the surest first, such as the model's name, then its datasets and tags.
+    """
+    for text in told:
+        found = [topic for topic in TOPICS if re.search(topic.words, text.lower())]
+        if found:
+            return found[0]
+    return GENERAL
 
 
 @dataclass(frozen=True)
@@ -66,7 +147,7 @@ def draft(base: str, experts: Sequence[str], file: Path) -> Draft:
     text = _compose(first, topics, tasks, file.stem)
     recipe = Recipe.parse(text, root=root, name=file.stem)
     preflight(recipe, first, others)
-    found = tuple(step.before_download(recipe, first, others))
+    found = tuple(step.before_download(first, others))
     warned = "".join(f"# {line}\n" for each in found for line in each.to_text().splitlines())
     return Draft(warned + text, {ref: topic.name for ref, topic in topics.items()}, tasks, found)
 
@@ -83,8 +164,8 @@ def _told(source: Source, root: Path) -> list[str]:
     """What tells an expert's topic: its name, then the datasets and tags of its model card, where that is here."""
     pinned = source.adapter or source.model
     try:
-        found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_limits.MAX_BYTES))
-        card = yaml_limits.load(found[1], NAME) if found else {}
+        found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_text.MAX_BYTES))
+        card = yaml_text.load(found[1], NAME) if found else {}
     except (OSError, InputError):
         card = {}
     stated = card if isinstance(card, dict) else {}

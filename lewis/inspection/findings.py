@@ -1,9 +1,10 @@
-"""Findings that the measured weights tell: what is out of line, and between whom."""
+"""Findings that follow from the measured weights: about single tensors, experts, and pairs of experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -33,7 +34,7 @@ def weight_findings(
     candidates: int = 0,
     result: str | None = None,
 ) -> list[Finding]:
-    """All that the weights tell.
+    """All findings that follow from the measured weights.
 
     Args:
         refs: of the base, the experts, and other possible bases.
@@ -49,21 +50,30 @@ def weight_findings(
         found += _broken(refs[i], i, measures, result)
         found += [Finding(each["kind"], refs[i], each["what"]) for each in moved[i - 1]]
         found += _descent(refs, i, measures, range(experts.stop, measures.models))
-        zeroed = _zeroed(i, measures)
-        explained = {*zeroed, *(name for each in moved[i - 1] for name in each["tensors"])}
-        odd = [t for t in _odd(i, measures) if t.name not in explained]
-        found += [Finding("zeroed tensor", refs[i], f"all elements are 0 in {_named(zeroed)}")] if zeroed else []
-        found += _norms(refs[i], i, odd)
-        found += _coarse(refs[i], i, measures)
-        explained |= {t.name for t in odd}
-        sizes[i] = measures.size(i, [t for t in measures.tensors if t.name not in explained])
+        tensors, ordinary = _tensors(refs[i], i, measures, {name for each in moved[i - 1] for name in each["tensors"]})
+        found += [*tensors, *_coarse(refs[i], i, measures)]
+        sizes[i] = measures.size(i, ordinary)
     strange = {each.model for each in found if each.kind in ("wrong base", "far from base")}
-    for i in (i for i in experts if refs[i] not in strange):
-        others = [size for j, size in sizes.items() if j != i and size >= NOTHING and refs[j] not in strange]
-        found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
     related = [i for i in experts if refs[i] not in strange]  # the others share the way from this base to theirs
-    pairs = [(i, j) for i in related for j in related if i < j]
-    return found + [each for i, j in pairs for each in _pair(refs, i, j, measures)]
+    for i in related:
+        others = [sizes[j] for j in related if j != i and sizes[j] >= NOTHING]
+        found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
+    return found + [each for i, j in combinations(related, 2) for each in _pair(refs, i, j, measures)]
+
+
+def _tensors(
+    ref: str, i: int, measures: Measures, moved: Collection[str]
+) -> tuple[list[Finding], list[TensorMeasures]]:
+    """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found.
+
+    Args:
+        moved: names of the tensors that `structure.moved_parts` found elsewhere.
+    """
+    zeroed = _zeroed(i, measures)
+    odd = [t for t in _odd(i, measures) if t.name not in {*zeroed, *moved}]
+    found = [Finding("zeroed tensor", ref, f"all elements are 0 in {_named(zeroed)}")] if zeroed else []
+    explained = {*zeroed, *moved, *(t.name for t in odd)}
+    return [*found, *_norms(ref, i, odd)], [t for t in measures.tensors if t.name not in explained]
 
 
 def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterator[Finding]:
@@ -121,11 +131,11 @@ def _norms(ref: str, i: int, odd: Sequence[TensorMeasures]) -> Iterator[Finding]
 
 
 def _amount(ref: str, size: float, others: Sequence[float], dtype: str, base: str) -> Iterator[Finding]:
-    """What the size of a task vector tells, beside those of the others.
+    """Findings from the size of a task vector, compared with those of the others.
 
     Args:
         ref: of the expert.
-        size: without the tensors that were told already.
+        size: without the tensors that have findings already.
         others: the sizes of the other experts.
         dtype, base: in which the expert and the base are stored.
     """

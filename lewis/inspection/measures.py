@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN, layer_of
+from lewis.progress import Report, silent
 
 SEMANTICS = "2"  # raise it when the same models would be measured in another way
 _CHUNK = 1 << 15  # elements of each model that are decoded at a time
@@ -142,7 +143,7 @@ class Measures:
 def measure(
     base: Model,
     experts: Sequence[Model],
-    progress: Callable[[int, int], None] | None = None,
+    report: Report = silent,
     threads: int | None = None,
     *,
     per_token: bool = True,
@@ -153,7 +154,7 @@ def measure(
         base: what the task vectors are differences to.
         experts: in the order of their numbers, from 1. A tensor that one of them lacks, or has in another shape, counts
             as unchanged.
-        progress: called with (elements done, elements in all).
+        report: called with ("inspect", elements done, elements in all).
         threads: how many tensors are read at a time; by default one per core.
         per_token: whether embeddings and heads are measured; of vocabularies in another order that means nothing.
     """
@@ -166,8 +167,7 @@ def measure(
         for each in pool.map(lambda name: _of_tensor(name, base, experts), largest_first):
             found[each.name] = each
             done += each.elements
-            if progress:
-                progress(done, total)
+            report("inspect", done, total)
     return Measures(1 + len(experts), tuple(found[name] for name in names))
 
 

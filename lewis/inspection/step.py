@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lewis import store
-from lewis.errors import InputError, RecipeError
+from lewis.errors import InputError
 from lewis.inspection.configs import Described, config_findings
 from lewis.inspection.findings import weight_findings
 from lewis.inspection.kinds import Finding
 from lewis.inspection.measures import SEMANTICS, Measures, measure
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
-from lewis.merging.settings import stored_dtype
-from lewis.methods import find
-from lewis.models.compatible import check_compatible, preflight
+from lewis.models.compatible import check_compatible
 from lewis.models.layers.stack import other_depth
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
-from lewis.models.source import ModelFiles, Source, download, pin, pin_all
+from lewis.models.source import ModelFiles, Source
+from lewis.progress import Report, silent
 from lewis.recipe.config import excluded
-from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
 from lewis.store.reference import JsonReference
 
@@ -38,118 +37,149 @@ class InspectionEntry(JsonReference):
 
 
 @dataclass(frozen=True)
+class InspectionSettings:
+    """What an inspection has to know of the merge that the models are for.
+
+    Attributes:
+        base_is_a_model: whether the method merges the base as one of the models: then a model that is the base is no
+            finding.
+        exclude: parts of the names of tensors that the merge copies from the base, and that need not fit.
+        by_token: whether the merge matches the rows of embeddings and heads by token: then they are not compared here.
+        sliced: whether the merge puts slices of layers together: a model with another number of layers than the base is
+            then left out, and no finding.
+        dtype: of the merged model, as safetensors names it; None: each tensor keeps the base's.
+        root: the recipe's folder, where relative references start.
+    """
+
+    base_is_a_model: bool = False
+    exclude: tuple[str, ...] = ()
+    by_token: bool = False
+    sliced: bool = False
+    dtype: str | None = None
+    root: Path = Path()
+
+
+DEFAULT = InspectionSettings()
+
+
+@dataclass(frozen=True)
+class InspectionInput:
+    """Models on this disk that are inspected.
+
+    Attributes:
+        base: what the experts are compared with; None: the first expert takes its place.
+        experts: in the recipe's order.
+        settings: of the merge.
+        candidates: other models that may be an expert's base.
+    """
+
+    base: ModelFiles | None
+    experts: tuple[ModelFiles, ...]
+    settings: InspectionSettings = DEFAULT
+    candidates: tuple[ModelFiles, ...] = ()
+
+    def first(self) -> tuple[ModelFiles, list[ModelFiles]]:
+        """What is compared with, and the models that are compared with it."""
+        first, others = (self.base, self.experts) if self.base else (self.experts[0], self.experts[1:])
+        skipped = self.base is not None and self.settings.base_is_a_model
+        return first, [each for each in others if not (skipped and each.key == first.key)]
+
+
+@dataclass(frozen=True)
 class _Opened:
     files: ModelFiles
     model: Model
 
 
-def inspect_recipe(
-    recipe: Recipe, bases: Sequence[str] = (), progress: Callable[[int, int], None] | None = None
-) -> Inspection:
-    """Fetch the models of a recipe and inspect them; what does not fit is told and not downloaded.
+def before_download(
+    base: Source | None, experts: Sequence[Source], settings: InspectionSettings = DEFAULT
+) -> list[Finding]:
+    """What configs, tokenizers and headers say; only these are downloaded. A model that is damaged is left out.
 
     Args:
-        recipe: the recipe.
-        bases: references of other models that may be an expert's base.
-        progress: called with (elements read, elements in all).
-
-    Raises:
-        InputError: if a model does not exist, or the base is broken.
-        TransientError: if the Hub cannot be asked right now; trying again can help.
-    """
-    base, sources = pin_all(recipe)
-    others = [pin(ref, recipe.root) for ref in bases]
-    first, experts = (base, sources) if base else (sources[0], sources[1:])
-    preflight(recipe, first, [])
-    fitting, refused = [], []
-    for source in experts:
-        try:
-            preflight(recipe, first, [source])
-            fitting.append(download(source))
-        except RecipeError:
-            raise
-        except InputError as error:
-            refused.append(Finding("no fit", source.ref, str(error)))
-    candidates, known = [download(each) for each in others], before_download(recipe, base, sources)
-    found = inspect(recipe, download(first), fitting, candidates, progress, known=known)
-    return Inspection(found.refs, tuple(_errors_first([*refused, *found.findings])), found.measures, recipe.root)
-
-
-def before_download(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> list[Finding]:
-    """What configs, tokenizers and headers tell; only these are downloaded. A model that is damaged is left out.
-
-    Args:
-        recipe: the recipe.
-        base: the base; without one, the first expert takes its place.
+        base: the base; None: the first expert takes its place.
         experts: in the recipe's order.
+        settings: of the merge; only `base_is_a_model` is used.
     """
     first, others = (base, experts) if base else (experts[0], experts[1:])
     described = []
     for each in others:
-        if not _is_base(recipe, each.key, first.key):
-            with suppress(InputError):  # of a damaged model, which who opens it tells
+        if not (base and settings.base_is_a_model and each.key == base.key):
+            with suppress(InputError):  # the error is raised where the model is opened
                 described.append(Described.pinned(each))
-    return _errors_first(config_findings(Described.pinned(first), described, among=base is None))
+    return errors_first(config_findings(Described.pinned(first), described, among=base is None))
 
 
-def inspect(
-    recipe: Recipe,
-    base: ModelFiles,
-    experts: Sequence[ModelFiles],
-    candidates: Sequence[ModelFiles] = (),
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    known: Sequence[Finding] | None = None,
-) -> Inspection:
+def inspect(given: InspectionInput, report: Report = silent, *, known: Sequence[Finding] | None = None) -> Inspection:
     """Inspect models that are on this disk.
 
     Args:
-        recipe: the recipe.
-        base: what the experts are compared with.
-        experts: the other models.
-        candidates: other models that may be an expert's base.
-        progress: called with (elements read, elements in all).
-        known: what `before_download` found, if it was asked.
+        given: the models.
+        report: called with ("inspect", elements read, elements in all).
+        known: what `before_download` found, if it was called.
 
     Raises:
         InputError: if the base cannot be opened.
     """
-    experts = [each for each in experts if not _is_base(recipe, each.key, base.key)]
+    first, others = given.first()
     if known is None:
-        described = [Described.on_disk(each) for each in experts]
-        known = config_findings(Described.on_disk(base), described, among=recipe.base_model is None)
-    findings = list(known)
-    opened = base.open()
-    unique = {each.key: each for each in experts if each.key != base.key}
-    chosen, more = [_Opened(base, opened)], []
-    by_token = recipe.vocabulary is not None  # then rows are matched later, and not compared here
-    left_out = set(excluded(recipe, opened.tensors, opened.tied))
-    left_out |= {name for name in opened.tensors if by_token and name.endswith(PER_TOKEN)}
-    for files in unique.values():
-        try:
-            model = files.open()
-            if recipe.slices and other_depth(opened, model):
-                logger.info("%s: not compared: it has another number of layers than %s", files.ref, base.ref)
-                continue
-            check_compatible(opened, [model], left_out, by_token=by_token)
-            chosen.append(_Opened(files, model))
-        except InputError as error:
-            findings.append(Finding("no fit", files.ref, str(error)))
-    for files in candidates:
-        if files.key not in unique and files.key != base.key:
-            more.append(_Opened(files, files.open()))
-    entry = measured(chosen, more, per_token=not by_token, progress=progress)
+        described = [Described.on_disk(each) for each in others]
+        known = config_findings(Described.on_disk(first), described, among=given.base is None)
+    chosen, more, refused = _chosen(given)
+    entry = measured(chosen, more, per_token=not given.settings.by_token, report=report)
     measures = Measures.from_json(entry.content("measures"))
     refs = [each.files.ref for each in (*chosen, *more)]
-    findings += weight_findings(
+    found = weight_findings(
         refs,
         measures,
         entry.content("moved")["experts"],
         [Described.on_disk(each.files).dtype for each in chosen],
         candidates=len(more),
-        result=stored_dtype(recipe),
+        result=given.settings.dtype,
     )
-    return Inspection(tuple(refs[: len(chosen)]), tuple(_errors_first(findings)), measures, recipe.root)
+    findings = tuple(errors_first([*known, *refused, *found]))
+    return Inspection(tuple(refs[: len(chosen)]), findings, measures, given.settings.root)
+
+
+def inspection_digest(given: InspectionInput) -> str:
+    """Identity of what is measured of the models."""
+    chosen, more, _ = _chosen(given)
+    return _digest(chosen, more, per_token=not given.settings.by_token)
+
+
+def _chosen(given: InspectionInput) -> tuple[list[_Opened], list[_Opened], list[Finding]]:
+    """The models that are measured, opened; other possible bases; and findings on models that do not fit."""
+    first, others = given.first()
+    opened = first.open()
+    unique = {each.key: each for each in others if each.key != first.key}
+    fitting, refused = _fitting(first, opened, list(unique.values()), given.settings)
+    candidates = [each for each in given.candidates if each.key not in unique and each.key != first.key]
+    return [_Opened(first, opened), *fitting], [_Opened(each, each.open()) for each in candidates], refused
+
+
+def _digest(models: Sequence[_Opened], candidates: Sequence[_Opened], *, per_token: bool) -> str:
+    keys = [[each.files.key for each in group] for group in (models, candidates)]
+    return store.digest([SEMANTICS, *keys, per_token])
+
+
+def _fitting(
+    base: ModelFiles, opened: Model, experts: Sequence[ModelFiles], settings: InspectionSettings
+) -> tuple[list[_Opened], list[Finding]]:
+    """The experts that can be compared with the base, opened; and a finding for each that does not fit."""
+    fitting, refused = [], []
+    left_out = set(excluded(settings.exclude, opened.tensors, opened.tied))
+    left_out |= {name for name in opened.tensors if settings.by_token and name.endswith(PER_TOKEN)}
+    for files in experts:
+        try:
+            model = files.open()
+            if settings.sliced and other_depth(opened, model):
+                logger.info("%s: not compared: it has another number of layers than %s", files.ref, base.ref)
+                continue
+            check_compatible(opened, [model], left_out, by_token=settings.by_token)
+            fitting.append(_Opened(files, model))
+        except InputError as error:
+            refused.append(Finding("no fit", files.ref, str(error)))
+    return fitting, refused
 
 
 def measured(
@@ -157,7 +187,7 @@ def measured(
     candidates: Sequence[_Opened],
     *,
     per_token: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    report: Report = silent,
 ) -> InspectionEntry:
     """Measure models, or find their measures in the store.
 
@@ -165,25 +195,20 @@ def measured(
         models: the base and the experts.
         candidates: other possible bases.
         per_token: whether embeddings and heads are measured.
-        progress: called with (elements read, elements in all).
+        report: called with ("inspect", elements read, elements in all).
     """
-    keys = [[each.files.key for each in group] for group in (models, candidates)]
-    digest = store.digest([SEMANTICS, *keys, per_token])
+    digest = _digest(models, candidates, per_token=per_token)
     path = kinds.INSPECTIONS.path(digest)
     with store.turn(kinds.INSPECTIONS, digest):
         if store.entry(path, "measures") is None:
             base, *others = [each.model for each in (*models, *candidates)]
-            found = measure(base, others, progress, per_token=per_token)
+            found = measure(base, others, report, per_token=per_token)
             experts = [moved_parts(base, each.model, i, found) for i, each in enumerate(models[1:], 1)]
             content: dict[str, Any] = {"measures": found.to_json(), "moved": {"experts": experts}}
             store.write_entry(path, content, indent=None)
     return InspectionEntry(digest=digest, path=path)
 
 
-def _is_base(recipe: Recipe, key: str, base: str) -> bool:
-    """Whether a model is the base, and the method takes the base for one of the models that are merged."""
-    return key == base and recipe.base_model is not None and find(recipe.merge_method).base_is_a_model
-
-
-def _errors_first(findings: Sequence[Finding]) -> list[Finding]:
+def errors_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings of level `error` before the warnings, else in their order."""
     return sorted(findings, key=lambda each: each.level != "error")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lewis import store
 from lewis.devices import one_thread
-from lewis.importance.effort import bytes_of, operations_per_second, share_of_tokens
+from lewis.importance.grams import bytes_of, operations_per_second, share_of_tokens
 from lewis.importance.measure import network_of
 from lewis.lazy_torch import torch
 from lewis.memory import PeakMemory, anonymous_bytes

@@ -109,7 +109,7 @@ def resolve(config: MergeConfig) -> MergeSettings:
         seed=config.seed,
         dtype=stored_dtype(config),
         exclude=bool(config.exclude),
-        excluded=lambda names, tied: excluded(config, names, tied),
+        excluded=lambda names, tied: excluded(config.exclude, names, tied),
         vocabulary=config.vocabulary,
         output=config.output,
         chat_template=config.chat_template,

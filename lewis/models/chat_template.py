@@ -12,7 +12,7 @@ from typing import Any
 from lewis import store
 from lewis.errors import InputError
 from lewis.input_files import read_bytes, read_json
-from lewis.recipe.chat_template import AUTO, text_of
+from lewis.recipe.tokenizer import AUTO, text_of
 
 FILE, PROCESSOR, SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 _LIMIT = 1 << 22  # bytes of a template

@@ -1,4 +1,4 @@
-"""What the user asks for: the recipe, its schema, its problems told in the terms of its YAML."""
+"""What the user asks for: the recipe, its schema, and what is wrong with it in the terms of its YAML."""
 
 from lewis.recipe.recipe import Recipe
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter, Range
 from lewis.recipe.block import Block, Parameters, Setting
-from lewis.recipe.settings import Rule
+from lewis.recipe.parameter_values import Rule
 
 WEIGHT = Parameter("weight", float, per_expert=False, default=1.0, range=Range(0))
 
@@ -30,8 +30,7 @@ class Anchor(Block):
 
 def method_of(data: dict[str, Any]) -> Method | None:
     """The method of the anchor in the raw YAML of a recipe; None if there is no anchor, or its method is unknown."""
-    block = data.get("anchor")
-    return METHODS.get(str(block.get("merge_method"))) if isinstance(block, dict) else None
+    return METHODS.get(str((data.get("anchor") or {}).get("merge_method")))
 
 
 def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
@@ -49,7 +48,7 @@ def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
     fitting = [name for name, each in METHODS.items() if each.fits]
     if method is not None and not method.fits:
         return [f"anchor: {method.name} fits nothing that it could pull; remove it, or use one of {', '.join(fitting)}"]
-    if not isinstance(block, dict) or block.get("merge_method") is None:
+    if block.get("merge_method") is None:
         return []  # the schema reports it
     if own is None:
         others = [name for name in METHODS if name not in fitting]
@@ -58,7 +57,7 @@ def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
     if own.fits:
         return [f"anchor.merge_method: expected a method that does not fit itself, such as ties, got {own.name!r}"]
     problems = []
-    if isinstance(data.get("parameters"), dict) and "lambda" in data["parameters"]:
+    if "lambda" in (data.get("parameters") or {}):
         problems.append(
             "parameters.lambda: it scales the sum that the anchor takes the place of; use anchor.weight, or "
             "anchor.parameters.lambda"

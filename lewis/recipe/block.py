@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from lewis.recipe.settings import Rule, parse_setting
+from lewis.recipe.parameter_values import Rule, parse_setting
 
 Setting = Annotated[tuple[Rule, ...], BeforeValidator(parse_setting)]
 

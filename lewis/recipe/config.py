@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +13,10 @@ from lewis.methods import Parameter, find
 from lewis.methods.registry import AUTO
 from lewis.recipe.anchor import WEIGHT, Anchor
 from lewis.recipe.block import Block, ModelName, Parameters
-from lewis.recipe.chat_template import ChatTemplate
+from lewis.recipe.parameter_values import Rule, first_value
 from lewis.recipe.schema import Dtype, ModelEntry, Output
-from lewis.recipe.settings import Rule, first_value
 from lewis.recipe.slices import OutputSlice
-from lewis.recipe.tokenizer import Tokenizer
+from lewis.recipe.tokenizer import ChatTemplate, Tokenizer
 
 
 class MergeConfig(Block):
@@ -106,7 +105,7 @@ class MergeConfig(Block):
 
     def excludes(self, tensor: str) -> bool:
         """Whether a tensor is copied from the base instead of merged."""
-        return any(_matches(pattern, tensor) for pattern in self.exclude)
+        return _matches(self.exclude, tensor)
 
     def check_filters(self, tensors: Iterable[str]) -> None:
         """Check that every filter, and every pattern of `exclude`, matches a tensor.
@@ -122,7 +121,7 @@ class MergeConfig(Block):
         problems = [
             f"exclude[{i}]: {pattern!r} matches no tensor{nearest(pattern, modules)}"
             for i, pattern in enumerate(self.exclude)
-            if not any(_matches(pattern, name) for name in names)
+            if not any(_matches([pattern], name) for name in names)
         ]
         for where, parameters in self._parameter_blocks():
             for key, rules in parameters.items():
@@ -160,18 +159,16 @@ class MergeConfig(Block):
         return find(self.merge_method).fits == "static"
 
 
-def excluded(config: MergeConfig, names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:
-    """The tensors of the base that a config excludes from the merge.
+def excluded(patterns: Sequence[str], names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:
+    """The tensors of the base that a merge leaves as they are.
 
     Args:
-        config: whose `exclude` is applied.
+        patterns: `exclude` of the recipe.
         names: the stored tensors of the base.
         tied: name -> the stored tensor it is tied to. A pattern that matches the name excludes the stored tensor.
     """
-    if not config.exclude:
-        return frozenset()
-    return frozenset(tied.get(name, name) for name in [*names, *tied] if config.excludes(name))
+    return frozenset(tied.get(name, name) for name in [*names, *tied] if _matches(patterns, name))
 
 
-def _matches(pattern: str, tensor: str) -> bool:
-    return fnmatch.fnmatchcase(tensor, f"*{pattern}*")
+def _matches(patterns: Sequence[str], tensor: str) -> bool:
+    return any(fnmatch.fnmatchcase(tensor, f"*{pattern}*") for pattern in patterns)

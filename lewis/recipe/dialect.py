@@ -1,4 +1,4 @@
-"""What mergekit's configs say in other words than a recipe: rewritten, or told what it is and what to do instead."""
+"""What mergekit's configs say in other words than a recipe: rewritten, or refused with what to do instead."""
 
 from collections.abc import Mapping
 from typing import Any

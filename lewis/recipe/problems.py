@@ -11,7 +11,7 @@ from lewis.errors import nearest
 UNSUPPORTED = {
     "trust_remote_code": "running code that a model brings along",
 }
-MAX_GIVEN = 300  # characters of a wrong value that are told
+MAX_GIVEN = 300  # characters of a wrong value that are shown
 # pydantic puts the kind of value that it tried into the location of a problem; these are not keys of the recipe.
 _KIND = re.compile(
     r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"

@@ -12,9 +12,8 @@ from lewis.methods import METHODS
 from lewis.recipe import dialect, yaml_text
 from lewis.recipe.checks import cross_check
 from lewis.recipe.config import MergeConfig
-from lewis.recipe.presets import GUIDES, RECOMMENDED
 from lewis.recipe.problems import describe
-from lewis.recipe.schema import Evaluate, Gate, Lewis, ModelEntry, Publish, Register, Search
+from lewis.recipe.schema import GUIDES, RECOMMENDED, Evaluate, Gate, Lewis, ModelEntry, Publish, Register, Search
 from lewis.recipe.slices import listed_models
 
 MAX_TOLD = 50  # problems of one recipe that an error lists

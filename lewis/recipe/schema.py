@@ -1,5 +1,6 @@
 """The blocks of a recipe: a mergekit config, and the blocks `lewis`, `evaluate`, `register`, `publish` and `search`."""
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -7,10 +8,57 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
 from lewis.errors import nearest
 from lewis.recipe.block import Block, ModelName, Parameters
-from lewis.recipe.presets import with_preset
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Backend = Literal["hf", "vllm", "sglang", "openai"]
+
+# What the LEWIS authors' code does (arXiv 2503.03874). Their configs set the settings in FREE, so a recipe may too.
+OFFICIAL: dict[str, dict[str, Any]] = {
+    "calibration": {"samples": 15, "max_tokens": 512, "seed": 42, "padding": "max_tokens"},
+    "importance": {"metric": "norm_difference", "prune_ratio": 0.5, "reduce": "sum"},
+    "density": {
+        **{"strategy": "lewis", "min": 0.3, "max": 0.8, "budget": None},
+        **{"scale": "minmax", "decimals": 5, "uncovered": "expert"},
+    },
+}
+RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/results.md
+PRESETS = {"lewis_official": OFFICIAL}  # of the `lewis` block: several settings under one name
+GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
+FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")
+
+
+def with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's `lewis` block, with its preset's value for each setting that the recipe leaves out."""
+    preset = PRESETS.get(str(block.get("preset")))
+    if preset is None:
+        return dict(block)
+    filled = dict(block)
+    for name in ("importance", "density"):
+        if isinstance(block.get(name) or {}, dict):
+            filled[name] = {**preset[name], **(block.get(name) or {})}
+    if isinstance(block.get("calibrations"), dict):
+        filled["calibrations"] = {
+            name: {**preset["calibration"], **each} if isinstance(each, dict) else each
+            for name, each in block["calibrations"].items()
+        }
+    return filled
+
+
+def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
+    """Problems: the settings of a recipe that contradict its preset."""
+    preset = PRESETS.get(str(block.get("preset")))
+    if preset is None:
+        return
+    sets = block.get("calibrations") or {}
+    places = [(name, name, block.get(name)) for name in ("importance", "density")]
+    for where, kind, given in [
+        *places,
+        *((f"calibrations.{name}", "calibration", each) for name, each in sets.items()),
+    ]:
+        for key, value in given.items() if isinstance(given, dict) else ():
+            wanted = preset[kind].get(key, value)
+            if value != wanted and key not in FREE:
+                yield f"lewis.{where}.{key}: preset {block['preset']} has {wanted!r}, got {value!r}; leave one out"
 
 
 class ModelEntry(Block):
@@ -126,7 +174,7 @@ class Lewis(Block):
     """The LEWIS block: calibration sets, importance, densities.
 
     Attributes:
-        preset: `lewis_official` sets what the authors' code does (`lewis.recipe.presets`).
+        preset: `lewis_official` sets what the authors' code does (`OFFICIAL`).
         calibrations: name -> calibration set.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
             (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
@@ -188,7 +236,7 @@ class Evaluate(Block):
             and what a model writes (`unsafe_code: true`).
         baselines: which other models are scored for comparison.
         backend: what computes the answers.
-        model_args: further arguments of it, as `lewis.recipe.backends` allows them.
+        model_args: further arguments of it, as `lewis.recipe.model_args` allows them.
         gpus: how many GPUs one evaluation takes.
     """
 

@@ -18,7 +18,6 @@ from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.models.hub import client
 from lewis.models.hub.pin import find_folder
-from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.reports.card import EVAL_RESULTS
 from lewis.store.manifest import DamagedError
@@ -71,19 +70,22 @@ def check(repo: str, private: bool) -> None:
     _look(repo, private)
 
 
-def check_base(recipe: Recipe) -> None:
+def check_base(base: str | None, root: Path, *, adapter: bool) -> None:
     """Refuse to publish an adapter whose base nobody else can load.
 
+    Args:
+        base: reference of the base in the recipe.
+        root: the folder that a relative path starts from.
+        adapter: whether an adapter is published; a full model needs no base.
+
     Raises:
-        InputError: if the recipe publishes an adapter on a folder.
+        InputError: if it is an adapter on a folder.
     """
-    if recipe.publish and recipe.output.kind == "lora" and recipe.base_model:
-        folder = find_folder(recipe.base_model, recipe.root)
-        if folder is not None:
-            raise InputError(
-                f"publish: an adapter names its base, and nobody else has the folder {folder}; use a model of the Hub "
-                "as base_model, or write the full model (output.kind: full)"
-            )
+    if adapter and base and (folder := find_folder(base, root)):
+        raise InputError(
+            f"publish: an adapter names its base, and nobody else has the folder {folder}; use a model of the Hub as "
+            "base_model, or write the full model (output.kind: full)"
+        )
 
 
 def publish(folder: Path, repo: str, private: bool, title: str) -> Published:

@@ -19,7 +19,7 @@ from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.registry.lineage import lineage_of
-from lewis.reports import card, pictures
+from lewis.reports import card, charts
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 
@@ -56,7 +56,7 @@ class Registration:
     metrics: Mapping[str, float]
     lineage: Mapping[str, str]
     recipe: str
-    pictures: Mapping[str, bytes]
+    charts: Mapping[str, bytes]
     tables: Mapping[str, list[dict[str, Any]]]
     card: str
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -101,14 +101,14 @@ def registration_of(
     drawn: dict[str, bytes] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
     if allocated:
-        drawn[card.HEAT_MAP] = pictures.densities(allocated)
+        drawn[card.HEAT_MAP] = charts.densities(allocated)
         tables["densities"] = [
             {"expert": ref, "tensor": tensor, "density": density}
             for ref, each in allocated.experts().items()
             for tensor, density in each.densities.items()
         ]
     if found:
-        drawn["scores.png"] = pictures.scores(recipe, scores)
+        drawn["scores.png"] = charts.scores(recipe.evaluate.weights if recipe.evaluate else {}, scores)
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
     # The merged model's metrics have the same names in all versions, whatever its label in the score table.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
@@ -211,7 +211,7 @@ def write_card(
     ridge = written.ridge.to_text() if written.ridge else ""
     adapter = written.adapter.to_text() if written.adapter else ""
     text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, ridge=ridge, adapter=adapter)
-    card.write(written.folder, text, pictures.densities(allocated) if allocated else None)
+    card.write(written.folder, text, charts.densities(allocated) if allocated else None)
 
 
 def _gains(models: Sequence[Scored]) -> dict[str, float]:

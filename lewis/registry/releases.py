@@ -3,13 +3,13 @@
 No state is kept: what has been merged is read from the tags of the registered versions at each call.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lewis.models.hub.pin import find_folder
-from lewis.models.source import commits_of, pin_all
+from lewis.models.source import Source, commits_of
 from lewis.recipe.block import parts_of
-from lewis.recipe.recipe import Recipe
 from lewis.registry import lineage, tracking
 
 
@@ -55,16 +55,9 @@ class Moved:
     new: str
 
 
-def heads(recipe: Recipe) -> dict[str, str]:
-    """The current commit key of the base and of every expert, by reference; no weights are downloaded.
-
-    Raises:
-        InputError: if a model does not exist or cannot be read.
-        TransientError: if the Hub cannot be asked right now.
-        LewisError: if a local folder changes while it is read.
-    """
-    base, experts = pin_all(recipe)
-    return {source.ref: source.key for source in ([base] if base else []) + experts}
+def heads(base: Source | None, experts: Sequence[Source]) -> dict[str, str]:
+    """The commit key of the base and of every expert, by reference; as just pinned, it is the current one."""
+    return {source.ref: source.key for source in (base, *experts) if source}
 
 
 def merged(name: str) -> list[Held]:
@@ -98,29 +91,30 @@ def merged(name: str) -> list[Held]:
     ]
 
 
-def moved(recipe: Recipe, heads: Mapping[str, str], held: list[Held]) -> list[Moved]:
+def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root: Path) -> list[Moved]:
     """The models whose current commit is not in the newest merge; empty if any version has all current commits.
 
     If the recipe was never merged, only the first expert is returned: one release is enough to start a merge.
 
     Args:
-        recipe: the recipe.
         heads: what `heads` returned.
         held: what `merged` returned; the heads are compared with the first.
+        base: the recipe's reference of the base.
+        root: the folder that relative paths start from.
     """
-    first = recipe.experts[0].model
+    first = next(ref for ref in heads if ref != base)
     if not held:
-        return [Moved(first, _repo(recipe, first, None, heads[first]), None, heads[first])]
+        return [Moved(first, _repo(first, None, heads[first], root), None, heads[first])]
     current = [version for version in held if all(version.commit_of(ref) == head for ref, head in heads.items())]
     if any(version.verdict for version in current):
         return []
     if current:  # its run died before the gate's verdict
-        return [Moved(first, _repo(recipe, first, None, heads[first]), heads[first], heads[first])]
+        return [Moved(first, _repo(first, None, heads[first], root), heads[first], heads[first])]
     pairs = {ref: (held[0].commit_of(ref), head) for ref, head in heads.items()}
-    found = [Moved(ref, _repo(recipe, ref, old, new), old, new) for ref, (old, new) in pairs.items() if old != new]
-    base_moved = any(each.ref == recipe.base_model for each in found)
+    found = [Moved(ref, _repo(ref, old, new, root), old, new) for ref, (old, new) in pairs.items() if old != new]
+    base_moved = any(each.ref == base for each in found)
     # The commit key of an adapter without its own base contains the recipe's base, which may have moved alone.
-    alone = {each.ref for each in found if len(parts_of(each.ref, recipe.root)) == 1}
+    alone = {each.ref for each in found if len(parts_of(each.ref, root)) == 1}
     return [x for x in found if not (base_moved and x.ref in alone and _same_adapter(x.old, x.new))]
 
 
@@ -129,10 +123,10 @@ def _same_adapter(old: str | None, new: str) -> bool:
     return len(before) > 1 and before[1:] == after[1:]
 
 
-def _repo(recipe: Recipe, ref: str, old: str | None, new: str) -> str:
-    parts = parts_of(ref, recipe.root)
+def _repo(ref: str, old: str | None, new: str, root: Path) -> str:
+    parts = parts_of(ref, root)
     before, after = commits_of(old or ""), commits_of(new)
     moved = [part for part, one, other in zip(parts, before, after, strict=False) if one != other]
     ref = moved[0] if len(parts) == len(before) == len(after) and moved else parts[-1]
-    folder = find_folder(ref, recipe.root)
+    folder = find_folder(ref, root)
     return str(folder) if folder else ref.partition("@")[0]

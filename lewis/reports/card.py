@@ -12,7 +12,7 @@ from lewis.errors import InputError
 from lewis.evaluation.statistics.scores import Score
 from lewis.input_files import read_text
 from lewis.models.source import commits_of
-from lewis.recipe import yaml_limits
+from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
 from lewis.reports.markdown import markdown_table
 
@@ -162,8 +162,8 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
 def licence_of(folder: Path) -> str | None:
     """The licence in the model card of a folder, with its link if there is one; None if it states none."""
     try:
-        found = FRONT_MATTER.match(read_text(folder / NAME, yaml_limits.MAX_BYTES))
-        stated = yaml_limits.load(found[1], NAME) if found else None
+        found = FRONT_MATTER.match(read_text(folder / NAME, yaml_text.MAX_BYTES))
+        stated = yaml_text.load(found[1], NAME) if found else None
     except (OSError, InputError):
         return None
     if not isinstance(stated, dict) or not isinstance(stated.get("license"), str):

@@ -1,4 +1,4 @@
-"""Pictures for people: density heat map and score bars.
+"""Pictures for people: density heat map, score bars, champions. Those of a merge are drawn once and kept in the store.
 
 Figures are made without pyplot, whose global state is not safe in threads.
 """
@@ -6,11 +6,17 @@ Figures are made without pyplot, whose global state is not safe in threads.
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lewis import store
+from lewis.allocation.step import AllocationEntry
+from lewis.evaluation.statistics.scored import intervals, scores_of
 from lewis.evaluation.statistics.scores import Score
+from lewis.evaluation.step import ScoresEntry, scored
 from lewis.models.network.module_tree import projection_names
+from lewis.store import kinds, remote
+from lewis.store.sealed_json import DamagedError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +27,7 @@ MAX_BARS = 80  # more are too thin to read
 MAX_LABEL = 60  # characters
 MAX_COLUMNS = 48  # the most column names that fit below a heat map
 MOVES = ("promoted", "promoted by hand", "approved", "rolled back", "repaired")  # what made a version the champion
+SEMANTICS = "2"  # raise it when the same numbers would be drawn in another way
 SLANTED = 4  # with more groups, horizontal labels would overlap
 
 VECTORS = re.compile(r"norm|\bln_|\.bias$")  # norms and biases, to which LEWIS gives no density of their own
@@ -212,3 +219,46 @@ def png(figure: "Figure") -> bytes:
 
 def _clipped(name: str, length: int = MAX_LABEL) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def densities(allocated: AllocationEntry) -> bytes:
+    """`density_heat_map` of an allocation; a PNG file."""
+
+    def draw() -> bytes:
+        shown = {ref: each.densities for ref, each in allocated.experts().items()}
+        return density_heat_map(shown, allocated.means)
+
+    return _kept(["densities", allocated.digest], draw)
+
+
+def scores(weights: Mapping[str, float], found: Mapping[str, ScoresEntry]) -> bytes:
+    """`score_bars` of what was scored, with 95 % intervals; a PNG file.
+
+    Args:
+        weights: `evaluate.weights` of the recipe; empty: there is no weighted mean.
+        found: label -> scores, in the order of the bars.
+    """
+
+    def draw() -> bytes:
+        models = scored(weights, found)
+        return score_bars(scores_of(models), intervals(models))
+
+    return _kept(["scores", [[label, entry.digest] for label, entry in found.items()], dict(weights)], draw)
+
+
+def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
+    path = kinds.PICTURES.path(store.digest([SEMANTICS, *shown]))
+    store.mark_used(path)
+    remote.fetch(path)
+    found = path.read_bytes() if path.is_file() else None
+    if found is not None:
+        try:
+            kinds.check_png(found)
+        except DamagedError as error:
+            store.set_aside([path], str(error))
+            found = None
+    if found is None:
+        found = draw()
+        store.write_bytes(path, found)
+        remote.push(path)
+    return found

@@ -1,4 +1,4 @@
-"""The report of one run as Markdown: why it ran, what changed, what was computed, how good the result is."""
+"""What came of one run: a report as Markdown (why it ran, what changed, what was computed, scores), and one line."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Score
 from lewis.reports.markdown import code, link, markdown_table, picture, plain
 
+MAX_LINE = 300  # characters of a verdict line
 SHORT = 8  # characters of a commit or digest
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
 
@@ -241,3 +242,33 @@ def _means(means: Mapping[str, float]) -> str:
 def _gap(gap: float, higher: bool) -> str:
     mark = "" if gap == 0 else " ✓" if (gap > 0) == higher else " ✗"
     return f"{gap:+.4g}{mark}"
+
+
+def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tuple[str, str]:
+    """The word and the line of a merge that was registered.
+
+    Args:
+        version: its `uri`.
+        verdict: the gate's.
+        champion: `uri` of the version that was in use before; None if there was none.
+
+    Returns:
+        `Promoted` and `v3: weighted/mean,none 0.981 vs 0.975`; `Rejected` and which rules failed; `AwaitingApproval`
+        and what approves it; or `Completed`, if it is the champion already.
+    """
+    number = f"v{version.rpartition('/')[2]}"
+    told = f"{number}: {verdict.numbers}" if verdict.numbers else number
+    if not verdict.passed:
+        failed = [reason.removesuffix(": fail") for reason in verdict.reasons if reason.endswith(": fail")]
+        return "Rejected", _cut(f"{told}; {'; '.join(failed)}")
+    if champion == version:
+        return "Completed", f"{number} is the champion already"
+    if verdict.waits:
+        name = version.removeprefix("models:/")
+        return "AwaitingApproval", _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
+    before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
+    return "Promoted", _cut(f"{told}; {before}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 3]}..."

@@ -67,8 +67,8 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
 def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
     """One row per covered layer: its norm in each model, then difference and density of each expert.
 
-    Differences are left out for an expert whose layers all moved equally far. Where slices put layers together anew,
-    rows of the result's layers come after those of the models' own.
+    Differences are left out for an expert whose layers all moved equally far. Where slices put layers in another
+    order, rows of the result's layers come after those of the models' own.
     """
     norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
     experts = allocated.experts()

@@ -25,12 +25,14 @@ from typing import Any
 from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.importance.step import CalibrationInput, MeasureInput
+from lewis.inspection.step import InspectionInput, InspectionSettings
 from lewis.merging.calibration_rows import shared_set_warning
+from lewis.merging.settings import stored_dtype
 from lewis.merging.step import MergeInput
+from lewis.methods import find
 from lewis.models.source import short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
-from lewis.steps.shim import InspectionInput
 from lewis.steps.step import Step
 from lewis.steps.table import CheckInput, ScoreInput
 
@@ -148,7 +150,7 @@ def _downloads(recipe: Recipe) -> Iterator[Node]:
 
 def _checks(recipe: Recipe) -> Iterator[Node]:
     downloads = tuple(f"download {ref}" for ref in _refs(recipe))
-    merge, config = _merging(recipe), recipe.config
+    merge, settings, has_base = _merging(recipe), inspection_settings(recipe), recipe.base_model is not None
     covers, runs = recipe.lewis is not None and recipe.base_model is not None, recipe.runs_models
     copies, warning = 1 + recipe.wants_uniform, warning_of_shared_set(recipe)
 
@@ -156,8 +158,8 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
         return CheckInput(merge(results), copies, covers, runs, warning)
 
     def to_inspect(results: Results) -> InspectionInput:
-        base, *others = (results[name] for name in downloads)
-        return InspectionInput(config, base, tuple(others))
+        models = tuple(results[name] for name in downloads)
+        return InspectionInput(*((models[0], models[1:]) if has_base else (None, models)), settings)
 
     fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))
     yield Node("inspect", table.CHECK, to_check, (*downloads, *fitted))
@@ -293,6 +295,18 @@ def labels(recipe: Recipe) -> dict[str, str]:
     if recipe.register_as:
         found["champion"] = CHAMPION
     return {**found, recipe.label: "merge experts"}
+
+
+def inspection_settings(recipe: Recipe) -> InspectionSettings:
+    """What an inspection has to know of a recipe's merge."""
+    return InspectionSettings(
+        base_is_a_model=find(recipe.merge_method).base_is_a_model,
+        exclude=recipe.exclude,
+        by_token=recipe.vocabulary is not None,
+        sliced=bool(recipe.slices),
+        dtype=stored_dtype(recipe),
+        root=recipe.root,
+    )
 
 
 def warning_of_shared_set(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.step import find_scores, scoring_devices
-from lewis.importance.by_name import covered_tensors
+from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
 from lewis.merging.adapter import factor_bytes
@@ -31,7 +31,7 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import publishing, tracking, versions
-from lewis.steps.graph import CHAMPION, Graph, Node, graph, warning_of_shared_set
+from lewis.steps.graph import CHAMPION, Graph, Node, graph, inspection_settings, warning_of_shared_set
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE
@@ -178,7 +178,8 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         InputError: as a run would, for everything that can be known before the work.
     """
-    publishing.check_base(recipe)
+    if recipe.publish:
+        publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
     check_tasks(recipe)
     base, experts = pin_all(recipe)
     renamed = preflight(recipe, base, experts)
@@ -186,7 +187,8 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.renamed = renamed
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
-    plan.findings, plan.warning = before_download(recipe, base, experts), warning_of_shared_set(recipe)
+    plan.findings = before_download(base, experts, inspection_settings(recipe))
+    plan.warning = warning_of_shared_set(recipe)
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lewis.errors import LewisError
 from lewis.evaluation.harness import server
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry, find_scores, score, scores_digest
-from lewis.importance import effort, measure
+from lewis.importance import grams, measure
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import (
     CalibrationEntry,
@@ -34,7 +34,7 @@ from lewis.importance.step import (
     prepare_calibration,
 )
 from lewis.importance.step import measure as measure_model
-from lewis.inspection import measures
+from lewis.inspection.step import InspectionEntry, InspectionInput, inspect, inspection_digest
 from lewis.merging import step as merging
 from lewis.merging.adapter import factor_bytes
 from lewis.merging.calibration_rows import split
@@ -44,9 +44,8 @@ from lewis.models import hub
 from lewis.models import source as models
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
-from lewis.progress import Report
+from lewis.progress import Report, silent
 from lewis.registry.room import make_room
-from lewis.steps.shim import InspectionInput, find_inspected, inspect
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
 
@@ -128,17 +127,16 @@ class Diagnose(Step[InspectionInput, list[dict[str, str]]]):
     name, kind, timeout, opens = "diagnose", kinds.INSPECTIONS, HOURS, True
 
     def key(self, given: InspectionInput) -> str:
-        return store.digest([measures.SEMANTICS, given.identity()])
+        refs = [each.ref for each in (*([given.base] if given.base else []), *given.experts)]
+        settings = {**asdict(given.settings), "root": str(given.settings.root)}
+        return store.digest([inspection_digest(given), refs, settings])
 
     def find(self, given: InspectionInput) -> list[dict[str, str]] | None:
-        return self._findings(given) if find_inspected(given) else None
+        measured = store.entry(kinds.INSPECTIONS.path(inspection_digest(given)), InspectionEntry.holds)
+        return None if measured is None else self.make(given, silent, "cpu")
 
     def make(self, given: InspectionInput, report: Report, device: str) -> list[dict[str, str]]:
-        return self._findings(given, report)
-
-    @staticmethod
-    def _findings(given: InspectionInput, *report: Report) -> list[dict[str, str]]:
-        return [each.to_json() for each in inspect(given, *report).findings]
+        return [each.to_json() for each in inspect(given, report).findings]
 
 
 class Calibrate(Step[CalibrationInput, CalibrationEntry]):
@@ -321,13 +319,13 @@ def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passe
     if not passes:
         return Cost(memory=memory)
     network, cores = measure.network_in(home, shapes), len(os.sched_getaffinity(0))
-    operations = sum(effort.operations_of(network, tokens) for tokens in passes)
-    seconds = operations / (effort.operations_per_second() * cores)
+    operations = sum(grams.operations_of(network, tokens) for tokens in passes)
+    seconds = operations / (grams.operations_per_second() * cores)
     return Cost(
-        written=sum(effort.bytes_of(network, tokens) for tokens in passes),
+        written=sum(grams.bytes_of(network, tokens) for tokens in passes),
         seconds=seconds,
         passes=seconds,
-        memory=memory + effort.memory_of(network, max(passes), cores),
+        memory=memory + grams.memory_of(network, max(passes), cores),
     )
 
 

@@ -6,13 +6,13 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis.inspection import picture
-from lewis.inspection.step import before_download
+from lewis.inspection import result
+from lewis.inspection.step import InspectionInput, before_download, inspect
 from lewis.models import compatible
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 from lewis.reports import markdown
-from lewis.steps.shim import InspectionInput, inspect
+from lewis.steps.graph import inspection_settings
 from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
     """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
     for told in compatible.preflight(recipe, base, experts):
         logger.info(told)
-    for finding in before_download(recipe, base, experts):
+    for finding in before_download(base, experts, inspection_settings(recipe)):
         logger.warning(finding.to_text())
 
 
@@ -32,7 +32,7 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
     found = inspect(given)
     (logger.warning if found.findings else logger.info)("%s", found.verdict)
     grids = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
-    drawn = markdown.picture("layers by experts", picture.draw(found))
+    drawn = markdown.picture("layers by experts", result.draw(found))
     create_markdown_artifact(
         f"# Do these models belong together?\n\n{found.to_markdown()}\n\n{grids}\n\n{drawn}",
         key=f"{prefix}-inspection",

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def check_publish(recipe: Recipe) -> None:
     """Check, before any work, that the Hub will let us publish."""
     assert recipe.publish is not None
-    publishing.check_base(recipe)
+    publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
     publishing.check(recipe.publish.repo, recipe.publish.private)
 
 

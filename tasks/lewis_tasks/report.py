@@ -22,7 +22,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import history, versions
 from lewis.registry.lineage import by_reference, lineage_of
 from lewis.registry.versions import Champion, Version
-from lewis.reports import pictures, tables
+from lewis.reports import charts, tables
 from lewis.reports.markdown import picture
 from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
 from lewis.steps.graph import warning_of_shared_set
@@ -35,7 +35,7 @@ from lewis_tasks.support.caching import RETRIES
 def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
     """The density heat map and the importance table."""
     means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
-    drawn = picture("densities", pictures.densities(allocated))
+    drawn = picture("densities", charts.densities(allocated))
     create_markdown_artifact(
         f"# Density per layer\n\nMean over the covered weights: {means}\n\n{drawn}",
         key=artifact_key(recipe, "density-heat-map"),
@@ -77,7 +77,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, l
             description="How much of each expert's gain over the base is kept on its own task",
         )
     create_markdown_artifact(
-        f"# Scores\n\n{picture('scores', pictures.scores(recipe, scores))}",
+        f"# Scores\n\n{picture('scores', charts.scores(_weights(recipe), scores))}",
         key=artifact_key(recipe, "score-bars"),
         description="Scores with 95 % intervals",
     )
@@ -158,8 +158,12 @@ def _models(base: Any, experts: list[Any]) -> list[Any]:
     return [*([base] if base else []), *experts]
 
 
+def _weights(recipe: Recipe) -> dict[str, float]:
+    return recipe.evaluate.weights if recipe.evaluate else {}
+
+
 def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ScoresEntry]) -> dict[str, bytes]:
-    found = {"Scores with 95 % intervals": pictures.scores(recipe, scores)} if scores else {}
+    found = {"Scores with 95 % intervals": charts.scores(_weights(recipe), scores)} if scores else {}
     if allocated:
-        found["Density per layer"] = pictures.densities(allocated)
+        found["Density per layer"] = charts.densities(allocated)
     return found

@@ -17,7 +17,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.inspection.step import inspect
 from lewis.recipe.recipe import Recipe
-from lewis.reports import charts, pictures
+from lewis.reports import charts
 from lewis.search.study import Log, Objective
 from lewis.store import kinds, sealed_json
 from lewis.store.manifest import remembered_sha256
@@ -59,12 +59,12 @@ class Store:
             "norms": [each.norms for each in measured],
             "moments": [{name: s.tolist() for name, s in each.moments.items()} for each in measured],
             "grams": {path.name: path.read_bytes() for path in grams.iterdir()},
-            "inspected": inspect(self.recipe, base, experts).measures.to_json(),
+            "inspected": inspect(base, experts).measures.to_json(),
             "densities": allocated.experts(),
             "tokens": Calibration.load(sums.path).samples,
             "merged": {path.name: path.read_bytes() for path in merged.folder.iterdir()},
             "scores": scores.scores,
-            "picture": pictures.densities(allocated),
+            "picture": charts.densities(allocated),
         }
 
 

@@ -103,16 +103,16 @@ def states(prefect_url: str, task: str) -> set[str]:
     body = json.dumps({"task_runs": {"name": {"any_": [task]}}}).encode()
     headers = {"content-type": "application/json", **credentials()}
     request = urllib.request.Request(f"{prefect_url}/task_runs/filter", body, headers)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return {each["state_name"] for each in json.load(answer)}
 
 
 def edges_of(prefect_url: str, run: str) -> dict[str, set[str]]:
     """Task of a run -> the tasks that the graph in the UI has arrows from; both by name, once all are known."""
     request = urllib.request.Request(f"{prefect_url}/flow_runs/{run}/graph-v2", headers=credentials())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while True:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             nodes = {each["id"]: each for _, each in json.load(answer)["nodes"]}
         if {"report run", "gate"} <= {each["label"] for each in nodes.values()} or time.monotonic() > deadline:
             return {n["label"]: {nodes[p["id"]]["label"] for p in n["parents"]} for n in nodes.values()}
@@ -130,7 +130,7 @@ def newest_ended(prefect_url: str, flow: str = "") -> dict[str, Any]:
     body = json.dumps({"sort": "END_TIME_DESC", "limit": 1, **wanted}).encode()
     headers = {"content-type": "application/json", **credentials()}
     request = urllib.request.Request(f"{prefect_url}/flow_runs/filter", body, headers)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.load(answer)[0])
 
 

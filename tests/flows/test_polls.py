@@ -129,7 +129,7 @@ def test_a_run_that_fails_has_a_verdict_and_a_task_the_name_of_what_it_made(clie
         run = client.read_flow_run(state.state_details.flow_run_id)
         assert sorted(run.tags) == ["recipe:tiny", "verdict:failed"]
 
-    of_run, deadline = FlowRunFilter.model_validate({"id": {"any_": [run.id]}}), time.monotonic() + 20
+    of_run, deadline = FlowRunFilter.model_validate({"id": {"any_": [run.id]}}), time.monotonic() + 120
     while (names := [each.name for each in client.read_task_runs(flow_run_filter=of_run)]) != ["register v3"]:
         assert time.monotonic() < deadline, names
         time.sleep(0.2)

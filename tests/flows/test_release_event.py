@@ -39,7 +39,7 @@ def test_an_event_that_is_not_taken_is_an_error() -> None:
         pytest.raises(TransientError, match="ConnectError"),
     ):
         release_event.announce("r", "org/x", "org/x", OLD, NEW)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60
 
 
 def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def own(recipe: Path) -> Path:
     return recipe.rename(recipe.with_name(f"r{time.time_ns()}.yaml"))
 
 
-def eventually(find: Callable[[], Any], patience: float = 20) -> Any:
+def eventually(find: Callable[[], Any], patience: float = 120) -> Any:
     deadline = time.monotonic() + patience
     while not (found := find()) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -386,7 +386,7 @@ def test_why_a_run_started(client: Any, prefect_url: str) -> None:
         trigger=EventTrigger(expect={EVENT}, posture=Posture.Reactive, threshold=1, within=timedelta(0)),
         actions=[RunDeployment(source="selected", deployment_id=released)],
     ).create()
-    time.sleep(1)  # until the server's triggers know of it
+    time.sleep(3)  # until the server's triggers know of it
     announce("tiny", "org/math", "org/math", "1" * 40, "2" * 40)
     told = "because of a release: org/math 11111111 → 22222222"
     assert eventually(lambda: told in _whys(client, released, why))

@@ -24,7 +24,7 @@ SLOW = (
 NO_SCORES = ("--set", "evaluate=null", "--set", "register.gate=null")
 
 
-def finished(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
+def finished(process: subprocess.Popen[str], timeout: float = 500) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 

@@ -44,7 +44,7 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
     with turn.turn(recipe, "first", skip=True):
         waiter = threading.Thread(target=second)
         waiter.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not turn.waits("second"):
             assert time.monotonic() < deadline
             time.sleep(0.01)

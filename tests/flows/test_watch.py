@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
 
 from lewis.errors import TransientError
+from lewis.models.source import pin_all
 from lewis.registry import releases
 from lewis.registry.releases import Moved
 from lewis_flows import release_event, watch
@@ -70,7 +71,7 @@ def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
     return found
 
 
-def until(true: Callable[[], bool], timeout: float = 30) -> None:
+def until(true: Callable[[], bool], timeout: float = 120) -> None:
     """The server stores events in batches, so they are there after some seconds."""
     deadline = time.monotonic() + timeout
     while not true():
@@ -105,7 +106,7 @@ def test_a_release_is_announced_once_and_not_again_after_the_merge(
 
     from lewis_flows import recipes_folder
 
-    heads = releases.heads(recipes_folder.load("life"))
+    heads = releases.heads(*pin_all(recipes_folder.load("life")))
     registered(family.base, "a", heads, "life")
     assert watch_flow() == WatchReport(checked=["life"])
     new = hub.commit("org/code", family.math)

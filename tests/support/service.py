@@ -101,7 +101,7 @@ class Service:
             "PYTHONPATH": f"{root / 'patch'}{os.pathsep}{PYTHONPATH}",
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
         }
-        self.patience = 120.0
+        self.patience = 300.0
         self.temporary = root / "tmp"
         self.temporary.mkdir()
         self.patch = root / "patch" / "sitecustomize.py"
@@ -141,7 +141,7 @@ class Service:
         own = lambda note: "webhook" in note and note["pid"] == self.process.pid  # noqa: E731
         self.until(lambda: own(self.note()) or self.process.poll() is not None, self.patience)
         assert self.process.poll() is None, self.log.read_text()
-        self.until(lambda: any("worker start" in args for args in self.parts().values()), self.patience / 4)
+        self.until(lambda: any("worker start" in args for args in self.parts().values()), self.patience)
 
     def stop(self) -> None:
         parts = self.parts()
@@ -180,7 +180,7 @@ class Service:
         request = urllib.request.Request(self.api + path, data, headers, method=method)
         for pause in (1, 2, 4, 0):
             try:
-                with urllib.request.urlopen(request, timeout=10) as answer:
+                with urllib.request.urlopen(request, timeout=60) as answer:
                     text = answer.read()
                 break
             except urllib.error.HTTPError as error:
@@ -195,7 +195,7 @@ class Service:
         found = self.ask("/flow_runs/filter", flow)
         return [run for run in found if run["parameters"].get("recipe") == recipe and run["start_time"]]
 
-    def finished(self, recipe: str, count: int, timeout: float = 120) -> list[dict[str, Any]]:
+    def finished(self, recipe: str, count: int, timeout: float = 300) -> list[dict[str, Any]]:
         """Wait until `count` merges of a recipe have ended, and none is going on."""
 
         def ended() -> list[dict[str, Any]] | None:

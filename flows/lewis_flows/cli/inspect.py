@@ -61,18 +61,17 @@ def inspect(options: argparse.Namespace) -> None:
     Raises:
         InputError: if there are findings of level error.
     """
-    from lewis import store
-    from lewis.inspection import picture
-    from lewis.inspection.step import inspect_recipe
+    from lewis import library, store
+    from lewis.inspection import result
     from lewis.store.writable import check_output_file
 
     recipe = arguments.load(options)
     plot = check_output_file(options.plot) if options.plot else None
     show_log()
     with bars.progress() as report:
-        found = inspect_recipe(recipe, options.bases, lambda done, total: report("inspect", done, total))
+        found = library.inspect(recipe, candidates=options.bases, report=report)
     if plot:
-        store.write_bytes(plot, picture.draw(found))
+        store.write_bytes(plot, result.draw(found))
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

@@ -104,14 +104,14 @@ def importance(options: argparse.Namespace) -> None:
 def allocate(options: argparse.Namespace) -> None:
     """Write the densities as JSON and as a picture, and print them."""
     from lewis import store
-    from lewis.reports import pictures
+    from lewis.reports import charts
 
     file = _json_file(options.output)
     guided = _guide(options)
     experts = {ref: each.to_json() for ref, each in guided.allocated.experts().items()}
     store.write_json(file, {"experts": experts})
     picture = file.with_suffix(".png")
-    store.write_bytes(picture, pictures.densities(guided.allocated))
+    store.write_bytes(picture, charts.densities(guided.allocated))
     if options.json:
         facts = {"file": str(file), "picture": str(picture), "mean_density": dict(guided.allocated.means)}
         print(json.dumps(facts, indent=2, ensure_ascii=False))

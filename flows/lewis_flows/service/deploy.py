@@ -17,7 +17,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
 from lewis.input_files import read_bytes
-from lewis.recipe import yaml_limits
+from lewis.recipe import yaml_text
 from lewis_flows import environment, polls, prefect_runs, recipes_folder
 from lewis_flows.service import orphaned_runs, schedules, worker
 from lewis_flows.service.automations import put_automations
@@ -65,7 +65,7 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
             _put_pool(client, pool)
         _create_limit(client)
         put_automations(client)
-    content = yaml_limits.load(read_bytes(file, yaml_limits.MAX_BYTES), str(file))
+    content = yaml_text.load(read_bytes(file, yaml_text.MAX_BYTES), str(file))
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
     schedules.add_schedules(content, recipes)

@@ -1,7 +1,7 @@
 """What a worker had taken from its work pool when it died: not begun yet, or begun by a process that died, too."""
 
 import logging
-from contextlib import suppress
+import time
 from pathlib import Path
 
 import httpx
@@ -16,6 +16,8 @@ from lewis_flows.turn import mark_crashed
 logger = logging.getLogger(__name__)
 _PROCESSES = Path("/proc")
 _RUN = b"PREFECT__FLOW_RUN_ID="  # in the environment of the process that Prefect's worker starts for a run
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD of the kernel's sched.h
+_PATIENCE, _PAUSE = 5.0, 0.05  # seconds to wait for environments that cannot be read, and between two looks
 
 
 def give_back(worker: str) -> None:
@@ -45,12 +47,49 @@ def give_back(worker: str) -> None:
 
 
 def _with_a_process() -> set[str] | None:
-    """The ids of the runs that a worker of this machine has started and that live; None where the system hides it."""
+    """The ids of the runs that a worker of this machine has started and that live; None if that cannot be known.
+
+    A process whose environment cannot be read at the moment may be any run's. It is asked again, for `_PATIENCE`
+    seconds.
+    """
     if not (_PROCESSES / "self" / "environ").exists():
         return None
-    found = set()
-    for file in _PROCESSES.glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has ended, or is another user's
-            variables = file.read_bytes().split(b"\0")
-            found |= {each.removeprefix(_RUN).decode() for each in variables if each.startswith(_RUN)}
-    return found
+    found: set[str] = set()
+    unknown = list(_PROCESSES.glob("[0-9]*"))
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        environments = {process: _environment(process) for process in unknown}
+        variables = b"\0".join(each for each in environments.values() if each).split(b"\0")
+        found |= {each.removeprefix(_RUN).decode() for each in variables if each.startswith(_RUN)}
+        unknown = [process for process, environment in environments.items() if environment is None]
+        if not unknown:
+            return found
+        if time.monotonic() > deadline:
+            numbers = ", ".join(process.name for process in unknown)
+            logger.warning("the environment of process %s cannot be read; no run is marked as Crashed", numbers)
+            return None
+        time.sleep(_PAUSE)
+
+
+def _environment(process: Path) -> bytes | None:
+    """The environment of a process, as the kernel has it.
+
+    Args:
+        process: its folder in /proc.
+
+    Returns:
+        Empty if it has none, has ended, or is no run: another user's, or with rights that this process lacks. None if
+        it lives and its environment cannot be read at the moment: while a process loads its program (execve), its
+        environment reads as empty.
+    """
+    try:
+        if environment := (process / "environ").read_bytes():
+            return environment
+        # "pid (name) state ..."; the name may have brackets. Numbers of the fields: proc_pid_stat(5), from state = 3.
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return b""
+    except OSError:
+        return None
+    state, flags, start, end = fields[0], int(fields[9 - 3]), int(fields[50 - 3]), int(fields[51 - 3])
+    return b"" if state in "ZX" or flags & _KERNEL_THREAD or 0 < start == end else None

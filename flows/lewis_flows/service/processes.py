@@ -20,7 +20,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import kinds
 
-_READY = 180  # seconds to answer after a start
+_READY = 420  # seconds to answer after a start; a busy machine takes minutes to import a server
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed
 _KILLED = 15.0  # seconds until what was killed is gone
 

@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
+from lewis.models.source import pin_all
 from lewis.redact import redacted
 from lewis.registry import promotion, releases
 from lewis.registry.releases import Held
@@ -84,7 +85,7 @@ def _watched(name: str, mlflow: Part) -> Watched:
         return found
     heads: dict[str, str] = {}
     try:
-        heads = releases.heads(recipe)
+        heads = releases.heads(*pin_all(recipe))
     except (LewisError, OSError) as error:
         found.unknown.append(f"the heads now: {error}")
     found.registered = recipe.register_as.model if recipe.register_as else ""

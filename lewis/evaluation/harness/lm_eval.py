@@ -38,7 +38,7 @@ class EvalSettings:
             the limit applies within the half.
         allow_code_execution: whether task files may run code: functions of their own, and what the model writes.
         backend: `hf`, `vllm`, `sglang` or `openai`, as in the recipe.
-        model_args: further arguments of the backend, which `lewis.recipe.backends` has checked.
+        model_args: further arguments of the backend, which `lewis.recipe.model_args` has checked.
         gpus: how many GPUs one evaluation takes.
     """
 

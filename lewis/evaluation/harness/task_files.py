@@ -18,7 +18,7 @@ import yaml
 
 from lewis.errors import InputError
 from lewis.input_files import read_bytes
-from lewis.recipe.yaml_limits import MAX_BYTES, LimitedLoader, load
+from lewis.recipe.yaml_text import MAX_BYTES, LimitedLoader, load
 
 
 @dataclass(frozen=True)

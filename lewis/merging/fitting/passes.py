@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from lewis.importance.stepping import Stepping, wait
+from lewis.importance.passes import Stepping, wait
 from lewis.lazy_torch import nn, torch
 from lewis.merging.fitting.spill import Made, Spill
 

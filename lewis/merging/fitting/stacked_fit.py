@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
-from lewis.importance.collected import Collected
+from lewis.importance.gram_files import Collected
 from lewis.importance.passes import see_experts
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch

@@ -44,7 +44,7 @@ def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
 
 def ask(url: str, path: str, method: str = "GET", body: Any = None, **headers: str) -> http.client.HTTPResponse:
     """One request, with headers as given: `Host` too."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, json.dumps(body) if body is not None else None, named)
     answer = connection.getresponse()
@@ -105,7 +105,7 @@ def test_a_name_that_is_not_its_own_is_refused(prefect_url: str, path: str) -> N
 
 
 def test_the_second_ui_which_calls_a_tracking_host_is_not_offered(prefect_url: str) -> None:
-    with urllib.request.urlopen(f"{prefect_url.removesuffix('/api')}/ui-settings", timeout=10) as answer:
+    with urllib.request.urlopen(f"{prefect_url.removesuffix('/api')}/ui-settings", timeout=60) as answer:
         settings = json.load(answer)
     assert (settings["default_ui"], settings["available_uis"], settings["v2_base_url"]) == ("v1", ["v1"], None)
 
@@ -127,7 +127,7 @@ def test_sockets_of_other_sites_are_refused(prefect_url: str) -> None:
     head = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
     head += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: prefect\r\n"
     for more, status in ((f"Host: 127.0.0.1\r\nOrigin: {EVIL}", b"403"), ("Host: evil.example", b"400")):
-        with socket.create_connection(address, timeout=10) as connection:
+        with socket.create_connection(address, timeout=60) as connection:
             connection.sendall(f"GET /api/events/out HTTP/1.1\r\n{more}\r\n{head}\r\n".encode())
             assert connection.recv(100).split()[1] == status
 

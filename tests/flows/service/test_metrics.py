@@ -78,7 +78,7 @@ def test_what_happened_is_on_the_page(
     (home / "scores").mkdir()
     (home / "scores" / "x.json").write_bytes(b"x" * 5000)
 
-    deadline, found = time.monotonic() + 20, dict[str, float]()
+    deadline, found = time.monotonic() + 120, dict[str, float]()
     lag = f"lewis_release_to_champion_seconds{{model,{name}}}"
     while lag not in found and time.monotonic() < deadline:  # the server writes events late
         found = numbers(page.Page(page.default_sources()).text())
@@ -88,7 +88,7 @@ def test_what_happened_is_on_the_page(
     assert found[f"lewis_releases{{{name}}}"] == 1
     assert found[f"lewis_champion_version{{model,{name}}}"] == 1
     assert found[f"lewis_champion_behind_seconds{{model,{name}}}"] == 0
-    assert 0 < found[lag] < 60
+    assert 0 < found[lag] < 600
     assert found["lewis_store_bytes{scores}"] == 512 * (home / "scores" / "x.json").stat().st_blocks > 0
     assert found["lewis_store_free_bytes{}"] > 0
     assert [found[f"lewis_source_up{{{name}}}"] for name in ("prefect", "mlflow", "store")] == [1, 1, 1]
@@ -144,7 +144,7 @@ def test_a_source_that_fails_or_hangs_takes_no_other_with_it(monkeypatch: pytest
 
     def read(name: str) -> list[page.Metric]:
         if name == "hangs":
-            hangs.wait(10)
+            hangs.wait(120)
         elif name == "breaks":
             next(answers)
         metric = page.Metric(f"of_{name}", "", "gauge")

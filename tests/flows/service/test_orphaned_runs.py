@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -69,6 +71,34 @@ def test_a_run_whose_process_died_before_it_took_its_turn_is_crashed(client: Syn
     states = [client.read_flow_run(each).state_name for each in (dead, alive, of_the_user)]
     assert states == ["Crashed", "Running", "Running"]
     assert "verdict:crashed" in client.read_flow_run(dead).tags
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_process_that_loads_its_program_is_not_dead(
+    known: bool, client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel shows its environment as empty until the program is loaded."""
+    made = client.create_deployment(client.create_flow(_watch), "watch", work_pool_name="lewis", parameters={})
+    dead, alive = (client.create_flow_run_from_deployment(made, state=Running()).id for _ in range(2))
+    client.send_worker_heartbeat("lewis", "ours")
+    stat = "{} (a (b)) {} 1 1 1 0 -1 {} " + "0 " * 40 + "{} {} 0"  # state, flags, start and end of the environment
+    processes = {"self": (b"A=b", ""), "7": (b"", stat.format(7, "S", 0, 0, 0)), "8": (b"", "")}
+    processes |= {"9": (b"", stat.format(9, "Z", 0, 0, 0)), "10": (b"", stat.format(10, "S", 1 << 21, 0, 0))}
+    processes |= {"11": (b"", stat.format(11, "R", 0, 77, 77)), "12": (b"A=b\0", "")}
+    for name, (environment, text) in processes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "environ").write_bytes(environment)
+        if text:  # 8 ends between the two looks
+            (tmp_path / name / "stat").write_text(text)
+    loaded = threading.Timer(0.3, (tmp_path / "7" / "environ").write_text, [f"A=b\0PREFECT__FLOW_RUN_ID={alive}\0"])
+    monkeypatch.setattr(orphaned_runs, "_PROCESSES", tmp_path)
+    if known:
+        loaded.start()
+    else:
+        monkeypatch.setattr(orphaned_runs, "_PATIENCE", 0.2)
+    orphaned_runs.give_back("ours")
+    states = [client.read_flow_run(each).state_name for each in (dead, alive)]
+    assert states == ["Crashed" if known else "Running", "Running"]
 
 
 def test_nothing_is_said_of_a_server_that_does_not_answer(prefect_url: str) -> None:

@@ -241,7 +241,7 @@ def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPre
         client.create_work_queue("gpu", work_pool_name="lewis")
         assert "--work-queue gpu`" in part(status(), "work queue gpu").state and not part(status(), "work queue gpu").up
         client.get_scheduled_flow_runs_for_work_pool("lewis", ["gpu"])  # as a worker of this queue does
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not part(status(), "work queue gpu").up:
             assert time.monotonic() < deadline
             time.sleep(0.3)

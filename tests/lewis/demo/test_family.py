@@ -18,6 +18,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.space import value_of
 
+pytestmark = pytest.mark.slow
+
 SHORT = TrainingPlan(base_steps=3, expert_steps=2, batch_size=8, calibration_rows=20, test_rows=10)
 MODELS = ("base", *(f"experts/{skill}" for skill in SKILLS))
 

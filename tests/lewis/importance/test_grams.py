@@ -13,9 +13,8 @@ from lewis.errors import InputError, LewisError
 from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
-from lewis.importance.effort import bytes_of
 from lewis.importance.gram_files import Grams
-from lewis.importance.grams import measure_grams, measured_by
+from lewis.importance.grams import bytes_of, measure_grams, measured_by
 from lewis.importance.measure import measure, network_of
 from lewis.importance.step import CalibrationEntry
 from lewis.methods.arithmetic import regression

@@ -8,7 +8,7 @@ import pytest
 
 from lewis.evaluation.harness.task_files import builtin_task
 from lewis.evaluation.harness.task_metrics import check_names
-from lewis.inspection.topics import GENERAL, TOPICS, Topic, topic_of
+from lewis.inspection.draft import GENERAL, TOPICS, Topic, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main
 from tests.conftest import Family

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lewis.inspection.measures import measure
-from lewis.inspection.step import before_download, inspect_recipe
+from lewis.inspection.step import before_download
+from lewis.library import inspect as inspect_recipe
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import pin_all
 from lewis.recipe.recipe import Recipe
@@ -203,7 +204,7 @@ def test_a_wrong_base_and_the_nearest_of_several(models: Path, home: Path, tmp_p
 
     relative = write_expert(models / "base", tmp_path / "relative", seed=5, scale=0.005)
     assert told(relative, *experts) == {("shared origin", "code")}
-    found = inspect_recipe(recipe_of(relative, *experts), bases=[str(models / "base")])
+    found = inspect_recipe(recipe_of(relative, *experts), candidates=[str(models / "base")])
     assert [(each.kind, each.what.split(",")[0]) for each in found.findings] == 2 * [
         ("wrong base", f"it is nearer to {models / 'base'}")
     ]
@@ -220,7 +221,7 @@ def test_what_configs_tell_is_told_before_a_download(models: Path, home: Path, t
     odd = FAULTS["other rope"][0](models / "math", tmp_path / "odd")
     again = shutil.copytree(models / "code", tmp_path / "again")
     recipe = recipe_of(models / "base", models / "code", odd, again)
-    found = before_download(recipe, *pin_all(recipe))
+    found = before_download(*pin_all(recipe))
     assert [(each.kind, each.level) for each in found] == [("expert twice", "error"), ("rope", "warning")]
     assert "rope_theta is 1000000.0, in the base 10000.0" in found[1].what
 

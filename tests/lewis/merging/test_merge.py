@@ -89,6 +89,7 @@ def small_merge(method: str, folders: list[Path], **arguments: Any) -> Merge:
     return open_merge(method, None if ALL[method].base_is_a_model else base, experts, **arguments)
 
 
+@pytest.mark.slow
 class TestInvariants:
     @many
     @given(values=tensors(2), method=st.sampled_from((*METHODS, "passthrough")), normalize=st.booleans())

@@ -8,8 +8,7 @@ from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, promotion, releases, tracking
 from lewis.registry.versions import Version
-from lewis.reports.run_report import outcome
-from lewis.reports.verdict_line import verdict_line
+from lewis.reports.run_report import outcome, verdict_line
 from lewis_flows.service.status_data import Watched
 from lewis_flows.service.status_text import _heading
 from tests.conftest import Family

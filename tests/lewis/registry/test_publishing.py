@@ -12,7 +12,6 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing
 from lewis.reports import card
 from tests.support.local_hub import LocalHub
-from tests.support.models import parse
 
 FILES = {"config.json": "{}", "model.safetensors": "weights " * 100, "README.md": "---\ntags: [merge]\n---\n# New\n"}
 
@@ -160,13 +159,10 @@ def test_an_adapter_takes_the_place_of_a_full_model_and_back(hub: LocalHub, tmp_
 
 def test_an_adapter_on_a_folder_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    blocks = {"merge_method": "task_arithmetic", "models": [{"model": "org/a"}], "register": {"name": "x"}}
-    blocks |= {"publish": {"repo": "org/new"}}
-    lora = {"kind": "lora", "rank": 4}
-    for base, output in (("org/base", lora), ("base", None)):
-        publishing.check_base(parse({**blocks, "base_model": base, "output": output}, tmp_path))
+    for base, adapter in (("org/base", True), ("base", False), (None, False)):
+        publishing.check_base(base, tmp_path, adapter=adapter)
     with pytest.raises(InputError, match=r"publish: an adapter names its base, and nobody else has the folder .*base"):
-        publishing.check_base(parse({**blocks, "base_model": "base", "output": lora}, tmp_path))
+        publishing.check_base("base", tmp_path, adapter=True)
 
 
 def test_a_damaged_folder_is_not_published(hub: LocalHub, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from lewis.errors import InputError, TransientError
 from lewis.evaluation.gate import Verdict
+from lewis.models.source import pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion, releases
 from lewis.registry.releases import Moved
@@ -49,16 +50,20 @@ def release(hub: LocalHub, repo: str, folder: Path) -> str:
     return hub.commit(repo, {p.name: p.read_bytes() for p in folder.iterdir()} | {"README.md": str(len(hub.log))})
 
 
+def moved_of(recipe: Recipe, heads: dict[str, str], held: list[releases.Held]) -> list[Moved]:
+    return releases.moved(heads, held, base=recipe.base_model, root=recipe.root)
+
+
 def test_heads_are_the_commits_of_now_and_no_weights_are_downloaded(hub: LocalHub, tmp_path: Path) -> None:
     recipe = parse(RECIPE, tmp_path)
     commits = {name: hub.repos["model", f"org/{name}"].branches["main"] for name in ("base", "math", "code")}
-    assert releases.heads(recipe) == {
+    assert releases.heads(*pin_all(recipe)) == {
         "org/base": commits["base"],
         "org/math": commits["math"],
         "org/code@main": commits["code"],
     }
     new = hub.commit("org/code", {"config.json": "{}", "model.safetensors": b"x"})
-    assert releases.heads(recipe)["org/code@main"] == new
+    assert releases.heads(*pin_all(recipe))["org/code@main"] == new
     assert not [request for request in hub.log if request.path.endswith(".safetensors")]
 
 
@@ -71,13 +76,13 @@ def test_heads_of_adapters_and_folders(hub: LocalHub, tmp_path: Path, family: Fa
     """
     recipe = parse(text, tmp_path)
     base, lora = (hub.repos["model", f"org/{name}"].branches["main"] for name in ("base", "lora"))
-    heads = releases.heads(recipe)
+    heads = releases.heads(*pin_all(recipe))
     assert heads["org/lora"] == heads["org/base+org/lora"] == f"{base}+{lora}"
     (tmp_path / "code" / "README.md").write_text("no input of a merge")
-    assert releases.heads(recipe) == heads
+    assert releases.heads(*pin_all(recipe)) == heads
     config = tmp_path / "code" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"released": 2}))
-    again = releases.heads(recipe)
+    again = releases.heads(*pin_all(recipe))
     assert again["code"].startswith("sha256:") and again["code"] != heads["code"]
 
 
@@ -85,9 +90,9 @@ def test_heads_that_cannot_be_asked_are_errors(hub: LocalHub, tmp_path: Path) ->
     recipe = parse(RECIPE, tmp_path)
     hub.faults.append({"path": "org/math", "status": 503, "times": 99})
     with pytest.raises(TransientError, match="org/math"):
-        releases.heads(recipe)
+        releases.heads(*pin_all(recipe))
     with pytest.raises(InputError, match="org/none"):
-        releases.heads(parse(RECIPE.replace("org/math", "org/none"), tmp_path))
+        releases.heads(*pin_all(parse(RECIPE.replace("org/math", "org/none"), tmp_path)))
 
 
 def test_merged_tells_of_every_version_what_it_holds(home: Path, family: Family) -> None:
@@ -124,34 +129,34 @@ def test_a_registry_that_does_not_answer_is_transient(home: Path, monkeypatch: p
 
 def test_from_the_first_merge_over_a_release_to_nothing_new(hub: LocalHub, tmp_path: Path, family: Family) -> None:
     recipe = parse(RECIPE, tmp_path)
-    heads = releases.heads(recipe)
-    never = releases.moved(recipe, heads, releases.merged(NAME))
+    heads = releases.heads(*pin_all(recipe))
+    never = moved_of(recipe, heads, releases.merged(NAME))
     assert never == [Moved("org/math", "org/math", None, heads["org/math"])]
 
     registered(family.base, "a", heads, NAME)
-    assert releases.moved(recipe, heads, releases.merged(NAME)) == []
+    assert moved_of(recipe, heads, releases.merged(NAME)) == []
     new = release(hub, "org/code", family.code)
-    now = releases.heads(recipe)
-    (moved,) = releases.moved(recipe, now, releases.merged(NAME))
+    now = releases.heads(*pin_all(recipe))
+    (moved,) = moved_of(recipe, now, releases.merged(NAME))
     assert moved == Moved("org/code@main", "org/code", heads["org/code@main"], new)
 
     registered(family.base, "b", now, NAME)
-    assert releases.moved(recipe, now, releases.merged(NAME)) == []
+    assert moved_of(recipe, now, releases.merged(NAME)) == []
     # Going back to what version 1 holds is no release.
-    assert releases.moved(recipe, heads, releases.merged(NAME)) == []
+    assert moved_of(recipe, heads, releases.merged(NAME)) == []
 
 
 def test_a_version_whose_run_died_before_its_verdict_is_given(home: Path, tmp_path: Path, family: Family) -> None:
     recipe = parse(RECIPE, tmp_path)
     heads = dict.fromkeys(("org/base", "org/math", "org/code@main"), NEW)
     registered(family.base, "a", heads, NAME, verdict=None)
-    assert releases.moved(recipe, heads, releases.merged(NAME)) == [Moved("org/math", "org/math", NEW, NEW)]
+    assert moved_of(recipe, heads, releases.merged(NAME)) == [Moved("org/math", "org/math", NEW, NEW)]
 
 
 def test_an_expert_that_is_new_in_the_recipe_is_given(home: Path, tmp_path: Path, family: Family) -> None:
     registered(family.base, "a", {"org/base": OLD, "org/math": OLD}, NAME)
     heads = {"org/base": OLD, "org/math": OLD, "org/code@main": NEW}
-    found = releases.moved(parse(RECIPE, tmp_path), heads, releases.merged(NAME))
+    found = moved_of(parse(RECIPE, tmp_path), heads, releases.merged(NAME))
     assert found == [Moved("org/code@main", "org/code", None, NEW)]
 
 
@@ -174,11 +179,11 @@ def test_the_part_of_an_adapter_that_moved(
     before = {"org/base": "B1", "org/lora": "B1+L1", "org/b+org/a": "X1+Y1"}
     sources = {f"lewis.source.{ref.replace('/', '--').replace('+', '_')}": key for ref, key in before.items()}
     held = [releases.Held("1", "a" * 64, "passed", (), sources)]
-    found = releases.moved(parse(ADAPTERS, tmp_path), before | now, held)
+    found = moved_of(parse(ADAPTERS, tmp_path), before | now, held)
     assert [(each.ref, each.repo) for each in found] == expected
 
 
 def test_the_repo_of_a_folder_is_its_path(home: Path, tmp_path: Path, family: Family) -> None:
     recipe = parse(f"{{merge_method: ties, base_model: org/base, models: [{{model: {family.code}}}]}}", tmp_path)
-    (moved,) = releases.moved(recipe, {"org/base": OLD, str(family.code): NEW}, [])
+    (moved,) = moved_of(recipe, {"org/base": OLD, str(family.code): NEW}, [])
     assert moved == Moved(str(family.code), str(family.code.resolve()), None, NEW)

@@ -598,7 +598,7 @@ def server(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(240):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"{uri}/health", timeout=1).close()
                 break

@@ -3,7 +3,7 @@
 import pytest
 
 from lewis.evaluation.gate import Verdict
-from lewis.reports.verdict_line import MAX_LINE, verdict_line
+from lewis.reports.run_report import MAX_LINE, verdict_line
 
 NUMBERS = "gsm8k/acc,none 0.51 vs 0.48"
 

@@ -31,7 +31,7 @@ from lewis.merging.export import to_mergekit
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.reports import charts, pictures
+from lewis.reports import charts
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
@@ -491,11 +491,11 @@ def test_a_picture_is_drawn_once_and_again_where_damaged(family: Family, monkeyp
     drawn, real = [], charts.density_heat_map
     monkeypatch.setattr(charts, "density_heat_map", lambda *a: drawn.append(a) or real(*a))
     _, allocated = guide(open_all(family))
-    picture = pictures.densities(allocated)
-    assert pictures.densities(allocated) == picture and len(drawn) == 1
+    picture = charts.densities(allocated)
+    assert charts.densities(allocated) == picture and len(drawn) == 1
     (path,) = (store.home() / "pictures").iterdir()
     path.write_bytes(picture[:-1])
-    assert pictures.densities(allocated) == picture == path.read_bytes() and len(drawn) == 2
+    assert charts.densities(allocated) == picture == path.read_bytes() and len(drawn) == 2
 
 
 class TestFiles:

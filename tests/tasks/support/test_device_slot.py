@@ -33,9 +33,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def held_at_once(tasks: int) -> tuple[int, set[str]]:
-    """The most slots that so many threads held at once, and the devices they got."""
+def held_at_once(tasks: int, expected: int) -> tuple[int, set[str]]:
+    """The most slots that so many threads held at once, and the devices they got; waits until it is as expected."""
     inside, most, names, guard = 0, 0, set(), threading.Lock()
+    reached = threading.Event()
 
     def work() -> None:
         nonlocal inside, most
@@ -44,7 +45,10 @@ def held_at_once(tasks: int) -> tuple[int, set[str]]:
                 inside += 1
                 most = max(most, inside)
                 names.add(name)
-            time.sleep(0.3)
+                if inside == expected:
+                    reached.set()
+            reached.wait(60)
+            time.sleep(0.3)  # for one that should not come
             with guard:
                 inside -= 1
 
@@ -60,12 +64,12 @@ def held_at_once(tasks: int) -> tuple[int, set[str]]:
 def test_as_many_tasks_hold_a_device_as_there_are_slots(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "devices", lambda: ["cpu"])
     monkeypatch.setenv("LEWIS_DEVICE_SLOTS", str(number))
-    assert held_at_once(4) == (number, {"cpu"})
+    assert held_at_once(4, number) == (number, {"cpu"})
 
 
 def test_each_gpu_is_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "devices", lambda: ["cuda:0", "cuda:1"])
-    assert slots() == 2 and held_at_once(4) == (2, {"cuda:0", "cuda:1"})
+    assert slots() == 2 and held_at_once(4, 2) == (2, {"cuda:0", "cuda:1"})
     monkeypatch.setenv("LEWIS_DEVICE_SLOTS", "3")  # two tasks on the first GPU
     with device_slot() as first, device_slot() as second, device_slot() as third:
         assert (first, second, third) == ("cuda:0", "cuda:1", "cuda:0")
@@ -91,7 +95,7 @@ def test_several_gpus_are_gathered_by_one_task_at_a_time(monkeypatch: pytest.Mon
         time.sleep(0.1)
         assert one == "cuda:0" and not any(count > 1 for count in done)
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert done == [1, 1, 1]
     with device_slot(gpus=2) as two:
         assert two == "cuda:0,cuda:1"
@@ -129,7 +133,7 @@ def test_the_slot_of_a_killed_holder_is_free_at_once(machine: Path) -> None:
         thread.start()
         assert not taken.wait(0.5)
         holder.kill()
-        assert taken.wait(2)
+        assert taken.wait(60)
         thread.join()
     finally:
         holder.kill()
@@ -182,7 +186,7 @@ def test_a_slot_is_a_part_of_the_servers_limit(
         thread = threading.Thread(target=contextvars.copy_context().run, args=[work])
         thread.start()
         assert not waited.wait(1)
-    assert waited.wait(20)
+    assert waited.wait(120)
     thread.join()
     assert taken(server) == 0
 

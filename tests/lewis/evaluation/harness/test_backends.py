@@ -19,6 +19,8 @@ from lewis.evaluation.harness import backends, lm_eval, process, server
 from lewis.evaluation.harness.lm_eval import EvalSettings, tasks_digest
 from tests.support.completions_server import serving
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 ROWS = [
     {"question": "the sky is", "answer": 2, "text": " red"},
@@ -163,7 +165,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def gone(pids: list[int]) -> bool:
     """Whether all these processes end within a while."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not any(Path(f"/proc/{pid}").exists() for pid in pids):
             return True
@@ -188,7 +190,7 @@ class TestAServerThatIsStarted:
             said = asked_of(served.url)
             assert served.problem() == "" and "127.0.0.1" in served.environment["NO_PROXY"] and ticks
             os.kill(said["data"][0]["pids"][0], signal.SIGKILL)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while not served.problem() and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert "the evaluation server ended with exit code 137" in served.problem()

@@ -16,6 +16,8 @@ from lewis.errors import InputError
 from lewis.evaluation import sandbox
 from lewis.evaluation.sandbox import system_calls
 
+pytestmark = pytest.mark.slow
+
 try:
     sandbox.check()
 except InputError as error:
@@ -179,8 +181,8 @@ def processes(word: str) -> list[str]:
 def test_what_does_not_end_is_ended_with_all_it_started(program: str) -> None:
     began = time.monotonic()
     assert sandbox.run(program, timeout_s=1) == sandbox.Outcome(False, "took longer than 1 s")
-    assert time.monotonic() - began < 5
-    deadline = time.monotonic() + 5
+    assert time.monotonic() - began < 120  # and not the 600 s of the programs
+    deadline = time.monotonic() + 60
     while processes("lewis-sandbox-") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not processes("lewis-sandbox-")

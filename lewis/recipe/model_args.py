@@ -141,9 +141,7 @@ def problems_of(data: Mapping[str, Any]) -> list[str]:
     Args:
         data: the raw YAML of the recipe; what is wrong with other keys is left to the schema.
     """
-    block = data.get("evaluate")
-    if not isinstance(block, dict):
-        return []
+    block = data.get("evaluate") or {}
     backend, given = block.get("backend", "hf"), block.get("model_args") or {}
     if backend not in ALLOWED or not isinstance(given, dict):
         return []  # the schema reports it

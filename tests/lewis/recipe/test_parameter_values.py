@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lewis.recipe.settings import Rule, parse_setting, value_at
+from lewis.recipe.parameter_values import Rule, parse_setting, value_at
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
 

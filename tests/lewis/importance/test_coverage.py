@@ -9,10 +9,9 @@ import torch
 
 from lewis.errors import InputError
 from lewis.importance import streaming
-from lewis.importance.by_name import covered_tensors
 from lewis.importance.calibration import Calibration
+from lewis.importance.coverage import covered_tensors, told
 from lewis.importance.measure import measure
-from lewis.importance.uncovered import told
 from lewis.models.checkpoint import Checkpoint
 from tests.support.models import write_tensors
 from tests.support.tiny_architectures import tiny

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import InputError, RecipeError
-from lewis.recipe import Recipe, yaml_limits
-from lewis.recipe.yaml_limits import MAX_BYTES, load
+from lewis.recipe import Recipe, yaml_text
+from lewis.recipe.yaml_text import MAX_BYTES, load
 
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(60)  # what hangs fails
 @pytest.fixture(autouse=True)
 def _fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """To count to the real limit takes three seconds."""
-    monkeypatch.setattr(yaml_limits, "MAX_VALUES", 10_000)
+    monkeypatch.setattr(yaml_text, "MAX_VALUES", 10_000)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lewis.errors import RecipeError
-from lewis.recipe.backends import ALLOWED
+from lewis.recipe.model_args import ALLOWED
 from lewis.recipe.recipe import Recipe
 from tests.lewis.recipe.test_readme import README
 from tests.support.models import parse
