@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lewis import settings
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 
@@ -43,9 +43,7 @@ def merge_device(gpu: str = "cuda") -> str:
     Raises:
         InputError: if the variable has another value, or this machine has no GPU.
     """
-    given = os.environ.get("LEWIS_MERGE_DEVICE") or "cpu"
-    if given not in ("cpu", "cuda"):
-        raise InputError(f"LEWIS_MERGE_DEVICE: expected cpu or cuda, got {given!r}; set or unset it")
+    given = settings.MERGE_DEVICE.get()
     if given == "cuda" and default_device() == "cpu":
         raise InputError("LEWIS_MERGE_DEVICE: it is cuda, but torch finds no GPU on this machine; unset it")
     return gpu if given == "cuda" else "cpu"

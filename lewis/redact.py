@@ -25,6 +25,11 @@ def redacted(text: str) -> str:
     return _QUERY.sub(rf"\1{HIDDEN}", text) if "=" in text else text
 
 
+def printable(text: str) -> str:
+    """At most 500 characters of a text, with `?` for everything but printable ASCII."""
+    return re.sub(r"[^ -~]", "?", text)[:500]
+
+
 def redact_logs() -> None:
     """Take passwords out of all that this process logs from now on, whichever library logs it, tracebacks too."""
     made = logging.getLogRecordFactory()

@@ -20,7 +20,7 @@ from filelock import Timeout
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
-from lewis.store import kinds, manifest
+from lewis.store import kinds, manifest, secrets
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
@@ -113,7 +113,7 @@ def _copy_store(target: Path) -> None:
     for name in _FOLDERS:
         if (store.home() / name).is_dir():
             shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*"))
-    for path in store.secret_files():
+    for path in secrets.files():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
 

@@ -131,7 +131,7 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
         if (found := client.read_deployment_by_name(DEPLOYMENT).work_pool_name) != work_queue.pool():
             raise LewisError(
                 f"evaluate: expected the deployment {DEPLOYMENT} in the work pool {work_queue.pool()}, but it is in "
-                f"{found}; run `lewis deploy` with the {work_queue.POOL_SETTING} that the merges have"
+                f"{found}; run `lewis deploy` with the LEWIS_EVALUATE_POOL that the merges have"
             )
         run = run_deployment(
             DEPLOYMENT,
@@ -142,8 +142,8 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
         )
     except ObjectNotFound as error:
         raise LewisError(
-            f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which {work_queue.SETTING} and "
-            f"{work_queue.POOL_SETTING} need; run `lewis deploy`, and if you deploy a file of your own, copy it from "
+            f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which LEWIS_EVALUATE_QUEUE and "
+            f"LEWIS_EVALUATE_POOL need; run `lewis deploy`, and if you deploy a file of your own, copy it from "
             "deployments/prefect.yaml"
         ) from error
     except httpx.HTTPError as error:

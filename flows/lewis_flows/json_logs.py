@@ -13,10 +13,9 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from lewis.errors import InputError
+from lewis import settings
 from lewis.redact import redacted
 
-SETTING = "LEWIS_LOG_FORMAT"
 CONSOLE = "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS"
 """Prefect's own setting of what prints its logs; it is read when Prefect is first imported."""
 
@@ -27,10 +26,7 @@ def is_json() -> bool:
     Raises:
         InputError: if `LEWIS_LOG_FORMAT` is neither `text` nor `json`.
     """
-    given = os.environ.get(SETTING) or "text"
-    if given not in ("text", "json"):
-        raise InputError(f"{SETTING}: expected text or json, got {given!r}; set or unset it")
-    return given == "json"
+    return settings.LOG_FORMAT.get() == "json"
 
 
 def prepare() -> None:

@@ -5,7 +5,6 @@ project, and `recipes` in the store (`LEWIS_HOME`) where the package was install
 """
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import InputError, LewisError, nearest
 from lewis.input_files import check_regular, read_bytes
 from lewis.recipe import yaml_text
@@ -32,11 +31,8 @@ _NAME = re.compile(r"[^\W_][\w .+@-]*")
 
 def location() -> Path:
     """The absolute path of the folder, which need not exist: see the top of this module."""
-    if given := os.environ.get("LEWIS_RECIPES"):
-        try:
-            return Path(given).expanduser().absolute()
-        except RuntimeError as error:  # "~nobody"
-            raise InputError(f"LEWIS_RECIPES: {given}: {error}") from error
+    if given := settings.RECIPES.get():
+        return given
     return SHIPPED.resolve() / "recipes" if SHIPPED.is_symlink() else store.home() / "recipes"
 
 
@@ -51,7 +47,7 @@ def folder() -> Path:
         fix = "set LEWIS_RECIPES to the folder of your recipes"
         raise InputError(
             f"{path}: LEWIS_RECIPES names no folder; {fix}"
-            if os.environ.get("LEWIS_RECIPES")
+            if settings.RECIPES.given()
             else f"{path}: no such folder; `lewis up` and `lewis deploy` make it, or {fix}"
         )
     return path
@@ -64,7 +60,7 @@ def make() -> None:
     folder that `LEWIS_RECIPES` names is not made, so that a wrong path is told.
     """
     path = location()
-    if os.environ.get("LEWIS_RECIPES") or path.exists():
+    if settings.RECIPES.given() or path.exists():
         return
     with store.lock("recipes"):
         if path.exists():

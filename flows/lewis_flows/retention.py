@@ -95,9 +95,9 @@ def remove(found: list[Outdated]) -> None:
 def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iterator[Outdated]:
     """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
     seen = set[tuple[str, str]]()
-    limits = {"end_time": {"before_": datetime.fromtimestamp(before, UTC)}}
+    old = {"before_": datetime.fromtimestamp(before, UTC)}
     ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
-    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, **limits):
+    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
         if of in seen and str(run.id) not in kept and run.end_time is not None:
             yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 
 from prefect.client.orchestration import get_client
 
+from lewis import settings
+
 HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
 
 
@@ -33,8 +35,9 @@ def load_for_run(recipe: str | None) -> None:
 
 
 def load_for_receiver() -> None:
-    """Set the secret of the webhook if the environment does not have it."""
-    _set({"LEWIS_WEBHOOK_SECRET": _read([WEBHOOK_SECRET]).get(WEBHOOK_SECRET)})
+    """Set the secret of the webhook, if there is a block of it."""
+    if found := _read([WEBHOOK_SECRET]):
+        os.environ[settings.WEBHOOK_SECRET.name] = found[WEBHOOK_SECRET]
 
 
 def _set(values: Mapping[str, str | None]) -> None:

@@ -89,7 +89,8 @@ def is_stack(config: MergeConfig, base: Model, experts: Mapping[str, Model]) -> 
     if not config.slices:
         return False
     models = {**experts, str(config.base_model): base}
-    return not in_place(config, {ref: layers_of(ref, [*m.tensors, *m.tied]).count for ref, m in models.items()})
+    counts = {ref: layers_of(ref, [*model.tensors, *model.tied]).count for ref, model in models.items()}
+    return not in_place(slices_of(config), config.base_model, counts)
 
 
 def norm_difference(base: Norms, expert: Norms) -> dict[str, float | None]:

@@ -1,12 +1,8 @@
 """`LEWIS_EVALUATE_QUEUE` and `LEWIS_EVALUATE_POOL`: where workers take models to score, such as those near GPUs."""
 
-import os
-import re
+from lewis import settings
 
-from lewis.errors import InputError
-
-SETTING, POOL_SETTING = "LEWIS_EVALUATE_QUEUE", "LEWIS_EVALUATE_POOL"
-MERGES = "lewis"
+MERGES = settings.EVALUATE_POOL.default
 """The work pool of all other runs."""
 
 
@@ -16,7 +12,7 @@ def queue() -> str:
     Raises:
         InputError: if no work queue, or no work pool, can have the name that was given.
     """
-    return _name(SETTING, "work queue", "gpu") or ("default" if pool() != MERGES else "")
+    return settings.EVALUATE_QUEUE.get() or ("default" if pool() != MERGES else "")
 
 
 def pool() -> str:
@@ -25,7 +21,7 @@ def pool() -> str:
     Raises:
         InputError: if no work pool can have the name that was given.
     """
-    return _name(POOL_SETTING, "work pool", "evaluate") or MERGES
+    return settings.EVALUATE_POOL.get()
 
 
 def place(name: str) -> str:
@@ -36,10 +32,3 @@ def place(name: str) -> str:
 def worker_options(name: str, of: str) -> str:
     """What `prefect worker start` is given to serve the work queue of that name in the work pool `of`."""
     return f"--work-queue {name}" + ("" if of == MERGES else f" --pool {of}")
-
-
-def _name(setting: str, what: str, example: str) -> str:
-    name = os.environ.get(setting, "").strip()
-    if re.search(r"[/%&<>\s]", name):
-        raise InputError(f"{setting}: expected the name of a {what}, such as {example}, got {name!r}; set or unset it")
-    return name

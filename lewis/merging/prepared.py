@@ -22,7 +22,8 @@ from lewis.devices import default_device, precision
 from lewis.errors import InputError
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
-from lewis.merging.calibration_rows import EVERY, RIDGES, check_split
+from lewis.merging.calibration_rows import EVERY, RIDGES
+from lewis.merging.checks import check_adapter, check_calibrations, check_parameters, check_scales
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.merging.vocabulary.alignment import Alignment, align
@@ -33,7 +34,6 @@ from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files.folder import tokenizer_files
-from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 from lewis.models.names import layer_of
 from lewis.models.tokenizer import tokenizer_folder
@@ -124,10 +124,11 @@ class Prepared:
             guide = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
             unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
             made = replace(made, guide=guide, held_back={}, experts=unscaled)
-        made._check_parameters()
-        made._check_scales()
-        made._check_fit()
-        made._check_output()
+        names = [name for name in read.tensors if name not in made.excluded]
+        check_parameters(made.method, names, made.experts, made.parameters)
+        check_scales(settings, read, made.experts, made.held_back, made.adds_to_base)
+        check_calibrations(made.method, made.experts, tunes=made.tunes)
+        check_adapter(settings, read, new_vocabulary=vocabulary.target is not None)
         return made
 
     @property
@@ -287,58 +288,6 @@ class Prepared:
         return InputError(
             f"{self.base.folder}: no projection that {self.method.name} could fit; use another merge_method"
         )
-
-    def _check_parameters(self) -> None:
-        for name in self.base.tensors.keys() - self.excluded if self.method.check else ():
-            values = self.parameters(name)
-            for i, expert in enumerate(self.experts):
-                each = {
-                    p.name: values[p.name][i] if p.per_expert else values[p.name]
-                    for p in self.method.parameters.values()
-                }
-                with self.method.blamed(name):
-                    problem = self.method.check(each, len(self.experts)) if self.method.check else None
-                if problem:
-                    raise InputError(f"{name}: {expert.ref}: {problem}")
-
-    def _check_scales(self) -> None:
-        if any(expert.scales for expert in self.experts) and not self.method.takes_scales:
-            raise InputError(f"lewis.prune_by: {self.method.name} does not trim by size; use magnitude")
-        if self.held_back and not self.adds_to_base:
-            raise InputError(f"lewis.aim: {self.method.name} merges no task vectors that could be held back")
-        of_base = (str(self.settings.base), self.held_back)
-        for model, scales in (of_base, *((expert.ref, expert.scales or {}) for expert in self.experts)):
-            for name, scale in scales.items():
-                shape = self.base.tensors[name].shape if name in self.base.tensors else ()
-                axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)
-                if len(shape) < scale.dim() or any(size not in (1, length) for length, size in axes):
-                    raise InputError(
-                        f"{model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
-                        f"{list(shape)}; measure the importance of this model again"
-                    )
-
-    def _check_fit(self) -> None:
-        if not self.method.fits:
-            return
-        if lacking := [expert.ref for expert in self.experts if expert.calibration is None]:
-            raise InputError(f"{lacking[0]}: {self.method.name} needs its calibration set; see lewis.calibrations")
-        for expert in self.experts if self.tunes else ():
-            if expert.calibration is not None:
-                check_split(expert.ref, expert.calibration)
-
-    def _check_output(self) -> None:
-        if not self.as_adapter:
-            return
-        if isinstance(self.base, LoraExpert):
-            raise InputError(
-                f"output.kind: the base {self.settings.base} is an adapter on a model itself, and PEFT puts an adapter "
-                "on a full model; merge the base's adapter into it first, or use full"
-            )
-        if self.vocabulary.target is not None:
-            raise InputError(
-                "output.kind: an adapter has its base's vocabulary, and the result has another one here; leave the "
-                "tokenizer out, or use full"
-            )
 
     def _resolved(self, name: str) -> dict[str, Any]:
         """The parameters of a tensor for the digest: without those that came later, at values that change nothing."""

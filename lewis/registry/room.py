@@ -34,6 +34,8 @@ def make_room(needed: int) -> int:
             sum_ += item.bytes
     freed = housekeeping.remove(chosen)
     if chosen:
-        told = "%s leaves too little: %d entries that nothing needs were removed, %.2f GB, the longest unused first"
-        logger.warning(told, size.QUOTA, len(chosen), freed / 1e9)
+        logger.warning(
+            "LEWIS_QUOTA leaves too little: %d entries that nothing needs were removed, %.2f GB, the longest unused "
+            "first", len(chosen), freed / 1e9,
+        )  # fmt: skip
     return freed

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import InputError
 from lewis.models.hub import repository
 from lewis.models.lora.config import read_settings
@@ -280,7 +280,7 @@ def champion_of(client: "MlflowClient", name: str) -> Champion | None:
 
 
 def _server() -> str:
-    uri = os.environ.get("LEWIS_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")  # `lewis up` sets the first
+    uri = settings.MLFLOW_UI.get() or os.environ.get("MLFLOW_TRACKING_URI", "")  # `lewis up` sets the first
     if not uri.startswith("http"):
         return "http://127.0.0.1:5000"
     parts = urlsplit(uri)

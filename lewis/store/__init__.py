@@ -28,7 +28,7 @@ from lewis.store.files import (
     write_text,
     written_beside,
 )
-from lewis.store.folders import holds, home, make_folder, private_folder, restrict, secret_files, umask
+from lewis.store.folders import holds, home, make_folder, private_folder, restrict, umask
 from lewis.store.lease import shared_lock, turn
 from lewis.store.manifest import read_manifest
 from lewis.store.scratch import beside, is_dead, scratch_folder, writer
@@ -60,7 +60,6 @@ __all__ = [
     "read_manifest",
     "restrict",
     "scratch_folder",
-    "secret_files",
     "set_aside",
     "shared_lock",
     "sweep",

@@ -107,8 +107,8 @@ def check_space(folder: Path, needed: int, what: str = "the output") -> None:
     """Raise InputError unless the file system of `folder`, and the quota, have room for `needed` bytes, for `what`."""
     free, by_quota = _free(folder)
     if free < needed:
-        fix = f"raise {size.QUOTA}, remove what you can do without (`lewis gc --days 1`)" if by_quota else "free some"
-        where = f"{size.QUOTA} leaves {free / 1e9:.2f} GB" if by_quota else f"{free / 1e9:.2f} GB are free"
+        fix = "raise LEWIS_QUOTA, remove what you can do without (`lewis gc --days 1`)" if by_quota else "free some"
+        where = f"LEWIS_QUOTA leaves {free / 1e9:.2f} GB" if by_quota else f"{free / 1e9:.2f} GB are free"
         raise InputError(
             f"{folder}: no space: {what} needs {needed / 1e9:.2f} GB, {where}; "
             f"{fix}, or write elsewhere (-o, or LEWIS_HOME)"

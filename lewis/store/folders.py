@@ -10,28 +10,20 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from lewis import settings
 from lewis.errors import InputError
 
 _OTHERS, _ALL_BUT_OWNER = 0o007, 0o077
 
 
 def home() -> Path:
-    """The root of the store: the absolute path of `LEWIS_HOME`, by default `~/.cache/lewis`."""
-    given = os.environ.get("LEWIS_HOME") or "~/.cache/lewis"
-    try:
-        return Path(given).expanduser().resolve()
-    except RuntimeError as error:  # "~nobody", links in a circle
-        raise InputError(f"LEWIS_HOME: {given}: {error}; set it to a folder that may be written to") from error
+    """The root of the store: the absolute path of `LEWIS_HOME`."""
+    return settings.HOME.get()
 
 
 def holds(path: Path) -> bool:
     """Whether a path is inside the store."""
     return path.absolute().is_relative_to(home())
-
-
-def secret_files() -> list[Path]:
-    """The files of the store that hold secrets: keys and passwords, which are named after what they are."""
-    return sorted(path for ending in ("key", "secret", "password") for path in home().glob(f"*-{ending}"))
 
 
 def umask() -> int:

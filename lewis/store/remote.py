@@ -25,6 +25,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lewis import settings
 from lewis.errors import InputError
 from lewis.redact import redacted
 from lewis.store import files, kinds
@@ -53,7 +54,7 @@ class Found(NamedTuple):
 
 def url() -> str:
     """`LEWIS_STORE`; empty if there is no remote half."""
-    return os.environ.get("LEWIS_STORE", "").rstrip("/")
+    return settings.STORE.get()
 
 
 def shares_merged() -> bool:
@@ -62,10 +63,7 @@ def shares_merged() -> bool:
     Raises:
         InputError: if it is neither 0 nor 1.
     """
-    given = os.environ.get("LEWIS_STORE_MERGED") or "0"
-    if given not in ("0", "1"):
-        raise InputError(f"LEWIS_STORE_MERGED: expected 0 or 1, got {given!r}; set or unset it")
-    return given == "1"
+    return settings.STORE_MERGED.get()
 
 
 def shares(path: Path) -> bool:

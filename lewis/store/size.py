@@ -1,31 +1,10 @@
 """How large the store is, by its folders, and how large it may be: `LEWIS_QUOTA`."""
 
 import os
-import re
 from pathlib import Path
 
-from lewis.errors import InputError
+from lewis import settings
 from lewis.store.folders import home
-
-QUOTA = "LEWIS_QUOTA"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_size(text: str, name: str) -> int:
-    """`"5GB"` in bytes (decimal units, as transformers' `max_shard_size`).
-
-    Args:
-        text: the size.
-        name: of the setting, for the error message.
-
-    Raises:
-        InputError: if the text is no such size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
-    size = float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")] if match else 0.0
-    if not 1 <= size < 1e18:
-        raise InputError(f"{name}: expected a size such as 5GB or 500MB, got {text!r}")
-    return int(size)
 
 
 def quota() -> int | None:
@@ -34,8 +13,7 @@ def quota() -> int | None:
     Raises:
         InputError: if `LEWIS_QUOTA` is no size.
     """
-    given = os.environ.get(QUOTA)
-    return parse_size(given, QUOTA) if given else None
+    return settings.QUOTA.get()
 
 
 def by_folder() -> dict[str, int]:

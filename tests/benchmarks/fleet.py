@@ -72,7 +72,7 @@ def databases(root: Path) -> None:
     """One run of no change, copied row by row in Prefect's database; as many runs and versions in MLflow's."""
     os.environ["LEWIS_HOME"] = str(root / "home")
     from lewis_flows import environment
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
     from lewis_flows.service.status import status
 
@@ -108,7 +108,7 @@ def idle(root: Path) -> None:
     from lewis_flows import environment
 
     environment.prepare()
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.processes import Process
     from lewis_flows.service.servers import prefect_server
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 def overhead(root: Path) -> list[bool]:
     """The same merge with and without the DAG; each full run in a new process, from an empty store, in alternation."""
     from lewis_flows import environment
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     family = in_new_process(root / "training", train_demo, root / "demo")
@@ -126,6 +126,7 @@ def time_runs(side: str, recipe: Path) -> list[float]:
 
 def run_library(path: str) -> None:
     """What the DAG does to a guided recipe, step by step, without Prefect."""
+    from lewis.evaluation import step
     from lewis.evaluation.gate import decide
     from lewis.evaluation.harness import lm_eval
     from lewis.recipe.recipe import Recipe
@@ -149,7 +150,7 @@ def run_library(path: str) -> None:
     models = {"base": base, **dict(zip(names, experts, strict=True))}
     models |= {"uniform": uniform.files("uniform"), recipe.label: merged.files(recipe.label)}
     scores = {label: pipeline.score(files, settings) for label, files in models.items()}
-    scored = {model.label: model for model in pipeline.scored(recipe.score_weights, scores)}
+    scored = {model.label: model for model in step.scored(recipe.score_weights, scores)}
     against = champion.version.uri if champion else "base"
     verdict = decide(recipe.register_as.gate, scored[recipe.label], scored["base"], against, base=scored["base"])
     version = creation.register(registration_of(recipe, base, experts, [], allocated, merged, scores))
@@ -168,7 +169,7 @@ def time_process(side: str, recipe: Path, home: Path) -> float:
 
 def time_remerge(root: Path) -> list[dict[str, float]]:
     """A full run and a re-merge, after a small one of other models has warmed up all code."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     experts = ["one", "two", "three", "four"]

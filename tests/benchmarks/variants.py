@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from lewis.evaluation.statistics.scored import Scored, gain
+from lewis.evaluation.step import EvalSettings, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial
@@ -34,9 +35,10 @@ def score(name: str, recipe: Recipe) -> Scored:
     base = pipeline.download(base_source) if base_source else None
     experts = [pipeline.download(source) for source in sources]
     assert recipe.evaluate is not None
-    entry = trial.score_trial(recipe, base, experts, pipeline.EvalSettings.of(recipe.evaluate, recipe.root))
+    known = pipeline.known(recipe, base, experts)
+    entry = trial.score_trial(recipe, known, EvalSettings.of(recipe.evaluate, recipe.root))
     print(f"{name}: scored", file=sys.stderr)
-    return pipeline.scored(recipe.score_weights, {name: entry})[0]
+    return scored(recipe.score_weights, {name: entry})[0]
 
 
 def row(model: Scored, default: Scored, metric: str) -> dict[str, str]:

@@ -55,7 +55,8 @@ def test_a_server_that_is_away_for_a_minute(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from lewis_flows.service import mlflow_key
+    from lewis.store.secrets import MLFLOW_PASSWORD
+    from lewis_flows.service import credentials
     from lewis_flows.service.servers import mlflow_process, prefect_process
 
     home, tally = tmp_path / "home", Tally(f"{which} {how} for a minute", 1)
@@ -66,7 +67,7 @@ def test_a_server_that_is_away_for_a_minute(
     started = mlflow_process(free_port(), f"sqlite:///{home}/mlflow/mlflow.db")
     others = prefect_process(free_port())
     servers = {"mlflow": started[0], "prefect": others[0]}
-    user = {"MLFLOW_TRACKING_USERNAME": mlflow_key.user(), "MLFLOW_TRACKING_PASSWORD": mlflow_key.password()}
+    user = {"MLFLOW_TRACKING_USERNAME": credentials.mlflow_user(), "MLFLOW_TRACKING_PASSWORD": MLFLOW_PASSWORD.read()}
     urls = {"MLFLOW_TRACKING_URI": started[1], "PREFECT_API_URL": others[1], **user}
     with adopted():
         try:

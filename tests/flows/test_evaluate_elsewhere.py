@@ -129,7 +129,7 @@ def test_a_server_without_the_deployment_is_told(
 
 def test_a_deployment_in_another_pool_is_told(started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run there could wait for the merge that waits for it, or have no GPU."""
-    monkeypatch.setenv(work_queue.POOL_SETTING, "scoring")
+    monkeypatch.setenv("LEWIS_EVALUATE_POOL", "scoring")
     server = started(Failed(message="no"))
     with pytest.raises(
         LewisError, match=r"expected .* in the work pool scoring, but it is in lewis; run `lewis deploy`"
@@ -146,20 +146,20 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
     inside, outside = tmp_path / "tiny.yaml", tmp_path / "other" / "tiny.yaml"
     assert elsewhere.queue_for(inside) == ""
-    monkeypatch.setenv(work_queue.SETTING, " gpu ")
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", " gpu ")
     assert (elsewhere.queue_for(inside), elsewhere.queue_for(outside)) == ("gpu", "")
     assert step.scoring_devices() == ("cuda", "cpu")
     assert up._worker()[-2:] == ["--work-queue", "default"]  # it does not take what its own merges wait for
-    monkeypatch.setenv(work_queue.POOL_SETTING, "lewis")  # the pool of the merges is none of its own
-    monkeypatch.delenv(work_queue.SETTING)
+    monkeypatch.setenv("LEWIS_EVALUATE_POOL", "lewis")  # the pool of the merges is none of its own
+    monkeypatch.delenv("LEWIS_EVALUATE_QUEUE")
     assert elsewhere.queue_for(inside) == ""
-    monkeypatch.setenv(work_queue.POOL_SETTING, "evaluate")
+    monkeypatch.setenv("LEWIS_EVALUATE_POOL", "evaluate")
     assert (elsewhere.queue_for(inside), elsewhere.queue_for(outside)) == ("default", "")
     assert step.scoring_devices() == ("cuda", "cpu")
-    monkeypatch.setenv(work_queue.POOL_SETTING, "a b")
+    monkeypatch.setenv("LEWIS_EVALUATE_POOL", "a b")
     with pytest.raises(InputError, match=r"LEWIS_EVALUATE_POOL: expected the name of a work pool, .* got 'a b'"):
         work_queue.pool()
-    monkeypatch.setenv(work_queue.SETTING, "a/b")
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "a/b")
     with pytest.raises(InputError, match=r"LEWIS_EVALUATE_QUEUE: expected the name .* got 'a/b'"):
         work_queue.queue()
 
@@ -168,7 +168,7 @@ def test_scores_of_different_devices_are_not_mixed(monkeypatch: pytest.MonkeyPat
     """Of two models, one has scores of both, one of a CPU alone: then those of a CPU count."""
     there = {("a", "cpu"), ("a", "cuda"), ("b", "cpu")}
     monkeypatch.setattr(step, "find_scores", lambda _, key, *rest: rest[-1] if (key, rest[-1]) in there else None)
-    monkeypatch.setenv(work_queue.SETTING, "gpu")
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")
     settings = step.EvalSettings(("words",), tmp_path)
     models = {"base": ("org/a", "a"), "merged": ("merged", "b")}
     assert step.find_all_scores(models, settings) == {"base": "cpu", "merged": "cpu"}
@@ -182,7 +182,7 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
 ) -> None:
     """The flow in this process, for a base, a merged model or adapter, and a worker that lacks something."""
     monkeypatch.setenv("LEWIS_RECIPES", str(recipe.parent))
-    monkeypatch.setenv(work_queue.SETTING, "gpu")
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")
     overrides = ["lewis=null", "register=null", "evaluate.baselines=[base]", *output]
     plan = Recipe.load(recipe, overrides)
     base, experts = pipeline.fetch(plan)

@@ -71,7 +71,7 @@ def test_an_error_has_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("value, handler", [("json", json_logs.JsonLines), ("", PrefectConsoleHandler)])
 def test_prefect_takes_the_handler(value: str, handler: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(json_logs.SETTING, value)
+    monkeypatch.setenv("LEWIS_LOG_FORMAT", value)
     environment.prepare()
     config = load_logging_config(Path(prefect.logging.__file__).with_name("logging.yml"))["handlers"]["console"]
     module, _, name = config.pop("class").rpartition(".")
@@ -85,20 +85,20 @@ def test_commands_say_their_errors_so(
 ) -> None:
     wrong = ["plan", "/nowhere.yaml"]
     assert main(wrong) == 2 and capsys.readouterr().err.startswith("lewis: /nowhere.yaml")
-    monkeypatch.setenv(json_logs.SETTING, "json")
+    monkeypatch.setenv("LEWIS_LOG_FORMAT", "json")
     assert main(wrong) == 2
     found = json.loads(capsys.readouterr().err)
     assert found.keys() == KEYS and found["level"] == "ERROR" and found["line"].startswith("/nowhere.yaml")
-    monkeypatch.setenv(json_logs.SETTING, "yaml")
+    monkeypatch.setenv("LEWIS_LOG_FORMAT", "yaml")
     assert main(wrong) == 2 and "expected text or json, got 'yaml'" in capsys.readouterr().err
 
 
 def test_show_log_prints_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = list[logging.Handler]()
     monkeypatch.setattr(logging, "basicConfig", lambda **given: handlers.extend(given["handlers"]))
-    monkeypatch.setenv(json_logs.SETTING, "json")
+    monkeypatch.setenv("LEWIS_LOG_FORMAT", "json")
     terminal.show_log()
-    monkeypatch.delenv(json_logs.SETTING)
+    monkeypatch.delenv("LEWIS_LOG_FORMAT")
     terminal.show_log()
     assert [type(each) for each in handlers] == [json_logs.JsonLines, terminal.Terminal]
 
@@ -107,11 +107,11 @@ def test_the_worker_is_prefects_with_our_settings(home: Path, monkeypatch: pytes
     became = list[list[str]]()
     monkeypatch.setattr(os, "execv", lambda program, arguments: became.append(arguments))
     monkeypatch.setattr(sys, "argv", ["worker", "--limit", "2"])
-    monkeypatch.setenv(json_logs.SETTING, "json")
+    monkeypatch.setenv("LEWIS_LOG_FORMAT", "json")
     worker.main()
     assert became[0][1:] == ["-m", "prefect", "worker", "start", "--pool", "lewis", "--type", "process", "--limit", "2"]
     assert os.environ[json_logs.CONSOLE] == "lewis_flows.json_logs.JsonLines"
     assert worker.command(["--pool", "scoring"])[2:] == ["worker", "start", "--type", "process", "--pool", "scoring"]
     assert [worker.command([each]).count("--pool") for each in ("-p", "--pool=scoring", "--limit")] == [0, 0, 1]
-    monkeypatch.setenv(json_logs.SETTING, "xml")
+    monkeypatch.setenv("LEWIS_LOG_FORMAT", "xml")
     assert worker.main() == 2 and len(became) == 1

@@ -125,7 +125,7 @@ def test_scoring_gets_a_gpu_and_a_merge_none_and_a_run_chooses_nothing(
     done = subprocess.run(command, env=given, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    monkeypatch.setenv(work_queue.POOL_SETTING, SETTINGS[work_queue.POOL_SETTING])
+    monkeypatch.setenv("LEWIS_EVALUATE_POOL", SETTINGS["LEWIS_EVALUATE_POOL"])
     parameters = {"recipe": "evil", "models": {"evil": "evil"}, "tasks": "evil", "base": "evil", "overrides": ["evil"]}
     scoring = evaluate_elsewhere._start(client, work_queue.queue(), parameters | DANGEROUS)
     nightly = client.read_deployment_by_name("merge/merge-nightly")

@@ -8,7 +8,8 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.registry import tracking
-from lewis_flows.service import mlflow_key
+from lewis.store.secrets import MLFLOW_PASSWORD
+from lewis_flows.service import credentials
 from lewis_flows.service.processes import free_port
 from lewis_flows.service.servers import mlflow_process
 
@@ -40,11 +41,14 @@ def test_mlflow_asks_for_the_password(home: Path, tmp_path: Path, monkeypatch: p
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         with pytest.raises(InputError, match="no user was refused"), tracking.client("x"):
             pass
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", mlflow_key.USER)
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", mlflow_key.password() + "x")
-        with pytest.raises(InputError, match=f"the password of {mlflow_key.USER} was refused"), tracking.client("x"):
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", credentials.MLFLOW_USER)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MLFLOW_PASSWORD.read() + "x")
+        with (
+            pytest.raises(InputError, match=f"the password of {credentials.MLFLOW_USER} was refused"),
+            tracking.client("x"),
+        ):
             pass
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", mlflow_key.password())
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MLFLOW_PASSWORD.read())
         with tracking.client("x") as client:
             run = client.create_run(tracking.experiment(client))
             client.log_text(run.info.run_id, "text", "file.txt")

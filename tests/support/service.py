@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lewis_flows.service import api_key
+from lewis.store.secrets import PREFECT_KEY
+from lewis_flows.service.credentials import PREFECT_SENT
 from tests.support.local_hub import LocalHub, Webhook
 from tests.support.prefect_key import credentials
 
@@ -126,7 +127,7 @@ class Service:
 
     def start(self) -> None:
         # PREFECT_HOME is that of the tests' own server: two servers on one database would serve each other's runs.
-        left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", api_key.SERVER, api_key.CLIENT)
+        left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", PREFECT_KEY.variable.name, PREFECT_SENT)
         environment = {key: value for key, value in os.environ.items() if key not in left_out}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

@@ -48,7 +48,7 @@ def gc(options: argparse.Namespace) -> None:
 
 def retention(options: argparse.Namespace) -> None:
     """Show what can go from Prefect, MLflow and the store's remote half, and with `--yes` remove it."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     show_log()

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
+from lewis import settings
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment, json_logs
 from lewis_flows.cli import housekeeping, inspect, merge, registry, run, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
-from lewis_flows.service import api_key, mlflow_key
+from lewis_flows.service import credentials
 
 
 class Command(NamedTuple):
@@ -97,6 +98,13 @@ COMMANDS = (
         service.status,
         "tell what runs, what is due, what champions hold and what is newer",
         (service.status_check, as_json),
+        writes=False,
+    ),
+    Command(
+        "settings",
+        service.print_settings,
+        "print every environment variable that LEWIS reads: its value now, its default, what it does",
+        (as_json,),
         writes=False,
     ),
     Command(
@@ -210,9 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         as_json = json_logs.is_json()
         environment.prepare()
-        api_key.find()
-        mlflow_key.find()
+        credentials.find()
         if options.writes:
+            settings.check()
             writable.check_store()
         code = options.run(options) or 0
         sys.stdout.flush()  # so that it is noticed here if nobody reads it

@@ -102,7 +102,7 @@ def rollback(options: argparse.Namespace) -> None:
 
 def _tell() -> None:
     """Tell the Prefect server that there is of the new champion; without one, the next to start is told."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running
 
     if url := running():

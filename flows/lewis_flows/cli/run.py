@@ -114,7 +114,7 @@ def print_merge(report: "MergeReport") -> None:
 
 def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
     """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     def leave(reason: str) -> NoReturn:

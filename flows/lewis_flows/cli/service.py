@@ -1,4 +1,4 @@
-"""`lewis up`, `deploy`, `status`, `open` and `logs`: the service that keeps merged models up to date, and its runs."""
+"""`lewis up`, `deploy`, `status`, `settings`, `open` and `logs`: the service that keeps models up to date, its runs."""
 
 import argparse
 import json
@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from lewis.errors import LewisError
+from lewis import settings
+from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis_flows import json_logs
+from lewis_flows.cli import terminal
 
 
 def up_output(command: argparse.ArgumentParser) -> None:
@@ -30,7 +32,7 @@ def up(options: argparse.Namespace) -> None:
     from lewis_flows.service.up import up
 
     if options.log_format:
-        os.environ[json_logs.SETTING] = options.log_format  # the parts print what is read here
+        os.environ[settings.LOG_FORMAT.name] = options.log_format  # the parts print what is read here
         json_logs.prepare()
     output = Output(verbose=options.verbose, as_json=json_logs.is_json())
 
@@ -48,7 +50,7 @@ def up(options: argparse.Namespace) -> None:
 
 def deploy(options: argparse.Namespace) -> None:
     """Bring a Prefect server up to date."""
-    from lewis_flows.service.api_key import connected
+    from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
     with prefect_server() as url, connected(url):
@@ -166,3 +168,23 @@ def _print(line: "Log", *, as_json: bool) -> None:
         print(json.dumps(told, ensure_ascii=False), flush=True)
     else:
         print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {line.message}", flush=True)
+
+
+def print_settings(options: argparse.Namespace) -> int:
+    """Print every setting; the exit code is 2 if one has a wrong value."""
+    rows, problems = [], []
+    for each in settings.ALL:
+        rows.append({"name": each.name, "value": each.shown(), "default": each.default, "what": each.what})
+        try:
+            each.get()
+        except InputError as error:
+            problems.append(str(error))
+    unknown = list(settings.unknown())
+    if options.json:
+        facts = {"settings": rows, "unknown": unknown, "problems": problems}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        terminal.print_table(rows)
+    for text in unknown + problems:
+        terminal.say_error(text, as_json=json_logs.is_json())
+    return 2 if problems else 0

@@ -20,11 +20,11 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.utilities.annotations import quote
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
+from lewis import settings
 from lewis.errors import InputError, LewisError
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.device_slot import slots
 
-RUNNERS = ("thread", "process", "dask", "ray")
 THREADS = 8
 
 
@@ -41,32 +41,28 @@ def task_runner() -> TaskRunner[Any]:
 
 
 def check() -> None:
-    """Check the settings.
+    """Check all settings, also those that this run will need late, before it begins to work.
 
     Raises:
         InputError: naming the variable that is wrong, or the extra that is not installed.
     """
+    settings.check()
     _chosen()
 
 
 def _chosen() -> TaskRunner[Any]:
-    name = os.environ.get("LEWIS_TASK_RUNNER") or "thread"
-    if name not in RUNNERS:
-        raise InputError(f"LEWIS_TASK_RUNNER: expected {', '.join(RUNNERS)}, got {name!r}; set or unset it")
-    given = os.environ.get("LEWIS_MAX_WORKERS", "")
-    if given and (not given.isdecimal() or int(given) == 0):
-        raise InputError(f"LEWIS_MAX_WORKERS: expected a whole number from 1 up, got {given!r}; set or unset it")
+    name, given = settings.TASK_RUNNER.get(), settings.MAX_WORKERS.get()
     if name == "thread":
-        return ThreadPoolTaskRunner(max_workers=int(given or THREADS))
+        return ThreadPoolTaskRunner(max_workers=given or THREADS)
     # A process takes half a gigabyte for torch and Prefect. So start one for each task that may hold a device, and one
     # for the tasks that need no device.
-    workers = int(given or max(2, slots() + 1))
+    workers = given or max(2, slots() + 1)
     if name == "process":
         return Processes(max_workers=workers, initializer=_begin_process)
     if importlib.util.find_spec(f"prefect_{name}") is None:
         raise InputError(f"LEWIS_TASK_RUNNER={name}: not installed; run: pip install 'lewis-merge[{name}]'")
     cluster = importlib.import_module(f"lewis_flows.runners.{name}")
-    address = os.environ.get(f"LEWIS_{name.upper()}_ADDRESS")
+    address = {"dask": settings.DASK_ADDRESS, "ray": settings.RAY_ADDRESS}[name].get()
     runner: TaskRunner[Any] = cluster.existing(address) if address else cluster.local(workers)
     return runner
 

@@ -3,12 +3,14 @@
 import os
 from typing import Any, Self
 
+from lewis import settings
+
 # Set before Ray is imported: send no usage data, show every line of the workers' logs, and do not hide the GPUs from
 # tasks that reserve none. The device slots decide which task uses a GPU.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-if not os.environ.get("LEWIS_RAY_ADDRESS"):
+if not settings.RAY_ADDRESS.get():
     # A cluster of this machine alone: all of it listens on loopback. Ray has no other setting for that; its name is
     # that of the systems where this is the default.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

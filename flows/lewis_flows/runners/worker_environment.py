@@ -6,25 +6,25 @@ This module must not import Prefect, which reads the environment when it is impo
 import os
 from collections.abc import Mapping
 
-from lewis import store
+from lewis import settings, store
 from lewis_flows import environment
-from lewis_flows.service import mlflow_key
+from lewis_flows.service import credentials
 
 # No secrets, because a cluster shows its settings: start the workers with HF_TOKEN in their own environment.
-_SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI", "LEWIS_STORE", "LEWIS_STORE_MERGED")
+_SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI", settings.STORE.name, settings.STORE_MERGED.name)
 
 
 def shared_environment() -> dict[str, str]:
     """Variables that tell a worker which store, registry and Hub to use."""
     given = {name: os.environ[name] for name in _SHARED if name in os.environ}
-    return {"LEWIS_HOME": str(store.home()), **given}
+    return {settings.HOME.name: str(store.home()), **given}
 
 
 def prepare(values: Mapping[str, str]) -> None:
-    """Begin a worker: take the flow's environment, turn telemetry off, find the password of our MLflow server."""
+    """Begin a worker: take the flow's environment, turn telemetry off, find what our servers ask for."""
     os.environ.update(values)
     environment.prepare()
-    mlflow_key.find()
+    credentials.find()
 
 
 def stop() -> None:

@@ -1,6 +1,5 @@
 """The automations on a Prefect server: mark dead runs, notify of failures and of new champions."""
 
-import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from uuid import UUID
@@ -13,6 +12,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
+from lewis import settings
 from lewis.errors import InputError
 from lewis_flows import prefect_runs, release_event
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, VERIFY
@@ -121,7 +121,7 @@ def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
 
 def _notification_block(client: SyncPrefectClient) -> UUID | None:
     """The id of the block that `LEWIS_NOTIFY` names, or of one for `LEWIS_NOTIFY_URL`; None if neither is set."""
-    named, url = os.environ.get("LEWIS_NOTIFY"), os.environ.get("LEWIS_NOTIFY_URL")
+    named, url = settings.NOTIFY.get(), settings.NOTIFY_URL.get()
     if url and not named:
         from prefect.blocks.notifications import CustomWebhookNotificationBlock
         from prefect.types import SecretDict

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from lewis import settings
 from lewis.errors import InputError
 
 NAMES = (
     *("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_PASSWORD"),
     *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGPASSWORD", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD"),
     *("MLFLOW_FLASK_SERVER_SECRET_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-    *("LEWIS_WEBHOOK_SECRET", "HF_TOKEN"),
+    *("HF_TOKEN", *(each.name for each in settings.ALL if each.secret)),
 )
 """The variables that may be in a file."""
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from lewis.errors import InputError, TransientError
 from lewis.registry import releases, versions
+from lewis.store.secrets import PREFECT_KEY
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.service import api_key, mlflow_key, note, servers
-from lewis_flows.service.api_key import connected
+from lewis_flows.service import credentials, note, servers
+from lewis_flows.service.credentials import connected
 
 
 class Links(BaseModel):
@@ -61,10 +62,10 @@ def links(recipe: str) -> Links:
     path = recipes_folder.find(recipe)
     found = Links(recipe=recipes_folder.name_of(str(path)))
     known = note.read()
-    if known and not os.environ.get("PREFECT_API_URL") and api_key.path().exists():
-        found.sign_in["Prefect"] = f"the key in {api_key.path()}"
+    if known and not os.environ.get("PREFECT_API_URL") and PREFECT_KEY.path().exists():
+        found.sign_in["Prefect"] = f"the key in {PREFECT_KEY.path()}"
     if user := known.get("mlflow_user"):
-        found.sign_in["MLflow"] = mlflow_key.asked_for(user)
+        found.sign_in["MLflow"] = credentials.mlflow_asks_for(user)
     with server() as (client, ui):
         if run := last_run(client, found.recipe):
             found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"

@@ -138,13 +138,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def usable_port(variable: str, default: int) -> int:
-    """The port that an environment variable names, or the default.
+def usable_port(variable: str, text: str) -> int:
+    """The port that a text names, if nobody listens on it.
+
+    Args:
+        variable: the environment variable with the port, for error messages.
+        text: its value, or the default.
 
     Raises:
-        InputError: if the variable is no port number, or the port is taken.
+        InputError: if the text is no port number, or the port is taken.
     """
-    text = os.environ.get(variable) or str(default)
     if not text.isdigit() or not 0 < int(text) < 65536:
         raise InputError(f"{variable}: expected a port, 1 to 65535, got {text!r}")
     with socket.socket() as probe:

@@ -17,10 +17,9 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lewis.errors import LewisError
-from lewis.redact import redacted
+from lewis.redact import printable, redacted
 from lewis_flows import recipes_folder
 from lewis_flows.release_event import announce, hub_repos
-from lewis_flows.service.access_log import printable
 
 _BRANCH = "refs/heads/main"
 

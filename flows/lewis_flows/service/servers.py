@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lewis import settings
 from lewis.registry import tracking
-from lewis_flows.service import api_key, mlflow_key, note
+from lewis.store.secrets import PREFECT_KEY
+from lewis_flows.service import credentials, note
 from lewis_flows.service.prefect_app import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
@@ -22,7 +24,7 @@ _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLO
 def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     """Give the URL of a Prefect API: the user's own, that of `lewis up`, or one of a server started for this block.
 
-    `api_key.connected` lets Prefect's client use it.
+    `credentials.connected` lets Prefect's client use it.
 
     Args:
         died: called from a thread, with a sentence, if the server that was started ends before the block does. It
@@ -64,7 +66,7 @@ def running() -> str | None:
     served = known.get("prefect")
     found = os.environ.get("PREFECT_API_URL") or (served if served and answers(f"{served}/health") else None)
     if found and found == served:
-        os.environ.setdefault("LEWIS_MLFLOW_UI", known.get("mlflow", ""))  # where the pages of versions are
+        os.environ.setdefault(settings.MLFLOW_UI.name, known.get("mlflow", ""))  # where the pages of versions are
     return found
 
 
@@ -77,7 +79,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": os.environ.get(
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,orphans"
         ),  # logs of runs that retention or a poll has deleted
-        api_key.SERVER: api_key.api_key(),
+        PREFECT_KEY.variable.name: PREFECT_KEY.read(),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_UI_URL": os.environ.get(
@@ -95,7 +97,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
 
 
 def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:
-    """An MLflow server on loopback, not started yet, and its URL; with a password if `mlflow_key.wanted`.
+    """An MLflow server on loopback, not started yet, and its URL; with a password unless `LEWIS_MLFLOW_AUTH` is 0.
 
     Args:
         port: where it listens.
@@ -111,7 +113,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     # Of experiments that others make through this server; else they would go into the folder that it is started in.
     files = "MLFLOW_ARTIFACTS_DESTINATION"
     environment[files] = os.environ.get(files) or tracking.artifacts_folder().as_uri()
-    if mlflow_key.wanted():
+    if settings.MLFLOW_AUTH.get():
         command += ["--app-name", "basic-auth"]
-        environment |= mlflow_key.server_environment()
+        environment |= credentials.mlflow_environment()
     return Process("mlflow", command, environment, health=f"{url}/health", echo=echo, private=True), url

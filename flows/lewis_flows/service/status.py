@@ -13,7 +13,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.models.source import pin_all
@@ -23,7 +23,7 @@ from lewis.registry.releases import Held
 from lewis_flows import polls, prefect_runs, recipes_folder, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
 from lewis_flows.service import note
-from lewis_flows.service.api_key import connected
+from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
 from lewis_tasks.support import device_queue
@@ -39,7 +39,7 @@ def status() -> Status:
         mlflow = Part(
             name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
         )
-    webhooks = _part("webhooks", os.environ.get("LEWIS_WEBHOOK_URL") or known.get("webhook") or "")
+    webhooks = _part("webhooks", settings.WEBHOOK_URL.get() or known.get("webhook") or "")
     found = Status(parts=[prefect, mlflow, webhooks], polled=polls.last())
     found.devices = device_queue.queue()
     if prefect.up:

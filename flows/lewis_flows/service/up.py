@@ -10,10 +10,11 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
-from lewis_flows.service import api_key, mlflow_key, note, worker
+from lewis.store.secrets import PREFECT_KEY
+from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_process
 
@@ -65,15 +66,15 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
             parts.append(part)
 
         urls = _start_servers(add, say)
-        asks = mlflow_key.wanted() and any(part.name == "mlflow" for part in parts)
-        known = urls | ({"mlflow_user": mlflow_key.user()} if asks else {})
+        asks = settings.MLFLOW_AUTH.get() and any(part.name == "mlflow" for part in parts)
+        known = urls | ({"mlflow_user": credentials.mlflow_user()} if asks else {})
         note.write(known)
         # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
         from lewis_flows.service.deploy import Deployed
 
         deployed = Deployed(partial(say, "lewis"), prefect_file)
         deployed.begin()
-        add(Process("worker", _worker(), {"LEWIS_MLFLOW_UI": urls["mlflow"]}, echo=_echo("worker", say)))
+        add(Process("worker", _worker(), {settings.MLFLOW_UI.name: urls["mlflow"]}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
         note.write(known | urls)
         ready(urls)
@@ -84,11 +85,12 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
     """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL` and its key."""
     urls = {"prefect": os.environ.get("PREFECT_API_URL", "")}
     if not urls["prefect"]:
-        server, urls["prefect"] = prefect_process(usable_port("PREFECT_SERVER_API_PORT", 4200), _echo("prefect", say))
+        port = usable_port("PREFECT_SERVER_API_PORT", os.environ.get("PREFECT_SERVER_API_PORT") or "4200")
+        server, urls["prefect"] = prefect_process(port, _echo("prefect", say))
         add(server)
-        os.environ.update({"PREFECT_API_URL": urls["prefect"], api_key.CLIENT: api_key.api_key()})
-        if api_key.path().exists():
-            say("lewis", f"Prefect's page asks for a key, once for each browser: it is in {api_key.path()}")
+        os.environ.update({"PREFECT_API_URL": urls["prefect"], credentials.PREFECT_SENT: PREFECT_KEY.read()})
+        if PREFECT_KEY.path().exists():
+            say("lewis", f"Prefect's page asks for a key, once for each browser: it is in {PREFECT_KEY.path()}")
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     urls["mlflow"] = given
     if not given.startswith("http"):
@@ -96,25 +98,26 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
 
         versions.configure()
         database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
-        server, urls["mlflow"] = mlflow_process(usable_port("MLFLOW_PORT", 5000), database, _echo("mlflow", say))
+        port = usable_port("MLFLOW_PORT", os.environ.get("MLFLOW_PORT") or "5000")
+        server, urls["mlflow"] = mlflow_process(port, database, _echo("mlflow", say))
         add(server)
-        if mlflow_key.wanted():
-            say("lewis", f"MLflow's page asks for {mlflow_key.asked_for(mlflow_key.user())}")
+        if settings.MLFLOW_AUTH.get():
+            say("lewis", f"MLflow's page asks for {credentials.mlflow_asks_for(credentials.mlflow_user())}")
         else:
             say("lewis", "MLflow asks for no password (LEWIS_MLFLOW_AUTH=0): every user of this machine may change it")
     return urls
 
 
 def _worker() -> list[str]:
-    limit = os.environ.get("LEWIS_WORKER_LIMIT", "4")
+    limit = str(settings.WORKER_LIMIT.get())
     only = ["--work-queue", "default"] if work_queue.queue() else []
     return worker.command(["--name", worker.name_of_up(), "--limit", limit, *only])
 
 
 def _receiver(urls: dict[str, str], say: Say) -> Process:
-    port = usable_port("LEWIS_WEBHOOK_PORT", 4300)
+    port = usable_port(settings.WEBHOOK_PORT.name, str(settings.WEBHOOK_PORT.get()))
     urls["webhook"] = f"http://127.0.0.1:{port}/webhook"
-    environment = {"LEWIS_WEBHOOK_HOST": "127.0.0.1", "LEWIS_WEBHOOK_PORT": str(port)}
+    environment = {settings.WEBHOOK_HOST.name: "127.0.0.1", settings.WEBHOOK_PORT.name: str(port)}
     health = f"http://127.0.0.1:{port}/health"
     return Process(
         "webhook", ["-m", "lewis_flows.service.webhook"], environment, health=health, echo=_echo("webhook", say)

@@ -8,9 +8,9 @@ asks the Hub for the newest commit.
 
 import hmac
 import logging
-import os
 import socket
 import sys
+import time
 from contextlib import suppress
 
 from fastapi import FastAPI, Request
@@ -18,12 +18,15 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lewis import settings
 from lewis.errors import InputError
+from lewis.redact import printable
+from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
 from lewis_flows import environment, json_logs, secret_blocks
-from lewis_flows.service import api_key, mlflow_key, webhook_secret
-from lewis_flows.service.access_log import AccessLog
-from lewis_flows.service.metrics.page import Page, default_sources, metrics_key
+from lewis_flows.service import credentials
+from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
 
 logger = logging.getLogger("lewis.webhook")
@@ -48,7 +51,7 @@ def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
     if not secret:
         raise InputError("the webhook's secret is empty: anyone could start merges; set LEWIS_WEBHOOK_SECRET")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(AccessLog, secret=secret)
+    app.add_middleware(_AccessLog, secret=secret)
     receiver = Receiver()
 
     readiness, page = Readiness(), page or Page(default_sources())
@@ -88,6 +91,40 @@ def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
     return app
 
 
+class _AccessLog:
+    """Middleware that logs each request with the answer that the endpoint left in the scope as `lewis.answer`.
+
+    The secret never gets into the log, even if a sender puts it into the path.
+    """
+
+    def __init__(self, app: ASGIApp, secret: str) -> None:
+        self._app, self._secret = app, secret
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer a request, then log it."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status, started = 500, time.monotonic()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            answer = scope.get("lewis.answer", {})
+            words = [str(answer[key]) for key in ("status", "repo", "new", "why") if key in answer]
+            words += [f"for {', '.join(answer['recipes'])}"] if answer.get("recipes") else []
+            path = scope["path"].replace(self._secret, "***")
+            client = (scope.get("client") or ["?"])[0]
+            line = printable(f"{client} {scope['method']} {path} {status} {' '.join(words)}".rstrip())
+            quiet = path.startswith("/health") or (path == "/metrics" and status < 400)
+            level = logging.DEBUG if quiet else logging.INFO if status < 400 else logging.WARNING
+            logger.log(level, "%s (%.0f ms)", line, 1000 * (time.monotonic() - started))
+
+
 async def _read(request: Request) -> bytes | None:
     """The body, or None if it is too long; then the rest is not read into memory."""
     length = request.headers.get("content-length", "")
@@ -116,7 +153,7 @@ def serve(host: str, port: int, secret: str) -> None:
     """
     import uvicorn
 
-    app = create_app(secret, metrics_key())
+    app = create_app(secret, METRICS_KEY.read())  # of its own, so that a scraper has no secret that opens more
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
@@ -130,9 +167,9 @@ def _secret() -> str:
     """The secret of the environment or of the store; else that of Prefect's block; else a new one, which is kept.
 
     Raises:
-        InputError: if Prefect, which may have it, does not answer, or as `webhook_secret.webhook_secret`.
+        InputError: if Prefect, which may have it, does not answer, or as `Secret.read`.
     """
-    if not os.environ.get("LEWIS_WEBHOOK_SECRET") and not webhook_secret.path().exists():
+    if not settings.WEBHOOK_SECRET.get() and not WEBHOOK_SECRET.path().exists():
         from httpx import HTTPError
 
         try:
@@ -142,7 +179,7 @@ def _secret() -> str:
                 f"the Prefect server, which may have the secret, does not answer ({type(error).__name__}); start it "
                 "first, or set LEWIS_WEBHOOK_SECRET"
             ) from None
-    return webhook_secret.webhook_secret()
+    return WEBHOOK_SECRET.read()
 
 
 def _check_server() -> None:
@@ -160,14 +197,11 @@ def main() -> int:
         handlers = [json_logs.JsonLines()] if json_logs.is_json() else None
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=handlers)
         logger.setLevel(logging.INFO)
-        api_key.find()
-        mlflow_key.find()
-        port = os.environ.get("LEWIS_WEBHOOK_PORT", "4300")
-        if not port.isdecimal() or int(port) > 65535:
-            raise InputError(f"LEWIS_WEBHOOK_PORT: expected a port, 0 to 65535, got {port!r}")
+        credentials.find()
+        host, port = settings.WEBHOOK_HOST.get(), settings.WEBHOOK_PORT.get()
         _check_server()
         with suppress(KeyboardInterrupt):
-            serve(os.environ.get("LEWIS_WEBHOOK_HOST", "127.0.0.1"), int(port), _secret())
+            serve(host, port, _secret())
     except InputError as error:
         logger.error("%s", error)
         return 2

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lewis.errors import InputError
 from lewis.evaluation import work_queue
 from lewis_flows import environment
-from lewis_flows.service import api_key, mlflow_key
+from lewis_flows.service import credentials
 
 
 def command(arguments: Sequence[str]) -> list[str]:
@@ -33,8 +33,7 @@ def main() -> int:
     """Become the worker; the exit code is 2 if a setting is wrong."""
     try:
         environment.prepare()
-        api_key.find()
-        mlflow_key.find()
+        credentials.find()
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -34,6 +34,7 @@ from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.sandbox.isolation import namespaces, way_to_the_hub, without_secrets
 from lewis.progress import Report, silent
+from lewis.store import secrets
 
 _BAR = re.compile(r"(?:(?:Running )?(\w+ requests|Requesting API):)?\s*\d+%\|.*\| (\d+)/(\d+) \[")
 _NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
@@ -274,4 +275,4 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) ->
 def _start(environment: Mapping[str, str], network: bool) -> tuple[int, dict[str, str], tuple[str, ...]]:
     """What a server depends on: this process, the variables that are read when it imports, and its namespaces."""
     read = {name: value for name, value in environment.items() if not name.startswith(_NOT_READ_WHEN_LOADED)}
-    return os.getpid(), read, namespaces(store.secret_files(), network=network)
+    return os.getpid(), read, namespaces(secrets.files(), network=network)

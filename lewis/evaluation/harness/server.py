@@ -20,12 +20,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lewis import guard
+from lewis import guard, settings
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.sandbox.isolation import way_to_the_hub, without_secrets
 from lewis.redact import redacted
 
-SETTING = "LEWIS_EVALUATION_SERVER"
 PATIENCE = 1800.0  # seconds until a server that was started must answer
 _GRACE = 15.0  # seconds to end after SIGTERM, before it is killed
 _SHOWN = 4000  # bytes at the end of its output that an error message shows
@@ -49,7 +48,7 @@ class Served:
 
 def setting() -> str:
     """The command or URL of this machine; empty if there is none."""
-    return os.environ.get(SETTING, "").strip()
+    return settings.EVALUATION_SERVER.get()
 
 
 def is_url() -> bool:
@@ -119,19 +118,15 @@ def _command(model: str, port: int, gpus: int) -> list[str]:
     given = setting()
     if not given:
         raise InputError(
-            f"{SETTING}: not set; evaluate.backend openai asks a server: set it to the command that starts one, such "
-            f"as {_EXAMPLE}, or to the URL of one, such as http://127.0.0.1:8000/v1"
+            "LEWIS_EVALUATION_SERVER: not set; evaluate.backend openai asks a server: set it to "
+            f"{settings.EVALUATION_SERVER.kind.expected}, such as http://127.0.0.1:8000/v1"
         )
-    try:
-        words = shlex.split(given)
-    except ValueError as error:
-        raise InputError(f"{SETTING}: it cannot be read as a command: {error}") from error
-    for place in ("{model}", "{port}"):
-        if not any(place in word for word in words):
-            raise InputError(f"{SETTING}: expected a command with {place} in it, such as {_EXAMPLE}, got {given!r}")
+    words = shlex.split(given)
     program = shutil.which(words[0])
     if program is None:
-        raise InputError(f"{SETTING}: there is no program {words[0]!r} on this machine; install it, or give its path")
+        raise InputError(
+            f"LEWIS_EVALUATION_SERVER: there is no program {words[0]!r} on this machine; install it, or give its path"
+        )
     for place, value in {"{model}": model, "{port}": str(port), "{gpus}": str(gpus)}.items():
         words = [word.replace(place, value) for word in words]
     return [os.path.abspath(program), *words[1:]]
@@ -150,7 +145,7 @@ def _wait(
         if time.monotonic() > deadline:
             raise LewisError(
                 f"the evaluation server did not answer within {patience_s:g} s{_tail(output)}\nraise "
-                "evaluate.timeout_minutes, or look at the command in " + SETTING
+                "evaluate.timeout_minutes, or look at the command in LEWIS_EVALUATION_SERVER"
             )
         tick()
         time.sleep(0.1)
@@ -170,15 +165,15 @@ def _models(url: str, *, direct: bool) -> list[str]:
             found: Any = json.loads(answer.read(1 << 20))
         return [str(each["id"]) for each in found["data"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LewisError(f"{SETTING}: {redacted(url)}/models does not list models: {error}") from error
+        raise LewisError(f"LEWIS_EVALUATION_SERVER: {redacted(url)}/models does not list models: {error}") from error
 
 
 def _check_model(url: str, model: str, names: list[str]) -> None:
     """A server that has another model might answer for that, whatever name it is asked for."""
     if model not in names:
         raise InputError(
-            f"{SETTING}: the server at {redacted(url)} has not the model {model}, but {', '.join(names) or 'none'}; it "
-            "must serve the model under the name of its folder"
+            f"LEWIS_EVALUATION_SERVER: the server at {redacted(url)} has not the model {model}, but "
+            f"{', '.join(names) or 'none'}; it must serve the model under the name of its folder"
         )
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lewis.errors import LewisError
+from lewis import settings
+from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, bytes_of, size_of, torch_dtype
 from lewis.models.files.folder import INDEX, SINGLE
-from lewis.store import size as of_store
 
 _JOURNAL = "journal.jsonl"
 _FLUSH = 1 << 26  # bytes after which the disk starts to write
@@ -262,7 +262,10 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: if the text is no such size.
     """
-    return of_store.parse_size(text, "max_shard_size")
+    try:
+        return settings.parse_size(text)
+    except ValueError:
+        raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}") from None
 
 
 def shard_names(count: int) -> list[str]:

@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.context import TaskRunContext
 from prefect.settings import PREFECT_API_URL
 
+from lewis import settings
 from lewis.devices import devices
 from lewis.errors import InputError
 from lewis_tasks.support import device_queue
@@ -39,12 +40,7 @@ def slots() -> int:
     Raises:
         InputError: if the variable is no whole number from 1 up.
     """
-    given = os.environ.get("LEWIS_DEVICE_SLOTS", "")
-    if not given:
-        return len(devices())
-    if not given.isdecimal() or int(given) == 0:
-        raise InputError(f"LEWIS_DEVICE_SLOTS: expected a whole number from 1 up, got {given!r}; set or unset it")
-    return int(given)
+    return settings.DEVICE_SLOTS.get() or len(devices())
 
 
 @contextmanager

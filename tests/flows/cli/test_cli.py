@@ -107,6 +107,28 @@ def test_messages_go_to_what_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> N
     assert sys.stderr.getvalue() == "merged\n"
 
 
+def test_the_settings_are_printed_without_secrets(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"LEWIS_WEBHOOK_SECRET": "hunter2", "LEWIS_STORE": "s3://me:hunter2@host/x"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["settings"]) == 0 and "LEWIS_WEBHOOK_SECRET" in (told := capsys.readouterr()).out
+    assert "hunter2" not in told.out + told.err
+    monkeypatch.setenv("LEWIS_STOER", "x")
+    monkeypatch.setenv("LEWIS_QUOTA", "much")
+    assert main(["settings", "--json"]) == 2
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    values = {each["name"]: each["value"] for each in found["settings"]}
+    assert values["LEWIS_HOME"] == str(home) and values["LEWIS_WEBHOOK_SECRET"] == "set"
+    assert values["LEWIS_STORE"] == "s3://***@host/x" and values["LEWIS_QUOTA"] == "much"
+    assert "LEWIS_STOER: there is no such setting; did you mean 'LEWIS_STORE'?" in found["unknown"]
+    assert found["problems"] == [
+        "LEWIS_QUOTA: expected a size such as 5GB or 500MB, got 'much'; change or unset it"
+    ] and all(text in told.err for text in found["unknown"] + found["problems"])
+    assert main(["gc"]) == 2 and "LEWIS_QUOTA: expected a size" in capsys.readouterr().err  # before any work
+
+
 def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

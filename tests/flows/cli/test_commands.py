@@ -28,6 +28,7 @@ KEYS = {
     "open": set(Links.model_fields),
     "plan": {each.name for each in dataclasses.fields(Plan)} | {"covered_layers"},
     "history": {each.name for each in dataclasses.fields(Record)},
+    "settings": {"settings", "unknown", "problems", "name", "value", "default", "what"},
     "verify": {each.name for each in dataclasses.fields(Verified)},
 }
 

@@ -17,8 +17,9 @@ from prefect.states import Completed, Running, State
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion, versions
+from lewis.store.secrets import MLFLOW_PASSWORD
 from lewis_flows.cli.main import main
-from lewis_flows.service import mlflow_key, note
+from lewis_flows.service import note
 from tests.conftest import Family
 from tests.support.lineage import registered
 
@@ -81,12 +82,12 @@ def test_the_pages_and_the_log_of_the_last_run(
 
     monkeypatch.setenv("LEWIS_MLFLOW_UI", "x")  # so that the teardown undoes what the command sets
     monkeypatch.delenv("LEWIS_MLFLOW_UI")
-    password = mlflow_key.password()
+    password = MLFLOW_PASSWORD.read()
     note.write({"prefect": prefect_url, "mlflow": "http://127.0.0.1:5001", "mlflow_user": "lewis"})
     assert main(["open", "looked at"]) == 0
     told = capsys.readouterr().out
     assert "http://127.0.0.1:5001/#/models/looked/versions/2\n" in told and password not in told
-    assert f"sign in               MLflow asks for user lewis and the password in {mlflow_key.path()}\n" in told
+    assert f"sign in               MLflow asks for user lewis and the password in {MLFLOW_PASSWORD.path()}\n" in told
 
     assert main(["logs", "looked at", "--level", "WARNING", "--json"]) == 0
     (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

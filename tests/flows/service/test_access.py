@@ -29,7 +29,9 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from lewis.errors import InputError
-from lewis_flows.service import api_key, deploy, note, prefect_app, prefect_log
+from lewis.store.secrets import PREFECT_KEY
+from lewis_flows.service import deploy, note, prefect_app, prefect_log
+from lewis_flows.service.credentials import PREFECT_SENT, connected, key_for
 from tests.support.databases import put_prefect
 from tests.support.prefect_key import KEY, credentials
 
@@ -159,29 +161,46 @@ def test_a_run_chooses_nothing_of_its_process(client: SyncPrefectClient) -> None
 
 
 def test_the_key_is_made_once_and_found_by_every_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (api_key.SERVER, api_key.CLIENT, "PREFECT_API_URL"):
+    for name in (PREFECT_KEY.variable.name, PREFECT_SENT, "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
-    made = api_key.api_key()
-    assert made == api_key.api_key() == api_key.key_for("http://127.0.0.1:1/api") and len(made) > 40
-    assert stat.S_IMODE(api_key.path().stat().st_mode) == 0o600
+    made = PREFECT_KEY.read()
+    assert made == PREFECT_KEY.read() == key_for("http://127.0.0.1:1/api") and len(made) > 40
+    assert stat.S_IMODE(PREFECT_KEY.path().stat().st_mode) == 0o600
 
     note.write({"prefect": "http://127.0.0.1:1/api"})
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
-    assert api_key.key_for("http://127.0.0.1:1/api") == made
+    assert key_for("http://127.0.0.1:1/api") == made
     monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example/api")
-    assert api_key.key_for("https://prefect.example/api") is None  # not ours: our key is not for it
-    monkeypatch.setenv(api_key.CLIENT, "theirs")
-    assert api_key.key_for("https://prefect.example/api") == "theirs"
+    assert key_for("https://prefect.example/api") is None  # not ours: our key is not for it
+    monkeypatch.setenv(PREFECT_SENT, "theirs")
+    assert key_for("https://prefect.example/api") == "theirs"
     monkeypatch.delenv("PREFECT_API_URL")
-    assert api_key.key_for("http://127.0.0.1:1/api") == made
+    assert key_for("http://127.0.0.1:1/api") == made
+
+
+@pytest.mark.parametrize("url", ["https://prefect.example/api", "http://127.0.0.1@prefect.example/api"])
+def test_the_key_of_the_store_is_sent_to_loopback_alone(home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if `lewis up` was started with `PREFECT_API_URL`, so that its note names a server elsewhere."""
+    PREFECT_KEY.read()
+    note.write({"prefect": url})
+    for name in (PREFECT_KEY.variable.name, PREFECT_SENT):
+        monkeypatch.delenv(name, raising=False)
+    for named in ("", url):
+        monkeypatch.setenv("PREFECT_API_URL", named)
+        assert key_for(url) is None
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:2/api")  # another server of this machine
+    assert key_for("http://127.0.0.1:2/api") is None
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    monkeypatch.setenv(PREFECT_SENT, "theirs")
+    assert key_for(url) == "theirs"
 
 
 def test_a_wrong_key_is_told(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)
-    monkeypatch.setenv(api_key.CLIENT, "wrong")
+    monkeypatch.setenv(PREFECT_SENT, "wrong")
     with (
         pytest.raises(InputError, match=r"wants another key; set PREFECT_API_AUTH_STRING"),
-        api_key.connected(prefect_url),
+        connected(prefect_url),
         get_client(sync_client=True) as client,
     ):
         client.read_flow_runs()
@@ -191,11 +210,11 @@ def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.Monkey
     from prefect.settings import PREFECT_API_AUTH_STRING
 
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv(api_key.SERVER, "ours")
+    monkeypatch.setenv(PREFECT_KEY.variable.name, "ours")
     before = dict(os.environ)
-    with api_key.connected("http://127.0.0.1:1/api"):
+    with connected("http://127.0.0.1:1/api"):
         assert (PREFECT_API_URL.value(), PREFECT_API_AUTH_STRING.value()) == ("http://127.0.0.1:1/api", "ours")
-        assert os.environ[api_key.CLIENT] == "ours"
+        assert os.environ[PREFECT_SENT] == "ours"
     assert dict(os.environ) == before and PREFECT_API_AUTH_STRING.value() == KEY
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from lewis import store
 from lewis.registry import creation
 from lewis.registry.registration import Registration
-from lewis_flows.service import mlflow_key
+from lewis.store.secrets import MLFLOW_PASSWORD
+from lewis_flows.service import credentials
 from lewis_flows.service.processes import free_port
 from lewis_flows.service.servers import mlflow_process
 from tests.benchmarks.browser import CHROMIUM, Browser
@@ -61,7 +62,7 @@ def test_mlflow_shows_the_pictures_the_source_and_how_long_it_took(
     server.start()
     try:
         seen = {"_mlflow_user_setting_dismiss_next_model_registry_ui": "true", "mlflow.assistant.panelOpen_v1": "false"}
-        browser.sign_in(url, mlflow_key.USER, mlflow_key.password())
+        browser.sign_in(url, credentials.MLFLOW_USER, MLFLOW_PASSWORD.read())
         browser.remember(f"{url}/#/models", {**seen, "mlflow.workflowType_v1": "machine_learning"})
         browser.open(f"{url}/#/models/tiny/versions/1", "Density per layer", width=1200, height=900)
         images = "[...document.images].filter(each => each.src.includes('density')).map(each => each.naturalWidth)"

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
-from lewis.evaluation import work_queue
 from lewis_flows.service import deploy, from_files
 
 REPO = Path(__file__).resolve().parents[3]
@@ -187,7 +186,7 @@ def test_each_work_pool_has_a_template_and_a_worker() -> None:
     settings = next(each for each in GENERATED["configMapGenerator"] if each["name"] == "settings")["literals"]
     assert [file for _, file in made] == job["files"] and made[0][0] == deploy.POOL
     assert [f"--pool={pool}" for pool, _ in made] == [container["args"][3] for container in pod["containers"]]
-    assert f"{work_queue.POOL_SETTING}={made[1][0]}" in settings
+    assert f"LEWIS_EVALUATE_POOL={made[1][0]}" in settings
     ports = [container["ports"][0]["containerPort"] for container in pod["containers"]]
     assert ports == [8080, 8081]
     for container, port in zip(pod["containers"], ports, strict=True):

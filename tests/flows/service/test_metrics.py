@@ -20,6 +20,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
 from lewis.registry.releases import Held
 from lewis.store import size
+from lewis.store.secrets import METRICS_KEY
 from lewis_flows.release_event import announce
 from lewis_flows.service import webhook
 from lewis_flows.service.metrics import of_prefect, of_registry, page
@@ -163,8 +164,8 @@ def test_a_source_that_fails_or_hangs_takes_no_other_with_it(monkeypatch: pytest
 
 
 def test_nobody_reads_it_without_its_own_key(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    key = page.metrics_key()
-    assert key == page.metrics_key() and (home / "metrics-key").stat().st_mode & 0o077 == 0
+    key = METRICS_KEY.read()
+    assert key == METRICS_KEY.read() and (home / "metrics-key").stat().st_mode & 0o077 == 0
     with TestClient(webhook.create_app("hook", key, page.Page([]))) as client:
         for given in (None, "Bearer ", "Bearer hook", key, f"Basic {key}"):
             answer = client.get("/metrics", headers={"Authorization": given} if given else {})

@@ -361,7 +361,8 @@ class TestRun:
     def test_a_function_that_gives_no_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folders = [write_tensors(tmp_path / str(i), {NAME: torch.ones(2) * i}) for i in range(2)]
         merge = small_merge("ties", folders)
-        merge.method = replace(merge.method, function=lambda *_, **__: None)
+        method = replace(merge.method, function=lambda *_, **__: None)
+        merge = replace(merge, settings=replace(merge.settings, method=method))
         with pytest.raises(LewisError, match=f"{NAME}: ties gave NoneType, expected a tensor"):
             merge.tensor(NAME)
 

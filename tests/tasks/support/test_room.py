@@ -10,7 +10,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.registry import room
 from lewis.registry.room import make_room
-from lewis.store import kinds, size
+from lewis.store import kinds
 
 OLD = time.time() - 30 * 86400
 
@@ -23,7 +23,7 @@ def filled(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         with store.publish(path, {"model": "m"}) as scratch:
             (scratch / "x").write_bytes(os.urandom(10**6))
         os.utime(path / store.MANIFEST, (used, used))
-    monkeypatch.setenv(size.QUOTA, "10MB")
+    monkeypatch.setenv("LEWIS_QUOTA", "10MB")
     return paths
 
 
@@ -60,7 +60,7 @@ def test_what_a_run_uses_or_a_version_needs_stays(filled: list[Path], monkeypatc
 
 @pytest.mark.parametrize("given", ["", "200"])
 def test_without_a_quota_nothing_goes(filled: list[Path], given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(size.QUOTA, given)
+    monkeypatch.setenv("LEWIS_QUOTA", given)
     if not given:
         assert make_room(10**15) == 0 and left(filled) == [True] * 3
         assert store.free_space(store.home()) > 10**7
@@ -71,6 +71,6 @@ def test_without_a_quota_nothing_goes(filled: list[Path], given: str, monkeypatc
 
 @pytest.mark.parametrize("given", ["ten", "0", "-1GB", "5PB"])
 def test_a_wrong_quota_is_told(home: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(size.QUOTA, given)
+    monkeypatch.setenv("LEWIS_QUOTA", given)
     with pytest.raises(InputError, match="LEWIS_QUOTA: expected a size such as 5GB"):
         store.free_space(store.home())

@@ -5,8 +5,8 @@ would know nothing of what other workers did.
 """
 
 import threading
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -20,12 +20,11 @@ from prefect.events.schemas.events import ReceivedEvent
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from lewis_flows import prefect_runs
+from lewis_flows.prefect_runs import ALL, PAGE
 from lewis_flows.release_event import EVENT
 
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
-_PAGE = 200  # what the server gives at most
 _TIMEOUT = 10.0  # seconds for one request
 
 
@@ -81,57 +80,50 @@ def released(client: SyncPrefectClient, since: datetime) -> list[ReceivedEvent]:
     return found
 
 
+def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+    """A metric with a value for each tuple of its labels' values, in their order."""
+    found = GaugeMetricFamily(name, about, labels=labels)
+    for key, value in sorted(values.items()):
+        found.add_metric(key, value)
+    return found
+
+
 def _runs(client: SyncPrefectClient, now: datetime) -> Metric:
-    told = "Runs of the last day, by flow and outcome, those that go on too. Polls that found nothing are not kept."
-    runs = GaugeMetricFamily("lewis_runs", told, labels=["flow", "outcome"])
     asked = {
         "history_start": (now - WINDOW).isoformat(),
         "history_end": now.isoformat(),
         "history_interval_seconds": WINDOW.total_seconds(),
     }
-    for flow in prefect_runs.ALL:
+    counts = Counter[tuple[str, ...]]()
+    for flow in ALL:
         body = {**asked, "flows": {"name": {"any_": [flow]}}}
-        counts: dict[str, int] = defaultdict(int)
         for interval in client.request("POST", "/flow_runs/history", json=body).json():
             for state in interval["states"]:
-                counts[state["state_name"].lower()] += state["count_runs"]
-        for outcome, count in sorted(counts.items()):
-            runs.add_metric([flow, outcome], count)
-    return runs
+                counts[flow, state["state_name"].lower()] += state["count_runs"]
+    about = "Runs of the last day, by flow and outcome, those that go on too. Polls that found nothing are not kept."
+    return gauge("lewis_runs", about, ["flow", "outcome"], counts)
 
 
 def _steps(ended: list[Ended]) -> Iterator[Metric]:
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: dict[tuple[str, ...], float] = defaultdict(float)
     for each in ended:
-        counts[each.step, each.outcome] += 1
-        seconds[each.step] += each.seconds
-    told = "Steps of runs that ended in the last day; those with the outcome `cached` were found, not computed."
-    numbers = GaugeMetricFamily("lewis_steps", told, labels=["step", "outcome"])
-    for key, count in sorted(counts.items()):
-        numbers.add_metric(key, count)
-    took = GaugeMetricFamily("lewis_step_seconds", "Seconds that these steps took, in sum.", labels=["step"])
-    for step, total in sorted(seconds.items()):
-        took.add_metric([step], total)
-    yield from (numbers, took)
+        seconds[each.step,] += each.seconds
+    about = "Steps of runs that ended in the last day; those with the outcome `cached` were found, not computed."
+    yield gauge("lewis_steps", about, ["step", "outcome"], Counter((each.step, each.outcome) for each in ended))
+    yield gauge("lewis_step_seconds", "Seconds that these steps took, in sum.", ["step"], seconds)
 
 
 def _releases(events: list[ReceivedEvent]) -> Metric:
-    counts: dict[str, int] = defaultdict(int)
-    for event in events:
-        counts[str(event.payload.get("recipe", ""))] += 1
-    seen = GaugeMetricFamily("lewis_releases", "Releases seen in the last day, by recipe.", labels=["recipe"])
-    for recipe, count in sorted(counts.items()):
-        seen.add_metric([recipe], count)
-    return seen
+    counts = Counter[tuple[str, ...]]((str(event.payload.get("recipe", "")),) for event in events)
+    return gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], counts)
 
 
 def _ended_tasks(client: SyncPrefectClient, after: datetime) -> Iterator[TaskRun]:
-    wanted = TaskRunFilter.model_validate({"end_time": {"after_": after}})
-    for offset in range(0, 1_000_000, _PAGE):
-        page = client.read_task_runs(task_run_filter=wanted, sort=TaskRunSort.END_TIME_DESC, limit=_PAGE, offset=offset)
+    wanted, newest = TaskRunFilter.model_validate({"end_time": {"after_": after}}), TaskRunSort.END_TIME_DESC
+    for offset in range(0, 1_000_000, PAGE):
+        page = client.read_task_runs(task_run_filter=wanted, sort=newest, limit=PAGE, offset=offset)
         yield from page
-        if len(page) < _PAGE:
+        if len(page) < PAGE:
             return
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from prefect.client.orchestration import get_client
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 from lewis.errors import LewisError
 from lewis.models.source import commits_of
@@ -47,29 +47,24 @@ def read() -> Iterator[Metric]:
         Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
         for event, told in ((event, event.payload) for event in events)
     ]
-    version = GaugeMetricFamily("lewis_champion_version", "The version in use.", labels=["recipe", "model"])
-    behind = GaugeMetricFamily(
-        "lewis_champion_behind_seconds",
-        "Since when the champion misses a release that was seen in the last 7 days, in seconds; 0 if it has them all.",
-        labels=["recipe", "model"],
-    )
-    took = GaugeMetricFamily(
-        "lewis_release_to_champion_seconds",
-        "From the newest release in the champion to when it became that; left out if that release is not known.",
-        labels=["recipe", "model"],
-    )
+    version, behind, took = (dict[tuple[str, ...], float]() for _ in range(3))
     for recipe in recipes_folder.names():
         if not (model := recipes_folder.registered_name(recipe)):
             continue
         mine = [release for release in seen if release.recipe == recipe]
         held = releases.merged(model) if tracking.exists() else []  # a look should not create a database
         champion = next((version for version in held if "champion" in version.aliases), None)
-        behind.add_metric([recipe, model], _behind(mine, champion, now))
+        behind[recipe, model] = _behind(mine, champion, now)
         if champion is not None:
-            version.add_metric([recipe, model], float(champion.version))
+            version[recipe, model] = float(champion.version)
             if (seconds := _took(mine, champion, _promoted(model, champion.version))) is not None:
-                took.add_metric([recipe, model], seconds)
-    yield from (version, behind, took)
+                took[recipe, model] = seconds
+    labels = ["recipe", "model"]
+    yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
+    about = "Seconds since which the champion misses a release that was seen in the last 7 days; 0 if it has them all."
+    yield of_prefect.gauge("lewis_champion_behind_seconds", about, labels, behind)
+    about = "From the newest release in the champion to when it became that; left out if that release is not known."
+    yield of_prefect.gauge("lewis_release_to_champion_seconds", about, labels, took)
 
 
 def _behind(seen: Sequence[Release], champion: releases.Held | None, now: datetime) -> float:

@@ -4,22 +4,20 @@ A source is asked at a scrape, not more often than it can bear, and a scrape nev
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from lewis import store
-from lewis.redact import redacted
+from lewis.redact import printable, redacted
 from lewis.store import size
-from lewis_flows.service import secret_file
-from lewis_flows.service.access_log import printable
 from lewis_flows.service.metrics import of_prefect, of_registry
+from lewis_flows.service.metrics.of_prefect import gauge
 
 logger = logging.getLogger("lewis.webhook")
 PATIENCE = 8.0  # seconds that a scrape waits for one source; Prometheus itself waits for ten
@@ -78,18 +76,6 @@ class Source:
             self._running = None
 
 
-def metrics_key() -> str:
-    """What a scraper must send: `LEWIS_METRICS_KEY`, or the store's `metrics-key`, made when missing.
-
-    It opens nothing else: a scraper needs neither the key of the Prefect server nor the secret of the webhook.
-
-    Raises:
-        InputError: if others may read the file, or it is empty.
-    """
-    given = os.environ.get("LEWIS_METRICS_KEY", "").strip()
-    return given or secret_file.read_or_make("metrics-key", "remove it, and tell Prometheus the new key")
-
-
 def default_sources() -> list[Source]:
     """Prefect's server, the registry, and the store of this machine."""
     runs = of_prefect.Steps()
@@ -121,23 +107,18 @@ class Page(Collector):
         """Ask all sources at once, and give what they say."""
         for source in self._sources:
             source.ask()
-        answers = GaugeMetricFamily("lewis_source_up", "Whether what the numbers come from answers.", labels=["source"])
+        answers = dict[tuple[str, ...], float]()
         for source in self._sources:
             yield from source.latest()
-            answers.add_metric([source.name], float(source.up))
-        yield answers
+            answers[source.name,] = float(source.up)
+        yield gauge("lewis_source_up", "Whether what the numbers come from answers.", ["source"], answers)
 
 
 def _store() -> Iterator[Metric]:
     """The size of the store of this machine by folder, what is free, and the quota if there is one."""
-    folders = GaugeMetricFamily("lewis_store_bytes", "Bytes on disk in the store, by folder.", labels=["folder"])
-    for name, count in size.by_folder().items():
-        folders.add_metric([name], count)
-    yield folders
-    free = GaugeMetricFamily("lewis_store_free_bytes", "Bytes that may still be written to the store.")
-    free.add_metric([], store.free_space(store.home()))
-    yield free
+    folders: dict[tuple[str, ...], float] = {(name,): count for name, count in size.by_folder().items()}
+    yield gauge("lewis_store_bytes", "Bytes on disk in the store, by folder.", ["folder"], folders)
+    free = store.free_space(store.home())
+    yield gauge("lewis_store_free_bytes", "Bytes that may still be written to the store.", [], {(): free})
     if (quota := size.quota()) is not None:
-        limit = GaugeMetricFamily("lewis_store_quota_bytes", "How large the store may be, LEWIS_QUOTA.")
-        limit.add_metric([], quota)
-        yield limit
+        yield gauge("lewis_store_quota_bytes", "How large the store may be, LEWIS_QUOTA.", [], {(): quota})

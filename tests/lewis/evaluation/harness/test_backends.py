@@ -77,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(server.SETTING, raising=False)
+    monkeypatch.delenv("LEWIS_EVALUATION_SERVER", raising=False)
     monkeypatch.setattr(lm_eval, "reads_hub", lambda found, root: True)  # so that `hf` and `openai` share a fork server
     folder = tmp_path / "recipe"
     folder.mkdir()
@@ -100,7 +100,7 @@ class TestAServer:
         names = tuple(f"{name}.yaml" for name in TASKS)
         ours = scores(EvalSettings(names, root, batch_size=2), model)
         with serving(model) as (url, answers):
-            monkeypatch.setenv(server.SETTING, url)
+            monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
             monkeypatch.setenv("OPENAI_API_KEY", "of the server")
             theirs = scores(EvalSettings(names, root, batch_size=2, backend="openai"), model)
             assert set(answers.headers) == {"Bearer of the server"}
@@ -120,7 +120,7 @@ class TestAServer:
             ("written.yaml",), root, backend="openai", apply_chat_template=True, model_args={"chat": True}
         )
         with serving(model) as (url, answers):
-            monkeypatch.setenv(server.SETTING, url)
+            monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
             found = scores(settings, model)
         assert answers.asked[0]["messages"] == [{"role": "user", "content": "who the sky is"}]
         assert len(found["written/exact_match,none"]) == len(ROWS)
@@ -128,7 +128,7 @@ class TestAServer:
 
     def test_another_model_is_not_asked(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with serving(model) as (url, answers):
-            monkeypatch.setenv(server.SETTING, url)
+            monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
             with (
                 pytest.raises(InputError, match=f"has not the model .*{root.name}, but {model}; it must"),
                 server.serving(str(root), {}),
@@ -159,7 +159,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The setting for a program that says it has a model."""
     (tmp_path / "fake.py").write_text(FAKE)
     command = f"{sys.executable} -S {tmp_path / 'fake.py'} {{model}} {{port}}"
-    monkeypatch.setenv(server.SETTING, command)
+    monkeypatch.setenv("LEWIS_EVALUATION_SERVER", command)
     return command
 
 
@@ -217,13 +217,13 @@ class TestAServerThatIsStarted:
         assert gone(pids)
 
     def test_one_that_does_not_start_is_told_with_its_output(self, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(server.SETTING, f"{fake} --fail")
+        monkeypatch.setenv("LEWIS_EVALUATION_SERVER", f"{fake} --fail")
         with (
             pytest.raises(LewisError, match=r"does not start\n.*exit code 3\n(.*\n)?no such layer"),
             server.serving("/some/model", {}),
         ):
             pass
-        monkeypatch.setenv(server.SETTING, fake.replace(" {model} {port}", " other {port} {model}"))
+        monkeypatch.setenv("LEWIS_EVALUATION_SERVER", fake.replace(" {model} {port}", " other {port} {model}"))
         with (
             pytest.raises(InputError, match="has not the model /some/model, but other"),
             server.serving("/some/model", {}),
@@ -245,8 +245,8 @@ class TestAServerThatIsStarted:
         ],
     )
     def test_a_wrong_setting(self, given: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(server.SETTING, given)
-        with pytest.raises(InputError, match=f"^{server.SETTING}: .*{told}"):
+        monkeypatch.setenv("LEWIS_EVALUATION_SERVER", given)
+        with pytest.raises(InputError, match=f"^LEWIS_EVALUATION_SERVER: .*{told}"):
             backends.check("openai")
 
 
@@ -331,7 +331,7 @@ def test_the_backend_its_arguments_and_the_server_are_a_part_of_the_scores_diges
         digest(backend="vllm", model_args={"dtype": "bfloat16"}),
         digest(backend="openai"),
     }
-    monkeypatch.setenv(server.SETTING, "vllm serve {model} --port {port} --dtype float16")
+    monkeypatch.setenv("LEWIS_EVALUATION_SERVER", "vllm serve {model} --port {port} --dtype float16")
     assert len({*found, digest(backend="openai")}) == 6 and digest(backend="vllm") in found
 
 

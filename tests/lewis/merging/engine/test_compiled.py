@@ -211,8 +211,8 @@ def test_the_loops_of_a_method_are_data_and_not_its_name(tmp_path: Path, monkeyp
     monkeypatch.setitem(ALL, "mine", replace(ALL["ties"], name="mine", origin="mine 1.0"))
     merge = open_merge("mine", folders[0], folders[1:])
     assert compiled(merge) == bits(merge.tensor(NAME))
-    merge.method = replace(merge.method, compiled=None)
-    assert not merge_tensor(merge, NAME, lambda data, offset: None)
+    slow = replace(merge.settings, method=replace(merge.method, compiled=None))
+    assert not merge_tensor(replace(merge, settings=slow), NAME, lambda data, offset: None)
 
 
 def test_the_engine_names_no_method() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lewis import settings
 from lewis.errors import InputError
 from lewis.registry import tracking
-from lewis_flows.service import mlflow_key, note
+from lewis.store.secrets import MLFLOW_PASSWORD
+from lewis_flows.service import credentials, note
 from lewis_flows.service.servers import mlflow_process
 
 
@@ -53,15 +55,15 @@ def test_a_wrong_password_is_told_in_one_sentence(
 
 def test_the_password_is_in_the_environment_of_the_server_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, _ = mlflow_process(1, "sqlite:///x")
-    secret = mlflow_key.password()
-    assert mlflow_key.path().stat().st_mode & 0o77 == 0
+    secret = MLFLOW_PASSWORD.read()
+    assert MLFLOW_PASSWORD.path().stat().st_mode & 0o77 == 0
     assert server._environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == secret
     assert server._environment["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///x"
     assert server._command[-2:] == ["--app-name", "basic-auth"] and secret not in " ".join(server._command)
     assert secret not in (settings := (home / "mlflow" / "auth.ini").read_text())
     assert "default_permission = NO_PERMISSIONS" in settings
     monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "one of my own")
-    assert mlflow_key.server_environment()["MLFLOW_AUTH_ADMIN_PASSWORD"] == "one of my own"
+    assert credentials.mlflow_environment()["MLFLOW_AUTH_ADMIN_PASSWORD"] == "one of my own"
     assert (home / "mlflow" / "auth.ini").read_text() != settings  # else the old password would count
 
 
@@ -78,24 +80,24 @@ def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "0")
     server, _ = mlflow_process(1, "sqlite:///x")
     assert "--app-name" not in server._command and "MLFLOW_AUTH_ADMIN_PASSWORD" not in server._environment
-    assert not mlflow_key.path().exists()
+    assert not MLFLOW_PASSWORD.path().exists()
     monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "no")
     with pytest.raises(InputError, match="LEWIS_MLFLOW_AUTH: expected 0 or 1, got 'no'"):
-        mlflow_key.wanted()
+        settings.MLFLOW_AUTH.get()
 
 
 @pytest.mark.parametrize("made", ["", "CREATE TABLE users (id)"], ids=["empty", "no user yet"])
 def test_a_first_start_that_was_killed_does_not_stop_the_next(home: Path, made: str) -> None:
     """MLflow makes each table anew if it does not find all of them, and fails if one is there."""
-    users = users_of(mlflow_key.server_environment())
+    users = users_of(credentials.mlflow_environment())
     with closing(sqlite3.connect(users)) as connection:
         connection.execute(made)
-    assert users.exists() and users_of(mlflow_key.server_environment()) == users
+    assert users.exists() and users_of(credentials.mlflow_environment()) == users
     assert not users.exists()
     with closing(sqlite3.connect(users)) as connection, connection:
         connection.execute("CREATE TABLE users (id)")
         connection.execute("INSERT INTO users VALUES (1)")
-    mlflow_key.server_environment()
+    credentials.mlflow_environment()
     assert users.exists()
 
 
@@ -116,24 +118,24 @@ class TestFind:
 
     def found(self, url: str) -> list[str]:
         os.environ["MLFLOW_TRACKING_URI"] = url
-        mlflow_key.find()
+        credentials.find()
         return [os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]]
 
     def test_that_of_lewis_up_gets_our_password(self) -> None:
         assert self.found("http://127.0.0.1:5000/") == ["", ""]  # `lewis up` has another than this store's
-        secret = mlflow_key.password()
+        secret = MLFLOW_PASSWORD.read()
         assert self.found("http://127.0.0.1:5000/") == ["lewis", secret]
 
     def test_another_does_not(self) -> None:
-        mlflow_key.password()
+        MLFLOW_PASSWORD.read()
         assert self.found("http://mlflow.example.org:5000") == ["", ""]
 
     def test_nor_one_that_lewis_up_was_told_to_use(self) -> None:
-        mlflow_key.password()
+        MLFLOW_PASSWORD.read()
         note.write({"mlflow": "http://mlflow.example.org:5000"})
         assert self.found("http://mlflow.example.org:5000") == ["", ""]
 
     def test_what_is_given_counts_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        mlflow_key.password()
+        MLFLOW_PASSWORD.read()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
         assert self.found("http://127.0.0.1:5000") == ["ann", ""]

@@ -1,0 +1,96 @@
+"""What is checked of a merge before it is run: parameters, scales, calibration rows, and what an adapter can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lewis.allocation.densities import ScalesByTensor
+from lewis.errors import InputError
+from lewis.merging.calibration_rows import check_split
+from lewis.merging.settings import Expert, MergeSettings
+from lewis.methods import Method
+from lewis.models.lora.expert import LoraExpert
+from lewis.models.model import Model
+
+
+def check_parameters(
+    method: Method, names: Iterable[str], experts: Sequence[Expert], parameters: Callable[[str], dict[str, Any]]
+) -> None:
+    """Check the parameters of every tensor as the method asks for it.
+
+    Args:
+        method: the merge method.
+        names: of the tensors that are merged.
+        experts: what is merged.
+        parameters: gives those of one tensor; for a parameter per expert, a list.
+
+    Raises:
+        InputError: naming the tensor and the expert.
+    """
+    for name in names if method.check else ():
+        values = parameters(name)
+        for i, expert in enumerate(experts):
+            each = {p.name: values[p.name][i] if p.per_expert else values[p.name] for p in method.parameters.values()}
+            with method.blamed(name):
+                problem = method.check(each, len(experts)) if method.check else None
+            if problem:
+                raise InputError(f"{name}: {expert.ref}: {problem}")
+
+
+def check_scales(
+    settings: MergeSettings, base: Model, experts: Sequence[Expert], held_back: ScalesByTensor, adds_to_base: bool
+) -> None:
+    """Check that the method takes scales and factors if there are any, and that they have the shapes of the tensors.
+
+    Raises:
+        InputError: naming the model and the tensor that do not fit.
+    """
+    if any(expert.scales for expert in experts) and not settings.method.takes_scales:
+        raise InputError(f"lewis.prune_by: {settings.method.name} does not trim by size; use magnitude")
+    if held_back and not adds_to_base:
+        raise InputError(f"lewis.aim: {settings.method.name} merges no task vectors that could be held back")
+    for model, scales in ((str(settings.base), held_back), *((each.ref, each.scales or {}) for each in experts)):
+        for name, scale in scales.items():
+            shape = base.tensors[name].shape if name in base.tensors else ()
+            axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)
+            if len(shape) < scale.dim() or any(size not in (1, length) for length, size in axes):
+                raise InputError(
+                    f"{model}: activations of shape {list(scale.shape)} do not fit {name!r}, "
+                    f"{list(shape)}; measure the importance of this model again"
+                )
+
+
+def check_calibrations(method: Method, experts: Sequence[Expert], *, tunes: bool) -> None:
+    """Check that every expert of a method that fits has calibration rows, and enough of them if the ridge is tuned.
+
+    Raises:
+        InputError: naming the expert.
+    """
+    if not method.fits:
+        return
+    if lacking := [expert.ref for expert in experts if expert.calibration is None]:
+        raise InputError(f"{lacking[0]}: {method.name} needs its calibration set; see lewis.calibrations")
+    for expert in experts if tunes else ():
+        if expert.calibration is not None:
+            check_split(expert.ref, expert.calibration)
+
+
+def check_adapter(settings: MergeSettings, base: Model, *, new_vocabulary: bool) -> None:
+    """Check that an adapter can be written, if the output is one: its base is a full model and keeps its vocabulary.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    if settings.output.kind != "lora":
+        return
+    if isinstance(base, LoraExpert):
+        raise InputError(
+            f"output.kind: the base {settings.base} is an adapter on a model itself, and PEFT puts one on a full "
+            "model; merge the base's adapter into it first, or use full"
+        )
+    if new_vocabulary:
+        raise InputError(
+            "output.kind: an adapter has its base's vocabulary, and the result has another one here; leave the "
+            "tokenizer out, or use full"
+        )

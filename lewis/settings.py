@@ -1,0 +1,236 @@
+"""The settings: every environment variable `LEWIS_*`, what it may be, and what it does.
+
+    settings.QUOTA.get()  # the value of LEWIS_QUOTA now: an int in bytes, or None
+
+A setting is read at each call, so a service and its tests can change the environment. A variable that is empty, or has
+nothing but white space, counts as not set. `lewis settings` prints this table, and deployments/SETTINGS.md has it.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from lewis.errors import InputError, nearest
+from lewis.redact import redacted
+
+T = TypeVar("T")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Kind(NamedTuple, Generic[T]):
+    """What a value may be.
+
+    Attributes:
+        expected: in words, for error messages and the documentation.
+        read: makes the value from a text without white space at its ends; raises ValueError, with the reason or without
+            a message, if the text is wrong. It is also called with an empty default.
+    """
+
+    expected: str
+    read: Callable[[str], T]
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """One environment variable.
+
+    Attributes:
+        name: of the variable.
+        kind: what its value may be.
+        default: the text that counts if the variable is not set.
+        what: what it does, in a sentence.
+        secret: whether the value is never printed.
+    """
+
+    name: str
+    kind: Kind[T]
+    default: str
+    what: str
+    secret: bool = False
+
+    def get(self) -> T:
+        """The value now.
+
+        Raises:
+            InputError: if the variable has a wrong value; names the setting, what was expected and what was given.
+        """
+        given = self.given()
+        try:
+            return self.kind.read(given or self.default)
+        except ValueError as error:
+            got = "another value (not shown: it is a secret)" if self.secret else repr(given)
+            reason = f": {error}" if str(error) else ""
+            fix = "change or unset it"
+            raise InputError(f"{self.name}: expected {self.kind.expected}, got {got}{reason}; {fix}") from None
+
+    def given(self) -> str:
+        """The text of the variable; empty if it is not set."""
+        return os.environ.get(self.name, "").strip()
+
+    def shown(self) -> str:
+        """The text that counts now, for people: of a secret only whether it is set, of a URL no password."""
+        if self.secret:
+            return "set" if self.given() else "not set"
+        return redacted(self.given() or self.default)
+
+
+def parse_size(text: str) -> int:
+    """`"5GB"` in bytes (decimal units, as transformers' `max_shard_size`).
+
+    Raises:
+        ValueError: without a message, if the text is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    size = float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")] if match else 0.0
+    if not 1 <= size < 1e18:
+        raise ValueError
+    return int(size)
+
+
+def _path(text: str) -> Path:
+    """The absolute path, with the links in it."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # "~nobody"
+        raise ValueError(error) from error
+
+
+def _resolved(text: str) -> Path:
+    """The absolute path, without links."""
+    try:
+        return _path(text).resolve()
+    except RuntimeError as error:  # links in a circle
+        raise ValueError(error) from error
+
+
+def _whole(text: str, least: int = 1, most: float = math.inf) -> int:
+    if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+        raise ValueError
+    return int(text)
+
+
+def _server(text: str) -> str:
+    """The URL of a server, or the command that starts one."""
+    if text.startswith(("http://", "https://")):
+        return text
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"it cannot be read as a command: {error}") from error
+    if text and not all(any(place in word for word in words) for place in ("{model}", "{port}")):
+        raise ValueError
+    return text
+
+
+def _matching(expected: str, pattern: str) -> Kind[str]:
+    """The text itself, which must match unless it is empty."""
+
+    def read(text: str) -> str:
+        if text and not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    return Kind(expected, read)
+
+
+def _one_of(*values: str) -> Kind[str]:
+    return _matching(" or ".join(values) if len(values) == 2 else ", ".join(values), "|".join(values))
+
+
+def _optional(expected: str, read: Callable[[str], T]) -> Kind[T | None]:
+    return Kind(expected, lambda text: read(text) if text else None)
+
+
+_SWITCH = Kind("0 or 1", lambda text: _one_of("0", "1").read(text) == "1")
+_COUNT = "a whole number from 1 up"
+_URL = _matching("a URL that begins with http:// or https://", r"https?://[^\s/]\S*")
+_BUCKET = _matching("a URL that fsspec opens, such as s3://bucket/prefix, or an absolute path", r"/.*|[^\s/]+://.*")
+ONE_LINE = _matching("one line", r"[^\x00-\x1f\x7f]+")
+_EXAMPLE = "`vllm serve {model} --host 127.0.0.1 --port {port}`"
+
+# fmt: off
+HOME = Setting("LEWIS_HOME", Kind("a folder", _resolved), "~/.cache/lewis",
+    "The store: the folder of everything that LEWIS writes.")
+STORE = Setting("LEWIS_STORE", Kind(_BUCKET.expected, lambda text: _BUCKET.read(text).rstrip("/")), "",
+    "Where machines without a shared disk keep the entries of their stores for each other; without it, nowhere.")
+STORE_MERGED = Setting("LEWIS_STORE_MERGED", _SWITCH, "0",
+    "Whether merged models are kept in LEWIS_STORE too.")
+QUOTA = Setting("LEWIS_QUOTA", _optional("a size such as 5GB or 500MB", parse_size), "",
+    "How much the store may have on disk; without it, as much as there is.")
+RECIPES = Setting("LEWIS_RECIPES", _optional("a folder", _path), "",
+    "The folder of the recipes that the service keeps up to date; without it, deployments/recipes in a checkout, else "
+    "recipes in the store.")
+MERGE_DEVICE = Setting("LEWIS_MERGE_DEVICE", _one_of("cpu", "cuda"), "cpu",
+    "Where merges compute; cuda is a GPU.")
+DEVICE_SLOTS = Setting("LEWIS_DEVICE_SLOTS", _optional(_COUNT, _whole), "",
+    "How many tasks of this machine may compute at once; without it, as many as it has GPUs, or one.")
+TASK_RUNNER = Setting("LEWIS_TASK_RUNNER", _one_of("thread", "process", "dask", "ray"), "thread",
+    "Where the tasks of a run are executed: in threads, processes, or on a cluster.")
+MAX_WORKERS = Setting("LEWIS_MAX_WORKERS", _optional(_COUNT, _whole), "",
+    "How many threads, or processes, execute the tasks of a run; without it, 8 threads, or one process more than "
+    "LEWIS_DEVICE_SLOTS.")
+DASK_ADDRESS = Setting("LEWIS_DASK_ADDRESS", _matching("an address such as tcp://host:8786", r"\S+"), "",
+    "The scheduler of the Dask cluster; without it, a run starts a cluster on its machine.")
+RAY_ADDRESS = Setting("LEWIS_RAY_ADDRESS", _matching("an address such as host:6379, or auto", r"\S+"), "",
+    "The Ray cluster, auto is the one of this machine; without it, a run starts one.")
+EVALUATION_SERVER = Setting("LEWIS_EVALUATION_SERVER",
+    Kind(f"a command with {{model}} in it, and {{port}}, such as {_EXAMPLE}, or the URL of a server", _server), "",
+    "What answers for `evaluate.backend: openai`: the command that starts a server, or the URL of one that runs.")
+EVALUATE_QUEUE = Setting("LEWIS_EVALUATE_QUEUE",
+    _matching("the name of a work queue, such as gpu", r"[^/%&<>\s]+"), "",
+    "The work queue whose workers score models; without it, models are scored where they are merged.")
+EVALUATE_POOL = Setting("LEWIS_EVALUATE_POOL",
+    _matching("the name of a work pool, such as evaluate", r"[^/%&<>\s]+"), "lewis",
+    "The work pool that has the queue for evaluations.")
+MLFLOW_AUTH = Setting("LEWIS_MLFLOW_AUTH", _SWITCH, "1",
+    "Whether the MLflow server of `lewis up` asks for a password.")
+MLFLOW_UI = Setting("LEWIS_MLFLOW_UI", _URL, "",
+    "The address of MLflow's pages in links; without it, MLFLOW_TRACKING_URI.")
+LOG_FORMAT = Setting("LEWIS_LOG_FORMAT", _one_of("text", "json"), "text",
+    "How logs are written: as text, or an object of JSON a line.")
+WORKER_LIMIT = Setting("LEWIS_WORKER_LIMIT", Kind(_COUNT, _whole), "4",
+    "How many runs the worker of `lewis up` has at once.")
+NOTIFY = Setting("LEWIS_NOTIFY",
+    _matching("the type and name of a notification block, such as slack-webhook/ops", r"[^/\s]+/[^/]+"), "",
+    "The block of the Prefect server that sends notifications.")
+NOTIFY_URL = Setting("LEWIS_NOTIFY_URL", _URL, "",
+    "Where notifications are sent without such a block: it gets a POST of `subject` and `body` as JSON.", secret=True)
+WEBHOOK_HOST = Setting("LEWIS_WEBHOOK_HOST", _matching("a host, such as 0.0.0.0", r"\S+"), "127.0.0.1",
+    "The address that the webhook receiver listens on.")
+WEBHOOK_PORT = Setting("LEWIS_WEBHOOK_PORT", Kind("a port, 0 to 65535", lambda text: _whole(text, 0, 65535)), "4300",
+    "The port that the webhook receiver listens on; 0, which `lewis up` does not take, is a free one.")
+WEBHOOK_URL = Setting("LEWIS_WEBHOOK_URL", _URL, "",
+    "Where `lewis status` finds the webhook receiver; without it, that of `lewis up` on the same store.")
+WEBHOOK_SECRET = Setting("LEWIS_WEBHOOK_SECRET", ONE_LINE, "",
+    "What the Hub must send with each webhook; without it, webhook-secret in the store, made when missing.",
+    secret=True)
+METRICS_KEY = Setting("LEWIS_METRICS_KEY", ONE_LINE, "",
+    "What Prometheus must send; without it, metrics-key in the store, made when missing.", secret=True)
+# fmt: on
+
+ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if isinstance(each, Setting))
+"""Every setting, in the order of this file."""
+
+
+def check() -> None:
+    """Read every setting.
+
+    Raises:
+        InputError: naming the first that has a wrong value.
+    """
+    for each in ALL:
+        each.get()
+
+
+def unknown() -> Iterator[str]:
+    """A sentence for each variable of the environment that is named like a setting and is none, such as `LEWIS_HOM`."""
+    names = [each.name for each in ALL]
+    known = {*names, *(f"{each.name}_FILE" for each in ALL if each.secret)}
+    for name in sorted(os.environ):
+        if name.startswith("LEWIS_") and name not in known:
+            yield f"{name}: there is no such setting{nearest(name, names)}"

@@ -1,0 +1,76 @@
+"""Secrets in the store: each is made when it is first needed, in a file that only its owner may read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_urlsafe
+
+from lewis import settings
+from lewis.errors import InputError
+from lewis.settings import ONE_LINE, Setting
+from lewis.store.files import lock, written_beside
+from lewis.store.folders import home
+
+
+@dataclass(frozen=True)
+class Secret:
+    """One secret, and its file.
+
+    Attributes:
+        name: of the file in the store.
+        variable: the environment variable that counts instead of the file.
+        fix: what to do about a file that cannot be used, for error messages.
+        prefix: what a new secret begins with.
+    """
+
+    name: str
+    variable: Setting[str]
+    fix: str
+    prefix: str = ""
+
+    def path(self) -> Path:
+        """The file, whether or not it exists."""
+        return home() / self.name
+
+    def read(self) -> str:
+        """The secret, of the environment or of the file; the file is made when both are missing.
+
+        Raises:
+            InputError: if others may read the file, or it is empty.
+        """
+        if given := self.variable.get():
+            return given
+        file = self.path()
+        with lock(self.name):
+            if not file.exists():
+                with written_beside(file) as beside:
+                    beside.touch(mode=0o600)
+                    beside.write_text(f"{self.prefix}{token_urlsafe(32)}\n")
+        if file.stat().st_mode & 0o077:
+            raise InputError(f"{file}: others may read it: expected mode 0600; {self.fix}")
+        found = file.read_text().strip()
+        if not found:
+            raise InputError(f"{file}: it is empty; {self.fix}")
+        return found
+
+
+PREFECT_KEY = Secret(
+    "prefect-api-key",
+    Setting("PREFECT_SERVER_API_AUTH_STRING", ONE_LINE, "", "What Prefect's server asks for.", secret=True),
+    "remove it, and start `lewis up` again",
+    prefix="lewis:",
+)
+MLFLOW_PASSWORD = Secret(
+    "mlflow-password",
+    Setting("MLFLOW_AUTH_ADMIN_PASSWORD", ONE_LINE, "", "What MLflow's server asks for.", secret=True),
+    "remove it, and start `lewis up` again",
+)
+WEBHOOK_SECRET = Secret(
+    "webhook-secret", settings.WEBHOOK_SECRET, "remove it, and enter the new secret at the webhook on the Hub"
+)
+METRICS_KEY = Secret("metrics-key", settings.METRICS_KEY, "remove it, and give Prometheus the new key")
+
+
+def files() -> list[Path]:
+    """The files of secrets that the store has."""
+    paths = [each.path() for each in (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY)]
+    return [path for path in paths if path.exists()]
