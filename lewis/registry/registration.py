@@ -56,7 +56,7 @@ class Registration:
     metrics: Mapping[str, float]
     lineage: Mapping[str, str]
     recipe: str
-    charts: Mapping[str, bytes]
+    pictures: Mapping[str, bytes]
     tables: Mapping[str, list[dict[str, Any]]]
     card: str
     tags: Mapping[str, str] = field(default_factory=dict)
