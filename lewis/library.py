@@ -206,10 +206,9 @@ def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), repo
     settings = inspection_settings(recipe)
     known = [*refused, *before_download(base, experts, settings)]
     files = download(first)
-    models = (files, tuple(fitting)) if base else (None, (files, *fitting))
-    return inspect_models(
-        InspectionInput(*models, settings, tuple(download(each) for each in others)), report, known=known
-    )
+    first_of, rest = (files, tuple(fitting)) if base else (None, (files, *fitting))
+    given = InspectionInput(first_of, rest, settings, tuple(download(each) for each in others))
+    return inspect_models(given, report, known=known)
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:

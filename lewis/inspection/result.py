@@ -144,7 +144,7 @@ def draw(inspection: Inspection) -> bytes:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    measures, names = inspection.measures, short_names(inspection.refs[1:])
+    measures, names = inspection.measures, inspection.names[1:]
     sizes = [measures.by_layer(i) for i in range(1, len(inspection.refs))]
     layers = sorted({layer for each in sizes for layer in each})
     rows = [[_positive(each.get(layer)) for each in sizes] or [math.nan] for layer in layers] or [[math.nan]]

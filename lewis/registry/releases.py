@@ -102,7 +102,7 @@ def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root:
         base: the recipe's reference of the base.
         root: the folder that relative paths start from.
     """
-    first = next(ref for ref in heads if ref != base)
+    first = next((ref for ref in heads if ref != base), base or "")  # slices may be of the base alone
     if not held:
         return [Moved(first, _repo(first, None, heads[first], root), None, heads[first])]
     current = [version for version in held if all(version.commit_of(ref) == head for ref, head in heads.items())]

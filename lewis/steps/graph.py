@@ -30,7 +30,7 @@ from lewis.merging.calibration_rows import shared_set_warning
 from lewis.merging.settings import stored_dtype
 from lewis.merging.step import MergeInput
 from lewis.methods import find
-from lewis.models.source import short_names
+from lewis.models.source import Source, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
 from lewis.steps.step import Step
@@ -142,10 +142,12 @@ def resolved(ref: str) -> str:
 
 def _downloads(recipe: Recipe) -> Iterator[Node]:
     for ref in _refs(recipe):
-        yield Node(
-            f"download {ref}", table.DOWNLOAD, lambda results, ref=ref: results[resolved(ref)], (resolved(ref),),
-            after=(PREFLIGHT,),
-        )  # fmt: skip
+
+        def to_download(results: Results, ref: str = ref) -> Source:
+            found: Source = results[resolved(ref)]
+            return found
+
+        yield Node(f"download {ref}", table.DOWNLOAD, to_download, (resolved(ref),), after=(PREFLIGHT,))
 
 
 def _checks(recipe: Recipe) -> Iterator[Node]:
@@ -159,7 +161,8 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
 
     def to_inspect(results: Results) -> InspectionInput:
         models = tuple(results[name] for name in downloads)
-        return InspectionInput(*((models[0], models[1:]) if has_base else (None, models)), settings)
+        base, experts = (models[0], models[1:]) if has_base else (None, models)
+        return InspectionInput(base, experts, settings)
 
     fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))
     yield Node("inspect", table.CHECK, to_check, (*downloads, *fitted))
@@ -243,7 +246,8 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
     measured, uncovered = recipe.measures, block.density.uncovered if block else None
 
     def given(results: Results) -> MergeInput:
-        known = {ref: results.get(f"calibrate {name}") for ref, name in sets.items()}
+        found = {ref: results.get(f"calibrate {name}") for ref, name in sets.items()}
+        known = {ref: each for ref, each in found.items() if each is not None}
         return MergeInput(
             config,
             results[f"download {config.base_model}"] if config.base_model else None,
@@ -251,7 +255,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
             text,
             results.get("allocate"),
             which,
-            known if all(known.values()) else {},
+            known if len(known) == len(found) else {},
             aim.omega if aim else None,
             measured,
             uncovered,

@@ -21,9 +21,10 @@ from lewis.merging.adapter import factor_bytes
 from lewis.merging.forecast import without_models
 from lewis.merging.settings import stored_dtype
 from lewis.methods import find
-from lewis.models import hub
 from lewis.models.compatible import preflight, result_headers
 from lewis.models.dtypes import DTYPES
+from lewis.models.files.safetensors_file import Headers
+from lewis.models.hub import repository
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles, Source, pin_all
@@ -148,8 +149,8 @@ class _NotHere(ModelFiles):
     @classmethod
     def of(cls, source: Source) -> _NotHere:
         """What is known of a pinned model without its weights."""
-        folder = hub.fetch(source.model, weights=False)
-        shapes = {name: shape for name, (_, shape) in hub.tensor_headers(source.model).items()}
+        folder = repository.fetch(source.model, weights=False)
+        shapes = {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
         return cls(ref=source.ref, key=source.key, folder=folder, sizes={}, shapes=shapes)
 
     @property
@@ -193,30 +194,34 @@ def make_plan(recipe: Recipe) -> Plan:
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
     if recipe.lewis and base:
-        shapes = {name: shape for name, (_, shape) in hub.tensor_headers(base.model).items()}
-        configs = hub.fetch(base.model, weights=False)
+        shapes = {name: shape for name, (_, shape) in repository.tensor_headers(base.model).items()}
+        configs = repository.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
         plan.layers = [layer for each in covered for layer in each.layers]
     _add_steps(plan, recipe, pinned(base, experts))
+    plan.output = _adapter_of(recipe) if recipe.output.kind == "lora" else ""
+    plan.disk_free = store.free_space(store.home())
     merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
-    unknown = any(each.cost.seconds is None for each in merges)
-    out, output = stored_dtype(recipe), 0
+    if any(each.cost.seconds is None for each in merges):
+        written = len(merges) * _bytes_of_output(recipe, headers)
+        plan.disk += written
+        plan.to_push += written if plan.remote and remote.shares_merged() else 0
+        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), max(count.values()), len(experts)))
+        plan.seconds = None
+    else:
+        plan.seconds = sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
+    plan.steps += [PlannedStep(f"register {recipe.register_as.model}", "to do")] if recipe.register_as else []
+    plan.steps += [PlannedStep(f"publish {recipe.publish.repo}", "to do")] if recipe.publish else []
+    return plan
+
+
+def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
+    """Bytes of the weights that a merge writes, by the headers of its result."""
     if recipe.output.kind == "lora":
         merged = {name: shape for name, (_, shape) in headers.items() if not recipe.excludes(name)}
-        output, plan.output = factor_bytes(merged, recipe.output.rank), _adapter_of(recipe)
-    else:
-        output = sum(count[name] * _width(out or dtype) for name, (dtype, _) in headers.items())
-    plan.disk_free = store.free_space(store.home())
-    if unknown:
-        plan.disk += output * len(merges)
-        plan.to_push += output * len(merges) if plan.remote and remote.shares_merged() else 0
-        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), max(count.values()), len(experts)))
-    plan.seconds = None if unknown else sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
-    if recipe.register_as:
-        plan.steps.append(PlannedStep(f"register {recipe.register_as.model}", "to do"))
-    if recipe.publish:
-        plan.steps.append(PlannedStep(f"publish {recipe.publish.repo}", "to do"))
-    return plan
+        return factor_bytes(merged, recipe.output.rank)
+    out = stored_dtype(recipe)
+    return sum(math.prod(shape) * _width(out or dtype) for dtype, shape in headers.values())
 
 
 def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
@@ -233,8 +238,8 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     for files in results.values():
         if isinstance(files, ModelFiles) and not isinstance(files, _NotHere) and files.adapter:
             opened = files.open()
-            if isinstance(opened, LoraExpert) and opened.told:
-                plan.renamed.append(f"{files.ref}: {opened.told}")
+            if isinstance(opened, LoraExpert) and opened.summary:
+                plan.renamed.append(f"{files.ref}: {opened.summary}")
     plan.remote = redacted(remote.url())
     plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
     for node in walked:
@@ -252,7 +257,7 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
     step, before = node.step, len(asked)
     missing = any(name in results and results[name] is None for name in node.needs)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
-    given = None if step.opens and absent else _given(node, results)
+    given: Any = None if step.opens and absent else _given(node, results)
     if step is CHECK:
         if given is not None:
             step.make(replace(given, copies=0, covers=False, warning=""), silent, "cpu")

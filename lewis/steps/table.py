@@ -40,8 +40,8 @@ from lewis.merging.adapter import factor_bytes
 from lewis.merging.calibration_rows import split
 from lewis.merging.forecast import forecast
 from lewis.merging.step import MergedModel, MergeInput, check_output, find_merged, prepare_merge
-from lewis.models import hub
 from lewis.models import source as models
+from lewis.models.hub import repository
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.progress import Report, silent
@@ -64,7 +64,7 @@ class Download(Step[Source, ModelFiles]):
         return store.digest([given.ref, pinned, like])
 
     def find(self, given: Source) -> ModelFiles | None:
-        if not all(hub.is_present(pinned) for pinned in (given.model, *given.adapters)):
+        if not all(repository.is_present(pinned) for pinned in (given.model, *given.adapters)):
             return None
         try:
             return models.download(given)  # which checks the files that are here

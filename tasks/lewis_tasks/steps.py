@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefect import Task, task
-from prefect.assets import materialize
+from prefect.assets import Asset, materialize
 from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.context import TaskRunContext
 from prefect.states import Completed
@@ -76,7 +76,7 @@ def task_of(node: Node) -> Task[..., Any]:
     options |= RETRIES if step.retries else {}
     if node.asset is None:
         return task(**options)(work)
-    made_of = [assets.asset(*each) for each in node.made_of]
+    made_of: list[Asset | str] = [assets.asset(*each) for each in node.made_of]
     return materialize(assets.asset(*node.asset), by="lewis", asset_deps=made_of, **options)(work)
 
 
