@@ -224,7 +224,7 @@ def _check_density(data: dict[str, Any]) -> list[str]:
         return []
     if low > high:
         return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
-    if not _allocator(data).guides:  # the default bounds do not apply to one density for all
+    if not _allocator(data.get("lewis")).guides:  # the default bounds do not apply to one density for all
         low, high = (low if "min" in own else 0.0), (high if "max" in own else 1.0)
     if budget is not None and not low <= budget <= high:
         return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
@@ -276,9 +276,9 @@ def _check_anchor(data: dict[str, Any], own: Method, guided: bool) -> list[str]:
     return [line if line.startswith("lewis.") else f"anchor.{line}" for line in problems]
 
 
-def _allocator(data: dict[str, Any]) -> Allocator:
-    """The allocator of the `lewis` block: the default's, if it names none or one that there is not."""
-    density = (data.get("lewis") or {}).get("density") or {}
+def _allocator(block: dict[str, Any] | None) -> Allocator:
+    """The allocator of a `lewis` block: the default's, if it names none or one that there is not."""
+    density = (block or {}).get("density") or {}
     return ALLOCATORS.get(str(density.get("strategy")), ALLOCATORS[DEFAULT])
 
 
@@ -290,7 +290,7 @@ def _check_guidance(data: dict[str, Any]) -> list[str]:
     """Keys of the lewis block that its strategy does not use, or that contradict its preset."""
     block = data.get("lewis") or {}
     density, metric = block.get("density") or {}, (block.get("importance") or {}).get("metric")
-    allocator, problems = _allocator(data), list(contradictions(block))
+    allocator, problems = _allocator(data.get("lewis")), list(contradictions(block))
     for key in ("scale", "decimals"):
         if density.get(key) is not None and key not in allocator.uses:
             others = " or ".join(each.name for each in ALLOCATORS.values() if key in each.uses)
@@ -308,7 +308,7 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
     block, method = data.get("lewis"), METHODS.get(str(data.get("merge_method")))
     own, problems = block or {}, list[str]()
     names = list(map(str, own.get("calibrations") or {}))
-    blind = _allocator(data).evidence == "nothing"
+    blind = _allocator(data.get("lewis")).evidence == "nothing"
     fits = method is not None and method.fits is not None  # `_check_fit` reports that
     runs_none = blind and own.get("aim") is None and not _prunes_by_activation(data) and not fits
     if block is not None and not names and not runs_none and not fits:

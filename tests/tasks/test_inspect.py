@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from lewis.progress import silent
+from lewis.steps.graph import graph
 from lewis_tasks import inspect
+from lewis_tasks.support.assets import artifact_prefix
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.models import edit_json, parse, rewrite
@@ -17,12 +20,14 @@ def test_findings_become_an_artifact_and_stop_nothing(
 ) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(inspect, "create_markdown_artifact", lambda text, **named: made.append({"text": text, **named}))
-    monkeypatch.setattr(inspect, "Progress", lambda *_: lambda fraction: None)
     odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t * (0 if "layers.0.mlp.up" in name else 1))
     models = [{"model": str(odd)}, {"model": str(family.code)}]
     recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": models})
     base, experts = pipeline.fetch(recipe)
-    [found] = inspect.diagnose.fn(recipe, recipe.blocks, base, experts)
+    node = graph(recipe)["diagnose"]
+    given = node.given(pipeline.known(recipe, base, experts))
+    [found] = node.step.make(given, silent, "cpu")
+    inspect.show_inspection(given, artifact_prefix(recipe))
     assert (found["kind"], found["model"], found["level"]) == ("zeroed tensor", str(odd), "error")
     [artifact] = made
     assert artifact["key"] == "recipe-inspection" and "do not merge these models" in artifact["description"]
@@ -33,7 +38,7 @@ def test_findings_become_an_artifact_and_stop_nothing(
         "data:image/png;base64,",
     ):
         assert part in artifact["text"]
-    assert "recipe: 1 error: zeroed tensor" in caplog.text
+    assert "1 error: zeroed tensor" in caplog.text
 
 
 def test_what_configs_show_is_told_before_the_download(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lewis import allocation, pipeline
+from lewis import allocation
 from lewis.allocation.densities import allocate
 from lewis.allocators import ALLOCATORS
 from lewis.errors import InputError, LewisError, RecipeError
@@ -16,6 +16,7 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Density
 from tests.conftest import Family
+from tests.support import pipeline
 from tests.support.models import parse
 from tests.support.plugins import Install, installing
 

@@ -16,7 +16,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
 from lewis.importance.grams import bytes_of, measure_grams, measured_by
 from lewis.importance.measure import measure, network_of
-from lewis.importance.step import CalibrationEntry
+from lewis.importance.step import CalibrationEntry, MeasureInput
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
@@ -214,10 +214,10 @@ class TestStore:
             CalibrationEntry(name=name, digest=each.digest, tokens=each.tokens, path=each.save())
             for name, each in {"sums": CALIBRATION, "few": Calibration("few", ((3, 4),))}.items()
         ]
-        [entry] = step.measure(files, sets[:1], grams=True)
+        [entry] = step.measure(MeasureInput(files, (sets[0],), grams=True))
         assert entry.statistics and len(entry.norms) == 14 and not made
         monkeypatch.setattr("lewis.importance.gram_files.Grams.__contains__", lambda self, name: "down" not in name)
-        [entry] = step.measure(files, sets[1:], grams=True)
+        [entry] = step.measure(MeasureInput(files, (sets[1],), grams=True))
         assert None not in entry.norms.values() and len(made) == 1
 
     def test_housekeeping_knows_it(self, family: Family, home: Path) -> None:

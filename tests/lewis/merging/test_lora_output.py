@@ -15,7 +15,7 @@ from lewis.errors import InputError, RecipeError
 from lewis.merging.adapter import factorise
 from lewis.merging.export import check_exportable
 from lewis.merging.run import Merge
-from lewis.merging.step import MergedModel, check_output
+from lewis.merging.step import MergedModel, check_output, prepare_merge
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora.expert import WEIGHTS, LoraExpert
 from lewis.recipe.recipe import Recipe
@@ -261,12 +261,13 @@ def test_what_an_adapter_cannot_hold_is_refused_before_any_work(family: Family, 
     recipe = recipe_of(family, **blocks)
     prepared = pipeline.prepare_merge(recipe, *pipeline.fetch(recipe))
     with pytest.raises(InputError, match=r"layernorm.*a LoRA adapter cannot hold it"):
-        check_output(recipe, prepared)
+        check_output(pipeline.merge_input(recipe, *pipeline.fetch(recipe)), prepared)
     with pytest.raises(InputError, match=r"layernorm.*a LoRA adapter cannot hold it"):
         make_plan(recipe)
     if guided:  # these densities decide, which are to be measured first
         open_to_both = recipe_of(family, **{**blocks, "lewis": {**blocks["lewis"], "density": {"uncovered": "base"}}})
-        check_output(open_to_both, pipeline.prepare_merge(open_to_both, *pipeline.fetch(open_to_both)))
+        given = pipeline.merge_input(open_to_both, *pipeline.fetch(open_to_both))
+        check_output(given, prepare_merge(given))
 
 
 @pytest.mark.usefixtures("home")

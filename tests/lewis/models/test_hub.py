@@ -23,6 +23,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.models.hub.errors import retryable
 from lewis.models.hub.pin import Pinned
 from lewis.models.hub.repository import fetch, resolve, resolve_dataset, tensor_headers
+from lewis.store import files
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_llama
@@ -379,8 +380,8 @@ def test_local_change_after_pinning_is_an_error(home: Path, tmp_path: Path) -> N
 
 def test_file_is_hashed_again_only_when_it_changed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = store.file_sha256
-    monkeypatch.setattr(store, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    real = files.file_sha256
+    monkeypatch.setattr(files, "file_sha256", lambda path: hashed.append(path.name) or real(path))
     folder = write(tmp_path / "m", NEEDED)
     time.sleep(0.2)
     first = resolve("./m", tmp_path)

@@ -416,7 +416,7 @@ class TestMerge:
             "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
             "kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)\n"
-            "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], progress=kill)"
+            "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], report=kill)"
         )
         ran = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "recipe.yaml")], env=os.environ | {"LEWIS_HOME": str(home)}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lewis import store
+from lewis import library, store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.merging.run import Merge
@@ -360,7 +360,7 @@ def test_experts_that_share_a_set_by_default_are_told(family: Family, caplog: An
     assert not warning_of_shared_set(of("some", "some")) and not warning_of_shared_set(of(None))
     assert not warning_of_shared_set(of(None, None, method="ties", parameters={}))
     recipe = of(None, None)
-    prepare(recipe)
+    library.prepare(recipe)
     assert told in caplog.text and f"warning: {told}" in Plan("a", "b", warning=warning_of_shared_set(recipe)).to_text()
 
 

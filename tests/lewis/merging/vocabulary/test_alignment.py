@@ -319,7 +319,7 @@ class TestAdapters:
         self, family: Family, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen = []
-        monkeypatch.setattr(lm_eval.harness, "run", lambda request, **_: seen.append(request["model_args"]))
+        monkeypatch.setattr(lm_eval.process, "run", lambda request, **_: seen.append(request["model_args"]))
         for each in (adapter, family.lora):
             with pytest.raises(TypeError):  # there is nothing that lm-eval said
                 lm_eval.evaluate(family.base, EvalSettings((), family.base), adapter=each)
