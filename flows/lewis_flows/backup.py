@@ -24,7 +24,7 @@ from lewis.store import kinds, manifest, secrets
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
-_FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.ALL if kind.backed_up))
+_FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
 _SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 

@@ -6,7 +6,6 @@ in place: a program that loaded it has the damaged files, and its number should 
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from lewis.registry.outbox import Move
 from lewis.registry.retention import all_versions
 from lewis.registry.versions import DAMAGED, Version
 from lewis.store import verification
-from lewis.store.kinds import Kind
 from lewis.store.manifest import DamagedError
 from lewis.store.verification import Damage, Verified
 
@@ -28,19 +26,16 @@ WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; 
 _INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published")
 
 
-def verify(also: Sequence[Kind] = ()) -> Verified:
+def verify() -> Verified:
     """Check the store and the registered versions; nothing that is remembered of them counts.
 
     A version whose files are lost or damaged is tagged. The next run of its recipe registers it again.
-
-    Args:
-        also: as of `lewis.store.verification.verify`.
 
     Raises:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
-    found = verification.verify(also)
+    found = verification.verify()
     checked, damaged = found.checked, list(found.damaged)
     if tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("checking the registered versions") as client:

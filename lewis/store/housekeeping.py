@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,6 @@ def survey(
     needed: Mapping[str, Needed],
     now: float | None = None,
     active_since: float | None = None,
-    also: Sequence[Kind] = (),
 ) -> list[Removable]:
     """Find what can be removed; changes nothing.
 
@@ -81,7 +80,6 @@ def survey(
         now: Unix time in seconds; by default the clock's.
         active_since: when the oldest run that is still going on began (Unix time in seconds), or None. Everything used
             since then is kept, and every kind whose entries do not note their use.
-        also: kinds of entries that are not in the table, because a program above this library makes them.
 
     Raises:
         InputError: if `days` is negative or NaN.
@@ -92,27 +90,22 @@ def survey(
     recent = min(now - RECENT, now if active_since is None else active_since) - store.MARK_EVERY
     unused = min(recent, now - days * _DAY - store.MARK_EVERY)
     found = list[Removable]()
-    for kind in (kind for kind in (*kinds.ALL, *also) if kind.removable):
+    for kind in (kind for kind in kinds.TABLE.values() if kind.removable):
         limit = unused if kind.notes_use or active_since is None else -math.inf
         found += _entries(kind, needed.get(kind.name), {item.path for item in found}, now, recent, limit)
     return [*found, *_leftovers(recent)]
 
 
-def remove(items: list[Removable], also: Sequence[Kind] = ()) -> int:
+def remove(items: list[Removable]) -> int:
     """Remove what `survey` found, unless it has been used since then; return the bytes freed.
-
-    Args:
-        items: what to remove.
-        also: as of `survey`.
 
     Raises:
         LewisError: if something could not be removed; everything else is removed.
     """
     freed, failures = 0, []
-    named = {kind.name: kind for kind in (*kinds.ALL, *also, _PARTIAL)}
     for item in items:
         try:
-            freed += _remove(item, named[item.kind])
+            freed += _remove(item, kinds.TABLE.get(item.kind, _PARTIAL))
         except FileNotFoundError:  # another process was faster
             continue
         except OSError as error:

@@ -146,17 +146,26 @@ SEARCHES = Kind("search", "*.log", check=sealed_json.check_lines, removable=Fals
 OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` to report
 QUARANTINE = Kind("quarantine", "*", check=None, notes_use=False)  # damaged entries that were set aside
 
-ALL = (
-    *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-    *(DIGESTS, PICTURES, LOGS, SEARCHES, OUTBOX, QUARANTINE),
-)
-BY_NAME = {kind.name: kind for kind in ALL}
+TABLE = {
+    kind.name: kind
+    for kind in (
+        *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
+        *(DIGESTS, PICTURES, LOGS, SEARCHES, OUTBOX, QUARANTINE),
+    )
+}
+"""Name -> kind. Kinds that refer to entries of others are last."""
 FOREIGN = ("mlflow", "prefect")
 """Folders of the store that other programs write to."""
+
+
+def add(kind: Kind) -> Kind:
+    """Add a kind of entries to the table that a package above this library makes."""
+    TABLE[kind.name] = kind
+    return kind
 
 
 def kind_of(path: Path) -> Kind | None:
     """The kind of the entry at `path`, whether or not it exists; None if no entry of the store has such a path."""
     place = path.absolute()
     is_entry = place.parent.parent == home() and not place.name.startswith(".")
-    return BY_NAME.get(place.parent.name) if is_entry else None
+    return TABLE.get(place.parent.name) if is_entry else None

@@ -74,7 +74,7 @@ def remove(found: Outdated) -> None:
     """
     system, root = remote.opened()
     name, _, digest = found.key.partition("/")
-    kind = kinds.BY_NAME[name]
+    kind = kinds.TABLE[name]
     entry = f"{root}/{name}/{kind.path(digest).name}"
     try:
         with suppress(FileNotFoundError):  # somebody else was quicker
@@ -89,7 +89,7 @@ def remove(found: Outdated) -> None:
 
 def _entries(system: Any, root: str) -> Iterator[tuple[Kind, str, float, int]]:
     """Of each entry: its kind, its digest, when its newest object was written, and the bytes of all."""
-    for kind in (kind for kind in kinds.ALL if kind.shared != "never"):
+    for kind in (kind for kind in kinds.TABLE.values() if kind.shared != "never"):
         try:
             objects = system.find(f"{root}/{kind.name}", detail=True)
         except FileNotFoundError:

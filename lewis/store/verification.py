@@ -3,7 +3,6 @@
 Nothing is moved: the next run that needs a damaged entry sets it aside and makes it again.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +51,10 @@ class Verified:
         )
 
 
-def verify(also: Sequence[Kind] = ()) -> Verified:
-    """Read and check every entry of the store that has checksums. An entry that a step works on is left out.
-
-    Args:
-        also: kinds of entries that are not in the table, because a program above this library makes them.
-    """
+def verify() -> Verified:
+    """Read and check every entry of the store that has checksums. An entry that a step works on is left out."""
     count, damaged = 0, []
-    for kind in (*kinds.ALL, *also):
+    for kind in kinds.TABLE.values():
         for path in kind.entries() if kind.check else ():
             why = _problem(kind, path)
             count += why is not None

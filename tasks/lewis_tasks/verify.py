@@ -6,7 +6,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.errors import LewisError
 from lewis.registry import repair
-from lewis_tasks.support.caching import RESULTS, RETRIES
+from lewis_tasks.support.caching import RETRIES
 
 
 @task(name="verify", task_run_name="verify", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
@@ -16,7 +16,7 @@ def verify() -> int:
     Raises:
         LewisError: if something is damaged.
     """
-    found = repair.verify(also=[RESULTS])
+    found = repair.verify()
     rows = [{"kind": each.kind, "entry": each.entry, "what is wrong": each.why} for each in found.damaged]
     create_table_artifact(
         rows or [{"kind": "all", "entry": found.to_text(), "what is wrong": ""}],

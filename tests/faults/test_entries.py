@@ -15,7 +15,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import Evaluated
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
-from lewis.inspection.step import inspect
+from lewis.inspection.step import InspectionInput, inspect
 from lewis.recipe.recipe import Recipe
 from lewis.reports import charts
 from lewis.search.study import Log, Objective
@@ -59,7 +59,7 @@ class Store:
             "norms": [each.norms for each in measured],
             "moments": [{name: s.tolist() for name, s in each.moments.items()} for each in measured],
             "grams": {path.name: path.read_bytes() for path in grams.iterdir()},
-            "inspected": inspect(base, experts).measures.to_json(),
+            "inspected": inspect(InspectionInput(base, tuple(experts))).measures.to_json(),
             "densities": allocated.experts(),
             "tokens": Calibration.load(sums.path).samples,
             "merged": {path.name: path.read_bytes() for path in merged.folder.iterdir()},

@@ -48,7 +48,7 @@ def make(folder: Path) -> dict[str, list[object]]:
         for each in (*measured, *sets, allocated, merged):
             if each is not None:
                 found.setdefault(type(each).__name__, []).append(each.model_dump(mode="json"))
-        inspection.inspect(files, experts)
+        inspection.inspect(inspection.InspectionInput(files, tuple(experts)))
     return found
 
 

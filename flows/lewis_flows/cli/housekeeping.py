@@ -30,12 +30,12 @@ def gc(options: argparse.Namespace) -> None:
     from lewis.registry.retention import by_versions
     from lewis.store import housekeeping
     from lewis_flows import turn
-    from lewis_tasks.support.caching import RESULTS
+    from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
 
     show_log()
     active_since = turn.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
-    found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since, also=[RESULTS])
-    freed, total = housekeeping.remove(found, also=[RESULTS]) if options.yes else 0, sum(item.bytes for item in found)
+    found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since)
+    freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
     if options.json:
         facts = {"found": [asdict(item) for item in found], "bytes": total, "removed": options.yes, "freed": freed}
         print(json.dumps(facts, indent=2, default=str))
@@ -103,10 +103,10 @@ def verify(options: argparse.Namespace) -> None:
         LewisError: if something is.
     """
     from lewis.registry.repair import verify
-    from lewis_tasks.support.caching import RESULTS
+    from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
 
     show_log()
-    found = verify(also=[RESULTS])
+    found = verify()
     if options.json:
         print(json.dumps(asdict(found), indent=2))
     else:

@@ -16,7 +16,7 @@ from pydantic import Field
 from lewis.errors import LewisError
 from lewis.models.hub.errors import retryable
 from lewis.redact import redact_logs
-from lewis.store import sealed_json
+from lewis.store import kinds, sealed_json
 from lewis.store.kinds import Kind
 from lewis.store.writable import of_the_disk
 
@@ -83,7 +83,7 @@ def _targets(record: Path) -> list[Path]:
 
 
 # Files outside the store do not note their use.
-RESULTS = Kind("results", "*", check=_content, notes_use=False, refers_to=_targets)
+RESULTS = kinds.add(Kind("results", "*", check=_content, notes_use=False, refers_to=_targets))
 """Prefect's records of finished tasks: one file for each key, which goes with what it refers to."""
 
 

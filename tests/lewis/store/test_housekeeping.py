@@ -26,8 +26,8 @@ from lewis.registry import creation, promotion, versions
 from lewis.registry.registration import registration_of
 from lewis.registry.retention import by_versions
 from lewis.store import housekeeping
-from lewis.store.housekeeping import Removable
-from lewis_tasks.support.caching import RESULTS, RecordSerializer
+from lewis.store.housekeeping import Removable, remove
+from lewis_tasks.support.caching import RecordSerializer
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.lineage import make_home
@@ -43,12 +43,7 @@ def mlflow_home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.Monkey
 
 def survey(*args: Any, **options: Any) -> list[Removable]:
     """As `lewis gc` asks for it: what the registered versions need is kept."""
-    return housekeeping.survey(*args, needed=by_versions(), also=[RESULTS], **options)
-
-
-def remove(items: list[Removable]) -> int:
-    """As `lewis gc --yes` does."""
-    return housekeeping.remove(items, also=[RESULTS])
+    return housekeeping.survey(*args, needed=by_versions(), **options)
 
 
 def age(home: Path, days: float) -> None:
