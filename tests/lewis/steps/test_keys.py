@@ -133,5 +133,6 @@ def test_stacked_experts_have_a_version_of_their_own(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge, _ = mixture(tmp_path, False, "regmean_forward")
+    before = merge.digest
     monkeypatch.setattr(PREPARED + "STACKED_SEMANTICS", "raised")
-    assert replace(merge).digest != merge.digest
+    assert replace(merge).digest != before
