@@ -1,0 +1,91 @@
+"""Walks of one graph agree: the tasks of a run are the steps of the plan, in its order, each with its step's key."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from lewis.errors import InputError
+from lewis.progress import silent
+from lewis.recipe.recipe import Recipe
+from lewis.steps import plan as plans
+from lewis.steps.graph import CHAMPION
+from lewis.steps.plan import make_plan
+from lewis.steps.run import begin
+from lewis.steps.table import EVALUATE, STEPS
+from lewis_flows import walk as walking
+from lewis_flows.walk import Walk
+from lewis_tasks.steps import StepKey, task_of
+from tests.conftest import Family
+from tests.lewis.steps.test_keys import recipes
+from tests.support import pipeline
+from tests.support.models import parse
+
+NAMES = ("guided", "activation", "forward", "static", "anchored", "sliced", "plain", "scored", "champion")
+
+
+class Ended:
+    """A future of a task that has ended."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = lambda: result
+
+
+@pytest.fixture
+def recipe(request: pytest.FixtureRequest, family: Family, home: Path, tmp_path: Path) -> Recipe:
+    found = recipes(family, tmp_path)
+    if request.param != "champion":
+        return found[request.param]
+    weighed = [{"model": str(path)} for path in family.experts]
+    gate = {"metric": "words/exact_match,none", "min_gain": 0.0}
+    return parse(
+        {"merge_method": "ties", "base_model": str(family.base), "models": weighed}
+        | {"lewis": {"calibrations": {"s": {"texts": ["w1 w2"], "samples": 1}}}}
+        | {"evaluate": {"tasks": ["words.yaml"]}, "register": {"name": "tiny", "gate": gate}},
+        root=tmp_path,
+    )
+
+
+@pytest.mark.parametrize("recipe", NAMES, indirect=True)
+def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
+    recipe: Recipe, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = pipeline.download(pipeline.pin(str(family.base), Path("/"))) if recipe.register_as else None
+    monkeypatch.setattr(plans, "_champion", lambda *_: champion)
+    done: list[str] = []
+
+    def submit(task: Any, given: Any, name: str, prefix: str, wait_for: Any = None) -> Ended:
+        node, given = walk.graph[name], given.unwrap()
+        done.append(name)
+        assert (task.name, task.timeout_seconds) == (node.step.name, node.step.timeout)
+        assert task.retries == (4 if node.step.retries else 0)
+        if node.step.cached:
+            assert isinstance(task.cache_policy, StepKey)
+            key = task.cache_policy.compute_key(SimpleNamespace(), {"given": given}, {})
+            assert key == node.step.key(given) and task.persist_result
+        assert all(name in done or not name.startswith(tuple(STEPS)) for name in walk.graph.edges(name))
+        return Ended(None if node.step is EVALUATE else node.step.make(given, silent, "cpu"))
+
+    monkeypatch.setattr(walking, "submit", submit)
+    monkeypatch.setattr(walking, "finish", lambda *futures: None)
+    planned = [step.name for step in make_plan(recipe).steps if step.name.partition(" ")[0] in STEPS]
+    walk = Walk(recipe, {name: Ended(source) for name, source in begin(recipe).items()})
+    walk.go(walk.graph, {CHAMPION: champion})
+    assert done == planned and len(done) == len(set(done)) > 3
+    assert all(
+        resolved(name.removeprefix("download ")) in walk.futures for name in done if name.startswith("download ")
+    )
+    again = {step.name: step.state for step in make_plan(recipe).steps if step.name in done}
+    assert set(again.values()) <= {"cached", "always"} | ({"to do"} if recipe.evaluate else set())
+
+
+def test_an_input_that_is_wrong_has_no_key_so_that_the_task_itself_reports_it(
+    family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Walk(recipes(family, tmp_path)["plain"], {}).graph["merge experts"]
+    policy = task_of(node).cache_policy
+    assert isinstance(policy, StepKey)
+    monkeypatch.setattr("lewis.steps.table.prepare_merge", Mock(side_effect=InputError("it does not fit")))
+    assert policy.compute_key(SimpleNamespace(), {"given": None}, {}) is None
