@@ -74,9 +74,6 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
     walk = Walk(recipe, {name: Ended(source) for name, source in begin(recipe).items()})
     walk.go(walk.graph, {CHAMPION: champion})
     assert done == planned and len(done) == len(set(done)) > 3
-    assert all(
-        resolved(name.removeprefix("download ")) in walk.futures for name in done if name.startswith("download ")
-    )
     again = {step.name: step.state for step in make_plan(recipe).steps if step.name in done}
     assert set(again.values()) <= {"cached", "always"} | ({"to do"} if recipe.evaluate else set())
 
