@@ -36,7 +36,7 @@ from lewis.store.writable import check_output_folder
 
 if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
-    from lewis.merging.run import Merge
+    from lewis.merging.run import Merge, Written
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def merge(
     """
     recipe, folder = load(recipe), check_output_folder(Path(folder))
     given, prepared = prepare(recipe, report)
-    return write(recipe, given, prepared, folder, max_shard_size=max_shard_size, report=report)
+    written = prepared.run(folder, max_shard_size=max_shard_size, manifest=given.lineage(), progress=report)
+    return with_card(recipe, given, written)
 
 
 def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]:
@@ -102,11 +103,8 @@ def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]
     return given, prepare_merge(given)
 
 
-def write(
-    recipe: Recipe, given: MergeInput, prepared: Merge, folder: Path, *, max_shard_size: int, report: Report = silent
-) -> Merged:
-    """Run a prepared merge, and put the model card beside the weights."""
-    written = prepared.run(folder, max_shard_size=max_shard_size, manifest=given.lineage(), progress=report)
+def with_card(recipe: Recipe, given: MergeInput, written: Written) -> Merged:
+    """Put the model card beside the weights that a merge has just written."""
     write_card(written, recipe, given.base, given.experts, given.allocated)
     means = dict(given.allocated.means) if given.allocated else {}
     ridge = written.ridge.to_text() if written.ridge else ""

@@ -13,13 +13,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
-from prefect.utilities.annotations import quote
 
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step, work_queue
 from lewis.recipe import Recipe
 from lewis_flows import evaluate_elsewhere as elsewhere
-from lewis_flows import recipes_folder
+from lewis_flows import recipes_folder, walk
 from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
 from tests.conftest import Family
@@ -198,12 +197,14 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
 
     monkeypatch.setattr(elsewhere, "_run", run)
     monkeypatch.setattr(elsewhere, "submit", lambda _, entry, label, found: (entry.ref, label, found))
-    future: Any = SimpleNamespace(result=lambda: base)
-    models = {"base": quote(base), "merged": quote(merged)}
+    known = {**pipeline.known(plan, base, experts), "merge experts": merged}
+    begun: Any = {name: SimpleNamespace(result=lambda each=each: each) for name, each in known.items()}
+    monkeypatch.setattr(walk, "finish", lambda *futures: None)
     with temporary_settings({PREFECT_API_URL: prefect_url}):
         for found in (False, True):
-            got = elsewhere.scores("gpu", plan, "tiny", overrides, models, quote(tasks), future)
-            assert got == {"base": (base.ref, "base", found), "merged": ("merged", "merged", found)}
+            walked = walk.Walk(plan, begun)
+            elsewhere.score(walked, {}, "gpu", plan, "tiny", overrides, tasks)
+            assert walked.scores() == {"base": (base.ref, "base", found), "merged": ("merged", "merged", found)}
         assert len(runs) == 1 and runs[0]["models"] == {"base": base.key, "merged": merged.digest}
         wrong: dict[str, dict[str, Any]] = {
             "not the same on this worker": {"tasks": "another"},

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from lewis import pipeline
 from lewis.errors import InputError
 from lewis.inspection.draft import draft
 from lewis.merging.export import to_mergekit
@@ -20,6 +19,7 @@ from lewis_flows import release_event
 from lewis_flows.service import schedules
 from lewis_tasks.support.flow_run import run_name
 from tests.conftest import Family
+from tests.support import pipeline
 
 REFS = ["./my+base", "./math+a", "./my+base+./lo+ra"]
 RECIPE = "{merge_method: ties, base_model: ./my+base, models: [{model: ./math+a}, {model: ./my+base+./lo+ra}]}\n"

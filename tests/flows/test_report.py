@@ -188,12 +188,12 @@ def _check_assets(client: Any, name: str, base: Path, math: Path, code: Path, se
     merged = eventually(lambda: events(client, done, f"lewis://merged/{name}"))[0]
     parents = {resource.id for resource in merged.related if resource.role == "asset"}
     models = {str(math), str(base), str(code)}
-    assert parents == {f(ref).key for ref in models for f in (assets.model, assets.importance)}
+    assert parents == {assets.asset(kind, ref).key for ref in models for kind in ("model", "importance")}
     assert merged.payload["digest"] == second["digest"] and merged.payload["mean_density"] == second["mean_density"]
-    measured = eventually(lambda: events(client, done, assets.importance(str(math)).key))
+    measured = eventually(lambda: events(client, done, assets.asset("importance", str(math)).key))
     assert len(measured) == 2  # its two states; what came from the cache was made only once
-    assert [r.id for r in measured[0].related if r.role == "asset"] == [assets.model(str(math)).key]
-    assert len(events(client, done, assets.importance(str(code)).key)) == 1
+    assert [r.id for r in measured[0].related if r.role == "asset"] == [assets.asset("model", str(math)).key]
+    assert len(events(client, done, assets.asset("importance", str(code)).key)) == 1
 
 
 def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client: Any, family: Family) -> None:

@@ -5,16 +5,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis.progress import Report
 
 if TYPE_CHECKING:
-    from lewis.library import Merged
-    from lewis.merging.run import Merge
-    from lewis.merging.step import MergeInput
-    from lewis.recipe.recipe import Recipe
+    from lewis.merging.run import Merge, Written
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,10 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def run_merge(
-    prepared: "Merge", recipe: "Recipe", given: "MergeInput", folder: Path, *, max_shard_size: int
-) -> tuple["Merged", Effort]:
-    """Run a prepared merge with a bar: tensors done, GB/s and the time left; arguments as of `lewis.library.write`."""
+def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Written", Effort]:
+    """Run a merge with a bar: tensors done, GB/s and the time left. The arguments are those of `Merge.run`."""
     from rich.progress import TextColumn
 
-    from lewis.library import write
     from lewis.memory import PeakMemory
 
     columns = TextColumn("{task.fields[tensors]} tensors"), TextColumn("{task.fields[rate]:.2f} GB/s")
@@ -81,8 +74,8 @@ def run_merge(
             rate = prepared.traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
             bars.update(task, completed=done, tensors=f"{merged}/{tensors}", rate=rate)
 
-        made = write(recipe, given, prepared, folder, max_shard_size=max_shard_size, report=report)
-    return made, Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
+        written = prepared.run(*arguments, progress=report, **named)
+    return written, Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
 
 
 def _bars(*columns: Any) -> Any:

@@ -27,7 +27,7 @@ def test_the_bar_tells_tensors_rate_and_time_left(
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    effort = bars.run_merge(merge, tmp_path / "out")
+    _, effort = bars.run_merge(merge, tmp_path / "out")
     count = len(merge.layout)
     assert f"{count}/{count} tensors" in terminal.getvalue() and "GB/s" in terminal.getvalue()
     assert "0:00:00" in terminal.getvalue()

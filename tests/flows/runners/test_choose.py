@@ -65,16 +65,17 @@ def test_as_many_workers_as_can_compute_and_one_more(environment: pytest.MonkeyP
     assert choose.task_runner()._max_workers == 2
 
 
-def in_worker(module: str, task: str, code: str) -> str:
-    """Python that makes a task run `code` before its function, in whatever process runs it.
+def in_worker(step: str, code: str) -> str:
+    """Python that makes the tasks of a step run `code` before their function, in whatever process runs it.
 
     A function of `__main__` travels to the workers as it is, a patch of a module would stay behind.
     """
     return (
-        f"import functools\nfrom lewis_tasks.{module} import {task} as task\nfunction = task.fn\n"
-        "@functools.wraps(function)\n"
-        f"def first(*arguments, **named):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
-        f"    return function(*arguments, **named)\ntask.fn = first"
+        "import functools, lewis_flows.walk as walk\nmake = walk.task_of\n"
+        f"def task_of(node):\n    task = make(node)\n    if node.step.name != {step!r}:\n        return task\n"
+        "    function = task.fn\n    @functools.wraps(function)\n    def first(*arguments, **named):\n"
+        f"{textwrap.indent(textwrap.dedent(code), '        ')}\n        return function(*arguments, **named)\n"
+        "    task.fn = first\n    return task\nwalk.task_of = task_of"
     )
 
 
@@ -94,9 +95,7 @@ def test_passes_run_on_two_workers_and_the_merge_is_the_same(
     name: str, lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"LEWIS_TASK_RUNNER": name, "LEWIS_DEVICE_SLOTS": "2", "LEWIS_MAX_WORKERS": "2"}
-    found = report(
-        lewis("run", recipe, "--json", *NO_SCORES, patch=in_worker("importance", "measure", MEET), **settings)
-    )
+    found = report(lewis("run", recipe, "--json", *NO_SCORES, patch=in_worker("measure", MEET), **settings))
     assert len(list((home / "pids").iterdir())) >= 2
     assert not leftovers(home) and found["created"]
 
@@ -169,7 +168,7 @@ SLOW_MERGE = """
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_flow(number: signal.Signals, lewis: Command, recipe: Path, home: Path) -> None:
     settings = {"LEWIS_TASK_RUNNER": "process", "LEWIS_MAX_WORKERS": "1"}
-    process = lewis("run", recipe, *PLAIN, patch=in_worker("merge", "merge", SLOW_MERGE), **settings)
+    process = lewis("run", recipe, *PLAIN, patch=in_worker("merge", SLOW_MERGE), **settings)
     assert process.stdout is not None
     worker = int(process.stdout.readline())
     process.send_signal(number)

@@ -1,0 +1,71 @@
+"""The front door: what `import lewis` gives a notebook."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lewis
+from lewis.errors import RecipeError
+from tests.conftest import Family
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def recipe(family: Family, tmp_path: Path) -> Path:
+    data = {
+        "merge_method": "ties",
+        "base_model": str(family.base),
+        "models": [{"model": str(path)} for path in family.experts],
+        "lewis": {"calibrations": {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_merge_gives_what_was_merged_with_its_card(recipe: Path, tmp_path: Path, family: Family) -> None:
+    seen: list[tuple[str, int, int]] = []
+    merged = lewis.merge(str(recipe), tmp_path / "merged", report=lambda *step: seen.append(step))
+    assert merged.folder == tmp_path / "merged" and (merged.folder / "model.safetensors").is_file()
+    assert merged.size and set(merged.mean_density) == {str(path) for path in family.experts}
+    assert merged.card == (merged.folder / "README.md").read_text() != ""
+    assert merged.manifest["digest"] == merged.digest and merged.adapter is None and merged.ridge == ""
+    assert {f"{family.math} on sums", "model.norm.weight"} <= {what for what, _, _ in seen}
+    assert all(0 <= done <= total for _, done, total in seen)
+    assert lewis.merge(lewis.Recipe.load(recipe), tmp_path / "again").digest == merged.digest
+
+
+def test_each_step_by_itself(recipe: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = lewis.measure(recipe)
+    assert [entry.ref for entry in measured] == [str(path) for path in (family.base, *family.experts)]
+    assert measured[0].norms and measured[0].moments
+    monkeypatch.setattr("lewis.importance.measure.measure_sets", None)  # what the store has is not measured again
+    allocated = lewis.allocate(recipe)
+    assert allocated.experts()[str(family.math)].densities["model.layers.0.mlp.up_proj.weight"] > 0
+    states = {step.name: step.state for step in lewis.plan(recipe).steps}
+    assert states["allocate"] == "cached" and states["merge experts"] == "to do"
+    assert lewis.inspect(recipe).verdict.startswith("no findings")
+
+
+def test_what_a_recipe_has_not_is_said(recipe: Path, tmp_path: Path) -> None:
+    plain = yaml.safe_load(recipe.read_text())
+    del plain["lewis"]
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
+    for function in (lewis.measure, lewis.allocate):
+        with pytest.raises(RecipeError, match="lewis: missing"):
+            function(tmp_path / "plain.yaml")
+    with pytest.raises(RecipeError, match="evaluate: missing"):
+        lewis.score(tmp_path / "plain.yaml", tmp_path)
+    with pytest.raises(AttributeError, match="no attribute 'merges'"):
+        lewis.merges  # noqa: B018
+
+
+def test_the_import_is_light_and_typed() -> None:
+    heavy = "('torch', 'pydantic', 'yaml', 'prefect')"
+    code = f"import lewis, sys; print([m for m in {heavy} if m in sys.modules], dir(lewis))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("[] [") and all(f"'{name}'" in out for name in lewis.__all__)
+    assert (Path(lewis.__file__).parent / "py.typed").is_file()
