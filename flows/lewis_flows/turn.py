@@ -22,7 +22,7 @@ from lewis import store
 from lewis.store.lease import SharedLock
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support.waiting import Wait
+from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
 _WAITS = "waits"  # the second line of its note

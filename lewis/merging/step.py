@@ -142,7 +142,7 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     Raises:
         InputError: naming what does not fit.
     """
-    config, allocated = given.config, given.allocated
+    config, allocated, another_vocabulary = given.config, given.allocated, _advice_on_vocabularies(given)
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
     held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
@@ -159,9 +159,8 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
         for entry, files in zip(config.experts, given.experts, strict=True)
     ]
     base = given.base.open() if given.base else None
-    in_order = config.fits and not config.needs_grams  # its passes can take the result's token ids instead
-    if (given.measured or (in_order and config.vocabulary is None)) and base is not None:
-        _check_token_ids(given, base, [expert.model for expert in opened])
+    if another_vocabulary and base is not None:
+        _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
     return prepare(config, base, opened, held_back, merge_device(gpu))
 
 
@@ -182,14 +181,20 @@ def check_output(given: MergeInput, prepared: Merge) -> None:
     prepared.check_adapter()
 
 
-def _check_token_ids(given: MergeInput, base: Model, experts: Sequence[Model]) -> None:
-    """Check that the base's token ids, which a calibration set consists of, mean the same to each expert."""
+def _advice_on_vocabularies(given: MergeInput) -> str:
+    """What to do where an expert has another vocabulary than the base; empty if it may have one."""
+    in_order = given.config.fits and not given.config.needs_grams  # its passes can take the result's token ids instead
+    if not given.measured and not (in_order and given.config.vocabulary is None):
+        return ""
     if not given.config.fits:
-        fix = "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
-    elif given.config.needs_grams or given.measured:
-        fix = "this model cannot be measured on them: use regmean_forward, with tokenizer_source and no guided anchor"
-    else:
-        fix = "set tokenizer_source to base or union: then the fit matches them by token"
+        return "this model cannot be guided: use density.strategy uniform and prune_by magnitude, or no lewis block"
+    if given.config.needs_grams or given.measured:
+        return "this model cannot be measured on them: use regmean_forward, with tokenizer_source and no guided anchor"
+    return "set tokenizer_source to base or union: then the fit matches them by token"
+
+
+def _check_token_ids(base: Model, experts: Sequence[Model], fix: str) -> None:
+    """Check that the base's token ids, which a calibration set consists of, mean the same to each expert."""
     for expert in experts:
         if other := clash(tokenizer_folder(base), tokenizer_folder(expert)):
             raise InputError(

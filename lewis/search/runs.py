@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lewis.recipe.recipe import Recipe
 from lewis.registry import tracking
-from lewis.registry.registration import flat_parameters
 from lewis.search.study import Objective, Trial
 
 if TYPE_CHECKING:
@@ -16,7 +14,9 @@ _STATUS = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
 def record(
-    recipe: Recipe,
+    name: str,
+    team: str,
+    parameters: Mapping[str, str],
     digest: str,
     objectives: Sequence[Objective],
     trials: Sequence[Trial],
@@ -27,7 +27,9 @@ def record(
     """Record in MLflow the trials of a search that have ended, and at the end of the search its result.
 
     Args:
-        recipe: with its `search` block.
+        name: of the recipe.
+        team: whose experiment in MLflow it is; empty: nobody's in particular.
+        parameters: the recipe, flat: `a.b.0.c` -> value.
         digest: of the search.
         objectives: the metrics of the trials' scores.
         trials: all of them.
@@ -40,29 +42,29 @@ def record(
     Raises:
         TransientError, LewisError: as `tracking.client`.
     """
-    with tracking.client(f"recording the search of {recipe.name}") as client:
-        experiment = tracking.experiment(client, recipe.register_as.team if recipe.register_as else "")
-        parent = _parent(client, experiment, recipe, digest)
+    with tracking.client(f"recording the search of {name}") as client:
+        experiment = tracking.experiment(client, team)
+        parent = _parent(client, experiment, name, parameters, digest)
         seen = {run.data.tags.get(_TRIAL) for run in client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'")}
         for trial in trials:
             if trial.state in _STATUS and str(trial.number) not in seen:
                 _add(client, experiment, parent, objectives, trial)
-        for name, value in (tags or {}).items():
-            client.set_tag(parent, name, value)
+        for tag, value in (tags or {}).items():
+            client.set_tag(parent, tag, value)
         if files is not None:
             tracking.log_files(client, parent, files)
             client.set_terminated(parent, "FINISHED")
         return parent
 
 
-def _parent(client: "MlflowClient", experiment: str, recipe: Recipe, digest: str) -> str:
+def _parent(client: "MlflowClient", experiment: str, name: str, parameters: Mapping[str, str], digest: str) -> str:
     found = client.search_runs([experiment], f"tags.`{_SEARCH}` = '{digest}' and tags.`{_TRIAL}` = 'all'")
     if found:
         if found[0].info.status != "RUNNING":
             client.update_run(found[0].info.run_id, status="RUNNING")  # the search continues
         return str(found[0].info.run_id)
-    run = client.create_run(experiment, run_name=f"search {recipe.name}", tags={_SEARCH: digest, _TRIAL: "all"})
-    tracking.log_numbers(client, run.info.run_id, None, flat_parameters(recipe), {})
+    run = client.create_run(experiment, run_name=f"search {name}", tags={_SEARCH: digest, _TRIAL: "all"})
+    tracking.log_numbers(client, run.info.run_id, None, parameters, {})
     return str(run.info.run_id)
 
 

@@ -4,21 +4,22 @@ Optuna chooses the values (TPE, arXiv 2304.11127; for two metrics NSGA-II, doi 1
 the store, so a search that was killed can continue.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.errors import RecipeError
 from lewis.recipe.recipe import Recipe
 from lewis.search import space
-from lewis.search.journal import open_journal
 from lewis.search.space import Values
-from lewis.store import kinds
+from lewis.store import kinds, sealed_json
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna import Trial as OptunaTrial
+    from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial
 
 SEMANTICS = "1"  # raise it when the scores of earlier trials are no longer comparable
@@ -189,3 +190,36 @@ class Log:
         best = [trial for trial in self.trials if trial.number in numbers]
         first = self.objectives[0].higher_is_better
         return sorted(best, key=lambda trial: (-trial.scores[0] if first else trial.scores[0], trial.number))
+
+
+def open_journal(path: Path) -> "JournalStorage":
+    """The storage of a search in the file `path`: Optuna's journal, each line with a checksum.
+
+    A damaged file is set aside. The search then starts again and asks for the same values, whose scores the store has.
+    """
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+
+    class Journal(BaseJournalBackend):
+        """Optuna's file, with checksums."""
+
+        def __init__(self) -> None:
+            self._file = JournalFileBackend(str(path))
+
+        def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+            for line in self._file.read_logs(log_number_from):
+                yield sealed_json.unsealed(line)
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            self._file.append_logs([sealed_json.sealed(line) for line in logs])
+
+    store.make_folder(path.parent)
+    try:
+        sealed_json.check_lines(path.read_bytes())
+    except FileNotFoundError:
+        pass
+    except sealed_json.DamagedError as error:
+        store.set_aside([path], str(error))
+    storage = JournalStorage(Journal())
+    store.restrict(path)
+    return storage

@@ -15,8 +15,7 @@ from lewis.evaluation.step import ScoresEntry, find_scores, score
 from lewis.merging.step import MergeInput, find_merged, prepare_merge
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
-from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import graph
+from lewis.steps.graph import Graph
 from lewis.steps.run import run
 
 logger = logging.getLogger(__name__)
@@ -25,17 +24,19 @@ SHARE = 0.5  # largest share of the free memory for a merged model
 
 
 def score_trial(
-    recipe: Recipe,
+    graph: Graph,
+    label: str,
     known: Mapping[str, Any],
     settings: EvalSettings,
     *,
     device: str = "cpu",
     report: Report = silent,
 ) -> ScoresEntry:
-    """Scores of the model that a recipe gives; found in the store if the same merge has been scored before.
+    """Scores of the model that a trial gives; found in the store if the same merge has been scored before.
 
     Args:
-        recipe: with a trial's values.
+        graph: of the recipe with a trial's values.
+        label: the merged model's in tables.
         known: results of the graph's first nodes, the downloads among them; what else the merge needs is found or made.
         settings: tasks and documents.
         device: of the forward passes.
@@ -44,12 +45,11 @@ def score_trial(
     Raises:
         InputError, LewisError: if the values are not valid together, or the merge or lm-eval fails.
     """
-    walked = graph(recipe)
-    node = walked["merge experts"]
-    results = run(walked, *node.needs, known=known, device=device)
+    node = graph["merge experts"]
+    results = run(graph, *node.needs, known=known, device=device)
     given: MergeInput = node.given(results)
     prepared = prepare_merge(given)
-    found = find_scores(recipe.label, prepared.digest, settings, device)
+    found = find_scores(label, prepared.digest, settings, device)
     if found is not None:
         return found
     with store.lock(f"trial-{prepared.digest}"), _folder(prepared.digest, prepared.size) as folder:
@@ -57,7 +57,7 @@ def score_trial(
             prepared.run(folder)
         adapter = folder if given.base and prepared.as_adapter else None
         where = given.base.folder if given.base and adapter else folder
-        files = ModelFiles.at(recipe.label, prepared.digest, where, adapter)
+        files = ModelFiles.at(label, prepared.digest, where, adapter)
         return score(files, settings, device=device, progress=report)
 
 

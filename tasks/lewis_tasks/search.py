@@ -12,10 +12,12 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import comparison_rows
 from lewis.evaluation.step import ScoresEntry, scored
 from lewis.recipe.recipe import Recipe
+from lewis.registry.registration import flat_parameters
 from lewis.reports.markdown import picture
 from lewis.search import report as search_report
 from lewis.search import runs, trial
 from lewis.search.study import Objective, Trial
+from lewis.steps.graph import graph
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES, Progress, raise_if_stopping
 from lewis_tasks.support.device_slot import device_slot
@@ -36,7 +38,7 @@ def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], s
     with device_slot(gives_way=True, gpus=settings.gpus) as device:
         raise_if_stopping(f"trial {number}")
         report = Progress("trial", f"trial {number}")
-        return trial.score_trial(recipe, known, settings, device=device, report=report)
+        return trial.score_trial(graph(recipe), recipe.label, known, settings, device=device, report=report)
 
 
 @task(name="record-search", task_run_name="record search", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
@@ -46,9 +48,11 @@ def record_search(
     """Record the trials: a table in the UI, a run for each in MLflow, at the end pictures; gives MLflow's run id."""
     table = search_report.rows(trials, objectives)
     key = artifact_key(recipe, "search")
+    team = recipe.register_as.team if recipe.register_as else ""
+    about = recipe.name, team, flat_parameters(recipe), digest, objectives, trials
     create_table_artifact(table, key=f"{key}-table", description="What the search has tried")
     if not ended:
-        return runs.record(recipe, digest, objectives, trials)
+        return runs.record(*about)
     files = {"search_history.png": search_report.history(trials, objectives), "recipe.yaml": recipe.text.encode()}
     if len(objectives) > 1:
         files["search_pareto.png"] = search_report.pareto(trials, front, objectives)
@@ -56,7 +60,7 @@ def record_search(
     create_markdown_artifact(f"# Search\n\n{pictures}", key=f"{key}-history", description="The trials' scores")
     files["trials.json"] = json.dumps([asdict(trial) for trial in trials], indent=2).encode()
     tags = {"lewis.best": json.dumps(dict(front[0].values))} if front else {}
-    return runs.record(recipe, digest, objectives, trials, files=files, tags=tags)
+    return runs.record(*about, files=files, tags=tags)
 
 
 @task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)

@@ -16,8 +16,8 @@ from lewis import settings
 from lewis.errors import InputError
 from lewis_flows import prefect_runs, release_event
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, VERIFY
+from lewis_tasks.support.events import LONG, WAITING
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
-from lewis_tasks.support.waiting import LONG, WAITING
 
 TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
 DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s

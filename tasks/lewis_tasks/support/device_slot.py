@@ -24,7 +24,7 @@ from lewis.errors import InputError
 from lewis_tasks.support import device_queue
 from lewis_tasks.support.caching import raise_if_stopping
 from lewis_tasks.support.device_queue import Note
-from lewis_tasks.support.waiting import Wait
+from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
 LIMIT = "lewis-device"

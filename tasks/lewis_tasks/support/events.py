@@ -1,10 +1,18 @@
-"""Send events to Prefect's server."""
+"""Send events to Prefect's server; of a run that waits for long, `lewis.run.waiting`, so that somebody is notified."""
 
+import logging
+import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from prefect.runtime import flow_run
 
 from lewis.errors import InputError, LewisError, TransientError
 
+logger = logging.getLogger(__name__)
+WAITING = "lewis.run.waiting"
+LONG = timedelta(minutes=15)  # of a wait that is told
 _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
 
 
@@ -40,3 +48,39 @@ def post(event: Mapping[str, Any]) -> None:
         raise kind(f"Prefect did not take the event: it answered {status}; look at its server's log") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise TransientError(f"Prefect did not take the event ({type(error).__name__}); is its server up?") from None
+
+
+class Wait:
+    """A wait that is told once, when it is long."""
+
+    def __init__(self) -> None:
+        """It begins now."""
+        self._began, self._told = datetime.now(UTC), False
+
+    def look(self, name: str, what: str) -> None:
+        """Tell of the wait if it has become long. A failure is logged, not raised.
+
+        Args:
+            name: of who waits.
+            what: for what, and who holds that.
+        """
+        if self._told or datetime.now(UTC) - self._began < LONG:
+            return
+        self._told = True
+        minutes = (datetime.now(UTC) - self._began).total_seconds() / 60
+        message = f"{name} has waited {minutes:.0f} min for {what}"
+        logger.warning("%s", message)
+        run = str(flow_run.id or "")
+        role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
+        event = {
+            "id": str(uuid.uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": WAITING,
+            "resource": {"prefect.resource.id": f"lewis.run.{run}", "prefect.resource.name": name},
+            "related": [role] if run else [],
+            "payload": {"message": message, "flow_run": run},
+        }
+        try:
+            post(event)
+        except LewisError as error:
+            logger.warning("Prefect was not told of the wait: %s", error)
