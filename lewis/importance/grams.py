@@ -34,6 +34,7 @@ from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, keeps_r
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Network
 from lewis.models.network.network_class import input_embeddings
+from lewis.progress import Report, silent
 
 if TYPE_CHECKING:
     from lewis.importance.streaming import Weights
@@ -50,7 +51,7 @@ def measure_grams(
     *,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> dict[str, str]:
     """Measure one model on one calibration set; a block that is in `folder` already is not measured again.
 
@@ -60,7 +61,8 @@ def measure_grams(
         folder: where the files go, one for each block; it exists.
         device: `cpu` (weights in fp32) or `cuda` (weights as stored).
         threads: of the CPU; by default one per core.
-        progress: called with (tokens done, tokens in all); a token that is half through the blocks is half done.
+        progress: called with ("statistics", tokens done, tokens in all); a token half-way through the
+            blocks counts as half done.
 
     Returns:
         File name -> SHA-256, of those written now.
@@ -90,8 +92,7 @@ def measure_grams(
         writer = contexts.enter_context(ThreadPoolExecutor(1))
         walk = _Walk(weights, watched, passes, workers, writer, folder, calibration.tokens)
         for share in walk.blocks():
-            if progress:
-                progress(int(share * calibration.tokens), calibration.tokens)
+            progress("statistics", int(share * calibration.tokens), calibration.tokens)
     return walk.checksums
 
 

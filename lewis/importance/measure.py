@@ -24,6 +24,7 @@ from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Covered, Layer, Network
 from lewis.models.network.network_class import input_embeddings
+from lewis.progress import Report, silent
 from lewis.recipe.schema import Importance
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def measure(
     settings: Importance | None = None,
     *,
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> Measured:
     """`measure_sets` of one set."""
     [measured] = measure_sets(model, [calibration], settings, device=device, progress=progress)
@@ -75,7 +76,7 @@ def measure_sets(
     settings: Importance | None = None,
     *,
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> list[Measured]:
     """Measure one model on several calibration sets, in one pass without padding in the sums, KV cache or logits.
 
@@ -93,7 +94,8 @@ def measure_sets(
         calibrations: token ids. The numbers of each, bit by bit, do not depend on the others.
         settings: of the pass.
         device: `cpu` (weights in fp32) or `cuda` (weights as stored).
-        progress: called with (tokens done, tokens in all); a token that is half through the blocks is half done.
+        progress: called with ("measure", tokens done, tokens in all); a token half-way through the
+            blocks counts as half done.
 
     Returns:
         For each set, I(l,c) of every covered layer and s of every covered tensor. What no token reached (an expert that
@@ -118,7 +120,7 @@ def _measure_sets(
     calibrations: Sequence[Calibration],
     settings: Importance,
     device: str,
-    progress: Callable[[int, int], None] | None,
+    progress: Report,
     *,
     equal: bool = False,
 ) -> list[Measured]:
@@ -137,7 +139,6 @@ def _measure_sets(
     made = batches(calibrations, network, whole=pruned, equal=equal)
     # Of what waits, a model's own forward holds the hidden states and what they began as, the embeddings.
     per_token = 2 * input_embeddings(network.module).embedding_dim * dtype.itemsize
-    report = progress or (lambda done, total: None)
     done, total = 0, sum(calibration.tokens for calibration in calibrations)
     with ExitStack() as contexts, torch.inference_mode():
         contexts.enter_context(PruneAfter(network, moments, settings.prune_ratio))
@@ -147,9 +148,9 @@ def _measure_sets(
             forwards = [partial(forward, network, batch.ids.to(device), batch.lengths) for batch in group]
             tokens = sum(batch.tokens for batch in group)
             for share in streamed.lock_step(forwards, partial(_begin, moments, group)):
-                report(done + int(share * tokens), total)
+                progress("measure", done + int(share * tokens), total)
             done += tokens
-            report(done, total)
+            progress("measure", done, total)
     return norms(model, network, moments.means, calibrations, settings.reduce)
 
 

@@ -171,7 +171,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
     files, settings = given.files, given.settings
     what = f"{files.ref} on {', '.join(each.name for each in given.sets)}"
 
-    def progress(done: int, total: int) -> None:
+    def progress(_: str, done: int, total: int) -> None:
         report(what, done, total)
 
     statistics = {}
@@ -252,7 +252,7 @@ def find_or_measure_grams(
     *,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> Path:
     """Folder of the second-order statistics of one model on one calibration set, which `gram_files.Grams` reads.
 

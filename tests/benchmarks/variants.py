@@ -13,6 +13,7 @@ from lewis.evaluation.step import EvalSettings, scored
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial
+from lewis.steps.graph import graph
 from tests.support import pipeline
 
 

@@ -90,16 +90,16 @@ def importance(options: argparse.Namespace) -> None:
     from lewis.reports import tables
 
     file = _json_file(options.output)
-    guided = _guide(options)
-    rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in guided.measured]
+    found = _allocate(options)
+    rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in found.measured]
     store.write_json(file, {"importance": rows})
     if options.json:
-        print(json.dumps({"file": str(file), "measurements": len(rows), "passes": guided.passes}, indent=2))
+        print(json.dumps({"file": str(file), "measurements": len(rows), "passes": found.passes}, indent=2))
         return
-    for each in guided.measured:
-        print(f"importance of {each.ref} on {each.calibration}\n{tables.grid(guided.layers, each.norms, '.4g')}\n")
-    _print_densities(guided)
-    print(f"{options.output}: {len(rows)} measurements; passes run now: {guided.passes}")
+    for each in found.measured:
+        print(f"importance of {each.ref} on {each.calibration}\n{tables.grid(found.layers, each.norms, '.4g')}\n")
+    _print_densities(found)
+    print(f"{options.output}: {len(rows)} measurements; passes run now: {found.passes}")
 
 
 def allocate(options: argparse.Namespace) -> None:
@@ -108,16 +108,16 @@ def allocate(options: argparse.Namespace) -> None:
     from lewis.reports import charts
 
     file = _json_file(options.output)
-    guided = _guide(options)
-    experts = {ref: each.to_json() for ref, each in guided.allocated.experts().items()}
+    found = _allocate(options)
+    experts = {ref: each.to_json() for ref, each in found.allocated.experts().items()}
     store.write_json(file, {"experts": experts})
     picture = file.with_suffix(".png")
-    store.write_bytes(picture, charts.densities(guided.allocated))
+    store.write_bytes(picture, charts.densities(found.allocated))
     if options.json:
-        facts = {"file": str(file), "picture": str(picture), "mean_density": dict(guided.allocated.means)}
+        facts = {"file": str(file), "picture": str(picture), "mean_density": dict(found.allocated.means)}
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    _print_densities(guided)
+    _print_densities(found)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -130,13 +130,13 @@ def export(options: argparse.Namespace) -> None:
     recipe = arguments.load(options)
     check_exportable(recipe.config, recipe.lewis)  # before anything is measured
     base, experts = pin_all(recipe)
-    allocations = _guide(options).allocated.experts() if recipe.allocator else {}
+    allocations = _allocate(options).allocated.experts() if recipe.allocator else {}
     made = to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
     print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
 
 
-class _Guided(NamedTuple):
-    """What guides a merge.
+class _Allocated(NamedTuple):
+    """What was measured and allocated.
 
     Attributes:
         layers: the covered layers of the base that the recipe does not exclude.
@@ -155,7 +155,7 @@ class _Guided(NamedTuple):
     passes: int
 
 
-def _guide(options: argparse.Namespace) -> _Guided:
+def _allocate(options: argparse.Namespace) -> _Allocated:
     """Measure and allocate.
 
     Raises:
@@ -190,14 +190,14 @@ def _guide(options: argparse.Namespace) -> _Guided:
     if recipe.slices:
         result = layers_of_result(walked[ALLOCATE.name].given(results))
     measured = [entry for node in walked.of(MEASURE) for entry in results[node.name]]
-    return _Guided(layers, result, parameters, measured, results[ALLOCATE.name], len(passes))
+    return _Allocated(layers, result, parameters, measured, results[ALLOCATE.name], len(passes))
 
 
-def _print_densities(guided: _Guided) -> None:
+def _print_densities(found: _Allocated) -> None:
     from lewis.reports import tables
 
-    for ref, each in guided.allocated.experts().items():
-        print(tables.allocation_text(ref, guided.result, each, guided.parameters), end="\n\n")
+    for ref, each in found.allocated.experts().items():
+        print(tables.allocation_text(ref, found.result, each, found.parameters), end="\n\n")
 
 
 def _json_file(path: Path) -> Path:

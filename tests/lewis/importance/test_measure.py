@@ -160,9 +160,9 @@ class TestMeasure:
         assert found != norms_of(expert.base)
 
     def test_progress_is_told(self, family: Family) -> None:
-        seen: list[tuple[int, int]] = []
+        seen: list[tuple[str, int, int]] = []
         measure(Checkpoint(family.base, "key"), CALIBRATION, progress=lambda *step: seen.append(step))
-        assert seen[-1] == (19, 19)
+        assert seen[-1] == ("measure", 19, 19)
 
     def test_computes_no_logits(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers import LlamaForCausalLM
@@ -223,9 +223,9 @@ class TestSets:
             self._keep = keep
 
         monkeypatch.setattr(Streamed, "__init__", as_on_a_gpu)
-        seen: list[tuple[int, int]] = []
+        seen: list[tuple[str, int, int]] = []
         found = measure_sets(model, sets, settings, progress=lambda *step: seen.append(step))
-        assert [each.norms for each in found] == [each.norms for each in expected] and seen[-1] == (26, 26)
+        assert [each.norms for each in found] == [each.norms for each in expected] and seen[-1] == ("measure", 26, 26)
 
     def test_what_waits_takes_no_more_than_a_block(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         model = Checkpoint(family.base, "key")
@@ -238,7 +238,7 @@ class TestSets:
     def test_a_pass_can_be_stopped_between_two_blocks(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(batches, "TOKENS_PER_BATCH", 1)
 
-        def stop(done: int, total: int) -> None:
+        def stop(what: str, done: int, total: int) -> None:
             assert (0 < done < 19) and total == 19
             raise KeyboardInterrupt
 
