@@ -55,7 +55,7 @@ def test_it_holds_the_packages_with_their_data_and_no_tests(installed: Path, tmp
     expected = {
         path.relative_to(REPO / root).as_posix()
         for root, name in ((".", "lewis"), ("tasks", "lewis_tasks"), ("flows", "lewis_flows"))
-        for path in (REPO / root / name).rglob("*.py")
+        for path in (*(REPO / root / name).rglob("*.py"), *(REPO / root / name).rglob("py.typed"))
     }
     shipped = REPO / "deployments"
     data = [shipped / "prefect.yaml", *shipped.glob("recipes/*.y*ml*"), *shipped.glob("recipes/tasks/*.*")]

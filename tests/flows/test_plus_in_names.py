@@ -36,7 +36,7 @@ def folder(family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return path
 
 
-def test_such_a_recipe_is_planned_merged_and_scheduled(folder: Path) -> None:
+def test_such_a_recipe_is_planned_merged_and_scheduled(folder: Path, tmp_path: Path) -> None:
     assert schedules.Folder().runnable() == ["plus"]
     recipe = Recipe.load(folder / "plus.yaml")
     base, experts = pipeline.pin_all(recipe)
@@ -47,34 +47,36 @@ def test_such_a_recipe_is_planned_merged_and_scheduled(folder: Path) -> None:
     }.items()
     pipeline.preflight(recipe, base, experts)
     files = pipeline.download(base), [pipeline.download(each) for each in experts]
-    merged = pipeline.merge(recipe, *files)
-    write_card(merged.folder, recipe, *files, None)
-    card = (merged.folder / "README.md").read_text()
+    written = pipeline.prepare_merge(recipe, *files).run(tmp_path / "merged")
+    write_card(written, recipe, *files, None)
+    card = (written.folder / "README.md").read_text()
     assert all(f"`{ref}`" in card and f"`{key}`" in card for ref, key in lineage_of(*files, ()).items())
     assert "base_model" not in card.split("---")[1]  # the front matter: they are not on the Hub
     with pytest.raises(InputError, match=r"math\+a: mergekit takes a \+ in a name .* rename the folder"):
-        to_mergekit(recipe, base, experts, {})
+        to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, {})
 
 
 def test_its_releases_are_seen(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(folder / "plus.yaml")
     assert list(release_event.hub_repos(recipe)) == []
-    before = releases.heads(recipe)
+    before = releases.heads(*pipeline.pin_all(recipe))
     assert [len(commits_of(before[ref])) for ref in REFS] == [1, 1, 2]
     assert before[REFS[2]] == key_of([before[REFS[0]], commits_of(before[REFS[2]])[1]])
     held = [releases.Held("1", "a" * 64, "passed", (), {source_tag(ref): key for ref, key in before.items()})]
-    assert releases.moved(recipe, before, held) == []
+    assert releases.moved(before, held, base=recipe.base_model, root=recipe.root) == []
     now = before | {REFS[2]: key_of([before[REFS[0]], "new"])}
-    assert [(each.ref, each.repo) for each in releases.moved(recipe, now, held)] == [(REFS[2], str(folder / "lo+ra"))]
+    assert [(each.ref, each.repo) for each in releases.moved(now, held, base=recipe.base_model, root=recipe.root)] == [
+        (REFS[2], str(folder / "lo+ra"))
+    ]
 
 
 def test_an_adapter_with_a_plus_in_its_name_moves_with_the_base(folder: Path) -> None:
     """It is no model with an adapter: that its base moved is reported once."""
     recipe = Recipe.parse(RECIPE.replace("./my+base+./lo+ra", "./lo+ra"), root=folder, name="plus")
-    before = releases.heads(recipe)
+    before = releases.heads(*pipeline.pin_all(recipe))
     held = [releases.Held("1", "a" * 64, "passed", (), {source_tag(ref): key for ref, key in before.items()})]
     now = before | {"./my+base": "new", "./lo+ra": key_of(["new", commits_of(before["./lo+ra"])[1]])}
-    assert [each.ref for each in releases.moved(recipe, now, held)] == ["./my+base"]
+    assert [each.ref for each in releases.moved(now, held, base=recipe.base_model, root=recipe.root)] == ["./my+base"]
 
 
 def test_its_models_have_short_names(folder: Path) -> None:
