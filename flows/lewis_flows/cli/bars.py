@@ -65,17 +65,18 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Writte
 
     columns = TextColumn("{task.fields[tensors]} tensors"), TextColumn("{task.fields[rate]:.2f} GB/s")
     begun, tensors, elements = time.perf_counter(), len(prepared.layout), prepared.elements
+    traffic = prepared.traffic
     with _bars(*columns) as bars, PeakMemory() as memory:
         task, merged = _begin(bars, "merge", elements, tensors=f"0/{tensors}", rate=0.0), 0
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal merged
             merged += 1
-            rate = prepared.traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
+            rate = traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
             bars.update(task, completed=done, tensors=f"{merged}/{tensors}", rate=rate)
 
         written = prepared.run(*arguments, progress=report, **named)
-    return written, Effort(time.perf_counter() - begun, prepared.traffic, memory.peak)
+    return written, Effort(time.perf_counter() - begun, traffic, memory.peak)
 
 
 def _bars(*columns: Any) -> Any:
