@@ -55,6 +55,11 @@ class PlannedStep:
     state: str
     cost: Cost = field(default_factory=Cost)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data; with what it takes, if it is to be done and takes something that is known."""
+        cost = {"cost": asdict(self.cost)} if self.state == "to do" and self.cost != Cost() else {}
+        return {"name": self.name, "state": self.state, **cost}
+
 
 @dataclass
 class Plan:
@@ -105,7 +110,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         findings = [each.to_json() for each in self.findings]
-        steps = [{"name": each.name, "state": each.state} for each in self.steps]
+        steps = [each.to_json() for each in self.steps]
         return {**asdict(self), "findings": findings, "steps": steps, "covered_layers": len(self.layers)}
 
     def to_text(self) -> str:
@@ -257,7 +262,9 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
     step, before = node.step, len(asked)
     missing = any(name in results and results[name] is None for name in node.needs)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
-    given: Any = None if step.opens and absent else _given(node, results)
+    # A merge is checked and timed without its densities; any take as long.
+    known = not (step.opens and absent) and (not missing or step is MERGE)
+    given: Any = node.given(results) if known else None
     if step is CHECK:
         if given is not None:
             step.make(replace(given, copies=0, covers=False, warning=""), silent, "cpu")
@@ -275,14 +282,6 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
     if state != "to do":
         return PlannedStep(node.name, state)
     return PlannedStep(node.name, state, Cost(seconds=None) if given is None else step.cost(given))
-
-
-def _given(node: Node, results: Mapping[str, Any]) -> Any:
-    """The input of a step; None if a result that it cannot do without is missing."""
-    try:
-        return node.given(results)
-    except (KeyError, TypeError):
-        return None
 
 
 def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[Found]) -> list[PlannedStep]:
