@@ -20,7 +20,7 @@ from lewis.registry.outbox import Move
 from lewis_flows import release_event
 from lewis_flows.service import automations
 from lewis_flows.service.automations import put_automations
-from lewis_tasks.support import moves, waiting
+from lewis_tasks.support import events, moves
 from tests.support.forgetful import Forgetful
 from tests.support.service import Sink
 
@@ -121,7 +121,7 @@ def test_what_a_person_should_know_is_notified_with_a_link(
 ) -> None:
     sink = Sink()
     monkeypatch.setenv("LEWIS_NOTIFY_URL", sink.url)
-    monkeypatch.setattr(waiting, "LONG", timedelta(0))
+    monkeypatch.setattr(events, "LONG", timedelta(0))
     monkeypatch.setattr(automations, "LONG", timedelta(seconds=10))  # the least that Prefect takes
     monkeypatch.setattr(automations, "STARTS_WITHIN", timedelta(seconds=10))
     put_automations(client)
@@ -158,7 +158,7 @@ def test_what_a_person_should_know_is_notified_with_a_link(
         for _ in range(2):  # each poll looks again, and the server knows the event
             release_event.announce_stuck("tiny", "org/math", "org/math", "1" * 40, "no space")
         stuck = "org/math 11111111 could not be merged into tiny, three times: no space"
-        waiting.Wait().look("merge tiny", "a device slot, which search tiny holds since 14:02")
+        events.Wait().look("merge tiny", "a device slot, which search tiny holds since 14:02")
         waited = "merge tiny has waited 0 min for a device slot, which search tiny holds since 14:02"
         expected |= {"LEWIS: a release is not merged": stuck, "LEWIS: a run waits for long": waited}
         told = "merge late was due long ago: is there a worker, and has it time?"

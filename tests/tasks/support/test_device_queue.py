@@ -14,7 +14,7 @@ import pytest
 
 from lewis_flows.service.status_data import Part, Status
 from lewis_flows.service.status_text import as_text
-from lewis_tasks.support import device_queue, device_slot, events, waiting
+from lewis_tasks.support import device_queue, device_slot, events
 from tests.flows.test_watch import until
 
 
@@ -74,7 +74,7 @@ def test_a_long_wait_is_told_once_and_names_the_holder(
 ) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(events, "post", sent.append)
-    monkeypatch.setattr(waiting, "LONG", timedelta(seconds=0.3))
+    monkeypatch.setattr(events, "LONG", timedelta(seconds=0.3))
     with device_slot.device_slot(), caplog.at_level(logging.INFO):
         waits = threading.Thread(target=lambda: device_slot.device_slot().__enter__())
         waits.start()
@@ -84,7 +84,7 @@ def test_a_long_wait_is_told_once_and_names_the_holder(
     (event,) = sent
     held = f"which process {os.getpid()} holds since"
     assert (
-        event["event"] == waiting.WAITING
+        event["event"] == events.WAITING
         and "has waited 0 min for a device slot, " + held in event["payload"]["message"]
     )
     assert f"waiting for a device slot, {held}" in caplog.text
