@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -299,10 +300,7 @@ def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Bytes that an importance pass needs at most, roughly: torch, all outside of the layers, two layers in fp32."""
     sizes = Counter[int | None]()
     for name, shape in shapes.items():
-        elements = 1
-        for length in shape:
-            elements *= length
-        sizes[layer_of(name)] += 4 * elements
+        sizes[layer_of(name)] += 4 * math.prod(shape)
     outside = sizes.pop(None, 0)
     return 450_000_000 + outside + 2 * max(sizes.values(), default=0)
 

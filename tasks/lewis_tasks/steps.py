@@ -21,8 +21,8 @@ from lewis_tasks.support import assets
 from lewis_tasks.support.caching import RESULTS, RETRIES, Progress, RecordSerializer
 from lewis_tasks.support.device_slot import device_slot
 
-SHOWN: Mapping[Step[Any, Any], Any] = {DIAGNOSE: show_inspection}
-"""What is shown in the UI beside the result of a step: a function of its input and the prefix of the artifact's key."""
+SHOWN: Mapping[str, Any] = {DIAGNOSE.name: show_inspection}
+"""Name of a step -> what shows its result in the UI: a function of its input and the prefix of the artifact's key."""
 
 
 @dataclass
@@ -61,8 +61,8 @@ def task_of(node: Node) -> Task[..., Any]:
             slot = device_slot(gpus=count) if count else nullcontext("cpu")
             with slot as device, store.noticing() as made:
                 result = step.make(given, Progress(step.name, name), device)
-        if step in SHOWN:
-            SHOWN[step](given, prefix)
+        if step.name in SHOWN:  # by name: in another process the step is a copy
+            SHOWN[step.name](given, prefix)
         assets.describe(**step.facts(given, result))
         paths = step.paths(result)
         if found is None and (not paths or any(path in made for path in paths)):
