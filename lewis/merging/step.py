@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ class MergeInput:
         """The base, if there is one, then the experts."""
         return [*([self.base] if self.base else []), *self.experts]
 
+    @cached_property
+    def _prepared(self) -> dict[str, Merge]:
+        """Device -> what `prepare_merge` made."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process opens the models itself."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     def lineage(self) -> dict[str, object]:
         """What the result is made of, for its manifest."""
         inputs = {files.ref: files.key for files in self.models}
@@ -133,7 +143,7 @@ class MergeInput:
 
 
 def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
-    """Open all models and check that they fit.
+    """Open all models and check that they fit; done once for an input and a device, which keeps what was made.
 
     Args:
         given: what is merged.
@@ -142,6 +152,13 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     Raises:
         InputError: naming what does not fit.
     """
+    device = merge_device(gpu)
+    if device not in given._prepared:
+        given._prepared[device] = _prepare(given, device)
+    return given._prepared[device]
+
+
+def _prepare(given: MergeInput, device: str) -> Merge:
     config, allocated, another_vocabulary = given.config, given.allocated, _advice_on_vocabularies(given)
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
@@ -161,7 +178,7 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     base = given.base.open() if given.base else None
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return prepare(config, base, opened, held_back, merge_device(gpu))
+    return prepare(config, base, opened, held_back, device)
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:
