@@ -77,6 +77,7 @@ def test_an_input_that_several_share_is_kept_once(tmp_path: Path) -> None:
     assert len(kept) == len(load_file(tmp_path / "grams" / "model.layers.1.squares.safetensors")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe"])
 def test_stacked_experts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert by itself; gate and up share their input; one that no token reached has nothing."""

@@ -140,6 +140,7 @@ class TestOpen:
         assert files.open().read(name).equal(ModelFiles.at("c", "c", family.code).open().read(name))
         assert before.read(name).equal(old)  # its user still reads the file that it opened
 
+    @pytest.mark.slow
     def test_a_guided_merge_opens_each_file_once(
         self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
