@@ -64,10 +64,6 @@ def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[
     Known are embeddings, heads, norms, biases and one-dimensional convolutions. What lies outside of the blocks that
     text goes through (a vision tower) is counted as one.
 
-    Args:
-        network: of the base.
-        tensors: name -> shape in the checkpoint.
-
     Returns:
         Name, with `*` for every number -> share of all parameters; the largest first.
     """

@@ -64,11 +64,7 @@ def weight_findings(
 def _tensors(
     ref: str, i: int, measures: Measures, moved: Collection[str]
 ) -> tuple[list[Finding], list[TensorMeasures]]:
-    """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found.
-
-    Args:
-        moved: names of the tensors that `structure.moved_parts` found elsewhere.
-    """
+    """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found."""
     zeroed = _zeroed(i, measures)
     odd = [t for t in _odd(i, measures) if t.name not in {*zeroed, *moved}]
     found = [Finding("zeroed tensor", ref, f"all elements are 0 in {_named(zeroed)}")] if zeroed else []

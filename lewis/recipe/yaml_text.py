@@ -87,11 +87,6 @@ class LimitedLoader(_Limits, yaml.SafeLoader):
 def load(text: str | bytes, name: str, loader: type[yaml.SafeLoader] = LimitedLoader) -> Any:
     """The value that a YAML text holds.
 
-    Args:
-        text: YAML.
-        name: of the file, for error messages.
-        loader: a `LimitedLoader`.
-
     Raises:
         InputError: if the text is not valid YAML, has several documents, or exceeds a limit; the message is one line.
     """
@@ -165,10 +160,6 @@ def read_file(path: str | Path) -> tuple[Path, str]:
 
 def read(text: str, name: str) -> dict[str, Any]:
     """The mapping that a recipe's text holds, not checked any further.
-
-    Args:
-        text: YAML.
-        name: of the recipe, for error messages.
 
     Raises:
         RecipeError: if the text is not valid YAML, gives a key twice, exceeds a limit of this module, is no mapping,

@@ -306,14 +306,7 @@ def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
-    """What passes for second-order statistics take.
-
-    Args:
-        home: folder with the model's config.
-        shapes: of its tensors.
-        passes: tokens of each pass.
-        memory: bytes that a pass needs without statistics.
-    """
+    """What passes for second-order statistics take."""
     if not passes:
         return Cost(memory=memory)
     network, cores = measure.network_in(home, shapes), len(os.sched_getaffinity(0))

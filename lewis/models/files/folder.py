@@ -42,10 +42,6 @@ def needed(names: Iterable[str]) -> list[str]:
 def check_weights(ref: str, names: Iterable[str]) -> None:
     """Check that a model has safetensors weights, or an index that says which are missing.
 
-    Args:
-        ref: the model, for the error message.
-        names: of its files.
-
     Raises:
         InputError: if it has neither.
     """
@@ -58,10 +54,6 @@ def check_weights(ref: str, names: Iterable[str]) -> None:
 
 def refuse_pickled(ref: str, names: Iterable[str]) -> None:
     """Refuse a model without safetensors weights that has pickled ones.
-
-    Args:
-        ref: the model, for the error message.
-        names: of its files.
 
     Raises:
         InputError: if one of the files is pickled.

@@ -253,13 +253,7 @@ class Conversions:
         self._own: dict[Role, str] = {role: tensor for tensor, role in base.roles.items()}
 
     def sources(self, name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[str, ...]:
-        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read.
-
-        Args:
-            name: the base's tensor.
-            shape: its shape.
-            shapes: of the model's tensors.
-        """
+        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read."""
         asked: dict[str, None] = {}
 
         def read(tensor: str) -> torch.Tensor:
@@ -274,12 +268,7 @@ class Conversions:
         return tuple(asked) if fits else ()
 
     def make(self, name: str, read: Read) -> dict[str, torch.Tensor]:
-        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made.
-
-        Args:
-            name: the base's tensor.
-            read: the model's tensor -> its value.
-        """
+        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made."""
         if name not in self._ours.runs:
             return self._reverted(name, read)
         parts = []
