@@ -37,13 +37,7 @@ class ScoresEntry(JsonReference):
         return self.evaluated.scores
 
 
-def score(
-    files: ModelFiles,
-    settings: EvalSettings,
-    *,
-    device: str = "cpu",
-    progress: Report = silent,
-) -> ScoresEntry:
+def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ScoresEntry:
     """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
 
     Raises:

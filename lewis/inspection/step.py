@@ -199,11 +199,7 @@ def _fitting(
 
 
 def measured(
-    models: Sequence[_Opened],
-    candidates: Sequence[_Opened],
-    *,
-    per_token: bool = True,
-    report: Report = silent,
+    models: Sequence[_Opened], candidates: Sequence[_Opened], *, per_token: bool = True, report: Report = silent
 ) -> InspectionEntry:
     """Measure models, or find their measures in the store.
 

@@ -8,9 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from lewis.errors import nearest
 
-UNSUPPORTED = {
-    "trust_remote_code": "running code that a model brings along",
-}
+UNSUPPORTED = {"trust_remote_code": "running code that a model brings along"}
 MAX_GIVEN = 300  # characters of a wrong value that are shown
 # pydantic puts the kind of value that it tried into the location of a problem; these are not keys of the recipe.
 _KIND = re.compile(

@@ -103,12 +103,7 @@ def tasks_digest(settings: EvalSettings) -> str:
 
 
 def evaluate(
-    model: Path,
-    settings: EvalSettings,
-    *,
-    adapter: Path | None = None,
-    device: str = "cpu",
-    progress: Report = silent,
+    model: Path, settings: EvalSettings, *, adapter: Path | None = None, device: str = "cpu", progress: Report = silent
 ) -> Evaluated:
     """Score a model with lm-eval in a child process.
 
