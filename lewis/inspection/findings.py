@@ -73,7 +73,10 @@ def _tensors(
 
 
 def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterator[Finding]:
-    for kind, counts in (("NaN", [t.nans[i] for t in measures.tensors]), ("overflow", _infinities(i, measures))):
+    for kind, counts in (
+        ("NaN", [t.nans[i] for t in measures.tensors]),
+        ("overflow", [t.infinities[i] for t in measures.tensors]),
+    ):
         if total := sum(counts):
             names = [t.name for t, count in zip(measures.tensors, counts, strict=True) if count]
             yield Finding(
@@ -84,10 +87,6 @@ def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterato
         yield Finding(
             "overflow", ref, f"{peak.name} has {peak.peaks[i]:.3g}, and the recipe stores the result in float16"
         )
-
-
-def _infinities(i: int, measures: Measures) -> list[int]:
-    return [each.infinities[i] for each in measures.tensors]
 
 
 def _descent(refs: Sequence[str], i: int, measures: Measures, candidates: range) -> Iterator[Finding]:

@@ -46,7 +46,7 @@ from lewis.models.hub import repository
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.progress import Report, silent
-from lewis.registry.room import make_room
+from lewis.registry.retention import make_room
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
 

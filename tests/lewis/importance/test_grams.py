@@ -248,6 +248,7 @@ class TestStore:
         assert step.find_or_measure_grams(model, CALIBRATION) == folder  # it is found damaged before it is read
         assert path.read_bytes() == content
 
+    @pytest.mark.slow
     def test_a_pass_that_was_killed_does_not_sum_up_again_what_is_written(
         self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -43,6 +43,7 @@ def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
     assert chosen in [each["name"] for each in config.get("filter_list") or [{"name": "none"}]]
 
 
+@pytest.mark.slow
 def test_it_writes_a_recipe_that_fits(
     family: Family, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

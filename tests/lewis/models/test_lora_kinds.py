@@ -76,6 +76,7 @@ def check(expert: Model, merged: dict[str, torch.Tensor]) -> int:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_reads_as_peft_merges(biased: Path, tmp_path: Path, kind: str) -> None:
     adapter = write_lora(biased, tmp_path / "adapter", **KINDS[kind])

@@ -99,6 +99,7 @@ class TestOpen:
         adapter = lora.open()
         assert isinstance(adapter, LoraExpert) and adapter.base is base.open() and lora.open() is adapter
 
+    @pytest.mark.slow
     def test_it_stays_open_as_long_as_one_of_its_references_or_users_exists(self, files: ModelFiles) -> None:
         one, other = files.model_copy(), files.model_copy()
         opened = weakref.ref(one.open())

@@ -109,6 +109,7 @@ class TestLocal:
             store.discard(entry)
         assert {states(make_plan(recipe))[name] for name in work} == {"to do"}
 
+    @pytest.mark.slow
     def test_a_second_machine_fetches_what_the_first_made(
         self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

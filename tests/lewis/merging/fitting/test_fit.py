@@ -96,6 +96,7 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
     return {n: found.get(n, anchor[n]) for n in merge.layout}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
 def test_equals_a_plain_implementation(method: str, family: Family, tmp_path: Path) -> None:
     recipe = recipe_of(family.base, family.experts, method)
