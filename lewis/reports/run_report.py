@@ -170,12 +170,7 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """What became of every input since the champion: first the inputs of this run, then those that it no longer has.
-
-    Args:
-        before: reference -> commit or content digest, of the champion's inputs.
-        now: the same, of this run's inputs.
-    """
+    """What became of every input since the champion: first the inputs of this run, then those that it no longer has."""
     gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now]
     return [Change(ref, before.get(ref), key) for ref, key in now.items()] + gone
 

@@ -107,12 +107,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def copy_tokenizer(donor: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation_config of `donor`, byte by byte.
-
-    Args:
-        donor: the folder of the model whose tokenizer the result gets.
-        folder: where to.
-    """
+    """Copy tokenizer, chat template and generation_config of `donor`, byte by byte."""
     for path in tokenizer_files(donor):
         shutil.copyfile(path, folder / path.name)
 

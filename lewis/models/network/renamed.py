@@ -87,11 +87,6 @@ def differ(base: Shapes, model: Shapes) -> bool:
 def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     """Find the base's tensors in a model by the tables of transformers; no weight is read.
 
-    Args:
-        home: folder with the base's config.json.
-        base: its tensors, with those that are tied.
-        model: likewise.
-
     Returns:
         What the model has of them; None if it has the base's names, or transformers knows no other names for them.
     """
