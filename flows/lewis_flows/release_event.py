@@ -1,20 +1,37 @@
 """The event of a new release, which starts merges. The poll and the receiver of webhooks both announce it here."""
 
+import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.states import Scheduled
 
 from lewis.errors import InputError
 from lewis.models.hub.pin import find_folder
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
+from lewis_flows import prefect_runs
 from lewis_tasks.support import events
 
+logger = logging.getLogger(__name__)
+
 EVENT = "lewis.expert.released"
+SETTLE = timedelta(seconds=7)
+"""How long after a release its merge begins; another release meanwhile puts it off by as much again."""
+
+LONGEST = timedelta(minutes=2)
+"""How long releases can put a merge off."""
+
 STUCK = "lewis.release.stuck"
 """A release whose merge has failed three times."""
+
+UNWATCHED = "lewis.watch.problems"
+"""Some recipes cannot be watched."""
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
@@ -41,7 +58,28 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
     before, id_ = short(old) if old else "never merged", str(uuid.uuid4())
     message = f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged"
     _send(EVENT, id_, recipe, repo, {"ref": ref, "old": old, "new": new, "message": message})
+    _put_off(recipe)
     return id_
+
+
+def _put_off(recipe: str) -> None:
+    """Put off the merge that an earlier release of a burst has scheduled, as it finds this release too.
+
+    Not beyond `LONGEST` after that release. Of several that wait, only the newest stays. A failure is logged: the merge
+    begins earlier then, and another follows.
+    """
+    now = datetime.now(UTC)
+    try:
+        with get_client(sync_client=True) as client:
+            runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED"]}})
+            found = [run for run in runs if prefect_runs.recipe_of(run) == recipe and prefect_runs.waits(run)]
+            *older, newest = sorted(found, key=lambda run: run.created or now) or [None]
+            for run in older:
+                prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
+            if newest and newest.state_name == "Scheduled" and now - (newest.created or now) < LONGEST:
+                client.set_flow_run_state(newest.id, Scheduled(scheduled_time=now + SETTLE))
+    except httpx.HTTPError as error:
+        logger.info("the merge of %s is not put off: %s", recipe, type(error).__name__)
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
@@ -57,6 +95,16 @@ def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None
     id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{STUCK} {recipe} {ref} {new}"))
     message = f"{repo} {short(new)} could not be merged into {recipe}, three times: {why}"
     _send(STUCK, id_, recipe, repo, {"ref": ref, "new": new, "message": message})
+
+
+def announce_problems(problems: Mapping[str, str]) -> None:
+    """Send the event that recipes cannot be watched: recipe -> why; under an empty name, why none can.
+
+    Raises:
+        TransientError, LewisError, InputError: as `announce`.
+    """
+    lines = [f"{name}: {text.partition(chr(10))[0]}" if name else text for name, text in problems.items()]
+    _send(UNWATCHED, str(uuid.uuid4()), "", "", {"message": "Releases cannot be watched: " + "; ".join(lines)})
 
 
 def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:

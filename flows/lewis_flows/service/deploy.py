@@ -1,8 +1,9 @@
 """Put work pool, device limit, deployments and automations on a Prefect server, and keep them up to date."""
 
+import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from tzlocal import get_localzone_name
 
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
 from lewis.input_files import read_bytes
 from lewis.recipe import yaml_text
-from lewis_flows import environment, polls, prefect_runs, recipes_folder
-from lewis_flows.service import orphaned_runs, schedules, worker
+from lewis_flows import environment, prefect_runs, recipes_folder
+from lewis_flows.service import orphaned_runs, recipe_deployments, worker
 from lewis_flows.service.automations import put_automations
+from lewis_flows.service.recipe_deployments import RecipeFile
 from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
 from lewis_tasks.support.device_slot import LIMIT, slots
 
+logger = logging.getLogger(__name__)
 POOL = work_queue.MERGES
 PREFECT_YAML = recipes_folder.SHIPPED.resolve() / "prefect.yaml"
 JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFECT_SERVER_", "PREFECT_WORKER_"))}
@@ -37,41 +41,80 @@ TEMPLATE: dict[str, Any] = {
 """The base job template of a work pool of processes."""
 
 
-def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> list[str]:
-    """Create or update the pool, the limit, the deployments of `file` and the automations.
+def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) -> list[str]:
+    """Create or update the pool, the limit, the automations, the deployments of `file`, and those of the recipes.
 
     Where `LEWIS_EVALUATE_POOL` names a pool for evaluations, it is made too, and the deployment `evaluate` put into it.
     Where the recipes are in the store, their folder is made first if it is missing.
 
     Args:
-        file: what to deploy.
-        recipes: names of those that get a nightly schedule; by default, those in the folder that can run.
+        file: what to deploy beside the recipes.
+        say: called with what an operator changed and is kept, and with what an edited recipe leads to.
 
     Returns:
-        The names of the recipes that have a nightly schedule now.
+        The names of the recipes that can run.
 
     Raises:
         InputError: if the file or the notification block is not there, or a setting is wrong.
         LewisError: if Prefect refuses a deployment.
     """
-    if not file.is_file():
-        raise InputError(
-            f"{file}: no such file; give the path of your prefect.yaml with --prefect-file, or leave it out"
-        )
-    recipes_folder.make()
-    recipes = schedules.Folder().runnable() if recipes is None else list(recipes)
+    content = _content(file)
     with get_client(sync_client=True) as client:
         for pool in {POOL, work_queue.pool()}:
             _put_pool(client, pool)
         _create_limit(client)
         put_automations(client)
+    if content.get("deployments"):
+        _deploy_file(file, content)
+    recipes_folder.make()
+    return deploy_recipes(recipe_deployments.Folder(), recipe_deployments.names_in(content), say)
+
+
+def deploy_recipes(
+    folder: recipe_deployments.Folder, others: set[str], say: Callable[[str], None], known: Collection[RecipeFile] = ()
+) -> list[str]:
+    """Bring the deployments of the recipes up to date.
+
+    Args:
+        folder: of the recipes.
+        others: names of the deployments that stay though they are no recipe's.
+        say: as of `deploy`.
+        known: what was deployed already.
+
+    Returns:
+        The names of the recipes that can run.
+
+    Raises:
+        InputError: if the folder cannot be read.
+    """
+    files = folder.files()
+    with get_client(sync_client=True) as client:
+        for each in files:
+            for line in recipe_deployments.put(client, each) if each not in known else ():
+                say(line)
+        recipe_deployments.remove_stale(client, others | {each.name for each in files})
+    return [each.name for each in files if not each.why]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(
+            f"{file}: no such file; give the path of your prefect.yaml with --prefect-file, or leave it out"
+        )
     content = yaml_text.load(read_bytes(file, yaml_text.MAX_BYTES), str(file))
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
-    schedules.add_schedules(content, recipes)
-    for each in content.get("deployments") or []:
+    return content
+
+
+def _deploy_file(file: Path, content: dict[str, Any]) -> None:
+    """Deploy the content of a `prefect.yaml`."""
+    for each in content["deployments"]:
         if each.get("name") == prefect_runs.EVALUATE and work_queue.pool() != POOL:
             each["work_pool"] = {"name": work_queue.pool()}
+        for schedule in each.get("schedules") or []:
+            if "cron" in schedule:
+                schedule.setdefault("timezone", get_localzone_name() or "UTC")
     with store.scratch_folder("deploy") as scratch:
         complete = scratch / "prefect.yaml"
         complete.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -80,9 +123,6 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
         # Check the output too: the command exits with 0 if it skips a file that it cannot read.
         if done.returncode or "successfully created" not in done.stdout:
             raise LewisError(f"{file}: prefect deploy refused it:\n{done.stdout}{done.stderr}")
-    with get_client(sync_client=True) as client:
-        schedules.remove_stale(client, content, recipes)
-    return recipes
 
 
 def _put_pool(client: SyncPrefectClient, name: str) -> None:
@@ -115,19 +155,18 @@ class Deployed:
             prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
         """
         self._say, self._file = say, prefect_file or PREFECT_YAML
-        self._folder, self._recipes, self._told = schedules.Folder(), list[str](), ""
+        self._folder, self._known, self._problem = recipe_deployments.Folder(), list[RecipeFile](), ""
 
     def begin(self) -> None:
-        """Bring the server up to date after a start of the service: deployments, runs that died, missed polls.
+        """Bring the server up to date after a start of the service: deployments, and runs that died.
 
         Raises:
             InputError, LewisError: as `deploy`.
         """
         self._say("deploying")
         crash_dead_runs()
-        polls.drop_missed()
-        recipes_folder.make()
-        self._deploy(self._folder.runnable())
+        deploy(self._file, self._say)
+        self._seen()
         self.worker_died()  # if there was one, it is not there now
         moves.tell()
 
@@ -136,20 +175,22 @@ class Deployed:
         orphaned_runs.give_back(worker.name_of_up())
 
     def follow(self) -> None:
-        """Deploy again if other recipes can run than those that were deployed.
+        """Deploy what has changed in the folder of recipes.
 
-        What does not succeed is told, and done at a later call: the folder or the server may be away for a moment.
+        What does not succeed is logged, and done at a later call: the folder or the server may be away for a moment.
         """
         try:
-            if (now := self._folder.runnable()) != self._recipes:
-                self._deploy(now)
-            self._told = ""
+            if self._folder.files() != self._known:
+                others = recipe_deployments.names_in(_content(self._file))
+                deploy_recipes(self._folder, others, self._say, self._known)
+                self._seen()
+            self._problem = ""
         except (LewisError, httpx.HTTPError) as error:
-            if (told := f"the recipes could not be deployed; trying again: {error}") != self._told:
-                self._say(told)
-            self._told = told
+            if (problem := f"the recipes could not be deployed; trying again: {error}") != self._problem:
+                self._say(problem)
+            self._problem = problem
 
-    def _deploy(self, recipes: list[str]) -> None:
-        deploy(self._file, recipes)
-        self._recipes = recipes
-        self._say(f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")
+    def _seen(self) -> None:
+        self._known = self._folder.files()
+        names = [each.name for each in self._known if not each.why]
+        self._say(f"recipes in {recipes_folder.folder()}: {', '.join(names) or 'none'}")

@@ -69,12 +69,13 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         asks = settings.MLFLOW_AUTH.get() and any(part.name == "mlflow" for part in parts)
         known = urls | ({"mlflow_user": credentials.mlflow_user()} if asks else {})
         note.write(known)
+        os.environ.setdefault(settings.MLFLOW_UI.name, urls["mlflow"])  # for links
         # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
         from lewis_flows.service.deploy import Deployed
 
         deployed = Deployed(partial(say, "lewis"), prefect_file)
         deployed.begin()
-        add(Process("worker", _worker(), {settings.MLFLOW_UI.name: urls["mlflow"]}, echo=_echo("worker", say)))
+        add(Process("worker", _worker(), {}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
         note.write(known | urls)
         ready(urls)

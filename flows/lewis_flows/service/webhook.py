@@ -28,6 +28,7 @@ from lewis_flows import environment, json_logs, secret_blocks
 from lewis_flows.service import credentials
 from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
+from lewis_flows.watch import Watcher
 
 logger = logging.getLogger("lewis.webhook")
 
@@ -159,8 +160,12 @@ def serve(host: str, port: int, secret: str) -> None:
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; set LEWIS_WEBHOOK_PORT") from error
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    watcher = Watcher()
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        watcher.stop()
 
 
 def _secret() -> str:
