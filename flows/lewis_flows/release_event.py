@@ -2,13 +2,15 @@
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.states import Scheduled
+from prefect.client.schemas.objects import State, StateDetails, StateType
+from prefect.states import Pending, Scheduled
 
 from lewis.errors import InputError
 from lewis.models.hub.pin import find_folder
@@ -19,12 +21,17 @@ from lewis_flows import prefect_runs
 from lewis_tasks.support import events
 
 logger = logging.getLogger(__name__)
+# A worker starts the process of a run some seconds before its time; Pending, it waits for that time.
+_NOT_BEGUN: dict[str, Callable[[datetime], State[Any]]] = {
+    "Scheduled": lambda time: Scheduled(scheduled_time=time),
+    "Pending": lambda time: Pending(state_details=StateDetails(scheduled_time=time)),
+}
 
 EVENT = "lewis.expert.released"
 SETTLE = timedelta(seconds=7)
 """How long after a release its merge begins; another release meanwhile puts it off by as much again."""
 
-LONGEST = timedelta(minutes=2)
+LONGEST = timedelta(minutes=1)
 """How long releases can put a merge off."""
 
 STUCK = "lewis.release.stuck"
@@ -71,13 +78,14 @@ def _put_off(recipe: str) -> None:
     now = datetime.now(UTC)
     try:
         with get_client(sync_client=True) as client:
-            runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED"]}})
+            runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED", "PENDING"]}})
             found = [run for run in runs if prefect_runs.recipe_of(run) == recipe and prefect_runs.waits(run)]
             *older, newest = sorted(found, key=lambda run: run.created or now) or [None]
             for run in older:
-                prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
-            if newest and newest.state_name == "Scheduled" and now - (newest.created or now) < LONGEST:
-                client.set_flow_run_state(newest.id, Scheduled(scheduled_time=now + SETTLE))
+                if run.state_type == StateType.SCHEDULED:
+                    prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
+            if newest and newest.state_name in _NOT_BEGUN and now - (newest.created or now) < LONGEST:
+                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + SETTLE), force=True)
     except httpx.HTTPError as error:
         logger.info("the merge of %s is not put off: %s", recipe, type(error).__name__)
 

@@ -7,7 +7,6 @@ event that was lost, or a run that died. What the last poll found is kept in the
 """
 
 import logging
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter
 from pydantic import BaseModel
 
-from lewis import settings, store
+from lewis import store
 from lewis.errors import LewisError, TransientError
 from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
@@ -57,29 +56,13 @@ class WatchReport(BaseModel):
     problems: dict[str, str] = {}
 
 
-class Watcher:
-    """Polls all recipes again and again, in a thread, until it is stopped."""
-
-    def __init__(self) -> None:
-        """Begin to poll."""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End it; returns at once, also in the middle of a poll."""
-        self._over.set()
-
-    def _run(self) -> None:
-        while (pause := settings.POLL_SECONDS.get()) and not self._over.is_set():
-            try:
-                with store.shared_lock("poll").acquire(timeout=0):  # of several receivers, one polls
-                    poll_all()
-            except Timeout:
-                pass
-            except Exception as error:  # whatever it is, the next poll comes
-                logger.warning("the poll failed: %s: %s", type(error).__name__, error, exc_info=error)
-            self._over.wait(pause)
+def poll_once() -> None:
+    """Poll all recipes, unless another receiver does it right now."""
+    try:
+        with store.shared_lock("poll").acquire(timeout=0):
+            poll_all()
+    except Timeout:
+        return
 
 
 def poll_all() -> None:

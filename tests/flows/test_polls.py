@@ -21,8 +21,9 @@ from lewis_flows import polls, prefect_runs, release_event, watch
 from lewis_flows.service import status_data
 from lewis_flows.service.status_data import Part, Status
 from lewis_flows.service.status_text import as_text
+from lewis_flows.service.webhook import Loop
 from lewis_flows.turn import tag_crashed_runs
-from lewis_flows.watch import Watcher, WatchReport
+from lewis_flows.watch import WatchReport
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.failures import says_why
 
@@ -63,22 +64,35 @@ def test_what_is_wrong_is_logged_and_notified_once(
     assert "last looked 0 s ago" in text and "at 1 recipe" in text
 
 
-def test_of_several_watchers_one_polls_and_no_error_ends_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEWIS_POLL_SECONDS", "1")
-    polled = threading.Semaphore(0)
+def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polled = list[int]()
+    monkeypatch.setattr(watch, "poll_all", lambda: polled.append(1))
+    with store.shared_lock("poll"):
+        other = threading.Thread(target=watch.poll_once)  # locks of one thread are one lock
+        other.start()
+        other.join()
+    assert polled == []
+    watch.poll_once()
+    assert polled == [1]
 
-    def poll() -> None:
-        polled.release()
+
+def test_a_loop_goes_on_after_an_error_until_it_is_stopped() -> None:
+    done = threading.Semaphore(0)
+
+    def fail() -> None:
+        done.release()
         raise RuntimeError("what nobody thought of")
 
-    monkeypatch.setattr(watch, "poll_all", poll)
-    with store.shared_lock("poll"):
-        watcher = Watcher()
-        assert not polled.acquire(timeout=1.5)
-    assert polled.acquire(timeout=60) and polled.acquire(timeout=60)
-    watcher.stop()
-    watcher._thread.join(60)
-    assert not watcher._thread.is_alive()
+    loop = Loop("test", fail, 0.01)
+    assert done.acquire(timeout=60) and done.acquire(timeout=60)
+    loop.stop()
+    loop._thread.join(60)
+    assert not loop._thread.is_alive()
+    off = Loop("off", fail, 0)
+    off._thread.join(60)
+    while done.acquire(blocking=False):
+        pass
+    assert not off._thread.is_alive()
 
 
 def test_a_run_that_fails_has_a_verdict_and_a_task_the_name_of_what_it_made(client: SyncPrefectClient) -> None:

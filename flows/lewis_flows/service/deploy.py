@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from tzlocal import get_localzone_name
 
 from lewis import store
@@ -23,7 +23,7 @@ from lewis.recipe import yaml_text
 from lewis_flows import environment, prefect_runs, recipes_folder
 from lewis_flows.service import orphaned_runs, recipe_deployments, worker
 from lewis_flows.service.automations import put_automations
-from lewis_flows.service.recipe_deployments import RecipeFile
+from lewis_flows.service.recipe_deployments import Folder, RecipeFile
 from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
 from lewis_tasks.support.device_slot import LIMIT, slots
@@ -42,10 +42,7 @@ TEMPLATE: dict[str, Any] = {
 
 
 def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) -> list[str]:
-    """Create or update the pool, the limit, the automations, the deployments of `file`, and those of the recipes.
-
-    Where `LEWIS_EVALUATE_POOL` names a pool for evaluations, it is made too, and the deployment `evaluate` put into it.
-    Where the recipes are in the store, their folder is made first if it is missing.
+    """Bring a Prefect server up to date: as `deploy_service`, and the deployments of the recipes.
 
     Args:
         file: what to deploy beside the recipes.
@@ -53,6 +50,25 @@ def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) 
 
     Returns:
         The names of the recipes that can run.
+
+    Raises:
+        InputError: as `deploy_service`, or if the folder of recipes cannot be read.
+        LewisError: if Prefect refuses a deployment.
+    """
+    deploy_service(file)
+    follower = Follower(say)
+    follower.deploy()
+    return follower.runnable()
+
+
+def deploy_service(file: Path = PREFECT_YAML) -> None:
+    """Create or update the pool, the limit, the automations and the deployments of `file`.
+
+    Where `LEWIS_EVALUATE_POOL` names a pool for evaluations, it is made too, and the deployment `evaluate` put into it.
+    Where the recipes are in the store, their folder is made first if it is missing.
+
+    Args:
+        file: a `prefect.yaml`.
 
     Raises:
         InputError: if the file or the notification block is not there, or a setting is wrong.
@@ -67,33 +83,6 @@ def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) 
     if content.get("deployments"):
         _deploy_file(file, content)
     recipes_folder.make()
-    return deploy_recipes(recipe_deployments.Folder(), recipe_deployments.names_in(content), say)
-
-
-def deploy_recipes(
-    folder: recipe_deployments.Folder, others: set[str], say: Callable[[str], None], known: Collection[RecipeFile] = ()
-) -> list[str]:
-    """Bring the deployments of the recipes up to date.
-
-    Args:
-        folder: of the recipes.
-        others: names of the deployments that stay though they are no recipe's.
-        say: as of `deploy`.
-        known: what was deployed already.
-
-    Returns:
-        The names of the recipes that can run.
-
-    Raises:
-        InputError: if the folder cannot be read.
-    """
-    files = folder.files()
-    with get_client(sync_client=True) as client:
-        for each in files:
-            for line in recipe_deployments.put(client, each) if each not in known else ():
-                say(line)
-        recipe_deployments.remove_stale(client, others | {each.name for each in files})
-    return [each.name for each in files if not each.why]
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -144,53 +133,67 @@ def _create_limit(client: SyncPrefectClient) -> None:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
 
 
-class Deployed:
-    """Keeps the deployments equal to the folder of recipes, while `lewis up` runs."""
+def begin(file: Path | None = None) -> None:
+    """Bring the server up to date after a start of the service: deployments, and runs that died.
 
-    def __init__(self, say: Callable[[str], None], prefect_file: Path | None = None) -> None:
+    Raises:
+        InputError, LewisError: as `deploy_service`.
+    """
+    crash_dead_runs()
+    deploy_service(file or PREFECT_YAML)
+    worker_died()  # if there was one, it is not there now
+    moves.tell()
+
+
+def worker_died() -> None:
+    """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
+    orphaned_runs.give_back(worker.name_of_up())
+
+
+class Follower:
+    """Keeps the deployments of the recipes equal to the folder."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
         """Deploy nothing yet.
 
         Args:
             say: called with what is done.
-            prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
         """
-        self._say, self._file = say, prefect_file or PREFECT_YAML
-        self._folder, self._known, self._problem = recipe_deployments.Folder(), list[RecipeFile](), ""
+        self._say, self._folder, self._known, self._problem = say, Folder(), list[RecipeFile](), ""
 
-    def begin(self) -> None:
-        """Bring the server up to date after a start of the service: deployments, and runs that died.
+    def runnable(self) -> list[str]:
+        """The names of the deployed recipes that can run."""
+        return [each.name for each in self._known if not each.why]
+
+    def deploy(self) -> None:
+        """Deploy what has changed in the folder since the last call.
 
         Raises:
-            InputError, LewisError: as `deploy`.
+            InputError: if the folder cannot be read.
+            httpx.HTTPError: if the server does not answer.
         """
-        self._say("deploying")
-        crash_dead_runs()
-        deploy(self._file, self._say)
-        self._seen()
-        self.worker_died()  # if there was one, it is not there now
-        moves.tell()
-
-    def worker_died(self) -> None:
-        """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
-        orphaned_runs.give_back(worker.name_of_up())
+        files = self._folder.files()
+        with get_client(sync_client=True) as client:
+            for each in files:
+                for line in recipe_deployments.put(client, each) if each not in self._known else ():
+                    self._say(line)
+            recipe_deployments.remove_stale(client, {each.name for each in files})
+        self._known = files
 
     def follow(self) -> None:
-        """Deploy what has changed in the folder of recipes.
+        """Deploy if the folder has changed; what does not succeed is logged, and done at a later call.
 
-        What does not succeed is logged, and done at a later call: the folder or the server may be away for a moment.
+        The folder or the server may be away for a moment.
         """
         try:
-            if self._folder.files() != self._known:
-                others = recipe_deployments.names_in(_content(self._file))
-                deploy_recipes(self._folder, others, self._say, self._known)
-                self._seen()
+            if (first := not self._known) or self._folder.files() != self._known:
+                self.deploy()
+                if self._known or first:
+                    self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
             self._problem = ""
-        except (LewisError, httpx.HTTPError) as error:
-            if (problem := f"the recipes could not be deployed; trying again: {error}") != self._problem:
+        except (LewisError, httpx.HTTPError, PrefectException) as error:
+            no_pool = f"there is no work pool {POOL}: `lewis deploy` makes it"
+            why = no_pool if isinstance(error, ObjectNotFound) else error
+            if (problem := f"the recipes could not be deployed; trying again: {why}") != self._problem:
                 self._say(problem)
             self._problem = problem
-
-    def _seen(self) -> None:
-        self._known = self._folder.files()
-        names = [each.name for each in self._known if not each.why]
-        self._say(f"recipes in {recipes_folder.folder()}: {', '.join(names) or 'none'}")

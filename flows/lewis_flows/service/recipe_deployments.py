@@ -7,7 +7,7 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -44,6 +44,7 @@ TAG = "lewis"
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
+_EARLIER = ("merge-nightly", "merge-on-release", "watch-releases", "search", "approve")  # before recipes had their own
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
     prefect_runs.SEARCH: "lewis_flows.search.search_flow",
@@ -165,13 +166,13 @@ def remove_stale(client: SyncPrefectClient, names: set[str]) -> None:
 
     Args:
         client: of the server.
-        names: of the recipes, and of the deployments that a `prefect.yaml` asks for.
+        names: of the recipes.
     """
     ours = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
     for deployment in list(client.read_deployments(deployment_filter=ours, limit=prefect_runs.PAGE)):
-        flow = client.read_flow(deployment.flow_id).name
-        if deployment.name not in names and flow in (*prefect_runs.ALL, "approve"):
-            remove(client, f"{flow}/{deployment.name}")
+        of_recipe = f"recipe:{deployment.name}" in deployment.tags
+        if (of_recipe or deployment.name in _EARLIER) and deployment.name not in names:
+            remove(client, f"{client.read_flow(deployment.flow_id).name}/{deployment.name}")
             logger.info("the deployment %s is removed: there is no such recipe", deployment.name)
 
 
@@ -274,8 +275,3 @@ def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
         return client.read_deployment_by_name(name)
     except ObjectNotFound:
         return None
-
-
-def names_in(content: Mapping[str, Any]) -> set[str]:
-    """The names of the deployments that the content of a `prefect.yaml` asks for."""
-    return {str(each.get("name")) for each in content.get("deployments") or []}

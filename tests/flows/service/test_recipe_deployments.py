@@ -18,7 +18,7 @@ from lewis.errors import LewisError
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments
-from lewis_flows.service.deploy import Deployed
+from lewis_flows.service.deploy import Follower
 from lewis_flows.turn import absorb
 
 GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
@@ -84,11 +84,12 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
 
 
 def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:
-    seen, said, recipe = recipe_deployments.Folder(), list[str](), folder / "good.yaml"
+    said, recipe = list[str](), folder / "good.yaml"
+    follower = Follower(said.append)
 
     def again() -> list[str]:
         said.clear()
-        deploy.deploy_recipes(seen, set(), said.append)
+        follower.deploy()
         return said
 
     def of(name: str = "merge/good") -> Any:
@@ -145,7 +146,7 @@ def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> 
 
 
 def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectClient) -> None:
-    deploy.deploy_recipes(recipe_deployments.Folder(), set(), print)
+    Follower(print).deploy()
     deployment = client.read_deployment_by_name("merge/good").id
     begins, waits, other = (
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "overrides": overrides})
@@ -159,27 +160,26 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
 
 
-def test_what_cannot_be_deployed_is_told_once_and_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_deployed_is_told_once_and_tried_again(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ended `lewis up`."""
-    told, deployed = list[str](), list[list[str]]()
+    said = list[str]()
 
-    def refuse(*_: Any) -> list[str]:
+    def away(**_: Any) -> Any:
         raise LewisError("the server is away")
 
-    def take(folder: recipe_deployments.Folder, *_: Any) -> None:
-        deployed.append(runnable(folder))
-
-    service = Deployed(told.append)
-    monkeypatch.setattr(deploy, "deploy_recipes", refuse)
-    for _ in range(3):
-        service.follow()
-    assert told == ["the recipes could not be deployed; trying again: the server is away"]
-    monkeypatch.setattr(deploy, "deploy_recipes", take)
-    service.follow()
-    service.follow()
+    follower = Follower(said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "get_client", away)
+        for _ in range(3):
+            follower.follow()
+    assert said == ["the recipes could not be deployed; trying again: the server is away"]
+    follower.follow()
+    follower.follow()
     (folder / "good.yaml").rename(folder / "better.yaml")
-    service.follow()
-    assert deployed == [["good"], ["better"]]
+    follower.follow()
+    assert [line.rpartition(": ")[2] for line in said[1:]] == ["good", "better"]
 
 
 def test_what_is_deployed_names_no_recipe() -> None:
