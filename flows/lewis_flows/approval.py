@@ -22,7 +22,7 @@ from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
 
 logger = logging.getLogger(__name__)
-_KEY = "approval of "  # of the pause; the version's uri follows
+_TAG = "awaits:"  # of the run; the version's uri follows
 
 
 class Approval(RunInput):
@@ -34,8 +34,7 @@ class Approval(RunInput):
 
 def asked(run: FlowRun) -> str:
     """The version, `models:/<name>/<number>`, that a run has asked about before it was suspended; else empty."""
-    keys = (run.empirical_policy.pause_keys or ()) if run.empirical_policy else ()
-    return next((key.removeprefix(_KEY) for key in keys if key.startswith(_KEY)), "")
+    return next((tag.removeprefix(_TAG) for tag in run.tags if tag.startswith(_TAG)), "")
 
 
 def ask(run: FlowRun, version: str, verdict: str = "") -> State[None]:
@@ -53,11 +52,12 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[None]:
         InputError: if the version can no longer be approved or refused.
     """
     if not asked(run):
-        run_tags.tag(verdict="awaitingapproval")
         _end_others(run)
+        run_tags.tag(verdict="awaitingapproval", awaits=version)
     text = f"**{version}** passed its gate and waits for a person.\n\n{verdict}"
-    answer = suspend_flow_run(wait_for_input=Approval.with_initial_data(description=text), key=f"{_KEY}{version}")
     name, number = version.removeprefix("models:/").rsplit("/", 1)
+    form = Approval.with_initial_data(description=text)
+    answer = suspend_flow_run(wait_for_input=form, key=f"approval-{number}")
     why, by = answer.why or "on the run's page", f"the run {run_tags.url()}"
     if promotion.is_waiting(name, number):
         (promotion.approve if answer.approve else promotion.refuse)(name, number, why, by)

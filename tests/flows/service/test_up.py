@@ -94,7 +94,7 @@ def register_before(service: Service) -> None:
 
 def schedule_once(service: Service, recipe: str, when: datetime) -> None:
     """Add a cron schedule; Prefect plans new ones once a minute."""
-    found = service.deployment(recipe)
+    found = service.until(lambda: service.deployment(recipe), 60)
     schedule = {"cron": f"{when.minute} {when.hour} * * *", "timezone": "Europe/Berlin"}
     body = [{"schedule": schedule, "slug": "once", "active": True}]
     service.ask(f"/deployments/{found['id']}/schedules", body)
