@@ -195,5 +195,5 @@ class Follower:
             no_pool = f"there is no work pool {POOL}: `lewis deploy` makes it"
             why = no_pool if isinstance(error, ObjectNotFound) else error
             if (problem := f"the recipes could not be deployed; trying again: {why}") != self._problem:
-                self._say(problem)
+                logger.warning("%s", problem)
             self._problem = problem

@@ -78,6 +78,7 @@ def service(
         for name in ("one", "two"):
             add_recipe(service, name, "shared")
         with service:
+            service.until(lambda: service.deployment("two"), 120)  # the last one
             schedule_once(service, "cron", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))
             yield service
 
