@@ -6,7 +6,7 @@ aliases expanded, are counted while the text is read.
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class _Limits(Composer):
     """The limits of this module."""
 
+    peek_event: Callable[[], Any]  # of the parser
     _depth = _deepest = _values = 0
 
     @cached_property
@@ -130,14 +131,15 @@ class _StrictLoader(_UniqueKeys, LimitedLoader):
 
 
 if yaml.__with_libyaml__:
+    from yaml._yaml import CParser
 
-    class _FastLoader(_UniqueKeys, _Limits, yaml.cyaml.CParser, Resolver):
+    class _FastLoader(_UniqueKeys, _Limits, CParser, Resolver):
         """`_StrictLoader` with the scanner and parser of libyaml, which take a tenth of the time."""
 
         def __init__(self, stream: str) -> None:
             for part in (_Limits, SafeConstructor, Resolver):
                 part.__init__(self)
-            yaml.cyaml.CParser.__init__(self, stream)
+            CParser.__init__(self, stream)
 
 
 def read_file(path: str | Path) -> tuple[Path, str]:
@@ -196,7 +198,7 @@ def _load_plain(text: str) -> list[Any]:
     if not yaml.__with_libyaml__ or len(text) > MAX_BYTES or not _PLAIN.fullmatch(text):
         return []
     with suppress(Exception):
-        return list(yaml.load_all(text, _FastLoader))
+        return list(yaml.load_all(text, _FastLoader))  # type: ignore[arg-type]  # no loader that the stubs list
     return []
 
 
