@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import tzlocal
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
@@ -69,6 +70,7 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
     schedules.add_schedules(content, recipes)
+    put_time_zone(content)
     for each in content.get("deployments") or []:
         if each.get("name") == prefect_runs.EVALUATE and work_queue.pool() != POOL:
             each["work_pool"] = {"name": work_queue.pool()}
@@ -83,6 +85,14 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
     with get_client(sync_client=True) as client:
         schedules.remove_stale(client, content, recipes)
     return recipes
+
+
+def put_time_zone(content: dict[str, Any]) -> None:
+    """Give the cron schedules in the content of a `prefect.yaml` that name no time zone the one of this machine."""
+    for each in content.get("deployments") or []:
+        for schedule in each.get("schedules") or []:
+            if "cron" in schedule:
+                schedule.setdefault("timezone", tzlocal.get_localzone_name())
 
 
 def _put_pool(client: SyncPrefectClient, name: str) -> None:

@@ -108,8 +108,20 @@ def test_the_server_keeps_no_schedule_of_a_recipe_that_is_gone(folder: Path) -> 
     assert server.left() == ["noon", "weekly"]
 
 
+def test_a_night_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tzlocal.get_localzone_name", lambda: "Asia/Kolkata")
+    content = yaml.safe_load(deploy.PREFECT_YAML.read_text())
+    mine = {"cron": "0 4 * * *", "timezone": "Europe/Oslo"}
+    content["deployments"].append({"name": "mine", "schedules": [mine, {"interval": 60}]})
+    schedules.add_schedules(content, ["good"])
+    deploy.put_time_zone(content)
+    found = [schedule for each in content["deployments"] for schedule in each.get("schedules", [])]
+    zones = [each["timezone"] for each in found if "cron" in each]
+    assert zones == ["Asia/Kolkata"] * 3 + ["Europe/Oslo"] and found[-1] == {"interval": 60}
+
+
 def test_what_is_deployed_names_no_recipe_but_in_schedules() -> None:
-    """`search` was deployed with the recipe `smollm2`, which a folder of the user's own has not."""
+    """A recipe of the project is none of the user's folder."""
     content = yaml.safe_load(deploy.PREFECT_YAML.read_text())
     assert [each["name"] for each in content["deployments"] if "recipe" in each.get("parameters", {})] == []
     schedules.add_schedules(content, [])
