@@ -30,7 +30,7 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.turn import tag_crashed_runs
 from lewis_flows.walk import submit
 from lewis_tasks.support import flow_run as run_tags
@@ -157,12 +157,14 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
         except Exception as error:  # whatever is wrong with one recipe does not stop the others
             problems[name] = error
     asked = {name: submit(find_heads, quote(plan), name) for name, (plan, _) in plans.items()}
-    found: dict[str, list[Moved]] = {}
+    found, heads = dict[str, list[Moved]](), dict[str, dict[str, str]]()
     for name, (plan, held) in plans.items():
         try:
-            found[name] = releases.moved(asked[name].result(), held, base=plan.base_model, root=plan.root)
+            heads[name] = asked[name].result()
+            found[name] = releases.moved(heads[name], held, base=plan.base_model, root=plan.root)
         except (LewisError, OSError) as error:
             problems[name] = error
+    behind.note(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
     return found, problems
 
 
