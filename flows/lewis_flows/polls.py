@@ -6,7 +6,7 @@ if somebody started it by hand.
 """
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -21,6 +21,9 @@ from lewis import store
 from lewis_flows import prefect_runs
 
 logger = logging.getLogger(__name__)
+
+RETRY_AFTER = timedelta(hours=1)
+"""After a failed run, its release is announced again."""
 
 QUIET, ANNOUNCED, PROBLEMS = "Quiet", "Announced", "Problems"
 """Names of the states of a poll: it found nothing new; it announced releases; it has problems that are new."""

@@ -31,6 +31,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows.polls import RETRY_AFTER
+from lewis_flows.service import recipes_page
 from lewis_flows.turn import tag_crashed_runs
 from lewis_flows.walk import submit
 from lewis_tasks.support import flow_run as run_tags
@@ -38,7 +40,6 @@ from lewis_tasks.support import moves
 from lewis_tasks.support.caching import RETRIES
 from lewis_tasks.support.failures import says_why
 
-RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement that has started no run by then was lost
 REMEMBER = timedelta(hours=24)  # older announcements do not count
 STUCK_AFTER = 3  # runs that failed
@@ -118,6 +119,7 @@ def _watch(recipes: list[str] | None) -> State[WatchReport]:
     name, line = _told(report, others=others)
     get_run_logger().info("%s", line)
     if name != polls.QUIET:
+        recipes_page.keep()
         run_tags.tag(verdict=name.lower(), trigger=run_tags.trigger(run_tags.this_run()))
     return Completed(name=name, message=line, data=report)
 

@@ -77,7 +77,8 @@ def test_a_poll_leaves_a_run_only_while_something_is_wrong(home: Path, monkeypat
     assert left(Failed(message="no MLflow"), quiet) == ["Failed"]
 
     found = Status(parts=[], polled=polls.last())
-    assert [(each.code, each.text) for each in status_data.problems(found)] == [(status_data.UNKNOWN, "no MLflow")]
+    (problem,) = status_data.problems(found, datetime.now(UTC))
+    assert (problem.code, problem.text) == (status_data.UNKNOWN, "no MLflow")
     assert polls.remember(3, {}) and not polls.remember(3, {})
     server.delete_flow_run = busy
     assert left(quiet) == ["Failed", polls.QUIET]

@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_flows.cli import completion
+
 if TYPE_CHECKING:
     from lewis.recipe.recipe import Recipe
 
@@ -15,7 +17,8 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 def recipe(command: argparse.ArgumentParser) -> None:
     """`RECIPE` and `--set KEY=VALUE`."""
-    command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    file = command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    completion.completes(file, completion.files)
     command.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
         help="override a key of the recipe, for example lewis.density.max=0.7; may be repeated",
@@ -34,7 +37,7 @@ def json_file(command: argparse.ArgumentParser) -> None:
 
 def name(command: argparse.ArgumentParser) -> None:
     """`NAME` of a registered model."""
-    command.add_argument("name", metavar="NAME", help="registered model")
+    completion.completes(command.add_argument("name", metavar="NAME", help="registered model"), completion.models)
 
 
 def why(command: argparse.ArgumentParser) -> None:

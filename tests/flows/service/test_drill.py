@@ -307,7 +307,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     drill.add_recipe("gamma", approve="true")
     drill.release("gamma")
     drill.ends(("merge", "gamma", "AwaitingApproval", "release"))
-    drill.check(0)
+    drill.check(status_data.WAITS, "gamma")
     number = service.versions("gamma")[0].version
     approved = drill.command("approve", f"gamma/{number}", "--why", "support has read it")
     assert approved.returncode == 0, approved.stderr
