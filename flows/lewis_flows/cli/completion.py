@@ -4,12 +4,8 @@ It must come within a moment, so neither Prefect nor MLflow is imported. An erro
 """
 
 import argparse
-import base64
 import json
 import os
-import sqlite3
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -59,6 +55,8 @@ def versions(**_: Any) -> list[str]:
 
 
 def _versions() -> list[tuple[str, int]]:
+    import sqlite3  # here, as all commands import this module
+
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     try:
         if uri.startswith("http"):
@@ -75,6 +73,10 @@ _QUERY = "SELECT name, version FROM model_versions WHERE current_stage != 'Delet
 
 
 def _of_server(uri: str) -> list[tuple[str, int]]:
+    import base64
+    import urllib.parse
+    import urllib.request
+
     names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     user, password = (os.environ.get(name, "") for name in names)
     secret = base64.b64encode(f"{user}:{password}".encode()).decode()
