@@ -7,7 +7,7 @@ would know nothing of what other workers did.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     time: datetime
 
 
-T = TypeVar("T", Step, Run)
+T = TypeVar("T", bound=Step | Run)
 
 
 class Recent(Generic[T]):
@@ -58,7 +58,8 @@ class Recent(Generic[T]):
 
     def __init__(self, ended: Callable[[SyncPrefectClient, datetime], Iterable[tuple[UUID, T]]]) -> None:
         """Know nothing yet; `ended` asks the server for what ended after a time, with its id."""
-        self._ended, self._known = ended, dict[UUID, T]()
+        self._ended = ended
+        self._known: dict[UUID, T] = {}
 
     def read(self, client: SyncPrefectClient, now: datetime) -> Mapping[UUID, T]:
         """All that ended in the day before `now`."""
@@ -135,7 +136,7 @@ def released(client: SyncPrefectClient, since: datetime) -> list[ReceivedEvent]:
     return found
 
 
-def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
     """A metric with a value for each tuple of its labels' values, in their order."""
     found = GaugeMetricFamily(name, about, labels=labels)
     for key, value in sorted(values.items()):
