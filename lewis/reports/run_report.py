@@ -13,6 +13,9 @@ MAX_LINE = 300  # characters of a verdict line
 SHORT = 8  # characters of a commit or digest
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
 
+AWAITS = "AwaitingApproval"
+"""Name of the state of a run whose version passed and waits for a person."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -265,7 +268,7 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         return "Completed", f"{number} is the champion already"
     if verdict.waits:
         name = version.removeprefix("models:/")
-        return "AwaitingApproval", _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
+        return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
     return "Promoted", _cut(f"{told}; {before}")
 

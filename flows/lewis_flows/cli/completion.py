@@ -32,16 +32,11 @@ def recipes(**_: Any) -> list[str]:
     return []
 
 
-def files(prefix: str, **_: Any) -> list[str]:
-    """YAML files, and folders that may have some."""
+def recipes_and_files(prefix: str, **_: Any) -> list[str]:
+    """The same, YAML files, and folders that may have some, for a command that takes a path too."""
     from argcomplete.completers import FilesCompleter
 
-    return list(FilesCompleter(("yaml", "yml"))(prefix))
-
-
-def recipes_and_files(prefix: str, **_: Any) -> list[str]:
-    """Both, for a command that takes a name or a path."""
-    return [*recipes(), *files(prefix)]
+    return [*recipes(), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def models(**_: Any) -> list[str]:
