@@ -29,7 +29,6 @@ from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
-from lewis_flows.service import recipes_page
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import moves
 
@@ -57,36 +56,38 @@ class WatchReport(BaseModel):
     problems: dict[str, str] = {}
 
 
-def poll_once() -> None:
-    """Poll all recipes, unless another receiver does it right now."""
+def poll_once() -> bool:
+    """Poll all recipes, unless another receiver does it right now; gives what `poll_all` gives."""
     try:
         with store.shared_lock("poll").acquire(timeout=0):
-            poll_all()
+            return poll_all()
     except Timeout:
-        return
+        return False
 
 
-def poll_all() -> None:
-    """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before."""
+def poll_all() -> bool:
+    """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before.
+
+    Returns:
+        whether it announced something, or has other problems than the poll before.
+    """
     try:
         report = poll()
         checked, problems, announced = len(report.checked), report.problems, report.announced
     except (LewisError, OSError, httpx.HTTPError) as error:
         checked, problems, announced = 0, {"": str(error)}, []
-    changed = polls.remember(checked, problems)
-    if changed or announced:
-        recipes_page.keep()
-    if not changed:
-        return
+    if not polls.remember(checked, problems):
+        return bool(announced)
     for name, text in problems.items():
         logger.warning("%s cannot be watched: %s", name or "the recipes", text)
     if not problems:
         logger.info("all recipes can be watched again")
-        return
+        return True
     try:
         release_event.announce_problems(problems)
     except LewisError as error:
         logger.info("nobody is notified of that: %s", error)
+    return True
 
 
 def poll(recipes: list[str] | None = None) -> WatchReport:

@@ -72,7 +72,7 @@ def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPa
         other.start()
         other.join()
     assert polled == []
-    watch.poll_once()
+    assert not watch.poll_once()
     assert polled == [1]
 
 
