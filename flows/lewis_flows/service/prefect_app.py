@@ -17,6 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lewis_flows.service.sign_in import SignIn
+
 _AT_ONCE = 500  # events that one query asks for
 
 
@@ -92,9 +94,10 @@ def main() -> None:
     if not server.ui.v2_enabled:
         _remove_v2()
     write_each_event_once()
+    key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(
-        OwnPages(create_app(final=True), origins),
+        OwnPages(SignIn(create_app(final=True), key), origins),
         host=server.api.host,
         port=server.api.port,
         timeout_keep_alive=server.api.keepalive_timeout,
