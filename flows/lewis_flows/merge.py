@@ -36,7 +36,7 @@ def _run_name() -> str:
 
 @flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
 @says_why
-def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[Any]:
+def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
     The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; as `Cached` if

@@ -83,8 +83,9 @@ def _put_off(recipe: str) -> None:
         with get_client(sync_client=True) as client:
             runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED", "PENDING"]}})
             found = [run for run in runs if prefect_runs.recipe_of(run) == recipe and prefect_runs.waits(run)]
-            *older, newest = sorted(found, key=lambda run: run.created or now) or [None]
-            for run in older:
+            found.sort(key=lambda run: run.created or now)
+            newest = found[-1] if found else None
+            for run in found[:-1]:
                 if run.state_type == StateType.SCHEDULED:
                     prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
             if newest and newest.state_name in _NOT_BEGUN and now - (newest.created or now) < LONGEST:
