@@ -14,7 +14,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import CHAMPION, PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
-from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
+from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.registration import Ended, register_merge
 from lewis_flows.runners import choose
@@ -56,8 +56,11 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
     run = run_tags.this_run()
     if version := approval.asked(run):
         return approval.ask(run, version)
-    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run))
+    trigger = run_tags.trigger(run)
+    run_tags.tag(recipe=path.stem, trigger=trigger)
     with turn(path, str(flow_run.id)):
+        if trigger == "release":
+            release_event.settle(path.stem)
         absorb(run)
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])

@@ -1,41 +1,29 @@
 """The event of a new release, which starts merges. The poll and the receiver of webhooks both announce it here."""
 
-import logging
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from urllib.parse import quote
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State, StateDetails, StateType
-from prefect.states import Pending, Scheduled
+from prefect.events.filters import EventFilter
 
 from lewis.errors import InputError
 from lewis.models.hub.pin import find_folder
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
-from lewis_flows import prefect_runs
 from lewis_tasks.support import events
 
-logger = logging.getLogger(__name__)
-# A worker starts the process of a run some seconds before its time; Pending, it waits for that time.
-_NOT_BEGUN: dict[str, Callable[[datetime], State[Any]]] = {
-    "Scheduled": lambda time: Scheduled(scheduled_time=time),
-    "Pending": lambda time: Pending(state_details=StateDetails(scheduled_time=time)),
-}
-
 EVENT = "lewis.expert.released"
+
 SETTLE = timedelta(seconds=7)
 """How long after a release its merge begins."""
 
-BURST = timedelta(seconds=20)
-"""How long after a release a merge begins that waits already: more of them may come."""
-
-LONGEST = timedelta(minutes=1)
-"""How long releases can put a merge off."""
+BURST, REST, LONGEST = timedelta(minutes=1), timedelta(seconds=12), timedelta(minutes=2)
+"""Several releases within `BURST` are merged once there was none for `REST`, or after `LONGEST`."""
 
 STUCK = "lewis.release.stuck"
 """A release whose merge has failed three times."""
@@ -68,30 +56,31 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
     before, id_ = short(old) if old else "never merged", str(uuid.uuid4())
     message = f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged"
     _send(EVENT, id_, recipe, repo, {"ref": ref, "old": old, "new": new, "message": message})
-    _put_off(recipe)
     return id_
 
 
-def _put_off(recipe: str) -> None:
-    """Put off the merge that an earlier release of a burst has scheduled, as it finds this release too.
+def settle(recipe: str) -> None:
+    """Wait while releases of a recipe come in a burst, so that one run merges the newest. Of one release, do not wait.
 
-    Not beyond `LONGEST` after that release. Of several that wait, only the newest stays. A failure is logged: the merge
-    begins earlier then, and another follows.
+    At most `LONGEST`. While Prefect's events cannot be read, it does not wait.
     """
-    now = datetime.now(UTC)
+    began = datetime.now(UTC)
+    while (now := datetime.now(UTC)) - began < LONGEST:
+        times = _recent(recipe, now - BURST)
+        if len(times) < 2 or now - max(times) > REST:
+            return
+        time.sleep(1)
+
+
+def _recent(recipe: str, since: datetime) -> list[datetime]:
+    """When releases of a recipe were announced since a time."""
+    resource = {"id_prefix": [resource_id("")], "labels": {"lewis.recipe": recipe}}
+    wanted = {"occurred": {"since": since}, "event": {"name": [EVENT]}, "resource": resource}
     try:
         with get_client(sync_client=True) as client:
-            runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED", "PENDING"]}})
-            found = [run for run in runs if prefect_runs.recipe_of(run) == recipe and prefect_runs.waits(run)]
-            found.sort(key=lambda run: run.created or now)
-            newest = found[-1] if found else None
-            for run in found[:-1]:
-                if run.state_type == StateType.SCHEDULED:
-                    prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
-            if newest and newest.state_name in _NOT_BEGUN and now - (newest.created or now) < LONGEST:
-                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + BURST), force=True)
-    except httpx.HTTPError as error:
-        logger.info("the merge of %s is not put off: %s", recipe, type(error).__name__)
+            return [event.occurred for event in client.read_events(EventFilter.model_validate(wanted), limit=50).events]
+    except httpx.HTTPError:
+        return []
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
