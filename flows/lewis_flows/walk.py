@@ -9,7 +9,7 @@ from prefect.utilities.annotations import quote
 
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import PREFLIGHT, Node, graph, resolved
+from lewis.steps.graph import PREFLIGHT, Node, graph, resolved, short_refs
 from lewis.steps.step import Step
 from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
 from lewis_tasks.inspect import preflight
@@ -57,7 +57,7 @@ class Walk:
             if self.wants(node, found):
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 given = quote(node.given(found))
-                self.futures[node.name] = submit(task_of(node), given, node.name, self._prefix, wait_for=after)
+                self.futures[node.name] = submit(task_of(node), given, node.label, self._prefix, wait_for=after)
 
     def wants(self, node: Node, found: dict[str, Any]) -> bool:
         """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.
@@ -96,12 +96,13 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
     Raises:
         LewisError: if a check fails, or a model does not exist or does not fit.
     """
-    base = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
+    short = short_refs(plan)
+    base = submit(resolve, quote(plan), plan.base_model, short[plan.base_model]) if plan.base_model else None
     finish(base)
     experts = list[PrefectFuture[Source]]()
     for entry in plan.experts:  # without a base, models are read under the names of the first
         first = experts[0] if experts and base is None else None
-        experts.append(submit(resolve, quote(plan), entry.model, known(base), first))
+        experts.append(submit(resolve, quote(plan), entry.model, short[entry.model], known(base), first))
     checked = submit(preflight, quote(plan), base, experts, wait_for=[each for each in checks if each])
     finish(*checks, *experts, checked)
     found = {resolved(entry.model): future for entry, future in zip(plan.experts, experts, strict=True)}

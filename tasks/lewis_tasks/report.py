@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -108,7 +107,6 @@ def report_run(
         comparison: rows from `report_scores`.
         published: URL of the champion on the Hub.
     """
-    flow_run.rename(flow_run.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
     run = flow_run.this_run()
     links = {"Prefect run": flow_run.url()}
     if version:
@@ -152,10 +150,6 @@ def _over_versions(version: Version) -> dict[str, bytes]:
         return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
     except InputError:  # nothing is scored
         return {}
-
-
-def _models(base: Any, experts: list[Any]) -> list[Any]:
-    return [*([base] if base else []), *experts]
 
 
 def _weights(recipe: Recipe) -> dict[str, float]:

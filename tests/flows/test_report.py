@@ -83,7 +83,7 @@ def test_the_story_of_two_runs(
     assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "## Scores" not in text
     assert "**no findings: these models can be merged**" in artifact(client, own, "inspection")
     [run] = runs(client, own)
-    assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Promoted"
+    assert (run.name, run.state.name) == (f"{own.stem}: first merge", "Promoted")
 
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
@@ -93,7 +93,9 @@ def test_the_story_of_two_runs(
     assert text.count("unchanged") == 3 and text.count("**moved**") == 1
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
-    _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
+    both = runs(client, own)
+    assert any(re.fullmatch(rf"{own.stem}: math \w{{6}} -> \w{{6}}", each.name) for each in both)
+    _check_mlflow(own.stem, home, both, text)
     print_merge(MergeReport.model_validate(second))
     terminal = capsys.readouterr().out
     _check_tables(client, own, home, second, text, terminal)
@@ -203,7 +205,7 @@ def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client:
     )
     code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
     [run] = runs(client, own)
-    told = f"measure {family.base} on words: OSError: [Errno 28] No space left; free space where the store "
+    told = "measure base: OSError: [Errno 28] No space left; free space where the store "
     assert run.state.name == "Failed" and run.state.message.startswith(told)
     assert code == 1 and f"lewis: it failed: {told}" in err and "raceback" not in err
 
@@ -277,10 +279,10 @@ def test_a_fit_measures_only_the_expert_that_has_moved(client: Any, home: Path, 
         of_run = FlowRunFilter.model_validate({"id": {"any_": [state.state_details.flow_run_id]}})
         return {run.name: run.state_name for run in client.read_task_runs(flow_run_filter=of_run)}
 
-    own, other = f"measure {math} on words", f"measure {family.code} on words"
+    own, other = "measure math", "measure code"
     first = states()
     assert (first[own], first[other], first["merge experts"]) == ("Completed",) * 3
-    assert f"measure {family.base} on words" not in first and "allocate" not in first
+    assert "measure base" not in first and "allocate" not in first
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
     second = states()
@@ -332,24 +334,25 @@ def test_a_wrong_recipe_is_told_in_the_state_of_the_run(own: Path, client: Any, 
     assert state.message.splitlines()[1] == "merge_methode: unknown key; did you mean 'merge_method'?"
 
 
-def test_a_run_that_cannot_be_named_goes_on(
-    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_cannot_be_named_goes_on(own: Path, client: Any, caplog: pytest.LogCaptureFixture) -> None:
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from lewis.recipe.recipe import Recipe
     from lewis_tasks.support import flow_run
+
+    recipe = Recipe.load(own)
 
     @flow
     def named() -> str:
-        flow_run.rename("a better name")
+        flow_run.rename(recipe, {})
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-            flow_run.rename("the best name")
+            flow_run.rename(recipe, {})
         return "went on"
 
     state = named(return_state=True)
     assert state.result() == "went on" and "the run keeps its name" in caplog.text
-    assert client.read_flow_run(state.state_details.flow_run_id).name == "a better name"
+    assert client.read_flow_run(state.state_details.flow_run_id).name == f"{own.stem}: first merge"
 
 
 def test_why_a_run_started(client: Any, prefect_url: str) -> None:
