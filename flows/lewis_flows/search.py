@@ -229,6 +229,7 @@ def _confirm(
         merged, told = run_tags.result_of_run(ended), (ended.name or "Completed", ended.message or "")
     default = tried.submit(plan, 0, "confirm", settings)
     chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
+    finish(default, chosen)
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
     report = SearchReport(
         recipe=plan.name,

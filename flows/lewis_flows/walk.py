@@ -23,7 +23,8 @@ Futures = dict[str, PrefectFuture[Any]]
 """Name of a node, or of a task by hand -> its future."""
 
 # Whoever waits in the flow for what a task needs, and gives it quoted, draws no edge in Prefect's UI. So the graph of a
-# run has only the edges of `Graph.edges`, and reads from left to right.
+# run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it
+# waits for has ended well: Prefect would leave it `NotReady` for ever, and draw it as a bar that grows.
 
 
 class Walk:
@@ -56,6 +57,7 @@ class Walk:
         for node in nodes:
             if self.wants(node, found):
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
+                finish(*after)
                 given = quote(node.given(found))
                 self.futures[node.name] = submit(task_of(node), given, node.label, self._prefix, wait_for=after)
 
@@ -102,9 +104,11 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
     experts = list[PrefectFuture[Source]]()
     for entry in plan.experts:  # without a base, models are read under the names of the first
         first = experts[0] if experts and base is None else None
+        finish(first)
         experts.append(submit(resolve, quote(plan), entry.model, short[entry.model], known(base), first))
+    finish(*checks, *experts)
     checked = submit(preflight, quote(plan), base, experts, wait_for=[each for each in checks if each])
-    finish(*checks, *experts, checked)
+    finish(checked)
     found = {resolved(entry.model): future for entry, future in zip(plan.experts, experts, strict=True)}
     return {**({resolved(plan.base_model): base} if plan.base_model and base else {}), **found, PREFLIGHT: checked}
 
@@ -112,7 +116,7 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
 def submit(
     task: Task[..., R], *arguments: Any, wait_for: Iterable[PrefectFuture[Any]] | None = None
 ) -> PrefectFuture[R]:
-    """Start a task as soon as its arguments are there.
+    """Start a task as soon as its arguments are there. Whatever can fail of these is to be finished before.
 
     It is `Task.submit`, whose own types allow only an argument's value.
 

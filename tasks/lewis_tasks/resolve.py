@@ -19,7 +19,7 @@ PATIENCE = 20  # times `seconds`; a repo that still moves is merged then all the
 # Never cached: each run must ask again what a branch points to.
 @task(name="resolve", task_run_name="resolve {short}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def resolve(recipe: Recipe, ref: str, short: str, base: Source | None = None, first: Source | None = None) -> Source:
-    """Pin one model, called `short`; `base` is that of an adapter that names none, `first` gives the names of tensors."""
+    """Pin one model, called `short`; `base` is that of an adapter that names none, `first` has the tensors' names."""
     return models.pin(ref, recipe.root, base, first)
 
 

@@ -55,6 +55,7 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
     champion = pipeline.download(pipeline.pin(str(family.base), Path("/"))) if recipe.register_as else None
     monkeypatch.setattr(plans, "_champion", lambda *_: champion)
     done: list[str] = []
+    ended: list[Any] = []
 
     def submit(task: Any, given: Any, name: str, prefix: str, wait_for: Any = None) -> Ended:
         [node] = [each for each in walk.graph if each.label == name]  # no two have one label
@@ -68,10 +69,11 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
             assert key == node.step.key(given) and task.persist_result
         before = [each.label for each in walk.graph if each.name in walk.graph.edges(node.name)]
         assert set(before) <= set(done) and str(family.base.parent) not in name
+        assert all(future in ended for future in wait_for)  # else, if it failed, the task would wait for ever
         return Ended(None if node.step is EVALUATE else node.step.make(given, silent, "cpu"))
 
     monkeypatch.setattr(walking, "submit", submit)
-    monkeypatch.setattr(walking, "finish", lambda *futures: None)
+    monkeypatch.setattr(walking, "finish", lambda *futures: ended.extend(futures))
     planned = [step.name for step in make_plan(recipe).steps if step.name.partition(" ")[0] in STEPS]
     walk = Walk(recipe, {name: Ended(source) for name, source in begin(recipe).items()})
     walk.go(walk.graph, {CHAMPION: champion})

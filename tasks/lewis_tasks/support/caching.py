@@ -145,15 +145,13 @@ def worth_reading(record: logging.LogRecord) -> bool:
     """Filter of log records: False drops the record.
 
     Of a LewisError the traceback is dropped, because the message says what went wrong; that of a full disk, too.
-    Records of tasks that did not start because another failed are dropped; the UI shows those tasks. Dropped too is
-    Prefect's warning that a timeout stops a thread only between calls: our threads loop over tensors and batches, and
-    lm-eval runs in a child process.
+    Dropped is Prefect's warning that a timeout stops a thread only between calls: our threads loop over tensors and
+    batches, and lm-eval runs in a child process.
     """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, LewisError) or of_the_disk(error):
         without_traceback(record)
-    message = record.getMessage()
-    return not message.startswith(("Finished in state NotReady", "Timeout of "))
+    return not record.getMessage().startswith("Timeout of ")
 
 
 def without_traceback(record: logging.LogRecord) -> bool:

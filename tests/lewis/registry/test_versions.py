@@ -90,7 +90,10 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         recipe="merge_method: ties\n",
         pictures={"density.png": b"\x89PNG"},
         tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
-        card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n" + "long " * 2000,
+        card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n\n"
+        + "| a | b |\n| --- | --- |\n| 1 | 2 |\n\n```yaml\n"
+        + "long: 1\n" * 1000
+        + "```\n",
         source="tiny.yaml",
         began=time.time() - 120,
         documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
@@ -139,7 +142,9 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     sources = {tag for tag in version.tags if tag.startswith("lewis.source.")}
     assert version.tags.keys() - sources == {"lewis.digest", "lewis.recipe"} and version.tags["lewis.recipe"] == "tiny"
     assert version.description.startswith("# Tiny")  # without the front matter, which MLflow would show as text
-    assert version.description.endswith("... (cut, all of it is in card.md)") and len(version.description) == 5000
+    assert version.description.endswith("long: 1\n```\n\n... (cut, all of it is in card.md)")
+    assert 4980 < len(version.description) <= 5000  # MLflow takes no more
+    assert "| a\u2003\u200b | b\u2003\u200b |\n| --- | --- |\n| 1\u2003\u200b | 2\u2003\u200b |" in version.description
     run = client().get_run(made.run_id)
     assert run.info.status == "FINISHED" and 120 <= (run.info.end_time - run.info.start_time) / 1000 < 180
     assert run.data.tags["mlflow.source.name"] == "tiny.yaml"
