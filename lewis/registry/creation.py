@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
 _ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a table, but the line below its head
-_ROOM = "\u2003\u200b"  # an em space; the second one keeps it at the end of a cell, which Markdown would trim
+_ROOM = "\u2007\u2007\u200b"  # two wide spaces without a break; the last one keeps them, as Markdown trims cells
+_ARROW = re.compile(" (?=[↑↓])")  # which stays with its metric when a cell has too little room for all
 _CODE = re.compile(r"^(`{3,})yaml$", re.MULTILINE)  # where the recipe begins, which ends the card
 _OF_RUN = "lewis.prefect."  # tags that lead to the flow run
 
@@ -124,7 +125,7 @@ def description(text: str, pictures: Iterable[str], run_id: str) -> str:
     text = FRONT_MATTER.sub("", text)
     for picture in pictures:
         text = text.replace(f"]({picture})", f"](get-artifact?path={quote(picture)}&run_uuid={run_id})")
-    text = _ROW.sub(lambda row: row[0].replace(" |", f"{_ROOM} |"), text)
+    text = _ROW.sub(lambda row: _ARROW.sub("\u00a0", row[0]).replace(" |", f"{_ROOM} |"), text)
     if len(text) <= MAX_DESCRIPTION:
         return text
     fence = found[1] if (found := _CODE.search(text)) else ""

@@ -143,7 +143,9 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     assert {(m.dataset_name, m.dataset_digest) for m in (theirs, gained)} == {("words", ours.dataset_digest)}
     found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
     assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
-    shown = version.description.replace("\u2003\u200b |", " |")  # columns with room between them
+    shown = version.description.replace("\u2007\u2007\u200b |", " |").replace(
+        "\u00a0", " "
+    )  # columns with room between them
     own_links = re.sub(r"\(get-artifact\?path=([^&)]*)&run_uuid=\w+\)", r"(\1)", shown)
     assert version.description != shown != own_links and own_links in card  # its pages find pictures through the run
 

@@ -91,7 +91,7 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         pictures={"density.png": b"\x89PNG"},
         tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
         card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n\n"
-        + "| a | b |\n| --- | --- |\n| 1 | 2 |\n\n```yaml\n"
+        + "| a | b ↑ |\n| --- | --- |\n| 1 | 2 |\n\n```yaml\n"
         + "long: 1\n" * 1000
         + "```\n",
         source="tiny.yaml",
@@ -144,7 +144,8 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     assert version.description.startswith("# Tiny")  # without the front matter, which MLflow would show as text
     assert version.description.endswith("long: 1\n```\n\n... (cut, all of it is in card.md)")
     assert 4980 < len(version.description) <= 5000  # MLflow takes no more
-    assert "| a\u2003\u200b | b\u2003\u200b |\n| --- | --- |\n| 1\u2003\u200b | 2\u2003\u200b |" in version.description
+    room = "\u2007\u2007\u200b"
+    assert f"| a{room} | b\u00a0↑{room} |\n| --- | --- |\n| 1{room} | 2{room} |" in version.description
     run = client().get_run(made.run_id)
     assert run.info.status == "FINISHED" and 120 <= (run.info.end_time - run.info.start_time) / 1000 < 180
     assert run.data.tags["mlflow.source.name"] == "tiny.yaml"
