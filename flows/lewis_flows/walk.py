@@ -4,18 +4,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from prefect import Task
+from prefect.assets import Asset
 from prefect.futures import PrefectFuture, wait
 from prefect.utilities.annotations import quote
 
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
+from lewis.registry import versions
 from lewis.steps.graph import PREFLIGHT, Node, graph, resolved, short_refs
 from lewis.steps.step import Step
 from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
 from lewis_tasks.inspect import preflight
 from lewis_tasks.resolve import resolve
 from lewis_tasks.steps import task_of
-from lewis_tasks.support.assets import artifact_prefix
+from lewis_tasks.support.assets import artifact_prefix, asset, page_of
 from lewis_tasks.support.failures import result_of
 
 R = TypeVar("R")
@@ -42,6 +44,7 @@ class Walk:
             begun: as `pin` gives it.
         """
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
+        self._registered = plan.register_as
 
     def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None) -> None:
         """Submit the tasks of nodes, in their order, each when the results that it needs are there.
@@ -59,7 +62,17 @@ class Walk:
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 finish(*after)
                 given = quote(node.given(found))
-                self.futures[node.name] = submit(task_of(node), given, node.label, self._prefix, wait_for=after)
+                self.futures[node.name] = submit(
+                    task_of(node, self._asset), given, node.label, self._prefix, wait_for=after
+                )
+
+    def _asset(self, kind: str, name: str) -> Asset:
+        """An asset with the team that it belongs to, and its page on the Hub or in MLflow."""
+        pinned, team, url = self.futures.get(resolved(name)), "", ""
+        if self._registered:
+            team, model = self._registered.team, self._registered.model
+            url = versions.model_page(model) if (kind, name) == ("merged", model) else ""
+        return asset(kind, name, page_of(pinned.result()) if pinned else url, team)
 
     def wants(self, node: Node, found: dict[str, Any]) -> bool:
         """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.

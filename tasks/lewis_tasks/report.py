@@ -6,6 +6,8 @@ from itertools import chain
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
@@ -138,7 +140,11 @@ def report_run(
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )
     text = to_markdown(facts)
-    create_markdown_artifact(text, key=artifact_key(recipe, "run-report"), description=facts.outcome)
+    # An artifact of the run, not of this task: its page shows it above those of the tasks.
+    key = artifact_key(recipe, "run-report")
+    shown = ArtifactCreate(key=key, type="markdown", description=facts.outcome, data=text, flow_run_id=run.id)
+    with get_client(sync_client=True) as client:
+        client.create_artifact(shown)
     if version and version.created:
         versions.attach(version, {"run_report.md": text})
     return text

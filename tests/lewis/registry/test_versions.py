@@ -465,8 +465,10 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
     newest, *_, oldest = history.lines(told)
     assert re.fullmatch(r"\S+ \S+  rolled back +v3 +in place of v2 +it was rude \(.*\)", newest)
-    assert re.search(r"  promoted +v1 +the first +addition/acc.* \(the run x\)$", oldest)
-    assert "v1 stays" in history.lines(told)[3] and all("\n" not in line for line in history.lines(told))
+    assert re.search(r"  promoted +v1 +the first +\(the run x\)$", oldest)  # whose rules all passed
+    assert re.search(r" the first +addition/acc.*: pass \(the run x\)$", history.lines(told, verbose=True)[-1])
+    assert "v1 stays" in history.lines(told)[3] and ": fail (" in history.lines(told)[3]
+    assert all("\n" not in line for line in history.lines(told))
     assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
     check_png(history.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
