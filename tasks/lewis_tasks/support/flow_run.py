@@ -42,6 +42,11 @@ def ending(name: str, message: str, data: Any) -> State[Any]:
     return (Cancelled if name == REJECTED else Completed)(name=name, message=message, data=data)
 
 
+def did_its_work(run: FlowRun) -> bool:
+    """Whether a run ended as `ending` says, not failed, died or cancelled by somebody."""
+    return run.state is not None and (run.state.is_completed() or run.state.name == REJECTED)
+
+
 def result_of_run(state: State[R]) -> R:
     """What a run returned that ended in a state; a rejected run too.
 
@@ -80,12 +85,8 @@ def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
     wanted["parent_task_run_id"] = {"is_null_": True}  # no trial of a search, whose recipe is another one
     of_recipe = FlowRunFilter.model_validate(wanted)
     runs = client.read_flow_runs(flow_run_filter=of_recipe, sort=FlowRunSort.END_TIME_DESC, limit=20)
-    worked = (run for run in runs if RECIPE in run.labels and (run.state_name == REJECTED or not _was_cancelled(run)))
-    return {name: str(value) for name, value in next((run.labels for run in worked), {}).items()}
-
-
-def _was_cancelled(run: FlowRun) -> bool:
-    return run.state is not None and run.state.is_cancelled()
+    labels = (run.labels for run in runs if RECIPE in run.labels and did_its_work(run))
+    return {name: str(value) for name, value in next(labels, {}).items()}
 
 
 def name_task(name: str) -> None:
