@@ -8,10 +8,12 @@ from unittest.mock import Mock
 import pytest
 
 from lewis.errors import InputError
+from lewis.models.hub.pin import Pinned
+from lewis.models.source import Source
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps import plan as plans
-from lewis.steps.graph import CHAMPION
+from lewis.steps.graph import CHAMPION, resolved
 from lewis.steps.plan import make_plan
 from lewis.steps.run import begin
 from lewis.steps.table import EVALUATE, STEPS
@@ -90,3 +92,21 @@ def test_an_input_that_is_wrong_has_no_key_so_that_the_task_itself_reports_it(
     assert isinstance(policy, StepKey)
     monkeypatch.setattr("lewis.steps.table.prepare_merge", Mock(side_effect=InputError("it does not fit")))
     assert policy.compute_key(SimpleNamespace(), {"given": None}, {}) is None
+
+
+def test_an_asset_has_its_page_and_its_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@hub")
+    register = {"name": "tiny", "team": "ops"}
+    plan = parse({"merge_method": "ties", "base_model": "b", "models": [{"model": "org/math"}], "register": register})
+    pinned = Source("org/math", Pinned("org/math", "org/math", "1" * 40, 0))
+    walk = Walk(
+        plan, {resolved("org/math"): Ended(pinned), resolved("b"): Ended(Source("b", Pinned("b", "/b", "sha256:2", 0)))}
+    )
+    found = {
+        each: walk._asset(*each).properties for each in (("model", "org/math"), ("model", "b"), ("merged", "ops.tiny"))
+    }
+    urls = [each.url if each else "" for each in found.values()]
+    assert urls[:2] == [f"https://***@hub/org/math/tree/{'1' * 40}", None] and str(urls[2]).endswith(
+        "/#/models/ops.tiny"
+    )
+    assert all(each and each.owners == ["ops"] for each in found.values())
