@@ -1,14 +1,16 @@
 """The flow run that a task belongs to: its name, what started it, where the UI shows it."""
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
+import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.client.schemas.sorting import FlowRunSort
@@ -28,7 +30,7 @@ from lewis.steps.graph import short_refs
 
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
-REJECTED = "Rejected"
+REJECTED, PATIENCE = "Rejected", 10.0  # seconds
 RECIPE, MODEL = "lewis.recipe", "lewis.model."
 """Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
 
@@ -39,7 +41,25 @@ def ending(name: str, message: str, data: Any) -> State[Any]:
     It is of the type Completed, but for `Rejected`, whose type is Cancelled: Prefect's pages colour a run by the type
     of its state, so a rejection is grey in lists, bars and the dashboard. It is no failure, and nothing repeats it.
     """
-    return (Cancelled if name == REJECTED else Completed)(name=name, message=message, data=data)
+    if name == REJECTED:
+        _wait_for_ends()
+        return Cancelled(name=name, message=message, data=data)
+    return Completed(name=name, message=message, data=data)
+
+
+def _wait_for_ends() -> None:
+    """Wait until the server knows that all tasks have ended; those of a cancelled run that go on, it cancels.
+
+    It learns of tasks from events, which arrive a little late. If it does not answer, that is not waited for.
+    """
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [str(current.id)]}})
+    going_on = TaskRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})
+    deadline = time.monotonic() + PATIENCE
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        while client.read_task_runs(flow_run_filter=of_run, task_run_filter=going_on, limit=1):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.2)
 
 
 def did_its_work(run: FlowRun) -> bool:
