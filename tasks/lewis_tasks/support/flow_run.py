@@ -73,7 +73,9 @@ def result_of_run(state: State[R]) -> R:
     Raises:
         Exception: what a run raised that failed or was cancelled.
     """
-    return state.result(raise_on_failure=state.name != REJECTED)
+    found = state.result(raise_on_failure=state.name != REJECTED)
+    assert not isinstance(found, Exception)  # which it is only if a failure is not raised
+    return found
 
 
 def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
