@@ -94,7 +94,7 @@ def test_the_story_of_two_runs(
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
     both = runs(client, own)
-    assert any(re.fullmatch(rf"{own.stem}: math \w{{6}} -> \w{{6}}", each.name) for each in both)
+    assert any(re.fullmatch(rf"{own.stem}: recipe edited, math \w{{6}} -> \w{{6}}", each.name) for each in both)
     _check_mlflow(own.stem, home, both, text)
     print_merge(MergeReport.model_validate(second))
     terminal = capsys.readouterr().out
