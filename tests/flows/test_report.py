@@ -94,7 +94,8 @@ def test_the_story_of_two_runs(
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
     both = runs(client, own)
-    assert any(re.fullmatch(rf"{own.stem}: recipe edited, math \w{{6}} -> \w{{6}}", each.name) for each in both)
+    [again] = [each.name for each in both if each.id != run.id]
+    assert re.fullmatch(rf"{own.stem}: recipe edited, math \w{{6}} -> \w{{6}}", again), again  # its overrides changed
     _check_mlflow(own.stem, home, both, text)
     print_merge(MergeReport.model_validate(second))
     terminal = capsys.readouterr().out
@@ -338,7 +339,9 @@ def test_a_wrong_recipe_is_told_in_the_state_of_the_run(own: Path, client: Any, 
     assert state.message.splitlines()[1] == "merge_methode: unknown key; did you mean 'merge_method'?"
 
 
-def test_a_run_that_cannot_be_named_goes_on(own: Path, client: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_is_named_by_what_moved_and_goes_on_if_that_is_not_known(
+    own: Path, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -346,6 +349,15 @@ def test_a_run_that_cannot_be_named_goes_on(own: Path, client: Any, caplog: pyte
     from lewis_tasks.support import flow_run
 
     recipe = Recipe.load(own)
+
+    @flow
+    def moved(commit: str) -> None:
+        flow_run.tag(recipe=own.stem)
+        flow_run.rename(recipe, {"org/math": commit * 40})
+
+    runs = [moved(commit, return_state=True).state_details.flow_run_id for commit in "122"]
+    names = [client.read_flow_run(run).name.removeprefix(f"{own.stem}: ") for run in runs]
+    assert names == ["first merge", "org/math 111111 -> 222222", "nothing moved"]
 
     @flow
     def named() -> str:
@@ -356,7 +368,7 @@ def test_a_run_that_cannot_be_named_goes_on(own: Path, client: Any, caplog: pyte
 
     state = named(return_state=True)
     assert state.result() == "went on" and "the run keeps its name" in caplog.text
-    assert client.read_flow_run(state.state_details.flow_run_id).name == f"{own.stem}: first merge"
+    assert client.read_flow_run(state.state_details.flow_run_id).name == f"{own.stem}: nothing moved"
 
 
 def test_why_a_run_started(client: Any, prefect_url: str) -> None:

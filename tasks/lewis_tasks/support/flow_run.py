@@ -89,8 +89,8 @@ def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
     """
     labels = {RECIPE: store.digest(recipe.text)} | {f"{MODEL}{ref}": key for ref, key in keys.items()}
     try:
-        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-        with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
+        few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2})  # a busy server answers 503
+        with few, get_client(sync_client=True, httpx_settings={"timeout": 20}) as client:
             before = _labels_before(client, recipe.name)
             of_before = {name.removeprefix(MODEL): key for name, key in before.items() if name.startswith(MODEL)}
             edited = before.get(RECIPE) != labels[RECIPE]
