@@ -121,6 +121,24 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
         return before
 
 
+def is_waiting(name: str, version: str) -> bool:
+    """Whether a version waits for approval; also if it can no longer be approved.
+
+    Raises:
+        InputError: if there is no such version.
+    """
+    name = tracking.model_name(name)
+    with tracking.client(f"reading {name}/{version}") as client:
+        return client.get_model_version(name, version).tags.get("lewis.verdict") == WAITING
+
+
+def is_champion(name: str, version: str) -> bool:
+    """Whether a version is the champion."""
+    name = tracking.model_name(name)
+    with tracking.client(f"reading the champion of {name}") as client:
+        return _aliases(client, name).get("champion") == version
+
+
 def refuse(name: str, version: str, why: str, by: str = "") -> None:
     """Let a version that waits not become the champion; no gate asks for it again.
 

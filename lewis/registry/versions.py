@@ -172,7 +172,7 @@ def page(name: str, version: str) -> str:
 
 
 def model_page(name: str) -> str:
-    """The page in MLflow's UI of a registered model, with all its versions."""
+    """The page in MLflow's UI of a registered model, which names its champion."""
     return f"{_server()}/#/models/{quote(name)}"
 
 

@@ -15,6 +15,9 @@ SHORT, BRIEF = 8, 6  # characters of a commit or digest; in the name of a run
 MAX_NAMED = 2  # models in the name of a run; a list of runs has no room for more
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
 
+AWAITS = "AwaitingApproval"
+"""Name of the state of a run whose version passed and waits for a person."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -291,7 +294,7 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         return "Completed", f"{number} is the champion already"
     if verdict.waits:
         name = version.removeprefix("models:/")
-        return "AwaitingApproval", _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
+        return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
     return "Promoted", _cut(f"{told}; {before}")
 

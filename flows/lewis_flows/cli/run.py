@@ -47,7 +47,8 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
         from lewis_flows.merge import merge_flow
         from lewis_tasks.support.flow_run import result_of_run
 
-        return result_of_run(merge_flow(recipe, list(overrides), return_state=True))
+        report: MergeReport = result_of_run(merge_flow(recipe, list(overrides), return_state=True))
+        return report
 
     report = _with_prefect(flow, as_json=as_json)
     if as_json:
@@ -80,7 +81,8 @@ def search(options: argparse.Namespace) -> None:
 
         path = str(Path(options.recipe).resolve())
         limits = options.trials, options.minutes
-        return result_of_run(search_flow(path, options.overrides, *limits, return_state=True))
+        report: SearchReport = result_of_run(search_flow(path, options.overrides, *limits, return_state=True))
+        return report
 
     report = _with_prefect(flow, as_json=options.json)
     if options.json:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -28,11 +28,11 @@ from lewis.redact import redacted
 from lewis.reports.run_report import changes, duration, run_name, short
 from lewis.steps.graph import short_refs
 
-R = TypeVar("R")
 logger = logging.getLogger(__name__)
 REJECTED, PATIENCE = "Rejected", 10.0  # seconds
 RECIPE, MODEL = "lewis.recipe", "lewis.model."
 """Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
+EDITED = "edited"  # tag of a run that an edit of its recipe started
 
 
 def ending(name: str, message: str, data: Any) -> State[Any]:
@@ -67,15 +67,13 @@ def did_its_work(run: FlowRun) -> bool:
     return run.state is not None and (run.state.is_completed() or run.state.name == REJECTED)
 
 
-def result_of_run(state: State[R]) -> R:
+def result_of_run(state: State[Any]) -> Any:
     """What a run returned that ended in a state; a rejected run too.
 
     Raises:
         Exception: what a run raised that failed or was cancelled.
     """
-    found = state.result(raise_on_failure=state.name != REJECTED)
-    assert not isinstance(found, Exception)  # which it is only if a failure is not raised
-    return found
+    return state.result(raise_on_failure=state.name != REJECTED)
 
 
 def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
@@ -144,9 +142,11 @@ HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_c
 
 
 def trigger(run: FlowRun) -> str:
-    """What started a run, in a word: `search`, `schedule`, `release` or `hand`; `why` has the sentence."""
+    """What started a run, in a word: `search`, `edit`, `schedule`, `release` or `hand`; `why` has the sentence."""
     if run.parent_task_run_id:
         return "search"
+    if EDITED in run.tags:
+        return "edit"
     kind = run.created_by.type if run.created_by else None
     return {"SCHEDULE": "schedule", "AUTOMATION": "release"}.get(str(kind), "hand")
 
@@ -178,6 +178,8 @@ def why(run: FlowRun) -> str:
     made = run.created_by
     if run.parent_task_run_id:
         return "by another flow"
+    if EDITED in run.tags:
+        return "because the recipe was edited"
     if made is None or made.type not in ("SCHEDULE", "AUTOMATION"):
         return "by hand"
     # The server may have forgotten the schedule or event; then fall back to the name that is kept in the run.
