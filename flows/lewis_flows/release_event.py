@@ -29,7 +29,10 @@ _NOT_BEGUN: dict[str, Callable[[datetime], State[Any]]] = {
 
 EVENT = "lewis.expert.released"
 SETTLE = timedelta(seconds=7)
-"""How long after a release its merge begins; another release meanwhile puts it off by as much again."""
+"""How long after a release its merge begins."""
+
+BURST = timedelta(seconds=20)
+"""How long after a release a merge begins that waits already: more of them may come."""
 
 LONGEST = timedelta(minutes=1)
 """How long releases can put a merge off."""
@@ -85,7 +88,7 @@ def _put_off(recipe: str) -> None:
                 if run.state_type == StateType.SCHEDULED:
                     prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
             if newest and newest.state_name in _NOT_BEGUN and now - (newest.created or now) < LONGEST:
-                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + SETTLE), force=True)
+                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + BURST), force=True)
     except httpx.HTTPError as error:
         logger.info("the merge of %s is not put off: %s", recipe, type(error).__name__)
 

@@ -20,6 +20,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lewis_flows.service.sign_in import SignIn
+
 _AT_ONCE = 500  # events that one query asks for
 
 
@@ -120,9 +122,10 @@ def main() -> None:
     if not server.ui.v2_enabled:
         _remove_v2()
     write_each_event_once()
+    key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(
-        OwnPages(NewestFirst(create_app(final=True)), origins),
+        OwnPages(SignIn(NewestFirst(create_app(final=True)), key), origins),
         host=server.api.host,
         port=server.api.port,
         timeout_keep_alive=server.api.keepalive_timeout,
