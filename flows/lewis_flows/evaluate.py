@@ -19,7 +19,7 @@ from lewis.merging.step import MergedModel, find_merged
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
-from lewis.steps.graph import CHAMPION, labels, resolved
+from lewis.steps.graph import CHAMPION, labels, resolved, short_refs
 from lewis.steps.table import DOWNLOAD, EVALUATE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
@@ -80,18 +80,20 @@ def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Wal
     Raises:
         LewisError: naming a model that this machine has not.
     """
-    begun, of_base = Futures(), f"{DOWNLOAD.name} {plan.base_model}"
-    pinned_base = submit(resolve_at, quote(plan), plan.base_model, base) if plan.base_model and base else None
+    begun, of_base, names = Futures(), f"{DOWNLOAD.name} {plan.base_model}", short_refs(plan)
+    pinned_base = None
+    if plan.base_model and base:
+        pinned_base = submit(resolve_at, quote(plan), plan.base_model, names[plan.base_model], base)
+        begun[resolved(plan.base_model)] = pinned_base
     finish(pinned_base)
-    if pinned_base:
-        begun[resolved(str(plan.base_model))] = pinned_base
     walk = Walk(plan, begun)
     sources = {label: node for label, node in labels(plan).items() if label in models}
     wanted = [name for name in sources.values() if name in walk.graph and walk.graph[name].step is DOWNLOAD]
     for label, name in sources.items():
         if name in wanted and name != of_base:
             ref = name.removeprefix(f"{DOWNLOAD.name} ")
-            walk.futures[resolved(ref)] = submit(resolve_at, quote(plan), ref, models[label], known(pinned_base))
+            about = ref, names[ref], models[label], known(pinned_base)
+            walk.futures[resolved(ref)] = submit(resolve_at, quote(plan), *about)
     on_base = bool(pinned_base) and plan.output.kind == "lora"
     walk.go(walk.graph.towards(*wanted, *([of_base] if on_base else [])))
     if CHAMPION in sources.values() and plan.register_as:

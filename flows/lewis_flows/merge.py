@@ -6,7 +6,6 @@ from typing import Any
 from prefect import State, flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
-from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
@@ -73,7 +72,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
     if not changed:
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
     run_tags.tag(verdict=name.lower())
-    return Completed(name=name, message=line, data=report)
+    return run_tags.ending(name, line, report)
 
 
 def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
@@ -85,7 +84,8 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     champion = submit(find_champion, plan.register_as.model, bool(tasks)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
     walk = Walk(plan, pin(plan, [tasks, publishable]))
-    _rename(plan, walk)
+    sources = [each.result() for name, each in walk.futures.items() if name != PREFLIGHT]
+    run_tags.rename(plan, {source.ref: source.key for source in sources})
     walk.go(node for node in walk.graph if node.step is not EVALUATE)
     allocated, merged = walk.futures.get(ALLOCATE.name), walk.futures["merge experts"]
     finish(champion, *walk.of(CALIBRATE, MEASURE, ALLOCATE))
@@ -114,12 +114,6 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
     computed = any(future.state.name != "Cached" for future in walk.of(MEASURE, ALLOCATE, MERGE, EVALUATE))
     return report, computed or report.created or ended.moved or bool(ended.there and ended.there.new), ended.line
-
-
-def _rename(plan: Recipe, walk: Walk) -> None:
-    """Name the run by the commits of its models."""
-    keys = [each.result().key for name, each in walk.futures.items() if name != PREFLIGHT]
-    run_tags.rename(run_tags.run_name(plan.name, keys))
 
 
 def _score(

@@ -41,9 +41,10 @@ def register_merge(
     merged = walk.futures["merge experts"]
     after = [] if scores else [merged]
     verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
+    finish(verdict)
     inputs = walk.inputs(plan)
     version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
-    finish(verdict, version)
+    finish(version)
     promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
     finish(promoted)
     report.version, report.created = version.result().uri, version.result().created

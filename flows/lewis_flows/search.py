@@ -10,7 +10,6 @@ from typing import Any
 from prefect import State, flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
-from prefect.states import Completed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
@@ -104,7 +103,7 @@ def search_flow(
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
         report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
     run_tags.tag(verdict=name.lower())
-    return Completed(name=name, message=f"{len(report.trials)} trials; {line}", data=report)
+    return run_tags.ending(name, f"{len(report.trials)} trials; {line}", report)
 
 
 def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
@@ -228,9 +227,10 @@ def _confirm(
     merged = None
     if plan.register_as:
         ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
-        merged, told = ended.result(), (ended.name or "Completed", ended.message or "")
+        merged, told = run_tags.result_of_run(ended), (ended.name or "Completed", ended.message or "")
     default = tried.submit(plan, 0, "confirm", settings)
     chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
+    finish(default, chosen)
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
     report = SearchReport(
         recipe=plan.name,

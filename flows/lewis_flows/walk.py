@@ -4,18 +4,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from prefect import Task
+from prefect.assets import Asset
 from prefect.futures import PrefectFuture, wait
 from prefect.utilities.annotations import quote
 
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import PREFLIGHT, Node, graph, resolved
+from lewis.registry import versions
+from lewis.steps.graph import PREFLIGHT, Node, graph, resolved, short_refs
 from lewis.steps.step import Step
 from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
 from lewis_tasks.inspect import preflight
 from lewis_tasks.resolve import resolve
 from lewis_tasks.steps import task_of
-from lewis_tasks.support.assets import artifact_prefix
+from lewis_tasks.support.assets import artifact_prefix, asset, page_of
 from lewis_tasks.support.failures import result_of
 
 R = TypeVar("R")
@@ -23,7 +25,8 @@ Futures = dict[str, PrefectFuture[Any]]
 """Name of a node, or of a task by hand -> its future."""
 
 # Whoever waits in the flow for what a task needs, and gives it quoted, draws no edge in Prefect's UI. So the graph of a
-# run has only the edges of `Graph.edges`, and reads from left to right.
+# run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it
+# waits for has ended well: Prefect would leave it `NotReady` for ever, and draw it as a bar that grows.
 
 
 class Walk:
@@ -41,6 +44,7 @@ class Walk:
             begun: as `pin` gives it.
         """
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
+        self._registered = plan.register_as
 
     def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None) -> None:
         """Submit the tasks of nodes, in their order, each when the results that it needs are there.
@@ -56,8 +60,19 @@ class Walk:
         for node in nodes:
             if self.wants(node, found):
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
+                finish(*after)
                 given = quote(node.given(found))
-                self.futures[node.name] = submit(task_of(node), given, node.name, self._prefix, wait_for=after)
+                self.futures[node.name] = submit(
+                    task_of(node, self._asset), given, node.label, self._prefix, wait_for=after
+                )
+
+    def _asset(self, kind: str, name: str) -> Asset:
+        """An asset with the team that it belongs to, and its page on the Hub or in MLflow."""
+        pinned, team, url = self.futures.get(resolved(name)), "", ""
+        if self._registered:
+            team, model = self._registered.team, self._registered.model
+            url = versions.model_page(model) if (kind, name) == ("merged", model) else ""
+        return asset(kind, name, page_of(pinned.result()) if pinned else url, team)
 
     def wants(self, node: Node, found: dict[str, Any]) -> bool:
         """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.
@@ -96,14 +111,17 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
     Raises:
         LewisError: if a check fails, or a model does not exist or does not fit.
     """
-    base = submit(resolve, quote(plan), plan.base_model) if plan.base_model else None
+    short = short_refs(plan)
+    base = submit(resolve, quote(plan), plan.base_model, short[plan.base_model]) if plan.base_model else None
     finish(base)
     experts = list[PrefectFuture[Source]]()
     for entry in plan.experts:  # without a base, models are read under the names of the first
         first = experts[0] if experts and base is None else None
-        experts.append(submit(resolve, quote(plan), entry.model, known(base), first))
+        finish(first)
+        experts.append(submit(resolve, quote(plan), entry.model, short[entry.model], known(base), first))
+    finish(*checks, *experts)
     checked = submit(preflight, quote(plan), base, experts, wait_for=[each for each in checks if each])
-    finish(*checks, *experts, checked)
+    finish(checked)
     found = {resolved(entry.model): future for entry, future in zip(plan.experts, experts, strict=True)}
     return {**({resolved(plan.base_model): base} if plan.base_model and base else {}), **found, PREFLIGHT: checked}
 
@@ -111,7 +129,7 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
 def submit(
     task: Task[..., R], *arguments: Any, wait_for: Iterable[PrefectFuture[Any]] | None = None
 ) -> PrefectFuture[R]:
-    """Start a task as soon as its arguments are there.
+    """Start a task as soon as its arguments are there. Whatever can fail of these is to be finished before.
 
     It is `Task.submit`, whose own types allow only an argument's value.
 

@@ -31,6 +31,7 @@ from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_eve
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import moves
+from lewis_tasks.support.flow_run import did_its_work
 
 logger = logging.getLogger("lewis.watch")
 
@@ -163,13 +164,13 @@ def _is_news(recipe: str, move: Moved) -> bool:
         if _runs(client, recipe, ("SCHEDULED", *prefect_runs.UNFINISHED), expected_start_time=soon):
             return False
         ended = _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": announced})
-    answers = [run for run in ended if run.state_type != "COMPLETED" or _looked_since(run, announced)]
+    answers = [run for run in ended if not did_its_work(run) or _looked_since(run, announced)]
     if not answers:
         return now - announced >= ANSWER_WITHIN
     last = answers[0]
     if last.state_type == "FAILED":
         return last.end_time is None or now - last.end_time >= RETRY_AFTER
-    return last.state_type != "COMPLETED"
+    return not did_its_work(last)
 
 
 def _looked_since(run: FlowRun, announced: datetime) -> bool:

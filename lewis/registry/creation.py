@@ -7,6 +7,7 @@ cleared by the next attempt.
 import json
 import logging
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
+_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a table, but the line below its head
+_ROOM = "\u2007\u2007\u200b"  # two wide spaces without a break; the last one keeps them, as Markdown trims cells
+_ARROW = re.compile(" (?=[↑↓])")  # which stays with its metric when a cell has too little room for all
+_CODE = re.compile(r"^(`{3,})yaml$", re.MULTILINE)  # where the recipe begins, which ends the card
 _OF_RUN = "lewis.prefect."  # tags that lead to the flow run
 
 
@@ -83,7 +88,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
             run_id=run_id,
             model_id=model.model_id,
             tags=_tags_of(new) | repair.inherited(client, name, new.digest),
-            description=_description(new, run_id),
+            description=description(new.card, new.pictures, run_id),
             await_creation_for=0,
         )
     except BaseException:
@@ -106,12 +111,27 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
         client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
 
 
-def _description(new: Registration, run_id: str) -> str:
-    """The card without its front matter, which MLflow would show as text, and with pictures that its pages find."""
-    text = FRONT_MATTER.sub("", new.card)
-    for picture in new.pictures:
+def description(text: str, pictures: Iterable[str], run_id: str) -> str:
+    """A card for MLflow's pages: without front matter, which they show as text, and with pictures that they find.
+
+    They have tables without room between columns: each cell gets some. A card that is too long is cut after a whole
+    line, and outside of the code block that the recipe is in.
+
+    Args:
+        text: the card.
+        pictures: names of the files that it shows.
+        run_id: of the MLflow run that has them.
+    """
+    text = FRONT_MATTER.sub("", text)
+    for picture in pictures:
         text = text.replace(f"]({picture})", f"](get-artifact?path={quote(picture)}&run_uuid={run_id})")
-    return tracking.cut(text, MAX_DESCRIPTION, "card.md")
+    text = _ROW.sub(lambda row: _ARROW.sub("\u00a0", row[0]).replace(" |", f"{_ROOM} |"), text)
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    fence = found[1] if (found := _CODE.search(text)) else ""
+    note = "\n\n... (cut, all of it is in card.md)"
+    kept = text[: MAX_DESCRIPTION - len(f"\n{fence}{note}")].rpartition("\n")[0]
+    return f"{kept}\n{fence}{note}" if _CODE.search(kept) else f"{kept}{note}"
 
 
 def _tags_of(new: Registration) -> dict[str, str]:

@@ -78,14 +78,22 @@ def record(
     client.set_registered_model_tag(name, f"{TAG}{new.time.replace(':', '.')[:26]}-{uuid4().hex[:4]}", text)
 
 
-def lines(records: Sequence[Record]) -> list[str]:
-    """Records as a line each, newest first: when, what, which version in place of which, why, by whom."""
+def lines(records: Sequence[Record], *, verbose: bool = False) -> list[str]:
+    """Records as a line each, newest first: when, what, which version in place of which, why, by whom.
+
+    Of the gate's rules it has those that failed, unless it is `verbose`.
+    """
     numbered = [(each, f"v{each.version.rpartition('/')[2]}") for each in reversed(records)]
     return [
         f"{each.time[:16].replace('T', ' ')}  {each.what:<16} {version:<5} {_beside(each):<16} "
-        f"{' '.join(each.why.split())} ({each.by})"
+        f"{_reason(each.why, verbose)}({each.by})"
         for each, version in numbered
     ]
+
+
+def _reason(why: str, verbose: bool) -> str:
+    rules = [rule for rule in " ".join(why.split()).split("; ") if verbose or not rule.endswith(": pass")]
+    return f"{'; '.join(rules)} " if rules else ""
 
 
 def _beside(record: Record) -> str:

@@ -168,7 +168,7 @@ def link(version: Version) -> str:
 
 def page(name: str, version: str) -> str:
     """`link`, of a version by its name and number."""
-    return f"{_server()}/#/models/{quote(name)}/versions/{version}"
+    return f"{model_page(name)}/versions/{version}"
 
 
 def model_page(name: str) -> str:

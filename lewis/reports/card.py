@@ -14,7 +14,7 @@ from lewis.input_files import read_text
 from lewis.models.source import commits_of
 from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
-from lewis.reports.markdown import markdown_table
+from lewis.reports.markdown import block, markdown_table
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -93,7 +93,7 @@ def model_card(
         "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",
         "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
         _licences(licences or {}),
-        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
+        f"## Recipe\n\n{block(recipe.strip(), 'yaml')}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -27,6 +27,12 @@ def code(text: str) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
+def block(text: str, language: str) -> str:
+    """A code block of any text; its fence is longer than any sequence of backticks in the text."""
+    fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def plain(text: str) -> str:
     """Any text on one line, with everything escaped that Markdown or HTML would interpret."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))

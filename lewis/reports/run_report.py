@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Score
+from lewis.models.source import commits_of
 from lewis.reports.markdown import code, link, markdown_table, picture, plain
 
 MAX_LINE = 300  # characters of a verdict line
-SHORT = 8  # characters of a commit or digest
+SHORT, BRIEF = 8, 6  # characters of a commit or digest; in the name of a run
+MAX_NAMED = 2  # models in the name of a run; a list of runs has no room for more
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
 
 AWAITS = "AwaitingApproval"
@@ -176,6 +178,30 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
     """What became of every input since the champion: first the inputs of this run, then those that it no longer has."""
     gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now]
     return [Change(ref, before.get(ref), key) for ref, key in now.items()] + gone
+
+
+def run_name(recipe: str, moves: Sequence[Change] | None, names: Mapping[str, str], edited: bool) -> str:
+    """What people call a run: `alpha: math b42e10 -> 0070ea`, `alpha: recipe edited`, `alpha: nothing moved`.
+
+    Args:
+        recipe: its name.
+        moves: its models, beside those of the run before; None if there was none.
+        names: reference of a model -> what people call it.
+        edited: whether the recipe is another one than in the run before.
+    """
+    if moves is None:
+        return f"{recipe}: first merge"
+    moved = [f"{names.get(each.ref, each.ref)} {_arrow(each)}" for each in moves if each.status == "moved"]
+    more = [f"{len(moved) - MAX_NAMED} more"] if len(moved) > MAX_NAMED else []
+    told = [*(["recipe edited"] if edited else []), *moved[:MAX_NAMED], *more]
+    return f"{recipe}: {', '.join(told) or 'nothing moved'}"
+
+
+def _arrow(move: Change) -> str:
+    """The commits of a model that moved, cut short; of an adapter on a base the last of the two that did."""
+    commits = zip(commits_of(move.before or ""), commits_of(move.now or ""), strict=False)
+    before, now = ([pair for pair in commits if pair[0] != pair[1]] or [(str(move.before), str(move.now))])[-1]
+    return f"{short(before)[:BRIEF]} -> {short(now)[:BRIEF]}"
 
 
 def short(key: str) -> str:

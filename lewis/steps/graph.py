@@ -30,7 +30,8 @@ from lewis.merging.calibration_rows import shared_set_warning
 from lewis.merging.settings import stored_dtype
 from lewis.merging.step import MergeInput
 from lewis.methods import find
-from lewis.models.source import Source, short_names
+from lewis.models.names import short_or_whole
+from lewis.models.source import Source, short_name, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
 from lewis.steps.step import Step
@@ -48,8 +49,7 @@ class Node:
     """One step of a recipe.
 
     Attributes:
-        name: what is done to what, such as `measure org/math on gsm8k`; the name of its task in Prefect and its line
-            in a plan.
+        name: what is done to what, such as `measure org/math on gsm8k`; the key of its result.
         step: its row in the table.
         given: makes the step's input of the results that it needs. A result that is missing is left out of the input.
         needs: names of the nodes whose results it needs, or that must have passed before.
@@ -57,6 +57,7 @@ class Node:
         when: whether the step is done, once the results are known that it needs; None: always.
         asset: kind and name of what it makes, for Prefect's lineage; None for what is no asset.
         made_of: kinds and names of the assets that it is made of.
+        model: what people call the one model that it is done to; empty if it is done to none, or several.
     """
 
     name: str
@@ -67,6 +68,12 @@ class Node:
     when: Callable[[Results], bool] | None = None
     asset: tuple[str, str] | None = None
     made_of: tuple[tuple[str, str], ...] = ()
+    model: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name of its task in Prefect, and its line in a plan: short, such as `measure math`, one in a graph."""
+        return f"{self.step.name} {self.model}" if self.model else self.name
 
 
 class Graph:
@@ -140,14 +147,21 @@ def resolved(ref: str) -> str:
     return f"resolve {ref}"
 
 
+def short_refs(recipe: Recipe) -> dict[str, str]:
+    """Reference of the base and each expert -> what people call it; the whole reference where that is ambiguous."""
+    refs = _refs(recipe)
+    return dict(zip(refs, short_or_whole([short_name(ref, recipe.root) for ref in refs], refs), strict=True))
+
+
 def _downloads(recipe: Recipe) -> Iterator[Node]:
-    for ref in _refs(recipe):
+    for ref, short in short_refs(recipe).items():
 
         def to_download(results: Results, ref: str = ref) -> Source:
             found: Source = results[resolved(ref)]
             return found
 
-        yield Node(f"download {ref}", table.DOWNLOAD, to_download, (resolved(ref),), after=(PREFLIGHT,))
+        needs, after = (resolved(ref),), (PREFLIGHT,)
+        yield Node(f"download {ref}", table.DOWNLOAD, to_download, needs, after=after, model=short)
 
 
 def _checks(recipe: Recipe) -> Iterator[Node]:
@@ -188,6 +202,7 @@ def _measurements(recipe: Recipe) -> Iterator[Node]:
     if recipe.lewis is None or recipe.base_model is None:
         return
     grams, experts, block = recipe.needs_grams, _expert_refs(recipe), recipe.lewis.importance
+    short = short_refs(recipe)
     settings = block.model_copy(update={"metric": type(block)().metric})  # no pass depends on it
     for ref, chosen in _passes(recipe).items():
 
@@ -197,7 +212,7 @@ def _measurements(recipe: Recipe) -> Iterator[Node]:
 
         needs = (f"download {ref}", "inspect", *(f"calibrate {name}" for name in chosen))
         assets = ("importance", ref), (("model", ref),)
-        yield Node(_measured(ref, chosen), table.MEASURE, to_measure, needs, (), None, *assets)
+        yield Node(_measured(ref, chosen), table.MEASURE, to_measure, needs, (), None, *assets, model=short[ref])
     if recipe.allocator is not None:
         downloads, measured = tuple(f"download {ref}" for ref in _refs(recipe)), _all_measured(recipe)
         yield Node("allocate", table.ALLOCATE, _allocation(recipe), (*downloads, "inspect", *measured))

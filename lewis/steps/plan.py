@@ -250,7 +250,7 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     plan.remote = redacted(remote.url())
     plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
     for node in walked:
-        cost = next((each.cost for each in plan.steps if each.name == node.name), Cost())
+        cost = next((each.cost for each in plan.steps if each.name == node.label), Cost())
         if node.step is not DOWNLOAD:
             plan.disk += cost.written + cost.scratch
         if node.step.kind and remote.shares(node.step.kind.path("0" * 64)):
@@ -271,7 +271,7 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
         if given is not None:
             step.make(replace(given, copies=0, covers=False, warning=""), silent, "cpu")
         results[node.name] = 0
-        return PlannedStep(node.name, "always")
+        return PlannedStep(node.label, "always")
     found = None if given is None or missing else step.find(given)
     state = "cached" if found is not None else "to fetch" if len(asked) > before else "to do"
     results[node.name] = found
@@ -282,8 +282,8 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
     elif step is MERGE and found is None:
         results[node.name] = _Unmade("" if given is None or missing else step.key(given))
     if state != "to do":
-        return PlannedStep(node.name, state)
-    return PlannedStep(node.name, state, Cost(seconds=None) if given is None else step.cost(given))
+        return PlannedStep(node.label, state)
+    return PlannedStep(node.label, state, Cost(seconds=None) if given is None else step.cost(given))
 
 
 def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[Found]) -> list[PlannedStep]:

@@ -2,11 +2,12 @@
 
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
@@ -108,7 +109,6 @@ def report_run(
         comparison: rows from `report_scores`.
         published: URL of the champion on the Hub.
     """
-    flow_run.rename(flow_run.run_name(recipe.name, [f.key for f in _models(base, experts)], merged.digest))
     run = flow_run.this_run()
     links = {"Prefect run": flow_run.url()}
     if version:
@@ -140,7 +140,11 @@ def report_run(
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )
     text = to_markdown(facts)
-    create_markdown_artifact(text, key=artifact_key(recipe, "run-report"), description=facts.outcome)
+    # An artifact of the run, not of this task: its page shows it above those of the tasks.
+    key = artifact_key(recipe, "run-report")
+    shown = ArtifactCreate(key=key, type="markdown", description=facts.outcome, data=text, flow_run_id=run.id)
+    with get_client(sync_client=True) as client:
+        client.create_artifact(shown)
     if version and version.created:
         versions.attach(version, {"run_report.md": text})
     return text
@@ -152,10 +156,6 @@ def _over_versions(version: Version) -> dict[str, bytes]:
         return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
     except InputError:  # nothing is scored
         return {}
-
-
-def _models(base: Any, experts: list[Any]) -> list[Any]:
-    return [*([base] if base else []), *experts]
 
 
 def _weights(recipe: Recipe) -> dict[str, float]:

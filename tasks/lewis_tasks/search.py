@@ -37,7 +37,7 @@ def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], s
     """
     with device_slot(gives_way=True, gpus=settings.gpus) as device:
         raise_if_stopping(f"trial {number}")
-        report = Progress("trial", f"trial {number}")
+        report = Progress(artifact_key(recipe, "trial"), f"trial {number}")
         return trial.score_trial(graph(recipe), recipe.label, known, settings, device=device, report=report)
 
 

@@ -1,6 +1,6 @@
 """The factory of tasks: one Prefect task for each step of a graph, by the step's row in the table."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +44,17 @@ class StepKey(CachePolicy):
         return key
 
 
-def task_of(node: Node) -> Task[..., Any]:
+def task_of(node: Node, asset: Callable[[str, str], Asset] = assets.asset) -> Task[..., Any]:
     """The task of a node: its name, cache key, retries, timeout and assets follow from the node and its step.
 
     The task takes the step's input, the name of its run and the prefix of artifact keys. It ends as `Cached` if the
     result was found. The result that Prefect keeps is a small reference, which checks its files when it is loaded; if
-    they are deleted or damaged, or the record itself is, the task runs again.
+    they are deleted or damaged, or the record itself is, the task runs again. Of a step that is `SHOWN` Prefect keeps
+    none: its task finds the result itself, and shows it in each run.
+
+    Args:
+        node: of the graph.
+        asset: makes an asset of its kind and name, with what is known of it.
     """
     step = node.step
 
@@ -60,7 +65,7 @@ def task_of(node: Node) -> Task[..., Any]:
             count = step.devices(given)
             slot = device_slot(gpus=count) if count else nullcontext("cpu")
             with slot as device, store.noticing() as made:
-                result = step.make(given, Progress(step.name, name), device)
+                result = step.make(given, Progress(f"{prefix}-{step.name}", name), device)
         if step.name in SHOWN:  # by name: in another process the step is a copy
             SHOWN[step.name](given, prefix)
         assets.describe(**step.facts(given, result))
@@ -72,12 +77,12 @@ def task_of(node: Node) -> Task[..., Any]:
 
     work.__name__ = work.__qualname__ = step.name
     options: dict[str, Any] = {"name": step.name, "task_run_name": "{name}", "timeout_seconds": step.timeout}
-    options |= _kept(step) if step.cached else {"cache_policy": NO_CACHE}
+    options |= _kept(step) if step.cached and step.name not in SHOWN else {"cache_policy": NO_CACHE}
     options |= RETRIES if step.retries else {}
     if node.asset is None:
         return task(**options)(work)
-    made_of: list[Asset | str] = [assets.asset(*each) for each in node.made_of]
-    return materialize(assets.asset(*node.asset), by="lewis", asset_deps=made_of, **options)(work)
+    made_of: list[Asset | str] = [asset(*each) for each in node.made_of]
+    return materialize(asset(*node.asset), by="lewis", asset_deps=made_of, **options)(work)
 
 
 def _kept(step: Step[Any, Any]) -> dict[str, Any]:

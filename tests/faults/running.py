@@ -223,7 +223,8 @@ def half_done(home: Path, name: str = "tiny") -> str:
         return ""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as prefect:
         rows = prefect.execute(
-            "SELECT name FROM flow_run WHERE state_type = 'RUNNING' AND name LIKE 'merge%'"
+            "SELECT flow_run.name FROM flow_run JOIN flow ON flow.id = flow_run.flow_id "
+            "WHERE flow_run.state_type = 'RUNNING' AND flow.name = 'merge'"
         ).fetchall()
     return f"these runs of Prefect look as if they went on: {rows}" if rows else ""
 

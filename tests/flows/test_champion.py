@@ -69,6 +69,7 @@ def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPa
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from lewis_flows.merge import merge_flow
+    from lewis_tasks.support.flow_run import result_of_run
 
     def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
         return child.evaluate(**json.loads(json.dumps(request)))
@@ -78,7 +79,8 @@ def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPa
 
     def start(expert: str, *overrides: str) -> Any:
         with temporary_settings({PREFECT_API_URL: prefect_url}):
-            return merge_flow(str(recipe), [f"models[0].model={expert}", *overrides])
+            state = merge_flow(str(recipe), [f"models[0].model={expert}", *overrides], return_state=True)
+            return result_of_run(state)
 
     return start
 
@@ -149,7 +151,8 @@ def test_only_a_better_model_becomes_champion(
     assert worse.version == "models:/tiny/2" and worse.created and not worse.promoted
     assert aliases(home) == {"champion": "1", "challenger": "2"} and versions(home) == {"1": "passed", "2": "failed"}
     told = newest_ended(prefect_url)
-    assert told["state_name"] == "Rejected" and told["state_type"] == "COMPLETED"
+    assert told["state_name"] == "Rejected" and told["state_type"] == "CANCELLED"
+    assert told["name"] == "tiny: recipe edited"  # the expert is an override of the recipe here
     assert (
         told["state"]["message"].startswith("v2: words/acc,none ") and " vs 0.5; words/acc" in told["state"]["message"]
     )

@@ -83,7 +83,7 @@ def test_the_story_of_two_runs(
     assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "## Scores" not in text
     assert "**no findings: these models can be merged**" in artifact(client, own, "inspection")
     [run] = runs(client, own)
-    assert run.name.startswith(f"merge {own.stem} {first['digest'][:8]} (") and run.state.name == "Promoted"
+    assert (run.name, run.state.name) == (f"{own.stem}: first merge", "Promoted")
 
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
@@ -93,7 +93,10 @@ def test_the_story_of_two_runs(
     assert text.count("unchanged") == 3 and text.count("**moved**") == 1
     assert "| measure | 1 | 2 |" in text and "`words/acc,none` ↑" in text and "vs champion" in text
 
-    _check_mlflow(own.stem, home, [run, *runs(client, own)], text)
+    both = runs(client, own)
+    [again] = [each.name for each in both if each.id != run.id]
+    assert re.fullmatch(rf"{own.stem}: recipe edited, math \w{{6}} -> \w{{6}}", again), again  # its overrides changed
+    _check_mlflow(own.stem, home, both, text)
     print_merge(MergeReport.model_validate(second))
     terminal = capsys.readouterr().out
     _check_tables(client, own, home, second, text, terminal)
@@ -141,8 +144,11 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     assert {(m.dataset_name, m.dataset_digest) for m in (theirs, gained)} == {("words", ours.dataset_digest)}
     found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
     assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
-    own_links = re.sub(r"\(get-artifact\?path=([^&)]*)&run_uuid=\w+\)", r"(\1)", version.description)
-    assert own_links != version.description and own_links in card  # its pages find pictures through the run
+    shown = version.description.replace("\u2007\u2007\u200b |", " |").replace(
+        "\u00a0", " "
+    )  # columns with room between them
+    own_links = re.sub(r"\(get-artifact\?path=([^&)]*)&run_uuid=\w+\)", r"(\1)", shown)
+    assert version.description != shown != own_links and own_links in card  # its pages find pictures through the run
 
 
 def _check_kept(client: Any, own: Path, home: Path, second: dict[str, Any], text: str, terminal: str) -> None:
@@ -186,6 +192,7 @@ def _check_assets(client: Any, name: str, base: Path, math: Path, code: Path, se
 
     done = "prefect.asset.materialization.succeeded"
     merged = eventually(lambda: events(client, done, f"lewis://merged/{name}"))[0]
+    assert merged.resource["prefect.asset.url"].endswith(f"/#/models/{name}")
     parents = {resource.id for resource in merged.related if resource.role == "asset"}
     models = {str(math), str(base), str(code)}
     assert parents == {assets.asset(kind, ref).key for ref in models for kind in ("model", "importance")}
@@ -203,7 +210,7 @@ def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client:
     )
     code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
     [run] = runs(client, own)
-    told = f"measure {family.base} on words: OSError: [Errno 28] No space left; free space where the store "
+    told = "measure base: OSError: [Errno 28] No space left; free space where the store "
     assert run.state.name == "Failed" and run.state.message.startswith(told)
     assert code == 1 and f"lewis: it failed: {told}" in err and "raceback" not in err
 
@@ -277,10 +284,10 @@ def test_a_fit_measures_only_the_expert_that_has_moved(client: Any, home: Path, 
         of_run = FlowRunFilter.model_validate({"id": {"any_": [state.state_details.flow_run_id]}})
         return {run.name: run.state_name for run in client.read_task_runs(flow_run_filter=of_run)}
 
-    own, other = f"measure {math} on words", f"measure {family.code} on words"
+    own, other = "measure math", "measure code"
     first = states()
     assert (first[own], first[other], first["merge experts"]) == ("Completed",) * 3
-    assert f"measure {family.base} on words" not in first and "allocate" not in first
+    assert "measure base" not in first and "allocate" not in first
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
     second = states()
@@ -332,24 +339,36 @@ def test_a_wrong_recipe_is_told_in_the_state_of_the_run(own: Path, client: Any, 
     assert state.message.splitlines()[1] == "merge_methode: unknown key; did you mean 'merge_method'?"
 
 
-def test_a_run_that_cannot_be_named_goes_on(
-    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_run_is_named_by_what_moved_and_goes_on_if_that_is_not_known(
+    own: Path, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from lewis.recipe.recipe import Recipe
     from lewis_tasks.support import flow_run
+
+    recipe = Recipe.load(own)
+
+    @flow
+    def moved(commit: str) -> None:
+        flow_run.tag(recipe=own.stem)
+        flow_run.rename(recipe, {"org/math": commit * 40})
+
+    runs = [moved(commit, return_state=True).state_details.flow_run_id for commit in "122"]
+    names = [client.read_flow_run(run).name.removeprefix(f"{own.stem}: ") for run in runs]
+    assert names == ["first merge", "org/math 111111 -> 222222", "nothing moved"]
 
     @flow
     def named() -> str:
-        flow_run.rename("a better name")
+        flow_run.rename(recipe, {})
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-            flow_run.rename("the best name")
+            flow_run.rename(recipe, {})
         return "went on"
 
     state = named(return_state=True)
     assert state.result() == "went on" and "the run keeps its name" in caplog.text
-    assert client.read_flow_run(state.state_details.flow_run_id).name == "a better name"
+    assert client.read_flow_run(state.state_details.flow_run_id).name == f"{own.stem}: nothing moved"
 
 
 def test_why_a_run_started(client: Any, prefect_url: str) -> None:

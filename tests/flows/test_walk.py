@@ -8,16 +8,18 @@ from unittest.mock import Mock
 import pytest
 
 from lewis.errors import InputError
+from lewis.models.hub.pin import Pinned
+from lewis.models.source import Source
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps import plan as plans
-from lewis.steps.graph import CHAMPION
+from lewis.steps.graph import CHAMPION, resolved
 from lewis.steps.plan import make_plan
 from lewis.steps.run import begin
 from lewis.steps.table import EVALUATE, STEPS
 from lewis_flows import walk as walking
 from lewis_flows.walk import Walk
-from lewis_tasks.steps import StepKey, task_of
+from lewis_tasks.steps import SHOWN, StepKey, task_of
 from tests.conftest import Family
 from tests.lewis.steps.test_keys import recipes
 from tests.support import pipeline
@@ -55,21 +57,25 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
     champion = pipeline.download(pipeline.pin(str(family.base), Path("/"))) if recipe.register_as else None
     monkeypatch.setattr(plans, "_champion", lambda *_: champion)
     done: list[str] = []
+    ended: list[Any] = []
 
     def submit(task: Any, given: Any, name: str, prefix: str, wait_for: Any = None) -> Ended:
-        node, given = walk.graph[name], given.unwrap()
+        [node] = [each for each in walk.graph if each.label == name]  # no two have one label
+        given = given.unwrap()
         done.append(name)
         assert (task.name, task.timeout_seconds) == (node.step.name, node.step.timeout)
         assert task.retries == (4 if node.step.retries else 0)
-        if node.step.cached:
+        if node.step.cached and node.step.name not in SHOWN:
             assert isinstance(task.cache_policy, StepKey)
             key = task.cache_policy.compute_key(SimpleNamespace(), {"given": given}, {})
             assert key == node.step.key(given) and task.persist_result
-        assert all(name in done or not name.startswith(tuple(STEPS)) for name in walk.graph.edges(name))
+        before = [each.label for each in walk.graph if each.name in walk.graph.edges(node.name)]
+        assert set(before) <= set(done) and str(family.base.parent) not in name
+        assert all(future in ended for future in wait_for)  # else, if it failed, the task would wait for ever
         return Ended(None if node.step is EVALUATE else node.step.make(given, silent, "cpu"))
 
     monkeypatch.setattr(walking, "submit", submit)
-    monkeypatch.setattr(walking, "finish", lambda *futures: None)
+    monkeypatch.setattr(walking, "finish", lambda *futures: ended.extend(futures))
     planned = [step.name for step in make_plan(recipe).steps if step.name.partition(" ")[0] in STEPS]
     walk = Walk(recipe, {name: Ended(source) for name, source in begin(recipe).items()})
     walk.go(walk.graph, {CHAMPION: champion})
@@ -86,3 +92,21 @@ def test_an_input_that_is_wrong_has_no_key_so_that_the_task_itself_reports_it(
     assert isinstance(policy, StepKey)
     monkeypatch.setattr("lewis.steps.table.prepare_merge", Mock(side_effect=InputError("it does not fit")))
     assert policy.compute_key(SimpleNamespace(), {"given": None}, {}) is None
+
+
+def test_an_asset_has_its_page_and_its_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@hub")
+    register = {"name": "tiny", "team": "ops"}
+    plan = parse({"merge_method": "ties", "base_model": "b", "models": [{"model": "org/math"}], "register": register})
+    pinned = Source("org/math", Pinned("org/math", "org/math", "1" * 40, 0))
+    walk = Walk(
+        plan, {resolved("org/math"): Ended(pinned), resolved("b"): Ended(Source("b", Pinned("b", "/b", "sha256:2", 0)))}
+    )
+    found = {
+        each: walk._asset(*each).properties for each in (("model", "org/math"), ("model", "b"), ("merged", "ops.tiny"))
+    }
+    urls = [each.url if each else "" for each in found.values()]
+    assert urls[:2] == [f"https://***@hub/org/math/tree/{'1' * 40}", None] and str(urls[2]).endswith(
+        "/#/models/ops.tiny"
+    )
+    assert all(each and each.owners == ["ops"] for each in found.values())

@@ -222,6 +222,7 @@ CASES: dict[str, tuple[list[tuple[State, ...]], dict[str, timedelta], bool]] = {
     "crashed": ([(Running(), Crashed())], {}, True),
     "crashed before it began": ([(Scheduled(), Crashed())], {}, True),
     "cancelled": ([(Running(), Cancelled())], {}, True),
+    "rejected": ([(Running(), Cancelled(name="Rejected"))], MINUTES_GONE | HOUR_GONE, False),
     "crashed, runs again": ([(Running(), Crashed()), (Running(),)], {}, False),
     "failed, then crashed": ([(Running(), Failed()), (Running(), Crashed())], {}, True),
     "crashed, then failed": ([(Running(), Crashed()), (Running(), Failed())], {}, False),

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.cache_policies import NO_CACHE
 
 from lewis.progress import silent
 from lewis.steps.graph import graph
 from lewis_tasks import inspect
+from lewis_tasks.steps import task_of
 from lewis_tasks.support.assets import artifact_prefix
 from tests.conftest import Family
 from tests.support import pipeline
@@ -27,9 +29,14 @@ def test_findings_become_an_artifact_and_stop_nothing(
     node = graph(recipe)["diagnose"]
     given = node.given(pipeline.known(recipe, base, experts))
     [found] = node.step.make(given, silent, "cpu")
-    inspect.show_inspection(given, artifact_prefix(recipe))
+    diagnose = task_of(node)
+    ends = [diagnose.fn(given, "diagnose", artifact_prefix(recipe)) for _ in range(2)]
+    assert [end.name for end in ends] == [
+        "Cached"
+    ] * 2 and diagnose.cache_policy is NO_CACHE  # so it shows it each time
     assert (found["kind"], found["model"], found["level"]) == ("zeroed tensor", str(odd), "error")
-    [artifact] = made
+    artifact, again = made
+    assert artifact == again
     assert artifact["key"] == "recipe-inspection" and "do not merge these models" in artifact["description"]
     for part in (
         "* **error: zeroed tensor**",

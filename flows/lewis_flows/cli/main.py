@@ -162,7 +162,7 @@ COMMANDS = (
         "history",
         registry.history,
         "tell who replaced whom as champion of a model, and why",
-        (name, registry.plot_file, as_json),
+        (name, registry.history_options, as_json),
         writes=False,
     ),
     Command(

@@ -11,8 +11,9 @@ from lewis.errors import InputError
 from lewis_flows.cli import completion
 
 
-def plot_file(command: argparse.ArgumentParser) -> None:
-    """`--plot FILE.png`."""
+def history_options(command: argparse.ArgumentParser) -> None:
+    """`--verbose` and `--plot FILE.png`."""
+    command.add_argument("--verbose", action="store_true", help="tell the rules that passed, too")
     command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the champion's score over the versions")
 
 
@@ -30,7 +31,7 @@ def history(options: argparse.Namespace) -> None:
         print(json.dumps([asdict(each) for each in reversed(records)], indent=2, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in history.lines(records):
+    for line in history.lines(records, verbose=options.verbose):
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
 
 

@@ -45,8 +45,10 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
 
     def flow() -> "MergeReport":
         from lewis_flows.merge import merge_flow
+        from lewis_tasks.support.flow_run import result_of_run
 
-        return merge_flow(recipe, list(overrides))
+        report: MergeReport = result_of_run(merge_flow(recipe, list(overrides), return_state=True))
+        return report
 
     report = _with_prefect(flow, as_json=as_json)
     if as_json:
@@ -75,9 +77,12 @@ def search(options: argparse.Namespace) -> None:
 
     def flow() -> "SearchReport":
         from lewis_flows.search import search_flow
+        from lewis_tasks.support.flow_run import result_of_run
 
         path = str(Path(options.recipe).resolve())
-        return search_flow(path, options.overrides, options.trials, options.minutes)
+        limits = options.trials, options.minutes
+        report: SearchReport = result_of_run(search_flow(path, options.overrides, *limits, return_state=True))
+        return report
 
     report = _with_prefect(flow, as_json=options.json)
     if options.json:

@@ -6,6 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from lewis.errors import LewisError
@@ -13,6 +15,8 @@ from lewis.redact import redacted
 from lewis_flows.cli import completion
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import Log
 
@@ -99,12 +103,12 @@ def logs(options: argparse.Namespace) -> None:
     with server() as (client, _):
         if (run := last_run(client, recipe)) is None:
             raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
-        seen = 0
+        seen, name_of = 0, cache(partial(_name_of_task, client))
         while True:
             state = client.read_flow_run(run.id).state
             for line in _lines(client, run.id, logging.getLevelName(options.level), seen):
                 seen += 1
-                _print(line, as_json=options.json)
+                _print(line, name_of(line.task_run_id), as_json=options.json)
             if not options.follow or state is None or state.is_final():
                 return
             time.sleep(_PAUSE)
@@ -120,10 +124,20 @@ def _lines(client: "SyncPrefectClient", run: Any, level: int, seen: int) -> Iter
         seen += len(page)
 
 
-def _print(line: "Log", *, as_json: bool) -> None:
-    level = logging.getLevelName(line.level)
+def _name_of_task(client: "SyncPrefectClient", task: "UUID | None") -> str:
+    """The name of a task's run; empty without a task, or if Prefect does not know it (yet)."""
+    from prefect.exceptions import ObjectNotFound
+
+    with suppress(ObjectNotFound):
+        return client.read_task_run(task).name if task else ""
+    return ""
+
+
+def _print(line: "Log", task: str, *, as_json: bool) -> None:
+    level, text = logging.getLevelName(line.level), line.message
     if as_json:
-        told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "message": line.message}
+        told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "task": task, "message": text}
         print(json.dumps(told, ensure_ascii=False), flush=True)
     else:
-        print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {line.message}", flush=True)
+        about = f"{task} | " if task and not text.startswith(task) else ""  # progress begins with its task
+        print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {about}{text}", flush=True)

@@ -9,7 +9,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from pydantic import BaseModel
 
 from lewis.errors import InputError, TransientError
@@ -99,7 +99,9 @@ def links(recipe: str) -> Links:
             found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"
             found.message = (run.state.message if run.state else None) or ""
             of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
-            shown = [each for each in client.read_artifacts(artifact_filter=of_run) if each.key]
+            newest = ArtifactSort.CREATED_DESC  # a run writes last what a person reads first
+            shown = client.read_artifacts(artifact_filter=of_run, sort=newest)
+            shown = [each for each in shown if each.key and each.type != "progress"]
             found.artifacts = {str(each.key): f"{ui}/artifacts/artifact/{each.id}" for each in shown}
     name = recipes_folder.registered_name(str(path))
     for number, each in enumerate(releases.merged(name) if name else []):

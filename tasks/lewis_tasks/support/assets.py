@@ -6,7 +6,10 @@ from prefect.assets import Asset, AssetProperties
 from prefect.context import AssetContext
 from prefect.states import Completed
 
+from lewis.models.hub.client import endpoint
+from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
+from lewis.redact import redacted
 from lewis_tasks.support.caching import slug
 
 TITLES = {"model": "Model {}", "importance": "Importance of {}", "merged": "Merged model {}"}
@@ -23,9 +26,23 @@ def artifact_key(recipe: Recipe, what: str) -> str:
     return f"{artifact_prefix(recipe)}-{what}"
 
 
-def asset(kind: str, name: str) -> Asset:
-    """A `model` of a recipe by its reference, the `importance` of its layers, or what was `merged`, by its name."""
-    return Asset(key=f"lewis://{kind}/{slug(name)[:400]}", properties=AssetProperties(name=TITLES[kind].format(name)))
+def asset(kind: str, name: str, url: str = "", owner: str = "") -> Asset:
+    """A `model` of a recipe by its reference, the `importance` of its layers, or what was `merged`, by its name.
+
+    Args:
+        kind, name: as above.
+        url: of its page; empty if it has none.
+        owner: the team that it belongs to; empty if that is not known.
+    """
+    owners = [owner] if owner else None
+    about = AssetProperties(name=TITLES[kind].format(name), url=url or None, owners=owners)
+    return Asset(key=f"lewis://{kind}/{slug(name)[:400]}", properties=about)
+
+
+def page_of(source: Source) -> str:
+    """The Hub's page of a pinned model, or of its adapter; empty if it is a local folder."""
+    pinned = source.adapter or source.model
+    return "" if pinned.is_local else redacted(f"{endpoint()}/{pinned.source}/tree/{pinned.commit}")
 
 
 def describe(**metadata: Any) -> None:

@@ -100,8 +100,13 @@ def raise_if_stopping(what: str) -> None:
 class Progress:
     """A `lewis.progress.Report` of a long task: an artifact in the UI and a line in the log, every two seconds."""
 
-    def __init__(self, kind: str, about: str) -> None:
-        self._kind, self._about, self._last = kind, about, time.monotonic()
+    def __init__(self, key: str, about: str) -> None:
+        """
+        Args:
+            key: that of the artifact begins with it: recipe and step.
+            about: name of the task's run.
+        """
+        self._key, self._about, self._last = f"{key}-progress", about, time.monotonic()
         self._artifact: UUID | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -116,8 +121,7 @@ class Progress:
         self._last = time.monotonic()
         percent = round(100 * done / max(total, 1), 1)
         if self._artifact is None:
-            key = f"{self._kind}-progress"
-            made = create_progress_artifact(progress=percent, key=key, description=self._about)
+            made = create_progress_artifact(progress=percent, key=self._key, description=self._about)
             assert isinstance(made, UUID)  # not awaitable, as there is no event loop here
             self._artifact = made
         else:
@@ -145,15 +149,13 @@ def worth_reading(record: logging.LogRecord) -> bool:
     """Filter of log records: False drops the record.
 
     Of a LewisError the traceback is dropped, because the message says what went wrong; that of a full disk, too.
-    Records of tasks that did not start because another failed are dropped; the UI shows those tasks. Dropped too is
-    Prefect's warning that a timeout stops a thread only between calls: our threads loop over tensors and batches, and
-    lm-eval runs in a child process.
+    Dropped is Prefect's warning that a timeout stops a thread only between calls: our threads loop over tensors and
+    batches, and lm-eval runs in a child process.
     """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, LewisError) or of_the_disk(error):
         without_traceback(record)
-    message = record.getMessage()
-    return not message.startswith(("Finished in state NotReady", "Timeout of "))
+    return not record.getMessage().startswith("Timeout of ")
 
 
 def without_traceback(record: logging.LogRecord) -> bool:

@@ -1,40 +1,112 @@
 """The flow run that a task belongs to: its name, what started it, where the UI shows it."""
 
 import logging
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events.filters import EventFilter
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import State
+from prefect.states import Cancelled, Completed, State
 from prefect.utilities.urls import url_for
 
-from lewis.models.source import commits_of
+from lewis import store
+from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
-from lewis.reports.run_report import duration, short
+from lewis.reports.run_report import changes, duration, run_name, short
+from lewis.steps.graph import short_refs
 
 logger = logging.getLogger(__name__)
+REJECTED, PATIENCE = "Rejected", 10.0  # seconds
+RECIPE, MODEL = "lewis.recipe", "lewis.model."
+"""Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
 EDITED = "edited"  # tag of a run that an edit of its recipe started
-MAX_NAMED = 4  # commits in the name of a run; a list of runs has no room for more
 
 
-def rename(name: str) -> None:
-    """Rename the flow run, now that more is known. The name is only for people: a failure is logged, not raised."""
+def ending(name: str, message: str, data: Any) -> State[Any]:
+    """The state of a run that did all its work.
+
+    It is of the type Completed, but for `Rejected`, whose type is Cancelled: Prefect's pages colour a run by the type
+    of its state, so a rejection is grey in lists, bars and the dashboard. It is no failure, and nothing repeats it.
+    """
+    if name == REJECTED:
+        _wait_for_ends()
+        return Cancelled(name=name, message=message, data=data)
+    return Completed(name=name, message=message, data=data)
+
+
+def _wait_for_ends() -> None:
+    """Wait until the server knows that all tasks have ended; those of a cancelled run that go on, it cancels.
+
+    It learns of tasks from events, which arrive a little late. If it does not answer, that is not waited for.
+    """
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [str(current.id)]}})
+    going_on = TaskRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})
+    deadline = time.monotonic() + PATIENCE
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        while client.read_task_runs(flow_run_filter=of_run, task_run_filter=going_on, limit=1):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.2)
+
+
+def did_its_work(run: FlowRun) -> bool:
+    """Whether a run ended as `ending` says, not failed, died or cancelled by somebody."""
+    return run.state is not None and (run.state.is_completed() or run.state.name == REJECTED)
+
+
+def result_of_run(state: State[Any]) -> Any:
+    """What a run returned that ended in a state; a rejected run too.
+
+    Raises:
+        Exception: what a run raised that failed or was cancelled.
+    """
+    return state.result(raise_on_failure=state.name != REJECTED)
+
+
+def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
+    """Name the flow run by what moved since the last run of the recipe that did its work, and note what this one has.
+
+    The name is only for people: a failure is logged, not raised.
+
+    Args:
+        recipe: of the run.
+        keys: reference of each model -> its commits.
+    """
+    labels = {RECIPE: store.digest(recipe.text)} | {f"{MODEL}{ref}": key for ref, key in keys.items()}
     try:
-        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-        with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
+        few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2})  # a busy server answers 503
+        with few, get_client(sync_client=True, httpx_settings={"timeout": 20}) as client:
+            before = _labels_before(client, recipe.name)
+            of_before = {name.removeprefix(MODEL): key for name, key in before.items() if name.startswith(MODEL)}
+            edited = before.get(RECIPE) != labels[RECIPE]
+            name = run_name(recipe.name, changes(of_before, keys) if before else None, short_refs(recipe), edited)
             client.update_flow_run(UUID(str(current.id)), name=name)
+            client.update_flow_run_labels(UUID(str(current.id)), dict(labels))
     except Exception as error:
-        logger.warning("the run keeps its name: Prefect did not take %r (%s)", name, error)
+        logger.warning("the run keeps its name: Prefect does not say or take what moved (%s)", error)
+
+
+def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
+    """The labels of the last run of a recipe that did its work; empty if there is none."""
+    wanted = {"tags": {"all_": [f"recipe:{recipe}"]}, "state": {"type": {"any_": ["COMPLETED", "CANCELLED"]}}}
+    wanted["parent_task_run_id"] = {"is_null_": True}  # no trial of a search, whose recipe is another one
+    of_recipe = FlowRunFilter.model_validate(wanted)
+    runs = client.read_flow_runs(flow_run_filter=of_recipe, sort=FlowRunSort.END_TIME_DESC, limit=20)
+    labels = (run.labels for run in runs if RECIPE in run.labels and did_its_work(run))
+    return {name: str(value) for name, value in next(labels, {}).items()}
 
 
 def name_task(name: str) -> None:
@@ -77,19 +149,6 @@ def trigger(run: FlowRun) -> str:
         return "edit"
     kind = run.created_by.type if run.created_by else None
     return {"SCHEDULE": "schedule", "AUTOMATION": "release"}.get(str(kind), "hand")
-
-
-def run_name(recipe: str, keys: Sequence[str], digest: str = "") -> str:
-    """`merge tiny 5c1f0a2b (3f2a91c0+8d01b2e4)`: the recipe, the digest once it is known, base and experts.
-
-    Args:
-        recipe: its name.
-        keys: commit key of each model; of `base+adapter`, only the adapter's is shown.
-        digest: of the merge.
-    """
-    named = [short(commits_of(key)[-1]) for key in keys[:MAX_NAMED]]
-    more = [f"{len(keys) - MAX_NAMED} more"] if len(keys) > MAX_NAMED else []
-    return " ".join(part for part in ("merge", recipe, short(digest), f"({'+'.join(named + more)})") if part)
 
 
 def tags() -> dict[str, str]:

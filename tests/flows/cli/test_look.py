@@ -4,6 +4,7 @@ import html
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,10 +13,11 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
-from prefect import flow
+from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import LogCreate
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed, Running, Scheduled, State
 from starlette.responses import PlainTextResponse
@@ -39,10 +41,16 @@ def client(prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield client
 
 
+@task(task_run_name="measure math")
+def _slow() -> None:
+    """Stands for a step."""
+
+
 @flow(name="merge")
 def _merge(recipe: str) -> State:
     """Stands for the merge."""
     create_markdown_artifact("# told", key="looked-at-run-report")
+    _slow()
     return Completed(name="Promoted", message="v2: acc 0.9 vs 0.8; in place of v1")
 
 
@@ -75,6 +83,13 @@ def test_the_pages_and_the_log_of_the_last_run(
     client.create_logs(
         [LogCreate(name="lewis", level=level, message=text, timestamp=now, flow_run_id=run) for level, text in lines]
     )
+    of_run, deadline = FlowRunFilter.model_validate({"id": {"any_": [run]}}), time.monotonic() + 120
+    while not (tasks := client.read_task_runs(flow_run_filter=of_run)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the server learns of tasks by their events
+    told_by = {"name": "lewis", "level": logging.INFO, "flow_run_id": run, "task_run_id": tasks[0].id}
+    client.create_logs(
+        [LogCreate(message=text, timestamp=now, **told_by) for text in ("a long pass", "measure math: 40 %")]
+    )
 
     assert main(["open", "looked at", "--json"]) == 0
     found, ui = json.loads(capsys.readouterr().out), prefect_url.removesuffix("/api")
@@ -98,10 +113,11 @@ def test_the_pages_and_the_log_of_the_last_run(
 
     assert main(["logs", "looked at", "--level", "WARNING", "--json"]) == 0
     (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (line["level"], line["logger"], line["message"]) == ("WARNING", "lewis", "a slow disk")
+    assert (line["level"], line["logger"], line["task"], line["message"]) == ("WARNING", "lewis", "", "a slow disk")
     assert main(["logs", "looked at", "--follow"]) == 0  # it has ended
     told = capsys.readouterr().out
     assert re.search(r"^\d\d:\d\d:\d\d WARNING a slow disk$", told, re.MULTILINE) and "detail" not in told
+    assert "INFO    measure math | a long pass\n" in told and "INFO    measure math: 40 %\n" in told
 
 
 def test_runs_that_go_on_or_wait_are_cancelled(

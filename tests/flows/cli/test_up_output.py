@@ -1,6 +1,7 @@
 """What `lewis up` prints of what its parts say."""
 
 import json
+import re
 
 import pytest
 
@@ -47,6 +48,8 @@ def test_a_line_is_an_event(verbose: bool, capsys: pytest.CaptureFixture[str]) -
     for part, line in every:
         output.say(part, line)
     told = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d recipes in /r: tiny", told[0])  # as the lines of the others have a time
+    told[0] = told[0][9:]
     assert told == ([line for _, line in every] if verbose else EVENTS)
 
     output = Output(verbose=verbose, as_json=True)
@@ -108,4 +111,4 @@ def test_what_a_worker_makes_up_for_by_itself_is_not_told_once_it_is_clear_why(
         output.say(part, line)
     output.say("worker", other)
     told = [line[9:] for line in capsys.readouterr().out.splitlines()]
-    assert told == [lost[0], ended, other]
+    assert [told[0], told[1][9:], told[2]] == [lost[0], ended, other]

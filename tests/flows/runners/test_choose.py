@@ -72,7 +72,8 @@ def in_worker(step: str, code: str) -> str:
     """
     return (
         "import functools, lewis_flows.walk as walk\nmake = walk.task_of\n"
-        f"def task_of(node):\n    task = make(node)\n    if node.step.name != {step!r}:\n        return task\n"
+        "def task_of(node, *about):\n    task = make(node, *about)\n"
+        f"    if node.step.name != {step!r}:\n        return task\n"
         "    function = task.fn\n    @functools.wraps(function)\n    def first(*arguments, **named):\n"
         f"{textwrap.indent(textwrap.dedent(code), '        ')}\n        return function(*arguments, **named)\n"
         "    task.fn = first\n    return task\nwalk.task_of = task_of"

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import stat
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import ArtifactCreate, WorkPoolCreate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.server.database import provide_database_interface
 from prefect.server.events.schemas.events import ReceivedEvent
@@ -53,6 +54,22 @@ def ask(url: str, path: str, method: str = "GET", body: Any = None, **headers: s
     answer.read()
     connection.close()
     return answer
+
+
+def test_the_page_of_a_run_shows_its_newest_artifacts_first(client: SyncPrefectClient, prefect_url: str) -> None:
+    keys = [f"artifact-{n}" for n in range(8)]
+    for key in keys:
+        client.create_artifact(ArtifactCreate(key=key, type="markdown", data=key))
+    wanted, head = {"artifacts": {"key": {"any_": keys}}}, {"Content-Type": "application/json", **credentials()}
+
+    def order(body: Any) -> list[str]:
+        request = urllib.request.Request(f"{prefect_url}/artifacts/filter", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return [each["key"] for each in json.load(answer)]
+
+    assert order(wanted) == keys[::-1] and order({**wanted, "sort": "KEY_ASC"}) == keys
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        order(["no object"])
 
 
 def test_the_api_asks_for_the_key(prefect_url: str) -> None:

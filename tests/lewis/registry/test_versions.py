@@ -90,7 +90,10 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         recipe="merge_method: ties\n",
         pictures={"density.png": b"\x89PNG"},
         tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
-        card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n" + "long " * 2000,
+        card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n\n"
+        + "| a | b ↑ |\n| --- | --- |\n| 1 | 2 |\n\n```yaml\n"
+        + "long: 1\n" * 1000
+        + "```\n",
         source="tiny.yaml",
         began=time.time() - 120,
         documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
@@ -139,7 +142,10 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     sources = {tag for tag in version.tags if tag.startswith("lewis.source.")}
     assert version.tags.keys() - sources == {"lewis.digest", "lewis.recipe"} and version.tags["lewis.recipe"] == "tiny"
     assert version.description.startswith("# Tiny")  # without the front matter, which MLflow would show as text
-    assert version.description.endswith("... (cut, all of it is in card.md)") and len(version.description) == 5000
+    assert version.description.endswith("long: 1\n```\n\n... (cut, all of it is in card.md)")
+    assert 4980 < len(version.description) <= 5000  # MLflow takes no more
+    room = "\u2007\u2007\u200b"
+    assert f"| a{room} | b\u00a0↑{room} |\n| --- | --- |\n| 1{room} | 2{room} |" in version.description
     run = client().get_run(made.run_id)
     assert run.info.status == "FINISHED" and 120 <= (run.info.end_time - run.info.start_time) / 1000 < 180
     assert run.data.tags["mlflow.source.name"] == "tiny.yaml"
@@ -459,8 +465,10 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
     newest, *_, oldest = history.lines(told)
     assert re.fullmatch(r"\S+ \S+  rolled back +v3 +in place of v2 +it was rude \(.*\)", newest)
-    assert re.search(r"  promoted +v1 +the first +addition/acc.* \(the run x\)$", oldest)
-    assert "v1 stays" in history.lines(told)[3] and all("\n" not in line for line in history.lines(told))
+    assert re.search(r"  promoted +v1 +the first +\(the run x\)$", oldest)  # whose rules all passed
+    assert re.search(r" the first +addition/acc.*: pass \(the run x\)$", history.lines(told, verbose=True)[-1])
+    assert "v1 stays" in history.lines(told)[3] and ": fail (" in history.lines(told)[3]
+    assert all("\n" not in line for line in history.lines(told))
     assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
     check_png(history.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None

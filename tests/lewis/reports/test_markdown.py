@@ -1,6 +1,6 @@
 """Markdown that shows any text as it is."""
 
-from lewis.reports.markdown import code, markdown_table, plain
+from lewis.reports.markdown import block, code, markdown_table, plain
 
 
 def test_a_table_escapes_what_would_break_it() -> None:
@@ -12,4 +12,5 @@ def test_a_table_escapes_what_would_break_it() -> None:
 
 def test_code_and_plain_text() -> None:
     assert code("a`b``c") == "``` a`b``c ```" and code("") == "` `"
+    assert block("x", "yaml") == "```yaml\nx\n```" and block("a\n````", "") == "`````\na\n````\n`````"
     assert plain("a_b <c>\nd") == r"a\_b \<c\> d"

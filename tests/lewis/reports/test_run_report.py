@@ -14,6 +14,7 @@ from lewis.reports.run_report import (
     changes,
     duration,
     outcome,
+    run_name,
     score_columns,
     score_rows,
     short,
@@ -201,3 +202,16 @@ def test_the_outcome_says_which_version_is_in_use() -> None:
         "m/2, registered by an earlier run, was not promoted; none is yet."
     )
     assert outcome(None, None, "m/1", created=False) == "Merged; the recipe registers nothing."
+
+
+def test_a_run_is_named_by_what_moved() -> None:
+    names = {"org/math": "math", "org/base+org/code": "code"}
+    math, on_base = Change("org/math", OLD, NEW), Change("org/base+org/code", f"{NEW}+{OLD}", f"{NEW}+{'3' * 40}")
+    assert run_name("alpha", None, names, True) == "alpha: first merge"
+    assert run_name("alpha", [Change("org/math", OLD, OLD)], names, False) == "alpha: nothing moved"
+    assert run_name("alpha", [Change("org/math", None, NEW)], names, True) == "alpha: recipe edited"
+    told = "alpha: math 111111 -> 222222, code 111111 -> 333333"
+    assert run_name("alpha", [math, on_base], names, False) == told
+    assert run_name("alpha", [math, on_base, Change("./new", f"sha256:{'4' * 64}", NEW)], {}, True) == (
+        "alpha: recipe edited, org/math 111111 -> 222222, org/base+org/code 111111 -> 333333, 1 more"
+    )

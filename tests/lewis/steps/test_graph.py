@@ -39,6 +39,13 @@ class TestGraph:
             "evaluate lewis",
         ]  # fmt: skip
         assert {node.step.name for node in found} == STEPS.keys()
+        labels = [node.label for node in found]
+        assert labels[:3] == ["download base", "download math", "download code"] and labels[7:9] == [
+            "measure base", "measure math"
+        ]  # fmt: skip
+        assert labels[9:] == ["measure code", *(node.name for node in list(found)[10:])]
+        alike = graph(recipe_of(models=[{"model": "org/math"}, {"model": "their/math"}]))
+        assert [node.label for node in alike][1:3] == ["download org/math", "download their/math"]
 
     def test_what_a_recipe_does_not_need_is_left_out(self) -> None:
         plain = recipe_of(models=[{"model": "org/math"}])
