@@ -146,7 +146,7 @@ def test_both_forms_are_the_least_squares_solution(
     close = {
         "rtol": 2e-3,
         "atol": max(2e-3, 1e-5 / ridge),
-    }  # fp32: its error grows with the condition number, 1 / ridge
+    }  # the error in fp32 grows with 1 / ridge
     parts = [
         [more[: len(rows.merged[0])], more[len(rows.merged[0]) :]] for rows, more in zip(experts, besides, strict=True)
     ]
