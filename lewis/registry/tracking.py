@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis import store
+from lewis import private_names, store
 from lewis.errors import InputError, LewisError, TransientError
 
 if TYPE_CHECKING:
@@ -178,11 +178,10 @@ def _create_database(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     store.sweep(store.make_folder(path.parent))
     with store.written_beside(path) as beside:
-        SqlAlchemyStore(f"sqlite:///{beside}", (_folder() / "artifacts").as_uri()).engine.dispose()
+        create = private_names.MLFLOW_SQL_STORE.get()
+        create(f"sqlite:///{beside}", artifacts_folder().as_uri()).engine.dispose()
 
 
 def _folder() -> Path:

@@ -18,9 +18,8 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
-from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from lewis import settings
+from lewis import private_names, settings
 from lewis.errors import InputError, LewisError
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.device_slot import slots
@@ -82,7 +81,8 @@ class Processes(ProcessPoolTaskRunner):
         self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any
     ) -> PrefectConcurrentFuture[Any]:
         """As Prefect's, and note which tasks the arguments come from: the process gets only their values."""
-        named["dependencies"] = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
+        inputs = private_names.PREFECT_TASK_INPUTS.get()
+        named["dependencies"] = {name: inputs(value) for name, value in parameters.items()}
         return super().submit(task, parameters, *arguments, **named)
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
