@@ -3,10 +3,10 @@
 A name is in this table if it begins with an underscore, if LEWIS puts something else in its place, or if it is a table
 or function that its package uses for itself. Such a name may change in any release, so nothing else spells it:
 
-    private_names.LM_EVAL_ENV.put(environment)
+    names = private_names.GGUF_NAMES.get()
 
 A row that works around a bug says so in `upstream`; `deployments/UPSTREAM.md` has the report for its authors.
-`tests/test_private_names.py` fails when a name is gone, and when the bug is fixed in the installed version.
+`tests/lewis/test_private_names.py` fails when a name is gone, and when the bug is fixed in the installed version.
 """
 
 import importlib
@@ -136,6 +136,18 @@ PREFECT_ASSET_CONTEXT = PrivateName(
     "prefect", "prefect.context.AssetContext", ">=3.9,<4",
     "report the assets of a task that ends as Cached", "lewis_tasks.support.assets",
     "Prefect: a task that ends as Cached reports no assets")
+PREFECT_RETRY = PrivateName(
+    "prefect", "prefect.client.base.PrefectHttpxSyncClient._send_with_retry", ">=3.9,<4",
+    "wait for a server that is started again", "lewis_tasks.support.patience",
+    "Prefect: a run does not survive a server that is away for some minutes")
+PREFECT_RETRY_ASYNC = PrivateName(
+    "prefect", "prefect.client.base.PrefectHttpxAsyncClient._send_with_retry", ">=3.9,<4",
+    "wait for a server that is started again", "lewis_tasks.support.patience",
+    "Prefect: a run does not survive a server that is away for some minutes")
+PREFECT_EVENTS_CLIENT = PrivateName(
+    "prefect", "prefect.events.worker.EventsWorker.set_client_override", ">=3.9,<4",
+    "keep the states of tasks while a server is started again", "lewis_tasks.support.patience",
+    "Prefect: a run does not survive a server that is away for some minutes")
 LM_EVAL_ENV = PrivateName(
     "lm_eval", "lm_eval.utils.env", ">=0.4.13,<0.5",
     "render the templates of tasks in a sandbox", "lewis.evaluation.harness.child",
@@ -143,10 +155,6 @@ LM_EVAL_ENV = PrivateName(
 LM_EVAL_IMPORT_FUNCTION = PrivateName(
     "lm_eval", "lm_eval.tasks._yaml_loader._import_func_in_yml", ">=0.4.13,<0.5",
     "import no code of a task file without permission", "lewis.evaluation.harness.child",
-    "lm-eval: no way to refuse the code of a task file")
-LM_EVAL_LOAD_YAML = PrivateName(
-    "lm_eval", "lm_eval.tasks._factory.load_yaml", ">=0.4.13,<0.5",
-    "refuse task files that run what a model writes", "lewis.evaluation.harness.child",
     "lm-eval: no way to refuse the code of a task file")
 LM_EVAL_ENVIRONMENT = PrivateName(
     "lm_eval", "lm_eval.evaluator.add_env_info", ">=0.4.13,<0.5",
@@ -165,9 +173,6 @@ CONVERSIONS = PrivateName(
 WEIGHT_RENAMING = PrivateName(
     "transformers", "transformers.core_model_loading.WeightRenaming", ">=5.17,<6",
     "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing")
-WEIGHT_CONVERTER = PrivateName(
-    "transformers", "transformers.core_model_loading.WeightConverter", ">=5.17,<6",
-    "make a parameter of several tensors of a checkpoint", "lewis.models.network.placing")
 RENAME_KEY = PrivateName(
     "transformers", "transformers.core_model_loading.rename_source_key", ">=5.17,<6",
     "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing")

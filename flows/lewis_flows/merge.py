@@ -26,6 +26,7 @@ from lewis_tasks.register import find_champion, gate, promote, register
 from lewis_tasks.report import report_densities, report_run, report_scores
 from lewis_tasks.resolve import settle
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support import patience
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
@@ -53,6 +54,8 @@ def merge_flow(
     """
     choose.check()
     deployed = deployment.id is not None
+    if deployed:  # so this process belongs to this run
+        patience.begin()
     path = recipes_folder.find(recipe, paths=not deployed)
     secret_blocks.load_for_run(path.stem)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))

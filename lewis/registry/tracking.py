@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis import private_names, store
-from lewis.errors import InputError, LewisError, TransientError
+from lewis.errors import AwayError, InputError, LewisError, TransientError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,7 +29,8 @@ def client(doing: str) -> Iterator["MlflowClient"]:
         doing: what the block does, for the error message.
 
     Raises:
-        TransientError: if the server does not answer or is busy.
+        AwayError: if the server, or the bucket of its artifacts, does not answer.
+        TransientError: if the server is busy.
         InputError: if the server wants a user and a password, or others than it is given.
         LewisError: if MLflow or the disk refuses.
     """
@@ -56,9 +57,20 @@ def client(doing: str) -> Iterator["MlflowClient"]:
             fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of the server"
             raise InputError(f"MLflow at {uri}: expected a user and a password, {given} was refused; {fix}") from None
         heals = isinstance(error, RequestException) or error.error_code in HEALING
+        if heals and uri.startswith("http") and not (away := _away(f"MLflow at {uri}", doing, uri)).answers():
+            raise away from error
         raise (TransientError if heals else LewisError)(f"MLflow at {uri}: {doing}: {error}") from error
     except OSError as error:
         raise LewisError(f"MLflow at {uri}: {doing}: {error}") from error
+    except Exception as error:
+        bucket = getattr(error, "kwargs", {}).get("endpoint_url")  # of botocore's errors; the package is an extra
+        if bucket is None:
+            raise
+        raise _away(f"the bucket of MLflow's artifacts, {bucket}", doing, bucket) from error
+
+
+def _away(server: str, doing: str, url: str) -> AwayError:
+    return AwayError(f"{server}: {doing}: it does not answer; see that it is up, then run again", url)
 
 
 def exists() -> bool:

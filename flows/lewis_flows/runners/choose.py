@@ -21,6 +21,7 @@ from prefect.utilities.annotations import quote
 
 from lewis import private_names, settings
 from lewis.errors import InputError, LewisError
+from lewis_tasks.support import patience
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.device_slot import slots
 
@@ -97,6 +98,7 @@ class Processes(ProcessPoolTaskRunner):
 def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the flow terminates its processes
     signal.signal(signal.SIGTERM, _leave)
+    patience.begin(events=False)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # End at once, without the orderly shutdown of torch and MLflow: the flow would wait seconds for it.
     multiprocessing.util.Finalize(None, _end, exitpriority=-100)

@@ -140,26 +140,20 @@ def sandbox_templates() -> None:
 def refuse_functions() -> None:
     """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
 
-    The recipe's task files were checked before. This holds if one has changed since.
+    The recipe's task files were checked before. This holds if one has changed since. A file that says meanwhile that
+    it runs what the model writes is refused by lm-eval, as it gets no `confirm_run_unsafe_code`.
     """
     from lm_eval import tasks
 
     ours = Path(tasks.__file__).resolve().parent
-    load_function, load_yaml = private_names.LM_EVAL_IMPORT_FUNCTION.get(), private_names.LM_EVAL_LOAD_YAML.get()
+    load_function = private_names.LM_EVAL_IMPORT_FUNCTION.get()
 
     def function(name: str, folder: Path) -> Any:
         if not Path(folder).resolve().is_relative_to(ours):
             raise ValueError(f"!function {name} of {folder}: the recipe does not say `allow_code_execution: true`")
         return load_function(name, folder)
 
-    def yaml(path: Path, **options: Any) -> Any:
-        config = load_yaml(path, **options)
-        if config.get("unsafe_code"):
-            raise ValueError(f"{path} runs code that the model writes; the recipe does not allow it")
-        return config
-
     private_names.LM_EVAL_IMPORT_FUNCTION.put(function)
-    private_names.LM_EVAL_LOAD_YAML.put(yaml)
 
 
 def evaluate(

@@ -89,7 +89,7 @@ def operations_of(converter: Any) -> Sequence[tuple[str, int | None]]:
 
 
 def _conversions(network: Any) -> tuple[list[Any], list[Any]]:
-    found = private_names.CONVERSIONS.get()(network)
-    kinds = private_names.WEIGHT_RENAMING.get(), private_names.WEIGHT_CONVERTER.get()
-    renamings, converters = ([each for each in found if isinstance(each, kind)] for kind in kinds)
-    return renamings, converters
+    from transformers import WeightConverter
+
+    found, renaming = private_names.CONVERSIONS.get()(network), private_names.WEIGHT_RENAMING.get()
+    return [e for e in found if isinstance(e, renaming)], [e for e in found if isinstance(e, WeightConverter)]
