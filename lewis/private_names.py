@@ -3,7 +3,7 @@
 A name is in this table if it begins with an underscore, if LEWIS puts something else in its place, or if it is a table
 or function that its package uses for itself. Such a name may change in any release, so nothing else spells it:
 
-    names = private_names.GGUF_NAMES.get()
+    table = private_names.SOME_TABLE.get()
 
 A row that works around a bug says so in `upstream`; `deployments/UPSTREAM.md` has the report for its authors.
 `tests/lewis/test_private_names.py` fails when a name is gone, and when the bug is fixed in the installed version.

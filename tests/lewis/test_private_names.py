@@ -48,7 +48,7 @@ def second_ui(folder: Path) -> bool:
     from prefect.settings import PREFECT_SERVER_UI_V2_ENABLED, PREFECT_UI_STATIC_DIRECTORY, temporary_settings
 
     with temporary_settings({PREFECT_SERVER_UI_V2_ENABLED: False, PREFECT_UI_STATIC_DIRECTORY: str(folder)}):
-        offered = TestClient(create_ui_app(ephemeral=True)).get("/ui-settings").json()["available_uis"]
+        offered = TestClient(create_ui_app(ephemeral=False)).get("/ui-settings").json()["available_uis"]
     return "v2" in offered
 
 
@@ -80,9 +80,9 @@ def gives_up(_: Path) -> bool:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     begin = time.monotonic()
-    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
-        with pytest.raises(httpx.ConnectError), get_client(sync_client=True) as client:
-            client.hello()
+    away = temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"})
+    with away, pytest.raises(httpx.ConnectError), get_client(sync_client=True) as client:
+        client.hello()
     parameters = inspect.signature(private_names.PREFECT_RETRY.get()).parameters
     return time.monotonic() - begin < 30 and list(parameters)[:3] == ["self", "request", "send"]
 
@@ -108,9 +108,8 @@ def imports_code(folder: Path) -> bool:
     from lm_eval.tasks import TaskManager
 
     (folder / "evil.py").write_text(f"open({str(folder / 'mark')!r}, 'w').close()\ndef docs(rows): return rows\n")
-    (folder / "own.yaml").write_text(
-        "task: own\ndataset_path: json\ndataset_kwargs: {data_files: missing.jsonl}\nprocess_docs: !function evil.docs\n"
-    )
+    data = "dataset_path: json\ndataset_kwargs: {data_files: missing.jsonl}\n"
+    (folder / "own.yaml").write_text(f"task: own\n{data}process_docs: !function evil.docs\n")
     with pytest.raises(FileNotFoundError):
         TaskManager(include_path=str(folder), include_defaults=False).load(["own"])
     return (folder / "mark").exists()
