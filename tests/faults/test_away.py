@@ -1,4 +1,4 @@
-"""MLflow and Prefect away for a minute, frozen or ended: the run waits and goes on; or for good: it ends with a sentence."""
+"""MLflow and Prefect away: frozen or ended for a minute, the run waits and goes on; for good, it ends with a sentence."""
 
 import json
 import os

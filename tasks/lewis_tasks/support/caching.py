@@ -159,6 +159,7 @@ def quieten() -> None:
         logging.getLogger(runs).addFilter(worth_reading)
     # Prefect's client of events connects again by itself.
     logging.getLogger("websockets.client").addFilter(lambda record: record.msg != "keepalive ping failed")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt to reach MLflow
     logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error goes on, and we tell it
 
 
