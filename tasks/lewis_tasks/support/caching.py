@@ -46,16 +46,16 @@ def _heals(error: BaseException) -> bool:
     """Whether to try again; if a server is away, wait for it first, at most `LEWIS_SERVER_WAIT_SECONDS`."""
     if not isinstance(error, AwayError):
         return retryable(error)
-    begin, limit, told = time.monotonic(), settings.SERVER_WAIT.get(), float("-inf")
+    server, begin, limit, told = redacted(error.url), time.monotonic(), settings.SERVER_WAIT.get(), float("-inf")
     while not error.answers():
         waited = time.monotonic() - begin
         if waited >= limit or STOPPING.is_set():
             return False
         if waited - told >= REMIND:
-            logger.warning("%s; waiting for it since %.0f s, at most %d s", error, waited, limit)
+            logger.warning("%s does not answer since %.0f s; waiting for it, at most %d s", server, waited, limit)
             told = waited
         time.sleep(1)
-    logger.warning("%s answers again, after %.0f s", redacted(error.url), time.monotonic() - begin)
+    logger.warning("%s answers again, after %.0f s", server, time.monotonic() - begin)
     return True
 
 
