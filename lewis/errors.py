@@ -35,28 +35,6 @@ class TransientError(LewisError):
     """A failure that may go away by itself, such as a busy server or a broken transfer: it is retried."""
 
 
-class AwayError(TransientError):
-    """A server does not answer: it helps to wait until it does.
-
-    Attributes:
-        url: of the server.
-    """
-
-    def __init__(self, message: str = "", url: str = "") -> None:
-        super().__init__(message)
-        self.url = url
-
-    def answers(self) -> bool:
-        """Whether the server answers now, be it with an error."""
-        import requests
-
-        try:
-            requests.head(self.url, timeout=10)
-        except requests.RequestException:
-            return False
-        return True
-
-
 def nearest(name: str, names: Iterable[str]) -> str:
     """The end of an error message about an unknown name.
 

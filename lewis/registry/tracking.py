@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis import private_names, store
-from lewis.errors import AwayError, InputError, LewisError, TransientError
+from lewis.errors import InputError, LewisError, TransientError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,7 +18,35 @@ if TYPE_CHECKING:
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+_FILES = re.compile(r"(https?://\S+?/mlflow-artifacts/artifacts)/")
 _UNKNOWN_USER = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # answers with status 401
+
+
+class AwayError(TransientError):
+    """A server does not answer: it helps to wait until it does.
+
+    Attributes:
+        url: of the server.
+    """
+
+    def __init__(self, message: str = "", url: str = "", *, mlflow: bool = False) -> None:
+        """
+        Args:
+            url: of the server.
+            mlflow: whether it is asked with the user and the password of MLflow.
+        """
+        super().__init__(message)
+        self.url, self._mlflow = url, mlflow
+
+    def answers(self) -> bool:
+        """Whether the server answers now, be it with a refusal."""
+        import requests
+
+        user = tuple(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+        try:
+            return requests.get(self.url, timeout=30, auth=user if self._mlflow else None).status_code < 500
+        except requests.RequestException:
+            return False
 
 
 @contextmanager
@@ -59,6 +87,9 @@ def client(doing: str) -> Iterator["MlflowClient"]:
         heals = isinstance(error, RequestException) or error.error_code in HEALING
         if heals and uri.startswith("http") and not (away := _away(f"MLflow at {uri}", doing, uri)).answers():
             raise away from error
+        if heals and (files := _FILES.search(str(error))):  # such as a bucket
+            what = f"MLflow at {uri}: {doing}: it does not reach the store of its files; see that this is up"
+            raise AwayError(f"{what}, then run again", f"{files[1]}?path=", mlflow=True) from error
         raise (TransientError if heals else LewisError)(f"MLflow at {uri}: {doing}: {error}") from error
     except OSError as error:
         raise LewisError(f"MLflow at {uri}: {doing}: {error}") from error

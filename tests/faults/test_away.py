@@ -163,6 +163,8 @@ def test_a_bucket_that_is_away_for_a_minute(
             s3.kill()
             time.sleep(AWAY)
             s3.start()
+            assert s3.process
+            run.before |= {s3.process.pid}
             report = run.report()
             assert report and "Traceback (most" not in run.told(), run.told()
             assert s3.objects(what)

@@ -14,9 +14,10 @@ from prefect.tasks import exponential_backoff
 from pydantic import Field
 
 from lewis import settings
-from lewis.errors import AwayError, LewisError
+from lewis.errors import LewisError
 from lewis.models.hub.errors import retryable
 from lewis.redact import redact_logs, redacted
+from lewis.registry.tracking import AwayError
 from lewis.store import kinds, sealed_json
 from lewis.store.kinds import Kind
 from lewis.store.writable import of_the_disk
