@@ -42,7 +42,7 @@ class AwayError(TransientError):
         """Whether the server answers now, be it with a refusal."""
         import requests
 
-        user = tuple(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
         try:
             return requests.get(self.url, timeout=30, auth=user if self._mlflow else None).status_code < 500
         except requests.RequestException:
