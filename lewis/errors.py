@@ -38,10 +38,6 @@ class TransientError(LewisError):
 def nearest(name: str, names: Iterable[str]) -> str:
     """The end of an error message about an unknown name.
 
-    Args:
-        name: what was given.
-        names: what is known.
-
     Returns:
         `; did you mean ...?`; or `; expected one of ...` if no name is similar and there are at most 24; or nothing.
     """

@@ -97,9 +97,11 @@ def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]
     walked, known = graph(recipe), begin(recipe)
     check, node = walked["inspect"], walked["merge experts"]
     results = run(walked, *check.needs, known=known, report=report)
-    results[check.name] = check.step.make(replace(check.given(results), copies=0), report, "cpu")
+    checked = replace(check.given(results), copies=0)
+    results[check.name] = check.step.make(checked, report, "cpu")
     results = run(walked, *node.needs, known=results, report=report, device=default_device())
     given = node.given(results)
+    given = checked.merge if checked.merge == given else given  # a plain merge is prepared already
     return given, prepare_merge(given)
 
 

@@ -108,6 +108,15 @@ def _resolved(text: str) -> Path:
         raise ValueError(error) from error
 
 
+def _cron(text: str) -> str:
+    """The five fields; empty for `off`."""
+    if text == "off":
+        return ""
+    if len(text.split()) != 5:
+        raise ValueError
+    return text
+
+
 def _whole(text: str, least: int = 1, most: float = math.inf) -> int:
     if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
         raise ValueError
@@ -165,6 +174,10 @@ QUOTA = Setting("LEWIS_QUOTA", _optional("a size such as 5GB or 500MB", parse_si
 RECIPES = Setting("LEWIS_RECIPES", _optional("a folder", _path), "",
     "The folder of the recipes that the service keeps up to date; without it, deployments/recipes in a checkout, else "
     "recipes in the store.")
+NIGHTLY = Setting("LEWIS_NIGHTLY", Kind("five fields of cron, such as 0 3 * * *, or off", _cron), "0 3 * * *",
+    "When each recipe is merged at night, in this machine's time zone, from its first deployment on; off is never.")
+POLL_SECONDS = Setting("LEWIS_POLL_SECONDS", Kind("a whole number, 0 or more", lambda text: _whole(text, 0)), "45",
+    "How often the service asks the Hub, and looks into local folders, for models that have moved; 0 is never.")
 MERGE_DEVICE = Setting("LEWIS_MERGE_DEVICE", _one_of("cpu", "cuda"), "cpu",
     "Where merges compute; cuda is a GPU.")
 DEVICE_SLOTS = Setting("LEWIS_DEVICE_SLOTS", _optional(_COUNT, _whole), "",

@@ -107,7 +107,8 @@ def test_the_service_merges_what_is_put_into_the_folder_that_it_made(service: Se
     assert sorted(path.name for path in service.recipes.iterdir()) == ["example.yaml.txt", "tasks"]
     assert f"recipes in {service.recipes}: none" in service.log.read_text()
     (service.recipes / "tiny.yaml").write_text(RECIPE)
-    service.start_run("merge/merge-nightly", recipe="tiny")
+    service.until(lambda: service.deployment("tiny"), 60)
+    service.start_run("merge/tiny")
     [merge] = service.finished("tiny", 1, 300)
     assert merge["state_name"] == "Promoted", service.log.read_text()
     assert len(service.versions("tiny")) == 1

@@ -1,6 +1,5 @@
 """The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,19 @@ from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
-from lewis.reports.run_report import verdict_line
+from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import CHAMPION, PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
-from lewis_flows import evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
+from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.merge_report import MergeReport
+from lewis_flows.registration import Ended, register_merge
 from lewis_flows.runners import choose
-from lewis_flows.turn import HOOKS, turn
+from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Futures, Walk, finish, known, pin, submit
 from lewis_tasks.evaluate import check_tasks
-from lewis_tasks.publish import check_publish, publish
-from lewis_tasks.register import find_champion, gate, promote, register
+from lewis_tasks.publish import check_publish
+from lewis_tasks.register import find_champion
 from lewis_tasks.report import report_densities, report_run, report_scores
-from lewis_tasks.resolve import settle
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
@@ -37,42 +36,39 @@ def _run_name() -> str:
 
 @flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
 @says_why
-def merge_flow(
-    recipe: str, overrides: list[str] | None = None, settle_seconds: float = 0
-) -> MergeReport | State[MergeReport]:
+def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[Any]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
-    The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; or as `Cached`
-    if nothing was left to do. It ends as `Skipped`, without a report, if a deployment started it and another run of the
-    recipe waits for its turn already. As `Unpublished` if the Hub has not taken the champion. Its tags name the recipe,
-    what started it, and the verdict.
+    The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; as `Cached` if
+    nothing was left to do; as `Unpublished` if the Hub has not taken the champion. If a person has to approve the
+    version, the run waits suspended and ends as `Approved` or `Refused`; without a deployment it ends as
+    `AwaitingApproval`. Its tags name the recipe, what started it, and the verdict.
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
         overrides: `key.path=value` each, as `lewis run --set`. A run of a deployment cannot allow code or publish so.
-        settle_seconds: wait until no model has moved for so long; for runs that a release starts.
     """
     choose.check()
     deployed = deployment.id is not None
     if deployed:  # so this process belongs to this run
         patience.begin()
     path = recipes_folder.find(recipe, paths=not deployed)
+    recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
     secret_blocks.load_for_run(path.stem)
-    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
-    with turn(path, str(flow_run.id), skip=deployed) as ours:
-        if not ours:
-            run_tags.tag(verdict="skipped")
-            return Completed(
-                name="Skipped", message=f"a run of {path.stem} waits already and will find the newest state"
-            )
+    run = run_tags.this_run()
+    if version := approval.asked(run):
+        return approval.ask(run, version)
+    run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run))
+    with turn(path, str(flow_run.id)):
+        absorb(run)
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
         recipes_folder.check_alone(path, plan)
         if plan.register_as and plan.register_as.team:
             run_tags.tag(team=plan.register_as.team)
-        if settle_seconds > 0:
-            settle(quote(plan), settle_seconds, return_state=False)
         report, changed, (name, line) = _merge(plan, path, overrides or [])
+    if name == AWAITS and run.deployment_id and report.version:
+        return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
     if not changed:
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
     run_tags.tag(verdict=name.lower())
@@ -101,7 +97,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
         table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
         finish(table)
         report = report.model_copy(update=table.result())
-    ended = _register(plan, walk, report, champion, scores) if plan.register_as else _Ended()
+    ended = register_merge(plan, walk, report, champion, scores) if plan.register_as else Ended()
     facts = [known(each) for each in (merged, champion, scores, ended.verdict)]
     work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
     about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
@@ -145,49 +141,3 @@ def _score(
     scores = walk.scores()
     finish(*scores.values())
     return scores
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """How a run ended.
-
-    Attributes:
-        verdict, version, promoted, published: futures; None if the recipe does not register, or publish.
-        there: where the champion was published, if that went well.
-        moved: whether the champion is another one now.
-        line: name and message of the run's state.
-    """
-
-    verdict: PrefectFuture[Any] | None = None
-    version: PrefectFuture[Any] | None = None
-    promoted: PrefectFuture[Any] | None = None
-    published: PrefectFuture[Any] | None = None
-    there: Any = None
-    moved: bool = False
-    line: tuple[str, str] = ("Completed", "merged; the recipe registers nothing")
-
-
-def _register(
-    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Futures
-) -> _Ended:
-    """Judge, register, promote and publish, and write into the report what came of it."""
-    merged = walk.futures["merge experts"]
-    after = [] if scores else [merged]
-    verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
-    inputs = walk.inputs(plan)
-    version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
-    finish(verdict, version)
-    promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
-    finish(promoted)
-    report.version, report.created = version.result().uri, version.result().created
-    report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
-    current = champion.result() if champion else None
-    in_use = current.version.uri if current else None
-    line = verdict_line(report.version, verdict.result(), champion=in_use)
-    published = there = None
-    if plan.publish:
-        published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
-        published.wait()  # its error is raised after the report
-        there = published.result() if published.state.is_completed() else None
-    moved = report.promoted and in_use != report.version
-    return _Ended(verdict, version, promoted, published, there, moved, line)

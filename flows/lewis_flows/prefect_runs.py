@@ -2,21 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Completed
 
 from lewis.errors import LewisError
 from lewis_flows import recipes_folder
+from lewis_tasks.support import flow_run as run_tags
 
 MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
-WATCH, VERIFY, RETENTION = "watch-releases", "verify", "retention"
+VERIFY, RETENTION = "verify", "retention"
 """Names of our flows, as their decorators give them to Prefect."""
 
-ALL = (MERGE, SEARCH, EVALUATE, WATCH, VERIFY, RETENTION)
+ALL = (MERGE, SEARCH, EVALUATE, VERIFY, RETENTION)
 """All of them."""
 
 PAGE = 200
@@ -75,8 +78,20 @@ def all_of_flows(
 
 
 def recipe_of(run: FlowRun) -> str:
-    """The name of the recipe that a run is for; of a watcher, all its names, or empty if it watches all recipes."""
-    given = run.parameters.get("recipe") or ", ".join(run.parameters.get("recipes") or [])
+    """The name of the recipe that a run is for."""
+    given = run.parameters.get("recipe") or ""
     with suppress(LewisError):  # there is no folder of recipes: the name stays as it was given
         return recipes_folder.name_of(str(given))
     return str(given)
+
+
+def waits(run: FlowRun) -> bool:
+    """Whether a scheduled run waits to begin: not one that a schedule plans for later."""
+    later = run.auto_scheduled and run.state_name == "Scheduled"
+    return not later or (run.expected_start_time or datetime.now(UTC)) <= datetime.now(UTC)
+
+
+def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
+    """End a run that has not begun."""
+    client.set_flow_run_state(run.id, Completed(name="Skipped", message=why), force=True)
+    run_tags.tag(run.id, verdict="skipped")

@@ -119,6 +119,16 @@ def find(recipe: str, *, paths: bool = True) -> Path:
     return path.absolute()
 
 
+def check_deployment(deployment: str, recipe: str) -> None:
+    """Check that a deployment that is named like a recipe runs that recipe: its turn and its page are of that one.
+
+    Raises:
+        InputError: if it runs another one.
+    """
+    if deployment != recipe and deployment in names():
+        raise InputError(f"recipe: the deployment {deployment!r} runs {deployment!r}, got {recipe!r}; start {recipe!r}")
+
+
 def name_of(recipe: str) -> str:
     """The name of a recipe that is given by name or by path; the path of a file outside the folder stays as it is."""
     path = Path(recipe)

@@ -1,20 +1,44 @@
 """The event of a new release, which starts merges. The poll and the receiver of webhooks both announce it here."""
 
+import logging
 import uuid
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import quote
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, StateDetails, StateType
+from prefect.states import Pending, Scheduled
 
 from lewis.errors import InputError
 from lewis.models.hub.pin import find_folder
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
+from lewis_flows import prefect_runs
 from lewis_tasks.support import events
 
+logger = logging.getLogger(__name__)
+# A worker starts the process of a run some seconds before its time; Pending, it waits for that time.
+_NOT_BEGUN: dict[str, Callable[[datetime], State[Any]]] = {
+    "Scheduled": lambda time: Scheduled(scheduled_time=time),
+    "Pending": lambda time: Pending(state_details=StateDetails(scheduled_time=time)),
+}
+
 EVENT = "lewis.expert.released"
+SETTLE = timedelta(seconds=7)
+"""How long after a release its merge begins; another release meanwhile puts it off by as much again."""
+
+LONGEST = timedelta(minutes=1)
+"""How long releases can put a merge off."""
+
 STUCK = "lewis.release.stuck"
 """A release whose merge has failed three times."""
+
+UNWATCHED = "lewis.watch.problems"
+"""Some recipes cannot be watched."""
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
@@ -41,7 +65,29 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
     before, id_ = short(old) if old else "never merged", str(uuid.uuid4())
     message = f"{repo} moved: {before} → {short(new)}; {recipe} is to be merged"
     _send(EVENT, id_, recipe, repo, {"ref": ref, "old": old, "new": new, "message": message})
+    _put_off(recipe)
     return id_
+
+
+def _put_off(recipe: str) -> None:
+    """Put off the merge that an earlier release of a burst has scheduled, as it finds this release too.
+
+    Not beyond `LONGEST` after that release. Of several that wait, only the newest stays. A failure is logged: the merge
+    begins earlier then, and another follows.
+    """
+    now = datetime.now(UTC)
+    try:
+        with get_client(sync_client=True) as client:
+            runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED", "PENDING"]}})
+            found = [run for run in runs if prefect_runs.recipe_of(run) == recipe and prefect_runs.waits(run)]
+            *older, newest = sorted(found, key=lambda run: run.created or now) or [None]
+            for run in older:
+                if run.state_type == StateType.SCHEDULED:
+                    prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
+            if newest and newest.state_name in _NOT_BEGUN and now - (newest.created or now) < LONGEST:
+                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + SETTLE), force=True)
+    except httpx.HTTPError as error:
+        logger.info("the merge of %s is not put off: %s", recipe, type(error).__name__)
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
@@ -57,6 +103,16 @@ def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None
     id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{STUCK} {recipe} {ref} {new}"))
     message = f"{repo} {short(new)} could not be merged into {recipe}, three times: {why}"
     _send(STUCK, id_, recipe, repo, {"ref": ref, "new": new, "message": message})
+
+
+def announce_problems(problems: Mapping[str, str]) -> None:
+    """Send the event that recipes cannot be watched: recipe -> why; under an empty name, why none can.
+
+    Raises:
+        TransientError, LewisError, InputError: as `announce`.
+    """
+    lines = [f"{name}: {text.partition(chr(10))[0]}" if name else text for name, text in problems.items()]
+    _send(UNWATCHED, str(uuid.uuid4()), "", "", {"message": "Releases cannot be watched: " + "; ".join(lines)})
 
 
 def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:

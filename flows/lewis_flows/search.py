@@ -89,9 +89,10 @@ def search_flow(
     if deployed:  # so this process belongs to this run
         patience.begin()
     path = recipes_folder.find(recipe, paths=not deployed)
+    recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
     secret_blocks.load_for_run(path.stem)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
-    with turn(path.with_suffix(".search"), str(flow_run.id), skip=False):
+    with turn(path.with_suffix(".search"), str(flow_run.id)):
         load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
         recipes_folder.check_alone(path, plan)

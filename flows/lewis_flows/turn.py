@@ -1,7 +1,9 @@
-"""Turns: of each recipe one run at a time, at most one that waits, and no dead run that Prefect shows as running.
+"""Turns: of each recipe one run at a time, and no dead run that Prefect shows as running.
 
-It works by kernel locks on files in the store. The kernel frees a lock as soon as its holder dies. Machines that share
-no disk, but a remote half of the store, have leases beside them; those of a killed holder end after a minute.
+The runs of a deployment take turns by its concurrency limit; one that waits there occupies no worker. A kernel lock on
+a file of the store comes on top, for `lewis run`, which may run beside the service. The kernel frees a lock as soon as
+its holder dies. Machines that share no disk, but a remote half of the store, have a lease beside it; that of a killed
+holder ends after a minute.
 """
 
 import logging
@@ -30,8 +32,8 @@ _LOOK = 60.0  # seconds between two looks whether a wait is long by now
 
 
 @contextmanager
-def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
-    """Hold a recipe's turn; a second run waits for it.
+def turn(recipe: Path, run: str) -> Iterator[None]:
+    """Hold a recipe's turn; another run waits for it.
 
     Its note is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
     `lewis up` is killed and its worker's run gets SIGTERM. Whoever tells the server removes it: `HOOKS` at the end of
@@ -40,22 +42,35 @@ def turn(recipe: Path, run: str, *, skip: bool) -> Iterator[bool]:
     Args:
         recipe: the recipe's file.
         run: id of the flow run.
-        skip: what a third run does. True: it gives up, because the run that waits will find the newest state too.
-            False: it waits as well.
-
-    Yields:
-        True if this run has the turn; False if it gave up.
     """
-    waiting, running, alive = _lock("waiting", recipe), _lock("turn", recipe), store.lock(f"run-{run}")
-    note = _note(run)
-    with alive:
+    running, note = _lock(recipe), _note(run)
+    with store.lock(f"run-{run}"):
         store.write_text(note, str(recipe))
         try:
-            held = _line_up(waiting, running, recipe, note, skip=skip)
-            yield held
+            _take(running, recipe, note)
+            yield
         finally:
             running.release()
         _forget(run)  # before the lock is free: a note without a holder is that of a dead run
+
+
+def absorb(run: FlowRun) -> None:
+    """End the runs of the same deployment that wait behind this one: it begins now, and so finds the newest state.
+
+    What they would merge is what this run merges, so they end as `Skipped`. Runs with other parameters stay, and those
+    that a schedule plans for later. Nothing is done for a run without a deployment.
+    """
+    if run.deployment_id is None:
+        return
+    limits = {"deployment_id": {"any_": [run.deployment_id]}}
+    try:
+        with get_client(sync_client=True) as client:
+            scheduled = {"type": {"any_": ["SCHEDULED"]}}
+            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, **limits):
+                if prefect_runs.waits(other) and other.id != run.id and other.parameters == run.parameters:
+                    prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
+    except httpx.HTTPError as error:  # they run after this one then, and find everything done
+        logger.info("runs that wait stay: %s", type(error).__name__)
 
 
 def end_turn(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -72,21 +87,14 @@ def _forget(run: str) -> None:
     Path(store.lock(f"run-{run}").lock_file).unlink(missing_ok=True)
 
 
-def _lock(what: str, recipe: Path) -> FileLock | SharedLock:
-    """A lock of a recipe. Those of the recipes folder have one across all machines with the same `LEWIS_STORE`."""
+def _lock(recipe: Path) -> FileLock | SharedLock:
+    """The lock of a recipe. Those of the recipes folder have one across all machines with the same `LEWIS_STORE`."""
     if recipe.parent.resolve() == recipes_folder.location().resolve():
-        return store.shared_lock(f"{what}-{recipe.name}", local=f"{what}-{recipe}")
-    return store.lock(f"{what}-{recipe}")
+        return store.shared_lock(f"turn-{recipe.name}", local=f"turn-{recipe}")
+    return store.lock(f"turn-{recipe}")
 
 
-def _line_up(
-    waiting: FileLock | SharedLock, running: FileLock | SharedLock, recipe: Path, note: Path, *, skip: bool
-) -> bool:
-    if skip:
-        try:
-            waiting.acquire(timeout=0)
-        except Timeout:
-            return False
+def _take(running: FileLock | SharedLock, recipe: Path, note: Path) -> None:
     try:
         running.acquire(timeout=0)
     except Timeout:
@@ -94,9 +102,6 @@ def _line_up(
         store.write_text(note, f"{recipe}\n{_WAITS}")
         _wait(running, recipe)
         store.write_text(note, str(recipe))
-    finally:
-        waiting.release()
-    return True
 
 
 def _wait(running: FileLock | SharedLock, recipe: Path) -> None:

@@ -2,29 +2,26 @@
 
 It also tells Prefect of new champions that it may not know: see `lewis_tasks.support.moves`.
 
-The poll keeps no state of its own. The registry knows what was merged; Prefect knows what was announced, and how the
-runs ended. So the next poll finds an event that was lost, or a run that died.
+The registry knows what was merged; Prefect knows what was announced, and how the runs ended. So the next poll finds an
+event that was lost, or a run that died. What the last poll found is kept in the store, for `lewis status`.
 """
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
-from prefect import State, flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from filelock import Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter
-from prefect.runtime import flow_run
-from prefect.states import Completed
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
+from lewis import store
 from lewis.errors import LewisError, TransientError
 from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
@@ -32,18 +29,15 @@ from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.turn import tag_crashed_runs
-from lewis_flows.walk import submit
-from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
-from lewis_tasks.support.caching import RETRIES
-from lewis_tasks.support.failures import says_why
+
+logger = logging.getLogger("lewis.watch")
 
 RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement that has started no run by then was lost
 REMEMBER = timedelta(hours=24)  # older announcements do not count
 STUCK_AFTER = 3  # runs that failed
-
-_RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=8)  # each thread waits for the Hub
+_ASK = 8  # recipes that the Hub is asked about at the same time
 
 
 class WatchReport(BaseModel):
@@ -62,24 +56,37 @@ class WatchReport(BaseModel):
     problems: dict[str, str] = {}
 
 
-def _run_name() -> str:
-    return f"watch {', '.join(flow_run.parameters['recipes'] or ['all recipes'])}"
+def poll_once() -> None:
+    """Poll all recipes, unless another receiver does it right now."""
+    try:
+        with store.shared_lock("poll").acquire(timeout=0):
+            poll_all()
+    except Timeout:
+        return
 
 
-@flow(
-    name=prefect_runs.WATCH,
-    flow_run_name=_run_name,
-    task_runner=_RUNNER,
-    on_completion=[polls.forget],
-    on_failure=[run_tags.tag_end, polls.forget],
-)
-@says_why
-def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchReport]:
+def poll_all() -> None:
+    """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before."""
+    try:
+        report = poll()
+        checked, problems = len(report.checked), report.problems
+    except (LewisError, OSError, httpx.HTTPError) as error:
+        checked, problems = 0, {"": str(error)}
+    if not polls.remember(checked, problems):
+        return
+    for name, text in problems.items():
+        logger.warning("%s cannot be watched: %s", name or "the recipes", text)
+    if not problems:
+        logger.info("all recipes can be watched again")
+        return
+    try:
+        release_event.announce_problems(problems)
+    except LewisError as error:
+        logger.info("nobody is notified of that: %s", error)
+
+
+def poll(recipes: list[str] | None = None) -> WatchReport:
     """Compare the models of each recipe with what its registered versions hold, and announce what is new.
-
-    The run ends as `Announced`, with the releases; as `Problems`, if there are others than at the poll before; else as
-    `Quiet`, also if a schedule started it and nothing could be checked, as at the poll before. `polls.forget` deletes
-    those that a schedule started and that have nothing to tell.
 
     Args:
         recipes: names in the folder of recipes; by default all of them.
@@ -87,16 +94,6 @@ def watch_flow(recipes: list[str] | None = None) -> WatchReport | State[WatchRep
     Raises:
         TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
     """
-    try:
-        return _watch(recipes)
-    except Exception as error:
-        scheduled = recipes is None and run_tags.is_scheduled()
-        if not scheduled or polls.remember(0, {"": str(error)}):
-            raise
-        return Completed(name=polls.QUIET, message=f"as at the poll before: {error}")
-
-
-def _watch(recipes: list[str] | None) -> State[WatchReport]:
     secret_blocks.load_for_run(None)
     moves.tell()
     tag_crashed_runs()
@@ -105,40 +102,14 @@ def _watch(recipes: list[str] | None) -> State[WatchReport]:
     if transient and not found:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
     report = WatchReport(checked=list(found), problems={name: str(problem) for name, problem in problems.items()})
-    others = recipes is not None or polls.remember(len(report.checked), report.problems)
-    for name, text in report.problems.items():  # at each poll, but a warning only at the first
-        get_run_logger().log(logging.WARNING if others else logging.INFO, "%s cannot be watched: %s", name, text)
     for name, moved in found.items():
         for move in moved:
             news = _is_news(name, move)
             if news:
-                get_run_logger().info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
+                logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
-    name, line = _told(report, others=others)
-    get_run_logger().info("%s", line)
-    if name != polls.QUIET:
-        run_tags.tag(verdict=name.lower(), trigger=run_tags.trigger(run_tags.this_run()))
-    return Completed(name=name, message=line, data=report)
-
-
-def _told(report: WatchReport, *, others: bool) -> tuple[str, str]:
-    """The name and the line of a poll's state; `others`: its problems are not those of the poll before."""
-    counts = (len(report.checked), len(report.waiting), len(report.problems))
-    checked = "recipes checked: {}; releases known already: {}; problems: {}".format(*counts)
-    if report.announced:
-        return polls.ANNOUNCED, f"{', '.join(report.announced)}; {checked}"
-    if others and report.problems:
-        return polls.PROBLEMS, "; ".join(
-            f"{name}: {text.partition(chr(10))[0]}" for name, text in report.problems.items()
-        )
-    return polls.QUIET, checked
-
-
-@task(name="heads", task_run_name="heads {name}", cache_policy=NO_CACHE, timeout_seconds=3600, **RETRIES)
-def find_heads(recipe: Recipe, name: str) -> dict[str, str]:
-    """The newest commits of base and experts of one recipe; `name` is for the UI."""
-    return releases.heads(*pin_all(recipe))
+    return report
 
 
 def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[str, Exception]]:
@@ -149,21 +120,27 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
         try:
             plan = recipes_folder.load(name)
             if plan.register_as is None:
-                get_run_logger().info("%s has no `register` block: there is nothing to compare releases with", name)
+                logger.debug("%s has no `register` block: there is nothing to compare releases with", name)
             else:
                 plans[name] = plan, releases.merged(plan.register_as.model)
         except TransientError:  # MLflow does not answer, so no recipe can be checked
             raise
         except Exception as error:  # whatever is wrong with one recipe does not stop the others
             problems[name] = error
-    asked = {name: submit(find_heads, quote(plan), name) for name, (plan, _) in plans.items()}
     found: dict[str, list[Moved]] = {}
-    for name, (plan, held) in plans.items():
-        try:
-            found[name] = releases.moved(asked[name].result(), held, base=plan.base_model, root=plan.root)
-        except (LewisError, OSError) as error:
-            problems[name] = error
+    with ThreadPoolExecutor(_ASK) as pool:
+        asked = {name: pool.submit(_heads, plan) for name, (plan, _) in plans.items()}
+        for name, (plan, held) in plans.items():
+            try:
+                found[name] = releases.moved(asked[name].result(), held, base=plan.base_model, root=plan.root)
+            except (LewisError, OSError) as error:
+                problems[name] = error
     return found, problems
+
+
+def _heads(recipe: Recipe) -> dict[str, str]:
+    """The newest commits of base and experts."""
+    return releases.heads(*pin_all(recipe))
 
 
 def _is_news(recipe: str, move: Moved) -> bool:

@@ -37,13 +37,7 @@ class ScoresEntry(JsonReference):
         return self.evaluated.scores
 
 
-def score(
-    files: ModelFiles,
-    settings: EvalSettings,
-    *,
-    device: str = "cpu",
-    progress: Report = silent,
-) -> ScoresEntry:
+def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ScoresEntry:
     """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
 
     Raises:
@@ -73,12 +67,7 @@ def scoring_devices() -> tuple[str, ...]:
 
 
 def find_all_scores(models: Mapping[str, tuple[str, str]], settings: EvalSettings) -> dict[str, ScoresEntry] | None:
-    """The scores of all models, all computed in one number format so that they can be compared; None if one is missing.
-
-    Args:
-        models: label -> reference and key of the model.
-        settings: what to score, and how.
-    """
+    """The scores of all models, in one number format so that they can be compared; None if one is missing."""
     for device in scoring_devices():
         found = {label: find_scores(ref, key, settings, device) for label, (ref, key) in models.items()}
         whole = {label: entry for label, entry in found.items() if entry}
@@ -101,10 +90,6 @@ def scores_digest(key: str, settings: EvalSettings, device: str) -> str:
 
 def scored(weights: Mapping[str, float], entries: Mapping[str, ScoresEntry]) -> list[Scored]:
     """The models of an evaluation side by side, with their weighted mean, in the order of the tables.
-
-    Args:
-        weights: `evaluate.weights` of the recipe; empty: there is no weighted mean.
-        entries: label -> scores.
 
     Raises:
         InputError: if a weight names a score that does not exist.

@@ -74,11 +74,6 @@ def path_of(digest: str) -> Path:
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
     """What decides the rows of a set, beside its block: checksums of its files, or the commit of its dataset.
 
-    Args:
-        where: the block's path in the recipe.
-        spec: the block.
-        root: where relative `data_files` start.
-
     Raises:
         InputError: as `calibrate`, if there are no such files or there is no such dataset.
     """

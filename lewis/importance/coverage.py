@@ -64,10 +64,6 @@ def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[
     Known are embeddings, heads, norms, biases and one-dimensional convolutions. What lies outside of the blocks that
     text goes through (a vision tower) is counted as one.
 
-    Args:
-        network: of the base.
-        tensors: name -> shape in the checkpoint.
-
     Returns:
         Name, with `*` for every number -> share of all parameters; the largest first.
     """
@@ -80,7 +76,7 @@ def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[
     for tensor, shape in tensors.items():
         if tensor not in known and len(shape) > 1 and not tensor.endswith(PER_TOKEN):
             in_block = parameter_of.get(tensor, tensor).startswith(inside)
-            found[_starred(tensor) if in_block else _before_number(tensor)] += prod(shape)
+            found[re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor) if in_block else _before_number(tensor)] += prod(shape)
     return {name: count / total for name, count in found.most_common() if count / total >= TOLD}
 
 
@@ -95,10 +91,6 @@ def _is_known(network: Network, parameter: str) -> bool:
     """Whether a parameter of the blocks is one of a module that multiplies its inputs with no matrix."""
     module = network.module.get_submodule(parameter.rpartition(".")[0])
     return isinstance(module, nn.Embedding | nn.Conv1d) and parameter.startswith(tuple(network.blocks))
-
-
-def _starred(tensor: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
 
 
 def _before_number(tensor: str) -> str:

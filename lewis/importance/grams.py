@@ -103,11 +103,7 @@ def tokens_per_pass(network: Network) -> int:
 
 
 class _Walk:
-    """All passes on their way from block to block.
-
-    Attributes:
-        checksums: of the files that were written.
-    """
+    """All passes on their way from block to block."""
 
     def __init__(
         self,
@@ -119,16 +115,6 @@ class _Walk:
         folder: Path,
         tokens: int,
     ) -> None:
-        """
-        Args:
-            weights: of the model.
-            watched: its network.
-            passes: through it.
-            workers: run the passes and the sums.
-            writer: writes the statistics of a block while the passes go through the next.
-            folder: where to.
-            tokens: in all passes.
-        """
         self._weights, self._watched, self._passes, self._workers = weights, watched, passes, workers
         self._writer, self._folder, self._tokens = writer, folder, tokens
         self._written: Future[None] | None = None
@@ -214,14 +200,7 @@ def _nothing() -> None:
 
 
 def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: str = "mean") -> Measured:
-    """Norms and second moments, of which the pass has left all that is needed.
-
-    Args:
-        model: that was measured.
-        calibration: on which.
-        grams: what was measured.
-        reduce: as in `Importance`.
-    """
+    """Norms and second moments, of which the pass has left all that is needed."""
     network = network_of(model)
 
     def means(parameter: str, _: int) -> torch.Tensor | None:
@@ -260,12 +239,7 @@ def bytes_of(network: Network, tokens: int) -> int:
 
 
 def operations_of(network: Network, tokens: int) -> float:
-    """Floating-point operations of the pass, roughly: the products with the weights, and those of the inputs.
-
-    Args:
-        network: its modules.
-        tokens: of the calibration set.
-    """
+    """Floating-point operations of the pass, roughly: the products with the weights, and those of the inputs."""
     total = 0
     for parameter, each in _stacks(network, tokens):
         products = 0 if keeps_rows(each.size, each.tokens) else packed_length(each.size) * each.stack
@@ -283,11 +257,6 @@ def memory_of(network: Network, tokens: int, threads: int) -> int:
 
     These are the statistics of a block, the hidden states of all tokens (and the embeddings that they began as), and
     for each thread what a batch leaves on its way through a block.
-
-    Args:
-        network: the model's modules.
-        tokens: of the calibration set.
-        threads: of the pass.
     """
     blocks = max(len(network.blocks), 1)
     inputs = sum(each.size * min(each.stack * each.tokens, tokens) / tokens for _, each in _stacks(network, tokens))

@@ -40,13 +40,7 @@ def moments_path(path: Path) -> Path:
 
 
 def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:
-    """Put a measurement into the store, as `path` and the file beside it.
-
-    Args:
-        path: of the JSON.
-        measured: the numbers.
-        facts: what else the JSON holds.
-    """
+    """Put a measurement into the store, as `path` and the file beside it."""
     from safetensors.torch import save
 
     beside, content = moments_path(path), save(measured.moments)

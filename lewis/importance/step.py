@@ -279,13 +279,7 @@ def find_or_measure_grams(
 
 
 def grams_place(key: str, calibration: str, device: str) -> tuple[str, Path]:
-    """Digest and folder of second-order statistics, whether or not the store has them.
-
-    Args:
-        key: of the model.
-        calibration: digest of the set.
-        device: of the pass.
-    """
+    """Digest and folder of second-order statistics, whether or not the store has them."""
     digest = store.digest([GRAMS_SEMANTICS, key, calibration, precision(device)])
     return digest, kinds.GRAMS.path(digest)
 

@@ -64,11 +64,7 @@ def weight_findings(
 def _tensors(
     ref: str, i: int, measures: Measures, moved: Collection[str]
 ) -> tuple[list[Finding], list[TensorMeasures]]:
-    """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found.
-
-    Args:
-        moved: names of the tensors that `structure.moved_parts` found elsewhere.
-    """
+    """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found."""
     zeroed = _zeroed(i, measures)
     odd = [t for t in _odd(i, measures) if t.name not in {*zeroed, *moved}]
     found = [Finding("zeroed tensor", ref, f"all elements are 0 in {_named(zeroed)}")] if zeroed else []
@@ -77,7 +73,10 @@ def _tensors(
 
 
 def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterator[Finding]:
-    for kind, counts in (("NaN", [t.nans[i] for t in measures.tensors]), ("overflow", _infinities(i, measures))):
+    for kind, counts in (
+        ("NaN", [t.nans[i] for t in measures.tensors]),
+        ("overflow", [t.infinities[i] for t in measures.tensors]),
+    ):
         if total := sum(counts):
             names = [t.name for t, count in zip(measures.tensors, counts, strict=True) if count]
             yield Finding(
@@ -88,10 +87,6 @@ def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterato
         yield Finding(
             "overflow", ref, f"{peak.name} has {peak.peaks[i]:.3g}, and the recipe stores the result in float16"
         )
-
-
-def _infinities(i: int, measures: Measures) -> list[int]:
-    return [each.infinities[i] for each in measures.tensors]
 
 
 def _descent(refs: Sequence[str], i: int, measures: Measures, candidates: range) -> Iterator[Finding]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,6 +85,25 @@ class InspectionInput:
         skipped = self.base is not None and self.settings.base_is_a_model
         return first, [each for each in others if not (skipped and each.key == first.key)]
 
+    @cached_property
+    def _chosen(self) -> tuple[list[_Opened], list[_Opened], list[Finding]]:
+        """The models that are measured, opened; other possible bases; and findings on models that do not fit."""
+        first, others = self.first()
+        opened = first.open()
+        unique = {each.key: each for each in others if each.key != first.key}
+        fitting, refused = _fitting(first, opened, list(unique.values()), self.settings)
+        candidates = [each for each in self.candidates if each.key not in unique and each.key != first.key]
+        return [_Opened(first, opened), *fitting], [_Opened(each, each.open()) for each in candidates], refused
+
+    @cached_property
+    def _inspected(self) -> list[Inspection]:
+        """What `inspect` found."""
+        return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process opens the models itself."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
 
 @dataclass(frozen=True)
 class _Opened:
@@ -111,7 +131,7 @@ def before_download(
 
 
 def inspect(given: InspectionInput, report: Report = silent, *, known: Sequence[Finding] | None = None) -> Inspection:
-    """Inspect models that are on this disk.
+    """Inspect models that are on this disk; done once for an input, which keeps what was found.
 
     Args:
         given: the models.
@@ -121,11 +141,17 @@ def inspect(given: InspectionInput, report: Report = silent, *, known: Sequence[
     Raises:
         InputError: if the base cannot be opened.
     """
+    if not given._inspected:
+        given._inspected.append(_inspect(given, report, known))
+    return given._inspected[0]
+
+
+def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | None) -> Inspection:
     first, others = given.first()
     if known is None:
         described = [Described.on_disk(each) for each in others]
         known = config_findings(Described.on_disk(first), described, among=given.base is None)
-    chosen, more, refused = _chosen(given)
+    chosen, more, refused = given._chosen
     entry = measured(chosen, more, per_token=not given.settings.by_token, report=report)
     measures = Measures.from_json(entry.content("measures"))
     refs = [each.files.ref for each in (*chosen, *more)]
@@ -143,18 +169,8 @@ def inspect(given: InspectionInput, report: Report = silent, *, known: Sequence[
 
 def inspection_digest(given: InspectionInput) -> str:
     """Identity of what is measured of the models."""
-    chosen, more, _ = _chosen(given)
+    chosen, more, _ = given._chosen
     return _digest(chosen, more, per_token=not given.settings.by_token)
-
-
-def _chosen(given: InspectionInput) -> tuple[list[_Opened], list[_Opened], list[Finding]]:
-    """The models that are measured, opened; other possible bases; and findings on models that do not fit."""
-    first, others = given.first()
-    opened = first.open()
-    unique = {each.key: each for each in others if each.key != first.key}
-    fitting, refused = _fitting(first, opened, list(unique.values()), given.settings)
-    candidates = [each for each in given.candidates if each.key not in unique and each.key != first.key]
-    return [_Opened(first, opened), *fitting], [_Opened(each, each.open()) for each in candidates], refused
 
 
 def _digest(models: Sequence[_Opened], candidates: Sequence[_Opened], *, per_token: bool) -> str:
@@ -183,11 +199,7 @@ def _fitting(
 
 
 def measured(
-    models: Sequence[_Opened],
-    candidates: Sequence[_Opened],
-    *,
-    per_token: bool = True,
-    report: Report = silent,
+    models: Sequence[_Opened], candidates: Sequence[_Opened], *, per_token: bool = True, report: Report = silent
 ) -> InspectionEntry:
     """Measure models, or find their measures in the store.
 

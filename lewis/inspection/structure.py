@@ -73,13 +73,7 @@ def _swapped_layers(
 def _swapped_in_stack(
     base: Model, expert: Model, odd: Collection[str], every: Mapping[int, list[str]]
 ) -> list[dict[str, Any]]:
-    """Layers of one stack that are other layers of the base's: those whose matrices are odd are compared with all.
-
-    Args:
-        base, expert: opened.
-        odd: names of the odd tensors.
-        every: layer -> names of its matrices.
-    """
+    """Layers of one stack that are other layers of the base's: those whose matrices are odd are compared with all."""
     suspects = [layer for layer, own in every.items() if sum(name in odd for name in own) > len(own) / 2]
     if not suspects or len(every) < 2:
         return []

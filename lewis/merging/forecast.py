@@ -160,13 +160,7 @@ def _of_factors(merge: Merge) -> Forecast:
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:
-    """Bytes of memory that a merge needs whose models are not on this disk yet.
-
-    Args:
-        method: the merge method.
-        largest: elements of the largest tensor.
-        experts: number of experts.
-    """
+    """Bytes of memory that a merge needs whose models are not on this disk yet."""
     if method.compiled or method.coefficients:
         return 130_000_000
     by_rows = method.elementwise or method.by_rows

@@ -76,9 +76,6 @@ class AdapterWriter:
     def check(self, merged: Merged) -> None:
         """Check the tensors that an adapter cannot hold, such as norms: they must not have moved.
 
-        Args:
-            merged: gives the merged tensors.
-
         Raises:
             InputError: naming a tensor that has moved, or has moved by more than the tolerance.
         """

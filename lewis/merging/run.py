@@ -106,12 +106,7 @@ class Merge(Prepared):
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
 
     def _run_full(
-        self,
-        folder: Path,
-        record: dict[str, Any],
-        max_shard_size: int,
-        progress: Report | None,
-        threads: int | None,
+        self, folder: Path, record: dict[str, Any], max_shard_size: int, progress: Report | None, threads: int | None
     ) -> Written:
         """`run` for a full checkpoint. Its checksums are remembered, so that the next reader need not hash it again."""
         known: dict[str, str] = {}
@@ -141,11 +136,7 @@ class Merge(Prepared):
         AdapterWriter(self, lambda _: None).check(self._merged)
 
     def _run_adapter(
-        self,
-        folder: Path,
-        record: dict[str, Any],
-        progress: Report | None,
-        threads: int | None,
+        self, folder: Path, record: dict[str, Any], progress: Report | None, threads: int | None
     ) -> Written:
         """`run` for an adapter."""
         from lewis.merging.lora_output import AdapterWriter

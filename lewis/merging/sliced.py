@@ -156,11 +156,7 @@ class Whole:
 
 
 class _Stacked:
-    """The models of a stack while its slices are prepared.
-
-    Attributes:
-        read: reference -> model, in the result's vocabulary.
-    """
+    """The models of a stack while its slices are prepared."""
 
     def __init__(self, settings: MergeSettings, models: Mapping[str, Model], vocabulary: Alignment) -> None:
         self._settings, self._models, self._donor = settings, models, next(iter(models))

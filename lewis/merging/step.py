@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError, model_validator
 
 from lewis import store
+from lewis.allocation.densities import ScalesByTensor
 from lewis.allocation.step import AllocationEntry
 from lewis.devices import merge_device
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.adapter import Adapter
-from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge, Written
-from lewis.merging.settings import Expert
+from lewis.merging.settings import Expert, resolve
+from lewis.merging.sliced import Stack, placed
 from lewis.models.model import Model
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
@@ -122,6 +124,15 @@ class MergeInput:
         """The base, if there is one, then the experts."""
         return [*([self.base] if self.base else []), *self.experts]
 
+    @cached_property
+    def _prepared(self) -> dict[str, Merge]:
+        """Device -> what `prepare_merge` made."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process opens the models itself."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     def lineage(self) -> dict[str, object]:
         """What the result is made of, for its manifest."""
         inputs = {files.ref: files.key for files in self.models}
@@ -133,7 +144,7 @@ class MergeInput:
 
 
 def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
-    """Open all models and check that they fit.
+    """Open all models and check that they fit; done once for an input and a device, which keeps what was made.
 
     Args:
         given: what is merged.
@@ -142,6 +153,13 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     Raises:
         InputError: naming what does not fit.
     """
+    device = merge_device(gpu)
+    if device not in given._prepared:
+        given._prepared[device] = _prepare(given, device)
+    return given._prepared[device]
+
+
+def _prepare(given: MergeInput, device: str) -> Merge:
     config, allocated, another_vocabulary = given.config, given.allocated, _advice_on_vocabularies(given)
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
@@ -161,7 +179,7 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
     base = given.base.open() if given.base else None
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return prepare(config, base, opened, held_back, merge_device(gpu))
+    return prepare(config, base, opened, held_back, device)
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:
@@ -218,3 +236,38 @@ def find_merged(digest: str, base: Path | None = None) -> MergedModel | None:
     with suppress(ValidationError):
         return MergedModel(digest=digest, folder=kinds.MERGED.path(digest), base=base)
     return None
+
+
+def prepare(
+    config: MergeConfig,
+    base: Model | None,
+    experts: Sequence[Expert],
+    held_back: ScalesByTensor | None = None,
+    device: str = "cpu",
+) -> Merge:
+    """Check that the models fit together, and the parameters and what guides the merge fit the models.
+
+    Args:
+        config: what is merged and how.
+        base: the config's `base_model`, opened; None if it names none.
+        experts: opened, as `MergeConfig.experts` lists them, with what guides them. With slices, their densities are
+            by the tensors of the result, and their scales by their own.
+        held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`), by the base's tensors;
+            tensors that are left out are not held back.
+        device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part of
+            the digest, as `lewis.devices.merge_device` says.
+
+    Raises:
+        RecipeError: naming each filter and range of layers that matches nothing.
+        InputError: naming every tensor, vocabulary or parameter that does not fit.
+    """
+    settings, first = resolve(config), base or experts[0].model
+    if settings.slices:
+        named = {settings.base: base} if settings.base and base else {}
+        settings = placed(settings, named | {expert.ref: expert.model for expert in experts})
+    if not settings.slices:
+        settings.check_filters([*first.tensors, *first.tied])
+    kind = Stack if settings.slices else Merge
+    made = kind.of(settings, base, experts, held_back, device)
+    logger.debug("prepared the merge %s", made.digest)
+    return made

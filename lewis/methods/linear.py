@@ -9,11 +9,7 @@ from lewis.methods.registry import PerExpert, merge_method, per_expert
 
 
 @merge_method(
-    "linear",
-    paper="https://arxiv.org/abs/2203.05482",
-    on="weights",
-    elementwise=True,
-    compiled=Loops(Combine.AVERAGE),
+    "linear", paper="https://arxiv.org/abs/2203.05482", on="weights", elementwise=True, compiled=Loops(Combine.AVERAGE)
 )
 def linear(weights: torch.Tensor, *, weight: PerExpert[float] = 1.0, normalize: bool = True) -> torch.Tensor:
     """Average the models (model soups): sum_i w_i W_i, divided by sum_i w_i if `normalize`.

@@ -47,11 +47,7 @@ def coefficients(dots: np.ndarray, *, weight: PerExpert[float], normalize_weight
     coefficients=coefficients,
 )
 def multislerp(
-    tensors: torch.Tensor,
-    *,
-    weight: PerExpert[float] = 1.0,
-    normalize_weights: bool = True,
-    eps: NotNegative = 1e-8,
+    tensors: torch.Tensor, *, weight: PerExpert[float] = 1.0, normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> torch.Tensor:
     """Interpolate any number of tensors on the sphere: m / |m| * sum_i w_i |x_i|, with m = sum_i w_i x_i / |x_i|.
 

@@ -37,10 +37,6 @@ class Checkpoint:
     def __init__(self, folder: Path, key: str) -> None:
         """Open a folder.
 
-        Args:
-            folder: holds config.json and the weights.
-            key: identity of the content.
-
         Raises:
             InputError: naming the file or tensor, if something is missing, truncated, pickled, in another folder, or
                 quantised in a way that is not read.

@@ -78,11 +78,6 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
 
     A config that speaks of several towers (`text_config`, `vision_config`) must be right about one of them.
 
-    Args:
-        folder: of the model, for error messages.
-        config: the parsed config.json.
-        shapes: tensor -> shape.
-
     Raises:
         InputError: naming the key and the tensors that contradict it.
     """

@@ -70,12 +70,7 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def as_tensor(dtype: str, bits: np.ndarray) -> torch.Tensor:
-    """The tensor that has these bits: flat, sharing their memory.
-
-    Args:
-        dtype: of the tensor.
-        bits: of `bits_dtype(dtype)`, as `Model.raw` gives them.
-    """
+    """The tensor that has these bits: flat, sharing their memory."""
     return torch.from_numpy(bits).view(torch_dtype(dtype))
 
 

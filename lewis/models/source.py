@@ -305,12 +305,7 @@ def _shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
 
 
 def short_name(ref: str, root: Path) -> str:
-    """The last part of a reference without its owner, folder and revision: `math` of `org/base+org/math@main`.
-
-    Args:
-        ref: as in a recipe.
-        root: where relative folders start (the recipe's folder).
-    """
+    """The last part of a reference without its owner, folder and revision: `math` of `org/base+org/math@main`."""
     return parts_of(ref, root)[-1].partition("@")[0].rstrip("/").rpartition("/")[2]
 
 

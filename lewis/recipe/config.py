@@ -110,9 +110,6 @@ class MergeConfig(Block):
     def check_filters(self, tensors: Iterable[str]) -> None:
         """Check that every filter, and every pattern of `exclude`, matches a tensor.
 
-        Args:
-            tensors: the names of all tensors.
-
         Raises:
             RecipeError: naming each that matches none, and the module with the most similar name.
         """

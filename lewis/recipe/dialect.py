@@ -22,9 +22,6 @@ OTHERS = {  # key that only a config of another of mergekit's programs has -> wh
 def as_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config in the words of a recipe: without `random_seed`, `modules` and `name`.
 
-    Args:
-        data: the raw YAML.
-
     Raises:
         RecipeError: if it is the config of another program, or has several modules.
     """

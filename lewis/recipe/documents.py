@@ -57,15 +57,12 @@ def load_documents(path: str | Path, outputs: Path) -> list[Document]:
     for name in _in_order(named, path.stem, root):
         data = _replaced(named[name], {each: str(outputs.absolute() / each) for each in named.keys() - {name}}, root)
         try:
-            recipe = Recipe.parse(yaml_text.write(data), root=root, name=_title(name, path.stem))
+            title = path.stem if name == LAST else name
+            recipe = Recipe.parse(yaml_text.write(data), root=root, name=title)
         except RecipeError as error:
             raise RecipeError([f"{name}: {problem}" for problem in error.problems]) from error
         made.append(Document(name, recipe))
     return made
-
-
-def _title(name: str, stem: str) -> str:
-    return stem if name == LAST else name
 
 
 def _named(found: Sequence[dict[str, Any]], stem: str) -> dict[str, dict[str, Any]]:

@@ -1,18 +1,19 @@
 """The recipe: what the user asks for, validated, and the questions that the other wings ask of it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from pydantic_core import to_json
 
 from lewis.allocators import ALLOCATORS
-from lewis.errors import RecipeError
+from lewis.errors import RecipeError, nearest
 from lewis.methods import METHODS
 from lewis.recipe import dialect, yaml_text
 from lewis.recipe.checks import cross_check
 from lewis.recipe.config import MergeConfig
-from lewis.recipe.problems import describe
 from lewis.recipe.schema import GUIDES, RECOMMENDED, Evaluate, Gate, Lewis, ModelEntry, Publish, Register, Search
 from lewis.recipe.slices import listed_models
 
@@ -131,15 +132,10 @@ class Recipe(MergeConfig):
         return self.measures or self.measures_base or self.fits
 
     @property
-    def compares_norms(self) -> bool:
-        """Whether densities come from the difference of norms, which needs those of the base too."""
-        block = self.allocator
-        return block is not None and block.evidence == "norm_difference"
-
-    @property
     def measures_base(self) -> bool:
-        """Whether the merge needs the importance pass of the base."""
-        return self.compares_norms or (self.allocator is not None and self.allocator.aim is not None)
+        """Whether the merge needs the importance pass of the base: for the difference of norms, or for `aim`."""
+        block = self.allocator
+        return block is not None and (block.evidence == "norm_difference" or block.aim is not None)
 
     @property
     def wants_uniform(self) -> bool:
@@ -193,3 +189,76 @@ class Recipe(MergeConfig):
         found = self.model_dump(mode="json", exclude=left_out)
         found |= {"output": found.pop("output")} if "output" in found else {}  # its place in the JSON, since ever
         return to_json(found).decode()
+
+
+UNSUPPORTED = {"trust_remote_code": "running code that a model brings along"}
+MAX_GIVEN = 300  # characters of a wrong value that are shown
+# pydantic puts the kind of value that it tried into the location of a problem; these are not keys of the recipe.
+_KIND = re.compile(
+    r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
+)
+
+
+def dotted(location: Iterable[Any]) -> str:
+    """`("models", 0, "model")` as `models[0].model`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """Each problem that pydantic found, as a line that begins with its YAML path.
+
+    Args:
+        error: what pydantic raised.
+        root: the model that was validated; it gives the keys that are known at each place.
+    """
+    lines = []
+    for problem in error.errors():
+        location, kind, given = problem["loc"], problem["type"], problem["input"]
+        if kind == "too_short" and given:
+            continue  # pydantic counts only the valid items; the invalid ones have problems of their own
+        where = dotted(part for part in location if isinstance(part, int) or not _KIND.fullmatch(part))
+        if kind == "extra_forbidden":
+            key = str(location[-1])
+            if len(location) == 1 and key in UNSUPPORTED:
+                lines.append(f"{where}: {UNSUPPORTED[key]} is not supported yet; remove it (models and parameters are)")
+            else:
+                lines.append(f"{where}: unknown key{nearest(key, _keys(root, location[:-1]))}")
+        elif kind == "missing":
+            lines.append(f"{where}: missing; it is required")
+        elif kind == "value_error":
+            lines.append(f"{where}: {str(problem['msg']).removeprefix('Value error, ')}")
+        elif kind == "literal_error":
+            lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {_short(given)}")
+        else:
+            message = re.sub("(?i)tuple", "list", str(problem["msg"]))
+            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {_short(given)}")
+    return lines
+
+
+def _short(given: Any) -> str:
+    told = repr(given)
+    return told if len(told) <= MAX_GIVEN else f"{told[:MAX_GIVEN]}..."
+
+
+def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that are valid at a location of the schema."""
+    current: Any = model
+    for part in location:
+        annotations: list[Any] = []
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            annotations = [f.annotation for name, f in current.model_fields.items() if part in (name, f.alias)]
+        current = next(iter(_models_in(annotations)), current)
+    if not (isinstance(current, type) and issubclass(current, BaseModel)):
+        return []
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _models_in(annotations: Iterable[Any]) -> Iterable[type[BaseModel]]:
+    for annotation in annotations:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        else:
+            yield from _models_in(getattr(annotation, "__args__", ()))

@@ -121,6 +121,24 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
         return before
 
 
+def is_waiting(name: str, version: str) -> bool:
+    """Whether a version waits for approval; also if it can no longer be approved.
+
+    Raises:
+        InputError: if there is no such version.
+    """
+    name = tracking.model_name(name)
+    with tracking.client(f"reading {name}/{version}") as client:
+        return client.get_model_version(name, version).tags.get("lewis.verdict") == WAITING
+
+
+def is_champion(name: str, version: str) -> bool:
+    """Whether a version is the champion."""
+    name = tracking.model_name(name)
+    with tracking.client(f"reading the champion of {name}") as client:
+        return _aliases(client, name).get("champion") == version
+
+
 def refuse(name: str, version: str, why: str, by: str = "") -> None:
     """Let a version that waits not become the champion; no gate asks for it again.
 
@@ -186,13 +204,7 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
 
 
 def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
-    """The tags of a version that begins to wait, or waits already; that its time was up before goes to the history.
-
-    Args:
-        verdict: of the gate, just now.
-        champion: `uri` of the version in use; None if there is none.
-        by: who ran the gate, for the history.
-    """
+    """The tags of a version that begins to wait, or waits already; that its time was up before goes to the history."""
     known = dict(client.get_model_version(version.name, version.version).tags)
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
@@ -206,11 +218,7 @@ def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: s
 
 
 def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[str, str]:
-    """The tags of a version that waits.
-
-    Raises:
-        InputError: if it does not.
-    """
+    """The tags of a version that waits."""
     from mlflow.exceptions import MlflowException
 
     uri = f"models:/{name}/{version}"
@@ -227,14 +235,7 @@ def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[st
 
 
 def _check_waits(client: "MlflowClient", name: str, version: str, champion: str | None) -> None:
-    """Check that a version waits, and that what the gate found still holds.
-
-    Args:
-        champion: the version in use now; None if there is none.
-
-    Raises:
-        InputError: if not.
-    """
+    """Check that a version waits, and that what the gate found still holds."""
     uri, tags = f"models:/{name}/{version}", _tags_of_waiting(client, name, version)
     again = "run its recipe again, which judges it anew"
     until = datetime.fromisoformat(tags[_UNTIL])

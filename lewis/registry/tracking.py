@@ -122,9 +122,6 @@ def artifacts_folder() -> Path:
 def experiment(client: "MlflowClient", team: str = "") -> str:
     """The id of the experiment `experiment_name`; created if it does not exist.
 
-    Args:
-        team: `register.team` of the recipe.
-
     Raises:
         InputError: if it has been deleted.
     """

@@ -171,6 +171,11 @@ def page(name: str, version: str) -> str:
     return f"{_server()}/#/models/{quote(name)}/versions/{version}"
 
 
+def model_page(name: str) -> str:
+    """The page in MLflow's UI of a registered model, which names its champion."""
+    return f"{_server()}/#/models/{quote(name)}"
+
+
 def run_link(version: Version) -> str:
     """The page in MLflow's UI of the run that made the version."""
     return f"{_server()}/#/runs/{version.run_id}"

@@ -13,6 +13,9 @@ MAX_LINE = 300  # characters of a verdict line
 SHORT = 8  # characters of a commit or digest
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
 
+AWAITS = "AwaitingApproval"
+"""Name of the state of a run whose version passed and waits for a person."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -86,6 +89,8 @@ class RunFacts:
 def to_markdown(facts: RunFacts) -> str:
     """The report; sections without content are left out."""
     since = f"since the champion {code(facts.champion)}" if facts.champion else "(there was no champion before)"
+    compared = [{**row, "metric": code(row["metric"]), "model": code(row["model"])} for row in facts.comparison]
+    means = [{"expert": code(ref), "mean density": f"{mean:.3f}"} for ref, mean in facts.means.items()]
     links = " · ".join(link(text, url) for text, url in facts.links.items())
     parts = [
         f"# Run of {code(facts.recipe)}",
@@ -97,10 +102,10 @@ def to_markdown(facts: RunFacts) -> str:
         _section("What was computed", _work(facts.work)),
         _section("Scores", markdown_table(score_rows(facts.scores, facts.merged))),
         _section("What is kept of each expert's gain", _kept(facts.kept)),
-        _section("Compared, document by document", _comparison(facts.comparison)),
+        _section("Compared, document by document", markdown_table(compared)),
         _verdict(facts.verdict),
         _section("The fit", "\n\n".join(plain(each) for each in (facts.warning, facts.ridge) if each)),
-        _section("Mean density", _means(facts.means)),
+        _section("Mean density", markdown_table(means)),
         *(_section(plain(title), picture(title, png)) for title, png in facts.pictures.items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -168,12 +173,7 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """What became of every input since the champion: first the inputs of this run, then those that it no longer has.
-
-    Args:
-        before: reference -> commit or content digest, of the champion's inputs.
-        now: the same, of this run's inputs.
-    """
+    """What became of every input since the champion: first the inputs of this run, then those that it no longer has."""
     gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now]
     return [Change(ref, before.get(ref), key) for ref, key in now.items()] + gone
 
@@ -189,10 +189,6 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _comparison(rows: Sequence[Mapping[str, str]]) -> str:
-    return markdown_table([{**row, "metric": code(row["metric"]), "model": code(row["model"])} for row in rows])
 
 
 def _kept(rows: Sequence[Mapping[str, str]]) -> str:
@@ -235,10 +231,6 @@ def _verdict(verdict: Verdict | None) -> str:
     return _section(f"The gate: {word}", f"Compared with {code(verdict.compared_with)}.\n\n{rules}")
 
 
-def _means(means: Mapping[str, float]) -> str:
-    return markdown_table([{"expert": code(ref), "mean density": f"{mean:.3f}"} for ref, mean in means.items()])
-
-
 def _gap(gap: float, higher: bool) -> str:
     mark = "" if gap == 0 else " ✓" if (gap > 0) == higher else " ✗"
     return f"{gap:+.4g}{mark}"
@@ -265,7 +257,7 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         return "Completed", f"{number} is the champion already"
     if verdict.waits:
         name = version.removeprefix("models:/")
-        return "AwaitingApproval", _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
+        return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
     return "Promoted", _cut(f"{told}; {before}")
 

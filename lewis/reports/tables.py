@@ -36,14 +36,7 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
 
 
 def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, parameters: int) -> str:
-    """The densities of one expert, and a summary of them.
-
-    Args:
-        ref: the expert's reference.
-        layers: the covered layers.
-        allocation: its densities.
-        parameters: how many the whole model has.
-    """
+    """The densities of one expert, and a summary of them."""
     layers = [layer for layer in layers if layer.tensor in allocation.densities]
     covered = covered_by(layers, allocation)
     values: dict[str, float | None] = {layer.key: allocation.densities[layer.tensor] for layer in covered}

@@ -31,7 +31,7 @@ from lewis.models.source import ModelFiles, Source, pin_all
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
-from lewis.registry import publishing, tracking, versions
+from lewis.registry import tracking, versions
 from lewis.steps.graph import CHAMPION, Graph, Node, graph, inspection_settings, warning_of_shared_set
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
@@ -185,6 +185,8 @@ def make_plan(recipe: Recipe) -> Plan:
         InputError: as a run would, for everything that can be known before the work.
     """
     if recipe.publish:
+        from lewis.registry import publishing  # brings the Hub's client with it
+
         publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
     check_tasks(recipe)
     base, experts = pin_all(recipe)

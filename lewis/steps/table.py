@@ -46,7 +46,7 @@ from lewis.models.hub import repository
 from lewis.models.names import layer_of
 from lewis.models.source import ModelFiles, Source
 from lewis.progress import Report, silent
-from lewis.registry.room import make_room
+from lewis.registry.retention import make_room
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
 
@@ -306,14 +306,7 @@ def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
-    """What passes for second-order statistics take.
-
-    Args:
-        home: folder with the model's config.
-        shapes: of its tensors.
-        passes: tokens of each pass.
-        memory: bytes that a pass needs without statistics.
-    """
+    """What passes for second-order statistics take."""
     if not passes:
         return Cost(memory=memory)
     network, cores = measure.network_in(home, shapes), len(os.sched_getaffinity(0))

@@ -65,11 +65,7 @@ class Removable:
 
 
 def survey(
-    days: float = DAYS,
-    *,
-    needed: Mapping[str, Needed],
-    now: float | None = None,
-    active_since: float | None = None,
+    days: float = DAYS, *, needed: Mapping[str, Needed], now: float | None = None, active_since: float | None = None
 ) -> list[Removable]:
     """Find what can be removed; changes nothing.
 

@@ -75,9 +75,6 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     """Give an empty folder where the system has its temporary files (`TMPDIR`); it is removed at the end of the block.
 
     What dead processes of this user left of the same purpose is removed first.
-
-    Args:
-        purpose: a word for the folder's name.
     """
     parent, prefix = Path(tempfile.gettempdir()), f"lewis-{purpose}-"
     for path in parent.glob(f"{prefix}*"):

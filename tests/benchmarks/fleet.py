@@ -134,7 +134,7 @@ def idle(root: Path) -> None:
         def start(recipe: str) -> Any:
             while True:
                 try:
-                    return run_deployment("merge/merge-nightly", parameters={"recipe": recipe}, timeout=0)
+                    return run_deployment(f"merge/{recipe}", timeout=0)
                 except httpx.HTTPStatusError:  # the server is busy, be it longer than Prefect's client is patient
                     time.sleep(1)
 

@@ -53,7 +53,7 @@ def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
         with service:
             hub.commit("demo/sorting", write_weak(family, "sorting", root / "weak"))
             service.finished(RECIPE, 1, 600)
-            service.until(lambda: service.start_run("merge/merge-nightly", recipe=RECIPE), 60)  # a busy server: 503
+            service.until(lambda: service.start_run(f"merge/{RECIPE}"), 60)  # a busy server: 503
             service.finished(RECIPE, 2, 600)
             hub.commit("demo/sorting", family / "experts" / "sorting")
             run = service.finished(RECIPE, 3, 600)[-1]

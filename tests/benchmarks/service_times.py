@@ -3,11 +3,10 @@
 import time
 from pathlib import Path
 
-import yaml
-
+from lewis import settings
 from tests.benchmarks.shared import bar, both, heading, row, write_family, write_recipe, write_release
 from tests.support.local_hub import LocalHub
-from tests.support.service import REPO, Service, seconds
+from tests.support.service import Service, seconds
 
 RELEASES = 5
 POLLED = 3  # releases that just miss a poll
@@ -41,8 +40,7 @@ def event(root: Path) -> list[bool]:
 
 def poll(root: Path) -> list[bool]:
     """Release an expert each time that a poll has just ended, of which nothing but the next poll tells."""
-    deployments = yaml.safe_load((REPO / "deployments" / "prefect.yaml").read_text())["deployments"]
-    (every,) = [each["schedules"][0]["interval"] for each in deployments if each["name"] == "watch-releases"]
+    every = settings.POLL_SECONDS.get()
     with LocalHub(root / "hub") as hub:
         paths = write_family(root / "models", ["moving", "still"], layers=2, hidden=16)
         for name, path in paths.items():
@@ -78,7 +76,7 @@ def ready(root: Path) -> list[bool]:
         service = Service(root, hub)
         write_recipe(service.recipes, "tiny", ["moving", "still"])
         with service:
-            service.start_run("merge/merge-on-release", recipe="tiny")
+            service.start_run("merge/tiny")
             service.finished("tiny", 1)
             for number in range(2, STARTS + 2):
                 service.stop()

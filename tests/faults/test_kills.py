@@ -200,7 +200,7 @@ class Up(Service):
             write_recipe(self.recipes, family, name=name, rows=i)
 
     def merge(self, recipe: str) -> str:
-        return self.start_run("merge/merge-on-release", recipe=recipe)
+        return self.start_run(f"merge/{recipe}")
 
     def step(self, run: str) -> str:
         """The step of a run that was begun last, by the server's database, as the server may be dead."""

@@ -111,9 +111,14 @@ def _merge() -> None:
     """Stands for the merge in the server's records."""
 
 
-@flow(name="watch-releases")
-def _watch() -> None:
-    """Stands for the poll."""
+@flow(name="retention")
+def _retention() -> None:
+    """Stands for the retention, which the next night repeats."""
+
+
+@flow(name="verify")
+def _verify() -> None:
+    """Stands for the nightly check."""
 
 
 def test_what_a_person_should_know_is_notified_with_a_link(
@@ -129,17 +134,17 @@ def test_what_a_person_should_know_is_notified_with_a_link(
         assert all(each.description for each in client.read_automations())
         time.sleep(3)  # the server's triggers learn of the automations
         late = {}
-        for of, name in ((_merge, "merge late"), (_merge, "merge late for a moment"), (_watch, "watch late")):
+        for of, name in ((_merge, "merge late"), (_merge, "merge late for a moment"), (_verify, "verify late")):
             run = client.create_flow_run(of, name=name, tags=["lewis"], state=Scheduled())
             client.set_flow_run_state(run.id, Late(), force=True)
             late[name] = run.id
         client.set_flow_run_state(late["merge late for a moment"], Running(), force=True)
-        stuck_run, other = (client.create_flow_run(_watch, tags=["lewis"], state=Scheduled()).id for _ in range(2))
+        stuck_run, other = (client.create_flow_run(_verify, tags=["lewis"], state=Scheduled()).id for _ in range(2))
         for run_id, states in ((stuck_run, [Pending()]), (other, [Pending(), Running()])):
             for each in states:
                 client.set_flow_run_state(run_id, each, force=True)
-        died = client.create_flow_run(_watch, name="watch all recipes", tags=["lewis"], state=Running())
-        client.set_flow_run_state(died.id, Crashed(message="the next poll does its work"), force=True)
+        died = client.create_flow_run(_retention, name="retention", tags=["lewis"], state=Running())
+        client.set_flow_run_state(died.id, Crashed(message="the next night does its work"), force=True)
         waits = Completed(name="AwaitingApproval", message="v4: acc 0.9; passed, waits for: lewis approve tiny/4")
         ends = {
             "LEWIS: a version waits for approval": waits,

@@ -16,7 +16,7 @@ from lewis.registry.lineage import lineage_of, source_tag
 from lewis.registry.registration import write_card
 from lewis.steps.plan import make_plan
 from lewis_flows import release_event
-from lewis_flows.service import schedules
+from lewis_flows.service.recipe_deployments import Folder
 from lewis_tasks.support.flow_run import run_name
 from tests.conftest import Family
 from tests.support import pipeline
@@ -37,7 +37,8 @@ def folder(family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_such_a_recipe_is_planned_merged_and_scheduled(folder: Path, tmp_path: Path) -> None:
-    assert schedules.Folder().runnable() == ["plus"]
+    (file,) = Folder().files()
+    assert (file.name, file.why) == ("plus", "")
     recipe = Recipe.load(folder / "plus.yaml")
     base, experts = pipeline.pin_all(recipe)
     assert base is not None

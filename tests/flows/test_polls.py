@@ -1,30 +1,29 @@
-"""What a person sees of polls and of runs that fail: a run with a verdict, or none at all."""
+"""What a person sees of polls that find something wrong, and of runs that fail: a verdict."""
 
+import logging
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
 
-import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Cancelled, Completed, Crashed, Failed, State
+from prefect.states import Crashed
 
+from lewis import store
 from lewis.errors import LewisError, TransientError
-from lewis_flows import polls, prefect_runs, watch
+from lewis_flows import polls, prefect_runs, release_event, watch
 from lewis_flows.service import status_data
 from lewis_flows.service.status_data import Part, Status
 from lewis_flows.service.status_text import as_text
+from lewis_flows.service.webhook import Loop
 from lewis_flows.turn import tag_crashed_runs
-from lewis_flows.watch import WatchReport, _told
+from lewis_flows.watch import WatchReport
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.failures import says_why
 
@@ -36,80 +35,64 @@ def client(prefect_url: str, home: Path) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-@flow(name=prefect_runs.WATCH)
-def _watch() -> None:
-    """Stands for the poll."""
+def test_what_is_wrong_is_logged_and_notified_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is a poll a minute."""
+    notified = list[dict[str, str]]()
+    monkeypatch.setattr(release_event, "announce_problems", notified.append)
+    bad, away = WatchReport(checked=["good"], problems={"bad": "models: missing"}), TransientError("no MLflow")
+    ends: list[WatchReport | Exception] = [bad, bad, away, away, WatchReport(checked=["good"])]
 
+    def end() -> WatchReport:
+        if isinstance(ended := ends.pop(0), Exception):
+            raise ended
+        return ended
 
-def test_a_poll_leaves_a_run_only_while_something_is_wrong(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: dict[Any, FlowRun] = {}
-
-    def listed(_client: Any, _flows: Any, state: dict[str, dict[str, list[str]]]) -> list[FlowRun]:
-        return [run for run in runs.values() if run.state_type and run.state_type.value in state["type"]["any_"]]
-
-    monkeypatch.setattr(prefect_runs, "of_flows", listed)
-
-    def busy(_: Any) -> None:
-        raise httpx.ConnectError("no answer")
-
-    server: Any = SimpleNamespace(delete_flow_run=runs.pop)
-    monkeypatch.setattr(polls, "get_client", lambda **_: nullcontext(server))
-
-    def left(*states: State, scheduled: bool = True, killed: bool = False) -> list[str | None]:
-        """The names of the states of the runs that are left when polls have ended so."""
-        for state in states:
-            run = FlowRun(flow_id=uuid4(), state=state, state_type=state.type, auto_scheduled=scheduled)
-            runs[run.id] = run
-            if not killed:
-                polls.forget(_watch, run, state)
-        return [run.state.name for run in runs.values() if run.state]
-
-    quiet, announced = Completed(name=polls.QUIET), Completed(name=polls.ANNOUNCED)
-    polls.remember(2, {})
-    assert left(quiet, announced) == []
-    assert left(quiet, scheduled=False) == [polls.QUIET]  # somebody wanted to see it
-    runs.clear()
-    polls.remember(1, {"bad": "models: missing"})
-    assert left(Completed(name=polls.PROBLEMS), quiet) == [polls.PROBLEMS]
-    assert left(Cancelled(), Crashed(), killed=True) == [polls.PROBLEMS, "Cancelled", "Crashed"]
-    assert left(announced) == [polls.PROBLEMS]  # it is still so
-    polls.remember(0, {"": "no MLflow"})
-    assert left(Failed(message="no MLflow"), quiet) == ["Failed"]
-
-    found = Status(parts=[], polled=polls.last())
-    assert [(each.code, each.text) for each in status_data.problems(found)] == [(status_data.UNKNOWN, "no MLflow")]
-    assert polls.remember(3, {}) and not polls.remember(3, {})
-    server.delete_flow_run = busy
-    assert left(quiet) == ["Failed", polls.QUIET]
-    server.delete_flow_run = runs.pop
-    assert left(quiet) == []
+    monkeypatch.setattr(watch, "poll", end)
+    with caplog.at_level(logging.INFO):
+        for code in (status_data.UNKNOWN, None):
+            for _ in range(4 if code else 1):
+                watch.poll_all()
+            found = Status(parts=[], polled=polls.last())
+            assert [each.code for each in status_data.problems(found)] == ([code] if code else [])
+    assert notified == [{"bad": "models: missing"}, {"": "no MLflow"}]
+    told = ["bad cannot be watched: models: missing", "the recipes cannot be watched: no MLflow"]
+    assert caplog.messages == [*told, "all recipes can be watched again"]
     prefect = Part(name="Prefect", up=True, state="answers")
-    told = as_text(Status(parts=[prefect], polled=polls.last()), datetime.now(UTC))
-    assert "last looked 0 s ago" in told and "at 3 recipes" in told
+    text = as_text(Status(parts=[prefect], polled=polls.last()), datetime.now(UTC))
+    assert "last looked 0 s ago" in text and "at 1 recipe" in text
 
 
-def test_a_poll_that_fails_as_the_one_before_fails_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each failure is notified, and there is a poll a minute."""
-
-    def away(recipes: list[str] | None) -> Any:
-        raise TransientError("no MLflow")
-
-    monkeypatch.setattr(watch, "_watch", away)
-    monkeypatch.setattr(flow_run, "is_scheduled", lambda: True)
-    ends = [watch.watch_flow.fn(recipes) for recipes in (None, None, None, ["tiny"])]
-    assert [state.name for state in ends] == ["Failed", polls.QUIET, polls.QUIET, "Failed"]
-    assert ends[0].message == "no MLflow" and "as at the poll before: no MLflow" in ends[1].message
-    monkeypatch.setattr(flow_run, "is_scheduled", lambda: False)
-    assert watch.watch_flow.fn(None).name == "Failed"
+def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polled = list[int]()
+    monkeypatch.setattr(watch, "poll_all", lambda: polled.append(1))
+    with store.shared_lock("poll"):
+        other = threading.Thread(target=watch.poll_once)  # locks of one thread are one lock
+        other.start()
+        other.join()
+    assert polled == []
+    watch.poll_once()
+    assert polled == [1]
 
 
-def test_a_poll_is_told_by_what_is_new() -> None:
-    broken = WatchReport(checked=["good"], problems={"bad": "models: missing\nmore"})
-    assert _told(broken, others=True) == (polls.PROBLEMS, "bad: models: missing")
-    assert _told(broken, others=False)[0] == polls.QUIET
-    news = WatchReport(checked=["good"], announced=["good: org/math"], problems=broken.problems)
-    name, line = _told(news, others=True)
-    assert name == "Announced" and line.startswith("good: org/math; recipes checked: 1")
+def test_a_loop_goes_on_after_an_error_until_it_is_stopped() -> None:
+    done = threading.Semaphore(0)
+
+    def fail() -> None:
+        done.release()
+        raise RuntimeError("what nobody thought of")
+
+    loop = Loop("test", fail, 0.01)
+    assert done.acquire(timeout=60) and done.acquire(timeout=60)
+    loop.stop()
+    loop._thread.join(60)
+    assert not loop._thread.is_alive()
+    off = Loop("off", fail, 0)
+    off._thread.join(60)
+    while done.acquire(blocking=False):
+        pass
+    assert not off._thread.is_alive()
 
 
 def test_a_run_that_fails_has_a_verdict_and_a_task_the_name_of_what_it_made(client: SyncPrefectClient) -> None:

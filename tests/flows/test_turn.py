@@ -21,16 +21,15 @@ def test_a_recipe_of_the_folder_has_one_turn_on_all_machines(tmp_path: Path, mon
     (tmp_path / "recipes").mkdir()
     recipe = tmp_path / "recipes" / "x.yaml"
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "one"))
-    with turn.turn(recipe, "run", skip=True) as ours:
-        assert ours
+    with turn.turn(recipe, "run"):
         monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "two"))
         with pytest.raises(Timeout):
-            turn._lock("turn", recipe).acquire(timeout=0)
+            turn._lock(recipe).acquire(timeout=0)
         for other in (recipe.with_suffix(".search"), tmp_path / "x.yaml"):  # another turn; a file of this machine alone
-            with turn._lock("turn", other):
+            with turn._lock(other):
                 pass
-    with turn.turn(recipe, "run", skip=True) as ours:
-        assert ours
+    with turn.turn(recipe, "run"):
+        pass
 
 
 def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,10 +37,10 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
     recipe, held = tmp_path / "x.yaml", threading.Event()
 
     def second() -> None:
-        with turn.turn(recipe, "second", skip=True):
+        with turn.turn(recipe, "second"):
             held.set()
 
-    with turn.turn(recipe, "first", skip=True):
+    with turn.turn(recipe, "first"):
         waiter = threading.Thread(target=second)
         waiter.start()
         deadline = time.monotonic() + 120
@@ -49,8 +48,6 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert not turn.waits("first") and not held.is_set()
-        with turn.turn(recipe, "third", skip=True) as ours:
-            assert not ours and not turn.waits("third")
     waiter.join()
     assert held.is_set() and not turn.waits("second")
 
@@ -59,7 +56,7 @@ def test_a_run_that_ends_well_never_looks_dead(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
     forget, dead = turn._forget, []
     monkeypatch.setattr(turn, "_forget", lambda run: (dead.append(turn._is_dead(run)), forget(run)))
-    with turn.turn(tmp_path / "x.yaml", "run", skip=True):
+    with turn.turn(tmp_path / "x.yaml", "run"):
         pass
     assert dead == [False] and not [*(tmp_path / "home").rglob("*run*/*")]
 
@@ -71,7 +68,7 @@ def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
 
     @flow(name=prefect_runs.MERGE, **turn.HOOKS)
     def merge() -> None:
-        with turn.turn(tmp_path / "x.yaml", str(flow_run.id), skip=True):
+        with turn.turn(tmp_path / "x.yaml", str(flow_run.id)):
             raise ValueError("a merge that fails")
 
     with temporary_settings({PREFECT_API_URL: prefect_url}), pytest.raises(ValueError, match="fails"):
@@ -91,7 +88,7 @@ def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_ser
 
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         run = client.create_flow_run(merge, state=Running()).id
-        with pytest.raises(KeyboardInterrupt), turn.turn(tmp_path / "x.yaml", str(run), skip=True):
+        with pytest.raises(KeyboardInterrupt), turn.turn(tmp_path / "x.yaml", str(run)):
             turn.crash_dead_runs()
             assert client.read_flow_run(run).state_name == "Running"
             raise KeyboardInterrupt

@@ -17,6 +17,8 @@ CASES = {  # the value by default; a text and its value; a wrong text
     "LEWIS_STORE_MERGED": (False, "1", True, "yes"),
     "LEWIS_QUOTA": (None, "1.5GB", 1_500_000_000, "5PB"),
     "LEWIS_RECIPES": (None, "~/x", Path("~/x").expanduser(), "~nobody-of-that-name/x"),
+    "LEWIS_NIGHTLY": ("0 3 * * *", "off", "", "at three"),
+    "LEWIS_POLL_SECONDS": (45, "0", 0, "often"),
     "LEWIS_MERGE_DEVICE": ("cpu", "cuda", "cuda", "gpu"),
     "LEWIS_DEVICE_SLOTS": (None, "3", 3, "0"),
     "LEWIS_TASK_RUNNER": ("thread", "dask", "dask", "spark"),

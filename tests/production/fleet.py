@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.production.s3_server import BUCKET, S3Server
 from tests.support.local_hub import LocalHub, Webhook
 from tests.support.service import PYTHONPATH, REPO, free_port
@@ -171,12 +169,7 @@ class Fleet:
         self.add("mlflow", command, self._common | mlflow)
         for url in (f"{self.api}/api/health", f"{self.mlflow}/health"):
             self.until(lambda url=url: self.answers(url), 240)  # type: ignore[misc]
-        deployments = yaml.safe_load((REPO / "deployments" / "prefect.yaml").read_text())
-        for each in deployments["deployments"]:
-            if each["name"] == "watch-releases":
-                each["schedules"] = []
-        (self.root / "prefect.yaml").write_text(yaml.safe_dump(deployments))
-        done = self.lewis("deploy", "--prefect-file", str(self.root / "prefect.yaml"))
+        done = self.lewis("deploy")
         assert done.returncode == 0, done.stdout + done.stderr
         self.add("webhook", ["-m", "lewis_flows.service.webhook"], self.client | self._home("webhook"))
         self.until(lambda: self.answers(self.webhook.replace("webhook", "health/ready")), 120)
@@ -240,8 +233,8 @@ class Fleet:
 
     def run(self, recipe: str) -> str:
         """Start a merge by hand, as the UI does; gives its id."""
-        found = self.ask("/deployments/name/merge/merge-nightly")
-        body = {"parameters": {"recipe": recipe}, "state": {"type": "SCHEDULED"}}
+        found = self.ask(f"/deployments/name/merge/{recipe}")
+        body = {"state": {"type": "SCHEDULED"}}
         return str(self.ask(f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
     def ended(self, run: str, timeout: float = 400) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert
+from lewis.merging.step import prepare
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora.expert import LoraExpert
 from lewis.recipe.recipe import Recipe

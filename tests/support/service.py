@@ -16,8 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from lewis.store.secrets import PREFECT_KEY
 from lewis_flows.service.credentials import PREFECT_SENT
 from tests.support.local_hub import LocalHub, Webhook
@@ -83,7 +81,7 @@ class Service:
         patience: seconds until it is started.
     """
 
-    def __init__(self, root: Path, hub: LocalHub, *, poll: int = 3600) -> None:
+    def __init__(self, root: Path, hub: LocalHub, *, poll: int = 0) -> None:
         self.home, self.recipes, self.hub = root / "home", root / "recipes", hub
         self.recipes.mkdir(parents=True)
         self.sink = Sink()
@@ -98,6 +96,7 @@ class Service:
             "LEWIS_RECIPES": str(self.recipes),
             "LEWIS_WEBHOOK_SECRET": SECRET,
             "LEWIS_NOTIFY_URL": self.sink.url,
+            "LEWIS_POLL_SECONDS": str(poll),
             # The first is a place for a sitecustomize.py.
             "PYTHONPATH": f"{root / 'patch'}{os.pathsep}{PYTHONPATH}",
             "TMPDIR": str(root / "tmp"),  # a device slot of its own
@@ -107,12 +106,7 @@ class Service:
         self.temporary.mkdir()
         self.patch = root / "patch" / "sitecustomize.py"
         self.patch.parent.mkdir()
-        deployments = yaml.safe_load((REPO / "deployments" / "prefect.yaml").read_text())
-        watch = next(each for each in deployments["deployments"] if each["name"] == "watch-releases")
-        watch["schedules"] = [{"interval": poll}]
-        self.prefect_file = root / "prefect.yaml"
-        self.prefect_file.write_text(yaml.safe_dump(deployments))
-        self.command = [sys.executable, "-m", "lewis_flows.cli.main", "up", "--prefect-file", str(self.prefect_file)]
+        self.command = [sys.executable, "-m", "lewis_flows.cli.main", "up"]
         self.folder = REPO
         self.log = root / "up.log"
 
@@ -212,10 +206,20 @@ class Service:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         return str(self.ask(f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
+    def deployment(self, recipe: str) -> Any:
+        """The deployment that merges a recipe; None if there is none."""
+        try:
+            return self.ask(f"/deployments/name/merge/{recipe}")
+        except urllib.error.HTTPError:
+            return None
+
     def poll(self, recipe: str) -> None:
-        """Let the watcher look at one recipe now, and wait until it has."""
-        run = self.start_run("watch-releases/watch-releases", recipes=[recipe])
-        self.until(lambda: self.ask(f"/flow_runs/{run}")["state_type"] == "COMPLETED", 60)
+        """Look at one recipe now, as the service's own poll does."""
+        given = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+        own = {"PREFECT_API_URL": self.api, PREFECT_SENT: self.key(), "MLFLOW_TRACKING_URI": self.mlflow}
+        own |= {"MLFLOW_TRACKING_USERNAME": "lewis", "MLFLOW_TRACKING_PASSWORD": self.password()}
+        code = f"from lewis_flows import watch; watch.poll([{recipe!r}])"
+        subprocess.run([sys.executable, "-c", code], env={**given, **self.environment, **own}, check=True, timeout=120)
 
     def answers(self) -> bool:
         """Whether the Prefect server does."""

@@ -15,7 +15,7 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 def recipe(command: argparse.ArgumentParser) -> None:
     """`RECIPE` and `--set KEY=VALUE`."""
-    command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    command.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe in the folder of recipes")
     command.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
         help="override a key of the recipe, for example lewis.density.max=0.7; may be repeated",
@@ -59,8 +59,22 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     return number
 
 
+def recipe_file(options: argparse.Namespace) -> str:
+    """The file of `options.recipe`, which may be the name of a recipe in the folder of recipes; kept there.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    given: str = options.recipe
+    if "/" not in given and not given.endswith((".yaml", ".yml")) and not Path(given).exists():
+        from lewis_flows import recipes_folder
+
+        options.recipe = str(recipes_folder.find(given))
+    return str(options.recipe)
+
+
 def load(options: argparse.Namespace) -> "Recipe":
     """The recipe of a command that takes one, with its `--set`."""
     from lewis.recipe.recipe import Recipe
 
-    return Recipe.load(options.recipe, options.overrides)
+    return Recipe.load(recipe_file(options), options.overrides)

@@ -37,7 +37,7 @@ def merge(options: argparse.Namespace) -> None:
     from lewis.recipe.documents import load_documents
     from lewis.store.writable import check_output_folder
 
-    documents = load_documents(options.recipe, options.output)
+    documents = load_documents(arguments.recipe_file(options), options.output)
     if documents and options.overrides:
         raise InputError(
             f"--set {options.overrides[0]}: the file holds {len(documents)} recipes; change it in the file"

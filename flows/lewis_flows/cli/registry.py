@@ -56,9 +56,12 @@ def approve(options: argparse.Namespace) -> None:
     name, number = _named(options.version)
     if options.refuse:
         promotion.refuse(name, number, options.why)
+        _tell(f"models:/{name}/{number}", options.why, approve=False)
         _say(options, {"refused": f"models:/{name}/{number}"}, f"models:/{name}/{number} is refused")
         return
-    _champion(options, name, number, promotion.approve(name, number, options.why))
+    before = promotion.approve(name, number, options.why)
+    _tell(f"models:/{name}/{number}", options.why, approve=True)
+    _champion(options, name, number, before)
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -100,13 +103,21 @@ def rollback(options: argparse.Namespace) -> None:
     _say(options, {"champion": champion}, f"{champion} is the champion again")
 
 
-def _tell() -> None:
-    """Tell the Prefect server that there is of the new champion; without one, the next to start is told."""
+def _tell(answered: str = "", why: str = "", *, approve: bool = True) -> None:
+    """Report the new champion to the Prefect server if there is one; without one, the next to start is told.
+
+    Args:
+        answered: the version that waited for this answer; the run that waits for it goes on.
+        why, approve: the answer.
+    """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running
 
     if url := running():
         with connected(url):
+            from lewis_flows import approval
             from lewis_tasks.support import moves
 
+            if answered:
+                approval.resume(answered, why, approve=approve)
             moves.tell()

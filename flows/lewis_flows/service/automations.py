@@ -100,20 +100,28 @@ def _event(name: str) -> EventTrigger:
 
 def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
     """Of each notification: its name, what triggers it, subject, body, description."""
-    failing = (*(each for each in prefect_runs.ALL if each != EVALUATE), "approve")  # its merge fails too
-    failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, VERIFY))  # a poll is repeated
+    failing = tuple(each for each in prefect_runs.ALL if each != EVALUATE)  # its merge fails too
+    failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, VERIFY))
     yield "lewis-notify-failure", failed, "a run failed", _RUN, "A run failed; its message says why."
     yield "lewis-notify-crash", died, "a run died", _RUN, "The process or machine of a run died."
     about = "The gate let a merge not pass."
     yield "lewis-notify-rejection", _runs("Rejected"), "a merge was rejected", _RUN, about
     about = "A person has to approve it."
-    yield "lewis-notify-approval", _runs("AwaitingApproval"), "a version waits for approval", _RUN, about
+    yield (
+        "lewis-notify-approval",
+        _runs("AwaitingApproval", "Suspended", flows=(MERGE,)),
+        "a version waits for approval",
+        _RUN,
+        about,
+    )
     about = "The Hub refused a champion."
     yield "lewis-notify-unpublished", _runs("Unpublished"), "a champion was not published", _RUN, about
     about = "A run waits for a device, or for its turn."
     yield "lewis-notify-waiting", _event(WAITING), "a run waits for long", _EVENT, about
     about = "A release could not be merged thrice."
     yield "lewis-notify-stuck", _event(release_event.STUCK), "a release is not merged", _EVENT, about
+    about = "A recipe cannot be watched."
+    yield "lewis-notify-watch", _event(release_event.UNWATCHED), "releases cannot be watched", _EVENT, about
     late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE), after="Late", within=LONG)
     yield "lewis-notify-late", late, "a run is late", _RUN_LATE, "No worker takes a run."
     yield NOTIFIES, _event(PROMOTED), "a new champion", _PROMOTED, "The alias champion has moved."

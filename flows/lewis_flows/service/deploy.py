@@ -1,8 +1,9 @@
 """Put work pool, device limit, deployments and automations on a Prefect server, and keep them up to date."""
 
+import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,23 @@ import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
+from tzlocal import get_localzone_name
 
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
 from lewis.input_files import read_bytes
 from lewis.recipe import yaml_text
-from lewis_flows import environment, polls, prefect_runs, recipes_folder
-from lewis_flows.service import orphaned_runs, schedules, worker
+from lewis_flows import environment, prefect_runs, recipes_folder
+from lewis_flows.service import orphaned_runs, recipe_deployments, worker
 from lewis_flows.service.automations import put_automations
+from lewis_flows.service.recipe_deployments import Folder, RecipeFile
 from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
 from lewis_tasks.support.device_slot import LIMIT, slots
 
+logger = logging.getLogger(__name__)
 POOL = work_queue.MERGES
 PREFECT_YAML = recipes_folder.SHIPPED.resolve() / "prefect.yaml"
 JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFECT_SERVER_", "PREFECT_WORKER_"))}
@@ -37,41 +41,69 @@ TEMPLATE: dict[str, Any] = {
 """The base job template of a work pool of processes."""
 
 
-def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> list[str]:
-    """Create or update the pool, the limit, the deployments of `file` and the automations.
+def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) -> list[str]:
+    """Bring a Prefect server up to date: as `deploy_service`, and the deployments of the recipes.
+
+    Args:
+        file: what to deploy beside the recipes.
+        say: called with what an operator changed and is kept, and with what an edited recipe leads to.
+
+    Returns:
+        The names of the recipes that can run.
+
+    Raises:
+        InputError: as `deploy_service`, or if the folder of recipes cannot be read.
+        LewisError: if Prefect refuses a deployment.
+    """
+    deploy_service(file)
+    follower = Follower(say)
+    follower.deploy()
+    return follower.runnable()
+
+
+def deploy_service(file: Path = PREFECT_YAML) -> None:
+    """Create or update the pool, the limit, the automations and the deployments of `file`.
 
     Where `LEWIS_EVALUATE_POOL` names a pool for evaluations, it is made too, and the deployment `evaluate` put into it.
     Where the recipes are in the store, their folder is made first if it is missing.
 
     Args:
-        file: what to deploy.
-        recipes: names of those that get a nightly schedule; by default, those in the folder that can run.
-
-    Returns:
-        The names of the recipes that have a nightly schedule now.
+        file: a `prefect.yaml`.
 
     Raises:
         InputError: if the file or the notification block is not there, or a setting is wrong.
         LewisError: if Prefect refuses a deployment.
     """
-    if not file.is_file():
-        raise InputError(
-            f"{file}: no such file; give the path of your prefect.yaml with --prefect-file, or leave it out"
-        )
-    recipes_folder.make()
-    recipes = schedules.Folder().runnable() if recipes is None else list(recipes)
+    content = _content(file)
     with get_client(sync_client=True) as client:
         for pool in {POOL, work_queue.pool()}:
             _put_pool(client, pool)
         _create_limit(client)
         put_automations(client)
+    if content.get("deployments"):
+        _deploy_file(file, content)
+    recipes_folder.make()
+
+
+def _content(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(
+            f"{file}: no such file; give the path of your prefect.yaml with --prefect-file, or leave it out"
+        )
     content = yaml_text.load(read_bytes(file, yaml_text.MAX_BYTES), str(file))
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
-    schedules.add_schedules(content, recipes)
-    for each in content.get("deployments") or []:
+    return content
+
+
+def _deploy_file(file: Path, content: dict[str, Any]) -> None:
+    """Deploy the content of a `prefect.yaml`."""
+    for each in content["deployments"]:
         if each.get("name") == prefect_runs.EVALUATE and work_queue.pool() != POOL:
             each["work_pool"] = {"name": work_queue.pool()}
+        for schedule in each.get("schedules") or []:
+            if "cron" in schedule:
+                schedule.setdefault("timezone", get_localzone_name() or "UTC")
     with store.scratch_folder("deploy") as scratch:
         complete = scratch / "prefect.yaml"
         complete.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -80,9 +112,6 @@ def deploy(file: Path = PREFECT_YAML, recipes: Sequence[str] | None = None) -> l
         # Check the output too: the command exits with 0 if it skips a file that it cannot read.
         if done.returncode or "successfully created" not in done.stdout:
             raise LewisError(f"{file}: prefect deploy refused it:\n{done.stdout}{done.stderr}")
-    with get_client(sync_client=True) as client:
-        schedules.remove_stale(client, content, recipes)
-    return recipes
 
 
 def _put_pool(client: SyncPrefectClient, name: str) -> None:
@@ -104,52 +133,67 @@ def _create_limit(client: SyncPrefectClient) -> None:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
 
 
-class Deployed:
-    """Keeps the deployments equal to the folder of recipes, while `lewis up` runs."""
+def begin(file: Path | None = None) -> None:
+    """Bring the server up to date after a start of the service: deployments, and runs that died.
 
-    def __init__(self, say: Callable[[str], None], prefect_file: Path | None = None) -> None:
+    Raises:
+        InputError, LewisError: as `deploy_service`.
+    """
+    crash_dead_runs()
+    deploy_service(file or PREFECT_YAML)
+    worker_died()  # if there was one, it is not there now
+    moves.tell()
+
+
+def worker_died() -> None:
+    """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
+    orphaned_runs.give_back(worker.name_of_up())
+
+
+class Follower:
+    """Keeps the deployments of the recipes equal to the folder."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
         """Deploy nothing yet.
 
         Args:
             say: called with what is done.
-            prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
         """
-        self._say, self._file = say, prefect_file or PREFECT_YAML
-        self._folder, self._recipes, self._told = schedules.Folder(), list[str](), ""
+        self._say, self._folder, self._known, self._problem = say, Folder(), list[RecipeFile](), ""
 
-    def begin(self) -> None:
-        """Bring the server up to date after a start of the service: deployments, runs that died, missed polls.
+    def runnable(self) -> list[str]:
+        """The names of the deployed recipes that can run."""
+        return [each.name for each in self._known if not each.why]
+
+    def deploy(self) -> None:
+        """Deploy what has changed in the folder since the last call.
 
         Raises:
-            InputError, LewisError: as `deploy`.
+            InputError: if the folder cannot be read.
+            httpx.HTTPError: if the server does not answer.
         """
-        self._say("deploying")
-        crash_dead_runs()
-        polls.drop_missed()
-        recipes_folder.make()
-        self._deploy(self._folder.runnable())
-        self.worker_died()  # if there was one, it is not there now
-        moves.tell()
-
-    def worker_died(self) -> None:
-        """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
-        orphaned_runs.give_back(worker.name_of_up())
+        files = self._folder.files()
+        with get_client(sync_client=True) as client:
+            for each in files:
+                for line in recipe_deployments.put(client, each) if each not in self._known else ():
+                    self._say(line)
+            recipe_deployments.remove_stale(client, {each.name for each in files})
+        self._known = files
 
     def follow(self) -> None:
-        """Deploy again if other recipes can run than those that were deployed.
+        """Deploy if the folder has changed; what does not succeed is logged, and done at a later call.
 
-        What does not succeed is told, and done at a later call: the folder or the server may be away for a moment.
+        The folder or the server may be away for a moment.
         """
         try:
-            if (now := self._folder.runnable()) != self._recipes:
-                self._deploy(now)
-            self._told = ""
-        except (LewisError, httpx.HTTPError) as error:
-            if (told := f"the recipes could not be deployed; trying again: {error}") != self._told:
-                self._say(told)
-            self._told = told
-
-    def _deploy(self, recipes: list[str]) -> None:
-        deploy(self._file, recipes)
-        self._recipes = recipes
-        self._say(f"recipes in {recipes_folder.folder()}: {', '.join(recipes) or 'none'}")
+            if (first := not self._known) or self._folder.files() != self._known:
+                self.deploy()
+                if self._known or first:
+                    self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
+            self._problem = ""
+        except (LewisError, httpx.HTTPError, PrefectException) as error:
+            no_pool = f"there is no work pool {POOL}: `lewis deploy` makes it"
+            why = no_pool if isinstance(error, ObjectNotFound) else error
+            if (problem := f"the recipes could not be deployed; trying again: {why}") != self._problem:
+                logger.warning("%s", problem)
+            self._problem = problem

@@ -21,7 +21,7 @@ from lewis.redact import redacted
 from lewis.registry import promotion, releases
 from lewis.registry.releases import Held
 from lewis_flows import polls, prefect_runs, recipes_folder, turn
-from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, WATCH, recipe_of
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
 from lewis_flows.service import note
 from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
@@ -174,16 +174,15 @@ def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
 
 
 def _running(client: SyncPrefectClient) -> list[Run]:
-    runs = _runs(client, (MERGE, SEARCH, EVALUATE, WATCH), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    runs = _runs(client, (MERGE, SEARCH, EVALUATE), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
     return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
 
 
 def _scheduled(client: SyncPrefectClient) -> list[Run]:
     """The next run of each deployment and recipe, the soonest first."""
-    # Ask for each flow by itself: the server gives 200 runs at most, and a poll every minute would leave no room for
-    # the nightly merges.
+    # Ask for each flow by itself: the server gives 200 runs at most.
     soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
-    runs = [run for flow in (MERGE, SEARCH, EVALUATE, WATCH) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    runs = [run for flow in (MERGE, SEARCH, EVALUATE) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
     first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
     described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))

@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from filelock import Timeout
@@ -69,16 +68,17 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         asks = settings.MLFLOW_AUTH.get() and any(part.name == "mlflow" for part in parts)
         known = urls | ({"mlflow_user": credentials.mlflow_user()} if asks else {})
         note.write(known)
+        os.environ.setdefault(settings.MLFLOW_UI.name, urls["mlflow"])  # for links
         # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
-        from lewis_flows.service.deploy import Deployed
+        from lewis_flows.service import deploy
 
-        deployed = Deployed(partial(say, "lewis"), prefect_file)
-        deployed.begin()
-        add(Process("worker", _worker(), {settings.MLFLOW_UI.name: urls["mlflow"]}, echo=_echo("worker", say)))
+        say("lewis", "deploying")
+        deploy.begin(prefect_file)
+        add(Process("worker", _worker(), {}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
         note.write(known | urls)
         ready(urls)
-        _keep_up(parts, say, {"worker": deployed.worker_died}, deployed.follow)
+        _keep_up(parts, say, {"worker": deploy.worker_died})
 
 
 def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
@@ -124,16 +124,10 @@ def _receiver(urls: dict[str, str], say: Say) -> Process:
     )
 
 
-def _keep_up(
-    parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]], follow: Callable[[], None]
-) -> None:
-    """Start again what ends, and follow the folder of recipes.
-
-    `died` says by the name of a part what is to be done before it starts again.
-    """
+def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]]) -> None:
+    """Start again what ends; `died` says by the name of a part what is to be done before it starts again."""
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
-    looked = time.monotonic()
     while True:
         time.sleep(0.5)
         for part in parts:
@@ -148,9 +142,6 @@ def _keep_up(
                 died[part.name]()
             part.start()
             started[part.name] = time.monotonic()
-        if time.monotonic() - looked > 5:
-            follow()
-            looked = time.monotonic()
 
 
 def _echo(name: str, say: Say) -> Callable[[str], None]:

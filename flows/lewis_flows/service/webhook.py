@@ -1,4 +1,6 @@
-"""The receiver of the Hub's webhooks: it turns a push to a repo that a recipe follows into the event of a release.
+"""The part of the service that lives: the receiver of the Hub's webhooks, the poll, and the recipes' deployments.
+
+A push to a repo that a recipe follows becomes the event of a release.
 
     PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.webhook
 
@@ -10,7 +12,9 @@ import hmac
 import logging
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from fastapi import FastAPI, Request
@@ -24,13 +28,15 @@ from lewis import settings
 from lewis.errors import InputError
 from lewis.redact import printable
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
-from lewis_flows import environment, json_logs, secret_blocks
+from lewis_flows import environment, json_logs, secret_blocks, watch
 from lewis_flows.service import credentials
+from lewis_flows.service.deploy import Follower
 from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
 
 logger = logging.getLogger("lewis.webhook")
 
+FOLLOW = 5.0  # seconds between two looks at the folder of recipes
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
@@ -159,8 +165,48 @@ def serve(host: str, port: int, secret: str) -> None:
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; set LEWIS_WEBHOOK_PORT") from error
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    loops = [
+        Loop("recipes", Follower(logger.info).follow, 5),
+        Loop("poll", watch.poll_once, settings.POLL_SECONDS.get()),
+    ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for loop in loops:
+            loop.stop()
+
+
+class Loop:
+    """Does something again and again in a thread, until it is stopped."""
+
+    def __init__(self, name: str, do: Callable[[], None], pause: float) -> None:
+        """Begin.
+
+        Args:
+            name: of the thread, for logs.
+            do: what is done; if it raises, that is logged, and it is done again.
+            pause: seconds; 0: it is never done.
+        """
+        self._do, self._pause, self._over = do, pause, threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it; returns immediately, also while something is done."""
+        self._over.set()
+
+    def _run(self) -> None:
+        before = ""
+        while self._pause and not self._over.is_set():
+            try:
+                self._do()
+                before = ""
+            except Exception as error:  # whatever it is, the next time comes
+                if (now := f"{type(error).__name__}: {error}") != before:
+                    logger.warning("%s: %s", self._thread.name, now, exc_info=error)
+                before = now
+            self._over.wait(self._pause)
 
 
 def _secret() -> str:
@@ -195,7 +241,7 @@ def main() -> int:
     try:
         environment.prepare()
         handlers = [json_logs.JsonLines()] if json_logs.is_json() else None
-        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=handlers)
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=handlers, force=True)
         logger.setLevel(logging.INFO)
         credentials.find()
         host, port = settings.WEBHOOK_HOST.get(), settings.WEBHOOK_PORT.get()

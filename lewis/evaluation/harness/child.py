@@ -215,11 +215,7 @@ def evaluate(
 
 
 def _load(manager: Any, tasks: list[str]) -> Any:
-    """The tasks with their data.
-
-    Raises:
-        ValueError: naming the task whose YAML or data lm-eval cannot use; lm-eval's own error names none.
-    """
+    """The tasks with their data."""
     try:
         return manager.load(tasks)
     except Exception:
@@ -233,11 +229,7 @@ def _load(manager: Any, tasks: list[str]) -> Any:
 
 
 def _half(task: Any, documents: str, limit: int | float | None) -> list[int]:
-    """Indices of the documents in one of two halves; a document's hash decides its half.
-
-    Raises:
-        ValueError: if the half is empty.
-    """
+    """Indices of the documents in one of two halves; a document's hash decides its half."""
     wanted = ("search", "confirm").index(documents)
     indices = [i for i, doc in enumerate(task.eval_docs) if int(_hash(doc), 16) % 2 == wanted]
     if limit is not None:

@@ -57,12 +57,7 @@ class EvalSettings:
 
     @classmethod
     def of(cls, block: Evaluate, root: Path) -> "EvalSettings":
-        """The settings of a recipe's `evaluate` block.
-
-        Args:
-            block: of the recipe.
-            root: the recipe's folder.
-        """
+        """The settings of a recipe's `evaluate` block."""
         others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes"})
         return cls(root=root, timeout_s=60 * block.timeout_minutes, **others)
 
@@ -108,12 +103,7 @@ def tasks_digest(settings: EvalSettings) -> str:
 
 
 def evaluate(
-    model: Path,
-    settings: EvalSettings,
-    *,
-    adapter: Path | None = None,
-    device: str = "cpu",
-    progress: Report = silent,
+    model: Path, settings: EvalSettings, *, adapter: Path | None = None, device: str = "cpu", progress: Report = silent
 ) -> Evaluated:
     """Score a model with lm-eval in a child process.
 

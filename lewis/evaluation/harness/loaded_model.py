@@ -76,9 +76,6 @@ def _keep_rows(adapter: str | None) -> Iterator[None]:
     lm-eval resizes the base's embeddings to the number of tokens, for adapters with tokens of their own. Many bases
     have more rows than tokens. An adapter that saves all of them would then not load, and one that does not would be
     scored on fewer tokens than its base.
-
-    Args:
-        adapter: folder of the adapter; None changes nothing.
     """
     if adapter is None:
         yield

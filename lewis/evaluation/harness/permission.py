@@ -28,10 +28,6 @@ _GENERATION = ("custom_generate", "trust_remote_code")  # of transformers: these
 def check_code(name: str, task: TaskFile, allowed: bool) -> None:
     """Check that the recipe allows the code that a task file runs, and that there is a sandbox for generated code.
 
-    Args:
-        name: of the task, for the message.
-        allowed: what the recipe says in `evaluate.allow_code_execution`.
-
     Raises:
         InputError: if the file runs code and the recipe does not allow it, or if the task runs what the model writes
             (`unsafe_code: true`) and this machine cannot create the sandbox.

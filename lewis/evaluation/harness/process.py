@@ -28,8 +28,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub import get_token
-
 from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.sandbox.isolation import namespaces, way_to_the_hub, without_secrets
@@ -72,6 +70,8 @@ def run(
     Raises:
         LewisError: if the time limit passes or the process fails, with the end of its output.
     """
+    from huggingface_hub import get_token  # brings the Hub's client with it
+
     output = _Output(progress)
     common = without_secrets(os.environ) | (way_to_the_hub(os.environ) if hub else {})
     secret = get_token() if token else None

@@ -152,11 +152,7 @@ def _wait(
 
 
 def _models(url: str, *, direct: bool) -> list[str]:
-    """The names of the models that a server has.
-
-    Raises:
-        LewisError: if it does not answer so.
-    """
+    """The names of the models that a server has."""
     handlers = [urllib.request.ProxyHandler({})] if direct else []
     secret = key().get("OPENAI_API_KEY")
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {secret}"} if secret else {})

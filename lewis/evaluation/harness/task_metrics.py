@@ -54,12 +54,7 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
 
 
 def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
-    """What each task will give; None if a group defines or changes its members, so that their files do not say.
-
-    Args:
-        tasks: as in the recipe.
-        root: the recipe's folder.
-    """
+    """What each task will give; None if a group defines or changes its members, so that their files do not say."""
     found = find_tasks(tasks, root)
     scores: dict[str, Sequence[str] | None] = {}
     pending = list(found.names)

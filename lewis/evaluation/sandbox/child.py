@@ -166,11 +166,7 @@ class _Tests:
         self._exchange = exchange
 
     def run(self, tests: str, names: list[str]) -> None:
-        """Run the tests; the error of the first that fails is raised.
-
-        Args:
-            names: the program's.
-        """
+        """Run the tests; the error of the first that fails is raised."""
         code = compile(tests, "tests.py", "exec")
         exec(code, {"__name__": "__main__", **{name: self._value(name) for name in _needed(code, names)}})
 
@@ -261,11 +257,7 @@ class _Line:
 
 
 def serve(source: str, line: _Line) -> None:
-    """The program's process: load the program, then answer until the tests' process ends.
-
-    Args:
-        source: of the program.
-    """
+    """The program's process: load the program, then answer until the tests' process ends."""
     ours, program = os.getpid(), None
     loaded: dict[str, Any] = {}
     try:

@@ -64,10 +64,6 @@ def compare(
 ) -> Comparison:
     """Compare two models document by document.
 
-    Args:
-        candidate, reference: of the same metric.
-        who: what the error message calls the reference.
-
     Raises:
         PairingError: if the two were not scored on the same documents.
     """

@@ -34,9 +34,6 @@ class Scored:
     def of(cls, label: str, key: str, found: Evaluated, weights: Mapping[str, float] | None = None) -> "Scored":
         """One model of an evaluation; weights add the weighted mean to lm-eval's metrics.
 
-        Args:
-            weights: `evaluate.weights` of the recipe.
-
         Raises:
             InputError: if a weight names a score that does not exist.
         """

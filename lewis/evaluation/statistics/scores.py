@@ -178,9 +178,6 @@ class Evaluated:
     def of(cls, model: str, content: Mapping[str, Any]) -> "Evaluated":
         """Read what the harness returned, or what the store has of it.
 
-        Args:
-            model: for the error message.
-
         Raises:
             LewisError: if a score is not finite, or there is no score.
         """

@@ -52,12 +52,7 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
 
 
-def fit(
-    merge: Prepared,
-    folder: Path,
-    progress: Report | None = None,
-    threads: int | None = None,
-) -> Fitted:
+def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:

@@ -63,11 +63,7 @@ class Choice:
 
 
 def choose(
-    merge: Prepared,
-    folder: Path,
-    fit: Fit,
-    progress: Report | None = None,
-    threads: int | None = None,
+    merge: Prepared, folder: Path, fit: Fit, progress: Report | None = None, threads: int | None = None
 ) -> Choice:
     """Fit the merge with each of `RIDGES` to three of four rows, and find the loss on the others.
 

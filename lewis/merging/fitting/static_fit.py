@@ -34,12 +34,7 @@ from lewis.progress import Report
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
 
-def fit(
-    merge: Prepared,
-    folder: Path,
-    progress: Report | None = None,
-    threads: int | None = None,
-) -> Fitted:
+def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:

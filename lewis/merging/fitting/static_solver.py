@@ -72,12 +72,6 @@ def solve_group(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Fit tensors that share their inputs, one after another.
 
-    Args:
-        merge: whose method fits.
-        statistics: of each expert.
-        group: the tensors.
-        jobs: runs what is computed.
-
     Yields:
         Tensor name, and what was fitted, in the dtype of the output; not of those that no token reached.
 

@@ -125,17 +125,7 @@ def align(
 def _vocabulary_to_match(
     policy: Tokenizer, donor: Path, models: Sequence[Model], sizes: Sequence[int]
 ) -> Mapping[str, int] | None:
-    """Token -> id of the first model, which is the base; None if no rows have to be matched, or none can be.
-
-    Args:
-        policy: whose tokens the result has.
-        donor: folder of its tokenizer.
-        models: the base, then the experts.
-        sizes: rows of their embeddings.
-
-    Raises:
-        InputError: if the vocabulary is needed and cannot be read.
-    """
+    """Token -> id of the first model, which is the base; None if no rows have to be matched, or none can be."""
     of_one_size = len(set(sizes)) == 1
     as_they_are = of_one_size and not policy.tokens and policy.pad_to_multiple_of is None
     if as_they_are and all(same(donor, tokenizer_folder(model)) for model in models):
@@ -164,16 +154,7 @@ def _target(
     chosen: int,
     rows: int,
 ) -> Target:
-    """The tokens of the result, and the row of each.
-
-    Args:
-        policy: whose tokens the result has.
-        donated: token -> id of the donor's tokenizer.
-        models: the base, then the experts.
-        ids: of each model, token -> row.
-        chosen: number of the model whose tokenizer the result has.
-        rows: of that model's embeddings.
-    """
+    """The tokens of the result, and the row of each."""
     added = union(models[0], models[1:], ids[1:]) if policy.source == "union" else []
     there = {**donated, **{entry["content"]: entry["id"] for entry in added}}
     after = 1 + max(there.values(), default=-1)

@@ -40,12 +40,7 @@ class Target:
     added: Sequence[Mapping[str, Any]] = ()
 
     def finish(self, folder: Path, source: Mapping[str, Any]) -> None:
-        """Change the result's config and tokenizer files, copied from base and donor, to this vocabulary.
-
-        Args:
-            folder: of the result.
-            source: the donor's config, for the ids of special tokens.
-        """
+        """Change the result's config and tokenizer files, copied from base and donor, to this vocabulary."""
         path = folder / "config.json"
         config = json.loads(path.read_text())
         before = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))

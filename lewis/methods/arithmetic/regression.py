@@ -66,21 +66,12 @@ def keeps_rows(size: int, tokens: int) -> bool:
 
     So it is with fewer tokens than half of the inputs, since the products are symmetric. A layer with more than
     `DUAL_ABOVE` inputs always keeps rows, at most `DUAL_TOKENS` of them.
-
-    Args:
-        size: number of inputs of the layer.
-        tokens: rows of inputs.
     """
     return size > DUAL_ABOVE or tokens < size // 2
 
 
 def sampled(size: int, tokens: int, total: int) -> torch.Tensor | None:
     """Which of an expert's tokens a layer is fitted on in the dual form: an even share of a very wide layer's.
-
-    Args:
-        size: inputs of the layer.
-        tokens: of the expert.
-        total: of all experts.
 
     Returns:
         Ascending indices, int64; None for all tokens.

@@ -140,11 +140,7 @@ def drop(task_vector: torch.Tensor, density: float, stream: Stream) -> torch.Ten
 
 
 def drop_by_rank(
-    task_vector: torch.Tensor,
-    density: float,
-    epsilon: float,
-    stream: Stream,
-    scale: torch.Tensor | None = None,
+    task_vector: torch.Tensor, density: float, epsilon: float, stream: Stream, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Keep each element with a probability that grows with the rank of its size in its row (DELLA's MagPrune).
 

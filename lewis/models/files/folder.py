@@ -42,10 +42,6 @@ def needed(names: Iterable[str]) -> list[str]:
 def check_weights(ref: str, names: Iterable[str]) -> None:
     """Check that a model has safetensors weights, or an index that says which are missing.
 
-    Args:
-        ref: the model, for the error message.
-        names: of its files.
-
     Raises:
         InputError: if it has neither.
     """
@@ -58,10 +54,6 @@ def check_weights(ref: str, names: Iterable[str]) -> None:
 
 def refuse_pickled(ref: str, names: Iterable[str]) -> None:
     """Refuse a model without safetensors weights that has pickled ones.
-
-    Args:
-        ref: the model, for the error message.
-        names: of its files.
 
     Raises:
         InputError: if one of the files is pickled.
@@ -115,12 +107,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def copy_tokenizer(donor: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation_config of `donor`, byte by byte.
-
-    Args:
-        donor: the folder of the model whose tokenizer the result gets.
-        folder: where to.
-    """
+    """Copy tokenizer, chat template and generation_config of `donor`, byte by byte."""
     for path in tokenizer_files(donor):
         shutil.copyfile(path, folder / path.name)
 

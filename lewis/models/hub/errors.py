@@ -24,12 +24,7 @@ CLIENT_ERRORS = (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL, Safet
 
 
 def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
-    """The error to raise instead of one of CLIENT_ERRORS. It quotes no HTTP header: the token is in one.
-
-    Args:
-        ref: the model or dataset, as the user wrote it.
-        endpoint: URL of the Hub that was asked.
-    """
+    """The error to raise instead of one of CLIENT_ERRORS. It quotes no HTTP header: the token is in one."""
     # The client may raise "not in the local cache" with the server's answer as its cause; the answer says more.
     error = next((e for e in _chain(error) if isinstance(e, HfHubHTTPError)), error)
     server = urlsplit(endpoint).netloc.rpartition("@")[2]

@@ -237,10 +237,6 @@ def _remembered_listing(source: str, commit: str) -> Listing | None:
 def remember_listing(source: str, info: Any) -> Listing:
     """Keep the files of a commit in the store.
 
-    Args:
-        source: `org/name`.
-        info: what `HfApi.model_info` said, with `files_metadata`.
-
     Raises:
         InputError: if a file's name leads out of its folder.
     """

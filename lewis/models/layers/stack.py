@@ -52,10 +52,6 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
     Of a model with several (towers of images or sound beside a language model) it is the one whose embedding of tokens
     is beside it.
 
-    Args:
-        ref: of the model, for error messages.
-        names: of its tensors, tied ones included.
-
     Raises:
         InputError: if there is none, or it is not clear which one text goes through alone.
     """

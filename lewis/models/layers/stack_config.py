@@ -131,7 +131,8 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 def _with_derived(origin: Origin) -> dict[str, Any]:
     """What a config says of its layers, with the lists that transformers derives of its rules."""
     block = _block(dict(origin.config))
-    rules = [key for key in _DERIVED if block.get(key) and not (key == "sliding_window" and _all_alike(block))]
+    alike = "sliding_window" if block.get("use_sliding_window") is False else ""
+    rules = [key for key in _DERIVED if block.get(key) and key != alike]
     whole = "text_config" not in origin.config  # a block in a larger config leaves out what is as usual
     if (whole and not rules) or "layer_types" in block:
         return block
@@ -153,10 +154,6 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
             "no list that could follow them; write layer_types into the config, or use models"
         )
     return {**block, **added}
-
-
-def _all_alike(block: Mapping[str, Any]) -> bool:
-    return block.get("use_sliding_window") is False
 
 
 def _is_list(key: str, value: Any, layers: int) -> bool:

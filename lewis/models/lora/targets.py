@@ -137,7 +137,9 @@ class Targets:
             change = self._factors(name, parts, stack, self._is_transposed(name, parts, stack))
             yield _Target(name, parts["A"], change, module in parameters)
             if "bias" in parts:
-                yield _Target(f"{module}.bias", parts["bias"], self._added_bias(parts["bias"], change.scale))
+                bias = parts["bias"]
+                added = AddedBias(self._raw, bias, change.scale, self._file.places[bias].shape)
+                yield _Target(f"{module}.bias", bias, added)
 
     def _factors(self, name: str, parts: Mapping[str, str], stack: int, transposed: bool) -> LowRank:
         a, b = (self._file.places[parts[part]].shape for part in "AB")
@@ -162,9 +164,6 @@ class Targets:
         if magnitude and prod(self._file.places[magnitude].shape) != outputs:
             raise InputError(f"{self._where}: {magnitude!r} has not one number for each of the {outputs} outputs")
         return LowRank(self._raw, parts["A"], parts["B"], scale, shape, transposed, magnitude, stack)
-
-    def _added_bias(self, key: str, scale: float) -> AddedBias:
-        return AddedBias(self._raw, key, scale, self._file.places[key].shape)
 
     def _expected(self, name: str, stack: int) -> tuple[int, ...] | None:
         """The shape of a weight where it is known before it is placed."""
@@ -224,7 +223,8 @@ class Targets:
     @cached_property
     def _theirs(self) -> Layout:
         """The weights that the base has no tensor of that name for."""
-        return Layout(self._network, {t.name: t.change.shape for t in self._targets if not self._has(t)})
+        known = (*self._base.tensors, *self._base.tied)
+        return Layout(self._network, {t.name: t.change.shape for t in self._targets if t.name not in known})
 
     def _called(self, name: str) -> str | None:
         """The base's tensor that a weight is; None if there is none."""
@@ -236,9 +236,6 @@ class Targets:
         return next(
             (each for each, its in self._ours.roles.items() if its == role and each in self._base.tensors), None
         )
-
-    def _has(self, target: _Target) -> bool:
-        return target.name in self._base.tensors or target.name in self._base.tied
 
     def _find_parameters(self) -> dict[str, str]:
         """Path in the adapter's keys -> the network's parameter, for an adapter with `target_parameters`."""

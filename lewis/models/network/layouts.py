@@ -100,11 +100,6 @@ def parts_of(parameter: str, outputs: int, config: Any) -> dict[str, Rows]:
 
     `qkv_proj`, `Wqkv` (Phi-3, MPT) and `c_attn` (GPT-2) hold all of q, then k, then v; `query_key_value` (GPT-NeoX,
     BLOOM, Falcon) holds for each group of heads its q, k and v; `gate_up_proj` holds gate, then up.
-
-    Args:
-        parameter: full name of the weight.
-        outputs: its output rows.
-        config: of the model.
     """
     text = config.get_text_config()
     name = parameter.lower().removesuffix(".weight").rpartition(".")[2]

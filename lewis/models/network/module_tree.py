@@ -154,12 +154,7 @@ class Network:
         return self._placing.unplaced
 
     def value(self, parameter: str, read: Any) -> torch.Tensor:
-        """Make a parameter from the checkpoint.
-
-        Args:
-            parameter: full name.
-            read: checkpoint tensor -> its value.
-        """
+        """Make a parameter from the checkpoint."""
         return self._placing.value(parameter, read)
 
     def computed(self, parameter: str) -> torch.Tensor | None:

@@ -29,10 +29,6 @@ _TABLES = (
 def build(folder: Path, dtype: torch.dtype) -> Any:
     """The model of a folder without weights, its buffers on the CPU.
 
-    Args:
-        folder: for its config.json.
-        dtype: of the parameters.
-
     Raises:
         InputError: if transformers has no class for it or cannot build it, or it needs code that comes with the model.
     """

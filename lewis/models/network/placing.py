@@ -25,12 +25,7 @@ class Placing:
     """
 
     def __init__(self, module: Any, tensors: Shapes) -> None:
-        """Find the parameter of each tensor.
-
-        Args:
-            module: the network, on the meta device.
-            tensors: name -> shape in the checkpoint.
-        """
+        """Find the parameter of each tensor."""
         self.module = module
         self.state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
         self.sources: dict[str, list[tuple[str, str | None]]] = {}
@@ -51,12 +46,7 @@ class Placing:
                     self.converters[target], self.firsts[target] = of_pattern[pattern], name
 
     def value(self, parameter: str, read: Read) -> torch.Tensor:
-        """Make a parameter from the checkpoint.
-
-        Args:
-            parameter: full name.
-            read: checkpoint tensor -> its value.
-        """
+        """Make a parameter from the checkpoint."""
         found = self.sources[parameter]
         converter = self.converters.get(parameter)
         if converter is None:

@@ -87,11 +87,6 @@ def differ(base: Shapes, model: Shapes) -> bool:
 def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     """Find the base's tensors in a model by the tables of transformers; no weight is read.
 
-    Args:
-        home: folder with the base's config.json.
-        base: its tensors, with those that are tied.
-        model: likewise.
-
     Returns:
         What the model has of them; None if it has the base's names, or transformers knows no other names for them.
     """
@@ -253,13 +248,7 @@ class Conversions:
         self._own: dict[Role, str] = {role: tensor for tensor, role in base.roles.items()}
 
     def sources(self, name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[str, ...]:
-        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read.
-
-        Args:
-            name: the base's tensor.
-            shape: its shape.
-            shapes: of the model's tensors.
-        """
+        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read."""
         asked: dict[str, None] = {}
 
         def read(tensor: str) -> torch.Tensor:
@@ -274,12 +263,7 @@ class Conversions:
         return tuple(asked) if fits else ()
 
     def make(self, name: str, read: Read) -> dict[str, torch.Tensor]:
-        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made.
-
-        Args:
-            name: the base's tensor.
-            read: the model's tensor -> its value.
-        """
+        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made."""
         if name not in self._ours.runs:
             return self._reverted(name, read)
         parts = []

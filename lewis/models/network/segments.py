@@ -43,12 +43,7 @@ class Layout:
     """
 
     def __init__(self, module: Any, tensors: Shapes) -> None:
-        """Find the runs.
-
-        Args:
-            module: the network, on the meta device.
-            tensors: name -> shape in the checkpoint.
-        """
+        """Find the runs."""
         self.placing, self._shapes = Placing(module, tensors), tensors
         self.runs: dict[str, tuple[Run, ...]] = dict(self._find())
         self.roles = self._find_roles()

@@ -78,10 +78,6 @@ class Settings:
 def settings_of(where: object, config: Mapping[str, Any]) -> Settings | None:
     """How a config says that its weights are quantised; None if it does not say that they are.
 
-    Args:
-        where: the model, for error messages.
-        config: the parsed config.json.
-
     Raises:
         InputError: naming the method, if it is not read.
     """

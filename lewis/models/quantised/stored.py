@@ -66,11 +66,7 @@ class Packed:
     dtype: str = ""
 
     def values(self, read: Read) -> np.ndarray:
-        """The weight in fp32, in its shape.
-
-        Args:
-            read: reads a stored tensor.
-        """
+        """The weight in fp32, in its shape."""
         return self.decode({role: read(name) for role, name in self.parts.items()})
 
 

@@ -23,6 +23,7 @@ from lewis.redact import redacted
 from lewis.reports.run_report import duration, short
 
 logger = logging.getLogger(__name__)
+EDITED = "edited"  # tag of a run that an edit of its recipe started
 MAX_NAMED = 4  # commits in the name of a run; a list of runs has no room for more
 
 
@@ -69,9 +70,11 @@ HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_c
 
 
 def trigger(run: FlowRun) -> str:
-    """What started a run, in a word: `search`, `schedule`, `release` or `hand`; `why` has the sentence."""
+    """What started a run, in a word: `search`, `edit`, `schedule`, `release` or `hand`; `why` has the sentence."""
     if run.parent_task_run_id:
         return "search"
+    if EDITED in run.tags:
+        return "edit"
     kind = run.created_by.type if run.created_by else None
     return {"SCHEDULE": "schedule", "AUTOMATION": "release"}.get(str(kind), "hand")
 
@@ -116,6 +119,8 @@ def why(run: FlowRun) -> str:
     made = run.created_by
     if run.parent_task_run_id:
         return "by another flow"
+    if EDITED in run.tags:
+        return "because the recipe was edited"
     if made is None or made.type not in ("SCHEDULE", "AUTOMATION"):
         return "by hand"
     # The server may have forgotten the schedule or event; then fall back to the name that is kept in the run.

@@ -18,7 +18,7 @@ from lewis_flows import prefect_runs
 from lewis_flows.service import orphaned_runs
 
 
-@flow(name=prefect_runs.WATCH)
+@flow(name=prefect_runs.VERIFY)
 def _watch() -> None:
     """Stands for the poll."""
 

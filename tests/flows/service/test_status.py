@@ -200,7 +200,7 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     (recipes / "night.yaml").write_text((RECIPE % "night").replace("org/", "./"))
     soon = datetime.now(UTC) + timedelta(minutes=30)
     flow_id = client.create_flow(_merge)
-    deployment = client.create_deployment(flow_id, "merge-nightly", parameters={"recipe": "night"})
+    deployment = client.create_deployment(flow_id, "night", parameters={"recipe": "night"})
     for hours in (1, 0):  # the later one is created first
         client.create_flow_run_from_deployment(
             deployment, state=Scheduled(scheduled_time=soon + timedelta(hours=hours))
@@ -220,12 +220,12 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     assert (run.name, run.state) == ("going on", "Running") and run.since and search.name == "tries"
     assert run.message.startswith("waits for its turn") and not search.message
     (run,) = [run for run in found.scheduled or [] if run.recipe == "night"]
-    assert (run.deployment, run.state, run.since) == ("merge-nightly", "Scheduled", soon)
+    assert (run.deployment, run.state, run.since) == ("night", "Scheduled", soon)
     search, run = [run for run in found.finished or [] if run.recipe == "night"]
     assert (search.name, search.state) == ("tried", "Completed")
     assert (run.name, run.state, run.message) == ("newer", "Failed", "org/math: the Hub refuses [404]")
     text = as_text(found, datetime.now(UTC), 200)
-    assert "(merge-nightly)" in text and "in 30 min (" in text and "the Hub refuses [404]" in text
+    assert "in 30 min (" in text and "the Hub refuses [404]" in text
     assert Status.model_validate_json(found.model_dump_json()) == found
 
 

@@ -78,6 +78,7 @@ def service(
         for name in ("one", "two"):
             add_recipe(service, name, "shared")
         with service:
+            service.until(lambda: service.deployment("two"), 120)  # the last one
             schedule_once(service, "cron", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))
             yield service
 
@@ -94,10 +95,10 @@ def register_before(service: Service) -> None:
 
 def schedule_once(service: Service, recipe: str, when: datetime) -> None:
     """Add a cron schedule; Prefect plans new ones once a minute."""
-    nightly = service.ask("/deployments/name/merge/merge-nightly")
+    found = service.until(lambda: service.deployment(recipe), 60)
     schedule = {"cron": f"{when.minute} {when.hour} * * *", "timezone": "Europe/Berlin"}
-    body = [{"schedule": schedule, "parameters": {"recipe": recipe}, "slug": "once", "active": True}]
-    service.ask(f"/deployments/{nightly['id']}/schedules", body)
+    body = [{"schedule": schedule, "slug": "once", "active": True}]
+    service.ask(f"/deployments/{found['id']}/schedules", body)
 
 
 def add_recipe(service: Service, name: str, expert: str) -> None:
@@ -154,7 +155,7 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     assert urllib.request.urlopen(signed_in, timeout=30).read(4) == b"\x89PNG"
     service.until(lambda: any("models:/scored/1 is the champion" in each["body"] for each in service.sink.received), 30)
 
-    service.start_run("merge/merge-on-release", recipe="scored")
+    service.start_run("merge/scored")
     again = service.finished("scored", 2)[-1]
     assert again["state_name"] == "Cached" and again["total_run_time"] < 20
     assert len(service.versions("scored")) == 1
@@ -178,8 +179,7 @@ def test_what_the_receiver_missed_is_found_by_the_poll(service: Service, family:
 
 @full
 def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
-    nightly = service.ask("/deployments/name/merge/merge-nightly")
-    named = {each["slug"]: each for each in nightly["schedules"]}
+    named = {each["slug"]: each for each in service.deployment("cron")["schedules"]}
     assert {name: {"recipe": name} for name in NAMES}.items() <= {k: v["parameters"] for k, v in named.items()}.items()
     (run,) = service.finished("cron", 1, 240)
     minute, hour = map(int, named["once"]["schedule"]["cron"].split()[:2])
@@ -190,29 +190,27 @@ def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
 
 @full
 def test_a_recipe_that_is_dropped_in_is_picked_up(service: Service, family: Family) -> None:
-    """And five commits in ten seconds are one merge, of the newest."""
+    """And five commits in ten seconds are one merge, of the newest; an edit is one more."""
     add_recipe(service, "late", "late")
+    service.until(lambda: service.deployment("late"), 60)
     for seed in range(20, 25):
         began = time.monotonic()
         sha = release(service, "late", family, seed)
         time.sleep(max(0, 2.2 - (time.monotonic() - began)))
     assert [run["state_name"] for run in service.finished("late", 1)] == ["Promoted"]
     assert merged_from(service, "late") == [sha]
-    assert "late" in nightly(service)
     recipe = service.recipes / "late.yaml"
     text = recipe.read_text()
+    recipe.write_text(f"# Late, and edited.\n{text}")
+    assert "trigger:edit" in service.finished("late", 2)[-1]["tags"]
+    assert service.deployment("late")["description"].startswith("Late, and edited.")
     recipe.write_text("models: [")
-    service.until(lambda: "late" not in nightly(service), 60)
-    recipe.write_text(text)
-    service.until(lambda: "late" in nightly(service), 60)
+    service.until(lambda: service.deployment("late")["paused"], 60)
+    recipe.write_text(f"# Late, and edited.\n{text}")
+    service.until(lambda: not service.deployment("late")["paused"], 60)
     recipe.unlink()
-    service.until(lambda: "late" not in nightly(service), 60)
-    assert set(NAMES) <= nightly(service)
-
-
-def nightly(service: Service) -> set[str]:
-    """The names of the nightly schedules."""
-    return {each["slug"] for each in service.ask("/deployments/name/merge/merge-nightly")["schedules"]}
+    service.until(lambda: service.deployment("late") is None, 60)
+    assert all(service.deployment(name) for name in NAMES)
 
 
 @full
@@ -274,7 +272,7 @@ def test_a_stumbling_hub_gives_the_right_model(service: Service, family: Family)
 
 
 def test_pages_of_other_sites_get_nothing(service: Service) -> None:
-    found = service.ask("/deployments/name/merge/merge-on-release")
+    found = service.deployment("scored")
     runs = len(service.runs("scored"))
     command = {"parameters": {"recipe": "scored"}, "job_variables": {"command": f"touch {service.home}/evil"}}
     evil, page = {"Origin": "http://evil.example"}, {"Host": "evil.example"}

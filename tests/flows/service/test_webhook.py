@@ -83,7 +83,7 @@ def receiving(folder: Path, api: str) -> Iterator[Receiver]:
     (recipes / "broken.yaml").write_text("models: [")  # must not stop the others
     logs = folder / "receiver.log"
     variables = {"LEWIS_WEBHOOK_SECRET": SECRET, "LEWIS_WEBHOOK_PORT": "0", "LEWIS_RECIPES": str(recipes)}
-    variables |= {"PREFECT_API_URL": api, "LEWIS_HOME": str(folder / "home")}
+    variables |= {"PREFECT_API_URL": api, "LEWIS_HOME": str(folder / "home"), "LEWIS_POLL_SECONDS": "0"}
     with logs.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "lewis_flows.service.webhook"],

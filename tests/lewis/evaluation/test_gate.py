@@ -185,6 +185,7 @@ def test_an_unknown_metric_names_the_nearest_and_other_documents_are_an_error() 
         verdict(gate(), ours, model("base", maths=right(40, of=80)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [30, 200])
 @pytest.mark.parametrize("agreement", [0.0, 0.8])
 def test_two_copies_of_one_model_are_promoted_in_at_most_five_of_a_hundred_cases(

@@ -77,6 +77,7 @@ def test_an_input_that_several_share_is_kept_once(tmp_path: Path) -> None:
     assert len(kept) == len(load_file(tmp_path / "grams" / "model.layers.1.squares.safetensors")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe"])
 def test_stacked_experts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert by itself; gate and up share their input; one that no token reached has nothing."""
@@ -247,6 +248,7 @@ class TestStore:
         assert step.find_or_measure_grams(model, CALIBRATION) == folder  # it is found damaged before it is read
         assert path.read_bytes() == content
 
+    @pytest.mark.slow
     def test_a_pass_that_was_killed_does_not_sum_up_again_what_is_written(
         self, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

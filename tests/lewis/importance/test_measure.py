@@ -171,6 +171,7 @@ class TestMeasure:
         norms_of(Checkpoint(family.base, "key"))
 
 
+@pytest.mark.slow
 class TestSets:
     OTHER = Calibration("other", ((30, 31), (40, 41, 42, 43), (5,)))
 

@@ -29,6 +29,7 @@ def test_a_topic_is_told_by_name_then_by_card(told: tuple[str, ...], expected: s
     assert topic_of(*told).name == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topic", [topic for topic in (*TOPICS, GENERAL) if topic.task], ids=lambda topic: topic.name)
 def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
     """Its rows are what lm-eval itself reads, and its score is one that lm-eval gives."""
@@ -42,6 +43,7 @@ def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
     assert chosen in [each["name"] for each in config.get("filter_list") or [{"name": "none"}]]
 
 
+@pytest.mark.slow
 def test_it_writes_a_recipe_that_fits(
     family: Family, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

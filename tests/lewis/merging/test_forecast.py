@@ -53,6 +53,7 @@ def test_time_grows_with_the_elements(merge_of: Any, monkeypatch: pytest.MonkeyP
     assert len(done) == 1 + 1 + 2 + 8 and list(store.home().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_of_whole_tensors_grows_with_the_largest(
     merge_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_memory_of_whole_tensors_grows_with_the_largest(
     assert without_models(METHODS["whole"], 1 << 22, 3) - without_models(METHODS["whole"], 1 << 20, 3) > 3 << 22
 
 
+@pytest.mark.slow
 def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,7 @@ def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
     assert forecast(merge).memory == 1000 + 300 * 7 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ties", "ram"])
 def test_memory_of_what_goes_by_chunks_or_rows_does_not(
     method: str, merge_of: Any, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 class TestKilled:
     @pytest.fixture(scope="class")
     def dead(self, family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lewis.errors import InputError, LewisError
-from lewis.merging.prepare import prepare
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert
 from lewis.merging.sliced import Stack
+from lewis.merging.step import prepare
 from lewis.models.chat_template import template_in
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.files.folder import INDEX

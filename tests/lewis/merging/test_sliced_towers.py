@@ -33,6 +33,7 @@ def loaded(kind: str, folder: Path) -> Any:
     return type(tiny(kind)).from_pretrained(folder).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "mllama"])
 def test_the_language_model_is_stacked_and_the_towers_come_from_the_first_slice(kind: str, tmp_path: Path) -> None:
     one, other = two(kind, tmp_path)

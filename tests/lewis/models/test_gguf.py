@@ -82,6 +82,7 @@ def check_values(file: Path, model: Any) -> Checkpoint:
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted({*OTHERS} - {"mistral"}))
 def test_other_architectures_are_read_as_transformers_loads_them(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -95,6 +96,7 @@ def test_other_architectures_are_read_as_transformers_loads_them(kind: str, tmp_
         assert torch.equal(opened.read(name), loaded[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mistral", "qwen2_moe"])  # its name, and gates of shared experts that are matrices
 def test_what_transformers_does_not_load_is_read(kind: str, tmp_path: Path) -> None:
     model = saved(kind, tmp_path / "model")
@@ -104,6 +106,7 @@ def test_what_transformers_does_not_load_is_read(kind: str, tmp_path: Path) -> N
         (tmp_path / "gguf/config.json").write_bytes((tmp_path / "model/config.json").read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["file", "folder"])
 def test_a_guided_merge_with_one(given: str, base: Path, tmp_path: Path) -> None:
     """Base and expert, from the recipe to the files; the config says nothing of GGUF."""

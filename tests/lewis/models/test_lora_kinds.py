@@ -76,6 +76,7 @@ def check(expert: Model, merged: dict[str, torch.Tensor]) -> int:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_reads_as_peft_merges(biased: Path, tmp_path: Path, kind: str) -> None:
     adapter = write_lora(biased, tmp_path / "adapter", **KINDS[kind])
@@ -84,6 +85,7 @@ def test_reads_as_peft_merges(biased: Path, tmp_path: Path, kind: str) -> None:
     assert all(expert.computes(name) for name in expert.tensors if expert.raw(name)[0] != "F32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["apart", "joined"])
 def test_experts_of_a_mixture(tmp_path: Path, stored: str) -> None:
     """Of an adapter on stacked experts, each expert has its own factors, however the base stores it."""

@@ -99,6 +99,7 @@ class TestOpen:
         adapter = lora.open()
         assert isinstance(adapter, LoraExpert) and adapter.base is base.open() and lora.open() is adapter
 
+    @pytest.mark.slow
     def test_it_stays_open_as_long_as_one_of_its_references_or_users_exists(self, files: ModelFiles) -> None:
         one, other = files.model_copy(), files.model_copy()
         opened = weakref.ref(one.open())
@@ -140,6 +141,7 @@ class TestOpen:
         assert files.open().read(name).equal(ModelFiles.at("c", "c", family.code).open().read(name))
         assert before.read(name).equal(old)  # its user still reads the file that it opened
 
+    @pytest.mark.slow
     def test_a_guided_merge_opens_each_file_once(
         self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

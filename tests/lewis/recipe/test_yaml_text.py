@@ -1,5 +1,6 @@
 """YAML that nobody meant, or that was made to do harm: refused in a moment, by the name of the file and the limit."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,19 @@ def test_a_long_wrong_value_is_cut_in_the_message() -> None:
 def test_a_path_that_is_none_is_told(name: str) -> None:
     with pytest.raises(RecipeError):
         Recipe.load(name)
+
+
+def test_libyaml_reads_plain_text_as_pyyaml_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = "a|b: |: |-|- |\n|\n  |\n- |[|]|{|}|, |\"|'| # c|--- |\n---\n|...|1|.5|~|no|k: v\n|  - y\n|<<: "
+    pieces += "|{a: b:c}|12:30|2024-01-02"
+    draw, read = random.Random(0), 0
+    for _ in range(3000):
+        text = "".join(draw.choices(pieces.split("|"), k=draw.randrange(1, 12)))
+        if found := yaml_text._load_plain(text):
+            assert repr(found) == repr(yaml_text.load_all(text, "mine", yaml_text._StrictLoader)), repr(text)
+            read += 1
+    assert read > 500
+    for text in ("a: *b", "a:\tb", "a: ü", "[", "{a: 1, a: 2}", "- " * 60 + "x"):  # PyYAML decides
+        assert yaml_text._load_plain(text) == []
+    monkeypatch.setattr(yaml_text, "load_all", None)  # not asked for plain text
+    assert yaml_text.read("models: [{model: x, parameters: {density: 0.5}}]", "mine")["models"][0]["model"] == "x"

@@ -92,6 +92,7 @@ def test_names_of_many_experts_do_not_overlap() -> None:
         assert len(names) == shown and all(text == f"p{place:.0f}" for place, text in names.items())
 
 
+@pytest.mark.slow
 def test_large_models_stay_small_pictures() -> None:
     rng = np.random.default_rng(0)
     noisy = {f"model.layers.{i}.p{n}.weight": rng.random() for i in range(80) for n in range(7)}
@@ -123,6 +124,7 @@ def test_nothing_to_draw_is_still_a_picture() -> None:
     assert pixels(charts.score_bars({})).size and pixels(charts.density_heat_map({}, {})).size
 
 
+@pytest.mark.slow
 def test_threads_draw_the_same_picture() -> None:
     with ThreadPoolExecutor(4) as threads:
         drawn = set(threads.map(lambda _: charts.density_heat_map({"e": densities(4, 0.5)}, {}), range(4)))

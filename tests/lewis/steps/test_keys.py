@@ -1,14 +1,20 @@
 """What decides the keys of the steps: raising a version changes the keys of the steps that it is for, and no other."""
 
+import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from lewis.allocators import ALLOCATORS
+from lewis.inspection import step as inspecting
+from lewis.merging import step as merging
 from lewis.methods import METHODS
+from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import Node, graph
 from lewis.steps.run import begin, run
@@ -65,7 +71,8 @@ def nodes(family: Family, home: Path, tmp_path: Path) -> dict[tuple[str, str], t
 
 
 def keys(nodes: dict[tuple[str, str], tuple[Node, Any]]) -> dict[tuple[str, str], str]:
-    return {place: node.step.key(given) for place, (node, given) in nodes.items() if node.step.cached}
+    """The key of each step, for a copy of its input, which has not kept what was prepared of it."""
+    return {place: node.step.key(copy(given)) for place, (node, given) in nodes.items() if node.step.cached}
 
 
 Change = Callable[[pytest.MonkeyPatch], None]
@@ -136,3 +143,20 @@ def test_stacked_experts_have_a_version_of_their_own(
     before = merge.digest
     monkeypatch.setattr(PREPARED + "STACKED_SEMANTICS", "raised")
     assert replace(merge).digest != before
+
+
+def test_a_step_opens_its_models_once_and_another_process_opens_them_itself(
+    family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked, known = graph(recipe := recipes(family, tmp_path)["plain"]), begin(recipe)
+    results = run(walked, "inspect", known=known)
+    for place, name, node in ((merging, "prepare", "merge experts"), (inspecting, "measured", "diagnose")):
+        counted = Mock(wraps=getattr(place, name))
+        monkeypatch.setattr(place, name, counted)
+        step, given = walked[node].step, walked[node].given(results)
+        assert step.find(given) is None
+        made = step.make(given, silent, "cuda:1")
+        assert step.find(given) == made and step.key(given) and counted.call_count == 1
+        other = pickle.loads(pickle.dumps(given))
+        assert other == given and set(vars(other)) == {each.name for each in fields(given)}
+        assert step.key(other) == step.key(given)

@@ -61,6 +61,7 @@ class TestLocal:
         changed = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS, "density": {"max": 0.7}})
         assert states(make_plan(changed))["allocate"] == states(make_plan(changed))["merge experts"] == "to do"
 
+    @pytest.mark.slow
     def test_a_guided_anchor_is_measured_and_allocated_like_a_merge_by_its_method(
         self, family: Family, home: Path
     ) -> None:
@@ -85,6 +86,7 @@ class TestLocal:
         number, auto = (pipeline.prepare_merge(recipe, *pipeline.fetch(recipe)) for recipe in recipes)
         assert (number.fits, auto.fits) == (1, 5)
 
+    @pytest.mark.slow
     def test_statistics_that_a_fit_needs(self, family: Family, home: Path) -> None:
         blocks: dict[str, Any] = {"merge_method": "regmean", "lewis": {"calibrations": SETS}}
         recipe = recipe_of(family.base, *family.experts, **blocks)
@@ -107,6 +109,7 @@ class TestLocal:
             store.discard(entry)
         assert {states(make_plan(recipe))[name] for name in work} == {"to do"}
 
+    @pytest.mark.slow
     def test_a_second_machine_fetches_what_the_first_made(
         self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

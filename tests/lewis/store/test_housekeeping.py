@@ -170,6 +170,7 @@ def test_weights_that_mlflow_holds_too_are_not_counted_as_freed(family: Family, 
     )
 
 
+@pytest.mark.slow
 def test_without_mlflow_nothing_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = merged("a")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

@@ -255,6 +255,7 @@ def hold(ready: Any) -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SECONDS", 4.0)  # renewed each second, also on a busy machine
     monkeypatch.setattr(lease, "GRACE", 0.2)

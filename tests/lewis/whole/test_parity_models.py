@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lewis.merging.prepare import prepare
 from lewis.merging.settings import Expert
+from lewis.merging.step import prepare
 from lewis.methods import METHODS
 from lewis.models.checkpoint import Checkpoint
 from tests.lewis.whole.test_parity import DEFECTS, DRAWS, MERGEKIT, METHODS_DRAWN, Draw, condition, near_threshold

@@ -8,8 +8,8 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.registry import room
-from lewis.registry.room import make_room
+from lewis.registry import retention
+from lewis.registry.retention import make_room
 from lewis.store import kinds
 
 OLD = time.time() - 30 * 86400
@@ -47,7 +47,7 @@ def test_what_a_run_uses_or_a_version_needs_stays(filled: list[Path], monkeypatc
     from lewis.store.housekeeping import Needed
 
     monkeypatch.setattr(
-        room, "by_versions", lambda: {kinds.GRAMS.name: Needed(lambda path: path.stem.startswith("a"), "")}
+        retention, "by_versions", lambda: {kinds.GRAMS.name: Needed(lambda path: path.stem.startswith("a"), "")}
     )
     (store.home() / "runs").mkdir()
     note = store.home() / "runs" / "1"

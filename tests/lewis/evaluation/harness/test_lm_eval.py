@@ -27,6 +27,8 @@ from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[4] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 CHOICES = [" cat", " dog", " red"]

@@ -53,6 +53,7 @@ def test_scores_are_known_from_the_files(root: Path) -> None:
     assert known_scores(["changed"], root) is None
 
 
+@pytest.mark.slow
 def test_lm_evals_own_are_known_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks._index import Entry, Kind
 

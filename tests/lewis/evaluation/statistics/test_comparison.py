@@ -105,6 +105,7 @@ def test_the_interval_agrees_with_scipy_but_for_the_expansion():
     assert alone[0] < ours.mean() < alone[1]
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_gain_about_as_often_as_it_says(monkeypatch):
     """Of 1000 intervals 945 cover at 60 documents, 951 at 200; at 25 only 931 do: percentiles are short."""
     monkeypatch.setattr(comparison, "RESAMPLES", 2000)
@@ -135,6 +136,7 @@ def test_mcnemar_is_the_sign_test(wins, losses):
     assert mcnemar(wins, losses) == pytest.approx(min(1.0, 2 * tail))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=12))
 @settings(max_examples=50, deadline=None)
 def test_all_swaps_of_few_documents_are_mcnemars_test(pairs):

@@ -15,7 +15,7 @@ from tests.lewis.merging.fitting.test_fit import recipe_of
 from tests.support import pipeline
 from tests.support.models import parse
 
-pytestmark = pytest.mark.usefixtures("home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 METHODS = ["regmean", "regmean_forward"]
 TIES: dict[str, Any] = {"merge_method": "ties", "parameters": {"density": 0.5, "lambda": 1.3}}
 

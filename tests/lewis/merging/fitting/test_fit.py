@@ -96,6 +96,7 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
     return {n: found.get(n, anchor[n]) for n in merge.layout}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
 def test_equals_a_plain_implementation(method: str, family: Family, tmp_path: Path) -> None:
     recipe = recipe_of(family.base, family.experts, method)
@@ -136,6 +137,7 @@ def test_does_on_an_experts_rows_what_the_expert_does(family: Family, tmp_path: 
         assert (states(tmp_path / "fit") - wanted).norm() < 0.7 * (states(tmp_path / "sum") - wanted).norm()
 
 
+@pytest.mark.slow
 def test_same_bytes_and_digest_for_any_order_threads_and_shards(family: Family, tmp_path: Path) -> None:
     recipe = recipe_of(family.base, [*family.experts, family.lora])
     first = run(recipe, tmp_path / "one", threads=1)
@@ -186,6 +188,7 @@ def test_fitted_in_half_precision_is_written_so(tmp_path: Path) -> None:
 SOME_MOES = {"mixtral": ("Mixtral", SIZES | {"num_local_experts": 4}), "t5": ("T5", T5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*DENSE, *SOME_MOES])
 def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
     """Biases, Conv1D, parallel blocks, norms after the projections, an encoder with a decoder, experts of a mixture."""
@@ -372,6 +375,7 @@ def test_a_forecast_counts_the_fit(family: Family) -> None:
     assert found[0].seconds > 0 and found[0].memory < found[1].memory < 2e9
 
 
+@pytest.mark.slow
 def test_an_expert_with_its_tokens_in_another_order_is_fitted_alike(family: Family, tmp_path: Path) -> None:
     words = torch.randperm(len(WORDS), generator=torch.Generator().manual_seed(3))
     order = torch.cat([torch.arange(3), 3 + words, torch.tensor([63])])

@@ -21,7 +21,7 @@ from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
 from tests.support.models import write_expert, write_llama
 
-pytestmark = pytest.mark.usefixtures("home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

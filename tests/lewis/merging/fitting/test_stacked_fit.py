@@ -14,7 +14,7 @@ from tests.lewis.merging.fitting.test_static_fit import mixture
 from tests.lewis.models.test_module_tree import SAMPLES, expert_inputs
 from tests.support.tiny_architectures import tiny
 
-pytestmark = pytest.mark.usefixtures("home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -91,6 +91,7 @@ def test_what_the_importance_step_has_left_is_found(
     assert run(recipe, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_same_bytes_and_digest_for_any_order_threads_and_shards(family: Family, tmp_path: Path) -> None:
     recipe = recipe_of(family.base, [*family.experts, family.lora], "regmean")
     first = run(recipe, tmp_path / "one", threads=1)

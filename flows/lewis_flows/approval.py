@@ -1,0 +1,90 @@
+"""Approval on a run's own page: a run whose version passed the gate, and needs a person's word, waits suspended.
+
+It occupies no worker while it waits. Prefect's page shows the verdict and a form; the answer lets the run go on, which
+then moves the champion, or refuses the version. Whether that still may be done is checked then, as for `lewis approve`.
+"""
+
+import logging
+
+import httpx
+from prefect import State
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.flow_runs import resume_flow_run, suspend_flow_run
+from prefect.input import RunInput
+from prefect.states import Completed
+from pydantic import Field
+
+from lewis.errors import InputError
+from lewis.registry import promotion
+from lewis_flows import prefect_runs
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support import moves
+
+logger = logging.getLogger(__name__)
+_TAG = "awaits:"  # of the run; the version's uri follows
+
+
+class Approval(RunInput):
+    """A person's answer."""
+
+    approve: bool = Field(True, description="Whether the version becomes the champion; if not, it is refused for good.")
+    why: str = Field("", description="The reason, for the history.")
+
+
+def asked(run: FlowRun) -> str:
+    """The version, `models:/<name>/<number>`, that a run has asked about before it was suspended; else empty."""
+    return next((tag.removeprefix(_TAG) for tag in run.tags if tag.startswith(_TAG)), "")
+
+
+def ask(run: FlowRun, version: str, verdict: str = "") -> State[None]:
+    """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
+
+    Args:
+        run: this one.
+        version: `models:/<name>/<number>`, which waits.
+        verdict: for the person, Markdown.
+
+    Returns:
+        The state `Approved` or `Refused`.
+
+    Raises:
+        InputError: if the version can no longer be approved or refused.
+    """
+    if not asked(run):
+        _end_others(run)
+        run_tags.tag(verdict="awaitingapproval", awaits=version)
+    text = f"**{version}** passed its gate and waits for a person.\n\n{verdict}"
+    name, number = version.removeprefix("models:/").rsplit("/", 1)
+    form = Approval.with_initial_data(description=text)
+    answer = suspend_flow_run(wait_for_input=form, key=f"approval-{number}")
+    why, by = answer.why or "on the run's page", f"the run {run_tags.url()}"
+    if promotion.is_waiting(name, number):
+        (promotion.approve if answer.approve else promotion.refuse)(name, number, why, by)
+        moves.tell()
+    elif promotion.is_champion(name, number) != answer.approve:  # `lewis approve` has decided otherwise
+        raise InputError(f"{version}: it waits for no approval any more; see `lewis history {name}`")
+    state, line = ("Approved", "is the champion") if answer.approve else ("Refused", "is refused")
+    run_tags.tag(verdict=state.lower())
+    return Completed(name=state, message=f"{version} {line}: {why}")
+
+
+def resume(version: str, why: str, *, approve: bool) -> None:
+    """Let the run that waits for an answer about a version end, which was given elsewhere; a failure is logged."""
+    try:
+        with get_client(sync_client=True) as client:
+            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["PAUSED"]}}):
+                if asked(run) == version:
+                    resume_flow_run(run.id, run_input={"approve": approve, "why": why})
+    except (httpx.HTTPError, RuntimeError) as error:
+        logger.warning("the run that waits for %s stays suspended: %s", version, error)
+
+
+def _end_others(run: FlowRun) -> None:
+    """End the runs of the same deployment that wait for an answer: the gate compares this run's version now."""
+    limits = {"deployment_id": {"any_": [run.deployment_id]}}
+    with get_client(sync_client=True) as client:
+        for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["PAUSED"]}}, **limits):
+            lapsed = Completed(name="Lapsed", message=f"nobody answered; the run {run.name} asks about a newer version")
+            client.set_flow_run_state(other.id, lapsed, force=True)
+            run_tags.tag(other.id, verdict="lapsed")

@@ -1,0 +1,277 @@
+"""The deployments of the recipes: `merge/<recipe>` for each file of the folder, `search/<recipe>` if it has a search.
+
+A deployment is what an operator sees and steers: its page has the recipe's runs, a pause switch, the nightly schedule,
+and *Quick Run*. A file that is added, edited, renamed, broken or removed leads to the deployments that the folder asks
+for. What an operator changed stays: a pause, the schedule, the work queue, the automation of releases.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Scheduled
+from tzlocal import get_localzone_name
+
+from lewis import settings
+from lewis.errors import InputError, LewisError
+from lewis.evaluation.work_queue import MERGES as POOL
+from lewis.input_files import read_bytes
+from lewis.models.hub.pin import find_folder
+from lewis.recipe import yaml_text
+from lewis.recipe.block import parts_of
+from lewis.recipe.recipe import Recipe
+from lewis.registry import versions
+from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows.release_event import EVENT, SETTLE
+from lewis_tasks.support.flow_run import EDITED
+
+logger = logging.getLogger(__name__)
+
+TAG = "lewis"
+"""Of all our deployments and runs."""
+
+_CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
+_OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
+_GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
+_EARLIER = ("merge-nightly", "merge-on-release", "watch-releases", "search", "approve")  # before recipes had their own
+_ENTRYPOINTS = {
+    prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
+    prefect_runs.SEARCH: "lewis_flows.search.search_flow",
+}
+_OVERRIDES = {
+    "type": "array",
+    "items": {"type": "string"},
+    "title": "overrides",
+    "description": "key.path=value each, as `lewis run --set`",
+}
+_LIMITS = {
+    "trials": {"type": "integer", "title": "trials", "description": "how many in all, instead of the recipe's number"},
+    "minutes": {"type": "number", "title": "minutes", "description": "begin no further trial after this time"},
+}
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe as the folder has it.
+
+    Attributes:
+        name: of the recipe.
+        version: identity of the file's content, 12 hex digits.
+        comment: the comment that the file begins with.
+        recipe: what was read from it; None if it is wrong.
+        why: why it cannot run; empty if it can.
+    """
+
+    name: str
+    version: str
+    comment: str
+    recipe: Recipe | None
+    why: str
+
+
+class Folder:
+    """The folder of recipes; a file is read, and what is wrong with it logged, only when the folder has changed."""
+
+    def __init__(self) -> None:
+        """Read nothing yet."""
+        self._seen: object = None
+        self._recipes: dict[str, Recipe] = {}
+        self._logged: dict[str, str] = {}
+
+    def files(self) -> list[RecipeFile]:
+        """All recipes, sorted by name; why one cannot run is logged once.
+
+        Raises:
+            InputError: if the folder cannot be read.
+        """
+        if (now := recipes_folder.signature()) != self._seen:
+            self._recipes, self._seen = recipes_folder.load_all(), now
+        found = list(filter(None, map(self._file, recipes_folder.names())))
+        reasons = {each.name: each.why for each in found if each.why}
+        for name, why in reasons.items():
+            if self._logged.get(name) != why and name in self._recipes:  # `load_all` logs what it cannot read
+                logger.warning("%s cannot run: %s", name, why)
+        self._logged = reasons
+        return found
+
+    def _file(self, name: str) -> RecipeFile | None:
+        try:
+            content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
+        except (LewisError, OSError):  # it was removed just now
+            return None
+        recipe, comment = self._recipes.get(name), _first_comment(content.decode(errors="replace"))
+        why = missing_folder(recipe) or "" if recipe else "its file is wrong: `lewis plan` says where"
+        return RecipeFile(name, hashlib.sha256(content).hexdigest()[:12], comment, recipe, why)
+
+
+def missing_folder(recipe: Recipe) -> str | None:
+    """The error of the first model that can only be a folder, if that folder does not exist."""
+    for ref in [recipe.base_model, *(entry.model for entry in recipe.models)]:
+        for part in parts_of(ref, recipe.root) if ref else ():
+            try:
+                find_folder(part, recipe.root)
+            except InputError as error:
+                return str(error)
+    return None
+
+
+def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
+    """Create or update the deployments of a recipe.
+
+    If the file was edited since it was deployed, a run is started: an edit is a release of the recipe.
+
+    Yields:
+        Sentences: what an operator changed and is kept, and what an edit leads to.
+    """
+    recipe = file.recipe
+    wanted = [prefect_runs.MERGE, *([prefect_runs.SEARCH] if recipe and recipe.search else [])]
+    for flow in wanted:
+        before = _read(client, f"{flow}/{file.name}")
+        fields = _fields(flow, file, before)
+        if before is None:
+            made = client.create_deployment(client.create_flow_from_name(flow), file.name, **fields, **_first(flow))
+            if flow == prefect_runs.MERGE:
+                client.create_automation(_on_release(file.name, made))
+            continue
+        client.update_deployment(before.id, DeploymentUpdate(**fields))
+        if flow != prefect_runs.MERGE:
+            continue
+        paused = before.paused and _CANNOT_RUN not in before.tags
+        yield from _kept(file.name, before, paused=paused)
+        if before.version == file.version:
+            continue
+        if file.why or paused:
+            yield f"{file.name} was edited and is not merged: {file.why or 'its deployment is paused'}"
+        else:
+            yield f"{file.name} was edited: it is merged now"
+            start = Scheduled(scheduled_time=datetime.now(UTC) + SETTLE)
+            client.create_flow_run_from_deployment(before.id, state=start, tags=[EDITED])
+    if recipe and not recipe.search:
+        remove(client, f"{prefect_runs.SEARCH}/{file.name}")
+
+
+def remove_stale(client: SyncPrefectClient, names: set[str]) -> None:
+    """Remove the deployments of recipes that the folder has no file of, and those of earlier versions of the project.
+
+    Args:
+        client: of the server.
+        names: of the recipes.
+    """
+    ours = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
+    for deployment in list(client.read_deployments(deployment_filter=ours, limit=prefect_runs.PAGE)):
+        of_recipe = f"recipe:{deployment.name}" in deployment.tags
+        if (of_recipe or deployment.name in _EARLIER) and deployment.name not in names:
+            remove(client, f"{client.read_flow(deployment.flow_id).name}/{deployment.name}")
+            logger.info("the deployment %s is removed: there is no such recipe", deployment.name)
+
+
+def remove(client: SyncPrefectClient, name: str) -> None:
+    """Remove a deployment `flow/name` with its automation, if there is one."""
+    if found := _read(client, name):
+        client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
+        try:
+            client.delete_deployment(found.id)
+        except ObjectNotFound:  # another process was quicker
+            return
+
+
+def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:
+    """What a deployment is made of, at each deploy; `before` is what the server has."""
+    recipe = file.recipe
+    team = recipe.register_as.team if recipe and recipe.register_as else None
+    tags = [TAG, f"recipe:{file.name}", *([f"team:{team}"] if team else [])]
+    tags += [tag for tag in (before.tags if before else []) if not tag.startswith(_OURS)]
+    paused: dict[str, bool] = {}
+    by_us = before is not None and _CANNOT_RUN in before.tags
+    if file.why:
+        if before is None or not before.paused or by_us:
+            tags, paused = [*tags, _CANNOT_RUN], {"paused": True}
+    elif by_us:
+        paused = {"paused": False}
+    name = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
+    limits = _LIMITS if flow == prefect_runs.SEARCH else {}
+    properties = {"recipe": name, "overrides": {**_OVERRIDES, "position": 1}, **limits}
+    return {
+        # Of a file that cannot run it stays: mended, it counts as edited only if it is another than before.
+        "version": before.version if before and file.why else file.version,
+        "description": _description(file),
+        "tags": tags,
+        "parameters": {"recipe": file.name},
+        "parameter_openapi_schema": {"type": "object", "title": "Parameters", "properties": properties},
+        "enforce_parameter_schema": True,
+        "entrypoint": _ENTRYPOINTS[flow],
+        "pull_steps": [],
+        **({} if before else {"work_pool_name": POOL}),  # later, the pool and the queue are the operator's
+        "concurrency_limit": 1,
+        "concurrency_options": ConcurrencyOptions(
+            collision_strategy=ConcurrencyLimitStrategy.ENQUEUE, grace_period_seconds=_GRACE
+        ),
+        **paused,
+    }
+
+
+def _first(flow: str) -> dict[str, Any]:
+    """What only a new deployment gets; later it is the operator's."""
+    cron = settings.NIGHTLY.get() if flow == prefect_runs.MERGE else ""
+    nightly = CronSchedule(cron=cron, timezone=get_localzone_name() or "UTC") if cron else None
+    return {"schedules": [DeploymentScheduleCreate(schedule=nightly, active=True, slug="nightly")]} if nightly else {}
+
+
+def _on_release(name: str, deployment: Any) -> Any:
+    """The automation that starts a recipe's merge when one of its models was released."""
+    trigger = DeploymentEventTrigger(
+        name=f"release of {name}",
+        description=f"Merges {name} when one of its models was released, and no other was for some seconds.",
+        expect={EVENT},
+        match=cast(Any, {"prefect.resource.id": "lewis.expert.*", "lewis.recipe": name}),
+        threshold=1,
+        within=SETTLE - timedelta(seconds=1),
+        schedule_after=SETTLE,
+    )
+    trigger.set_deployment_id(deployment)
+    return trigger.as_automation()
+
+
+def _kept(name: str, before: DeploymentResponse, *, paused: bool) -> Iterator[str]:
+    """What an operator changed of a deployment."""
+    if paused:
+        yield f"{name} stays paused, as somebody paused it"
+    nightly = settings.NIGHTLY.get()
+    crons = [getattr(each.schedule, "cron", str(each.schedule)) for each in before.schedules if each.active]
+    if crons != ([nightly] if nightly else []):
+        yield f"{name} keeps its own schedule: {', '.join(crons) or 'none'}"
+
+
+def _description(file: RecipeFile) -> str:
+    """Markdown: the recipe's first comment, why it cannot run, and links to what it registers."""
+    block = file.recipe.register_as if file.recipe else None
+    links = f"Registers [{block.model}]({versions.model_page(block.model)})." if block else ""
+    why = f"**It cannot run:** {file.why}" if file.why else ""
+    return "\n\n".join(filter(None, (file.comment, why, links)))
+
+
+def _first_comment(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return "\n".join(lines).strip()
+
+
+def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None

@@ -1,0 +1,192 @@
+"""The deployments always are those that the folder of recipes asks for; what an operator changed stays."""
+
+import logging
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.callables import parameter_schema
+
+from lewis.errors import LewisError
+from lewis_flows.merge import merge_flow
+from lewis_flows.search import search_flow
+from lewis_flows.service import deploy, recipe_deployments
+from lewis_flows.service.deploy import Follower
+from lewis_flows.turn import absorb
+
+GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
+SEARCH = """# Keeps the good ones good.
+#
+# It has a search.
+merge_method: ties
+base_model: org/base
+models: [{model: org/math}]
+evaluate: {tasks: [x]}
+register: {name: good, team: ops}
+search: {space: {parameters.lambda: [1, 2]}, metrics: ["x/acc,none"]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one recipe that can run."""
+    path = tmp_path / "recipes"
+    path.mkdir()
+    (path / "good.yaml").write_text(GOOD)
+    monkeypatch.setenv("LEWIS_RECIPES", str(path))
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LEWIS_MLFLOW_UI", "http://mlflow.example")
+    return path
+
+
+@pytest.fixture
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    """Of the tests' server; without our deployments at the end."""
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        deploy._put_pool(client, deploy.POOL)
+        yield client
+        recipe_deployments.remove_stale(client, set())
+        client.delete_work_pool(deploy.POOL)
+
+
+def runnable(seen: recipe_deployments.Folder) -> list[str]:
+    return [each.name for each in seen.files() if not each.why]
+
+
+def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen = recipe_deployments.Folder()
+    other, local = folder / "other.yaml", folder / "local.yaml"
+    assert runnable(seen) == ["good"]
+    other.write_text("models: [")  # broken when it is first seen
+    assert runnable(seen) == ["good"]
+    other.write_text(GOOD)  # mended
+    assert runnable(seen) == ["good", "other"]
+    other.write_text("models: [")  # broken
+    assert runnable(seen) == ["good"]
+    other.write_text(GOOD)
+    other.rename(folder / "renamed.yaml")
+    assert runnable(seen) == ["good", "renamed"]
+    (folder / "renamed.yaml").unlink()
+    local.write_text(GOOD.replace("org/math", "./model"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert runnable(seen) == runnable(seen) == ["good"]
+    assert len(caplog.messages) == 1 and "local cannot run: ./model" in caplog.text
+    (folder / "model").mkdir()  # no file of the folder's top has changed
+    assert runnable(seen) == ["good", "local"]
+
+
+def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:
+    said, recipe = list[str](), folder / "good.yaml"
+    follower = Follower(said.append)
+
+    def again() -> list[str]:
+        said.clear()
+        follower.deploy()
+        return said
+
+    def of(name: str = "merge/good") -> Any:
+        return client.read_deployment_by_name(name)
+
+    def runs() -> list[FlowRun]:
+        return [run for run in client.read_flow_runs() if run.deployment_id == of().id and not run.auto_scheduled]
+
+    assert again() == [] and again() == []
+    (schedule,) = of().schedules
+    assert (schedule.slug, schedule.schedule.cron, of().parameters) == ("nightly", "0 3 * * *", {"recipe": "good"})
+    assert of().concurrency_options.collision_strategy == "ENQUEUE" and of().global_concurrency_limit.limit == 1
+    assert recipe_deployments._read(client, "search/good") is None
+
+    recipe.write_text(SEARCH)
+    assert again() == ["good was edited: it is merged now"]
+    tags = ["lewis", "recipe:good", "team:ops"]
+    assert of().tags == tags and len(client.read_automations_by_name("release of good")) == 1
+    words = "Keeps the good ones good.\n\nIt has a search.\n\nRegisters [ops.good](http://mlflow.example/"
+    assert of().description.startswith(words)
+    assert of("search/good").schedules == [] and [sorted(run.tags) for run in runs()] == [["edited", *tags]]
+
+    client.pause_deployment(of().id)
+    client.update_deployment_schedule(of().id, schedule.id, schedule=CronSchedule(cron="0 4 * * *"))
+    recipe.write_text(SEARCH.replace("good ones", "best ones"))
+    kept = ["good stays paused, as somebody paused it", "good keeps its own schedule: 0 4 * * *"]
+    assert again() == [*kept, "good was edited and is not merged: its deployment is paused"]
+    assert of().paused and of().schedules[0].schedule.cron == "0 4 * * *" and len(runs()) == 1
+    recipe.write_text("models: [")
+    again()
+    recipe.write_text(GOOD)
+    again()
+    assert of().paused  # it was not paused because it was broken
+    assert recipe_deployments._read(client, "search/good") is None
+
+    client.resume_deployment(of().id)
+    recipe.write_text("models: [")
+    assert "good was edited and is not merged: its file is wrong: `lewis plan` says where" in again()
+    assert of().paused and "It cannot run" in of().description
+    recipe.write_text(GOOD)
+    assert again() == [kept[1]] and not of().paused and "cannot-run" not in of().tags and len(runs()) == 1
+
+    recipe.rename(folder / "better.yaml")
+    again()
+    assert recipe_deployments._read(client, "merge/good") is None and of("merge/better").name == "better"
+    assert client.read_automations_by_name("release of good") == []
+
+
+def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> None:
+    (file,) = recipe_deployments.Folder().files()
+    for name, flow in (("merge", merge_flow), ("search", search_flow)):
+        form = recipe_deployments._fields(name, file, None)["parameter_openapi_schema"]
+        assert form["properties"].keys() == parameter_schema(flow).properties.keys()
+
+
+def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectClient) -> None:
+    Follower(print).deploy()
+    deployment = client.read_deployment_by_name("merge/good").id
+    begins, waits, other = (
+        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "overrides": overrides})
+        for overrides in ([], [], ["seed=1"])
+    )
+    absorb(client.read_flow_run(begins.id))
+    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other)]
+    assert states == ["Scheduled", "Skipped", "Scheduled"]
+    assert "verdict:skipped" in client.read_flow_run(waits.id).tags
+    planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
+    assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
+
+
+def test_what_cannot_be_deployed_is_told_once_and_tried_again(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended `lewis up`."""
+    said = list[str]()
+
+    def away(**_: Any) -> Any:
+        raise LewisError("the server is away")
+
+    follower = Follower(said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "get_client", away)
+        for _ in range(3):
+            follower.follow()
+    problem = "the recipes could not be deployed; trying again: the server is away"
+    assert said == [] and caplog.messages.count(problem) == 1
+    follower.follow()
+    follower.follow()
+    (folder / "good.yaml").rename(folder / "better.yaml")
+    follower.follow()
+    assert [line.rpartition(": ")[2] for line in said] == ["good", "better"]
+
+
+def test_what_is_deployed_names_no_recipe() -> None:
+    """`search` was deployed with the recipe `smollm2`, which a folder of the user's own has not."""
+    content = yaml.safe_load(deploy.PREFECT_YAML.read_text())
+    assert content["deployments"] and not [
+        each for each in content["deployments"] if "recipe" in each.get("parameters", {})
+    ]
+    assert all("lewis-service" in each["tags"] for each in content["deployments"])

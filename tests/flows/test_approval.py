@@ -1,0 +1,94 @@
+"""A person approves a version on the page of its run, or on the command line; the reason stays in the history."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import State, flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
+from prefect.flow_runs import resume_flow_run
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+from lewis.evaluation.gate import Verdict
+from lewis.registry import history, outbox, promotion
+from lewis_flows import approval, prefect_runs
+from lewis_flows.cli.main import main
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.failures import says_why
+from tests.conftest import Family
+from tests.support.lineage import registered
+
+
+@pytest.fixture
+def client(prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    settings: dict[Any, Any] = {PREFECT_API_URL: prefect_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
+        yield client
+
+
+@flow(name=prefect_runs.MERGE)
+@says_why
+def _merge(version: str) -> State[Any]:
+    """The end of a merge whose version waits."""
+    run = run_tags.this_run()
+    return approval.ask(run, approval.asked(run) or version, "* a rule: pass")
+
+
+def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
+    client: SyncPrefectClient, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployment = client.create_deployment(client.create_flow(_merge), "asked", enforce_parameter_schema=False)
+
+    def run(of: UUID) -> State[Any]:
+        """As a worker does."""
+        try:
+            state: State[Any] = run_flow(_merge, flow_run=client.read_flow_run(of), return_type="state")
+        except Pause as pause:
+            state = pause.state
+        return state
+
+    def asks(digit: str, champion: str) -> UUID:
+        version = registered(family.base, digit, {}, "asked", None)
+        promotion.promote(version, Verdict(True, ("a rule: pass",), champion, approve_hours=1.0))
+        of = client.create_flow_run_from_deployment(deployment, parameters={"version": version.uri}).id
+        assert run(of).name == "Suspended"
+        return of
+
+    first = asks("a", "base")
+    keyset = client.read_flow_run(first).state.state_details.run_input_keyset
+    shown = client.read_flow_run_input(first, keyset["description"])
+    assert "models:/asked/1" in str(shown) and "a rule: pass" in str(shown)
+    resume_flow_run(first, run_input={"approve": True, "why": "it is the first"})
+    state = run(first)
+    assert (state.name, state.message) == ("Approved", "models:/asked/1 is the champion: it is the first")
+    assert "verdict:approved" in client.read_flow_run(first).tags
+
+    older, second = asks("b", "models:/asked/1"), asks("c", "models:/asked/1")
+    assert client.read_flow_run(older).state_name == "Lapsed"
+    assert main(["approve", "asked/3", "--why", "support has read it", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"champion": "models:/asked/3", "before": "models:/asked/1"}
+    assert run(second).name == "Approved"
+
+    third = asks("d", "models:/asked/3")
+    resume_flow_run(third, run_input={"approve": False, "why": "it is rude"})
+    assert run(third).name == "Refused"
+    late = asks("e", "models:/asked/3")
+    promotion.promote_by_hand("asked", "2", "in a hurry")
+    resume_flow_run(late, run_input={"approve": True, "why": ""})
+    state = run(late)
+    assert state.is_failed() and "the champion is models:/asked/2 by now" in str(state.message)
+    told = [(each.what, each.version[-1], each.why) for each in history.history("asked") if each.what != "waits"]
+    assert told == [
+        ("approved", "1", "it is the first"),
+        ("approved", "3", "support has read it"),
+        ("refused", "4", "it is rude"),
+        ("promoted by hand", "2", "in a hurry"),
+    ]
+    assert history.history("asked")[1].by.startswith("the run http")
+    assert {move.version for move in outbox.moves()} <= {"1", "2", "3"}  # told, or to be told soon
