@@ -58,7 +58,12 @@ def test_it_holds_the_packages_with_their_data_and_no_tests(installed: Path, tmp
         for path in (*(REPO / root / name).rglob("*.py"), *(REPO / root / name).rglob("py.typed"))
     }
     shipped = REPO / "deployments"
-    data = [shipped / "prefect.yaml", *shipped.glob("recipes/*.y*ml*"), *shipped.glob("recipes/tasks/*.*")]
+    data = [
+        shipped / "prefect.yaml",
+        *shipped.glob("examples/*.yaml"),
+        *shipped.glob("recipes/*.y*ml*"),
+        *shipped.glob("recipes/tasks/*.*"),
+    ]
     expected |= {f"lewis_flows/shipped/{path.relative_to(shipped).as_posix()}" for path in data}
     names = zipfile.ZipFile(built).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected

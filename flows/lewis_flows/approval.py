@@ -5,6 +5,7 @@ then moves the champion, or refuses the version. Whether that still may be done 
 """
 
 import logging
+from typing import Any
 
 import httpx
 from prefect import State
@@ -37,7 +38,7 @@ def asked(run: FlowRun) -> str:
     return next((tag.removeprefix(_TAG) for tag in run.tags if tag.startswith(_TAG)), "")
 
 
-def ask(run: FlowRun, version: str, verdict: str = "") -> State[None]:
+def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
 
     Args:
@@ -82,9 +83,11 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 def _end_others(run: FlowRun) -> None:
     """End the runs of the same deployment that wait for an answer: the gate compares this run's version now."""
-    limits = {"deployment_id": {"any_": [run.deployment_id]}}
+    paused, same = {"type": {"any_": ["PAUSED"]}}, {"any_": [run.deployment_id]}
     with get_client(sync_client=True) as client:
-        for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["PAUSED"]}}, **limits):
-            lapsed = Completed(name="Lapsed", message=f"nobody answered; the run {run.name} asks about a newer version")
+        for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), paused, deployment_id=same):
+            lapsed: State[Any] = Completed(
+                name="Lapsed", message=f"nobody answered; the run {run.name} asks about a newer version"
+            )
             client.set_flow_run_state(other.id, lapsed, force=True)
             run_tags.tag(other.id, verdict="lapsed")

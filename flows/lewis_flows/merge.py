@@ -18,6 +18,7 @@ from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_fold
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.registration import Ended, register_merge
 from lewis_flows.runners import choose
+from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Futures, Walk, finish, known, pin, submit
 from lewis_tasks.evaluate import check_tasks
@@ -34,9 +35,9 @@ def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
+@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
 @says_why
-def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[Any]:
+def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
     The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; as `Cached` if

@@ -1,11 +1,14 @@
 """What the last poll found, as the store keeps it."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from lewis import store
+
+RETRY_AFTER = timedelta(hours=1)
+"""After a failed run, its release is announced again."""
 
 
 class Poll(BaseModel):

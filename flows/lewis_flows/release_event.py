@@ -29,7 +29,10 @@ _NOT_BEGUN: dict[str, Callable[[datetime], State[Any]]] = {
 
 EVENT = "lewis.expert.released"
 SETTLE = timedelta(seconds=7)
-"""How long after a release its merge begins; another release meanwhile puts it off by as much again."""
+"""How long after a release its merge begins."""
+
+BURST = timedelta(seconds=20)
+"""How long after a release a merge begins that waits already: more of them may come."""
 
 LONGEST = timedelta(minutes=1)
 """How long releases can put a merge off."""
@@ -80,12 +83,13 @@ def _put_off(recipe: str) -> None:
         with get_client(sync_client=True) as client:
             runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["SCHEDULED", "PENDING"]}})
             found = [run for run in runs if prefect_runs.recipe_of(run) == recipe and prefect_runs.waits(run)]
-            *older, newest = sorted(found, key=lambda run: run.created or now) or [None]
-            for run in older:
+            found.sort(key=lambda run: run.created or now)
+            newest = found[-1] if found else None
+            for run in found[:-1]:
                 if run.state_type == StateType.SCHEDULED:
                     prefect_runs.skip(client, run, "a newer release of the recipe has a run of its own")
             if newest and newest.state_name in _NOT_BEGUN and now - (newest.created or now) < LONGEST:
-                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + SETTLE), force=True)
+                client.set_flow_run_state(newest.id, _NOT_BEGUN[newest.state_name](now + BURST), force=True)
     except httpx.HTTPError as error:
         logger.info("the merge of %s is not put off: %s", recipe, type(error).__name__)
 

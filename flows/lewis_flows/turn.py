@@ -62,11 +62,10 @@ def absorb(run: FlowRun) -> None:
     """
     if run.deployment_id is None:
         return
-    limits = {"deployment_id": {"any_": [run.deployment_id]}}
     try:
         with get_client(sync_client=True) as client:
-            scheduled = {"type": {"any_": ["SCHEDULED"]}}
-            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, **limits):
+            scheduled, same = {"type": {"any_": ["SCHEDULED"]}}, {"any_": [run.deployment_id]}
+            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
                 if prefect_runs.waits(other) and other.id != run.id and other.parameters == run.parameters:
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
     except httpx.HTTPError as error:  # they run after this one then, and find everything done

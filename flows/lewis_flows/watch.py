@@ -27,13 +27,13 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import moves
 
 logger = logging.getLogger("lewis.watch")
 
-RETRY_AFTER = timedelta(hours=1)  # after a failed run, announce its release again
 ANSWER_WITHIN = timedelta(minutes=2)  # an announcement that has started no run by then was lost
 REMEMBER = timedelta(hours=24)  # older announcements do not count
 STUCK_AFTER = 3  # runs that failed
@@ -56,33 +56,38 @@ class WatchReport(BaseModel):
     problems: dict[str, str] = {}
 
 
-def poll_once() -> None:
-    """Poll all recipes, unless another receiver does it right now."""
+def poll_once() -> bool:
+    """Poll all recipes, unless another receiver does it right now; gives what `poll_all` gives."""
     try:
         with store.shared_lock("poll").acquire(timeout=0):
-            poll_all()
+            return poll_all()
     except Timeout:
-        return
+        return False
 
 
-def poll_all() -> None:
-    """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before."""
+def poll_all() -> bool:
+    """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before.
+
+    Returns:
+        whether it announced something, or has other problems than the poll before.
+    """
     try:
         report = poll()
-        checked, problems = len(report.checked), report.problems
+        checked, problems, announced = len(report.checked), report.problems, report.announced
     except (LewisError, OSError, httpx.HTTPError) as error:
-        checked, problems = 0, {"": str(error)}
+        checked, problems, announced = 0, {"": str(error)}, []
     if not polls.remember(checked, problems):
-        return
+        return bool(announced)
     for name, text in problems.items():
         logger.warning("%s cannot be watched: %s", name or "the recipes", text)
     if not problems:
         logger.info("all recipes can be watched again")
-        return
+        return True
     try:
         release_event.announce_problems(problems)
     except LewisError as error:
         logger.info("nobody is notified of that: %s", error)
+    return True
 
 
 def poll(recipes: list[str] | None = None) -> WatchReport:
@@ -127,14 +132,16 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
             raise
         except Exception as error:  # whatever is wrong with one recipe does not stop the others
             problems[name] = error
-    found: dict[str, list[Moved]] = {}
+    found, heads = dict[str, list[Moved]](), dict[str, dict[str, str]]()
     with ThreadPoolExecutor(_ASK) as pool:
         asked = {name: pool.submit(_heads, plan) for name, (plan, _) in plans.items()}
         for name, (plan, held) in plans.items():
             try:
-                found[name] = releases.moved(asked[name].result(), held, base=plan.base_model, root=plan.root)
+                heads[name] = asked[name].result()
+                found[name] = releases.moved(heads[name], held, base=plan.base_model, root=plan.root)
             except (LewisError, OSError) as error:
                 problems[name] = error
+    behind.note(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
     return found, problems
 
 

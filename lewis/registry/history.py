@@ -176,6 +176,33 @@ def follow(client: "MlflowClient", name: str) -> None:
         client.log_batch(run, new[start : start + tracking.BATCH])
 
 
+def score(name: str, version: str) -> tuple[str, float] | None:
+    """The score of a version that its gate looked at, with its name in MLflow; None if there is none."""
+    name = tracking.model_name(name)
+    with tracking.client(f"reading the score of {name}/{version}") as client:
+        found = client.get_model_version(name, version)
+        metric, values = tracking.key(found.tags.get(METRIC, "")), _scores(client, found.run_id)
+    return (metric, values[metric]) if metric in values else None
+
+
+def scores(name: str, most: int = 20) -> dict[int, float]:
+    """The score that the newest gate looked at, of the last versions, by their numbers, oldest first."""
+    from mlflow.entities import ViewType
+
+    name = tracking.model_name(name)
+    with tracking.client(f"reading the scores of {name}") as client:
+        versions = client.search_model_versions(f"name='{name}'", max_results=most, order_by=["version_number DESC"])
+        metric = next((tracking.key(each.tags[METRIC]) for each in versions if METRIC in each.tags), "")
+        ids = ", ".join(f"'{each.run_id}'" for each in versions)
+        if not (metric and ids):
+            return {}
+        experiment = tracking.experiment(client, registered_model(client, name).tags.get(TEAM, ""))
+        runs = client.search_runs([experiment], f"attributes.run_id IN ({ids})", ViewType.ALL, most)
+    values = {run.info.run_id: run.data.metrics.get(f"merged/{metric}") for run in runs}
+    found = {int(each.version): values.get(each.run_id) for each in reversed(versions)}
+    return {number: value for number, value in found.items() if value is not None}
+
+
 def picture(name: str) -> bytes:
     """The score that the gate looks at, of every version and of the champion; a PNG file.
 

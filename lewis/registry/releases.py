@@ -11,6 +11,7 @@ from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, commits_of
 from lewis.recipe.block import parts_of
 from lewis.registry import lineage, tracking
+from lewis.registry.promotion import WAITING
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,16 @@ def merged(name: str) -> list[Held]:
         )
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
     ]
+
+
+def champion(held: Sequence[Held]) -> Held | None:
+    """The version in use; None if there is none."""
+    return next((version for version in held if "champion" in version.aliases), None)
+
+
+def waiting(held: Sequence[Held]) -> Held | None:
+    """The version that passed its gate and waits for a person; an older one that did no longer counts."""
+    return next((each for each in held if each.verdict == WAITING and "challenger" in each.aliases), None)
 
 
 def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root: Path) -> list[Moved]:

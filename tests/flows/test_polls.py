@@ -39,7 +39,7 @@ def test_what_is_wrong_is_logged_and_notified_once(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """There is a poll a minute."""
-    notified = list[dict[str, str]]()
+    notified, changes = list[dict[str, str]](), list[bool]()
     monkeypatch.setattr(release_event, "announce_problems", notified.append)
     bad, away = WatchReport(checked=["good"], problems={"bad": "models: missing"}), TransientError("no MLflow")
     ends: list[WatchReport | Exception] = [bad, bad, away, away, WatchReport(checked=["good"])]
@@ -53,10 +53,11 @@ def test_what_is_wrong_is_logged_and_notified_once(
     with caplog.at_level(logging.INFO):
         for code in (status_data.UNKNOWN, None):
             for _ in range(4 if code else 1):
-                watch.poll_all()
+                changes.append(watch.poll_all())
             found = Status(parts=[], polled=polls.last())
-            assert [each.code for each in status_data.problems(found)] == ([code] if code else [])
+            assert [each.code for each in status_data.problems(found, datetime.now(UTC))] == ([code] if code else [])
     assert notified == [{"bad": "models: missing"}, {"": "no MLflow"}]
+    assert changes == [True, False, True, False, True]
     told = ["bad cannot be watched: models: missing", "the recipes cannot be watched: no MLflow"]
     assert caplog.messages == [*told, "all recipes can be watched again"]
     prefect = Part(name="Prefect", up=True, state="answers")
@@ -72,7 +73,7 @@ def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPa
         other.start()
         other.join()
     assert polled == []
-    watch.poll_once()
+    assert not watch.poll_once()
     assert polled == [1]
 
 

@@ -34,8 +34,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe's folder with models and data laid out as its first lines say."""
     if not (SHARED / "real" / "make_base.py").is_file():
         pytest.skip("the real models and data are not in ../shared")
-    folder = tmp_path_factory.mktemp("real") / "recipes"
-    shutil.copytree(REPO / "deployments" / "recipes", folder, ignore=shutil.ignore_patterns("models", "data"))
+    root = tmp_path_factory.mktemp("real")
+    for name in ("recipes", "examples"):
+        shutil.copytree(REPO / "deployments" / name, root / name, ignore=shutil.ignore_patterns("models", "data"))
+    folder = root / "examples"
     (folder / "models").mkdir()
     base = Path(os.environ.get("LEWIS_REAL_BASE") or folder / "models" / "base")
     if not base.exists():

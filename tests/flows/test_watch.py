@@ -17,9 +17,9 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 
 from lewis.errors import TransientError
 from lewis.models.source import pin_all
-from lewis.registry import releases
+from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
-from lewis_flows import release_event, watch
+from lewis_flows import behind, release_event, watch
 from lewis_flows.watch import WatchReport, poll
 from tests.conftest import Family
 from tests.support.forgetful import Forgetful
@@ -106,9 +106,12 @@ def test_a_release_is_announced_once_and_not_again_after_the_merge(
 
     heads = releases.heads(*pin_all(recipes_folder.load("life")))
     registered(family.base, "a", heads, "life")
-    assert poll() == WatchReport(checked=["life"])
+    with tracking.client("a champion") as mlflow:
+        mlflow.set_registered_model_alias("life", "champion", "1")
+    assert poll() == WatchReport(checked=["life"]) and behind.since() == {"life": None}
     new = hub.commit("org/code", family.math)
     assert poll(["life"]).announced == ["life: org/code"]
+    assert datetime.now(UTC) - timedelta(minutes=3) < (behind.since()["life"] or NOW) < datetime.now(UTC)
     until(lambda: len(events(client, "life")) == 2)
     second = {"recipe": "life", "ref": "org/code", "repo": "org/code", "old": heads["org/code"], "new": new}
     assert events(client, "life") == [second, first]

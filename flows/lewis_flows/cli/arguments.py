@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_flows.cli import completion
+
 if TYPE_CHECKING:
     from lewis.recipe.recipe import Recipe
 
@@ -15,7 +17,9 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 def recipe(command: argparse.ArgumentParser) -> None:
     """`RECIPE` and `--set KEY=VALUE`."""
-    command.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe in the folder of recipes")
+    about = "YAML file, or the name of a recipe in the folder of recipes"
+    chosen = command.add_argument("recipe", metavar="RECIPE", help=about)
+    completion.completes(chosen, completion.recipes_and_files)
     command.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
         help="override a key of the recipe, for example lewis.density.max=0.7; may be repeated",
@@ -34,7 +38,7 @@ def json_file(command: argparse.ArgumentParser) -> None:
 
 def name(command: argparse.ArgumentParser) -> None:
     """`NAME` of a registered model."""
-    command.add_argument("name", metavar="NAME", help="registered model")
+    completion.completes(command.add_argument("name", metavar="NAME", help="registered model"), completion.models)
 
 
 def why(command: argparse.ArgumentParser) -> None:

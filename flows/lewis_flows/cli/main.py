@@ -17,7 +17,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment, json_logs
-from lewis_flows.cli import housekeeping, inspect, merge, registry, run, service, terminal
+from lewis_flows.cli import housekeeping, inspect, merge, registry, run, runs, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import credentials
 
@@ -97,7 +97,7 @@ COMMANDS = (
         "status",
         service.status,
         "tell what runs, what is due, what champions hold and what is newer",
-        (service.status_check, as_json),
+        (service.status_options, as_json),
         writes=False,
     ),
     Command(
@@ -109,16 +109,23 @@ COMMANDS = (
     ),
     Command(
         "open",
-        service.open_links,
-        "print the pages of a recipe's last run, its artifacts, its version and the champion",
-        (service.known_recipe, as_json),
+        runs.open_links,
+        "print and open the pages of the service, or those of a recipe: last run, artifacts, version, champion",
+        (runs.open_options, as_json),
         writes=False,
     ),
     Command(
         "logs",
-        service.logs,
+        runs.logs,
         "print the log of a recipe's last run",
-        (service.known_recipe, service.log_options, as_json),
+        (runs.known_recipe, runs.log_options, as_json),
+        writes=False,
+    ),
+    Command(
+        "cancel",
+        runs.cancel,
+        "cancel the runs of a recipe that go on or wait, or one run",
+        (runs.cancel_what, as_json),
         writes=False,
     ),
     Command(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lewis.errors import InputError
+from lewis_flows.cli import completion
 
 
 def plot_file(command: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def history(options: argparse.Namespace) -> None:
 
 def version(command: argparse.ArgumentParser) -> None:
     """`NAME/VERSION` of a registered model."""
-    command.add_argument("version", metavar="NAME/VERSION")
+    completion.completes(command.add_argument("version", metavar="NAME/VERSION"), completion.versions)
 
 
 def refuse(command: argparse.ArgumentParser) -> None:

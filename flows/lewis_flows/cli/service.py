@@ -1,20 +1,23 @@
-"""`lewis up`, `deploy`, `status`, `settings`, `open` and `logs`: the service that keeps models up to date, its runs."""
+"""`lewis up`, `deploy`, `status` and `settings`: the service that keeps models up to date."""
 
 import argparse
 import json
-import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 from lewis import settings
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError
 from lewis.redact import redacted
 from lewis_flows import json_logs
-from lewis_flows.cli import terminal
+from lewis_flows.cli import completion, terminal
+
+_REFRESH = 5.0  # seconds between two looks of `status --watch`
 
 
 def up_output(command: argparse.ArgumentParser) -> None:
@@ -40,7 +43,7 @@ def up(options: argparse.Namespace) -> None:
         named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
         for name, url in named.items():
             output.say("lewis", f"{name:<8} {redacted(url)}")
-        output.say("lewis", "Ctrl-C stops all of it")
+        output.say("lewis", "`lewis open` opens its pages and signs the browser in; Ctrl-C stops all of it")
 
     try:
         up(output.say, ready, options.prefect_file)
@@ -63,111 +66,69 @@ def deploy(options: argparse.Namespace) -> None:
     print(f"deployed to {redacted(url)}, nightly merges of: {', '.join(recipes) or 'nothing, there are no recipes'}")
 
 
-def status_check(command: argparse.ArgumentParser) -> None:
-    """`--check`."""
-    command.add_argument(
+def status_options(command: argparse.ArgumentParser) -> None:
+    """`RECIPE`, `--check`, `--watch` and `--html FILE`."""
+    chosen = command.add_argument("recipe", metavar="RECIPE", nargs="?", help="only this recipe, with its last runs")
+    completion.completes(chosen, completion.recipes)
+    forms = command.add_mutually_exclusive_group()
+    forms.add_argument(
         "--check", action="store_true",
         help="print only what is wrong, one line each; exit code 0: nothing, 10: a part of the service is down, 11: "
         "something could not be found out, 12: a recipe is broken, 13: the last run of a recipe failed, 14: a run is "
-        "late; of several, the smallest",
+        "late, 15: a champion is behind, 16: a version waits for approval; of several, the smallest",
     )  # fmt: skip
+    forms.add_argument("--watch", action="store_true", help="print it again every few seconds, until Ctrl-C")
+    forms.add_argument("--html", metavar="FILE", type=Path, help="write one page of all recipes")
 
 
 def status(options: argparse.Namespace) -> int:
     """Print the status; the exit code is 1 if a part of the service is down, and of `--check` as its help says."""
+    from lewis_flows import recipes_folder
     from lewis_flows.service.status import status
     from lewis_flows.service.status_data import problems
     from lewis_flows.service.status_text import as_text
 
-    found, width = status(), shutil.get_terminal_size((120, 40)).columns
+    only = recipes_folder.name_of(str(recipes_folder.find(options.recipe))) if options.recipe else ""
+    if options.watch:
+        return _watch(lambda: as_text(status(only, scores=bool(only)), datetime.now(UTC), _width()))
+    if options.html:
+        from lewis import store
+        from lewis.store.writable import check_output_file
+        from lewis_flows.service.recipes_page import as_html
+
+        file = check_output_file(options.html)
+        found = status(only, scores=True)
+        store.write_text(file, as_html(found, datetime.now(UTC)))
+    else:
+        found = status(only, scores=bool(only))
     if options.check:
-        wrong = problems(found)
+        wrong = problems(found, datetime.now(UTC))
         if options.json:
             print(json.dumps([problem.model_dump() for problem in wrong], indent=2, ensure_ascii=False))
         else:
             print("".join(f"{problem.about}: {problem.text}\n" for problem in wrong) or "all is well\n", end="")
         return wrong[0].code if wrong else 0
-    print(found.model_dump_json(indent=2) if options.json else as_text(found, datetime.now(UTC), width), end="")
+    if options.json:
+        print(found.model_dump_json(indent=2))
+    else:
+        print(f"{options.html}\n" if options.html else as_text(found, datetime.now(UTC), _width()), end="")
     return 0 if all(part.up for part in found.parts) else 1
 
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import Log
-
-_LOG_PAGE = 200  # lines that Prefect gives at once
-_PAUSE = 1.0  # seconds between two looks of --follow
+def _width() -> int:
+    return shutil.get_terminal_size((120, 40)).columns
 
 
-def known_recipe(command: argparse.ArgumentParser) -> None:
-    """`RECIPE`, by name or path."""
-    command.add_argument("recipe", metavar="RECIPE", help="name of a recipe in the folder of recipes, or a YAML file")
-
-
-def open_links(options: argparse.Namespace) -> None:
-    """Print the pages of a recipe's last run and of its versions."""
-    from lewis_flows.service.links import links
-
-    found = links(options.recipe)
-    if options.json:
-        print(found.model_dump_json(indent=2))
-        return
-    told = f"{found.state}: {found.message}" if found.message else found.state
-    rows = [("run", told or "none yet"), ("", found.run), *(found.artifacts.items())]
-    rows += [("version", found.version or "none yet"), ("", found.version_page)]
-    rows += [("champion", found.champion), ("", found.champion_page)] if found.champion != found.version else []
-    rows += [("published", found.published)]
-    asked = [f"{name} asks for {what}" for name, what in found.sign_in.items()]
-    rows += zip(["sign in", ""], asked, strict=False)
-    width = max(len(name) for name, _ in rows)
-    print("".join(f"{name:<{width}}  {redacted(text)}\n" for name, text in rows if text), end="")
-
-
-def log_options(command: argparse.ArgumentParser) -> None:
-    """`--follow` and `--level`."""
-    command.add_argument("--follow", action="store_true", help="go on until the run ends")
-    command.add_argument(
-        "--level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO", help="the least level (INFO)"
-    )
-
-
-def logs(options: argparse.Namespace) -> None:
-    """Print the log of the last run of a recipe; with `--json` an object a line."""
-    from lewis_flows import recipes_folder
-    from lewis_flows.service.links import last_run, server
-
-    recipe = recipes_folder.name_of(str(recipes_folder.find(options.recipe)))
-    with server() as (client, _):
-        if (run := last_run(client, recipe)) is None:
-            raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
-        seen = 0
+def _watch(text: Callable[[], str]) -> int:
+    """Show a text in the terminal, again and again until Ctrl-C."""
+    if not sys.stdout.isatty():
+        raise InputError("--watch: expected a terminal; leave it out, or repeat `lewis status --json` from a script")
+    with suppress(KeyboardInterrupt):
         while True:
-            state = client.read_flow_run(run.id).state
-            for line in _lines(client, run.id, logging.getLevelName(options.level), seen):
-                seen += 1
-                _print(line, as_json=options.json)
-            if not options.follow or state is None or state.is_final():
-                return
-            time.sleep(_PAUSE)
-
-
-def _lines(client: "SyncPrefectClient", run: Any, level: int, seen: int) -> Iterator["Log"]:
-    """The lines of a run after the first `seen`, oldest first."""
-    from prefect.client.schemas.filters import LogFilter
-
-    wanted = LogFilter.model_validate({"flow_run_id": {"any_": [run]}, "level": {"ge_": level}})
-    while page := client.read_logs(wanted, limit=_LOG_PAGE, offset=seen):
-        yield from page
-        seen += len(page)
-
-
-def _print(line: "Log", *, as_json: bool) -> None:
-    level = logging.getLevelName(line.level)
-    if as_json:
-        told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "message": line.message}
-        print(json.dumps(told, ensure_ascii=False), flush=True)
-    else:
-        print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {line.message}", flush=True)
+            shown = text()
+            print(f"\x1b[2J\x1b[H{shown}", end="", flush=True)
+            time.sleep(_REFRESH)
+    return 0
 
 
 def print_settings(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from lewis.store.secrets import PREFECT_KEY
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.service import credentials, note, servers
 from lewis_flows.service.credentials import connected
+from lewis_flows.service.recipes_page import KEY
 
 
 class Links(BaseModel):
@@ -49,6 +50,38 @@ class Links(BaseModel):
     sign_in: dict[str, str] = {}
 
 
+class Pages(BaseModel):
+    """What `lewis open` prints without a recipe: pages of the service by name, and what they ask for."""
+
+    pages: dict[str, str]
+    sign_in: dict[str, str]
+
+
+def pages() -> Pages:
+    """The pages of the service that matter, those of Prefect first.
+
+    Raises:
+        InputError: if there is no Prefect server.
+        TransientError: if it does not answer.
+    """
+    with server() as (_, ui):
+        found = {"deployments": f"{ui}/deployments", "runs": f"{ui}/runs", "recipes": f"{ui}/artifacts/key/{KEY}"}
+    mlflow = os.environ.get("MLFLOW_TRACKING_URI") or str(note.read().get("mlflow") or "")
+    if mlflow.startswith("http"):
+        found["models"] = f"{mlflow.rstrip('/')}/#/models"
+    return Pages(pages=found, sign_in=_sign_in())
+
+
+def _sign_in() -> dict[str, str]:
+    """Server of `lewis up` -> what its pages ask for, and where that is."""
+    known, found = note.read(), dict[str, str]()
+    if known and not os.environ.get("PREFECT_API_URL") and PREFECT_KEY.path().exists():
+        found["Prefect"] = f"the key in {PREFECT_KEY.path()}"
+    if user := known.get("mlflow_user"):
+        found["MLflow"] = credentials.mlflow_asks_for(user)
+    return found
+
+
 def links(recipe: str) -> Links:
     """Ask Prefect for the last run of a recipe, and MLflow for its versions.
 
@@ -60,12 +93,7 @@ def links(recipe: str) -> Links:
         TransientError: if a server does not answer.
     """
     path = recipes_folder.find(recipe)
-    found = Links(recipe=recipes_folder.name_of(str(path)))
-    known = note.read()
-    if known and not os.environ.get("PREFECT_API_URL") and PREFECT_KEY.path().exists():
-        found.sign_in["Prefect"] = f"the key in {PREFECT_KEY.path()}"
-    if user := known.get("mlflow_user"):
-        found.sign_in["MLflow"] = credentials.mlflow_asks_for(user)
+    found = Links(recipe=recipes_folder.name_of(str(path)), sign_in=_sign_in())
     with server() as (client, ui):
         if run := last_run(client, found.recipe):
             found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"

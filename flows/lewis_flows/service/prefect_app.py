@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lewis import private_names
+from lewis_flows.service.sign_in import SignIn
 
 _AT_ONCE = 500  # events that one query asks for
 
@@ -89,9 +90,10 @@ def main() -> None:
     url = server.database.connection_url
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
+    key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(
-        OwnPages(create_app(final=True), origins),
+        OwnPages(SignIn(create_app(final=True), key), origins),
         host=server.api.host,
         port=server.api.port,
         timeout_keep_alive=server.api.keepalive_timeout,

@@ -20,7 +20,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Scheduled
+from prefect.states import Scheduled, State
 from tzlocal import get_localzone_name
 
 from lewis import settings
@@ -155,7 +155,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited and is not merged: {file.why or 'its deployment is paused'}"
         else:
             yield f"{file.name} was edited: it is merged now"
-            start = Scheduled(scheduled_time=datetime.now(UTC) + SETTLE)
+            start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + SETTLE)
             client.create_flow_run_from_deployment(before.id, state=start, tags=[EDITED])
     if recipe and not recipe.search:
         remove(client, f"{prefect_runs.SEARCH}/{file.name}")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
@@ -18,9 +18,9 @@ from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.models.source import pin_all
 from lewis.redact import redacted
-from lewis.registry import promotion, releases
+from lewis.registry import history, releases
 from lewis.registry.releases import Held
-from lewis_flows import polls, prefect_runs, recipes_folder, turn
+from lewis_flows import behind, polls, prefect_runs, recipes_folder, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
 from lewis_flows.service import note
 from lewis_flows.service.credentials import connected
@@ -29,8 +29,14 @@ from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
 from lewis_tasks.support import device_queue
 
 
-def status() -> Status:
-    """Ask every part. One that does not answer is no error: the status says so."""
+def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
+    """Ask every part. One that does not answer is no error: the status says so.
+
+    Args:
+        only: name of the one recipe to report on, with its last runs; by default all recipes, with the last run each.
+        hub: whether to ask for the newest commits; else only what the last poll saw is known.
+        scores: whether to ask for the scores of versions.
+    """
     known = note.read()
     api = os.environ.get("PREFECT_API_URL") or known.get("prefect") or ""
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or known.get("mlflow") or ""
@@ -44,19 +50,34 @@ def status() -> Status:
     found.devices = device_queue.queue()
     if prefect.up:
         try:
-            _ask_prefect(found, api)
+            _ask_prefect(found, api, only)
         except (httpx.HTTPError, LewisError) as error:
             found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"
     try:
-        names = recipes_folder.names()
+        names = [name for name in recipes_folder.names() if only in ("", name)]
     except LewisError as error:
         found.unknown["recipes"] = str(error)
         return found
+    since = behind.since()
     with ThreadPoolExecutor(8) as pool:
-        found.recipes = list(pool.map(lambda name: _watched(name, mlflow), names))
+        found.recipes = list(pool.map(lambda name: _watched(name, mlflow, hub=hub, scores=scores), names))
+    last = {run.recipe: run for run in found.last_runs() if run.flow == MERGE}
+    for recipe in found.recipes:
+        _add_times(recipe, since.get(recipe.recipe), last.get(recipe.recipe))
     return found
+
+
+def _add_times(recipe: Watched, seen: datetime | None, last: Run | None) -> None:
+    """Add since when its champion is behind, by what a poll saw, and when its last merge is tried again if it failed.
+
+    What a version with a verdict holds is not tried again; nor is a run that crashed after a pause: the next poll does.
+    """
+    recipe.behind_since = seen if recipe.settled is None or recipe.is_behind else None
+    open_ = bool(seen) or not recipe.champion if recipe.settled is None else not recipe.settled
+    if open_ and recipe.registered and last and last.since and last.state in ("Failed", "TimedOut"):
+        recipe.next_attempt = last.since + polls.RETRY_AFTER
 
 
 def _part(name: str, url: str) -> Part:
@@ -73,7 +94,7 @@ def _part(name: str, url: str) -> Part:
     return Part(name=name, url=shown, up=False, state=state)
 
 
-def _watched(name: str, mlflow: Part) -> Watched:
+def _watched(name: str, mlflow: Part, *, hub: bool, scores: bool) -> Watched:
     """One recipe: what its champion holds, and the newest commits."""
     found = Watched(recipe=name)
     try:
@@ -81,43 +102,48 @@ def _watched(name: str, mlflow: Part) -> Watched:
     except Exception as error:  # whatever is wrong with one recipe does not stop the others
         found.unknown.append(str(error))
         found.broken, found.registered = True, recipes_folder.registered_name(name)
-        found.champion = _champion(found, mlflow)[1]
+        _ask_registry(found, mlflow, scores=scores)
         return found
     heads: dict[str, str] = {}
     try:
-        heads = releases.heads(*pin_all(recipe))
+        heads = releases.heads(*pin_all(recipe)) if hub else {}
     except (LewisError, OSError) as error:
         found.unknown.append(f"the heads now: {error}")
     found.registered = recipe.register_as.model if recipe.register_as else ""
-    champion, found.champion = _champion(found, mlflow)
+    held = _ask_registry(found, mlflow, scores=scores)
+    champion = releases.champion(held)
     refs = [recipe.base_model, *(entry.model for entry in recipe.experts)]
     for ref in dict.fromkeys(ref for ref in refs if ref):
         found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
+    if heads and found.registered and not found.unknown:
+        judged = [version for version in held if version.verdict]
+        found.settled = any(all(each.commit_of(ref) == head for ref, head in heads.items()) for each in judged)
     return found
 
 
-def _champion(found: Watched, mlflow: Part) -> tuple[Held | None, str | None]:
-    """The champion of what a recipe registers, and its version; why that could not be found out is noted."""
+def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
+    """The versions of what a recipe registers, newest first; why they could not be found out is noted."""
     try:
         if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
             raise LewisError(f"MLflow {mlflow.state}")
         held = releases.merged(found.registered) if found.registered else []
+        found.scores = history.scores(found.registered) if scores and held else {}
     except (LewisError, OSError) as error:
         found.unknown.append(f"the champion: {error}")
         held = []
-    champion = next((version for version in held if "champion" in version.aliases), None)
-    waits = [
-        version.version for version in held if version.verdict == promotion.WAITING and "challenger" in version.aliases
-    ]
-    found.waiting = waits[0] if waits else None
-    return champion, champion.version if champion else None
+    champion, waits = releases.champion(held), releases.waiting(held)
+    found.champion = champion.version if champion else None
+    found.waiting = waits.version if waits else None
+    return held
 
 
 PATIENCE = 10.0  # seconds for one request
+_FLOWS = FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL)))
+LAST = 5  # runs that are told of one recipe
 
 
-def _ask_prefect(found: Status, api: str) -> None:
-    """Add the work pools and the runs that the Prefect server at `api` knows.
+def _ask_prefect(found: Status, api: str, only: str) -> None:
+    """Add the work pools and the runs that the Prefect server at `api` knows, `only` those of one recipe.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or answers with an error.
@@ -130,7 +156,12 @@ def _ask_prefect(found: Status, api: str) -> None:
     ):
         for pool in _pools(client):
             found.parts += [_workers(client, pool), *_queues(client, pool)]
-        found.running, found.scheduled, found.finished = _running(client), _scheduled(client), _finished(client)
+        found.running, found.scheduled = _running(client), _scheduled(client)
+        found.finished = _finished(client, only)
+    if only:
+        found.running, found.scheduled = (
+            [run for run in runs if run.recipe == only] for runs in (found.running, found.scheduled)
+        )
 
 
 def _pools(client: SyncPrefectClient) -> list[str]:
@@ -188,10 +219,14 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
 
 
-def _finished(client: SyncPrefectClient) -> list[Run]:
-    """The last merge and the last search of each recipe, the newest first."""
+def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
+    """The last merge and the last search of each recipe, or the last five of one; the newest first."""
     runs = _runs(client, (MERGE, SEARCH), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
-    return _described(client, _first(runs, lambda run: (run.flow_id, recipe_of(run))), lambda run: run.end_time)
+    if only:
+        last = [run for run in runs if recipe_of(run) == only][:LAST]
+    else:
+        last = _first(runs, lambda run: (run.flow_id, recipe_of(run)))
+    return _described(client, last, lambda run: run.end_time)
 
 
 def _runs(
@@ -206,10 +241,12 @@ def _described(
     ids = {run.deployment_id for run in runs if run.deployment_id}
     wanted = DeploymentFilter.model_validate({"id": {"any_": list(ids)}})
     names = {each.id: each.name for each in client.read_deployments(deployment_filter=wanted)} if ids else {}
+    flows = {each.id: each.name for each in client.read_flows(flow_filter=_FLOWS)} if runs else {}
     return [
         Run(
             recipe=recipe_of(run),
             name=run.name,
+            flow=flows.get(run.flow_id, ""),
             deployment=names.get(run.deployment_id, "") if run.deployment_id else "",
             state=run.state_name or "",
             message=_waits(run) or (run.state.message if run.state else None) or "",

@@ -1,11 +1,12 @@
 """What `lewis status` reports: the parts of the service, its runs, what the champions hold, and what is wrong."""
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from pydantic import BaseModel
 
 from lewis_flows.polls import Poll
+from lewis_flows.prefect_runs import MERGE
 from lewis_tasks.support.device_queue import Place
 
 
@@ -23,11 +24,13 @@ class Run(BaseModel):
 
     Attributes:
         recipe: its name; empty for the watcher of all recipes.
+        flow: name of the flow, such as `merge`.
         since: start, end or planned time, in UTC.
     """
 
     recipe: str
     name: str
+    flow: str = ""
     deployment: str = ""
     state: str
     message: str = ""
@@ -57,6 +60,10 @@ class Watched(BaseModel):
         champion: version of the champion; None if there is none, or it is unknown.
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
+        settled: whether a version with a verdict holds the newest commits of all of them; None if unknown.
+        behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
+        next_attempt: when a release whose merge failed is tried again; None if nothing failed.
+        scores: number of a version -> the score that its gate looked at, oldest first; only where they were asked for.
         unknown: what could not be found out, and why.
         broken: whether the recipe's file is wrong; `unknown` begins with why.
     """
@@ -66,8 +73,17 @@ class Watched(BaseModel):
     champion: str | None = None
     waiting: str | None = None
     inputs: list[Input] = []
+    settled: bool | None = None
+    behind_since: datetime | None = None
+    next_attempt: datetime | None = None
+    scores: dict[int, float] = {}
     unknown: list[str] = []
     broken: bool = False
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a model is newer than what the champion holds; False if the newest commits are not known."""
+        return any(each.held and each.head and each.held != each.head for each in self.inputs)
 
 
 class Status(BaseModel):
@@ -86,12 +102,27 @@ class Status(BaseModel):
     devices: list[Place] = []
     unknown: dict[str, str] = {}
 
+    def last_runs(self) -> list[Run]:
+        """The last merge and the last search of each recipe that have ended."""
+        found: dict[tuple[str, str], Run] = {}
+        for run in self.finished or []:
+            found.setdefault((run.flow, run.recipe), run)
+        return list(found.values())
 
-DOWN, UNKNOWN, BROKEN, FAILED, LATE = 10, 11, 12, 13, 14
+
+DOWN, UNKNOWN, BROKEN, FAILED, LATE, BEHIND, WAITS = 10, 11, 12, 13, 14, 15, 16
 """The kinds of problems, the gravest first.
 
-A part of the service is down; something could not be found out; a recipe is broken; its last run failed; a run is late.
+A part of the service is down; something could not be found out; a recipe is broken; its last run failed; a run is late;
+a champion is behind, and nothing is done about it; a version waits for a person's approval.
 """
+
+GRACE = timedelta(hours=1)
+"""For so long a champion may be behind before that is a problem."""
+
+
+FAILURES = ("Failed", "Crashed", "TimedOut", "Unpublished")
+"""Names of the states of a run that failed."""
 
 
 class Problem(BaseModel):
@@ -108,12 +139,12 @@ class Problem(BaseModel):
     text: str
 
 
-def problems(status: Status) -> list[Problem]:
-    """What is wrong, the gravest first; the exit code of a check is the code of the first, or 0."""
-    return sorted(_problems(status), key=lambda problem: problem.code)
+def problems(status: Status, now: datetime) -> list[Problem]:
+    """What is wrong at a time, the gravest first; the exit code of a check is the code of the first, or 0."""
+    return sorted(_problems(status, now), key=lambda problem: problem.code)
 
 
-def _problems(status: Status) -> Iterator[Problem]:
+def _problems(status: Status, now: datetime) -> Iterator[Problem]:
     for part in status.parts:
         if not part.up:
             yield Problem(code=DOWN, about=part.name, text=part.state)
@@ -124,12 +155,24 @@ def _problems(status: Status) -> Iterator[Problem]:
     for recipe in status.recipes or []:
         for why in recipe.unknown:
             yield Problem(code=BROKEN if recipe.broken else UNKNOWN, about=recipe.recipe, text=why)
-    for run in status.finished or []:
-        if run.state in ("Failed", "Crashed", "TimedOut", "Unpublished"):
-            yield Problem(code=FAILED, about=run.recipe, text=_told(run))
+    attempts = {each.recipe: each.next_attempt for each in status.recipes or [] if each.next_attempt}
+    for run in status.last_runs():
+        if run.state in FAILURES:
+            attempt = attempts.get(run.recipe) if run.flow == MERGE else None
+            again = f" (tried again at {attempt.astimezone():%Y-%m-%d %H:%M})" if attempt else ""
+            yield Problem(code=FAILED, about=run.recipe, text=f"{_told(run)}{again}")
     for run in status.scheduled or []:
         if run.state == "Late":
             yield Problem(code=LATE, about=run.recipe or run.name, text=_told(run))
+    busy = {run.recipe for run in status.running or []}
+    for recipe in status.recipes or []:
+        since = recipe.behind_since
+        if since and now - since > GRACE and not recipe.settled and recipe.recipe not in busy:
+            text = f"its champion is behind since {since.astimezone():%Y-%m-%d %H:%M}"
+            yield Problem(code=BEHIND, about=recipe.recipe, text=f"{text}, and no run has merged what is newer")
+        if recipe.waiting:
+            name = f"{recipe.registered}/{recipe.waiting}"
+            yield Problem(code=WAITS, about=recipe.recipe, text=f"{name} waits for `lewis approve {name} --why TEXT`")
 
 
 def _told(run: Run) -> str:

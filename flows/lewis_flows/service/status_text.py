@@ -49,7 +49,7 @@ def _sections(status: Status, now: datetime) -> Iterator[tuple[str, Table | str]
     elif not status.recipes:
         yield "Recipes", "none in the folder of recipes"
     for recipe in status.recipes or []:
-        yield _heading(recipe), _recipe(recipe)
+        yield _heading(recipe), _recipe(recipe, now)
 
 
 def _runs(runs: Sequence[Run], now: datetime) -> Table:
@@ -74,9 +74,18 @@ def _heading(recipe: Watched) -> str:
     return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}{broken}"
 
 
-def _recipe(recipe: Watched) -> Table:
+def _recipe(recipe: Watched, now: datetime) -> Table:
     rows = [(each.ref, short(each.held) if each.held else "", _news(each)) for each in recipe.inputs]
     table = _table(("model", "champion holds", "now"), rows)
+    if recipe.behind_since:
+        table.add_row(Text("behind since"), Text(""), Text(moment(recipe.behind_since, now)))
+    if recipe.next_attempt:
+        told = f"{moment(recipe.next_attempt, now)}, since the last merge failed"
+        table.add_row(Text("next attempt"), Text(""), Text(told if recipe.next_attempt > now else "at the next poll"))
+    if recipe.scores:
+        (first, *_), (last, value) = recipe.scores, list(recipe.scores.items())[-1]
+        line = f"{sparkline(list(recipe.scores.values()))}  versions {first} to {last}, the last {value:.4g}"
+        table.add_row(Text("scores"), Text(""), Text(line))
     for line in recipe.unknown:
         table.add_row(*(Text(cell) for cell in ("unknown", "", line)))
     return table
@@ -97,6 +106,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a name with brackets is no markup
     return table
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Numbers as bars of one character each."""
+    bars, low, high = "▁▂▃▄▅▆▇█", min(values), max(values)
+    if low == high:
+        return "▄" * len(values)
+    return "".join(bars[round((len(bars) - 1) * (value - low) / (high - low))] for value in values)
 
 
 def moment(when: datetime, now: datetime) -> str:

@@ -29,7 +29,7 @@ from lewis.errors import InputError
 from lewis.redact import printable
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
 from lewis_flows import environment, json_logs, secret_blocks, watch
-from lewis_flows.service import credentials
+from lewis_flows.service import credentials, recipes_page
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
@@ -147,6 +147,12 @@ async def _read(request: Request) -> bytes | None:
     return bytes(body)
 
 
+def _poll() -> None:
+    """One poll; the page of all recipes follows it."""
+    if watch.poll_once():
+        recipes_page.keep()
+
+
 def serve(host: str, port: int, secret: str) -> None:
     """Run the receiver until it is told to stop.
 
@@ -167,7 +173,7 @@ def serve(host: str, port: int, secret: str) -> None:
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5)
     loops = [
         Loop("recipes", Follower(logger.info).follow, 5),
-        Loop("poll", watch.poll_once, settings.POLL_SECONDS.get()),
+        Loop("poll", _poll, settings.POLL_SECONDS.get()),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])
     try:

@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from lewis.store.verification import Verified
 from lewis_flows.cli.main import COMMANDS, Command, _parser
 from lewis_flows.merge import MergeReport
 from lewis_flows.search import SearchReport
-from lewis_flows.service.links import Links
+from lewis_flows.service.cancel import Cancelled
+from lewis_flows.service.links import Links, Pages
 from lewis_flows.service.status_data import Status
 
 PAGE = (Path(__file__).resolve().parents[3] / "deployments" / "COMMANDS.md").read_text()
@@ -25,7 +28,8 @@ KEYS = {
     "run": set(MergeReport.model_fields),
     "search": set(SearchReport.model_fields),
     "status": set(Status.model_fields),
-    "open": set(Links.model_fields),
+    "open": set(Links.model_fields) | set(Pages.model_fields),
+    "cancel": set(Cancelled.model_fields),
     "plan": {each.name for each in dataclasses.fields(Plan)} | {"covered_layers"},
     "history": {each.name for each in dataclasses.fields(Record)},
     "settings": {"settings", "unknown", "problems", "name", "value", "default", "what"},
@@ -53,7 +57,15 @@ def test_the_page_names_no_command_that_there_is_not() -> None:
     assert list(SECTIONS) and set(SECTIONS) == {command.name for command in COMMANDS}
 
 
-def test_a_shell_completes_commands_and_options() -> None:
+def test_a_shell_completes_commands_options_recipes_and_models(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_RECIPES", str(home / "recipes"))
+    (home / "recipes").mkdir()
+    (home / "recipes" / "alpha.yaml").touch()
+    with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database:
+        for name, version in (("one", 1), ("two", 2), ("two", 12)):
+            row = (name, version, "None")
+            database.execute("INSERT INTO model_versions (name, version, current_stage) VALUES (?, ?, ?)", row)
+        database.commit()
     code = "from lewis_flows.cli.main import main; main()"
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_POINT": "13", "COMP_TYPE": "9"}
 
@@ -68,4 +80,7 @@ def test_a_shell_completes_commands_and_options() -> None:
 
     assert completed("lewis roll") == ["rollback"]
     assert {"--check", "--json"} <= set(completed("lewis status --"))
+    assert completed("lewis status al") == completed("lewis cancel al") == ["alpha"]
+    assert {"one", "two"} <= set(completed("lewis rollback "))
+    assert completed("lewis approve two/") == ["two/12", "two/2"]
     assert _parser().prog == "lewis"

@@ -1,11 +1,15 @@
-"""`lewis open` and `lewis logs`: the pages and the log of a recipe's last run."""
+"""`lewis open`, `lewis logs` and `lewis cancel`: the pages, the log and the end of runs."""
 
+import html
 import json
 import logging
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
 
 import pytest
 from prefect import flow
@@ -13,13 +17,16 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import LogCreate
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Completed, Running, State
+from prefect.states import Completed, Running, Scheduled, State
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion, versions
-from lewis.store.secrets import MLFLOW_PASSWORD
+from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.cli.main import main
 from lewis_flows.service import note
+from lewis_flows.service.sign_in import SignIn, make_code
 from tests.conftest import Family
 from tests.support.lineage import registered
 
@@ -95,3 +102,77 @@ def test_the_pages_and_the_log_of_the_last_run(
     assert main(["logs", "looked at", "--follow"]) == 0  # it has ended
     told = capsys.readouterr().out
     assert re.search(r"^\d\d:\d\d:\d\d WARNING a slow disk$", told, re.MULTILINE) and "detail" not in told
+
+
+def test_runs_that_go_on_or_wait_are_cancelled(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stopped.yaml").touch()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    monkeypatch.setattr("lewis_flows.service.cancel.PATIENCE", 0.0)
+
+    def run(name: str, state: State, **of: Any) -> UUID:
+        return client.create_flow_run(_merge, name=name, parameters={"recipe": "stopped"}, state=state, **of).id
+
+    deployment = client.create_deployment(client.create_flow(_merge), "merge-stopped")
+    tonight = run("tonight", Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=9)))
+    due = run("due", Scheduled(scheduled_time=datetime.now(UTC) - timedelta(seconds=1)))
+    made = client.create_flow_run_from_deployment(deployment, parameters={"recipe": "stopped"}, name="goes on").id
+    client.set_flow_run_state(made, Running(), force=True)
+    assert main(["cancel", "stopped", "--json"]) == 1  # no worker is here to end the process
+    told = {each["name"]: (each["state"], each["ended"]) for each in json.loads(capsys.readouterr().out)}
+    assert told == {"due": ("Cancelled", True), "goes on": ("Cancelling", False)}
+    assert client.read_flow_run(tonight).state_name == "Scheduled"
+    client.set_flow_run_state(made, Completed(), force=True)
+    assert main(["cancel", "stopped"]) == 0 and capsys.readouterr().out == "nothing runs or waits\n"
+
+    run("by itself", Running())
+    for what, words in {
+        "by itself": "end that with Ctrl-C",
+        "stoped": "did you mean",
+        str(due): "lewis status",
+    }.items():
+        assert main(["cancel", what]) == 2 and words in capsys.readouterr().err.replace("\n", " ")
+    client.delete_deployment(deployment)
+
+
+def test_the_pages_of_the_service(
+    client: SyncPrefectClient, prefect_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note.write({"prefect": prefect_url, "mlflow": "http://127.0.0.1:5001"})
+    assert main(["open", "--json"]) == 0
+    found, ui = json.loads(capsys.readouterr().out), prefect_url.removesuffix("/api")
+    assert found["pages"] == {
+        **{name: f"{ui}/{name}" for name in ("deployments", "runs")},
+        "recipes": f"{ui}/artifacts/key/recipes",
+        "models": "http://127.0.0.1:5001/#/models",
+    }
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("DISPLAY", ":0")
+    key = PREFECT_KEY.read()
+    PREFECT_KEY.path().touch()  # as where `lewis up` made it
+    assert main(["open", "--no-browser"]) == 0 and not opened
+    assert main(["open"]) == 0 and key not in capsys.readouterr().out
+    (file,) = (Path(urlsplit(each).path) for each in opened)
+    assert file.stat().st_mode & 0o077 == 0 and key not in file.read_text()
+    address = html.unescape(re.findall('url=(.*)"', file.read_text())[0])
+    assert address.startswith(f"{ui}/lewis/sign-in?code=") and address.endswith("&to=/deployments")
+
+    app = SignIn(PlainTextResponse("Prefect"), key)
+    browser = TestClient(app, base_url=ui)
+    path = address.removeprefix(ui)
+    assert browser.get(path.replace("code=", "code=1")).status_code == browser.post(path).status_code == 403
+    page = browser.get(path)
+    assert json.dumps(key) in page.text and '"/deployments"' in page.text
+    assert page.headers["cache-control"] == "no-store"
+    assert browser.get(path).status_code == 403  # once
+    for to in ("//evil.example", "https://evil.example", "/\\\\evil.example"):
+        assert "evil" not in browser.get("/lewis/sign-in", params={"code": make_code(key), "to": to}).text
+    assert browser.get("/runs").text == "Prefect"
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    old = make_code(key)
+    monkeypatch.undo()
+    assert browser.get("/lewis/sign-in", params={"code": old}).status_code == 403
+    assert TestClient(SignIn(PlainTextResponse("Prefect"), "")).get("/lewis/sign-in").text == "Prefect"

@@ -293,7 +293,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
     drill.add_recipe("gamma", approve="true")
     drill.release("gamma")
     service.until(lambda: "Suspended" in [run["state_name"] for run in service.runs("gamma")], PATIENCE)
-    drill.check(0)
+    drill.check(status_data.WAITS, "gamma")
     number = service.versions("gamma")[0].version
     approved = drill.command("approve", f"gamma/{number}", "--why", "support has read it")
     assert approved.returncode == 0, approved.stderr

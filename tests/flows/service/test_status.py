@@ -1,6 +1,7 @@
 """What `lewis status` tells, of real servers and of ones that are not there."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,14 +12,14 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running, Scheduled, State
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
 from lewis_flows.cli.main import main
-from lewis_flows.service import status_data
+from lewis_flows.service import recipes_page, status_data
 from lewis_flows.service.status import status
 from lewis_flows.service.status_data import Part, Run, Status, Watched
 from lewis_flows.service.status_text import as_text, moment
@@ -87,7 +88,7 @@ def part(found: Status, name: str) -> Part:
     return one
 
 
-def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) -> None:
+def test_champion_and_newer_heads(home: Path, hub: LocalHub, recipes: Path, family: Family) -> None:
     (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
     (before,) = status().recipes or []
     assert (before.registered, before.champion, before.unknown) == ("tiny", None, [])
@@ -101,9 +102,12 @@ def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) 
     refused = registered(family.base, "b", {**commits, "org/code": new}, "tiny")
     promotion.promote(refused, Verdict(False, (), first.uri))
 
+    ago = datetime.now(UTC) - timedelta(hours=3)
+    (home / "behind.json").write_text(json.dumps({"commits": {"tiny": {"org/code": [[new, ago.isoformat()]]}}}))
     found = status()
     (tiny,) = found.recipes or []
-    assert tiny.champion == "1"
+    assert (tiny.champion, tiny.settled, tiny.behind_since) == ("1", True, ago)
+    assert status_data.problems(found, datetime.now(UTC))[-1].code == status_data.UNKNOWN  # its gate refused it
     assert {each.ref: (each.held, each.head) for each in tiny.inputs} == {
         ref: (head, new if ref == "org/code" else head) for ref, head in commits.items()
     }
@@ -111,6 +115,7 @@ def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) 
     assert "Recipe tiny: tiny, champion version 1" in lines
     assert f"org/math {commits['org/math'][:8]} the same" in lines
     assert f"org/code {commits['org/code'][:8]} newer: {new[:8]}" in lines
+    assert any(line.startswith("behind since 3 h ago (") for line in lines)
     assert json.loads(found.model_dump_json())["recipes"][0]["inputs"][2]["head"] == new
 
     for text in (
@@ -127,13 +132,23 @@ def test_champion_and_newer_heads(hub: LocalHub, recipes: Path, family: Family) 
 def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     well = Status(parts=[Part(name="Prefect", up=True, state="answers")], running=[], scheduled=[], finished=[])
     since = datetime.now(UTC)
-    failed = Run(recipe="tiny", name="search tiny", state="Failed", message="no space\nmore", since=since)
+    failed = Run(
+        recipe="tiny", flow="search", name="search tiny", state="Failed", message="no space\nmore", since=since
+    )
     late = Run(recipe="tiny", name="merge tiny", state="Late", since=since)
     done = Run(recipe="tiny", name="merge tiny", state="Completed", since=since)
     broken = Watched(recipe="tiny", broken=True, unknown=["merge_metod: unknown key"])
     odd = Watched(recipe="odd", unknown=["the heads now: busy"])
+    behind = Watched(recipe="slow", behind_since=since - timedelta(hours=2))
+    recent = Watched(recipe="new", behind_since=since - timedelta(minutes=50))
+    settled = Watched(recipe="refused", behind_since=since - timedelta(days=9), settled=True)
+    also = Watched(recipe="busy", behind_since=since - timedelta(hours=2))
+    busy = Run(recipe="busy", name="merge busy", state="Running", since=since)
+    waits = Watched(recipe="tiny", registered="team.tiny", waiting="7")
     cases: dict[int, dict[str, Any]] = {
-        0: {"finished": [done], "recipes": [Watched(recipe="good")]},
+        0: {"finished": [done], "running": [busy], "recipes": [Watched(recipe="good"), recent, settled, also]},
+        status_data.WAITS: {"recipes": [waits]},
+        status_data.BEHIND: {"recipes": [waits, behind]},
         status_data.LATE: {"scheduled": [late]},
         status_data.FAILED: {"scheduled": [late], "finished": [done, failed]},
         status_data.BROKEN: {"finished": [failed], "recipes": [broken]},
@@ -141,7 +156,7 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
         status_data.DOWN: {"parts": [*well.parts, Part(name="webhooks", up=False, state="is not running")]},
     }
     for code, changes in cases.items():
-        monkeypatch.setattr("lewis_flows.service.status.status", lambda now=changes: well.model_copy(update=now))
+        monkeypatch.setattr("lewis_flows.service.status.status", lambda *_, n=changes, **__: well.model_copy(update=n))
         assert main(["status", "--check"]) == code
         text = capsys.readouterr().out
         assert main(["status", "--check", "--json"]) == code
@@ -150,7 +165,30 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
         assert text.splitlines() == ([f"{each['about']}: {each['text']}" for each in listed] or ["all is well"])
         assert main(["status"]) == (code == status_data.DOWN)
         capsys.readouterr()
-    assert failed.name in status_data.problems(well.model_copy(update={"finished": [failed]}))[0].text
+    (told,) = status_data.problems(well.model_copy(update={"finished": [failed, failed]}), since)
+    assert failed.name in told.text and "tried again" not in told.text
+    merge = failed.model_copy(update={"flow": "merge"})
+    tiny = Watched(recipe="tiny", next_attempt=since + timedelta(hours=1))
+    (told,) = status_data.problems(well.model_copy(update={"finished": [merge], "recipes": [tiny]}), since)
+    assert f"(tried again at {tiny.next_attempt.astimezone():%Y-%m-%d %H:%M})" in told.text
+
+
+def test_one_page_of_all_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, bad = datetime.now(UTC), "<script>alert(1)</script>|`*"
+    merge = Run(recipe=bad, flow="merge", name="x", state="Failed", message=bad, since=now)
+    rising = Watched(recipe="rising", registered="m", champion="3", scores={1: 0.25, 2: 0.5, 3: 1.0}, behind_since=now)
+    broken = Watched(recipe=bad, registered=bad, champion="1", waiting="2", next_attempt=now + timedelta(hours=1))
+    part = Part(name=bad, up=False, state=bad)
+    found = Status(parts=[part], running=[], scheduled=[], finished=[merge], recipes=[rising, broken])
+    monkeypatch.setattr("lewis_flows.service.status.status", lambda *_, **__: found)
+    assert main(["status", "--html", str(tmp_path / "page.html")]) == 1  # a part is down
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "://" not in page and page.count("&lt;script&gt;") == 5
+    assert 'points="3.0,29.0 80.0,20.3 157.0,3.0"' in page and f"since {now.astimezone():%Y-%m-%d %H:%M}" in page
+    line = recipes_page.as_markdown(found, now).splitlines()[5]
+    assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 7 and "Failed" in line  # cells
+    assert "▁▃█ 1" in recipes_page.as_markdown(found, now)
+    assert "▁▃█  versions 1 to 3, the last 1" in as_text(found, now)
 
 
 def test_nothing_runs(home: Path, recipes: Path) -> None:
@@ -227,6 +265,21 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     text = as_text(found, datetime.now(UTC), 200)
     assert "in 30 min (" in text and "the Hub refuses [404]" in text
     assert Status.model_validate_json(found.model_dump_json()) == found
+
+    (night,) = found.recipes or []
+    assert (night.settled, night.next_attempt) == (None, run.since + timedelta(hours=1))
+    one = status("night", hub=False)
+    assert [each.name for each in one.finished or []] == ["tried", "newer", "older"]
+    assert {each.recipe for each in [*(one.running or []), *(one.scheduled or [])]} == {"night"}
+    for ended in ("newer", "newest"):  # the artifact that each merge brings up to date
+        recipes_page.keep()
+        wanted = ArtifactFilter.model_validate({"key": {"any_": [recipes_page.KEY]}})
+        (page,) = client.read_artifacts(artifact_filter=wanted)
+        assert "| `night` | none yet |" in str(page.data) and ("slept" in str(page.data)) == (ended == "newest")
+        started(client, "night", "newest", Running(), Completed(name="Rejected", message="slept"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["status", "night", "--watch", "--check"])
+    assert main(["status", "nigth"]) == main(["status", "night", "--watch"]) == 2
 
 
 def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPrefectClient) -> None:

@@ -4,69 +4,125 @@ They are of the last day, by the server's clock of each run: a counter in this p
 would know nothing of what other workers did.
 """
 
-import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import TaskRunFilter
-from prefect.client.schemas.objects import TaskRun
-from prefect.client.schemas.sorting import TaskRunSort
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, TaskRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.events.filters import EventFilter
 from prefect.events.schemas.events import ReceivedEvent
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from lewis_flows.prefect_runs import ALL, PAGE
+from lewis_flows import prefect_runs
+from lewis_flows.prefect_runs import ALL, ENDED, MERGE, PAGE, UNFINISHED
 from lewis_flows.release_event import EVENT
 
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
 _TIMEOUT = 10.0  # seconds for one request
+_ENDED = {"type": {"any_": list(ENDED)}}
+_WAITS = ["Late", "AwaitingConcurrencySlot"]  # names of the type SCHEDULED
+_GOES_ON = {"operator": "or_", "type": {"any_": list(UNFINISHED)}, "name": {"any_": _WAITS}}
 
 
-class Ended(NamedTuple):
-    """A task that has ended: which step it is, how it ended, when, and after how many seconds."""
+class Step(NamedTuple):
+    """A task that has ended: its run, which step it is, how it ended, when, and after how many seconds."""
 
+    run: UUID | None
     step: str
     outcome: str
     time: datetime
     seconds: float
 
 
-class Steps:
-    """The tasks of the last day; only those that have ended since the last question are asked for."""
+class Run(NamedTuple):
+    """A run: its flow, its recipe, how it ended or goes on, and when it ended."""
+
+    flow: str
+    recipe: str
+    outcome: str
+    time: datetime
+
+
+T = TypeVar("T", bound=Step | Run)
+
+
+class Recent(Generic[T]):
+    """What ended in the last day; only what has ended since the last question is asked for."""
+
+    def __init__(self, ended: Callable[[SyncPrefectClient, datetime], Iterable[tuple[UUID, T]]]) -> None:
+        """Know nothing yet; `ended` asks the server for what ended after a time, with its id."""
+        self._ended = ended
+        self._known: dict[UUID, T] = {}
+
+    def read(self, client: SyncPrefectClient, now: datetime) -> Mapping[UUID, T]:
+        """All that ended in the day before `now`."""
+        newest = max((each.time for each in self._known.values()), default=now - WINDOW)
+        self._known |= dict(self._ended(client, max(newest - _LATE, now - WINDOW)))
+        self._known = {key: each for key, each in self._known.items() if each.time >= now - WINDOW}
+        return self._known
+
+
+class Prefect:
+    """The numbers of one server; what was asked once is kept. `Source` sees to it that one thread asks at a time."""
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self._lock = threading.Lock()
-        self._known: dict[UUID, Ended] = {}
+        self._runs, self._steps = Recent(self._ended_runs), Recent(_ended_steps)
+        self._flows = dict[UUID, str]()
+        self._last = dict[str, Run]()
 
-    def read(self, client: SyncPrefectClient, now: datetime) -> list[Ended]:
-        """All tasks that ended in the day before `now`."""
-        with self._lock:
-            newest = max((each.time for each in self._known.values()), default=now - WINDOW)
-            after = max(newest - _LATE, now - WINDOW)
-            for run in _ended_tasks(client, after):
-                if run.end_time is not None:
-                    outcome = (run.state_name or "").lower()
-                    seconds = run.total_run_time.total_seconds()
-                    self._known[run.id] = Ended(_step(run), outcome, run.end_time, seconds)
-            self._known = {key: each for key, each in self._known.items() if each.time >= now - WINDOW}
-            return list(self._known.values())
+    def read(self) -> Iterator[Metric]:
+        """Ask the server.
 
+        Raises:
+            httpx.HTTPError: if it does not answer, or refuses.
+        """
+        now = datetime.now(UTC)
+        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+        with once, get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT}) as client:
+            if not self._last:  # the last run of a recipe may be older than a day
+                found = prefect_runs.of_flows(client, (MERGE,), _ENDED, FlowRunSort.END_TIME_DESC)
+                self._note_last(dict(self._named(client, found)))
+            ended = self._runs.read(client, now)
+            self._note_last(ended)
+            going = dict(self._named(client, prefect_runs.of_flows(client, ALL, _GOES_ON)))
+            steps = self._steps.read(client, now)
+            released_now = _releases(released(client, now - WINDOW))
+        runs = {**ended, **going}
+        counts = Counter((each.flow, each.outcome, each.recipe) for each in runs.values())
+        about = "Runs of the last day, by flow, outcome and recipe, those that go on too; a poll is none."
+        yield gauge("lewis_runs", about, ["flow", "outcome", "recipe"], counts)
+        yield from _step_counts(steps.values(), {key: each.recipe for key, each in runs.items()})
+        yield released_now
+        last = {(name, each.outcome): each.time.timestamp() for name, each in self._last.items()}
+        about = "When the last merge of a recipe ended (Unix time), with its verdict."
+        yield gauge("lewis_last_run_timestamp_seconds", about, ["recipe", "outcome"], last)
 
-def read(steps: Steps) -> Iterator[Metric]:
-    """Ask the server."""
-    now = datetime.now(UTC)
-    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-    with once, get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT}) as client:
-        yield _runs(client, now)
-        yield from _steps(steps.read(client, now))
-        yield _releases(released(client, now - WINDOW))
+    def _note_last(self, runs: Mapping[UUID, Run]) -> None:
+        for each in runs.values():
+            known = self._last.get(each.recipe)
+            if each.flow == MERGE and (known is None or known.time < each.time):
+                self._last[each.recipe] = each
+
+    def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
+        newest = FlowRunSort.END_TIME_DESC
+        found = prefect_runs.all_of_flows(client, ALL, _ENDED, newest, end_time={"after_": after})
+        return self._named(client, list(found))
+
+    def _named(self, client: SyncPrefectClient, runs: Sequence[FlowRun]) -> Iterator[tuple[UUID, Run]]:
+        if not self._flows.keys() >= {run.flow_id for run in runs}:
+            wanted = FlowFilter(name=FlowFilterName(any_=list(ALL)))
+            self._flows = {each.id: each.name for each in client.read_flows(flow_filter=wanted)}
+        for run in runs:
+            time, outcome = run.end_time or run.expected_start_time or datetime.now(UTC), (run.state_name or "").lower()
+            yield run.id, Run(self._flows.get(run.flow_id, ""), prefect_runs.recipe_of(run), outcome, time)
 
 
 def released(client: SyncPrefectClient, since: datetime) -> list[ReceivedEvent]:
@@ -80,7 +136,7 @@ def released(client: SyncPrefectClient, since: datetime) -> list[ReceivedEvent]:
     return found
 
 
-def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
     """A metric with a value for each tuple of its labels' values, in their order."""
     found = GaugeMetricFamily(name, about, labels=labels)
     for key, value in sorted(values.items()):
@@ -88,29 +144,15 @@ def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[tuple[st
     return found
 
 
-def _runs(client: SyncPrefectClient, now: datetime) -> Metric:
-    asked = {
-        "history_start": (now - WINDOW).isoformat(),
-        "history_end": now.isoformat(),
-        "history_interval_seconds": WINDOW.total_seconds(),
-    }
-    counts = Counter[tuple[str, ...]]()
-    for flow in ALL:
-        body = {**asked, "flows": {"name": {"any_": [flow]}}}
-        for interval in client.request("POST", "/flow_runs/history", json=body).json():
-            for state in interval["states"]:
-                counts[flow, state["state_name"].lower()] += state["count_runs"]
-    about = "Runs of the last day, by flow and outcome, those that go on too. Polls that found nothing are not kept."
-    return gauge("lewis_runs", about, ["flow", "outcome"], counts)
-
-
-def _steps(ended: list[Ended]) -> Iterator[Metric]:
-    seconds: dict[tuple[str, ...], float] = defaultdict(float)
+def _step_counts(ended: Iterable[Step], recipes: Mapping[UUID | None, str]) -> Iterator[Metric]:
+    counts, seconds = Counter[tuple[str, ...]](), defaultdict[tuple[str, ...], float](float)
     for each in ended:
-        seconds[each.step,] += each.seconds
+        recipe = recipes.get(each.run, "")
+        counts[each.step, each.outcome, recipe] += 1
+        seconds[each.step, recipe] += each.seconds
     about = "Steps of runs that ended in the last day; those with the outcome `cached` were found, not computed."
-    yield gauge("lewis_steps", about, ["step", "outcome"], Counter((each.step, each.outcome) for each in ended))
-    yield gauge("lewis_step_seconds", "Seconds that these steps took, in sum.", ["step"], seconds)
+    yield gauge("lewis_steps", about, ["step", "outcome", "recipe"], counts)
+    yield gauge("lewis_step_seconds", "Seconds that these steps took, in sum.", ["step", "recipe"], seconds)
 
 
 def _releases(events: list[ReceivedEvent]) -> Metric:
@@ -118,15 +160,14 @@ def _releases(events: list[ReceivedEvent]) -> Metric:
     return gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], counts)
 
 
-def _ended_tasks(client: SyncPrefectClient, after: datetime) -> Iterator[TaskRun]:
+def _ended_steps(client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Step]]:
     wanted, newest = TaskRunFilter.model_validate({"end_time": {"after_": after}}), TaskRunSort.END_TIME_DESC
     for offset in range(0, 1_000_000, PAGE):
         page = client.read_task_runs(task_run_filter=wanted, sort=newest, limit=PAGE, offset=offset)
-        yield from page
+        for run in page:
+            # The name of the task's function: a task's key is that, and a part that changes with the function.
+            step = run.task_key.rpartition("-")[0] or run.task_key
+            outcome, seconds = (run.state_name or "").lower(), run.total_run_time.total_seconds()
+            yield run.id, Step(run.flow_run_id, step, outcome, run.end_time or after, seconds)
         if len(page) < PAGE:
             return
-
-
-def _step(run: TaskRun) -> str:
-    """The name of the task's function: its key is that, and a part that changes with the function."""
-    return run.task_key.rpartition("-")[0] or run.task_key

@@ -1,4 +1,4 @@
-"""Numbers of the champions: how far each is behind the releases that were seen.
+"""Numbers of the registry: versions, their scores, and how long a release took to become the champion.
 
 The registry says which commits a champion was merged from, and Prefect's events when which commit was seen. The Hub is
 not asked: polls do that.
@@ -31,51 +31,59 @@ class Release(NamedTuple):
     time: datetime
 
 
-def read() -> Iterator[Metric]:
-    """Ask the registry for each recipe that registers a model.
+class Registry:
+    """The numbers of one registry; the score of a version is asked for once."""
 
-    Raises:
-        LewisError: if MLflow does not answer.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client would try for minutes
-        raise LewisError("MLflow does not answer")
-    now = datetime.now(UTC)
-    with get_client(sync_client=True) as client:
-        events = of_prefect.released(client, now - REMEMBERED)
-    seen = [
-        Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
-        for event, told in ((event, event.payload) for event in events)
-    ]
-    version, behind, took = (dict[tuple[str, ...], float]() for _ in range(3))
-    for recipe in recipes_folder.names():
-        if not (model := recipes_folder.registered_name(recipe)):
-            continue
-        mine = [release for release in seen if release.recipe == recipe]
-        held = releases.merged(model) if tracking.exists() else []  # a look should not create a database
-        champion = next((version for version in held if "champion" in version.aliases), None)
-        behind[recipe, model] = _behind(mine, champion, now)
-        if champion is not None:
-            version[recipe, model] = float(champion.version)
-            if (seconds := _took(mine, champion, _promoted(model, champion.version))) is not None:
-                took[recipe, model] = seconds
-    labels = ["recipe", "model"]
-    yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
-    about = "Seconds since which the champion misses a release that was seen in the last 7 days; 0 if it has them all."
-    yield of_prefect.gauge("lewis_champion_behind_seconds", about, labels, behind)
-    about = "From the newest release in the champion to when it became that; left out if that release is not known."
-    yield of_prefect.gauge("lewis_release_to_champion_seconds", about, labels, took)
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._scores = dict[tuple[str, str], tuple[str, float] | None]()
 
+    def read(self) -> Iterator[Metric]:
+        """Ask the registry for each recipe that registers a model.
 
-def _behind(seen: Sequence[Release], champion: releases.Held | None, now: datetime) -> float:
-    """Seconds since the first release that the champion misses; the newest of each reference counts."""
-    since = now
-    for ref in {release.ref for release in seen}:
-        for release in sorted((each for each in seen if each.ref == ref), key=lambda each: each.time, reverse=True):
-            if _holds(champion, release):
-                break
-            since = min(since, release.time)
-    return (now - since).total_seconds()
+        Raises:
+            LewisError: if MLflow does not answer.
+        """
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client would try for minutes
+            raise LewisError("MLflow does not answer")
+        with get_client(sync_client=True) as client:
+            events = of_prefect.released(client, datetime.now(UTC) - REMEMBERED)
+        seen = [
+            Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
+            for event, told in ((event, event.payload) for event in events)
+        ]
+        version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
+        scores = {"champion": dict[tuple[str, ...], float](), "newest version": dict[tuple[str, ...], float]()}
+        for recipe in recipes_folder.names():
+            if not (model := recipes_folder.registered_name(recipe)):
+                continue
+            held = releases.merged(model) if tracking.exists() else []  # a look should not create a database
+            champion = releases.champion(held)
+            waiting[recipe, model] = float(releases.waiting(held) is not None)
+            for which, each in {"champion": champion, "newest version": held[0] if held else None}.items():
+                if each and (score := self._score(model, each.version)):
+                    scores[which][recipe, model, score[0]] = score[1]
+            if champion is not None:
+                version[recipe, model] = float(champion.version)
+                mine = [release for release in seen if release.recipe == recipe]
+                if (seconds := _took(mine, champion, _promoted(model, champion.version))) is not None:
+                    took[recipe, model] = seconds
+        labels = ["recipe", "model"]
+        yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
+        about = "Versions that passed their gate and wait for a person, `lewis approve`."
+        yield of_prefect.gauge("lewis_versions_waiting", about, labels, waiting)
+        for which, values in scores.items():
+            name = "lewis_champion_score" if which == "champion" else "lewis_last_score"
+            about = f"The score of the {which} that its gate looked at."
+            yield of_prefect.gauge(name, about, [*labels, "metric"], values)
+        about = "From the newest release in the champion to when it became that; left out if that release is not known."
+        yield of_prefect.gauge("lewis_release_to_champion_seconds", about, labels, took)
+
+    def _score(self, model: str, version: str) -> tuple[str, float] | None:
+        if (model, version) not in self._scores:
+            self._scores[model, version] = history.score(model, version)
+        return self._scores[model, version]
 
 
 def _took(seen: Sequence[Release], champion: releases.Held, promoted: datetime | None) -> float | None:

@@ -1,6 +1,7 @@
 """The page of metrics: all sources at once, in Prometheus's text format.
 
-A source is asked at a scrape, not more often than it can bear, and a scrape never waits for it too long.
+A source is asked at a scrape, not more often than it can bear, and in a thread of its own: a scrape hardly waits for
+it, and gives the newest answer that there is.
 """
 
 import logging
@@ -16,11 +17,11 @@ from prometheus_client.registry import Collector
 from lewis import store
 from lewis.redact import printable, redacted
 from lewis.store import size
-from lewis_flows.service.metrics import of_prefect, of_registry
+from lewis_flows.service.metrics import of_polls, of_prefect, of_registry
 from lewis_flows.service.metrics.of_prefect import gauge
 
 logger = logging.getLogger("lewis.webhook")
-PATIENCE = 8.0  # seconds that a scrape waits for one source; Prometheus itself waits for ten
+PATIENCE = 0.3  # seconds that a scrape waits for all sources; what they say later is on the next page
 FORGET = 600.0  # seconds after which numbers of a source that no longer answers are left out
 
 
@@ -43,9 +44,9 @@ class Source:
         self._wrong = ""
 
     @property
-    def up(self) -> bool:
-        """Whether the last question was answered."""
-        return not self._wrong and self._time > float("-inf")
+    def up(self) -> bool | None:
+        """Whether the last question was answered; None before the first answer."""
+        return not self._wrong if self._wrong or self._time > float("-inf") else None
 
     def ask(self) -> None:
         """Begin to ask it anew, unless its answer is young or it is being asked."""
@@ -55,10 +56,10 @@ class Source:
                 self._running = threading.Thread(target=copy_context().run, args=(self._refresh,), daemon=True)
                 self._running.start()
 
-    def latest(self) -> list[Metric]:
-        """The newest numbers, after at most `PATIENCE` seconds; none if the last answer is older than `FORGET`."""
+    def latest(self, patience: float) -> list[Metric]:
+        """The newest numbers, after at most `patience` seconds; none if the last answer is older than `FORGET`."""
         if running := self._running:
-            running.join(PATIENCE)
+            running.join(patience)
         return self._found if time.monotonic() < self._time + max(FORGET, 2 * self._kept) else []
 
     def _refresh(self) -> None:
@@ -77,11 +78,11 @@ class Source:
 
 
 def default_sources() -> list[Source]:
-    """Prefect's server, the registry, and the store of this machine."""
-    runs = of_prefect.Steps()
+    """The last poll, Prefect's server, the registry, and the store of this machine."""
     return [
-        Source("prefect", lambda: of_prefect.read(runs), 15.0),
-        Source("mlflow", of_registry.read, 60.0),
+        Source("poll", of_polls.read, 0.0),
+        Source("prefect", of_prefect.Prefect().read, 15.0),
+        Source("mlflow", of_registry.Registry().read, 60.0),
         Source("store", _store, 300.0),
     ]
 
@@ -104,13 +105,14 @@ class Page(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Ask all sources at once, and give what they say."""
+        """Ask all sources at once, and give what they say; one that has never answered nor failed is left out."""
         for source in self._sources:
             source.ask()
-        answers = dict[tuple[str, ...], float]()
+        answers, until = dict[tuple[str, ...], float](), time.monotonic() + PATIENCE
         for source in self._sources:
-            yield from source.latest()
-            answers[source.name,] = float(source.up)
+            yield from source.latest(max(0.0, until - time.monotonic()))
+            if source.up is not None:
+                answers[source.name,] = float(source.up)
         yield gauge("lewis_source_up", "Whether what the numbers come from answers.", ["source"], answers)
 
 

@@ -1,0 +1,129 @@
+"""`lewis open`, `logs` and `cancel`: the runs of a recipe."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lewis.errors import LewisError
+from lewis.redact import redacted
+from lewis_flows.cli import completion
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import Log
+
+    from lewis_flows.service.links import Links
+
+_LOG_PAGE = 200  # lines that Prefect gives at once
+_PAUSE = 1.0  # seconds between two looks of --follow
+
+
+def known_recipe(command: argparse.ArgumentParser) -> None:
+    """`RECIPE`, by name or path."""
+    chosen = command.add_argument("recipe", metavar="RECIPE", help="name of a recipe in the recipes folder, or a file")
+    completion.completes(chosen, completion.recipes_and_files)
+
+
+def open_options(command: argparse.ArgumentParser) -> None:
+    """`RECIPE` and `--no-browser`."""
+    chosen = command.add_argument("recipe", metavar="RECIPE", nargs="?", help="by default the pages of the service")
+    completion.completes(chosen, completion.recipes_and_files)
+    command.add_argument("--no-browser", action="store_true", help="print the pages and open none")
+
+
+def open_links(options: argparse.Namespace) -> None:
+    """Print the pages of the service, or of a recipe's last run and versions; in a terminal, open the first too."""
+    from lewis_flows.service.links import Links, links, pages
+
+    found = links(options.recipe) if options.recipe else pages()
+    if options.json:
+        print(found.model_dump_json(indent=2))
+        return
+    rows = list(_rows(found)) if isinstance(found, Links) else list(found.pages.items())
+    asked = [f"{name} asks for {what}" for name, what in found.sign_in.items()]
+    rows += zip(["sign in", ""], asked, strict=False)
+    width = max(len(name) for name, _ in rows)
+    print("".join(f"{name:<{width}}  {redacted(text)}\n" for name, text in rows if text), end="")
+    first = next((text for _, text in rows if text.startswith("http")), "")
+    if first and sys.stdout.isatty() and not options.no_browser:
+        from lewis_flows.service.sign_in import open_signed_in
+
+        open_signed_in(first)
+
+
+def _rows(found: "Links") -> Iterator[tuple[str, str]]:
+    told = f"{found.state}: {found.message}" if found.message else found.state
+    yield from (("run", told or "none yet"), ("", found.run), *found.artifacts.items())
+    yield from (("version", found.version or "none yet"), ("", found.version_page))
+    if found.champion != found.version:
+        yield from (("champion", found.champion), ("", found.champion_page))
+    yield "published", found.published
+
+
+def cancel_what(command: argparse.ArgumentParser) -> None:
+    """`RECIPE|RUN`."""
+    chosen = command.add_argument("what", metavar="RECIPE|RUN", help="name of a recipe, or name or id of a run")
+    completion.completes(chosen, completion.recipes)
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Cancel the runs of a recipe that go on or wait, or one run; the exit code is 1 if one has not ended in time."""
+    from lewis_flows.service.cancel import cancel
+
+    runs = cancel(options.what)
+    if options.json:
+        print(json.dumps([run.model_dump() for run in runs], indent=2))
+    else:
+        print("".join(f"{run.name}: {run.state}\n" for run in runs) or "nothing runs or waits\n", end="")
+    return int(any(not run.ended for run in runs))
+
+
+def log_options(command: argparse.ArgumentParser) -> None:
+    """`--follow` and `--level`."""
+    command.add_argument("--follow", action="store_true", help="go on until the run ends")
+    command.add_argument(
+        "--level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO", help="the least level (INFO)"
+    )
+
+
+def logs(options: argparse.Namespace) -> None:
+    """Print the log of the last run of a recipe; with `--json` an object a line."""
+    from lewis_flows import recipes_folder
+    from lewis_flows.service.links import last_run, server
+
+    recipe = recipes_folder.name_of(str(recipes_folder.find(options.recipe)))
+    with server() as (client, _):
+        if (run := last_run(client, recipe)) is None:
+            raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
+        seen = 0
+        while True:
+            state = client.read_flow_run(run.id).state
+            for line in _lines(client, run.id, logging.getLevelName(options.level), seen):
+                seen += 1
+                _print(line, as_json=options.json)
+            if not options.follow or state is None or state.is_final():
+                return
+            time.sleep(_PAUSE)
+
+
+def _lines(client: "SyncPrefectClient", run: Any, level: int, seen: int) -> Iterator["Log"]:
+    """The lines of a run after the first `seen`, oldest first."""
+    from prefect.client.schemas.filters import LogFilter
+
+    wanted = LogFilter.model_validate({"flow_run_id": {"any_": [run]}, "level": {"ge_": level}})
+    while page := client.read_logs(wanted, limit=_LOG_PAGE, offset=seen):
+        yield from page
+        seen += len(page)
+
+
+def _print(line: "Log", *, as_json: bool) -> None:
+    level = logging.getLevelName(line.level)
+    if as_json:
+        told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "message": line.message}
+        print(json.dumps(told, ensure_ascii=False), flush=True)
+    else:
+        print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {line.message}", flush=True)
