@@ -206,6 +206,9 @@ MLFLOW_UI = Setting("LEWIS_MLFLOW_UI", _URL, "",
     "The address of MLflow's pages in links; without it, MLFLOW_TRACKING_URI.")
 LOG_FORMAT = Setting("LEWIS_LOG_FORMAT", _one_of("text", "json"), "text",
     "How logs are written: as text, or an object of JSON a line.")
+SERVER_WAIT = Setting("LEWIS_SERVER_WAIT_SECONDS",
+    Kind("a whole number of seconds", lambda text: _whole(text, 0)), "300",
+    "How long a run waits for a server of Prefect or MLflow that does not answer.")
 WORKER_LIMIT = Setting("LEWIS_WORKER_LIMIT", Kind(_COUNT, _whole), "4",
     "How many runs the worker of `lewis up` has at once.")
 NOTIFY = Setting("LEWIS_NOTIFY",

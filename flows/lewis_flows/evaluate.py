@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from prefect import State, flow
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
@@ -28,6 +28,7 @@ from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.register import find_champion
 from lewis_tasks.resolve import resolve_at
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support import patience
 from lewis_tasks.support.failures import says_why
 
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -52,6 +53,8 @@ def evaluate_flow(
         overrides: as of the flow `merge`.
     """
     choose.check()
+    if deployment.id is not None:  # so this process belongs to this run
+        patience.begin()
     path = recipes_folder.find(recipe, paths=False)
     secret_blocks.load_for_run(path.stem)
     run_tags.tag(recipe=path.stem, trigger="merge")

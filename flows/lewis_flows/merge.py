@@ -25,6 +25,7 @@ from lewis_tasks.publish import check_publish
 from lewis_tasks.register import find_champion
 from lewis_tasks.report import report_densities, report_run, report_scores
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support import patience
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
@@ -49,6 +50,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
     """
     choose.check()
     deployed = deployment.id is not None
+    if deployed:  # so this process belongs to this run
+        patience.begin()
     path = recipes_folder.find(recipe, paths=not deployed)
     recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
     secret_blocks.load_for_run(path.stem)

@@ -31,6 +31,7 @@ from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support import patience
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.failures import result_of, says_why
 
@@ -84,6 +85,8 @@ def search_flow(
     """
     choose.check()
     deployed = deployment.id is not None
+    if deployed:  # so this process belongs to this run
+        patience.begin()
     path = recipes_folder.find(recipe, paths=not deployed)
     recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
     secret_blocks.load_for_run(path.stem)

@@ -43,7 +43,7 @@ class Weights:
         """Bring what no checkpoint holds to the device: tables of rotary embeddings and the like."""
         for module in self.network.module.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self._device)
+                setattr(module, name, buffer.to(self._device))
 
     def check(self) -> None:
         """Raise InputError unless the model has every weight that the network needs."""
@@ -167,10 +167,8 @@ class Streamed:
 def _put(network: nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = network.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    buffer = any(name == leaf for name, _ in module.named_buffers(recurse=False))
+    setattr(module, leaf, value if buffer else nn.Parameter(value, requires_grad=False))
 
 
 def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:

@@ -15,13 +15,13 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lewis import store
+from lewis import private_names, store
 from lewis.errors import InputError
 from lewis.input_files import check_regular, read_json
 from lewis.models.config import read_config
@@ -143,9 +143,8 @@ def _check_known(ref: str, architecture: str) -> None:
 
     Without them the names of its tensors may be known, and a Gemma's norms are still off by one.
     """
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, TENSOR_PROCESSORS
-
-    known = {name.replace("-", "_") for name in (*GGUF_SUPPORTED_ARCHITECTURES, *TENSOR_PROCESSORS)}
+    tables = (*private_names.GGUF_ARCHITECTURES.get(), *private_names.GGUF_PROCESSORS.get())
+    known = {name.replace("-", "_") for name in tables}
     if architecture.replace("-", "_") not in known:
         raise InputError(
             f"{ref}: transformers does not read GGUF files of the architecture {architecture}; use the model's "
@@ -198,16 +197,16 @@ def _names(
     """Tensor of the model -> those of the file that it is made of; all shapes; and the model's class."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+    names = private_names.GGUF_NAMES.get()
     try:
         described = AutoConfig.for_model(**config)
         kind = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             model = kind.from_config(described)
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+        processor = _processor(architecture, config)
         own = "llama" if architecture == "llama" else None  # also Mistral's
-        mapping = get_gguf_hf_weights_map(model, processor, own)
+        mapping = names(model, processor, own)
     except Exception as error:  # of any kind, by architecture
         raise InputError(
             f"{ref}: transformers has no names for the tensors of a GGUF file of the architecture {architecture} "
@@ -229,7 +228,7 @@ def _names(
             )
         else:
             found.setdefault(target, []).append(name)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    tied = set(model.all_tied_weights_keys)
     missing = [name for name, value in model.named_parameters() if name not in found and name not in tied]
     if missing:
         raise InputError(f"{ref}: this GGUF file has no tensor for {missing[0]!r}; use the model's safetensors")
@@ -284,7 +283,7 @@ class _File:
     def decode(self, name: str, sources: Sequence[str], shape: tuple[int, ...], _: Any) -> np.ndarray:
         """A tensor of the model in fp32, by transformers' rules of which values llama.cpp stores otherwise."""
         parsed: dict[str, dict[str, Any]] = {"tensors": {}}
-        process = _processors().get(self._architecture, _plain())(config=self._config)
+        process = _processor(self._architecture, self._config)
         # Names as transformers' processors look them up: with their ending, and without.
         mapping = {key: name for source in sources for key in (source, source.removesuffix(".weight"))}
         found = None
@@ -314,15 +313,7 @@ class _File:
         return values
 
 
-@cache
-def _processors() -> dict[str, Any]:
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
-
-    return dict(TENSOR_PROCESSORS)
-
-
-@cache
-def _plain() -> Any:
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor
-
-    return TensorProcessor
+def _processor(architecture: str, config: Mapping[str, Any]) -> Any:
+    """What undoes what llama.cpp does to the values of an architecture."""
+    plain = private_names.GGUF_PROCESSOR.get()
+    return private_names.GGUF_PROCESSORS.get().get(architecture, plain)(config=config)

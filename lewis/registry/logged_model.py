@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from lewis import store
+from lewis import private_names, store
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
 from lewis.store import manifest
@@ -226,9 +226,7 @@ def _pipeline_has_a_name() -> Iterator[None]:
 
     So a class of that name stands there meanwhile: importing the right one takes seconds.
     """
-    from transformers import pipelines
-
-    task = pipelines.check_task("text-generation")[1]
+    task = private_names.PIPELINE_TASK.get()("text-generation")[1]
     impl = task["impl"]
     if isinstance(impl, str):
         task["impl"] = type(impl.rpartition(".")[2], (), {})

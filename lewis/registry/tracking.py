@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis import store
+from lewis import private_names, store
 from lewis.errors import InputError, LewisError, TransientError
 
 if TYPE_CHECKING:
@@ -18,7 +18,35 @@ if TYPE_CHECKING:
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+_FILES = re.compile(r"(https?://\S+?/mlflow-artifacts/artifacts)/")
 _UNKNOWN_USER = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # answers with status 401
+
+
+class AwayError(TransientError):
+    """A server does not answer: it helps to wait until it does.
+
+    Attributes:
+        url: of the server.
+    """
+
+    def __init__(self, message: str = "", url: str = "", *, mlflow: bool = False) -> None:
+        """
+        Args:
+            url: of the server.
+            mlflow: whether it is asked with the user and the password of MLflow.
+        """
+        super().__init__(message)
+        self.url, self._mlflow = url, mlflow
+
+    def answers(self) -> bool:
+        """Whether the server answers now, be it with a refusal."""
+        import requests
+
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+        try:
+            return requests.get(self.url, timeout=30, auth=user if self._mlflow else None).status_code < 500
+        except requests.RequestException:
+            return False
 
 
 @contextmanager
@@ -29,7 +57,8 @@ def client(doing: str) -> Iterator["MlflowClient"]:
         doing: what the block does, for the error message.
 
     Raises:
-        TransientError: if the server does not answer or is busy.
+        AwayError: if the server, or the bucket of its artifacts, does not answer.
+        TransientError: if the server is busy.
         InputError: if the server wants a user and a password, or others than it is given.
         LewisError: if MLflow or the disk refuses.
     """
@@ -56,9 +85,23 @@ def client(doing: str) -> Iterator["MlflowClient"]:
             fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of the server"
             raise InputError(f"MLflow at {uri}: expected a user and a password, {given} was refused; {fix}") from None
         heals = isinstance(error, RequestException) or error.error_code in HEALING
+        if heals and uri.startswith("http") and not (away := _away(f"MLflow at {uri}", doing, uri)).answers():
+            raise away from error
+        if heals and (files := _FILES.search(str(error))):  # such as a bucket
+            what = f"MLflow at {uri}: {doing}: it does not reach the store of its files; see that this is up"
+            raise AwayError(f"{what}, then run again", f"{files[1]}?path=", mlflow=True) from error
         raise (TransientError if heals else LewisError)(f"MLflow at {uri}: {doing}: {error}") from error
     except OSError as error:
         raise LewisError(f"MLflow at {uri}: {doing}: {error}") from error
+    except Exception as error:
+        bucket = getattr(error, "kwargs", {}).get("endpoint_url")  # of botocore's errors; the package is an extra
+        if bucket is None:
+            raise
+        raise _away(f"the bucket of MLflow's artifacts, {bucket}", doing, bucket) from error
+
+
+def _away(server: str, doing: str, url: str) -> AwayError:
+    return AwayError(f"{server}: {doing}: it does not answer; see that it is up, then run again", url)
 
 
 def exists() -> bool:
@@ -175,11 +218,10 @@ def _create_database(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     store.sweep(store.make_folder(path.parent))
     with store.written_beside(path) as beside:
-        SqlAlchemyStore(f"sqlite:///{beside}", (_folder() / "artifacts").as_uri()).engine.dispose()
+        create = private_names.MLFLOW_SQL_STORE.get()
+        create(f"sqlite:///{beside}", artifacts_folder().as_uri()).engine.dispose()
 
 
 def _folder() -> Path:

@@ -31,7 +31,7 @@ def find_champion(name: str, to_score: bool) -> Champion | None:
     return versions.fetch(current) if current and to_score else current
 
 
-@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
     """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None

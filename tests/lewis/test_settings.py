@@ -31,6 +31,7 @@ CASES = {  # the value by default; a text and its value; a wrong text
     "LEWIS_MLFLOW_AUTH": (True, "0", False, "off"),
     "LEWIS_MLFLOW_UI": ("", "https://mlflow.example", "https://mlflow.example", "mlflow.example"),
     "LEWIS_LOG_FORMAT": ("text", "json", "json", "yaml"),
+    "LEWIS_SERVER_WAIT_SECONDS": (300, "0", 0, "5 min"),
     "LEWIS_WORKER_LIMIT": (4, "1", 1, "none"),
     "LEWIS_NOTIFY": ("", "slack-webhook/ops", "slack-webhook/ops", "ops"),
     "LEWIS_NOTIFY_URL": ("", "https://x.example/hook", "https://x.example/hook", "x.example/hook"),

@@ -131,12 +131,12 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
         from prefect.logging.handlers import APILogWorker
 
         from lewis_flows.turn import crash_dead_runs
-        from lewis_tasks.support import moves
+        from lewis_tasks.support import moves, patience
 
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)
         try:
-            with tags("lewis"):
+            with tags("lewis"), patience.patient(leave):  # not above: a wrong address is reported without a wait
                 return flow()
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)

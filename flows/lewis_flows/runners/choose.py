@@ -18,10 +18,10 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
-from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from lewis import settings
+from lewis import private_names, settings
 from lewis.errors import InputError, LewisError
+from lewis_tasks.support import patience
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.device_slot import slots
 
@@ -82,7 +82,8 @@ class Processes(ProcessPoolTaskRunner):
         self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any
     ) -> PrefectConcurrentFuture[Any]:
         """As Prefect's, and note which tasks the arguments come from: the process gets only their values."""
-        named["dependencies"] = {name: collect_task_run_inputs_sync(value) for name, value in parameters.items()}
+        inputs = private_names.PREFECT_TASK_INPUTS.get()
+        named["dependencies"] = {name: inputs(value) for name, value in parameters.items()}
         return super().submit(task, parameters, *arguments, **named)
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
@@ -97,6 +98,7 @@ class Processes(ProcessPoolTaskRunner):
 def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the flow terminates its processes
     signal.signal(signal.SIGTERM, _leave)
+    patience.begin(events=False)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # End at once, without the orderly shutdown of torch and MLflow: the flow would wait seconds for it.
     multiprocessing.util.Finalize(None, _end, exitpriority=-100)

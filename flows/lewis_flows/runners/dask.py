@@ -19,6 +19,8 @@ logging.getLogger("distributed").setLevel(logging.WARNING)  # it logs every conn
 class DaskRunner(DaskTaskRunner):
     """Prefect's Dask runner; its workers get the flow's environment, and end their tasks if the flow is interrupted."""
 
+    _prepared: PrefectDaskClient | None = None  # the client whose workers have the environment
+
     @property
     def client(self) -> PrefectDaskClient:
         """The client of the cluster, connected at the first use.
@@ -26,13 +28,15 @@ class DaskRunner(DaskTaskRunner):
         Raises:
             LewisError: if no scheduler answers.
         """
-        if self._client is None:
-            try:
-                super().client.register_plugin(Environment(worker_environment.shared_environment()))
-            except (OSError, ValueError) as error:
-                place = self.address or "a cluster of this machine"
-                raise LewisError(f"LEWIS_DASK_ADDRESS: no Dask scheduler at {place}: {error}; start it") from error
-        return super().client
+        try:
+            found = super().client
+            if found is not self._prepared:
+                found.register_plugin(Environment(worker_environment.shared_environment()))
+                self._prepared = found
+        except (OSError, ValueError) as error:
+            place = self.address or "a cluster of this machine"
+            raise LewisError(f"LEWIS_DASK_ADDRESS: no Dask scheduler at {place}: {error}; start it") from error
+        return found
 
     def submit(self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any) -> PrefectDaskFuture[Any]:
         """As Prefect's."""
@@ -40,10 +44,11 @@ class DaskRunner(DaskTaskRunner):
         return future
 
     def __exit__(self, exc_type: Any, *rest: Any) -> None:
-        if exc_type is not None and self._client is not None and self.address is None:
-            self._client.run(worker_environment.stop)  # let the processes clean up before they are killed
+        client, self._prepared = self._prepared, None
+        if exc_type is not None and client is not None and self.address is None:
+            client.run(worker_environment.stop)  # let the processes clean up before they are killed
             deadline = time.monotonic() + _STOP_SECONDS
-            while any(self._client.processing().values()) and time.monotonic() < deadline:
+            while any(client.processing().values()) and time.monotonic() < deadline:
                 time.sleep(0.1)
         super().__exit__(exc_type, *rest)
 

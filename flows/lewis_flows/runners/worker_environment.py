@@ -21,10 +21,13 @@ def shared_environment() -> dict[str, str]:
 
 
 def prepare(values: Mapping[str, str]) -> None:
-    """Begin a worker: take the flow's environment, turn telemetry off, find what our servers ask for."""
+    """Begin a worker: take the flow's environment, turn telemetry off, find what our servers ask for, wait for them."""
     os.environ.update(values)
     environment.prepare()
     credentials.find()
+    from lewis_tasks.support import patience
+
+    patience.begin()
 
 
 def stop() -> None:

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lewis import private_names
 from lewis_flows.service.sign_in import SignIn
 
 _AT_ONCE = 500  # events that one query asks for
@@ -78,13 +79,6 @@ def own_origins(port: int) -> list[str]:
     return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
 
 
-def _remove_v2() -> None:
-    """Serve no page of Prefect's second UI, and so offer none: they call a tracking host, whatever the settings say."""
-    import prefect
-
-    prefect.__ui_v2_static_path__ = Path(os.devnull) / "none"  # what is not there is left out
-
-
 def write_each_event_once() -> None:
     """Leave out events that are in the database already, or twice among those to write.
 
@@ -94,10 +88,9 @@ def write_each_event_once() -> None:
     import sqlalchemy as sa
     from prefect.server.database import PrefectDBInterface, db_injector
     from prefect.server.events.schemas.events import ReceivedEvent
-    from prefect.server.events.services import event_persister
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    write = event_persister.write_events
+    write = private_names.PREFECT_WRITE_EVENTS.get()
 
     @db_injector
     async def write_new(db: PrefectDBInterface, session: AsyncSession, events: list[ReceivedEvent]) -> None:
@@ -107,7 +100,7 @@ def write_each_event_once() -> None:
             known |= set(await session.scalars(sa.select(db.Event.id).where(db.Event.id.in_(ids))))
         await write(session=session, events=[event for key, event in by_id.items() if key not in known])
 
-    event_persister.write_events = write_new
+    private_names.PREFECT_WRITE_EVENTS.put(write_new)
 
 
 def main() -> None:
@@ -120,8 +113,11 @@ def main() -> None:
     setup_logging()
     server = get_current_settings().server
     if not server.ui.v2_enabled:
-        _remove_v2()
-    write_each_event_once()
+        # Its pages call a tracking host, whatever the settings say; a bundle that is not there is not served.
+        private_names.PREFECT_UI_V2.put(Path(os.devnull) / "none")
+    url = server.database.connection_url
+    if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
+        write_each_event_once()
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(

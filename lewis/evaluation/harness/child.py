@@ -25,6 +25,7 @@ from jinja2 import Template, runtime
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
+from lewis import private_names
 from lewis.evaluation.harness import loaded_model
 from lewis.store import write_json
 
@@ -130,38 +131,29 @@ def sandbox_templates() -> None:
 
     Models' chat templates need nothing: transformers renders them in Jinja's sandbox.
     """
-    from lm_eval import utils
-
-    plain = utils.env
+    plain = private_names.LM_EVAL_ENV.get()
     safe = _Sandbox(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
     safe.filters.update(plain.filters)
-    vars(utils)["env"] = safe
+    private_names.LM_EVAL_ENV.put(safe)
 
 
 def refuse_functions() -> None:
     """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
 
-    The recipe's task files were checked before. This holds if one has changed since.
+    The recipe's task files were checked before. This holds if one has changed since. A file that says meanwhile that
+    it runs what the model writes is refused by lm-eval, as it gets no `confirm_run_unsafe_code`.
     """
     from lm_eval import tasks
-    from lm_eval.tasks import _factory, _yaml_loader
 
     ours = Path(tasks.__file__).resolve().parent
-    load_function, load_yaml = _yaml_loader._import_func_in_yml, _factory.load_yaml
+    load_function = private_names.LM_EVAL_IMPORT_FUNCTION.get()
 
     def function(name: str, folder: Path) -> Any:
         if not Path(folder).resolve().is_relative_to(ours):
             raise ValueError(f"!function {name} of {folder}: the recipe does not say `allow_code_execution: true`")
         return load_function(name, folder)
 
-    def yaml(path: Path, **options: Any) -> Any:
-        config = load_yaml(path, **options)
-        if config.get("unsafe_code"):
-            raise ValueError(f"{path} runs code that the model writes; the recipe does not allow it")
-        return config
-
-    vars(_yaml_loader)["_import_func_in_yml"] = function
-    vars(_factory)["load_yaml"] = yaml
+    private_names.LM_EVAL_IMPORT_FUNCTION.put(function)
 
 
 def evaluate(
@@ -200,7 +192,7 @@ def evaluate(
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = loaded_model.opened(model, model_args, batch_size, device)
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
-    vars(evaluator)["add_env_info"] = lambda _: None  # it lists all packages with pip, which nobody reads
+    private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
     found: Any = evaluator.simple_evaluate(
         model=lm,
         tasks=tasks,

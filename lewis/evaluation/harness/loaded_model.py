@@ -10,6 +10,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from lewis import private_names
 from lewis.models.files.safetensors_file import file_headers
 from lewis.models.lora.expert import WEIGHTS
 from lewis.models.names import PER_TOKEN
@@ -79,21 +80,15 @@ def _keep_rows(adapter: str | None) -> Iterator[None]:
     if adapter is None:
         yield
         return
-    import transformers
-
-    owner: Any = transformers.PreTrainedModel
-    wanted, resize = _rows(Path(adapter)), owner.resize_token_embeddings
+    wanted, resize = _rows(Path(adapter)), private_names.RESIZE_EMBEDDINGS.get()
 
     def resized(model: Any, new_num_tokens: int, *arguments: Any, **options: Any) -> Any:
         present = model.get_input_embeddings().weight.shape[0]
         rows = wanted or max(new_num_tokens, present)
         return model.get_input_embeddings() if rows == present else resize(model, rows, *arguments, **options)
 
-    owner.resize_token_embeddings = resized
-    try:
+    with private_names.RESIZE_EMBEDDINGS.replaced(resized):
         yield
-    finally:
-        owner.resize_token_embeddings = resize
 
 
 def _rows(adapter: Path) -> int | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
+from lewis import private_names
 from lewis.errors import InputError
 from lewis.models.hub.pin import FORMS
 
@@ -81,12 +82,8 @@ def check_repo_id(ref: str, source: str) -> None:
 @contextmanager
 def without_xet() -> Iterator[None]:
     """While the block lasts, all threads of this process speak LFS to the Hub instead of Xet."""
-    before = constants.HF_HUB_DISABLE_XET
-    constants.HF_HUB_DISABLE_XET = True
-    try:
+    with private_names.HUB_WITHOUT_XET.replaced(True):
         yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lewis import private_names
 from lewis.errors import InputError
 from lewis.lazy_torch import nn, torch
 from lewis.models.config import needs_code, read_config
@@ -38,11 +40,12 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
         own = _class_of(config)
         text = config.get_text_config()
         for block in (config, text):  # the weights are read without their quantisation
-            vars(block).pop("quantization_config", None)
+            with suppress(AttributeError):
+                del block.quantization_config
         if own.config_class is type(text):  # perhaps the class of the language model alone
             config = text
         with init_empty_weights(include_buffers=False):
-            network = own._from_config(config, dtype=dtype)
+            network = private_names.FROM_CONFIG.of(own)(config, dtype=dtype)
         if hasattr(network, "set_experts_implementation"):
             network.set_experts_implementation("eager")
         network.tie_weights()

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lewis import private_names
 from lewis.lazy_torch import torch
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor -> shape
@@ -62,11 +63,9 @@ class Placing:
         return [name, *(each for other in others if (each := name.replace(first, other)) in self.state)]
 
     def _renamed(self, tensor: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.module.base_model_prefix
-        found: tuple[str, str | None] = rename_source_key(tensor, renamings, converters, prefix, self.state)
-        return found if found[0] in self.state else rename_source_key(tensor, [], [], prefix, self.state)
+        rename, prefix = private_names.RENAME_KEY.get(), self.module.base_model_prefix
+        found: tuple[str, str | None] = rename(tensor, renamings, converters, prefix, self.state)
+        return found if found[0] in self.state else rename(tensor, [], [], prefix, self.state)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -80,8 +79,7 @@ def operations_of(converter: Any) -> Sequence[tuple[str, int | None]]:
 
 
 def _conversions(network: Any) -> tuple[list[Any], list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers import WeightConverter
 
-    found = get_model_conversion_mapping(network)
-    return [e for e in found if isinstance(e, WeightRenaming)], [e for e in found if isinstance(e, WeightConverter)]
+    found, renaming = private_names.CONVERSIONS.get()(network), private_names.WEIGHT_RENAMING.get()
+    return [e for e in found if isinstance(e, renaming)], [e for e in found if isinstance(e, WeightConverter)]

@@ -3,9 +3,9 @@
 from typing import Any
 
 from prefect.assets import Asset, AssetProperties
-from prefect.context import AssetContext
 from prefect.states import Completed
 
+from lewis import private_names
 from lewis.models.hub.client import endpoint
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
@@ -47,7 +47,7 @@ def page_of(source: Source) -> str:
 
 def describe(**metadata: Any) -> None:
     """Add metadata to the assets of the running task; does nothing outside of a task that has assets."""
-    context = AssetContext.get()
+    context = private_names.PREFECT_ASSET_CONTEXT.get().get()
     for asset in context.downstream_assets if context else ():
         asset.add_metadata(metadata)
 
@@ -58,5 +58,5 @@ def found() -> None:
     The store may have them from a run outside of Prefect, or from another model with the same content. Then the lineage
     does not have them yet.
     """
-    if context := AssetContext.get():
+    if context := private_names.PREFECT_ASSET_CONTEXT.get().get():
         context.emit_events(Completed())

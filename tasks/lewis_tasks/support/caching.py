@@ -13,14 +13,17 @@ from prefect.serializers import JSONSerializer
 from prefect.tasks import exponential_backoff
 from pydantic import Field
 
+from lewis import settings
 from lewis.errors import LewisError
 from lewis.models.hub.errors import retryable
-from lewis.redact import redact_logs
+from lewis.redact import redact_logs, redacted
+from lewis.registry.tracking import AwayError
 from lewis.store import kinds, sealed_json
 from lewis.store.kinds import Kind
 from lewis.store.writable import of_the_disk
 
 logger = logging.getLogger(__name__)
+REMIND = 60.0  # seconds between two lines of the log about one wait
 STOPPING = threading.Event()
 """Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
 # For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
@@ -28,7 +31,7 @@ RETRIES: dict[str, Any] = {
     "retries": 4,
     "retry_delay_seconds": exponential_backoff(2),
     "retry_jitter_factor": 0.5,
-    "retry_condition_fn": lambda task, run, state: retryable(_exception_of(state)),
+    "retry_condition_fn": lambda task, run, state: _heals(_exception_of(state)),
 }
 
 
@@ -38,6 +41,23 @@ def _exception_of(state: Any) -> BaseException:
     except BaseException as error:
         return error
     return RuntimeError("the task did not fail")
+
+
+def _heals(error: BaseException) -> bool:
+    """Whether to try again; if a server is away, wait for it first, at most `LEWIS_SERVER_WAIT_SECONDS`."""
+    if not isinstance(error, AwayError):
+        return retryable(error)
+    server, begin, limit, told = redacted(error.url), time.monotonic(), settings.SERVER_WAIT.get(), float("-inf")
+    while not error.answers():
+        waited = time.monotonic() - begin
+        if waited >= limit or STOPPING.is_set():
+            return False
+        if waited - told >= REMIND:
+            logger.warning("%s does not answer since %.0f s; waiting for it, at most %d s", server, waited, limit)
+            told = waited
+        time.sleep(1)
+    logger.warning("%s answers again, after %.0f s", server, time.monotonic() - begin)
+    return True
 
 
 class RecordSerializer(JSONSerializer):
@@ -142,6 +162,9 @@ def quieten() -> None:
         logging.getLogger(library).setLevel(logging.INFO)
     for runs in ("prefect.task_runs", "prefect.flow_runs"):
         logging.getLogger(runs).addFilter(worth_reading)
+    # Prefect's client of events connects again by itself.
+    logging.getLogger("websockets.client").addFilter(lambda record: record.msg != "keepalive ping failed")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt to reach MLflow
     logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error goes on, and we tell it
 
 

@@ -1,0 +1,151 @@
+"""A run waits while Prefect's server is away, such as when `lewis up` starts it again after it died.
+
+Prefect's client by itself asks again for a minute, at ever longer intervals; a new client, such as that of an artifact,
+does not ask again at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import httpx
+
+from lewis import private_names, settings
+from lewis_tasks.support.caching import REMIND, STOPPING
+
+logger = logging.getLogger(__name__)
+_AWAY = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout)
+_PAUSE = 1.0  # seconds between two attempts
+
+
+def begin(*, events: bool = True) -> None:
+    """Be patient until this process ends: for the process of a worker's run, or of a task runner.
+
+    Args:
+        events: as of `patient`.
+    """
+    if not _always:
+        _always.append(patient(events=events))
+        _always[0].__enter__()
+
+
+_always = list[AbstractContextManager[None]]()
+
+
+@contextmanager
+def patient(given_up: Callable[[str], object] | None = None, *, events: bool = True) -> Iterator[None]:
+    """While the block lasts, Prefect's client in this process waits for a server that does not answer.
+
+    Args:
+        given_up: called with a sentence if it has waited for `LEWIS_SERVER_WAIT_SECONDS`. Without it, or if it returns,
+            the request fails.
+        events: whether this process sends its own events; one of a process pool gives them to its parent.
+    """
+    outage = _Outage(given_up)
+    ask, ask_async = private_names.PREFECT_RETRY.get(), private_names.PREFECT_RETRY_ASYNC.get()
+
+    def patiently(self: Any, request: Any, send: Any, *arguments: Any, **named: Any) -> Any:
+        return ask(self, request, outage.waiting(send), *arguments, **named)
+
+    async def patiently_async(self: Any, request: Any, send: Any, *arguments: Any, **named: Any) -> Any:
+        return await ask_async(self, request, outage.waiting_async(send), *arguments, **named)
+
+    with (
+        private_names.PREFECT_RETRY.replaced(patiently),
+        private_names.PREFECT_RETRY_ASYNC.replaced(patiently_async),
+        _patient_events() if events else nullcontext(),
+    ):
+        yield
+
+
+@contextmanager
+def _patient_events() -> Iterator[None]:
+    from prefect.events.clients import PrefectEventsClient
+
+    put = private_names.PREFECT_EVENTS_CLIENT.get()
+    put(PrefectEventsClient, reconnection_attempts=settings.SERVER_WAIT.get())  # one a second
+    try:
+        yield
+    finally:
+        put(None)
+
+
+class _Outage:
+    """The time since a server answered last, for all requests of this process."""
+
+    def __init__(self, given_up: Callable[[str], object] | None) -> None:
+        self._given_up, self._lock = given_up, threading.Lock()
+        self._since: float | None = None  # as time.monotonic(), like `_logged`
+        self._logged: float | None = None
+
+    def look(self, request: httpx.Request, error: Exception, began: float) -> None:
+        """Log, from time to time, that a request waits.
+
+        Raises:
+            httpx.TransportError: if it has waited long enough, or the process shall stop. Prefect's client does not
+                send it again for that.
+        """
+        now, limit = time.monotonic(), settings.SERVER_WAIT.get()
+        server = f"{request.url.scheme}://{request.url.netloc.decode()}"
+        with self._lock:
+            self._since = min(self._since or began, began)
+            waited = now - self._since
+            if waited >= _PAUSE and (self._logged is None or now - self._logged >= REMIND):
+                self._logged = now
+                logger.warning(
+                    "the Prefect server at %s does not answer (%s) since %.0f s; waiting for it, at most %.0f s",
+                    *(server, type(error).__name__, waited, limit),
+                )
+        if waited < limit and not STOPPING.is_set():
+            return
+        reason = f"the Prefect server at {server} has not answered for {waited:.0f} s (LEWIS_SERVER_WAIT_SECONDS)"
+        if self._given_up and not STOPPING.is_set():
+            self._given_up(reason)
+        raise httpx.TransportError(reason, request=request) from error
+
+    def end(self) -> None:
+        """The server has answered."""
+        if self._since is None:
+            return
+        with self._lock:
+            if self._logged is not None and self._since is not None:
+                logger.warning("the Prefect server answers again, after %.0f s", time.monotonic() - self._since)
+            self._since = self._logged = None
+
+    def waiting(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        """What sends a request, and sends it again while there is no answer."""
+
+        def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
+            began = time.monotonic()
+            while True:
+                try:
+                    answer = send(request, *arguments, **named)
+                except _AWAY as error:
+                    self.look(request, error, began)
+                    time.sleep(_PAUSE)
+                else:
+                    self.end()
+                    return answer
+
+        return send_and_wait
+
+    def waiting_async(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for asynchronous clients."""
+
+        async def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
+            began = time.monotonic()
+            while True:
+                try:
+                    answer = await send(request, *arguments, **named)
+                except _AWAY as error:
+                    self.look(request, error, began)
+                    await asyncio.sleep(_PAUSE)
+                else:
+                    self.end()
+                    return answer
+
+        return send_and_wait
