@@ -42,6 +42,14 @@ register: {name: tiny, gate: {metric: "words/acc,none", min_gain: -1}}
 """
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow that runs in the tests' own process does not make that wait for servers for good, as a worker's does."""
+    from lewis_tasks.support import patience
+
+    monkeypatch.setattr(patience, "begin", lambda **_: None)
+
+
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Iterator[str]:
     """One server for all commands that the tests run."""
