@@ -125,7 +125,7 @@ def check_deployment(deployment: str, recipe: str) -> None:
     Raises:
         InputError: if it runs another one.
     """
-    if deployment != recipe and deployment in names():
+    if deployment and deployment != recipe and deployment in names():
         raise InputError(f"recipe: the deployment {deployment!r} runs {deployment!r}, got {recipe!r}; start {recipe!r}")
 
 

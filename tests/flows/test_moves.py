@@ -139,7 +139,7 @@ def test_what_a_person_should_know_is_notified_with_a_link(
             client.set_flow_run_state(run.id, Late(), force=True)
             late[name] = run.id
         client.set_flow_run_state(late["merge late for a moment"], Running(), force=True)
-        stuck_run, other = (client.create_flow_run(_verify, tags=["lewis"], state=Scheduled()).id for _ in range(2))
+        stuck_run, other = (client.create_flow_run(_retention, tags=["lewis"], state=Scheduled()).id for _ in range(2))
         for run_id, states in ((stuck_run, [Pending()]), (other, [Pending(), Running()])):
             for each in states:
                 client.set_flow_run_state(run_id, each, force=True)
