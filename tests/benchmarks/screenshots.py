@@ -23,6 +23,7 @@ from tests.support.service import REPO, Service
 FOLDER = REPO / ".readme"
 MAX_BYTES = 120_000
 RECIPE, MODEL = "demo", "lewis-demo-guided"
+ASKS = "careful"  # a recipe whose champion a person approves
 
 
 def main() -> int:
@@ -57,6 +58,7 @@ def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
             service.finished(RECIPE, 2, 600)
             hub.commit("demo/sorting", family / "experts" / "sorting")
             run = service.finished(RECIPE, 3, 600)[-1]
+            service.until(lambda: [each["state_name"] for each in service.runs(ASKS)] == ["Suspended"], 600)
             yield service, run
 
 
@@ -79,7 +81,11 @@ def write_recipe(family: Path, folder: Path) -> None:
     for entry in content["models"]:
         entry["model"] = entry["model"].replace("./experts", "demo")
     content["register"]["gate"]["tolerance"] = 0.1  # 120 documents tell no less
-    (folder / f"{RECIPE}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    text = "# Addition, sorting and a cipher in one model.\n"
+    (folder / f"{RECIPE}.yaml").write_text(text + yaml.safe_dump(content, sort_keys=False))
+    content["register"] |= {"name": ASKS, "gate": {**content["register"]["gate"], "approve": True}}
+    text = "# The same, for those who want to have a look first.\n"
+    (folder / f"{ASKS}.yaml").write_text(text + yaml.safe_dump(content, sort_keys=False))
 
 
 def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
@@ -90,6 +96,14 @@ def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
     browser.remember(ui, {"prefect-v2-promo-dismissed": "true", "prefect-password": password})
     browser.open(f"{ui}/runs", "Promoted", width=1300, height=1000)
     save("dashboard", browser.picture())
+
+    browser.open(f"{ui}/deployments", ASKS, width=1300, height=640)
+    save("deployments", browser.picture())
+
+    (asks,) = service.runs(ASKS)
+    browser.open(f"{ui}/runs/flow-run/{asks['id']}", "Suspended", width=1300, height=800)
+    browser.click("button", "Resume")
+    save("approval", browser.picture())
 
     browser.open(this_run, "Artifacts", width=1500, height=850)
     browser.click(".run-graph__actions button[title^='Toggle fullscreen']")

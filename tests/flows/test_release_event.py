@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,23 @@ def test_an_event_that_is_not_taken_is_an_error() -> None:
     ):
         release_event.announce("r", "org/x", "org/x", OLD, NEW)
     assert time.monotonic() - started < 60
+
+
+def test_a_burst_is_waited_for_and_one_release_is_not(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, now = list[float](), datetime.now(UTC)
+    monkeypatch.setattr(release_event.time, "sleep", slept.append)
+    release_event.announce("burst", "org/x", "org/x", OLD, "5" * 40)
+    stored(api, "5" * 40, 1)
+    release_event.settle("burst")
+    assert slept == [] and len(release_event._recent("burst", now)) == 1
+    rest = now - release_event.REST - timedelta(seconds=1)
+    looks = [[now, rest], [now, rest], [rest, rest]]
+    monkeypatch.setattr(release_event, "_recent", lambda recipe, since: looks.pop(0))
+    release_event.settle("burst")
+    assert slept == [1, 1] and looks == []
+    monkeypatch.setattr(release_event, "LONGEST", timedelta(0))
+    release_event.settle("burst")
+    assert slept == [1, 1]
 
 
 def test_a_folder_beside_the_recipe_is_no_repo(tmp_path: Path) -> None:
