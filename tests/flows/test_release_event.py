@@ -45,9 +45,9 @@ def test_an_event_that_is_not_taken_is_an_error() -> None:
 
 def test_a_burst_is_waited_for_and_one_release_is_not(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept, now = list[float](), datetime.now(UTC)
-    monkeypatch.setattr(release_event.time, "sleep", slept.append)
     release_event.announce("burst", "org/x", "org/x", OLD, "5" * 40)
     stored(api, "5" * 40, 1)
+    monkeypatch.setattr(release_event.time, "sleep", slept.append)
     release_event.settle("burst")
     assert slept == [] and len(release_event._recent("burst", now)) == 1
     rest = now - release_event.REST - timedelta(seconds=1)
