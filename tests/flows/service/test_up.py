@@ -202,7 +202,8 @@ def test_a_recipe_that_is_dropped_in_is_picked_up(service: Service, family: Fami
     recipe = service.recipes / "late.yaml"
     text = recipe.read_text()
     recipe.write_text(f"# Late, and edited.\n{text}")
-    assert "trigger:edit" in service.finished("late", 2)[-1]["tags"]
+    edited = lambda: [run for run in service.finished("late", 1) if "trigger:edit" in run["tags"]]  # noqa: E731
+    service.until(edited, 120)
     assert service.deployment("late")["description"].startswith("Late, and edited.")
     recipe.write_text("models: [")
     service.until(lambda: service.deployment("late")["paused"], 60)
