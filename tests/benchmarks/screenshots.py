@@ -58,8 +58,13 @@ def stage(root: Path) -> Iterator[tuple[Service, dict[str, Any]]]:
             service.finished(RECIPE, 2, 600)
             hub.commit("demo/sorting", family / "experts" / "sorting")
             run = service.finished(RECIPE, 3, 600)[-1]
-            service.until(lambda: [each["state_name"] for each in service.runs(ASKS)] == ["Suspended"], 600)
+            service.until(lambda: waiting(service), 300)
             yield service, run
+
+
+def waiting(service: Service) -> list[dict[str, Any]]:
+    """The runs that wait for a person."""
+    return [run for run in service.runs(ASKS) if run["state_name"] == "Suspended"]
 
 
 def write_weak(family: Path, skill: str, folder: Path) -> Path:
@@ -100,7 +105,7 @@ def take(browser: Browser, service: Service, run: dict[str, Any]) -> None:
     browser.open(f"{ui}/deployments", ASKS, width=1300, height=640)
     save("deployments", browser.picture())
 
-    (asks,) = service.runs(ASKS)
+    (asks,) = waiting(service)
     browser.open(f"{ui}/runs/flow-run/{asks['id']}", "Suspended", width=1300, height=800)
     browser.click("button", "Resume")
     save("approval", browser.picture())
