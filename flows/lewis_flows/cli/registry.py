@@ -61,9 +61,7 @@ def approve(options: argparse.Namespace) -> None:
         _tell(f"models:/{name}/{number}", options.why, approve=False)
         _say(options, {"refused": f"models:/{name}/{number}"}, f"models:/{name}/{number} is refused")
         return
-    before = promotion.approve(name, number, options.why)
-    _tell(f"models:/{name}/{number}", options.why, approve=True)
-    _champion(options, name, number, before)
+    _champion(options, name, number, promotion.approve(name, number, options.why), waited=True)
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -85,9 +83,9 @@ def _named(version: str) -> tuple[str, str]:
     return name, number
 
 
-def _champion(options: argparse.Namespace, name: str, number: str, before: str) -> None:
-    _tell()
+def _champion(options: argparse.Namespace, name: str, number: str, before: str, *, waited: bool = False) -> None:
     uri = f"models:/{name}/{number}"
+    _tell(uri if waited else "", options.why)
     text = f"{uri} is the champion" + (f" in place of {before}" if before else "")
     _say(options, {"champion": uri, "before": before or None}, text)
 

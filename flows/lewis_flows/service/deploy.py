@@ -13,7 +13,6 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
-from tzlocal import get_localzone_name
 
 from lewis import store
 from lewis.errors import InputError, LewisError
@@ -103,7 +102,7 @@ def _deploy_file(file: Path, content: dict[str, Any]) -> None:
             each["work_pool"] = {"name": work_queue.pool()}
         for schedule in each.get("schedules") or []:
             if "cron" in schedule:
-                schedule.setdefault("timezone", get_localzone_name() or "UTC")
+                schedule.setdefault("timezone", recipe_deployments.time_zone())
     with store.scratch_folder("deploy") as scratch:
         complete = scratch / "prefect.yaml"
         complete.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -25,7 +25,7 @@ def give_back(worker: str) -> None:
 
     Those that are Running without a process are marked as Crashed, if the pool never had another worker, so that they
     ran here: `crash_dead_runs` does not know of a run that died before it took its turn. Pending or Running, a run
-    holds its deployment's slot, and what is due meanwhile is skipped, polls too. An automation ends what is Pending,
+    holds its deployment's slot, and what is due meanwhile waits. An automation ends what is Pending,
     but only after ten minutes, as a machine may be busy. While the server does not answer, nothing is done.
     """
     begun = _with_a_process()

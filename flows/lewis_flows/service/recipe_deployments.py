@@ -8,7 +8,7 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -86,7 +86,7 @@ class Folder:
     def __init__(self) -> None:
         """Read nothing yet."""
         self._seen: object = None
-        self._recipes: dict[str, Recipe] = {}
+        self._files: list[RecipeFile] = []
         self._logged: dict[str, str] = {}
 
     def files(self) -> list[RecipeFile]:
@@ -96,23 +96,32 @@ class Folder:
             InputError: if the folder cannot be read.
         """
         if (now := recipes_folder.signature()) != self._seen:
-            self._recipes, self._seen = recipes_folder.load_all(), now
-        found = list(filter(None, map(self._file, recipes_folder.names())))
-        reasons = {each.name: each.why for each in found if each.why}
+            recipes = recipes_folder.load_all()
+            read = (_read_file(name, recipes.get(name)) for name in recipes_folder.names())
+            self._files, self._seen = [each for each in read if each], now
+        # A folder of a model may come and go while no file of the recipes' folder changes.
+        found = [replace(each, why=missing_folder(each.recipe) or "") if each.recipe else each for each in self._files]
+        reasons = {each.name: each.why for each in found if each.recipe and each.why}  # `load_all` logs the others
         for name, why in reasons.items():
-            if self._logged.get(name) != why and name in self._recipes:  # `load_all` logs what it cannot read
+            if self._logged.get(name) != why:
                 logger.warning("%s cannot run: %s", name, why)
         self._logged = reasons
         return found
 
-    def _file(self, name: str) -> RecipeFile | None:
-        try:
-            content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
-        except (LewisError, OSError):  # it was removed just now
-            return None
-        recipe, comment = self._recipes.get(name), _first_comment(content.decode(errors="replace"))
-        why = missing_folder(recipe) or "" if recipe else "its file is wrong: `lewis plan` says where"
-        return RecipeFile(name, hashlib.sha256(content).hexdigest()[:12], comment, recipe, why)
+
+def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
+    try:
+        content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
+    except (LewisError, OSError):  # it was removed just now
+        return None
+    why = "" if recipe else "its file is wrong: `lewis plan` says where"
+    comment = _first_comment(content.decode(errors="replace"))
+    return RecipeFile(name, hashlib.sha256(content).hexdigest()[:12], comment, recipe, why)
+
+
+def time_zone() -> str:
+    """The name of this machine's time zone, in which nights are scheduled."""
+    return get_localzone_name() or "UTC"
 
 
 def missing_folder(recipe: Recipe) -> str | None:
@@ -224,7 +233,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
 def _first(flow: str) -> dict[str, Any]:
     """What only a new deployment gets; later it is the operator's."""
     cron = settings.NIGHTLY.get() if flow == prefect_runs.MERGE else ""
-    nightly = CronSchedule(cron=cron, timezone=get_localzone_name() or "UTC") if cron else None
+    nightly = CronSchedule(cron=cron, timezone=time_zone()) if cron else None
     return {"schedules": [DeploymentScheduleCreate(schedule=nightly, active=True, slug="nightly")]} if nightly else {}
 
 

@@ -23,7 +23,6 @@ Say = Callable[[str, str], None]
 _NOISE = (
     *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
     "already in terminal state",  # if a run ends while its heartbeat is on the way
-    "'change-flow-run-state' action: 404",  # the same, of a poll whose run is deleted
     "This feature is still experimental",  # MLflow's basic authentication, whenever it starts
     *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
 )

@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import TaskRunContext
 from prefect.events.filters import EventFilter
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current
@@ -165,12 +165,6 @@ def this_run() -> FlowRun:
     """The flow run as the server knows it."""
     with get_client(sync_client=True) as client:
         return client.read_flow_run(UUID(str(current.id)))
-
-
-def is_scheduled() -> bool:
-    """Whether a schedule started this flow run; it is known without asking the server."""
-    context = FlowRunContext.get()
-    return bool(context and context.flow_run and context.flow_run.auto_scheduled)
 
 
 def why(run: FlowRun) -> str:
