@@ -150,11 +150,15 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         fields = _fields(flow, file, before)
         if before is None:
             made = client.create_deployment(client.create_flow_from_name(flow), file.name, **fields, **_first(flow))
-            if flow == prefect_runs.MERGE:
-                client.create_automation(_on_release(file.name, made))
-            continue
-        client.update_deployment(before.id, DeploymentUpdate(**fields))
+        else:
+            made = before.id
+            client.update_deployment(made, DeploymentUpdate(**fields))
         if flow != prefect_runs.MERGE:
+            continue
+        trigger = _on_release(file.name, made)
+        if not client.read_automations_by_name(trigger.name):  # also where a process died before it
+            client.create_automation(trigger)
+        if before is None:
             continue
         paused = before.paused and _CANNOT_RUN not in before.tags
         yield from _kept(file.name, before, paused=paused)

@@ -104,6 +104,8 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
     assert of().concurrency_options.collision_strategy == "ENQUEUE" and of().global_concurrency_limit.limit == 1
     assert recipe_deployments._read(client, "search/good") is None
 
+    (trigger,) = client.read_automations_by_name("release of good")
+    client.delete_automation(trigger.id)  # as if a process had died before it made that
     recipe.write_text(SEARCH)
     assert again() == ["good was edited: it is merged now"]
     tags = ["lewis", "recipe:good", "team:ops"]
