@@ -110,7 +110,7 @@ def service(installed: Path, tmp_path_factory: pytest.TempPathFactory, family: F
 
 def test_the_service_merges_what_is_put_into_the_folder_that_it_made(service: Service, installed: Path) -> None:
     assert sorted(path.name for path in service.recipes.iterdir()) == ["example.yaml.txt", "tasks"]
-    assert f"recipes in {service.recipes}: none" in service.log.read_text()
+    service.until(lambda: f"recipes in {service.recipes}: none" in service.log.read_text(), 60)
     (service.recipes / "tiny.yaml").write_text(RECIPE)
     service.until(lambda: service.deployment("tiny"), 60)
     service.start_run("merge/tiny")

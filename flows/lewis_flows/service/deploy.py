@@ -158,11 +158,12 @@ class Follower:
         Args:
             say: called with what is done.
         """
-        self._say, self._folder, self._known, self._problem = say, Folder(), list[RecipeFile](), ""
+        self._say, self._folder, self._problem = say, Folder(), ""
+        self._known: list[RecipeFile] | None = None  # before the first deploy
 
     def runnable(self) -> list[str]:
         """The names of the deployed recipes that can run."""
-        return [each.name for each in self._known if not each.why]
+        return [each.name for each in self._known or () if not each.why]
 
     def deploy(self) -> None:
         """Deploy what has changed in the folder since the last call.
@@ -174,7 +175,7 @@ class Follower:
         files = self._folder.files()
         with get_client(sync_client=True) as client:
             for each in files:
-                for line in recipe_deployments.put(client, each) if each not in self._known else ():
+                for line in recipe_deployments.put(client, each) if each not in (self._known or ()) else ():
                     self._say(line)
             recipe_deployments.remove_stale(client, {each.name for each in files})
         self._known = files
@@ -185,10 +186,9 @@ class Follower:
         The folder or the server may be away for a moment.
         """
         try:
-            if (first := not self._known) or self._folder.files() != self._known:
+            if self._known is None or self._folder.files() != self._known:
                 self.deploy()
-                if self._known or first:
-                    self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
+                self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
             self._problem = ""
         except (LewisError, httpx.HTTPError, PrefectException) as error:
             no_pool = f"there is no work pool {POOL}: `lewis deploy` makes it"

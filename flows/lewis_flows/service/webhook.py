@@ -172,7 +172,7 @@ def serve(host: str, port: int, secret: str) -> None:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; set LEWIS_WEBHOOK_PORT") from error
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5)
     loops = [
-        Loop("recipes", Follower(logger.info).follow, 5),
+        Loop("recipes", Follower(logger.info).follow, FOLLOW),
         Loop("poll", _poll, settings.POLL_SECONDS.get()),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])

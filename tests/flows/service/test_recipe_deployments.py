@@ -182,7 +182,10 @@ def test_what_cannot_be_deployed_is_told_once_and_tried_again(
     follower.follow()
     (folder / "good.yaml").rename(folder / "better.yaml")
     follower.follow()
-    assert [line.rpartition(": ")[2] for line in said] == ["good", "better"]
+    (folder / "better.yaml").unlink()
+    follower.follow()
+    follower.follow()
+    assert [line.rpartition(": ")[2] for line in said] == ["good", "better", "none"]
 
 
 def test_what_is_deployed_names_no_recipe() -> None:
