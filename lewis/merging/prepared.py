@@ -292,7 +292,8 @@ class Prepared:
     def _resolved(self, name: str) -> dict[str, Any]:
         """The parameters of a tensor for the digest: without those that came later, at values that change nothing."""
         values = self.parameters(name)
-        return {k: v for k, v in values.items() if not (self.method.fits and (k, v) == ("alpha", 1.0))}
+        later = {"alpha": 1.0, "prior": 0.0} if self.method.fits else {}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @property
     def base_name(self) -> str:

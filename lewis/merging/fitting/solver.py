@@ -11,7 +11,9 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.passes import Pair
 from lewis.merging.fitting.spill import Spill
+from lewis.merging.fitting.task_vectors import moved_rows
 from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import torch_dtype
@@ -80,6 +82,7 @@ class Solver:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
             with torch.inference_mode():
+                self._inputs[1].prior = self._prior(covered, values["prior"], weights)
                 residual = values.get("residual", 0.0)
                 whole = bool(residual) and place in self._streams and self._inputs[1].takes_outputs
                 additions = self._additions(place, residual, whole)
@@ -91,6 +94,13 @@ class Solver:
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
+
+    def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
+        if not strength or self._inputs is None:
+            return []
+        base = self._spill.keep(self._merge.base.read(covered.tensor), torch.float32)
+        moved = moved_rows(self._merge, covered.tensor, weights, base.T if covered.transposed else base)
+        return prior_rows(self._inputs[1].experts, moved, strength)
 
     def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
         """What the projection shall give in addition: what the merged model's residual stream lacks, and its bias.

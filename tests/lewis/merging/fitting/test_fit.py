@@ -59,7 +59,7 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
     """The definition, one projection after another, each with passes of its own through whole models."""
     models = [AutoModelForCausalLM.from_pretrained(e.model.folder, dtype=torch.float32) for e in merge.experts]
     merged = AutoModelForCausalLM.from_pretrained(merge.base.folder, dtype=torch.float32)
-    base = merged.state_dict()
+    base = {n: b.clone() for n, b in merged.state_dict().items()}
     anchor = {n: b + sum(m.state_dict()[n] - b for m in models) for n, b in base.items()}
     merged.load_state_dict(anchor)
 
@@ -90,7 +90,15 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
                         norm = f"model.layers.{layer}.{before[name]}"
                         wanted = wanted + inputs(model, norm, samples) - inputs(merged, norm, samples)
                     right = right + wanted.T @ there / len(own)
-                left = left + RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+                ridge = RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+                for expert, model in zip(merge.experts, models, strict=True):  # the prior
+                    there = inputs(merged if forward else model, path, expert.calibration.samples)
+                    weight = model.state_dict()[f"{path}.weight"].double()
+                    moved = weight - base[f"{path}.weight"].double()
+                    tau = there.square().sum() / len(there) / moved.square().sum()
+                    left = left + tau * moved.T @ moved
+                    right = right + tau * (weight - start) @ moved.T @ moved
+                left = left + ridge
                 found[f"{path}.weight"] = (start + right @ torch.linalg.inv(left)).float()
                 merged.get_submodule(path).weight.copy_(found[f"{path}.weight"])
     return {n: found.get(n, anchor[n]) for n in merge.layout}
@@ -154,6 +162,7 @@ def test_other_rows_ridge_or_weights_give_another_digest(family: Family) -> None
         recipe_of(family.base, family.experts, parameters={"ridge": 1.0}),
         recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "weight": 0.5}),
         recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "alpha": 0.5}),
+        recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "prior": 0.5}),
         recipe_of(family.base, family.experts, "regmean"),
         Recipe.parse(recipe.text, root=Path("/"), overrides=["lewis.calibrations.smath.samples=5"]),
     ]
@@ -327,7 +336,7 @@ def test_passes_keep_only_the_tokens_that_a_wide_layer_is_fitted_on(
 ) -> None:
     monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_ABOVE", 20)  # of 16 and 32 inputs
     monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_TOKENS", 30)
-    recipe = recipe_of(family.base, family.experts)
+    recipe = recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "prior": 0})
     found = run(recipe, tmp_path / "found")
     monkeypatch.setattr(
         "lewis.merging.fitting.fit.sampled", lambda *_: None

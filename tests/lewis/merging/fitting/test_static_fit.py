@@ -158,7 +158,8 @@ def mixture(folder: Path, stacked: bool, method: str = "regmean") -> tuple[Merge
     opened = [Checkpoint(each, each.name) for each in folders]
     models = [{"model": str(each)} for each in folders[1:]]
     block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models))
+    parameters = {"ridge": RIDGE, "prior": 0}
+    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models, parameters=parameters))
     sets = [Calibration("a", SAMPLES), Calibration("b", SAMPLES[::-1])]
     experts = [
         Expert(str(each), model, calibration=own)
