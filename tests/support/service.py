@@ -148,6 +148,7 @@ class Service:
             raise
         assert self.process.returncode == 0, self.log.read_text()[-3000:]
         assert not parts.keys() & set(map(int, filter(str.isdigit, os.listdir("/proc")))), "a part outlived `lewis up`"
+        assert "Exception ignored" not in self.log.read_text()  # Python ended something when half of itself was gone
 
     def note(self) -> dict[str, Any]:
         path = self.home / "service.json"

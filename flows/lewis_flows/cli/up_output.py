@@ -11,12 +11,9 @@ from rich.text import Text
 _COLOURS = {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green", "webhook": "magenta"}
 _OURS = ("lewis", "webhook")  # whose lines are events already
 _RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
-# Polls and the nightly check are told if they found something; one that fails says why at ERROR.
-_RUN = re.compile(
-    r"^Flow run '(?!watch |verify|retention)(.*)' - (Beginning flow run|Finished in state) "
-    r"|^Flow run 'watch .*' - Finished in state (Announced|Problems)\b"
-)
-_FAILED = re.compile(r"^Flow run '.*' - Finished in state (Failed|Crashed)\b")
+# The nightly runs of the service itself say at ERROR why they fail.
+_RUN = re.compile(r"^Flow run '(?!verify|retention)(.*)' - (Beginning flow run|Finished in state) ")
+_FAILED = re.compile(r"^Flow run '.*' - Finished in state (Failed|Crashed|Rejected)\b")
 _FAILED_AGAIN = re.compile(r"^Flow run '.*' - Engine execution exited with unexpected exception$")
 # What a worker says while Prefect is away, and makes up for by itself. Its sockets break before that is seen.
 _SOCKET = re.compile(r"^prefect\.FlowRun\w+Observer - The \w+ websocket failed")
@@ -24,6 +21,9 @@ _AWAY = re.compile(
     r"^prefect\.events\.clients - Unable to connect|\bService 'EventsWorker' failed to process item\b"
     r"|^prefect\.runner\.state_proposer - Failed to update state"
     r"|^prefect\.runner\.flow_run_executor - Process exited with status code: 1\b"
+    # If that run is cancelled later, the server has its worker end it, five minutes after that.
+    r"|^prefect\.FlowRunCancellingObserver - Cancellation polling task failed"
+    r"|^prefect\.runner\.executor_context - Cancellation observer failed"
 )
 _BACK = 120.0  # seconds after its end in which Prefect, and what spoke to it, is itself again
 _TRACEBACK = re.compile(r"^\s*(\+ Exception Group )?Traceback \(most recent call last\)")

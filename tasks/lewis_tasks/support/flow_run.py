@@ -35,6 +35,19 @@ RECIPE, MODEL = "lewis.recipe", "lewis.model."
 EDITED = "edited"  # tag of a run that an edit of its recipe started
 
 
+class RejectedRun(Exception):
+    """What the state of a rejected run holds, as Prefect wants an exception in every state of the type Cancelled.
+
+    Attributes:
+        report: what the run returns.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        """Keep the report; `message` is that of the state."""
+        super().__init__(message)
+        self.report = report
+
+
 def ending(name: str, message: str, data: Any) -> State[Any]:
     """The state of a run that did all its work.
 
@@ -43,7 +56,7 @@ def ending(name: str, message: str, data: Any) -> State[Any]:
     """
     if name == REJECTED:
         _wait_for_ends()
-        return Cancelled(name=name, message=message, data=data)
+        return Cancelled(name=name, message=message, data=RejectedRun(message, data))
     return Completed(name=name, message=message, data=data)
 
 
@@ -73,7 +86,8 @@ def result_of_run(state: State[Any]) -> Any:
     Raises:
         Exception: what a run raised that failed or was cancelled.
     """
-    return state.result(raise_on_failure=state.name != REJECTED)
+    found = state.result(raise_on_failure=state.name != REJECTED)
+    return found.report if isinstance(found, RejectedRun) else found
 
 
 def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:

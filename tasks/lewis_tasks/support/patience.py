@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -29,11 +29,10 @@ def begin(*, events: bool = True) -> None:
         events: as of `patient`.
     """
     if not _always:
-        _always.append(patient(events=events))
-        _always[0].__enter__()
+        _always.append(_put(_Outage(None), events=events))
 
 
-_always = list[AbstractContextManager[None]]()
+_always = list[Callable[[], None]]()  # not a context: Python would leave it when half of itself is gone
 
 
 @contextmanager
@@ -45,8 +44,17 @@ def patient(given_up: Callable[[str], object] | None = None, *, events: bool = T
             the request fails.
         events: whether this process sends its own events; one of a process pool gives them to its parent.
     """
-    outage = _Outage(given_up)
+    undo = _put(_Outage(given_up), events=events)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _put(outage: "_Outage", *, events: bool) -> Callable[[], None]:
+    """Make Prefect's client patient; gives what undoes that."""
     ask, ask_async = private_names.PREFECT_RETRY.get(), private_names.PREFECT_RETRY_ASYNC.get()
+    put_events = private_names.PREFECT_EVENTS_CLIENT.get()
 
     def patiently(self: Any, request: Any, send: Any, *arguments: Any, **named: Any) -> Any:
         return ask(self, request, outage.waiting(send), *arguments, **named)
@@ -54,24 +62,19 @@ def patient(given_up: Callable[[str], object] | None = None, *, events: bool = T
     async def patiently_async(self: Any, request: Any, send: Any, *arguments: Any, **named: Any) -> Any:
         return await ask_async(self, request, outage.waiting_async(send), *arguments, **named)
 
-    with (
-        private_names.PREFECT_RETRY.replaced(patiently),
-        private_names.PREFECT_RETRY_ASYNC.replaced(patiently_async),
-        _patient_events() if events else nullcontext(),
-    ):
-        yield
+    def undo() -> None:
+        private_names.PREFECT_RETRY.put(ask)
+        private_names.PREFECT_RETRY_ASYNC.put(ask_async)
+        if events:
+            put_events(None)
 
+    private_names.PREFECT_RETRY.put(patiently)
+    private_names.PREFECT_RETRY_ASYNC.put(patiently_async)
+    if events:
+        from prefect.events.clients import PrefectEventsClient
 
-@contextmanager
-def _patient_events() -> Iterator[None]:
-    from prefect.events.clients import PrefectEventsClient
-
-    put = private_names.PREFECT_EVENTS_CLIENT.get()
-    put(PrefectEventsClient, reconnection_attempts=settings.SERVER_WAIT.get())  # one a second
-    try:
-        yield
-    finally:
-        put(None)
+        put_events(PrefectEventsClient, reconnection_attempts=settings.SERVER_WAIT.get())  # one a second
+    return undo
 
 
 class _Outage:

@@ -35,7 +35,7 @@ LINES = {
         "lewis.errors.Busy: somebody else writes",
         "  to it",
         "18:44:57.205 | INFO    | Flow run 'merge tiny 5c1f' - Finished in state Completed('Promoted v3')",
-        "18:44:57.205 | INFO    | Flow run 'watch all recipes' - Finished in state Completed()",
+        "18:44:57.205 | INFO    | Flow run 'verify' - Finished in state Completed()",
     ],
 }
 EVENTS = [LINES["lewis"][0], LINES["webhook"][0], *(LINES["worker"][n] for n in (1, 4, 5, 9, 16, 17, 18))]
@@ -86,11 +86,12 @@ def test_lines_that_are_objects_already_are_judged_by_what_they_say(capsys: pyte
 def test_a_run_that_failed_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     failed = "05:05:32.818 | ERROR   | Flow run 'merge tiny' - Finished in state Failed('no such file')"
     again = "05:05:32.824 | ERROR   | Flow run 'proud-lynx' - Engine execution exited with unexpected exception"
+    rejected = "05:05:32.818 | INFO    | Flow run 'merge tiny' - Finished in state Rejected('v2: 0 vs 1')"
     output = Output(verbose=False, as_json=False)
-    for line in (failed, again, again):
+    for line in (failed, again, again, rejected, again, "lewis_tasks.support.flow_run.RejectedRun: v2: 0 vs 1"):
         output.say("worker", line)
     told = [line[9:] for line in capsys.readouterr().out.splitlines()]
-    assert told == [failed, again]  # the second end was of a run that had told nothing
+    assert told == [failed, again, rejected]  # the second end was of a run that had told nothing
 
 
 def test_what_a_worker_makes_up_for_by_itself_is_not_told_once_it_is_clear_why(
@@ -102,6 +103,8 @@ def test_what_a_worker_makes_up_for_by_itself_is_not_told_once_it_is_clear_why(
         "httpx.ConnectError: All connection attempts failed",
         "05:13:31.081 | ERROR   | GlobalEventLoopThread | prefect._internal.concurrency - "
         "Service 'EventsWorker' failed to process item Event()",
+        "05:13:49.2 | ERROR   | prefect.FlowRunCancellingObserver - Cancellation polling task failed. Execution will go",
+        "05:13:49.2 | WARNING | prefect.runner.executor_context - Cancellation observer failed. Flow run cancellation ",
     ]
     socket = "05:13:21.9 | WARNING | prefect.FlowRunCancellingObserver - The FlowRunCancellingObserver websocket failed"
     other = "05:13:40.000 | ERROR   | prefect.worker - no space left on device"
