@@ -103,7 +103,7 @@ def test_what_a_worker_makes_up_for_by_itself_is_not_told_once_it_is_clear_why(
         "httpx.ConnectError: All connection attempts failed",
         "05:13:31.081 | ERROR   | GlobalEventLoopThread | prefect._internal.concurrency - "
         "Service 'EventsWorker' failed to process item Event()",
-        "05:13:49.2 | ERROR   | prefect.FlowRunCancellingObserver - Cancellation polling task failed. Execution will go",
+        "05:13:49.2 | ERROR   | prefect.FlowRunCancellingObserver - Cancellation polling task failed. Execution goes",
         "05:13:49.2 | WARNING | prefect.runner.executor_context - Cancellation observer failed. Flow run cancellation ",
     ]
     socket = "05:13:21.9 | WARNING | prefect.FlowRunCancellingObserver - The FlowRunCancellingObserver websocket failed"
