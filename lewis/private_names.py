@@ -196,6 +196,10 @@ MLFLOW_SQL_STORE = PrivateName(
     "mlflow", "mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", ">=3.17,<4",
     "create a whole database before another process sees it", "lewis.registry.tracking",
     "MLflow: two processes that create one SQLite database break it")
+MLFLOW_START_SERVER = PrivateName(
+    "mlflow", "mlflow.server._exec_cmd", ">=3.17,<4",
+    "save the 200 MB of a process that waits for the server", "lewis_flows.service.mlflow_app",
+    "MLflow: `mlflow server` stays beside the server that it starts")
 HUB_WITHOUT_XET = PrivateName(
     "huggingface_hub", "huggingface_hub.constants.HF_HUB_DISABLE_XET", ">=2.4,<3",
     "upload to a Hub that has no Xet", "lewis.models.hub.client",

@@ -4,6 +4,7 @@ import json
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,15 @@ class AwayError(TransientError):
             return requests.get(self.url, timeout=30, auth=user if self._mlflow else None).status_code < 500
         except requests.RequestException:
             return False
+
+
+def without_tables() -> None:
+    """Have MLflow do without pandas, pyarrow and scipy, as it can where they are not installed.
+
+    They take 50 MB and a second, and this process, which has not imported them yet, shall only read the registry.
+    """
+    for name in ("pandas", "pyarrow", "scipy"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # so that an import of it fails
 
 
 @contextmanager

@@ -146,6 +146,13 @@ def pipeline_without_a_name(folder: Path) -> bool:
     return True
 
 
+def waits_for_its_server(_: Path) -> bool:
+    """The command starts the server in another process, and waits for it."""
+    from mlflow.server import _run_server
+
+    return "server_proc.wait()" in inspect.getsource(_run_server)
+
+
 def half_a_database(folder: Path) -> bool:
     """MLflow cannot go on with a database of which another process has made half."""
     from mlflow import MlflowClient
@@ -183,6 +190,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "GGUF_NAMES": undocumented("get_gguf_hf_weights_map"),
     "PIPELINE_TASK": pipeline_without_a_name,
     "MLFLOW_SQL_STORE": half_a_database,
+    "MLFLOW_START_SERVER": waits_for_its_server,
     "HUB_WITHOUT_XET": "tests/lewis/registry/test_publishing.py::test_a_hub_without_xet_gets_the_weights_by_lfs",
 }
 

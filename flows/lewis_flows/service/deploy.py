@@ -196,3 +196,26 @@ class Follower:
             if (problem := f"the recipes could not be deployed; trying again: {why}") != self._problem:
                 logger.warning("%s", problem)
             self._problem = problem
+
+
+def main() -> int:
+    """What `lewis up` does with Prefect's client: `python -m lewis_flows.service.deploy begin [FILE]`, or `worker-died`.
+
+    Returns:
+        The exit code: 2 if a setting is wrong, 1 after another error; what is wrong is on stdout.
+    """
+    what, *file = sys.argv[1:]
+    try:
+        environment.prepare()
+        if what == "begin":
+            begin(*map(Path, file))
+        else:
+            worker_died()
+    except LewisError as error:
+        print(error)  # noqa: T201
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

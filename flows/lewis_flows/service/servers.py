@@ -18,6 +18,16 @@ from lewis_flows.service.prefect_app import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
 _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
+_DEFAULTS = {
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,orphans",  # logs of runs that retention has deleted
+    # How often the server looks, in seconds. By itself it does every five, a third of what it costs while nothing runs.
+    # So it takes some seconds longer until a run is shown as late, an approval lapses, or another hour is planned.
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "20",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS": "30",
+    "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_LOOP_SECONDS": "20",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "15",
+}
 
 
 @contextmanager
@@ -76,20 +86,15 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
     environment = {
         # An event is on disk, and so known for good, a second after the server took it, instead of five.
         "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": os.environ.get(
-            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,orphans"
-        ),  # logs of runs that retention or a poll has deleted
         PREFECT_KEY.variable.name: PREFECT_KEY.read(),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_UI_URL": os.environ.get(
-            "PREFECT_UI_URL", f"http://127.0.0.1:{port}"
-        ),  # else notifications link to None
-        "PREFECT_SERVER_LOGGING_LEVEL": os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "WARNING"),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "lewis_flows.service.prefect_log.Console",
         # On disk, so that a server that is started again still knows which tasks hold a device.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
+    defaults = {**_DEFAULTS, "PREFECT_UI_URL": f"http://127.0.0.1:{port}"}  # else notifications link to None
+    environment |= {name: os.environ.get(name, value) for name, value in defaults.items()}
     if not any(name in os.environ for name in _ORIGINS):
         environment[_ORIGINS[0]] = ",".join(own_origins(port))
     command = ["-m", "lewis_flows.service.prefect_app"]
@@ -105,9 +110,9 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
         echo: as for `Process`.
     """
     url = f"http://127.0.0.1:{port}"
-    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = ["-m", "lewis_flows.service.mlflow_app", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
-    # Two processes instead of fifteen: nothing here uses MLflow's job queue.
+    # One process instead of fifteen: nothing here uses MLflow's job queue.
     # The database is no argument, since all users of a machine see the arguments of its processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
     # Of experiments that others make through this server; else they would go into the folder that it is started in.

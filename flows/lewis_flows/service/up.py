@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -68,16 +70,26 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         known = urls | ({"mlflow_user": credentials.mlflow_user()} if asks else {})
         note.write(known)
         os.environ.setdefault(settings.MLFLOW_UI.name, urls["mlflow"])  # for links
-        # Prefect reads PREFECT_API_URL when it is first imported, which must come after the server has its port.
-        from lewis_flows.service import deploy
-
         say("lewis", "deploying")
-        deploy.begin(prefect_file)
+        _with_prefect("begin", *([str(prefect_file)] if prefect_file else []))
         add(Process("worker", _worker(), {}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
         note.write(known | urls)
         ready(urls)
-        _keep_up(parts, say, {"worker": deploy.worker_died})
+        _keep_up(parts, say, {"worker": lambda: _with_prefect("worker-died")})
+
+
+def _with_prefect(*what: str) -> None:
+    """Run `deploy.main`, in a process of its own: with Prefect's client, this one would hold 200 MB more for days.
+
+    Raises:
+        InputError, LewisError: as the process says on its stdout; its log goes to the stderr of this one.
+    """
+    command = [sys.executable, "-m", "lewis_flows.service.deploy", *what]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        kind = InputError if done.returncode == 2 else LewisError
+        raise kind(done.stdout.strip() or f"`{' '.join(what)}` failed, exit code {done.returncode}; see above")
 
 
 def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
@@ -93,9 +105,6 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     urls["mlflow"] = given
     if not given.startswith("http"):
-        from lewis.registry import versions
-
-        versions.configure()
         database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
         port = usable_port("MLFLOW_PORT", os.environ.get("MLFLOW_PORT") or "5000")
         server, urls["mlflow"] = mlflow_process(port, database, _echo("mlflow", say))

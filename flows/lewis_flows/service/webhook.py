@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lewis import settings
 from lewis.errors import InputError
 from lewis.redact import printable
+from lewis.registry import tracking
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
 from lewis_flows import environment, json_logs, secret_blocks, watch
 from lewis_flows.service import credentials, recipes_page
@@ -246,6 +247,7 @@ def main() -> int:
     """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
     try:
         environment.prepare()
+        tracking.without_tables()
         handlers = [json_logs.JsonLines()] if json_logs.is_json() else None
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, handlers=handlers, force=True)
         logger.setLevel(logging.INFO)

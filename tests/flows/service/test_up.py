@@ -343,6 +343,21 @@ def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
     assert not [path for path in files for secret in secrets if secret.encode() in content(path)]
 
 
+def test_its_processes_load_only_what_they_need(service: Service) -> None:
+    """Idle, they have less than 800 MB together: no pandas, one MLflow server, and no Prefect in `lewis up` itself."""
+
+    def libraries(pid: int) -> set[str]:
+        loaded = re.findall(r"/site-packages/(\w+?)/\S+\.so", Path(f"/proc/{pid}/maps").read_text())
+        return {"pandas", "pyarrow", "scipy", "torch", "pydantic_core", "sqlalchemy"} & set(loaded)
+
+    parts = {pid: args for pid, args in service.parts().items() if "guard.py" not in args}
+    assert libraries(service.process.pid) == set()
+    assert libraries(next(pid for pid, args in parts.items() if "service.webhook" in args)) <= {
+        *("pydantic_core", "sqlalchemy"),  # of Prefect's client and of the registry
+    }
+    assert len([args for args in parts.values() if "mlflow" in args]) == 1
+
+
 def content(path: Path) -> bytes:
     """Of a file that the service may remove meanwhile."""
     try:
