@@ -16,11 +16,11 @@ from lewis import settings
 from lewis.errors import InputError
 from lewis_flows import prefect_runs, release_event
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, VERIFY
+from lewis_flows.service.prefect_app import DEAD_AFTER, DEAD_RUNS
 from lewis_tasks.support.events import LONG, WAITING
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
 
 TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
-DEAD_AFTER = timedelta(seconds=75)  # without a heartbeat, which comes every 30 s
 STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
 _NOT_PENDING = (
     *("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late"),
@@ -52,7 +52,7 @@ def put_automations(client: SyncPrefectClient) -> None:
 def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
     died = "Its heartbeats stopped: the process or machine died. Run it again: what was finished is kept."
     yield AutomationCore(
-        name="lewis-dead-runs",
+        name=DEAD_RUNS,
         description="A run whose heartbeats stop has died with its process or machine.",
         trigger=_runs("*", after="heartbeat", within=DEAD_AFTER),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=died)],

@@ -7,10 +7,12 @@ name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the pa
 the names in `Host` and `Origin`: those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` are its own.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis import private_names
 from lewis_flows.service.sign_in import SignIn
+
+DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=75)
+"""The automation that marks a run as Crashed, and after how long without a heartbeat, which comes every 30 s."""
 
 _AT_ONCE = 500  # events that one query asks for
 
@@ -103,6 +108,25 @@ def write_each_event_once() -> None:
     private_names.PREFECT_WRITE_EVENTS.put(write_new)
 
 
+async def wait_again_for_heartbeats() -> None:
+    """Give every run as long for its next heartbeat as if the last had come now.
+
+    While the server was away no heartbeat could reach it. It would mark every run as Crashed that waits for its return.
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    db, now = provide_database_interface(), datetime.now(UTC)
+    ours = sa.select(db.Automation.id).where(db.Automation.name == DEAD_RUNS)
+    waits = sa.update(db.AutomationBucket).where(db.AutomationBucket.automation_id.in_(ours))
+    with suppress(
+        sa.exc.DBAPIError, OSError
+    ):  # before the first start there are no tables; what else is wrong, it says
+        async with db.session_context(begin_transaction=True) as session:
+            await session.execute(waits.values(end=now + DEAD_AFTER))
+    await (await db.engine()).dispose()  # of this event loop, which ends now
+
+
 def main() -> None:
     """Serve as `prefect server start` does, with Prefect's own settings."""
     import uvicorn
@@ -118,6 +142,7 @@ def main() -> None:
     url = server.database.connection_url
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
+    asyncio.run(wait_again_for_heartbeats())
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
     uvicorn.run(

@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +114,43 @@ def test_events_that_are_there_already_hold_no_others_up(
     database = next(tmp_path.rglob("prefect.db"))
     with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{database}"}):
         assert asyncio.run(again()) == 2
+
+
+def test_a_server_that_was_away_waits_again_for_heartbeats(common: Path, tmp_path: Path) -> None:
+    """Else the first thing that it does is to mark the runs as Crashed that wait for its return."""
+    from prefect.server.database.configurations import AioSqliteConfiguration
+    from prefect.server.database.dependencies import temporary_database_config
+    from prefect.server.events.actions import DoNothing
+    from prefect.server.events.models.automations import create_automation
+    from prefect.server.events.schemas.automations import Automation, EventTrigger, Posture
+
+    before = datetime(2026, 1, 1, tzinfo=UTC)
+
+    async def ends() -> dict[str, datetime]:
+        db = provide_database_interface()
+        async with db.session_context() as session:
+            found = await session.execute(sa.select(db.AutomationBucket.bucketing_key, db.AutomationBucket.end))
+            return {key[0]: end for key, end in found}
+
+    async def away() -> dict[str, datetime]:
+        db = provide_database_interface()
+        async with db.session_context(begin_transaction=True) as session:
+            for name in (prefect_app.DEAD_RUNS, "release of tiny"):
+                trigger = EventTrigger(posture=Posture.Reactive, threshold=1, within=timedelta(0))
+                made = await create_automation(session, Automation(name=name, trigger=trigger, actions=[DoNothing()]))
+                key, times = [f"a run of {name}"], {"start": before, "end": before, "count": 0}
+                session.add(db.AutomationBucket(automation_id=made.id, trigger_id=made.id, bucketing_key=key, **times))
+        return await ends()
+
+    put_prefect(common, tmp_path)
+    database, began = next(tmp_path.rglob("prefect.db")), datetime.now(UTC)
+    with temporary_database_config(AioSqliteConfiguration(f"sqlite+aiosqlite:///{database}")):
+        assert set(asyncio.run(away()).values()) == {before}
+        asyncio.run(prefect_app.wait_again_for_heartbeats())
+        live, release = asyncio.run(ends()).values()
+        assert live >= began + prefect_app.DEAD_AFTER and release == before
+    with temporary_database_config(AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path}/new.db")):  # has no tables
+        asyncio.run(prefect_app.wait_again_for_heartbeats())
 
 
 @pytest.mark.parametrize("path", ["/api/health", "/api/admin/version", "/", "/ui-settings"])
