@@ -156,8 +156,9 @@ def _problems(status: Status, now: datetime) -> Iterator[Problem]:
         for why in recipe.unknown:
             yield Problem(code=BROKEN if recipe.broken else UNKNOWN, about=recipe.recipe, text=why)
     attempts = {each.recipe: each.next_attempt for each in status.recipes or [] if each.next_attempt}
+    suspended = {(run.flow, run.recipe) for run in status.running or [] if run.state == "Suspended"}  # it did its work
     for run in status.last_runs():
-        if run.state in FAILURES:
+        if run.state in FAILURES and (run.flow, run.recipe) not in suspended:
             attempt = attempts.get(run.recipe) if run.flow == MERGE else None
             again = f" (tried again at {attempt.astimezone():%Y-%m-%d %H:%M})" if attempt else ""
             yield Problem(code=FAILED, about=run.recipe, text=f"{_told(run)}{again}")

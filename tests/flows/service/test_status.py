@@ -145,9 +145,12 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
     also = Watched(recipe="busy", behind_since=since - timedelta(hours=2))
     busy = Run(recipe="busy", name="merge busy", state="Running", since=since)
     waits = Watched(recipe="tiny", registered="team.tiny", waiting="7")
+    asks = failed.model_copy(
+        update={"state": "Suspended"}
+    )  # a run that waits for the answer, and came after the failed
     cases: dict[int, dict[str, Any]] = {
         0: {"finished": [done], "running": [busy], "recipes": [Watched(recipe="good"), recent, settled, also]},
-        status_data.WAITS: {"recipes": [waits]},
+        status_data.WAITS: {"recipes": [waits], "finished": [failed], "running": [asks]},
         status_data.BEHIND: {"recipes": [waits, behind]},
         status_data.LATE: {"scheduled": [late]},
         status_data.FAILED: {"scheduled": [late], "finished": [done, failed]},
