@@ -4,10 +4,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import quote
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events import Event
 from prefect.events.filters import EventFilter
 
 from lewis.errors import InputError
@@ -74,13 +76,34 @@ def settle(recipe: str) -> None:
 
 def _recent(recipe: str, since: datetime) -> list[datetime]:
     """When releases of a recipe were announced since a time."""
-    resource = {"id_prefix": [resource_id("")], "labels": {"lewis.recipe": recipe}}
-    wanted = {"occurred": {"since": since}, "event": {"name": [EVENT]}, "resource": resource}
     try:
         with get_client(sync_client=True) as client:
-            return [event.occurred for event in client.read_events(EventFilter.model_validate(wanted), limit=50).events]
+            return [event.occurred for event in announced(client, since, recipe)]
     except httpx.HTTPError:
         return []
+
+
+def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo: str = "") -> list[Event]:
+    """The events of releases since a time, newest first.
+
+    Args:
+        client: of the server to ask.
+        since: the time.
+        recipe: its name; by default, events of all recipes.
+        repo: as of `announce`; by default, events of all repos.
+
+    Raises:
+        httpx.HTTPError: if the server does not answer, or refuses.
+    """
+    resource: dict[str, Any] = {"id": [resource_id(repo)]} if repo else {"id_prefix": [resource_id("")]}
+    resource |= {"labels": {"lewis.recipe": recipe}} if recipe else {}
+    wanted = {"event": {"name": [EVENT]}, "occurred": {"since": since}, "resource": resource}
+    page = client.read_events(EventFilter.model_validate(wanted), limit=50)  # the server gives 50 at most
+    found = list(page.events)
+    while page.next_page and (following := page.get_next_page_sync(client)):
+        page = following
+        found += page.events
+    return list(found)
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:

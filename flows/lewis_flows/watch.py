@@ -18,7 +18,6 @@ from filelock import Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.events.filters import EventFilter
 from pydantic import BaseModel
 
 from lewis import store
@@ -189,9 +188,7 @@ def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: d
 
 def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> list[datetime]:
     """When a release was announced."""
-    resource = {"id": [release_event.resource_id(move.repo)], "labels": {"lewis.recipe": recipe}}
-    wanted = {"occurred": {"since": now - REMEMBER}, "event": {"name": [release_event.EVENT]}, "resource": resource}
-    events = client.read_events(EventFilter.model_validate(wanted), limit=50).events  # the server gives 50 at most
+    events = release_event.announced(client, now - REMEMBER, recipe, move.repo)
     commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
     return [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
 

@@ -14,14 +14,12 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
-from prefect.events.filters import EventFilter
-from prefect.events.schemas.events import ReceivedEvent
+from prefect.events import Event
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from lewis_flows import prefect_runs
+from lewis_flows import prefect_runs, release_event
 from lewis_flows.prefect_runs import ALL, ENDED, MERGE, PAGE, UNFINISHED
-from lewis_flows.release_event import EVENT
 
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
@@ -94,7 +92,7 @@ class Prefect:
             self._note_last(ended)
             going = dict(self._named(client, prefect_runs.of_flows(client, ALL, _GOES_ON)))
             steps = self._steps.read(client, now)
-            released_now = _releases(released(client, now - WINDOW))
+            released_now = _releases(release_event.announced(client, now - WINDOW))
         runs = {**ended, **going}
         counts = Counter((each.flow, each.outcome, each.recipe) for each in runs.values())
         about = "Runs of the last day, by flow, outcome and recipe, those that go on too; a poll is none."
@@ -125,17 +123,6 @@ class Prefect:
             yield run.id, Run(self._flows.get(run.flow_id, ""), prefect_runs.recipe_of(run), outcome, time)
 
 
-def released(client: SyncPrefectClient, since: datetime) -> list[ReceivedEvent]:
-    """The events of releases since a time, newest first."""
-    wanted = EventFilter.model_validate({"event": {"name": [EVENT]}, "occurred": {"since": since}})
-    page = client.read_events(wanted, limit=50)
-    found = list(page.events)
-    while page.next_page and (following := page.get_next_page_sync(client)):
-        page = following
-        found += page.events
-    return found
-
-
 def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
     """A metric with a value for each tuple of its labels' values, in their order."""
     found = GaugeMetricFamily(name, about, labels=labels)
@@ -155,7 +142,7 @@ def _step_counts(ended: Iterable[Step], recipes: Mapping[UUID | None, str]) -> I
     yield gauge("lewis_step_seconds", "Seconds that these steps took, in sum.", ["step", "recipe"], seconds)
 
 
-def _releases(events: list[ReceivedEvent]) -> Metric:
+def _releases(events: list[Event]) -> Metric:
     counts = Counter[tuple[str, ...]]((str(event.payload.get("recipe", "")),) for event in events)
     return gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], counts)
 

@@ -15,7 +15,7 @@ from prometheus_client.core import Metric
 from lewis.errors import LewisError
 from lewis.models.source import commits_of
 from lewis.registry import history, releases, tracking
-from lewis_flows import recipes_folder
+from lewis_flows import recipes_folder, release_event
 from lewis_flows.service.metrics import of_prefect
 from lewis_flows.service.processes import answers
 
@@ -48,7 +48,7 @@ class Registry:
         if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client would try for minutes
             raise LewisError("MLflow does not answer")
         with get_client(sync_client=True) as client:
-            events = of_prefect.released(client, datetime.now(UTC) - REMEMBERED)
+            events = release_event.announced(client, datetime.now(UTC) - REMEMBERED)
         seen = [
             Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
             for event, told in ((event, event.payload) for event in events)
