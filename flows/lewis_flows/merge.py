@@ -48,13 +48,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
         overrides: `key.path=value` each, as `lewis run --set`. A run of a deployment cannot allow code or publish so.
     """
-    choose.check()
-    deployed = deployment.id is not None
-    if deployed:  # so this process belongs to this run
-        patience.begin()
-    path = recipes_folder.find(recipe, paths=not deployed)
-    recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
-    secret_blocks.load_for_run(path.stem)
+    path = begin(recipe)
     run = run_tags.this_run()
     if version := approval.asked(run):
         return approval.ask(run, version)
@@ -64,11 +58,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         if trigger == "release":
             release_event.settle(path.stem)
         absorb(run)
-        load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
-        recipes_folder.check_alone(path, plan)
-        if plan.register_as and plan.register_as.team:
-            run_tags.tag(team=plan.register_as.team)
         report, changed, (name, line) = _merge(plan, path, overrides or [])
     if name == AWAITS and run.deployment_id and report.version:
         return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
@@ -76,6 +66,28 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
     run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, line, report)
+
+
+def begin(recipe: str) -> Path:
+    """What a run of a recipe does first; gives the recipe's file, which `find` and `check_deployment` check."""
+    choose.check()
+    deployed = deployment.id is not None
+    if deployed:  # so this process belongs to this run
+        patience.begin()
+    path = recipes_folder.find(recipe, paths=not deployed)
+    recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
+    secret_blocks.load_for_run(path.stem)
+    return path
+
+
+def load(path: Path, overrides: list[str]) -> Recipe:
+    """Read and check the recipe of this run, as `load_for_deployment` and `check_alone`; the tags name its team."""
+    read = recipes_folder.load_for_deployment if deployment.id is not None else Recipe.load
+    plan = read(path, overrides)
+    recipes_folder.check_alone(path, plan)
+    if plan.register_as and plan.register_as.team:
+        run_tags.tag(team=plan.register_as.team)
+    return plan
 
 
 def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:

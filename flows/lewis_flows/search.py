@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.futures import PrefectFuture
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
@@ -22,8 +22,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
-from lewis_flows import prefect_runs, recipes_folder, secret_blocks
-from lewis_flows.merge import merge_flow
+from lewis_flows import prefect_runs
+from lewis_flows.merge import begin, load, merge_flow
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.runners import choose
 from lewis_flows.turn import HOOKS, turn
@@ -31,7 +31,6 @@ from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support import patience
 from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.failures import result_of, says_why
 
@@ -83,20 +82,10 @@ def search_flow(
         trials: how many in all, instead of the recipe's number.
         minutes: begin no further trial after this time, instead of the recipe's.
     """
-    choose.check()
-    deployed = deployment.id is not None
-    if deployed:  # so this process belongs to this run
-        patience.begin()
-    path = recipes_folder.find(recipe, paths=not deployed)
-    recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
-    secret_blocks.load_for_run(path.stem)
+    path = begin(recipe)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
     with turn(path.with_suffix(".search"), str(flow_run.id)):
-        load = recipes_folder.load_for_deployment if deployed else Recipe.load
         plan = load(path, overrides or [])
-        recipes_folder.check_alone(path, plan)
-        if plan.register_as and plan.register_as.team:
-            run_tags.tag(team=plan.register_as.team)
         metrics = study.objectives_of(plan)
         space.check(plan)
         assert plan.search is not None

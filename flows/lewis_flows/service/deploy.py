@@ -199,7 +199,7 @@ class Follower:
 
 
 def main() -> int:
-    """What `lewis up` does with Prefect's client: `python -m lewis_flows.service.deploy begin [FILE]`, or `worker-died`.
+    """What `lewis up` does with Prefect's client: `... -m lewis_flows.service.deploy begin [FILE]`, or `worker-died`.
 
     Returns:
         The exit code: 2 if a setting is wrong, 1 after another error; what is wrong is on stdout.
