@@ -16,8 +16,7 @@ def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
     """The rows to fit to, and those that are held out: every fourth, or of fewer than four rows the last."""
     rows = calibration.samples
     held = range(EVERY - 1, len(rows), EVERY) if len(rows) >= EVERY else range(len(rows) - 1, len(rows))
-    fitted_to = tuple(row for i, row in enumerate(rows) if i not in held)
-    return Calibration(calibration.name, fitted_to), Calibration(calibration.name, tuple(rows[i] for i in held))
+    return calibration.part(i for i in range(len(rows)) if i not in held), calibration.part(held)
 
 
 def check_split(expert: str, calibration: Calibration) -> None:
