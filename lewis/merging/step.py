@@ -20,7 +20,8 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.adapter import Adapter
-from lewis.merging.run import Merge, Written
+from lewis.merging.calibration_rows import hold_back
+from lewis.merging.run import Merge, Written, text_of_fit
 from lewis.merging.settings import Expert, resolve
 from lewis.merging.sliced import Stack, placed
 from lewis.models.model import Model
@@ -66,14 +67,9 @@ class MergedModel(Reference):
         return self.digest
 
     @property
-    def ridge(self) -> str:
-        """What `ridge: auto` chose, as a sentence; empty if the recipe gave a number."""
-        found = self._manifest.get("ridge")
-        if not found:
-            return ""
-        from lewis.merging.fitting.ridge import Choice  # brings torch with it
-
-        return Choice.from_json(found).to_text()
+    def fit(self) -> str:
+        """What is to be said of the fit, as `run.text_of_fit`."""
+        return text_of_fit(self._manifest)
 
     @property
     def adapter(self) -> Adapter | None:
@@ -103,6 +99,7 @@ class MergeInput:
         allocated: densities of the merge, or of the anchor of a method that fits; None for a plain merge.
         which: `experts` for the allocated densities, `uniform` for those of the baseline.
         sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing.
+        holds_back: whether a part of the rows is held back to judge the fit.
         omega: `lewis.aim.omega`; None: the merged delta is not held back.
         measured: whether models are measured on the base's token ids, which must then mean the same to all of them.
         uncovered: the policy `density.uncovered`, if densities are to be allocated; None if they are not.
@@ -118,6 +115,7 @@ class MergeInput:
     omega: float | None = None
     measured: bool = False
     uncovered: str | None = None
+    holds_back: bool = False
 
     @property
     def models(self) -> list[ModelFiles]:
@@ -165,14 +163,19 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     scales = allocated.scales() if allocated else {}
     held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
     sets = {each.path: Calibration.load(each.path) for each in given.sets.values()}
+    rows = {ref: (sets[each.path], None) for ref, each in given.sets.items()}
+    if given.holds_back:
+        parts = {path: hold_back(each) for path, each in sets.items()}
+        rows = {ref: parts[each.path] for ref, each in given.sets.items()}
     opened = [
         Expert(
             entry.model,
             files.open(),
             guided[files.ref].densities if guided else None,
             scales.get(files.ref),
-            sets[given.sets[entry.model].path] if entry.model in given.sets else None,
+            rows[entry.model][0] if entry.model in rows else None,
             guided[files.ref].mean if guided else 1.0,
+            rows[entry.model][1] if entry.model in rows else None,
         )
         for entry, files in zip(config.experts, given.experts, strict=True)
     ]

@@ -210,6 +210,7 @@ class Lewis(Block):
     Attributes:
         preset: `lewis_official` sets what the authors' code does (`OFFICIAL`).
         calibrations: name -> calibration set.
+        hold_back: whether a part of the calibration rows is held back to judge a fit in forward order.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
             (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
         aim: a step after the merge, for the covered tensors. It measures the base on the sets of all experts.
@@ -217,6 +218,7 @@ class Lewis(Block):
 
     preset: Literal["lewis_official"] | None = None
     calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
+    hold_back: bool = True
     importance: Importance = Importance()
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()

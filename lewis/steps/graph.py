@@ -259,6 +259,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
     block = recipe.allocator if recipe.base_model else None
     aim = recipe.lewis.aim if recipe.lewis else None
     measured, uncovered = recipe.measures, block.density.uncovered if block else None
+    holds_back = recipe.lewis is not None and recipe.lewis.hold_back and recipe.fits and not recipe.needs_grams
 
     def given(results: Results) -> MergeInput:
         found = {ref: results.get(f"calibrate {name}") for ref, name in sets.items()}
@@ -274,6 +275,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
             aim.omega if aim else None,
             measured,
             uncovered,
+            holds_back,
         )
 
     return given

@@ -44,7 +44,10 @@ def recipe_of(base: Path, experts: list[Path], method: str = "regmean_forward", 
     sets = {f"s{path.name}": {"texts": texts(len(path.name)), "samples": 6} for path in experts}
     models = [{"model": str(path), "calibration": f"s{path.name}"} for path in experts]
     data = {"merge_method": method, "base_model": str(base), "models": models, "parameters": {"ridge": RIDGE}}
-    return parse({**data, "lewis": {"calibrations": sets}, **blocks})
+    recipe = {**data, "lewis": {"calibrations": sets}, **blocks}
+    if method == "regmean_forward" and recipe["lewis"]:
+        recipe["lewis"] = {"hold_back": False, **recipe["lewis"]}
+    return parse(recipe)
 
 
 def prepare(recipe: Recipe) -> Merge:
