@@ -128,7 +128,7 @@ class Prepared:
         names = [name for name in read.tensors if name not in made.excluded]
         check_parameters(made.method, names, made.experts, made.parameters)
         check_scales(settings, read, made.experts, made.held_back, made.adds_to_base)
-        check_calibrations(made.method, made.experts, tunes=made.tunes)
+        check_calibrations(made.method, made.experts, names, made.parameters)
         check_adapter(settings, read, new_vocabulary=vocabulary.target is not None)
         return made
 

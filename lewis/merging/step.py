@@ -98,7 +98,8 @@ class MergeInput:
         text: the recipe as YAML, for the manifest.
         allocated: densities of the merge, or of the anchor of a method that fits; None for a plain merge.
         which: `experts` for the allocated densities, `uniform` for those of the baseline.
-        sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing.
+        sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing; None
+            if it fits without rows.
         holds_back: whether a part of the rows is held back to judge the fit.
         omega: `lewis.aim.omega`; None: the merged delta is not held back.
         measured: whether models are measured on the base's token ids, which must then mean the same to all of them.
@@ -111,7 +112,7 @@ class MergeInput:
     text: str = ""
     allocated: AllocationEntry | None = None
     which: str = "experts"
-    sets: Mapping[str, CalibrationEntry] = field(default_factory=dict)
+    sets: Mapping[str, CalibrationEntry] | None = field(default_factory=dict)
     omega: float | None = None
     measured: bool = False
     uncovered: str | None = None
@@ -162,11 +163,11 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
     held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
-    sets = {each.path: Calibration.load(each.path) for each in given.sets.values()}
-    rows = {ref: (sets[each.path], None) for ref, each in given.sets.items()}
-    if given.holds_back:
-        parts = {path: hold_back(each) for path, each in sets.items()}
-        rows = {ref: parts[each.path] for ref, each in given.sets.items()}
+    sets = {each.path: Calibration.load(each.path) for each in (given.sets or {}).values()}
+    parts = {path: hold_back(each) if given.holds_back else (each, None) for path, each in sets.items()}
+    rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
+    if given.sets is None:
+        rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
     opened = [
         Expert(
             entry.model,

@@ -431,7 +431,9 @@ class TestRefused:
         with pytest.raises(RecipeError) as refused:
             recipe_of(family.base, family.experts, lewis={}, models=[{"model": str(each)} for each in family.experts])
         told = str(refused.value)
-        assert told.count("lewis.calibrations") == 1 and "add lewis: {calibrations: {NAME: {dataset: ..., text:" in told
+        assert (
+            told.count("lewis.calibrations") == 1 and "add lewis: {calibrations: {NAME: {dataset: ..., prompt:" in told
+        )
 
     def test_with_densities(self, family: Family) -> None:
         block = {"calibrations": {"a": {"texts": ["w1 w2"], "samples": 1}}, "density": {"budget": 0.5}}
