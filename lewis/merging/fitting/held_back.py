@@ -2,14 +2,15 @@
 
 On these rows the merged model stands beside the experts, each on its own rows, and beside the anchor, which is what the
 merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
-repeated with a larger ridge and prior, which leave less to the few rows; if that does not help, the anchor is taken.
+repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
+unless its rows lose even more.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ class Distance:
     Attributes:
         mean: nats per token above each expert on its own rows, the mean over the experts.
         worst: of the row that loses most.
+        experts: reference of each expert -> the mean over its rows.
     """
 
     mean: float
     worst: float
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Verdict:
             f"{self.rows} held-back rows: {taken.mean:+.4f} nats per token from the experts, the worst row "
             f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
         )
+        text += "".join(f"; {ref} {mean:+.4f}" for ref, mean in taken.experts.items())
         first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
         if self.taken is None:
             return f"the fit did not hold and is left out, the anchor is taken ({first}); {text}"
@@ -108,27 +112,32 @@ def fit_and_judge(
     Raises:
         LewisError: as `fit` and `row_losses`.
     """
-    judged = [expert for expert in merge.experts if expert.held_back]
-    sets = [expert.held_back for expert in judged if expert.held_back]
-    experts = [row_losses(e.model, [rows], threads)[0] for e, rows in zip(judged, sets, strict=True)]
-    anchor = _distance(row_losses(Unwritten(merge), sets, threads), experts)
-    fits = list[Distance]()
+    sets = {expert.ref: expert.held_back for expert in merge.experts if expert.held_back}
+    models = {expert.ref: expert.model for expert in merge.experts}
+    experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
+
+    def distance(model: Unwritten) -> Distance:
+        return _distance(dict(zip(sets, row_losses(model, list(sets.values()), threads), strict=True)), experts)
+
+    anchor, fits, fitted = distance(Unwritten(merge)), list[Distance](), list[Fitted]()
     for number, candidate in enumerate((merge, _with_larger(merge))):
-        fitted = fit(candidate, folder / f"fit-{number}", progress, threads)
-        fits.append(_distance(row_losses(Unwritten(candidate, fitted), sets, threads), experts))
+        fitted.append(fit(candidate, folder / f"fit-{number}", progress, threads))
+        fits.append(distance(Unwritten(candidate, fitted[-1])))
         if fits[-1].mean <= anchor.mean and fits[-1].worst <= BROKEN:
-            verdict = Verdict(sum(map(len, experts)), anchor, tuple(fits), number)
-            logger.info("%s", verdict.to_text())
-            return fitted, verdict
-    verdict = Verdict(sum(map(len, experts)), anchor, tuple(fits), None)
-    logger.warning("%s", verdict.to_text())
-    return Fitted(folder / "anchor"), verdict
+            break
+    holds = fits[-1].mean <= anchor.mean and fits[-1].worst <= BROKEN
+    better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
+    taken = len(fits) - 1 if holds else min(better, key=lambda i: fits[i].mean, default=None)
+    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken)
+    logger.log(logging.INFO if holds else logging.WARNING, "%s", verdict.to_text())
+    return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
 
-def _distance(merged: Sequence[Sequence[RowLoss]], experts: Sequence[Sequence[RowLoss]]) -> Distance:
-    pairs = [pair for each in zip(merged, experts, strict=True) for pair in zip(*each, strict=True)]
+def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> Distance:
+    pairs = [pair for ref in experts for pair in zip(merged[ref], experts[ref], strict=True)]
     worst = max((own.nats / own.weight - expert.nats / expert.weight for own, expert in pairs), default=0.0)
-    return Distance(mean_loss(merged) - mean_loss(experts), worst)
+    each = {ref: mean_loss([merged[ref]]) - mean_loss([experts[ref]]) for ref in experts}
+    return Distance(sum(each.values()) / len(each), worst, each)
 
 
 def _with_larger(merge: Prepared) -> Prepared:

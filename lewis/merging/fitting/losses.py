@@ -98,5 +98,5 @@ def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = No
 
 def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:
     """Nats per predicted token: the mean over the tokens of each set by their weights, then over the sets."""
-    means = [sum(row.nats for row in each) / sum(row.weight for row in each) for each in rows]
-    return sum(means) / len(means)
+    means = [sum(row.nats for row in each) / sum(row.weight for row in each) for each in rows if each]
+    return sum(means) / max(len(means), 1)

@@ -62,6 +62,8 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
         rows += (there - own).tolist()
     taken = verdict.anchor if verdict.taken is None else verdict.fits[verdict.taken]
     assert taken.mean == pytest.approx(sum(means) / 2, abs=1e-5)
+    assert list(taken.experts) == [expert.ref for expert in merge.experts]
+    assert list(taken.experts.values()) == pytest.approx(means, abs=1e-5)
     assert taken.worst == pytest.approx(max(rows), abs=1e-5)
 
 
@@ -72,6 +74,7 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
         ([(0.2, 0.9), (0.1, 1.5), (0.15, 0.8)], 1),  # a row is broken
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1),  # worse than the anchor
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None),
+        ([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0),  # broken, but the anchor is more so
         ([(0.2, 0.9), (float("nan"), float("nan")), (0.1, 0.5)], 1),
     ],
 )
