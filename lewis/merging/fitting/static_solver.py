@@ -49,6 +49,29 @@ class Statistics(Protocol):
     def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows: ...
 
 
+class NoRows:
+    """The statistics of an expert without calibration rows; to be read as `gram_files.Grams`."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """
+        Args:
+            sizes: name of a projection -> its number of inputs.
+        """
+        self._sizes = sizes
+
+    def __contains__(self, projection: str) -> bool:
+        return True
+
+    def source(self, projection: str) -> str | None:
+        """Each projection has inputs of its own, of which nothing is known."""
+        return projection
+
+    def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
+        """No rows."""
+        none = [torch.empty(0, self._sizes[projection])]
+        return Rows(none, none, weight)
+
+
 def parts_of(network: Network, covered: Covered) -> list[Part]:
     """A tensor in the parts that one regression fits each."""
     if network.empty(covered.parameter).dim() != 3 or covered.expert is not None:
