@@ -1,8 +1,8 @@
 """Two hours of operations in fast motion, as the person who watches them sees it.
 
 Three recipes and twelve releases: two are broken, one is rejected; a champion is rolled back, another is approved
-by a person; a search; a run of a cron schedule; worker, receiver and server are killed once each; and ten recipes are
-released together. It takes long: `make drill` runs it, and `make test` leaves it out.
+by a person; a search; a run of a cron schedule; worker, receiver and server are killed once each. It takes
+long: `make drill` runs it, and `make test` leaves it out.
 """
 
 import json
@@ -53,13 +53,16 @@ SEARCHED = """
 search: {trials: 3, space: {parameters.lambda: {min: 0.8, max: 1.2}}}
 """
 RECIPES = {"alpha": ("ties", GUIDED), "beta": ("ties", SEARCHED), "gamma": ("task_arithmetic", "")}
-# What `lewis up` may say at WARNING or above: each names something that is to be mended by a person.
+# What `lewis up` may say at WARNING or above: what a person has to mend, and what became of the killed.
 ACTIONABLE = (
     r"org/alpha: not a safetensors file: ",
     r"org/gamma: 'model\.embed_tokens\.weight' has shape \[64, 32\], in the base it is \[64, 16\]",
     r"the database was locked for a moment, and Prefect tries again: this machine is busy",
     r"recipe beta is left out: merge_method: missing",
     r"beta cannot be watched: merge_method: missing",
+    r"lewis_flows\.turn - run alpha: .* had died; it is marked as Crashed now",
+    r"the Prefect server at http://127\.0\.0\.1:\d+ does not answer .* waiting for it, at most 300 s",
+    r"the Prefect server answers again, after \d+ s",
 )
 
 
@@ -317,6 +320,7 @@ def test_two_hours_in_fast_motion(drill: Drill) -> None:
         "LEWIS: a run died": 1,
         "LEWIS: a merge was rejected": 1,
         "LEWIS: a version waits for approval": 1,
+        "LEWIS: releases cannot be watched": 1,  # those of the recipe that was broken for a while
     }, service.sink.received
     assert drill._count == 3 + 12 and sum(drill.expected.values()) == 20, drill.expected
     service.stop()
