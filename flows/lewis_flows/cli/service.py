@@ -85,11 +85,15 @@ def status(options: argparse.Namespace) -> int:
     """Print the status; the exit code is 1 if a part of the service is down, and of `--check` as its help says."""
     from lewis.registry import tracking
     from lewis_flows import recipes_folder
+    from lewis_flows.service import credentials, note
     from lewis_flows.service.status import status
     from lewis_flows.service.status_data import problems
     from lewis_flows.service.status_text import as_text
 
     tracking.without_tables()
+    if "mlflow_user" in (known := note.read()) and not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = known["mlflow"]  # to open the database itself takes a second more
+        credentials.find()
     only = recipes_folder.name_of(str(recipes_folder.find(options.recipe))) if options.recipe else ""
     if options.watch:
         return _watch(lambda: as_text(status(only, scores=bool(only)), datetime.now(UTC), _width()))
