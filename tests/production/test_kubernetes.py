@@ -123,15 +123,15 @@ def test_scoring_gets_a_gpu_and_a_merge_none_and_a_run_chooses_nothing(
     command = [each.replace("/etc/lewis", str(MANIFESTS)) for each in deploy["args"]]
     given = environment(deploy, tmp_path, api, cluster)
     recipe = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
-    (tmp_path / "recipes" / "evil.yaml").write_text(recipe)
+    (tmp_path / "recipes" / "tiny.yaml").write_text(recipe)
     done = subprocess.run(command, env=given, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
 
     monkeypatch.setenv("LEWIS_EVALUATE_POOL", SETTINGS["LEWIS_EVALUATE_POOL"])
     parameters = {"recipe": "evil", "models": {"evil": "evil"}, "tasks": "evil", "base": "evil", "overrides": ["evil"]}
     scoring = evaluate_elsewhere._start(client, work_queue.queue(), parameters | DANGEROUS)
-    nightly = client.read_deployment_by_name("merge/evil")
-    of_merge = {"recipe": "evil", **DANGEROUS}
+    nightly = client.read_deployment_by_name("merge/tiny")
+    of_merge = {"recipe": "tiny", "overrides": ["evil"], **DANGEROUS}
     merge = client.create_flow_run_from_deployment(nightly.id, parameters=of_merge, name="merge evil")
     evaluate = client.read_deployment_by_name(evaluate_elsewhere.DEPLOYMENT)
     for deployment, needed in ((nightly, of_merge), (evaluate, parameters)):
