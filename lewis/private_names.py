@@ -192,6 +192,10 @@ PIPELINE_TASK = PrivateName(
     "transformers", "transformers.pipelines.check_task", ">=5.17,<6",
     "let MLflow find the class of the pipeline", "lewis.registry.logged_model",
     "MLflow: saving a transformers model fails, as the pipeline has no __name__")
+MLFLOW_FIND_APP = PrivateName(
+    "mlflow", "mlflow.server._find_app", ">=3.17,<4",
+    "look at who asks before MLflow does", "lewis_flows.service.mlflow_app",
+    "MLflow: every page of the machine may change what a signed-in browser may")
 MLFLOW_SQL_STORE = PrivateName(
     "mlflow", "mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", ">=3.17,<4",
     "create a whole database before another process sees it", "lewis.registry.tracking",

@@ -2,51 +2,22 @@
 
     PREFECT_SERVER_API_AUTH_STRING=... PREFECT_SERVER_API_PORT=4200 python -m lewis_flows.service.prefect_app
 
-Prefect itself has a key and CORS. A page of another site cannot read answers then, but it can send requests, and if its
-name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the page's own. So the server also looks at
-the names in `Host` and `Origin`: those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` are its own.
+Its own addresses are those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS`.
 """
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis import private_names
+from lewis_flows.service.own_pages import OwnPages, split_origins
 from lewis_flows.service.sign_in import SignIn
 
 _AT_ONCE = 500  # events that one query asks for
-
-
-class OwnPages:
-    """Middleware that refuses requests to other hosts (400), and those from pages of other sites (403)."""
-
-    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        """Wrap an application.
-
-        Args:
-            app: the application.
-            origins: such as `http://127.0.0.1:4200`; `*` allows all.
-        """
-        hosts = [urlsplit(origin).hostname or origin for origin in origins]
-        self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let the application answer it."""
-        if scope["type"] in ("http", "websocket") and "*" not in self._origins:
-            origin = Headers(scope=scope).get("origin")
-            if origin is not None and origin not in self._origins:
-                refusal = PlainTextResponse("pages of other sites may not use this server", 403)
-                return await refusal(scope, receive, send)
-        await self._app(scope, receive, send)
 
 
 class NewestFirst:
@@ -72,11 +43,6 @@ class NewestFirst:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, send)
-
-
-def own_origins(port: int) -> list[str]:
-    """The origins of the pages that a server on a port of loopback has."""
-    return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
 
 
 def write_each_event_once() -> None:
@@ -119,7 +85,7 @@ def main() -> None:
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
-    origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
+    origins = split_origins(server.api.cors_allowed_origins)
     uvicorn.run(
         OwnPages(SignIn(NewestFirst(create_app(final=True)), key), origins),
         host=server.api.host,

@@ -59,6 +59,7 @@ def test_the_password_is_in_the_environment_of_the_server_alone(home: Path, monk
     assert MLFLOW_PASSWORD.path().stat().st_mode & 0o77 == 0
     assert server._environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == secret
     assert server._environment["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///x"
+    assert server._environment["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
     assert server._command[-2:] == ["--app-name", "basic-auth"] and secret not in " ".join(server._command)
     assert secret not in (settings := (home / "mlflow" / "auth.ini").read_text())
     assert "default_permission = NO_PERMISSIONS" in settings
