@@ -108,7 +108,12 @@ def _seen(process: int) -> Path:
     """The only folder among the temporary files of this process that its children see; it is removed at the end."""
     held = ExitStack()
     folder = held.enter_context(store.scratch_folder("eval"))
-    atexit.register(lambda: os.getpid() == process and held.close())
+
+    @atexit.register
+    def remove() -> None:
+        if os.getpid() == process:  # not in a process that this one forked
+            held.close()
+
     return folder
 
 

@@ -59,18 +59,11 @@ _NAMED = (
 _SOCKETS = ("/run/user", "/run/secrets", "/run/docker.sock", "/run/containerd", "/run/podman")
 _TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 
-# The number of places to hide, and the places. Then, for each folder of which only a part is shown: the folder, the
-# number of its entries that are shown, and their names. Then "--" and the command.
+# For each folder of which only a part is shown: the folder, the number of its entries that are shown, and their names.
+# Then "--", the number of places to hide, the places, and the command.
 _SETUP = """
 set -eu
 here=$PWD
-number=$1; shift
-while [ "$number" -gt 0 ]; do
-    if [ -d "$1" ]; then mount -t tmpfs -o size=4k,mode=700 hidden "$1"
-    elif [ -e "$1" ]; then mount --bind /dev/null "$1" || [ ! -e "$1" ]  # a socket that has gone meanwhile
-    fi
-    shift; number=$((number - 1))
-done
 while [ "$1" != -- ]; do
     folder=$1 number=$2; shift 2
     cd "$folder"  # the folder as it was, also when the mount covers it
@@ -81,7 +74,15 @@ while [ "$1" != -- ]; do
         shift; number=$((number - 1))
     done
 done
-shift
+number=$2; shift 2
+cd /
+while [ "$number" -gt 0 ]; do
+    if [ -d "$1" ]; then mount -t tmpfs -o size=4k,mode=700 hidden "$1"
+    elif [ -e "$1" ]; then mount --bind /dev/null "$1" || [ ! -e "$1" ]  # a socket that has gone meanwhile
+    fi
+    if [ -f "$1" ]; then echo "$1 cannot be hidden" >&2; exit 1; fi
+    shift; number=$((number - 1))
+done
 cd "$here" 2>/dev/null || cd /
 exec "$@"
 """
@@ -155,7 +156,7 @@ def _prefix(places: Sequence[str], temporary: Mapping[str, Sequence[str]], netwo
         kept = "-all"
     drop = ("setpriv", "--no-new-privs", "--ambient-caps=-all", "--inh-caps=-all", f"--bounding-set={kept}")
     parts = [word for folder, names in temporary.items() for word in (folder, str(len(names)), *names)]
-    setup = ("sh", "-c", _SETUP, "evaluation", str(len(places)), *places, *parts, "--")
+    setup = ("sh", "-c", _SETUP, "evaluation", *parts, "--", str(len(places)), *places)
     return ("unshare", *kinds, "--", *setup, *drop)
 
 
