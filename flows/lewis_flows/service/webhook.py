@@ -38,7 +38,7 @@ from lewis_flows.service.receiver import Readiness, Receiver
 logger = logging.getLogger("lewis.webhook")
 
 FOLLOW = 5.0  # seconds between two looks at the folder of recipes
-MAX_SECONDS = 20.0  # until a whole request has arrived; then, or when a connection is idle for so long, it is closed
+MAX_SECONDS = 10.0  # until a whole request has arrived; then, or when a connection is idle for so long, it is closed
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
