@@ -20,6 +20,10 @@ class InputError(LewisError, ValueError):
     """The input is wrong (exit code 2). It is never retried: only changed input can help."""
 
 
+class BrokenModelError(InputError):
+    """A model is broken on the Hub itself: only another commit can help."""
+
+
 class RecipeError(InputError):
     """One or more problems of a recipe, each a line that begins with its YAML path."""
 

@@ -84,7 +84,13 @@ def merge(
     """
     recipe, folder = load(recipe), check_output_folder(Path(folder))
     given, prepared = prepare(recipe, report)
-    written = prepared.run(folder, max_shard_size=max_shard_size, manifest=given.lineage(), progress=report)
+    written = prepared.run(
+        folder,
+        max_shard_size=max_shard_size,
+        manifest=given.lineage(),
+        progress=report,
+        unchanged=given.check_unchanged,
+    )
     return with_card(recipe, given, written)
 
 

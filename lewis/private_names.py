@@ -128,6 +128,10 @@ PREFECT_WRITE_EVENTS = PrivateName(
     "prefect", "prefect.server.events.services.event_persister.write_events", ">=3.9,<3.10",
     "keep events that arrive next to one that SQLite has already", "lewis_flows.service.prefect_app",
     "Prefect: on SQLite, events that are sent again make others be dropped")
+PREFECT_SQLITE_BEGIN = PrivateName(
+    "prefect", "prefect.server.database.configurations.AioSqliteConfiguration.begin_transaction", ">=3.9,<3.10",
+    "let requests that write wait for each other on SQLite", "lewis_flows.service.prefect_app",
+    "Prefect: on SQLite, requests that write at the same time are answered 503")
 PREFECT_TASK_INPUTS = PrivateName(
     "prefect", "prefect.utilities.engine.collect_task_run_inputs_sync", ">=3.9,<4",
     "draw the edges between tasks that run in processes", "lewis_flows.runners.choose",
@@ -192,6 +196,10 @@ PIPELINE_TASK = PrivateName(
     "transformers", "transformers.pipelines.check_task", ">=5.17,<6",
     "let MLflow find the class of the pipeline", "lewis.registry.logged_model",
     "MLflow: saving a transformers model fails, as the pipeline has no __name__")
+MLFLOW_FIND_APP = PrivateName(
+    "mlflow", "mlflow.server._find_app", ">=3.17,<4",
+    "look at who asks before MLflow does", "lewis_flows.service.mlflow_app",
+    "MLflow: every page of the machine may change what a signed-in browser may")
 MLFLOW_SQL_STORE = PrivateName(
     "mlflow", "mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", ">=3.17,<4",
     "create a whole database before another process sees it", "lewis.registry.tracking",

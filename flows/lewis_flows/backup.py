@@ -1,7 +1,7 @@
 """A copy of what cannot be made again, and back: MLflow's and Prefect's data in the store, recipes, secrets, outbox.
 
     DIR/lewis.json  DIR/store/mlflow/mlflow.db  DIR/store/mlflow/artifacts/...  DIR/store/prefect/prefect.db
-    DIR/store/prefect-api-key ...  DIR/store/outbox/...  DIR/recipes/...
+    DIR/store/prefect-api-key ...  DIR/store/outbox/...  DIR/recipes/...  DIR/prefect/prefect.db with PREFECT_HOME
 
 `lewis.json` has the size and SHA-256 of every file. A copy appears whole or not at all.
 """
@@ -24,6 +24,10 @@ from lewis.store import kinds, manifest, secrets
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
+_PREFECT_DATABASE = (
+    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"),
+    *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
+)
 _FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
 _SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
@@ -59,12 +63,15 @@ def backup(folder: Path) -> Copied:
         with store.publish(folder, about) as scratch:
             scratch.chmod(0o700)  # there are secrets in it
             _copy_store(scratch / "store")
+            if (own := _prefect_home() / "prefect.db").is_file() and not store.holds(own):
+                _copy_database(own, scratch / "prefect" / own.name)
             with suppress(InputError):  # there is none
                 shutil.copytree(recipes_folder.folder(), scratch / "recipes")
     except (OSError, sqlite3.Error, shutil.Error) as error:
         raise LewisError(f"{folder}: the copy could not be made: {error}") from error
     files = (store.read_manifest(folder) or {})["files"]
     servers = {part: os.environ.get(name, "") for part, name in _SERVERS.items()}
+    servers["prefect"] = servers["prefect"] or next(filter(None, map(os.environ.get, _PREFECT_DATABASE)), "")
     servers = {part: redacted(url) for part, url in servers.items() if url and str(store.home()) not in url}
     return Copied(folder, len(files), sum(each["size"] for each in files.values()), servers)
 
@@ -73,8 +80,8 @@ def restore(folder: Path) -> Copied:
     """Put a copy back, where the store has none of its files; can be repeated after a kill.
 
     Raises:
-        InputError: if it is no copy or damaged, is of a store at another place, `lewis up` runs, or a file is there
-            already with another content.
+        InputError: if it is no copy or damaged, is of a store at another place, `lewis up` or another process uses the
+            store, or a file is there already with another content.
         LewisError: if the disk fails.
     """
     try:
@@ -89,6 +96,7 @@ def restore(folder: Path) -> Copied:
         )
     try:
         with store.lock("up").acquire(timeout=0):
+            _check_unused()
             wanted = list(_targets(folder, found["files"]))
             for name, target in wanted:
                 if target.exists() and store.file_sha256(target) != found["files"][name]["sha256"]:
@@ -105,11 +113,7 @@ def restore(folder: Path) -> Copied:
 def _copy_store(target: Path) -> None:
     # First, as what a database names is written before it does so.
     for path in (path for pattern in _DATABASES for path in store.home().glob(pattern)):
-        copied = target / path.relative_to(store.home())
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path)) as there, closing(sqlite3.connect(copied)) as copy:
-            there.backup(copy)
-        copied.chmod(0o600)
+        _copy_database(path, target / path.relative_to(store.home()))
     for name in _FOLDERS:
         if (store.home() / name).is_dir():
             shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*"))
@@ -118,13 +122,35 @@ def _copy_store(target: Path) -> None:
         shutil.copy2(path, target)
 
 
+def _copy_database(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path)) as there, closing(sqlite3.connect(target)) as copy:
+        there.backup(copy)
+    target.chmod(0o600)
+
+
+def _prefect_home() -> Path:
+    """Where a Prefect server of this machine keeps its database, if no setting names another."""
+    return Path(os.environ.get("PREFECT_HOME") or store.home() / "prefect").expanduser().absolute()
+
+
+def _check_unused() -> None:
+    """Raise InputError if a process has files of the store open, or of one that was there and is deleted."""
+    places = tuple(f"{place.resolve()}/" for place in (store.home(), _prefect_home()))
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it has ended, or is of another user
+            if os.readlink(link).startswith(places) and link.parts[2] != str(os.getpid()):
+                raise InputError(f"process {link.parts[2]} uses {os.readlink(link)}; stop it first")
+
+
 def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path]]:
     """Each file of a copy, and where it goes; MLflow's database last: what it names is there then."""
+    places = {"store": store.home(), "recipes": recipes_folder.location(), "prefect": _prefect_home()}
     for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
         top, _, rest = name.partition("/")
-        if not rest or ".." in Path(rest).parts or top not in ("store", "recipes"):
+        if not rest or ".." in Path(rest).parts or top not in places:
             raise InputError(f"{folder}: {name!r} is no name of a file of such a copy")
-        yield name, (store.home() if top == "store" else recipes_folder.location()) / rest
+        yield name, places[top] / rest
 
 
 def _put(source: Path, target: Path) -> None:

@@ -30,7 +30,7 @@ from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_eve
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import moves
-from lewis_tasks.support.flow_run import did_its_work
+from lewis_tasks.support.flow_run import BROKEN, did_its_work
 
 logger = logging.getLogger("lewis.watch")
 
@@ -167,6 +167,8 @@ def _is_news(recipe: str, move: Moved) -> bool:
     if not answers:
         return now - announced >= ANSWER_WITHIN
     last = answers[0]
+    if f"broken:{BROKEN}" in last.tags:  # only another commit can help, which is announced as such
+        return False
     if last.state_type == "FAILED":
         return last.end_time is None or now - last.end_time >= RETRY_AFTER
     return not did_its_work(last)

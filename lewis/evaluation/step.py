@@ -50,6 +50,7 @@ def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", pro
             files.check()
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
                 found = lm_eval.evaluate(folder, settings, adapter=adapter, device=device, progress=progress)
+            files.check_unchanged()
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 

@@ -145,7 +145,7 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     whole = [(tuple(map(int, ids)), tuple(weights)) for ids, weights in cut if ids]
     if len(whole) < len(cut):
         logger.warning("%s: %d of %d texts have no tokens and are left out", where, len(cut) - len(whole), len(cut))
-    samples, weights = (tuple(each[i] for each in whole) for i in (0, 1))
+    samples, weights = tuple(ids for ids, _ in whole), tuple(each for _, each in whole)
     if spec.prompt_weight == 1:
         return Calibration(name, samples)
     if not any(1.0 in each for each in weights):

@@ -15,6 +15,7 @@ from pydantic import model_validator
 
 from lewis import store
 from lewis.devices import precision
+from lewis.errors import LewisError
 from lewis.importance import calibration
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
@@ -177,7 +178,9 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
     statistics = {}
     for each in given.sets if given.grams else ():
         set_, model = Calibration.load(each.path), files.open()
-        statistics[each.digest] = find_or_measure_grams(model, set_, device=device, progress=progress)
+        statistics[each.digest] = find_or_measure_grams(
+            model, set_, device=device, progress=progress, unchanged=files.check_unchanged
+        )
         if settings.prune_ratio == 0:
             _keep_norms(files, each, settings, device, partial(_from_grams, model, set_, statistics[each.digest]))
     places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in given.sets}
@@ -189,6 +192,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
         if absent:
             sets = [Calibration.load(each.path) for each in absent]
             found = measuring.measure_sets(files.open(), sets, settings, device=device, progress=progress)
+            files.check_unchanged()
             for each, measured in zip(absent, found, strict=True):
                 measurements.write(places[each.digest][1], measured, _facts(files, each))
     return [
@@ -253,6 +257,7 @@ def find_or_measure_grams(
     device: str = "cpu",
     threads: int | None = None,
     progress: Report = silent,
+    unchanged: Callable[[], None] = lambda: None,
 ) -> Path:
     """Folder of the second-order statistics of one model on one calibration set, which `gram_files.Grams` reads.
 
@@ -275,6 +280,11 @@ def find_or_measure_grams(
                 checksums |= measure_grams(
                     model, calibration, scratch, device=device, threads=threads, progress=progress
                 )
+                try:
+                    unchanged()
+                except LewisError:
+                    store.discard(scratch)  # a later pass must not go on with it
+                    raise
     return folder
 
 

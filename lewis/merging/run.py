@@ -88,6 +88,7 @@ class Merge(Prepared):
         manifest: Mapping[str, Any] | None = None,
         progress: Report | None = None,
         threads: int | None = None,
+        unchanged: Callable[[], None] = lambda: None,
     ) -> Written:
         """Write the merged checkpoint, or the adapter, to `folder`, which appears whole or not at all.
 
@@ -101,6 +102,7 @@ class Merge(Prepared):
             progress: called with (tensor name, elements done, elements in all); if the method fits, every element
                 counts first as one to be fitted, as often as it is.
             threads: how many tensors are merged at a time; by default one per core.
+            unchanged: called when all is written; raises LewisError if a model has changed meanwhile.
 
         Raises:
             InputError: if there is no space, or `folder` is one of the models, or holds something else.
@@ -111,14 +113,20 @@ class Merge(Prepared):
         record: dict[str, Any] = {"digest": self.digest, **(manifest or {})}
         try:
             if self.as_adapter:
-                return self._run_adapter(folder, record, progress, threads)
-            return self._run_full(folder, record, max_shard_size, progress, threads)
+                return self._run_adapter(folder, record, progress, threads, unchanged)
+            return self._run_full(folder, record, max_shard_size, progress, threads, unchanged)
         except OSError as error:
             place, why = error.filename or folder, error.strerror or error
             raise LewisError(f"{place}: cannot be written: {why}; free space, or write elsewhere") from error
 
     def _run_full(
-        self, folder: Path, record: dict[str, Any], max_shard_size: int, progress: Report | None, threads: int | None
+        self,
+        folder: Path,
+        record: dict[str, Any],
+        max_shard_size: int,
+        progress: Report | None,
+        threads: int | None,
+        unchanged: Callable[[], None],
     ) -> Written:
         """`run` for a full checkpoint. Its checksums are remembered, so that the next reader need not hash it again."""
         known: dict[str, str] = {}
@@ -133,6 +141,7 @@ class Merge(Prepared):
             write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
             self._copy_tokenizer(scratch)
             self.vocabulary.finish(scratch)
+            _check(unchanged, scratch)
         manifest.remember({folder / name: sha256 for name, sha256 in known.items()})
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
         return Written(self.digest, folder, self.size, record, fit=text_of_fit(record))
@@ -148,7 +157,12 @@ class Merge(Prepared):
         AdapterWriter(self, lambda _: None).check(self._merged)
 
     def _run_adapter(
-        self, folder: Path, record: dict[str, Any], progress: Report | None, threads: int | None
+        self,
+        folder: Path,
+        record: dict[str, Any],
+        progress: Report | None,
+        threads: int | None,
+        unchanged: Callable[[], None],
     ) -> Written:
         """`run` for an adapter."""
         from lewis.merging.lora_output import AdapterWriter
@@ -163,6 +177,7 @@ class Merge(Prepared):
             self._copy_tokenizer(scratch)
             size = (scratch / ADAPTER).stat().st_size
             record |= {**facts, "adapter": adapter.to_json()}
+            _check(unchanged, scratch)
         logger.info("%s: %s", folder, adapter.to_text())
         return Written(self.digest, folder, size, record, adapter, text_of_fit(record))
 
@@ -337,3 +352,12 @@ class Merge(Prepared):
         from lewis.merging.engine.compiled import merge_tensor
 
         return merge_tensor(self.giving(name), name, write)
+
+
+def _check(unchanged: Callable[[], None], scratch: Path) -> None:
+    """Nothing that was written is kept, for a run that goes on, if a model has changed meanwhile."""
+    try:
+        unchanged()
+    except LewisError:
+        store.discard(scratch)
+        raise

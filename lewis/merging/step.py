@@ -123,6 +123,11 @@ class MergeInput:
         """The base, if there is one, then the experts."""
         return [*([self.base] if self.base else []), *self.experts]
 
+    def check_unchanged(self) -> None:
+        """Raise LewisError if a folder of a model has changed since it was pinned."""
+        for each in self.models:
+            each.check_unchanged()
+
     @cached_property
     def _prepared(self) -> dict[str, Merge]:
         """Device -> what `prepare_merge` made."""
@@ -232,7 +237,8 @@ def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> Merg
         if (found := find_merged(prepared.digest, on)) is not None:
             return found
         manifest.set_damaged_aside(folder)
-        return MergedModel.of(prepared.run(folder, manifest=given.lineage(), progress=report), on)
+        written = prepared.run(folder, manifest=given.lineage(), progress=report, unchanged=given.check_unchanged)
+        return MergedModel.of(written, on)
 
 
 def find_merged(digest: str, base: Path | None = None) -> MergedModel | None:

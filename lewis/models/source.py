@@ -16,7 +16,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.hub import repository
-from lewis.models.hub.pin import Pinned, find_folder
+from lewis.models.hub.pin import Pinned, check_unchanged, find_folder
 from lewis.models.hub.repository import COMMIT
 from lewis.models.lora.expert import LoraExpert, holds_adapter
 from lewis.models.model import Model
@@ -140,6 +140,16 @@ class ModelFiles(Reference):
                     manifest.check(folder)
                 except manifest.DamagedError as error:
                     raise LewisError(f"{folder}: {error}; run again, which makes it again") from error
+
+    def check_unchanged(self) -> None:
+        """Check that local folders have the content that they were pinned with, after something was made from them.
+
+        Raises:
+            LewisError: naming one that has changed meanwhile.
+        """
+        for folder, commit in zip(self.folders, commits_of(self.key), strict=False):
+            if commit.startswith("sha256:"):
+                check_unchanged(Pinned(self.ref, str(folder), commit, 0))
 
     def open(self) -> Model:
         """Open the model for reading.

@@ -106,9 +106,12 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
     tracking.log_numbers(client, run_id, model_id, new.params, new.metrics, new.documents)
     inputs = json.dumps(dict(new.lineage), indent=2)
     texts = {"recipe.yaml": new.recipe, "card.md": new.card, "lineage.json": inputs}
-    tracking.log_files(client, run_id, {**{name: text.encode() for name, text in texts.items()}, **new.pictures})
+    files = {**{name: text.encode() for name, text in texts.items()}, **new.pictures}
+    tracking.log_files(client, run_id, files)
     for name, rows in new.tables.items():
         client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
+    tables = {f"{name}.json": tracking.file_of(client, run_id, f"{name}.json") for name in new.tables}
+    tracking.note_files(client, run_id, {**files, **tables})
 
 
 def description(text: str, pictures: Iterable[str], run_id: str) -> str:

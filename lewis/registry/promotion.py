@@ -7,6 +7,7 @@ The alias `champion`, which alone says what is in use, moves last.
 A version that passed the gate may wait for a person's approval. Its tags say until when, and what must hold then.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,9 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         if verdict.waits:
             tags |= _ask(client, version, verdict, before, by)
         told = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
-        client.log_dict(version.run_id, told, "verdict.json")
+        file = {"verdict.json": json.dumps(told, indent=2).encode()}
+        tracking.log_files(client, version.run_id, file)
+        tracking.note_files(client, version.run_id, file)
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
         what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"

@@ -49,6 +49,10 @@ def verify() -> Verified:
                 except DamagedError as error:
                     damaged.append(Damage("version", f"models:/{version.name}/{version.version}", str(error)))
                     mark(client, version, digest)
+                try:
+                    tracking.check_files(client, str(version.run_id))
+                except DamagedError as error:  # scores, verdict, recipe: the model itself may be whole
+                    damaged.append(Damage("run", f"runs:/{version.run_id}", str(error)))
     return Verified(checked, damaged)
 
 

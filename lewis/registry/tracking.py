@@ -1,5 +1,6 @@
 """The connection to MLflow: which store, one experiment, errors that say what to do, names and values it accepts."""
 
+import hashlib
 import json
 import os
 import posixpath
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lewis import private_names, store
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
+FILES = "lewis.files"  # tag of a run: its files, each with its size and SHA-256
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 _FILES = re.compile(r"(https?://\S+?/mlflow-artifacts/artifacts)/")
@@ -194,6 +197,40 @@ def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -
         for name, content in files.items():
             (scratch / name).write_bytes(content)
         client.log_artifacts(run_id, str(scratch))
+
+
+def note_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
+    """Note size and SHA-256 of files that were logged, for `check_files`; those noted before stay noted."""
+    noted = client.get_run(run_id).data.tags.get(FILES, "{}")
+    new = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    client.set_tag(run_id, FILES, json.dumps({**json.loads(noted), **new}))
+
+
+def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
+    """The content of a file of a run, as the artifact store has it."""
+    with store.scratch_folder("files") as scratch:
+        return Path(client.download_artifacts(run_id, name, str(scratch))).read_bytes()
+
+
+def check_files(client: "MlflowClient", run_id: str) -> None:
+    """Check that the files of a run are those that were noted.
+
+    Raises:
+        DamagedError: naming one that is missing or damaged.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        noted = json.loads(client.get_run(run_id).data.tags.get(FILES, "{}"))
+    except ValueError as error:
+        raise DamagedError(f"the tag {FILES} is damaged") from error
+    for name, (size, sha256) in noted.items():
+        try:
+            content = file_of(client, run_id, name)
+        except (OSError, MlflowException) as error:
+            raise DamagedError(f"{name} cannot be read: {error}") from error
+        if (len(content), hashlib.sha256(content).hexdigest()) != (size, sha256):
+            raise DamagedError(f"{name}: expected SHA-256 {sha256}, it has another content; put back that of a backup")
 
 
 def key(name: str) -> str:

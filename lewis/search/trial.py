@@ -4,12 +4,12 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lewis import memory, store
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry, find_scores, score
 from lewis.merging.step import MergeInput, find_merged, prepare_merge
@@ -52,9 +52,19 @@ def score_trial(
     found = find_scores(label, prepared.digest, settings, device)
     if found is not None:
         return found
-    with store.lock(f"trial-{prepared.digest}"), _folder(prepared.digest, prepared.size) as folder:
+    with store.lock(f"trial-{prepared.digest}"), ExitStack() as stack:
+        folder = stack.enter_context(_folder(prepared.digest, prepared.size))
+        if not folder.exists() and folder.is_relative_to(MEMORY):
+            try:
+                prepared.run(folder, unchanged=given.check_unchanged)
+            except LewisError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                logger.info("the merged model is written to the disk: another process took the memory (%s)", error)
+                stack.close()
+                folder = stack.enter_context(_folder(prepared.digest, prepared.size, in_memory=False))
         if not folder.exists():
-            prepared.run(folder)
+            prepared.run(folder, unchanged=given.check_unchanged)
         adapter = folder if given.base and prepared.as_adapter else None
         where = given.base.folder if given.base and adapter else folder
         files = ModelFiles.at(label, prepared.digest, where, adapter)
@@ -62,13 +72,14 @@ def score_trial(
 
 
 @contextmanager
-def _folder(digest: str, size: int) -> Iterator[Path]:
+def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]:
     """The merged model in the store if it has it; else a path for one, in memory if it fits, removed afterwards."""
     known = find_merged(digest)
     if known is not None:
         yield known.folder
         return
-    fits = os.access(MEMORY, os.W_OK) and size < SHARE * min(shutil.disk_usage(MEMORY).free, memory.available_bytes())
+    fits = in_memory and os.access(MEMORY, os.W_OK)
+    fits = fits and size < SHARE * min(shutil.disk_usage(MEMORY).free, memory.available_bytes())
     if not fits:
         logger.info("the merged model, %.1f GB, is written to the disk: it does not fit in memory", size / 1e9)
     parent = (_own_memory() if fits else None) or store.make_folder(store.home() / "trials")

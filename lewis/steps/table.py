@@ -323,7 +323,7 @@ def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passe
 def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
     """Tokens of each pass that `ridge: auto` has yet to do: over the rows of an expert that are not held out."""
     for entry, files in zip(given.config.experts, given.experts, strict=True):
-        fitted_to, _ = split(Calibration.load(given.sets[entry.model].path))
+        fitted_to, _ = split(Calibration.load((given.sets or {})[entry.model].path))
         _, folder = grams_place(files.read_as, fitted_to.digest, default_device())
         if store.read_manifest(folder) is None:
             yield fitted_to.tokens

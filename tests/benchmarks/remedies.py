@@ -1,7 +1,7 @@
 """What the prior, token weights and held-back rows give a fit in forward order: the distance from the experts.
 
     python -m tests.benchmarks.remedies rows DIR --shared DIR
-    python -m tests.benchmarks.remedies run FILE.jsonl NAME --rows DIR --base DIR --expert TASK=DIR ... [--set KEY=VALUE]
+    python -m tests.benchmarks.remedies run FILE.jsonl NAME --rows DIR --base DIR --expert TASK=DIR ... [--set K=V]
     python -m tests.benchmarks.remedies table FILE.jsonl
 
 `rows` writes `TASK-train.jsonl` and `TASK-test.jsonl`, rows of `prompt` and `answer`, for the tasks math, code and sql

@@ -100,7 +100,7 @@ def test_a_server_that_is_away_for_a_minute(
     with servers(home, monkeypatch) as (parts, urls):
         run = begun(which, home, recipe, **urls)
         if how == "frozen":
-            with frozen("mlflow.server" if which == "mlflow" else "prefect_app"):
+            with frozen("mlflow_app" if which == "mlflow" else "prefect_app"):
                 time.sleep(AWAY)
         else:
             parts[which].stop()

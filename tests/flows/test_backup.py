@@ -3,7 +3,10 @@
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ def home(tmp_path: Path, empty_database: Path, family: Family, monkeypatch: pyte
     """A store with a champion; Prefect's database is in use, with a row that is not on disk yet."""
     home = make_home(tmp_path / "home", empty_database, monkeypatch)
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
     (tmp_path / "recipes" / "tasks").mkdir(parents=True)
     (tmp_path / "recipes" / "tasks" / "words.yaml").write_text("task: words")
     (home / "prefect-api-key").touch(mode=0o600)
@@ -68,6 +72,38 @@ def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "recipes" / "tasks" / "words.yaml").read_text() == "task: words"
     restore(copy)  # all is there already
     assert backup(copy).files == facts["files"]  # the earlier copy is replaced
+
+
+def test_prefects_database_comes_from_where_it_is(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was left out without a word where `PREFECT_HOME` is set."""
+    own = tmp_path / "own"
+    shutil.copytree(home / "prefect", own)
+    shutil.rmtree(home / "prefect")
+    monkeypatch.setenv("PREFECT_HOME", str(own))
+    made = backup(tmp_path / "copy")
+    assert made.elsewhere == {}
+    lose(home)
+    shutil.rmtree(own)
+    restore(made.folder)
+    with closing(sqlite3.connect(own / "prefect.db")) as database:
+        assert database.execute("select id from run").fetchall() == [(1,)]
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me:secret@db/prefect")
+    assert backup(made.folder).elsewhere == {"prefect": "postgresql+asyncpg://***@db/prefect"}
+
+
+def test_a_store_that_a_process_uses_is_not_put_back(home: Path, tmp_path: Path) -> None:
+    """Also if the store was deleted under a service that runs on: it has the lock of a file that is gone."""
+    copy = backup(tmp_path / "copy").folder
+    code = "import sys, time; file = open(sys.argv[1]); print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(home / "mlflow" / "mlflow.db")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        lose(home)
+        with pytest.raises(InputError, match=rf"process {process.pid} uses .*mlflow.db.*; stop it first"):
+            restore(copy)
+        process.kill()
+    assert not (home / "mlflow").exists()
+    restore(copy)
 
 
 @pytest.mark.parametrize("wrong", ["damaged", "not one", "another place", "not empty", "running", "in the store"])

@@ -298,7 +298,7 @@ def test_a_fit_measures_only_the_expert_that_has_moved(client: Any, home: Path, 
 def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
     from prefect import flow, task
 
-    from lewis.errors import InputError, LewisError, RecipeError, TransientError
+    from lewis.errors import BrokenModelError, InputError, LewisError, RecipeError, TransientError
     from lewis_tasks.support.failures import result_of, says_why
 
     @task(task_run_name="try {number}")
@@ -315,8 +315,11 @@ def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
     def message(error: Exception, kind: type[LewisError], in_task: bool = True) -> str:
         state = failing(error, in_task, return_state=True)
         assert state.is_failed() and type(state.result(raise_on_failure=False)) is kind
-        return str(client.read_flow_run(state.state_details.flow_run_id).state.message)
+        run = client.read_flow_run(state.state_details.flow_run_id)
+        assert ("broken:hub" in run.tags) == (kind is BrokenModelError)  # by which the poll knows it
+        return str(run.state.message)
 
+    assert message(BrokenModelError("org/x: broken"), BrokenModelError) == "try 1: org/x: broken"
     assert (
         message(LewisError("m.safetensors: cut; merge again"), LewisError) == "try 1: m.safetensors: cut; merge again"
     )

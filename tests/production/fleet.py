@@ -163,8 +163,18 @@ class Fleet:
             "MLFLOW_AUTH_ADMIN_USERNAME": USER,
             "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "forms",
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": self.mlflow,
         }
-        command = ["-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1", "--host", "127.0.0.1"]
+        command = [
+            "-m",
+            "lewis_flows.service.mlflow_app",
+            "--app-name",
+            "basic-auth",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+        ]
         command += ["--port", str(self._ports["mlflow"]), "--artifacts-destination", f"s3://{BUCKET}/mlflow"]
         self.add("mlflow", command, self._common | mlflow)
         for url in (f"{self.api}/api/health", f"{self.mlflow}/health"):

@@ -1,30 +1,66 @@
-"""MLflow's server in one process: `mlflow server` by itself waits, with 200 MB, beside the server that it starts.
+"""MLflow's server, for requests that call it by its own address and come from its own pages.
 
-    python -m lewis_flows.service.mlflow_app --host 127.0.0.1 --port 5000 --workers 1
+    MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=http://127.0.0.1:5000 python -m lewis_flows.service.mlflow_app --port 5000
 
-The arguments are those of `mlflow server`. The registry is prepared first: its database, and our experiment.
+It is `mlflow server`, with the arguments that it is given, and in one process: by itself, that waits with 200 MB beside
+the server that it starts. By itself, MLflow takes every page of this machine for its own, whatever its port, and every
+name that begins like a private address. `--prepare`: the registry is prepared first, its database and our experiment.
 """
 
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp
 
 from lewis import private_names
 from lewis.errors import LewisError
-from lewis.registry import versions
+from lewis_flows.service.own_pages import OwnPages, split_origins
+
+PREPARE = "--prepare"
+ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
+_HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
+_FACTORIES = {"basic-auth": "with_passwords"}
+
+
+def with_passwords() -> ASGIApp:
+    """MLflow with its basic authentication."""
+    from mlflow.server.auth import create_app
+
+    return OwnPages(create_app(), split_origins(os.environ[ORIGINS]))
+
+
+def open_to_all() -> ASGIApp:
+    """MLflow that asks for no password."""
+    from mlflow.server.fastapi_app import app
+
+    return OwnPages(app, split_origins(os.environ[ORIGINS]))
 
 
 def main() -> None:
     """Become the server."""
-    try:
-        versions.configure()
-    except LewisError as error:
-        sys.exit(f"ERROR: {error}")
+    origins = split_origins(os.environ.get(ORIGINS, ""))
+    if not origins:
+        sys.exit(f"{ORIGINS}: expected the addresses of the server's own pages, such as http://127.0.0.1:5000")
+    given = [each for each in sys.argv[1:] if each != PREPARE]
+    if PREPARE in sys.argv:
+        from lewis.registry import versions
+
+        try:
+            versions.configure()
+        except LewisError as error:
+            sys.exit(f"ERROR: {error}")
+    # MLflow's own check of names, as narrow.
+    os.environ.setdefault(_HOSTS, ",".join(urlsplit(origin).netloc or origin for origin in origins))
+    module = "lewis_flows.service.mlflow_app"
+    private_names.MLFLOW_FIND_APP.put(lambda name: f"{module}:{_FACTORIES.get(name, open_to_all.__name__)}")
+    private_names.MLFLOW_START_SERVER.put(_become)
     from mlflow.cli import cli
 
-    private_names.MLFLOW_START_SERVER.put(_become)
-    cli(["server", *sys.argv[1:]])
+    named = any(each.partition("=")[0] == "--app-name" for each in given)
+    cli(["server", *given, *([] if named else ["--app-name", "open"])])
 
 
 def _become(command: Sequence[str], *, extra_env: Mapping[str, str], **_: Any) -> NoReturn:

@@ -2,56 +2,28 @@
 
     PREFECT_SERVER_API_AUTH_STRING=... PREFECT_SERVER_API_PORT=4200 python -m lewis_flows.service.prefect_app
 
-Prefect itself has a key and CORS. A page of another site cannot read answers then, but it can send requests, and if its
-name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the page's own. So the server also looks at
-the names in `Host` and `Origin`: those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS` are its own.
+Its own addresses are those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS`.
 """
 
 import asyncio
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
-from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis import private_names
+from lewis_flows.service.own_pages import OwnPages, split_origins
 from lewis_flows.service.sign_in import SignIn
 
 DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=75)
 """The automation that marks a run as Crashed, and after how long without a heartbeat, which comes every 30 s."""
 
 _AT_ONCE = 500  # events that one query asks for
-
-
-class OwnPages:
-    """Middleware that refuses requests to other hosts (400), and those from pages of other sites (403)."""
-
-    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        """Wrap an application.
-
-        Args:
-            app: the application.
-            origins: such as `http://127.0.0.1:4200`; `*` allows all.
-        """
-        hosts = [urlsplit(origin).hostname or origin for origin in origins]
-        self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let the application answer it."""
-        if scope["type"] in ("http", "websocket") and "*" not in self._origins:
-            origin = Headers(scope=scope).get("origin")
-            if origin is not None and origin not in self._origins:
-                refusal = PlainTextResponse("pages of other sites may not use this server", 403)
-                return await refusal(scope, receive, send)
-        await self._app(scope, receive, send)
 
 
 class NewestFirst:
@@ -77,11 +49,6 @@ class NewestFirst:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, send)
-
-
-def own_origins(port: int) -> list[str]:
-    """The origins of the pages that a server on a port of loopback has."""
-    return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
 
 
 def write_each_event_once() -> None:
@@ -127,6 +94,20 @@ async def wait_again_for_heartbeats() -> None:
     await (await db.engine()).dispose()  # of this event loop, which ends now
 
 
+def wait_for_writers() -> None:
+    """Let a transaction that may write wait until no other one writes.
+
+    On SQLite, Prefect lets it begin as one that reads. If another one has written when it comes to write, SQLite
+    refuses it at that moment, without a wait, and Prefect answers 503.
+    """
+    begin = private_names.PREFECT_SQLITE_BEGIN.get()
+
+    def immediate(self: Any, session: Any, with_for_update: bool = False) -> Any:
+        return begin(self, session, with_for_update=True)
+
+    private_names.PREFECT_SQLITE_BEGIN.put(immediate)
+
+
 def main() -> None:
     """Serve as `prefect server start` does, with Prefect's own settings."""
     import uvicorn
@@ -142,9 +123,10 @@ def main() -> None:
     url = server.database.connection_url
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
+        wait_for_writers()
     asyncio.run(wait_again_for_heartbeats())
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
-    origins = [origin.strip() for origin in server.api.cors_allowed_origins.split(",")]
+    origins = split_origins(server.api.cors_allowed_origins)
     uvicorn.run(
         OwnPages(SignIn(NewestFirst(create_app(final=True)), key), origins),
         host=server.api.host,

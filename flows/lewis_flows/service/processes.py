@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import IO
 
 from lewis import guard, store
@@ -22,6 +23,7 @@ from lewis.store import kinds
 
 _READY = 420  # seconds to answer after a start; a busy machine takes minutes to import a server
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed
+_KEPT = 3  # logs of earlier starts
 _KILLED = 15.0  # seconds until what was killed is gone
 
 
@@ -30,7 +32,7 @@ class Process:
 
     Attributes:
         log: `logs/<name>-<store.writer() of this process>.log` in the store; `stop` removes it, so it is left after a
-            failure.
+            failure. Those of the three starts before are there as `<name>.1-...` to `<name>.3-...`, too.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Process:
             LewisError: if it ends or does not answer in time; names its log.
         """
         store.make_folder(self.log.parent)
+        self._keep_logs()
         with store.lock(f"{self.name}-start"):  # one start at a time, because the first migrates the database
             self._child = subprocess.Popen(
                 guard.guarded(self._command, self._grace),
@@ -84,6 +87,14 @@ class Process:
             except BaseException:
                 self._end()
                 raise
+
+    def _keep_logs(self) -> None:
+        """Rename the logs of the starts before, so that this start's takes the place of none but the oldest."""
+        names = ["", *(f".{number}" for number in range(1, _KEPT + 1))]
+        logs = [kinds.LOGS.path(f"{self.name}{each}-{store.writer()}") for each in names]
+        for newer, older in reversed([*pairwise(logs)]):
+            if newer.exists():
+                newer.replace(older)
 
     def ended(self) -> int | None:
         """Its exit code, if it has ended."""

@@ -5,6 +5,7 @@ Of the payload, version 3 of the Hub's, only what is read here is checked.
 
 import base64
 import logging
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import httpx
 from huggingface_hub.utils import validate_repo_id
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lewis.errors import LewisError
 from lewis.redact import printable, redacted
@@ -24,12 +25,6 @@ from lewis_flows.release_event import announce, hub_repos
 _BRANCH = "refs/heads/main"
 
 
-def _repo_name(name: str) -> str:
-    validate_repo_id(name)  # refuses `..` and the like with a ValueError
-    return name
-
-
-RepoName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"), AfterValidator(_repo_name)]
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
@@ -45,10 +40,18 @@ class Event(_Part):
 
 
 class Repo(_Part):
-    """The repo it was done to; `type` is `model`, `dataset` or `space`."""
+    """The repo it was done to; `type` is `model`, `dataset` or `space`. Some old names have no `/`."""
 
     type: str
-    name: RepoName
+    name: str
+
+    def may_be_followed(self) -> bool:
+        """Whether a recipe can name this repo: `org/name`, with the characters that names of models have."""
+        try:
+            validate_repo_id(self.name)
+        except ValueError:  # also `..` and the like
+            return False
+        return re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", self.name) is not None
 
 
 class UpdatedRef(_Part):
@@ -70,6 +73,8 @@ class Delivery(_Part):
         """The push to the main branch of a model; if it is none, the reason."""
         if self.repo.type != "model":
             return "not a model"
+        if not self.repo.may_be_followed():
+            return "no recipe can follow a repo of this name"
         if self.event.scope != "repo.content" or self.event.action not in ("update", "create"):
             return "not a change of the content"
         moved = [each for each in self.updatedRefs or [] if each.ref == _BRANCH and each.newSha]

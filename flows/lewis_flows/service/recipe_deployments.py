@@ -34,6 +34,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
+from lewis_tasks.support.caching import slug
 from lewis_tasks.support.flow_run import EDITED
 
 logger = logging.getLogger(__name__)
@@ -101,12 +102,22 @@ class Folder:
             self._files, self._seen = [each for each in read if each], now
         # A folder of a model may come and go while no file of the recipes' folder changes.
         found = [replace(each, why=missing_folder(each.recipe) or "") if each.recipe else each for each in self._files]
+        found = [*_told_apart(found)]
         reasons = {each.name: each.why for each in found if each.recipe and each.why}  # `load_all` logs the others
         for name, why in reasons.items():
             if self._logged.get(name) != why:
                 logger.warning("%s cannot run: %s", name, why)
         self._logged = reasons
         return found
+
+
+def _told_apart(files: list[RecipeFile]) -> Iterator[RecipeFile]:
+    """The files; one cannot run if its artifacts would have the same keys as those of an earlier one."""
+    first = {slug(each.name): each.name for each in reversed(files)}
+    for each in files:
+        other = first[slug(each.name)]
+        why = f"its artifacts and secrets would be those of {other}, whose name differs in case or signs: rename it"
+        yield each if other == each.name or each.why else replace(each, why=why)
 
 
 def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:

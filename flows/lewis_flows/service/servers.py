@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from lewis import settings
 from lewis.registry import tracking
 from lewis.store.secrets import PREFECT_KEY
-from lewis_flows.service import credentials, note
-from lewis_flows.service.prefect_app import own_origins
+from lewis_flows.service import credentials, mlflow_app, note
+from lewis_flows.service.own_pages import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
 _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
@@ -110,11 +110,12 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
         echo: as for `Process`.
     """
     url = f"http://127.0.0.1:{port}"
-    command = ["-m", "lewis_flows.service.mlflow_app", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--log-level warning"]
+    command = ["-m", mlflow_app.__name__, mlflow_app.PREPARE, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning"]
     # One process instead of fifteen: nothing here uses MLflow's job queue.
     # The database is no argument, since all users of a machine see the arguments of its processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
+    environment[mlflow_app.ORIGINS] = os.environ.get(mlflow_app.ORIGINS) or ",".join(own_origins(port))
     # Of experiments that others make through this server; else they would go into the folder that it is started in.
     files = "MLFLOW_ARTIFACTS_DESTINATION"
     environment[files] = os.environ.get(files) or tracking.artifacts_folder().as_uri()

@@ -119,7 +119,7 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
 def _worker() -> list[str]:
     limit = str(settings.WORKER_LIMIT.get())
     only = ["--work-queue", "default"] if work_queue.queue() else []
-    return worker.command(["--name", worker.name_of_up(), "--limit", limit, *only])
+    return ["-m", worker.__name__, "--name", worker.name_of_up(), "--limit", limit, *only]
 
 
 def _receiver(urls: dict[str, str], say: Say) -> Process:

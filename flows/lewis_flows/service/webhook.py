@@ -8,6 +8,7 @@ It listens on loopback; put a reverse proxy with TLS before it. A delivery only 
 asks the Hub for the newest commit.
 """
 
+import asyncio
 import hmac
 import logging
 import socket
@@ -38,6 +39,7 @@ from lewis_flows.service.receiver import Readiness, Receiver
 logger = logging.getLogger("lewis.webhook")
 
 FOLLOW = 5.0  # seconds between two looks at the folder of recipes
+MAX_SECONDS = 10.0  # until a whole request has arrived; then, or when a connection is idle for so long, it is closed
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
@@ -148,6 +150,28 @@ async def _read(request: Request) -> bytes | None:
     return bytes(body)
 
 
+def _impatient() -> type[asyncio.Protocol]:
+    """uvicorn's protocol, which by itself waits for ever for the rest of a request."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_busy, transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._look.cancel()
+            super().connection_lost(exc)
+
+        def _close_if_not_busy(self, transport: asyncio.Transport) -> None:
+            """Wait on only while the answer to a whole request is being made."""
+            if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
+                return transport.abort()
+            self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_busy, transport)
+
+    return Impatient
+
+
 def _poll() -> None:
     """One poll; the page of all recipes follows it."""
     if watch.poll_once():
@@ -171,7 +195,14 @@ def serve(host: str, port: int, secret: str) -> None:
         listening = socket.create_server((host, port))
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; set LEWIS_WEBHOOK_PORT") from error
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        http=_impatient(),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
     loops = [
         Loop("recipes", Follower(logger.info).follow, FOLLOW),
         Loop("poll", _poll, settings.POLL_SECONDS.get()),

@@ -11,10 +11,28 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from lewis import settings
 from lewis.errors import InputError
 from lewis.evaluation import work_queue
+from lewis.store.secrets import METRICS_KEY, MLFLOW_PASSWORD, PREFECT_KEY, WEBHOOK_SECRET
 from lewis_flows import environment
 from lewis_flows.service import credentials
+
+NOT_FOR_RUNS = (
+    *(each.variable.name for each in (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY)),
+    *(
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+        "PREFECT_SERVER_DATABASE_PASSWORD",
+        "PREFECT_API_DATABASE_CONNECTION_URL",
+    ),
+    *(
+        "PREFECT_API_DATABASE_PASSWORD",
+        "MLFLOW_BACKEND_STORE_URI",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY",
+        settings.NOTIFY_URL.name,
+    ),
+)
+"""Secrets of servers and of the receiver. A run gets the environment of its worker, which is started without them."""
 
 
 def command(arguments: Sequence[str]) -> list[str]:
@@ -37,6 +55,8 @@ def main() -> int:
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    for name in NOT_FOR_RUNS:
+        os.environ.pop(name, None)
     os.execv(sys.executable, [sys.executable, *command(sys.argv[1:])])
 
 

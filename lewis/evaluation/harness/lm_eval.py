@@ -15,7 +15,7 @@ from lewis.evaluation.harness.task_files import check_builtin, data_files, find_
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Evaluate
-from lewis.store import digest, file_sha256, scratch_folder
+from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def evaluate(
     # Keys are kept from code that the recipe brings.
     code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
     with ExitStack() as held:
-        include = held.enter_context(scratch_folder("tasks"))
+        include = held.enter_context(process.scratch_folder())
         for number, task in enumerate(found.files.values()):
             # A link, which lm-eval follows: so it finds the functions next to the file.
             (include / f"{number}.yaml").symlink_to(task.path)
@@ -168,6 +168,8 @@ def evaluate(
                 hub=hub,
                 token=hub and not code,
                 environment=asked.environment,
+                shown=[each for folder in (model, adapter) if folder for each in (folder, *folder.iterdir())]
+                + [path for task in found.files.values() for path in task.sources],
                 timeout_s=settings.timeout_s,
                 progress=progress,
             )

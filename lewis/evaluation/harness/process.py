@@ -10,6 +10,8 @@ the keeper sees the end of that input and kills the child and all processes that
 appears when it is complete.
 """
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -22,20 +24,21 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.evaluation.sandbox.isolation import namespaces, way_to_the_hub, without_secrets
+from lewis.evaluation.sandbox.isolation import namespaces, temporary_folders, way_to_the_hub, without_secrets
 from lewis.progress import Report, silent
 from lewis.store import secrets
 
 _BAR = re.compile(r"(?:(?:Running )?(\w+ requests|Requesting API):)?\s*\d+%\|.*\| (\d+)/(\d+) \[")
 _NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
+_SECRET = ("prefect", "open.html", "mlflow/auth.ini")  # in the store: Prefect's database has blocks of secrets
 _PATIENCE = 2.0  # seconds for a child to be killed
 _guard = threading.Lock()
 _current: "_ForkServer | None" = None
@@ -50,6 +53,7 @@ def run(
     token: bool,
     timeout_s: float,
     environment: Mapping[str, str] = MappingProxyType({}),
+    shown: Sequence[Path] = (),
     progress: Report = silent,
 ) -> dict[str, Any]:
     """Run lm-eval in a process of its own session.
@@ -62,6 +66,8 @@ def run(
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
+        shown: what the child needs beside `cwd`, the Python that runs and the folders that variables name, if it is in
+            a folder for temporary files.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Returns:
@@ -76,10 +82,10 @@ def run(
     common = without_secrets(os.environ) | (way_to_the_hub(os.environ) if hub else {})
     secret = get_token() if token else None
     given = common | ({"HF_TOKEN": secret} if secret else {}) | dict(environment)
-    with store.scratch_folder("eval") as scratch:
-        result = scratch / "result.json"
+    with scratch_folder() as scratch:
+        result, given["TMPDIR"] = scratch / "result.json", str(scratch)
         no_gpu = request["device"] == "cpu" or request["model"].startswith("local-")
-        child = new_child(common, loaded=no_gpu, network=network)
+        child = new_child(common, loaded=no_gpu, network=network, shown=(cwd, *shown))
         try:
             child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
             _watch(child, output, timeout_s)
@@ -88,6 +94,27 @@ def run(
         if child.returncode == 0 and (found := store.read_json(result)) is not None:
             return dict(found)
         raise LewisError(f"lm-eval {_ending(child.returncode, output.tail())}\nThe end of its output:\n{output.tail()}")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files that the children of this process see; it is removed at the end of the block."""
+    with tempfile.TemporaryDirectory(dir=_seen(os.getpid())) as name:
+        yield Path(name)
+
+
+@functools.cache
+def _seen(process: int) -> Path:
+    """The only folder among the temporary files of this process that its children see; it is removed at the end."""
+    held = ExitStack()
+    folder = held.enter_context(store.scratch_folder("eval"))
+
+    @atexit.register
+    def remove() -> None:
+        if os.getpid() == process:  # not in a process that this one forked
+            held.close()
+
+    return folder
 
 
 def _watch(child: "Child", output: "_Output", timeout_s: float) -> None:
@@ -196,16 +223,21 @@ class Child:
 
 
 class _ForkServer:
-    def __init__(self, environment: Mapping[str, str], *, loaded: bool, network: bool) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = ()
+    ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        self.started_with = _start(environment, network)
+        self.started_with = _start(environment, network, shown)
+        home = store.home()
+        hidden = [*secrets.files(), *(home / name for name in _SECRET), *home.glob("mlflow/users-*.db")]
+        prefix = namespaces(hidden, network=network, shown=_needed(environment, shown))
         # -P: a random.py in the working directory must not stand in for the library's
         command = [sys.executable, "-P", "-m", "lewis.evaluation.harness.child", str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                [*self.started_with[-1], *command, *(["loaded"] if loaded else [])],
-                env=dict(environment),
+                [*prefix, *command, *(["loaded"] if loaded else [])],
+                env={**environment, "TMPDIR": str(_seen(os.getpid()))},
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
@@ -239,20 +271,21 @@ class _ForkServer:
         threading.Thread(target=self._process.wait, daemon=True).start()  # it may still be importing
 
 
-def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) -> Child:
+def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = ()) -> Child:
     """Fork a child, which waits for its request.
 
     Args:
         environment: in which the libraries are imported. The child's own environment is in its request.
         loaded: whether the child has the libraries imported already.
         network: whether the child reaches other machines.
+        shown: as for `run`.
 
     Raises:
         LewisError: if the server does not start.
     """
     global _current
     if not loaded:
-        alone = _ForkServer(environment, loaded=False, network=network)
+        alone = _ForkServer(environment, loaded=False, network=network, shown=shown)
         try:
             return alone.fork()
         finally:
@@ -260,10 +293,10 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) ->
     output = ""
     with _guard:
         for _ in range(2):
-            if _current is None or _current.started_with != _start(environment, network):
+            if _current is None or _current.started_with != _start(environment, network, shown):
                 if _current is not None:
                     _current.close()
-                _current = _ForkServer(environment, loaded=True, network=network)
+                _current = _ForkServer(environment, loaded=True, network=network, shown=shown)
             with suppress(OSError):  # it is dead: try again with a new one
                 return _current.fork()
             output = _current.output()
@@ -272,7 +305,15 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool) ->
     raise LewisError(f"the process that loads lm-eval does not live\nThe end of its output:\n{output}")
 
 
-def _start(environment: Mapping[str, str], network: bool) -> tuple[int, dict[str, str], tuple[str, ...]]:
+def _start(environment: Mapping[str, str], network: bool, shown: Sequence[Path]) -> tuple[object, ...]:
     """What a server depends on: this process, the variables that are read when it imports, and its namespaces."""
     read = {name: value for name, value in environment.items() if not name.startswith(_NOT_READ_WHEN_LOADED)}
-    return os.getpid(), read, namespaces(secrets.files(), network=network)
+    temporary = temporary_folders(_needed(environment, shown))
+    return os.getpid(), read, secrets.files(), network, temporary
+
+
+def _needed(environment: Mapping[str, str], shown: Sequence[Path]) -> list[Path]:
+    """What a child needs: also the Python that runs, and the files and folders that variables name."""
+    words = (word for value in environment.values() for word in value.split(os.pathsep))
+    named = (Path(word) for word in (*words, *sys.path, sys.prefix, sys.base_prefix) if os.path.isabs(word))
+    return [*named, _seen(os.getpid()), store.home(), *shown]

@@ -1,15 +1,18 @@
 """Keep secrets from a process that evaluates: variables without them, and Linux namespaces where the machine allows it.
 
 In its namespaces it sees no other processes, whose environment holds secrets, and not the files in which secrets
-usually are. If no document is read from another machine, it has no network. Where namespaces cannot be made, it runs
-without them. For an ordinary user they hold against any code. Root can leave them.
+usually are. Of the folders for temporary files it sees only what it needs: Prefect's worker keeps its whole environment
+in a file there while a run lives. No socket of another process is there. If no document is read from another machine,
+it has no network. It cannot undo the mounts, not even as root, as it has given up root's capabilities. Where
+namespaces cannot be made, it runs without them.
 """
 
 import functools
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -48,18 +51,39 @@ _IN_HOME = (
     *(".git-credentials", ".pgpass", ".pypirc", ".npmrc", ".bash_history", ".cache/huggingface/token"),
     ".cache/huggingface/stored_tokens",
 )
-_NAMED = ("HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "NETRC", "GOOGLE_APPLICATION_CREDENTIALS")
+_NAMED = (
+    *("HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "NETRC", "GOOGLE_APPLICATION_CREDENTIALS"),
+    *("PREFECT_HOME", "MLFLOW_AUTH_CONFIG_PATH", "SSH_AUTH_SOCK", "KUBECONFIG", "DOCKER_CONFIG", "PGPASSFILE"),
+)
 
-# $1: the number of places to hide; then the places; then the command.
+_SOCKETS = ("/run/user", "/run/secrets", "/run/docker.sock", "/run/containerd", "/run/podman")
+_TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
+
+# For each folder of which only a part is shown: the folder, the number of its entries that are shown, and their names.
+# Then "--", the number of places to hide, the places, and the command.
 _SETUP = """
 set -eu
-number=$1; shift
+here=$PWD
+while [ "$1" != -- ]; do
+    folder=$1 number=$2; shift 2
+    cd "$folder"  # the folder as it was, also when the mount covers it
+    mount -t tmpfs -o mode=1777 temporary "$folder"
+    while [ "$number" -gt 0 ]; do
+        if [ -d "./$1" ]; then mkdir "$folder/$1"; else : > "$folder/$1"; fi
+        mount --no-canonicalize --rbind "./$1" "$folder/$1"
+        shift; number=$((number - 1))
+    done
+done
+number=$2; shift 2
+cd /
 while [ "$number" -gt 0 ]; do
     if [ -d "$1" ]; then mount -t tmpfs -o size=4k,mode=700 hidden "$1"
-    elif [ -f "$1" ]; then mount --bind /dev/null "$1"
+    elif [ -e "$1" ]; then mount --bind /dev/null "$1" || [ ! -e "$1" ]  # a socket that has gone meanwhile
     fi
+    if [ -f "$1" ]; then echo "$1 cannot be hidden" >&2; exit 1; fi
     shift; number=$((number - 1))
 done
+cd "$here" 2>/dev/null || cd /
 exec "$@"
 """
 
@@ -75,24 +99,46 @@ def way_to_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment[name] for name in _WAY_TO_THE_HUB if name in environment}
 
 
-def namespaces(secrets: Sequence[Path] = (), *, network: bool) -> tuple[str, ...]:
+def namespaces(secrets: Sequence[Path] = (), *, network: bool, shown: Iterable[Path] = ()) -> tuple[str, ...]:
     """What to write before a command so that it runs in namespaces; nothing where they cannot be made.
 
     Args:
         secrets: more files and folders to hide; those that do not exist are left out.
         network: whether the process needs to reach other machines.
+        shown: files and folders that the process needs. Those in a folder for temporary files stay there, each with all
+            that is in the entry of that folder which leads to it.
     """
     if not _possible():
         return ()
-    return _prefix(
-        [str(place) for place in dict.fromkeys((*_usual_secrets(os.environ), *secrets)) if place.exists()], network
-    )
+    needed = list(shown)
+    kept = {parent for path in needed for parent in (path, *path.parents)}
+    places = dict.fromkeys((*_usual_secrets(os.environ), *_sockets(), *secrets))
+    hidden = [str(place) for place in places if place not in kept and os.path.exists(place)]
+    return _prefix(hidden, temporary_folders(needed), network)
+
+
+def temporary_folders(needed: Iterable[Path]) -> dict[str, tuple[str, ...]]:
+    """The folders for temporary files that there are, outer ones first, with the names of the entries that are needed.
+
+    Args:
+        needed: files and folders; links among them are followed.
+    """
+    folders = {Path(each).resolve() for each in (*_TEMPORARY, tempfile.gettempdir())}
+    paths = folders.union(*((Path(os.path.abspath(path)), path.resolve()) for path in needed))  # one may be in another
+    return {
+        str(folder): tuple(
+            sorted({path.relative_to(folder).parts[0] for path in paths if folder in path.parents and path.exists()})
+        )
+        for folder in sorted(folders)
+        if folder.is_dir()
+    }
 
 
 @functools.cache
 def _possible() -> bool:
     try:
-        done = subprocess.run([*_prefix([os.devnull], False), "true"], capture_output=True, text=True, timeout=60)
+        command = [*_prefix([os.devnull], temporary_folders(()), False), "true"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
@@ -101,14 +147,28 @@ def _possible() -> bool:
     return not problem
 
 
-def _prefix(places: Sequence[str], network: bool) -> tuple[str, ...]:
+def _prefix(places: Sequence[str], temporary: Mapping[str, Sequence[str]], network: bool) -> tuple[str, ...]:
     kinds = ["--mount", "--pid", "--ipc", "--mount-proc", "--fork", "--kill-child=SIGKILL"]
     kinds += [] if network else ["--net"]
-    drop: tuple[str, ...] = ()
+    kept = "-all,+dac_override"  # root's way to files of other users, such as of a model
     if os.geteuid() != 0:
         kinds += ["--user", "--map-current-user", "--keep-caps"]  # the mounts need capabilities in the namespace
-        drop = ("setpriv", "--no-new-privs", "--ambient-caps=-all", "--inh-caps=-all", "--bounding-set=-all")
-    return ("unshare", *kinds, "--", "sh", "-c", _SETUP, "evaluation", str(len(places)), *places, *drop)
+        kept = "-all"
+    drop = ("setpriv", "--no-new-privs", "--ambient-caps=-all", "--inh-caps=-all", f"--bounding-set={kept}")
+    parts = [word for folder, names in temporary.items() for word in (folder, str(len(names)), *names)]
+    setup = ("sh", "-c", _SETUP, "evaluation", *parts, "--", str(len(places)), *places)
+    return ("unshare", *kinds, "--", *setup, *drop)
+
+
+def _sockets() -> Iterator[Path]:
+    """Through a socket, code could have another process do something outside the namespaces."""
+    yield from map(Path, _SOCKETS)
+    try:
+        lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    named = (line.split(maxsplit=7)[7:] for line in lines)
+    yield from (Path(path) for name in named for path in name if path.startswith("/"))
 
 
 def _usual_secrets(environment: Mapping[str, str]) -> Iterator[Path]:

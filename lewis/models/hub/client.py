@@ -5,12 +5,14 @@ huggingface_hub reads the environment once, when it is imported; here it is read
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from huggingface_hub import constants
 
@@ -20,6 +22,10 @@ from lewis.models.hub.pin import FORMS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_AGAIN, _LONGEST = 3, 300.0
 
 
 def endpoint() -> str:
@@ -84,6 +90,36 @@ def without_xet() -> Iterator[None]:
     """While the block lasts, all threads of this process speak LFS to the Hub instead of Xet."""
     with private_names.HUB_WITHOUT_XET.replaced(True):
         yield
+
+
+def ask(ref: str, question: Callable[[], T]) -> T:
+    """Ask the Hub's client, again after a connection that was reset, and after as long as a busy Hub asks to wait.
+
+    Args:
+        ref: what is asked for, for messages.
+        question: a call of the client. It is repeated at most `_AGAIN` times after a reset, which the client does not
+            mend itself, and after waits of at most `_LONGEST` seconds in all.
+
+    Raises:
+        InputError, TransientError, LewisError: as `lewis.models.hub.errors.explain` explains the client's errors.
+    """
+    from lewis.models.hub.errors import CLIENT_ERRORS, asked_wait, was_reset
+
+    resets, waited = 0, 0.0
+    with errors(ref):
+        while True:
+            try:
+                return question()
+            except CLIENT_ERRORS as error:
+                wait = asked_wait(error)
+                if wait is not None and waited + wait <= _LONGEST:
+                    waited += wait
+                elif was_reset(error) and resets < _AGAIN:
+                    resets, wait = resets + 1, 1.0
+                else:
+                    raise
+                logger.warning("%s: %s; asking again in %.0f s", ref, type(error).__name__, wait)
+                time.sleep(wait)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """What the Hub client's errors mean to a user, and which of them may go away by themselves."""
 
 import errno
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 import httpx2
@@ -41,6 +44,23 @@ def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
             place = error.filename or "the cache"
             return LewisError(f"{ref}: cannot write {place}: {error.strerror}; free space, or set HF_HOME elsewhere")
     return TransientError(f"{ref}: {server} is unreachable, or the transfer broke ({type(error).__name__}); try again")
+
+
+def asked_wait(error: BaseException) -> float | None:
+    """The seconds that a busy Hub (429 or 503) asks to wait (`Retry-After`); None if it does not."""
+    for each in _chain(error):
+        if isinstance(each, HfHubHTTPError) and each.response.status_code in (429, 503):
+            text = each.response.headers.get("Retry-After", "")
+            if text.isdecimal() and len(text) < 10:
+                return float(text)
+            with suppress(ValueError):
+                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return None
+
+
+def was_reset(error: BaseException) -> bool:
+    """Whether a connection broke off in a way that the client does not resume itself."""
+    return any(isinstance(each, httpx2.ReadError | httpx2.WriteError) for each in _chain(error))
 
 
 def retryable(error: BaseException) -> bool:

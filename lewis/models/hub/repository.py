@@ -8,6 +8,7 @@ asked first; a merge of local folders does without it.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import logging
@@ -17,11 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lewis import store
-from lewis.errors import InputError, TransientError
+from lewis.errors import BrokenModelError, InputError, TransientError
 from lewis.models.files.folder import ADAPTER, GGUF_TABLE, check_weights, needed
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
-from lewis.models.hub.client import api, cache_folder, check_repo_id, errors, offline, snapshot
+from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, snapshot
 from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
 from lewis.models.quantised.headers import dequantised
@@ -58,10 +59,9 @@ def resolve(ref: str, root: Path) -> Pinned:
     if offline():
         commit, files = revision, cached_listing(ref, source, revision)
     else:
-        with errors(ref):
-            info = api().model_info(source, revision=revision or None, files_metadata=True)
-            if info.gated:
-                api().auth_check(source)
+        info = ask(ref, lambda: api().model_info(source, revision=revision or None, files_metadata=True))
+        if info.gated:
+            ask(ref, lambda: api().auth_check(source))
         commit, files = str(info.sha), remember_listing(source, info)
     check_weights(ref, files)
     pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
@@ -87,10 +87,9 @@ def resolve_dataset(repo: str, revision: str | None) -> str:
         if not COMMIT.fullmatch(revision or ""):
             raise InputError(f"{ref}: HF_HUB_OFFLINE is set: expected a full commit (40 hex digits) as the revision")
         return str(revision)
-    with errors(ref):
-        info = api().dataset_info(repo, revision=revision)
-        if info.gated:
-            api().auth_check(repo, repo_type="dataset")
+    info = ask(ref, lambda: api().dataset_info(repo, revision=revision))
+    if info.gated:
+        ask(ref, lambda: api().auth_check(repo, repo_type="dataset"))
     return str(info.sha)
 
 
@@ -120,13 +119,9 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     if missing:
         size = sum(files[name][0] for name in missing)
         logger.info("%s: downloading %d files, %.2f GB", pinned.ref, len(missing), size / 1e9)
-        with errors(pinned.ref):
-            api().snapshot_download(
-                pinned.source,
-                revision=pinned.commit,
-                cache_dir=cache_folder(),
-                allow_patterns=[*(glob.escape(name) for name in names), *(["README.md"] if weights else [])],
-            )
+        wanted = [*(glob.escape(name) for name in names), *(["README.md"] if weights else [])]
+        download = functools.partial(api().snapshot_download, cache_dir=cache_folder(), allow_patterns=wanted)
+        ask(pinned.ref, lambda: download(pinned.source, revision=pinned.commit))
     damaged = [name for name in names if not _is_intact(folder / name, *files[name])]
     for name in damaged:
         _discard(folder / name)
@@ -176,11 +171,24 @@ def tensor_headers(pinned: Pinned) -> Headers:
     names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter beside a full model
 
     def read(name: str) -> Headers:
+        try:
+            return read_one(name)
+        except (TransientError, BrokenModelError):
+            raise
+        except InputError as error:
+            if pinned.is_local or not _is_of_the_commit(folder / name, listing[name], error):
+                raise
+            raise BrokenModelError(
+                f"{pinned.ref}: {name} is broken on the Hub itself, in commit {pinned.commit[:8]}: {error}; name "
+                "another revision, or wait until its authors upload it again"
+            ) from error
+
+    def read_one(name: str) -> Headers:
         path = folder / name
         if pinned.is_local or (path.is_file() and path.stat().st_size == listing[name][0]):
             return file_headers(path)
-        with errors(pinned.ref):
-            found = api().parse_safetensors_file_metadata(pinned.source, name, revision=pinned.commit)
+        parse = api().parse_safetensors_file_metadata
+        found = ask(pinned.ref, lambda: parse(pinned.source, name, revision=pinned.commit))
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
     with ContextPool(8) as pool:
@@ -190,6 +198,13 @@ def tensor_headers(pinned: Pinned) -> Headers:
     on_disk = all((folder / name).is_file() for name in names)
     found = dequantised(pinned.ref, folder, found, by_file if on_disk else None)
     return {unwrapped(key): header for key, header in found.items()}
+
+
+def _is_of_the_commit(path: Path, listed: tuple[int, str], error: InputError) -> bool:
+    """Whether what cannot be read is what the commit has: read at the Hub, or downloaded and as the commit lists it."""
+    if path.is_file():
+        return _is_intact(path, *listed)
+    return type(error.__cause__).__name__ == "SafetensorsParsingError"
 
 
 def _is_intact(path: Path, size: int, checksum: str) -> bool:
@@ -220,8 +235,7 @@ def listing_of(pinned: Pinned) -> Listing:
         return known
     if offline():
         return cached_listing(pinned.ref, pinned.source, pinned.commit)
-    with errors(pinned.ref):
-        info = api().model_info(pinned.source, revision=pinned.commit, files_metadata=True)
+    info = ask(pinned.ref, lambda: api().model_info(pinned.source, revision=pinned.commit, files_metadata=True))
     return remember_listing(pinned.source, info)
 
 

@@ -11,9 +11,10 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.states import Failed, State
 
-from lewis.errors import InputError, LewisError, TransientError
+from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
 from lewis.redact import redacted
 from lewis.store.writable import explained, of_the_disk
+from lewis_tasks.support.flow_run import BROKEN, tag
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +43,8 @@ def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except LewisError as error:
+            if isinstance(error, BrokenModelError):
+                tag(broken=BROKEN)
             name = "Unpublished" if isinstance(error, NotPublishedError) else "Failed"
             return Failed(name=name, message=str(error).partition(DETAILS)[0][:MAX_MESSAGE], data=error)
 
@@ -57,7 +60,7 @@ def result_of(future: PrefectFuture[Any]) -> Any:
     try:
         return future.result()
     except Exception as error:
-        kind = next((k for k in (InputError, TransientError) if isinstance(error, k)), LewisError)
+        kind = next((k for k in (BrokenModelError, InputError, TransientError) if isinstance(error, k)), LewisError)
         traceback = "" if of_the_disk(error) else "the traceback is in the task's log; "
         message = str(error) if isinstance(error, LewisError) else f"{_first_line(error)}; {traceback}{AGAIN}"
         raise kind(f"{_name(future)}: {message}") from error

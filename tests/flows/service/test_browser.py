@@ -1,13 +1,17 @@
 """What a browser shows of our servers, and that it asks nobody else; skipped where there is no Chromium."""
 
 import base64
+import functools
 import io
 import re
+import threading
 import time
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from lewis import store
@@ -58,6 +62,7 @@ def test_mlflow_shows_the_pictures_the_source_and_how_long_it_took(
             "tiny", folder, "a" * 64, {}, {}, {}, "", drawn, {}, card, source="tiny.yaml", began=time.time() - 120
         )
     )
+    MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").set_registered_model_alias("tiny", "kept", "1")
     server, url = mlflow_process(free_port(), f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
     server.start()
     try:
@@ -70,6 +75,29 @@ def test_mlflow_shows_the_pictures_the_source_and_how_long_it_took(
         browser.open(f"{url}/#/runs/{made.run_id}", "Duration", width=1200, height=900)
         shown = browser.run("document.body.innerText")
         assert "tiny.yaml" in shown and re.search(r"\b2\.\d ?min", shown), shown
+        misused(browser, url, tmp_path / "other")
+        assert [*MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").get_registered_model("tiny").aliases] == [
+            "kept"
+        ]
     finally:
         server.stop()
     assert browser.outside == []
+
+
+def misused(browser: Browser, url: str, folder: Path) -> None:
+    """A page of another port of this machine, in a browser that has signed in, changes nothing and frames nothing."""
+    folder.mkdir()
+    (folder / "index.html").write_text(f"<p>the other page</p><iframe src={url}></iframe>")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        browser.open(f"http://127.0.0.1:{other.server_port}/", "the other page", width=800, height=600)
+        remove = f"{url}/api/2.0/mlflow/registered-models/alias?name=tiny&alias=kept"
+        for more in ("", ", mode: 'no-cors', method: 'POST'"):
+            asked = f"fetch('{remove}', {{method: 'DELETE', credentials: 'include'{more}}})"
+            browser.run(f"{asked}.then(e => e.status).catch(e => 'refused')")
+        read = f"fetch('{url}/ajax-api/2.0/mlflow/experiments/search', {{credentials: 'include'}})"
+        assert browser.run(f"{read}.then(e => e.status).catch(e => 'refused')") == "refused"
+        tree = browser._call("Page.getFrameTree")["frameTree"]
+        assert [each["frame"]["url"] for each in tree["childFrames"]] == ["chrome-error://chromewebdata/"]
+        other.shutdown()

@@ -15,7 +15,7 @@ from lewis import settings
 from lewis.errors import InputError
 from lewis.registry import tracking
 from lewis.store.secrets import MLFLOW_PASSWORD
-from lewis_flows.service import credentials, note
+from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.servers import mlflow_process
 
 
@@ -59,6 +59,7 @@ def test_the_password_is_in_the_environment_of_the_server_alone(home: Path, monk
     assert MLFLOW_PASSWORD.path().stat().st_mode & 0o77 == 0
     assert server._environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == secret
     assert server._environment["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///x"
+    assert server._environment["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
     assert server._command[-2:] == ["--app-name", "basic-auth"] and secret not in " ".join(server._command)
     assert secret not in (settings := (home / "mlflow" / "auth.ini").read_text())
     assert "default_permission = NO_PERMISSIONS" in settings
@@ -139,3 +140,15 @@ class TestFind:
         MLFLOW_PASSWORD.read()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
         assert self.found("http://127.0.0.1:5000") == ["ann", ""]
+
+
+def test_a_worker_has_no_secret_that_its_runs_do_not_need(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*worker.NOT_FOR_RUNS, "HF_TOKEN", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, "s3cret")
+    started = list[list[str]]()
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setattr(worker.environment, "prepare", lambda: None)
+    worker.main()
+    assert started and {"LEWIS_WEBHOOK_SECRET", "LEWIS_METRICS_KEY", "LEWIS_NOTIFY_URL"} <= set(worker.NOT_FOR_RUNS)
+    kept = {name for name, value in os.environ.items() if value == "s3cret"}
+    assert kept >= {"HF_TOKEN", "PREFECT_API_AUTH_STRING"} and not kept & set(worker.NOT_FOR_RUNS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lewis.store import kinds
 from lewis_flows.service.processes import Process
 from tests.support.service import children
 
@@ -88,6 +89,17 @@ class TestNothingIsLeft:
         command = [sys.executable, "-c", missed, str(os.getpid()), sys.executable, "-c", orphan]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert not running(int(done.stdout))
+
+    def test_the_logs_of_the_last_starts_are_kept(self, home: Path) -> None:
+        for number in range(6):
+            process = Process("stub", ["-c", f"print('start', {number})"], {})
+            process.start()
+            while process.ended() is None or not process.log.exists() or not process.log.read_text():
+                time.sleep(0.05)
+        found = {path.name.partition("-")[0]: path.read_text() for path in kinds.LOGS.entries()}
+        assert found == {"stub": "start 5\n", "stub.1": "start 4\n", "stub.2": "start 3\n", "stub.3": "start 2\n"}
+        process.stop()
+        assert len(kinds.LOGS.entries()) == 3  # of starts that failed
 
     def test_after_a_stop(self, home: Path) -> None:
         ready = threading.Event()

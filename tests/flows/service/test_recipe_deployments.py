@@ -81,6 +81,9 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
     assert len(caplog.messages) == 1 and "local cannot run: ./model" in caplog.text
     (folder / "model").mkdir()  # no file of the folder's top has changed
     assert runnable(seen) == ["good", "local"]
+    (folder / "Good.yaml").write_text(GOOD)  # a search in capital letters, or in small ones, finds both
+    assert runnable(seen) == ["Good", "local"]
+    assert "good cannot run: its artifacts and secrets would be those of Good" in caplog.text
 
 
 def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:

@@ -1,8 +1,10 @@
 """The service as it is used day by day: real processes, a real Hub that releases experts, faults as in life."""
 
+import ast
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import stat
@@ -21,9 +23,11 @@ from zoneinfo import ZoneInfo
 import pytest
 from mlflow import MlflowClient
 
+from lewis.evaluation.sandbox import isolation
 from tests.conftest import Family, full
 from tests.flows.conftest import TASK, write_words
 from tests.flows.test_run import SLOW
+from tests.support.canary import CANARY
 from tests.support.databases import put_prefect
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_expert
@@ -44,8 +48,16 @@ lewis:
   calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{question} {answer}", samples: 16}}
 """
 SCORED = """
-evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
+evaluate: {tasks: [tasks/words.yaml], baselines: [base], allow_code_execution: true}
 register: {name: scored, gate: {metric: "words/acc,none", min_gain: -1}}
+"""
+LOOK = """
+from pathlib import Path
+
+def docs(rows):
+    secrets = Path(__file__).with_name("backwards").read_text()[::-1].split(",")
+    Path(__file__).with_name("told").write_text(repr(look(*secrets)))
+    return rows
 """
 FAULTS: dict[str, dict[str, Any]] = {
     "busy": {"status": 503, "times": 3},
@@ -72,7 +84,7 @@ def service(
         register_before(service)
         write_words(service.recipes)
         (service.recipes / "tasks").mkdir()
-        (service.recipes / "tasks" / "words.yaml").write_text(TASK)
+        put_canaries(service)
         for name in NAMES:
             add_recipe(service, name, name)
         for name in ("one", "two"):
@@ -91,6 +103,16 @@ def register_before(service: Service) -> None:
     for _ in range(2):
         client.create_model_version("earlier", str(service.home))
     client.set_registered_model_alias("earlier", "champion", "2")
+
+
+def put_canaries(service: Service) -> None:
+    """Secrets in the service's environment, and a task that looks for them."""
+    canaries = {name: secrets.token_hex() for name in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DATABASE_URL", "X")}
+    tasks = service.recipes / "tasks"
+    (tasks / "words.yaml").write_text(TASK + "process_docs: !function canary.docs\n")
+    (tasks / "canary.py").write_text(CANARY + LOOK)
+    (tasks / "backwards").write_text(",".join(canaries.values())[::-1])
+    service.environment |= canaries
 
 
 def schedule_once(service: Service, recipe: str, when: datetime) -> None:
@@ -143,6 +165,9 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     run = service.finished("scored", 1, 180)[-1]
     assert seconds(run) - committed < 15
     assert run["state_name"] == "Promoted", run["state"]["message"]
+    if isolation._possible():  # then the code of a task finds no secret of the worker, in whatever file or socket
+        looked, found, _ = ast.literal_eval((service.recipes / "tasks" / "told").read_text())
+        assert looked > 10 and not found
     assert merged_from(service, "scored") == [sha]
     (version,) = service.versions("scored")
     assert version.aliases == ["champion"] and version.tags["lewis.verdict"] == "passed"
@@ -285,8 +310,24 @@ def test_pages_of_other_sites_get_nothing(service: Service) -> None:
     assert len(service.runs("scored")) == runs and not (service.home / "evil").exists()
     search, mine = f"{service.mlflow}/api/2.0/mlflow/experiments/search", to_mlflow(service)
     assert status_of(search, {"max_results": 1}, mine) == 200
-    for site in (evil, page):  # also of a browser that has signed in
-        assert status_of(search, {"max_results": 1}, mine | site) == 403
+    other = [
+        f"{service.mlflow}.evil.example",
+        "http://localhost:9999",
+        "http://127.0.0.1",
+        "http://10.0.0.1:5000",
+        "null",
+    ]
+    for origin in (evil["Origin"], *other):  # also of a browser that has signed in
+        assert status_of(search, {"max_results": 1}, mine | {"Origin": origin}) == 403
+    for host in (page["Host"], "10.evil.example", "192.168.evil.example", "127.0.0.1.evil.example:5000"):
+        assert status_of(search, {"max_results": 1}, mine | {"Host": host}) == 400
+    own = service.mlflow.replace("127.0.0.1", "localhost")
+    for origin in (service.mlflow, own):
+        assert status_of(search, {"max_results": 1}, mine | {"Origin": origin}) == 200
+    for shown in (service.mlflow, service.api.removesuffix("/api"), f"{service.api}/health"):
+        answer = urllib.request.urlopen(urllib.request.Request(shown, headers=to_mlflow(service)), timeout=30)
+        assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
+        assert "frame-ancestors 'self'" in answer.headers.get_all("Content-Security-Policy")
 
 
 def to_mlflow(service: Service) -> dict[str, str]:
@@ -333,14 +374,15 @@ def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
     assert not [why for recipe in found["recipes"] for why in recipe["unknown"] if "champion" in why]
 
     keys = [service.key(), f"lewis:{service.password()}"]
-    secrets = [*keys, service.password(), *(credentials(key)["Authorization"].split()[1] for key in keys)]
+    hidden = [*keys, service.password(), *(credentials(key)["Authorization"].split()[1] for key in keys)]
     shown = [*service.parts().values(), service.log.read_text(), told.stdout, told.stderr]
     assert f"it is in {service.home}/prefect-api-key" in service.log.read_text()
     assert f"MLflow's page asks for user lewis and the password in {service.home}/mlflow-password" in shown[-3]
     own = ("prefect-api-key", "mlflow-password")
     files = [path for path in service.home.rglob("*") if path.is_file() and path.name not in own]
-    assert not [secret for secret in secrets for text in shown if secret in text]
-    assert not [path for path in files for secret in secrets if secret.encode() in content(path)]
+    assert not [secret for secret in hidden for text in shown if secret in text]
+    assert "FOREIGN KEY" not in shown[-3]  # what Prefect said of polls that deleted their own runs
+    assert not [path for path in files for secret in hidden if secret.encode() in content(path)]
 
 
 def test_its_processes_load_only_what_they_need(service: Service) -> None:

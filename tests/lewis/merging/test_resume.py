@@ -98,7 +98,9 @@ class TestKilled:
         assert 0 < len(computed) < len(merge.layout) - 3
         assert {name for name, _, _ in seen} == set(merge.layout) and seen[-1][1:] == (merge.elements,) * 2
 
-    @pytest.mark.parametrize("damage", ["bit", "short", "no file", "no journal", "torn journal", "other notes"])
+    @pytest.mark.parametrize(
+        "damage", ["bit", "short", "no file", "no journal", "torn journal", "flipped journal", "other notes"]
+    )
     def test_what_is_damaged_is_computed_again(
         self, family: Family, place: Path, computed: list[str], undisturbed: dict[str, bytes], damage: str
     ) -> None:
@@ -117,6 +119,11 @@ class TestKilled:
             journal.unlink()
         elif damage == "torn journal":
             journal.write_bytes(journal.read_bytes()[:-30])
+        elif damage == "flipped journal":
+            lines = [bytearray(line) for line in journal.read_bytes().splitlines(keepends=True)]
+            for number, line in enumerate(lines):
+                line[(7 * number + len(line) // 2) % (len(line) - 1)] ^= 1
+            journal.write_bytes(b"".join(lines))
         else:
             journal.write_text('[1]\n{"a": 2}\n[["x"], 3, 4]\n["model.safetensors", "x", "y"]\n')
         (partial / ".lewis.json.1.abc.partial").write_text("half a manifest")

@@ -9,7 +9,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -19,10 +21,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.numpy import save
 
 from lewis import store
-from lewis.errors import InputError, LewisError, TransientError
+from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
+from lewis.models.hub import client
+from lewis.models.hub import errors as hub_errors
 from lewis.models.hub.errors import retryable
 from lewis.models.hub.pin import Pinned
-from lewis.models.hub.repository import fetch, resolve, resolve_dataset, tensor_headers
+from lewis.models.hub.repository import fetch, folder_of, resolve, resolve_dataset, tensor_headers
 from lewis.store import files
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
@@ -87,6 +91,45 @@ def test_busy_hub_is_an_error_never_the_older_snapshot(hub: LocalHub, tmp_path: 
             resolve("org/x", tmp_path)
         assert isinstance(caught.value.__cause__, HfHubHTTPError)
         assert retryable(caught.value)
+
+
+def test_what_the_hub_asks_to_wait_is_waited(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.commit("org/x", MODEL)
+    now, slept = 1_000_000.0, list[float]()
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(hub_errors, "time", SimpleNamespace(time=lambda: now))
+    busy = {"path": "api/models", "status": 429}
+    hub.faults += [{**busy, "headers": {"Retry-After": each}} for each in ("7", formatdate(now + 90, usegmt=True))]
+    assert fetch(resolve("org/x", tmp_path)).is_dir()
+    assert slept == [7.0, 90.0] and "org/x: HfHubHTTPError; asking again in 90 s" in caplog.text
+    hub.faults += [{**busy, "headers": {"Retry-After": each}} for each in ("200", "101", "1")]
+    with pytest.raises(TransientError, match="answered 429"):  # five minutes in all
+        resolve("org/x", tmp_path)
+    hub.faults[:] = [{**busy, "headers": {"Retry-After": each}} for each in ("soon", "9" * 400)]
+    for _ in range(2):
+        with pytest.raises(TransientError, match="answered 429"):
+            resolve("org/x", tmp_path)
+
+
+def test_a_connection_that_is_reset_is_made_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's client resumes other breaks itself, but not this one: a download needed a second run."""
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda _: None))
+    left = [OSError("cut"), *[httpx2.ReadError("reset by peer")] * 3]
+    left[0].__cause__ = httpx2.ReadError("reset by peer")
+
+    def question() -> str:
+        if left:
+            raise left.pop()
+        return "taken"
+
+    with pytest.raises(LewisError):
+        client.ask("org/x", question)
+    assert left == [] and client.ask("org/x", question) == "taken"
+    left.append(httpx2.ConnectError("refused"))  # not there: not asked again
+    with pytest.raises(TransientError, match=r"org/x: .* is unreachable"):
+        client.ask("org/x", question)
 
 
 def test_unreachable_hub_is_transient(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,8 +381,18 @@ def test_headers_of_a_local_folder_and_damage(hub: LocalHub, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"m/model.safetensors: not a readable safetensors file"):
         tensor_headers(pinned)
     hub.commit("org/x", {"model.safetensors": b"\xff" * 100})
-    with pytest.raises(InputError, match="not a safetensors file"):
-        tensor_headers(resolve("org/x", tmp_path))
+    broken = resolve("org/x", tmp_path)
+    with pytest.raises(
+        BrokenModelError, match=f"{broken.commit[:8]}: org/x: not a safetensors file.*; name another rev"
+    ):
+        tensor_headers(broken)
+    fetch(broken)  # which has the checksum of the commit
+    with pytest.raises(BrokenModelError, match=r"org/x: model.safetensors is broken on the Hub itself, in commit"):
+        tensor_headers(broken)
+    (folder_of(broken) / "model.safetensors").resolve().write_bytes(b"\xfe" * 100)  # on this disk alone
+    with pytest.raises(InputError, match="not a readable safetensors file") as caught:
+        tensor_headers(broken)
+    assert not isinstance(caught.value, BrokenModelError)
     hub.commit("org/y", NEEDED)
     pinned = resolve("org/y", tmp_path)
     hub.faults.append({"path": "safetensors", "status": 503})

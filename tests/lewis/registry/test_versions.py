@@ -27,7 +27,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.models.files.folder import copy_tokenizer
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
-from lewis.registry import creation, history, logged_model, promotion
+from lewis.registry import creation, history, logged_model, promotion, repair
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
@@ -520,6 +520,19 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     damage(artifact / file, "flipped")
     assert registry.find("tiny", DIGEST) is None
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
+
+
+@pytest.mark.parametrize("file", ["scores.json", "verdict.json", "recipe.yaml", "density.png"])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: str, how: str) -> None:
+    version = creation.register(entry)
+    promotion.promote(version, PASSED)
+    assert repair.verify().damaged == []
+    path = next(artifacts(home).glob(f"{version.run_id}/artifacts/{file}"))
+    damage(path, "flipped") if how == "flipped" else path.unlink()
+    (found,) = repair.verify().damaged
+    assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
+    assert registry.find("tiny", DIGEST) is not None  # the model is whole
 
 
 def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(

@@ -1,5 +1,6 @@
 """Scores from real lm-eval runs of a tiny random model, and the ways in which such a run can end badly."""
 
+import ast
 import contextlib
 import fcntl
 import functools
@@ -11,9 +12,12 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +30,7 @@ from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
+from tests.support.canary import CANARY
 
 pytestmark = pytest.mark.slow
 
@@ -412,25 +417,29 @@ class TestTrust:
             assert "PATH" in text and "s3cret" not in text
 
     def test_code_that_is_allowed_finds_no_secrets(self, model, root, tmp_path, monkeypatch):
+        """Not in any file, environment or socket; Prefect's worker keeps its whole environment in a temporary file."""
         if not isolation._possible():
             pytest.skip("this machine makes no namespaces")
         (tmp_path / "home").mkdir(exist_ok=True)
-        for name in ("home/webhook-secret", "home/mlflow-password", "home/metrics-key", "home/.netrc", "home/.ssh/id"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text("s3cret")
+        names = ("webhook-secret", "mlflow-password", "metrics-key", "open.html", "prefect/x.db", ".netrc", ".ssh/id")
+        for name in names:
+            (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "home" / name).write_text("s3cret")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         told = tmp_path / "told"
-        files = f"glob.glob('{tmp_path}/home/**', recursive=True, include_hidden=True)"
-        paths = f"[*glob.glob('/proc/*/environ'), *filter(os.path.isfile, {files})]"
-        task = faulty(
-            root,
-            "import glob, socket\n"
-            f"text = b''.join(open(path, 'rb').read() for path in {paths})\n"
-            "seen = [len(text) > 99, b's3cret' in text, socket.if_nameindex()]\n"
-            f"pathlib.Path('{told}').write_text(repr(seen))\nreturn rows",
-        )
-        evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
-        assert told.read_text() == "[True, False, [(1, 'lo')]]"
+        (root / "tasks/canary.py").write_text(CANARY)
+        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('s3cret')"
+        task = faulty(root, f"pathlib.Path('{told}').write_text(repr({look}))\nreturn rows")
+        with ExitStack() as stack:
+            for folder in filter(os.path.isdir, {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"}):
+                place = stack.enter_context(tempfile.TemporaryDirectory("", "prefect-workspace-attempt-", folder))
+                Path(place, "workspace.json").write_text('{"environment": {"TOKEN": "s3cret"}}')
+                listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+                listening.bind(f"{place}/socket")
+                listening.listen()
+            evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
+        seen, found, interfaces = ast.literal_eval(told.read_text())
+        assert seen > 10 and not found and interfaces == [(1, "lo")]
 
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
         task = faulty(root, "return rows")

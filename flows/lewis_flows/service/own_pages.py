@@ -1,0 +1,58 @@
+"""Servers for requests that call them by their own address and come from their own pages.
+
+Prefect and MLflow have passwords and CORS. A page of another site cannot read answers then, but it can send requests,
+and if its name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the page's own. A page of another
+port of this machine counts as another site too.
+"""
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class OwnPages:
+    """Middleware that refuses requests to other hosts (400), and those from pages of other sites (403).
+
+    No other site may show the server's pages in a frame of its own, where a click could be led to them.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the application.
+            origins: such as `http://127.0.0.1:4200`; `*` allows all.
+        """
+        hosts = [urlsplit(origin).hostname or origin for origin in origins]
+        self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or let the application answer it."""
+
+        async def send_unframed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("X-Frame-Options", "SAMEORIGIN")
+                headers.append("Content-Security-Policy", "frame-ancestors 'self'")
+            await send(message)
+
+        if scope["type"] in ("http", "websocket") and "*" not in self._origins:
+            origin = Headers(scope=scope).get("origin")
+            if origin is not None and origin not in self._origins:
+                refusal = PlainTextResponse("pages of other sites may not use this server", 403)
+                return await refusal(scope, receive, send_unframed)
+        await self._app(scope, receive, send_unframed)
+
+
+def own_origins(port: int) -> list[str]:
+    """The origins of the pages that a server on a port of loopback has."""
+    return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
+
+
+def split_origins(text: str) -> list[str]:
+    """The origins of a list with commas, as Prefect and MLflow have them in their settings."""
+    return [origin.strip() for origin in text.split(",") if origin.strip()]

@@ -1,0 +1,139 @@
+"""What a run reads changes under it: it uses what it began with, or says what changed; nothing wrong is kept."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from lewis import library
+from lewis.errors import LewisError
+from lewis.importance import measure
+from lewis.merging.run import Merge
+from lewis.recipe.recipe import Recipe
+from lewis.search import trial
+from lewis.store import kinds
+from tests.conftest import Family
+from tests.support import pipeline
+from tests.support.models import parse
+
+DATA: dict[str, Any] = {
+    "merge_method": "ties",
+    "lewis": {"calibrations": {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},
+}
+
+
+def change(path: Path) -> None:
+    """Flip a byte of the weights; size and modification time stay."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def models(family: Family, tmp_path: Path) -> dict[str, Path]:
+    """Base and experts that may be changed."""
+    found = {name: tmp_path / name for name in ("base", "math", "code")}
+    for name, path in found.items():
+        shutil.copytree(getattr(family, name), path, copy_function=shutil.copyfile)
+    return found
+
+
+def recipe_of(models: dict[str, Path]) -> Recipe:
+    experts = [{"model": str(models[name])} for name in ("math", "code")]
+    return parse({**DATA, "base_model": str(models["base"]), "models": experts})
+
+
+def merged(recipe: Recipe) -> bytes:
+    source, sources = pipeline.pin_all(recipe)
+    assert source is not None
+    base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
+    _, allocated = pipeline.guide(recipe, base, experts)
+    return (pipeline.merge(recipe, base, experts, allocated).folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["base", "math"])
+@pytest.mark.parametrize("step", ["merge", "importance"])
+def test_a_model_that_changes_while_it_is_read(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: str
+) -> None:
+    owner, called = (Merge, "_write") if step == "merge" else (measure, "measure_sets")
+    real, weights = getattr(owner, called), models[name] / "model.safetensors"
+    left = [weights]
+
+    def changing(*given: Any, **named: Any) -> Any:
+        while left:
+            change(left.pop())
+        return real(*given, **named)
+
+    monkeypatch.setattr(owner, called, changing)
+    with pytest.raises(LewisError, match=rf"{name}: .* changed while running: was sha256:.*; run again"):
+        merged(recipe_of(models))
+    assert not kinds.MERGED.entries()
+    of_changed = merged(recipe_of(models))
+    change(weights)  # as it was before
+    again = merged(recipe_of(models))
+    monkeypatch.setenv("LEWIS_HOME", str(home.parent / "another"))
+    assert again == merged(recipe_of(models))
+    assert name == "base" or again != of_changed
+
+
+def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: Path, tmp_path: Path) -> None:
+    data = {"merge_method": "linear", "models": [{"model": str(models[each])} for each in ("math", "code")]}
+    file = tmp_path / "edited.yaml"
+    file.write_text(yaml.safe_dump(data))
+    expected = library.merge(file, tmp_path / "undisturbed")
+
+    def edit(*_: object) -> None:
+        file.write_text("merge_method: [")
+
+    found = library.merge(file, tmp_path / "out", report=edit)
+    assert file.read_text() == "merge_method: [" and found.digest == expected.digest
+    for name in ("model.safetensors", "lewis.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["missing", "full", "filled meanwhile"])
+def test_a_trial_whose_memory_is_taken_is_written_to_the_disk(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    memory, written = tmp_path / "shm", list[Path]()
+    monkeypatch.setattr(trial, "MEMORY", memory)
+    if how != "missing":
+        memory.mkdir()
+    room = 0 if how == "full" else 1 << 40
+    monkeypatch.setattr(trial.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+
+    def run(folder: Path, **_: Any) -> None:
+        written.append(folder)
+        if folder.is_relative_to(memory):
+            raise LewisError(f"{folder}: cannot be written") from OSError(errno.ENOSPC, "No space left on device")
+        folder.mkdir()
+
+    answer = stub_trial(monkeypatch, run)
+    assert answer() == "scores"
+    assert [each.is_relative_to(memory) for each in written] == ([True, False] if "filled" in how else [False])
+    assert not any(each.exists() for each in written)
+
+
+def stub_trial(monkeypatch: pytest.MonkeyPatch, run: Callable[..., None]) -> Callable[[], Any]:
+    """A trial that finds no scores, merges by `run`, and scores what is there."""
+    prepared = SimpleNamespace(digest="d" * 64, size=1, run=run, as_adapter=False)
+    given = SimpleNamespace(base=None, check_unchanged=lambda: None)
+    node = SimpleNamespace(needs=(), given=lambda _: given)
+    monkeypatch.setattr(trial, "run", lambda *_, **__: {})
+    monkeypatch.setattr(trial, "prepare_merge", lambda _: prepared)
+    monkeypatch.setattr(trial, "find_scores", lambda *_: None)
+    monkeypatch.setattr(trial, "score", lambda *_, **__: "scores")
+    graph: Any = {"merge experts": node}
+    settings: Any = None
+    return lambda: trial.score_trial(graph, "x", {}, settings)
