@@ -222,6 +222,25 @@ class Output(Block):
         return self
 
 
+class Inspect(Block):
+    """What becomes of findings on models that do not belong together (`lewis inspect`).
+
+    Attributes:
+        on: `error`: one of level error stops the run before the merge; `warn`: all are only shown; `off`: nothing is
+            looked for.
+    """
+
+    on: Literal["error", "warn", "off"] = "error"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unquoted(cls, data: Any) -> Any:
+        """YAML reads `on` as the key true, and `off` as the value false."""
+        if not isinstance(data, dict):
+            return data
+        return {"on" if key is True else key: "off" if value is False else value for key, value in data.items()}
+
+
 class Evaluate(Block):
     """What lm-eval scores.
 
