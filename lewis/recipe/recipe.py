@@ -12,7 +12,7 @@ from lewis.allocators import ALLOCATORS
 from lewis.errors import RecipeError, nearest
 from lewis.methods import METHODS
 from lewis.recipe import dialect, yaml_text
-from lewis.recipe.checks import cross_check
+from lewis.recipe.checks import cross_check, other_spellings
 from lewis.recipe.config import MergeConfig
 from lewis.recipe.schema import (
     GUIDES,
@@ -99,6 +99,8 @@ class Recipe(MergeConfig):
         try:
             sliced = {"models": listed_models(data)} if data.get("slices") else {}
             recipe = cls.model_validate({**data, **sliced})
+            listed = () if recipe.slices else (entry.model for entry in recipe.models)
+            problems += other_spellings(list(listed), recipe.base_model, root)
         except ValidationError as error:
             problems = [*describe(error, cls), *problems]
         if problems:

@@ -313,8 +313,8 @@ class Register(Block):
         group: what recipes share that register one model on purpose; empty if no other recipe registers it.
     """
 
-    name: str = Field(pattern=r"^[^/:]+$")
-    team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$")
+    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # with the team, MLflow keeps 256 characters
+    team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None
 

@@ -197,6 +197,7 @@ def program() -> NoReturn:
                 stream.flush()
         os._exit(status)
 
+    terminal.open_closed()
     atexit.register(leave)  # the first that is registered is the last that runs
     try:
         status = main()
