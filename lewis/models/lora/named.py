@@ -51,6 +51,11 @@ def named_modules(base: Model, settings: Mapping[str, Any], folder: Path, *, fou
         for module in modules
         if is_on(settings, module, linear=module in matrices and layer_of(f"{module}.") is not None)
     }
+    if both := sorted(named & of_parameters):
+        raise InputError(
+            f"{folder / CONFIG}: target_modules and target_parameters both name {both[0]!r}, which PEFT refuses too; "
+            f"{_OTHER}"
+        )
     for problem in _problems(settings, base, named, named - matrices, bool(held), found):
         raise InputError(f"{folder / CONFIG}: {problem}")
     return named | of_parameters
