@@ -11,12 +11,13 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.models.dtypes import MERGED
-from lewis.models.names import EMBEDDINGS
+from lewis.models.names import EMBEDDINGS, in_layers
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")  # each is a dimension of some tensor
 _PARTS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")  # each divides one
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")  # null: four times the width
-_COUNTS = (*_WIDTHS, *_PARTS, *_INNER, "num_hidden_layers", "n_layer", "num_layers", "vocab_size")
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+_COUNTS = (*_WIDTHS, *_PARTS, *_INNER, *_DEPTHS, "vocab_size")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _LAYER = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks|encoder\.layer))\.(\d+)\.")
 
@@ -94,6 +95,8 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
         InputError: naming the key, what was expected and what was given.
     """
     sizes = {size for shape in shapes.values() for size in shape}
+    spared = {"head_dim"} | (set() if in_layers(shapes) else {*_DEPTHS})  # of which 0 means something
+    embeds = any(name.endswith(EMBEDDINGS) for name in shapes)  # whose rows `check_config` compares
     text = config.get("text_config") or {}
     for where, block in (("", config), ("text_config.", text)):
         given = {key: block[key] for key in (*_COUNTS, *_POSITIONS) if key in block}
@@ -102,7 +105,8 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
             optional = key in _PARTS[2:] or (key in _INNER and any(4 * width in sizes for width in widths))
             if value is None and optional:
                 continue
-            if expected := _unlike_size(key, value) or _unlike_tensors(key, value, sizes):
+            against = set() if key == "vocab_size" and embeds else sizes
+            if expected := _unlike_size(key, value, 0 if key in spared else 1) or _unlike_tensors(key, value, against):
                 raise InputError(
                     f"{folder}: config.json: {where}{key}: expected {expected}, got {str(value)[:80]}; no network can "
                     "be built of it: take the config.json that came with these weights"
@@ -111,10 +115,9 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
         raise InputError(f"{folder}: config.json: holds NaN; take the config.json that came with these weights")
 
 
-def _unlike_size(key: str, value: Any) -> str:
+def _unlike_size(key: str, value: Any, least: int) -> str:
     """What a size should be, in words; empty if it can be one. A list or mapping has one for each layer or tower."""
     each = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-    least = 0 if key == "head_dim" else 1
     if key in _POSITIONS:  # some of transformers' own are no whole numbers
         fine = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one < math.inf for one in each)
         return "" if fine else "a number above 0"
