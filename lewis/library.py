@@ -50,7 +50,7 @@ class Merged:
         mean_density: expert -> mean density of its covered weights; empty for a plain merge.
         manifest: what `lewis.json` in the folder records, without the list of files.
         adapter: what an adapter holds and what error it leaves; None for a full model.
-        ridge: what `ridge: auto` chose, as a sentence; else empty.
+        fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Merged:
     mean_density: dict[str, float]
     manifest: Mapping[str, Any]
     adapter: Adapter | None = None
-    ridge: str = ""
+    fit: str = ""
 
     @property
     def card(self) -> str:
@@ -111,8 +111,7 @@ def with_card(recipe: Recipe, given: MergeInput, written: Written) -> Merged:
     """Put the model card beside the weights that a merge has just written."""
     write_card(written, recipe, given.base, given.experts, given.allocated)
     means = dict(given.allocated.means) if given.allocated else {}
-    ridge = written.ridge.to_text() if written.ridge else ""
-    return Merged(written.folder, written.digest, written.size, means, written.manifest, written.adapter, ridge)
+    return Merged(written.folder, written.digest, written.size, means, written.manifest, written.adapter, written.fit)
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:

@@ -7,6 +7,7 @@ import torch
 
 from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
+from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Network
 
 TOKENS_PER_BATCH = 4096
@@ -21,24 +22,46 @@ class Batch:
         ids: token ids, int64 (samples, width), padded on the right with 0.
         lengths: of the samples.
         of: index of the set.
+        weights: how much each token counts, fp32 (samples, width), 0 where it is padding; None: all alike.
     """
 
     ids: torch.Tensor
     lengths: list[int]
     of: int
+    weights: torch.Tensor | None = None
 
     @classmethod
-    def padded(cls, samples: Sequence[Sequence[int]], of: int = 0) -> "Batch":
-        """Put samples beside each other."""
+    def padded(
+        cls, samples: Sequence[Sequence[int]], of: int = 0, weights: Sequence[Sequence[float]] | None = None
+    ) -> "Batch":
+        """Put samples, and the weights of their tokens if they have some, beside each other."""
         ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
+        beside = None if weights is None else torch.zeros(ids.shape)
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = torch.tensor(sample)
-        return cls(ids, [len(sample) for sample in samples], of)
+            if beside is not None and weights is not None:
+                beside[row, : len(sample)] = torch.tensor(weights[row])
+        return cls(ids, [len(sample) for sample in samples], of, beside)
 
     @property
     def tokens(self) -> int:
         """Without padding."""
         return sum(self.lengths)
+
+    def factors(self, path: str, taken: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What rows of tokens are multiplied with, so that their products count as much as the tokens do.
+
+        Args:
+            path: of the module that they go into; at keys and values all count alike, since later tokens read them.
+            taken: of the real tokens, those that are wanted, ascending; None for all.
+
+        Returns:
+            The roots of the weights, fp32 (tokens, 1); None if all count alike.
+        """
+        if self.weights is None or feeds_other_tokens(path):
+            return None
+        roots = torch.cat([row[:length] for row, length in zip(self.weights, self.lengths, strict=True)]).sqrt()
+        return (roots if taken is None else roots[taken])[:, None]
 
     def rows_of(self, inputs: torch.Tensor, place: str, taken: torch.Tensor | None = None) -> torch.Tensor:
         """What goes into a module while the batch goes through a model, without padding.
@@ -93,16 +116,19 @@ def batches(
         tokens: of a batch with its padding, at most, by default `TOKENS_PER_BATCH`; a longer sample goes alone.
     """
     if whole:
-        return [Batch.padded(calibration.samples, of) for of, calibration in enumerate(calibrations)]
+        return [Batch.padded(each.samples, of, each.factors) for of, each in enumerate(calibrations)]
     # Gemma's attention looks ahead if this is set, but not where padding gives it a mask, which is causal.
     looks_ahead = bool(getattr(network.module.config.get_text_config(), "use_bidirectional_attention", False))
     equal = equal or looks_ahead or any(".experts." in each.parameter for each in network.covered)
     apart = _other_positions_from(network)
     made = []
     for of, calibration in enumerate(calibrations):
-        samples: list[Sequence[int]] = sorted(calibration.samples, key=lambda sample: (-len(sample), sample))
-        cuts = ends([len(sample) for sample in samples], equal, apart, tokens)
-        made += [Batch.padded(samples[start:end], of) for start, end in zip([0, *cuts], cuts, strict=False)]
+        samples, weights = calibration.samples, calibration.factors
+        order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), samples[i], weights[i] if weights else ()))
+        cuts = ends([len(samples[i]) for i in order], equal, apart, tokens)
+        for start, end in zip([0, *cuts], cuts, strict=False):
+            beside = [weights[i] for i in order[start:end]] if weights else None
+            made.append(Batch.padded([samples[i] for i in order[start:end]], of, beside))
     return made
 
 

@@ -4,11 +4,11 @@ import logging
 import re
 import string
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from lewis.store.manifest import remembered_sha256
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids
 SAMPLES = "samples"  # what a set in the store is whole with
+WEIGHTS = "weights"
 MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
 _KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
@@ -31,15 +32,36 @@ _LOADING = threading.Lock()
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids of the samples, without padding, and the digest of exactly those ids."""
+    """Token ids of the samples, without padding.
+
+    Attributes:
+        name: of the set in the recipe.
+        samples: token ids of each.
+        weights: how much each token counts, of each sample; None: all alike.
+    """
 
     name: str
     samples: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the token ids, independent of the set's name and of where the texts came from."""
-        return store.digest(self.samples)
+        """SHA-256 of the token ids and weights, independent of the set's name and of where the texts came from."""
+        return store.digest(self.samples if self.weights is None else [self.samples, self.weights])
+
+    @property
+    def factors(self) -> list[list[float]] | None:
+        """The weights, scaled so that their mean over all tokens is 1; None: all tokens count alike."""
+        if self.weights is None:
+            return None
+        scale = self.tokens / sum(map(sum, self.weights))
+        return [[weight * scale for weight in sample] for sample in self.weights]
+
+    def part(self, rows: Iterable[int]) -> "Calibration":
+        """A set of only these samples."""
+        chosen = list(rows)
+        samples = tuple(self.samples[i] for i in chosen)
+        return replace(self, samples=samples, weights=self.weights and tuple(self.weights[i] for i in chosen))
 
     @property
     def tokens(self) -> int:
@@ -50,7 +72,8 @@ class Calibration:
         """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
         path = path_of(self.digest)
         if store.read_entry(path) is None:
-            store.write_entry(path, {"name": self.name, SAMPLES: self.samples}, indent=None)
+            weights = {} if self.weights is None else {WEIGHTS: self.weights}
+            store.write_entry(path, {"name": self.name, SAMPLES: self.samples, **weights}, indent=None)
         return path
 
     @classmethod
@@ -63,7 +86,12 @@ class Calibration:
         content = store.read_entry(path)
         if content is None:
             raise LewisError(f"{path}: the calibration set is damaged, or is gone from the store; run again")
-        return cls(content["name"], tuple(tuple(sample) for sample in content[SAMPLES]))
+        samples, weights = (_tuples(content[key]) if key in content else None for key in (SAMPLES, WEIGHTS))
+        return cls(content["name"], samples or (), weights)
+
+
+def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(map(tuple, rows))
 
 
 def path_of(digest: str) -> Path:
@@ -102,26 +130,63 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     Raises:
         InputError: if the data cannot be read, a field of the template does not exist, or nothing is left.
     """
-    where = f"lewis.calibrations.{name}"
+    where, encode = f"lewis.calibrations.{name}", _load_tokenizer(tokenizer)
     with _rows(where, spec, root) as rows:
-        texts = _texts(where, spec, rows)
+        texts = _texts(where, spec, rows, encode)
     for text in texts:
-        _check_unicode(where, text)
-    encode = _load_tokenizer(tokenizer)
-    cut = [encode(text, truncation=False, add_special_tokens=True)["input_ids"][: spec.max_tokens] for text in texts]
+        _check_unicode(where, text.content)
+    cut = [text.tokens(encode, spec) for text in texts]
     special = set(encode.all_special_ids)
-    if all(special.issuperset(ids) for ids in cut):
-        unknown = ", or of nothing that the tokenizer knows" if any(cut) else ""
+    if all(special.issuperset(ids) for ids, _ in cut):
+        unknown = ", or of nothing that the tokenizer knows" if any(ids for ids, _ in cut) else ""
         raise InputError(f"{where}: no tokens: all {len(texts)} texts are empty{unknown}; check `text`")
     if spec.padding == "max_tokens":
-        cut = [_filled_up(where, encode, ids, spec.max_tokens) for ids in cut]
-    samples = tuple(tuple(int(i) for i in ids) for ids in cut if ids)
-    if len(samples) < len(cut):
-        logger.warning("%s: %d of %d texts have no tokens and are left out", where, len(cut) - len(samples), len(cut))
-    return Calibration(name, samples)
+        cut = [_filled_up(where, encode, *each, spec) for each in cut]
+    whole = [(tuple(map(int, ids)), tuple(weights)) for ids, weights in cut if ids]
+    if len(whole) < len(cut):
+        logger.warning("%s: %d of %d texts have no tokens and are left out", where, len(cut) - len(whole), len(cut))
+    samples, weights = (tuple(each[i] for each in whole) for i in (0, 1))
+    if spec.prompt_weight == 1:
+        return Calibration(name, samples)
+    if not any(1.0 in each for each in weights):
+        raise InputError(
+            f"{where}: no token of an answer is left: the prompts fill max_tokens ({spec.max_tokens}), or the answers "
+            "are empty; raise max_tokens, or set weight: {prompt: 1}"
+        )
+    return Calibration(name, samples, weights)
 
 
-def _texts(where: str, spec: CalibrationSet, rows: Any) -> list[str]:
+class _Text(NamedTuple):
+    """A text, where its answers begin and end, and whether the tokenizer adds its special tokens to it."""
+
+    content: str
+    answers: tuple[tuple[int, int], ...]
+    special: bool = True
+
+    def tokens(self, encode: Any, spec: CalibrationSet) -> tuple[list[int], list[float]]:
+        """Token ids and how much each counts: 1 where it, or the one that it predicts, is of an answer."""
+        alike = spec.prompt_weight == 1
+        offsets = {} if alike else {"return_offsets_mapping": True}
+        try:
+            found = encode(self.content, truncation=False, add_special_tokens=self.special, **offsets)
+        except NotImplementedError as error:  # a tokenizer in Python has no offsets
+            raise InputError(
+                "this model's tokenizer does not say which characters a token is of (it has no tokenizer.json), so "
+                "prompts cannot be told from answers; set weight: {prompt: 1}"
+            ) from error
+        ids: list[int] = found["input_ids"][: spec.max_tokens]
+        if alike:
+            return ids, [1.0] * len(ids)
+        of_answer = [
+            any(start < end and end > first and start < last for first, last in self.answers)
+            for start, end in found["offset_mapping"]
+        ]
+        follows = [*of_answer[1:], False]
+        weights = [1.0 if any(pair) else spec.prompt_weight for pair in zip(of_answer, follows, strict=True)]
+        return ids, weights[: spec.max_tokens]
+
+
+def _texts(where: str, spec: CalibrationSet, rows: Any, tokenizer: Any) -> list[_Text]:
     if not len(rows):
         raise InputError(f"{where}: the calibration set is empty; give it rows")
     order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
@@ -131,7 +196,67 @@ def _texts(where: str, spec: CalibrationSet, rows: Any) -> list[str]:
         chosen = [rows[int(i)] for i in order]
     except UnicodeDecodeError as error:  # JSON is decoded when a row is read
         raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
-    return [row if isinstance(row, str) else _fill(where, spec.text or "", row) for row in chosen]
+    return [_text_of(where, spec, row, tokenizer) for row in chosen]
+
+
+def _text_of(where: str, spec: CalibrationSet, row: Any, tokenizer: Any) -> _Text:
+    if isinstance(row, str):
+        return _Text(row, ())
+    if spec.messages:
+        return _chat(where, spec.messages, row, tokenizer)
+    if spec.text:
+        content = _fill(f"{where}.text", spec.text, row)
+        begin = (
+            len(content) if spec.prompt_weight == 1 else _begin_of_last_field(f"{where}.text", spec.text, row, content)
+        )
+        return _Text(content, ((begin, len(content)),))
+    prompt, answer = (_fill(f"{where}.{key}", getattr(spec, key), row) for key in ("prompt", "answer"))
+    return _Text(prompt + answer, ((len(prompt), len(prompt + answer)),))
+
+
+def _begin_of_last_field(where: str, template: str, row: Mapping[str, Any], content: str) -> int:
+    """Where the last field of a template begins in the text that it was filled to."""
+    parts = list(string.Formatter().parse(template))
+    last = max((i for i, part in enumerate(parts) if part[1] is not None), default=len(parts))
+    after = "".join(literal for literal, *_ in parts[last + 1 :])
+    for _, field, form, conversion in parts[last : last + 1]:
+        alone = "{" + (field or "") + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "") + "}"
+        after = _fill(where, alone, row) + after
+    return len(content) - len(after)
+
+
+def _chat(where: str, column: str, row: Mapping[str, Any], tokenizer: Any) -> _Text:
+    """A chat as the chat template of the base writes it; the assistant's turns are its answers."""
+    where = f"{where}.messages"
+    if column not in row:
+        raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
+    if not tokenizer.chat_template:
+        raise InputError(f"{where}: the base's tokenizer has no chat template; write `prompt` and `answer` instead")
+    turns = row[column]
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
+    ):
+        raise InputError(
+            f"{where}: expected a list of turns with `role` and `content` in column {column!r}, got {turns!r:.80}"
+        )
+
+    def written(count: int, ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
+
+    try:
+        content, answers = written(len(turns)), list[tuple[int, int]]()
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                before, after = written(i, ask=True), written(i + 1)
+                if content.startswith(before) and content.startswith(after):
+                    answers.append((len(before), len(after)))
+                elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone
+                    answers.append((len(written(i)), len(content)))
+    except Exception as error:  # a template may raise anything
+        raise InputError(
+            f"{where}: the base's chat template does not take a row: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return _Text(content, tuple(answers), special=False)
 
 
 def _check_unicode(where: str, text: str) -> None:
@@ -142,12 +267,15 @@ def _check_unicode(where: str, text: str) -> None:
         raise InputError(f"{where}: a text is no Unicode: half of a surrogate pair in {around!r}") from error
 
 
-def _filled_up(where: str, tokenizer: Any, ids: list[int], length: int) -> list[int]:
-    end = tokenizer.eos_token_id
+def _filled_up(
+    where: str, tokenizer: Any, ids: list[int], weights: list[float], spec: CalibrationSet
+) -> tuple[list[int], list[float]]:
+    end, missing = tokenizer.eos_token_id, spec.max_tokens - len(ids)
     if end is None:
         raise InputError(f"{where}.padding: the base's tokenizer has no end-of-text token to fill up with; use none")
-    filling = [end] * (length - len(ids))
-    return filling + ids if tokenizer.padding_side == "left" else ids + filling
+    filling, beside = [end] * missing, [spec.prompt_weight] * missing
+    left = tokenizer.padding_side == "left"
+    return (filling + ids, beside + weights) if left else (ids + filling, weights + beside)
 
 
 @contextmanager
@@ -222,36 +350,36 @@ def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise InputError(f"{where}.text: {template!r} is no template: {error}; write {{{{ for a brace") from error
+        raise InputError(f"{where}: {template!r} is no template: {error}; write {{{{ for a brace") from error
     if len(parts) > MAX_FIELDS:
-        raise InputError(f"{where}.text: expected at most {MAX_FIELDS} fields, got {len(parts)}")
+        raise InputError(f"{where}: expected at most {MAX_FIELDS} fields, got {len(parts)}")
     for _, field, format_spec, conversion in parts:
         if field is None:
             continue
         column = field.split("[")[0]
         if any(len(number.lstrip("0")) > 4 for number in re.findall(r"\d+", format_spec or "")):
-            raise InputError(f"{where}.text: {{{field}:{format_spec}}}: expected a width of at most 9999 characters")
+            raise InputError(f"{where}: {{{field}:{format_spec}}}: expected a width of at most 9999 characters")
         if not column or "." in field or "{" in (format_spec or ""):
-            raise InputError(f'{where}.text: {{{field}}}: expected names of columns, such as "{{question}} {{answer}}"')
+            raise InputError(f'{where}: {{{field}}}: expected names of columns, such as "{{question}} {{answer}}"')
         if column not in row:
-            raise InputError(f"{where}.text: there is no column {column!r}; the dataset has {', '.join(row)}")
+            raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
         value = _value_of(where, template, field, row)
         if not conversion and isinstance(value, list | tuple | dict | bytes):
             raise InputError(
-                f"{where}.text: {{{field}}} is {_KINDS[type(value)]} in a row, expected a text or a number; name a "
+                f"{where}: {{{field}}} is {_KINDS[type(value)]} in a row, expected a text or a number; name a "
                 f"part of it ({{{field}[0]}}), or write {{{field}!s}} for its Python form"
             )
     try:
         return template.format_map({column: "" if value is None else value for column, value in row.items()})
     except (LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
+        raise InputError(f"{where}: {template!r} cannot be filled from a row: {error}") from error
 
 
 def _value_of(where: str, template: str, field: str, row: Mapping[str, Any]) -> Any:
     try:
         return string.Formatter().get_field(field, (), row)[0]
     except (LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{where}.text: {template!r} cannot be filled from a row: {error}") from error
+        raise InputError(f"{where}: {template!r} cannot be filled from a row: {error}") from error
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -320,4 +320,4 @@ def check_samples(model: Model, network: Network, calibration: Calibration) -> N
 def _begin(moments: SecondMoments, group: Sequence[Batch], i: int) -> None:
     batch = group[i]
     moments.select(batch.of)
-    moments.begin(batch.lengths, batch.ids.shape[1])
+    moments.begin(batch.lengths, batch.ids.shape[1], batch.weights)

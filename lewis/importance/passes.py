@@ -83,7 +83,7 @@ class Pass(Stepping):
 
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    _seen: list[tuple[torch.Tensor, str]] = field(default_factory=list)
+    _seen: list[tuple[torch.Tensor, bool, str]] = field(default_factory=list)
     _mode: Any = None
 
     def go_on(self) -> None:
@@ -99,14 +99,25 @@ class Pass(Stepping):
         """Let go of what was noted."""
         self.inputs, self.sources, self._seen = {}, {}, []
 
-    def note(self, name: str, inputs: torch.Tensor) -> None:
-        """Note what goes into a projection; what several get (q, k and v) is copied once."""
-        key = next((key for tensor, key in self._seen if tensor is inputs), None)
+    def note(self, name: str, inputs: torch.Tensor, routed: bool = False) -> None:
+        """Note what goes into a projection; what several get (q, k and v) is copied once.
+
+        Args:
+            name: of the projection.
+            inputs: (samples, width, in), or what a router sends to it.
+            routed: whether a router chose them: then their weights are unknown, and all count alike.
+        """
+        factors = None if routed else self.batch.factors(name.removesuffix(".weight"))
+        weighted = factors is not None
+        key = next((key for tensor, alike, key in self._seen if tensor is inputs and alike == weighted), None)
         if key is None:
             key = name
-            self._seen.append((inputs, name))
+            self._seen.append((inputs, weighted, name))
             rows = self.batch.rows_of(inputs, name)
-            copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may change it later
+            if factors is not None and len(factors) == len(rows):
+                copied = rows * factors.to(rows.device)
+            else:
+                copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may change it later
             self.inputs.setdefault(name, []).append(copied)
         self.sources[name] = key if self.sources.get(name, key) == key else ""
 
@@ -146,7 +157,7 @@ class Watched(ExitStack):
         if not self.notes:
             return
         run = _running()
-        run._mode = see_experts(module, parameters, lambda _, projection, rows: run.note(projection, rows))
+        run._mode = see_experts(module, parameters, lambda _, projection, rows: run.note(projection, rows, routed=True))
         run._mode.__enter__()
 
 

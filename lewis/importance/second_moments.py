@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lewis.errors import LewisError
+from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Network
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
@@ -29,7 +30,7 @@ class SecondMoments:
         sums: of the set that is going through, parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts,
             (experts, in).
         counts: of that set, parameter -> number of tokens, () or (experts,).
-        lengths, width: of the batch that is going through.
+        lengths, width, weights: of the batch that is going through, as `batches.Batch` has them.
     """
 
     def __init__(self, network: Network, device: str, sets: int = 1) -> None:
@@ -38,9 +39,11 @@ class SecondMoments:
         self.sums, self.counts = self._sets[0]
         self.lengths: list[int] = []
         self.width = 0
+        self.weights: torch.Tensor | None = None
         self._mask = torch.ones(1, 1, device=device)
         self._padded = False
-        self._last: tuple[torch.Tensor | None, torch.Tensor | None, int] = (None, None, 0)
+        # Of q, k and v, which see the same tensor: whether its tokens are weighted -> their squares, and how many.
+        self._last: tuple[torch.Tensor | None, dict[bool, tuple[torch.Tensor, float]]] = (None, {})
         self._stacks: dict[int, str] = {}  # address of a stacked parameter's memory -> its name
         self._real_rows: dict[tuple[str, int], torch.Tensor] = {}  # rows of an expert's tokens that are no padding
         self._hooks = ExitStack()
@@ -76,13 +79,19 @@ class SecondMoments:
         """Tell which set the batches are of that come next."""
         self.sums, self.counts = self._sets[of]
 
-    def begin(self, lengths: Sequence[int], width: int) -> None:
-        """Tell what comes next: a batch of rows of these lengths, padded on the right to `width`."""
-        self.lengths, self.width = list(lengths), width
+    def begin(self, lengths: Sequence[int], width: int, weights: torch.Tensor | None = None) -> None:
+        """Say what comes next: a batch of rows of these lengths, padded on the right to `width`.
+
+        Args:
+            lengths: tokens of each row.
+            width: of the batch.
+            weights: how much each token counts, fp32 (rows, width), 0 where it is padding; None: all alike.
+        """
+        self.lengths, self.width, self.weights = list(lengths), width, weights
         places = torch.arange(width, device=self._device)
         self._mask = (places < torch.tensor(lengths, device=self._device)[:, None]).float()
         self._padded = min(lengths) < width
-        self._last = (None, None, 0)
+        self._last = (None, {})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -110,9 +119,11 @@ class SecondMoments:
             if self._paused or not inputs or inputs[0] is None:  # without tensors: nothing went in (Voxtral's audio)
                 return
             if inputs[0] is not self._last[0]:  # q, k and v see the same tensor: square it once
-                self._last = (inputs[0], *self._squares(parameter, inputs[0]))
-            _, squares, tokens = self._last
-            assert squares is not None
+                self._last = (inputs[0], {})
+            weighted = self.weights is not None and not feeds_other_tokens(parameter.removesuffix(".weight"))
+            if weighted not in self._last[1]:
+                self._last[1][weighted] = self._squares(parameter, inputs[0], weighted)
+            squares, tokens = self._last[1][weighted]
             if parameter not in self.sums:
                 self.sums[parameter] = torch.zeros_like(squares)
                 self.counts[parameter] = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -121,15 +132,16 @@ class SecondMoments:
 
         return collect
 
-    def _squares(self, parameter: str, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _squares(self, parameter: str, inputs: torch.Tensor, weighted: bool) -> tuple[torch.Tensor, float]:
         rows, width = self._mask.shape
         tokens = int(inputs.shape[:-1].numel())
         turned = self._padded and rows != width and inputs.shape[:2] == (width, rows)  # XLNet: (tokens, samples)
         if tokens == rows * width and not turned:
             # A product with the mask sums over the tokens and leaves padding out, at once.
             squares = inputs.reshape(rows, width, -1).float().square()
-            summed = torch.bmm(self._mask[:, None], squares)[:, 0].sum(dim=0, dtype=torch.float64)
-            return summed, int(self._mask.sum())
+            mask = self.weights.to(self._device) if weighted and self.weights is not None else self._mask
+            summed = torch.bmm(mask[:, None], squares)[:, 0].sum(dim=0, dtype=torch.float64)
+            return summed, float(mask.sum(dtype=torch.float64))
         if self._padded:
             raise HiddenPaddingError(
                 f"{parameter}: sees {tokens} of {rows * width} tokens, and which are padding is unknown; "

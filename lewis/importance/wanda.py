@@ -54,15 +54,15 @@ class PruneAfter:
         covered = {c.parameter: c for c in self._network.covered if c.parameter.startswith(f"{path}.")}
 
         def measured_then_pruned(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            lengths, width = self._moments.lengths, self._moments.width
+            lengths, width, weights = self._moments.lengths, self._moments.width, self._moments.weights
             modules = {name: self._network.module.get_submodule(name.rpartition(".")[0]) for name in covered}
             means = {name: _RunningMean(module) for name, module in modules.items()}
             # One sample at a time, as the authors do: products of another size are rounded otherwise. That can swap
             # two nearly equal scores, and the effect grows with the depth.
             for i, length in enumerate(lengths):
-                self._moments.begin([length], width)
+                self._moments.begin([length], width, None if weights is None else weights[i : i + 1])
                 forward(*_sample((hidden, *args), i, len(lengths)), **_sample(kwargs, i, len(lengths)))
-            self._moments.begin(lengths, width)
+            self._moments.begin(lengths, width, weights)
             for name, module in modules.items():
                 weight, transposed = module.weight.data, covered[name].transposed
                 mask = smallest((weight.T if transposed else weight).abs() * means[name].stop().sqrt(), self._ratio)

@@ -27,7 +27,7 @@ from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 from lewis.reports.card import FRONT_MATTER, NAME
 
-SAMPLES = 32  # rows of each set: enough where rows are long
+SAMPLES = 64  # rows of each set: enough where rows are long; a quarter of them is held back
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Topic:
         name: of the calibration set.
         words: regular expression of what names such an expert, its datasets or its tags.
         dataset, config: of the Hub, with a split `train`; None: its only configuration.
-        text: template that turns a row into text, without the end token.
+        prompt, answer: templates that turn a row into text, without the end token; prompt empty: it has only answers.
         task: of lm-eval; empty if it has none that runs without a permission.
         score: of the task, `metric,filter`.
         note: what to know about it; empty if there is nothing.
@@ -48,7 +48,8 @@ class Topic:
     words: str
     dataset: str
     config: str | None
-    text: str
+    prompt: str
+    answer: str
     task: str = ""
     score: str = ""
     note: str = ""
@@ -59,6 +60,7 @@ GENERAL = Topic(
     r"$.",
     "EleutherAI/wikitext_document_level",
     "wikitext-2-raw-v1",
+    "",
     "{page}",
     "sciq",
     "acc,none",
@@ -72,7 +74,8 @@ TOPICS = (
         r"math|gsm|arithmetic|algebra|numina|orca.?math",
         "openai/gsm8k",
         "main",
-        "Question: {question}\nAnswer: {answer}",
+        "Question: {question}\nAnswer:",
+        " {answer}",
         "gsm8k",
         "exact_match,flexible-extract",
     ),
@@ -81,7 +84,8 @@ TOPICS = (
         r"code|coder|python|mbpp|humaneval|program",
         "google-research-datasets/mbpp",
         "full",
-        "{text}\n{test_list[0]}\n{code}",
+        "{text}\n{test_list[0]}\n",
+        "{code}",
         note="lm-eval would run programs on the bare machine: score by deployments/recipes/tasks/mbpp_generate.yaml",
     ),
     Topic(
@@ -89,7 +93,8 @@ TOPICS = (
         r"scien|sciq|physic|chemi|biolog|medic|medqa|knowledge",
         "allenai/sciq",
         None,
-        "{support}\nQuestion: {question}\nAnswer: {correct_answer}",
+        "{support}\nQuestion: {question}\nAnswer:",
+        " {correct_answer}",
         "sciq",
         "acc,none",
     ),
@@ -211,7 +216,8 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
     lines += ["    # Better than these public rows: rows of each expert's own training, in its own format."]
     for topic in sets.values():
         source: dict[str, str | int] = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
-        source |= {"text": topic.text + end, "samples": SAMPLES}
+        answer = {("answer" if topic.prompt else "text"): topic.answer + end}
+        source |= {**({"prompt": topic.prompt} if topic.prompt else {}), **answer, "samples": SAMPLES}
         lines += [f"    # {topic.note}"] if topic.note else []
         lines += [f"    {topic.name}: {json.dumps(source, ensure_ascii=False)}"]
     scores = {each.task: each.score for each in (*topics.values(), GENERAL)}

@@ -10,14 +10,27 @@ logger = logging.getLogger(__name__)
 
 RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
 EVERY = 4  # of so many rows, the last is held out
+MOST = 16  # rows of a set that are held back to judge a fit
 
 
 def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
     """The rows to fit to, and those that are held out: every fourth, or of fewer than four rows the last."""
     rows = calibration.samples
     held = range(EVERY - 1, len(rows), EVERY) if len(rows) >= EVERY else range(len(rows) - 1, len(rows))
-    fitted_to = tuple(row for i, row in enumerate(rows) if i not in held)
-    return Calibration(calibration.name, fitted_to), Calibration(calibration.name, tuple(rows[i] for i in held))
+    return calibration.part(i for i in range(len(rows)) if i not in held), calibration.part(held)
+
+
+def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None]:
+    """The rows to fit to, and those that are held back to judge the fit: every fourth, at most `MOST`.
+
+    Returns:
+        The two parts; the whole set and None if it has fewer than four rows, or held-back rows would predict nothing.
+    """
+    count = len(calibration.samples)
+    held = list(range(EVERY - 1, count, EVERY))[:MOST]
+    if not any(len(calibration.samples[i]) > 1 for i in held):
+        return calibration, None
+    return calibration.part(i for i in range(count) if i not in held), calibration.part(held)
 
 
 def check_split(expert: str, calibration: Calibration) -> None:

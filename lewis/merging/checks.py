@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lewis.allocation.densities import ScalesByTensor
@@ -10,6 +10,7 @@ from lewis.errors import InputError
 from lewis.merging.calibration_rows import check_split
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.methods import Method
+from lewis.methods.registry import AUTO
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 
@@ -61,13 +62,31 @@ def check_scales(
                 )
 
 
-def check_calibrations(method: Method, experts: Sequence[Expert], *, tunes: bool) -> None:
+def check_calibrations(
+    method: Method, experts: Sequence[Expert], names: Sequence[str], parameters: Callable[[str], Mapping[str, Any]]
+) -> None:
     """Check that every expert of a method that fits has calibration rows, and enough of them if the ridge is tuned.
 
+    A method that fits statically can do with empty sets, if it has a prior.
+
+    Args:
+        method: the merge method.
+        experts: what is merged.
+        names: of the tensors that are merged.
+        parameters: gives those of one tensor.
+
     Raises:
-        InputError: naming the expert.
+        InputError: naming the expert, or the parameter.
     """
     if not method.fits:
+        return
+    tunes = bool(names) and parameters(names[0])["ridge"] == AUTO
+    if all(expert.calibration is not None and not expert.calibration.samples for expert in experts):
+        if tunes or any(not parameters(name)["prior"] for name in names):
+            raise InputError(
+                f"{method.name} without lewis.calibrations fits to the task vectors alone: give parameters.ridge a "
+                "number, and parameters.prior one above 0; or give each expert calibration rows"
+            )
         return
     if lacking := [expert.ref for expert in experts if expert.calibration is None]:
         raise InputError(f"{lacking[0]}: {method.name} needs its calibration set; see lewis.calibrations")

@@ -92,7 +92,7 @@ def _of_fit(merge: Merge) -> Forecast:
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
     """
     from lewis.merging.fitting.fit import TOKENS_PER_PASS, extra_disk_bytes, in_order, paused_bytes
-    from lewis.merging.fitting.ridge import LOGITS
+    from lewis.merging.fitting.losses import LOGITS
     from lewis.merging.fitting.spill import IN_MEMORY
     from lewis.merging.fitting.stacked_fit import stacks_of
 
@@ -114,7 +114,7 @@ def _of_fit(merge: Merge) -> Forecast:
     if stacked:
         solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
     paused = paused_bytes(merge, network)
-    held = 4 * (merge.tunes * merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
+    held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
     return Forecast(seconds, 450_000_000 + held, extra_disk_bytes(merge, network, paused))
 

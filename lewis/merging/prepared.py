@@ -41,6 +41,7 @@ from lewis.models.tokenizer import tokenizer_folder
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
+JUDGE_SEMANTICS = "1"  # bump when held-back rows would lead to another fit
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 
 
@@ -127,7 +128,7 @@ class Prepared:
         names = [name for name in read.tensors if name not in made.excluded]
         check_parameters(made.method, names, made.experts, made.parameters)
         check_scales(settings, read, made.experts, made.held_back, made.adds_to_base)
-        check_calibrations(made.method, made.experts, tunes=made.tunes)
+        check_calibrations(made.method, made.experts, names, made.parameters)
         check_adapter(settings, read, new_vocabulary=vocabulary.target is not None)
         return made
 
@@ -276,6 +277,8 @@ class Prepared:
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
         sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
+        held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
+        sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
         stacked = any(
@@ -292,7 +295,8 @@ class Prepared:
     def _resolved(self, name: str) -> dict[str, Any]:
         """The parameters of a tensor for the digest: without those that came later, at values that change nothing."""
         values = self.parameters(name)
-        return {k: v for k, v in values.items() if not (self.method.fits and (k, v) == ("alpha", 1.0))}
+        later = {"alpha": 1.0, "prior": 0.0} if self.method.fits else {}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @property
     def base_name(self) -> str:
@@ -333,11 +337,12 @@ class Prepared:
 
 
 def _aligned(vocabulary: Alignment, base: Model, expert: Expert, fits: bool) -> Expert:
-    """An expert as it is read, and its calibration set, if the method fits, in the same token ids."""
-    calibration = expert.calibration
-    if fits and calibration:
-        calibration = vocabulary.translate(expert.ref, base, expert.model, calibration)
-    return replace(expert, model=vocabulary.of(expert.model), calibration=calibration)
+    """An expert as it is read, and its calibration rows, if the method fits, in the same token ids."""
+    rows, held_back = (
+        vocabulary.translate(expert.ref, base, expert.model, each) if fits and each else each
+        for each in (expert.calibration, expert.held_back)
+    )
+    return replace(expert, model=vocabulary.of(expert.model), calibration=rows, held_back=held_back)
 
 
 def random_stream(seed: int, expert: str, tensor: str) -> Stream:

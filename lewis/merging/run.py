@@ -38,7 +38,6 @@ from lewis.store import manifest
 
 if TYPE_CHECKING:
     from lewis.merging.fitting.fitted import Fitted
-    from lewis.merging.fitting.ridge import Choice
 
 logger = logging.getLogger(__name__)
 _FITTED = ".fitted"  # folder of what is fitted, in that of the output until it is whole
@@ -54,7 +53,7 @@ class Written:
         size: bytes of its weights.
         manifest: what `lewis.json` records, without the list of files.
         adapter: what the adapter holds and what error it leaves; None for a full checkpoint.
-        ridge: what `ridge: auto` chose; None if the ridge was given.
+        fit: what is to be said of the fit, as `text_of_fit`.
     """
 
     digest: str
@@ -62,7 +61,20 @@ class Written:
     size: int
     manifest: Mapping[str, Any]
     adapter: Adapter | None = None
-    ridge: Choice | None = None
+    fit: str = ""
+
+
+def text_of_fit(manifest: Mapping[str, Any]) -> str:
+    """What `ridge: auto` chose and what the held-back rows say of the fit, as a sentence; empty if there is neither."""
+    if not manifest.get("ridge") and not manifest.get("held_back"):
+        return ""
+    from lewis.merging.fitting.held_back import Verdict  # brings torch with it
+    from lewis.merging.fitting.ridge import Choice
+
+    found: list[Choice | Verdict] = []
+    found += [Choice.from_json(manifest["ridge"])] if manifest.get("ridge") else []
+    found += [Verdict.from_json(manifest["held_back"])] if manifest.get("held_back") else []
+    return ". ".join(each.to_text() for each in found)
 
 
 class Merge(Prepared):
@@ -112,8 +124,8 @@ class Merge(Prepared):
         known: dict[str, str] = {}
         with store.publish(folder, record, store.digest([self.digest, max_shard_size]), known) as scratch:
             store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
-            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, ridge):
-                record |= {} if ridge is None else {"ridge": ridge.to_json()}
+            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, facts):
+                record |= facts
                 with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
                     self.write_tensors(writer, progress, threads, fitted)
             known |= writer.checksums
@@ -123,7 +135,7 @@ class Merge(Prepared):
             self.vocabulary.finish(scratch)
         manifest.remember({folder / name: sha256 for name, sha256 in known.items()})
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
-        return Written(self.digest, folder, self.size, record, ridge=ridge)
+        return Written(self.digest, folder, self.size, record, fit=text_of_fit(record))
 
     def check_adapter(self) -> None:
         """Check that the merge changes no tensor that an adapter cannot hold.
@@ -146,14 +158,13 @@ class Merge(Prepared):
         writer.check(self._merged)  # before a fit, which takes long
         known: dict[str, str] = {}
         with store.publish(folder, record, checksums=known) as scratch:
-            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, ridge):
+            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, facts):
                 adapter, known[ADAPTER] = writer.write(scratch, partial(self._merged, fitted=fitted), threads)
             self._copy_tokenizer(scratch)
             size = (scratch / ADAPTER).stat().st_size
-            record |= {} if ridge is None else {"ridge": ridge.to_json()}
-            record["adapter"] = adapter.to_json()
+            record |= {**facts, "adapter": adapter.to_json()}
         logger.info("%s: %s", folder, adapter.to_text())
-        return Written(self.digest, folder, size, record, adapter, ridge)
+        return Written(self.digest, folder, size, record, adapter, text_of_fit(record))
 
     def _copy_tokenizer(self, folder: Path) -> None:
         copy_tokenizer(self.vocabulary.donor, folder)
@@ -173,14 +184,14 @@ class Merge(Prepared):
     @contextmanager
     def _fitted_in(
         self, folder: Path, progress: Report | None, threads: int | None
-    ) -> Iterator[tuple[Fitted | None, Choice | None]]:
+    ) -> Iterator[tuple[Fitted | None, dict[str, Any]]]:
         """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards.
 
         Yields:
-            What was fitted, and what `ridge: auto` chose; None for nothing.
+            What was fitted, None for nothing; and for the manifest what `ridge: auto` chose and the held-back rows say.
         """
         if not self.method.fits:
-            yield None, None
+            yield None, {}
             return
         if self.method.fits == "static":
             from lewis.merging.fitting.static_fit import fit
@@ -191,14 +202,24 @@ class Merge(Prepared):
             if progress:
                 progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
 
+        from lewis.merging.fitting.held_back import fit_and_judge, is_needed
+
         merge: Prepared = self
-        choice = None
+        facts = dict[str, Any]()
         if self.tunes:
             from lewis.merging.fitting.ridge import choose, with_ridge
 
             choice = choose(self, folder, fit, lambda _, *share: report(0, self.fits - 1, *share), threads)
-            merge = with_ridge(self, choice.ridge)
-        yield fit(merge, folder, lambda _, *share: report(self.fits - 1, 1, *share), threads), choice
+            merge, facts["ridge"] = with_ridge(self, choice.ridge), choice.to_json()
+
+        def last(_: str, done: int, total: int) -> None:
+            report(self.fits - 1, 1, done, total)
+
+        if is_needed(merge):
+            fitted, verdict = fit_and_judge(merge, folder, fit, last, threads)
+            yield fitted, {**facts, "held_back": verdict.to_json()}
+        else:
+            yield fit(merge, folder, last, threads), facts
         store.discard(folder)
 
     def _counted(self, progress: Report | None) -> Callable[[str], None]:

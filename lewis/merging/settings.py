@@ -31,6 +31,7 @@ class Expert:
         model: the opened model.
         densities: if LEWIS guides the merge, its density per tensor.
         calibration: token ids that the merge is fitted to this expert on, if the method fits.
+        held_back: rows of that set that are held back to judge the fit; None: it is not judged on this expert's.
         scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
             are ranked; tensors that are left out are ranked by magnitude.
         mean_density: the mean of `densities` over the covered tensors, weighted by their parameters.
@@ -42,6 +43,7 @@ class Expert:
     scales: ScalesByTensor | None = None
     calibration: Calibration | None = None
     mean_density: float = 1.0
+    held_back: Calibration | None = None
 
 
 @dataclass(frozen=True)

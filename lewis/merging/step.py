@@ -20,7 +20,8 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.adapter import Adapter
-from lewis.merging.run import Merge, Written
+from lewis.merging.calibration_rows import hold_back
+from lewis.merging.run import Merge, Written, text_of_fit
 from lewis.merging.settings import Expert, resolve
 from lewis.merging.sliced import Stack, placed
 from lewis.models.model import Model
@@ -66,14 +67,9 @@ class MergedModel(Reference):
         return self.digest
 
     @property
-    def ridge(self) -> str:
-        """What `ridge: auto` chose, as a sentence; empty if the recipe gave a number."""
-        found = self._manifest.get("ridge")
-        if not found:
-            return ""
-        from lewis.merging.fitting.ridge import Choice  # brings torch with it
-
-        return Choice.from_json(found).to_text()
+    def fit(self) -> str:
+        """What is to be said of the fit, as `run.text_of_fit`."""
+        return text_of_fit(self._manifest)
 
     @property
     def adapter(self) -> Adapter | None:
@@ -102,7 +98,9 @@ class MergeInput:
         text: the recipe as YAML, for the manifest.
         allocated: densities of the merge, or of the anchor of a method that fits; None for a plain merge.
         which: `experts` for the allocated densities, `uniform` for those of the baseline.
-        sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing.
+        sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing; None
+            if it fits without rows.
+        holds_back: whether a part of the rows is held back to judge the fit.
         omega: `lewis.aim.omega`; None: the merged delta is not held back.
         measured: whether models are measured on the base's token ids, which must then mean the same to all of them.
         uncovered: the policy `density.uncovered`, if densities are to be allocated; None if they are not.
@@ -114,10 +112,11 @@ class MergeInput:
     text: str = ""
     allocated: AllocationEntry | None = None
     which: str = "experts"
-    sets: Mapping[str, CalibrationEntry] = field(default_factory=dict)
+    sets: Mapping[str, CalibrationEntry] | None = field(default_factory=dict)
     omega: float | None = None
     measured: bool = False
     uncovered: str | None = None
+    holds_back: bool = False
 
     @property
     def models(self) -> list[ModelFiles]:
@@ -164,15 +163,20 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
     held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
-    sets = {each.path: Calibration.load(each.path) for each in given.sets.values()}
+    sets = {each.path: Calibration.load(each.path) for each in (given.sets or {}).values()}
+    parts = {path: hold_back(each) if given.holds_back else (each, None) for path, each in sets.items()}
+    rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
+    if given.sets is None:
+        rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
     opened = [
         Expert(
             entry.model,
             files.open(),
             guided[files.ref].densities if guided else None,
             scales.get(files.ref),
-            sets[given.sets[entry.model].path] if entry.model in given.sets else None,
+            rows[entry.model][0] if entry.model in rows else None,
             guided[files.ref].mean if guided else 1.0,
+            rows[entry.model][1] if entry.model in rows else None,
         )
         for entry, files in zip(config.experts, given.experts, strict=True)
     ]

@@ -28,6 +28,7 @@ def regmean(
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
     ridge: NotNegativeOrAuto = 0.1,
+    prior: NotNegative = 1.0,
     alpha: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection to what the experts give for their own inputs, with a ridge towards the sum of task vectors.
@@ -38,6 +39,7 @@ def regmean(
         lambda_: scale of the sum.
         ridge: pull towards the sum, in units of the mean diagonal of the inputs' products; large values give task
             arithmetic, 0 RegMean. `auto`: found by `lewis.merging.fitting.ridge`.
+        prior: how much the directions in which an expert's weights moved count beside its tokens; 0: not at all.
         alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
 
     Returns:
@@ -60,6 +62,7 @@ def regmean_forward(
     weight: PerExpert[NotNegative] = 1.0,
     lambda_: float = 1.0,
     ridge: NotNegativeOrAuto = 0.01,
+    prior: NotNegative = 1.0,
     alpha: Fraction = 1.0,
     residual: Fraction = 1.0,
 ) -> torch.Tensor:
@@ -67,7 +70,7 @@ def regmean_forward(
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
-        weight, lambda_, ridge, alpha: as of `regmean`.
+        weight, lambda_, ridge, prior, alpha: as of `regmean`.
         residual: share of what the merged model's residual stream lacks that the layers which write into it make up
             for.
 

@@ -12,6 +12,20 @@ _WRAPPED = ("module.", "base_model.model.")  # DistributedDataParallel, PEFT
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
+_KEYS_AND_VALUES = {"k", "v", "kv", "qkv", "qkvz", "key", "value", "keys", "values", "wqkv", "wk", "wv"}
+_FEEDS = {"c_attn", "in_proj", "in_proj_ba", "x_proj", "dt_proj"}  # keys and values too, or the state of a recurrence
+
+
+def feeds_other_tokens(path: str) -> bool:
+    """Whether what a projection gives at one token is read at later ones: keys, values, the state of a recurrence.
+
+    Args:
+        path: of the module, as `model.layers.0.self_attn.k_proj`.
+    """
+    last = path.rpartition(".")[2].lower()
+    return last in _FEEDS or not _KEYS_AND_VALUES.isdisjoint(last.split("_"))
+
+
 def unwrapped(name: str) -> str:
     """A tensor's name without what wrappers of a model put into it: torch.compile, FSDP, PEFT and others."""
     name = _WRAPPERS.sub("", name)

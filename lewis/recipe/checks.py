@@ -277,10 +277,12 @@ def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
     block, own = data.get("lewis") or {}, anchor.method_of(data)
     given = [key for key in GUIDES if block.get(key) is not None]
     problems = []
-    if not block.get("calibrations"):
+    without_rows = method.fits == "static" and not block  # to the task vectors alone, by its prior
+    if not block.get("calibrations") and not without_rows:
+        other = "" if method.fits == "static" else ", or take merge_method: regmean, which can do without rows"
         problems.append(
             f"lewis.calibrations: missing; {method.name} fits the projections to the experts on calibration rows; add "
-            'lewis: {calibrations: {NAME: {dataset: ..., text: "{question} {answer}"}}}'
+            'lewis: {calibrations: {NAME: {dataset: ..., prompt: "{question}", answer: "{answer}"}}}' + other
         )
     if own is None or own.fits:
         why = f"{method.name} keeps whole task vectors and has no use for it; remove it, or let it guide an anchor"
@@ -340,6 +342,8 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
     blind = _allocator(data.get("lewis")).evidence == "nothing"
     fits = method is not None and method.fits is not None  # `_check_fit` reports that
     runs_none = blind and own.get("aim") is None and not _prunes_by_activation(data) and not fits
+    if own.get("hold_back") is not None and (method is None or method.fits != "forward"):
+        problems.append("lewis.hold_back: only a fit in forward order is judged by it; leave it out")
     if block is not None and not names and not runs_none and not fits:
         problems.append("lewis.calibrations: LEWIS runs models on calibration rows and needs at least one set of them")
     for i, entry in enumerate(_models(data)):

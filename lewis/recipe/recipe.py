@@ -117,6 +117,11 @@ class Recipe(MergeConfig):
         return expert.calibration or next(iter(self.lewis.calibrations))
 
     @property
+    def needs_grams(self) -> bool:
+        """As that of a config; without calibration sets there are no inputs to measure."""
+        return super().needs_grams and bool(self.lewis and self.lewis.calibrations)
+
+    @property
     def allocator(self) -> Lewis | None:
         """The `lewis` block, if it decides densities: those of the merge, or of the anchor of a method that fits."""
         if self.lewis is None or not self.fits:

@@ -69,12 +69,27 @@ class ModelEntry(Block):
     calibration: str | None = None
 
 
+class TokenWeights(Block):
+    """How much the tokens of a calibration set count.
+
+    Attributes:
+        prompt: of those that are not of an answer, where one of an answer counts 1.
+    """
+
+    prompt: float = Field(default=0.1, ge=0, le=1)
+
+
 class CalibrationSet(Block):
     """Where calibration texts come from: a dataset (of the Hub, or `json`/`parquet` files), or `texts` given inline.
 
     Attributes:
         dataset: a dataset repo of the Hub, `json` or `parquet`.
-        text: template that turns a row into text, such as `{question} {answer}`.
+        text: template that turns a row into text, such as `{question} {answer}`; its last field is the answer.
+        prompt, answer: two templates instead, whose texts follow each other.
+        messages: column with a chat instead, which the base's chat template turns into text; the assistant's turns are
+            the answers.
+        weight: how much prompts count beside answers; by default all of a `text` counts alike, and of the others
+            prompts count 0.1.
         samples: number of texts.
         max_tokens: longer texts are cut to this.
         padding: `max_tokens` fills each sample up with end-of-text tokens, which then count like all others (as the
@@ -86,7 +101,11 @@ class CalibrationSet(Block):
     split: str = "train"
     data_files: str | tuple[str, ...] | None = None
     text: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    messages: str | None = None
     texts: tuple[str, ...] | None = None
+    weight: TokenWeights | None = None
     samples: int = Field(default=128, ge=1)
     max_tokens: int = Field(default=512, ge=1, le=1 << 20)
     seed: int = Field(default=42, ge=0)
@@ -96,13 +115,28 @@ class CalibrationSet(Block):
     def _one_source(self) -> "CalibrationSet":
         if (self.dataset is None) == (self.texts is None):
             raise ValueError("expected either `dataset` or inline `texts`")
-        if self.dataset is not None and not self.text:
-            raise ValueError('expected `text`, a template such as "{question} {answer}" that turns a row into text')
+        pair = (self.prompt or self.answer) is not None
+        if pair and not (self.prompt and self.answer):
+            raise ValueError(
+                'expected both `prompt` and `answer`, such as "Question: {question}\\nAnswer:" and " {answer}"'
+            )
+        if self.dataset is not None and sum((bool(self.text), pair, bool(self.messages))) != 1:
+            raise ValueError(
+                'expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
+                "`prompt` with `answer`; or `messages`, the column of a chat"
+            )
         if self.dataset in ("json", "parquet") and not self.data_files:
             raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
-        if self.texts is not None and (self.text or self.data_files or self.config):
-            raise ValueError("inline `texts` take no `text`, `config` or `data_files`")
+        if self.texts is not None and any((self.text, pair, self.messages, self.weight, self.data_files, self.config)):
+            raise ValueError("inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`")
         return self
+
+    @property
+    def prompt_weight(self) -> float:
+        """How much a token of a prompt counts, beside 1 of an answer."""
+        if self.weight is None:
+            return 1.0 if self.text or self.texts else TokenWeights().prompt
+        return self.weight.prompt
 
 
 class Importance(Block):
@@ -176,6 +210,7 @@ class Lewis(Block):
     Attributes:
         preset: `lewis_official` sets what the authors' code does (`OFFICIAL`).
         calibrations: name -> calibration set.
+        hold_back: whether a part of the calibration rows is held back to judge a fit in forward order.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
             (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
         aim: a step after the merge, for the covered tensors. It measures the base on the sets of all experts.
@@ -183,6 +218,7 @@ class Lewis(Block):
 
     preset: Literal["lewis_official"] | None = None
     calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
+    hold_back: bool = True
     importance: Importance = Importance()
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()

@@ -129,7 +129,7 @@ def registration_of(
         pictures=drawn,
         tables=tables,
         card=model_card(
-            recipe, base, experts, lineage, means, models, merged.ridge, adapter.to_text() if adapter else ""
+            recipe, base, experts, lineage, means, models, merged.fit, adapter.to_text() if adapter else ""
         ),
         tags=own,
         documents=_documents(models, metrics),
@@ -158,7 +158,7 @@ def model_card(
     lineage: Mapping[str, str],
     means: Mapping[str, float],
     models: Sequence[Scored] = (),
-    ridge: str = "",
+    fit: str = "",
     adapter: str = "",
 ) -> str:
     """The card of one merge.
@@ -167,7 +167,7 @@ def model_card(
         lineage: as `lineage_of`.
         means: expert -> mean density; empty for a plain merge.
         models: everything that was scored, the merged model last.
-        ridge: what `ridge: auto` chose, as a sentence.
+        fit: what is to be said of the fit, as a sentence.
         adapter: if it is an adapter, what it holds and what error it leaves.
     """
     found, parents = scores_of(models), [*([base] if base else []), *experts]
@@ -181,7 +181,7 @@ def model_card(
         mean_density=means,
         strategy=recipe.allocator.density.strategy if recipe.allocator else "",
         anchor=recipe.anchor.merge_method if recipe.anchor else "",
-        ridge=ridge,
+        fit=fit,
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
@@ -208,9 +208,8 @@ def write_card(
 ) -> None:
     """Put the card of a merge that was not scored, with the picture of its densities, into the model's folder."""
     means = dict(allocated.means) if allocated else {}
-    ridge = written.ridge.to_text() if written.ridge else ""
     adapter = written.adapter.to_text() if written.adapter else ""
-    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, ridge=ridge, adapter=adapter)
+    text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, fit=written.fit, adapter=adapter)
     card.write(written.folder, text, charts.densities(allocated) if allocated else None)
 
 

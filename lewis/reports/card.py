@@ -33,7 +33,7 @@ def model_card(
     mean_density: Mapping[str, float],
     strategy: str = "",
     anchor: str = "",
-    ridge: str = "",
+    fit: str = "",
     scores: Sequence[Mapping[str, object]],
     comparison: Sequence[Mapping[str, object]] = (),
     kept: Sequence[Mapping[str, object]] = (),
@@ -50,7 +50,7 @@ def model_card(
         mean_density: expert -> mean density; empty for a plain merge.
         strategy: how the densities were allocated; empty for a plain merge.
         anchor: the method whose merge the fit was pulled towards; empty if there was no such block.
-        ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
+        fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
         scores: rows of `lewis.evaluation.statistics.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.statistics.scored.comparison_rows`.
         kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
@@ -85,7 +85,7 @@ def model_card(
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`"
         f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}{how if strategy else ''}"
         f"{', as a LoRA adapter on the base' * bool(adapter)}.",
-        f"The fit: {ridge}." if ridge else "",
+        f"The fit: {fit}." if fit else "",
         _adapter(adapter, base or "", lineage) if adapter else "",
         "## Scores\n\n" + markdown_table(scores) if scores else "",
         "## What is kept of each expert's gain\n\n" + markdown_table(kept) if kept else "",

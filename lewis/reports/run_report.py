@@ -61,7 +61,7 @@ class RunFacts:
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
         means: expert -> mean density; empty for a plain merge.
-        ridge: what `ridge: auto` chose, as a sentence; empty if the recipe gave a number.
+        fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
         warning: what is perhaps wrong with what it was fitted to, as a sentence; else empty.
         links: text -> URL.
         adapter: if the merge is a LoRA adapter, what it holds and what error it leaves.
@@ -82,7 +82,7 @@ class RunFacts:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     verdict: Verdict | None = None
     means: Mapping[str, float] = field(default_factory=dict)
-    ridge: str = ""
+    fit: str = ""
     warning: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
     adapter: str = ""
@@ -106,7 +106,7 @@ def to_markdown(facts: RunFacts) -> str:
         _section("What is kept of each expert's gain", _kept(facts.kept)),
         _section("Compared, document by document", markdown_table(compared)),
         _verdict(facts.verdict),
-        _section("The fit", "\n\n".join(plain(each) for each in (facts.warning, facts.ridge) if each)),
+        _section("The fit", "\n\n".join(plain(each) for each in (facts.warning, facts.fit) if each)),
         _section("Mean density", markdown_table(means)),
         *(_section(plain(title), picture(title, png)) for title, png in facts.pictures.items()),
     ]

@@ -261,6 +261,8 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
     block = recipe.allocator if recipe.base_model else None
     aim = recipe.lewis.aim if recipe.lewis else None
     measured, uncovered = recipe.measures, block.density.uncovered if block else None
+    without_rows = recipe.fits and recipe.lewis is None
+    holds_back = recipe.lewis is not None and recipe.lewis.hold_back and recipe.fits and not recipe.needs_grams
 
     def given(results: Results) -> MergeInput:
         found = {ref: results.get(f"calibrate {name}") for ref, name in sets.items()}
@@ -272,10 +274,11 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
             text,
             results.get("allocate"),
             which,
-            known if len(known) == len(found) else {},
+            None if without_rows else known if len(known) == len(found) else {},
             aim.omega if aim else None,
             measured,
             uncovered,
+            holds_back,
         )
 
     return given
@@ -377,6 +380,6 @@ def _all_measured(recipe: Recipe) -> tuple[str, ...]:
 
 def _sets_of_fit(recipe: Recipe) -> dict[str, str]:
     """Expert -> the calibration set that it is fitted on; empty if the method fits nothing."""
-    if not recipe.fits or recipe.lewis is None:
+    if not recipe.fits or recipe.lewis is None or not recipe.lewis.calibrations:
         return {}
     return {entry.model: recipe.calibration_of(entry) for entry in recipe.experts}

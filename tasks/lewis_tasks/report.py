@@ -134,7 +134,7 @@ def report_run(
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         means=allocated.means if allocated else {},
-        ridge=merged.ridge,
+        fit=merged.fit,
         warning=warning_of_shared_set(recipe),
         links=links,
         adapter=merged.adapter.to_text() if merged.adapter else "",

@@ -32,7 +32,7 @@ def test_a_merge_gives_what_was_merged_with_its_card(recipe: Path, tmp_path: Pat
     assert merged.folder == tmp_path / "merged" and (merged.folder / "model.safetensors").is_file()
     assert merged.size and set(merged.mean_density) == {str(path) for path in family.experts}
     assert merged.card == (merged.folder / "README.md").read_text() != ""
-    assert merged.manifest["digest"] == merged.digest and merged.adapter is None and merged.ridge == ""
+    assert merged.manifest["digest"] == merged.digest and merged.adapter is None and merged.fit == ""
     assert {f"{family.math} on sums", "model.norm.weight"} <= {what for what, _, _ in seen}
     assert all(0 <= done <= total for _, done, total in seen)
     assert lewis.merge(lewis.Recipe.load(recipe), tmp_path / "again").digest == merged.digest

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; elsewhere, one line when each thing begins."""
+"""Progress bars on a terminal; elsewhere, a line when each thing begins, and one every ten seconds."""
 
 import sys
 import time
@@ -11,6 +11,9 @@ from lewis.progress import Report
 
 if TYPE_CHECKING:
     from lewis.merging.run import Merge, Written
+
+
+PAUSE = 10.0  # seconds between two lines
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,13 @@ def progress() -> Iterator[Report]:
     from rich.progress import TextColumn
 
     with _bars(TextColumn("{task.percentage:>3.0f} %")) as bars:
-        known: dict[str, Any] = {}
+        known, lines = dict[str, Any](), _Lines(bars)
 
         def report(what: str, done: int, total: int) -> None:
             if what not in known:
                 known[what] = _begin(bars, what, total)
             bars.update(known[what], completed=done)
+            lines.add(what, done, total)
 
         yield report
 
@@ -68,15 +72,30 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Writte
     traffic = prepared.traffic
     with _bars(*columns) as bars, PeakMemory() as memory:
         task, merged = _begin(bars, "merge", elements, tensors=f"0/{tensors}", rate=0.0), 0
+        lines = _Lines(bars)
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal merged
             merged += 1
             rate = traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
             bars.update(task, completed=done, tensors=f"{merged}/{tensors}", rate=rate)
+            lines.add("fit" if what == "fit" else "merge", done, total)
 
         written = prepared.run(*arguments, progress=report, **named)
     return written, Effort(time.perf_counter() - begun, traffic, memory.peak)
+
+
+class _Lines:
+    """Lines of progress where there is no terminal to draw bars on."""
+
+    def __init__(self, bars: Any) -> None:
+        self._off, self._next = bars.console.is_terminal, time.monotonic() + PAUSE
+
+    def add(self, what: str, done: int, total: int) -> None:
+        """Write how much is done, if the last line is old enough."""
+        if not self._off and time.monotonic() >= self._next:
+            self._next = time.monotonic() + PAUSE
+            sys.stderr.write(f"{what}: {100 * done / max(total, 1):.0f} %\n")
 
 
 def _bars(*columns: Any) -> Any:

@@ -78,11 +78,11 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
     written, effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=given.lineage())
     made = library.with_card(recipe, given, written)
     facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
-    facts |= {key: made.manifest[key] for key in ("adapter", "ridge") if key in made.manifest}
+    facts |= {key: made.manifest[key] for key in ("adapter", "ridge", "held_back") if key in made.manifest}
     size = f"{len(prepared.layout)} tensors, {made.size / 1e9:.2f} GB"
     if made.adapter:
         size = f"{made.adapter.to_text()}; {made.size / 1e6:.1f} MB"
-    text = f"{size}, digest {made.digest}\n{effort.to_text()}"
+    text = "\n".join(filter(None, [f"{size}, digest {made.digest}", made.fit, effort.to_text()]))
     return {**facts, "mean_density": made.mean_density}, text
 
 

@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
-from lewis.importance.workers import Workers
-from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import RIDGES, split
-from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.passes import Pass, stop
+from lewis.merging.fitting.fitted import Unwritten
+from lewis.merging.fitting.held_back import Fit
+from lewis.merging.fitting.losses import mean_loss, row_losses
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
-from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report
 
 logger = logging.getLogger(__name__)
-
-Fit = Callable[[Prepared, Path, Report | None, int | None], Fitted]
-"""Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,11 @@ def choose(
         LewisError: as `fit` and `mean_loss`, or if no loss is finite.
     """
     check(merge)
-    parts = [split(expert.calibration) for expert in merge.experts if expert.calibration]
+    parts = [
+        (expert.calibration, expert.held_back) if expert.held_back else split(expert.calibration)
+        for expert in merge.experts
+        if expert.calibration
+    ]
     file = folder / "ridges.json"
     folder.mkdir(parents=True, exist_ok=True)
     known = dict(store.read_entry(file) or {})
@@ -92,7 +88,8 @@ def choose(
         if str(ridge) not in known:
             candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
             place = folder / f"ridge-{ridge:g}"
-            loss = mean_loss(candidate, fit(candidate, place, report, threads), [held for _, held in parts], threads)
+            fitted = fit(candidate, place, report, threads)
+            loss = mean_loss(row_losses(Unwritten(candidate, fitted), [held for _, held in parts], threads))
             known[str(ridge)] = loss if math.isfinite(loss) else None
             store.write_entry(file, known)
             store.discard(place)
@@ -119,9 +116,6 @@ def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None
     return replace(merge, settings=replace(merge.settings, value=with_number), experts=experts)
 
 
-LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
-
-
 def check(merge: Prepared) -> None:
     """Raise InputError if the model does not predict the next token from those before it."""
     from lewis.importance.measure import network_of
@@ -132,63 +126,3 @@ def check(merge: Prepared) -> None:
             f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
             "model does not predict; give a number"
         )
-
-
-def mean_loss(merge: Prepared, fitted: Fitted, sets: Sequence[Calibration], threads: int | None = None) -> float:
-    """Nats per predicted token of the merged model: the mean over each set, then over the sets.
-
-    At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
-
-    Args:
-        merge: that was fitted.
-        fitted: its fitted tensors.
-        sets: held-out rows of each expert.
-        threads: by default one per core; any number gives the same bits.
-
-    Raises:
-        LewisError: if the model does not run its blocks in one order for every text.
-    """
-    from lewis.importance.batches import Batch, batches
-    from lewis.importance.measure import network_of
-    from lewis.importance.streaming import Weights
-
-    network = network_of(merge.base)
-    weights = Weights(network, Unwritten(merge, fitted), "cpu", torch.float32)
-    sums: dict[Batch, list[float]] = {}
-
-    def score(batch: Batch) -> None:
-        logits = network.module(input_ids=batch.ids, use_cache=False).logits
-        found = []
-        for row, length in enumerate(batch.lengths):
-            predicted, wanted = logits[row, : length - 1].float(), batch.ids[row, 1:length]
-            found.append(float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum")))
-        sums[batch] = found
-
-    at_most = max(1, LOGITS // input_embeddings(network.module).num_embeddings)
-    made = batches(sets, network, tokens=at_most)
-    passes = [Pass(batch, partial(score, batch)) for batch in made]
-    with ExitStack() as contexts:
-        contexts.enter_context(one_thread())
-        workers = contexts.enter_context(Workers(threads))
-        contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
-        weights.check()
-        weights.load(network.parameters_outside(with_head=True))
-        weights.move_buffers()
-        for path, block in network.blocks.items():
-            contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)
-        loaded: list[str] = []
-        while True:
-            workers.in_place([each.go_on for each in passes])
-            weights.drop(loaded)
-            places = {each.place for each in passes}
-            if len(places) > 1:
-                raise LewisError(f"the passes came to {sorted(map(str, places))[:3]} at once; give ridge a number")
-            if (place := places.pop()) is None:
-                break
-            loaded = list(network.parameters_in(place))
-            weights.load(loaded)
-    means = []
-    for of, calibration in enumerate(sets):
-        predicted = sum(len(sample) - 1 for sample in calibration.samples)
-        means.append(sum(sum(sums[batch]) for batch in made if batch.of == of) / predicted)
-    return sum(means) / len(means)

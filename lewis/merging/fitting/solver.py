@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from lewis.errors import LewisError
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.passes import Pair, Pass
 from lewis.merging.fitting.spill import Spill
+from lewis.merging.fitting.task_vectors import moved_rows
 from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import torch_dtype
+from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Covered
 
 if TYPE_CHECKING:
@@ -71,15 +74,16 @@ class Solver:
         """
         name = covered.tensor
         values = self._merge.parameters(name)
-        setting = (values["alpha"], tuple(values["weight"]))
+        setting = (values["alpha"], tuple(values["weight"]), feeds_other_tokens(place))
         moved = any(each.is_new for pairs in self._pairs for pair in pairs for each in (pair.own, pair.merged))
         if self._inputs is None or self._inputs[0] != setting or moved:
-            self._inputs = setting, Inputs(self._rows(setting[1]), values["ridge"], self._workers, setting[0])
+            self._inputs = setting, Inputs(self._rows(place, setting[1]), values["ridge"], self._workers, setting[0])
         self._inputs[1].ridge = values["ridge"]
         if covered.transposed:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
             with torch.inference_mode():
+                self._inputs[1].prior = self._prior(covered, values["prior"], weights)
                 residual = values.get("residual", 0.0)
                 whole = bool(residual) and place in self._streams and self._inputs[1].takes_outputs
                 additions = self._additions(place, residual, whole)
@@ -91,6 +95,13 @@ class Solver:
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
+
+    def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
+        if not strength or self._inputs is None:
+            return []
+        base = self._spill.keep(self._merge.base.read(covered.tensor), torch.float32)
+        moved = moved_rows(self._merge, covered.tensor, weights, base.T if covered.transposed else base)
+        return prior_rows(self._inputs[1].experts, moved, strength)
 
     def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
         """What the projection shall give in addition: what the merged model's residual stream lacks, and its bias.
@@ -117,6 +128,8 @@ class Solver:
             if bias is not None:
                 missing = missing + (-bias if whole else module.bias - bias)
             assert pair.own.rows is not None
+            factors = pair.own.batch.factors(place, pair.own.taken)
+            missing = missing if factors is None else missing * factors
             found[expert][i] = self._spill.keep(missing).expand(len(pair.own.rows), -1)
 
         self._workers(
@@ -128,11 +141,16 @@ class Solver:
         )
         return found
 
-    def _rows(self, weights: Sequence[float]) -> list[Rows]:
+    def _rows(self, place: str, weights: Sequence[float]) -> list[Rows]:
+        """The inputs of each expert, its tokens scaled so that they count as their calibration set says."""
+
+        def rows_of(each: Pass) -> torch.Tensor:
+            assert each.rows is not None
+            factors = each.batch.factors(place, each.taken)
+            return each.rows if factors is None else self._spill.keep(each.rows * factors)
+
         found = []
         for pairs, weight in zip(self._pairs, weights, strict=True):
-            own, merged = (
-                [each.rows for each in passes if each.rows is not None] for passes in zip(*pairs, strict=True)
-            )
+            own, merged = ([rows_of(each) for each in passes] for passes in zip(*pairs, strict=True))
             found.append(Rows(merged, own, weight))
         return found

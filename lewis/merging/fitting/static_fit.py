@@ -11,6 +11,7 @@ by the recipe's anchor, else by the method's own function. That is also what the
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,18 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from lewis.devices import default_device, one_thread
+from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
 from lewis.importance.step import find_or_measure_grams
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted
-from lewis.merging.fitting.static_solver import Group, bytes_of, parts_of, solve_group
+from lewis.merging.fitting.static_solver import Group, NoRows, Statistics, bytes_of, parts_of, solve_group
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.models.network.module_tree import Network
 from lewis.progress import Report
 
+logger = logging.getLogger(__name__)
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
 
@@ -53,14 +56,13 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
     blocks = _parts(network, merge)
     if not blocks:
         raise merge.nothing_to_fit()
-    statistics = [
-        Grams(find_or_measure_grams(expert.model, expert.calibration, device=default_device(), threads=threads))
-        for expert in merge.experts
-        if expert.calibration is not None
-    ]
-    names = dict.fromkeys(part.projection for each in blocks.values() for _, parts in each for part in parts)
-    for expert, grams in zip(merge.experts, statistics, strict=True):
-        warn_of_few_tokens(expert.ref, {n: (grams.tokens(n), grams.size(n) if n in grams else 0) for n in names})
+    sets = [expert.calibration for expert in merge.experts if expert.calibration is not None]
+    statistics: list[Statistics] = []
+    if any(each.samples for each in sets):
+        statistics += _measured(merge, sets, blocks, threads)
+    else:
+        logger.info("there are no calibration rows: the fit goes by the directions in which the experts' weights moved")
+        statistics += [NoRows(_inputs(network, blocks))] * len(merge.experts)
     fitted = Fitted(folder)
     groups = {
         block: _by_input([each for each in tensors if each[0].tensor not in fitted], statistics)
@@ -83,6 +85,30 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
             if progress:
                 progress("fit", done, max(total, 1))
     return fitted
+
+
+def _measured(
+    merge: Prepared, sets: Sequence[Calibration], blocks: Mapping[str, Group], threads: int | None
+) -> list[Grams]:
+    """The statistics of each expert; warns of what few tokens reached."""
+    statistics = [
+        Grams(find_or_measure_grams(expert.model, calibration, device=default_device(), threads=threads))
+        for expert, calibration in zip(merge.experts, sets, strict=True)
+    ]
+    names = dict.fromkeys(part.projection for each in blocks.values() for _, parts in each for part in parts)
+    for expert, grams in zip(merge.experts, statistics, strict=True):
+        warn_of_few_tokens(expert.ref, {n: (grams.tokens(n), grams.size(n) if n in grams else 0) for n in names})
+    return statistics
+
+
+def _inputs(network: Network, blocks: Mapping[str, Group]) -> dict[str, int]:
+    """Name of a projection -> its number of inputs."""
+    return {
+        part.projection: network.empty(covered.parameter).shape[-2 if covered.transposed else -1]
+        for tensors in blocks.values()
+        for covered, parts in tensors
+        for part in parts
+    }
 
 
 _Solve = Callable[[Group], "Iterator[tuple[str, torch.Tensor]]"]
@@ -121,7 +147,7 @@ def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
     return found
 
 
-def _by_input(tensors: Group, statistics: Sequence[Grams]) -> list[Group]:
+def _by_input(tensors: Group, statistics: Sequence[Statistics]) -> list[Group]:
     """The tensors that share their inputs together; those that take longest come first."""
     found = dict[Any, Group]()
     for covered, parts in tensors:

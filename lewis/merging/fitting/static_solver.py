@@ -12,8 +12,10 @@ from lewis.errors import LewisError
 from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.fitted import Unwritten
+from lewis.merging.fitting.task_vectors import moved_rows
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import Jobs
+from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.dtypes import torch_dtype
@@ -45,6 +47,29 @@ class Statistics(Protocol):
     def source(self, projection: str) -> str | None: ...
 
     def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows: ...
+
+
+class NoRows:
+    """The statistics of an expert without calibration rows; to be read as `gram_files.Grams`."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """
+        Args:
+            sizes: name of a projection -> its number of inputs.
+        """
+        self._sizes = sizes
+
+    def __contains__(self, projection: str) -> bool:
+        return True
+
+    def source(self, projection: str) -> str | None:
+        """Each projection has inputs of its own, of which nothing is known."""
+        return projection
+
+    def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
+        """No rows."""
+        none = [torch.empty(0, self._sizes[projection])]
+        return Rows(none, none, weight)
 
 
 def parts_of(network: Network, covered: Covered) -> list[Part]:
@@ -100,14 +125,17 @@ class _Solver:
     def _solve(self, covered: Covered, parts: Sequence[Part]) -> torch.Tensor:
         name = covered.tensor
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        *weights, anchor = self._read(name, [*readers, Unwritten(self._merge).read])
-        anchor = anchor.to(torch.float32)
         values = self._merge.parameters(name)
+        readers += [self._merge.base.read] if values["prior"] else []
+        anchor, *weights = self._read(name, [Unwritten(self._merge).read, *readers])
+        anchor = anchor.to(torch.float32)
         for part in parts:
             fitted, *own = (_part_of(tensor, part, covered) for tensor in (anchor, *weights))
-            start = fitted.contiguous()
+            start, own = fitted.contiguous(), [each.contiguous() for each in own]
             try:
-                self._of(part.projection, values).solve(start, [each.contiguous() for each in own], out=start)
+                inputs = self._of(part.projection, values)
+                inputs.prior = self._prior(name, part, inputs, own, values["prior"])
+                inputs.solve(start, own[: len(self._statistics)], out=start)
             except ValueError as error:
                 raise LewisError(f"{name}: {error}; a model is damaged") from error
             if start.data_ptr() != fitted.data_ptr():
@@ -117,6 +145,16 @@ class _Solver:
         if not bool(torch.isfinite(rounded).all()):
             raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
         return rounded
+
+    def _prior(
+        self, name: str, part: Part, inputs: Inputs, weights: Sequence[torch.Tensor], strength: float
+    ) -> list[Rows]:
+        """The prior of a part; `weights`: of the experts, then of the base."""
+        if not strength:
+            return []
+        *own, base = (each.float() for each in weights)
+        moved = moved_rows(self._merge, name, own, base, part=part.index is not None)
+        return prior_rows(inputs.experts, moved, strength)
 
     def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
         found = [torch.empty(0)] * len(readers)

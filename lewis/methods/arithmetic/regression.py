@@ -32,6 +32,11 @@ X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^
 
     W = W_a + E^T (X X^T + r I)^-1 X         (E with the rows of B_t added)
 
+A prior adds what the task vectors D_t = W_t - W_0 themselves tell of the inputs that matter to their experts, where the
+tokens are few: rows P_t with P_t^T P_t = n0 tau_t D_t^T D_t count as further tokens with Z_t = X_t and B_t = 0, where
+tau_t = tr(X_t^T X_t / tokens) / tr(D_t^T D_t) brings them to the scale of the inputs (`prior`). They do not count in
+the mean diagonal, by which the ridge is scaled. (Near: the task vectors' covariance of ACTMat, arXiv 2604.01329.)
+
 With alpha < 1, let Q be the part of the solution for which each input stands alone (`Uncorrelated`), D the diagonal
 matrix (1 - alpha) diag(S) + r I, and L = alpha X D^-1. Woodbury's identity gives
 
@@ -91,12 +96,15 @@ class Inputs:
         ridge: r in units of the mean diagonal of S; it may be changed between two layers.
         jobs: runs what is computed.
         alpha: factor of the off-diagonals, in [0, 1].
+        prior: rows of each expert's prior; none for all: there is none. They are those of one layer, and may be changed
+            between two layers, as the ridge.
     """
 
     experts: Sequence[Rows | Gram]
     ridge: float
     jobs: Jobs = one_after_another
     alpha: float = 1.0
+    prior: Sequence[Rows] = ()
     _grams: list[torch.Tensor] = field(default_factory=list)
     _shifts: list[torch.Tensor | None] | None = None
     _factor: tuple[float, Factor] | None = None  # the ridge, and what was factored with it
@@ -112,7 +120,7 @@ class Inputs:
         """Whether the dual form is cheaper, or the other one is too large; it needs the rows of all experts."""
         if any(isinstance(rows, Gram) for rows in self.experts):
             return False
-        return keeps_rows(self.size, sum(rows.tokens for rows in self.experts))
+        return keeps_rows(self.size, sum(rows.tokens for rows in (*self.experts, *self.prior)))
 
     @property
     def takes_outputs(self) -> bool:
@@ -144,7 +152,7 @@ class Inputs:
             ValueError: if the inputs are not finite.
         """
         out = torch.empty_like(anchor) if out is None else out
-        if self.size == 0 or all(rows.tokens == 0 for rows in self.experts):
+        if self.size == 0 or all(rows.tokens == 0 for rows in (*self.experts, *self.prior)):
             return out.copy_(anchor)
         besides = besides or [None] * len(self.experts)
         if self.is_dual:
@@ -161,9 +169,7 @@ class Inputs:
         out: torch.Tensor,
         whole: bool = False,
     ) -> torch.Tensor:
-        if self._factor is None or self._factor[0] != self.ridge:
-            self._factor = self.ridge, factorised(self._sum_of_products(), self.ridge, self.jobs)
-        factor = self._factor[1]
+        factor, products = self._factored()
         # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
         by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
@@ -172,7 +178,7 @@ class Inputs:
             ]
         shifts = [None] * len(self.experts) if by_token or self._shifts is None else self._shifts
         carries = self._carried is not None or len(anchor) > len(self.experts) * self.size
-        if carries and not by_token and not any(shift is not None for shift in shifts):
+        if carries and not self.prior and not by_token and not any(shift is not None for shift in shifts):
             return self._from_carried(anchor, weights, factor, out)
         alone = [
             shift_of_each(each.merged, each.own)
@@ -183,6 +189,8 @@ class Inputs:
 
         def job(part: slice) -> None:
             right = torch.zeros(part.stop - part.start, self.size, dtype=torch.float64)
+            for rows, gram, weight in zip(self.prior, products, weights, strict=False):
+                right.add_((weight[part].float() - anchor[part]) @ gram, alpha=rows.share)
             for rows, gram, shift, own_shift, weight, more in zip(
                 self.experts, self._grams, shifts, alone, weights, besides, strict=True
             ):
@@ -231,6 +239,35 @@ class Inputs:
         self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
         return out
 
+    def _factored(self) -> tuple[Factor, list[torch.Tensor]]:
+        """The factor of S + r I, and the products P_t^T P_t of the prior, fp32 (in, in)."""
+        if not self.prior:
+            if self._factor is None or self._factor[0] != self.ridge:
+                self._factor = self.ridge, factorised(self._sum_of_products(), self.ridge, self.jobs)
+            return self._factor[1], []
+        total = self._sum_of_products()
+        mean = self._mean(total.diagonal())
+        products = [torch.empty(self.size, self.size) for _ in self.prior]
+
+        def job(columns: slice) -> None:
+            for rows, gram in zip(self.prior, products, strict=True):
+                self._multiply(rows, columns, gram)
+                total[columns, columns.start :].add_(gram[columns, columns.start :], alpha=rows.share)
+
+        self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
+        return factorised(total, self.ridge, self.jobs, mean), products
+
+    def _mean(self, diagonal: torch.Tensor) -> float:
+        """The mean diagonal of S, given numbers with its sum; without any token, that of the prior at n0 = 1."""
+        return float(diagonal.sum()) / self.size or sum(rows.weight for rows in self.experts) / self.size
+
+    def _multiply(self, rows: Rows | Gram, columns: slice, gram: torch.Tensor) -> None:
+        """Write some rows of X_t^T X_t and, as it is symmetric, the same columns."""
+        block = _product(rows, columns)
+        self._damp(block, 0)
+        gram[columns, columns.start :] = block
+        gram[columns.start :, columns] = block.T
+
     def _sum_of_products(self) -> torch.Tensor:
         """S, fp64, on and above the diagonal; sets the X_t^T X_t, of which no more is computed."""
         total, known = torch.empty(self.size, self.size, dtype=torch.float64), bool(self._grams)
@@ -245,10 +282,7 @@ class Inputs:
             summed = total[columns, columns.start :].zero_()
             for rows, gram, same in zip(self.experts, self._grams, as_given, strict=True):
                 if not known and not same:
-                    block = _product(rows, columns)
-                    self._damp(block, 0)
-                    gram[columns, columns.start :] = block
-                    gram[columns.start :, columns] = block.T
+                    self._multiply(rows, columns, gram)
                 summed.add_(gram[columns, columns.start :], alpha=rows.share)
 
         self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
@@ -281,15 +315,20 @@ class Inputs:
     ) -> torch.Tensor:
         known = [rows for rows in self.experts if isinstance(rows, Rows)]
         total = sum(rows.tokens for rows in known)
-        stacked = Stacked(known, besides, [sampled(self.size, rows.tokens, total) for rows in known])
+        taken = [*(sampled(self.size, rows.tokens, total) for rows in known), *[None] * len(self.prior)]
+        stacked = Stacked([*known, *self.prior], [*besides, *[None] * len(self.prior)], taken)
         merged, more = stacked.merged, stacked.more
         parts, shifts = merged.split(stacked.counts), stacked.shifts
-        alone = Uncorrelated(parts, shifts, self.alpha, self.ridge) if self.alpha < 1 else None
+        weights = [*weights, *(weights if self.prior else ())]
+        alone = None
+        if self.alpha < 1:
+            alone = Uncorrelated(parts, shifts, self.alpha)
+            alone.add_ridge(self.ridge * self._mean(alone.diagonal(len(known))))
         left = merged if alone is None else merged * (self.alpha / alone.pull).float()
-        if self._factor is None or self._factor[0] != self.ridge:
+        if self._factor is None or self._factor[0] != self.ridge or self.prior:
             kernel = self._kernel(merged, left)
-            mean = float(kernel.diagonal().sum()) / self.size
-            ridge, mean = (self.ridge, mean) if alone is None else (1.0, 1.0)
+            of_tokens = kernel.diagonal()[: sum(stacked.counts[: len(known)])]
+            ridge, mean = (self.ridge, self._mean(of_tokens)) if alone is None else (1.0, 1.0)
             self._factor = self.ridge, factorised(kernel, ridge, self.jobs, mean)
             del kernel
         factor = self._factor[1]

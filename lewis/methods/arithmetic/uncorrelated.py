@@ -15,18 +15,15 @@ class Uncorrelated:
     """That part, of share 1 - alpha, with the ridge.
 
     Attributes:
-        pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,).
+        pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,); until `add_ridge` with r = 0.
     """
 
-    def __init__(
-        self, merged: Sequence[torch.Tensor], shifts: Sequence[torch.Tensor | None], alpha: float, ridge: float
-    ) -> None:
+    def __init__(self, merged: Sequence[torch.Tensor], shifts: Sequence[torch.Tensor | None], alpha: float) -> None:
         """Sum up the inputs.
 
         Args:
             merged, shifts: of each expert X_t and Z_t - X_t (None: 0) with rows scaled by sqrt(c_t), fp32 (tokens, in).
             alpha: factor of the off-diagonals, below 1.
-            ridge: r in units of the mean diagonal of S.
         """
         self._share = 1 - alpha
         self._squares = [x.double().square().sum(dim=0) for x in merged]
@@ -34,9 +31,15 @@ class Uncorrelated:
             torch.zeros(x.shape[1]).double() if shift is None else (shift * x).sum(dim=0).double()
             for x, shift in zip(merged, shifts, strict=True)
         ]
-        total = torch.stack(self._squares).sum(dim=0)
-        added = max(ridge * float(total.mean()), torch.finfo(torch.float32).tiny)
-        self.pull = self._share * total + added
+        self.pull = self._share * torch.stack(self._squares).sum(dim=0)
+
+    def diagonal(self, count: int) -> torch.Tensor:
+        """The diagonal of S of the first so many experts, fp64 (in,)."""
+        return torch.stack(self._squares[:count]).sum(dim=0)
+
+    def add_ridge(self, ridge: float) -> None:
+        """Add r to D."""
+        self.pull = self.pull + max(ridge, torch.finfo(torch.float32).tiny)
 
     def solution(self, anchor: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """Q = (1 - alpha) sum_t c_t [ (W_t - W_a) diag(X_t^T X_t) + W_t diag((Z_t - X_t)^T X_t) ] D^-1.

@@ -131,6 +131,14 @@ class LowRank:
             first += end - row
         return torch.cat(found)
 
+    def factor(self) -> torch.Tensor | None:
+        """F, fp32 (rank, in), with F^T F = D^T D, where D = scale * B @ A; None with a magnitude, or of a stack."""
+        if self.magnitude is not None or self.stack:
+            return None
+        a, b = self._factors(None)
+        with one_thread():
+            return (torch.linalg.qr(b, mode="r").R @ a).mul_(self.scale)
+
     def apply(self, values: torch.Tensor, start: int) -> None:
         """Add the delta; with a magnitude, set the norms."""
         values.add_(self.delta(start, start + values.numel()))

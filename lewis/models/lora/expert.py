@@ -106,6 +106,17 @@ class LoraExpert(View):
             part.change.apply(values[part.start : part.stop], part.place)
         return values.reshape(whole.shape)
 
+    def factor(self, name: str) -> torch.Tensor | None:
+        """A factor F of the products of a delta D, shape (out, in): F^T F = D^T D.
+
+        Returns:
+            fp32 (rank, in); None if the weight is not the base's with one plain low-rank delta.
+        """
+        parts = self._parts.get(self.tied.get(name, name), [])
+        if len(parts) != 1 or not parts[0].whole or not isinstance(parts[0].change, LowRank):
+            return None
+        return parts[0].change.factor()
+
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """One tensor's dtype and bits, as `Checkpoint.raw`; computed, in fp32, where the adapter has a delta."""
         if not self.touches(name):

@@ -40,9 +40,19 @@ def test_the_bar_tells_tensors_rate_and_time_left(
     }  # fmt: skip
 
 
-def test_elsewhere_it_is_one_line(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bars.run_merge(open_merge("linear", None, [family.math, family.code], parameters={"weight": 1}), tmp_path / "out")
+def test_elsewhere_it_is_one_line_and_one_every_ten_seconds(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = open_merge("linear", None, [family.math, family.code], parameters={"weight": 1})
+    bars.run_merge(merge, tmp_path / "out")
     assert capsys.readouterr().err == "merge ...\n"
+    monkeypatch.setattr(bars, "PAUSE", 0)
+    bars.run_merge(merge, tmp_path / "again")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + len(merge.layout) and lines[-1] == "merge: 100 %"
+    with bars.progress() as report:
+        report("measure", 1, 3)
+    assert capsys.readouterr().err.splitlines() == ["measure ...", "measure: 33 %"]
 
 
 def test_peak_memory_is_what_was_held_at_once() -> None:

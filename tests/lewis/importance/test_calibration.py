@@ -123,6 +123,44 @@ class TestSamples:
         (i,) = np.random.default_rng(42).permutation(20)[:1]
         assert found.samples == (ids(i, i),)
 
+    def test_of_answers_count_more_than_those_of_prompts(self, family: Family, data: Path) -> None:
+        """So does the last token before an answer, which predicts its first."""
+        file = {"dataset": "json", "data_files": "data/train.jsonl", "samples": 1}
+        pair = {"prompt": "w9 {question} ", "answer": "{answer}"}
+        (i,) = np.random.default_rng(42).permutation(20)[:1]
+        found = run(family.base, data, **file, **pair)
+        assert found == Calibration("sums", (ids(9, i, i + 1, i + 2),), ((0.1, 1, 1, 1),))
+        assert found == run(family.base, data, **file, text="w9 {question} {answer}", weight={"prompt": 0.1})
+        assert found.factors == [pytest.approx([0.4 / 3.1, 4 / 3.1, 4 / 3.1, 4 / 3.1])]
+        alike = run(family.base, data, **file, text="w9 {question} {answer}")
+        assert alike == run(family.base, data, **file, **pair, weight={"prompt": 1})
+        assert alike.weights is None and alike.digest != found.digest and Calibration.load(found.save()) == found
+        filled = run(family.base, data, **file, **pair, padding="max_tokens", max_tokens=5)
+        assert filled.weights == ((0.1, 1, 1, 1, 0.1),)
+        with pytest.raises(InputError, match=r"no token of an answer is left: the prompts fill max_tokens \(1\)"):
+            run(family.base, data, **file, **pair, max_tokens=1)
+
+    def test_of_chats_are_what_the_chat_template_writes(self, family: Family, tmp_path: Path) -> None:
+        tokenizer = shard(family.base, tmp_path / "chatty", parts=1)
+        template = (
+            "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}{{ m.content }} {% endfor %}"
+            "{% if add_generation_prompt %}w2 {% endif %}"
+        )
+        edit_json(tokenizer / "tokenizer_config.json", chat_template=template)
+        turns = [("user", "w5"), ("assistant", "w6 w7"), ("user", "w8"), ("assistant", "w9")]
+        row = {"chat": [{"role": role, "content": content} for role, content in turns], "bad": "w1"}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        file = {"dataset": "json", "data_files": "rows.jsonl"}
+        found = run(tokenizer, tmp_path, **file, messages="chat")
+        assert found.samples == (ids(1, 5, 2, 6, 7, 1, 8, 2, 9),)
+        assert found.weights == ((0.1, 0.1, 1, 1, 1, 0.1, 0.1, 1, 1),)
+        with pytest.raises(InputError, match="there is no column 'talk'; the dataset has chat, bad"):
+            run(tokenizer, tmp_path, **file, messages="talk")
+        with pytest.raises(InputError, match="expected a list of turns with `role` and `content` in column 'bad'"):
+            run(tokenizer, tmp_path, **file, messages="bad")
+        with pytest.raises(InputError, match="has no chat template; write `prompt` and `answer` instead"):
+            run(family.base, tmp_path, **file, messages="chat")
+
     def test_follow_a_tokenizer_that_changed_in_place(self, family: Family, tmp_path: Path) -> None:
         write_tokenizer(tmp_path / "t", ["a", "b"])
         before = run(tmp_path / "t", texts=["b"]).samples

@@ -57,7 +57,7 @@ def test_it_writes_a_recipe_that_fits(
     assert told["calibrations"] == {"./math": "gsm8k", "./lora: {x}": "sciq"} and told["tasks"] == ["gsm8k", "sciq"]
     recipe = Recipe.load(file)
     assert recipe.fits and [each.model for each in recipe.experts] == ["./math", "./lora: {x}"]
-    assert recipe.lewis and str(recipe.lewis.calibrations["gsm8k"].text).endswith("{answer}{{end}}")
+    assert recipe.lewis and str(recipe.lewis.calibrations["gsm8k"].answer).endswith("{answer}{{end}}")
     assert recipe.register_as and recipe.register_as.gate and recipe.register_as.gate.metric == "weighted/mean,none"
     assert recipe.evaluate
     check_names(recipe.evaluate, recipe.root, recipe.gate)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.cholesky import Factor
 from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.stacked import Stacked
 from lewis.methods.arithmetic.tokens import Gram, Rows
@@ -239,3 +240,51 @@ def test_what_the_experts_give_may_be_given_in_place_of_what_it_is_computed_from
     assert inputs.takes_outputs and not Inputs(experts, 1e-4).takes_outputs
     expected = inputs.solve(anchor, weights, more)
     assert torch.allclose(inputs.solve(anchor, weights, given, whole=True), expected, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    tokens=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    size=st.integers(1, 24),
+    outputs=st.integers(1, 9),
+    alpha=st.sampled_from([1.0, 0.3]),
+)
+def test_rows_of_a_prior_count_as_tokens_of_their_expert(
+    seed: int, tokens: list[int], size: int, outputs: int, alpha: float
+) -> None:
+    """Both forms give the least squares of all rows; the ridge goes by the tokens, or without any by the prior."""
+    ridge, base, anchor = 0.05, draw(seed, outputs, size), draw(seed + 99, outputs, size)
+    experts, weights = list[Rows](), [base + draw(seed + 10 * i + 2, outputs, size) for i in range(len(tokens))]
+    for i, count in enumerate(tokens):
+        merged = draw(seed + 10 * i + 3, count, size)
+        experts.append(Rows([merged], [merged], 1.0 + i))
+    prior = prior_rows(experts, [weight - base for weight in weights], 2.0)
+    traces = [float(each.merged[0].square().sum()) / count if (count := each.tokens) else 0.0 for each in experts]
+    unseen = sum(traces) / max(sum(map(bool, traces)), 1) or 1.0
+    for each, rows, trace in zip(experts, prior, traces, strict=True):
+        power = rows.share * float(rows.merged[0].square().sum())
+        assert power == pytest.approx(each.weight * 2.0 * (trace or unseen), rel=1e-4)
+    wanted = ridge * (sum(e.weight * t for e, t in zip(experts, traces, strict=True)) or sum(e.weight for e in experts))
+    seen = [(e, w) for e, w in [*zip(experts, weights, strict=True), *zip(prior, weights, strict=True)] if e.tokens]
+    in_all = sum(each.weight * float(each.merged[0].square().sum()) / each.tokens for each, _ in seen)
+    nothing = [torch.zeros(each.tokens, outputs) for each, _ in seen]
+    all_rows, all_weights = [each for each, _ in seen], [weight for _, weight in seen]
+    expected = by_least_squares(anchor, all_weights, all_rows, wanted / in_all, nothing, alpha)
+    for form in (Inputs._primal, Inputs._dual):
+        inputs = Inputs(experts, ridge, alpha=alpha, prior=prior)
+        found = form(inputs, anchor, weights, [None] * len(tokens), anchor.clone())
+        assert torch.allclose(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_prior_belongs_to_one_layer_of_those_that_share_inputs() -> None:
+    rows, anchor, weights = draw(1, 60, 8), draw(2, 4, 8), [draw(3, 4, 8), draw(4, 4, 8)]
+    shared = Inputs([Rows([rows], [rows]), Rows([rows], [rows])], 0.1)
+    plain = shared.solve(anchor, weights)
+    for strength in (1.0, 0.2):
+        shared.prior = prior_rows(shared.experts, weights, strength)
+        alone = Inputs(shared.experts, 0.1, prior=shared.prior)
+        assert torch.equal(shared.solve(anchor, weights), alone.solve(anchor, weights))
+    shared.prior = ()
+    assert torch.equal(shared.solve(anchor, weights), plain)
+    assert [each.tokens for each in prior_rows(shared.experts, [draw(5, 4, 8), torch.zeros(4, 8)], 1.0)] == [4, 0]

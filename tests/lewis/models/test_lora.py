@@ -40,13 +40,17 @@ def copy(adapter: Path, folder: Path) -> Path:
 def test_reads_as_peft_merges(family: Family, tmp_path: Path, variant: str) -> None:
     adapter = write_lora(family.base, tmp_path / "adapter", **VARIANTS[variant])
     merged = load_file(materialise(family.base, adapter, tmp_path / "merged") / "model.safetensors")
-    expert, touched = open_on(family.base, adapter), 0
+    expert, touched, factored = open_on(family.base, adapter), 0, 0
     for name in expert.tensors:
         torch.testing.assert_close(expert.read(name), merged[name], rtol=1e-6, atol=1e-7)
         base = expert.base.read(name)
         touched += expert.touches(name)
         assert expert.touches(name) == (not torch.equal(merged[name], base))
-    assert touched > 0
+        if (factor := expert.factor(name)) is not None and "embed" not in name:
+            delta = expert.read(name) - base
+            torch.testing.assert_close(factor.T @ factor, delta.T @ delta, rtol=1e-3, atol=1e-6)
+            factored += 1
+    assert touched > 0 and factored == sum("proj" in name for name in filter(expert.touches, expert.tensors))
 
 
 def test_reads_gpt2s_transposed_weights(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Anchor": ("anchor", ""),
     "Lewis": ("lewis", ""),
     "CalibrationSet": ("calibrations", ""),
+    "TokenWeights": ("calibrations", "weight."),
     "Importance": ("importance", ""),
     "Density": ("density", ""),
     "Aim": ("aim", ""),

@@ -209,7 +209,7 @@ class TestMistakes:
             ("{}", "lewis.calibrations: LEWIS runs models on"),
             ("{density: {strateg: uniform}}", "lewis.density.strateg: unknown key; did you mean 'strategy'?"),
             ("{calibrations: {s: {}}}", "lewis.calibrations.s: expected either `dataset` or inline `texts`"),
-            ("{calibrations: {s: {dataset: a}}}", "lewis.calibrations.s: expected `text`, a template"),
+            ("{calibrations: {s: {dataset: a}}}", "lewis.calibrations.s: expected one of: `text`, a template"),
             (
                 "{calibrations: {s: {dataset: json, text: '{a}'}}}",
                 "lewis.calibrations.s: dataset 'json' needs `data_files`",

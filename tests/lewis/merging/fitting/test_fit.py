@@ -1,6 +1,7 @@
 """Merging by regression on calibration rows: against a plain implementation, and what must not change the result."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from tests.support.models import WORDS, parse, rewrite, write_expert, write_llam
 
 pytestmark = pytest.mark.usefixtures("home")
 RIDGE = 1e-3
+SPEC = {"dataset": "json", "prompt": "{question} ", "answer": "{answer}", "samples": 6, "weight": {"prompt": 0.25}}
 
 
 def texts(seed: int, count: int = 6) -> list[str]:
@@ -42,7 +44,10 @@ def recipe_of(base: Path, experts: list[Path], method: str = "regmean_forward", 
     sets = {f"s{path.name}": {"texts": texts(len(path.name)), "samples": 6} for path in experts}
     models = [{"model": str(path), "calibration": f"s{path.name}"} for path in experts]
     data = {"merge_method": method, "base_model": str(base), "models": models, "parameters": {"ridge": RIDGE}}
-    return parse({**data, "lewis": {"calibrations": sets}, **blocks})
+    recipe = {**data, "lewis": {"calibrations": sets}, **blocks}
+    if method == "regmean_forward" and recipe["lewis"]:
+        recipe["lewis"] = {"hold_back": False, **recipe["lewis"]}
+    return parse(recipe)
 
 
 def prepare(recipe: Recipe) -> Merge:
@@ -59,7 +64,7 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
     """The definition, one projection after another, each with passes of its own through whole models."""
     models = [AutoModelForCausalLM.from_pretrained(e.model.folder, dtype=torch.float32) for e in merge.experts]
     merged = AutoModelForCausalLM.from_pretrained(merge.base.folder, dtype=torch.float32)
-    base = merged.state_dict()
+    base = {n: b.clone() for n, b in merged.state_dict().items()}
     anchor = {n: b + sum(m.state_dict()[n] - b for m in models) for n, b in base.items()}
     merged.load_state_dict(anchor)
 
@@ -79,27 +84,47 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
             for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
                 path = f"model.layers.{layer}.{name}_proj"
                 start = anchor[f"{path}.weight"].double()
-                left, right = 0.0, 0.0
+                left, right, prior, pulled = 0.0, 0.0, 0.0, 0.0
                 for expert, model in zip(merge.experts, models, strict=True):
-                    samples = expert.calibration.samples
+                    samples, weights = expert.calibration.samples, expert.calibration.factors
                     own = inputs(model, path, samples)
                     there = inputs(merged, path, samples) if forward else own
-                    left = left + there.T @ there / len(own)
+                    counts = torch.ones(len(own), 1, dtype=torch.float64)
+                    if weights and name not in ("self_attn.k", "self_attn.v"):
+                        counts = torch.cat([torch.tensor(each) for each in weights]).double()[:, None]
+                    left = left + there.T @ (counts * there) / len(own)
                     wanted = own @ model.state_dict()[f"{path}.weight"].double().T - there @ start.T
                     if forward and name in before:
                         norm = f"model.layers.{layer}.{before[name]}"
                         wanted = wanted + inputs(model, norm, samples) - inputs(merged, norm, samples)
-                    right = right + wanted.T @ there / len(own)
-                left = left + RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+                    right = right + wanted.T @ (counts * there) / len(own)
+                    moved = model.state_dict()[f"{path}.weight"].double() - base[f"{path}.weight"].double()
+                    tau = (counts * there.square()).sum() / len(there) / moved.square().sum()
+                    prior = prior + tau * moved.T @ moved
+                    pulled = pulled + tau * (model.state_dict()[f"{path}.weight"].double() - start) @ moved.T @ moved
+                ridge = RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+                left, right = left + prior, right + pulled
+                left = left + ridge
                 found[f"{path}.weight"] = (start + right @ torch.linalg.inv(left)).float()
                 merged.get_submodule(path).weight.copy_(found[f"{path}.weight"])
     return {n: found.get(n, anchor[n]) for n in merge.layout}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
-def test_equals_a_plain_implementation(method: str, family: Family, tmp_path: Path) -> None:
-    recipe = recipe_of(family.base, family.experts, method)
+def test_equals_a_plain_implementation(method: str, weighted: bool, family: Family, tmp_path: Path) -> None:
+    blocks = {}
+    if weighted:
+        for i, path in enumerate(family.experts):
+            rows = [{"question": text, "answer": text[: 3 * i + 9]} for text in texts(i)]
+            (tmp_path / f"{path.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets = {
+            f"s{path.name}": {"data_files": str(tmp_path / f"{path.name}.jsonl"), **SPEC} for path in family.experts
+        }
+        blocks = {"lewis": {"calibrations": sets}}
+    recipe = recipe_of(family.base, family.experts, method, **blocks)
+    assert weighted == all(expert.calibration.weights is not None for expert in prepare(recipe).experts)
     expected = plainly(prepare(recipe), forward=method == "regmean_forward")
     found = run(recipe, tmp_path / "out")
     assert found.keys() == expected.keys()
@@ -154,6 +179,7 @@ def test_other_rows_ridge_or_weights_give_another_digest(family: Family) -> None
         recipe_of(family.base, family.experts, parameters={"ridge": 1.0}),
         recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "weight": 0.5}),
         recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "alpha": 0.5}),
+        recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "prior": 0.5}),
         recipe_of(family.base, family.experts, "regmean"),
         Recipe.parse(recipe.text, root=Path("/"), overrides=["lewis.calibrations.smath.samples=5"]),
     ]
@@ -327,7 +353,7 @@ def test_passes_keep_only_the_tokens_that_a_wide_layer_is_fitted_on(
 ) -> None:
     monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_ABOVE", 20)  # of 16 and 32 inputs
     monkeypatch.setattr("lewis.methods.arithmetic.regression.DUAL_TOKENS", 30)
-    recipe = recipe_of(family.base, family.experts)
+    recipe = recipe_of(family.base, family.experts, parameters={"ridge": RIDGE, "prior": 0})
     found = run(recipe, tmp_path / "found")
     monkeypatch.setattr(
         "lewis.merging.fitting.fit.sampled", lambda *_: None
@@ -405,7 +431,9 @@ class TestRefused:
         with pytest.raises(RecipeError) as refused:
             recipe_of(family.base, family.experts, lewis={}, models=[{"model": str(each)} for each in family.experts])
         told = str(refused.value)
-        assert told.count("lewis.calibrations") == 1 and "add lewis: {calibrations: {NAME: {dataset: ..., text:" in told
+        assert (
+            told.count("lewis.calibrations") == 1 and "add lewis: {calibrations: {NAME: {dataset: ..., prompt:" in told
+        )
 
     def test_with_densities(self, family: Family) -> None:
         block = {"calibrations": {"a": {"texts": ["w1 w2"], "samples": 1}}, "density": {"budget": 0.5}}

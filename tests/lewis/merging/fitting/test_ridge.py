@@ -15,7 +15,9 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import RIDGES, split
 from lewis.merging.fitting import fit as forward_order
 from lewis.merging.fitting import ridge
-from lewis.merging.fitting.ridge import Choice, choose, mean_loss, with_ridge
+from lewis.merging.fitting.fitted import Unwritten
+from lewis.merging.fitting.losses import mean_loss, row_losses
+from lewis.merging.fitting.ridge import Choice, choose, with_ridge
 from lewis.models.network.module_tree import Network
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
@@ -49,7 +51,7 @@ def test_the_loss_is_that_of_the_written_model(tied: bool, tmp_path: Path) -> No
         wanted = torch.cat([torch.tensor(sample[1:]) for sample in each.samples])
         means.append(float(torch.nn.functional.cross_entropy(torch.cat(logits), wanted)))
     fitted = forward_order.fit(merge, tmp_path / "fitted")
-    found = [mean_loss(merge, fitted, sets, threads) for threads in (1, 3)]
+    found = [mean_loss(row_losses(Unwritten(merge, fitted), sets, threads)) for threads in (1, 3)]
     assert found[0] == pytest.approx(sum(means) / len(means), rel=1e-5) and found[0] == found[1]
 
 
@@ -65,10 +67,9 @@ def test_gives_the_bytes_of_the_number_that_it_chose_for_any_number_of_threads(
     told = [json.loads((tmp_path / name / "lewis.json").read_text())["ridge"] for name in ("one", "two")]
     assert told[0] == told[1] and [row[0] for row in told[0]["losses"]] == list(RIDGES)
     assert told[0]["ridge"] == min(told[0]["losses"], key=lambda row: row[1])[0]
-    assert written.ridge and written.ridge.to_text() in caplog.text and "ridge: auto chose" in caplog.text
+    assert written.fit.startswith("ridge: auto chose") and written.fit in caplog.text
     number = prepare(recipe_of(family.base, family.experts, method, parameters={"ridge": told[0]["ridge"]}))
-    ridge = number.run(tmp_path / "number").ridge
-    assert number.digest != merge.digest and ridge is None
+    assert number.digest != merge.digest and not number.run(tmp_path / "number").fit
     expected = weights(tmp_path / "number")
     for name in ("one", "two"):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / name).items())
@@ -89,7 +90,9 @@ class TestChoice:
             found.append(number)
             return self.LOSSES[RIDGES.index(number)]
 
-        monkeypatch.setattr(ridge, "mean_loss", loss)
+        monkeypatch.setattr(ridge, "Unwritten", lambda merge, fitted: merge)
+        monkeypatch.setattr(ridge, "row_losses", loss)
+        monkeypatch.setattr(ridge, "mean_loss", lambda found: found)
         return found
 
     def chosen(self, family: Family, folder: Path, **fit: Any) -> Choice:
@@ -120,6 +123,8 @@ class TestChoice:
         assert seen == [[split(each)[0] for each in sets]] * len(RIDGES)
 
     def test_no_finite_loss_is_an_error(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ridge, "Unwritten", lambda *_: None)
+        monkeypatch.setattr(ridge, "row_losses", lambda *_: [])
         monkeypatch.setattr(ridge, "mean_loss", lambda *_: float("nan"))
         with pytest.raises(LewisError, match="auto found no finite loss"):
             self.chosen(family, tmp_path)

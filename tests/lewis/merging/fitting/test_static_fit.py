@@ -1,5 +1,6 @@
 """The fit to statistics that the importance step has left: by hand, of a mixture, after a kill, and what it tells."""
 
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lewis import store
+from lewis.errors import InputError
 from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
@@ -158,7 +160,8 @@ def mixture(folder: Path, stacked: bool, method: str = "regmean") -> tuple[Merge
     opened = [Checkpoint(each, each.name) for each in folders]
     models = [{"model": str(each)} for each in folders[1:]]
     block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models))
+    parameters = {"ridge": RIDGE, "prior": 0}
+    settings = resolve(recipe_of(folders[0], folders[1:], method, lewis=block, models=models, parameters=parameters))
     sets = [Calibration("a", SAMPLES), Calibration("b", SAMPLES[::-1])]
     experts = [
         Expert(str(each), model, calibration=own)
@@ -223,3 +226,31 @@ def test_an_expert_that_saw_no_token_is_the_sum(tmp_path: Path, caplog: pytest.L
     assert any(unseen) and not all(unseen)
     assert "no token of its calibration set reached" in caplog.text
     assert step.grams_place(merge.experts[0].model.key, one.digest, "cpu")[1].is_dir()
+
+
+def test_without_rows_the_fit_goes_by_where_the_weights_moved(
+    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [{"model": str(path)} for path in family.experts]
+    recipe = recipe_of(family.base, family.experts, "regmean", lewis=None, models=models)
+    merge = prepare(recipe)
+    with caplog.at_level(logging.INFO):
+        found = run(recipe, tmp_path / "out")
+    assert "there are no calibration rows" in caplog.text and "saw fewer tokens" not in caplog.text
+    for name, start in ((name, merge.tensor(name).double()) for name in merge.layout):
+        if "_proj" not in name:
+            assert torch.equal(found[name], start.float())
+            continue
+        left, right = torch.zeros(start.shape[1], start.shape[1]).double(), torch.zeros_like(start)
+        for expert in merge.experts:
+            weight = expert.model.read(name).double()
+            moved = weight - merge.base.read(name).double()
+            products = moved.T @ moved / moved.square().sum()
+            left, right = left + products, right + (weight - start) @ products
+        left += RIDGE * 2 / len(left) * torch.eye(len(left)).double()
+        assert torch.allclose(found[name].double(), start + right @ torch.linalg.inv(left), rtol=1e-3, atol=1e-4), name
+    rows = recipe_of(family.base, family.experts, "regmean")
+    assert prepare(rows).digest != merge.digest
+    for parameters in ({"prior": 0}, {"ridge": "auto"}):
+        with pytest.raises(InputError, match=r"regmean without lewis\.calibrations fits to the task vectors alone"):
+            prepare(recipe_of(family.base, family.experts, "regmean", lewis=None, models=models, parameters=parameters))

@@ -1,0 +1,151 @@
+"""A fit is believed only if it holds on rows that it has not seen: a part of the calibration rows is held back for it.
+
+On these rows the merged model stands beside the experts, each on its own rows, and beside the anchor, which is what the
+merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
+repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
+unless its rows lose even more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lewis.merging.fitting.fitted import Fitted, Unwritten
+from lewis.merging.fitting.losses import RowLoss, mean_loss, row_losses
+from lewis.merging.prepared import Prepared
+from lewis.methods import Parameter
+from lewis.progress import Report
+
+logger = logging.getLogger(__name__)
+BROKEN = 1.0  # nats per token that a row may lose
+LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter -> its factor, and the least value, of a second fit
+
+Fit = Callable[[Prepared, Path, Report | None, int | None], Fitted]
+"""Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a merged model is from the experts on held-back rows.
+
+    Attributes:
+        mean: nats per token above each expert on its own rows, the mean over the experts.
+        worst: of the row that loses most.
+        experts: reference of each expert -> the mean over its rows.
+    """
+
+    mean: float
+    worst: float
+    experts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the held-back rows say of a merge that is fitted.
+
+    Attributes:
+        rows: how many were held back.
+        anchor: the anchor's distance.
+        fits: of the fit, and of the second if there was one.
+        taken: the index of the fit that was taken; None: the anchor was.
+    """
+
+    rows: int
+    anchor: Distance
+    fits: tuple[Distance, ...]
+    taken: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data, for the manifest of the merged model."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Verdict:
+        """What `to_json` gave."""
+        anchor, fits = Distance(**data["anchor"]), tuple(Distance(**each) for each in data["fits"])
+        return cls(data["rows"], anchor, fits, data["taken"])
+
+    def to_text(self) -> str:
+        """A sentence."""
+        taken = self.anchor if self.taken is None else self.fits[self.taken]
+        text = (
+            f"{self.rows} held-back rows: {taken.mean:+.4f} nats per token from the experts, the worst row "
+            f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
+        )
+        text += "".join(f"; {ref} {mean:+.4f}" for ref, mean in taken.experts.items())
+        first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
+        if self.taken is None:
+            return f"the fit did not hold and is left out, the anchor is taken ({first}); {text}"
+        again = f"; fitted again with a larger ridge and prior, since the first fit had {first}"
+        return text + again * bool(self.taken)
+
+
+def is_needed(merge: Prepared) -> bool:
+    """Whether rows are held back that can judge the fit: of a model that predicts the next token."""
+    from lewis.importance.measure import network_of
+
+    if not any(expert.held_back for expert in merge.experts):
+        return False
+    network = network_of(merge.base)
+    return not (network.encodes or network.looks_ahead)
+
+
+def fit_and_judge(
+    merge: Prepared, folder: Path, fit: Fit, progress: Report | None = None, threads: int | None = None
+) -> tuple[Fitted, Verdict]:
+    """Fit a merge, and take the fit only if it holds on the rows that were held back.
+
+    Args:
+        merge: some of whose experts have rows that were held back.
+        folder: for what is fitted; what a killed process has fitted there is found again.
+        fit: fits a merge.
+        progress: as that of `fit`.
+        threads: by default one per core; any number gives the same bytes.
+
+    Returns:
+        What was fitted, nothing if the anchor is taken; and why.
+
+    Raises:
+        LewisError: as `fit` and `row_losses`.
+    """
+    sets = {expert.ref: expert.held_back for expert in merge.experts if expert.held_back}
+    models = {expert.ref: expert.model for expert in merge.experts}
+    experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
+
+    def distance(model: Unwritten) -> Distance:
+        return _distance(dict(zip(sets, row_losses(model, list(sets.values()), threads), strict=True)), experts)
+
+    anchor, fits, fitted = distance(Unwritten(merge)), list[Distance](), list[Fitted]()
+    for number, candidate in enumerate((merge, _with_larger(merge))):
+        fitted.append(fit(candidate, folder / f"fit-{number}", progress, threads))
+        fits.append(distance(Unwritten(candidate, fitted[-1])))
+        if fits[-1].mean <= anchor.mean and fits[-1].worst <= BROKEN:
+            break
+    holds = fits[-1].mean <= anchor.mean and fits[-1].worst <= BROKEN
+    better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
+    taken = len(fits) - 1 if holds else min(better, key=lambda i: fits[i].mean, default=None)
+    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken)
+    logger.log(logging.INFO if holds else logging.WARNING, "%s", verdict.to_text())
+    return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
+
+
+def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> Distance:
+    pairs = [pair for ref in experts for pair in zip(merged[ref], experts[ref], strict=True)]
+    worst = max((own.nats / own.weight - expert.nats / expert.weight for own, expert in pairs), default=0.0)
+    each = {ref: mean_loss([merged[ref]]) - mean_loss([experts[ref]]) for ref in experts}
+    return Distance(sum(each.values()) / len(each), worst, each)
+
+
+def _with_larger(merge: Prepared) -> Prepared:
+    value = merge.settings.value
+
+    def larger(parameter: Parameter, *where: Any) -> Any:
+        factor, least = LARGER.get(parameter.name, (1.0, None))
+        given = value(parameter, *where)
+        return given if least is None else max(factor * given, least)
+
+    return replace(merge, settings=replace(merge.settings, value=larger))

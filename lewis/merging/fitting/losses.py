@@ -1,0 +1,102 @@
+"""The loss of a model on calibration rows, row by row; the model need not be written for it, nor fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+from lewis.devices import one_thread
+from lewis.errors import LewisError
+from lewis.importance.calibration import Calibration
+from lewis.importance.workers import Workers
+from lewis.lazy_torch import torch
+from lewis.merging.fitting.passes import Pass, stop
+from lewis.models.network.network_class import input_embeddings
+
+LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
+
+
+class RowLoss(NamedTuple):
+    """The loss of one row.
+
+    Attributes:
+        nats: cross-entropy of the next token, summed over the tokens that are predicted, each by its weight.
+        weight: the sum of their weights; without weights, their number.
+    """
+
+    nats: float
+    weight: float
+
+
+def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = None) -> list[list[RowLoss]]:
+    """The loss of each row, of each set; the rows of a set by length, longest first, alike for all models.
+
+    At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
+
+    Args:
+        model: reads like a checkpoint.
+        sets: the rows; those of one token give no loss.
+        threads: by default one per core; any number gives the same bits.
+
+    Raises:
+        LewisError: if the model does not run its blocks in one order for every text.
+    """
+    from lewis.importance.batches import Batch, batches
+    from lewis.importance.measure import network_of
+    from lewis.importance.streaming import Weights
+
+    network = network_of(model)
+    weights = Weights(network, model, "cpu", torch.float32)
+    found: dict[Batch, list[RowLoss]] = {}
+
+    def score(batch: Batch) -> None:
+        logits = network.module(input_ids=batch.ids, use_cache=False).logits
+        rows = []
+        for row, length in enumerate(batch.lengths):
+            predicted, wanted = logits[row, : length - 1].float(), batch.ids[row, 1:length]
+            if batch.weights is None:
+                loss = float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum"))
+                rows.append(RowLoss(loss, length - 1))
+            else:
+                counts = batch.weights[row, 1:length]
+                losses = torch.nn.functional.cross_entropy(predicted, wanted, reduction="none")
+                rows.append(RowLoss(float((losses * counts).sum()), float(counts.sum())))
+        found[batch] = rows
+
+    at_most = max(1, LOGITS // input_embeddings(network.module).num_embeddings)
+    made = batches(sets, network, tokens=at_most)
+    passes = [Pass(batch, partial(score, batch)) for batch in made]
+    with ExitStack() as contexts:
+        contexts.enter_context(one_thread())
+        workers = contexts.enter_context(Workers(threads))
+        contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
+        weights.check()
+        weights.load(network.parameters_outside(with_head=True))
+        weights.move_buffers()
+        for path, block in network.blocks.items():
+            contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)
+        loaded: list[str] = []
+        while True:
+            workers.in_place([each.go_on for each in passes])
+            weights.drop(loaded)
+            places = {each.place for each in passes}
+            if len(places) > 1:
+                raise LewisError(
+                    f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its blocks in "
+                    "one order for every text; give ridge a number, and set lewis.hold_back to false"
+                )
+            if (place := places.pop()) is None:
+                break
+            loaded = list(network.parameters_in(place))
+            weights.load(loaded)
+    return [
+        [row for batch in made if batch.of == of for row in found[batch] if row.weight] for of, _ in enumerate(sets)
+    ]
+
+
+def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:
+    """Nats per predicted token: the mean over the tokens of each set by their weights, then over the sets."""
+    means = [sum(row.nats for row in each) / sum(row.weight for row in each) for each in rows if each]
+    return sum(means) / max(len(means), 1)

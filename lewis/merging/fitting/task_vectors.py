@@ -1,0 +1,37 @@
+"""What the prior of a fit is made of: the rows of the experts' task vectors, or fewer with the same products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lewis.lazy_torch import torch
+from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.prior import even_share
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
+from lewis.models.lora.expert import LoraExpert
+
+
+def moved_rows(
+    merge: Prepared, tensor: str, weights: Sequence[torch.Tensor], base: torch.Tensor, *, part: bool = False
+) -> list[torch.Tensor]:
+    """Of each expert, rows with the products of its task vector: the factor of an adapter, or the task vector itself.
+
+    Args:
+        merge: whose experts they are.
+        tensor: its name.
+        weights: of the experts, fp32 (out, in).
+        base: alike.
+        part: whether these are only a part of the tensor.
+
+    Returns:
+        fp32 (rows, in); of a very wide layer an even share of the rows.
+    """
+    found = []
+    for expert, weight in zip(merge.experts, weights, strict=True):
+        rows = None
+        if not part and isinstance(expert.model, LoraExpert) and expert.model.base.key == merge.base.key:
+            rows = expert.model.factor(tensor)
+        rows = weight - base if rows is None else rows
+        wide = base.shape[1] > DUAL_ABOVE
+        found.append(even_share(rows, DUAL_TOKENS // len(merge.experts)) if wide else rows)
+    return found

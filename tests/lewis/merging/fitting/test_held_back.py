@@ -1,0 +1,120 @@
+"""Rows that are held back to judge a fit: which they are, and what is concluded from them."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lewis.importance.calibration import Calibration
+from lewis.merging.calibration_rows import hold_back
+from lewis.merging.fitting import held_back
+from lewis.merging.fitting.held_back import Distance, Verdict
+from lewis.merging.run import Merge, text_of_fit
+from lewis.models.network.module_tree import Network
+from tests.conftest import Family
+from tests.lewis.merging.fitting.test_fit import prepare, recipe_of, texts
+from tests.support.models import write_expert, write_llama
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
+
+
+def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
+    rows = tuple((i, i) for i in range(90))
+    fitted_to, held = hold_back(Calibration("a", rows, tuple((0.1, 1.0) for _ in rows)))
+    assert held is not None and held.samples == rows[3:64:4] and held.weights == ((0.1, 1.0),) * 16
+    assert sorted(fitted_to.samples + held.samples) == list(rows)
+    assert hold_back(Calibration("a", rows[:3])) == (Calibration("a", rows[:3]), None)
+    short = Calibration("a", ((1, 2), (1, 2), (1, 2), (3,)))  # a row of one token predicts nothing
+    assert hold_back(short) == (short, None)
+
+
+def held(family: Family, **parameters: Any) -> Merge:
+    sets = {f"s{path.name}": {"texts": texts(len(path.name), 9), "samples": 9} for path in family.experts}
+    block = {"calibrations": sets, "hold_back": True}
+    return prepare(recipe_of(family.base, family.experts, lewis=block, parameters={"ridge": 0.1, **parameters}))
+
+
+def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
+    merge = held(Family(base, *experts, lora=base))
+    written = merge.run(tmp_path / "out", threads=1)
+    verdict = Verdict.from_json(json.loads((tmp_path / "out" / "lewis.json").read_text())["held_back"])
+    assert written.fit == verdict.to_text() and verdict.rows == 4
+
+    def losses(folder: Path, rows: Calibration) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            each = [model(torch.tensor([row]), labels=torch.tensor([row])).loss for row in rows.samples]
+        return torch.stack(each)
+
+    means, rows = [], []
+    for expert in merge.experts:
+        assert expert.held_back and len(expert.held_back.samples) == 2 and len(expert.calibration.samples) == 7
+        own, there = losses(expert.model.folder, expert.held_back), losses(tmp_path / "out", expert.held_back)
+        counts = torch.tensor([len(row) - 1 for row in expert.held_back.samples])
+        means.append(float(((there - own) * counts).sum() / counts.sum()))
+        rows += (there - own).tolist()
+    taken = verdict.anchor if verdict.taken is None else verdict.fits[verdict.taken]
+    assert taken.mean == pytest.approx(sum(means) / 2, abs=1e-5)
+    assert list(taken.experts) == [expert.ref for expert in merge.experts]
+    assert list(taken.experts.values()) == pytest.approx(means, abs=1e-5)
+    assert taken.worst == pytest.approx(max(rows), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "seen, taken",
+    [
+        ([(0.2, 0.9), (0.1, 0.5)], 0),
+        ([(0.2, 0.9), (0.1, 1.5), (0.15, 0.8)], 1),  # a row is broken
+        ([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1),  # worse than the anchor
+        ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None),
+        ([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0),  # broken, but the anchor is more so
+        ([(0.2, 0.9), (float("nan"), float("nan")), (0.1, 0.5)], 1),
+    ],
+)
+def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
+    seen: list[tuple[float, float]],
+    taken: int | None,
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    merge, distances = held(family, prior=0.5), [Distance(*each) for each in seen]
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    with caplog.at_level(logging.INFO):
+        written = merge.run(tmp_path / "out")
+    verdict = Verdict.from_json(written.manifest["held_back"])
+    assert verdict.taken == taken and len(verdict.fits) == len(seen) - 1 and not distances
+    assert written.fit == text_of_fit(written.manifest) and written.fit in caplog.text
+    assert ("the anchor is taken" in written.fit) == (taken is None)
+    plain = tmp_path / "plain"
+    if taken is None:
+        expected = {name: merge.tensor(name) for name in merge.layout}
+    else:
+        sets = [expert.calibration for expert in merge.experts]
+        values = {"ridge": 0.1, "prior": 0.5} if taken == 0 else {"ridge": 1.0, "prior": 3.0}
+        given = recipe_of(family.base, family.experts, parameters=values)
+        again = prepare(given)
+        from dataclasses import replace
+
+        experts = tuple(replace(e, calibration=rows) for e, rows in zip(again.experts, sets, strict=True))
+        replace(again, experts=experts).run(plain)
+        expected = load_file(plain / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_nothing_is_judged_where_nothing_can_be(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "held_back" not in prepare(recipe_of(family.base, family.experts)).run(tmp_path / "off").manifest
+    assert held(family).digest != prepare(recipe_of(family.base, family.experts, parameters={"ridge": 0.1})).digest
+    monkeypatch.setattr(Network, "looks_ahead", True)
+    assert not held_back.is_needed(held(family))
