@@ -109,8 +109,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     _check_shape(path, settings, "bias", ("none", "all", "lora_only").__contains__, "none, all or lora_only")
     _check_shape(path, settings, "trainable_token_indices", _are_indices, "a list of token ids, or one for each module")
     _check_shape(path, settings, "token_indices", _are_indices, "a list of token ids")
-    if problem := next((words for words, holds in _CONTRADICTIONS.items() if holds(settings)), None):
-        raise InputError(f"{path}: {problem}, which PEFT refuses too; the config does not belong to this adapter")
+    for contradiction in (words for words, holds in _CONTRADICTIONS.items() if holds(settings)):
+        raise InputError(f"{path}: {contradiction}, which PEFT refuses too; the config belongs to another adapter")
     return settings
 
 
