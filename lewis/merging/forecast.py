@@ -105,7 +105,7 @@ def _of_fit(merge: Merge) -> Forecast:
         )
         known, weights = min(tokens, DUAL_TOKENS), weights + outputs * inputs
         products = (
-            2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (2 * len(merge.experts) + 4) * inputs**2
+            2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (3 * len(merge.experts) + 4) * inputs**2
         )
         solving = max(solving, products + outputs * inputs + merge.threads * 3 * TOKENS_PER_PASS * max(outputs, inputs))
     stacked = [name for parameters in stacks_of(network, merge).values() for name in parameters]
@@ -134,9 +134,9 @@ def _of_static_fit(merge: Merge) -> Forecast:
         known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
         stack = shape[0] if len(shape) == 3 else 1
         operations += stack * (outputs * inputs * known * (2 * len(merge.experts) + 8) + known**3 / 3)
-        # Products of the inputs in fp32, their sum and its factor in fp64; or rows, and products of these in fp64.
+        # Products of the inputs and of the task vectors in fp32, their sum and its factor in fp64; or rows, and products of these in fp64.
         of_inputs = (
-            4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (4 * len(merge.experts) + 16) * inputs**2
+            4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (8 * len(merge.experts) + 16) * inputs**2
         )
         held = max(held, of_inputs + 4 * (len(merge.experts) + 2) * shape.numel())
     return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + held)
