@@ -18,7 +18,7 @@ from lewis.evaluation.step import score as score_model
 from lewis.importance.step import ImportanceEntry
 from lewis.inspection.kinds import Finding
 from lewis.inspection.result import Inspection
-from lewis.inspection.step import InspectionInput, before_download
+from lewis.inspection.step import InspectionInput, before_download, look
 from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
 from lewis.merging.step import MergeInput, prepare_merge
@@ -31,7 +31,7 @@ from lewis.reports import card
 from lewis.steps.graph import graph, inspection_settings
 from lewis.steps.plan import Plan, make_plan
 from lewis.steps.run import begin, run
-from lewis.steps.table import ALLOCATE, MEASURE
+from lewis.steps.table import ALLOCATE, DIAGNOSE, MEASURE
 from lewis.store.writable import check_output_folder
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]
     results = run(walked, *check.needs, known=known, report=report)
     checked = replace(check.given(results), copies=0)
     results[check.name] = check.step.make(checked, report, "cpu")
+    for each in walked.of(DIAGNOSE):
+        look(each.given(results), report)
     results = run(walked, *node.needs, known=results, report=report, device=default_device())
     given = node.given(results)
     given = checked.merge if checked.merge == given else given  # a plain merge is prepared already

@@ -14,6 +14,7 @@ from lewis.inspection.structure import odd_tensors
 
 CHILD, NEAR = 0.2, 0.6  # cosine with the base's weights: less is no child of it, or one that is far away
 DISTANT = 0.5  # cosine from which on a tensor counts as replaced
+RESCALED, SAME_WAY = 100.0, 0.9  # times the base's norm, with at least this cosine; or as many times less
 LARGEST_HALF = 65504.0  # of float16
 NOTHING = 1e-4  # size of a task vector that is next to nothing
 ROUNDING = {"BF16": 1.2e-3, "F16": 1.5e-4}  # size of the difference that rounding alone makes
@@ -66,10 +67,24 @@ def _tensors(
 ) -> tuple[list[Finding], list[TensorMeasures]]:
     """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found."""
     zeroed = _zeroed(i, measures)
-    odd = [t for t in _odd(i, measures) if t.name not in {*zeroed, *moved}]
+    every = [t for t in _odd(i, measures) if t.name not in {*zeroed, *moved}]
+    rescaled = [t for t in every if _is_rescaled(i, t)]
+    odd = [t for t in every if t not in rescaled]
     found = [Finding("zeroed tensor", ref, f"all elements are 0 in {_named(zeroed)}")] if zeroed else []
-    explained = {*zeroed, *moved, *(t.name for t in odd)}
+    if rescaled:
+        facts = f"peak {rescaled[0].peaks[i]:.2g}, in the base {rescaled[0].peaks[0]:.2g}"
+        found += [Finding("rescaled", ref, f"{_named([t.name for t in rescaled])}: {facts} (the first)")]
+    explained = {*zeroed, *moved, *(t.name for t in every)}
     return [*found, *_norms(ref, i, odd)], [t for t in measures.tensors if t.name not in explained]
+
+
+def _is_rescaled(i: int, tensor: TensorMeasures) -> bool:
+    """Whether a matrix is the base's but for a factor that no training gives."""
+    if not tensor.matrix:
+        return False
+    if tensor.scale(i) > RESCALED:
+        return tensor.cosine(i) > SAME_WAY
+    return 0 < tensor.peaks[i] * RESCALED < tensor.peaks[0]
 
 
 def _broken(ref: str, i: int, measures: Measures, result: str | None) -> Iterator[Finding]:

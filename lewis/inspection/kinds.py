@@ -79,6 +79,11 @@ KINDS = {
         "the model may work by itself, but its neurons are not in the base's order: averaging mixes different ones",
         "convert it by the base's converter, or permute rows and columns back",
     ),
+    "rescaled": Kind(
+        "error",
+        "its task vector is the base itself, many times over: the merged model is nothing but that tensor, or lacks it",
+        "convert or download the model again; a factor was lost, such as the scale of a quantised weight",
+    ),
     "norms": Kind(
         "warning",
         "one tensor moved far more than the rest: it was replaced or rescaled, not fine-tuned, and dominates the merge",

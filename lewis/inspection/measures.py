@@ -15,6 +15,7 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.progress import Report, silent
 
 SEMANTICS = "2"  # raise it when the same models would be measured in another way
+SAMPLE = 1 << 14  # elements of a tensor that tell whether it is worth to look at all
 _CHUNK = 1 << 15  # elements of each model that are decoded at a time
 _ROWS, _COLUMNS = 16, 512  # of each matrix, that are looked at for rounded values
 
@@ -147,8 +148,9 @@ def measure(
     threads: int | None = None,
     *,
     per_token: bool = True,
+    most: int | None = None,
 ) -> Measures:
-    """Read all weights once and measure them.
+    """Read all weights once and measure them, or a sample of them.
 
     Args:
         base: what the task vectors are differences to.
@@ -157,14 +159,17 @@ def measure(
         report: called with ("inspect", elements done, elements in all).
         threads: how many tensors are read at a time; by default one per core.
         per_token: whether embeddings and heads are measured; of vocabularies in another order that means nothing.
+        most: how many elements of a tensor are read, the first ones; tensors that are computed are then left out.
     """
     wanted = {name: info for name, info in base.tensors.items() if per_token or not name.endswith(PER_TOKEN)}
     names = [name for name, info in wanted.items() if info.floating]
+    if most is not None:
+        names = [name for name in names if not any(model.computes(name) for model in (base, *experts))]
     total, done = sum(base.tensors[name].elements for name in names), 0
     found: dict[str, TensorMeasures] = {}
     largest_first = sorted(names, key=lambda name: -base.tensors[name].elements)  # so that all threads end together
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        for each in pool.map(lambda name: _of_tensor(name, base, experts), largest_first):
+        for each in pool.map(lambda name: _of_tensor(name, base, experts, most), largest_first):
             found[each.name] = each
             done += each.elements
             report("inspect", done, total)
@@ -185,15 +190,15 @@ def has(model: Model, name: str, shape: tuple[int, ...]) -> bool:
     return info is not None and info.shape == shape and info.floating
 
 
-def _of_tensor(name: str, base: Model, experts: Sequence[Model]) -> TensorMeasures:
+def _of_tensor(name: str, base: Model, experts: Sequence[Model], most: int | None) -> TensorMeasures:
     from lewis.inspection import loops
 
     info = base.tensors[name]
     models = [base, *(expert if has(expert, name, info.shape) else base for expert in experts)]
-    for model in models:
+    for model in models if most is None else ():
         model.will_need(name)
     raw = [model.raw(name) for model in models]
-    count, size = len(models), info.elements
+    count, size = len(models), min(info.elements, most or info.elements)
     values = np.empty((count, min(size, _CHUNK)), np.float32)
     gram, unchanged = np.zeros((count, count)), np.zeros(count - 1, np.int64)
     signs, broken = np.zeros((count - 1, count - 1), np.int64), np.zeros((2, count), np.int64)
@@ -206,7 +211,7 @@ def _of_tensor(name: str, base: Model, experts: Sequence[Model]) -> TensorMeasur
             peaks[:] = _without_broken(values[:, :length], broken)
         loops.measure(values, length, gram, unchanged, signs)
     matrix = layer_of(name) is not None and len(info.shape) > 1 and not name.endswith(PER_TOKEN)
-    distinct = [_distinct(bits, info.shape) if matrix else 0.0 for _, bits in raw]
+    distinct = [_distinct(bits, info.shape) if matrix and most is None else 0.0 for _, bits in raw]
     for model in models:
         model.done_with(name)
     return TensorMeasures(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from lewis.errors import InputError
 from lewis.inspection.configs import Described, config_findings
 from lewis.inspection.findings import weight_findings
 from lewis.inspection.kinds import Finding
-from lewis.inspection.measures import SEMANTICS, Measures, measure
+from lewis.inspection.measures import SAMPLE, SEMANTICS, Measures, measure
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
 from lewis.models.compatible import check_compatible
@@ -50,6 +50,7 @@ class InspectionSettings:
             then left out, and no finding.
         dtype: of the merged model, as safetensors names it; None: each tensor keeps the base's.
         root: the recipe's folder, where relative references start.
+        stops: whether a finding of level error stops the merge.
     """
 
     base_is_a_model: bool = False
@@ -58,6 +59,7 @@ class InspectionSettings:
     sliced: bool = False
     dtype: str | None = None
     root: Path = Path()
+    stops: bool = False
 
 
 DEFAULT = InspectionSettings()
@@ -146,6 +148,37 @@ def inspect(given: InspectionInput, report: Report = silent, *, known: Sequence[
     return given._inspected[0]
 
 
+def check_findings(findings: Sequence[Finding], settings: InspectionSettings) -> None:
+    """Stop a merge that would be wrong or worthless.
+
+    Raises:
+        InputError: with the findings of level error, unless the recipe wants to merge all the same.
+    """
+    errors = [each for each in findings if each.level == "error"]
+    if errors and settings.stops:
+        told = "\n".join(each.to_text() for each in errors)
+        raise InputError(f"{told}\n  to merge them all the same: inspect: {{on: warn}} in the recipe, or --force")
+
+
+def look(given: InspectionInput, report: Report = silent) -> None:
+    """Stop a merge whose models do not belong together, at little cost: a sample of each tensor decides whether all
+    weights are read.
+
+    Raises:
+        InputError: as `check_findings`.
+    """
+    if not given.settings.stops:
+        return
+    chosen, _, refused = given._chosen
+    opened, dtypes = [each.model for each in chosen], [Described.on_disk(each.files).dtype for each in chosen]
+    sample = _merged(measure(opened[0], opened[1:], per_token=not given.settings.by_token, most=SAMPLE), given)
+    refs, nothing = [each.files.ref for each in chosen], [list[dict[str, Any]]()] * len(chosen[1:])
+    found = weight_findings(refs, sample, nothing, dtypes, result=given.settings.dtype)
+    keys = [each.key for each in given.first()[1]]
+    if refused or len(keys) > len(set(keys)) or any(each.level == "error" or each.kind == "norms" for each in found):
+        check_findings(inspect(given, report).findings, given.settings)
+
+
 def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | None) -> Inspection:
     first, others = given.first()
     if known is None:
@@ -153,18 +186,27 @@ def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | 
         known = config_findings(Described.on_disk(first), described, among=given.base is None)
     chosen, more, refused = given._chosen
     entry = measured(chosen, more, per_token=not given.settings.by_token, report=report)
-    measures = Measures.from_json(entry.content("measures"))
+    measures = _merged(Measures.from_json(entry.content("measures")), given)
+    names = {each.name for each in measures.tensors}
+    moved = [[part for part in parts if names & {*part["tensors"]}] for parts in entry.content("moved")["experts"]]
     refs = [each.files.ref for each in (*chosen, *more)]
     found = weight_findings(
         refs,
         measures,
-        entry.content("moved")["experts"],
+        moved,
         [Described.on_disk(each.files).dtype for each in chosen],
         candidates=len(more),
         result=given.settings.dtype,
     )
     findings = tuple(errors_first([*known, *refused, *found]))
     return Inspection(tuple(refs[: len(chosen)]), findings, measures, given.settings.root)
+
+
+def _merged(measures: Measures, given: InspectionInput) -> Measures:
+    """The measures of the tensors that the recipe does not exclude from the merge."""
+    base = given._chosen[0][0].model
+    left_out = excluded(given.settings.exclude, base.tensors, base.tied)
+    return replace(measures, tensors=tuple(each for each in measures.tensors if each.name not in left_out))
 
 
 def inspection_digest(given: InspectionInput) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.models.config import read_config
+from lewis.models.config import check_config, read_config
 from lewis.models.files.folder import weight_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
@@ -70,6 +70,9 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
         if source.model.is_local:  # a folder that is broken by itself is reported first
             read_config(Path(source.model.source))
             weight_files(Path(source.model.source))
+        elif not source.model.source.endswith(".gguf"):
+            home = repository.fetch(source.model, weights=False)
+            check_config(home, read_config(home), _shapes(source))
     first = base or experts[0]
     if config.slices and _preflight_slices(config, first, experts):
         return []

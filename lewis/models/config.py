@@ -1,17 +1,24 @@
 """A model's config.json: read it, compare it with the tensors, write it with the dtype of merged weights."""
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.models.dtypes import MERGED
-from lewis.models.names import EMBEDDINGS
+from lewis.models.names import EMBEDDINGS, in_layers
 
+_WIDTHS = ("hidden_size", "n_embd", "d_model")  # each is a dimension of some tensor
+_PARTS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")  # each divides one
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")  # null: four times the width
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+_COUNTS = (*_WIDTHS, *_PARTS, *_INNER, *_DEPTHS, "vocab_size")
+_POSITIONS = ("max_position_embeddings", "n_positions")
 _LAYER = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks|encoder\.layer))\.(\d+)\.")
 
 
@@ -73,6 +80,71 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
 
 
+def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the sizes that a config gives, of the whole model and of its `text_config`, without building the network.
+
+    The width must be a dimension of some tensor, and heads must divide one; the inner size and the vocabulary must not
+    be larger than there are tensors for. Of several towers each is checked against all tensors.
+
+    Args:
+        folder: of the model.
+        config: parsed.
+        shapes: of its tensors.
+
+    Raises:
+        InputError: naming the key, what was expected and what was given.
+    """
+    sizes = {size for shape in shapes.values() for size in shape}
+    spared = {"head_dim"} | (set() if in_layers(shapes) else {*_DEPTHS})  # of which 0 means something
+    embeds = any(name.endswith(EMBEDDINGS) for name in shapes)  # whose rows `check_config` compares
+    text = config.get("text_config") or {}
+    for where, block in (("", config), ("text_config.", text)):
+        given = {key: block[key] for key in (*_COUNTS, *_POSITIONS) if key in block}
+        for key, value in given.items():
+            widths = [width for name in _WIDTHS if isinstance(width := block.get(name), int)]
+            optional = key in _PARTS[2:] or (key in _INNER and any(4 * width in sizes for width in widths))
+            if value is None and optional:
+                continue
+            against = set() if key == "vocab_size" and embeds else sizes
+            if expected := _unlike_size(key, value, 0 if key in spared else 1) or _unlike_tensors(key, value, against):
+                raise InputError(
+                    f"{folder}: config.json: {where}{key}: expected {expected}, got {str(value)[:80]}; no network can "
+                    "be built of it: take the config.json that came with these weights"
+                )
+    if _holds_nan(config):
+        raise InputError(f"{folder}: config.json: holds NaN; take the config.json that came with these weights")
+
+
+def _unlike_size(key: str, value: Any, least: int) -> str:
+    """What a size should be, in words; empty if it can be one. A list or mapping has one for each layer or tower."""
+    each = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+    if key in _POSITIONS:  # some of transformers' own are no whole numbers
+        fine = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one < math.inf for one in each)
+        return "" if fine else "a number above 0"
+    fine = all(isinstance(one, int) and not isinstance(one, bool) and one >= least for one in each)
+    return "" if fine and each else "a whole number above 0"
+
+
+def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
+    """What a size should be by the dimensions of the tensors, in words; empty if it fits, or is not one number."""
+    if not isinstance(value, int) or not value or not sizes:
+        return ""
+    if key in _WIDTHS and value not in sizes:
+        return "a dimension of one of the tensors"
+    if key in _PARTS and all(size % value for size in sizes):
+        return "a number that divides a dimension of one of the tensors"
+    most = max(sizes) * (4 if key in _INNER else 1)  # of which some networks take two thirds
+    if key in (*_INNER, "vocab_size") and value > most:
+        return f"at most {most}, by the largest dimension of the tensors"
+    return ""
+
+
+def _holds_nan(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_nan, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and math.isnan(value)
+
+
 def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check `vocab_size` and `num_hidden_layers` of a config against the tensors; where one is silent, nothing is.
 
@@ -81,6 +153,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
     Raises:
         InputError: naming the key and the tensors that contradict it.
     """
+    check_numbers(folder, config, shapes)
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))
     # One more row: Moshi has a token that begins a text; Mllama has eight for its images.

@@ -1,6 +1,9 @@
 """Checks that span several blocks of a recipe. They read the raw YAML, so that all problems are reported together."""
 
 import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
@@ -8,6 +11,7 @@ from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter
 from lewis.methods.registry import AUTO
 from lewis.recipe import anchor, model_args, slices
+from lewis.recipe.block import parts_of
 from lewis.recipe.parameter_values import parse_setting
 from lewis.recipe.schema import GUIDES, contradictions
 
@@ -182,6 +186,31 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
     except (TypeError, ValueError, OverflowError):
         return []  # the schema reports it
     return sorted({low, high})
+
+
+def other_spellings(models: Sequence[str], base: str | None, root: Path) -> list[str]:
+    """Problems: models that are another one by another path, and so would count twice.
+
+    Args:
+        models: of the recipe, as they are written there.
+        base: likewise.
+        root: where relative folders start.
+    """
+    first = {_place(base, root): ("base_model", base)} if base is not None else {}
+    problems = []
+    for i, name in enumerate(models):
+        where, known = first.setdefault(_place(name, root), (f"models[{i}].model", name))
+        if known != name:
+            problems.append(f"models[{i}].model: {name!r} is {where} {known!r}, written in another way; give it once")
+    return problems
+
+
+def _place(ref: str, root: Path) -> tuple[str, ...]:
+    """A reference with the real path of each folder in it."""
+    parts = parts_of(ref, root)
+    places = [(os.path.join(root, os.path.expanduser(part)), os.path.expanduser(part)) for part in parts]
+    folders = [next(filter(os.path.isdir, each), None) for each in places]
+    return tuple(os.path.realpath(each) if each else part for each, part in zip(folders, parts, strict=True))
 
 
 def _check_models(data: dict[str, Any]) -> list[str]:

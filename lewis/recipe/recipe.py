@@ -12,9 +12,20 @@ from lewis.allocators import ALLOCATORS
 from lewis.errors import RecipeError, nearest
 from lewis.methods import METHODS
 from lewis.recipe import dialect, yaml_text
-from lewis.recipe.checks import cross_check
+from lewis.recipe.checks import cross_check, other_spellings
 from lewis.recipe.config import MergeConfig
-from lewis.recipe.schema import GUIDES, RECOMMENDED, Evaluate, Gate, Lewis, ModelEntry, Publish, Register, Search
+from lewis.recipe.schema import (
+    GUIDES,
+    RECOMMENDED,
+    Evaluate,
+    Gate,
+    Inspect,
+    Lewis,
+    ModelEntry,
+    Publish,
+    Register,
+    Search,
+)
 from lewis.recipe.slices import listed_models
 
 MAX_TOLD = 50  # problems of one recipe that an error lists
@@ -24,6 +35,7 @@ class Recipe(MergeConfig):
     """A validated recipe: a `MergeConfig` and the blocks around it. Make one with `Recipe.load` or `Recipe.parse`."""
 
     lewis: Lewis | None = None
+    inspect: Inspect = Inspect()
     evaluate: Evaluate | None = None
     register_as: Register | None = Field(default=None, alias="register")
     publish: Publish | None = None
@@ -87,6 +99,8 @@ class Recipe(MergeConfig):
         try:
             sliced = {"models": listed_models(data)} if data.get("slices") else {}
             recipe = cls.model_validate({**data, **sliced})
+            listed = () if recipe.slices else (entry.model for entry in recipe.models)
+            problems += other_spellings(list(listed), recipe.base_model, root)
         except ValidationError as error:
             problems = [*describe(error, cls), *problems]
         if problems:
@@ -183,11 +197,11 @@ class Recipe(MergeConfig):
 
     @property
     def blocks(self) -> str:
-        """What decides the merged weights, as canonical JSON: without `evaluate`, `register`, `publish`, `search`.
+        """What decides the merged weights, as canonical JSON: without `inspect`, `evaluate` and the blocks after.
 
         `output` is in it if the merge writes an adapter.
         """
-        left_out = {"evaluate", "register_as", "publish", "search"}
+        left_out = {"inspect", "evaluate", "register_as", "publish", "search"}
         # so that what was cached without them is found
         left_out |= {key for key in ("anchor", "slices", "chat_template") if getattr(self, key) is None}
         left_out |= {"output"} if self.output.kind == "full" else set()

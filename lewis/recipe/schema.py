@@ -258,6 +258,25 @@ class Output(Block):
         return self
 
 
+class Inspect(Block):
+    """What becomes of findings on models that do not belong together (`lewis inspect`).
+
+    Attributes:
+        on: `error`: one of level error stops the run before the merge; `warn`: all are only shown; `off`: nothing is
+            looked for.
+    """
+
+    on: Literal["error", "warn", "off"] = "error"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unquoted(cls, data: Any) -> Any:
+        """YAML reads `on` as the key true, and `off` as the value false."""
+        if not isinstance(data, dict):
+            return data
+        return {"on" if key is True else key: "off" if value is False else value for key, value in data.items()}
+
+
 class Evaluate(Block):
     """What lm-eval scores.
 
@@ -330,8 +349,8 @@ class Register(Block):
         group: what recipes share that register one model on purpose; empty if no other recipe registers it.
     """
 
-    name: str = Field(pattern=r"^[^/:]+$")
-    team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$")
+    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # with the team, MLflow keeps 256 characters
+    team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None
 

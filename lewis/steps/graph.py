@@ -3,7 +3,7 @@
     resolve, preflight                  by hand: pin each model to a commit; do headers and configs fit together?
       └─ download [base, experts]
            └─ inspect                   can it be merged, is there room?
-                ├─ diagnose             do the weights belong together? nothing waits for it
+                ├─ diagnose             do the weights belong together? an error stops the run before the merge
                 └─ calibrate [sets]     before `inspect`, if the method fits
                      └─ measure [base, experts]
                           └─ allocate
@@ -180,7 +180,8 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
 
     fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))
     yield Node("inspect", table.CHECK, to_check, (*downloads, *fitted))
-    yield Node("diagnose", table.DIAGNOSE, to_inspect, downloads, after=("inspect",))
+    if recipe.inspect.on != "off":
+        yield Node("diagnose", table.DIAGNOSE, to_inspect, downloads, after=("inspect",))
 
 
 def _calibrations(recipe: Recipe) -> Iterator[Node]:
@@ -250,7 +251,8 @@ def _merges(recipe: Recipe) -> Iterator[Node]:
     for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())):
         asset = ("merged", name if which == "experts" else f"{name} {which}")
         given = _merging(recipe, which)
-        yield Node(f"merge {which}", table.MERGE, given, tuple(dict.fromkeys(needs)), asset=asset, made_of=made_of)
+        after = ("diagnose",) if recipe.inspect.on == "error" else ()
+        yield Node(f"merge {which}", table.MERGE, given, tuple(dict.fromkeys(needs)), after, None, asset, made_of)
 
 
 def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], MergeInput]:
@@ -328,6 +330,7 @@ def inspection_settings(recipe: Recipe) -> InspectionSettings:
         sliced=bool(recipe.slices),
         dtype=stored_dtype(recipe),
         root=recipe.root,
+        stops=recipe.inspect.on == "error",
     )
 
 

@@ -123,13 +123,14 @@ class Check(Step[CheckInput, int]):
 
 
 class Diagnose(Step[InspectionInput, list[dict[str, str]]]):
-    """What the weights show of models that do not belong together, as plain data; it stops no run."""
+    """What the weights show of models that do not belong together, as plain data."""
 
-    name, kind, timeout, opens = "diagnose", kinds.INSPECTIONS, HOURS, True
+    name, kind, timeout, opens = "diagnose", kinds.INSPECTIONS, 6 * HOURS, True
 
     def key(self, given: InspectionInput) -> str:
         refs = [each.ref for each in (*([given.base] if given.base else []), *given.experts)]
         settings = {**asdict(given.settings), "root": str(given.settings.root)}
+        del settings["stops"]
         return store.digest([inspection_digest(given), refs, settings])
 
     def find(self, given: InspectionInput) -> list[dict[str, str]] | None:

@@ -7,7 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.inspection import result
-from lewis.inspection.step import InspectionInput, before_download, inspect
+from lewis.inspection.step import InspectionInput, before_download, check_findings, inspect
 from lewis.models import compatible
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
@@ -20,15 +20,22 @@ logger = logging.getLogger(__name__)
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
-    """Refuse models that do not fit together, before they are downloaded, and tell what their configs show."""
+    """Refuse models that do not fit together, before they are downloaded, and show what their configs say."""
     for told in compatible.preflight(recipe, base, experts):
         logger.info(told)
-    for finding in before_download(base, experts, inspection_settings(recipe)):
+    settings = inspection_settings(recipe)
+    findings = before_download(base, experts, settings) if recipe.inspect.on != "off" else []
+    for finding in findings:
         logger.warning(finding.to_text())
+    check_findings(findings, settings)
 
 
 def show_inspection(given: InspectionInput, prefix: str) -> None:
-    """The findings on the models of a merge, with tables and a picture, as an artifact; warnings go to the log."""
+    """The findings on the models of a merge, with tables and a picture, as an artifact; warnings go to the log.
+
+    Raises:
+        InputError: if one is an error, and the recipe does not want to merge all the same.
+    """
     found = inspect(given)
     (logger.warning if found.findings else logger.info)("%s", found.verdict)
     grids = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
@@ -38,3 +45,4 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
         key=f"{prefix}-inspection",
         description=found.verdict,
     )
+    check_findings(found.findings, given.settings)

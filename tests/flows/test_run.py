@@ -190,8 +190,10 @@ def test_nan_in_an_input_is_named_and_nothing_is_written(
     broken = rewrite(
         family.math, home.parent / "nan", lambda name, tensor: tensor if "norm" not in name else tensor * float("nan")
     )
-    code, _, err = finished(
-        lewis("run", recipe, *NO_SCORES, "--set", "lewis=null", "--set", f"models[0].model={broken}")
-    )
+    arguments = ("run", recipe, *NO_SCORES, "--set", "lewis=null", "--set", f"models[0].model={broken}")
+    code, _, err = finished(lewis(*arguments))
+    assert code == 2 and f"error: {broken}: NaN: " in err and "--force" in err
+    assert not (home / "merged").exists()
+    code, _, err = finished(lewis(*arguments, "--force"))
     assert code == 1 and "NaN" in err and str(broken) in err
     assert not list((home / "merged").glob("*")) and not versions(home)

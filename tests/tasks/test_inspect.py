@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prefect.cache_policies import NO_CACHE
 
+from lewis.errors import InputError
 from lewis.progress import silent
 from lewis.steps.graph import graph
 from lewis_tasks import inspect
@@ -17,14 +18,15 @@ from tests.support import pipeline
 from tests.support.models import edit_json, parse, rewrite
 
 
-def test_findings_become_an_artifact_and_stop_nothing(
+def test_findings_become_an_artifact_and_an_error_stops_the_run(
     family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(inspect, "create_markdown_artifact", lambda text, **named: made.append({"text": text, **named}))
     odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t * (0 if "layers.0.mlp.up" in name else 1))
     models = [{"model": str(odd)}, {"model": str(family.code)}]
-    recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": models})
+    data = {"merge_method": "ties", "base_model": str(family.base), "models": models}
+    recipe = parse({**data, "inspect": {"on": "warn"}})
     base, experts = pipeline.fetch(recipe)
     node = graph(recipe)["diagnose"]
     given = node.given(pipeline.known(recipe, base, experts))
@@ -46,6 +48,12 @@ def test_findings_become_an_artifact_and_stop_nothing(
     ):
         assert part in artifact["text"]
     assert "1 error: zeroed tensor" in caplog.text
+    strict = graph(parse(data))
+    assert "diagnose" in strict["merge experts"].after and "diagnose" not in graph(recipe)["merge experts"].after
+    given = strict["diagnose"].given(pipeline.known(recipe, base, experts))
+    with pytest.raises(InputError, match=rf"^error: {odd}: zeroed tensor: all elements are 0 in model.layers.0.mlp.up"):
+        diagnose.fn(given, "diagnose", artifact_prefix(recipe))
+    assert made[-1] == artifact and "diagnose" not in graph(parse({**data, "inspect": {"on": "off"}}))
 
 
 def test_what_configs_show_is_told_before_the_download(
@@ -56,3 +64,7 @@ def test_what_configs_show_is_told_before_the_download(
     recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(odd)}]})
     inspect.preflight.fn(recipe, *pipeline.pin_all(recipe))
     assert f"{odd}: eos: it stops at the token ids [5], the base at [1]" in caplog.text
+    twice = shutil.copytree(odd, tmp_path / "twice")
+    data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(e)} for e in (odd, twice)]}
+    with pytest.raises(InputError, match=f"^error: {twice}: expert twice: the same files as {odd}"):
+        inspect.preflight.fn(parse(data), *pipeline.pin_all(parse(data)))

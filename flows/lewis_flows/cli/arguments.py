@@ -26,6 +26,13 @@ def recipe(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def force(command: argparse.ArgumentParser) -> None:
+    """`--force`."""
+    command.add_argument(
+        "--force", action="store_true", help="merge models that do not belong together too; as --set inspect.on=warn"
+    )
+
+
 def as_json(command: argparse.ArgumentParser) -> None:
     """`--json`."""
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -78,7 +85,10 @@ def recipe_file(options: argparse.Namespace) -> str:
 
 
 def load(options: argparse.Namespace) -> "Recipe":
-    """The recipe of a command that takes one, with its `--set`."""
+    """The recipe of a command that takes one, with its `--set` and `--force`."""
     from lewis.recipe.recipe import Recipe
 
+    if getattr(options, "force", False):
+        options.overrides.append("inspect.on=warn")
+        options.force = False
     return Recipe.load(recipe_file(options), options.overrides)

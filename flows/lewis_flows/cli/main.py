@@ -18,7 +18,7 @@ from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment, json_logs
 from lewis_flows.cli import housekeeping, inspect, merge, registry, run, runs, service, terminal
-from lewis_flows.cli.arguments import Add, as_json, json_file, name, prefect_file, recipe, why
+from lewis_flows.cli.arguments import Add, as_json, force, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import credentials
 
 
@@ -47,7 +47,7 @@ COMMANDS = (
         "write a recipe with comments, from a base and experts: calibration sets and tasks that fit",
         (inspect.new_options, as_json),
     ),
-    Command("run", run.run, "run the whole DAG: merge, score, register, promote", (recipe, as_json)),
+    Command("run", run.run, "run the whole DAG: merge, score, register, promote", (recipe, force, as_json)),
     Command(
         "search",
         run.search,
@@ -71,7 +71,7 @@ COMMANDS = (
         "merge",
         merge.merge,
         "merge with the library alone: no Prefect, no MLflow",
-        (recipe, merge.merge_output, as_json),
+        (recipe, merge.merge_output, force, as_json),
     ),
     Command(
         "importance",
@@ -197,6 +197,7 @@ def program() -> NoReturn:
                 stream.flush()
         os._exit(status)
 
+    terminal.open_closed()
     atexit.register(leave)  # the first that is registered is the last that runs
     try:
         status = main()

@@ -35,6 +35,7 @@ def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
     from lewis.models.files.writer import parse_size
     from lewis.recipe.documents import load_documents
+    from lewis.recipe.schema import Inspect
     from lewis.store.writable import check_output_folder
 
     documents = load_documents(arguments.recipe_file(options), options.output)
@@ -42,7 +43,8 @@ def merge(options: argparse.Namespace) -> None:
         raise InputError(
             f"--set {options.overrides[0]}: the file holds {len(documents)} recipes; change it in the file"
         )
-    jobs = [(each.recipe, options.output / each.name) for each in documents]
+    forced = {"inspect": Inspect(on="warn")} if options.force else {}
+    jobs = [(each.recipe.model_copy(update=forced), options.output / each.name) for each in documents]
     jobs = jobs or [(arguments.load(options), options.output)]
     shard, folders = parse_size(options.max_shard_size), [check_output_folder(folder) for _, folder in jobs]
     show_log()

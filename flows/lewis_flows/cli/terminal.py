@@ -25,6 +25,13 @@ def say_error(text: str, *, as_json: bool = False) -> None:
     print(json_logs.error_line(text) if as_json else f"lewis: {text}", file=sys.stderr)
 
 
+def open_closed() -> None:
+    """Open what the caller has closed (`>&-`) as the null device: else the next file that is opened takes its place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # as long as the process
+
+
 def nobody_reads() -> bool:
     """Whether who reads the output has ended; if so, what is still to be written is dropped."""
     output = select.poll()

@@ -5,18 +5,17 @@ What is not supported is refused.
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
-from lewis.models.names import PER_TOKEN, unwrapped
+from lewis.models.lora.modules import CONFIG, token_indices
+from lewis.models.names import unwrapped
 
-CONFIG = "adapter_config.json"
 _LONGEST = 1000  # characters of a pattern
-_PATIENCE = 1.0  # seconds to compare one pattern with one name
 _MERGE = "merge it into its base with PEFT's merge_and_unload first"
 _REFUSED = {
     "use_qalora": "QA-LoRA, which pools the inputs of a quantised base,",
@@ -49,6 +48,18 @@ _KINDS = {  # peft_type -> what it does, and what to do instead
     "POLY": f"{_PER_INPUT}",
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHTS),
     **dict.fromkeys(("ADAPTION_PROMPT", "CPT", "CARTRIDGE"), _NO_WEIGHTS),
+}
+_CONTRADICTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "target_modules is a pattern, and there are layers_to_transform or a layers_pattern": lambda given: (
+        isinstance(given.get("target_modules"), str)
+        and (given.get("layers_to_transform") is not None or given.get("layers_pattern") is not None)
+    ),
+    "there is a layers_pattern, and no layers_to_transform": lambda given: (
+        given.get("layers_pattern") and given.get("layers_to_transform") is None
+    ),
+    "lora_bias is set together with use_dora or an init_lora_weights other than true": lambda given: (
+        given.get("lora_bias") and (given.get("use_dora") or not isinstance(given.get("init_lora_weights", True), bool))
+    ),
 }
 # The keys of an adapter's file.
 _FACTOR = re.compile(
@@ -86,37 +97,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {refused[0]}")
     _check_numbers(path, settings, "lora_alpha", "alpha_pattern", _is_finite, "a finite number")
     _check_numbers(path, settings, "r", "rank_pattern", _is_rank, "a whole number above 0")
-    _check_shape(path, settings, "target_parameters", _is_names, "a list of names of parameters")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        _check_shape(
+            path, settings, key, lambda value: isinstance(value, str) or _is_names(value), "names, or a pattern"
+        )
+        _check_patterns(path, key, [settings[key]] if isinstance(settings.get(key), str) else [])
+    for key in ("target_parameters", "modules_to_save"):
+        _check_shape(path, settings, key, _is_names, "a list of names")
+    _check_patterns(path, "modules_to_save", settings.get("modules_to_save") or [])
+    _check_shape(path, settings, "layers_to_transform", _are_layers, "the number of a layer, or a list of them")
+    _check_shape(path, settings, "bias", ("none", "all", "lora_only").__contains__, "none, all or lora_only")
     _check_shape(path, settings, "trainable_token_indices", _are_indices, "a list of token ids, or one for each module")
     _check_shape(path, settings, "token_indices", _are_indices, "a list of token ids")
+    for contradiction in (words for words, holds in _CONTRADICTIONS.items() if holds(settings)):
+        raise InputError(f"{path}: {contradiction}, which PEFT refuses too; the config belongs to another adapter")
     return settings
-
-
-def token_indices(settings: Mapping[str, Any], module: str) -> list[int] | None:
-    """The ids of the tokens whose rows an adapter trains in a module; None if it trains none there."""
-    given = settings.get("trainable_token_indices") or settings.get("token_indices")
-    if isinstance(given, dict):
-        return next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)
-    return given
-
-
-def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """A module's value, by PEFT's rule: the first pattern that matches the name, or its end after a dot, decides.
-
-    Raises:
-        InputError: if a pattern takes longer than any that is meant: some need time exponential in the name's length.
-    """
-    import regex  # as re, with a time limit
-
-    for pattern, value in (patterns or {}).items():
-        try:
-            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATIENCE):
-                return float(value)
-        except (TimeoutError, regex.error) as error:
-            raise InputError(
-                f"{CONFIG}: the pattern {pattern!r} cannot be compared with {module!r}: {error}"
-            ) from error
-    return float(default)
 
 
 def _check_numbers(
@@ -130,15 +125,17 @@ def _check_numbers(
     for name, value in {**given, **patterns}.items():
         if not is_fine(value):
             raise InputError(f"{path}: {name}: expected {expected}, got {value!r}")
+    _check_patterns(path, pattern_key, patterns)
+
+
+def _check_patterns(path: Path, key: str, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if len(pattern) > _LONGEST:
-            raise InputError(
-                f"{path}: {pattern_key}: a pattern of {len(pattern)} characters; expected {_LONGEST} at most"
-            )
+            raise InputError(f"{path}: {key}: a pattern of {len(pattern)} characters; expected {_LONGEST} at most")
         try:
             re.compile(f"({pattern})")
         except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"{path}: {pattern_key}: {pattern!r} is no regular expression: {error}") from error
+            raise InputError(f"{path}: {key}: {pattern!r} is no regular expression: {error}") from error
 
 
 def _check_shape(
@@ -156,6 +153,10 @@ def _are_indices(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_are_indices(each) and not isinstance(each, dict) for each in value.values())
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+
+
+def _are_layers(value: Any) -> bool:
+    return _are_indices([value]) or _are_indices(value)
 
 
 def _is_finite(value: Any) -> bool:
@@ -178,6 +179,7 @@ class Keys:
         whole: tensor -> key of the values that replace it.
         rows: module -> key of the rows that replace those of some tokens.
         twice: two keys that stand for the same, if there are any.
+        unused: keys that PEFT does not read: copies, and rows of tokens that the settings do not name.
         unknown: keys that stand for nothing.
     """
 
@@ -185,6 +187,7 @@ class Keys:
     whole: dict[str, str] = field(default_factory=dict)
     rows: dict[str, str] = field(default_factory=dict)
     twice: list[tuple[str, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
     def add(self, key: str, settings: Mapping[str, Any]) -> None:
@@ -195,17 +198,17 @@ class Keys:
             self._put(self.parts.setdefault(match["module"], {}), part, key)
         elif match := _MAGNITUDE.match(name):
             self._put(self.parts.setdefault(match["module"], {}), "magnitude", key)
-        elif (match := _ROWS.match(name)) and token_indices(settings, match["module"]) is not None:
-            self._put(self.rows, match["module"], key)
-        else:
-            # With a LoRA on an embedding, PEFT saves the embedding itself too, as base_layer.
-            stored = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
-            bias = stored.endswith(".bias") and settings.get("bias", "none") != "none"
-            known = settings.get("modules_to_save") or ".base_layer." in name or stored.endswith(PER_TOKEN) or bias
-            if "lora_" in name or not known:
-                self.unknown.append(key)
+        elif match := _ROWS.match(name):
+            if token_indices(settings, match["module"]) is not None:
+                self._put(self.rows, match["module"], key)
             else:
-                self._put(self.whole, stored, key)
+                self.unused.append(key)
+        elif ".modules_to_save." in name or ".original_module." in name:
+            self.unused.append(key)
+        elif "lora_" in name:
+            self.unknown.append(key)
+        else:  # with a LoRA on an embedding, PEFT saves the embedding itself too, as base_layer
+            self._put(self.whole, name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", "."), key)
 
     def _put(self, found: dict[str, str], place: str, key: str) -> None:
         if place in found:

@@ -16,8 +16,9 @@ from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, as_tensor
 from lewis.models.files.folder import ADAPTER as WEIGHTS
 from lewis.models.files.safetensors_file import TensorFile
-from lewis.models.lora.config import CONFIG, read_settings
+from lewis.models.lora.config import read_settings
 from lewis.models.lora.delta import LowRank, Replaced
+from lewis.models.lora.modules import CONFIG
 from lewis.models.lora.targets import Targets
 from lewis.models.model import Model, View
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,17 @@ import numpy as np
 from lewis.errors import InputError
 from lewis.models.files.folder import ADAPTER
 from lewis.models.files.safetensors_file import TensorFile, same_bits
-from lewis.models.lora.config import CONFIG, Keys, by_pattern, parameters_of, token_indices
+from lewis.models.lora.config import Keys, parameters_of
 from lewis.models.lora.delta import AddedBias, Change, LowRank, NewRows, Replaced
+from lewis.models.lora.modules import CONFIG, by_pattern, is_saved, token_indices
+from lewis.models.lora.named import check_tied, check_whole, inputs_first, is_on, named_modules
 from lewis.models.model import Model
-from lewis.models.names import PER_TOKEN
+from lewis.models.names import PER_TOKEN, unwrapped
 from lewis.models.network.network_class import known_network
 from lewis.models.network.renamed import with_tied
 from lewis.models.network.segments import Layout, Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Targets:
             raise self._no_match(key)
         for one, other in self._keys.twice:
             raise InputError(f"{self._where}: {one!r} and {other!r} stand for the same tensor; keep one adapter")
+        self._parameters = self._find_parameters()
+        self._leave_out()
         self._targets = [*self._replaced(), *self._low_rank(), *self._new_rows()]
         self.parts: dict[str, list[Part]] = {}
         moved = []
@@ -86,7 +93,49 @@ class Targets:
             for tensor, part in self._place(target):
                 self.parts.setdefault(tensor, []).append(part)
                 moved += [f"{target.name} in {tensor}"] if tensor != target.name else []
+        self._check_whole()
         self.summary = f"{len(moved)} of its changes are read under the base's names ({moved[0]})" if moved else ""
+
+    def _leave_out(self) -> None:
+        """Leave out what PEFT leaves out: tensors of the file that the settings do not name, with a warning.
+
+        Raises:
+            InputError: if the settings name nothing, or a module that PEFT puts no factors on.
+        """
+        keys, settings, left, on = self._keys, self._settings, list(self._keys.unused), set[str]()
+        for module, parts in list(keys.parts.items()):
+            linear = not any("lora_embedding" in key for key in parts.values())
+            if module in self._parameters or is_on(settings, module, linear=linear):
+                on.add(module.split(".base_layer")[0])
+                unused = {
+                    part for part, key in (("magnitude", "use_dora"), ("bias", "lora_bias")) if not settings.get(key)
+                }
+                left += [parts.pop(part) for part in unused & parts.keys()]
+            else:
+                left += keys.parts.pop(module).values()
+        on |= named_modules(self._base, settings, self._where.parent, found=bool(on))
+        for tensor, key in list(keys.whole.items()):
+            module = tensor.rpartition(".")[0]
+            wrapped = module in on or module in keys.rows
+            if (".base_layer." in key) != (wrapped and not is_saved(settings, tensor)):
+                left.append(keys.whole.pop(tensor))
+        if left:
+            logger.warning(
+                f"{self._where}: {len(left)} of its tensors are of no module that {CONFIG} names, and are left out, as "
+                f"PEFT does: {left[0]} ..."
+            )
+
+    def _check_whole(self) -> None:
+        """Check that all is there that the settings say is saved whole, and that a tied head stays tied."""
+        if not self.parts:
+            raise InputError(
+                f"{self._where}: {CONFIG} names none of its tensors; the config belongs to another adapter"
+            )
+        whole = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, Replaced) for p in parts)}
+        whole |= {name.replace(".base_layer.", ".") for name in map(unwrapped, self._file.places)}
+        added = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, LowRank) for p in parts)}
+        check_whole(self._base, self._settings, self._where, whole, self._keys.rows)
+        check_tied(self._base, self._settings, self._where, whole, added)
 
     def _raw(self, key: str) -> tuple[str, np.ndarray]:
         place = self._file.places[key]
@@ -110,6 +159,8 @@ class Targets:
     def _new_rows(self) -> Iterator[_Target]:
         for module, key in self._keys.rows.items():
             name, shape = f"{module}.weight", self._file.places[key].shape
+            if name in self._base.tied:
+                raise self._changes_head(key)
             stored = self._called(name)
             if stored is None:
                 raise self._no_match(key)
@@ -125,7 +176,7 @@ class Targets:
             yield _Target(name, key, NewRows(self._raw, key, tuple(ids), known))
 
     def _low_rank(self) -> Iterator[_Target]:
-        parameters = self._find_parameters()
+        parameters = self._parameters
         for module, parts in self._keys.parts.items():
             name = parameters.get(module, f"{module}.weight")
             if not parts.keys() >= {"A", "B"}:
@@ -151,8 +202,7 @@ class Targets:
                 raise self._unlike(name, a, b, f"the base's shape {list(expected)}")
         elif not shape:
             raise self._unlike(name, a, b, "a matrix")
-        module = name.removesuffix(".weight")
-        alpha = by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", 8))
+        alpha = by_pattern(self._settings.get("alpha_pattern"), self._path(name), self._settings.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         magnitude = parts.get("magnitude")
         if bool(self._settings.get("use_dora")) != (magnitude is not None):
@@ -187,7 +237,7 @@ class Targets:
             )
         stated = self._settings.get("r")
         if stated is not None:  # older files lack it
-            stated = by_pattern(self._settings.get("rank_pattern"), name.removesuffix(".weight"), stated)
+            stated = by_pattern(self._settings.get("rank_pattern"), self._path(name), stated)
             if a[0] != stated * stack:
                 raise InputError(
                     f"{self._config}: r is {stated:g} for {name!r}, but its lora_A is {list(a)}; "
@@ -195,12 +245,35 @@ class Targets:
                 )
         return a[0] // stack
 
+    def _path(self, name: str) -> str:
+        """What patterns are compared with: the path of a module, or of a parameter of `target_parameters`."""
+        return name if name in self._parameters.values() else name.removesuffix(".weight")
+
     def _is_transposed(self, name: str, parts: Mapping[str, str], stack: int) -> bool:
         """Whether the weight is stored as (in, out): an embedding, GPT-2's Conv1D, or experts of some models."""
         if stack:
             module = self._network.get_submodule(name.rpartition(".")[0])
             return bool(getattr(module, "is_transposed", False))
-        return "lora_embedding_A" in parts["A"] or bool(self._settings.get("fan_in_fan_out"))
+        if "lora_embedding_A" in parts["A"]:
+            return True
+        stated = bool(self._settings.get("fan_in_fan_out"))
+        if not (stated or self._has_inputs_first):
+            return False
+        a, b = (self._file.places[parts[part]].shape for part in "AB")
+        shape = self._expected(name, stack)
+        if shape is not None and len(a) == len(b) == 2 and a[1] != b[0]:
+            return shape == (a[1], b[0])
+        network = known_network(self._base.home) if self._has_inputs_first or shape is None else None
+        if network is None:
+            return stated and (self._has_inputs_first or shape is None)
+        modules = network.named_modules()  # whose names may begin with a part that the base's do not have
+        found = (module for path, module in modules if f".{path}".endswith(f".{name.removesuffix('.weight')}"))
+        return type(next(found, None)).__name__ == "Conv1D"
+
+    @cached_property
+    def _has_inputs_first(self) -> bool:
+        """Whether modules of the base store (in, out). PEFT goes by their class, not by `fan_in_fan_out`."""
+        return inputs_first(self._base.shapes)
 
     @cached_property
     def _network(self) -> Any:
@@ -251,10 +324,7 @@ class Targets:
         """The base's tensors that a change is of."""
         name, change = target.name, target.change
         if name in self._base.tied:
-            raise InputError(
-                f"{self._where}: {target.key!r} changes the head, which the base ties to its embedding; "
-                "merge the adapter into its base with PEFT's merge_and_unload first"
-            )
+            raise self._changes_head(target.key)
         if name in self._base.tensors:
             yield name, self._direct(name, target)
             return
@@ -297,6 +367,12 @@ class Targets:
             a, b = (self._file.places[key].shape for key in (target.change.a, target.change.b))
             raise self._unlike(tensor, a, b, f"the base's shape {list(expected)}")
         return Part(0, prod(shape), target.change)
+
+    def _changes_head(self, key: str) -> InputError:
+        return InputError(
+            f"{self._where}: {key!r} changes the head, which the base ties to its embedding; "
+            "merge the adapter into its base with PEFT's merge_and_unload first"
+        )
 
     def _no_match(self, key: str) -> InputError:
         return InputError(

@@ -56,6 +56,17 @@ sys.exit(main(["history", "m", *sys.argv[1:]]))
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_streams_that_the_caller_has_closed_are_the_null_device(recipe: Path, home: Path) -> None:
+    program = "import lewis_flows.cli.main as m; m.program()"
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "-", sys.executable, "-c", program]
+    for arguments, code in (
+        (["merge", str(recipe), "-o", str(home / "out"), "--set", "lewis=null"], 0),
+        (["plan", "x"], 2),
+    ):
+        assert subprocess.run([*command, *arguments]).returncode == code
+    assert (home / "out" / "model.safetensors").is_file()
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -30,7 +30,7 @@ from lewis.models.lora.expert import LoraExpert
 from lewis.models.network.module_tree import Layer, Network
 from lewis.recipe.schema import Importance
 from tests.conftest import Family
-from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors
+from tests.support.models import edit_json, materialise, rewrite, shard, write_lora, write_tensors
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10,), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))
 CALIBRATION = Calibration("sums", SAMPLES)
@@ -307,6 +307,7 @@ class TestRefused:
             for part, shape in (("A", (4, 16)), ("B", (16, 4)))
         }
         save_file(pair, adapter / "adapter_model.safetensors")
+        edit_json(adapter / "adapter_config.json", target_modules=["extra"])
         with pytest.raises(InputError, match=r"changes 'model.layers.0.extra.weight', which is no parameter"):
             measure(LoraExpert(Checkpoint(base, "base"), adapter, "key"), CALIBRATION)
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lewis
+from lewis.errors import InputError
 from lewis.inspection.measures import measure
 from lewis.inspection.step import before_download
 from lewis.library import inspect as inspect_recipe
@@ -175,6 +177,10 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
         tensors(lambda name, tensor: tensor * (8 if "layers.0.mlp.down_proj" in name else 1)),
         {"norms"},
     ),
+    "matrices of another scale": (
+        tensors(lambda name, t: t * (1e6 if "mlp" in name else 1e-6 if "o_proj" in name else 1)),
+        {"rescaled"},
+    ),
     "outsized": (
         lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=0.011),
         {"outsized"},
@@ -187,6 +193,28 @@ def test_a_planted_fault_is_told_and_nothing_else(fault: str, models: Path, home
     make, expected = FAULTS[fault]
     odd = make(models / "math", tmp_path / "odd")
     assert told(models / "base", models / "code", odd) == {(kind, "odd") for kind in expected}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["expert twice", "expert twice, in other files", "swapped layers", "permuted heads", "matrices of another scale"],
+)
+def test_an_error_stops_a_merge_unless_the_recipe_says_otherwise(
+    fault: str, models: Path, home: Path, tmp_path: Path
+) -> None:
+    odd = FAULTS[fault][0](models / "math", tmp_path / "odd")
+    recipe = recipe_of(models / "base", models / "code", odd)
+    with pytest.raises(InputError, match=rf"(?s)^error: {odd}: {next(iter(FAULTS[fault][1]))}: .*--force$"):
+        lewis.merge(recipe, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    forced = [recipe_of(models / "base", models / "code", odd, inspect={"on": on}) for on in ("warn", "off")]
+    digests = {lewis.merge(each, tmp_path / "merged").digest for each in forced}
+    assert len(digests) == 1 and recipe.blocks == forced[0].blocks
+
+
+def test_what_is_excluded_stops_no_merge(models: Path, home: Path, tmp_path: Path) -> None:
+    odd = FAULTS["swapped layers"][0](models / "math", tmp_path / "odd")
+    assert lewis.merge(recipe_of(models / "base", models / "code", odd, exclude=["layers"]), tmp_path / "merged").size
 
 
 def test_of_sound_models_nothing_is_told(models: Path, home: Path, family: Family) -> None:

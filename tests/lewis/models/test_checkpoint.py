@@ -185,13 +185,17 @@ class TestContradictions:
     def test_are_refused(self, tmp_path: Path, config: dict[str, Any], expected: str) -> None:
         refused(write_tensors(tmp_path, self.TENSORS, **config), expected, "the config belongs to another model")
 
+    @pytest.mark.parametrize("key, value", [("vocab_size", None), ("num_hidden_layers", "three"), ("x", float("nan"))])
+    def test_sizes_that_no_network_has_are_refused(self, tmp_path: Path, key: str, value: Any) -> None:
+        refused(write_tensors(tmp_path, self.TENSORS, **{key: value}), "config.json", "that came with these weights")
+
     @pytest.mark.parametrize(
         "config",
         [
             {"vocab_size": 5, "num_hidden_layers": 3},
             {"vocab_size": 7, "text_config": {"vocab_size": 5, "num_hidden_layers": 3}},
             {"num_hidden_layers": 2, "num_nextn_predict_layers": 1},
-            {"vocab_size": None, "num_hidden_layers": "three"},
+            {"num_key_value_heads": None},
         ],
     )
     def test_are_told_only_where_there_is_one(self, tmp_path: Path, config: dict[str, Any]) -> None:

@@ -63,9 +63,24 @@ def test_reads_gpt2s_transposed_weights(tmp_path: Path) -> None:
     expert, name = open_on(tmp_path / "base", adapter), "transformer.h.0.attn.c_attn.weight"
     name = name if name in expert.tensors else name.removeprefix("transformer.")
     torch.testing.assert_close(expert.read(name), merged[name], rtol=1e-6, atol=1e-7)
-    edit_json(adapter / "adapter_config.json", fan_in_fan_out=False)
-    with pytest.raises(InputError, match="do not give the base's shape"):
-        open_on(tmp_path / "base", adapter)
+    edit_json(adapter / "adapter_config.json", fan_in_fan_out=False)  # PEFT goes by the class of the module
+    torch.testing.assert_close(open_on(tmp_path / "base", adapter).read(name), merged[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings, left_out",
+    [({"fan_in_fan_out": True}, 0), ({"layers_to_transform": [0]}, 4), ({"exclude_modules": ["up_proj"]}, 4)],
+)
+def test_what_the_settings_do_not_name_is_left_out_as_peft_does(
+    family: Family, tmp_path: Path, settings: dict[str, Any], left_out: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = copy(family.lora, tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", **settings)
+    merged = load_file(materialise(family.base, adapter, tmp_path / "merged") / "model.safetensors")
+    expert = open_on(family.base, adapter)
+    for name in expert.tensors:
+        torch.testing.assert_close(expert.read(name), merged[name], rtol=1e-6, atol=1e-7)
+    assert f"{left_out} of its tensors are of no module" in caplog.text or not left_out
 
 
 def test_a_whole_module_is_read_exactly(family: Family, tmp_path: Path) -> None:
@@ -164,6 +179,7 @@ class TestRefused:
 
     def test_a_head_that_the_base_ties(self, family: Family, adapter: Path) -> None:
         self.rename(adapter, "model.layers.0.self_attn.q_proj", "lm_head")
+        edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "up_proj", "lm_head"])
         with pytest.raises(InputError, match="changes the head, which the base ties to its embedding"):
             open_on(family.base, adapter)
 
@@ -207,6 +223,41 @@ class TestRefused:
         else:
             with pytest.raises(InputError, match=expected):
                 open_on(family.base, adapter)
+
+    @pytest.mark.parametrize(
+        "settings, expected",
+        [
+            ({"target_modules": ["nothing"]}, r"target_modules \['nothing'\] name no module of the base"),
+            ({"exclude_modules": "model.*"}, "or only excluded ones"),
+            (
+                {"target_modules": ["q_proj", "norm"]},
+                "name 'model.norm', which is neither a linear module nor an embed",
+            ),
+            ({"target_modules": ["k_proj"]}, "names none of its tensors"),
+            (
+                {"target_modules": "q_proj", "layers_to_transform": 0},
+                "target_modules is a pattern, and there are layers",
+            ),
+            ({"target_modules": 3}, "target_modules: expected names, or a pattern, got 3"),
+            ({"modules_to_save": ["model.norm"]}, "no 'model.norm.weight', which modules_to_save in"),
+            (
+                {"trainable_token_indices": [1]},
+                "no 'embedding.trainable_tokens_delta', which trainable_token_indices in",
+            ),
+            ({"bias": "some"}, "bias: expected none, all or lora_only, got some"),
+        ],
+    )
+    def test_settings_that_peft_refuses_or_that_name_no_tensor(
+        self, family: Family, adapter: Path, settings: dict[str, Any], expected: str
+    ) -> None:
+        edit_json(adapter / "adapter_config.json", **settings)
+        with pytest.raises(InputError, match=expected):
+            open_on(family.base, adapter)
+
+    def test_an_embedding_that_is_saved_whole_and_tied(self, family: Family, tmp_path: Path) -> None:
+        adapter = write_lora(family.base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+        with pytest.raises(InputError, match=r"is tied to 'lm_head.weight' in the base, .* replaces only one of them"):
+            open_on(family.base, adapter)
 
     def test_no_tensors(self, family: Family, adapter: Path) -> None:
         save_file({}, adapter / WEIGHTS)

@@ -29,6 +29,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Density": ("density", ""),
     "Aim": ("aim", ""),
     "Output": ("output", ""),
+    "Inspect": ("Whether models belong together", ""),
     "Evaluate": ("evaluate", ""),
     "Register": ("register", ""),
     "Gate": ("register", ""),

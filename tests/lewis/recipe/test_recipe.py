@@ -181,7 +181,8 @@ class TestMistakes:
             ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
             ({"parameters": {"lambda": "auto"}}, "parameters.lambda: expected a number, got 'auto': what"),
             ({"parameters": {"weight": [1, "auto"]}}, "parameters.weight: expected a number, got 'auto': what"),
-            ({"register": {"name": "a/b"}}, "register.name: "),
+            *(({"register": {"name": name}}, "register.name: ") for name in ("a/b", "..", "x" * 10_000)),
+            ({"register": {"name": "x", "team": "x" * 51}}, "register.team: "),
             ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
             (
                 {"register": {"name": "x", "gate": {"metric": "m", "min_gain": math.nan}}},
@@ -470,3 +471,17 @@ def test_recommended_stands_for_a_method() -> None:
     block = "lewis: {calibrations: {a: {texts: [x], samples: 1}}}\n"
     recipe = Recipe.parse(f"merge_method: recommended\nbase_model: b\nmodels: [{{model: m}}]\n{block}", root=Path("/"))
     assert recipe.merge_method == "regmean_forward" and recipe.fits
+
+
+@pytest.mark.parametrize("written", ["./math", "math/", "other/../math", "{root}/math", "linked", "math+lora/"])
+def test_a_model_by_another_path_does_not_count_twice(tmp_path: Path, written: str) -> None:
+    for name in ("math", "other", "lora", "base"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked").symlink_to("math")
+    first = "math+lora" if "+" in written else "math"
+    data = {"merge_method": "ties", "base_model": "base"}
+    models = [{"model": first}, {"model": written.format(root=tmp_path)}]
+    with pytest.raises(RecipeError, match=r"^models\[1\]\.model: .* is models\[0\]\.model 'math"):
+        Recipe.parse(yaml.safe_dump({**data, "models": models}), root=tmp_path)
+    with pytest.raises(RecipeError, match=r"^models\[1\]\.model: 'base/' is base_model 'base', written in another way"):
+        Recipe.parse(yaml.safe_dump({**data, "models": [models[0], {"model": "base/"}]}), root=tmp_path)

@@ -1,0 +1,140 @@
+"""What the settings of an adapter name in its base and in its file: checked as PEFT checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+from lewis.models.lora.modules import CONFIG, is_saved, is_target
+from lewis.models.model import Model
+from lewis.models.names import HEADS, layer_of
+
+_OTHER = "the config belongs to another adapter"
+
+
+def is_on(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool:
+    """Whether the settings put factors on a module; `linear`: whether it multiplies, and is no embedding."""
+    return is_target(settings, module, linear=linear and not f"{module}.weight".endswith(HEADS))
+
+
+def inputs_first(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether there are modules that store (in, out), as GPT-2's Conv1D: their bias is as long as a row."""
+    biases = ((shapes.get(f"{name.removesuffix('.bias')}.weight"), shape) for name, shape in shapes.items())
+    return any(matrix and len(matrix) == 2 and bias == matrix[1:] != matrix[:1] for matrix, bias in biases)
+
+
+def named_modules(base: Model, settings: Mapping[str, Any], folder: Path, *, found: bool) -> set[str]:
+    """The base's modules that an adapter is on: linear modules, embeddings and those of `target_parameters`.
+
+    Args:
+        base: what the adapter is on.
+        settings: of the adapter.
+        folder: of the adapter.
+        found: whether its file has factors that they name, perhaps under other names than the base's.
+
+    Raises:
+        InputError: if the settings name nothing, or what PEFT puts no factors on.
+    """
+    shapes = {**base.shapes, **dict.fromkeys(base.tied, (1, 1))}
+    parameters = settings.get("target_parameters") or ()
+    held = [name for name in shapes if any(f".{name}".endswith(f".{each}") for each in parameters)]
+    of_parameters = {name.rpartition(".")[0] for name in held}
+    if settings.get("target_modules") is None or settings["peft_type"] != "LORA":
+        return of_parameters
+    modules = {module for name in shapes for module in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    matrices = {module for module in modules if len(shapes.get(f"{module}.weight", ())) >= 2}
+    named = {
+        module
+        for module in modules
+        if is_on(settings, module, linear=module in matrices and layer_of(f"{module}.") is not None)
+    }
+    if both := sorted(named & of_parameters):
+        raise InputError(
+            f"{folder / CONFIG}: target_modules and target_parameters both name {both[0]!r}, which PEFT refuses too; "
+            f"{_OTHER}"
+        )
+    for problem in _problems(settings, base, named, named - matrices, bool(held), found):
+        raise InputError(f"{folder / CONFIG}: {problem}")
+    return named | of_parameters
+
+
+def _problems(
+    settings: Mapping[str, Any], base: Model, named: set[str], wrong: set[str], holds: bool, found: bool
+) -> Iterator[str]:
+    targets = settings["target_modules"]
+    names = repr(targets if isinstance(targets, str) else sorted(targets)[:5])
+    if not (named or holds or found):
+        yield f"target_modules {names} name no module of the base {base.folder}, or only excluded ones; {_OTHER}"
+    if wrong:
+        yield (
+            f"target_modules {names} name {min(wrong)!r}, which is neither a linear module nor an embedding, and so "
+            f"has no LoRA; {_OTHER}"
+        )
+    unbiased = sorted(module for module in named if f"{module}.bias" not in base.tensors)
+    if settings.get("lora_bias") and unbiased:
+        yield (
+            f"{unbiased[0]!r} is to get a bias (lora_bias), and the base has no such bias, so no weights stand for it; "
+            "leave the adapter out"
+        )
+    transposed = inputs_first(base.shapes) if named else settings.get("fan_in_fan_out")
+    if holds and (transposed or any(map(settings.get, ("use_dora", "lora_bias", "lora_dropout")))):
+        yield (
+            "target_parameters together with use_dora, lora_bias, lora_dropout or fan_in_fan_out, which PEFT refuses "
+            f"too; {_OTHER}"
+        )
+
+
+def check_whole(
+    base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str], rows: Collection[str]
+) -> None:
+    """Check that the file has all that the settings say is saved as it is.
+
+    Args:
+        base: what the adapter is on.
+        settings: of the adapter.
+        file: of its weights.
+        whole: the tensors that it has whole.
+        rows: the modules that it has trained rows of.
+
+    Raises:
+        InputError: naming what is missing.
+    """
+    missing = [
+        (tensor, "modules_to_save")
+        for tensor in (*base.tensors, *base.tied)
+        if is_saved(settings, tensor) and tensor not in whole
+    ]
+    given = settings.get("trainable_token_indices") or {}
+    given = given if isinstance(given, dict) else {"": given}
+    for name, ids in given.items():
+        tied = base.tied and rows and list(given.values()).count(ids) > 1  # then PEFT saves those of the embedding
+        if not tied and not any(f".{module}".endswith(f".{name}" if name else "") for module in rows):
+            missing.append((f"{name or 'embedding'}.trainable_tokens_delta", "trainable_token_indices"))
+    for what, key in missing:
+        raise InputError(f"{file}: no {what!r}, which {key} in {CONFIG} names; {_OTHER}, or the file is not complete")
+
+
+def check_tied(
+    base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str], added: Collection[str]
+) -> None:
+    """Check that a head stays tied to its embedding.
+
+    Args:
+        base, settings, file, whole: as of `check_whole`.
+        added: the tensors that the adapter adds something to.
+
+    Raises:
+        InputError: naming both, if the adapter changes one of them, or PEFT would change it twice.
+    """
+    for head, embedding in base.tied.items():
+        replaced = is_saved(settings, embedding)
+        both = settings.get("ensure_weight_tying") and embedding.endswith("embed_tokens.weight")  # as in PEFT
+        if (replaced and not both and head not in whole) or (embedding in added and both):
+            effect = "replaces only one of them" if replaced else "is added twice by PEFT"
+            raise InputError(
+                f"{file}: {embedding!r} is tied to {head!r} in the base, and what the adapter has for it {effect}; "
+                "merge the adapter into its base with PEFT's merge_and_unload first"
+            )
