@@ -134,8 +134,8 @@ def _of_static_fit(merge: Merge) -> Forecast:
         known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
         stack = shape[0] if len(shape) == 3 else 1
         operations += stack * (outputs * inputs * known * (2 * len(merge.experts) + 8) + known**3 / 3)
-        # Products of the inputs and of the task vectors in fp32, their sum and its factor in fp64; or rows, and products
-        # of these in fp64.
+        # Products of the inputs and of the task vectors in fp32, their sum and its factor in fp64; or rows, and
+        # products of these in fp64.
         of_inputs = (
             4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (8 * len(merge.experts) + 16) * inputs**2
         )
