@@ -161,7 +161,14 @@ def _write_tasks(folder: Path) -> None:
 
 def _recipe() -> dict[str, Any]:
     """The recipe that merges the family; its paths are relative to its folder."""
-    calibration = {"dataset": "json", "text": "{prompt}{answer}\n", "samples": 64, "max_tokens": 64, "seed": 42}
+    calibration = {
+        "dataset": "json",
+        "prompt": "{prompt}",
+        "answer": "{answer}\n",
+        "samples": 64,
+        "max_tokens": 64,
+        "seed": 42,
+    }
     return {
         "merge_method": "regmean_forward",
         "base_model": "./base",

@@ -57,6 +57,13 @@ class Calibration:
         scale = self.tokens / sum(map(sum, self.weights))
         return [[weight * scale for weight in sample] for sample in self.weights]
 
+    @property
+    def of_answers(self) -> "Calibration":
+        """The set in which only the tokens of answers count; itself, if it does not say which they are."""
+        if self.weights is None:
+            return self
+        return replace(self, weights=tuple(tuple(float(w == 1) for w in sample) for sample in self.weights))
+
     def part(self, rows: Iterable[int]) -> "Calibration":
         """A set of only these samples."""
         chosen = list(rows)

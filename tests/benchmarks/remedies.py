@@ -5,9 +5,10 @@
     python -m tests.benchmarks.remedies table FILE.jsonl
 
 `rows` writes `TASK-train.jsonl` and `TASK-test.jsonl`, rows of `prompt` and `answer`, for the tasks math, code and sql
-of `data/` in the shared folder, and with num2words and babel (which no other thing here needs) for words and dates,
-whose rows are short. The experts of these two were trained like the others (`real/train_expert.py`: LoRA of rank 16,
-alpha 32, all linear layers, 140 steps of 4 rows, lr 4e-4, seeds 5 and 7), in fp32.
+of `data/` in the shared folder. Other tasks need such files too. Those of the results whose rows are short are numbers
+in words ("Number: 72\\nWords:", " seventy-two") and dates in five languages ("Date: 1974-02-09\\nIn Dutch:", " zaterdag
+9 februari 1974"), 3,000 drawn rows to train on and others to test. Their experts were trained like those of the shared
+folder (LoRA of rank 16, alpha 32, all linear layers, 140 steps of 4 rows, lr 4e-4, seeds 5 and 7), in fp32.
 
 `run` merges once and scores the test rows from `--skip` on. `--set` overrides a key of the recipe, as `lewis merge`
 does; the recipe is the recommended one, with `prompt` and `answer` and 64 calibration rows of each task. The distance
@@ -17,12 +18,9 @@ its own task, with the 95 % bootstrap interval over all rows; beside it that of 
 
 import argparse
 import json
-import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,6 @@ from tests.benchmarks.quality import MEMORY, TOKENS, Scorer, interval, lines
 from tests.support import pipeline
 
 Pair = tuple[str, str]
-LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "nl": "Dutch"}
 
 
 def shared_rows(task: str, data: Path, part: str) -> list[Pair]:
@@ -51,31 +48,12 @@ def shared_rows(task: str, data: Path, part: str) -> list[Pair]:
     return [(f"Question: {r['question']}\nSQL:", " " + r["query"]) for r in lines(data / "sql" / f"{part}.jsonl")]
 
 
-def short_rows(task: str, count: int, seed: int) -> Iterator[Pair]:
-    """Rows of numbers in words, or of dates in five languages."""
-    draw = random.Random(seed)
-    for _ in range(count):
-        if task == "words":
-            from num2words import num2words
-
-            number = draw.randrange(10 ** draw.randrange(1, 7))
-            yield f"Number: {number}\nWords:", f" {num2words(number)}"
-        else:
-            from babel.dates import format_date
-
-            day, code = date(1950, 1, 1) + timedelta(days=draw.randrange(36000)), draw.choice(list(LANGUAGES))
-            yield f"Date: {day.isoformat()}\nIn {LANGUAGES[code]}:", f" {format_date(day, 'full', locale=code)}"
-
-
 def write_rows(folder: Path, shared: Path) -> None:
     """Write the rows of all tasks."""
     folder.mkdir(parents=True, exist_ok=True)
-    for task in ("math", "code", "sql", "words", "dates"):
-        for part, count, seed in (("train", 3000, 1), ("test", 600, 2)):
-            made = task in ("words", "dates")
-            found = list(short_rows(task, count, seed)) if made else shared_rows(task, shared / "data", part)
-            seen = {prompt for prompt, _ in short_rows(task, 3000, 1)} if made and part == "test" else set()
-            rows = [json.dumps({"prompt": p, "answer": a}) for p, a in found if p not in seen]
+    for task in ("math", "code", "sql"):
+        for part in ("train", "test"):
+            rows = [json.dumps({"prompt": p, "answer": a}) for p, a in shared_rows(task, shared / "data", part)]
             (folder / f"{task}-{part}.jsonl").write_text("\n".join(rows))
 
 

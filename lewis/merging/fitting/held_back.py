@@ -4,6 +4,9 @@ On these rows the merged model stands beside the experts, each on its own rows, 
 merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
 repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
 unless its rows lose even more.
+
+The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts; with it
+says nothing that the anchor is better, since no expert was trained to predict prompts: then only broken rows count.
 """
 
 from __future__ import annotations
@@ -52,12 +55,14 @@ class Verdict:
         anchor: the anchor's distance.
         fits: of the fit, and of the second if there was one.
         taken: the index of the fit that was taken; None: the anchor was.
+        of_answers: whether it is known which tokens are answers.
     """
 
     rows: int
     anchor: Distance
     fits: tuple[Distance, ...]
     taken: int | None
+    of_answers: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
@@ -67,13 +72,14 @@ class Verdict:
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """What `to_json` gave."""
         anchor, fits = Distance(**data["anchor"]), tuple(Distance(**each) for each in data["fits"])
-        return cls(data["rows"], anchor, fits, data["taken"])
+        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"])
 
     def to_text(self) -> str:
         """A sentence."""
         taken = self.anchor if self.taken is None else self.fits[self.taken]
         text = (
-            f"{self.rows} held-back rows: {taken.mean:+.4f} nats per token from the experts, the worst row "
+            f"{self.rows} held-back rows: {taken.mean:+.4f} nats per {'answer ' * self.of_answers}token from the "
+            f"experts, the worst row "
             f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
         )
         text += "".join(f"; {ref} {mean:+.4f}" for ref, mean in taken.experts.items())
@@ -112,24 +118,27 @@ def fit_and_judge(
     Raises:
         LewisError: as `fit` and `row_losses`.
     """
-    sets = {expert.ref: expert.held_back for expert in merge.experts if expert.held_back}
+    sets = {expert.ref: expert.held_back.of_answers for expert in merge.experts if expert.held_back}
+    of_answers = all(each.weights is not None for each in sets.values())
     models = {expert.ref: expert.model for expert in merge.experts}
     experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
 
     def distance(model: Unwritten) -> Distance:
         return _distance(dict(zip(sets, row_losses(model, list(sets.values()), threads), strict=True)), experts)
 
+    def holds(found: Distance) -> bool:
+        return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
+
     anchor, fits, fitted = distance(Unwritten(merge)), list[Distance](), list[Fitted]()
     for number, candidate in enumerate((merge, _with_larger(merge))):
         fitted.append(fit(candidate, folder / f"fit-{number}", progress, threads))
         fits.append(distance(Unwritten(candidate, fitted[-1])))
-        if fits[-1].mean <= anchor.mean and fits[-1].worst <= BROKEN:
+        if holds(fits[-1]):
             break
-    holds = fits[-1].mean <= anchor.mean and fits[-1].worst <= BROKEN
     better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
-    taken = len(fits) - 1 if holds else min(better, key=lambda i: fits[i].mean, default=None)
-    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken)
-    logger.log(logging.INFO if holds else logging.WARNING, "%s", verdict.to_text())
+    taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
+    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers)
+    logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
 

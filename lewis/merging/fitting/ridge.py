@@ -89,7 +89,7 @@ def choose(
             candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
             place = folder / f"ridge-{ridge:g}"
             fitted = fit(candidate, place, report, threads)
-            loss = mean_loss(row_losses(Unwritten(candidate, fitted), [held for _, held in parts], threads))
+            loss = mean_loss(row_losses(Unwritten(candidate, fitted), [held.of_answers for _, held in parts], threads))
             known[str(ridge)] = loss if math.isfinite(loss) else None
             store.write_entry(file, known)
             store.discard(place)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,13 @@ def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
     assert hold_back(short) == (short, None)
 
 
-def held(family: Family, **parameters: Any) -> Merge:
+def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge:
+    """A merge that is judged by rows whose answers are known if they come from a folder."""
     sets = {f"s{path.name}": {"texts": texts(len(path.name), 9), "samples": 9} for path in family.experts}
+    for name, each in sets.items() if folder else ():
+        rows = [{"text": text} for text in each.pop("texts")]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        each |= {"dataset": "json", "data_files": str(folder / f"{name}.jsonl"), "prompt": "w1 w2 ", "answer": "{text}"}
     block = {"calibrations": sets, "hold_back": True}
     return prepare(recipe_of(family.base, family.experts, lewis=block, parameters={"ridge": 0.1, **parameters}))
 
@@ -86,7 +92,7 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    merge, distances = held(family, prior=0.5), [Distance(*each) for each in seen]
+    merge, distances = held(family, tmp_path, prior=0.5), [Distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
     with caplog.at_level(logging.INFO):
         written = merge.run(tmp_path / "out")
@@ -100,15 +106,28 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
     else:
         sets = [expert.calibration for expert in merge.experts]
         values = {"ridge": 0.1, "prior": 0.5} if taken == 0 else {"ridge": 1.0, "prior": 3.0}
-        given = recipe_of(family.base, family.experts, parameters=values)
-        again = prepare(given)
-        from dataclasses import replace
-
+        again = prepare(recipe_of(family.base, family.experts, parameters=values))
         experts = tuple(replace(e, calibration=rows) for e, rows in zip(again.experts, sets, strict=True))
         replace(again, experts=experts).run(plain)
         expected = load_file(plain / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of the task vectors of the demo predicts prompts better than its experts, and answers far worse."""
+    distances = [Distance(0.1, 0.7), Distance(0.2, 0.3)]
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    written = held(family).run(tmp_path / "out")
+    assert written.manifest["held_back"]["taken"] == 0 and "nats per token" in written.fit
+
+
+def test_answers_alone_are_judged() -> None:
+    rows = Calibration("a", ((1, 2, 3), (4, 5)), ((0.1, 1.0, 1.0), (0.1, 1.0)))
+    assert rows.of_answers == Calibration("a", rows.samples, ((0.0, 1.0, 1.0), (0.0, 1.0)))
+    assert rows.part([0]).of_answers.factors == [[0.0, 1.5, 1.5]]
+    plain = Calibration("a", rows.samples)
+    assert plain.of_answers is plain
 
 
 def test_nothing_is_judged_where_nothing_can_be(
