@@ -128,10 +128,6 @@ PREFECT_WRITE_EVENTS = PrivateName(
     "prefect", "prefect.server.events.services.event_persister.write_events", ">=3.9,<3.10",
     "keep events that arrive next to one that SQLite has already", "lewis_flows.service.prefect_app",
     "Prefect: on SQLite, events that are sent again make others be dropped")
-PREFECT_SQLITE_BEGIN = PrivateName(
-    "prefect", "prefect.server.database.configurations.AioSqliteConfiguration.begin_transaction", ">=3.9,<3.10",
-    "let requests that write wait for each other on SQLite", "lewis_flows.service.prefect_app",
-    "Prefect: on SQLite, requests that write at the same time are answered 503")
 PREFECT_TASK_INPUTS = PrivateName(
     "prefect", "prefect.utilities.engine.collect_task_run_inputs_sync", ">=3.9,<4",
     "draw the edges between tasks that run in processes", "lewis_flows.runners.choose",

@@ -27,6 +27,7 @@ base_model: base
 models: [{model: half, parameters: {weight: 1.0}}]
 evaluate: {tasks: [words.yaml], baselines: []}
 register: {name: tiny, gate: {metric: "words/acc,none"}}
+inspect: {on: warn}
 """
 DIES = "import time, lewis.registry.promotion as m\nm.promote = lambda *a: (print('HERE', flush=True), time.sleep(60))"
 

@@ -194,7 +194,7 @@ def test_overrides_of_a_deployment_allow_no_code(folder: Path) -> None:
 @pytest.mark.parametrize("given", ["/tmp/evil.yaml", "../evil.yaml"])
 def test_a_deployed_flow_refuses_a_path(folder: Path, flow: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"lewis_flows.{flow}")
-    monkeypatch.setattr(module, "deployment", SimpleNamespace(id="some"))
+    monkeypatch.setattr("lewis_flows.merge.deployment", SimpleNamespace(id="some"))
     state = getattr(module, f"{flow}_flow").fn(given)
     assert state.is_failed() and "a run of a deployment takes only such names" in state.message
 

@@ -52,11 +52,6 @@ def second_ui(folder: Path) -> bool:
     return "v2" in offered
 
 
-def begins_as_a_reader(_: Path) -> bool:
-    """A transaction that is to write begins as one that reads."""
-    return "DEFERRED" in inspect.getsource(private_names.PREFECT_SQLITE_BEGIN.get())
-
-
 def task_inputs(_: Path) -> bool:
     """The runner of processes hands on only the dependencies that it is given, and looks for none itself."""
     from prefect.task_runners import ProcessPoolTaskRunner
@@ -183,7 +178,6 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "PREFECT_WRITE_EVENTS": (
         "tests/flows/service/test_access.py::test_events_that_are_there_already_hold_no_others_up"
     ),
-    "PREFECT_SQLITE_BEGIN": begins_as_a_reader,
     "PREFECT_TASK_INPUTS": task_inputs,
     "PREFECT_ASSET_CONTEXT": cached_assets,
     "PREFECT_RETRY": gives_up,

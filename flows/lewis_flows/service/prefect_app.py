@@ -11,7 +11,6 @@ import os
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -94,20 +93,6 @@ async def wait_again_for_heartbeats() -> None:
     await (await db.engine()).dispose()  # of this event loop, which ends now
 
 
-def wait_for_writers() -> None:
-    """Let a transaction that may write wait until no other one writes.
-
-    On SQLite, Prefect lets it begin as one that reads. If another one has written when it comes to write, SQLite
-    refuses it at that moment, without a wait, and Prefect answers 503.
-    """
-    begin = private_names.PREFECT_SQLITE_BEGIN.get()
-
-    def immediate(self: Any, session: Any, with_for_update: bool = False) -> Any:
-        return begin(self, session, with_for_update=True)
-
-    private_names.PREFECT_SQLITE_BEGIN.put(immediate)
-
-
 def main() -> None:
     """Serve as `prefect server start` does, with Prefect's own settings."""
     import uvicorn
@@ -123,7 +108,6 @@ def main() -> None:
     url = server.database.connection_url
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
-        wait_for_writers()
     asyncio.run(wait_again_for_heartbeats())
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = split_origins(server.api.cors_allowed_origins)

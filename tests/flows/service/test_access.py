@@ -12,7 +12,6 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,17 +70,6 @@ def test_the_page_of_a_run_shows_its_newest_artifacts_first(client: SyncPrefectC
     assert order(wanted) == keys[::-1] and order({**wanted, "sort": "KEY_ASC"}) == keys
     with pytest.raises(urllib.error.HTTPError, match="422"):
         order(["no object"])
-
-
-def test_requests_that_write_wait_for_each_other(client: SyncPrefectClient, prefect_url: str) -> None:
-    """On SQLite, most of those that came at the same time were answered 503."""
-    flow, head = client.create_flow_from_name("busy"), {"Content_Type": "application/json", **credentials()}
-
-    def create(_: int) -> int:
-        return ask(prefect_url, "/api/flow_runs/", "POST", {"flow_id": str(flow)}, **head).status
-
-    with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(create, range(32))) == {201}
 
 
 def test_the_api_asks_for_the_key(prefect_url: str) -> None:
