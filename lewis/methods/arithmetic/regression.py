@@ -32,10 +32,11 @@ X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^
 
     W = W_a + E^T (X X^T + r I)^-1 X         (E with the rows of B_t added)
 
-A prior adds what the task vectors D_t = W_t - W_0 themselves tell of the inputs that matter to their experts, where the
-tokens are few: rows P_t with P_t^T P_t = n0 tau_t D_t^T D_t count as further tokens with Z_t = X_t and B_t = 0, where
-tau_t = tr(X_t^T X_t / tokens) / tr(D_t^T D_t) brings them to the scale of the inputs (`prior`). They do not count in
-the mean diagonal, by which the ridge is scaled. (Near: the task vectors' covariance of ACTMat, arXiv 2604.01329.)
+A prior adds what the task vectors D_t = W_t - W_0 themselves say about the inputs that matter to their experts, where
+the tokens are few: rows P_t with P_t^T P_t = n0 tau_t D_t^T D_t count as further tokens with Z_t = X_t and B_t = 0.
+The factor tau_t = tr(X_t^T X_t / tokens) / tr(D_t^T D_t) brings them to the scale of the inputs (`prior`). They do not
+count in the mean diagonal, by which the ridge is scaled. (Near: the task vectors' covariance of ACTMat, arXiv
+2604.01329.)
 
 With alpha < 1, let Q be the part of the solution for which each input stands alone (`Uncorrelated`), D the diagonal
 matrix (1 - alpha) diag(S) + r I, and L = alpha X D^-1. Woodbury's identity gives
