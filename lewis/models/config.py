@@ -156,8 +156,10 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
     check_numbers(folder, config, shapes)
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))
-    # One more row: Moshi has a token that begins a text; Mllama has eight for its images.
-    more = {1} | ({8} if "mllama" in str(config.get("model_type")) else set())
+    # One more row: Moshi has a token that begins a text; Mllama has eight for its images, Molmo2 says how many.
+    more = {1, *_stated(config, "additional_vocab_size")} | (
+        {8} if "mllama" in str(config.get("model_type")) else set()
+    )
     beyond = {count + each for count in stated for each in more}
     if rows and stated and not (stated | beyond) & set(rows.values()):
         name, count = next(iter(rows.items()))
