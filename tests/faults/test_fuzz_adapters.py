@@ -192,7 +192,7 @@ def test_reads_as_peft_merges(
             isinstance(stated["trainable_token_indices"], dict) and "lm_head" in stated["trainable_token_indices"]
         )
         stricter = any(words in warned for words in WARNED) or (kind != "untied" and own_rows)
-        # PEFT changes a tied head alone in some of these, and says nothing; no checkpoint with a tied head can hold that.
+        # PEFT changes a tied head alone in some of these and says nothing; no checkpoint with a tied head holds that.
         stricter = stricter or "which the base ties to its embedding" in str(found)
         assert stricter or isinstance(expected, Exception), f"only LEWIS refuses: {found}"
         event("LEWIS refuses what PEFT warns of" if stricter else "both refuse")
