@@ -48,20 +48,26 @@ class Batch:
         """Without padding."""
         return sum(self.lengths)
 
-    def factors(self, path: str, taken: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What rows of tokens are multiplied with, so that their products count as much as the tokens do.
+    def weighs(self, path: str) -> bool:
+        """Whether tokens count differently in a module; not at keys and values, since later tokens read them."""
+        return self.weights is not None and not feeds_other_tokens(path)
+
+    def weighted(self, rows: torch.Tensor, path: str, taken: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of tokens, scaled so that their products count as much as the tokens do.
 
         Args:
-            path: of the module that they go into; at keys and values all count alike, since later tokens read them.
-            taken: of the real tokens, those that are wanted, ascending; None for all.
+            rows: without padding, (tokens, features).
+            path: of the module that they go into.
+            taken: of the real tokens, those that the rows are of, ascending; None for all.
 
         Returns:
-            The roots of the weights, fp32 (tokens, 1); None if all count alike.
+            fp32, of the same shape; the rows themselves if all count alike, or if it is unknown which tokens they are.
         """
-        if self.weights is None or feeds_other_tokens(path):
-            return None
+        if self.weights is None or not self.weighs(path):
+            return rows
         roots = torch.cat([row[:length] for row, length in zip(self.weights, self.lengths, strict=True)]).sqrt()
-        return (roots if taken is None else roots[taken])[:, None]
+        roots = roots if taken is None else roots[taken]
+        return rows * roots[:, None].to(rows.device) if len(roots) == len(rows) else rows
 
     def rows_of(self, inputs: torch.Tensor, place: str, taken: torch.Tensor | None = None) -> torch.Tensor:
         """What goes into a module while the batch goes through a model, without padding.

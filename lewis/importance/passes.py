@@ -107,17 +107,15 @@ class Pass(Stepping):
             inputs: (samples, width, in), or what a router sends to it.
             routed: whether a router chose them: then their weights are unknown, and all count alike.
         """
-        factors = None if routed else self.batch.factors(name.removesuffix(".weight"))
-        weighted = factors is not None
+        path = name.removesuffix(".weight")
+        weighted = not routed and self.batch.weighs(path)
         key = next((key for tensor, alike, key in self._seen if tensor is inputs and alike == weighted), None)
         if key is None:
             key = name
             self._seen.append((inputs, weighted, name))
             rows = self.batch.rows_of(inputs, name)
-            if factors is not None and len(factors) == len(rows):
-                copied = rows * factors.to(rows.device)
-            else:
-                copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may change it later
+            rows = self.batch.weighted(rows, path) if weighted else rows
+            copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may change it later
             self.inputs.setdefault(name, []).append(copied)
         self.sources[name] = key if self.sources.get(name, key) == key else ""
 

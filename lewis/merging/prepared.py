@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -27,7 +27,7 @@ from lewis.merging.checks import check_adapter, check_calibrations, check_parame
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.merging.vocabulary.alignment import Alignment, align
-from lewis.methods import Method
+from lewis.methods import Method, Parameter
 from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.registry import AUTO
 from lewis.models.chat_template import chosen_template
@@ -188,6 +188,19 @@ class Prepared:
         if self.guide is not None:
             return replace(self, guide=self.guide.with_densities(densities))
         return replace(self, experts=tuple(replace(expert, densities=densities) for expert in self.experts))
+
+    def with_parameters(self, change: Callable[[Parameter, Any], Any]) -> Self:
+        """The same merge with other values of its own parameters, not of its anchor's.
+
+        Args:
+            change: gives the new value of a parameter, by the parameter and its value.
+        """
+        value = self.settings.value
+
+        def changed(parameter: Parameter, *where: Any) -> Any:
+            return change(parameter, value(parameter, *where))
+
+        return replace(self, settings=replace(self.settings, value=changed))
 
     def giving(self, name: str) -> Prepared:
         """What gives a tensor that is not fitted: the anchor."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def fit_and_judge(
         return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
 
     anchor, fits, fitted = distance(Unwritten(merge)), list[Distance](), list[Fitted]()
-    for number, candidate in enumerate((merge, _with_larger(merge))):
+    for number, candidate in enumerate((merge, merge.with_parameters(_larger))):
         fitted.append(fit(candidate, folder / f"fit-{number}", progress, threads))
         fits.append(distance(Unwritten(candidate, fitted[-1])))
         if holds(fits[-1]):
@@ -149,12 +149,8 @@ def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Seq
     return Distance(sum(each.values()) / len(each), worst, each)
 
 
-def _with_larger(merge: Prepared) -> Prepared:
-    value = merge.settings.value
-
-    def larger(parameter: Parameter, *where: Any) -> Any:
-        factor, least = LARGER.get(parameter.name, (1.0, None))
-        given = value(parameter, *where)
-        return given if least is None else max(factor * given, least)
-
-    return replace(merge, settings=replace(merge.settings, value=larger))
+def _larger(parameter: Parameter, value: Any) -> Any:
+    if parameter.name not in LARGER:
+        return value
+    factor, least = LARGER[parameter.name]
+    return max(factor * value, least)

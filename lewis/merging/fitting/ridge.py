@@ -105,15 +105,14 @@ def choose(
 
 def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None = None) -> Prepared:
     """The same merge with a number for its ridge, fitted to other rows if they are given."""
-    value = merge.settings.value
 
-    def with_number(parameter: Parameter, *where: Any) -> Any:
-        return ridge if parameter.name == "ridge" else value(parameter, *where)
+    def number(parameter: Parameter, value: Any) -> Any:
+        return ridge if parameter.name == "ridge" else value
 
     given: Sequence[Calibration | None] = sets or [expert.calibration for expert in merge.experts]
     pairs = zip(merge.experts, given, strict=True)
     experts = tuple(replace(expert, calibration=calibration) for expert, calibration in pairs)
-    return replace(merge, settings=replace(merge.settings, value=with_number), experts=experts)
+    return replace(merge.with_parameters(number), experts=experts)
 
 
 def check(merge: Prepared) -> None:

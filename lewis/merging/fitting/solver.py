@@ -128,8 +128,8 @@ class Solver:
             if bias is not None:
                 missing = missing + (-bias if whole else module.bias - bias)
             assert pair.own.rows is not None
-            factors = pair.own.batch.factors(place, pair.own.taken)
-            missing = missing if factors is None else missing * factors
+            if pair.own.batch.weighs(place):
+                missing = pair.own.batch.weighted(missing.expand(len(pair.own.rows), -1), place, pair.own.taken)
             found[expert][i] = self._spill.keep(missing).expand(len(pair.own.rows), -1)
 
         self._workers(
@@ -146,8 +146,7 @@ class Solver:
 
         def rows_of(each: Pass) -> torch.Tensor:
             assert each.rows is not None
-            factors = each.batch.factors(place, each.taken)
-            return each.rows if factors is None else self._spill.keep(each.rows * factors)
+            return self._spill.keep(each.batch.weighted(each.rows, place, each.taken))
 
         found = []
         for pairs, weight in zip(self._pairs, weights, strict=True):
