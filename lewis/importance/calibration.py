@@ -1,19 +1,18 @@
 """Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
 
 import logging
-import re
-import string
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.importance.row_texts import Text, text_of
 from lewis.input_files import check_regular
 from lewis.models.config import needs_code
 from lewis.recipe.schema import CalibrationSet
@@ -24,8 +23,6 @@ logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same rows would give other token ids
 SAMPLES = "samples"  # what a set in the store is whole with
 WEIGHTS = "weights"
-MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
-_KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
@@ -163,37 +160,7 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     return Calibration(name, samples, weights)
 
 
-class _Text(NamedTuple):
-    """A text, where its answers begin and end, and whether the tokenizer adds its special tokens to it."""
-
-    content: str
-    answers: tuple[tuple[int, int], ...]
-    special: bool = True
-
-    def tokens(self, encode: Any, spec: CalibrationSet) -> tuple[list[int], list[float]]:
-        """Token ids and how much each counts: 1 where it, or the one that it predicts, is of an answer."""
-        alike = spec.prompt_weight == 1
-        offsets = {} if alike else {"return_offsets_mapping": True}
-        try:
-            found = encode(self.content, truncation=False, add_special_tokens=self.special, **offsets)
-        except NotImplementedError as error:  # a tokenizer in Python has no offsets
-            raise InputError(
-                "this model's tokenizer does not say which characters a token is of (it has no tokenizer.json), so "
-                "prompts cannot be told from answers; set weight: {prompt: 1}"
-            ) from error
-        ids: list[int] = found["input_ids"][: spec.max_tokens]
-        if alike:
-            return ids, [1.0] * len(ids)
-        of_answer = [
-            any(start < end and end > first and start < last for first, last in self.answers)
-            for start, end in found["offset_mapping"]
-        ]
-        follows = [*of_answer[1:], False]
-        weights = [1.0 if any(pair) else spec.prompt_weight for pair in zip(of_answer, follows, strict=True)]
-        return ids, weights[: spec.max_tokens]
-
-
-def _texts(where: str, spec: CalibrationSet, rows: Any, tokenizer: Any) -> list[_Text]:
+def _texts(where: str, spec: CalibrationSet, rows: Any, tokenizer: Any) -> list[Text]:
     if not len(rows):
         raise InputError(f"{where}: the calibration set is empty; give it rows")
     order = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
@@ -203,67 +170,7 @@ def _texts(where: str, spec: CalibrationSet, rows: Any, tokenizer: Any) -> list[
         chosen = [rows[int(i)] for i in order]
     except UnicodeDecodeError as error:  # JSON is decoded when a row is read
         raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
-    return [_text_of(where, spec, row, tokenizer) for row in chosen]
-
-
-def _text_of(where: str, spec: CalibrationSet, row: Any, tokenizer: Any) -> _Text:
-    if isinstance(row, str):
-        return _Text(row, ())
-    if spec.messages:
-        return _chat(where, spec.messages, row, tokenizer)
-    if spec.text:
-        content = _fill(f"{where}.text", spec.text, row)
-        begin = (
-            len(content) if spec.prompt_weight == 1 else _begin_of_last_field(f"{where}.text", spec.text, row, content)
-        )
-        return _Text(content, ((begin, len(content)),))
-    prompt, answer = (_fill(f"{where}.{key}", getattr(spec, key), row) for key in ("prompt", "answer"))
-    return _Text(prompt + answer, ((len(prompt), len(prompt + answer)),))
-
-
-def _begin_of_last_field(where: str, template: str, row: Mapping[str, Any], content: str) -> int:
-    """Where the last field of a template begins in the text that it was filled to."""
-    parts = list(string.Formatter().parse(template))
-    last = max((i for i, part in enumerate(parts) if part[1] is not None), default=len(parts))
-    after = "".join(literal for literal, *_ in parts[last + 1 :])
-    for _, field, form, conversion in parts[last : last + 1]:
-        alone = "{" + (field or "") + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "") + "}"
-        after = _fill(where, alone, row) + after
-    return len(content) - len(after)
-
-
-def _chat(where: str, column: str, row: Mapping[str, Any], tokenizer: Any) -> _Text:
-    """A chat as the chat template of the base writes it; the assistant's turns are its answers."""
-    where = f"{where}.messages"
-    if column not in row:
-        raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
-    if not tokenizer.chat_template:
-        raise InputError(f"{where}: the base's tokenizer has no chat template; write `prompt` and `answer` instead")
-    turns = row[column]
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
-    ):
-        raise InputError(
-            f"{where}: expected a list of turns with `role` and `content` in column {column!r}, got {turns!r:.80}"
-        )
-
-    def written(count: int, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
-
-    try:
-        content, answers = written(len(turns)), list[tuple[int, int]]()
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                before, after = written(i, ask=True), written(i + 1)
-                if content.startswith(before) and content.startswith(after):
-                    answers.append((len(before), len(after)))
-                elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone
-                    answers.append((len(written(i)), len(content)))
-    except Exception as error:  # a template may raise anything
-        raise InputError(
-            f"{where}: the base's chat template does not take a row: {' '.join(str(error).split())[:200]}"
-        ) from error
-    return _Text(content, tuple(answers), special=False)
+    return [text_of(where, spec, row, tokenizer) for row in chosen]
 
 
 def _check_unicode(where: str, text: str) -> None:
@@ -351,42 +258,6 @@ def _place(where: str, file: str, root: Path) -> str:
         return str(root / Path(file).expanduser())
     except RuntimeError as error:  # "~nobody"
         raise InputError(f"{where}.data_files: {file}: {error}") from error
-
-
-def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise InputError(f"{where}: {template!r} is no template: {error}; write {{{{ for a brace") from error
-    if len(parts) > MAX_FIELDS:
-        raise InputError(f"{where}: expected at most {MAX_FIELDS} fields, got {len(parts)}")
-    for _, field, format_spec, conversion in parts:
-        if field is None:
-            continue
-        column = field.split("[")[0]
-        if any(len(number.lstrip("0")) > 4 for number in re.findall(r"\d+", format_spec or "")):
-            raise InputError(f"{where}: {{{field}:{format_spec}}}: expected a width of at most 9999 characters")
-        if not column or "." in field or "{" in (format_spec or ""):
-            raise InputError(f'{where}: {{{field}}}: expected names of columns, such as "{{question}} {{answer}}"')
-        if column not in row:
-            raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
-        value = _value_of(where, template, field, row)
-        if not conversion and isinstance(value, list | tuple | dict | bytes):
-            raise InputError(
-                f"{where}: {{{field}}} is {_KINDS[type(value)]} in a row, expected a text or a number; name a "
-                f"part of it ({{{field}[0]}}), or write {{{field}!s}} for its Python form"
-            )
-    try:
-        return template.format_map({column: "" if value is None else value for column, value in row.items()})
-    except (LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {template!r} cannot be filled from a row: {error}") from error
-
-
-def _value_of(where: str, template: str, field: str, row: Mapping[str, Any]) -> Any:
-    try:
-        return string.Formatter().get_field(field, (), row)[0]
-    except (LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {template!r} cannot be filled from a row: {error}") from error
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -156,8 +156,8 @@ def check_findings(findings: Sequence[Finding], settings: InspectionSettings) ->
     """
     errors = [each for each in findings if each.level == "error"]
     if errors and settings.stops:
-        told = "\n".join(each.to_text() for each in errors)
-        raise InputError(f"{told}\n  to merge them all the same: inspect: {{on: warn}} in the recipe, or --force")
+        listed = "\n".join(each.to_text() for each in errors)
+        raise InputError(f"{listed}\n  to merge them all the same: inspect: {{on: warn}} in the recipe, or --force")
 
 
 def look(given: InspectionInput, report: Report = silent) -> None:

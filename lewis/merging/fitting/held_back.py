@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.losses import RowLoss, mean_loss, row_losses
+from lewis.merging.fitting.losses import RowLoss, mean_loss, predicts_next_token, row_losses
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
 from lewis.progress import Report
@@ -92,12 +92,7 @@ class Verdict:
 
 def is_needed(merge: Prepared) -> bool:
     """Whether rows are held back that can judge the fit: of a model that predicts the next token."""
-    from lewis.importance.measure import network_of
-
-    if not any(expert.held_back for expert in merge.experts):
-        return False
-    network = network_of(merge.base)
-    return not (network.encodes or network.looks_ahead)
+    return any(expert.held_back for expert in merge.experts) and predicts_next_token(merge.base)
 
 
 def fit_and_judge(

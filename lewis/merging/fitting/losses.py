@@ -30,6 +30,14 @@ class RowLoss(NamedTuple):
     weight: float
 
 
+def predicts_next_token(model: Any) -> bool:
+    """Whether a model, which reads like a checkpoint, predicts each token from those before it."""
+    from lewis.importance.measure import network_of
+
+    network = network_of(model)
+    return not (network.encodes or network.looks_ahead)
+
+
 def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = None) -> list[list[RowLoss]]:
     """The loss of each row, of each set; the rows of a set by length, longest first, alike for all models.
 

@@ -18,7 +18,7 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import RIDGES, split
 from lewis.merging.fitting.fitted import Unwritten
 from lewis.merging.fitting.held_back import Fit
-from lewis.merging.fitting.losses import mean_loss, row_losses
+from lewis.merging.fitting.losses import mean_loss, predicts_next_token, row_losses
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
 from lewis.progress import Report
@@ -117,10 +117,7 @@ def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None
 
 def check(merge: Prepared) -> None:
     """Raise InputError if the model does not predict the next token from those before it."""
-    from lewis.importance.measure import network_of
-
-    network = network_of(merge.base)
-    if network.encodes or network.looks_ahead:
+    if not predicts_next_token(merge.base):
         raise InputError(
             f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
             "model does not predict; give a number"
