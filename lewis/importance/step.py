@@ -15,7 +15,6 @@ from pydantic import model_validator
 
 from lewis import store
 from lewis.devices import precision
-from lewis.errors import LewisError
 from lewis.importance import calibration
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
@@ -280,11 +279,7 @@ def find_or_measure_grams(
                 checksums |= measure_grams(
                     model, calibration, scratch, device=device, threads=threads, progress=progress
                 )
-                try:
-                    unchanged()
-                except LewisError:
-                    store.discard(scratch)  # a later pass must not go on with it
-                    raise
+                store.discard_unless(unchanged, scratch)
     return folder
 
 

@@ -141,7 +141,7 @@ class Merge(Prepared):
             write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
             self._copy_tokenizer(scratch)
             self.vocabulary.finish(scratch)
-            _check(unchanged, scratch)
+            store.discard_unless(unchanged, scratch)
         manifest.remember({folder / name: sha256 for name, sha256 in known.items()})
         logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
         return Written(self.digest, folder, self.size, record, fit=text_of_fit(record))
@@ -177,7 +177,7 @@ class Merge(Prepared):
             self._copy_tokenizer(scratch)
             size = (scratch / ADAPTER).stat().st_size
             record |= {**facts, "adapter": adapter.to_json()}
-            _check(unchanged, scratch)
+            store.discard_unless(unchanged, scratch)
         logger.info("%s: %s", folder, adapter.to_text())
         return Written(self.digest, folder, size, record, adapter, text_of_fit(record))
 
@@ -352,12 +352,3 @@ class Merge(Prepared):
         from lewis.merging.engine.compiled import merge_tensor
 
         return merge_tensor(self.giving(name), name, write)
-
-
-def _check(unchanged: Callable[[], None], scratch: Path) -> None:
-    """Nothing that was written is kept, for a run that goes on, if a model has changed meanwhile."""
-    try:
-        unchanged()
-    except LewisError:
-        store.discard(scratch)
-        raise

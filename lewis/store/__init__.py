@@ -17,6 +17,7 @@ from lewis.store.files import (
     check_space,
     digest,
     discard,
+    discard_unless,
     file_sha256,
     free_space,
     is_abandoned,
@@ -35,7 +36,8 @@ from lewis.store.scratch import beside, is_dead, scratch_folder, writer
 
 __all__ = [
     "MANIFEST", "MARK_EVERY", "beside", "bytes_on_disk", "check_replaceable", "check_space", "digest", "discard",
-    "entry", "file_sha256", "free_space", "holds", "home", "is_abandoned", "is_dead", "lock", "make_folder",
+    "discard_unless", "entry", "file_sha256", "free_space", "holds", "home", "is_abandoned", "is_dead", "lock",
+    "make_folder",
     "mark_used", "noticing", "private_folder", "publish", "read_entry", "read_json", "read_manifest", "restrict",
     "scratch_folder", "set_aside", "shared_lock", "sweep", "turn", "umask", "write_bytes", "write_entry",
     "write_json", "write_text", "writer", "written_beside",

@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.input_files import open_regular
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, restrict, umask
@@ -166,3 +166,16 @@ def _target(leftover: Path) -> str:
 def discard(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def discard_unless(check: Callable[[], None], scratch: Path) -> None:
+    """Remove what was written so far if a check of it fails: a later process must not go on with it.
+
+    Raises:
+        LewisError: as the check.
+    """
+    try:
+        check()
+    except LewisError:
+        discard(scratch)
+        raise

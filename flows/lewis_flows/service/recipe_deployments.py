@@ -102,7 +102,7 @@ class Folder:
             self._files, self._seen = [each for each in read if each], now
         # A folder of a model may come and go while no file of the recipes' folder changes.
         found = [replace(each, why=missing_folder(each.recipe) or "") if each.recipe else each for each in self._files]
-        found = [*_told_apart(found)]
+        found = [*_with_own_keys(found)]
         reasons = {each.name: each.why for each in found if each.recipe and each.why}  # `load_all` logs the others
         for name, why in reasons.items():
             if self._logged.get(name) != why:
@@ -111,7 +111,7 @@ class Folder:
         return found
 
 
-def _told_apart(files: list[RecipeFile]) -> Iterator[RecipeFile]:
+def _with_own_keys(files: list[RecipeFile]) -> Iterator[RecipeFile]:
     """The files; one cannot run if its artifacts would have the same keys as those of an earlier one."""
     first = {slug(each.name): each.name for each in reversed(files)}
     for each in files:
