@@ -81,7 +81,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_folder() / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or database()
     try:
         # Two processes that create the same database or experiment at once fail, and a client creates both.
         with store.lock("mlflow"):
@@ -115,6 +115,11 @@ def client(doing: str) -> Iterator["MlflowClient"]:
 
 def _away(server: str, doing: str, url: str) -> AwayError:
     return AwayError(f"{server}: {doing}: it does not answer; see that it is up, then run again", url)
+
+
+def database() -> str:
+    """The URI of the tracking store that is used where `MLFLOW_TRACKING_URI` names none: a database in the store."""
+    return f"sqlite:///{_folder() / 'mlflow.db'}"
 
 
 def exists() -> bool:
