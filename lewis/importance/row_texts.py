@@ -3,6 +3,7 @@
 import re
 import string
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from lewis.errors import InputError
@@ -37,8 +38,8 @@ class Text(NamedTuple):
             any(start < end and end > first and start < last for first, last in self.answers)
             for start, end in found["offset_mapping"]
         ]
-        follows = [*of_answer[1:], False]
-        weights = [1.0 if any(pair) else spec.prompt_weight for pair in zip(of_answer, follows, strict=True)]
+        counts = [here or after for here, after in zip_longest(of_answer, of_answer[1:], fillvalue=False)]
+        weights = [1.0 if one else spec.prompt_weight for one in counts]
         return ids, weights[: spec.max_tokens]
 
 
