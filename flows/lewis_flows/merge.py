@@ -12,7 +12,7 @@ from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import CHAMPION, PREFLIGHT
-from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.registration import Ended, register_merge
@@ -103,7 +103,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     run_tags.rename(plan, {source.ref: source.key for source in sources})
     walk.go(node for node in walk.graph if node.step is not EVALUATE)
     allocated, merged = walk.futures.get(ALLOCATE.name), walk.futures["merge experts"]
-    finish(champion, *walk.of(CALIBRATE, MEASURE, ALLOCATE))
+    finish(champion, *walk.of(CALIBRATE, CONTINUE, MEASURE, ALLOCATE))
     drawn = submit(report_densities, quote(plan), known(walk.of(MEASURE)), allocated) if allocated else None
     finish(drawn, *walk.of(MERGE))
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)

@@ -21,7 +21,7 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
-from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
+from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
 from lewis_flows.merge import begin, load, merge_flow
 from lewis_flows.merge_report import MergeReport
@@ -102,7 +102,7 @@ def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
     """Fetch the models and measure their importance, once for all trials; gives the results, and the tasks' digest."""
     tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
     walk = Walk(plan, pin(plan, [tasks]))
-    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, MEASURE) for node in walk.graph.of(step)]
+    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, CONTINUE, MEASURE) for node in walk.graph.of(step)]
     walk.go(walk.graph.towards(*names))
     finish(*walk.futures.values())
     # A trial may vary the sets and passes: it looks for these itself, and finds most of them in the store.

@@ -13,7 +13,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.steps.graph import PREFLIGHT, Node, graph, resolved, short_refs
 from lewis.steps.step import Step
-from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DOWNLOAD, EVALUATE
 from lewis_tasks.inspect import preflight
 from lewis_tasks.resolve import resolve
 from lewis_tasks.steps import task_of
@@ -98,7 +98,7 @@ class Walk:
         """Base, experts, calibration sets and densities, for tasks that write them down."""
         base = self.futures[f"{DOWNLOAD.name} {plan.base_model}"] if plan.base_model else None
         experts = [self.futures[f"{DOWNLOAD.name} {entry.model}"] for entry in plan.experts]
-        return [known(each) for each in (base, experts, self.of(CALIBRATE), self.futures.get(ALLOCATE.name))]
+        return [known(each) for each in (base, experts, self.of(CALIBRATE, CONTINUE), self.futures.get(ALLOCATE.name))]
 
 
 def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:

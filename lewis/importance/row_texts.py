@@ -65,7 +65,7 @@ def text_of(where: str, spec: CalibrationSet, row: Any, tokenizer: Any) -> Text:
             len(content) if spec.prompt_weight == 1 else _begin_of_last_field(f"{where}.text", spec.text, row, content)
         )
         return Text(content, ((begin, len(content)),))
-    prompt, answer = (_fill(f"{where}.{key}", getattr(spec, key), row) for key in ("prompt", "answer"))
+    prompt, answer = (_fill(f"{where}.{key}", getattr(spec, key) or "", row) for key in ("prompt", "answer"))
     return Text(prompt + answer, ((len(prompt), len(prompt + answer)),))
 
 

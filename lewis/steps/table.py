@@ -21,6 +21,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry, find_scores, score, scores_digest
 from lewis.importance import grams, measure
 from lewis.importance.calibration import Calibration
+from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
 from lewis.importance.step import (
     CalibrationEntry,
     CalibrationInput,
@@ -154,6 +155,31 @@ class Calibrate(Step[CalibrationInput, CalibrationEntry]):
 
     def make(self, given: CalibrationInput, report: Report, device: str) -> CalibrationEntry:
         return prepare_calibration(given)
+
+    def paths(self, made: CalibrationEntry) -> Sequence[Path]:
+        return [made.path]
+
+
+class Continue(Step[ContinueInput, CalibrationEntry]):
+    """The rows that an expert writes to the prompts of a calibration set."""
+
+    name, kind, timeout = "continue", kinds.CALIBRATIONS, 6 * HOURS
+
+    def key(self, given: ContinueInput) -> str:
+        return store.digest([given.prompts.name, given.digest(default_device())])
+
+    def find(self, given: ContinueInput) -> CalibrationEntry | None:
+        return find_continued(given, default_device())
+
+    def make(self, given: ContinueInput, report: Report, device: str) -> CalibrationEntry:
+        return continue_prompts(given, report, device)
+
+    def devices(self, given: ContinueInput) -> int:
+        return 1
+
+    def cost(self, given: ContinueInput) -> Cost:
+        _, shapes = given.files.outline()
+        return Cost(memory=450_000_000 + 4 * sum(map(math.prod, shapes.values())))
 
     def paths(self, made: CalibrationEntry) -> Sequence[Path]:
         return [made.path]
@@ -330,9 +356,9 @@ def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
             yield fitted_to.tokens
 
 
-DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE = Download(), Check(), Diagnose(), Calibrate()
+DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE = Download(), Check(), Diagnose(), Calibrate(), Continue()
 MEASURE, ALLOCATE, MERGE, EVALUATE = Measure(), Allocate(), Merge(), Evaluate()
 STEPS: dict[str, Step[Any, Any]] = {
-    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, MEASURE, ALLOCATE, MERGE, EVALUATE)
+    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE, ALLOCATE, MERGE, EVALUATE)
 }
 """The table, in the order in which a run first comes to each."""

@@ -135,7 +135,7 @@ IMPORTANCE = Kind(  # norms, with the second moments beside them
 )
 GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-order statistics of a model's inputs
 ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densities
-CALIBRATIONS = Kind("calibrations", shared="always")  # token ids of calibration sets
+CALIBRATIONS = Kind("calibrations", locks="calibration-", shared="always")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
 GGUF = Kind("gguf", "*", "gguf-", check=None)  # folders: config, tokenizer and names of a GGUF file, a link to it
 SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said of one model
