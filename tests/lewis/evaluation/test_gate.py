@@ -105,12 +105,12 @@ def test_a_merge_of_an_expert_that_moved_is_let_in_unless_something_got_worse() 
     rule = Gate(metric=KEY)
     let_in = judge(rule, [champion, ours], "b" * 64, champion=CHAMPION)
     assert rule.policy == "not_worse" and let_in.passed and failed(let_in) == []
-    assert let_in.reasons[0].startswith(f"{KEY} must not be worse by 0.06474: gain +0.0000, from -0.0")
+    assert let_in.reasons[0].startswith(f"{KEY} must not be worse by 0.07328: gain +0.0000, from -0.0")
     [reason] = failed(judge(Gate(metric=KEY, policy="better"), [champion, ours], "b" * 64, champion=CHAMPION))
     assert reason == f"{KEY} must be better with p at most 0.05: gain +0.0000, from -0.0251, p 1: fail"
     worse = model("m", maths=right(120, 200), code=right(95, 200))
     [reason] = failed(judge(rule, [champion, worse], "b" * 64, champion=CHAMPION))
-    assert reason.startswith(f"{KEY} must not be worse by 0.06474: gain -0.1000, from -0.1")
+    assert reason.startswith(f"{KEY} must not be worse by 0.07328: gain -0.1000, from -0.1")
 
 
 def test_the_metric_is_judged_as_well_as_its_tasks_or_the_model_stays_out() -> None:

@@ -37,11 +37,11 @@ def said(root: Path, gate: dict[str, Any], *tasks: str, **more: Any) -> list[str
 
 
 def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -> None:
-    one = "sums: 200 documents, margin 0.056: an equal version passes 80%, a loss of 0.038 is refused 8 times in 10"
+    one = "sums: 200 documents, margin 0.065: an equal version passes 90%, a loss of 0.047 is refused 8 times in 10"
     assert said(root, {"metric": "sums/acc,none"}, "sums") == ["not_worse", one]
     weights = {"weights": {"sums": 1, "words/acc,none": 1}}
     _, *lines = said(root, {"metric": "weighted/mean,none"}, "sums", "words", **weights)
-    assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.049"]
+    assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.055"]
     given = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02}}, "sums")[1]
     assert "margin 0.02: an equal version passes 23%, a loss of 0.002 is refused" in given
 
@@ -56,7 +56,7 @@ def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Pa
 
 
 def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) -> None:
-    line = "sums: 200 documents, a gain of 0.063 is seen 8 times in 10, of 0.093 by the 10th version in a row"
+    line = "sums: 200 documents, a gain of 0.085 is seen 8 times in 10, of 0.15 by the 10th version in a row"
     assert said(root, {"metric": "sums/acc,none", "policy": "better"}, "sums") == ["better", line]
 
 
@@ -66,7 +66,7 @@ def test_what_a_plan_says_holds_in_four_cases_of_five(documents: int, number: in
     margin = power.margin(spread)
 
     def drawn(gain: float) -> list[list[int]]:
-        changed = power.CHANGED
+        changed = power.CHANGED + abs(gain)
         chances = [(changed + gain) / 2, (changed - gain) / 2, 1 - changed]
         return [[int(n) for n in row[:2]] for row in rng.multinomial(documents, chances, size=2000)]
 
@@ -74,4 +74,4 @@ def test_what_a_plan_says_holds_in_four_cases_of_five(documents: int, number: in
     refused = np.mean([tango(*p, documents, margin) > power.ERROR for p in drawn(-power.loss_seen(margin, spread))])
     gains = drawn(power.gain_seen(spread, number))
     seen = np.mean([w > b and mcnemar(w, b) <= 2 * power.spent(number) for w, b in gains])
-    assert min(equal, refused) > 0.75 and seen > 0.72  # McNemar's exact test is a little stricter
+    assert equal > 0.86 and refused > 0.75 and seen > 0.72  # McNemar's exact test is a little stricter
