@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.releases [--rows N] [--versions N] [--documents N]
 
-Every row of versions begins with a champion. All have the same documents; each version's answers are drawn, so that two
-versions of one quality differ on one document in ten. All verdicts are those of the real gate (`tests.support.releases`).
+Every row of versions begins with a champion. All have the same documents; each version's answers are drawn, so that
+two versions of one quality differ on one document in ten. All verdicts are those of the real gate
+(`tests.support.releases`).
 """
 
 import argparse
@@ -67,9 +68,9 @@ def main() -> None:
             share = [len(row.promoted) / options.versions for row in found]
             ends = [row.quality[-1] / margin for row in found]
             print(
-                f"{policy}, {kind}: {np.mean(share):.0%} of versions promoted ({np.quantile(share, 0.1):.0%} in the worst "
-                f"tenth of rows); the champion's true loss at the end in margins: mean {-np.mean(ends) + 0:.2f}, "
-                f"worst {-np.min(ends) + 0:.2f}"
+                f"{policy}, {kind}: {np.mean(share):.0%} of versions promoted "
+                f"({np.quantile(share, 0.1):.0%} in the worst tenth of rows); the champion's true loss at the end in "
+                f"margins: mean {-np.mean(ends) + 0:.2f}, worst {-np.min(ends) + 0:.2f}"
             )
             if kind == "equal":
                 for after in (1, 10, 50, options.versions):
@@ -83,8 +84,8 @@ def main() -> None:
             found = run("better", KINDS[3], versions, interval, needed)
             seen = np.mean([versions in row.promoted for row in found])
             print(
-                f"better, a true gain of {interval:.4f}, one interval on {options.documents} documents, in version {versions}: "
-                f"found in {seen:.0%} of rows with {needed} documents"
+                f"better, a true gain of {interval:.4f}, one interval on {options.documents} documents, "
+                f"in version {versions}: found in {seen:.0%} of rows with {needed} documents"
             )
 
 

@@ -53,5 +53,5 @@ def test_equal_versions_are_let_in_and_small_losses_end_at_the_margin_where_no_g
     equals = [releases(Gate(metric=KEY), seed, DOCUMENTS, 40, equal) for seed in range(5)]
     assert 0.65 < sum(len(row.promoted) for row in equals) / (5 * 40) < 0.95
     rows = [releases(Gate(metric=KEY), s, DOCUMENTS, 40, lambda _, champion: champion - MARGIN / 4) for s in range(5)]
-    assert all(-2 * MARGIN <= row.quality[-1] for row in rows)
+    assert all(row.quality[-1] >= -2 * MARGIN for row in rows)
     assert sum(row.quality[-1] for row in rows) / 5 > -1.5 * MARGIN
