@@ -180,7 +180,7 @@ def _recipe() -> dict[str, Any]:
             "weights": dict.fromkeys(SKILLS, 1.0),
             "baselines": ["base", "experts"],
         },
-        "register": {"name": "lewis-demo", "gate": {"metric": "weighted/mean,none", "min_gain": 0.0}},
+        "register": {"name": "lewis-demo", "gate": {"policy": "not_worse", "metric": "weighted/mean,none"}},
     }
 
 
@@ -206,6 +206,7 @@ def _sparse_recipe() -> dict[str, Any]:
         "density": {"strategy": "uniform", "min": 0.01, "budget": 0.02, "uncovered": "expert"},
     }
     recipe["register"]["name"] = "lewis-demo-sparse"
+    recipe["register"]["gate"]["policy"] = "better"  # the best of many trials is to be better than the champion
     recipe["evaluate"]["baselines"] = ["base", "uniform"]  # demo.yaml scores the experts
     space: dict[str, Any] = {
         "parameters.lambda": {"min": 0.5, "max": 3.0},

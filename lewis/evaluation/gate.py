@@ -1,24 +1,35 @@
 """The gate: may a merged model take the champion's place?
 
 It chooses what the model is compared with and applies the rules of promotion, all of which must pass. Each rule is a
-line with its number, and says whether it passed. Two copies of one model, however their answers are drawn, pass the
-rule of superiority in at most one case of forty: its test of sign flips is exact for them.
+line with its number, and says whether it passed.
+
+There are two policies. `better` asks for a significant gain. `not_worse` asks for none: each task must be within its
+margin. All tasks must pass, so each is tested at the full level: a model that is worse by a margin on any task passes
+in at most one case of twenty (an intersection-union test, Berger 1982).
+
+Two things keep a long row of versions right. The *mark* is the last version that was found better than the mark before
+it, or that a person chose: each version must be not worse than the champion and than the mark, so that many small
+losses do not add up. And of the error of finding a version better, each that is compared with one mark spends a part
+only (`statistics.power.spent`).
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.statistics.comparison import LEVEL, holm
+from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics.comparison import Comparison
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored, gain, grouped_tasks
 from lewis.evaluation.statistics.scores import Samples, by_key
 from lewis.recipe.schema import Gate
 
-CHANCE = 0.05  # the largest p at which a test counts as passed
+CHANCE = 0.05  # the largest p at which a test of one version counts as passed
 ROUNDING = 1e-9  # 0.57 - 0.55 is a little less than 0.02 in floating point
 MORE_PERPLEXITY = 1.1  # the largest perplexity allowed, as a multiple of the base's
-TOLERANCE = 0.05  # of a task for which the recipe gives none
+TOLERANCE = 0.05  # of a task for which the recipe gives none, where its score is no share: relative
+NO_DOCUMENTS = "it has no value per document"
+NOTE = "note: "  # begins a line of a verdict that is no rule
 
 
 @dataclass(frozen=True)
@@ -26,12 +37,13 @@ class Verdict:
     """What the gate says.
 
     Attributes:
-        reasons: one line per rule, `rule: number: pass` or `fail`.
+        reasons: one line per rule, `rule: number: pass` or `fail`; and notes, which begin with `NOTE`.
         compared_with: the `uri` of the champion, or any other text if there was none. `promotion.promote` checks that
             the champion is still the same.
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
         metric: the gate's; empty if there is none, or it was not looked at.
         approve_hours: how long a person has to approve what passed; None: it is promoted at once.
+        mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
     """
 
     passed: bool
@@ -40,6 +52,7 @@ class Verdict:
     numbers: str = ""
     metric: str = ""
     approve_hours: float | None = None
+    mark: str = ""
 
     @property
     def waits(self) -> bool:
@@ -49,10 +62,26 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Incumbent:
-    """The version in use: its `uri`, and the digest of its merge."""
+    """A version that is or was in use: its `uri`, and the digest of its merge."""
 
     uri: str
     digest: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the history of a registered model says to its gate.
+
+    Attributes:
+        mark: the version that no later one may fall behind; None: there is no champion.
+        number: the how many-th version this is of those that are judged since the mark became the champion; 1 for the
+            first.
+        withdrawn: why this very merge was rolled back by hand; None if it was not.
+    """
+
+    mark: Incumbent | None = None
+    number: int = 1
+    withdrawn: str | None = None
 
 
 def judge(
@@ -61,7 +90,8 @@ def judge(
     digest: str,
     *,
     champion: Incumbent | None = None,
-    withdrawn: str | None = None,
+    standing: Standing = Standing(),
+    marked: Scored | None = None,
     limit: float | None = None,
 ) -> Verdict:
     """Choose what a merged model is compared with, and apply the gate.
@@ -73,18 +103,20 @@ def judge(
         models: everything that was scored, the merged model last. Not read if the gate is None.
         digest: of the merge.
         champion: the version in use, if there is one.
-        withdrawn: why this very merge was rolled back by hand; None if it was not.
+        standing: what the history says.
+        marked: scores of the mark, on the same documents; None if there are none.
         limit: documents per task, if `evaluate.limit` is set.
 
     Raises:
         InputError, PairingError: as `decide`.
     """
     in_use = champion.uri if champion else "nothing"
+    mark = standing.mark.uri if standing.mark else ""
     if champion and champion.digest == digest:
-        return Verdict(True, ("this very model is the champion already",), in_use)
-    if withdrawn is not None:
-        reason = f"this very model was rolled back by hand ({withdrawn}); only `lewis promote` brings it back: fail"
-        return Verdict(False, (reason,), in_use)
+        return Verdict(True, ("this very model is the champion already",), in_use, mark=mark)
+    if standing.withdrawn is not None:
+        why = f"({standing.withdrawn}); only `lewis promote` brings it back"
+        return Verdict(False, (f"this very model was rolled back by hand {why}: fail",), in_use)
     if gate is None:
         return Verdict(True, ("no gate in the recipe",), in_use)
     ours, others = models[-1], {model.label: model for model in models[:-1]}
@@ -94,7 +126,27 @@ def judge(
         return Verdict(False, (lost,), in_use)
     reference = others["champion"] if champion else base or _best(gate.metric, others)
     compared_with = champion.uri if champion else reference.label
-    return decide(gate, ours, reference, compared_with, base=base, limit=limit)
+    behind = standing.mark if champion and standing.mark != champion else None
+    found = decide(
+        gate,
+        ours,
+        reference,
+        compared_with,
+        base=base,
+        limit=limit,
+        mark=replace(marked, label=behind.uri) if behind and marked else None,
+        number=standing.number,
+    )
+    leads = _better(gain(ours, reference, gate.metric), standing.number)
+    notes = [_lost(gate.metric, ours, model) for model in others.values() if model is not reference]
+    if behind and marked:
+        leads = _better(gain(ours, marked, gate.metric), standing.number)
+    elif behind:
+        leads, lost = True, f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on"
+        notes.append(lost)
+    if not champion and not leads:
+        notes.append(f"{NOTE}that {gate.metric} is better than that of {compared_with} is not shown")
+    return replace(found, reasons=(*found.reasons, *filter(None, notes)), mark=mark if champion and not leads else "")
 
 
 def decide(
@@ -105,6 +157,8 @@ def decide(
     *,
     base: Scored | None = None,
     limit: float | None = None,
+    mark: Scored | None = None,
+    number: int = 1,
 ) -> Verdict:
     """Apply the recipe's gate to a candidate.
 
@@ -115,18 +169,21 @@ def decide(
         compared_with: what the verdict calls the reference.
         base: what the guards compare with. If it is None, the guards that need it are left out.
         limit: documents per task, if `evaluate.limit` is set.
+        mark: an earlier champion that the candidate may not fall behind either.
+        number: as `Standing.number`.
 
     Raises:
         InputError: if one of the two lacks the gate's metric, or a tolerance is for a task that does not exist.
-        PairingError: if the two were not scored on the same documents.
+        PairingError: if two models were not scored on the same documents.
     """
     for who, model in (("the candidate", candidate), (compared_with, reference)):
         if gate.metric not in model.by_name:
             hint = nearest(gate.metric, model.by_name) if model.by_name else "; there are no scores"
             raise InputError(f"register.gate.metric: expected a score of {who}, got {gate.metric!r}{hint}")
     found = [
-        *_gain(gate, candidate, reference),
-        *_non_inferiority(gate, candidate, reference),
+        *(_gain(gate, candidate, reference, number) if gate.policy == "better" else ()),
+        *_not_worse(gate, candidate, reference),
+        *(_not_worse(gate, candidate, mark, f" than {mark.label}") if mark else ()),
         *_guards(candidate, reference, base),
         *_whole(gate, limit),
     ]
@@ -157,49 +214,43 @@ class RuleResult:
         return f"{self.text}: {'pass' if self.passed else 'fail'}"
 
 
-def _superiority(gate: Gate) -> bool:
-    """Whether the gain must be significant; a negative `min_gain` switches this rule off by default."""
-    return gate.min_gain >= 0 if gate.superiority is None else gate.superiority
+def _better(found: Comparison | None, number: int) -> bool:
+    """Whether a gain is significant for the `number`-th version that is compared with one mark."""
+    return found is not None and found.delta > 0 and found.p <= 2 * power.spent(number)
 
 
-def _gain(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[RuleResult]:
+def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int) -> Iterator[RuleResult]:
     ours, theirs = candidate.by_name[gate.metric], reference.by_name[gate.metric]
     new, old = ours.value, theirs.value
     passed = (new - old if ours.higher_is_better else old - new) >= gate.min_gain - ROUNDING  # NaN compares false
     direction = "gain" if ours.higher_is_better else "drop"
     yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {new:.4f} vs {old:.4f}", passed)
-    if _superiority(gate):
-        found = gain(candidate, reference, gate.metric)
-        text = (
-            f"{gate.metric}, lower {LEVEL * 100:.0f} % bound of the paired gain must be above 0, p at most {CHANCE:g}"
-        )
-        if found is None:
-            yield RuleResult(f"{text}: it has no value per document", False)
-        else:
-            certain = found.low > 0 and found.p <= CHANCE
-            yield RuleResult(f"{text}: {found.low:+.4f}, p {found.p:.3g}", certain)
+    found = gain(candidate, reference, gate.metric)
+    text = f"{gate.metric} must be better with p at most {2 * power.spent(number):.2g}"
+    text += f" (comparison {number})" if number > 1 else ""
+    numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {found.p:.3g}" if found else NO_DOCUMENTS
+    yield RuleResult(f"{text}: {numbers}", _better(found, number))
 
 
-def _non_inferiority(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[RuleResult]:
-    """Tests that each task is worse by no more than its tolerance; p is adjusted by Holm for the number of tests."""
-    judged = {}
-    for key, samples in _judged(gate, candidate).items():
-        if (found := gain(candidate, reference, key)) is not None:
-            judged[key] = (found, _tolerance(gate, samples, reference))
-    adjusted = holm({key: found.p_inferior(tolerance) for key, (found, tolerance) in judged.items()})
-    for key, (found, tolerance) in judged.items():
-        yield RuleResult(
-            f"{key} must not be worse by {tolerance:.4g}: gain {found.delta:+.4f}, from {found.low:+.4f}, "
-            f"Holm's p {adjusted[key]:.3g}",
-            adjusted[key] <= CHANCE,
-        )
+def _not_worse(gate: Gate, candidate: Scored, reference: Scored, than: str = "") -> Iterator[RuleResult]:
+    """Tests that each task is worse by no more than its margin."""
+    judged = _judged(gate, candidate)
+    for key, samples in judged.items():
+        found = gain(candidate, reference, key)
+        if found is not None:
+            margin = _margin(gate, samples, reference, len(judged))
+            p = found.p_inferior(margin)
+            numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {p:.3g}"
+            yield RuleResult(f"{key} must not be worse{than} by {margin:.4g}: {numbers}", p <= CHANCE)
+    if gate.policy == "not_worse" and gate.metric not in judged:
+        yield RuleResult(f"{gate.metric} must not be worse{than}: {NO_DOCUMENTS}", False)
 
 
 def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
-    """One metric per task, by `task/metric,filter`.
+    """One metric per task, by `task/metric,filter`, and the gate's metric.
 
-    It is the metric that has a tolerance of its own, else the gate's metric, else the task's first. A group is tested
-    in place of its members. If the rule of superiority applies, the gate's metric is not tested here.
+    It is the metric that has a tolerance of its own, else the task's first. A group is tested in place of its members.
+    The policy `better` tests a gain in the gate's metric instead.
     """
     tasks: dict[str, tuple[tuple[bool, bool], Samples]] = {}
     members = grouped_tasks(candidate.samples)
@@ -211,26 +262,34 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
         if each.task not in tasks or rank > tasks[each.task][0]:
             tasks[each.task] = (rank, each)
     chosen = {each.key: each for _, each in tasks.values()}
-    unknown = [name for name in named if name not in chosen and name not in tasks]
+    unknown = [name for name in named if name not in chosen and name not in tasks and name != WEIGHTED_KEY]
     if unknown:
         known = [*tasks, *by_key(candidate.samples)]
         raise InputError(
             f"register.gate.tolerance: expected a task or a score with a value per document, got {unknown[0]!r}"
             f"{nearest(unknown[0], known)}"
         )
-    if _superiority(gate):
-        chosen.pop(gate.metric, None)
-    return chosen
+    own = chosen.pop(gate.metric, by_key(candidate.samples).get(gate.metric))
+    return {gate.metric: own, **chosen} if own and gate.policy == "not_worse" else chosen
 
 
-def _tolerance(gate: Gate, samples: Samples, reference: Scored) -> float:
+def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int) -> float:
     """In the metric's unit: absolute for a score from 0 to 1 that is better high, else relative to the reference."""
-    given = gate.tolerance
-    share = given.get(samples.key, given.get(samples.task, TOLERANCE)) if isinstance(given, Mapping) else given
-    score = reference.by_name[samples.key]
-    unit = 1.0 if score.higher_is_better and 0 <= score.value <= 1 else abs(score.value)
-    allowed = -gate.min_gain if samples.key == gate.metric else 0.0
-    return max(share * unit, allowed)
+    score, given = reference.by_name[samples.key], gate.tolerance
+    share = score.higher_is_better and 0 <= score.value <= 1
+    if isinstance(given, Mapping):
+        given = given.get(samples.key, given.get(samples.task))
+    if given is None and share:
+        return power.margin(power.spread((part.weight, len(part.documents)) for part in samples.parts), tests)
+    return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
+
+
+def _lost(metric: str, candidate: Scored, other: Scored) -> str:
+    """A note if another model of the run is significantly better; else empty."""
+    found = gain(candidate, other, metric) if metric in other.by_name else None
+    if found is None or found.delta >= 0 or found.p > CHANCE:
+        return ""
+    return f"{NOTE}{other.label} is better: {metric} {found.delta:+.4f}, p {found.p:.3g}"
 
 
 def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterator[RuleResult]:

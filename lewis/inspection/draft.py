@@ -234,7 +234,8 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
         "",
         "register:",
         f"  name: {_quoted(name)}                # of the model in MLflow",
-        f"  gate: {{metric: {_quoted(metric)}, min_gain: 0.0}}   # promoted only if it scores better than the champion",
+        "  # promoted unless something got worse; policy: better asks for a significant gain over the champion",
+        f"  gate: {{policy: not_worse, metric: {_quoted(metric)}}}",
         "",
         "# publish: {repo: your-org/your-merge}   # push each new champion to the Hub",
     ]

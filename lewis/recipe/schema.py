@@ -326,25 +326,44 @@ class Gate(Block):
     """When a merge becomes the champion. It is compared with a reference: the champion, or the base if there is none.
 
     Attributes:
+        policy: `not_worse`: a test must show of `metric` and of each task that the merge is within `tolerance` of the
+            reference; no gain is asked for. `better`: `metric` must gain significantly, too. By default it is `better`
+            if the recipe gives `min_gain`, else `not_worse`.
         metric: `task/metric,filter`, or `weighted/mean,none`.
-        min_gain: the smallest gain in `metric`.
-        superiority: whether the paired 95 % interval of the gain must lie above 0. By default it must, unless
-            `min_gain` is negative.
-        tolerance: the non-inferiority margin: a test must show that each task is at most this much worse than the
-            reference. One number, or one for each task or `task/metric,filter`: absolute for scores between 0 and 1,
-            else relative to the reference's value.
+        min_gain: the smallest gain in `metric`; only of `better`.
+        tolerance: the margin: a test must show that each task is at most this much worse than the reference. One
+            number, or one for each task or `task/metric,filter`: absolute for scores between 0 and 1, else relative to
+            the reference's value. None: it follows from the number of documents (`statistics.power.margin`).
         allow_limit: whether a run with `evaluate.limit` may promote.
         approve: whether a person has to approve what passes, before it becomes the champion (`lewis approve`).
         approve_hours: for how long; then it has to be judged again.
     """
 
     metric: str
-    min_gain: float = 0.0
-    superiority: bool | None = None
-    tolerance: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] = 0.05
+    policy: Literal["not_worse", "better"] = "not_worse"
+    min_gain: float = Field(default=0.0, ge=0)
+    tolerance: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     allow_limit: bool = False
     approve: bool = False
     approve_hours: float = Field(default=168, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if "superiority" in data:
+            raise ValueError(
+                "`superiority` is now `policy`: write `policy: better` if a gain must be significant, else "
+                "`policy: not_worse`"
+            )
+        least = data.get("min_gain")
+        if isinstance(least, int | float) and least < 0:
+            fix = f"write `policy: not_worse` and `tolerance: {-least:g}`"
+            raise ValueError(f"`min_gain` below 0 asks for no gain: {fix}")
+        if least and data.get("policy") == "not_worse":
+            raise ValueError("`min_gain` asks for a gain: write `policy: better`, or leave it out")
+        return {"policy": "better", **data} if "min_gain" in data else data
 
 
 class Register(Block):

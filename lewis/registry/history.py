@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from lewis.errors import InputError
 from lewis.registry import tracking
-from lewis.reports.charts import champion_steps
+from lewis.reports.charts import MOVES, champion_steps
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +28,7 @@ TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register
 REFUSED = ("rejected", "refused", "waits", "lapsed")
 """What records say that left the champion where it was."""
 METRIC = "lewis.metric"  # tag of a version: the score that its gate looked at
+MARK = "lewis.mark"  # tag of a version that passed: the number of the mark (`lewis.evaluation.gate`), if not its own
 CHART = "lewis.champions"  # tag of the run that draws the history of a registered model
 _ENTRIES = "history entries"
 
@@ -76,6 +77,18 @@ def record(
         return
     text = json.dumps(asdict(new), ensure_ascii=False)
     client.set_registered_model_tag(name, f"{TAG}{new.time.replace(':', '.')[:26]}-{uuid4().hex[:4]}", text)
+
+
+def judged(records: Sequence[Record], mark: str | None) -> list[str]:
+    """The versions that a gate judged since the mark became the champion, each once, in their order.
+
+    Args:
+        records: oldest first.
+        mark: `uri` of a version; None: all versions count.
+    """
+    starts = [place for place, each in enumerate(records, 1) if each.what in MOVES and each.version == mark]
+    since = records[starts[-1] if starts else 0 :]
+    return list(dict.fromkeys(each.version for each in since if each.what in ("promoted", "rejected", "waits")))
 
 
 def lines(records: Sequence[Record], *, verbose: bool = False) -> list[str]:

@@ -10,13 +10,14 @@ A version that passed the gate may wait for a person's approval. Its tags say un
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.gate import Verdict
+from lewis.evaluation.gate import Incumbent, Standing, Verdict
 from lewis.registry import history, outbox, repair, tracking, versions
 from lewis.registry.outbox import Move
 from lewis.registry.repair import WITHDRAWN
@@ -73,6 +74,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         tags = {
             "lewis.verdict": WAITING if verdict.waits else "passed" if verdict.passed else "failed",
             **({history.METRIC: verdict.metric} if verdict.metric else {}),
+            **({history.MARK: (verdict.mark or version.uri).rpartition("/")[2]} if verdict.passed else {}),
         }
         if verdict.waits:
             tags |= _ask(client, version, verdict, before, by)
@@ -194,6 +196,34 @@ def withdrawn(name: str, digest: str) -> str | None:
         if not known:
             return repair.inherited(client, name, digest).get(WITHDRAWN)
         return next((each.tags[WITHDRAWN] for each in known if WITHDRAWN in each.tags), None)
+
+
+def standing(name: str, digest: str) -> Standing:
+    """What the history of a registered model says to the gate that judges a merge.
+
+    The mark of a champion that no gate promoted is the champion itself.
+    """
+    name = versions.check(name, digest)
+    with tracking.client(f"reading the history of {name}") as client:
+        current = versions.champion_of(client, name)
+        mark, judged = _mark(client, current) if current else None, list[str]()
+        with suppress(InputError):  # no version is registered yet
+            judged = history.judged(history.read(client, name), mark.uri if mark else None)
+        own = {Version.of(each).uri for each in versions.of_digest(client, name, digest)}
+    number = next((place for place, uri in enumerate(judged, 1) if uri in own), len(judged) + 1)
+    return Standing(mark, number, withdrawn(name, digest))
+
+
+def _mark(client: "MlflowClient", champion: Champion) -> Incumbent:
+    """The mark of a champion: the version that its tag names, if that still exists, else the champion."""
+    from mlflow.exceptions import MlflowException
+
+    own, name = champion.version, champion.version.name
+    number = client.get_model_version(name, own.version).tags.get(history.MARK, own.version)
+    with suppress(MlflowException):
+        found = client.get_model_version(name, number)
+        return Incumbent(Version.of(found).uri, versions.digest_in(found.tags))
+    return Incumbent(own.uri, champion.digest)
 
 
 def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:

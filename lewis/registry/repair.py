@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; its value is the reason
-_INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published")
+_INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published", history.MARK)
 
 
 def verify() -> Verified:
@@ -68,7 +68,7 @@ def give_up(client: "MlflowClient", version: "ModelVersion", digest: str) -> Non
 
 
 def inherited(client: "MlflowClient", name: str, digest: str) -> dict[str, str]:
-    """The tags that a new version of a merge takes from the damaged one before it: verdict, withdrawal, publication."""
+    """The tags that a new version of a merge takes from the damaged one before it: verdict, mark, publication ..."""
     before = client.search_model_versions(f"name='{name}' and tags.`{DAMAGED}`='{digest}'")
     newest = max(before, key=lambda version: int(version.version), default=None)
     return {key: value for key, value in newest.tags.items() if key.startswith(_INHERITED)} if newest else {}

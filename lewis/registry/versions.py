@@ -284,11 +284,16 @@ def as_model(client: "MlflowClient", version: "ModelVersion", model: "LoggedMode
     folder = logged_model.local_folder(model) if model is not None else None
     return Champion(
         version=Version.of(version),
-        digest=version.tags.get("lewis.digest") or version.tags.get(DAMAGED, ""),
+        digest=digest_in(version.tags),
         folder=folder and folder / logged_model.CHECKPOINT,
         metrics=logged_model.facts(client, model).get("metrics", {}) if model is not None else {},
         sources=lineage.sources(version.tags),
     )
+
+
+def digest_in(tags: Mapping[str, str]) -> str:
+    """The digest of a version's merge, by its tags; empty if LEWIS did not register it."""
+    return tags.get("lewis.digest") or tags.get(DAMAGED, "")
 
 
 def _server() -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lewis.evaluation.gate import Verdict
+from lewis.evaluation.gate import NOTE, Verdict
 from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Score
 from lewis.models.source import commits_of
@@ -271,11 +271,12 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         champion: `uri` of the version that was in use before; None if there was none.
 
     Returns:
-        `Promoted` and `v3: weighted/mean,none 0.981 vs 0.975`; `Rejected` and which rules failed; `AwaitingApproval`
-        and what approves it; or `Completed`, if it is the champion already.
+        `Promoted` and `v3: weighted/mean,none 0.981 vs 0.975`, with notes; `Rejected` and which rules failed;
+        `AwaitingApproval` and what approves it; or `Completed`, if it is the champion already.
     """
     number = f"v{version.rpartition('/')[2]}"
     told = f"{number}: {verdict.numbers}" if verdict.numbers else number
+    notes = "".join(f"; {reason.removeprefix(NOTE)}" for reason in verdict.reasons if reason.startswith(NOTE))
     if not verdict.passed:
         failed = [reason.removesuffix(": fail") for reason in verdict.reasons if reason.endswith(": fail")]
         return "Rejected", _cut(f"{told}; {'; '.join(failed)}")
@@ -285,7 +286,7 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         name = version.removeprefix("models:/")
         return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
-    return "Promoted", _cut(f"{told}; {before}")
+    return "Promoted", _cut(f"{told}; {before}{notes}")
 
 
 def _cut(text: str) -> str:

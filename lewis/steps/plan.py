@@ -13,6 +13,7 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import LewisError
+from lewis.evaluation.outlook import outlook
 from lewis.evaluation.step import find_scores, scoring_devices
 from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
@@ -73,6 +74,7 @@ class Plan:
         layers: the covered layers; empty without a lewis block.
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
         tensors, parameters: of the base.
+        gate: its policy, and what it will be able to see, as `lewis.evaluation.outlook`; empty without a gate.
         disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
         memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
@@ -97,6 +99,7 @@ class Plan:
     uncovered: dict[str, float] = field(default_factory=dict)
     tensors: int = 0
     parameters: int = 0
+    gate: list[str] = field(default_factory=list)
     disk: int = 0
     disk_free: int = 0
     memory: int = 0
@@ -133,6 +136,7 @@ class Plan:
         ]
         lines += ["covered none: a plain merge"] if not kinds else []
         lines += [f"left    {name}: {100 * share:.1f} % of the parameters" for name, share in self.uncovered.items()]
+        lines += [f"{'' if number else 'gate':<7} {each}" for number, each in enumerate(self.gate)]
         lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
         if self.remote:
             moved = f"{self.to_fetch / 1e9:.3f} GB to fetch, about {self.to_push / 1e9:.3f} GB to push"
@@ -193,6 +197,7 @@ def make_plan(recipe: Recipe) -> Plan:
     renamed = preflight(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
     plan.renamed = renamed
+    plan.gate = outlook(recipe.gate, recipe.evaluate, recipe.root) if recipe.gate and recipe.evaluate else []
     sources = ([base] if base else []) + experts
     plan.inputs = [{"ref": s.ref, "commit": s.key, "bytes": s.size} for s in sources]
     plan.findings = before_download(base, experts, inspection_settings(recipe))

@@ -8,7 +8,9 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Incumbent, Verdict, judge
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.step import ScoresEntry, find_all_scores, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -36,14 +38,25 @@ def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores:
     """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
+    standing = promotion.standing(recipe.register_as.model, merged.digest)
     return judge(
         rule,
         scored(recipe.score_weights, scores) if rule else (),
         merged.digest,
         champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
-        withdrawn=promotion.withdrawn(recipe.register_as.model, merged.digest),
+        standing=standing,
+        marked=_scores_of_mark(recipe, standing.mark, merged) if rule else None,
         limit=recipe.evaluate.limit if recipe.evaluate else None,
     )
+
+
+def _scores_of_mark(recipe: Recipe, mark: Incumbent | None, merged: MergedModel) -> Scored | None:
+    """The scores of the mark, if the store has them from the time when it was judged; in the merged model's format."""
+    if mark is None or recipe.evaluate is None:
+        return None
+    models = {"merged": (recipe.label, merged.digest), "mark": (mark.uri, mark.digest)}
+    found = find_all_scores(models, EvalSettings.of(recipe.evaluate, recipe.root))
+    return scored(recipe.score_weights, {"mark": found["mark"]})[0] if found else None
 
 
 # Not cached: MLflow itself knows whether this merge is registered already.

@@ -38,7 +38,7 @@ models:
 lewis:
   calibrations: {words: {dataset: json, data_files: words.jsonl, text: "{question} {answer}", samples: 16}}
 evaluate: {tasks: [words.yaml]}
-register: {name: tiny, gate: {metric: "words/acc,none", min_gain: -1}}
+register: {name: tiny, gate: {metric: "words/acc,none", tolerance: 1}}
 """
 
 

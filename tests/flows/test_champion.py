@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lewis.errors import LewisError
+from lewis.evaluation.gate import Incumbent, Standing
 from lewis.evaluation.harness import child, process
+from lewis.registry import promotion
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from tests.flows.conftest import TASK, Command, write_words
@@ -26,7 +28,7 @@ merge_method: task_arithmetic
 base_model: base
 models: [{model: half, parameters: {weight: 1.0}}]
 evaluate: {tasks: [words.yaml], baselines: []}
-register: {name: tiny, gate: {metric: "words/acc,none"}}
+register: {name: tiny, gate: {policy: better, metric: "words/acc,none"}}
 inspect: {on: warn}
 """
 DIES = "import time, lewis.registry.promotion as m\nm.promote = lambda *a: (print('HERE', flush=True), time.sleep(60))"
@@ -198,6 +200,27 @@ def test_only_a_better_model_becomes_champion(
     check_png(picture.read_bytes())
     assert main(["promote", "tiny/9", "--why", "x"]) == 2 and "no such version" in capsys.readouterr().err
     assert main(["history", "tine"]) == 2 and "no registered model" in capsys.readouterr().err
+
+
+def test_a_release_with_equal_scores_becomes_champion_where_no_gain_is_asked_for(
+    run: Callable[..., Any], recipe: Path, home: Path
+) -> None:
+    first = run("half")
+    rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
+    refused = run("moved")
+    assert refused.version == "models:/tiny/2" and not refused.promoted
+    assert [rule for rule in refused.verdict if rule.endswith("fail")] == [
+        "words/acc,none must be better with p at most 0.05: gain +0.0000, from +0.0000, p 1: fail"
+    ]
+    let_in = run("moved", "register.gate.policy=not_worse")
+    assert (let_in.digest, let_in.version, let_in.promoted) == (refused.digest, refused.version, True)
+    assert first.digest != refused.digest and promotion.standing("tiny", "c" * 64) == Standing(
+        Incumbent("models:/tiny/1", first.digest), 2
+    )
+    worse = run("noise", "register.gate.policy=not_worse")
+    rules = [rule.split(":")[0] for rule in worse.verdict if rule.endswith("fail")]
+    assert not worse.promoted and aliases(home)["champion"] == "2"
+    assert rules[:2] == ["words/acc,none must not be worse by 0.1", "words/acc,none must not be worse than models"]
 
 
 def test_a_flipped_bit_never_becomes_champion(

@@ -18,7 +18,10 @@ from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, finished, report
 from tests.support.models import parse, rewrite
 
-SCORES = ("--set", "evaluate.baselines=[experts]")  # the base is scored all the same: the first champion has to beat it
+SCORES = (
+    "--set",
+    "evaluate.baselines=[experts]",
+)  # the base is scored all the same: the first champion is compared with it
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def recipe(request: pytest.FixtureRequest, family: Family, home: Path, tmp_path:
     if request.param != "champion":
         return found[request.param]
     weighed = [{"model": str(path)} for path in family.experts]
-    gate = {"metric": "words/exact_match,none", "min_gain": 0.0}
+    gate = {"metric": "words/exact_match,none"}
     return parse(
         {"merge_method": "ties", "base_model": str(family.base), "models": weighed}
         | {"lewis": {"calibrations": {"s": {"texts": ["w1 w2"], "samples": 1}}}}

@@ -59,7 +59,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
     scores: dict[str, Sequence[str] | None] = {}
     pending = list(found.names)
     for name in pending:
-        config, inside = _read(name, found)
+        config, inside = read(name, found)
         if inside is None:
             scores[name] = _of_task(config)
             continue
@@ -70,7 +70,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
     return scores
 
 
-def _read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
+def read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
     """As `builtin_task`, also of the recipe's own tasks."""
     if name not in found.files:
         return builtin_task(name)

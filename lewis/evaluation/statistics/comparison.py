@@ -6,7 +6,7 @@ arXiv 2411.00640), and resampled within each task. All draws are seeded: the sam
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +36,7 @@ class Comparison:
         delta: gain of the candidate.
         low, high: the 95 % interval of the gain, from a paired bootstrap.
         wins, losses: documents on which the candidate is better, and worse.
-        binary: whether every value is 0 or 1.
+        binary: whether every value is 0 or 1, in one task.
         p: two-sided, of the hypothesis that the models are equally good. McNemar's exact test if every value is 0 or 1,
             else a permutation test that swaps the two models' values (sign flips).
         draws: the resampled gains, sorted.
@@ -54,7 +54,12 @@ class Comparison:
     draws: Array = field(repr=False, compare=False)
 
     def p_inferior(self, tolerance: float) -> float:
-        """One-sided p: the share of resamples in which the candidate is worse by `tolerance` or more."""
+        """One-sided p of the hypothesis that the candidate is worse by `tolerance` or more.
+
+        Tango's test if every value is 0 or 1, else the share of resamples in which it is so much worse.
+        """
+        if self.binary and 0 < tolerance < 1:
+            return tango(self.wins, self.losses, self.documents, tolerance)
         return float((1 + np.count_nonzero(~(self.draws > -tolerance))) / (1 + len(self.draws)))
 
 
@@ -73,9 +78,11 @@ def compare(
     draws = sign * _resampled(pairs, _gain) + 0.0
     low, high = _interval(draws)
     better = np.concatenate([sign * _per_document(part, sums) for part, sums in pairs])
-    binary = all(part.aggregation == "mean" and bool(np.isin(sums[:, [0, 2]], (0, 1)).all()) for part, sums in pairs)
+    binary = len(pairs) == 1 and all(
+        part.aggregation == "mean" and bool(np.isin(sums[:, [0, 2]], (0, 1)).all()) for part, sums in pairs
+    )
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
-    p = mcnemar(wins, losses) if binary and len(pairs) == 1 else _permutation(pairs, abs(delta))
+    p = mcnemar(wins, losses) if binary else _permutation(pairs, abs(delta))
     return Comparison(candidate.key, candidate.count, delta, low, high, wins, losses, binary, p, np.sort(draws))
 
 
@@ -92,13 +99,17 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values: compare each with the significance level of the whole family of tests."""
-    adjusted, largest = {}, 0.0
-    for rank, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(p) - rank) * value))
-        adjusted[name] = largest
-    return {name: adjusted[name] for name in p}
+def tango(wins: int, losses: int, documents: int, margin: float) -> float:
+    """One-sided p of a loss of `margin` or more, by the score test for paired shares (Tango 1998).
+
+    Its variance is that of a model which is worse by just `margin`. So two models that agree on a few documents are not
+    taken to agree on all.
+    """
+    both = documents - wins - losses
+    linear = wins * (1 - 3 * margin) + losses * (1 - margin) - 2 * both * margin
+    won = (linear + math.sqrt(linear**2 + 8 * documents * wins * margin * (1 - margin))) / (4 * documents)
+    deviation = math.sqrt(documents * (2 * won + margin - margin**2))
+    return math.erfc((wins - losses + documents * margin) / deviation / math.sqrt(2)) / 2
 
 
 def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part, Part]]:
@@ -182,12 +193,12 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
     """Two-sided p of a gain when the two models' values are swapped at random on each document.
 
     The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
-    swaps are counted instead of random ones.
+    swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more.
     """
     unequal = [(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in pairs]
     number = sum(int(each.sum()) for each in unequal)
     every = number <= math.log2(RESAMPLES)
-    rounds, hits = 2**number if every else RESAMPLES, 0
+    rounds, hits, squares = 2**number if every else RESAMPLES, 0, 0.0
     rng = np.random.default_rng(1)
     for rows in _chunks(rounds, number):
         if every:
@@ -201,4 +212,7 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
             total += _gain(part, sums.sum(axis=0) + swapped[:, start:end].astype(np.float64) @ change)
             start = end
         hits += int(np.count_nonzero(~(np.abs(total) < observed - ROUNDING)))
-    return hits / rounds if every else (1 + hits) / (1 + rounds)
+        squares += float(total @ total)
+    if every or hits:
+        return hits / rounds if every else (1 + hits) / (1 + rounds)
+    return min(1 / (1 + rounds), 2 * math.exp(-(observed**2) * rounds / (2 * squares)))

@@ -43,7 +43,7 @@ models:
   - {model: org/other, parameters: {weight: 1.0}}
 %(blocks)s
 evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
-register: {name: %(name)s, gate: {metric: "words/acc,none", min_gain: -0.3}}
+register: {name: %(name)s, gate: {metric: "words/acc,none", tolerance: 0.3}}
 """
 GUIDED = """
 lewis:
@@ -110,7 +110,7 @@ class Drill:
         text = RECIPE % {"name": name, "method": method, "blocks": blocks}
         path = self.service.recipes / f"{name}.yaml"
         path.write_text(
-            text.replace("min_gain: -0.3", f"min_gain: -0.3{''.join(f', {k}: {v}' for k, v in gate.items())}")
+            text.replace("tolerance: 0.3", f"tolerance: 0.3{''.join(f', {k}: {v}' for k, v in gate.items())}")
         )
         return path
 

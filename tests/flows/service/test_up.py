@@ -49,7 +49,7 @@ lewis:
 """
 SCORED = """
 evaluate: {tasks: [tasks/words.yaml], baselines: [base], allow_code_execution: true}
-register: {name: scored, gate: {metric: "words/acc,none", min_gain: -1}}
+register: {name: scored, gate: {metric: "words/acc,none", tolerance: 1}}
 """
 LOOK = """
 from pathlib import Path

@@ -10,6 +10,7 @@ import yaml
 from lewis.errors import InputError, RecipeError
 from lewis.methods import METHODS
 from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Gate
 
 PLAIN = """
 merge_method: ties
@@ -189,6 +190,18 @@ class TestMistakes:
                 "register.gate.min_gain: input",
             ),
             ({"register": {"name": "x", "gate": {"metric": "m", "tolerance": -1}}}, "register.gate.tolerance: input"),
+            (
+                {"register": {"name": "x", "gate": {"metric": "m", "superiority": True}}},
+                "register.gate: `superiority` is now `policy`: write `policy: better`",
+            ),
+            (
+                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": -0.1}}},
+                "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 0.1`",
+            ),
+            (
+                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": 0.1, "policy": "not_worse"}}},
+                "register.gate: `min_gain` asks for a gain: write `policy: better`",
+            ),
             (
                 {"evaluate": {"tasks": ["x"], "weights": {"x": math.inf}}},
                 "evaluate.weights.x: input should be a finite",
@@ -485,3 +498,11 @@ def test_a_model_by_another_path_does_not_count_twice(tmp_path: Path, written: s
         Recipe.parse(yaml.safe_dump({**data, "models": models}), root=tmp_path)
     with pytest.raises(RecipeError, match=r"^models\[1\]\.model: 'base/' is base_model 'base', written in another way"):
         Recipe.parse(yaml.safe_dump({**data, "models": [models[0], {"model": "base/"}]}), root=tmp_path)
+
+
+def test_a_gate_asks_for_no_gain_unless_the_recipe_does() -> None:
+    def policy(**gate: Any) -> str:
+        return Gate(metric="m", **gate).policy
+
+    assert policy() == policy(policy="not_worse") == policy(policy="not_worse", min_gain=0.0) == "not_worse"
+    assert policy(min_gain=0.0) == policy(policy="better") == policy(policy="better", min_gain=0.1) == "better"

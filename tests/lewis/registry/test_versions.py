@@ -23,7 +23,7 @@ import yaml
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.evaluation.gate import Verdict
+from lewis.evaluation.gate import Incumbent, Standing, Verdict
 from lewis.models.files.folder import copy_tokenizer
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
@@ -611,6 +611,28 @@ def test_a_version_whose_files_are_back_is_no_longer_tagged(entry: Registration,
     config.write_bytes(before)
     assert creation.register(entry).version == "1" and "lewis.damaged" not in tags_of("1")
     assert verify().damaged == []
+
+
+def test_the_mark_stays_and_versions_are_counted_until_one_is_better(entry: Registration, tiny_model: Path) -> None:
+    def register(digit: str) -> Version:
+        return creation.register(replace(entry, digest=digit * 64, folder=merged(tiny_model, digit * 64)))
+
+    assert promotion.standing("tiny", DIGEST) == Standing()
+    first, second, third, fourth = map(register, "abcd")
+    promotion.promote(first, PASSED)
+    mark = Incumbent(first.uri, DIGEST)
+    assert promotion.standing("tiny", "b" * 64) == Standing(mark, 1)
+    promotion.promote(second, FAILED)
+    promotion.promote(third, replace(PASSED, compared_with=first.uri, mark=first.uri))
+    counted = {digit: promotion.standing("tiny", digit * 64) for digit in "bce"}
+    assert counted == {"b": Standing(mark, 1), "c": Standing(mark, 2), "e": Standing(mark, 3)}
+    damage(weights_of(store.home() / "merged" / ("c" * 64)), "flipped")
+    register("c")  # in place of the damaged one
+    assert aliases()["champion"] == "5" and promotion.standing("tiny", "e" * 64) == Standing(mark, 3)
+    promotion.promote(fourth, replace(PASSED, compared_with="models:/tiny/5"))
+    assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent(fourth.uri, "d" * 64), 1)
+    promotion.promote_by_hand("tiny", "2", "the customer wants it")
+    assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent(second.uri, "b" * 64), 1)
 
 
 def test_what_was_rolled_back_stays_out_when_it_is_registered_anew(entry: Registration, tiny_model: Path) -> None:

@@ -13,6 +13,11 @@ NUMBERS = "gsm8k/acc,none 0.51 vs 0.48"
     [
         (Verdict(True, ("a: 1: pass",), "base", NUMBERS), None, ("Promoted", f"v3: {NUMBERS}; the first champion")),
         (Verdict(True, (), "models:/m/2", NUMBERS), "models:/m/2", ("Promoted", f"v3: {NUMBERS}; in place of v2")),
+        (
+            Verdict(True, ("a: 1: pass", "note: uniform is better: a -0.18, p 0.003"), "models:/m/2", NUMBERS),
+            "models:/m/2",
+            ("Promoted", f"v3: {NUMBERS}; in place of v2; uniform is better: a -0.18, p 0.003"),
+        ),
         (Verdict(True, ("no gate in the recipe",), "nothing"), None, ("Promoted", "v3; the first champion")),
         (
             Verdict(False, ("a must gain: 1 vs 2: fail", "b: pass", "c: 0 of 4: fail"), "base", NUMBERS),

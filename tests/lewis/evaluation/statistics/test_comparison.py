@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from lewis.evaluation.statistics import comparison
-from lewis.evaluation.statistics.comparison import PairingError, compare, holm, interval, mcnemar
+from lewis.evaluation.statistics.comparison import PairingError, compare, interval, mcnemar, tango
 from lewis.evaluation.statistics.scores import Part, Samples, combined
 
 
@@ -147,9 +147,43 @@ def test_all_swaps_of_few_documents_are_mcnemars_test(pairs):
     assert flips == pytest.approx(halved)
 
 
-def test_holm_by_hand():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert holm({}) == {}
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(1, 40), st.floats(0.01, 0.3))
+@settings(max_examples=60, deadline=None)
+def test_tangos_variance_is_that_of_the_likeliest_model_which_is_worse_by_the_margin(wins, losses, both, margin):
+    documents = wins + losses + both
+
+    def unlikely(won: float) -> float:
+        lost, equal = won + margin, 1 - 2 * won - margin
+        return -sum(n * math.log(max(p, 1e-300)) for n, p in ((wins, won), (losses, lost), (both, equal)))
+
+    end = (1 - margin) / 2
+    won = optimize.minimize_scalar(unlikely, bounds=(0, end), method="bounded", options={"xatol": 1e-9}).x
+    deviation = math.sqrt(documents * (2 * won + margin - margin**2))
+    expected = stats.norm.sf((wins - losses + documents * margin) / deviation)
+    assert tango(wins, losses, documents, margin) == pytest.approx(expected, abs=1e-4)
+
+
+def test_tangos_test_in_the_example_of_his_paper():
+    """Tango 1998, table II: 44 pairs, of which one treatment alone succeeds in 0 and the other in 1, margin 0.1."""
+    assert stats.norm.isf(tango(0, 1, 44, 0.1)) == pytest.approx(1.709, abs=2e-3)
+
+
+@pytest.mark.parametrize(("documents", "margin"), [(40, 0.1), (100, 0.08), (200, 0.055)])
+def test_a_model_that_is_worse_by_the_margin_passes_in_at_most_one_case_of_twenty(documents, margin):
+    """Also where it loses a few documents and wins none, so that a bootstrap takes what it saw for all there is."""
+    rng = np.random.default_rng(5)
+    for changed in (margin, margin + 0.05, margin + 0.2):
+        chances = [(changed - margin) / 2, (changed + margin) / 2, 1 - changed]
+        drawn = rng.multinomial(documents, chances, size=4000)
+        passed = sum(tango(int(wins), int(losses), documents, margin) <= 0.05 for wins, losses, _ in drawn)
+        assert passed / 4000 <= 0.06
+
+
+def test_a_gain_that_no_draw_of_swaps_reaches_has_a_bound_far_below_their_number():
+    rng = np.random.default_rng(3)
+    theirs = rng.random(200)
+    found = compare(samples(theirs + rng.random(200)), samples(theirs))
+    assert 0 < found.p < 1e-12
 
 
 def test_non_inferiority():

@@ -1,0 +1,104 @@
+"""What a gate will be able to see, before the run: margins, and which losses and gains so many documents show."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
+from lewis.evaluation.harness.task_metrics import read
+from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY
+from lewis.recipe.schema import Evaluate, Gate
+
+LATER = 10  # the version for which `better` is stated, next to the first
+
+
+def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
+    """Lines for a person; of tasks whose number of documents is not known before the run, or whose score is no share
+    of right answers, nothing is said.
+
+    Args:
+        gate: of the recipe.
+        evaluate: its block.
+        root: its folder.
+
+    Raises:
+        InputError: if a task's files cannot be read.
+    """
+    lines = [gate.policy]
+    if evaluate.limit is not None and not gate.allow_limit:
+        lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
+    counted = _documents(evaluate, root)
+    spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
+    parts = {
+        name.partition("/")[0]: weight / sum(evaluate.weights.values()) for name, weight in evaluate.weights.items()
+    }
+    if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
+        spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
+    gains = [name for name in spreads if gate.policy == "better" and gate.metric.startswith(name)]
+    tests = len(set(find_tasks(evaluate.tasks, root).names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
+    for name, spread in spreads.items():
+        about = f"{name}: {counted[name]} documents" if name in counted else name
+        if name in gains:
+            first, later = (f"{power.gain_seen(spread, number):.2g}" for number in (1, LATER))
+            lines.append(
+                f"{about}, a gain of {first} is seen 8 times in 10, of {later} by the {LATER}th version in a row"
+            )
+            continue
+        margin = _margin(gate, name, spread, tests)
+        equal = NormalDist().cdf(margin / spread - NormalDist().inv_cdf(1 - power.ERROR))
+        lines.append(
+            f"{about}, margin {margin:.2g}: an equal version passes {equal:.0%}, "
+            f"a loss of {power.loss_seen(margin, spread):.2g} is refused 8 times in 10"
+        )
+    return lines
+
+
+def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
+    given = gate.tolerance
+    if isinstance(given, Mapping):
+        given = next((given[key] for key in given if key.partition("/")[0] == name or key == name), None)
+    return power.margin(spread, tests) if given is None else given
+
+
+def _documents(evaluate: Evaluate, root: Path) -> dict[str, int]:
+    """How many documents each task will have, at most, where a file or the limit says so before the run."""
+    found = find_tasks(evaluate.tasks, root)
+    counts = {name: _documents_of(name, found, root, evaluate) for name in found.names}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
+    config, members = read(name, found)
+    if members is not None or evaluate.documents != "all" or not _is_share(config):
+        return None
+    whole = None if "process_docs" in config else _rows(config, root)
+    limit = evaluate.limit
+    if limit is None:
+        return whole
+    if limit < 1:
+        return None if whole is None else math.ceil(whole * limit)
+    return int(limit) if whole is None else min(whole, int(limit))
+
+
+def _is_share(config: Mapping[str, Any]) -> bool:
+    """Whether the task's scores are shares of right answers: all are better high, and there is no likelihood."""
+    listed = config.get("metric_list") or []
+    metrics = [each for each in (listed if isinstance(listed, list) else [listed]) if isinstance(each, Mapping)]
+    likelihood = str(config.get("output_type")).startswith("loglikelihood") and not metrics
+    return not likelihood and all(each.get("higher_is_better") is not False for each in metrics)
+
+
+def _rows(config: Mapping[str, Any], root: Path) -> int | None:
+    """The rows of the task's split, if that is one local file with a JSON object a line."""
+    options = config.get("dataset_kwargs") or {}
+    files = options.get("data_files") if isinstance(options, Mapping) else None
+    split = config.get("test_split") or config.get("validation_split")
+    named = files.get(split) if isinstance(files, Mapping) else files
+    path = root / named if isinstance(named, str) and named.endswith(".jsonl") else None
+    if config.get("dataset_path") != "json" or path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())

@@ -1,0 +1,59 @@
+"""What so many documents show: margins, which losses and gains are seen, and the error that a release may spend.
+
+A score from 0 to 1 is meant, such as the share of right answers. Two releases of one merge are taken to differ on one
+document in ten (`CHANGED`); a pair that differs on more needs more documents.
+"""
+
+import math
+from collections.abc import Iterable
+from statistics import NormalDist
+
+ERROR = 0.05  # of a test, one-sided
+EQUAL = 0.9  # how often a default margin lets an equal model pass
+POWER = 0.8  # how often a loss or a gain is seen
+CHANGED = 0.1  # share of the documents on which two releases are taken to differ
+SMALLEST, LARGEST = 0.01, 0.1  # default margins
+
+_Z = NormalDist().inv_cdf
+
+
+def spent(number: int) -> float:
+    """The one-sided error that the `number`-th version may spend which is compared with one reference.
+
+    It is `ERROR / (number * (number + 1))`, 0.025 for the first. All of them together spend `ERROR`, so that of a
+    hundred references at most five are ever replaced by a version that is no better.
+    """
+    return ERROR / (number * (number + 1))
+
+
+def spread(parts: Iterable[tuple[float, int]]) -> float:
+    """The standard error to expect of the difference between two releases.
+
+    Args:
+        parts: weight in the score, and number of documents, of each task.
+    """
+    return math.sqrt(CHANGED * sum(weight**2 / documents for weight, documents in parts))
+
+
+def margin(spread: float, tests: int = 1) -> float:
+    """The default margin: a model that is equal to the champion passes all `tests` of a gate in nine cases of ten.
+
+    In a long row on the same documents it is four of five, for each champion was picked with its luck on them
+    (`tests/benchmarks/releases.py`). The margin is at least `SMALLEST` and at most `LARGEST`: with few documents an
+    equal model passes less often.
+    """
+    return min(max((_Z(1 - ERROR) + _Z(EQUAL ** (1 / tests))) * spread, SMALLEST), LARGEST)
+
+
+def loss_seen(margin: float, spread: float) -> float:
+    """The loss for which a version is refused in four cases of five."""
+    return max(margin - (_Z(1 - ERROR) - _Z(POWER)) * spread, 0.0)
+
+
+def gain_seen(spread: float, number: int = 1) -> float:
+    """The gain that the `number`-th version needs to be found better in four cases of five.
+
+    The documents that it gains change in addition to `CHANGED`, which widens the spread.
+    """
+    small = ((_Z(1 - spent(number)) + _Z(POWER)) * spread) ** 2  # gain**2 = small * (1 + gain / CHANGED)
+    return (small / CHANGED + math.sqrt((small / CHANGED) ** 2 + 4 * small)) / 2

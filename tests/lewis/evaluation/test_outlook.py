@@ -1,0 +1,77 @@
+"""What a plan says of a gate: what its documents will show, where their number is known before the run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from lewis.evaluation.outlook import outlook
+from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics.comparison import mcnemar, tango
+from lewis.recipe.schema import Evaluate, Gate
+
+TASK = {
+    "task": "sums",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "sums.jsonl"}},
+    "test_split": "test",
+    "output_type": "generate_until",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name, more in (("sums", {}), ("words", {}), ("odd", {"process_docs": "x"})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TASK, "task": name, **more}))
+    (tmp_path / "sums.jsonl").write_text("{}\n" * 200 + "\n")
+    loss = {"task": "loss", "metric_list": [{"metric": "bits", "higher_is_better": False}]}
+    (tmp_path / "loss.yaml").write_text(yaml.safe_dump({**TASK, **loss}))
+    return tmp_path
+
+
+def said(root: Path, gate: dict[str, Any], *tasks: str, **more: Any) -> list[str]:
+    names = [f"{task}.yaml" for task in tasks]
+    return outlook(Gate(**gate), Evaluate(tasks=names, **more), root)
+
+
+def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -> None:
+    one = "sums: 200 documents, margin 0.065: an equal version passes 90%, a loss of 0.047 is refused 8 times in 10"
+    assert said(root, {"metric": "sums/acc,none"}, "sums") == ["not_worse", one]
+    weights = {"weights": {"sums": 1, "words/acc,none": 1}}
+    _, *lines = said(root, {"metric": "weighted/mean,none"}, "sums", "words", **weights)
+    assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.055"]
+    given = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02}}, "sums")[1]
+    assert "margin 0.02: an equal version passes 23%, a loss of 0.002 is refused" in given
+
+
+def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Path) -> None:
+    assert said(root, {"metric": "odd/acc,none"}, "odd", "loss") == ["not_worse"]
+    _, warning, line = said(root, {"metric": "odd/acc,none"}, "odd", "loss", limit=50)
+    assert warning == "evaluate.limit is 50: no run can promote; set register.gate.allow_limit: true"
+    assert line.startswith("odd: 50 documents, margin 0.1: an equal version passes 7")
+    _, line = said(root, {"metric": "sums/acc,none", "allow_limit": True}, "sums", limit=0.1)
+    assert line.startswith("sums: 20 documents")
+
+
+def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) -> None:
+    line = "sums: 200 documents, a gain of 0.085 is seen 8 times in 10, of 0.15 by the 10th version in a row"
+    assert said(root, {"metric": "sums/acc,none", "policy": "better"}, "sums") == ["better", line]
+
+
+@pytest.mark.parametrize(("documents", "number"), [(200, 1), (1000, 1), (1000, 10)])
+def test_what_a_plan_says_holds_in_four_cases_of_five(documents: int, number: int) -> None:
+    spread, rng = power.spread([(1.0, documents)]), np.random.default_rng(11)
+    margin = power.margin(spread)
+
+    def drawn(gain: float) -> list[list[int]]:
+        changed = power.CHANGED + abs(gain)
+        chances = [(changed + gain) / 2, (changed - gain) / 2, 1 - changed]
+        return [[int(n) for n in row[:2]] for row in rng.multinomial(documents, chances, size=2000)]
+
+    equal = np.mean([tango(*pair, documents, margin) <= power.ERROR for pair in drawn(0.0)])
+    refused = np.mean([tango(*p, documents, margin) > power.ERROR for p in drawn(-power.loss_seen(margin, spread))])
+    gains = drawn(power.gain_seen(spread, number))
+    seen = np.mean([w > b and mcnemar(w, b) <= 2 * power.spent(number) for w, b in gains])
+    assert equal > 0.86 and refused > 0.75 and seen > 0.72  # McNemar's exact test is a little stricter
