@@ -12,7 +12,7 @@ from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.statistics.scores import score_table
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.run import Written
 from lewis.merging.step import MergedModel
@@ -75,7 +75,7 @@ def registration_of(
     calibrations: Sequence[CalibrationEntry],
     allocated: AllocationEntry | None,
     merged: MergedModel,
-    scores: Mapping[str, ScoresEntry],
+    scores: Mapping[str, ModelScores],
     tags: Mapping[str, str] | None = None,
     began: float | None = None,
 ) -> Registration:

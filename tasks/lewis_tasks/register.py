@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Incumbent, Verdict, judge
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -32,7 +32,7 @@ def find_champion(name: str, to_score: bool) -> Champion | None:
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
+def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ModelScores]) -> Verdict:
     """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
@@ -55,7 +55,7 @@ def register(
     calibrations: list[CalibrationEntry],
     allocated: AllocationEntry | None,
     merged: MergedModel,
-    scores: dict[str, ScoresEntry],
+    scores: dict[str, ModelScores],
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
     begin, tags = flow_run.this_run().start_time, flow_run.tags()
