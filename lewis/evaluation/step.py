@@ -88,10 +88,15 @@ def score_task(
     with store.turn(kinds.SCORES, digest):
         if store.entry(path, "results") is None:
             files.check()
+            answers = kinds.ANSWERS.path(f"{digest}-{settings.batch_size}")
+            store.make_folder(answers.parent)
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
-                found = lm_eval.evaluate(folder, settings, adapter=adapter, device=device, progress=progress)
+                found = lm_eval.evaluate(
+                    folder, settings, adapter=adapter, device=device, answers=answers, progress=progress
+                )
             files.check_unchanged()
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
+            answers.unlink(missing_ok=True)
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 

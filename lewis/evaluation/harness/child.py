@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 
 from lewis import private_names
 from lewis.evaluation.harness import loaded_model
+from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -167,6 +168,7 @@ def evaluate(
     limit: int | float | None,
     batch_size: int | str,
     device: str | None,
+    answers: str | None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run `simple_evaluate`, keep the value of each document, then measure what the gate's guards check.
@@ -178,6 +180,7 @@ def evaluate(
         tasks: names.
         documents: `all`, or one half of every task's documents: `search` or `confirm`.
         limit: documents per task, within that half.
+        answers: the file of `KeptAnswers`; None: nothing is kept.
         options: further arguments of `simple_evaluate`.
 
     Returns:
@@ -193,15 +196,16 @@ def evaluate(
     lm = loaded_model.opened(model, model_args, batch_size, device)
     chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
     private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
-    found: Any = evaluator.simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        task_manager=manager,
-        log_samples=True,
-        samples=chosen,
-        limit=limit if chosen is None else None,
-        **options,
-    )
+    with KeptAnswers(Path(answers)).of(lm) if answers else nullcontext():
+        found: Any = evaluator.simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            log_samples=True,
+            samples=chosen,
+            limit=limit if chosen is None else None,
+            **options,
+        )
     assert found is not None  # None only on the other ranks of a distributed run
     kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
     rows = found["samples"]

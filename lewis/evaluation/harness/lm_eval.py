@@ -118,7 +118,13 @@ def tasks_digest(settings: EvalSettings) -> str:
 
 
 def evaluate(
-    model: Path, settings: EvalSettings, *, adapter: Path | None = None, device: str = "cpu", progress: Report = silent
+    model: Path,
+    settings: EvalSettings,
+    *,
+    adapter: Path | None = None,
+    device: str = "cpu",
+    answers: Path | None = None,
+    progress: Report = silent,
 ) -> Evaluated:
     """Score a model with lm-eval in a child process.
 
@@ -128,6 +134,8 @@ def evaluate(
         adapter: folder of a LoRA adapter to apply to `model`.
         device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
             checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
+        answers: a file in which finished batches are kept, and from which an evaluation of the same model, settings
+            and device goes on; None: nothing is kept.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
@@ -172,6 +180,7 @@ def evaluate(
             "num_fewshot": settings.num_fewshot,
             "apply_chat_template": settings.apply_chat_template,
             "documents": settings.documents,
+            "answers": str(answers) if answers else None,
             "bootstrap_iters": BOOTSTRAPS,
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }
