@@ -160,6 +160,9 @@ LM_EVAL_ENVIRONMENT = PrivateName(
     "lm_eval", "lm_eval.evaluator.add_env_info", ">=0.4.13,<0.5",
     "save the seconds in which pip lists all packages", "lewis.evaluation.harness.child",
     "lm-eval: every evaluation runs pip to list all packages")
+LM_EVAL_TOKENS = PrivateName(
+    "lm_eval", "lm_eval.api.model.TemplateLM._loglikelihood_tokens", ">=0.4.13,<0.5",
+    "keep the windows of rolling log-likelihoods batch by batch", "lewis.evaluation.harness.kept_answers")
 RESIZE_EMBEDDINGS = PrivateName(
     "transformers", "transformers.PreTrainedModel.resize_token_embeddings", ">=5.17,<6",
     "score an adapter on a base with more rows than tokens", "lewis.evaluation.harness.loaded_model",

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry
+from lewis.evaluation.step import ModelScores
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
@@ -129,7 +129,7 @@ class _Trials:
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, limit=part) if prune else None
 
-    def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ScoresEntry]:
+    def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ModelScores]:
         """Score a recipe in a task."""
         return submit(score_trial, quote(recipe), number, part, quote(self.known), settings)
 
@@ -243,5 +243,5 @@ def _settings(plan: Recipe, documents: str) -> EvalSettings:
     return EvalSettings.of(varied.evaluate, varied.root)
 
 
-def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
+def _by_name(plan: Recipe, entry: ModelScores) -> Mapping[str, Any]:
     return step.scored(plan.score_weights, {"trial": entry})[0].by_name

@@ -10,7 +10,7 @@
                           └─ allocate
                                ├─ merge experts
                                └─ merge uniform
-                                    └─ evaluate [base, experts, uniform, champion, merged]
+                                    └─ evaluate [base, experts, uniform, champion, merged] on [tasks]
                                          └─ gate, register, promote, publish      by hand
 
 What a recipe does not need is left out: a plain merge has neither sets nor densities, a method that fits in forward
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lewis.allocation.step import AllocationInput, ExpertInput
@@ -318,13 +319,10 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
 def _scores(recipe: Recipe) -> Iterator[Node]:
     if recipe.evaluate is None:
         return
-    settings = EvalSettings.of(recipe.evaluate, recipe.root)
+    settings = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
+    names = evaluations(recipe)
     merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
-
-        def to_score(results: Results, label: str = label, source: str = source) -> ScoreInput:
-            model = results[source]
-            return ScoreInput(label, model.key, model.files(label), settings)
 
         def differs(results: Results) -> bool:
             champion = results.get(CHAMPION)
@@ -333,7 +331,22 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
         last = source if source in merges else merges[0]
         when = differs if label == "champion" else None
         needs = (source, "merge experts") if label == "champion" else (source,)
-        yield Node(f"evaluate {label}", table.EVALUATE, to_score, needs, after=(last,), when=when)
+        for name, task in zip(names[label], settings, strict=True):
+
+            def to_score(
+                results: Results, label: str = label, source: str = source, task: EvalSettings = task
+            ) -> ScoreInput:
+                model = results[source]
+                return ScoreInput(label, model.key, model.files(label), task)
+
+            yield Node(name, table.EVALUATE, to_score, needs, after=(last,), when=when)
+
+
+def evaluations(recipe: Recipe) -> dict[str, list[str]]:
+    """Label of each model that is scored -> the nodes of its scores, one for each task of the recipe."""
+    tasks = list(dict.fromkeys(recipe.evaluate.tasks)) if recipe.evaluate else []
+    short = short_or_whole([Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in tasks], tasks)
+    return {label: [f"{table.EVALUATE.name} {label} {task}" for task in short] for label in labels(recipe)}
 
 
 def labels(recipe: Recipe) -> dict[str, str]:

@@ -18,7 +18,7 @@ from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation.harness import server
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry, find_scores, score, scores_digest
+from lewis.evaluation.step import ScoresEntry, find_score, score_task, scores_digest
 from lewis.importance import grams, measure
 from lewis.importance.calibration import Calibration
 from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
@@ -280,13 +280,13 @@ class Merge(Step[MergeInput, MergedModel]):
 
 @dataclass(frozen=True)
 class ScoreInput:
-    """A model to score.
+    """A model to score on one task.
 
     Attributes:
         label: in the tables.
         key: identity of the model's content.
         files: on disk; None if only its scores are asked for.
-        settings: what to score, and how.
+        settings: what to score, and how; with one task.
     """
 
     label: str
@@ -301,7 +301,7 @@ class ScoreInput:
 
 
 class Evaluate(Step[ScoreInput, ScoresEntry]):
-    """The scores of one model on all tasks."""
+    """The scores of one model on one task."""
 
     name, kind = "evaluate", kinds.SCORES  # lm-eval runs in a child process, under the recipe's time limit
 
@@ -309,11 +309,11 @@ class Evaluate(Step[ScoreInput, ScoresEntry]):
         return store.digest([given.ref, scores_digest(given.key, given.settings, default_device())])
 
     def find(self, given: ScoreInput) -> ScoresEntry | None:
-        return find_scores(given.ref, given.key, given.settings, default_device())
+        return find_score(given.ref, given.key, given.settings, default_device())
 
     def make(self, given: ScoreInput, report: Report, device: str) -> ScoresEntry:
         assert given.files is not None
-        return score(given.files, given.settings, device=device, progress=report)
+        return score_task(given.files, given.settings, device=device, progress=report)
 
     def devices(self, given: ScoreInput) -> int:
         elsewhere = given.settings.backend == "openai" and server.is_url()

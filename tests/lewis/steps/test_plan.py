@@ -190,9 +190,9 @@ class TestLocal:
         data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}]}
         data |= {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["sums"], "baselines": ["base", "uniform"]}}
         found = states(make_plan(parse(data, root=tmp_path)))
-        ours = {"merge experts", "merge uniform", "evaluate lewis", "evaluate uniform", "evaluate base"}
+        ours = {"merge experts", "merge uniform", "evaluate lewis sums", "evaluate uniform sums", "evaluate base sums"}
         assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
-        assert found["evaluate lewis"] == "to do"
+        assert found["evaluate lewis sums"] == "to do"
         monkeypatch.setattr(task_files, "_builtin_index", dict)  # to read lm-eval's takes seconds
         data["evaluate"]["tasks"] = ["smus"]
         with pytest.raises(InputError, match="smus"):
