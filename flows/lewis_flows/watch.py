@@ -29,7 +29,7 @@ from lewis.registry.releases import Held, Moved
 from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
-from lewis_tasks.support import moves
+from lewis_tasks.support import events, moves
 from lewis_tasks.support.flow_run import did_its_work
 
 logger = logging.getLogger("lewis.watch")
@@ -164,8 +164,8 @@ def _is_broken(recipe: str, heads: Mapping[str, str]) -> bool:
 
 def _is_news(recipe: str, move: Moved) -> bool:
     """Whether to announce a release: it was not announced yet, or its run did not merge it."""
-    now = datetime.now(UTC)
     with _prefect() as client:
+        now = datetime.now(UTC) + events.ahead(client)  # the server says when runs ended
         times = _announcements(client, recipe, move, now)
         if not times:
             return True
@@ -200,9 +200,9 @@ def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: d
 
 def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> list[datetime]:
     """When a release was announced."""
-    events = release_event.announced(client, now - REMEMBER, recipe, move.repo)
+    found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
     commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
-    return [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
+    return [e.occurred for e in found if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
