@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from lewis import store
 from lewis.devices import default_device, precision
+from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -41,7 +42,8 @@ def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", pro
     """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
 
     Raises:
-        LewisError: if the model is a merged one that is damaged; or as `lm_eval.evaluate`.
+        LewisError: if the model is a merged one that is damaged, a file of the model or of a task changed meanwhile, or
+            as `lm_eval.evaluate`.
     """
     digest = scores_digest(files.key, settings, device)
     path = kinds.SCORES.path(digest)
@@ -51,6 +53,11 @@ def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", pro
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
                 found = lm_eval.evaluate(folder, settings, adapter=adapter, device=device, progress=progress)
             files.check_unchanged()
+            if scores_digest(files.key, settings, device) != digest:
+                raise LewisError(
+                    f"evaluate: a file of {', '.join(settings.tasks)} changed while running, so the scores of "
+                    f"{files.ref} are not kept; run again"
+                )
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
