@@ -211,6 +211,14 @@ HUB_WITHOUT_XET = PrivateName(
     "huggingface_hub", "huggingface_hub.constants.HF_HUB_DISABLE_XET", ">=2.4,<3",
     "upload to a Hub that has no Xet", "lewis.models.hub.client",
     "huggingface_hub: an upload to a Hub without Xet fails")
+HUB_GET = PrivateName(
+    "huggingface_hub", "huggingface_hub.file_download.http_get", ">=2.4,<3",
+    "go on with a download where it broke off", "lewis.models.hub.client",
+    "huggingface_hub: a download that is cut begins again")
+HUB_PIECE = PrivateName(
+    "huggingface_hub", "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", ">=2.4,<3",
+    "keep what arrived before a download was cut", "lewis.models.hub.client",
+    "huggingface_hub: a download that is cut begins again")
 # fmt: on
 
 ALL: tuple[PrivateName, ...] = tuple(each for each in list(vars().values()) if isinstance(each, PrivateName))

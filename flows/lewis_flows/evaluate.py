@@ -65,8 +65,9 @@ def evaluate_flow(
     finish(checked)
     if checked.result() != tasks:
         raise InputError(
-            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; give both the same "
-            "folder of recipes, the same version of lm-eval, and the same LEWIS_EVALUATION_SERVER"
+            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; if it was edited "
+            "meanwhile, run it again; else give both the same folder of recipes, the same version of lm-eval, and the "
+            "same LEWIS_EVALUATION_SERVER"
         )
     walk, results = _models(plan, models, base)
     names = evaluations(plan)

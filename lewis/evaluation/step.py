@@ -10,6 +10,7 @@ from pydantic import Field
 
 from lewis import store
 from lewis.devices import default_device, precision
+from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -86,7 +87,8 @@ def score_task(
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
-        LewisError: if the model is a merged one that is damaged; or as `lm_eval.evaluate`.
+        LewisError: if the model is a merged one that is damaged, a file of the model or of a task changed meanwhile, or
+            as `lm_eval.evaluate`.
     """
     digest = scores_digest(files.key, settings, device)
     path = kinds.SCORES.path(digest)
@@ -100,6 +102,11 @@ def score_task(
                     folder, settings, adapter=adapter, device=device, answers=answers, progress=progress
                 )
             files.check_unchanged()
+            if scores_digest(files.key, settings, device) != digest:
+                raise LewisError(
+                    f"evaluate: a file of {', '.join(settings.tasks)} changed while running, so the scores of "
+                    f"{files.ref} are not kept; run again"
+                )
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
             answers.unlink(missing_ok=True)
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
