@@ -158,5 +158,5 @@ def _put(source: Path, target: Path) -> None:
         return
     inside = store.holds(target)
     store.make_folder(target.parent) if inside else target.parent.mkdir(parents=True, exist_ok=True)
-    with store.written_beside(target) as beside:
+    with store.written_beside(target, private=target in secrets.files()) as beside:
         shutil.copy2(source, beside)

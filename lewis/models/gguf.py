@@ -90,6 +90,7 @@ def _made(ref: str, path: Path) -> Path:
             try:
                 scratch.mkdir()
                 _fill(ref, path, scratch)
+                store.restrict_all(scratch)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(scratch, folder)
             finally:

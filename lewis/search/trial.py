@@ -86,6 +86,8 @@ def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]
     store.sweep(parent)  # left by killed trials
     scratch = store.beside(parent / digest[:12])
     scratch.mkdir()
+    if store.holds(scratch):
+        store.restrict(scratch)
     try:
         yield scratch / "model"
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.store import files, kinds, remote, sealed_json
 from lewis.store.files import MANIFEST
-from lewis.store.folders import holds, make_folder, make_read_only, restrict
+from lewis.store.folders import holds, make_folder, make_read_only, restrict, restrict_all
 from lewis.store.scratch import beside
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def publish(
     scratch = folder.with_name(f".{folder.name}.{key[:32]}{files.RESUMABLE}") if key else beside(folder)
     with files.lock(str(scratch.absolute())) if key else nullcontext():
         files.sweep(folder.parent, folder.name)
-        scratch.mkdir(exist_ok=bool(key))
+        _make_scratch(scratch, goes_on=bool(key))
         try:
             yield scratch
             # What a process left that died when it was almost done.
@@ -70,16 +70,29 @@ def publish(
             names = [str(path.relative_to(scratch)) for path in paths]
             described = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
             files.write_text(scratch / MANIFEST, sealed_json.dumps({**manifest, "files": described}))
+            if holds(folder):
+                restrict_all(scratch)
+                for path in paths:
+                    make_read_only(path)
             if folder.is_dir():
                 shutil.rmtree(folder)
             os.replace(scratch, folder)
             if holds(folder):
-                restrict(folder)
-                for name in names:
-                    make_read_only(folder / name)
                 _push(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _make_scratch(scratch: Path, *, goes_on: bool) -> None:
+    """Make a scratch folder; of one that is there already, what another user of the store left and this one may not
+    write to is removed.
+    """
+    scratch.mkdir(exist_ok=goes_on)
+    if holds(scratch) and scratch.stat().st_uid == os.getuid():
+        restrict(scratch)
+    for path in scratch.iterdir():
+        if not os.access(path, os.W_OK):
+            files.discard(path)
 
 
 def _described(path: Path, sha256: str | None) -> dict[str, Any]:

@@ -49,10 +49,14 @@ def lock(name: str) -> FileLock:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Give a scratch path to write to. It replaces `path` if the block ends without an exception, else it is removed.
 
     Scratch files that dead processes left for `path` are removed too.
+
+    Args:
+        path: where the file goes.
+        private: whether it is for its owner alone, such as a key, also where a group shares the store.
     """
     make_folder(path.parent)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -60,8 +64,10 @@ def written_beside(path: Path) -> Iterator[Path]:
             leftover.unlink(missing_ok=True)
     scratch = beside(path)
     try:
+        if private:
+            scratch.touch(mode=0o600)
         yield scratch
-        if holds(path):
+        if holds(path) and not private:
             restrict(scratch)
         os.replace(scratch, path)
     finally:

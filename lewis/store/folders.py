@@ -59,14 +59,20 @@ def make_folder(folder: Path) -> Path:
 
 
 def restrict(path: Path) -> None:
-    """Close a new file or folder of the store to others; where a group shares the store, let it do what the owner may.
-
-    One that was made for its owner alone, such as a key, stays so.
+    """Close a new file or folder of the store to others; where a group shares the store, let it do what the owner may,
+    whatever the umask of its user.
     """
     mode, closed = stat.S_IMODE(path.stat().st_mode), umask()
-    shared = (mode & stat.S_IRWXU) >> 3 if closed == _OTHERS and mode & stat.S_IRGRP else 0
+    shared = (mode & stat.S_IRWXU) >> 3 if closed == _OTHERS else 0
     if (wanted := (mode | shared) & ~closed) != mode:
         path.chmod(wanted)
+
+
+def restrict_all(folder: Path) -> None:
+    """`restrict` of a new folder, and of all that is in it."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            restrict(path)
 
 
 def make_read_only(path: Path) -> None:

@@ -35,19 +35,24 @@ class Secret:
         """The secret, of the environment or of the file; the file is made when both are missing.
 
         Raises:
-            InputError: if others may read the file, or it is empty.
+            InputError: if others may read the file, it is another user's, or it is empty.
         """
         if given := self.variable.get():
             return given
         file = self.path()
         with lock(self.name):
             if not file.exists():
-                with written_beside(file) as beside:
-                    beside.touch(mode=0o600)
+                with written_beside(file, private=True) as beside:
                     beside.write_text(f"{self.prefix}{token_urlsafe(32)}\n")
         if file.stat().st_mode & 0o077:
             raise InputError(f"{file}: others may read it: expected mode 0600; {self.fix}")
-        found = file.read_text().strip()
+        try:
+            found = file.read_text().strip()
+        except PermissionError as error:
+            raise InputError(
+                f"{file}: it is another user's; set {self.variable.name} to the same secret, or LEWIS_HOME to a store "
+                "of your own"
+            ) from error
         if not found:
             raise InputError(f"{file}: it is empty; {self.fix}")
         return found

@@ -52,12 +52,7 @@ class Postgres:
         subprocess.run(
             [*user, *made, "-N", "--encoding=UTF8", "-D", str(data)], check=True, capture_output=True, cwd=self.root
         )
-        command = [str(programs / "postgres"), "-D", str(data), "-p", str(self.port), "-k", str(self.root)]
-        options = ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-        with (self.root / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [*user, *command, *options], stdout=log, stderr=log, cwd=self.root, start_new_session=True
-            )
+        self.run()
         for name in ("prefect", "mlflow", "mlflow_users"):
             made = [str(programs / "createdb"), "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, name]
             for _ in range(60):
@@ -66,6 +61,20 @@ class Postgres:
                 time.sleep(0.5)
             else:
                 raise AssertionError((self.root / "log").read_text())
+
+    def run(self) -> None:
+        """Start it on the databases that are there."""
+        programs = postgres_programs()
+        command = [f"{programs}/postgres", "-D", f"{self.root}/data", "-p", str(self.port), "-k", str(self.root)]
+        options = ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        with (self.root / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["runuser", "-u", "postgres", "--", *command, *options],
+                stdout=log,
+                stderr=log,
+                cwd=self.root,
+                start_new_session=True,
+            )
 
     def url(self, database: str, driver: str = "postgresql") -> str:
         return f"{driver}://{USER}:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{self.port}/{database}"

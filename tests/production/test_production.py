@@ -30,7 +30,7 @@ lewis:
 evaluate: {tasks: [tasks/words.yaml], baselines: [base]}
 register: {name: %(name)s, gate: {metric: "words/acc,none", tolerance: 1}}
 """
-NAMES = ("released", "killed", "bucket", "away", "queued", "rescued")
+NAMES = ("released", "killed", "bucket", "away", "queued", "rescued", "restarted")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def fleet(family: Family, s3: S3Server) -> Iterator[Fleet]:
         (fleet.recipes / "tasks" / "words.yaml").write_text(TASK)
         for name in NAMES:
             text = RECIPE % {"name": name}
-            if name in ("queued", "rescued"):  # plain merges, which take less
+            if name in ("queued", "rescued", "restarted"):  # plain merges, which take less
                 text = re.sub(r"lewis:\n.*\n", "", text)
             if name == "rescued":
                 text = text.replace("baselines: [base]", "baselines: [experts]")
@@ -120,6 +120,29 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_merge(fleet: Fleet, family: 
     assert sources(fleet, "killed") == [sha]
     told = worker.log.read_text()
     assert "fetched importance/" in told and "Measuring" not in told
+
+
+@pytest.mark.parametrize("seconds", [0, 40])
+def test_postgresql_is_started_again_in_the_middle_of_a_merge(fleet: Fleet, family: Family, seconds: int) -> None:
+    """Prefect's and MLflow's databases are away while the run computes and asks: it waits, and ends as ever."""
+    flag = fleet.root / f"merging-{seconds}"
+    patch = SLOW.replace("print('HERE', flush=True)", f"open({str(flag)!r}, 'w').close() or 1")
+    name = f"worker-restarted-{seconds}"
+    fleet.worker(name, patch.replace("time.sleep(60)", "time.sleep(5)"))
+    before = len(fleet.versions("restarted"))
+    sha = release(fleet, "restarted", family, 20 + seconds)
+    fleet.until(flag.exists, 400)
+    fleet.postgres.stop()
+    time.sleep(seconds)
+    fleet.postgres.run()
+    begin = time.monotonic()
+    fleet.until(lambda: len(fleet.versions("restarted")) > before, 400)
+    run = fleet.ended(fleet.until(lambda: fleet.runs("restarted"), 60)[-1]["id"])
+    print(f"PostgreSQL was away for {seconds} s; the run ended {time.monotonic() - begin:.0f} s later")
+    assert run["state_name"] == "Promoted", run["state"]
+    assert sources(fleet, "restarted")[before:] == [sha]
+    tasks = fleet.ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    assert tasks and {task["state_type"] for task in tasks} <= {"COMPLETED"}, [task["state"] for task in tasks]
 
 
 def test_the_s3_server_is_killed_in_the_middle_of_an_upload(fleet: Fleet, family: Family) -> None:

@@ -84,7 +84,7 @@ def open_signed_in(page: str) -> None:
         to = parts.path + (f"?{parts.query}" if parts.query else "")
         address = f"{server}{PATH}?code={make_code(PREFECT_KEY.read())}&to={quote(to)}"
         file = store.home() / "open.html"
-        store.write_text(file, f'<!doctype html><meta http-equiv=refresh content="0; url={html.escape(address)}">')
-        file.chmod(0o600)
+        with store.written_beside(file, private=True) as beside:
+            beside.write_text(f'<!doctype html><meta http-equiv=refresh content="0; url={html.escape(address)}">')
         page = file.as_uri()
     webbrowser.open(page)

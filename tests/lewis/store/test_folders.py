@@ -36,8 +36,8 @@ def fill() -> None:
         store.write_entry(kinds.SCORES.path("a"), {"results": 1})
     with store.publish(kinds.MERGED.path("b"), {"digest": "b"}) as scratch:
         (scratch / "model.safetensors").write_bytes(b"x")
-    with store.written_beside(store.home() / "secret") as scratch:
-        scratch.touch(mode=0o600)
+    with store.written_beside(store.home() / "secret", private=True) as scratch:
+        scratch.write_text("a key")
 
 
 def test_the_store_is_for_its_owner(home: Path) -> None:

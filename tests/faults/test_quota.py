@@ -1,0 +1,74 @@
+"""A disk quota that is used up after any number of bytes: told in a sentence, and no half of an entry stays."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lewis import store
+from lewis.store import verification
+from tests.conftest import POINTS, Family, full
+from tests.flows.conftest import REPO
+
+SOURCE = Path(__file__).parents[1] / "support" / "quota.c"
+LEWIS = "import sys\nfrom lewis_flows.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def quota(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("quota") / "quota.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
+    return library
+
+
+def merged(recipe: Path, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LEWIS, "merge", str(recipe), "-o", str(root / "out")]
+    given = {**os.environ, "LEWIS_HOME": str(root / "home"), **environment}
+    return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=300)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@full
+def test_a_quota_that_is_used_up(quota: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "merge_method": "ties",
+                "base_model": str(family.base),
+                "models": [{"model": str(family.math)}],
+                "lewis": {"calibrations": {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},
+            }
+        )
+    )
+    preload = {"LD_PRELOAD": str(quota), "QUOTA_ROOT": str(tmp_path)}
+    plain = merged(recipe, tmp_path / "plain", **preload, QUOTA_BYTES=str(1 << 40))
+    assert plain.returncode == 0, plain.stderr
+    right = content(tmp_path / "plain" / "out")
+    files = [each for each in (tmp_path / "plain").rglob("*") if each.is_file()]
+    whole = sum(path.stat().st_size for path in files)
+    count = max(4, POINTS // 4)
+    for number in range(count):
+        root = tmp_path / str(number)
+        bytes_ = int(whole * (number + 0.5) / count)
+        cut = merged(recipe, root, **preload, QUOTA_BYTES=str(bytes_))
+        assert "Traceback" not in cut.stderr, (bytes_, cut.stderr)
+        if cut.returncode:  # a note that is not written, such as a checksum, ends nothing
+            assert cut.returncode == 1 and "quota exceeded" in cut.stderr, (bytes_, cut.stderr)
+            out = root / "out"  # of which the card may lack
+            assert not out.exists() or store.read_manifest(out) is not None, (bytes_, cut.stderr)
+            assert not list(root.glob("*.partial")), bytes_
+        monkeypatch.setenv("LEWIS_HOME", str(root / "home"))
+        assert verification.verify().damaged == [], bytes_
+        again = merged(recipe, root)
+        assert again.returncode == 0 and content(root / "out") == right, (bytes_, again.stderr)
+        assert not list(root.rglob("*.partial")), bytes_
