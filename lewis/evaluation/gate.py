@@ -43,6 +43,7 @@ class Verdict:
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
         metric: the gate's; empty if there is none, or it was not looked at.
         approve_hours: how long a person has to approve what passed; None: it is promoted at once.
+        luck: the standard error of the score, from the spread of the gain, below 0 if lower is better; None if unknown.
         mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
     """
 
@@ -52,6 +53,7 @@ class Verdict:
     numbers: str = ""
     metric: str = ""
     approve_hours: float | None = None
+    luck: float | None = None
     mark: str = ""
 
     @property
@@ -191,7 +193,10 @@ def decide(
     numbers = f"{gate.metric} {ours:.4g} vs {theirs:.4g}"
     hours = gate.approve_hours if gate.approve else None
     passed = all(rule.passed for rule in found)
-    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours)
+    compared = gain(candidate, reference, gate.metric)
+    luck = compared.spread / math.sqrt(2) if compared and math.isfinite(compared.spread) else None
+    luck = -luck if luck and not candidate.by_name[gate.metric].higher_is_better else luck
+    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours, luck)
 
 
 def _best(metric: str, parents: Mapping[str, Scored]) -> Scored:

@@ -53,6 +53,11 @@ class Comparison:
     p: float
     draws: Array = field(repr=False, compare=False)
 
+    @property
+    def spread(self) -> float:
+        """The standard error of the gain."""
+        return float(self.draws.std())
+
     def p_inferior(self, tolerance: float) -> float:
         """One-sided p of the hypothesis that the candidate is worse by `tolerance` or more.
 

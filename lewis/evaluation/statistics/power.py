@@ -26,6 +26,14 @@ def spent(number: int) -> float:
     return ERROR / (number * (number + 1))
 
 
+def luck(versions: int) -> float:
+    """How much more than one of them the best of so many equal versions scores, in standard errors of a score.
+
+    It is the mean of the largest of so many draws from a normal distribution, by Blom's approximation.
+    """
+    return _Z((versions - 0.375) / (versions + 0.25)) if versions > 1 else 0.0
+
+
 def spread(parts: Iterable[tuple[float, int]]) -> float:
     """The standard error to expect of the difference between two releases.
 
