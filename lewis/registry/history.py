@@ -287,8 +287,9 @@ def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
 
 def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
     """The digest of the documents that a score was measured on; empty if it is not known."""
-    inputs = client.get_run(run).inputs.dataset_inputs if run else []
-    return next((each.dataset.digest for each in inputs if each.dataset.name == metric.partition("/")[0]), "")
+    found = client.get_run(run).inputs if run else None
+    named = {each.dataset.name: each.dataset.digest for each in (found.dataset_inputs if found else ())}
+    return str(named.get(metric.partition("/")[0], ""))
 
 
 def _run(client: "MlflowClient", name: str) -> tuple[str, int]:

@@ -81,4 +81,4 @@ def test_the_best_of_many_equal_versions_scores_more_by_luck_alone() -> None:
     drawn = np.random.default_rng(4).normal(size=(4000, 50))
     assert power.luck(1) == 0.0
     for versions in (2, 10, 50):
-        assert power.luck(versions) == pytest.approx(drawn[:, :versions].max(axis=1).mean(), abs=0.04)
+        assert power.luck(versions) == pytest.approx(drawn[:, :versions].max(axis=1).mean(), abs=0.06)
