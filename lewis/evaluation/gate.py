@@ -106,7 +106,7 @@ def judge(
         digest: of the merge.
         champion: the version in use, if there is one.
         standing: what the history says.
-        marked: scores of the mark, on the same documents; None if there are none.
+        marked: scores of the mark; None if there are none.
         limit: documents per task, if `evaluate.limit` is set.
 
     Raises:
@@ -129,26 +129,16 @@ def judge(
     reference = others["champion"] if champion else base or _best(gate.metric, others)
     compared_with = champion.uri if champion else reference.label
     behind = standing.mark if champion and standing.mark != champion else None
-    found = decide(
-        gate,
-        ours,
-        reference,
-        compared_with,
-        base=base,
-        limit=limit,
-        mark=replace(marked, label=behind.uri) if behind and marked else None,
-        number=standing.number,
-    )
-    leads = _better(gain(ours, reference, gate.metric), standing.number)
+    known = replace(marked, label=behind.uri) if behind and marked and _same_documents(ours, marked) else None
+    found = decide(gate, ours, reference, compared_with, base=base, limit=limit, mark=known, number=standing.number)
+    leads = _better(gain(ours, known or reference, gate.metric), standing.number)
     notes = [_lost(gate.metric, ours, model) for model in others.values() if model is not reference]
-    if behind and marked:
-        leads = _better(gain(ours, marked, gate.metric), standing.number)
-    elif behind:
-        leads, lost = True, f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on"
-        notes.append(lost)
     if not champion and not leads:
-        notes.append(f"{NOTE}that {gate.metric} is better than that of {compared_with} is not shown")
-    return replace(found, reasons=(*found.reasons, *filter(None, notes)), mark=mark if champion and not leads else "")
+        notes.append(f"{NOTE}no gain in {gate.metric} over {compared_with} is shown")
+    if behind and not known:
+        notes.append(f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on")
+    stays = champion and not leads and (known or not behind)
+    return replace(found, reasons=(*found.reasons, *filter(None, notes)), mark=mark if stays else "")
 
 
 def decide(
@@ -287,6 +277,15 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int) -> floa
     if given is None and share:
         return power.margin(power.spread((part.weight, len(part.documents)) for part in samples.parts), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
+
+
+def _same_documents(candidate: Scored, other: Scored) -> bool:
+    """Whether two models have values of the same metrics on the same documents."""
+    ours, theirs = (
+        {each.key: [sorted(part.documents) for part in each.parts] for each in model.samples}
+        for model in (candidate, other)
+    )
+    return ours == theirs
 
 
 def _lost(metric: str, candidate: Scored, other: Scored) -> str:
