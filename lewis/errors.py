@@ -21,7 +21,18 @@ class InputError(LewisError, ValueError):
 
 
 class BrokenModelError(InputError):
-    """A model is broken on the Hub itself: only another commit can help."""
+    """A model is broken on the Hub itself: only another commit can help.
+
+    Attributes:
+        commit: that is broken, 40 hex digits.
+    """
+
+    def __init__(self, message: str, commit: str) -> None:
+        super().__init__(message)
+        self.commit = commit
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.commit)
 
 
 class RecipeError(InputError):

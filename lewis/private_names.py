@@ -160,6 +160,9 @@ LM_EVAL_ENVIRONMENT = PrivateName(
     "lm_eval", "lm_eval.evaluator.add_env_info", ">=0.4.13,<0.5",
     "save the seconds in which pip lists all packages", "lewis.evaluation.harness.child",
     "lm-eval: every evaluation runs pip to list all packages")
+LM_EVAL_TOKENS = PrivateName(
+    "lm_eval", "lm_eval.api.model.TemplateLM._loglikelihood_tokens", ">=0.4.13,<0.5",
+    "keep the windows of rolling log-likelihoods batch by batch", "lewis.evaluation.harness.kept_answers")
 RESIZE_EMBEDDINGS = PrivateName(
     "transformers", "transformers.PreTrainedModel.resize_token_embeddings", ">=5.17,<6",
     "score an adapter on a base with more rows than tokens", "lewis.evaluation.harness.loaded_model",
@@ -208,6 +211,14 @@ HUB_WITHOUT_XET = PrivateName(
     "huggingface_hub", "huggingface_hub.constants.HF_HUB_DISABLE_XET", ">=2.4,<3",
     "upload to a Hub that has no Xet", "lewis.models.hub.client",
     "huggingface_hub: an upload to a Hub without Xet fails")
+HUB_GET = PrivateName(
+    "huggingface_hub", "huggingface_hub.file_download.http_get", ">=2.4,<3",
+    "go on with a download where it broke off", "lewis.models.hub.client",
+    "huggingface_hub: a download that is cut begins again")
+HUB_PIECE = PrivateName(
+    "huggingface_hub", "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", ">=2.4,<3",
+    "keep what arrived before a download was cut", "lewis.models.hub.client",
+    "huggingface_hub: a download that is cut begins again")
 # fmt: on
 
 ALL: tuple[PrivateName, ...] = tuple(each for each in list(vars().values()) if isinstance(each, PrivateName))

@@ -19,7 +19,7 @@ from lewis.merging.step import MergedModel, find_merged
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
-from lewis.steps.graph import CHAMPION, labels, resolved, short_refs
+from lewis.steps.graph import CHAMPION, evaluations, labels, resolved, short_refs
 from lewis.steps.table import DOWNLOAD, EVALUATE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
@@ -65,11 +65,13 @@ def evaluate_flow(
     finish(checked)
     if checked.result() != tasks:
         raise InputError(
-            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; give both the same "
-            "folder of recipes, the same version of lm-eval, and the same LEWIS_EVALUATION_SERVER"
+            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; if it was edited "
+            "meanwhile, run it again; else give both the same folder of recipes, the same version of lm-eval, and the "
+            "same LEWIS_EVALUATION_SERVER"
         )
     walk, results = _models(plan, models, base)
-    walk.go((walk.graph[f"{EVALUATE.name} {label}"] for label in models), results)
+    names = evaluations(plan)
+    walk.go((walk.graph[name] for label in models for name in names[label]), results)
     scores = walk.of(EVALUATE)
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]

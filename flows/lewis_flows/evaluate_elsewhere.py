@@ -16,7 +16,7 @@ from prefect.states import Cancelling
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
-from lewis.evaluation.step import find_all_scores
+from lewis.evaluation.step import ScoresEntry, find_all_scores
 from lewis.recipe.recipe import Recipe
 from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput
 from lewis_flows import prefect_runs, recipes_folder
@@ -73,22 +73,36 @@ def score(
     found = dict(results)
     nodes = [node for node in walk.graph.of(EVALUATE) if walk.wants(node, found)]
     given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes}
-    keys = {node: (each.ref, each.key) for node, each in given.items()}
-    settings = next(iter(given.values())).settings
-    entries = find_all_scores(keys, settings)
+    entries = _find(given)
     made = entries is None
     if entries is None:
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         models = {each.label: each.key for each in given.values()}
         parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base, "overrides": list(overrides)}
         _run(queue, parameters)
-        entries = find_all_scores(keys, settings)
+        entries = _find(given)
     if entries is None:
         raise LewisError(
             f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "
             "have the scores; the workers must share its disk (LEWIS_HOME), or all must have the same LEWIS_STORE"
         )
-    walk.futures |= {node: submit(take_scores, entry, given[node].label, not made) for node, entry in entries.items()}
+    what = {node: node.removeprefix(f"{EVALUATE.name} ") for node in given}
+    walk.futures |= {node: submit(take_scores, entries[node], what[node], not made) for node in given}
+
+
+def _find(given: Mapping[str, ScoreInput]) -> dict[str, ScoresEntry] | None:
+    """The scores of all nodes, those of one task in one number format; None if some are missing."""
+    by_task: dict[tuple[str, ...], dict[str, ScoreInput]] = {}
+    for node, each in given.items():
+        by_task.setdefault(each.settings.tasks, {})[node] = each
+    entries = dict[str, ScoresEntry]()
+    for of_task in by_task.values():
+        models = {node: (each.ref, each.key) for node, each in of_task.items()}
+        found = find_all_scores(models, next(iter(of_task.values())).settings)
+        if found is None:
+            return None
+        entries |= found
+    return entries
 
 
 def _run(queue: str, parameters: dict[str, Any]) -> None:

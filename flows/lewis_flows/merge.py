@@ -12,14 +12,14 @@ from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import CHAMPION, PREFLIGHT
-from lewis.steps.table import ALLOCATE, CALIBRATE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.registration import Ended, register_merge
 from lewis_flows.runners import choose
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
-from lewis_flows.walk import Futures, Walk, finish, known, pin, submit
+from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.publish import check_publish
 from lewis_tasks.register import find_champion
@@ -103,18 +103,18 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     run_tags.rename(plan, {source.ref: source.key for source in sources})
     walk.go(node for node in walk.graph if node.step is not EVALUATE)
     allocated, merged = walk.futures.get(ALLOCATE.name), walk.futures["merge experts"]
-    finish(champion, *walk.of(CALIBRATE, MEASURE, ALLOCATE))
+    finish(champion, *walk.of(CALIBRATE, CONTINUE, MEASURE, ALLOCATE))
     drawn = submit(report_densities, quote(plan), known(walk.of(MEASURE)), allocated) if allocated else None
     finish(drawn, *walk.of(MERGE))
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
 
     scores = _score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else {}
     if scores:
-        table = submit(report_scores, quote(plan), known(scores), wait_for=[scores[plan.label]])
+        table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[plan.label])
         finish(table)
         report = report.model_copy(update=table.result())
     ended = register_merge(plan, walk, report, champion, scores) if plan.register_as else Ended()
-    facts = [known(each) for each in (merged, champion, scores, ended.verdict)]
+    facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
     work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
     about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
     after = [ended.promoted or merged]
@@ -139,7 +139,7 @@ def _score(
     queue: str,
     champion: PrefectFuture[Any] | None,
     tasks: str,
-) -> Futures:
+) -> Scores:
     """Label -> scores of the merged model, its parents and the champion; computed here, or by workers of a queue."""
     current = champion.result() if champion else None
     walk.futures |= {CHAMPION: champion} if champion else {}
@@ -149,5 +149,5 @@ def _score(
     else:
         walk.go(walk.graph.of(EVALUATE), results)
     scores = walk.scores()
-    finish(*scores.values())
+    finish(*(each for of_model in scores.values() for each in of_model))
     return scores

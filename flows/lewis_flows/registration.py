@@ -9,7 +9,7 @@ from prefect.utilities.annotations import quote
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
 from lewis_flows.merge_report import MergeReport
-from lewis_flows.walk import Futures, Walk, finish, known, submit
+from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
 from lewis_tasks.publish import publish
 from lewis_tasks.register import gate, promote, register
 
@@ -35,15 +35,16 @@ class Ended:
 
 
 def register_merge(
-    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Futures
+    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Scores
 ) -> Ended:
     """Judge, register, promote and publish, and write into the report what came of it."""
     merged = walk.futures["merge experts"]
-    after = [] if scores else [merged]
-    verdict = submit(gate, quote(plan), known(champion), known(merged), scores, wait_for=after)
+    after = [each for of_model in scores.values() for each in of_model] or [merged]
+    known_of_models = known_scores(scores)
+    verdict = submit(gate, quote(plan), known(champion), known(merged), known_of_models, wait_for=after)
     finish(verdict)
     inputs = walk.inputs(plan)
-    version = submit(register, quote(plan), *inputs, known(merged), known(scores), wait_for=[verdict])
+    version = submit(register, quote(plan), *inputs, known(merged), known_of_models, wait_for=[verdict])
     finish(version)
     promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
     finish(promoted)

@@ -66,19 +66,20 @@ def settle(recipe: str) -> None:
 
     At most `LONGEST`. While Prefect's events cannot be read, it does not wait.
     """
-    began = datetime.now(UTC)
-    while (now := datetime.now(UTC)) - began < LONGEST:
-        times = _recent(recipe, now - BURST)
-        if len(times) < 2 or now - max(times) > REST:
+    deadline = time.monotonic() + LONGEST.total_seconds()
+    while time.monotonic() < deadline:
+        ages = _recent(recipe)
+        if len(ages) < 2 or min(ages) > REST:
             return
         time.sleep(1)
 
 
-def _recent(recipe: str, since: datetime) -> list[datetime]:
-    """When releases of a recipe were announced since a time."""
+def _recent(recipe: str) -> list[timedelta]:
+    """How long ago the releases of a recipe were announced that came within `BURST`."""
     try:
         with get_client(sync_client=True) as client:
-            return [event.occurred for event in announced(client, since, recipe)]
+            now = datetime.now(UTC) + events.ahead(client)
+            return [now - event.occurred for event in announced(client, now - BURST, recipe)]
     except httpx.HTTPError:
         return []
 
@@ -136,7 +137,6 @@ def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, objec
     events.post(
         {
             "id": id_,
-            "occurred": datetime.now(UTC).isoformat(),
             "event": kind,
             "resource": {
                 "prefect.resource.id": resource_id(repo),

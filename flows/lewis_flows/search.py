@@ -16,12 +16,12 @@ from pydantic import BaseModel
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry
+from lewis.evaluation.step import ModelScores
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
-from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, MEASURE
+from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
 from lewis_flows.merge import begin, load, merge_flow
 from lewis_flows.merge_report import MergeReport
@@ -102,7 +102,7 @@ def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
     """Fetch the models and measure their importance, once for all trials; gives the results, and the tasks' digest."""
     tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
     walk = Walk(plan, pin(plan, [tasks]))
-    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, MEASURE) for node in walk.graph.of(step)]
+    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, CONTINUE, MEASURE) for node in walk.graph.of(step)]
     walk.go(walk.graph.towards(*names))
     finish(*walk.futures.values())
     # A trial may vary the sets and passes: it looks for these itself, and finds most of them in the store.
@@ -129,7 +129,7 @@ class _Trials:
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, limit=part) if prune else None
 
-    def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ScoresEntry]:
+    def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ModelScores]:
         """Score a recipe in a task."""
         return submit(score_trial, quote(recipe), number, part, quote(self.known), settings)
 
@@ -243,5 +243,5 @@ def _settings(plan: Recipe, documents: str) -> EvalSettings:
     return EvalSettings.of(varied.evaluate, varied.root)
 
 
-def _by_name(plan: Recipe, entry: ScoresEntry) -> Mapping[str, Any]:
+def _by_name(plan: Recipe, entry: ModelScores) -> Mapping[str, Any]:
     return step.scored(plan.score_weights, {"trial": entry})[0].by_name

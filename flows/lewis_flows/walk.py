@@ -8,12 +8,13 @@ from prefect.assets import Asset
 from prefect.futures import PrefectFuture, wait
 from prefect.utilities.annotations import quote
 
+from lewis.evaluation.step import ModelScores
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
-from lewis.steps.graph import PREFLIGHT, Node, graph, resolved, short_refs
+from lewis.steps.graph import PREFLIGHT, Node, evaluations, graph, resolved, short_refs
 from lewis.steps.step import Step
-from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, EVALUATE
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DOWNLOAD
 from lewis_tasks.inspect import preflight
 from lewis_tasks.resolve import resolve
 from lewis_tasks.steps import task_of
@@ -23,6 +24,8 @@ from lewis_tasks.support.failures import result_of
 R = TypeVar("R")
 Futures = dict[str, PrefectFuture[Any]]
 """Name of a node, or of a task by hand -> its future."""
+Scores = dict[str, list[PrefectFuture[Any]]]
+"""Label of a model -> futures of its scores, one for each task."""
 
 # Whoever waits in the flow for what a task needs, and gives it quoted, draws no edge in Prefect's UI. So the graph of a
 # run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it
@@ -44,7 +47,7 @@ class Walk:
             begun: as `pin` gives it.
         """
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
-        self._registered = plan.register_as
+        self._registered, self._evaluations = plan.register_as, evaluations(plan)
 
     def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None) -> None:
         """Submit the tasks of nodes, in their order, each when the results that it needs are there.
@@ -89,16 +92,19 @@ class Walk:
         """The futures of the nodes of some steps, in the order of the graph."""
         return [self.futures[each.name] for each in self.graph if each.step in steps and each.name in self.futures]
 
-    def scores(self) -> Futures:
-        """Label -> future of its scores, in the order of the table."""
-        names = [node.name for node in self.graph.of(EVALUATE) if node.name in self.futures]
-        return {name.removeprefix(f"{EVALUATE.name} "): self.futures[name] for name in names}
+    def scores(self) -> Scores:
+        """Label of a model -> futures of its scores on each task, in the order of the table."""
+        return {
+            label: [self.futures[name] for name in names]
+            for label, names in self._evaluations.items()
+            if names and names[0] in self.futures
+        }
 
     def inputs(self, plan: Recipe) -> list[quote]:
         """Base, experts, calibration sets and densities, for tasks that write them down."""
         base = self.futures[f"{DOWNLOAD.name} {plan.base_model}"] if plan.base_model else None
         experts = [self.futures[f"{DOWNLOAD.name} {entry.model}"] for entry in plan.experts]
-        return [known(each) for each in (base, experts, self.of(CALIBRATE), self.futures.get(ALLOCATE.name))]
+        return [known(each) for each in (base, experts, self.of(CALIBRATE, CONTINUE), self.futures.get(ALLOCATE.name))]
 
 
 def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
@@ -150,13 +156,18 @@ def known(futures: Any) -> quote:
     more than 500.
 
     Args:
-        futures: a future, None, or a list or dictionary of futures.
+        futures: a future, None, or a list of futures.
     """
-    if isinstance(futures, dict):
-        return quote({name: future.result() for name, future in futures.items()})
     if isinstance(futures, list):
         return quote([future.result() for future in futures])
     return quote(futures.result() if futures else None)
+
+
+def known_scores(scores: Scores) -> quote:
+    """Label of a model -> `ModelScores`, of finished tasks, quoted as `known` does."""
+    return quote(
+        {label: ModelScores(entries=tuple(each.result() for each in of_model)) for label, of_model in scores.items()}
+    )
 
 
 def finish(*futures: PrefectFuture[Any] | None) -> None:

@@ -7,7 +7,7 @@ event that was lost, or a run that died. What the last poll found is kept in the
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -29,8 +29,8 @@ from lewis.registry.releases import Held, Moved
 from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
-from lewis_tasks.support import moves
-from lewis_tasks.support.flow_run import BROKEN, did_its_work
+from lewis_tasks.support import events, moves
+from lewis_tasks.support.flow_run import did_its_work
 
 logger = logging.getLogger("lewis.watch")
 
@@ -46,7 +46,8 @@ class WatchReport(BaseModel):
     Attributes:
         checked: recipes that were compared with the registry.
         announced: `recipe: ref` of each release that this poll announced.
-        waiting: `recipe: ref` of each release that was announced before, and whose run has not failed.
+        waiting: `recipe: ref` of each release that was announced before, and whose run has not failed; or that waits
+            for another commit of a model that is broken on the Hub itself.
         problems: recipe -> why it could not be checked.
     """
 
@@ -107,9 +108,10 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
     if transient and not found:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
     report = WatchReport(checked=list(found), problems={name: str(problem) for name, problem in problems.items()})
-    for name, moved in found.items():
+    for name, (moved, heads) in found.items():
+        broken = bool(moved) and _is_broken(name, heads)
         for move in moved:
-            news = _is_news(name, move)
+            news = not broken and _is_news(name, move)
             if news:
                 logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
@@ -117,8 +119,10 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
     return report
 
 
-def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[str, Exception]]:
-    """What moved, of each recipe that could be checked; and the errors of the others."""
+def _compare(
+    recipes: list[str] | None,
+) -> tuple[dict[str, tuple[list[Moved], dict[str, str]]], dict[str, Exception]]:
+    """What moved, and the newest commits, of each recipe that could be checked; and the errors of the others."""
     problems: dict[str, Exception] = {}
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
     for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
@@ -132,13 +136,14 @@ def _compare(recipes: list[str] | None) -> tuple[dict[str, list[Moved]], dict[st
             raise
         except Exception as error:  # whatever is wrong with one recipe does not stop the others
             problems[name] = error
-    found, heads = dict[str, list[Moved]](), dict[str, dict[str, str]]()
+    found, heads = dict[str, tuple[list[Moved], dict[str, str]]](), dict[str, dict[str, str]]()
     with ThreadPoolExecutor(_ASK) as pool:
         asked = {name: pool.submit(_heads, plan) for name, (plan, _) in plans.items()}
         for name, (plan, held) in plans.items():
             try:
                 heads[name] = asked[name].result()
-                found[name] = releases.moved(heads[name], held, base=plan.base_model, root=plan.root)
+                moved = releases.moved(heads[name], held, base=plan.base_model, root=plan.root)
+                found[name] = moved, heads[name]
             except (LewisError, OSError) as error:
                 problems[name] = error
     behind.note(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
@@ -150,10 +155,17 @@ def _heads(recipe: Recipe) -> dict[str, str]:
     return releases.heads(*pin_all(recipe))
 
 
+def _is_broken(recipe: str, heads: Mapping[str, str]) -> bool:
+    """Whether a run of a recipe found one of these commits broken on the Hub itself, so that another one must come."""
+    tags = sorted({f"broken:{commit}" for key in heads.values() for commit in commits_of(key)})
+    with _prefect() as client:
+        return bool(_runs(client, recipe, ("FAILED",), tags={"any_": tags}))
+
+
 def _is_news(recipe: str, move: Moved) -> bool:
     """Whether to announce a release: it was not announced yet, or its run did not merge it."""
-    now = datetime.now(UTC)
     with _prefect() as client:
+        now = datetime.now(UTC) + events.ahead(client)  # the server says when runs ended
         times = _announcements(client, recipe, move, now)
         if not times:
             return True
@@ -167,8 +179,6 @@ def _is_news(recipe: str, move: Moved) -> bool:
     if not answers:
         return now - announced >= ANSWER_WITHIN
     last = answers[0]
-    if f"broken:{BROKEN}" in last.tags:  # only another commit can help, which is announced as such
-        return False
     if last.state_type == "FAILED":
         return last.end_time is None or now - last.end_time >= RETRY_AFTER
     return not did_its_work(last)
@@ -190,9 +200,9 @@ def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: d
 
 def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> list[datetime]:
     """When a release was announced."""
-    events = release_event.announced(client, now - REMEMBER, recipe, move.repo)
+    found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
     commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
-    return [e.occurred for e in events if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
+    return [e.occurred for e in found if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:

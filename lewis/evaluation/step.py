@@ -1,12 +1,16 @@
-"""The evaluation step: the scores of a model, found in the store or computed once."""
+"""The evaluation step: the scores of a model on a task, found in the store or computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
 
 from lewis import store
 from lewis.devices import default_device, precision
+from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -16,47 +20,107 @@ from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.store import kinds
-from lewis.store.reference import JsonReference
+from lewis.store.reference import JsonReference, Reference
 
 
 class ScoresEntry(JsonReference):
-    """What lm-eval said of one model, in the store."""
+    """What lm-eval said of one model on one task, or group of tasks, in the store."""
 
     holds: ClassVar[str] = "results"
     ref: str
 
+
+class ModelScores(Reference):
+    """The scores of one model: an entry for each task of the recipe, in the recipe's order."""
+
+    entries: tuple[ScoresEntry, ...] = Field(min_length=1)
+
+    @property
+    def ref(self) -> str:
+        """What the scores call the model."""
+        return self.entries[0].ref
+
+    @property
+    def model(self) -> str:
+        """Identity of the model's content."""
+        return str(self.entries[0].content("model"))
+
+    @property
+    def digest(self) -> str:
+        """Identity of the scores."""
+        digests = [entry.digest for entry in self.entries]
+        return digests[0] if len(digests) == 1 else store.digest(digests)
+
     @property
     def evaluated(self) -> Evaluated:
-        """Scores and samples; read from the disk at each access."""
-        self.content(self.holds)  # which says what to do if it is gone
-        return Evaluated.of(self.ref, store.read_entry(self.path) or {})
+        """Scores and samples of all tasks; read from the disk at each access."""
+        for entry in self.entries:
+            entry.content(entry.holds)  # which says what to do if it is gone
+        return Evaluated.of(self.ref, joined([store.read_entry(entry.path) or {} for entry in self.entries]))
 
     @property
     def scores(self) -> list[Score]:
         """One per task and metric; read from the disk at each access."""
         return self.evaluated.scores
 
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Task -> the dataset of the Hub that its documents come from, as `child.evaluate` gives it, where known."""
+        return dict(self.evaluated.content.get("sources", {}))
 
-def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ScoresEntry:
-    """Scores of one model: found in the store, or computed once per model content, tasks and version of lm-eval.
+
+def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ModelScores:
+    """Scores of one model on all tasks, as `score_task`."""
+    each = settings.by_task()
+    return ModelScores(entries=tuple(score_task(files, one, device=device, progress=progress) for one in each))
+
+
+def score_task(
+    files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent
+) -> ScoresEntry:
+    """Scores of one model: found in the store, or computed once per model content, task and version of lm-eval.
+
+    Args:
+        files: of the model.
+        settings: with one task.
+        device: as torch names it.
+        progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
-        LewisError: if the model is a merged one that is damaged; or as `lm_eval.evaluate`.
+        LewisError: if the model is a merged one that is damaged, a file of the model or of a task changed meanwhile, or
+            as `lm_eval.evaluate`.
     """
     digest = scores_digest(files.key, settings, device)
     path = kinds.SCORES.path(digest)
     with store.turn(kinds.SCORES, digest):
         if store.entry(path, "results") is None:
             files.check()
+            answers = kinds.ANSWERS.path(f"{digest}-{settings.batch_size}")
+            store.make_folder(answers.parent)
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
-                found = lm_eval.evaluate(folder, settings, adapter=adapter, device=device, progress=progress)
+                found = lm_eval.evaluate(
+                    folder, settings, adapter=adapter, device=device, answers=answers, progress=progress
+                )
             files.check_unchanged()
+            if scores_digest(files.key, settings, device) != digest:
+                raise LewisError(
+                    f"evaluate: a file of {', '.join(settings.tasks)} changed while running, so the scores of "
+                    f"{files.ref} are not kept; run again"
+                )
             store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
+            answers.unlink(missing_ok=True)
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 
-def find_scores(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ScoresEntry | None:
-    """The scores of a model, if the store has them."""
+def find_scores(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ModelScores | None:
+    """The scores of a model on all tasks, if the store has them."""
+    found = [find_score(ref, key, each, device) for each in settings.by_task()]
+    entries = tuple(entry for entry in found if entry)
+    return ModelScores(entries=entries) if len(entries) == len(found) else None
+
+
+def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ScoresEntry | None:
+    """The scores of a model on one task, if the store has them."""
     digest = scores_digest(key, settings, device)
     path = kinds.SCORES.path(digest)
     return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
@@ -68,9 +132,14 @@ def scoring_devices() -> tuple[str, ...]:
 
 
 def find_all_scores(models: Mapping[str, tuple[str, str]], settings: EvalSettings) -> dict[str, ScoresEntry] | None:
-    """The scores of all models, in one number format so that they can be compared; None if one is missing."""
+    """The scores of all models on one task, in one number format so that they can be compared; None if one is missing.
+
+    Args:
+        models: name -> reference and key of a model.
+        settings: with one task.
+    """
     for device in scoring_devices():
-        found = {label: find_scores(ref, key, settings, device) for label, (ref, key) in models.items()}
+        found = {label: find_score(ref, key, settings, device) for label, (ref, key) in models.items()}
         whole = {label: entry for label, entry in found.items() if entry}
         if len(whole) == len(models):
             return whole
@@ -78,21 +147,52 @@ def find_all_scores(models: Mapping[str, tuple[str, str]], settings: EvalSetting
 
 
 def scores_digest(key: str, settings: EvalSettings, device: str) -> str:
-    """Digest of everything that decides the scores of a model, by which the store has them.
+    """Digest of everything that decides the scores of a model on a task, by which the store has them.
 
     Args:
         key: identity of the model's content.
-        settings: what to score, and how.
+        settings: what to score, and how; with one task.
         device: as torch names it; its number format counts for the backend `hf`.
     """
     numbers = precision(device) if settings.backend == "hf" else settings.backend
     return store.digest([key, lm_eval.tasks_digest(settings), numbers])
 
 
-def scored(weights: Mapping[str, float], entries: Mapping[str, ScoresEntry]) -> list[Scored]:
+def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the harness returned for several tasks, as if it had scored them in one call.
+
+    In the guards each task counts the same: the perplexity is the geometric mean of those that the tasks have.
+    """
+    if len(contents) == 1:
+        return dict(contents[0])
+    found: dict[str, Any] = {"samples": [], "results": {}}
+    for key in ("higher_is_better", "n-shot", "documents", "groups"):
+        found[key] = {name: value for each in contents for name, value in each[key].items()}
+    found["sources"] = {name: value for each in contents for name, value in each.get("sources", {}).items()}
+    groups = found["groups"]
+    for last in (False, True):  # lm-eval has tasks first, then groups
+        for each in contents:
+            found["results"] |= {name: value for name, value in each["results"].items() if (name in groups) is last}
+    seen = set[tuple[str, str]]()
+    for sample in (sample for each in contents for sample in each["samples"]):
+        if (place := (sample["task"], sample["metric"])) not in seen:  # a task may be in a group, too
+            seen.add(place)
+            found["samples"].append(sample)
+    ends = [each["ends"] for each in contents]
+    known = [each["perplexity"] for each in ends if each["perplexity"] is not None]
+    found["ends"] = {
+        "empty": {task: share for each in ends for task, share in each["empty"].items()},
+        "tried": sum(each["tried"] for each in ends),
+        "ended": sum(each["ended"] for each in ends),
+        "perplexity": float(np.exp(np.mean(np.log(known)))) if known else None,
+    }
+    return found
+
+
+def scored(weights: Mapping[str, float], scores: Mapping[str, ModelScores]) -> list[Scored]:
     """The models of an evaluation side by side, with their weighted mean, in the order of the tables.
 
     Raises:
         InputError: if a weight names a score that does not exist.
     """
-    return [Scored.of(label, entry.content("model"), entry.evaluated, weights) for label, entry in entries.items()]
+    return [Scored.of(label, each.model, each.evaluated, weights) for label, each in scores.items()]

@@ -152,7 +152,7 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     samples, weights = tuple(ids for ids, _ in whole), tuple(each for _, each in whole)
     if spec.prompt_weight == 1:
         return Calibration(name, samples)
-    if not any(1.0 in each for each in weights):
+    if not spec.continues and not any(1.0 in each for each in weights):
         raise InputError(
             f"{where}: no token of an answer is left: the prompts fill max_tokens ({spec.max_tokens}), or the answers "
             "are empty; raise max_tokens, or set weight: {prompt: 1}"

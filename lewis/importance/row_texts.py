@@ -3,6 +3,7 @@
 import re
 import string
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from lewis.errors import InputError
@@ -37,8 +38,8 @@ class Text(NamedTuple):
             any(start < end and end > first and start < last for first, last in self.answers)
             for start, end in found["offset_mapping"]
         ]
-        follows = [*of_answer[1:], False]
-        weights = [1.0 if any(pair) else spec.prompt_weight for pair in zip(of_answer, follows, strict=True)]
+        counts = [here or after for here, after in zip_longest(of_answer, of_answer[1:], fillvalue=False)]
+        weights = [1.0 if one else spec.prompt_weight for one in counts]
         return ids, weights[: spec.max_tokens]
 
 
@@ -64,7 +65,7 @@ def text_of(where: str, spec: CalibrationSet, row: Any, tokenizer: Any) -> Text:
             len(content) if spec.prompt_weight == 1 else _begin_of_last_field(f"{where}.text", spec.text, row, content)
         )
         return Text(content, ((begin, len(content)),))
-    prompt, answer = (_fill(f"{where}.{key}", getattr(spec, key), row) for key in ("prompt", "answer"))
+    prompt, answer = (_fill(f"{where}.{key}", getattr(spec, key) or "", row) for key in ("prompt", "answer"))
     return Text(prompt + answer, ((len(prompt), len(prompt + answer)),))
 
 

@@ -72,7 +72,11 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
             weight_files(Path(source.model.source))
         elif not source.model.source.endswith(".gguf"):
             home = repository.fetch(source.model, weights=False)
-            check_config(home, read_config(home), _shapes(source))
+            with repository.blaming(source.model, "config.json"):
+                own = read_config(home)
+            shapes = _shapes(source)
+            with repository.blaming(source.model, "config.json"):
+                check_config(home, own, shapes)
     first = base or experts[0]
     if config.slices and _preflight_slices(config, first, experts):
         return []

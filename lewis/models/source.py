@@ -15,6 +15,7 @@ from pydantic import model_validator
 from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned, check_unchanged, find_folder
 from lewis.models.hub.repository import COMMIT
@@ -302,9 +303,12 @@ def download(source: Source) -> ModelFiles:
 
     Raises:
         TransientError: if the transfer broke; trying again can help.
+        BrokenModelError: if the Hub has other bytes than it lists, or an index of files that are not there.
     """
     put = [repository.fetch(each) for each in source.adapters]
     folder, like = repository.fetch(source.model), None
+    with repository.blaming(source.model, INDEX):
+        weight_files(folder)
     if source.like and differ(*(_shapes(each) for each in (source.like, source.model))):
         like = repository.folder_of(source.like)
     return ModelFiles.at(source.ref, source.key, folder, put[-1] if put else None, put[:-1], like)

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -356,4 +356,19 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
             problems.append(f"{where}: there is no lewis block that defines {wanted!r}")
         elif wanted not in names:
             problems.append(f"{where}: no calibration set {wanted!r}{nearest(str(wanted), names)}")
-    return problems
+    return [*problems, *_check_continued(data, names)]
+
+
+def _check_continued(data: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """Whether each set whose answers an expert writes has that one expert."""
+    sets = (data.get("lewis") or {}).get("calibrations")
+    experts = [each for each in _models(data) if str(each.get("model")) != str(data.get("base_model"))]
+    for name, block in sets.items() if isinstance(sets, dict) else ():
+        if not isinstance(block, dict) or block.get("continue") is None:
+            continue
+        writers = [str(each.get("model")) for each in experts if (each.get("calibration") or names[0]) == name]
+        if len(writers) != 1:
+            yield (
+                f"lewis.calibrations.{name}.continue: expected one expert that names this set, and so writes its "
+                f"answers, got {len(writers)}{': ' + ', '.join(writers) if writers else ''}; give each expert a set"
+            )

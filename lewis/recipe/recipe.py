@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from lewis.allocators import ALLOCATORS
 from lewis.errors import RecipeError, nearest
 from lewis.methods import METHODS
-from lewis.recipe import dialect, yaml_text
+from lewis.recipe import dialect, lm_eval_config, yaml_text
 from lewis.recipe.checks import cross_check, other_spellings
 from lewis.recipe.config import MergeConfig
 from lewis.recipe.schema import (
@@ -94,7 +94,7 @@ class Recipe(MergeConfig):
             table.load()
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
-        data = dialect.as_recipe(data)
+        data = lm_eval_config.with_config(dialect.as_recipe(data), root)
         problems = cross_check(data)
         try:
             sliced = {"models": listed_models(data)} if data.get("slices") else {}

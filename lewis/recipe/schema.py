@@ -86,6 +86,7 @@ class CalibrationSet(Block):
         dataset: a dataset repo of the Hub, `json` or `parquet`.
         text: template that turns a row into text, such as `{question} {answer}`; its last field is the answer.
         prompt, answer: two templates instead, whose texts follow each other.
+        continues: `continue`: each row is a prompt, and the expert that names the set writes so many answers to it.
         messages: column with a chat instead, which the base's chat template turns into text; the assistant's turns are
             the answers.
         weight: how much prompts count beside answers; by default all of a `text` counts alike, and of the others
@@ -103,6 +104,7 @@ class CalibrationSet(Block):
     text: str | None = None
     prompt: str | None = None
     answer: str | None = None
+    continues: Annotated[int, Field(ge=1, le=1000)] | None = Field(default=None, alias="continue")
     messages: str | None = None
     texts: tuple[str, ...] | None = None
     weight: TokenWeights | None = None
@@ -116,7 +118,12 @@ class CalibrationSet(Block):
         if (self.dataset is None) == (self.texts is None):
             raise ValueError("expected either `dataset` or inline `texts`")
         pair = (self.prompt or self.answer) is not None
-        if pair and not (self.prompt and self.answer):
+        if self.continues and (not (self.prompt or self.texts) or self.answer or self.padding != "none"):
+            raise ValueError(
+                "`continue` has the expert write the answers: expected `prompt`, or `texts` that are prompts, without "
+                "`answer` and `padding`"
+            )
+        if pair and not (self.prompt and (self.answer or self.continues)):
             raise ValueError(
                 'expected both `prompt` and `answer`, such as "Question: {question}\\nAnswer:" and " {answer}"'
             )
@@ -135,7 +142,7 @@ class CalibrationSet(Block):
     def prompt_weight(self) -> float:
         """How much a token of a prompt counts, beside 1 of an answer."""
         if self.weight is None:
-            return 1.0 if self.text or self.texts else TokenWeights().prompt
+            return 1.0 if self.text or (self.texts and not self.continues) else TokenWeights().prompt
         return self.weight.prompt
 
 

@@ -197,7 +197,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
     (target / "LICENSE.txt").unlink(missing_ok=True)
     weights = [path for path in _files(folder) if path.match(WEIGHTS)]
     for path in weights:
-        _link(path, target / CHECKPOINT / path.relative_to(folder))
+        link(path, target / CHECKPOINT / path.relative_to(folder))
     description.model_size_bytes = (description.model_size_bytes or 0) + sum(path.stat().st_size for path in weights)
     description.flavors["transformers"]["source_model_name"] = model.name
     if base is not None:
@@ -236,7 +236,7 @@ def _pipeline_has_a_name() -> Iterator[None]:
         task["impl"] = impl
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -58,7 +58,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Champion:
-    """The version in use.
+    """The version in use, or another one that is to be used: with what it was merged from, and its files.
 
     Attributes:
         digest: of its merge; empty if LEWIS did not register it.
@@ -118,7 +118,7 @@ def fetch(current: Champion) -> Champion:
         TransientError: if the server, or the Hub that has the base, does not answer.
         LewisError: if MLflow or the disk refuses.
     """
-    current = _fetch_files(current)
+    current = fetch_files(current)
     if current.folder is None or not is_adapter(current.folder):
         return current
     return replace(current, base=_base_of(current, current.folder))
@@ -139,8 +139,8 @@ def _base_of(current: Champion, adapter: Path) -> Path | None:
     return None
 
 
-def _fetch_files(current: Champion) -> Champion:
-    """Download the files of a champion, if MLflow's artifacts are remote and the store no longer has them."""
+def fetch_files(current: Champion) -> Champion:
+    """Download the files of a version into the store, if MLflow's artifacts are remote and the store has them not."""
     if current.folder is not None or not re.fullmatch("[0-9a-f]{64}", current.digest):
         return current
     folder = kinds.MERGED.path(current.digest)
@@ -176,6 +176,12 @@ def model_page(name: str) -> str:
     return f"{_server()}/#/models/{quote(name)}"
 
 
+def public_page(name: str) -> str:
+    """`model_page`, for readers elsewhere; empty if the server has no https address."""
+    page = model_page(name)
+    return page if page.startswith("https://") else ""
+
+
 def run_link(version: Version) -> str:
     """The page in MLflow's UI of the run that made the version."""
     return f"{_server()}/#/runs/{version.run_id}"
@@ -206,14 +212,8 @@ def tag(version: Version, tags: Mapping[str, str]) -> None:
 
 def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
     """Whether a version exists with all its files, which are not damaged."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return model_of(client, client.get_model_version(name, version)) is not None
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return False
-        raise
+    found = lookup(client, name, number=version)
+    return found is not None and model_of(client, found) is not None
 
 
 def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
@@ -265,15 +265,28 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool =
 
 def champion_of(client: "MlflowClient", name: str) -> Champion | None:
     """`champion`, with a client that is open already."""
+    found = lookup(client, name, alias="champion")
+    return None if found is None else as_model(client, found, model_of(client, found))
+
+
+def lookup(client: "MlflowClient", name: str, *, number: str = "", alias: str = "") -> "ModelVersion | None":
+    """A version by its number, or by its alias; None if there is no such model, number or alias."""
     from mlflow.exceptions import MlflowException
 
     try:
-        version = client.get_model_version_by_alias(name, "champion")
+        return client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model or alias
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    model = model_of(client, version)
+
+
+def as_model(client: "MlflowClient", version: "ModelVersion", model: "LoggedModel | None") -> Champion:
+    """A version with what it was merged from and its files.
+
+    Args:
+        model: its LoggedModel; None if that is damaged.
+    """
     folder = logged_model.local_folder(model) if model is not None else None
     return Champion(
         version=Version.of(version),

@@ -13,7 +13,7 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.statistics.scored import intervals, scores_of
 from lewis.evaluation.statistics.scores import Score
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ModelScores, scored
 from lewis.models.network.module_tree import projection_names
 from lewis.store import kinds, remote
 from lewis.store.sealed_json import DamagedError
@@ -236,7 +236,7 @@ def densities(allocated: AllocationEntry) -> bytes:
     return _kept(["densities", allocated.digest], draw)
 
 
-def scores(weights: Mapping[str, float], found: Mapping[str, ScoresEntry]) -> bytes:
+def scores(weights: Mapping[str, float], found: Mapping[str, ModelScores]) -> bytes:
     """`score_bars` of what was scored, with 95 % intervals; a PNG file.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from lewis import memory, store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry, find_scores, score
+from lewis.evaluation.step import ModelScores, find_scores, score
 from lewis.merging.step import MergeInput, find_merged, prepare_merge
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
@@ -31,7 +31,7 @@ def score_trial(
     *,
     device: str = "cpu",
     report: Report = silent,
-) -> ScoresEntry:
+) -> ModelScores:
     """Scores of the model that a trial gives; found in the store if the same merge has been scored before.
 
     Args:

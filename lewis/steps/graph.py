@@ -5,11 +5,12 @@
            └─ inspect                   can it be merged, is there room?
                 ├─ diagnose             do the weights belong together? an error stops the run before the merge
                 └─ calibrate [sets]     before `inspect`, if the method fits
+                     └─ continue [sets] the expert writes the answers, where the recipe says so
                      └─ measure [base, experts]
                           └─ allocate
                                ├─ merge experts
                                └─ merge uniform
-                                    └─ evaluate [base, experts, uniform, champion, merged]
+                                    └─ evaluate [base, experts, uniform, champion, merged] on [tasks]
                                          └─ gate, register, promote, publish      by hand
 
 What a recipe does not need is left out: a plain merge has neither sets nor densities, a method that fits in forward
@@ -20,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.importance.continuations import ContinueInput
 from lewis.importance.step import CalibrationInput, MeasureInput
 from lewis.inspection.step import InspectionInput, InspectionSettings
 from lewis.merging.calibration_rows import shared_set_warning
@@ -138,7 +141,7 @@ def graph(recipe: Recipe) -> Graph:
     the scores of the champion `find champion` -> its `ModelFiles`, or None.
     """
     first, then = [_calibrations, _checks] if recipe.fits else [_checks, _calibrations]
-    parts = (_downloads, first, then, _measurements, _merges, _scores)
+    parts = (_downloads, first, then, _continuations, _measurements, _merges, _scores)
     return Graph(node for part in parts for node in part(recipe))
 
 
@@ -178,7 +181,7 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
         base, experts = (models[0], models[1:]) if has_base else (None, models)
         return InspectionInput(base, experts, settings)
 
-    fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))
+    fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))  # prompts will do
     yield Node("inspect", table.CHECK, to_check, (*downloads, *fitted))
     if recipe.inspect.on != "off":
         yield Node("diagnose", table.DIAGNOSE, to_inspect, downloads, after=("inspect",))
@@ -199,6 +202,32 @@ def _calibrations(recipe: Recipe) -> Iterator[Node]:
         yield Node(f"calibrate {name}", table.CALIBRATE, to_calibrate, needs)
 
 
+def _continuations(recipe: Recipe) -> Iterator[Node]:
+    for node in list(_calibrations(recipe)):
+        name = node.name.removeprefix("calibrate ")
+        if _rows(recipe, name) != node.name:
+            [expert] = [each.model for each in recipe.experts if recipe.calibration_of(each) == name]
+            yield _continuation(recipe, name, expert)
+
+
+def _continuation(recipe: Recipe, name: str, expert: str) -> Node:
+    assert recipe.lewis is not None
+    block, prompts, model = recipe.lewis.calibrations[name], f"calibrate {name}", f"download {expert}"
+
+    def to_continue(results: Results) -> ContinueInput:
+        length, seed, weight = block.max_tokens, block.seed, block.prompt_weight
+        return ContinueInput(results[prompts], results[model], block.continues or 0, length, seed, weight)
+
+    needs, short = (prompts, model, "inspect"), short_refs(recipe)[expert]
+    return Node(f"continue {name}", table.CONTINUE, to_continue, needs, model=short)
+
+
+def _rows(recipe: Recipe, name: str) -> str:
+    """The node that gives the rows of a calibration set."""
+    assert recipe.lewis is not None
+    return f"{'continue' if recipe.lewis.calibrations[name].continues else 'calibrate'} {name}"
+
+
 def _measurements(recipe: Recipe) -> Iterator[Node]:
     if recipe.lewis is None or recipe.base_model is None:
         return
@@ -208,10 +237,10 @@ def _measurements(recipe: Recipe) -> Iterator[Node]:
     for ref, chosen in _passes(recipe).items():
 
         def to_measure(results: Results, ref: str = ref, chosen: Sequence[str] = chosen) -> MeasureInput:
-            own = tuple(results[f"calibrate {name}"] for name in chosen)
+            own = tuple(results[_rows(recipe, name)] for name in chosen)
             return MeasureInput(results[f"download {ref}"], own, settings, grams and ref in experts)
 
-        needs = (f"download {ref}", "inspect", *(f"calibrate {name}" for name in chosen))
+        needs = (f"download {ref}", "inspect", *(_rows(recipe, name) for name in chosen))
         assets = ("importance", ref), (("model", ref),)
         yield Node(_measured(ref, chosen), table.MEASURE, to_measure, needs, (), None, *assets, model=short[ref])
     if recipe.allocator is not None:
@@ -244,7 +273,7 @@ def _merges(recipe: Recipe) -> Iterator[Node]:
     needs = [*(f"download {ref}" for ref in _refs(recipe)), "inspect"]
     guided = recipe.allocator is not None and recipe.base_model is not None
     needs += ["allocate"] if guided else []
-    needs += [f"calibrate {name}" for name in _sets_of_fit(recipe).values()]
+    needs += [_rows(recipe, name) for name in _sets_of_fit(recipe).values()]
     needs += _all_measured(recipe) if recipe.needs_grams else []
     name = recipe.register_as.model if recipe.register_as else recipe.name
     made_of = tuple(("model", ref) for ref in _refs(recipe)) + tuple(("importance", ref) for ref in _passes(recipe))
@@ -265,7 +294,10 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
     holds_back = recipe.lewis is not None and recipe.lewis.hold_back and recipe.fits and not recipe.needs_grams
 
     def given(results: Results) -> MergeInput:
-        found = {ref: results.get(f"calibrate {name}") for ref, name in sets.items()}
+        # Before an expert has continued them, prompts stand for its rows: enough to check a merge, and to time it.
+        found = {
+            ref: results.get(_rows(recipe, name)) or results.get(f"calibrate {name}") for ref, name in sets.items()
+        }
         known = {ref: each for ref, each in found.items() if each is not None}
         return MergeInput(
             config,
@@ -287,13 +319,10 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
 def _scores(recipe: Recipe) -> Iterator[Node]:
     if recipe.evaluate is None:
         return
-    settings = EvalSettings.of(recipe.evaluate, recipe.root)
+    settings = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
+    names = evaluations(recipe)
     merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
-
-        def to_score(results: Results, label: str = label, source: str = source) -> ScoreInput:
-            model = results[source]
-            return ScoreInput(label, model.key, model.files(label), settings)
 
         def differs(results: Results) -> bool:
             champion = results.get(CHAMPION)
@@ -302,7 +331,22 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
         last = source if source in merges else merges[0]
         when = differs if label == "champion" else None
         needs = (source, "merge experts") if label == "champion" else (source,)
-        yield Node(f"evaluate {label}", table.EVALUATE, to_score, needs, after=(last,), when=when)
+        for name, task in zip(names[label], settings, strict=True):
+
+            def to_score(
+                results: Results, label: str = label, source: str = source, task: EvalSettings = task
+            ) -> ScoreInput:
+                model = results[source]
+                return ScoreInput(label, model.key, model.files(label), task)
+
+            yield Node(name, table.EVALUATE, to_score, needs, after=(last,), when=when)
+
+
+def evaluations(recipe: Recipe) -> dict[str, list[str]]:
+    """Label of each model that is scored -> the nodes of its scores, one for each task of the recipe."""
+    tasks = list(dict.fromkeys(recipe.evaluate.tasks)) if recipe.evaluate else []
+    short = short_or_whole([Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in tasks], tasks)
+    return {label: [f"{table.EVALUATE.name} {label} {task}" for task in short] for label in labels(recipe)}
 
 
 def labels(recipe: Recipe) -> dict[str, str]:

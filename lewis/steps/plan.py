@@ -14,7 +14,7 @@ from typing import Any
 from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.outlook import outlook
-from lewis.evaluation.step import find_scores, scoring_devices
+from lewis.evaluation.step import find_score, scoring_devices
 from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
@@ -36,7 +36,7 @@ from lewis.registry import tracking, versions
 from lewis.steps.graph import CHAMPION, Graph, Node, graph, inspection_settings, warning_of_shared_set
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
-from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE
+from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE, ScoreInput
 from lewis.store import remote
 from lewis.store.remote import Found
 
@@ -293,17 +293,23 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
 
 def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[Found]) -> list[PlannedStep]:
     """Look for scores: those that are compared with each other must have been computed in one number format."""
-    given = {node.name: node.given(results) for node in walked.of(EVALUATE) if node.when is None or node.when(results)}
-    plans = list[dict[str, str]]()
-    for device in scoring_devices():
-        states = {}
-        for name, each in given.items():
-            before = len(asked)
-            found = each.key and find_scores(each.ref, each.key, each.settings, device)
-            states[name] = "cached" if found else "to fetch" if len(asked) > before else "to do"
-        plans.append(states)
-    best = min(plans, key=lambda states: list(states.values()).count("to do"), default={})
-    return [PlannedStep(name, state) for name, state in best.items()]
+    nodes = [node for node in walked.of(EVALUATE) if node.when is None or node.when(results)]
+    by_task: dict[tuple[str, ...], dict[str, ScoreInput]] = {}
+    for node in nodes:
+        given: ScoreInput = node.given(results)
+        by_task.setdefault(given.settings.tasks, {})[node.name] = given
+    found = dict[str, str]()
+    for of_task in by_task.values():
+        plans = [{name: _state(each, device, asked) for name, each in of_task.items()} for device in scoring_devices()]
+        found.update(min(plans, key=lambda states: list(states.values()).count("to do")))
+    return [PlannedStep(node.name, found[node.name]) for node in nodes]
+
+
+def _state(given: ScoreInput, device: str, asked: Sequence[Found]) -> str:
+    before = len(asked)
+    if given.key and find_score(given.ref, given.key, given.settings, device):
+        return "cached"
+    return "to fetch" if len(asked) > before else "to do"
 
 
 def _champion(plan: Plan, recipe: Recipe) -> _Unmade | None:

@@ -18,9 +18,10 @@ from lewis.devices import default_device
 from lewis.errors import LewisError
 from lewis.evaluation.harness import server
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.step import ScoresEntry, find_scores, score, scores_digest
+from lewis.evaluation.step import ScoresEntry, find_score, score_task, scores_digest
 from lewis.importance import grams, measure
 from lewis.importance.calibration import Calibration
+from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
 from lewis.importance.step import (
     CalibrationEntry,
     CalibrationInput,
@@ -159,6 +160,31 @@ class Calibrate(Step[CalibrationInput, CalibrationEntry]):
         return [made.path]
 
 
+class Continue(Step[ContinueInput, CalibrationEntry]):
+    """The rows that an expert writes to the prompts of a calibration set."""
+
+    name, kind, timeout = "continue", kinds.CALIBRATIONS, 6 * HOURS
+
+    def key(self, given: ContinueInput) -> str:
+        return store.digest([given.prompts.name, given.digest(default_device())])
+
+    def find(self, given: ContinueInput) -> CalibrationEntry | None:
+        return find_continued(given, default_device())
+
+    def make(self, given: ContinueInput, report: Report, device: str) -> CalibrationEntry:
+        return continue_prompts(given, report, device)
+
+    def devices(self, given: ContinueInput) -> int:
+        return 1
+
+    def cost(self, given: ContinueInput) -> Cost:
+        _, shapes = given.files.outline()
+        return Cost(memory=450_000_000 + 4 * sum(map(math.prod, shapes.values())))
+
+    def paths(self, made: CalibrationEntry) -> Sequence[Path]:
+        return [made.path]
+
+
 class Measure(Step[MeasureInput, list[ImportanceEntry]]):
     """The importance of one model's layers, or the statistics of their inputs, in one pass over its sets."""
 
@@ -254,13 +280,13 @@ class Merge(Step[MergeInput, MergedModel]):
 
 @dataclass(frozen=True)
 class ScoreInput:
-    """A model to score.
+    """A model to score on one task.
 
     Attributes:
         label: in the tables.
         key: identity of the model's content.
         files: on disk; None if only its scores are asked for.
-        settings: what to score, and how.
+        settings: what to score, and how; with one task.
     """
 
     label: str
@@ -275,7 +301,7 @@ class ScoreInput:
 
 
 class Evaluate(Step[ScoreInput, ScoresEntry]):
-    """The scores of one model on all tasks."""
+    """The scores of one model on one task."""
 
     name, kind = "evaluate", kinds.SCORES  # lm-eval runs in a child process, under the recipe's time limit
 
@@ -283,11 +309,11 @@ class Evaluate(Step[ScoreInput, ScoresEntry]):
         return store.digest([given.ref, scores_digest(given.key, given.settings, default_device())])
 
     def find(self, given: ScoreInput) -> ScoresEntry | None:
-        return find_scores(given.ref, given.key, given.settings, default_device())
+        return find_score(given.ref, given.key, given.settings, default_device())
 
     def make(self, given: ScoreInput, report: Report, device: str) -> ScoresEntry:
         assert given.files is not None
-        return score(given.files, given.settings, device=device, progress=report)
+        return score_task(given.files, given.settings, device=device, progress=report)
 
     def devices(self, given: ScoreInput) -> int:
         elsewhere = given.settings.backend == "openai" and server.is_url()
@@ -330,9 +356,9 @@ def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
             yield fitted_to.tokens
 
 
-DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE = Download(), Check(), Diagnose(), Calibrate()
+DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE = Download(), Check(), Diagnose(), Calibrate(), Continue()
 MEASURE, ALLOCATE, MERGE, EVALUATE = Measure(), Allocate(), Merge(), Evaluate()
 STEPS: dict[str, Step[Any, Any]] = {
-    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, MEASURE, ALLOCATE, MERGE, EVALUATE)
+    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE, ALLOCATE, MERGE, EVALUATE)
 }
 """The table, in the order in which a run first comes to each."""

@@ -135,10 +135,11 @@ IMPORTANCE = Kind(  # norms, with the second moments beside them
 )
 GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-order statistics of a model's inputs
 ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densities
-CALIBRATIONS = Kind("calibrations", shared="always")  # token ids of calibration sets
+CALIBRATIONS = Kind("calibrations", locks="calibration-", shared="always")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
 GGUF = Kind("gguf", "*", "gguf-", check=None)  # folders: config, tokenizer and names of a GGUF file, a link to it
 SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said of one model
+ANSWERS = Kind("answers", "*.jsonl", check=None)  # of models whose scores are not finished, batch by batch
 DIGESTS = Kind("digests")  # remembered checksums and other facts, which are of one disk
 PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
 LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log
@@ -150,7 +151,7 @@ TABLE = {
     kind.name: kind
     for kind in (
         *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-        *(DIGESTS, PICTURES, LOGS, SEARCHES, OUTBOX, QUARANTINE),
+        *(ANSWERS, DIGESTS, PICTURES, LOGS, SEARCHES, OUTBOX, QUARANTINE),
     )
 }
 """Name -> kind. Kinds that refer to entries of others are last."""

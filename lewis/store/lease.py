@@ -11,9 +11,10 @@ its end passes, the next holder makes the object of the next number, which only 
 The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
 one.
 
-The end is by the holder's clock. If clocks differ by more than `GRACE`, or a holder stands still for longer, two may
-hold one lease. Whatever is made under it is addressed by content and published whole, so that costs double work. The
-local lock, which is held as well, is exact.
+The end is by the holder's clock. An object that has not changed for `SECONDS + GRACE` by the clock of who waits has
+ended, too, so that a killed holder whose clock was ahead holds up nobody. If clocks differ by more than `GRACE`, or a
+holder stands still for longer, two may hold one lease. Whatever is made under it is addressed by content and published
+whole, so that costs double work. The local lock, which is held as well, is exact.
 """
 
 import contextvars
@@ -37,7 +38,8 @@ from lewis.store.scratch import writer
 logger = logging.getLogger(__name__)
 SECONDS = 60.0  # for so long a lease lives after its holder was last heard of
 GRACE = 15.0  # seconds by which clocks of two machines may differ
-_POLL = 1.0
+_POLL, _LOOKS = 1.0, 5
+_seen: dict[str, tuple[tuple[int, float], float]] = {}  # lease -> number and end, and since when, as time.monotonic()
 
 
 class Lease:
@@ -102,7 +104,7 @@ class Lease:
     def _try(self) -> bool:
         system, place = self._opened()
         number, end = self._highest(system, place)
-        if end > time.time() - GRACE:
+        if end > time.time() - GRACE and not self._stands_still(number, end):
             return False
         own, data = f"{number + 1:08d}", self._content()
         try:
@@ -134,6 +136,14 @@ class Lease:
         self._keeper.start()
         return True
 
+    def _stands_still(self, number: int, end: float) -> bool:
+        """Whether its newest object has been the same for as long as a lease lives without its holder."""
+        before, since = _seen.get(self._name, (None, 0.0))
+        if before != (number, end):
+            _seen[self._name] = (number, end), time.monotonic()
+            return False
+        return time.monotonic() - since > SECONDS + GRACE
+
     def _renew(self, own: str, ended: threading.Event) -> None:
         while not ended.wait(SECONDS / 4):
             try:
@@ -157,8 +167,12 @@ class Lease:
 
     @staticmethod
     def _highest(system: Any, place: str) -> tuple[int, float]:
-        """Number and end (Unix time, seconds) of the newest object; 0 and 0.0 if there is none."""
-        while True:
+        """Number and end (Unix time, seconds) of the newest object; 0 and 0.0 if there is none.
+
+        Raises:
+            OSError: if the newest that is listed is never there.
+        """
+        for _ in range(_LOOKS):
             try:
                 numbers = [name.rpartition("/")[2] for name in system.ls(place, detail=False)]
             except FileNotFoundError:
@@ -172,6 +186,8 @@ class Lease:
                     return number, float(json.loads(system.cat_file(newest))["end"])
                 except (ValueError, KeyError, TypeError):  # on a disk: it is being written, or its writer was killed
                     return number, system.modified(newest).timestamp() + SECONDS
+            time.sleep(_POLL / _LOOKS)
+        raise OSError(f"{newest} is listed, and not there")
 
 
 class SharedLock:

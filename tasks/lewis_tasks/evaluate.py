@@ -26,7 +26,13 @@ def check_tasks(recipe: Recipe, here: bool = True) -> str:
     return lm_eval.tasks_digest(settings)
 
 
-@task(name="take-scores", task_run_name="take the scores of {label}", cache_policy=NO_CACHE)
-def take_scores(entry: ScoresEntry, label: str, found: bool) -> Any:
-    """Scores that workers of another work queue have made; ends as `Cached` if they were `found` without a run."""
-    return Completed(name="Cached", message=f"scores of {label}: in the store", data=entry) if found else entry
+@task(name="take-scores", task_run_name="take the scores of {what}", cache_policy=NO_CACHE)
+def take_scores(entry: ScoresEntry, what: str, found: bool) -> Any:
+    """Scores that workers of another work queue have made; ends as `Cached` if they were `found` without a run.
+
+    Args:
+        entry: the scores.
+        what: model and task, such as `math gsm8k`.
+        found: whether there was no run.
+    """
+    return Completed(name="Cached", message=f"scores of {what}: in the store", data=entry) if found else entry

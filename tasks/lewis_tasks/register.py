@@ -10,7 +10,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import Scored
-from lewis.evaluation.step import ScoresEntry, find_all_scores, scored
+from lewis.evaluation.step import ModelScores, find_all_scores, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -34,7 +34,7 @@ def find_champion(name: str, to_score: bool) -> Champion | None:
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ScoresEntry]) -> Verdict:
+def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ModelScores]) -> Verdict:
     """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
@@ -55,8 +55,11 @@ def _scores_of_mark(recipe: Recipe, mark: Incumbent | None, merged: MergedModel)
     if mark is None or recipe.evaluate is None:
         return None
     models = {"merged": (recipe.label, merged.digest), "mark": (mark.uri, mark.digest)}
-    found = find_all_scores(models, EvalSettings.of(recipe.evaluate, recipe.root))
-    return scored(recipe.score_weights, {"mark": found["mark"]})[0] if found else None
+    by_task = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
+    found = [each for task in by_task if (each := find_all_scores(models, task))]
+    if len(found) < len(by_task):
+        return None
+    return scored(recipe.score_weights, {"mark": ModelScores(entries=tuple(each["mark"] for each in found))})[0]
 
 
 # Not cached: MLflow itself knows whether this merge is registered already.
@@ -68,7 +71,7 @@ def register(
     calibrations: list[CalibrationEntry],
     allocated: AllocationEntry | None,
     merged: MergedModel,
-    scores: dict[str, ScoresEntry],
+    scores: dict[str, ModelScores],
 ) -> Version:
     """One version per merge digest, with its lineage, scores and pictures."""
     begin, tags = flow_run.this_run().start_time, flow_run.tags()

@@ -15,7 +15,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import comparison_rows, scores_of
 from lewis.evaluation.statistics.scores import score_table
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -51,7 +51,7 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
 
 
 @task(name="report-scores", task_run_name="report scores", cache_policy=NO_CACHE, timeout_seconds=600)
-def report_scores(recipe: Recipe, scores: dict[str, ScoresEntry]) -> dict[str, list[dict[str, str]]]:
+def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, list[dict[str, str]]]:
     """The score table, the comparison document by document, what is kept of the experts' gains, and a picture.
 
     Returns:
@@ -94,7 +94,7 @@ def report_run(
     allocated: AllocationEntry | None,
     merged: MergedModel,
     champion: Champion | None,
-    scores: dict[str, ScoresEntry],
+    scores: dict[str, ModelScores],
     verdict: Verdict | None,
     version: Version | None,
     work: dict[str, tuple[int, int]],
@@ -162,7 +162,7 @@ def _weights(recipe: Recipe) -> dict[str, float]:
     return recipe.evaluate.weights if recipe.evaluate else {}
 
 
-def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ScoresEntry]) -> dict[str, bytes]:
+def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ModelScores]) -> dict[str, bytes]:
     found = {"Scores with 95 % intervals": charts.scores(_weights(recipe), scores)} if scores else {}
     if allocated:
         found["Density per layer"] = charts.densities(allocated)

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import comparison_rows
-from lewis.evaluation.step import ScoresEntry, scored
+from lewis.evaluation.step import ModelScores, scored
 from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import flat_parameters
 from lewis.reports.markdown import picture
@@ -25,7 +25,7 @@ from lewis_tasks.support.device_slot import device_slot
 
 # No cache: the step itself finds the scores of a merge that was scored before. No retry: a failed trial is a result.
 @task(name="trial", task_run_name="trial {number}, {part}", cache_policy=NO_CACHE)
-def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], settings: EvalSettings) -> ScoresEntry:
+def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], settings: EvalSettings) -> ModelScores:
     """Merge with a trial's values and score the result.
 
     Args:
@@ -64,7 +64,7 @@ def record_search(
 
 
 @task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
-def compare_with_default(recipe: Recipe, default: ScoresEntry, best: ScoresEntry) -> list[dict[str, str]]:
+def compare_with_default(recipe: Recipe, default: ModelScores, best: ModelScores) -> list[dict[str, str]]:
     """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
     rows = comparison_rows(scored(recipe.score_weights, {"default": default, "searched": best}))
     create_table_artifact(

@@ -13,12 +13,17 @@ import yaml
 
 from lewis import library
 from lewis.errors import LewisError
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.importance import measure
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from lewis.search import trial
 from lewis.store import kinds
 from tests.conftest import Family
+from tests.flows.conftest import TASK, write_words
+from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.support import pipeline
 from tests.support.models import parse
 
@@ -100,6 +105,77 @@ def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: 
     assert file.read_text() == "merge_method: [" and found.digest == expected.digest
     for name in ("model.safetensors", "lewis.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("when", ["waits", "works"])
+def test_a_recipe_that_is_edited_while_its_flow_run(
+    models: dict[str, Path],
+    home: Path,
+    tmp_path: Path,
+    shared_server: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """A run that waits merges what the file says when it begins; one that works goes on with that, and the next run
+    merges the edit.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from lewis_flows import merge as flows
+
+    def text(weight: float) -> str:
+        experts = [{"model": str(models[each]), "parameters": {"weight": weight}} for each in ("math", "code")]
+        return yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": str(models["base"]), "models": experts})
+
+    file, (old, new) = tmp_path / "edited.yaml", (text(0.5), text(0.25))
+    digests = []
+    for each in (old, new):
+        file.write_text(each)
+        digests.append(library.merge(file, tmp_path / str(len(digests))).digest)
+    file.write_text(old)
+    owner, name = (flows, "absorb") if when == "waits" else (Merge, "run")
+    real = getattr(owner, name)
+
+    def editing(*given: Any, **named: Any) -> Any:
+        file.write_text(new)
+        return real(*given, **named)
+
+    monkeypatch.setattr(owner, name, editing)
+    with temporary_settings({PREFECT_API_URL: shared_server}):
+        found = [flows.merge_flow(str(file)).digest for _ in range(2)]
+    assert found == ([digests[1]] * 2 if when == "waits" else digests)
+
+
+def test_a_task_that_is_edited_while_it_is_scored(
+    models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores would be kept as those of the file before the edit."""
+    file = tmp_path / "words.yaml"
+    write_words(tmp_path)
+    file.write_text(TASK)
+    edits = [file.read_text().replace("{{question}}", "{{question}} "), TASK]
+
+    def evaluate(folder: Path, *_: Any, **__: Any) -> Evaluated:
+        if edits:
+            file.write_text(edits.pop(0))
+        kept = {
+            "documents": {},
+            "samples": [],
+            "groups": {},
+            "ends": {"empty": {}, "tried": 0, "ended": 0, "perplexity": None},
+        }
+        results = {"words": {"acc,none": 0.5, "sample_len": 10}}
+        return Evaluated.of(str(folder), {"results": results, "higher_is_better": {"words": {"acc": True}}, **kept})
+
+    monkeypatch.setattr(lm_eval, "evaluate", evaluate)
+    source, _ = pipeline.pin_all(recipe_of(models))
+    assert source is not None
+    files, settings = pipeline.download(source), EvalSettings(tasks=("words.yaml",), root=tmp_path)
+    for _ in range(2):
+        with pytest.raises(LewisError, match=r"evaluate: a file of words.yaml changed while running, .*; run again"):
+            pipeline.score(files, settings)
+        assert not kinds.SCORES.entries()
+    assert pipeline.score(files, settings).scores
 
 
 @pytest.mark.parametrize("how", ["missing", "full", "filled meanwhile"])

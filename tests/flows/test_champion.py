@@ -161,12 +161,14 @@ def test_only_a_better_model_becomes_champion(
     )
     assert {"recipe:tiny", "trigger:hand", "verdict:rejected"} <= set(told["tags"])
     edges = edges_of(prefect_url, told["id"])
-    scored = {"evaluate base", "evaluate champion", "evaluate merged"}
+    scored = {"evaluate base words", "evaluate champion words", "evaluate merged words"}
     assert edges["gate"] == scored and edges["register v2"] == {"gate"} and edges["reject v2"] == {"register v2"}
-    assert all(edges[each] == {"merge experts"} for each in scored - {"evaluate champion"})
+    assert all(edges[each] == {"merge experts"} for each in scored - {"evaluate champion words"})
     assert edges["merge experts"] == {"inspect"} and max(map(len, edges.values())) == len(scored)
-    assert edges["evaluate champion"] == {"find champion", "merge experts"} and edges["report run"] == {"reject v2"}
-    assert states(prefect_url, "evaluate champion") == {"Cached"}  # it was the merged model of the first run
+    assert edges["evaluate champion words"] == {"find champion", "merge experts"} and edges["report run"] == {
+        "reject v2"
+    }
+    assert states(prefect_url, "evaluate champion words") == {"Cached"}  # it was the merged model of the first run
 
     better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)
     assert better.stdout is not None and better.stdout.readline() == "HERE\n"

@@ -1,6 +1,7 @@
 """The demo as a newcomer runs it: installed, trained, merged, scored, registered, and the second time found."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,13 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
     assert all(row["task"] == f"{row['expert']}/exact_match,none ↑" for row in first["kept"])
     assert first["version"] == "models:/lewis-demo/1" and first["promoted"]
 
-    code, out, err = finished(lewis("demo", "--json", **wheel))
+    code, out, err = finished(lewis("demo", **wheel))
     assert code == 0, err
     done = {name: state for name, state in states(err).items() if name.split()[0] in ("measure", "merge", "evaluate")}
     assert len(done) == 1 + 5 and set(done.values()) == {"Cached"}
-    assert json.loads(out)["digest"] == first["digest"] and not json.loads(out)["created"]
+    assert "MLflow: models:/lewis-demo/1 (registered before)" in out
+    [command] = re.findall(r"^  lewis (pull .*?)   ", out, re.MULTILINE)
+    code, _, err = finished(lewis(*command.split(), **wheel))
+    assert code == 0, err
+    merged = json.loads((tmp_path / "empty" / "merged" / "lewis.json").read_text())
+    assert merged["digest"] == first["digest"]

@@ -166,7 +166,7 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_scores_of_different_devices_are_not_mixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of two models, one has scores of both, one of a CPU alone: then those of a CPU count."""
     there = {("a", "cpu"), ("a", "cuda"), ("b", "cpu")}
-    monkeypatch.setattr(step, "find_scores", lambda _, key, *rest: rest[-1] if (key, rest[-1]) in there else None)
+    monkeypatch.setattr(step, "find_score", lambda _, key, *rest: rest[-1] if (key, rest[-1]) in there else None)
     monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")
     settings = step.EvalSettings(("words",), tmp_path)
     models = {"base": ("org/a", "a"), "merged": ("merged", "b")}
@@ -196,7 +196,7 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
         evaluate_flow(**parameters)
 
     monkeypatch.setattr(elsewhere, "_run", run)
-    monkeypatch.setattr(elsewhere, "submit", lambda _, entry, label, found: (entry.ref, label, found))
+    monkeypatch.setattr(elsewhere, "submit", lambda _, entry, what, found: (entry.ref, what, found))
     known = {**pipeline.known(plan, base, experts), "merge experts": merged}
     begun: Any = {name: SimpleNamespace(result=lambda each=each: each) for name, each in known.items()}
     monkeypatch.setattr(walk, "finish", lambda *futures: None)
@@ -204,7 +204,9 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
         for found in (False, True):
             walked = walk.Walk(plan, begun)
             elsewhere.score(walked, {}, "gpu", plan, "tiny", overrides, tasks)
-            assert walked.scores() == {"base": (base.ref, "base", found), "merged": ("merged", "merged", found)}
+            assert walked.scores() == {
+                label: [(ref, f"{label} words", found)] for label, ref in (("base", base.ref), ("merged", "merged"))
+            }
         assert len(runs) == 1 and runs[0]["models"] == {"base": base.key, "merged": merged.digest}
         wrong: dict[str, dict[str, Any]] = {
             "not the same on this worker": {"tasks": "another"},

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -44,15 +44,15 @@ def test_an_event_that_is_not_taken_is_an_error() -> None:
 
 
 def test_a_burst_is_waited_for_and_one_release_is_not(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    slept, now = list[float](), datetime.now(UTC)
+    slept = list[float]()
     release_event.announce("burst", "org/x", "org/x", OLD, "5" * 40)
     stored(api, "5" * 40, 1)
     monkeypatch.setattr(release_event.time, "sleep", slept.append)
     release_event.settle("burst")
-    assert slept == [] and len(release_event._recent("burst", now)) == 1
-    rest = now - release_event.REST - timedelta(seconds=1)
+    assert slept == [] and len(release_event._recent("burst")) == 1
+    now, rest = timedelta(0), release_event.REST + timedelta(seconds=1)
     looks = [[now, rest], [now, rest], [rest, rest]]
-    monkeypatch.setattr(release_event, "_recent", lambda recipe, since: looks.pop(0))
+    monkeypatch.setattr(release_event, "_recent", lambda recipe: looks.pop(0))
     release_event.settle("burst")
     assert slept == [1, 1] and looks == []
     monkeypatch.setattr(release_event, "LONGEST", timedelta(0))

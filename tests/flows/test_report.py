@@ -145,6 +145,12 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     ours, theirs, gained = (measured[f"{name}/words/acc"] for name in ("merged", "base", "gain on base"))
     assert f"{ours.value:.4g}" == rows[-1]["score"].split()[0] and len(ours.dataset_digest) == 32
     assert {(m.dataset_name, m.dataset_digest) for m in (theirs, gained)} == {("words", ours.dataset_digest)}
+    given = {
+        (each.dataset.name, each.tags[0].value): each.dataset for each in mlflow.get_run(run).inputs.dataset_inputs
+    }
+    assert given.keys() == {("words", "evaluation"), ("words", "calibration")}
+    assert given["words", "evaluation"].digest == ours.dataset_digest
+    assert json.loads(given["words", "calibration"].source) == {"format": "json", "data_files": "words.jsonl"}
     found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
     assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
     shown = version.description.replace("\u2007\u2007\u200b |", " |").replace(
@@ -319,10 +325,10 @@ def test_what_a_failure_tells_keeps_its_kind(client: Any) -> None:
         state = failing(error, in_task, return_state=True)
         assert state.is_failed() and type(state.result(raise_on_failure=False)) is kind
         run = client.read_flow_run(state.state_details.flow_run_id)
-        assert ("broken:hub" in run.tags) == (kind is BrokenModelError)  # by which the poll knows it
+        assert (f"broken:{'1' * 40}" in run.tags) == (kind is BrokenModelError)  # by which the poll knows it
         return str(run.state.message)
 
-    assert message(BrokenModelError("org/x: broken"), BrokenModelError) == "try 1: org/x: broken"
+    assert message(BrokenModelError("org/x: broken", "1" * 40), BrokenModelError) == "try 1: org/x: broken"
     assert (
         message(LewisError("m.safetensors: cut; merge again"), LewisError) == "try 1: m.safetensors: cut; merge again"
     )

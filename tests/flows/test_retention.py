@@ -62,7 +62,8 @@ def test_runs_go_but_not_those_of_versions(
     home: Path, family: Family, client: SyncPrefectClient, later: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = f"old{uuid4().hex[:8]}"
-    made, idle, last = (ran(client, recipe) for _ in range(3))
+    made, idle, broken, last = (ran(client, recipe) for _ in range(4))
+    client.update_flow_run(UUID(broken), tags=[f"broken:{'1' * 40}"])  # the poll asks for it until another commit comes
     going = str(client.create_flow_run(merge, parameters={"recipe": recipe}, state=Running()).id)
     key = f"{recipe}-kept"
     new = {"key": key, "type": "markdown", "data": "x", "flow_run_id": idle}
@@ -86,7 +87,7 @@ def test_runs_go_but_not_those_of_versions(
         stays = {run.info.run_id for run in mlflow.search_runs([experiment])} - searches[0]
         assert theirs in stays and version.run_id in stays
 
-    mine = {made, idle, last, going}
+    mine = {made, idle, broken, last, going}
     found = [each for each in retention.survey(90) if each.where == "mlflow" or each.key in mine]
     assert {each.key for each in found} == {idle, *searches[0]}
     assert retention.to_text(found, removed=False) == "1 of prefect, 2 of mlflow would be removed; nothing was"

@@ -25,7 +25,7 @@ from tests.lewis.steps.test_keys import recipes
 from tests.support import pipeline
 from tests.support.models import parse
 
-NAMES = ("guided", "activation", "forward", "static", "anchored", "sliced", "plain", "scored", "champion")
+NAMES = ("guided", "activation", "forward", "static", "continued", "anchored", "sliced", "plain", "scored", "champion")
 
 
 class Ended:

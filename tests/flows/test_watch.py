@@ -21,7 +21,7 @@ from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
 from lewis_flows import behind, release_event, watch
 from lewis_flows.watch import WatchReport, poll
-from lewis_tasks.support.flow_run import BROKEN, tag
+from lewis_tasks.support.flow_run import tag
 from tests.conftest import Family
 from tests.support.forgetful import Forgetful
 from tests.support.lineage import registered
@@ -235,7 +235,7 @@ CASES: dict[str, tuple[list[tuple[State, ...]], dict[str, timedelta], bool]] = {
 @pytest.fixture(scope="module")
 def announced(client: SyncPrefectClient) -> None:
     """One release for each case, in the server's records."""
-    for name in [*CASES, "broken", "stuck", "by path", "of another"]:
+    for name in [*CASES, "stuck", "by path", "of another"]:
         release_event.announce(name, "org/math", "org/math", OLD_RELEASE, RELEASE)
     until(lambda: bool(events(client, "of another")))
 
@@ -257,15 +257,22 @@ def test_an_announcement_is_repeated_if_nothing_came_of_it(
 
 
 def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
-    announced: None, client: SyncPrefectClient, recipes: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, client: SyncPrefectClient, recipes: Path, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However long that takes: also when the announcement is forgotten."""
+    (recipes / "broken.yaml").write_text(RECIPE % "broken")
+    assert poll().announced == ["broken: org/math"]
     run = started(client, "broken", Running(), Failed())
-    for name, value in (MINUTES_GONE | HOUR_GONE).items():
+    started(client, "broken", Running(), Crashed())
+    for name, value in ({"REMEMBER": timedelta(0)} | MINUTES_GONE | HOUR_GONE).items():
         monkeypatch.setattr(watch, name, value)
-    assert watch._is_news("broken", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
-    tag(run.id, broken=BROKEN)
-    assert not watch._is_news("broken", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
-    assert watch._is_news("broken", Moved("org/math", "org/math", RELEASE, "2" * 40))
+    assert poll().announced == ["broken: org/math"]
+    tag(run.id, broken=hub.repos["model", "org/code"].branches["main"])
+    assert poll().waiting == ["broken: org/math"]
+    hub.commit("org/math", family.base)  # which does not mend the other one
+    assert poll().waiting == ["broken: org/math"]
+    hub.commit("org/code", family.base)
+    assert poll().announced == ["broken: org/math"]
 
 
 def test_a_release_whose_runs_fail_three_times_is_told(

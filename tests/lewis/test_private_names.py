@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ import pytest
 from lewis import private_names
 from lewis.errors import LewisError
 from lewis.private_names import PrivateName
+from tests.support.local_hub import LocalHub
 from tests.support.service import free_port
 
 pytestmark = pytest.mark.slow
@@ -115,6 +117,13 @@ def imports_code(folder: Path) -> bool:
     return (folder / "mark").exists()
 
 
+def keeps_rolling_answers_at_the_end(_: Path) -> bool:
+    from lm_eval.models.huggingface import HFLM
+
+    code = inspect.getsource(HFLM.loglikelihood_rolling)
+    return code.index("add_partial") > code.index("for window_count in request_window_counts")
+
+
 def lists_packages(_: Path) -> bool:
     from lm_eval import evaluator
 
@@ -173,6 +182,26 @@ def trusts_loopback(_: Path) -> bool:
     return not should_block_cors_request("http://localhost:9999", "POST", ["http://127.0.0.1:5000"])
 
 
+def loses_what_arrived(folder: Path) -> bool:
+    """The client loses the piece that a cut download has begun, and after a reset all of it."""
+    import httpx2
+    import huggingface_hub
+
+    plain = inspect.unwrap(private_names.HUB_GET.get())
+    with (
+        private_names.HUB_GET.replaced(plain),
+        private_names.HUB_PIECE.replaced(10 << 20),
+        LocalHub(folder / "hub") as hub,
+    ):
+        commit = hub.commit("org/x", {"x.safetensors": bytes(3_000_000)})
+        load = partial(huggingface_hub.hf_hub_download, "org/x", "x.safetensors", revision=commit, endpoint=hub.url)
+        fault = {"path": "x.safetensors", "method": "GET", "truncate": 2_000_000}
+        hub.faults += [fault, {**fault, "reset": True}]
+        with pytest.raises(httpx2.ReadError):
+            load(cache_dir=folder / "cache")
+        return [each.range for each in hub.log if each.method == "GET"] == [None, None]
+
+
 STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fails when the row is not needed
     "PREFECT_UI_V2": second_ui,
     "PREFECT_WRITE_EVENTS": (
@@ -186,6 +215,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "LM_EVAL_ENV": no_sandbox,
     "LM_EVAL_IMPORT_FUNCTION": imports_code,
     "LM_EVAL_ENVIRONMENT": lists_packages,
+    "LM_EVAL_TOKENS": keeps_rolling_answers_at_the_end,
     "RESIZE_EMBEDDINGS": cuts_embeddings,
     "FROM_CONFIG": undocumented("_from_config"),
     "CONVERSIONS": undocumented("get_model_conversion_mapping"),
@@ -200,6 +230,8 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "MLFLOW_SQL_STORE": half_a_database,
     "MLFLOW_START_SERVER": waits_for_its_server,
     "HUB_WITHOUT_XET": "tests/lewis/registry/test_publishing.py::test_a_hub_without_xet_gets_the_weights_by_lfs",
+    "HUB_GET": loses_what_arrived,
+    "HUB_PIECE": loses_what_arrived,
 }
 
 

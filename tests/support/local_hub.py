@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -56,7 +57,8 @@ class LocalHub:
     Attributes:
         url: what to set HF_ENDPOINT to.
         faults: each a dict: `path` (a regex searched in the request's path), `method`, `times` (default 1), and what to
-            do: `status` with `headers`, `truncate` (send so many bytes, then hang up), `corrupt` (flip the last byte),
+            do: `status` with `headers`, `truncate` (send so many bytes, then hang up; with `reset`, reset the
+            connection; with `short`, end the answer as if it was whole), `corrupt` (bits to flip in the last byte),
             `delay` (seconds).
         log: the requests answered so far.
         webhooks: who is told of every push to a branch or tag.
@@ -265,13 +267,14 @@ class LocalHub:
             if start >= blob.size:
                 return Response(status_code=416, headers={"Content-Range": f"bytes */{blob.size}"})
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{blob.size}"
-        headers["Content-Length"] = str(end - start)
+        if not fault.get("short"):
+            headers["Content-Length"] = str(end - start)
         if request.method == "HEAD":
             return Response(status_code=status, headers=headers)
-        return StreamingResponse(_send(blob.path, start, end, fault), status, headers)
+        return StreamingResponse(_send(blob.path, start, end, fault, request), status, headers)
 
 
-async def _send(path: Path, start: int, end: int, fault: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _send(path: Path, start: int, end: int, fault: dict[str, Any], request: Request) -> AsyncIterator[bytes]:
     """The bytes [start, end) of a file. Stopping short makes the server hang up, as a broken network does."""
     stop = min(end, start + fault.get("truncate", end))
     with path.open("rb") as file:
@@ -280,8 +283,13 @@ async def _send(path: Path, start: int, end: int, fault: dict[str, Any]) -> Asyn
             chunk = file.read(min(1 << 18, stop - start))
             start += len(chunk)
             if fault.get("corrupt") and start == stop:
-                chunk = chunk[:-1] + bytes([chunk[-1] ^ 1])
+                chunk = chunk[:-1] + bytes([chunk[-1] ^ fault["corrupt"]])
             yield chunk
+    if fault.get("reset"):
+        await asyncio.sleep(0.1)  # a reset discards what has not arrived
+        transport = request.receive.__self__.transport  # type: ignore[attr-defined]
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
 
 
 def _about(blob: Blob, oid: str) -> dict[str, Any]:

@@ -108,6 +108,13 @@ COMMANDS = (
         writes=False,
     ),
     Command(
+        "env",
+        service.print_environment,
+        "print the exports with which other programs find the servers of this store, passwords included",
+        (as_json,),
+        writes=False,
+    ),
+    Command(
         "open",
         runs.open_links,
         "print and open the pages of the service, or those of a recipe: last run, artifacts, version, champion",
@@ -164,6 +171,12 @@ COMMANDS = (
         "tell who replaced whom as champion of a model, and why",
         (name, registry.history_options, as_json),
         writes=False,
+    ),
+    Command(
+        "pull",
+        registry.pull,
+        "write a version of a registered model into a folder, its champion by default",
+        (registry.pull_options, as_json),
     ),
     Command(
         "approve",

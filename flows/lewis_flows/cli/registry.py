@@ -1,4 +1,4 @@
-"""`lewis history`, `lewis promote` and `lewis rollback`: the champions of the registry."""
+"""`lewis history`, `pull`, `approve`, `promote` and `rollback`: the versions and champions of the registry."""
 
 import argparse
 import json
@@ -33,6 +33,24 @@ def history(options: argparse.Namespace) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in history.lines(records, verbose=options.verbose):
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
+
+
+def pull_options(command: argparse.ArgumentParser) -> None:
+    """`NAME[@ALIAS|/VERSION]` and `-o DIR`."""
+    what = command.add_argument("what", metavar="NAME[@ALIAS|/VERSION]", help="its champion by default")
+    completion.completes(what, completion.models)
+    command.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")
+
+
+def pull(options: argparse.Namespace) -> None:
+    """Write a version of a registered model into a folder."""
+    from lewis.registry.pull import pull
+    from lewis.store.writable import check_output_folder
+
+    found = pull(options.what, check_output_folder(options.output))
+    facts = {"version": found.uri, "folder": str(options.output), "digest": found.digest, "bytes": found.size}
+    text = f"{options.output}: {found.uri}, {found.size / 1e9:.2f} GB, digest {found.digest}"
+    print(json.dumps(facts, indent=2) if options.json else text)
 
 
 def version(command: argparse.ArgumentParser) -> None:

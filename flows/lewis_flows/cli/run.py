@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from lewis_flows.search import SearchReport
 
 R = TypeVar("R")
+_NEXT = """
+The recipe is {recipe}. To try next:
+  lewis plan {recipe}       what a second run would do: nothing, every step is found
+  lewis pull {version} -o merged       the merged model as a folder
+  lewis up       the service, with this run and this model on the pages of Prefect and MLflow"""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,8 +39,8 @@ def _load(options: argparse.Namespace) -> "Recipe":
     return recipe
 
 
-def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
-    """Run the flow `merge` and print its report.
+def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "MergeReport":
+    """Run the flow `merge`, print its report and return it.
 
     Args:
         recipe: path of the YAML file.
@@ -55,6 +60,7 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> None:
         print(report.model_dump_json(indent=2))
     else:
         print_merge(report)
+    return report
 
 
 def search_limits(command: argparse.ArgumentParser) -> None:
@@ -156,6 +162,10 @@ def demo(options: argparse.Namespace) -> None:
     from lewis import store
     from lewis.demo.family import make_family
 
+    if not options.json:
+        print("a tiny base and three experts are trained, merged, scored and registered: 2 to 6 minutes on two cores")
     with bars.progress() as report:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
-    run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
+    report = run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
+    if not options.json:
+        print(_NEXT.format(recipe=folder / "demo.yaml", version=report.version))

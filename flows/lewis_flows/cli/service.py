@@ -137,6 +137,17 @@ def _watch(text: Callable[[], str]) -> int:
     return 0
 
 
+def print_environment(options: argparse.Namespace) -> None:
+    """Print what `mlflow`, `prefect` and programs that use them need in their environment, as a shell reads it."""
+    from shlex import quote
+
+    from lewis_flows.service.servers import client_environment
+
+    found = client_environment()
+    lines = [f"export {name}={quote(value)}" for name, value in found.items()]
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
+
+
 def print_settings(options: argparse.Namespace) -> int:
     """Print every setting; the exit code is 2 if one has a wrong value."""
     rows, problems = [], []

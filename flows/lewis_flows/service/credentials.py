@@ -23,7 +23,7 @@ from lewis_flows.service import note
 
 PREFECT_SENT = "PREFECT_API_AUTH_STRING"
 MLFLOW_USER = "lewis"
-_MLFLOW_SENT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+MLFLOW_SENT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -38,7 +38,7 @@ def find() -> None:
     if url and (key := key_for(url)):
         os.environ[PREFECT_SENT] = key
     url = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not url.startswith("http") or any(os.environ.get(name) for name in _MLFLOW_SENT):
+    if not url.startswith("http") or any(os.environ.get(name) for name in MLFLOW_SENT):
         return
     known = note.read()
     name = known.get("mlflow_user")

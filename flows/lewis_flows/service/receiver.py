@@ -10,17 +10,24 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import httpx
 from huggingface_hub.utils import validate_repo_id
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lewis.errors import LewisError
 from lewis.redact import printable, redacted
 from lewis_flows import recipes_folder
-from lewis_flows.release_event import announce, hub_repos
+from lewis_flows.release_event import announce, announced, hub_repos
 
 _BRANCH = "refs/heads/main"
 
@@ -84,6 +91,7 @@ class Delivery(_Part):
 logger = logging.getLogger("lewis.webhook")
 
 _REMEMBERED = 4096  # releases, to recognise one that is delivered again
+_KNOWN = timedelta(days=7)  # for which Prefect keeps events
 
 Answer = tuple[int, dict[str, Any]]
 """HTTP status, and the body as JSON data."""
@@ -131,11 +139,24 @@ class Receiver:
         if release in self._taken:
             self._taken.move_to_end(release)
             return 200, {"status": "duplicate", **about}
-        events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in sorted(followers.items())]
+        unknown = {each: of for each, of in sorted(followers.items()) if not _is_announced(each, *of, new)}
+        events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in unknown.items()]
         self._taken[release] = None
         if len(self._taken) > _REMEMBERED:
             self._taken.popitem(last=False)
-        return 202, {"status": "accepted", **about, "events": events}
+        if not events:  # it was sent again after this receiver was started again, or the poll was first
+            return 200, {"status": "duplicate", **about}
+        return 202, {"status": "accepted", **about, "recipes": list(unknown), "events": events}
+
+
+def _is_announced(recipe: str, repo: str, ref: str, new: str) -> bool:
+    """Whether Prefect knows of a release of a recipe; False if it does not answer."""
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            known = announced(client, datetime.now(UTC) - _KNOWN, recipe, repo)
+    except httpx.HTTPError:
+        return False
+    return any(event.payload.get("ref") == ref and event.payload.get("new") == new for event in known)
 
 
 def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -34,6 +34,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
+from lewis_tasks.support import events
 from lewis_tasks.support.caching import slug
 from lewis_tasks.support.flow_run import EDITED
 
@@ -179,7 +180,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited and is not merged: {file.why or 'its deployment is paused'}"
         else:
             yield f"{file.name} was edited: it is merged now"
-            start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + SETTLE)
+            start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + SETTLE)
             client.create_flow_run_from_deployment(before.id, state=start, tags=[EDITED])
     if recipe and not recipe.search:
         remove(client, f"{prefect_runs.SEARCH}/{file.name}")

@@ -80,6 +80,26 @@ def running() -> str | None:
     return found
 
 
+def client_environment() -> dict[str, str]:
+    """The variables by which clients of MLflow and Prefect find the servers of this store, with what those ask for.
+
+    A server that the environment names is kept, as is its user or key. Without a server, MLflow's is the database in
+    the store, and of Prefect there is nothing.
+    """
+    prefect, known = running(), note.read()  # the note of a service that was killed may still be there
+    alive = prefect is not None and prefect == known.get("prefect")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = known["mlflow"] if alive else tracking.database()
+    credentials.find()
+    names = ("MLFLOW_TRACKING_URI", *credentials.MLFLOW_SENT)
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if prefect:
+        found["PREFECT_API_URL"] = prefect
+        if key := credentials.key_for(prefect):
+            found[credentials.PREFECT_SENT] = key
+    return found
+
+
 def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:
     """A Prefect server on loopback, not started yet, and the URL of its API."""
     url = f"http://127.0.0.1:{port}/api"

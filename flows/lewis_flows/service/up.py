@@ -14,6 +14,7 @@ from filelock import Timeout
 from lewis import settings, store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
+from lewis.registry import tracking
 from lewis.store.secrets import PREFECT_KEY
 from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
@@ -105,7 +106,7 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     urls["mlflow"] = given
     if not given.startswith("http"):
-        database = given or f"sqlite:///{store.home() / 'mlflow' / 'mlflow.db'}"
+        database = given or tracking.database()
         port = usable_port("MLFLOW_PORT", os.environ.get("MLFLOW_PORT") or "5000")
         server, urls["mlflow"] = mlflow_process(port, database, _echo("mlflow", say))
         add(server)

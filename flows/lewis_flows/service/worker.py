@@ -47,11 +47,35 @@ def name_of_up() -> str:
     return f"lewis-{socket.gethostname()}"
 
 
+def check_clock() -> None:
+    """Check that the clocks of this machine and of Prefect's server agree, if the server answers.
+
+    Raises:
+        InputError: if the heartbeats of a run would come so late, by the server's clock, that it is taken for dead.
+    """
+    import httpx
+
+    from lewis_flows.service.prefect_app import DEAD_AFTER
+    from lewis_tasks.support.events import ahead_by
+
+    try:
+        found = ahead_by(httpx.get(f"{os.environ.get('PREFECT_API_URL', '')}/health", timeout=10).headers)
+    except (httpx.HTTPError, httpx.InvalidURL):  # Prefect's worker says what is wrong
+        return
+    if abs(found) > DEAD_AFTER / 2:
+        side = "behind" if found.total_seconds() > 0 else "ahead of"
+        raise InputError(
+            f"the clock of this machine is {abs(found).total_seconds():.0f} s {side} that of Prefect's server, which "
+            "would take runs for dead; set both by NTP (timedatectl set-ntp true)"
+        )
+
+
 def main() -> int:
-    """Become the worker; the exit code is 2 if a setting is wrong."""
+    """Become the worker; the exit code is 2 if a setting or the clock is wrong."""
     try:
         environment.prepare()
         credentials.find()
+        check_clock()
     except InputError as error:
         print(f"lewis: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
-from lewis.evaluation.harness.task_files import check_builtin, data_files, find_tasks, reads_hub
+from lewis.evaluation.harness.task_files import FoundTasks, check_builtin, data_files, find_tasks, reads_hub
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Evaluate
@@ -33,13 +33,14 @@ class EvalSettings:
         limit: documents per task; below 1 it is a fraction.
         num_fewshot: examples in the prompt; None takes each task's own number. A task that sets 0 keeps 0.
         batch_size: requests per forward pass, or "auto".
-        timeout_s: seconds for all the tasks of one model.
+        timeout_s: seconds for one task of one model.
         documents: `all`, or one of two disjoint halves of every task's documents. A document's hash decides its half;
             the limit applies within the half.
         allow_code_execution: whether task files may run code: functions of their own, and what the model writes.
         backend: `hf`, `vllm`, `sglang` or `openai`, as in the recipe.
         model_args: further arguments of the backend, which `lewis.recipe.model_args` has checked.
         gpus: how many GPUs one evaluation takes.
+        among: the tasks of the recipe, if these are some of them: their files are looked up as if all were asked for.
     """
 
     tasks: tuple[str, ...]
@@ -54,6 +55,20 @@ class EvalSettings:
     backend: Backend = "hf"
     model_args: Mapping[str, Any] = field(default_factory=dict)
     gpus: int = 1
+    among: tuple[str, ...] = ()
+
+    def by_task(self) -> "list[EvalSettings]":
+        """The same settings for each task alone."""
+        among = self.among or self.tasks
+        return [replace(self, tasks=(task,), among=among) for task in dict.fromkeys(self.tasks)]
+
+    def found(self) -> FoundTasks:
+        """Where the tasks are defined.
+
+        Raises:
+            InputError: as `find_tasks`.
+        """
+        return find_tasks(self.tasks, self.root, self.among)
 
     @classmethod
     def of(cls, block: Evaluate, root: Path) -> "EvalSettings":
@@ -68,7 +83,7 @@ def check_tasks(settings: EvalSettings) -> None:
     Raises:
         InputError: naming the task, and the nearest valid names for one that does not exist.
     """
-    found = find_tasks(settings.tasks, settings.root)
+    found = settings.found()
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
@@ -81,7 +96,7 @@ def tasks_digest(settings: EvalSettings) -> str:
     A built-in task counts by its name alone, since its documents come from the Hub. Neither the device counts nor the
     path of the recipe's folder.
     """
-    found = find_tasks(settings.tasks, settings.root)
+    found = settings.found()
     files = {
         name: [file_sha256(path) for path in (*task.sources, *data_files(task, settings.root))]
         for name, task in found.files.items()
@@ -103,7 +118,13 @@ def tasks_digest(settings: EvalSettings) -> str:
 
 
 def evaluate(
-    model: Path, settings: EvalSettings, *, adapter: Path | None = None, device: str = "cpu", progress: Report = silent
+    model: Path,
+    settings: EvalSettings,
+    *,
+    adapter: Path | None = None,
+    device: str = "cpu",
+    answers: Path | None = None,
+    progress: Report = silent,
 ) -> Evaluated:
     """Score a model with lm-eval in a child process.
 
@@ -113,6 +134,8 @@ def evaluate(
         adapter: folder of a LoRA adapter to apply to `model`.
         device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
             checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
+        answers: a file in which finished batches are kept, and from which an evaluation of the same model, settings
+            and device goes on; None: nothing is kept.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
@@ -122,7 +145,7 @@ def evaluate(
     for folder, file in ((model, "config.json"), (adapter, "adapter_model.safetensors")):
         if folder is not None and not (folder / file).is_file():
             raise InputError(f"{folder}: expected a folder with {file}, which is missing")
-    found = find_tasks(settings.tasks, settings.root)
+    found = settings.found()
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
     hub = reads_hub(found, settings.root)
@@ -157,6 +180,7 @@ def evaluate(
             "num_fewshot": settings.num_fewshot,
             "apply_chat_template": settings.apply_chat_template,
             "documents": settings.documents,
+            "answers": str(answers) if answers else None,
             "bootstrap_iters": BOOTSTRAPS,
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }

@@ -56,34 +56,36 @@ class FoundTasks:
     local: tuple[str, ...]
 
 
-def find_tasks(tasks: Iterable[str], root: Path) -> FoundTasks:
+def find_tasks(tasks: Iterable[str], root: Path, among: Iterable[str] = ()) -> FoundTasks:
     """Sort tasks into those that YAML files in the recipe's folder define and those that lm-eval has to know.
 
     Args:
         tasks: paths of YAML files relative to `root`, and names of tasks or groups.
         root: the recipe's folder; a name is looked up next to the named files, in `root/tasks` and in `root`.
+        among: the tasks of the recipe, if `tasks` are some of them: names are looked up next to all named files.
 
     Raises:
         InputError: if a named file cannot be read, or two named files define the same task.
     """
-    named = {item: read_task(root / item) for item in tasks if item.endswith((".yaml", ".yml"))}
+    tasks = list(tasks)
+    named = {item: read_task(root / item) for item in (*tasks, *among) if item.endswith((".yaml", ".yml"))}
     folders = dict.fromkeys(
         [*(task.path.parent for task in named.values()), (root / "tasks").resolve(), root.resolve()]
     )
     local = _read_folders(folders)
-    files: dict[str, TaskFile] = {}
+    defined: dict[str, TaskFile] = {}
     for task in named.values():
-        if task.name in files and files[task.name].path != task.path:
+        if task.name in defined and defined[task.name].path != task.path:
             raise InputError(
-                f"{task.path}: its task {task.name!r} is defined by {files[task.name].path} as well; rename one"
+                f"{task.path}: its task {task.name!r} is defined by {defined[task.name].path} as well; rename one"
             )
-        files[task.name] = task
+        defined[task.name] = task
+    files: dict[str, TaskFile] = {}
     names = list(dict.fromkeys(named[item].name if item in named else item for item in tasks))
     builtin, pending = [], list(names)
     for name in pending:
-        if name not in files and name in local:
-            files[name] = local[name]
-        if name in files:
+        if task_file := defined.get(name, local.get(name)):
+            files[name] = task_file
             inside = _names(members(files[name].config)) if "group" in files[name].config else ()
             pending += [member for member in inside if member not in pending]
         else:

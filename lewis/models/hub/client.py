@@ -5,14 +5,16 @@ huggingface_hub reads the environment once, when it is imported; here it is read
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from huggingface_hub import constants
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _AGAIN, _LONGEST = 3, 300.0
+_PIECE = 1 << 20  # bytes of a download that a break may cost
 
 
 def endpoint() -> str:
@@ -103,23 +106,74 @@ def ask(ref: str, question: Callable[[], T]) -> T:
     Raises:
         InputError, TransientError, LewisError: as `lewis.models.hub.errors.explain` explains the client's errors.
     """
-    from lewis.models.hub.errors import CLIENT_ERRORS, asked_wait, was_reset
+    from lewis.models.hub.errors import was_reset
 
-    resets, waited = 0, 0.0
     with errors(ref):
-        while True:
-            try:
-                return question()
-            except CLIENT_ERRORS as error:
-                wait = asked_wait(error)
-                if wait is not None and waited + wait <= _LONGEST:
-                    waited += wait
-                elif was_reset(error) and resets < _AGAIN:
-                    resets, wait = resets + 1, 1.0
-                else:
-                    raise
-                logger.warning("%s: %s; asking again in %.0f s", ref, type(error).__name__, wait)
-                time.sleep(wait)
+        return _repeated(ref, question, was_reset)
+
+
+@functools.cache
+def resume_downloads() -> None:
+    """From now on, a download of this process that is cut goes on where it broke off, after `_AGAIN` tries for nothing.
+
+    The client does so after some breaks only. After a reset, an error 5xx, or an answer that ends early, it removes
+    what it has; and each break costs it all of a piece that has not arrived whole.
+    """
+    from lewis.models.hub.errors import retryable
+
+    once = private_names.HUB_GET.get()
+
+    @functools.wraps(once)
+    def get(url: str, temp_file: BinaryIO, **options: Any) -> None:
+        if "_nb_retries" in options:  # the client goes on by itself, within its handler of the error: `again` does that
+            raise
+        begin = temp_file.tell()
+
+        def done() -> int:
+            return temp_file.tell() - begin
+
+        def again(error: BaseException) -> bool:
+            return retryable(error) and done() < (options.get("expected_size") or math.inf)
+
+        name = options.get("displayed_filename") or url.rpartition("/")[2]
+        _repeated(name, lambda: once(url, temp_file, **{**options, "resume_size": done()}), again, done)
+
+    private_names.HUB_GET.put(get)
+    private_names.HUB_PIECE.put(_PIECE)
+
+
+def _repeated(
+    what: str, question: Callable[[], T], again: Callable[[BaseException], bool], done: Callable[[], int] = lambda: 0
+) -> T:
+    """Repeat a call of the client after errors for which `again` is true, while it moves on or has tries left.
+
+    Args:
+        what: is asked for, for the log.
+        question: the call.
+        again: whether an error may go away.
+        done: how far the call came; more of it than at the error before gives all tries and waits back.
+
+    Raises:
+        Exception: the last one of the client.
+    """
+    from lewis.models.hub.errors import CLIENT_ERRORS, asked_wait
+
+    tries, waited, before = 0, 0.0, done()
+    while True:
+        try:
+            return question()
+        except CLIENT_ERRORS as error:
+            if done() > before:
+                tries, waited, before = 0, 0.0, done()
+            wait = asked_wait(error)
+            if wait is not None and waited + wait <= _LONGEST:
+                waited += wait
+            elif tries < _AGAIN and again(error):
+                tries, wait = tries + 1, 1.0
+            else:
+                raise
+            logger.warning("%s: %s; asking again in %.0f s", what, type(error).__name__, wait)
+            time.sleep(wait)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +24,7 @@ from lewis.errors import BrokenModelError, InputError, TransientError
 from lewis.models.files.folder import ADAPTER, GGUF_TABLE, check_weights, needed
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
-from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, snapshot
+from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, resume_downloads, snapshot
 from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
 from lewis.models.quantised.headers import dequantised
@@ -96,15 +98,15 @@ def resolve_dataset(repo: str, revision: str | None) -> str:
 def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     """The folder that holds a pinned model, every file of it equal to its checksum.
 
-    A file that was checked is not read again until it changes. A damaged download is removed, so that a retry fetches
-    it again.
+    A file that was checked is not read again until it changes. A damaged one is removed and downloaded once more.
 
     Args:
         pinned: the model.
         weights: False fetches only configs and tokenizer. With the weights comes the model card, for its licence.
 
     Raises:
-        TransientError: if the transfer broke, files are missing or damaged, or the Hub is busy.
+        TransientError: if the transfer broke, files are missing or damaged again, or the Hub is busy.
+        BrokenModelError: if the Hub gave the same bytes twice, which are not those that it lists.
         InputError: if the Hub refuses access, or HF_HUB_OFFLINE is set and files are missing.
         LewisError: if a local folder changed since it was pinned, or the disk is full.
     """
@@ -112,24 +114,46 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
         return check_unchanged(pinned)
     files = listing_of(pinned)
     names = [name for name in needed(files) if weights or not name.endswith(".safetensors")]
-    folder = snapshot(pinned.source, pinned.commit)
+    folder, before = snapshot(pinned.source, pinned.commit), dict[str, str]()
+    while damaged := _complete(pinned, folder, names, files, card=weights):
+        if same := [name for name, sha256 in damaged.items() if sha256 and before.get(name) == sha256]:
+            raise _broken(pinned, same[0], "the Hub gave the same bytes twice, which are not those that it lists")
+        if before or offline():
+            raise TransientError(
+                f"{pinned.ref}: {', '.join(damaged)}: missing, or not the checksum of the commit; try again"
+            )
+        before = damaged
+    return folder
+
+
+def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *, card: bool) -> dict[str, str]:
+    """Download what a snapshot lacks; gives the files that are damaged now, and removes them.
+
+    Args:
+        pinned: the model.
+        folder: of the snapshot.
+        names: of the files.
+        files: what the commit lists.
+        card: whether to download the model card, too.
+
+    Returns:
+        Name -> SHA-256, empty if it is missing.
+    """
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and offline():
         raise InputError(f"{pinned.ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it")
     if missing:
         size = sum(files[name][0] for name in missing)
         logger.info("%s: downloading %d files, %.2f GB", pinned.ref, len(missing), size / 1e9)
-        wanted = [*(glob.escape(name) for name in names), *(["README.md"] if weights else [])]
+        resume_downloads()
+        wanted = [*(glob.escape(name) for name in names), *(["README.md"] if card else [])]
         download = functools.partial(api().snapshot_download, cache_dir=cache_folder(), allow_patterns=wanted)
         ask(pinned.ref, lambda: download(pinned.source, revision=pinned.commit))
-    damaged = [name for name in names if not _is_intact(folder / name, *files[name])]
-    for name in damaged:
-        _discard(folder / name)
-    if damaged:
-        raise TransientError(
-            f"{pinned.ref}: {', '.join(damaged)}: missing, or not the checksum of the commit; try again"
-        )
-    return folder
+    damaged = [folder / name for name in names if not _is_intact(folder / name, *files[name])]
+    found = {path.name: store.file_sha256(path) if path.is_file() else "" for path in damaged}
+    for path in damaged:
+        _discard(path)
+    return found
 
 
 def is_present(pinned: Pinned) -> bool:
@@ -173,15 +197,10 @@ def tensor_headers(pinned: Pinned) -> Headers:
     def read(name: str) -> Headers:
         try:
             return read_one(name)
-        except (TransientError, BrokenModelError):
-            raise
         except InputError as error:
             if pinned.is_local or not _is_of_the_commit(folder / name, listing[name], error):
                 raise
-            raise BrokenModelError(
-                f"{pinned.ref}: {name} is broken on the Hub itself, in commit {pinned.commit[:8]}: {error}; name "
-                "another revision, or wait until its authors upload it again"
-            ) from error
+            raise _broken(pinned, name, error) from error
 
     def read_one(name: str) -> Headers:
         path = folder / name
@@ -198,6 +217,33 @@ def tensor_headers(pinned: Pinned) -> Headers:
     on_disk = all((folder / name).is_file() for name in names)
     found = dequantised(pinned.ref, folder, found, by_file if on_disk else None)
     return {unwrapped(key): header for key, header in found.items()}
+
+
+@contextmanager
+def blaming(pinned: Pinned, what: str) -> Iterator[None]:
+    """An error about what is in the files of a model, which were checked, says that they are broken on the Hub.
+
+    Args:
+        pinned: the model. Of a local folder, errors stay as they are.
+        what: is read, for the message.
+
+    Raises:
+        BrokenModelError: instead of an `InputError`.
+    """
+    try:
+        yield
+    except InputError as error:
+        if pinned.is_local or isinstance(error.__cause__, OSError):  # which says nothing about the content
+            raise
+        raise _broken(pinned, what, error) from error
+
+
+def _broken(pinned: Pinned, what: str, why: object) -> BrokenModelError:
+    return BrokenModelError(
+        f"{pinned.ref}: {what} is broken on the Hub itself, in commit {pinned.commit[:8]}: {why}; name another "
+        "revision, or wait until its authors upload it again",
+        pinned.commit,
+    )
 
 
 def _is_of_the_commit(path: Path, listed: tuple[int, str], error: InputError) -> bool:

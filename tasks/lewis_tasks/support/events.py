@@ -4,20 +4,43 @@ import logging
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
 
 from prefect.runtime import flow_run
 
 from lewis.errors import InputError, LewisError, TransientError
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
 logger = logging.getLogger(__name__)
 WAITING = "lewis.run.waiting"
 LONG = timedelta(minutes=15)  # of a wait that is told
+_AGREES = timedelta(seconds=5)
 _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
+
+
+def ahead(client: "SyncPrefectClient") -> timedelta:
+    """How far the server's clock is ahead of this machine's; nothing while both agree within `_AGREES`.
+
+    Raises:
+        httpx.HTTPError: if the server does not answer.
+    """
+    return ahead_by(client.request("GET", "/health").headers)
+
+
+def ahead_by(headers: Mapping[str, str]) -> timedelta:
+    """As `ahead`, by the headers of an answer of the server, whose `Date` is in seconds."""
+    stated = headers.get("Date")
+    found = parsedate_to_datetime(stated) - datetime.now(UTC) if stated else timedelta()
+    return found if abs(found) > _AGREES else timedelta()
 
 
 def post(event: Mapping[str, Any]) -> None:
     """Send an event; returns when the server has taken it, which does not mean that it has stored it.
+
+    It occurred now, by the server's clock: a trigger passes over events from before the one that it fired for last.
 
     Raises:
         TransientError: the server is unreachable or busy.
@@ -37,7 +60,8 @@ def post(event: Mapping[str, Any]) -> None:
             temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
             get_client(sync_client=True, httpx_settings={"timeout": _PATIENCE}) as client,
         ):
-            client.request("POST", "/events", json=[dict(event)])
+            occurred = datetime.now(UTC) + ahead(client)
+            client.request("POST", "/events", json=[{**event, "occurred": occurred.isoformat()}])
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if status in (401, 403):
@@ -74,7 +98,6 @@ class Wait:
         role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
         event = {
             "id": str(uuid.uuid4()),
-            "occurred": datetime.now(UTC).isoformat(),
             "event": WAITING,
             "resource": {"prefect.resource.id": f"lewis.run.{run}", "prefect.resource.name": name},
             "related": [role] if run else [],

@@ -14,7 +14,7 @@ from prefect.states import Failed, State
 from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
 from lewis.redact import redacted
 from lewis.store.writable import explained, of_the_disk
-from lewis_tasks.support.flow_run import BROKEN, tag
+from lewis_tasks.support.flow_run import tag
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except LewisError as error:
             if isinstance(error, BrokenModelError):
-                tag(broken=BROKEN)
+                tag(broken=error.commit)
             name = "Unpublished" if isinstance(error, NotPublishedError) else "Failed"
             return Failed(name=name, message=str(error).partition(DETAILS)[0][:MAX_MESSAGE], data=error)
 
@@ -55,15 +55,19 @@ def result_of(future: PrefectFuture[Any]) -> Any:
     """The result of a finished task.
 
     Raises:
-        InputError, TransientError, LewisError: as the task raised it, with the name of its run before the message.
+        BrokenModelError, InputError, TransientError, LewisError: as the task raised it, with the name of its run
+            before the message.
     """
     try:
         return future.result()
     except Exception as error:
-        kind = next((k for k in (BrokenModelError, InputError, TransientError) if isinstance(error, k)), LewisError)
+        kind = next((k for k in (InputError, TransientError) if isinstance(error, k)), LewisError)
         traceback = "" if of_the_disk(error) else "the traceback is in the task's log; "
         message = str(error) if isinstance(error, LewisError) else f"{_first_line(error)}; {traceback}{AGAIN}"
-        raise kind(f"{_name(future)}: {message}") from error
+        message = f"{_name(future)}: {message}"
+        if isinstance(error, BrokenModelError):
+            raise BrokenModelError(message, error.commit) from error
+        raise kind(message) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -123,10 +123,6 @@ def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
     return {name: str(value) for name, value in next(labels, {}).items()}
 
 
-BROKEN = "hub"
-"""The value of the tag `broken` of a run that failed because a model is broken on the Hub itself."""
-
-
 def name_task(name: str) -> None:
     """Give the task that runs a name that tells what it found out; it is shown once the task has ended."""
     if context := TaskRunContext.get():

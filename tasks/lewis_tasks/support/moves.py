@@ -91,7 +91,6 @@ def _event(move: Move) -> dict[str, Any]:
     role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
     return {
         "id": move.id,
-        "occurred": datetime.now(UTC).isoformat(),  # a server passes over events that are old
         "event": PROMOTED,
         "resource": {"prefect.resource.id": f"lewis.model.{move.name}", "prefect.resource.name": move.name},
         "related": [role] if run else [],

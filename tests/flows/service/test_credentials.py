@@ -3,6 +3,8 @@
 import configparser
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +16,7 @@ import pytest
 from lewis import settings
 from lewis.errors import InputError
 from lewis.registry import tracking
-from lewis.store.secrets import MLFLOW_PASSWORD
+from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.servers import mlflow_process
 
@@ -22,12 +24,21 @@ from lewis_flows.service.servers import mlflow_process
 @pytest.fixture
 def refusing() -> Iterator[str]:
     """The URL of a server that knows nobody."""
+    yield from answering(401, b"You are not authenticated.")
 
+
+@pytest.fixture
+def healthy() -> Iterator[str]:
+    """The URL of a server that is up."""
+    yield from answering(200, b"true")
+
+
+def answering(status: int, body: bytes) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(401)
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(b"You are not authenticated.")
+            self.wfile.write(body)
 
         do_POST = do_GET
 
@@ -152,3 +163,31 @@ def test_a_worker_has_no_secret_that_its_runs_do_not_need(home: Path, monkeypatc
     assert started and {"LEWIS_WEBHOOK_SECRET", "LEWIS_METRICS_KEY", "LEWIS_NOTIFY_URL"} <= set(worker.NOT_FOR_RUNS)
     kept = {name for name, value in os.environ.items() if value == "s3cret"}
     assert kept >= {"HF_TOKEN", "PREFECT_API_AUTH_STRING"} and not kept & set(worker.NOT_FOR_RUNS)
+
+
+class TestEnv:
+    """`lewis env`, as a shell reads it."""
+
+    def printed(self) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING")}
+        command = [sys.executable, "-c", "from lewis_flows.cli.main import main; raise SystemExit(main(['env']))"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        script = f"{done.stdout}\nenv -0"
+        shown = subprocess.run(["sh", "-c", script], env={}, capture_output=True, text=True, check=True).stdout
+        known = dict(line.split("=", 1) for line in shown.split("\0") if line)
+        return {name: value for name, value in known.items() if name.startswith(("MLFLOW_", "PREFECT_"))}
+
+    def test_without_a_service_it_names_the_database(self, home: Path) -> None:
+        note.write({"prefect": "http://127.0.0.1:9/api", "mlflow": "http://127.0.0.1:9"})  # a service that was killed
+        assert self.printed() == {"MLFLOW_TRACKING_URI": tracking.database()}
+
+    def test_with_one_it_names_servers_and_what_they_ask_for(self, home: Path, healthy: str) -> None:
+        note.write({"prefect": f"{healthy}/api", "mlflow": healthy, "mlflow_user": "lewis"})
+        secret = MLFLOW_PASSWORD.read()
+        assert self.printed() == {
+            "MLFLOW_TRACKING_URI": healthy,
+            "MLFLOW_TRACKING_USERNAME": "lewis",
+            "MLFLOW_TRACKING_PASSWORD": secret,
+            "PREFECT_API_URL": f"{healthy}/api",
+            "PREFECT_API_AUTH_STRING": PREFECT_KEY.read(),
+        }

@@ -423,3 +423,25 @@ def test_a_release_is_not_lost_while_prefect_is_down(prefect_url: str, tmp_path:
 def test_an_empty_secret_is_refused() -> None:
     with pytest.raises(InputError, match="LEWIS_WEBHOOK_SECRET"):
         webhook.create_app("")
+
+
+def test_a_delivery_that_is_sent_again_is_known_after_a_restart(
+    prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from lewis_flows.service.receiver import Receiver as Taker
+
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    (tmp_path / "replayed.yaml").write_text(ALPHA)
+    new = "7" * 40
+    body = json.dumps(payload("org/code", new)).encode()
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        assert Taker().take(body)[0] == 202
+        assert len(stored(prefect_url, new, 1)) == 1
+        status, answer = Taker().take(body)  # a new one, which remembers nothing
+        assert (status, answer["status"]) == (200, "duplicate")
+        (tmp_path / "new.yaml").write_text(ALPHA)
+        status, answer = Taker().take(body)
+        assert (status, answer["recipes"]) == (202, ["new"])
+    assert len(stored(prefect_url, new, 2)) == 2

@@ -140,6 +140,13 @@ class TestSamples:
         with pytest.raises(InputError, match=r"no token of an answer is left: the prompts fill max_tokens \(1\)"):
             run(family.base, data, **file, **pair, max_tokens=1)
 
+    def test_of_a_row_with_neither_are_none(self, family: Family, tmp_path: Path) -> None:
+        """It ended in a traceback."""
+        rows = [{"question": "", "answer": ""}, {"question": "w1", "answer": "w2"}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file = {"dataset": "json", "data_files": "rows.jsonl", "prompt": "{question} ", "answer": "{answer}"}
+        assert run(family.base, tmp_path, **file) == Calibration("sums", (ids(1, 2),), ((1, 1),))
+
     def test_of_chats_are_what_the_chat_template_writes(self, family: Family, tmp_path: Path) -> None:
         tokenizer = shard(family.base, tmp_path / "chatty", parts=1)
         template = (

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,14 @@ from safetensors.numpy import save
 
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
+from lewis.models.compatible import preflight
 from lewis.models.hub import client
 from lewis.models.hub import errors as hub_errors
 from lewis.models.hub.errors import retryable
 from lewis.models.hub.pin import Pinned
 from lewis.models.hub.repository import fetch, folder_of, resolve, resolve_dataset, tensor_headers
+from lewis.models.source import download, pin, pin_all
+from lewis.recipe import Recipe
 from lewis.store import files
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
@@ -41,6 +45,8 @@ MODEL = NEEDED | {
     "pytorch_model.bin": b"\x80\x04.",
     "onnx/config.json": "{}",
 }
+LARGE = save({"a.weight": np.arange(2_000_000, dtype=np.float32)})  # 8 MB
+CUT = 3_000_000
 SIZE = len('{"model_type": "llama"}') + len("{}") + len(WEIGHTS)
 
 
@@ -259,11 +265,26 @@ def test_fetch_takes_the_pinned_commit_though_the_branch_moved(hub: LocalHub, tm
 def test_flipped_byte_in_transfer_is_caught_and_heals(hub: LocalHub, tmp_path: Path, name: str) -> None:
     hub.commit("org/x", MODEL)
     pinned = resolve("org/x", tmp_path)
-    hub.faults.append({"path": f"resolve.*{name}", "method": "GET", "corrupt": True})
+    fault = {"path": f"resolve.*{name}", "method": "GET"}
+    hub.faults += [{**fault, "corrupt": 1}, {**fault, "corrupt": 2}]  # another bit each time
     with pytest.raises(TransientError, match=f"org/x: {name}: .*checksum"):
         fetch(pinned)
+    hub.faults.append({**fault, "corrupt": 1})
     expected = MODEL[name]
     assert (fetch(pinned) / name).read_bytes() == (expected.encode() if isinstance(expected, str) else expected)
+
+
+def test_a_hub_that_gives_the_same_wrong_bytes_twice_is_not_asked_again(hub: LocalHub, tmp_path: Path) -> None:
+    commit = hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    hub.faults.append({"path": "safetensors", "method": "GET", "corrupt": 1, "times": 9})
+    with pytest.raises(
+        BrokenModelError, match=r"org/x: model.safetensors is broken on the Hub itself.* twice"
+    ) as caught:
+        fetch(pinned)
+    assert hub.faults[0]["times"] == 7 and not retryable(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))  # as Prefect keeps it
+    assert (str(again), again.commit) == (str(caught.value), commit)
 
 
 def test_flipped_byte_on_disk_is_caught_and_heals(hub: LocalHub, tmp_path: Path) -> None:
@@ -275,25 +296,55 @@ def test_flipped_byte_on_disk_is_caught_and_heals(hub: LocalHub, tmp_path: Path)
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x01")
-    with pytest.raises(TransientError, match=r"model.safetensors: .*checksum"):
-        fetch(pinned)
     assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_broken_transfers(hub: LocalHub, tmp_path: Path) -> None:
+def test_broken_transfers(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda _: None))
     hub.commit("org/x", MODEL)
     pinned = resolve("org/x", tmp_path)
     fault = {"path": "safetensors", "method": "GET"}
-    hub.faults.append({**fault, "status": 503})
+    hub.faults.append({**fault, "status": 503, "times": 4})
     with pytest.raises(TransientError, match="answered 503") as caught:
         fetch(pinned)
     assert isinstance(caught.value.__cause__, HfHubHTTPError)
-    hub.faults.append({**fault, "truncate": 20, "times": 100})
+    hub.faults.append({**fault, "truncate": 0, "times": 100})
     with pytest.raises(TransientError, match="transfer broke") as caught:
         fetch(pinned)
     assert isinstance(caught.value.__cause__, httpx2.TransportError)
     hub.faults.clear()
     assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("cut", [{"truncate": CUT}, {"truncate": CUT, "reset": True}, {"truncate": CUT, "short": True}])
+def test_a_cut_download_goes_on_where_it_broke_off(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: dict[str, object]
+) -> None:
+    """However it was cut, and though the Hub is busy for a moment after that; one run is enough."""
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda _: None))
+    hub.commit("org/x", MODEL | {"model.safetensors": LARGE})
+    pinned = resolve("org/x", tmp_path)
+    fault = {"path": "safetensors", "method": "GET"}
+    hub.faults += [{**fault, **cut}, {**fault, "status": 503}, {**fault, **cut}]
+    assert (fetch(pinned) / "model.safetensors").read_bytes() == LARGE
+    gets = [each for each in hub.log if each.method == "GET" and "safetensors" in each.path]
+    begins = [int((each.range or "bytes=0-").partition("=")[2].rstrip("-")) for each in gets if each.status != 503]
+    assert begins == sorted(begins) and begins[0] == 0 < begins[1] <= CUT and begins[1] < begins[2] <= 2 * CUT
+    assert len(gets) == 4 and not list((tmp_path / "home").rglob("*.incomplete"))
+
+
+def test_a_server_that_always_cuts_is_an_error_after_a_few_tries(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda _: None))
+    hub.commit("org/x", MODEL | {"model.safetensors": LARGE})
+    pinned = resolve("org/x", tmp_path)
+    fault = {"path": "safetensors", "method": "GET", "reset": True, "times": 999}
+    hub.faults += [{**fault, "truncate": CUT, "times": 1}, {**fault, "truncate": 0}]
+    with pytest.raises(TransientError, match=r"org/x: .*the transfer broke \(ReadError\); try again"):
+        fetch(pinned)
+    gets = [each for each in hub.log if each.method == "GET" and "safetensors" in each.path]
+    assert len(gets) <= 20 and not list((tmp_path / "home").rglob("*.incomplete"))
 
 
 def test_hub_that_withdraws_access_between_resolve_and_fetch(hub: LocalHub, tmp_path: Path) -> None:
@@ -398,6 +449,27 @@ def test_headers_of_a_local_folder_and_damage(hub: LocalHub, tmp_path: Path) -> 
     hub.faults.append({"path": "safetensors", "status": 503})
     with pytest.raises(TransientError, match="503"):
         tensor_headers(pinned)
+
+
+def test_a_config_that_no_network_can_have_and_a_shard_that_is_missing_are_broken_on_the_hub(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    text = "merge_method: ties\nbase_model: org/base\nmodels: [{model: org/x}]"
+    config = Recipe.load(write(tmp_path, {"r.yaml": text}) / "r.yaml")
+    model = write_llama(tmp_path / "m", hidden=64, layers=1)
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    hub.commit("org/base", files)
+    for text in ("{", "[]", '{"hidden_size": "16"}'):
+        hub.commit("org/x", {**files, "config.json": text})
+        with pytest.raises(BrokenModelError, match=r"org/x: config.json is broken on the Hub itself, in commit"):
+            preflight(config, *pin_all(config))
+    weights = files.pop("model.safetensors")
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    hub.commit("org/x", {**files, "model-1.safetensors": weights, "model.safetensors.index.json": index})
+    with pytest.raises(
+        BrokenModelError, match=r"org/x: model.safetensors.index.json is broken .*-2.safetensors is mis"
+    ):
+        download(pin("org/x", tmp_path))
 
 
 # Local folders

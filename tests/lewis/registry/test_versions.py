@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow.data import get_source
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
@@ -29,7 +30,9 @@ from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
 from lewis.registry import creation, history, logged_model, promotion, repair
 from lewis.registry import versions as registry
+from lewis.registry.pull import pull
 from lewis.registry.registration import Registration
+from lewis.registry.tracking import RunInput
 from lewis.registry.versions import Version
 from lewis.store.kinds import check_png
 from tests.support.damage import damage
@@ -97,6 +100,10 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         source="tiny.yaml",
         began=time.time() - 120,
         documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
+        datasets=(
+            RunInput("addition", "d" * 32, "evaluation", "hugging_face", {"path": "org/sums", "revision": "3" * 40}),
+            RunInput("sums", "c" * 32, "calibration", "files", {"format": "json", "data_files": "data/sums.jsonl"}),
+        ),
     )
 
 
@@ -154,8 +161,14 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     assert run.data.metrics["merged/addition/acc"] == 0.9 and run.data.metrics["base/addition/acc"] == 0.5
     assert run.data.params["lewis.density.max"] == "0.8" and run.data.params["models_0_.model"] == "org/math"
     assert run.data.params["long"].endswith("recipe.yaml)") and len(run.data.params["long"]) == 6000
-    (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest) == ("addition", "d" * 32)
+    given = {data.dataset.name: data for data in run.inputs.dataset_inputs}
+    assert {(name, data.dataset.digest, data.tags[0].key, data.tags[0].value) for name, data in given.items()} == {
+        ("addition", "d" * 32, "mlflow.data.context", "evaluation"),
+        ("sums", "c" * 32, "mlflow.data.context", "calibration"),
+    }
+    source = get_source(given["addition"].dataset)  # as MLflow's own reader sees it
+    assert (source.path, source.revision) == ("org/sums", "3" * 40)
+    assert json.loads(given["sums"].dataset.source) == {"format": "json", "data_files": "data/sums.jsonl"}
     measured = client().get_logged_model(version.source.removeprefix("models:/")).metrics
     assert {m.key: (m.value, m.dataset_name, m.dataset_digest) for m in measured if m.value} == {  # NaN is kept as 0
         "merged/addition/acc": (0.9, "addition", "d" * 32),
@@ -227,6 +240,53 @@ def test_an_adapter_on_a_commit_of_the_hub_refers_to_it(
     files = registry.fetch(current).files("champion")
     assert files and (files.folder, files.adapter, files.key) == (tiny_model, current.folder, OTHER)
     assert asked == [f"org/base@{'1' * 40}"]
+
+
+@pytest.mark.parametrize("what", ["tiny", "tiny@champion", "tiny/1", "models:/tiny/1"])
+def test_a_version_is_pulled_into_a_folder(what: str, entry: Registration, home: Path, tmp_path: Path) -> None:
+    promotion.promote(creation.register(entry), PASSED)
+    creation.register(replace(entry, digest=OTHER, folder=merged(entry.folder, OTHER)))
+    shutil.rmtree(home / "merged")
+    for _ in range(2):  # the second replaces the first
+        found = pull(what, tmp_path / "out")
+    assert (found.uri, found.digest) == ("models:/tiny/1", DIGEST)
+    manifest = store.read_manifest(tmp_path / "out")
+    assert manifest is not None and manifest["digest"] == DIGEST
+    there = {path.name: path for path in (tmp_path / "out").iterdir() if path.name != store.MANIFEST}
+    assert set(there) == set(manifest["files"]) and found.size == sum(path.stat().st_size for path in there.values())
+    for path in (artifacts(home) / "models").rglob("model/*.safetensors"):
+        if path.stat().st_ino == there[path.name].stat().st_ino:
+            break
+    else:
+        pytest.fail("the weights were copied")
+    assert there["config.json"].stat().st_nlink == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("tynt", "got 'tynt'; expected one of tiny"),
+        ("tiny/7", "its versions are 1, its aliases champion"),
+        ("tiny@previous", "its versions are 1, its aliases champion"),
+        ("tiny/", "expected NAME, NAME@ALIAS or NAME/VERSION"),
+        ("tiny@", "expected NAME, NAME@ALIAS or NAME/VERSION"),
+        ("a/b/1", "expected NAME, NAME@ALIAS or NAME/VERSION"),
+    ],
+)
+def test_what_cannot_be_pulled_is_named(what: str, told: str, entry: Registration, tmp_path: Path) -> None:
+    promotion.promote(creation.register(entry), PASSED)
+    with pytest.raises(InputError, match=re.escape(told)):
+        pull(what, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model-*.safetensors"])
+def test_a_damaged_version_is_not_pulled(file: str, entry: Registration, home: Path, tmp_path: Path) -> None:
+    promotion.promote(creation.register(entry), PASSED)
+    damage(next(artifacts(home).rglob(f"model/{file}")), "flipped")
+    with pytest.raises(LewisError, match=r"models:/tiny/1 is damaged: model/.*: expected SHA-256"):
+        pull("tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_files_cannot_be_linked_they_are_copied(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +377,7 @@ def in_child(home: Path, entry: Registration, send: Connection, stop_at: str | N
         time.sleep(600)
 
     if stop_at is not None:
-        owner: Any = logged_model if stop_at == "_link" else MlflowClient
+        owner: Any = logged_model if stop_at == "link" else MlflowClient
         setattr(owner, stop_at, stop)
     version = creation.register(entry)
     promotion.promote(version, PASSED)
@@ -348,7 +408,7 @@ def test_eight_processes_on_a_fresh_database_get_one_version(entry: Registration
     race(processes, home, entry)
 
 
-@pytest.mark.parametrize("where", ["_link", "log_batch", "create_model_version", "set_terminated"])
+@pytest.mark.parametrize("where", ["link", "log_batch", "create_model_version", "set_terminated"])
 def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path, processes: Any, where: str) -> None:
     receive, send = processes.Pipe(duplex=False)
     child = processes.Process(target=in_child, args=(home, entry, send, where))
@@ -672,6 +732,11 @@ def test_over_http_with_remote_artifacts(
     assert creation.register(entry) == replace(made, created=False)  # from what was fetched, no second version
     assert fetched.folder == entry.folder and store.read_manifest(entry.folder) is not None
     assert {path.name: path.read_bytes() for path in entry.folder.iterdir()} == files
+    shutil.rmtree(entry.folder)
+    assert pull("tiny", tmp_path / "pulled").uri == made.uri
+    assert {name: (tmp_path / "pulled" / name).read_bytes() for name in files if name != store.MANIFEST} == {
+        name: content for name, content in files.items() if name != store.MANIFEST
+    }
     shutil.rmtree(entry.folder)
     damage(next((tmp_path / "remote").rglob("model/config.json")), "flipped")  # a server tells its size alone
     assert registry.find("tiny", DIGEST) is not None

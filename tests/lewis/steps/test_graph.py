@@ -8,7 +8,7 @@ import pytest
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import CHAMPION, PREFLIGHT, graph
 from lewis.steps.run import begin, run
-from lewis.steps.table import STEPS
+from lewis.steps.table import EVALUATE, STEPS
 from tests.conftest import Family
 from tests.support.models import parse
 
@@ -20,7 +20,7 @@ def recipe_of(**blocks: Any) -> Recipe:
     return parse({"merge_method": "ties", "base_model": "org/base", "models": MODELS} | blocks)
 
 
-GUIDED = {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["x"]}, "register": {"name": "m"}}
+GUIDED = {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["tasks/x.yaml", "mmlu"]}, "register": {"name": "m"}}
 
 
 def names(recipe: Recipe) -> list[str]:
@@ -35,10 +35,10 @@ class TestGraph:
             "calibrate sums", "calibrate code",
             "measure org/base on sums, code", "measure org/math on sums", "measure org/code on code",
             "allocate", "merge experts", "merge uniform",
-            "evaluate base", "evaluate math", "evaluate code", "evaluate uniform", "evaluate champion",
-            "evaluate lewis",
+            *(f"evaluate {label} {task}" for label in ("base", "math", "code", "uniform", "champion", "lewis")
+              for task in ("x", "mmlu")),
         ]  # fmt: skip
-        assert {node.step.name for node in found} == STEPS.keys()
+        assert {node.step.name for node in found} == STEPS.keys() - {"continue"}
         labels = [node.label for node in found]
         assert labels[:3] == ["download base", "download math", "download code"] and labels[7:9] == [
             "measure base", "measure math"
@@ -67,9 +67,9 @@ class TestGraph:
         assert found.edges("calibrate sums") == found.edges("diagnose") == ["inspect"]
         assert found.edges("measure org/math on sums") == ["calibrate sums"]
         assert len(found.edges("allocate")) == 3 and found.edges("merge uniform") == ["allocate", "diagnose"]
-        assert found.edges("evaluate base") == found.edges("evaluate lewis") == ["merge experts"]
-        assert found.edges("evaluate uniform") == ["merge uniform"]
-        assert set(found.edges("evaluate champion")) == {CHAMPION, "merge experts"}
+        assert found.edges("evaluate base x") == found.edges("evaluate lewis mmlu") == ["merge experts"]
+        assert found.edges("evaluate uniform x") == ["merge uniform"]
+        assert set(found.edges("evaluate champion x")) == {CHAMPION, "merge experts"}
 
     def test_towards_takes_what_a_step_needs_and_is_not_known(self) -> None:
         found = graph(recipe_of(**GUIDED))
@@ -77,7 +77,18 @@ class TestGraph:
         assert "diagnose" not in towards and "merge uniform" not in towards and towards[-1] == "merge experts"
         known = {"allocate", "inspect", "download org/base", "download org/math", "download org/code"}
         assert [node.name for node in found.towards("merge experts", known=known)] == ["merge experts"]
-        assert [node.name for node in found.towards("evaluate math")] == ["download org/math", "evaluate math"]
+        assert [node.name for node in found.towards("evaluate math x")] == ["download org/math", "evaluate math x"]
+
+    def test_tasks_whose_files_have_one_name_are_told_apart(self) -> None:
+        found = graph(
+            recipe_of(
+                models=[{"model": "org/math"}],
+                evaluate={"tasks": ["a/x.yaml", "b/x.yaml", "mmlu", "mmlu"], "baselines": []},
+            )
+        )
+        assert [node.name for node in found.of(EVALUATE)] == [
+            "evaluate merged a/x.yaml", "evaluate merged b/x.yaml", "evaluate merged mmlu",
+        ]  # fmt: skip
 
     def test_every_node_comes_after_what_it_waits_for(self) -> None:
         for blocks in (GUIDED, {**GUIDED, "merge_method": "regmean", "anchor": {"merge_method": "ties"}}):

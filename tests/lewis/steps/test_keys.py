@@ -37,12 +37,14 @@ def recipes(family: Family, folder: Path) -> dict[str, Recipe]:
     base, math, code = map(str, (family.base, *family.experts))
     both = {"base_model": base, "models": [{"model": math}, {"model": code}]}
     guided = {"calibrations": SETS}
+    written = {name: {**SETS["sums"], "continue": 2, "max_tokens": 9} for name in ("math", "code")}
     stack = [{"sources": [{"model": name, "layer_range": [0, 2]}]} for name in (math, code)]
     found = {
         "guided": both | {"merge_method": "ties", "lewis": guided},
         "activation": both | {"merge_method": "ties", "lewis": guided | {"prune_by": "activation", "aim": {}}},
         "forward": both | {"merge_method": "regmean_forward", "lewis": guided},
         "static": both | {"merge_method": "regmean", "lewis": guided},
+        "continued": both | {"merge_method": "regmean", "lewis": {"calibrations": written}},
         "anchored": both | {"merge_method": "regmean", "anchor": {"merge_method": "ties"}, "lewis": guided},
         "sliced": {"merge_method": "passthrough", "slices": stack},
         "plain": both | {"merge_method": "task_arithmetic"},
@@ -54,6 +56,7 @@ def recipes(family: Family, folder: Path) -> dict[str, Recipe]:
         },
     }
     found["scored"]["models"] = [{"model": name, "parameters": {"weight": 1.0}} for name in (math, code)]
+    found["continued"]["models"] = [{"model": math, "calibration": "math"}, {"model": code, "calibration": "code"}]
     return {name: parse({k: v for k, v in each.items() if v is not None}, root=folder) for name, each in found.items()}
 
 
@@ -96,13 +99,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PREPARED, GRAMS = "lewis.merging.prepared.", "lewis.importance.gram_files.SEMANTICS"
-STATIC = {("static", "merge"), ("anchored", "merge")}
+STATIC = {("static", "merge"), ("anchored", "merge"), ("continued", "merge")}
 CASES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
     "calibration": (raised("lewis.importance.calibration.SEMANTICS"), {("*", "calibrate")}),
+    "continuations": (raised("lewis.importance.continuations.SEMANTICS"), {("*", "continue")}),
     "measure": (raised("lewis.importance.measure.SEMANTICS"), {("*", "measure")}),
     "statistics": (
         raised("lewis.importance.step.GRAMS_SEMANTICS", PREPARED + "GRAMS_SEMANTICS"),
-        {("static", "measure"), ("anchored", "measure"), *STATIC},
+        {("static", "measure"), ("anchored", "measure"), ("continued", "measure"), *STATIC},
     ),
     "densities": (raised("lewis.allocation.densities.SEMANTICS"), {("*", "allocate")}),
     "merge": (raised(PREPARED + "SEMANTICS"), {("*", "merge")}),
@@ -117,7 +121,7 @@ CASES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
         {("guided", "merge"), ("activation", "merge"), ("anchored", "merge")},
     ),
     "the version of an allocator's package": (allocator, {("guided", "allocate"), ("activation", "allocate")}),
-    "the number format of the device": (gpu, {("*", "measure"), ("*", "evaluate"), *STATIC}),
+    "the number format of the device": (gpu, {("*", "continue"), ("*", "measure"), ("*", "evaluate"), *STATIC}),
 }
 
 

@@ -543,9 +543,10 @@ class TestScore:
         files = ModelFiles.at("math", "key", family.math)
         assert settings == EvalSettings(tasks=("sums",), root=tmp_path, timeout_s=120, batch_size=16)
         assert pipeline.find_scores("math", "key", settings) is None
-        entry = pipeline.score(files, settings)
-        assert pipeline.score(files, settings) == entry == pipeline.find_scores("math", "key", settings)
-        assert entry.scores == [Score("sums", "acc,none", 0.5, 0.1, True, 10)] and ran == [family.math]
+        made = pipeline.score(files, settings)
+        assert pipeline.score(files, settings) == made == pipeline.find_scores("math", "key", settings)
+        [entry] = made.entries
+        assert made.scores == [Score("sums", "acc,none", 0.5, 0.1, True, 10)] and ran == [family.math]
         entry.path.write_text("{")
         with pytest.raises(ValidationError, match="is gone or damaged"):
             type(entry).model_validate(entry.model_dump())

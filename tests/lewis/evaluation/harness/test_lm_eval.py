@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +27,16 @@ import torch
 import yaml
 
 from lewis.errors import InputError, LewisError
+from lewis.evaluation import step
 from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
 from lewis.evaluation.sandbox import isolation
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
+from lewis.models.source import ModelFiles
+from lewis.store import kinds
 from tests.support.canary import CANARY
+from tests.support.local_hub import LocalHub
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +263,42 @@ class TestScores:
             if metric != "perplexity,none":  # whose standard error is resampled
                 assert score.stderr == plain[task][metric.replace(",", "_stderr,")]
 
+    def test_tasks_that_are_scored_alone_are_joined_as_if_scored_in_one_call(self, model, root):
+        """A group, a task of its own folder, and one that is looked up by its name there; every metric and sample."""
+        (root / "tasks/answers.yaml").rename(root / "answers.yaml")
+        group = {"group": "both", "task": ["pets", "written"], "aggregate_metric_list": [{"metric": "acc"}]}
+        write_task(root / "both.yml", group)
+        settings = EvalSettings(("both.yml", "answers.yaml", "mats"), root)
+        write_task(root / "tasks/mats.yaml", {**CHOICE, "task": "mats", "doc_to_text": "on a mat {{question}}"})
+        files = ModelFiles.at("math", "key", model)
+        made = step.score(files, settings)
+        assert [entry.digest for entry in made.entries] == [
+            step.scores_digest("key", replace(settings, tasks=(task,)), "cpu") for task in settings.tasks
+        ]
+        found, whole = made.evaluated, evaluate(model, settings)
+        assert [each.key for each in found.scores] == [each.key for each in whole.scores]
+        assert [each.key for each in found.samples] == [each.key for each in whole.samples]
+        for ours, theirs in zip(found.scores, whole.scores, strict=True):
+            if ours.metric != "perplexity,none":  # whose standard error is resampled
+                assert (ours.stderr, ours.higher_is_better) == (theirs.stderr, theirs.higher_is_better)
+            assert ours.value == pytest.approx(theirs.value, rel=1e-6) and ours.samples == theirs.samples
+        for ours, theirs in zip(found.samples, whole.samples, strict=True):
+            assert [part.documents for part in ours.parts] == [part.documents for part in theirs.parts]
+            for mine, other in zip(ours.parts, theirs.parts, strict=True):
+                assert (mine.weight, mine.aggregation) == (other.weight, other.aggregation)
+                assert list(mine.sums().flat) == pytest.approx(list(other.sums().flat), rel=1e-6)
+        weights = {"both": 1.0, "mats": 3.0}
+        mine, theirs = (Scored.of("math", "key", each, weights).by_name[WEIGHTED_KEY] for each in (found, whole))
+        assert mine == theirs and found.ends.empty == whole.ends.empty
+        assert (found.ends.tried, whole.ends.tried) == (4 * 3, 4)
+
+        # A task more costs that task alone, and one that goes costs nothing.
+        more = replace(settings, tasks=("pets", *settings.tasks[1:]))
+        before = {path: path.read_bytes() for path in kinds.SCORES.entries()}
+        assert step.find_scores("math", "key", more) is None
+        assert step.score(files, more).entries[1:] == made.entries[1:]
+        assert len(kinds.SCORES.entries()) == 4 and all(path.read_bytes() == data for path, data in before.items())
+
     def test_choices_generation_and_an_adapter(self, model, root, tmp_path):
         from peft import LoraConfig, get_peft_model
 
@@ -311,6 +353,17 @@ class TestScores:
         assert scores["mbpp_answers"].value == pytest.approx(bits("the mat\nred is blue", "\ndog\ncat"), rel=1e-4)
         assert scores["mbpp_answers"].stderr is None  # of one document
         assert not any(score.higher_is_better for score in scores.values())
+
+    def test_documents_of_the_hub_have_their_commit(self, model, root, tmp_path, monkeypatch):
+        config = {key: value for key, value in CHOICE.items() if key not in DATA}
+        write_task(root / "hub.yaml", {**config, "task": "hub", "dataset_path": "org/rows", "test_split": "test"})
+        with LocalHub(tmp_path / "server") as hub:
+            for name, value in hub.environment(tmp_path / "cache").items():
+                monkeypatch.setenv(name, value)
+            text = "".join(json.dumps(row) + "\n" for row in ROWS)
+            commit = hub.commit("org/rows", {"test.jsonl": text}, repo_type="dataset")
+            found = evaluate(model, EvalSettings(("hub.yaml", "pets"), root)).content["sources"]
+        assert found == {"hub": {"path": "org/rows", "config_name": None, "split": "test", "revision": commit}}
 
     def test_nan_is_no_score(self, model, root, tmp_path):
         llama, tokenizer = load(model)
@@ -620,6 +673,19 @@ class TestDigest:
         (coded / "unrelated.yaml").write_text("task: unrelated\n")
         before = digest()
         assert digest(root=coded.rename(tmp_path / "moved")) == before
+
+    def test_of_a_task_alone_is_the_same_in_any_company(self, coded):
+        """Also of one that is found only next to another task of the recipe."""
+        (coded / "more").mkdir()
+        write_task(coded / "more/mats.yaml", {**CHOICE, "task": "mats"})
+        write_task(coded / "more/rows.yaml", {**CHOICE, "task": "rows"})
+        settings = EvalSettings(("tasks/pets.yaml", "coded", "more/mats.yaml", "rows"), coded)
+        pets, code, mats, rows = map(tasks_digest, settings.by_task())
+        assert pets == tasks_digest(EvalSettings(("pets",), coded)) and code == tasks_digest(
+            EvalSettings(("coded",), coded)
+        )
+        assert mats == tasks_digest(EvalSettings(("more/mats.yaml",), coded))
+        assert rows == tasks_digest(EvalSettings(("more/rows.yaml",), coded))
 
     def test_a_group_covers_its_members(self, root):
         write_task(root / "tasks/both.yaml", {"group": "both", "task": ["pets", "answers"]})

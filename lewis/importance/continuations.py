@@ -1,0 +1,166 @@
+"""Rows that an expert writes: for each prompt of a calibration set, the expert samples continuations.
+
+A fit asks what the expert does, so its own words are as good as labels, and there can be more of them than of rows.
+They are drawn from the expert's own distribution (temperature 1), which is what the merged model shall have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lewis import store
+from lewis.devices import precision
+from lewis.errors import InputError
+from lewis.importance import measure
+from lewis.importance.calibration import Calibration, path_of
+from lewis.importance.step import CalibrationEntry
+from lewis.lazy_torch import torch
+from lewis.models.source import ModelFiles
+from lewis.progress import Report, silent
+from lewis.store import kinds
+
+SEMANTICS = "1"  # bump when the same prompts would be continued otherwise
+BATCH = 32  # continuations that are written side by side
+_PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
+
+
+@dataclass(frozen=True)
+class ContinueInput:
+    """Everything that decides what an expert writes.
+
+    Attributes:
+        prompts: the calibration set, whose rows are prompts.
+        files: of the expert.
+        count: continuations of each prompt.
+        max_tokens: of a prompt with its continuation, at most.
+        seed: of the draws.
+        weight: how much a token of a prompt counts, where one of a continuation counts 1.
+    """
+
+    prompts: CalibrationEntry
+    files: ModelFiles
+    count: int
+    max_tokens: int
+    seed: int
+    weight: float
+
+    def digest(self, device: str) -> str:
+        """Identity of what is written on a device."""
+        from importlib.metadata import version
+
+        how = [self.count, self.max_tokens, self.seed, self.weight, precision(device), version("transformers")]
+        return store.digest(["continue", SEMANTICS, self.prompts.digest, self.files.read_as, *how])
+
+
+def find_continued(given: ContinueInput, device: str) -> CalibrationEntry | None:
+    """What the expert has written before, if the store has it."""
+    known = store.entry(kinds.CALIBRATIONS.path(given.digest(device)), "written") or {}
+    path = path_of(known.get("digest", ""))
+    return None if store.read_entry(path) is None else CalibrationEntry(name=given.prompts.name, path=path, **known)
+
+
+def continue_prompts(given: ContinueInput, report: Report = silent, device: str = "cpu") -> CalibrationEntry:
+    """Let the expert continue each prompt, or find what it has written in the store.
+
+    The whole expert is in memory meanwhile: in fp32 on the CPU, in its stored dtype on a GPU.
+
+    Args:
+        report: called with the continuations done and in all.
+
+    Raises:
+        InputError: if the model predicts no next token, or no prompt leaves room for a continuation.
+    """
+    digest = given.digest(device)
+    with store.turn(kinds.CALIBRATIONS, digest):
+        if found := find_continued(given, device):
+            return found
+        written = _write(given, report, device)
+        given.files.check_unchanged()
+        known, path = {"digest": written.digest, "tokens": written.tokens}, written.save()
+        store.write_entry(kinds.CALIBRATIONS.path(digest), {"written": known})
+    return CalibrationEntry(name=written.name, path=path, **known)
+
+
+def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
+    prompts = Calibration.load(given.prompts.path)
+    rows = [row for row in prompts.samples if len(row) < given.max_tokens]
+    if not rows:
+        raise InputError(
+            f"lewis.calibrations.{prompts.name}: every prompt fills max_tokens ({given.max_tokens}) and leaves no "
+            "room to continue it; raise max_tokens"
+        )
+    rows = sorted((row for row in rows for _ in range(given.count)), key=len, reverse=True)
+    network, ends = _loaded(given.files, device), _ends(given.files)
+    samples, weights, what = list[tuple[int, ...]](), list[tuple[float, ...]](), f"{given.files.ref} continues"
+    report(what, 0, len(rows))
+    with torch.random.fork_rng():
+        torch.manual_seed(given.seed)
+        for begin in range(0, len(rows), BATCH):
+            batch = rows[begin : begin + BATCH]
+            for prompt, more in zip(batch, _continued(network, batch, given, ends, device), strict=True):
+                samples.append(prompt + more)
+                # The last token of a prompt predicts the first of the answer.
+                weights.append((*[given.weight] * (len(prompt) - 1), 1.0, *[1.0] * len(more)))
+            report(what, min(begin + BATCH, len(rows)), len(rows))
+    return Calibration(prompts.name, tuple(samples), None if given.weight == 1 else tuple(weights))
+
+
+def _loaded(files: ModelFiles, device: str) -> Any:
+    """The expert's network with all its weights.
+
+    Raises:
+        InputError: if it does not predict the next token.
+    """
+    from lewis.importance.streaming import Weights
+
+    model = files.open()
+    dtype = torch.float32 if device == "cpu" else measure.stored_dtype(model)
+    network = measure.network_of(model, dtype)
+    if network.encodes or network.looks_ahead:
+        raise InputError(f"{files.ref}: this model does not write text token by token; leave `continue` out")
+    weights = Weights(network, model, device, dtype)
+    weights.check()
+    weights.load(network.parameters_outside(with_head=True))
+    for path in network.blocks:
+        weights.load(network.parameters_in(path))
+    weights.move_buffers()
+    return network.module
+
+
+def _ends(files: ModelFiles) -> list[int]:
+    """The tokens that end a text, by `generation_config.json` or `config.json`."""
+    from lewis.input_files import read_json
+
+    found = set[int]()
+    for name in ("generation_config.json", "config.json"):
+        path = files.folder / name
+        ends = read_json(path).get("eos_token_id") if path.is_file() else None
+        found |= set(ends) if isinstance(ends, list) else {ends} if isinstance(ends, int) else set()
+    return sorted(found)
+
+
+def _continued(
+    network: Any, prompts: Sequence[tuple[int, ...]], given: ContinueInput, ends: Sequence[int], device: str
+) -> list[tuple[int, ...]]:
+    """A continuation of each prompt, the token that ends it included."""
+    width = max(map(len, prompts))
+    fill = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * missing + list(prompt) for missing, prompt in zip(fill, prompts, strict=True)])
+    mask = torch.tensor([[0] * missing + [1] * (width - missing) for missing in fill])
+    with torch.inference_mode():
+        whole = network.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=given.max_tokens - min(map(len, prompts)),
+            eos_token_id=ends or None,
+            pad_token_id=0,
+            **_PURE,
+        )
+    written = []
+    for prompt, row in zip(prompts, whole[:, width:].tolist(), strict=True):
+        row = row[: given.max_tokens - len(prompt)]
+        end = next((i for i, token in enumerate(row) if token in ends), len(row))
+        written.append(tuple(row[: end + 1]))
+    return written

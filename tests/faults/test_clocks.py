@@ -1,0 +1,224 @@
+"""Clocks that differ between machines or go back: nothing waits for ever, is started for nothing, or is passed over."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+from filelock import Timeout
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events import DeploymentEventTrigger
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Failed, Running
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.registry.releases import Moved
+from lewis.store import kinds, lease, remote
+from lewis.store.lease import Lease, SharedLock
+from lewis_flows import prefect_runs, release_event, watch
+from lewis_flows.service import worker
+from lewis_tasks.support import events
+from tests.faults.running import until
+from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
+
+DAY, HOUR = 86400.0, timedelta(hours=1)
+
+
+# Leases
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(remote, "_asleep", {})
+    for name, value in {"SECONDS": 0.6, "GRACE": 0.2, "_POLL": 0.02}.items():
+        monkeypatch.setattr(lease, name, value)
+    return tmp_path / "remote"
+
+
+def skewed(monkeypatch: pytest.MonkeyPatch, **by: float) -> None:
+    """Give threads, by the beginning of their names, clocks that are so many seconds ahead."""
+
+    def clock() -> float:
+        name = threading.current_thread().name
+        return time.time() + next((seconds for begin, seconds in by.items() if name.startswith(begin)), 0.0)
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(time=clock, monotonic=time.monotonic, sleep=time.sleep))
+
+
+@pytest.mark.parametrize("patience", [-1.0, 0.0])
+def test_a_dead_holder_whose_clock_was_a_day_ahead(bucket: Path, patience: float) -> None:
+    """Its lease ends as soon as that of any other, also for those who look now and then and do not wait."""
+    place = bucket / Lease("dead")._folder
+    place.mkdir(parents=True)
+    (place / "00000001").write_text(json.dumps({"end": time.time() + DAY}))
+    with pytest.raises(Timeout):
+        Lease("dead").acquire(timeout=0)
+    begin = time.monotonic()
+
+    def taken() -> bool:
+        try:
+            Lease("dead").acquire(patience).release()
+        except Timeout:
+            return False
+        return True
+
+    assert until(taken, 20) and 0.6 < time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("ahead", [DAY, -DAY / 2])
+def test_a_living_holder_whose_clock_is_wrong(bucket: Path, monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
+    """One that is ahead keeps its lease; one that is behind may lose it, and gives nothing back that is another's."""
+    skewed(monkeypatch, holder=ahead, **{"lewis-lease": ahead})
+    held, ended = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Lease("living").held():
+            held.set()
+            ended.wait(60)
+
+    holder = threading.Thread(target=hold, name="holder")
+    holder.start()
+    assert held.wait(60)
+    other = Lease("living")
+    if ahead > 0:
+        with pytest.raises(Timeout):
+            other.acquire(timeout=3 * (lease.SECONDS + lease.GRACE))
+    else:
+        other.acquire(timeout=20)
+    ended.set()
+    holder.join()
+    if ahead < 0:
+        with pytest.raises(Timeout):
+            Lease("living").acquire(timeout=0)
+        other.release()
+    Lease("living").acquire(timeout=20).release()
+
+
+@pytest.mark.parametrize(("ahead", "most"), [(0.1, 1), (3600.0, 2), (-3600.0, 2)])
+def test_two_workers_make_one_entry(bucket: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, most: int) -> None:
+    """Clocks that differ by more than `GRACE` may cost double work, and nothing else."""
+    skewed(monkeypatch, one=ahead)
+    made, started, path = [], threading.Barrier(2), kinds.SCORES.path("7e")
+
+    def work() -> None:
+        name = threading.current_thread().name
+        started.wait()
+        with SharedLock(store.lock(name), "scores-7e"):
+            if not path.exists():
+                time.sleep(0.05)
+                store.write_entry(path, {"results": 1})
+                made.append(name)
+
+    threads = [threading.Thread(target=work, name=name) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert 1 <= len(made) <= most and store.read_entry(path) == {"results": 1}
+
+
+# Events
+
+
+@pytest.fixture
+def client(shared_server: str) -> Iterator[SyncPrefectClient]:  # noqa: F811
+    with temporary_settings({PREFECT_API_URL: shared_server}), get_client(sync_client=True) as client:
+        yield client
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, ahead: timedelta) -> None:
+    """Set the clock of this machine, as LEWIS reads it where it speaks with Prefect."""
+
+    class Skewed(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + ahead
+
+    for module in (events, release_event, watch):
+        monkeypatch.setattr(module, "datetime", Skewed)
+
+
+@flow(name="merge")
+def _merge(recipe: str) -> None:
+    """Stands for the merge in the server's records."""
+
+
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+def test_a_receiver_whose_clock_is_wrong(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
+) -> None:
+    """A release is announced at the server's time, and its run that failed is seen: it is not announced each minute."""
+    recipe, move = f"clock{uuid4().hex[:8]}", Moved("org/math", "org/math", None, "1" * 40)
+    set_clock(monkeypatch, ahead)
+    release_event.announce(recipe, "org/math", "org/math", None, "1" * 40)
+    assert until(lambda: release_event.announced(client, datetime.now(UTC) - timedelta(minutes=1), recipe), 60)
+    (event,) = release_event.announced(client, datetime.now(UTC) - timedelta(minutes=1), recipe)
+    assert abs(datetime.now(UTC) - event.occurred) < timedelta(minutes=1)
+    run = client.create_flow_run(_merge, parameters={"recipe": recipe}, state=Running())
+    client.set_flow_run_state(run.id, Failed(), force=True)
+    monkeypatch.setattr(watch, "ANSWER_WITHIN", timedelta(0))
+    assert not watch._is_news(recipe, move)
+
+
+def test_a_trigger_fires_again_after_the_clock_was_set_back(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect passes over events from before the one that fired a trigger last."""
+    repo = f"org/{uuid4().hex[:8]}"
+    of_flow = client.create_flow(_merge)
+    made = client.create_deployment(
+        of_flow, name=uuid4().hex[:8], parameters={"recipe": "x"}, enforce_parameter_schema=False
+    )
+    trigger = DeploymentEventTrigger(
+        name=repo,
+        expect={release_event.EVENT},
+        match={"prefect.resource.id": release_event.resource_id(repo)},
+        within=timedelta(seconds=1),
+    )
+    trigger.set_deployment_id(made)
+    client.create_automation(trigger.as_automation())
+
+    def runs() -> int:
+        found = prefect_runs.of_flows(
+            client, ("merge",), {"type": {"any_": ["SCHEDULED"]}}, deployment_id={"any_": [made]}
+        )
+        return len(found)
+
+    for number, ahead in enumerate([HOUR, timedelta(0)], 1):
+        time.sleep(2)  # the time that the trigger rests
+        set_clock(monkeypatch, ahead)
+        release_event.announce("x", repo, repo, None, str(number) * 40)
+        assert until(lambda number=number: runs() == number, 30), runs()  # type: ignore[misc]
+
+
+def test_a_wait_for_a_burst_ends_though_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, -HOUR)
+    times = iter([0.0, 1.0, 60.0, 119.0, 121.0])
+    clock = SimpleNamespace(monotonic=lambda: next(times), sleep=lambda _: set_clock(monkeypatch, -24 * HOUR))
+    monkeypatch.setattr(release_event, "time", clock)
+    monkeypatch.setattr(release_event, "_recent", lambda _: [timedelta(0)] * 2)
+    release_event.settle("x")
+    assert next(times, None) is None
+
+
+def test_a_worker_whose_clock_is_wrong_does_not_start(
+    shared_server: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its runs would be taken for dead, as their heartbeats came from the past."""
+    monkeypatch.setenv("PREFECT_API_URL", shared_server)
+    worker.check_clock()
+    set_clock(monkeypatch, -HOUR)
+    with pytest.raises(InputError, match=r"3[56]\d\d s behind that of Prefect's server.*NTP"):
+        worker.check_clock()
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    worker.check_clock()  # which is for Prefect's worker to say

@@ -1,0 +1,180 @@
+"""A killed evaluation goes on where it was: nothing finished is computed again, and the scores are the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from lewis.errors import LewisError
+from lewis.evaluation import step
+from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness.kept_answers import KeptAnswers
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.models.source import ModelFiles
+from lewis.store import kinds, sealed_json
+from tests.conftest import POINTS, Family
+from tests.support.completions_server import serving
+from tests.support.killed_evaluation import asked, killed_at, lines
+
+pytestmark = pytest.mark.slow
+
+KILLS = 10 if POINTS else 2
+DOCUMENTS, BATCH = 120, 4
+COMMON = {
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+    "test_split": "test",
+    "doc_to_text": "q",
+}
+PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+TASKS = {
+    "choice": {"output_type": "multiple_choice", "doc_to_target": "n", "doc_to_choice": ["w1 w2", "w3", "w4"]},
+    "answers": {"output_type": "loglikelihood", "doc_to_target": "a", "metric_list": [PERPLEXITY]},
+    "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}} {{a}}"},
+    "written": {
+        "output_type": "generate_until",
+        "doc_to_target": "a",
+        "generation_kwargs": {"until": ["w9"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe's folder with four tasks on rows of several lengths, some of them equal."""
+    monkeypatch.setattr(lm_eval, "reads_hub", lambda found, root: True)  # so that all share a fork server
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    rows = [
+        {"q": " ".join(f"w{n * k % 11}" for k in range(1, 3 + n % 7)), "a": f"w{n % 5} w{n % 3}", "n": n % 3}
+        for n in range(DOCUMENTS // 2)
+    ]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows * 2))
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **COMMON, **task}))
+    return folder
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_batches_to_the_same_bytes(
+    root: Path, family: Family, tmp_path: Path
+) -> None:
+    settings = EvalSettings(tuple(TASKS), root, batch_size=BATCH)
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    undisturbed = lm_eval.evaluate(family.math, settings, answers=whole)
+    batches = lines(whole)
+    kept = sum(len(sealed_json.unsealed(json.loads(line))["answers"]) for line in batches)
+    in_windows = DOCUMENTS // BATCH  # a batch of windows is one answer
+    assert kept == DOCUMENTS * (3 + 1 + 1) + in_windows
+    assert lm_eval.evaluate(family.math, settings).content == undisturbed.content  # keeping changes nothing
+
+    points = [len(batches) * (n + 1) // (KILLS + 1) for n in range(KILLS)]
+    for point in points:
+        with killed_at(path, root, point), pytest.raises(LewisError, match="killed by SIGKILL"):
+            lm_eval.evaluate(family.math, settings, answers=path)
+        with path.open("a") as file:
+            file.write('{"answers": [["cut')
+    assert len(lines(path)) - KILLS >= points[-1]  # without those that were cut
+    again = lm_eval.evaluate(family.math, settings, answers=path)
+    assert again.content == undisturbed.content and json.dumps(again.content) == json.dumps(undisturbed.content)
+    # Each batch is there once: what was finished is not computed again, and the rest was cut into the same batches.
+    assert sorted(line for line in lines(path) if line.endswith("}")) == sorted(batches)
+    before = path.read_bytes()
+    assert lm_eval.evaluate(family.math, settings, answers=path).content == again.content
+    assert path.read_bytes() == before
+
+
+def test_a_server_is_asked_again_for_one_batch_at_most(
+    root: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the server, for requests one after another and for several at the same time."""
+    tasks = ("choice", "written")
+    with serving(family.math) as (url, answers):
+        monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
+        for concurrent in (1, 3):
+            settings = EvalSettings(
+                tasks, root, batch_size=BATCH, backend="openai", model_args={"num_concurrent": concurrent}, limit=40
+            )
+            path = tmp_path / f"{concurrent}.jsonl"
+            answers.asked.clear()
+            whole = lm_eval.evaluate(family.math, settings, answers=tmp_path / f"whole-{concurrent}.jsonl")
+            once = asked(answers.asked)
+            answers.asked.clear()
+            points = [35 * (n + 1) // (KILLS + 1) for n in range(KILLS)]
+            for point in points:
+                with killed_at(path, root, point), pytest.raises(LewisError, match="killed by SIGKILL"):
+                    lm_eval.evaluate(family.math, settings, answers=path)
+            again = lm_eval.evaluate(family.math, settings, answers=path)
+            assert once <= asked(answers.asked) <= once + len(points) * concurrent * BATCH
+            assert again.content == whole.content
+
+
+def test_a_step_keeps_answers_until_its_entry_is_written(
+    root: Path, family: Family, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ModelFiles.at("math", "key", family.math)
+    settings = EvalSettings(("choice",), root, batch_size=BATCH)
+    [path] = [kinds.ANSWERS.path(f"{step.scores_digest('key', each, 'cpu')}-{BATCH}") for each in settings.by_task()]
+    with killed_at(path, root, 3), pytest.raises(LewisError, match="killed by SIGKILL"):
+        step.score(files, settings)
+    assert kinds.ANSWERS.entries() == [path] and len(lines(path)) >= 3 and not kinds.SCORES.entries()
+    assert step.score(files, settings).scores and not kinds.ANSWERS.entries()
+
+
+class Asynchronous:
+    """A model as lm-eval's `vllm` is: it tells the cache of other settings than it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = list[str]()
+        self.model = SimpleNamespace(generate=lambda prompts: [prompt.upper() for prompt in prompts])
+        self.cache_hook: Any = None
+
+    def set_cache_hook(self, hook: Any) -> None:
+        self.cache_hook = hook
+
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        return [(-1.0, True) for _ in requests]
+
+    loglikelihood_rolling = _loglikelihood_tokens = loglikelihood
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        found = list[str]()
+        for start in range(0, len(requests), 2):
+            chunk = [request.args for request in requests[start : start + 2]]
+            self.asked += [prompt for prompt, _ in chunk]
+            written = self.model.generate([prompt for prompt, _ in chunk])
+            for (prompt, settings), text in zip(chunk, written, strict=True):
+                found.append(f"{text}{settings['n']}")
+                self.cache_hook.add_partial("generate_until", (prompt, {**settings, "stop": []}), found[-1])
+        return found
+
+
+def requests(*prompts: str, **settings: Any) -> list[Any]:
+    return [SimpleNamespace(args=(prompt, settings)) for prompt in prompts]
+
+
+def answered(path: Path, ask: Callable[[Any], list[Any]]) -> tuple[list[Any], list[str]]:
+    """What is answered, and what the model was asked for."""
+    lm = Asynchronous()
+    with KeptAnswers(path).of(lm):
+        found = ask(lm)
+    assert lm.cache_hook is None and "generate_until" not in vars(lm)
+    return found, lm.asked
+
+
+def test_equal_prompts_with_other_settings_and_drawn_answers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    both = [*requests("a", "b", "a", n=1), *requests("a", "c", n=2)]
+    first = answered(path, lambda lm: lm.generate_until(both))
+    assert first == (["A1", "B1", "A1", "A2", "C2"], ["a", "b", "a", "a", "c"])
+    assert answered(path, lambda lm: lm.generate_until(both)) == (first[0], [])
+    path.write_text(path.read_text().replace("B1", "X1"))  # its line is damaged: both of the batch are asked for again
+    assert answered(path, lambda lm: lm.generate_until(both)) == (first[0], ["b", "a"])
+    for drawn in ({"do_sample": True}, {"temperature": 0.7}):
+        ask = requests("d", n=1, **drawn)
+        for _ in range(2):
+            assert answered(path, lambda lm, ask=ask: lm.generate_until(ask)) == (["D1"], ["d"])

@@ -1,0 +1,125 @@
+"""What an expert writes to prompts: its own words, the same each time, in the form of a calibration set."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lewis.errors import InputError, RecipeError
+from lewis.importance.calibration import Calibration
+from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
+from lewis.importance.step import CalibrationEntry
+from lewis.models.source import ModelFiles
+from lewis.store import kinds
+from tests.conftest import Family
+from tests.support import pipeline
+from tests.support.models import parse, rewrite, write_llama
+
+pytestmark = pytest.mark.usefixtures("home")
+PROMPTS = ((5, 6, 7), (8,), (9, 10, 11, 12, 13))
+
+
+def files(model: Path) -> ModelFiles:
+    return pipeline.download(pipeline.pin(str(model), Path("/")))
+
+
+def given(model: Path, prompts: tuple[tuple[int, ...], ...] = PROMPTS, **changes: Any) -> ContinueInput:
+    rows = Calibration("sums", prompts, tuple(tuple(0.1 for _ in prompt) for prompt in prompts))
+    entry = CalibrationEntry(name="sums", digest=rows.digest, tokens=rows.tokens, path=rows.save())
+    return replace(ContinueInput(entry, files(model), 2, 20, 42, 0.1), **changes)
+
+
+def certain(family: Family, folder: Path) -> Path:
+    """A model that has no doubts: of all tokens one has all of the probability."""
+    plain = write_llama(folder / "plain", tied=False, seed=3)
+    return rewrite(plain, folder / "certain", lambda name, x: 1e5 * x if name == "lm_head.weight" else x)
+
+
+def test_they_are_what_generate_gives_of_a_model_without_doubts(family: Family, tmp_path: Path) -> None:
+    model = certain(family, tmp_path)
+    entry = continue_prompts(given(model))
+    rows = Calibration.load(entry.path)
+    network, expected = AutoModelForCausalLM.from_pretrained(model), []
+    for prompt in sorted(PROMPTS, key=len, reverse=True):
+        whole = network.generate(torch.tensor([prompt]), max_length=20, do_sample=False, pad_token_id=0)
+        expected += [tuple(whole[0].tolist())] * 2
+    assert list(rows.samples) == expected and entry.tokens == sum(map(len, expected))
+    assert rows.weights is not None
+    for row, weights in zip(rows.samples, rows.weights, strict=True):
+        prompt = next(each for each in PROMPTS if row[: len(each)] == each)
+        assert weights == (*[0.1] * (len(prompt) - 1), *[1.0] * (len(row) - len(prompt) + 1))
+
+
+def test_they_are_drawn_from_the_model(family: Family) -> None:
+    """The first token after one prompt, 1,500 times, beside the probabilities of it."""
+    many = continue_prompts(given(family.math, ((5, 6, 7),), count=1000, max_tokens=4))
+    drawn = [row[3] for row in Calibration.load(many.path).samples]
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(family.math)(torch.tensor([[5, 6, 7]])).logits[0, -1]
+    chances = logits.double().softmax(-1)
+    counts = torch.bincount(torch.tensor(drawn), minlength=64).double()
+    chi2 = float(((counts - 1000 * chances) ** 2 / (1000 * chances)).sum())
+    assert chi2 < 63 + 5 * (2 * 63) ** 0.5
+
+
+def test_they_end_with_the_model_or_at_max_tokens(family: Family) -> None:
+    rows = Calibration.load(continue_prompts(given(family.math, count=200)).path).samples
+    assert {len(row) for row in rows} > {20} and len(rows) == 600
+    assert all(len(row) == 20 or row[-1] == 1 for row in rows)
+    assert all(1 not in row[:-1] for row in rows)
+
+
+def test_the_same_is_found_and_written_again(family: Family) -> None:
+    asked, said = given(family.math), list[tuple[int, int]]()
+    assert find_continued(asked, "cpu") is None
+    made = continue_prompts(asked, lambda _, done, total: said.append((done, total)))
+    assert said == [(0, 6), (6, 6)]
+    assert find_continued(asked, "cpu") == made == continue_prompts(asked)
+    content = made.path.read_bytes()
+    for path in kinds.CALIBRATIONS.entries():
+        path.unlink()
+    asked = given(family.math)
+    assert find_continued(asked, "cpu") is None
+    assert continue_prompts(asked) == made and made.path.read_bytes() == content
+    for other in ({"seed": 1}, {"count": 3}, {"max_tokens": 10}, {"files": files(family.code)}):
+        assert find_continued(replace(asked, **other), "cpu") is None
+        assert continue_prompts(replace(asked, **other)).digest != made.digest
+    damaged = kinds.CALIBRATIONS.path(asked.digest("cpu"))
+    damaged.write_bytes(damaged.read_bytes().replace(b"a", b"b", 1))
+    assert find_continued(asked, "cpu") is None
+
+
+def test_an_adapter_writes_too(family: Family) -> None:
+    pinned = pipeline.pin(f"{family.base}+{family.lora}", Path("/"))
+    asked = given(family.base, files=pipeline.download(pinned))
+    assert continue_prompts(asked).digest != continue_prompts(given(family.base)).digest
+
+
+def test_prompts_without_room_are_named(family: Family) -> None:
+    with pytest.raises(InputError, match=r"lewis.calibrations.sums: every prompt fills max_tokens \(3\)"):
+        continue_prompts(given(family.math, ((5, 6, 7),), max_tokens=3))
+
+
+SET = {"dataset": "json", "data_files": "x.jsonl", "prompt": "{q}", "continue": 4}
+
+
+@pytest.mark.parametrize(
+    ("block", "experts", "told"),
+    [
+        (SET | {"answer": "{a}"}, ["s", "t"], "`continue` has the expert write the answers"),
+        (SET | {"prompt": None, "text": "{q}"}, ["s", "t"], "`continue` has the expert write the answers"),
+        (SET | {"continue": 0}, ["s", "t"], "lewis.calibrations.s.continue: "),
+        (SET, ["s", "s"], "expected one expert that names this set, and so writes its answers, got 2: a, b"),
+        (SET, ["t", "t"], "expected one expert that names this set, and so writes its answers, got 0;"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(block: dict[str, Any], experts: list[str], told: str) -> None:
+    sets = {"s": {k: v for k, v in block.items() if v is not None}, "t": {"texts": ["w1"]}}
+    models = [{"model": name, "calibration": each} for name, each in zip("ab", experts, strict=True)]
+    recipe = {"merge_method": "regmean_forward", "base_model": "base", "models": models}
+    with pytest.raises(RecipeError) as error:
+        parse(recipe | {"lewis": {"calibrations": sets}})
+    assert told in str(error.value)
