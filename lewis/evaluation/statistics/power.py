@@ -46,7 +46,7 @@ def spread(parts: Iterable[tuple[float, int]]) -> float:
 def margin(spread: float, tests: int = 1) -> float:
     """The default margin: a model that is equal to the champion passes all `tests` of a gate in nine cases of ten.
 
-    In a long row on the same documents it is four of five, for each champion was picked with its luck on them
+    In a long row on the same documents it is three of four, for each champion was picked with its luck on them
     (`tests/benchmarks/releases.py`). The margin is at least `SMALLEST` and at most `LARGEST`: with few documents an
     equal model passes less often.
     """
