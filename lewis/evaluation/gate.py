@@ -43,6 +43,7 @@ class Verdict:
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
         metric: the gate's; empty if there is none, or it was not looked at.
         approve_hours: how long a person has to approve what passed; None: it is promoted at once.
+        luck: the standard error of the score, from the spread of the gain, below 0 if lower is better; None if unknown.
         mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
     """
 
@@ -52,6 +53,7 @@ class Verdict:
     numbers: str = ""
     metric: str = ""
     approve_hours: float | None = None
+    luck: float | None = None
     mark: str = ""
 
     @property
@@ -104,7 +106,7 @@ def judge(
         digest: of the merge.
         champion: the version in use, if there is one.
         standing: what the history says.
-        marked: scores of the mark, on the same documents; None if there are none.
+        marked: scores of the mark; None if there are none.
         limit: documents per task, if `evaluate.limit` is set.
 
     Raises:
@@ -127,26 +129,16 @@ def judge(
     reference = others["champion"] if champion else base or _best(gate.metric, others)
     compared_with = champion.uri if champion else reference.label
     behind = standing.mark if champion and standing.mark != champion else None
-    found = decide(
-        gate,
-        ours,
-        reference,
-        compared_with,
-        base=base,
-        limit=limit,
-        mark=replace(marked, label=behind.uri) if behind and marked else None,
-        number=standing.number,
-    )
-    leads = _better(gain(ours, reference, gate.metric), standing.number)
+    known = replace(marked, label=behind.uri) if behind and marked and _same_documents(ours, marked) else None
+    found = decide(gate, ours, reference, compared_with, base=base, limit=limit, mark=known, number=standing.number)
+    leads = _better(gain(ours, known or reference, gate.metric), standing.number)
     notes = [_lost(gate.metric, ours, model) for model in others.values() if model is not reference]
-    if behind and marked:
-        leads = _better(gain(ours, marked, gate.metric), standing.number)
-    elif behind:
-        leads, lost = True, f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on"
-        notes.append(lost)
     if not champion and not leads:
-        notes.append(f"{NOTE}that {gate.metric} is better than that of {compared_with} is not shown")
-    return replace(found, reasons=(*found.reasons, *filter(None, notes)), mark=mark if champion and not leads else "")
+        notes.append(f"{NOTE}no gain in {gate.metric} over {compared_with} is shown")
+    if behind and not known:
+        notes.append(f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on")
+    stays = champion and not leads and (known or not behind)
+    return replace(found, reasons=(*found.reasons, *filter(None, notes)), mark=mark if stays else "")
 
 
 def decide(
@@ -191,7 +183,10 @@ def decide(
     numbers = f"{gate.metric} {ours:.4g} vs {theirs:.4g}"
     hours = gate.approve_hours if gate.approve else None
     passed = all(rule.passed for rule in found)
-    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours)
+    compared = gain(candidate, reference, gate.metric)
+    luck = compared.spread / math.sqrt(2) if compared and math.isfinite(compared.spread) else None
+    luck = -luck if luck and not candidate.by_name[gate.metric].higher_is_better else luck
+    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours, luck)
 
 
 def _best(metric: str, parents: Mapping[str, Scored]) -> Scored:
@@ -282,6 +277,15 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int) -> floa
     if given is None and share:
         return power.margin(power.spread((part.weight, len(part.documents)) for part in samples.parts), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
+
+
+def _same_documents(candidate: Scored, other: Scored) -> bool:
+    """Whether two models have values of the same metrics on the same documents."""
+    ours, theirs = (
+        {each.key: [sorted(part.documents) for part in each.parts] for each in model.samples}
+        for model in (candidate, other)
+    )
+    return ours == theirs
 
 
 def _lost(metric: str, candidate: Scored, other: Scored) -> str:

@@ -27,7 +27,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     Raises:
         InputError: if a task's files cannot be read.
     """
-    lines = [gate.policy]
+    lines: list[str] = [gate.policy]
     if evaluate.limit is not None and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
     counted = _documents(evaluate, root)

@@ -9,6 +9,8 @@ chart follows the history: what a process that died did not log, the next one do
 
 import getpass
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from lewis.errors import InputError
+from lewis.evaluation.statistics import power
 from lewis.registry import tracking
 from lewis.reports.charts import MOVES, champion_steps
 
@@ -28,6 +31,7 @@ TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register
 REFUSED = ("rejected", "refused", "waits", "lapsed")
 """What records say that left the champion where it was."""
 METRIC = "lewis.metric"  # tag of a version: the score that its gate looked at
+LUCK = "lewis.luck"  # tag of a version: the standard error of that score, below 0 if lower is better
 MARK = "lewis.mark"  # tag of a version that passed: the number of the mark (`lewis.evaluation.gate`), if not its own
 CHART = "lewis.champions"  # tag of the run that draws the history of a registered model
 _ENTRIES = "history entries"
@@ -227,19 +231,42 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
 def picture(name: str) -> bytes:
     """The score that the gate looks at, of every version and of the champion; a PNG file.
 
+    Versions that were scored on other documents than the newest are left out. A line shows what the best of so many
+    versions would score by luck, if all were as good as the first.
+
     Raises:
         InputError: if there is no such model, or nothing was scored.
     """
     name = tracking.model_name(name)
     with tracking.client(f"reading the history of {name}") as client:
         records, scores, metric = _read(client, name)
-    if metric is None:
-        raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
+        if metric is None:
+            raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
+        versions = client.search_model_versions(f"name='{name}'")
+        documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
+    newest = documents[max(number for number, each in scores.items() if metric in each)]
+    scores = {number: each for number, each in scores.items() if documents[number] == newest}
     drawn = [
         (each.step, each.version, each.what, each.scores.get(metric), (each.champion or {}).get(metric))
         for each in points(records, scores)
     ]
-    return champion_steps(drawn, metric)
+    errors = [float(each.tags[LUCK]) for each in versions if LUCK in each.tags]
+    return champion_steps(drawn, metric, by_luck(drawn, statistics.median(errors)) if errors else ())
+
+
+def by_luck(drawn: Sequence[tuple[int, int, str, float | None, float | None]], error: float) -> list[float]:
+    """For each entry of a history, what the best of the versions so far would score if all were as good as the first.
+
+    Args:
+        drawn: as `lewis.reports.charts.champion_steps` takes them.
+        error: standard error of a score, below 0 if lower is better.
+    """
+    first = next((each[3] for each in drawn if each[3] is not None), math.nan)
+    seen, found = set[int](), list[float]()
+    for _, version, _, score, _ in drawn:
+        seen |= {version} if score is not None else set()
+        found.append(first + error * power.luck(len(seen)))
+    return found
 
 
 def _read(client: "MlflowClient", name: str) -> tuple[list[Record], dict[int, Mapping[str, float]], str | None]:
@@ -256,6 +283,13 @@ def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
     """The merged model's scores, by their names in MLflow."""
     found = client.get_run(run).data.metrics if run else {}
     return {name.removeprefix("merged/"): value for name, value in found.items() if name.startswith("merged/")}
+
+
+def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
+    """The digest of the documents that a score was measured on; empty if it is not known."""
+    found = client.get_run(run).inputs if run else None
+    named = {each.dataset.name: each.dataset.digest for each in (found.dataset_inputs if found else ())}
+    return str(named.get(metric.partition("/")[0], ""))
 
 
 def _run(client: "MlflowClient", name: str) -> tuple[str, int]:

@@ -75,6 +75,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         tags = {
             "lewis.verdict": WAITING if verdict.waits else "passed" if verdict.passed else "failed",
             **({history.METRIC: verdict.metric} if verdict.metric else {}),
+            **({history.LUCK: f"{verdict.luck:.6g}"} if verdict.luck is not None else {}),
             **({history.MARK: (verdict.mark or version.uri).rpartition("/")[2]} if verdict.passed else {}),
         }
         if verdict.waits:

@@ -103,12 +103,15 @@ def score_bars(scores: Mapping[str, Sequence[Score]], intervals: Intervals | Non
     return png(figure)
 
 
-def champion_steps(points: Sequence[tuple[int, int, str, float | None, float | None]], metric: str) -> bytes:
+def champion_steps(
+    points: Sequence[tuple[int, int, str, float | None, float | None]], metric: str, luck: Sequence[float] = ()
+) -> bytes:
     """Draw a score over a history of versions: a dot for each version, a line for the champion.
 
     Args:
         points: for each entry of the history: step, version, what happened, the version's score, the champion's since.
         metric: the score's name, for the axis.
+        luck: for each entry what the best of so many equal versions would score; empty: that is not known.
 
     Returns:
         a PNG file.
@@ -120,6 +123,8 @@ def champion_steps(points: Sequence[tuple[int, int, str, float | None, float | N
     panel, places = figure.subplots(), range(len(points))
     ink, line = colormaps[COLOURS](0.25), colormaps[COLOURS](0.7)
     panel.step(places, [math.nan if p[4] is None else p[4] for p in points], where="post", color=line, linewidth=2)
+    if luck:
+        panel.plot(places, luck, color="dimgrey", linewidth=1, linestyle=":", label="the best of equals, by luck")
     for label, chosen, face in (("promoted", True, ink), ("not promoted", False, "white")):
         shown = [(x, p[3]) for x, p in enumerate(points) if p[3] is not None and (p[2] in MOVES) == chosen]
         if shown:

@@ -1,7 +1,7 @@
 """Many versions of one model in a row before the real gate: their answers are drawn, all else is as in a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -61,19 +61,19 @@ def releases(gate: Gate, seed: int, documents: int, versions: int, gain: Callabl
     """
     rng, found = np.random.default_rng(seed), Releases()
     common = rng.random(documents) < RIGHT
-    drawn = {0: answers(rng, common, 0.0)}
+    drawn = {0: scored("0", answers(rng, common, 0.0))}
     champion, mark, quality, judged = 0, 0, 0.0, 0
-    found.first = float(drawn[0].mean())
+    found.first = drawn[0].scores[0].value
     for number in range(1, versions + 1):
         true = gain(number, quality)
-        drawn[number] = answers(rng, common, true)
+        drawn[number] = scored(str(number), answers(rng, common, true))
         verdict = judge(
             gate,
-            [scored("champion", drawn[champion]), scored("m", drawn[number])],
+            [replace(drawn[champion], label="champion"), drawn[number]],
             str(number),
             champion=Incumbent(str(champion), str(champion)),
             standing=Standing(Incumbent(str(mark), str(mark)), judged + 1),
-            marked=scored("mark", drawn[mark]),
+            marked=drawn[mark],
         )
         judged += 1
         if verdict.passed:
@@ -82,5 +82,5 @@ def releases(gate: Gate, seed: int, documents: int, versions: int, gain: Callabl
             if not verdict.mark:
                 mark, judged = number, 0
         found.quality.append(quality)
-        found.score.append(float(drawn[champion].mean()))
+        found.score.append(drawn[champion].scores[0].value)
     return found

@@ -1,1 +1,1 @@
-"""What scores say: values per document, paired comparisons of models, what is kept of the experts' gains."""
+"""What scores say: values per document, paired comparisons, what is kept of the experts' gains, what documents show."""

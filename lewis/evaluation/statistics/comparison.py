@@ -6,7 +6,7 @@ arXiv 2411.00640), and resampled within each task. All draws are seeded: the sam
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +52,11 @@ class Comparison:
     binary: bool
     p: float
     draws: Array = field(repr=False, compare=False)
+
+    @property
+    def spread(self) -> float:
+        """The standard error of the gain."""
+        return float(self.draws.std())
 
     def p_inferior(self, tolerance: float) -> float:
         """One-sided p of the hypothesis that the candidate is worse by `tolerance` or more.
@@ -110,6 +115,15 @@ def tango(wins: int, losses: int, documents: int, margin: float) -> float:
     won = (linear + math.sqrt(linear**2 + 8 * documents * wins * margin * (1 - margin))) / (4 * documents)
     deviation = math.sqrt(documents * (2 * won + margin - margin**2))
     return math.erfc((wins - losses + documents * margin) / deviation / math.sqrt(2)) / 2
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values: compare each with the significance level of the whole family of tests."""
+    adjusted, largest = {}, 0.0
+    for rank, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p) - rank) * value))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p}
 
 
 def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part, Part]]:

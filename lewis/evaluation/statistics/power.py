@@ -26,6 +26,14 @@ def spent(number: int) -> float:
     return ERROR / (number * (number + 1))
 
 
+def luck(versions: int) -> float:
+    """How much more than one of them the best of so many equal versions scores, in standard errors of a score.
+
+    It is the mean of the largest of so many draws from a normal distribution, by Blom's approximation.
+    """
+    return _Z((versions - 0.375) / (versions + 0.25)) if versions > 1 else 0.0
+
+
 def spread(parts: Iterable[tuple[float, int]]) -> float:
     """The standard error to expect of the difference between two releases.
 
@@ -38,7 +46,7 @@ def spread(parts: Iterable[tuple[float, int]]) -> float:
 def margin(spread: float, tests: int = 1) -> float:
     """The default margin: a model that is equal to the champion passes all `tests` of a gate in nine cases of ten.
 
-    In a long row on the same documents it is four of five, for each champion was picked with its luck on them
+    In a long row on the same documents it is three of four, for each champion was picked with its luck on them
     (`tests/benchmarks/releases.py`). The margin is at least `SMALLEST` and at most `LARGEST`: with few documents an
     equal model passes less often.
     """

@@ -16,6 +16,7 @@ from lewis.evaluation.statistics.power import ERROR
 
 BETS = 0.5 ** np.arange(1, 11)  # shares of the capital; 1 / 2 at most, so that no difference can ruin
 STEPS = 40  # of a bisection, to 2e-12
+LARGEST = 700.0  # logarithm of a capital; more would overflow
 
 State = Literal["better", "not worse", "worse", "not known yet"]
 
@@ -35,7 +36,7 @@ def capital(differences: ArrayLike, mean: float) -> NDArray[np.float64]:
     if not (np.abs(values) <= 1).all():
         raise ValueError("expected differences from -1 to 1")
     logs = np.log1p(BETS[:, None] * (values - mean))
-    result: NDArray[np.float64] = np.exp(np.cumsum(logs, axis=1)).mean(axis=0)
+    result: NDArray[np.float64] = np.exp(np.minimum(np.cumsum(logs, axis=1), LARGEST)).mean(axis=0)
     return result
 
 

@@ -75,3 +75,10 @@ def test_what_a_plan_says_holds_in_four_cases_of_five(documents: int, number: in
     gains = drawn(power.gain_seen(spread, number))
     seen = np.mean([w > b and mcnemar(w, b) <= 2 * power.spent(number) for w, b in gains])
     assert equal > 0.86 and refused > 0.75 and seen > 0.72  # McNemar's exact test is a little stricter
+
+
+def test_the_best_of_many_equal_versions_scores_more_by_luck_alone() -> None:
+    drawn = np.random.default_rng(4).normal(size=(4000, 50))
+    assert power.luck(1) == 0.0
+    for versions in (2, 10, 50):
+        assert power.luck(versions) == pytest.approx(drawn[:, :versions].max(axis=1).mean(), abs=0.06)

@@ -506,7 +506,7 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
         creation.register(replace(entry, digest=d * 64, folder=merged(tiny_model, d * 64), metrics=scores(d)))
         for d in "abc"
     )
-    promotion.promote(first, replace(PASSED, metric="addition/acc,none"), by="the run x")
+    promotion.promote(first, replace(PASSED, metric="addition/acc,none", luck=0.01), by="the run x")
     promotion.promote(second, FAILED)
     promotion.promote(second, FAILED)  # again and nothing new: the next night's run
     promotion.promote(third, replace(PASSED, compared_with=first.uri))

@@ -189,7 +189,10 @@ class TestLocal:
         (tmp_path / "sums.jsonl").write_text('{"q": "w1", "a": "w2"}\n')
         data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}]}
         data |= {"lewis": {"calibrations": SETS}, "evaluate": {"tasks": ["sums"], "baselines": ["base", "uniform"]}}
-        found = states(make_plan(parse(data, root=tmp_path)))
+        data["register"] = {"name": "m", "gate": {"metric": "sums/exact_match,none"}}
+        plan = make_plan(parse(data, root=tmp_path))
+        assert "\ngate    not_worse\n        sums: 1 documents, margin 0.1: an equal version passes" in plan.to_text()
+        found = states(plan)
         ours = {"merge experts", "merge uniform", "evaluate lewis sums", "evaluate uniform sums", "evaluate base sums"}
         assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
         assert found["evaluate lewis sums"] == "to do"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from lewis.evaluation.statistics import comparison
-from lewis.evaluation.statistics.comparison import PairingError, compare, interval, mcnemar, tango
+from lewis.evaluation.statistics.comparison import PairingError, compare, holm, interval, mcnemar, tango
 from lewis.evaluation.statistics.scores import Part, Samples, combined
 
 
@@ -184,6 +184,11 @@ def test_a_gain_that_no_draw_of_swaps_reaches_has_a_bound_far_below_their_number
     theirs = rng.random(200)
     found = compare(samples(theirs + rng.random(200)), samples(theirs))
     assert 0 < found.p < 1e-12
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({}) == {}
 
 
 def test_non_inferiority():
