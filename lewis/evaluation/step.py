@@ -62,6 +62,11 @@ class ModelScores(Reference):
         """One per task and metric; read from the disk at each access."""
         return self.evaluated.scores
 
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Task -> the dataset of the Hub that its documents come from, as `child.evaluate` gives it, where known."""
+        return dict(self.evaluated.content.get("sources", {}))
+
 
 def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ModelScores:
     """Scores of one model on all tasks, as `score_task`."""
@@ -156,6 +161,7 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": [], "results": {}}
     for key in ("higher_is_better", "n-shot", "documents", "groups"):
         found[key] = {name: value for each in contents for name, value in each[key].items()}
+    found["sources"] = {name: value for each in contents for name, value in each.get("sources", {}).items()}
     groups = found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups
         for each in contents:

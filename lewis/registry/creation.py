@@ -103,6 +103,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:
     import pandas as pd
 
+    tracking.log_datasets(client, run_id, new.datasets)
     tracking.log_numbers(client, run_id, model_id, new.params, new.metrics, new.documents)
     inputs = json.dumps(dict(new.lineage), indent=2)
     texts = {"recipe.yaml": new.recipe, "card.md": new.card, "lineage.json": inputs}

@@ -18,6 +18,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, outbox, repair, tracking, versions
+from lewis.registry.aliases import set_alias
 from lewis.registry.outbox import Move
 from lewis.registry.repair import WITHDRAWN
 from lewis.registry.versions import Champion, Version
@@ -89,7 +90,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             number = current.version.version if current else None
             _crown(client, version.name, version.version, number, verdict.reasons, about or {})
         else:
-            client.set_registered_model_alias(version.name, "challenger", version.version)
+            set_alias(client, version.name, "challenger", version.version)
         history.follow(client, version.name)
         return Promotion(moved=moves, previous=before)
 
@@ -296,8 +297,8 @@ def _crown(
     move = Move(name, version, f"models:/{name}/{current}" if current else None, list(reasons), dict(about))
     outbox.write(move)
     if current is not None:
-        client.set_registered_model_alias(name, "previous", current)
-    client.set_registered_model_alias(name, "champion", version)
+        set_alias(client, name, "previous", current)
+    set_alias(client, name, "champion", version)
     outbox.write(replace(move, happened=True))
 
 

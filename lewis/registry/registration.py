@@ -18,7 +18,10 @@ from lewis.merging.run import Written
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import CalibrationSet
+from lewis.registry import versions
 from lewis.registry.lineage import lineage_of
+from lewis.registry.tracking import RunInput
 from lewis.reports import card, charts
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
@@ -42,6 +45,7 @@ class Registration:
         card: the model card, Markdown, which becomes the version's description.
         tags: further tags of a new version, such as the flow run that made it.
         documents: name of a metric -> task and digest of the documents that it was measured on.
+        datasets: the documents of the evaluation and the calibration sets, as inputs of the run.
         base: if `folder` holds an adapter, the folder of the model that it sits on.
         source: name of the recipe's file, which MLflow shows as the source of the run.
         began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
@@ -61,6 +65,7 @@ class Registration:
     card: str
     tags: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    datasets: Sequence[RunInput] = ()
     base: Path | None = None
     source: str = ""
     began: float | None = None
@@ -114,6 +119,8 @@ def registration_of(
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
+    sources = scores[recipe.label].sources if recipe.label in scores else {}
+    documents = _documents(models, metrics)
     own, adapter = dict(tags or {}), merged.adapter
     if adapter:
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
@@ -132,11 +139,19 @@ def registration_of(
             recipe, base, experts, lineage, means, models, merged.fit, adapter.to_text() if adapter else ""
         ),
         tags=own,
-        documents=_documents(models, metrics),
+        documents=documents,
+        datasets=_inputs(recipe, documents, sources, calibrations),
         base=merged.base,
         source=f"{recipe.name}.yaml",
         began=began,
-        eval_results=hub_results(recipe.evaluate, recipe.root, recipe.gate_metric, found.get(recipe.label, ())),
+        eval_results=hub_results(
+            recipe.evaluate,
+            recipe.root,
+            recipe.gate_metric,
+            found.get(recipe.label, ()),
+            {task: str(each["revision"]) for task, each in sources.items()},
+            versions.public_page(recipe.register_as.model),
+        ),
         team=recipe.register_as.team,
     )
 
@@ -149,6 +164,39 @@ def _documents(models: Sequence[Scored], metrics: Iterable[str]) -> dict[str, tu
     }
     ends = {name: [key for key in known if name.endswith(key)] for name in metrics}
     return {name: known[max(found, key=len)] for name, found in ends.items() if found}
+
+
+def _inputs(
+    recipe: Recipe,
+    documents: Mapping[str, tuple[str, str]],
+    sources: Mapping[str, Mapping[str, Any]],
+    calibrations: Sequence[CalibrationEntry],
+) -> list[RunInput]:
+    """The documents of the evaluation, and the calibration sets, with where they come from."""
+    found = []
+    for task, digest in sorted(set(documents.values())):
+        kind, source = ("hugging_face", sources[task]) if task in sources else ("lm-eval", {"lm_eval_task": task})
+        found.append(RunInput(task, digest, "evaluation", kind, source))
+    sets = recipe.lewis.calibrations if recipe.lewis else {}
+    for each in calibrations:
+        kind, source = _source_of(sets[each.name])
+        found.append(RunInput(each.name, each.digest[:DIGEST], "calibration", kind, source))
+    return found
+
+
+def _source_of(rows: CalibrationSet) -> tuple[str, dict[str, Any]]:
+    if rows.dataset is None:
+        return "texts", {"texts": len(rows.texts or ())}
+    path, _, revision = rows.dataset.partition("@")
+    if not card.REPO.fullmatch(path):
+        return "files", {"format": path, "data_files": rows.data_files}
+    return "hugging_face", {
+        "path": path,
+        "config_name": rows.config,
+        "split": rows.split,
+        "data_files": rows.data_files,
+        "revision": revision or None,
+    }
 
 
 def model_card(

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lewis.registry import history, outbox, tracking, versions
+from lewis.registry.aliases import set_alias
 from lewis.registry.outbox import Move
 from lewis.registry.retention import all_versions
 from lewis.registry.versions import DAMAGED, Version
@@ -91,7 +92,7 @@ def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> N
         if alias == "champion":
             _move_champion(client, version, before, digest)
         else:
-            client.set_registered_model_alias(name, alias, version.version)
+            set_alias(client, name, alias, version.version)
         logger.warning("%s is damaged: the alias %s points at %s now", before, alias, version.uri)
 
 
@@ -102,6 +103,6 @@ def _move_champion(client: "MlflowClient", version: Version, before: str, digest
     outbox.settle(version.name, before.rpartition("/")[2])
     move = Move(version.name, version.version, before, [f"repaired: {why}"], {"digest": digest})
     outbox.write(move)
-    client.set_registered_model_alias(version.name, "champion", version.version)
+    set_alias(client, version.name, "champion", version.version)
     outbox.write(replace(move, happened=True))
     history.follow(client, version.name)

@@ -6,8 +6,9 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +165,7 @@ def log_numbers(
 
     Args:
         model_id: of the run's model; None if it has none.
-        documents: name of a metric -> task and digest of the documents that it was measured on. MLflow shows them as
-            datasets, the inputs of the run.
+        documents: name of a metric -> name and digest of the dataset that it was measured on (`log_datasets`).
     """
     from mlflow.entities import Metric, Param
     from mlflow.utils.time import get_current_time_millis
@@ -178,17 +178,42 @@ def log_numbers(
             Metric(key(name), float(value), now, 0, model_id=model_id, dataset_name=task, dataset_digest=digest)
         )
     settings = [Param(key(name), cut(str(value), MAX_PARAM, "recipe.yaml")) for name, value in params.items()]
-    if of:
-        client.log_inputs(run_id, datasets=[_dataset(task, digest) for task, digest in sorted(set(of.values()))])
     for start in range(0, max(len(points), len(settings)), BATCH):
         client.log_batch(run_id, points[start : start + BATCH], settings[start : start + BATCH])
 
 
-def _dataset(task: str, digest: str) -> Any:
+@dataclass(frozen=True)
+class RunInput:
+    """A dataset that a run was given.
+
+    Attributes:
+        name: of the evaluation task, or of the calibration set.
+        digest: of its content; at most 36 characters.
+        context: `evaluation` or `calibration`.
+        kind: of its source: `hugging_face` as MLflow has it, or `lm-eval`, `files` or `texts`.
+        source: where it comes from, as plain data; of the Hub's with the keys of MLflow's `HuggingFaceDatasetSource`.
+    """
+
+    name: str
+    digest: str
+    context: str
+    kind: str
+    source: Mapping[str, Any]
+
+
+def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInput]) -> None:
+    """Log datasets as the inputs of a run."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = json.dumps({"lm_eval_task": task})
-    return DatasetInput(Dataset(task, digest, "lm-eval", source), [InputTag("mlflow.data.context", "evaluation")])
+    inputs = [
+        DatasetInput(
+            Dataset(each.name, each.digest, each.kind, json.dumps(each.source)),
+            [InputTag("mlflow.data.context", each.context)],
+        )
+        for each in datasets
+    ]
+    if inputs:
+        client.log_inputs(run_id, datasets=inputs)
 
 
 def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:

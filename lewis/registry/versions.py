@@ -176,6 +176,12 @@ def model_page(name: str) -> str:
     return f"{_server()}/#/models/{quote(name)}"
 
 
+def public_page(name: str) -> str:
+    """`model_page`, for readers elsewhere; empty if the server has no https address."""
+    page = model_page(name)
+    return page if page.startswith("https://") else ""
+
+
 def run_link(version: Version) -> str:
     """The page in MLflow's UI of the run that made the version."""
     return f"{_server()}/#/runs/{version.run_id}"

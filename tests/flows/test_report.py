@@ -142,6 +142,12 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     ours, theirs, gained = (measured[f"{name}/words/acc"] for name in ("merged", "base", "gain on base"))
     assert f"{ours.value:.4g}" == rows[-1]["score"].split()[0] and len(ours.dataset_digest) == 32
     assert {(m.dataset_name, m.dataset_digest) for m in (theirs, gained)} == {("words", ours.dataset_digest)}
+    given = {
+        (each.dataset.name, each.tags[0].value): each.dataset for each in mlflow.get_run(run).inputs.dataset_inputs
+    }
+    assert given.keys() == {("words", "evaluation"), ("words", "calibration")}
+    assert given["words", "evaluation"].digest == ours.dataset_digest
+    assert json.loads(given["words", "calibration"].source) == {"format": "json", "data_files": "words.jsonl"}
     found = json.loads(Path(mlflow.download_artifacts(run, "comparison.json", home.parent)).read_text())
     assert [dict(zip(found["columns"], data, strict=True)) for data in found["data"]] == rows
     shown = version.description.replace("\u2007\u2007\u200b |", " |").replace(

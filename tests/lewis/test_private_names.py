@@ -115,6 +115,13 @@ def imports_code(folder: Path) -> bool:
     return (folder / "mark").exists()
 
 
+def keeps_rolling_answers_at_the_end(_: Path) -> bool:
+    from lm_eval.models.huggingface import HFLM
+
+    code = inspect.getsource(HFLM.loglikelihood_rolling)
+    return code.index("add_partial") > code.index("for window_count in request_window_counts")
+
+
 def lists_packages(_: Path) -> bool:
     from lm_eval import evaluator
 
@@ -186,6 +193,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "LM_EVAL_ENV": no_sandbox,
     "LM_EVAL_IMPORT_FUNCTION": imports_code,
     "LM_EVAL_ENVIRONMENT": lists_packages,
+    "LM_EVAL_TOKENS": keeps_rolling_answers_at_the_end,
     "RESIZE_EMBEDDINGS": cuts_embeddings,
     "FROM_CONFIG": undocumented("_from_config"),
     "CONVERSIONS": undocumented("get_model_conversion_mapping"),

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
+from lewis.registry.aliases import NOTE
 
 
 def read() -> dict[str, Any]:
-    """The keys `pid`, `prefect`, `mlflow` and `webhook`; empty without a note. A killed `lewis up` leaves its note.
+    """The keys `pid`, `writer`, `prefect`, `mlflow` and `webhook`; empty without a note.
+
+    A killed `lewis up` leaves its note. `writer` names its process as `store.writer` does.
 
     `mlflow_user` is there too if `lewis up` started an MLflow server that asks for a password.
     """
@@ -18,7 +21,7 @@ def read() -> dict[str, Any]:
 
 def write(known: Mapping[str, str]) -> None:
     """Tell other commands of this store where the parts of this process answer, and MLflow's user."""
-    store.write_json(_path(), {**known, "pid": os.getpid()})
+    store.write_json(_path(), {**known, "pid": os.getpid(), "writer": store.writer()})
 
 
 def remove() -> None:
@@ -27,4 +30,4 @@ def remove() -> None:
 
 
 def _path() -> Path:
-    return store.home() / "service.json"
+    return store.home() / NOTE

@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import select
 import signal
 import socket
@@ -38,6 +39,7 @@ LIBRARIES = (
     "accelerate",
     "transformers.models.llama.modeling_llama",
 )
+_COMMIT = re.compile("[0-9a-f]{40}")
 _PLAIN = (str, bytes, int, float, complex, list, tuple, set, frozenset, dict, datetime.date, datetime.time, type(None))
 _JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime.Undefined, Cycler, Joiner, Namespace)
 
@@ -105,6 +107,9 @@ def _answer() -> None:
     if not request["confirm_run_unsafe_code"]:
         refuse_functions()
     write_json(result, evaluate(**request))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # to take down the interpreter would copy most of the memory that the fork shares
 
 
 class _Sandbox(SandboxedEnvironment):
@@ -185,7 +190,8 @@ def evaluate(
 
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
-        `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`.
+        `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
+        `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub.
     """
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
@@ -212,6 +218,7 @@ def evaluate(
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
+    kept["sources"] = {name: found for name, task in loaded["tasks"].items() if (found := _source(task))}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
     kept["ends"] = loaded_model.ends(lm, rows, loaded["tasks"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
@@ -230,6 +237,19 @@ def _load(manager: Any, tasks: list[str]) -> Any:
                 problem = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {problem}") from error
         raise  # each loads alone: for example, a task that is in one of the groups too
+
+
+def _source(task: Any) -> dict[str, str | None] | None:
+    """The dataset of the Hub, with its commit, that a task's documents come from; None if that is not known."""
+    config = task.config
+    split = config.test_split if task.has_test_docs() else config.validation_split
+    with suppress(AttributeError, KeyError, TypeError):  # a task may hold its documents in other ways
+        for file in task.dataset[split].cache_files:
+            commit = Path(file["filename"]).parent.name  # `datasets` keeps what it has read in a folder of this name
+            if _COMMIT.fullmatch(commit) and "/" in config.dataset_path:
+                name = config.dataset_name
+                return {"path": config.dataset_path, "config_name": name, "split": split, "revision": commit}
+    return None
 
 
 def _half(task: Any, documents: str, limit: int | float | None) -> list[int]:

@@ -109,7 +109,8 @@ def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, 
         rows: task -> lm-eval's sample of each document and filter.
         tasks: task -> lm-eval's task.
     """
-    lm.batch_size_per_gpu = PROMPTS  # `auto` would search for a batch size again, for these few requests
+    if getattr(lm, "batch_size_per_gpu", None) == "auto":  # else it searches again, for these few requests
+        lm.batch_size_per_gpu = PROMPTS
     # There is one row per document and filter; those of the first filter are taken.
     of_task = {name: [row for row in each if row["filter"] == each[0]["filter"]] for name, each in rows.items()}
     pairs = ([(tasks[name], row) for row in each] for name, each in of_task.items())

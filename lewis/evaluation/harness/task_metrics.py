@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -118,7 +119,14 @@ def _check(where: str, given: Iterable[str], known: Known, *, whole_tasks: bool 
         raise InputError(f"{where}: there is no score {name!r}{nearest(name, choices)}")
 
 
-def hub_results(evaluate: Evaluate | None, root: Path, metric: str | None, scores: Sequence[Score]) -> str:
+def hub_results(
+    evaluate: Evaluate | None,
+    root: Path,
+    metric: str | None,
+    scores: Sequence[Score],
+    revisions: Mapping[str, str] = MappingProxyType({}),
+    page: str = "",
+) -> str:
     """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
 
     It is the gate's score, if that is the task's, else the task's first. Scores of a part of the documents are left
@@ -130,6 +138,8 @@ def hub_results(evaluate: Evaluate | None, root: Path, metric: str | None, score
         root: the recipe's folder.
         metric: the gate's, as `task/metric,filter`; None: there is no gate.
         scores: of the merged model.
+        revisions: task -> commit of its dataset, where that is known.
+        page: with the scores, for readers of the Hub; empty if there is none.
     """
     if evaluate is None or evaluate.limit is not None or evaluate.documents != "all":
         return ""
@@ -142,7 +152,16 @@ def hub_results(evaluate: Evaluate | None, root: Path, metric: str | None, score
             chosen = next((s for s in own if metric == s.key), own[0])
             shots = f", {evaluate.num_fewshot}-shot" if evaluate.num_fewshot is not None else ""
             notes = f"lm-eval {version('lm-eval')}, {chosen.metric}{shots}"
-            entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=chosen.value, notes=notes))
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=dataset,
+                    task_id=task,
+                    value=chosen.value,
+                    dataset_revision=revisions.get(task),
+                    source_url=page or None,
+                    notes=notes,
+                )
+            )
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
 
 

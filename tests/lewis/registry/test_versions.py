@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow.data import get_source
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
@@ -30,6 +31,7 @@ from lewis.models.hub.pin import Pinned
 from lewis.registry import creation, history, logged_model, promotion, repair
 from lewis.registry import versions as registry
 from lewis.registry.registration import Registration
+from lewis.registry.tracking import RunInput
 from lewis.registry.versions import Version
 from lewis.store.kinds import check_png
 from tests.support.damage import damage
@@ -97,6 +99,10 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         source="tiny.yaml",
         began=time.time() - 120,
         documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
+        datasets=(
+            RunInput("addition", "d" * 32, "evaluation", "hugging_face", {"path": "org/sums", "revision": "3" * 40}),
+            RunInput("sums", "c" * 32, "calibration", "files", {"format": "json", "data_files": "data/sums.jsonl"}),
+        ),
     )
 
 
@@ -154,8 +160,14 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     assert run.data.metrics["merged/addition/acc"] == 0.9 and run.data.metrics["base/addition/acc"] == 0.5
     assert run.data.params["lewis.density.max"] == "0.8" and run.data.params["models_0_.model"] == "org/math"
     assert run.data.params["long"].endswith("recipe.yaml)") and len(run.data.params["long"]) == 6000
-    (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest) == ("addition", "d" * 32)
+    given = {data.dataset.name: data for data in run.inputs.dataset_inputs}
+    assert {(name, data.dataset.digest, data.tags[0].key, data.tags[0].value) for name, data in given.items()} == {
+        ("addition", "d" * 32, "mlflow.data.context", "evaluation"),
+        ("sums", "c" * 32, "mlflow.data.context", "calibration"),
+    }
+    source = get_source(given["addition"].dataset)  # as MLflow's own reader sees it
+    assert (source.path, source.revision) == ("org/sums", "3" * 40)
+    assert json.loads(given["sums"].dataset.source) == {"format": "json", "data_files": "data/sums.jsonl"}
     measured = client().get_logged_model(version.source.removeprefix("models:/")).metrics
     assert {m.key: (m.value, m.dataset_name, m.dataset_digest) for m in measured if m.value} == {  # NaN is kept as 0
         "merged/addition/acc": (0.9, "addition", "d" * 32),

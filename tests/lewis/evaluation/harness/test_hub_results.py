@@ -40,6 +40,22 @@ def test_a_task_of_a_dataset_of_the_hub_has_one_entry(tmp_path: Path) -> None:
     assert entry["notes"].startswith("lm-eval ") and entry["notes"].endswith(", exact_match,flexible-extract, 5-shot")
 
 
+def test_an_entry_names_the_commit_of_its_documents_and_the_page_of_the_scores(tmp_path: Path) -> None:
+    (tmp_path / "hub.yaml").write_text("task: own\ndataset_path: org/data\n")
+    recipe = parse(
+        {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}], "evaluate": {"tasks": ["hub.yaml"]}},
+        root=tmp_path,
+    )
+    for revisions, page, wanted in (
+        ({"own": "1" * 40}, "https://mlflow/#/models/m", {"revision": "1" * 40}),
+        ({"other": "1" * 40}, "", {}),
+    ):
+        text = hub_results(recipe.evaluate, recipe.root, None, [SCORES[2]], revisions, page)
+        (entry,) = yaml.safe_load(text)
+        assert entry["dataset"] == {"id": "org/data", "task_id": "own", **wanted}
+        assert entry.get("source") == ({"url": page} if page else None)
+
+
 def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "builtin_task", lambda name: pytest.fail("read"))
     (tmp_path / "own.yaml").write_text(TASK)

@@ -1,12 +1,7 @@
 """A killed evaluation goes on where it was: nothing finished is computed again, and the scores are the same."""
 
 import json
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +18,7 @@ from lewis.models.source import ModelFiles
 from lewis.store import kinds, sealed_json
 from tests.conftest import POINTS, Family
 from tests.support.completions_server import serving
+from tests.support.killed_evaluation import asked, killed_at, lines
 
 pytestmark = pytest.mark.slow
 
@@ -62,38 +58,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, task in TASKS.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **COMMON, **task}))
     return folder
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-@contextmanager
-def killed_at(path: Path, root: Path, wanted: int) -> Iterator[list[int]]:
-    """Kill the process that evaluates as soon as so many batches are kept; gives how many there were then."""
-    at, over = list[int](), threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            if len(lines(path)) >= wanted:
-                for place in Path("/proc").glob("[0-9]*"):
-                    try:
-                        if (place / "cwd").readlink() == root and int(place.name) != os.getpid():
-                            os.kill(int(place.name), signal.SIGKILL)
-                            at.append(wanted)
-                    except OSError:
-                        continue
-                if at:
-                    return
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield at
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_a_killed_evaluation_goes_on_with_the_same_batches_to_the_same_bytes(
@@ -140,16 +104,13 @@ def test_a_server_is_asked_again_for_one_batch_at_most(
             whole = lm_eval.evaluate(family.math, settings, answers=tmp_path / f"whole-{concurrent}.jsonl")
             once = asked(answers.asked)
             answers.asked.clear()
-            with killed_at(path, root, 20), pytest.raises(LewisError, match="killed by SIGKILL"):
-                lm_eval.evaluate(family.math, settings, answers=path)
+            points = [35 * (n + 1) // (KILLS + 1) for n in range(KILLS)]
+            for point in points:
+                with killed_at(path, root, point), pytest.raises(LewisError, match="killed by SIGKILL"):
+                    lm_eval.evaluate(family.math, settings, answers=path)
             again = lm_eval.evaluate(family.math, settings, answers=path)
-            assert once <= asked(answers.asked) <= once + concurrent * BATCH
+            assert once <= asked(answers.asked) <= once + len(points) * concurrent * BATCH
             assert again.content == whole.content
-
-
-def asked(bodies: list[dict[str, Any]]) -> int:
-    """How many prompts a server was asked for."""
-    return sum(len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1 for body in bodies)
 
 
 def test_a_step_keeps_answers_until_its_entry_is_written(

@@ -36,6 +36,7 @@ from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.support.canary import CANARY
+from tests.support.local_hub import LocalHub
 
 pytestmark = pytest.mark.slow
 
@@ -352,6 +353,17 @@ class TestScores:
         assert scores["mbpp_answers"].value == pytest.approx(bits("the mat\nred is blue", "\ndog\ncat"), rel=1e-4)
         assert scores["mbpp_answers"].stderr is None  # of one document
         assert not any(score.higher_is_better for score in scores.values())
+
+    def test_documents_of_the_hub_have_their_commit(self, model, root, tmp_path, monkeypatch):
+        config = {key: value for key, value in CHOICE.items() if key not in DATA}
+        write_task(root / "hub.yaml", {**config, "task": "hub", "dataset_path": "org/rows", "test_split": "test"})
+        with LocalHub(tmp_path / "server") as hub:
+            for name, value in hub.environment(tmp_path / "cache").items():
+                monkeypatch.setenv(name, value)
+            text = "".join(json.dumps(row) + "\n" for row in ROWS)
+            commit = hub.commit("org/rows", {"test.jsonl": text}, repo_type="dataset")
+            found = evaluate(model, EvalSettings(("hub.yaml", "pets"), root)).content["sources"]
+        assert found == {"hub": {"path": "org/rows", "config_name": None, "split": "test", "revision": commit}}
 
     def test_nan_is_no_score(self, model, root, tmp_path):
         llama, tokenizer = load(model)

@@ -1,0 +1,66 @@
+"""Set an alias so that the webhooks of MLflow's registry fire.
+
+A server sends the event `model_version_alias.created` for what it is asked for itself. Processes of a store open its
+database without a server, so they ask the server of `lewis up`, if one runs on this store.
+"""
+
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.store.secrets import MLFLOW_PASSWORD
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+NOTE = "service.json"
+"""The file of the store in which `lewis up` notes its process, and where its servers answer."""
+
+
+def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> None:
+    """Let an alias of a registered model point to a version: through the server of this store, if there is one."""
+    if not client.tracking_uri.startswith("http") and _ask_server(name, alias, version):
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # that server has another database
+            if str(client.get_model_version_by_alias(name, alias).version) == version:
+                return
+    client.set_registered_model_alias(name, alias, version)
+
+
+def _ask_server(name: str, alias: str, version: str) -> bool:
+    """Whether the server of `lewis up` has taken the alias. It gets the password only while that process lives here."""
+    import requests
+
+    note = store.read_json(store.home() / NOTE) or {}
+    url, user = str(note.get("mlflow") or ""), note.get("mlflow_user")
+    if urlsplit(url).hostname != "127.0.0.1" or not _lives_here(str(note.get("writer"))):
+        return False
+    try:
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy
+            answer = session.post(
+                f"{url}/api/2.0/mlflow/registered-models/alias",
+                json={"name": name, "alias": alias, "version": version},
+                auth=(str(user), MLFLOW_PASSWORD.read()) if user else None,
+                timeout=30,
+            )
+        answer.raise_for_status()
+    except (requests.RequestException, InputError) as error:
+        logger.warning("the alias %s of %s is set without MLflow's server, so no webhook fires: %s", alias, name, error)
+        return False
+    return True
+
+
+def _lives_here(writer: str) -> bool:
+    """Whether a process lives that `store.writer` named, on this machine and in this container."""
+    place, _, number = writer.rpartition("-")
+    try:
+        return place == store.writer().rpartition("-")[0] and os.kill(int(number), 0) is None
+    except (OSError, ValueError, OverflowError):
+        return False
