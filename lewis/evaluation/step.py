@@ -101,7 +101,7 @@ def score_task(
                 )
             files.check_unchanged()
             about = {"model": files.key, "ref": files.ref, "scored_as": scored_as(settings, device)}
-            store.write_entry(path, about | found.content)
+            store.write_entry(path, {**about, **found.content})
             answers.unlink(missing_ok=True)
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
