@@ -107,7 +107,8 @@ def score_task(
                     f"evaluate: a file of {', '.join(settings.tasks)} changed while running, so the scores of "
                     f"{files.ref} are not kept; run again"
                 )
-            store.write_entry(path, {"model": files.key, "ref": files.ref, **found.content})
+            about = {"model": files.key, "ref": files.ref, "scored_as": scored_as(settings, device)}
+            store.write_entry(path, {**about, **found.content})
             answers.unlink(missing_ok=True)
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
@@ -154,8 +155,17 @@ def scores_digest(key: str, settings: EvalSettings, device: str) -> str:
         settings: what to score, and how; with one task.
         device: as torch names it; its number format counts for the backend `hf`.
     """
+    return store.digest([key, *_apart_from_the_model(settings, device)])
+
+
+def scored_as(settings: EvalSettings, device: str) -> str:
+    """Digest of everything else that decides scores: those of two models that have it in common can be compared."""
+    return store.digest(_apart_from_the_model(settings, device))
+
+
+def _apart_from_the_model(settings: EvalSettings, device: str) -> list[str]:
     numbers = precision(device) if settings.backend == "hf" else settings.backend
-    return store.digest([key, lm_eval.tasks_digest(settings), numbers])
+    return [lm_eval.tasks_digest(settings), numbers]
 
 
 def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def _lives_here(writer: str) -> bool:
     """Whether a process lives that `store.writer` named, on this machine and in this container."""
     place, _, number = writer.rpartition("-")
     try:
-        return place == store.writer().rpartition("-")[0] and os.kill(int(number), 0) is None
+        os.kill(int(number), 0)
     except (OSError, ValueError, OverflowError):
         return False
+    return place == store.writer().rpartition("-")[0]

@@ -301,8 +301,13 @@ def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[F
     found = dict[str, str]()
     for of_task in by_task.values():
         plans = [{name: _state(each, device, asked) for name, each in of_task.items()} for device in scoring_devices()]
-        found.update(min(plans, key=lambda states: list(states.values()).count("to do")))
+        best: dict[str, str] = min(plans, key=_to_do)
+        found |= best
     return [PlannedStep(node.name, found[node.name]) for node in nodes]
+
+
+def _to_do(states: Mapping[str, str]) -> int:
+    return list(states.values()).count("to do")
 
 
 def _state(given: ScoreInput, device: str, asked: Sequence[Found]) -> str:

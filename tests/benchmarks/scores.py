@@ -20,7 +20,7 @@ from tests.benchmarks.shared import heading, row
 from tests.support.completions_server import serving
 from tests.support.killed_evaluation import asked, killed_at
 
-KILLS, BATCH = 10, 16
+KILLS, BATCH = 10, 4
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 
 
 def lines(path: Path) -> list[str]:
-    """The batches that are kept so far."""
-    return path.read_text().splitlines() if path.exists() else []
+    """The batches that are kept so far, without lines that are cut."""
+    return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment, json_logs
-from lewis_flows.cli import housekeeping, inspect, merge, registry, run, runs, service, terminal
+from lewis_flows.cli import compare, housekeeping, inspect, merge, registry, run, runs, service, terminal
 from lewis_flows.cli.arguments import Add, as_json, force, json_file, name, prefect_file, recipe, why
 from lewis_flows.service import credentials
 
@@ -164,6 +164,13 @@ COMMANDS = (
         housekeeping.verify,
         "read everything in the store and in MLflow again, and tell what is damaged",
         (as_json,),
+    ),
+    Command(
+        "compare",
+        compare.compare,
+        "compare two models, versions or results of lm-eval document by document: gain, interval, wins, losses, p",
+        (compare.models, as_json),
+        writes=False,
     ),
     Command(
         "history",

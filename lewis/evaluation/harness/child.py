@@ -218,7 +218,8 @@ def evaluate(
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
-    kept["sources"] = {name: found for name, task in loaded["tasks"].items() if (found := _source(task))}
+    sources = {name: _source(task) for name, task in loaded["tasks"].items()}
+    kept["sources"] = {name: source for name, source in sources.items() if source}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
     kept["ends"] = loaded_model.ends(lm, rows, loaded["tasks"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))

@@ -118,7 +118,7 @@ class KeptAnswers:
     def _ends_of_batches(self, lm: Any) -> Iterator[None]:
         """Meanwhile, a batch is written when the model is asked for the next one."""
         with ExitStack() as replaced:
-            model = getattr(lm, "model", None)
+            model: Any = getattr(lm, "model", None)
             if hasattr(model, "get_input_embeddings"):  # which each forward pass of transformers begins with
                 handle = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._flush())
                 replaced.callback(handle.remove)

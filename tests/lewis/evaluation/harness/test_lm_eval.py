@@ -30,6 +30,7 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import step
 from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
+from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
@@ -353,6 +354,15 @@ class TestScores:
         assert scores["mbpp_answers"].value == pytest.approx(bits("the mat\nred is blue", "\ndog\ncat"), rel=1e-4)
         assert scores["mbpp_answers"].stderr is None  # of one document
         assert not any(score.higher_is_better for score in scores.values())
+
+    def test_what_the_lm_eval_command_wrote_is_read_with_every_documents_value(self, model, root, monkeypatch):
+        ours = evaluate(model, EvalSettings(("pets", "answers", "written"), root, batch_size=2))
+        lm_eval_command(model, root, monkeypatch, "--tasks=pets,answers,written", "--log_samples")
+        theirs = read_results(root / "out")
+        scores = {each.key: (each.value, each.higher_is_better, each.samples) for each in ours.scores}
+        assert {each.key: (each.value, each.higher_is_better, each.samples) for each in theirs.scores} == scores
+        samples = {each.key: each for each in ours.samples}
+        assert {each.key: each for each in theirs.samples} == samples and len(samples) == 4
 
     def test_documents_of_the_hub_have_their_commit(self, model, root, tmp_path, monkeypatch):
         config = {key: value for key, value in CHOICE.items() if key not in DATA}

@@ -1,0 +1,91 @@
+"""`lewis compare`: two models on the same documents."""
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lewis.errors import InputError
+from lewis_flows.cli.terminal import print_table
+
+if TYPE_CHECKING:
+    from lewis.evaluation.paired import Side
+
+_VERSION = re.compile(r"(?:models:/)?(?P<name>[^/:@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w-]+))")
+
+
+def models(command: argparse.ArgumentParser) -> None:
+    """`A B`."""
+    for name, what in (("A", "what the other is compared with"), ("B", "what is compared")):
+        command.add_argument(
+            name.lower(),
+            metavar=name,
+            help=f"{what}: a model that was scored here (a folder or org/name), a version (NAME/3, NAME@champion), or "
+            "a folder that lm-eval wrote with --log_samples",
+        )
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print the paired table: how much B gains on A, its interval, wins and losses, p and Holm's p."""
+    from lewis.evaluation.paired import paired
+
+    first, second = _side(options.a), _side(options.b)
+    if first.label == second.label:
+        first, second = replace(first, label=f"{first.label} (A)"), replace(second, label=f"{second.label} (B)")
+    found = paired(first, second)
+    missing = {
+        of.label: [key for key in of.keys if key not in other.keys] for of, other in ((first, second), (second, first))
+    }
+    if options.json:
+        rows = [each.to_json() for each in found]
+        print(json.dumps({"a": first.label, "b": second.label, "rows": rows, "only": missing}, indent=2))
+        return
+    print_table([each.to_row(first.label, second.label) for each in found])
+    for name, keys in missing.items():
+        if keys:
+            print(f"only {name} has {', '.join(keys)}")
+
+
+def _side(given: str) -> "Side":
+    """What was given on the command line.
+
+    Raises:
+        InputError: if it is nothing that was scored.
+    """
+    from lewis.evaluation.paired import Side
+    from lewis.evaluation.results_folder import holds_results
+    from lewis.models.source import pin
+    from lewis.store import read_manifest
+
+    folder = Path(given).expanduser()
+    if holds_results(folder):
+        return Side.of_results(given, folder)
+    version = None if folder.exists() else _VERSION.fullmatch(given)
+    if version:
+        return Side.of_store(given, {_digest(version)})
+    keys = {str((read_manifest(folder) or {}).get("digest"))} if folder.is_dir() else set()
+    return Side.of_store(given, {pin(given, Path.cwd()).key, *keys})
+
+
+def _digest(version: re.Match[str]) -> str:
+    """The digest of a registered version's merge."""
+    from mlflow.exceptions import MlflowException
+
+    from lewis.registry import tracking
+
+    name, number, alias = tracking.model_name(version["name"]), version["number"], version["alias"]
+    if not tracking.exists():
+        raise InputError(f"{version[0]}: there is no MLflow here; set MLFLOW_TRACKING_URI")
+    with tracking.client(f"looking for {version[0]}") as client:
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise InputError(
+                f"{version[0]}: MLflow has no such version, and there is no folder of this name; expected NAME/3, "
+                "NAME@champion, a folder, or org/name"
+            ) from error
+    return str(found.tags.get("lewis.digest", ""))

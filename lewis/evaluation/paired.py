@@ -1,0 +1,156 @@
+"""Two models on the same documents, wherever they were scored: the paired table of `lewis compare`."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+from lewis.errors import InputError
+from lewis.evaluation.results_folder import read_results
+from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm
+from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key
+from lewis.store import kinds
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Attributes:
+        label: in the table.
+        found: what was scored of it, the newest first: what else than the model decided the scores (empty if that is
+            not known), and the scores.
+    """
+
+    label: str
+    found: Sequence[tuple[str, Evaluated]]
+
+    @classmethod
+    def of_results(cls, label: str, folder: Path) -> "Side":
+        """What lm-eval wrote into a folder; errors as `read_results`."""
+        return cls(label, [("", read_results(folder))])
+
+    @classmethod
+    def of_store(cls, label: str, keys: Collection[str]) -> "Side":
+        """What the store has of a model.
+
+        Args:
+            label: in the table.
+            keys: identities of the model's content.
+
+        Raises:
+            InputError: if it has no scores of the model.
+        """
+        newest = sorted(kinds.SCORES.entries(), key=lambda path: path.stat().st_mtime, reverse=True)
+        contents = [content for path in newest if (content := store.read_entry(path) or {}).get("model") in keys]
+        if not contents:
+            raise InputError(
+                f"{label}: the store {store.home()} has no scores of this model; score it with `lewis run`, or give a "
+                "folder that lm-eval wrote with --log_samples"
+            )
+        return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for each in contents])
+
+    @property
+    def keys(self) -> dict[str, None]:
+        """Every `task/metric,filter` that has a value per document."""
+        return {each.key: None for _, found in self.found for each in found.samples}
+
+    def of(self, key: str) -> Iterator[tuple[str, Evaluated, Samples, Score]]:
+        """Each of the scores on one metric."""
+        for how, found in self.found:
+            samples, scores = by_key(found.samples), {score.key: score for score in found.scores}
+            if key in samples and key in scores:
+                yield how, found, samples[key], scores[key]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models on one metric.
+
+    Attributes:
+        first, second: their scores.
+        comparison: how much better the second is.
+        holm: the comparison's p, adjusted for the number of metrics.
+    """
+
+    first: Score
+    second: Score
+    comparison: Comparison
+    holm: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        found = self.comparison
+        return {
+            "metric": found.key,
+            "higher_is_better": self.second.higher_is_better,
+            "scores": [self.first.value, self.second.value],
+            "gain": found.delta,
+            "low": found.low,
+            "high": found.high,
+            "wins": found.wins,
+            "losses": found.losses,
+            "p": found.p,
+            "holm": self.holm,
+            "documents": found.documents,
+        }
+
+    def to_row(self, first: str, second: str) -> dict[str, str]:
+        """A line of the table, with the labels of the two models."""
+        found = self.comparison
+        return {
+            "metric": f"{found.key} {'↑' if self.second.higher_is_better else '↓'}",
+            first: _number(self.first),
+            second: _number(self.second),
+            f"gain of {second}": f"{found.delta:+.4g}",
+            "95 % interval": f"{found.low:+.4g} to {found.high:+.4g}",
+            "wins": str(found.wins),
+            "losses": str(found.losses),
+            "p": f"{found.p:.3g}",
+            "Holm's p": f"{self.holm:.3g}",
+            "documents": str(found.documents),
+        }
+
+
+def paired(first: Side, second: Side) -> list[Pair]:
+    """Both models on each metric that both have.
+
+    Raises:
+        InputError: if they have none in common, or a task was scored with another number of examples.
+        PairingError: if they were not scored on the same documents.
+    """
+    common = [key for key in second.keys if key in first.keys]
+    if not common:
+        raise InputError(
+            f"{first.label} and {second.label} have no score in common that has a value per document: one has "
+            f"{', '.join(first.keys) or 'none'}, the other {', '.join(second.keys) or 'none'}"
+        )
+    found = [_best(first, second, key) for key in common]
+    adjusted = holm({comparison.key: comparison.p for _, _, comparison in found})
+    return [Pair(a, b, comparison, adjusted[comparison.key]) for a, b, comparison in found]
+
+
+def _best(first: Side, second: Side, key: str) -> tuple[Score, Score, Comparison]:
+    """The newest scores of both that were computed alike, or of which nothing is known but the same documents."""
+    options = [(a, b) for b in second.of(key) for a in first.of(key)]
+    alike = [(a, b) for a, b in options if a[0] and a[0] == b[0]]
+    problems = list[Exception]()
+    for a, b in alike or options:
+        task = b[3].task
+        shots = [each[1].content.get("n-shot", {}).get(task) for each in (a, b)]
+        if None not in shots and shots[0] != shots[1]:
+            told = f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with"
+            problems.append(InputError(f"{told} {shots[1]}; score both with the same num_fewshot"))
+            continue
+        try:
+            found = compare(b[2], a[2], higher_is_better=b[3].higher_is_better, who=first.label)
+        except PairingError as error:
+            problems.append(error)
+            continue
+        return a[3], b[3], found
+    raise problems[0]
+
+
+def _number(score: Score) -> str:
+    return f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}")

@@ -1,0 +1,96 @@
+"""Read what lm-eval wrote itself: a folder with `results_*.json` and, by `--log_samples`, `samples_*.jsonl`."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+from lewis.evaluation.statistics.scores import Evaluated, read
+from lewis.input_files import open_regular, read_json
+
+MOST = 1 << 30  # bytes of a file
+HASH = 16  # hex digits of a document's hash, as the store keeps them
+_AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
+_DEFAULT = {  # lm-eval's, for metrics that a task does not list
+    "perplexity": "perplexity",
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+}
+_NO_ENDS = {"empty": {}, "tried": 0, "ended": 0, "perplexity": None}
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether lm-eval wrote results into a folder, or a folder in it."""
+    return folder.is_dir() and any(folder.rglob("results_*.json"))
+
+
+def read_results(folder: Path) -> Evaluated:
+    """The scores and samples of the newest results in a folder that lm-eval wrote to (`--output_path`).
+
+    Metrics whose value is no function of two sums over the documents have no samples. Groups are left out.
+
+    Raises:
+        InputError: if there are no results, or those of several models, or no samples; or a file is damaged.
+    """
+    files = sorted(folder.rglob("results_*.json"))
+    if not files:
+        raise InputError(
+            f"{folder}: expected a folder that lm-eval wrote (--output_path), but it has no results_*.json"
+        )
+    if len(parents := sorted({file.parent for file in files})) > 1:
+        raise InputError(f"{folder}: it has the results of several models; give one of {', '.join(map(str, parents))}")
+    date = files[-1].stem.removeprefix("results_")
+    paths = {
+        path.name.removeprefix("samples_").removesuffix(f"_{date}.jsonl"): path
+        for path in files[-1].parent.glob(f"samples_*_{date}.jsonl")
+    }
+    if not paths:
+        raise InputError(f"{files[-1]}: there are no samples_*_{date}.jsonl next to it; run lm-eval with --log_samples")
+    try:
+        return _evaluated(str(folder), read_json(files[-1], MOST), {task: _rows(path) for task, path in paths.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{files[-1]}: not results and samples of lm-eval: {type(error).__name__}: {error}") from error
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with open_regular(path) as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> Evaluated:
+    content: dict[str, Any] = {"results": {}, "documents": {}, "samples": [], "groups": {}, "ends": _NO_ENDS}
+    content |= {key: found.get(key) or {} for key in ("higher_is_better", "n-shot")}
+    for task, of_task in rows.items():
+        first = {row["doc_id"]: row for row in of_task if row.get("filter") == of_task[0].get("filter")}
+        content["results"][task] = {"sample_len": len(first), **found["results"][task]}
+        content["documents"][task] = [row["doc_hash"][:HASH] for row in first.values()]
+        listed = (found.get("configs") or {}).get(task, {}).get("metric_list") or ()
+        aggregations = _DEFAULT | {each["metric"]: each.get("aggregation", "mean") for each in listed}
+        for key, value in found["results"][task].items():
+            metric, comma, filter_ = key.partition(",")
+            if not comma or metric.endswith("_stderr") or aggregations.get(metric, "mean") not in _AGGREGATIONS:
+                continue
+            own = {row["doc_id"]: row for row in of_task if row.get("filter", "none") == filter_}
+            values = [_value(own.get(number, {}).get(metric)) for number in first]
+            sample = {
+                "task": task,
+                "metric": key,
+                "aggregation": aggregations.get(metric, "mean"),
+                "values": values,
+            }
+            if all(each is None for each in values):
+                continue
+            [samples] = read({"documents": content["documents"], "samples": [sample], "groups": {}})
+            if math.isclose(samples.value(), value, rel_tol=1e-6, abs_tol=1e-9):  # else it is aggregated in another way
+                content["samples"].append(sample)
+    return Evaluated.of(name, content)
+
+
+def _value(value: Any) -> Any:
+    """A number, or a pair (log-likelihood, weight); None for anything else."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(each, int | float) for each in value):
+        return [float(each) for each in value]
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,132 @@
+"""`lewis compare`: of results that lm-eval wrote, of models that were scored here, and of registered versions."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis import store
+from lewis.evaluation.statistics.comparison import holm, mcnemar
+from lewis.models.source import pin
+from lewis.registry import tracking
+from lewis.store import kinds
+from lewis_flows.cli.main import main
+from tests.conftest import Family
+
+RIGHT = {"worse": [0, 0, 0, 1, 0, 0, 1, 0, 0, 0], "better": [1, 1, 1, 1, 1, 1, 0, 1, 1, 1]}
+ENDS = {"empty": {}, "tried": 0, "ended": 0, "perplexity": None}
+
+
+def content(values: list[int], shots: int = 0, **more: Any) -> dict[str, Any]:
+    """An entry of the store."""
+    mean = sum(values) / len(values)
+    return {
+        "results": {"sums": {"acc,none": mean, "acc_stderr,none": 0.1, "sample_len": len(values)}},
+        "higher_is_better": {"sums": {"acc": True}},
+        "n-shot": {"sums": shots},
+        "documents": {"sums": [f"{n:016x}" for n in range(len(values))]},
+        "samples": [{"task": "sums", "metric": "acc,none", "aggregation": "mean", "values": values}],
+        "groups": {},
+        "ends": ENDS,
+        **more,
+    }
+
+
+def results(folder: Path, values: list[int], *, documents: int = 0, samples: bool = True, date: str = "1") -> Path:
+    """A folder as lm-eval writes it; `documents` is the number of the first one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {key: value for key, value in content(values).items() if key in ("results", "higher_is_better", "n-shot")}
+    found["configs"] = {"sums": {"metric_list": [{"metric": "acc", "aggregation": "mean"}]}}
+    (folder / f"results_{date}.json").write_text(json.dumps(found))
+    rows = [
+        {"doc_id": n, "doc_hash": f"{documents + n:016x}ff", "filter": "none", "metrics": ["acc"], "acc": value}
+        for n, value in enumerate(values)
+    ]
+    if samples:
+        (folder / f"samples_sums_{date}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+Told = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def compared(home: Path, capsys: pytest.CaptureFixture[str]) -> Told:
+    """Exit code, output and errors of `lewis compare`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main(["compare", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
+
+
+def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
+    worse = results(tmp_path / "out/worse", RIGHT["worse"])
+    results(tmp_path / "out/better", RIGHT["worse"])
+    better = results(tmp_path / "out/better", RIGHT["better"], date="2")  # the newest counts
+    code, out, _ = compared(worse, better, "--json")
+    found = json.loads(out)
+    [row] = found["rows"]
+    assert code == 0 and (found["a"], found["b"]) == (str(worse), str(better))
+    assert found["only"] == {str(worse): [], str(better): []}
+    assert row["scores"] == [0.2, 0.9] and row["gain"] == pytest.approx(0.7) and row["low"] < 0.7 < row["high"]
+    assert (row["wins"], row["losses"], row["documents"]) == (8, 1, 10)
+    assert row["p"] == mcnemar(8, 1) and row["holm"] == holm({"x": row["p"]})["x"]
+    code, out, _ = compared(better, worse)
+    assert code == 0 and "sums/acc,none ↑" in out and "-0.7" in out and "Holm's p" in out
+    code, out, _ = compared(better, better)
+    assert code == 0 and "(A)" in out and "(B)" in out
+
+
+def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
+    ours = results(tmp_path / "a", RIGHT["worse"])
+    others = results(tmp_path / "b", RIGHT["better"], documents=3)
+    code, _, err = compared(ours, others)
+    assert code == 1 and "sums: not the same documents: 3 of the candidate's 10 are not among those of" in err
+    bare = results(tmp_path / "c", RIGHT["better"], samples=False)
+    code, _, err = compared(ours, bare)
+    assert code == 2 and "no samples_*_1.jsonl next to it; run lm-eval with --log_samples" in err
+    code, _, err = compared(ours, tmp_path)
+    assert code == 2 and "the results of several models; give one of" in err
+    (others / "samples_sums_1.jsonl").write_text("{")
+    code, _, err = compared(ours, others)
+    assert code == 2 and "not results and samples of lm-eval" in err
+    code, _, err = compared(ours, "nothing/3")
+    assert code == 2 and "there is no folder of this name; expected NAME/3, NAME@champion" in err
+
+
+def test_models_that_were_scored_here(compared: Told, family: Family, home: Path, tmp_path: Path) -> None:
+    keys = [pin(str(folder), tmp_path).key for folder in family.experts]
+    code, _, err = compared(*family.experts)
+    assert code == 2 and "has no scores of this model; score it with `lewis run`" in err
+    store.write_entry(kinds.SCORES.path("1"), content(RIGHT["worse"], model=keys[0], scored_as="x"))
+    store.write_entry(kinds.SCORES.path("2"), content(RIGHT["better"], model=keys[1], scored_as="y", shots=5))
+    code, _, err = compared(*family.experts)
+    assert code == 2 and "math was scored with 0 examples in the prompt" in err and "same num_fewshot" in err
+    # Scores that were made alike are compared, not newer ones that were made in another way.
+    store.write_entry(kinds.SCORES.path("3"), content(RIGHT["better"], model=keys[1], scored_as="x"))
+    store.write_entry(kinds.SCORES.path("4"), content(RIGHT["worse"], model=keys[1], scored_as="z"))
+    code, out, _ = compared(*family.experts, "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
+    # What lm-eval wrote elsewhere, against a model of the store.
+    code, out, _ = compared(results(tmp_path / "out", RIGHT["better"]), family.math, "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.9, 0.2]
+
+
+def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:
+    with tracking.client("x") as client:
+        client.create_registered_model("ops.tiny")
+        for digest in ("a" * 64, "b" * 64):
+            client.create_model_version("ops.tiny", str(tmp_path), tags={"lewis.digest": digest}, await_creation_for=0)
+        client.set_registered_model_alias("ops.tiny", "champion", "2")
+    store.write_entry(kinds.SCORES.path("1"), content(RIGHT["worse"], model="a" * 64, scored_as="x"))
+    store.write_entry(kinds.SCORES.path("2"), content(RIGHT["better"], model="b" * 64, scored_as="x"))
+    code, out, _ = compared("ops.tiny/1", "models:/ops.tiny@champion", "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
+    for wrong in ("ops.tiny/3", "ops.tiny@previous", "other/1"):
+        code, _, err = compared("ops.tiny/1", wrong)
+        assert code == 2 and f"{wrong}: MLflow has no such version" in err
