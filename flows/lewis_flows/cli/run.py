@@ -166,6 +166,6 @@ def demo(options: argparse.Namespace) -> None:
         print("a tiny base and three experts are trained, merged, scored and registered: 2 to 6 minutes on two cores")
     with bars.progress() as report:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
-    report = run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
+    ended = run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
     if not options.json:
-        print(_NEXT.format(recipe=folder / "demo.yaml", version=report.version))
+        print(_NEXT.format(recipe=folder / "demo.yaml", version=ended.version))
