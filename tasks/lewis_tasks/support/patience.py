@@ -1,5 +1,7 @@
 """A run waits while Prefect's server is away, such as when `lewis up` starts it again after it died.
 
+So it does while the server's database is away: the server then answers 500, and at `/ready` that it is not.
+
 Prefect's client by itself asks again for a minute, at ever longer intervals; a new client, such as that of an artifact,
 does not ask again at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
 """
@@ -20,6 +22,11 @@ from lewis_tasks.support.caching import REMIND, STOPPING
 logger = logging.getLogger(__name__)
 _AWAY = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout)
 _PAUSE = 1.0  # seconds between two attempts
+_BROKEN = httpx.codes.INTERNAL_SERVER_ERROR
+
+
+class DatabaseAwayError(Exception):
+    """The server answers 500, and that it is not ready."""
 
 
 def begin(*, events: bool = True) -> None:
@@ -123,16 +130,21 @@ class _Outage:
         """What sends a request, and sends it again while there is no answer."""
 
         def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
-            began = time.monotonic()
+            began, again = time.monotonic(), True
             while True:
                 try:
                     answer = send(request, *arguments, **named)
-                except _AWAY as error:
+                    if answer.status_code == _BROKEN:
+                        _check(send(_whether_ready(request), *arguments, **named))
+                except (*_AWAY, DatabaseAwayError) as error:
                     self.look(request, error, began)
-                    time.sleep(_PAUSE)
+                    again = True
                 else:
-                    self.end()
-                    return answer
+                    if answer.status_code != _BROKEN or not again:
+                        self.end()
+                        return answer
+                    again = False  # it may be ready since a moment
+                time.sleep(_PAUSE)
 
         return send_and_wait
 
@@ -140,15 +152,32 @@ class _Outage:
         """The same for asynchronous clients."""
 
         async def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
-            began = time.monotonic()
+            began, again = time.monotonic(), True
             while True:
                 try:
                     answer = await send(request, *arguments, **named)
-                except _AWAY as error:
+                    if answer.status_code == _BROKEN:
+                        _check(await send(_whether_ready(request), *arguments, **named))
+                except (*_AWAY, DatabaseAwayError) as error:
                     self.look(request, error, began)
-                    await asyncio.sleep(_PAUSE)
+                    again = True
                 else:
-                    self.end()
-                    return answer
+                    if answer.status_code != _BROKEN or not again:
+                        self.end()
+                        return answer
+                    again = False  # it may be ready since a moment
+                await asyncio.sleep(_PAUSE)
 
         return send_and_wait
+
+
+def _whether_ready(request: httpx.Request) -> httpx.Request:
+    """The question whether the server that gets a request has its database."""
+    before, api, _ = str(request.url).partition("/api/")
+    known = {name: request.headers[name] for name in ("authorization",) if name in request.headers}
+    return httpx.Request("GET", f"{before}{api}ready", headers=known, extensions=request.extensions)
+
+
+def _check(ready: httpx.Response) -> None:
+    if ready.status_code >= _BROKEN:
+        raise DatabaseAwayError

@@ -85,6 +85,32 @@ def test_a_client_waits_until_the_server_is_back(
         ask()
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("away", [2.5, 0.0])
+def test_a_database_that_is_away_is_waited_for_and_another_error_500_is_not(
+    port: int, asynchronous: bool, away: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, begin = list[str](), time.monotonic()
+
+    def answer(self: Server) -> None:
+        asked.append(self.path)
+        is_away = time.monotonic() - begin < away
+        status = (503 if is_away else 200) if self.path == "/api/ready" else 500 if is_away or not away else 200
+        self.send_response(status)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    monkeypatch.setattr(Server, "do_GET", answer)
+    ask = (lambda: asyncio.run(hello_async())) if asynchronous else hello
+    with patient(), later(port, 0):
+        if away:
+            assert ask() == 200 and "does not answer (DatabaseAwayError)" in caplog.text
+        else:
+            with pytest.raises(httpx.HTTPStatusError, match="500"):
+                ask()
+            assert asked == ["/api/hello", "/api/ready"] * 2
+
+
 def test_it_gives_up_with_a_sentence(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_SERVER_WAIT_SECONDS", "2")
     reasons = list[str]()
