@@ -31,6 +31,7 @@ KEYS = {
     "open": set(Links.model_fields) | set(Pages.model_fields),
     "cancel": set(Cancelled.model_fields),
     "plan": {each.name for each in dataclasses.fields(Plan)} | {"covered_layers"},
+    "compare": {"a", "b", "rows", "only", "metric", "scores", "gain", "holm"},
     "history": {each.name for each in dataclasses.fields(Record)},
     "settings": {"settings", "unknown", "problems", "name", "value", "default", "what"},
     "verify": {each.name for each in dataclasses.fields(Verified)},
