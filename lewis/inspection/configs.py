@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from lewis.models.names import HEADS
 from lewis.models.quantised.headers import dequantised
 from lewis.models.source import ModelFiles, Source
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
+from lewis.recipe.block import parts_of
 
 _SHOWN = 4  # tokens that a finding names
 _CONTEXT = ("max_position_embeddings", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings")
@@ -27,6 +29,7 @@ _FORWARD = (  # keys that decide what the same weights compute
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
     *("layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "num_experts_per_tok"),
 )
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _LEVELS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of the significand
 
 
@@ -40,6 +43,7 @@ class Described:
         home: the folder with its config.json.
         tokenizer: the folder with its tokenizer.
         headers: of its stored tensors; an adapter's are those of its base.
+        trained_on: of an adapter, the model that its config names; empty if it names none.
     """
 
     ref: str
@@ -47,6 +51,7 @@ class Described:
     home: Path
     tokenizer: Path
     headers: Headers
+    trained_on: str = ""
 
     @classmethod
     def pinned(cls, source: Source) -> Described:
@@ -68,7 +73,8 @@ class Described:
 
     @classmethod
     def _at(cls, ref: str, key: str, home: Path, own: Path, headers: Headers) -> Described:
-        return cls(ref, key, home, own if (own / TOKENIZER).is_file() else home, headers)
+        trained_on = str(_json(own / "adapter_config.json").get("base_model_name_or_path") or "")
+        return cls(ref, key, home, own if (own / TOKENIZER).is_file() else home, headers, trained_on)
 
     @property
     def dtype(self) -> str:
@@ -97,7 +103,13 @@ def config_findings(base: Described, experts: Sequence[Described], *, among: boo
             found.append(Finding("undertrained", expert.ref, f"the same files as the base {base.ref}"))
             continue
         facts = _Facts(expert)
-        pairs = [*_weights(ours, facts), *_settings(ours, facts), *_tokens(base, expert), *_ends(ours, facts)]
+        pairs = [
+            *_origin(base, expert),
+            *_weights(ours, facts),
+            *_settings(ours, facts),
+            *_tokens(base, expert),
+            *_ends(ours, facts),
+        ]
         found += [Finding(kind, expert.ref, what) for kind, what in pairs]
     return found
 
@@ -120,6 +132,14 @@ class _Facts:
         self.dtype = model.dtype
         said = self.config.get("tie_word_embeddings")
         self.tied = not any(name.endswith(HEADS) for name in model.headers) if said is None else bool(said)
+
+
+def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
+    """Of an adapter and what it is put on, both named as on the Hub, whether its config names another model."""
+    model = parts_of(expert.ref)[0] if len(parts_of(expert.ref)) > 1 else base.ref
+    named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
+    if named and given and named[0].lower() != given[0].lower():
+        yield "another base", f"its adapter_config.json says that it was trained on {named[0]}, not on {given[0]}"
 
 
 def _weights(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:

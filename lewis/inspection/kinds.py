@@ -29,6 +29,11 @@ KINDS = {
         "its task vector is the difference of two unrelated models: added to the base it destroys both",
         "set base_model to the model that it was trained from, or leave it out",
     ),
+    "another base": Kind(
+        "warning",
+        "an adapter is a difference to the model that it was trained on: on another one it does something else",
+        "set base_model to the model that its config names, or write the expert as THAT-MODEL+ADAPTER",
+    ),
     "far from base": Kind(
         "warning",
         "it was trained for long, or from another model of the family: what it learned does not add up with others",

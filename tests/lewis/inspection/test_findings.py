@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lewis
 from lewis.errors import InputError
+from lewis.inspection.configs import Described, config_findings
 from lewis.inspection.measures import measure
 from lewis.inspection.step import before_download
 from lewis.library import inspect as inspect_recipe
@@ -252,6 +253,25 @@ def test_what_configs_tell_is_told_before_a_download(models: Path, home: Path, t
     found = before_download(*pin_all(recipe))
     assert [(each.kind, each.level) for each in found] == [("expert twice", "error"), ("rope", "warning")]
     assert "rope_theta is 1000000.0, in the base 10000.0" in found[1].what
+
+
+@pytest.mark.parametrize(
+    ("named", "ref", "found"),
+    [
+        ("org/other", "./lora", "org/other, not on org/Base"),
+        ("org/base", "./lora", ""),
+        ("org/other", "org/other@main+./lora", ""),
+        ("org/base", "org/other+./lora", "org/base, not on org/other"),
+        ("/home/me/base", "./lora", ""),
+        ("", "./lora", ""),
+    ],
+)
+def test_an_adapter_of_another_base_is_named(named: str, ref: str, found: str, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    base = Described._at("org/Base@v1", "1", models / "base", models / "base", {})
+    expert = Described._at(ref, "2", models / "base", tmp_path, {})
+    told = [each.what for each in config_findings(base, [expert]) if each.kind == "another base"]
+    assert [what.partition("trained on ")[2] for what in told] == ([found] if found else [])
 
 
 def test_measures_are_those_of_numpy(tmp_path: Path) -> None:
