@@ -19,7 +19,7 @@ from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.hub import repository
 from lewis.models.names import HEADS
 from lewis.models.quantised.headers import dequantised
-from lewis.models.source import ModelFiles, Source
+from lewis.models.source import ModelFiles, Source, commits_of
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
 from lewis.recipe.block import parts_of
 
@@ -138,7 +138,8 @@ def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
     """Of an adapter and what it is put on, both named as on the Hub, whether its config names another model."""
     model = parts_of(expert.ref)[0] if len(parts_of(expert.ref)) > 1 else base.ref
     named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
-    if named and given and named[0].lower() != given[0].lower():
+    is_local = commits_of(expert.key)[0].startswith("sha256:")
+    if named and given and not is_local and named[0].lower() != given[0].lower():
         yield "another base", f"its adapter_config.json says that it was trained on {named[0]}, not on {given[0]}"
 
 
