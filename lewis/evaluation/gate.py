@@ -138,7 +138,9 @@ def judge(
     if behind and not known:
         notes.append(f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on")
     stays = champion and not leads and (known or not behind)
-    return replace(found, reasons=(*found.reasons, *filter(None, notes)), mark=mark if stays else "")
+    reasons = (*found.reasons, *filter(None, notes))
+    # A first version differs from its base on more documents than from the next version.
+    return replace(found, reasons=reasons, mark=mark if stays else "", luck=found.luck if champion else None)
 
 
 def decide(

@@ -141,6 +141,15 @@ def test_small_losses_do_not_add_up() -> None:
         assert lost.reasons[-1] == "note: models:/m/1 has no scores on these documents; losses are counted from here on"
 
 
+def test_the_luck_of_a_score_is_that_of_versions_of_one_merge() -> None:
+    reference, ours = (model(label, maths=values) for label, values in (("champion", right(50)), ("m", right(56))))
+    found = judge(not_worse(), [reference, ours], "b" * 64, champion=CHAMPION)
+    assert found.luck == pytest.approx(math.sqrt(0.06 * 0.94 / 99 / 2), rel=0.05)
+    assert judge(not_worse(), [replace(reference, label="base"), ours], "b" * 64).luck is None
+    low = [model(m.label, higher=False, maths=values) for m, values in ((reference, right(50)), (ours, right(44)))]
+    assert judge(not_worse(), low, "b" * 64, champion=CHAMPION).luck == pytest.approx(-found.luck, rel=0.05)
+
+
 def test_the_mark_stays_where_a_gain_may_be_chance() -> None:
     champion, ours = model("champion", maths=right(50)), model("m", maths=right(56))  # 6 wins, no loss: p 0.031
     marks = [
