@@ -60,13 +60,14 @@ def _side(given: str) -> "Side":
     from lewis.store import read_manifest
 
     folder = Path(given).expanduser()
+    label = folder.resolve().name if folder.is_dir() else given
     if holds_results(folder):
-        return Side.of_results(given, folder)
+        return Side.of_results(label, folder)
     version = None if folder.exists() else _VERSION.fullmatch(given)
     if version:
         return Side.of_store(given, {_digest(version)})
     keys = {str((read_manifest(folder) or {}).get("digest"))} if folder.is_dir() else set()
-    return Side.of_store(given, {pin(given, Path.cwd()).key, *keys})
+    return Side.of_store(label, {pin(given, Path.cwd()).key, *keys})
 
 
 def _digest(version: re.Match[str]) -> str:

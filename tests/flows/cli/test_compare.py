@@ -71,15 +71,15 @@ def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
     code, out, _ = compared(worse, better, "--json")
     found = json.loads(out)
     [row] = found["rows"]
-    assert code == 0 and (found["a"], found["b"]) == (str(worse), str(better))
-    assert found["only"] == {str(worse): [], str(better): []}
+    assert code == 0 and (found["a"], found["b"]) == ("worse", "better")
+    assert found["only"] == {"worse": [], "better": []}
     assert row["scores"] == [0.2, 0.9] and row["gain"] == pytest.approx(0.7) and row["low"] < 0.7 < row["high"]
     assert (row["wins"], row["losses"], row["documents"]) == (8, 1, 10)
     assert row["p"] == mcnemar(8, 1) and row["holm"] == holm({"x": row["p"]})["x"]
     code, out, _ = compared(better, worse)
     assert code == 0 and "sums/acc,none ↑" in out and "-0.7" in out and "Holm's p" in out
     code, out, _ = compared(better, better)
-    assert code == 0 and "(A)" in out and "(B)" in out
+    assert code == 0 and "better (A)" in out and "better (B)" in out
 
 
 def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
