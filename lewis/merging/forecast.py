@@ -79,6 +79,7 @@ def forecast(merge: Merge) -> Forecast:
     if merge.method.fits:
         of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
         seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
+        seconds += _seconds_of_judging(merge)
     if merge.as_adapter:
         of_factors = _of_factors(merge)
         seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
@@ -117,6 +118,17 @@ def _of_fit(merge: Merge) -> Forecast:
     held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
     return Forecast(seconds, 450_000_000 + held, extra_disk_bytes(merge, network, paused))
+
+
+def _seconds_of_judging(merge: Merge) -> float:
+    """What held-back rows take: each expert runs its own, the anchor and the fit run those of all."""
+    from lewis.merging.fitting.held_back import is_needed
+
+    if not any(expert.held_back for expert in merge.experts) or not is_needed(merge):
+        return 0.0
+    tokens = sum(expert.held_back.tokens for expert in merge.experts if expert.held_back)
+    weights = sum(info.elements for info in merge.base.tensors.values())
+    return 3 * 2 * tokens * weights / (operations_per_second() * merge.threads)
 
 
 def _of_static_fit(merge: Merge) -> Forecast:
