@@ -157,11 +157,11 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *,
 
 
 def is_present(pinned: Pinned) -> bool:
-    """Whether a fetch would download nothing."""
+    """Whether a fetch would download nothing: all files are here, as the commit lists them."""
     if pinned.is_local:
         return True
-    folder = snapshot(pinned.source, pinned.commit)
-    return all((folder / name).is_file() for name in needed(listing_of(pinned)))
+    folder, files = snapshot(pinned.source, pinned.commit), listing_of(pinned)
+    return all(_is_intact(folder / name, *files[name]) for name in needed(files))
 
 
 def folder_of(pinned: Pinned) -> Path:
