@@ -33,7 +33,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
 from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
-from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
+from lewis.evaluation.statistics.scores import Evaluated, Score, read_texts, score_table
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.support.canary import CANARY
@@ -234,7 +234,8 @@ class TestScores:
         seen = []
         settings = EvalSettings(("both.yml", "tasks/answers.yaml", "written"), root, num_fewshot=1, batch_size=2)
         with caplog.at_level(logging.WARNING, "lewis"):
-            scores = evaluate(model, settings, progress=lambda *progress: seen.append(progress)).scores
+            evaluated = evaluate(model, settings, progress=lambda *progress: seen.append(progress))
+        scores = evaluated.scores
         found = {(score.task, score.metric): score for score in scores}
         llama, tokenizer = load(model)
 
@@ -252,6 +253,17 @@ class TestScores:
         }
         assert found["both", "acc,none"].value == found["pets", "acc,none"].value
         assert {score.samples for score in scores} == {len(ROWS)}
+        texts = read_texts(evaluated.content)
+        assert {name[0] for name in texts} == {"pets", "written"} and len(texts) == 2 * len(ROWS)
+        by_prompt = {name[0]: {} for name in texts}
+        for name, each in texts.items():
+            by_prompt[name[0]][each.prompt.splitlines()[-1]] = each
+        for row in ROWS:
+            chosen, wrote = (by_prompt[task][row["question"]] for task in ("pets", "written"))
+            assert chosen.target == CHOICES[row["answer"]].strip() and chosen.answer in CHOICE["doc_to_choice"]
+            assert wrote.target == "-" and wrote.answer
+        right = sum(each.answer == each.target for each in by_prompt["pets"].values())
+        assert right / len(ROWS) == found["pets", "acc,none"].value
         assert found["written", "exact_match,first-word"].higher_is_better is True
         for kind in ("loglikelihood requests", "generate_until requests"):
             done, totals = zip(*(numbers for what, *numbers in seen if what == kind), strict=True)
