@@ -69,7 +69,7 @@ class SideBySide:
 
 
 def side_by_side(metric: str | None, models: Sequence[Scored]) -> SideBySide | None:
-    """The merged model, which is the last, beside what the gate compares it with.
+    """The merged model, which is the last, next to what the gate compares it with.
 
     Args:
         metric: the gate's, which is taken of its task; of other tasks the first metric is.

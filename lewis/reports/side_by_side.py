@@ -11,7 +11,7 @@ SHOWN, LOST = 20, 5  # documents in the tables
 def answer_rows(found: SideBySide) -> list[dict[str, str]]:
     """A row for each document that is shown: prompt, right answer and both answers, each with its mark.
 
-    The documents on which the two differ come first. Rows are empty if the texts were not kept.
+    The documents on which the two differ come first. There are no rows if the texts were not kept.
     """
     rows = []
     for each in found.shown(SHOWN):
@@ -82,7 +82,7 @@ def _lost_row(found: SideBySide, document: Document) -> dict[str, str]:
         ours = document.texts[0]
         row |= {"document": ours.prompt, "expected": ours.target}
         row[f"answer of {found.ours}"] += f" {ours.answer}"
-    return row | {"experts that are better": ", ".join(document.had)}
+    return row | ({"experts that are better": ", ".join(document.had)} if found.experts else {})
 
 
 def _mark(value: float, of: Document) -> str:

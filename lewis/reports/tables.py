@@ -107,10 +107,9 @@ def moved_rows(
     for ref in dict.fromkeys([*sizes, *kept]):
         by = {layer: size for layer, size in sizes.get(ref, {}).items() if math.isfinite(size)} or kept.get(ref, {})
         for layer in sorted(by, key=lambda layer: (-by[layer], layer))[:most]:
-            size, density = sizes.get(ref, {}).get(layer), kept.get(ref, {}).get(layer)
-            moved = "-" if size is None else f"{100 * size:.3g} %"
-            row = {"expert": ref, "layer": str(layer), "moved": moved}
-            rows.append(row | {"kept": "-" if density is None else f"{100 * density:.3g} %"})
+            known = {"moved": sizes.get(ref, {}).get(layer), "kept": kept.get(ref, {}).get(layer)}
+            shares = {name: "-" if share is None else f"{100 * share:.3g} %" for name, share in known.items()}
+            rows.append({"expert": ref, "layer": str(layer), **shares})
     return rows
 
 

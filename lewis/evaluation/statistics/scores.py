@@ -147,7 +147,7 @@ class Texts:
 
 def read_texts(content: Mapping[str, Any]) -> dict[tuple[str, str, int], Texts]:
     """Task, document and number among equal documents -> texts; empty if the harness kept none."""
-    found = {}
+    found: dict[tuple[str, str, int], Texts] = {}
     for task, texts in content.get("texts", {}).items():
         names = list(places_of(content["documents"][task]))
         found |= {

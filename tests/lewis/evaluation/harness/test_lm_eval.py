@@ -26,6 +26,7 @@ import pytest
 import torch
 import yaml
 
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step
 from lewis.evaluation.harness import process
@@ -301,9 +302,20 @@ class TestScores:
                 assert (mine.weight, mine.aggregation) == (other.weight, other.aggregation)
                 assert list(mine.sums().flat) == pytest.approx(list(other.sums().flat), rel=1e-6)
         weights = {"both": 1.0, "mats": 3.0}
-        mine, theirs = (Scored.of("math", "key", each, weights).by_name[WEIGHTED_KEY] for each in (found, whole))
+        mine_scored = Scored.of("math", "key", found, weights)
+        theirs_scored = Scored.of("math", "key", whole, weights)
+        mine, theirs = (each.by_name[WEIGHTED_KEY] for each in (mine_scored, theirs_scored))
         assert mine == theirs and found.ends.empty == whole.ends.empty
         assert (found.ends.tried, whole.ends.tried) == (4 * 3, 4)
+
+        assert read_texts(found.content).keys() == read_texts(whole.content).keys()
+        for entry in made.entries:  # an older version kept no texts
+            content = dict(store.read_entry(entry.path))
+            assert content.pop("texts") or "answers" in content["results"]
+            store.write_entry(entry.path, content)
+        old = step.find_scores("math", "key", settings)
+        assert old == made and Scored.of("math", "key", old.evaluated, weights) == mine_scored
+        assert mine_scored.texts and not Scored.of("math", "key", old.evaluated).texts
 
         # A task more costs that task alone, and one that goes costs nothing.
         more = replace(settings, tasks=("pets", *settings.tasks[1:]))
