@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lewis.evaluation.documents import Document, SideBySide
-from lewis.reports.markdown import code, markdown_table
+from lewis.reports.markdown import code, markdown_table, plain
 
 SHOWN, LOST = 20, 5  # documents in the tables
 
@@ -35,7 +35,7 @@ def answers_text(found: SideBySide) -> str:
         f"{len(rows)} of the {known} documents whose answers were kept; those that differ in score come first. "
         f"Of all {len(found.documents)} documents {differ} differ in score."
     )
-    return f"{told}\n\n{_table(rows)}"
+    return f"{told}\n\n{_blocks(rows)}"
 
 
 def losses_text(found: SideBySide, layers: Sequence[Mapping[str, str]] = ()) -> str:
@@ -57,12 +57,12 @@ def losses_text(found: SideBySide, layers: Sequence[Mapping[str, str]] = ()) -> 
                 f"gained: {gained}.{_experts(found, worse)}"
             )
     rows = [_lost_row(found, each) for each in lost[:LOST]]
-    parts = ["\n".join(lines), f"The first {len(rows)} that are lost:" if len(lost) > len(rows) else "", _table(rows)]
+    parts = ["\n".join(lines), f"The first {len(rows)} that are lost:" if len(lost) > len(rows) else "", _blocks(rows)]
     if layers:
         parts += [
             "The layers that moved most: the norm of the expert's task vector, relative to the base's weights; and how "
             "much of it is kept.",
-            _table(layers),
+            markdown_table([{name: code(cell) for name, cell in row.items()} for row in layers]),
         ]
     return "\n\n".join(part for part in parts if part)
 
@@ -76,12 +76,14 @@ def _experts(found: SideBySide, worse: Sequence[Document]) -> str:
 
 
 def _lost_row(found: SideBySide, document: Document) -> dict[str, str]:
-    row = {"task": document.name[0], "document": f"document {document.name[1]}", "expected": ""}
-    row[f"answer of {found.ours}"] = _mark(document.ours, document)
+    row, answer = {"task": document.name[0]}, _mark(document.ours, document)
     if document.texts:
         ours = document.texts[0]
-        row |= {"document": ours.prompt, "expected": ours.target}
-        row[f"answer of {found.ours}"] += f" {ours.answer}"
+        row |= {"end of the prompt": ours.prompt, "expected": ours.target}
+        answer += f" {ours.answer}"
+    else:
+        row["document"] = document.name[1]
+    row[f"answer of {found.ours}"] = answer
     return row | ({"experts that are better": ", ".join(document.had)} if found.experts else {})
 
 
@@ -92,5 +94,10 @@ def _mark(value: float, of: Document) -> str:
     return f"({value:.3g})"
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    return markdown_table([{name: code(cell) if cell else "" for name, cell in row.items()} for row in rows])
+def _blocks(rows: Sequence[Mapping[str, str]]) -> str:
+    """Each row as a list, since Prefect's page does not wrap the cells of a table; empty cells are left out."""
+    blocks = []
+    for number, row in enumerate(rows, 1):
+        lines = [f"* {plain(name)}: {code(cell)}" for name, cell in row.items() if cell]
+        blocks.append(f"**{number}.**\n\n" + "\n".join(lines))
+    return "\n\n".join(blocks)

@@ -221,7 +221,7 @@ def _check_why_it_is_worse(home: Path, worse: Any) -> None:
     found = json.loads(Path(client.download_artifacts(run, "answers.json")).read_text())
     rows = [dict(zip(found["columns"], data, strict=True)) for data in found["data"]]
     assert len(rows) == 20 and {each["expected"] for each in rows} == {"w1"}
-    assert all("| " + " | ".join(f"`{cell}`" for cell in each.values()) + " |" in sides for each in rows)
+    assert all("\n".join(f"* {name}: `{cell}`" for name, cell in each.items()) in sides for each in rows)
     differ = [each["answer of champion"][0] != each["answer of merged"][0] for each in rows]
     assert differ == sorted(differ, reverse=True) and sum(differ) == min(20, int(row["losses"]) + int(row["wins"]))
     assert all(

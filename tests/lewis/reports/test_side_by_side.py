@@ -27,11 +27,12 @@ def test_answers_side_by_side() -> None:
     assert told == (
         "3 of the 3 documents whose answers were kept; those that differ in score come first. "
         "Of all 4 documents 3 differ in score.\n\n"
-        "| task | end of the prompt | expected | answer of champion | answer of lewis |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| `sums` | `q1 \\|` | `4` | `✓ four <b>` | `✗ five` |\n"
-        "| `sums` | `q2 \\|` | `4` | `(0.5) four <b>` | `(0.25) five` |\n"
-        "| `sums` | `q0 \\|` | `4` | `✓ four <b>` | `✓ five` |"
+        "**1.**\n\n* task: `sums`\n* end of the prompt: `q1 |`\n* expected: `4`\n"
+        "* answer of champion: `✓ four <b>`\n* answer of lewis: `✗ five`\n\n"
+        "**2.**\n\n* task: `sums`\n* end of the prompt: `q2 |`\n* expected: `4`\n"
+        "* answer of champion: `(0.5) four <b>`\n* answer of lewis: `(0.25) five`\n\n"
+        "**3.**\n\n* task: `sums`\n* end of the prompt: `q0 |`\n* expected: `4`\n"
+        "* answer of champion: `✓ four <b>`\n* answer of lewis: `✓ five`"
     )
     assert len(answer_rows(found(*(document(number, 1, 1) for number in range(50))))) == SHOWN
 
@@ -43,17 +44,17 @@ def test_what_was_lost_and_who_has_it_right() -> None:
     assert told == (
         "* `sums/acc,none`: 3 of 4 documents are lost against `champion`; gained: 1. There the experts are better: "
         "`math` on 2, `code` on 1; none on 1.\n\n"
-        "| task | document | expected | answer of lewis | experts that are better |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| `sums` | `q0 \\|` | `4` | `✗ five` | `math` |\n"
-        "| `sums` | `q1 \\|` | `4` | `✗ five` | `math, code` |\n"
-        "| `sums` | `document d02` |  | `✗` |  |\n\n"
+        "**1.**\n\n* task: `sums`\n* end of the prompt: `q0 |`\n* expected: `4`\n* answer of lewis: `✗ five`\n"
+        "* experts that are better: `math`\n\n"
+        "**2.**\n\n* task: `sums`\n* end of the prompt: `q1 |`\n* expected: `4`\n* answer of lewis: `✗ five`\n"
+        "* experts that are better: `math, code`\n\n"
+        "**3.**\n\n* task: `sums`\n* document: `d02`\n* answer of lewis: `✗`\n\n"
         "The layers that moved most: the norm of the expert's task vector, relative to the base's weights; "
         "and how much of it is kept.\n\n"
         "| expert | layer | moved | kept |\n| --- | --- | --- | --- |\n| `org/math` | `7` | `12 %` | `31 %` |"
     )
     many = losses_text(found(*(document(number, 0, 1) for number in range(9)), experts=()))
-    assert "The first 5 that are lost:" in many and many.count("| `sums` |") == 5
+    assert "The first 5 that are lost:" in many and many.count("* task: `sums`") == 5
     assert "With `experts` in `evaluate.baselines`, the next report says which expert has them right." in many
     assert losses_text(found(document(0, 1, 0)), layers) == ""
 
@@ -73,4 +74,4 @@ def test_old_scores_without_texts_have_no_section() -> None:
     assert answers_text(old) == "" and "## Answers" not in to_markdown(
         RunFacts("r", "", "", 3, "a" * 64, documents=old)
     )
-    assert "document d00" in losses_text(old)
+    assert "* document: `d00`" in losses_text(old)
