@@ -118,9 +118,10 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
     about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
     after = [ended.promoted or merged]
-    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
-    for future in (*walk.of(DIAGNOSE), written):  # the UI shows their errors: the version is registered all the same
+    for future in walk.of(DIAGNOSE):  # the UI shows its error, and the report what it measured
         future.wait()
+    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
+    written.wait()  # the UI shows its error: the version is registered all the same
     if ended.published:
         try:
             report.published = getattr(result_of(ended.published), "url", None)

@@ -126,7 +126,7 @@ def judge(
     if champion and "champion" not in others:
         lost = f"{champion.uri} must be scored again: its files or base are gone or damaged; see `lewis promote`: fail"
         return Verdict(False, (lost,), in_use)
-    reference = others["champion"] if champion else base or _best(gate.metric, others)
+    reference = reference_of(gate.metric, others)
     compared_with = champion.uri if champion else reference.label
     behind = standing.mark if champion and standing.mark != champion else None
     known = replace(marked, label=behind.uri) if behind and marked and _same_documents(ours, marked) else None
@@ -191,7 +191,12 @@ def decide(
     return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours, luck)
 
 
-def _best(metric: str, parents: Mapping[str, Scored]) -> Scored:
+def reference_of(metric: str | None, others: Mapping[str, Scored]) -> Scored:
+    """What a merged model is compared with, by label: the champion, else the base, else the best expert."""
+    return others.get("champion") or others.get("base") or _best(metric, others)
+
+
+def _best(metric: str | None, parents: Mapping[str, Scored]) -> Scored:
     """The parent with the best value of the metric, to compare with where there is neither a champion nor a base."""
     known = {label: model.by_name[metric] for label, model in parents.items() if metric in model.by_name}
     if not known:

@@ -202,6 +202,19 @@ def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | 
     return Inspection(tuple(refs[: len(chosen)]), findings, measures, given.settings.root)
 
 
+def sizes_by_layer(given: InspectionInput) -> dict[str, dict[int, float]]:
+    """Expert -> layer -> norm of its task vector, relative to the base's weights; empty if the store has no measures.
+
+    Raises:
+        InputError: if a model cannot be opened.
+    """
+    found = store.entry(kinds.INSPECTIONS.path(inspection_digest(given)), InspectionEntry.holds)
+    if found is None:
+        return {}
+    measures, (_, *experts) = _merged(Measures.from_json(found), given), given._chosen[0]
+    return {each.files.ref: measures.by_layer(number) for number, each in enumerate(experts, 1)}
+
+
 def _merged(measures: Measures, given: InspectionInput) -> Measures:
     """The measures of the tensors that the recipe does not exclude from the merge."""
     base = given._chosen[0][0].model

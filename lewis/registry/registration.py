@@ -8,6 +8,7 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
+from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import Scored, comparison_rows, gain, scores_of
@@ -23,6 +24,7 @@ from lewis.registry import versions
 from lewis.registry.lineage import lineage_of
 from lewis.registry.tracking import RunInput
 from lewis.reports import card, charts
+from lewis.reports.side_by_side import answer_rows
 
 DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 
@@ -115,6 +117,8 @@ def registration_of(
     if found:
         drawn["scores.png"] = charts.scores(recipe.evaluate.weights if recipe.evaluate else {}, scores)
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
+        beside = side_by_side(recipe.gate_metric, models)
+        tables |= {"answers": answers} if beside and (answers := answer_rows(beside)) else {}
     # The merged model's metrics have the same names in all versions, whatever its label in the score table.
     named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}

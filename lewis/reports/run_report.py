@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lewis.evaluation.documents import SideBySide
 from lewis.evaluation.gate import NOTE, Verdict
 from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Score
 from lewis.models.source import commits_of
 from lewis.reports.markdown import code, link, markdown_table, picture, plain
+from lewis.reports.side_by_side import answers_text, losses_text
 
 MAX_LINE = 300  # characters of a verdict line
 SHORT, BRIEF = 8, 6  # characters of a commit or digest; in the name of a run
@@ -60,6 +62,8 @@ class RunFacts:
         kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
+        documents: the merged model next to what it is compared with; None if there is nothing to compare it with.
+        layers: rows of `lewis.reports.tables.moved_rows`, for the report of a run that was rejected.
         means: expert -> mean density; empty for a plain merge.
         fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
         warning: what is perhaps wrong with what it was fitted to, as a sentence; else empty.
@@ -81,6 +85,8 @@ class RunFacts:
     kept: Sequence[Mapping[str, str]] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     verdict: Verdict | None = None
+    documents: SideBySide | None = None
+    layers: Sequence[Mapping[str, str]] = ()
     means: Mapping[str, float] = field(default_factory=dict)
     fit: str = ""
     warning: str = ""
@@ -106,6 +112,8 @@ def to_markdown(facts: RunFacts) -> str:
         _section("What is kept of each expert's gain", _kept(facts.kept)),
         _section("Compared, document by document", markdown_table(compared)),
         _verdict(facts.verdict),
+        _section("Why it is worse", _losses(facts)),
+        _section("Answers side by side", answers_text(facts.documents) if facts.documents else ""),
         _section("The fit", "\n\n".join(plain(each) for each in (facts.warning, facts.fit) if each)),
         _section("Mean density", markdown_table(means)),
         *(_section(plain(title), picture(title, png)) for title, png in facts.pictures.items()),
@@ -255,6 +263,11 @@ def _verdict(verdict: Verdict | None) -> str:
     word = "passed" if verdict.passed else "failed"
     rules = "\n".join(f"* {plain(reason)}" for reason in verdict.reasons)
     return _section(f"The gate: {word}", f"Compared with {code(verdict.compared_with)}.\n\n{rules}")
+
+
+def _losses(facts: RunFacts) -> str:
+    rejected = facts.verdict is not None and not facts.verdict.passed
+    return losses_text(facts.documents, facts.layers) if rejected and facts.documents else ""
 
 
 def _gap(gap: float, higher: bool) -> str:

@@ -1,12 +1,15 @@
 """Tables of importance and densities: for a terminal, with layers down and projections across, and as rows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lewis.allocation.densities import NEAR_UNIFORM, Allocation, covered_by, distance_to_uniform
 from lewis.allocation.step import AllocationEntry
 from lewis.importance.step import ImportanceEntry
+from lewis.models.names import layer_of
 from lewis.models.network.module_tree import Layer, projection_names
+from lewis.reports.charts import VECTORS
 
 WIDTH = 120  # of a table, in characters
 
@@ -81,6 +84,33 @@ def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEn
         rows.append(row if allocated.stacked else row | densities(key))
     of_result = dict.fromkeys(key for each in experts.values() for key in each.differences) if allocated.stacked else ()
     return rows + [{"layer": f"result: {key.removesuffix('.weight')}", **densities(key)} for key in of_result]
+
+
+def moved_rows(
+    sizes: Mapping[str, Mapping[int, float]], allocated: AllocationEntry | None, most: int = 3
+) -> list[dict[str, str]]:
+    """The layers in which each expert moved most, and the mean density of their matrices; `-` where one is not known.
+
+    Args:
+        sizes: expert -> layer -> norm of its task vector, relative to that of the base's weights.
+        allocated: the densities; None for a plain merge.
+        most: layers of each expert.
+    """
+    kept: dict[str, dict[int, float]] = {}
+    for ref, each in allocated.experts().items() if allocated and not allocated.stacked else ():
+        of_layer: dict[int, list[float]] = {}
+        for tensor, density in each.densities.items():
+            if (layer := layer_of(tensor)) is not None and not VECTORS.search(tensor):
+                of_layer.setdefault(layer, []).append(density)
+        kept[ref] = {layer: sum(found) / len(found) for layer, found in of_layer.items()}
+    rows = []
+    for ref in dict.fromkeys([*sizes, *kept]):
+        by = {layer: size for layer, size in sizes.get(ref, {}).items() if math.isfinite(size)} or kept.get(ref, {})
+        for layer in sorted(by, key=lambda layer: (-by[layer], layer))[:most]:
+            known = {"moved": sizes.get(ref, {}).get(layer), "kept": kept.get(ref, {}).get(layer)}
+            shares = {name: "-" if share is None else f"{100 * share:.3g} %" for name, share in known.items()}
+            rows.append({"expert": ref, "layer": str(layer), **shares})
+    return rows
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -1,5 +1,6 @@
 """Artifacts for the Prefect UI, with stable keys: pictures and tables of densities and scores, the run's report."""
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain
 
@@ -11,12 +12,14 @@ from prefect.client.schemas.actions import ArtifactCreate
 
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
+from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import comparison_rows, scores_of
 from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
+from lewis.inspection.step import InspectionInput, sizes_by_layer
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -26,7 +29,7 @@ from lewis.registry.versions import Champion, Version
 from lewis.reports import charts, tables
 from lewis.reports.markdown import picture
 from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
-from lewis.steps.graph import warning_of_shared_set
+from lewis.steps.graph import inspection_settings, warning_of_shared_set
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
@@ -133,6 +136,8 @@ def report_run(
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
+        documents=side_by_side(recipe.gate_metric, models),
+        layers=_moved(recipe, base, experts, allocated) if verdict and not verdict.passed else (),
         means=allocated.means if allocated else {},
         fit=merged.fit,
         warning=warning_of_shared_set(recipe),
@@ -156,6 +161,17 @@ def _over_versions(version: Version) -> dict[str, bytes]:
         return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
     except InputError:  # nothing is scored
         return {}
+
+
+def _moved(
+    recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles], allocated: AllocationEntry | None
+) -> list[dict[str, str]]:
+    """In which layers the experts moved most, as far as the store knows."""
+    sizes: dict[str, dict[int, float]] = {}
+    if recipe.inspect.on != "off":
+        with suppress(InputError):  # the files of a model are gone
+            sizes = sizes_by_layer(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
+    return tables.moved_rows(sizes, allocated)
 
 
 def _weights(recipe: Recipe) -> dict[str, float]:

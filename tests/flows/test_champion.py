@@ -169,6 +169,7 @@ def test_only_a_better_model_becomes_champion(
         "reject v2"
     }
     assert states(prefect_url, "evaluate champion words") == {"Cached"}  # it was the merged model of the first run
+    _check_why_it_is_worse(home, worse)
 
     better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)
     assert better.stdout is not None and better.stdout.readline() == "HERE\n"
@@ -202,6 +203,32 @@ def test_only_a_better_model_becomes_champion(
     check_png(picture.read_bytes())
     assert main(["promote", "tiny/9", "--why", "x"]) == 2 and "no such version" in capsys.readouterr().err
     assert main(["history", "tine"]) == 2 and "no registered model" in capsys.readouterr().err
+
+
+def _check_why_it_is_worse(home: Path, worse: Any) -> None:
+    """What was lost, what moved, and the answers of both, in the report and in MLflow in the same words."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    run = client.get_model_version("tiny", "2").run_id
+    text = Path(client.download_artifacts(run, "run_report.md")).read_text()
+    [row] = [row for row in worse.comparison if row["model"] == "champion"]
+    why, sides = (text.partition(f"## {title}\n\n")[2] for title in ("Why it is worse", "Answers side by side"))
+    lost = f"{row['losses']} of 40 documents are lost against `champion`; gained: {row['wins']}."
+    assert why.startswith(f"* `words/acc,none`: {lost} With `experts` in `evaluate.baselines`,")
+    moved = re.search(r"\| `\S*noise` \| `(\d)` \| `(\S+) %` \| `-` \|", why)
+    assert moved and float(moved[2]) > 1, why
+    found = json.loads(Path(client.download_artifacts(run, "answers.json")).read_text())
+    rows = [dict(zip(found["columns"], data, strict=True)) for data in found["data"]]
+    assert len(rows) == 20 and {each["expected"] for each in rows} == {"w1"}
+    assert all("\n".join(f"* {name}: `{cell}`" for name, cell in each.items()) in sides for each in rows)
+    differ = [each["answer of champion"][0] != each["answer of merged"][0] for each in rows]
+    assert differ == sorted(differ, reverse=True) and sum(differ) == min(20, int(row["losses"]) + int(row["wins"]))
+    assert all(
+        (each[f"answer of {label}"] == "✓ w1") == each[f"answer of {label}"].startswith("✓")
+        for each in rows
+        for label in ("champion", "merged")
+    )
 
 
 def test_a_release_with_equal_scores_becomes_champion_where_no_gain_is_asked_for(

@@ -28,6 +28,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 
 from lewis import private_names
 from lewis.evaluation.harness import loaded_model
+from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.store import write_json
 
@@ -191,6 +192,7 @@ def evaluate(
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
         `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
+        `texts` as `lewis.evaluation.harness.answer_texts.texts_of`;
         `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub.
     """
     from lm_eval import evaluator
@@ -218,6 +220,7 @@ def evaluate(
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
+    kept["texts"] = texts_of(rows, loaded["tasks"])
     sources = {name: _source(task) for name, task in loaded["tasks"].items()}
     kept["sources"] = {name: source for name, source in sources.items() if source}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis import private_names
+from lewis.evaluation.harness.answer_texts import texts_in
 from lewis.models.files.safetensors_file import file_headers
 from lewis.models.lora.expert import WEIGHTS
 from lewis.models.names import PER_TOKEN
@@ -119,7 +120,7 @@ def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, 
     ended = _ended(lm, list(islice(filter(None, prompts), PROMPTS)))
     return {
         "empty": {
-            name: sum(not any(text.strip() for text in _texts(row["resps"])) for row in each) / len(each)
+            name: sum(not any(text.strip() for text in texts_in(row["resps"])) for row in each) / len(each)
             for name, each in of_task.items()
             if each and tasks[name].OUTPUT_TYPE == "generate_until"
         },
@@ -127,14 +128,6 @@ def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, 
         "ended": sum(ended),
         "perplexity": _perplexity(lm, list(islice(_answers(mixed), ANSWERS))),
     }
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _texts(each)
 
 
 def _ended(lm: Any, prompts: list[str]) -> list[bool]:
@@ -183,7 +176,7 @@ def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]
         elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(arguments):
             yield arguments[target][0], arguments[target][1]
         elif task.OUTPUT_TYPE == "generate_until":
-            answer = next(_texts(target), "")
+            answer = next(texts_in(target), "")
             if answer.strip():
                 yield arguments[0][0], f"{task.config.target_delimiter}{answer}"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lewis.errors import LewisError
-from lewis.evaluation.statistics.scores import Part, Samples
+from lewis.evaluation.statistics.scores import Part, Samples, places_of
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
@@ -135,8 +135,8 @@ def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part,
 
 def _aligned(ours: Part, theirs: Part, who: str) -> tuple[Part, Array]:
     """The sums of both models per document: fp64, shape (documents, 4), zero where a metric skips the document."""
-    place = _places(theirs)
-    order = _places(ours)
+    place = places_of(theirs.documents)
+    order = places_of(ours.documents)
     if place.keys() != order.keys():
         missing, more = len(order.keys() - place.keys()), len(place.keys() - order.keys())
         raise PairingError(
@@ -144,16 +144,6 @@ def _aligned(ours: Part, theirs: Part, who: str) -> tuple[Part, Array]:
             f"{who}, which has {more} others; score both with the same tasks, data and limit"
         )
     return ours, np.hstack([ours.sums(), theirs.sums()[[place[document] for document in order]]])
-
-
-def _places(part: Part) -> dict[tuple[str, int], int]:
-    """The index of each document; the n-th of several equal documents has the key (document, n)."""
-    seen: dict[str, int] = {}
-    places = {}
-    for place, document in enumerate(part.documents):
-        seen[document] = seen.get(document, -1) + 1
-        places[document, seen[document]] = place
-    return places
 
 
 def _gain(part: Part, sums: Array) -> Array:

@@ -53,7 +53,7 @@ def kept_gains(metric: str | None, models: Sequence[Scored]) -> list[Kept]:
     by_label = {model.label: model for model in models[:-1]}
     if BASE not in by_label:
         return []
-    found = (_of_task(key, models[-1], by_label) for key in _primary(models[-1], metric))
+    found = (_of_task(key, models[-1], by_label) for key in primary_metrics(models[-1], metric))
     return [each for each in found if each]
 
 
@@ -74,8 +74,8 @@ def kept_rows(found: Sequence[Kept]) -> list[dict[str, str]]:
     ]
 
 
-def _primary(model: Scored, preferred: str | None) -> list[str]:
-    """One metric per task, by `task/metric,filter`."""
+def primary_metrics(model: Scored, preferred: str | None) -> list[str]:
+    """One metric per task, by `task/metric,filter`: the preferred one, else the first. A group stands for its tasks."""
     members = grouped_tasks(model.samples)
     chosen: dict[str, str] = {}
     for key, score in model.by_name.items():

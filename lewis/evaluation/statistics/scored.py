@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.statistics.comparison import Comparison, compare, interval
-from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, by_key, combined
+from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, Texts, by_key, combined, read_texts
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
 WEIGHTED_KEY = "/".join(WEIGHTED)
@@ -22,6 +22,7 @@ class Scored:
         scores: one per task and metric.
         samples: the value of each document, for the metrics that can be compared.
         ends: what the gate's guards look at.
+        texts: of some documents, as `read_texts`.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Scored:
     scores: tuple[Score, ...]
     samples: tuple[Samples, ...] = field(repr=False)
     ends: Ends
+    texts: Mapping[tuple[str, str, int], Texts] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, label: str, key: str, found: Evaluated, weights: Mapping[str, float] | None = None) -> "Scored":
@@ -42,7 +44,7 @@ class Scored:
             mean = _weighted(scores, by_key(samples), weights)
             scores.append(mean[0])
             samples.append(mean[1])
-        return cls(label, key, tuple(scores), tuple(samples), found.ends)
+        return cls(label, key, tuple(scores), tuple(samples), found.ends, read_texts(found.content))
 
     @property
     def by_name(self) -> dict[str, Score]:

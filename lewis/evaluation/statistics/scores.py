@@ -121,9 +121,39 @@ def read(content: Mapping[str, Any]) -> list[Samples]:
     return list(found.values())
 
 
+def places_of(documents: Sequence[str]) -> dict[tuple[str, int], int]:
+    """The index of each document; the n-th of several equal documents has the key (document, n)."""
+    seen: dict[str, int] = {}
+    places = {}
+    for place, document in enumerate(documents):
+        seen[document] = seen.get(document, -1) + 1
+        places[document, seen[document]] = place
+    return places
+
+
 def combined(task: str, metric: str, of: Sequence[tuple[Samples, float]]) -> Samples:
     """The weighted sum of several metrics, as a metric."""
     return Samples(task, metric, tuple(part for each, weight in of for part in each.weighted(weight)))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What people read of one document, cut: the end of the prompt, the right answer and the model's answer."""
+
+    prompt: str
+    target: str
+    answer: str
+
+
+def read_texts(content: Mapping[str, Any]) -> dict[tuple[str, str, int], Texts]:
+    """Task, document and number among equal documents -> texts; empty if the harness kept none."""
+    found: dict[tuple[str, str, int], Texts] = {}
+    for task, texts in content.get("texts", {}).items():
+        names = list(places_of(content["documents"][task]))
+        found |= {
+            (task, *names[each["document"]]): Texts(each["prompt"], each["target"], each["answer"]) for each in texts
+        }
+    return found
 
 
 def by_key(samples: Sequence[Samples]) -> dict[str, Samples]:

@@ -26,6 +26,7 @@ import pytest
 import torch
 import yaml
 
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step
 from lewis.evaluation.harness import process
@@ -33,7 +34,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
 from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
-from lewis.evaluation.statistics.scores import Evaluated, Score, score_table
+from lewis.evaluation.statistics.scores import Evaluated, Score, read_texts, score_table
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.support.canary import CANARY
@@ -234,7 +235,8 @@ class TestScores:
         seen = []
         settings = EvalSettings(("both.yml", "tasks/answers.yaml", "written"), root, num_fewshot=1, batch_size=2)
         with caplog.at_level(logging.WARNING, "lewis"):
-            scores = evaluate(model, settings, progress=lambda *progress: seen.append(progress)).scores
+            evaluated = evaluate(model, settings, progress=lambda *progress: seen.append(progress))
+        scores = evaluated.scores
         found = {(score.task, score.metric): score for score in scores}
         llama, tokenizer = load(model)
 
@@ -252,6 +254,17 @@ class TestScores:
         }
         assert found["both", "acc,none"].value == found["pets", "acc,none"].value
         assert {score.samples for score in scores} == {len(ROWS)}
+        texts = read_texts(evaluated.content)
+        assert {name[0] for name in texts} == {"pets", "written"} and len(texts) == 2 * len(ROWS)
+        by_prompt = {name[0]: {} for name in texts}
+        for name, each in texts.items():
+            by_prompt[name[0]][each.prompt.splitlines()[-1]] = each
+        for row in ROWS:
+            chosen, wrote = (by_prompt[task][row["question"]] for task in ("pets", "written"))
+            assert chosen.target == CHOICES[row["answer"]].strip() and chosen.answer in CHOICE["doc_to_choice"]
+            assert wrote.target == "-" and wrote.answer
+        right = sum(each.answer == each.target for each in by_prompt["pets"].values())
+        assert right / len(ROWS) == found["pets", "acc,none"].value
         assert found["written", "exact_match,first-word"].higher_is_better is True
         for kind in ("loglikelihood requests", "generate_until requests"):
             done, totals = zip(*(numbers for what, *numbers in seen if what == kind), strict=True)
@@ -289,9 +302,20 @@ class TestScores:
                 assert (mine.weight, mine.aggregation) == (other.weight, other.aggregation)
                 assert list(mine.sums().flat) == pytest.approx(list(other.sums().flat), rel=1e-6)
         weights = {"both": 1.0, "mats": 3.0}
-        mine, theirs = (Scored.of("math", "key", each, weights).by_name[WEIGHTED_KEY] for each in (found, whole))
+        mine_scored = Scored.of("math", "key", found, weights)
+        theirs_scored = Scored.of("math", "key", whole, weights)
+        mine, theirs = (each.by_name[WEIGHTED_KEY] for each in (mine_scored, theirs_scored))
         assert mine == theirs and found.ends.empty == whole.ends.empty
         assert (found.ends.tried, whole.ends.tried) == (4 * 3, 4)
+
+        assert read_texts(found.content).keys() == read_texts(whole.content).keys()
+        for entry in made.entries:  # an older version kept no texts
+            content = dict(store.read_entry(entry.path))
+            assert content.pop("texts") or "answers" in content["results"]
+            store.write_entry(entry.path, content)
+        old = step.find_scores("math", "key", settings)
+        assert old == made and Scored.of("math", "key", old.evaluated, weights) == mine_scored
+        assert mine_scored.texts and not Scored.of("math", "key", old.evaluated).texts
 
         # A task more costs that task alone, and one that goes costs nothing.
         more = replace(settings, tasks=("pets", *settings.tasks[1:]))

@@ -1,0 +1,107 @@
+"""A merged model and what it is compared with, document by document: what differs, what is lost, who has it right."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lewis.evaluation.gate import reference_of
+from lewis.evaluation.statistics.retained_gain import BASE, BASELINES, primary_metrics
+from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scores import Samples, Texts, by_key, places_of
+
+Name = tuple[str, str, int]
+"""Task, hash of a document, and its number among equal documents."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document in the eyes of both models.
+
+    Attributes:
+        key: `task/metric,filter`, the metric of these values.
+        higher_is_better: of that metric.
+        ours, theirs: the value of the merged model and of the reference.
+        had: the experts that are better on it than the merged model.
+        texts: of the merged model and of the reference; None if they were not kept of both.
+    """
+
+    name: Name
+    key: str
+    higher_is_better: bool
+    ours: float
+    theirs: float
+    had: tuple[str, ...] = ()
+    texts: tuple[Texts, Texts] | None = field(default=None, repr=False)
+
+    @property
+    def gain(self) -> float:
+        """How much better the merged model is."""
+        return _gain(self.ours, self.theirs, self.higher_is_better)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Both models on all documents of the tasks' primary metrics.
+
+    Attributes:
+        ours, reference: labels of the two.
+        experts: labels of the experts that were scored too.
+        documents: those that have a value of both.
+    """
+
+    ours: str
+    reference: str
+    experts: tuple[str, ...]
+    documents: tuple[Document, ...]
+
+    def shown(self, most: int) -> list[Document]:
+        """Documents whose texts are known: those that differ in score first, then in the answer; else by their hash."""
+        known = [(each, each.texts) for each in self.documents if each.texts]
+        order = sorted(
+            known, key=lambda pair: (not pair[0].gain, pair[1][0].answer == pair[1][1].answer, pair[0].name[1:])
+        )
+        return [each for each, _ in order[:most]]
+
+    def lost(self) -> list[Document]:
+        """Documents on which the merged model is worse: those whose texts are known first; else by their hash."""
+        worse = (each for each in self.documents if each.gain < 0)
+        return sorted(worse, key=lambda each: (each.texts is None, each.name[1:]))
+
+
+def side_by_side(metric: str | None, models: Sequence[Scored]) -> SideBySide | None:
+    """The merged model, which is the last, next to what the gate compares it with.
+
+    Args:
+        metric: the gate's, which is taken of its task; of other tasks the first metric is.
+        models: everything that was scored.
+
+    Returns:
+        None if nothing else was scored, or the reference is the same model.
+    """
+    ours, others = (models[-1] if models else None), {model.label: model for model in models[:-1]}
+    if ours is None or not others or (reference := reference_of(metric, others)).key == ours.key:
+        return None
+    experts = [model for label, model in others.items() if label not in (BASE, *BASELINES) and model is not reference]
+    documents = list[Document]()
+    for key in primary_metrics(ours, metric):
+        mine, *rest = (dict(_values(by_key(model.samples).get(key))) for model in (ours, reference, *experts))
+        higher = ours.by_name[key].higher_is_better
+        for name in (name for name in mine if name in rest[0]):
+            values = zip(experts, rest[1:], strict=True)
+            had = [expert.label for expert, of in values if name in of and _gain(of[name], mine[name], higher) > 0]
+            both = (ours.texts.get(name), reference.texts.get(name))
+            texts = (both[0], both[1]) if both[0] and both[1] else None
+            documents.append(Document(name, key, higher, mine[name], rest[0][name], tuple(had), texts))
+    return SideBySide(ours.label, reference.label, tuple(each.label for each in experts), tuple(documents))
+
+
+def _values(samples: Samples | None) -> Iterator[tuple[Name, float]]:
+    for part in samples.parts if samples else ():
+        values = part.aggregate(part.sums())
+        for name, place in places_of(part.documents).items():
+            if math.isfinite(value := float(values[place])):
+                yield (part.task, *name), value
+
+
+def _gain(value: float, other: float, higher_is_better: bool) -> float:
+    return value - other if higher_is_better else other - value
