@@ -47,12 +47,8 @@ def pull(what: str, folder: Path) -> Pulled:
         LewisError: if the version's files are lost or damaged, or LEWIS did not register it.
         TransientError: if the server does not answer.
     """
-    name, number, alias = named(what)
-    name = tracking.model_name(name)
     with tracking.client(f"pulling {what}") as client:
-        found = versions.lookup(client, name, number=number, alias=alias)
-        if found is None:
-            raise _unknown(client, what, name)
+        found = version_of(client, what)
         model = versions.as_model(client, found, _whole(client, found))
     model = versions.fetch_files(model)
     if model.folder is None:
@@ -71,6 +67,19 @@ def pull(what: str, folder: Path) -> Pulled:
                 shutil.copyfile(model.folder / each, target / each)
     size = sum((folder / each).stat().st_size for each in names)
     return Pulled(model.version.uri, folder, model.digest, size)
+
+
+def version_of(client: "MlflowClient", what: str) -> "ModelVersion":
+    """The version that is named, as `pull` takes it.
+
+    Raises:
+        InputError: if there is no such model, alias or version.
+    """
+    name, number, alias = named(what)
+    found = versions.lookup(client, name := tracking.model_name(name), number=number, alias=alias)
+    if found is None:
+        raise _unknown(client, what, name)
+    return found
 
 
 def named(what: str) -> tuple[str, str, str]:

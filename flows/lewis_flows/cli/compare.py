@@ -13,7 +13,7 @@ from lewis_flows.cli.terminal import print_table
 if TYPE_CHECKING:
     from lewis.evaluation.paired import Side
 
-_VERSION = re.compile(r"(?:models:/)?(?P<name>[^/:@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w-]+))")
+_VERSION = re.compile(r"(models:/)?[^/:@]+(/\d+|@[\w-]+)")
 
 
 def models(command: argparse.ArgumentParser) -> None:
@@ -63,30 +63,18 @@ def _side(given: str) -> "Side":
     label = folder.resolve().name if folder.is_dir() else given
     if holds_results(folder):
         return Side.of_results(label, folder)
-    version = None if folder.exists() else _VERSION.fullmatch(given)
-    if version:
-        return Side.of_store(given, {_digest(version)})
+    if not folder.exists() and _VERSION.fullmatch(given):
+        return Side.of_store(given, {_digest(given)})
     keys = {str((read_manifest(folder) or {}).get("digest"))} if folder.is_dir() else set()
     return Side.of_store(label, {pin(given, Path.cwd()).key, *keys})
 
 
-def _digest(version: re.Match[str]) -> str:
+def _digest(given: str) -> str:
     """The digest of a registered version's merge."""
-    from mlflow.exceptions import MlflowException
-
     from lewis.registry import tracking
+    from lewis.registry.pull import version_of
 
-    name, number, alias = tracking.model_name(version["name"]), version["number"], version["alias"]
     if not tracking.exists():
-        raise InputError(f"{version[0]}: there is no MLflow here; set MLFLOW_TRACKING_URI")
-    with tracking.client(f"looking for {version[0]}") as client:
-        try:
-            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise InputError(
-                f"{version[0]}: MLflow has no such version, and there is no folder of this name; expected NAME/3, "
-                "NAME@champion, a folder, or org/name"
-            ) from error
-    return str(found.tags.get("lewis.digest", ""))
+        raise InputError(f"{given}: there is no MLflow here; set MLFLOW_TRACKING_URI")
+    with tracking.client(f"looking for {given}") as client:
+        return str(version_of(client, given).tags.get("lewis.digest", ""))

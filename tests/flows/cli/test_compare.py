@@ -127,6 +127,8 @@ def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:
     store.write_entry(kinds.SCORES.path("2"), content(RIGHT["better"], model="b" * 64, scored_as="x"))
     code, out, _ = compared("ops.tiny/1", "models:/ops.tiny@champion", "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
-    for wrong in ("ops.tiny/3", "ops.tiny@previous", "other/1"):
+    there = "ops.tiny has no such version: its versions are 1, 2, its aliases champion"
+    model = "expected a registered model, got 'other'; expected one of ops.tiny"
+    for wrong, told in {"ops.tiny/3": there, "ops.tiny@previous": there, "other/1": model}.items():
         code, _, err = compared("ops.tiny/1", wrong)
-        assert code == 2 and f"{wrong}: MLflow has no such version" in err
+        assert code == 2 and f"{wrong}: {told}" in err
