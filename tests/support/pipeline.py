@@ -19,7 +19,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Importance
 from lewis.steps.graph import graph
 from lewis.steps.run import run
-from lewis.steps.table import ALLOCATE, CALIBRATE, DOWNLOAD, MEASURE
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DOWNLOAD, MEASURE
 
 __all__ = [
     "download", "eval_settings", "fetch", "find_merged", "find_scores", "guide", "layers_of", "measure", "merge", "pin",
@@ -85,7 +85,9 @@ def merge_input(
 ) -> MergeInput:
     """The input of the step `merge`."""
     walked, results = graph(recipe), known(recipe, base, experts)
-    results = run(walked, *(node.name for node in walked.of(CALIBRATE) if recipe.fits), known=results)
+    results = run(
+        walked, *(node.name for step in (CALIBRATE, CONTINUE) for node in walked.of(step) if recipe.fits), known=results
+    )
     if which == "uniform" and "merge uniform" not in walked:
         given: MergeInput = walked["merge experts"].given({**results, ALLOCATE.name: allocated})
         return MergeInput(**{**vars(given), "which": which})
