@@ -24,11 +24,13 @@ def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None
     """The rows to fit to, and those that are held back to judge the fit: every fourth, at most `MOST`.
 
     Returns:
-        The two parts; the whole set and None if it has fewer than four rows, or held-back rows would predict nothing.
+        The two parts; the whole set and None if it has fewer than four rows, or held-back rows would predict nothing,
+        or no answer where the set says which tokens these are.
     """
     count = len(calibration.samples)
     held = list(range(EVERY - 1, count, EVERY))[:MOST]
-    if not any(len(calibration.samples[i]) > 1 for i in held):
+    judging = calibration.part(held).of_answers
+    if not any(any(weights[1:]) for weights in judging.weights or [[1.0] * len(row) for row in judging.samples]):
         return calibration, None
     return calibration.part(i for i in range(count) if i not in held), calibration.part(held)
 

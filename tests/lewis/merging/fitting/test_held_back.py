@@ -32,6 +32,9 @@ def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
     assert hold_back(Calibration("a", rows[:3])) == (Calibration("a", rows[:3]), None)
     short = Calibration("a", ((1, 2), (1, 2), (1, 2), (3,)))  # a row of one token predicts nothing
     assert hold_back(short) == (short, None)
+    # Where prompts fill the held-back rows, they say nothing of answers; it ended in a division by zero.
+    cut = Calibration("a", rows, tuple((0.1, 0.1) if i % 4 == 3 else (0.1, 1.0) for i in range(len(rows))))
+    assert hold_back(cut) == (cut, None)
 
 
 def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge:
