@@ -77,4 +77,7 @@ def _digest(given: str) -> str:
     if not tracking.exists():
         raise InputError(f"{given}: there is no MLflow here; set MLFLOW_TRACKING_URI")
     with tracking.client(f"looking for {given}") as client:
-        return str(version_of(client, given).tags.get("lewis.digest", ""))
+        try:
+            return str(version_of(client, given).tags.get("lewis.digest", ""))
+        except InputError as error:
+            raise InputError(f"{error}; and there is no folder of this name") from error

@@ -96,7 +96,7 @@ def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
     code, _, err = compared(ours, others)
     assert code == 2 and "not results and samples of lm-eval" in err
     code, _, err = compared(ours, "nothing/3")
-    assert code == 2 and "there is no folder of this name; expected NAME/3, NAME@champion" in err
+    assert code == 2 and "no model is registered; and there is no folder of this name" in err
 
 
 def test_models_that_were_scored_here(compared: Told, family: Family, home: Path, tmp_path: Path) -> None:
