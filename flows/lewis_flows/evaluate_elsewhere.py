@@ -18,7 +18,7 @@ from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.step import ScoresEntry, find_all_scores
 from lewis.recipe.recipe import Recipe
-from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput
+from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput, by_task
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.walk import Walk, submit
 from lewis_tasks.evaluate import take_scores
@@ -92,11 +92,8 @@ def score(
 
 def _find(given: Mapping[str, ScoreInput]) -> dict[str, ScoresEntry] | None:
     """The scores of all nodes, those of one task in one number format; None if some are missing."""
-    by_task: dict[tuple[str, ...], dict[str, ScoreInput]] = {}
-    for node, each in given.items():
-        by_task.setdefault(each.settings.tasks, {})[node] = each
     entries = dict[str, ScoresEntry]()
-    for of_task in by_task.values():
+    for of_task in by_task(given):
         models = {node: (each.ref, each.key) for node, each in of_task.items()}
         found = find_all_scores(models, next(iter(of_task.values())).settings)
         if found is None:

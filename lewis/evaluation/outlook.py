@@ -30,7 +30,8 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     lines: list[str] = [gate.policy]
     if evaluate.limit is not None and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
-    counted = _documents(evaluate, root)
+    tasks = find_tasks(evaluate.tasks, root)
+    counted = _documents(evaluate, tasks, root)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
     parts = {
         name.partition("/")[0]: weight / sum(evaluate.weights.values()) for name, weight in evaluate.weights.items()
@@ -38,7 +39,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
     gains = [name for name in spreads if gate.policy == "better" and gate.metric.startswith(name)]
-    tests = len(set(find_tasks(evaluate.tasks, root).names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
+    tests = len(set(tasks.names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name
         if name in gains:
@@ -63,9 +64,8 @@ def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     return power.margin(spread, tests) if given is None else given
 
 
-def _documents(evaluate: Evaluate, root: Path) -> dict[str, int]:
+def _documents(evaluate: Evaluate, found: FoundTasks, root: Path) -> dict[str, int]:
     """How many documents each task will have, at most, where a file or the limit says so before the run."""
-    found = find_tasks(evaluate.tasks, root)
     counts = {name: _documents_of(name, found, root, evaluate) for name in found.names}
     return {name: count for name, count in counts.items() if count}
 

@@ -140,8 +140,8 @@ def _best(first: Side, second: Side, key: str) -> tuple[Score, Score, Comparison
         task = b[3].task
         shots = [each[1].content.get("n-shot", {}).get(task) for each in (a, b)]
         if None not in shots and shots[0] != shots[1]:
-            told = f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with"
-            problems.append(InputError(f"{told} {shots[1]}; score both with the same num_fewshot"))
+            text = f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with"
+            problems.append(InputError(f"{text} {shots[1]}; score both with the same num_fewshot"))
             continue
         try:
             found = compare(b[2], a[2], higher_is_better=b[3].higher_is_better, who=first.label)

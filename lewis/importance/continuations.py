@@ -118,7 +118,7 @@ def _loaded(files: ModelFiles, device: str) -> Any:
     model = files.open()
     dtype = torch.float32 if device == "cpu" else measure.stored_dtype(model)
     network = measure.network_of(model, dtype)
-    if network.encodes or network.looks_ahead:
+    if not network.predicts_next_token:
         raise InputError(f"{files.ref}: this model does not write text token by token; leave `continue` out")
     weights = Weights(network, model, device, dtype)
     weights.check()

@@ -124,7 +124,7 @@ def _seconds_of_judging(merge: Merge) -> float:
     """What held-back rows take: each expert runs its own, the anchor and the fit run those of all."""
     from lewis.merging.fitting.held_back import is_needed
 
-    if not any(expert.held_back for expert in merge.experts) or not is_needed(merge):
+    if not is_needed(merge):
         return 0.0
     tokens = sum(expert.held_back.tokens for expert in merge.experts if expert.held_back)
     weights = sum(info.elements for info in merge.base.tensors.values())

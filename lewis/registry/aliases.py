@@ -6,12 +6,12 @@ database without a server, so they ask the server of `lewis up`, if one runs on 
 
 import logging
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lewis import store
 from lewis.errors import InputError
+from lewis.registry import versions
 from lewis.store.secrets import MLFLOW_PASSWORD
 
 if TYPE_CHECKING:
@@ -25,11 +25,9 @@ NOTE = "service.json"
 def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> None:
     """Let an alias of a registered model point to a version: through the server of this store, if there is one."""
     if not client.tracking_uri.startswith("http") and _ask_server(name, alias, version):
-        from mlflow.exceptions import MlflowException
-
-        with suppress(MlflowException):  # that server has another database
-            if str(client.get_model_version_by_alias(name, alias).version) == version:
-                return
+        found = versions.lookup(client, name, alias=alias)
+        if found is not None and str(found.version) == version:  # else that server has another database
+            return
     client.set_registered_model_alias(name, alias, version)
 
 

@@ -218,12 +218,9 @@ def standing(name: str, digest: str) -> Standing:
 
 def _mark(client: "MlflowClient", champion: Champion) -> Incumbent:
     """The mark of a champion: the version that its tag names, if that still exists, else the champion."""
-    from mlflow.exceptions import MlflowException
-
     own, name = champion.version, champion.version.name
     number = client.get_model_version(name, own.version).tags.get(history.MARK, own.version)
-    with suppress(MlflowException):
-        found = client.get_model_version(name, number)
+    if found := versions.lookup(client, name, number=number):
         return Incumbent(Version.of(found).uri, versions.digest_in(found.tags))
     return Incumbent(own.uri, champion.digest)
 

@@ -31,11 +31,11 @@ def answers_text(found: SideBySide) -> str:
         return ""
     known = sum(each.texts is not None for each in found.documents)
     differ = sum(bool(each.gain) for each in found.documents)
-    told = (
+    text = (
         f"{len(rows)} of the {known} documents whose answers were kept; those that differ in score come first. "
         f"Of all {len(found.documents)} documents {differ} differ in score."
     )
-    return f"{told}\n\n{_blocks(rows)}"
+    return f"{text}\n\n{_blocks(rows)}"
 
 
 def losses_text(found: SideBySide, layers: Sequence[Mapping[str, str]] = ()) -> str:
@@ -71,8 +71,8 @@ def _experts(found: SideBySide, worse: Sequence[Document]) -> str:
     if not found.experts:
         return " With `experts` in `evaluate.baselines`, the next report says which expert has them right."
     counts = {label: sum(label in each.had for each in worse) for label in found.experts}
-    told = ", ".join(f"{code(label)} on {number}" for label, number in counts.items())
-    return f" There the experts are better: {told}; none on {sum(not each.had for each in worse)}."
+    listed = ", ".join(f"{code(label)} on {number}" for label, number in counts.items())
+    return f" There the experts are better: {listed}; none on {sum(not each.had for each in worse)}."
 
 
 def _lost_row(found: SideBySide, document: Document) -> dict[str, str]:

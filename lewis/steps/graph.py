@@ -191,10 +191,9 @@ def _calibrations(recipe: Recipe) -> Iterator[Node]:
     if recipe.lewis is None or recipe.base_model is None:
         return
     sets, root, of_base = recipe.lewis.calibrations, recipe.root, f"download {recipe.base_model}"
-    names = [*(name for chosen in _passes(recipe).values() for name in chosen), *_sets_of_fit(recipe).values()]
     # A method that fits needs its sets for the check itself.
     needs = (of_base,) if recipe.fits else (of_base, "inspect")
-    for name in dict.fromkeys(names):
+    for name in _sets(recipe):
 
         def to_calibrate(results: Results, name: str = name) -> CalibrationInput:
             return CalibrationInput(name, sets[name], root, results[of_base])
@@ -203,9 +202,8 @@ def _calibrations(recipe: Recipe) -> Iterator[Node]:
 
 
 def _continuations(recipe: Recipe) -> Iterator[Node]:
-    for node in list(_calibrations(recipe)):
-        name = node.name.removeprefix("calibrate ")
-        if _rows(recipe, name) != node.name:
+    for name in _sets(recipe):
+        if recipe.lewis and recipe.lewis.calibrations[name].continues:
             [expert] = [each.model for each in recipe.experts if recipe.calibration_of(each) == name]
             yield _continuation(recipe, name, expert)
 
@@ -220,6 +218,14 @@ def _continuation(recipe: Recipe, name: str, expert: str) -> Node:
 
     needs, short = (prompts, model, "inspect"), short_refs(recipe)[expert]
     return Node(f"continue {name}", table.CONTINUE, to_continue, needs, model=short)
+
+
+def _sets(recipe: Recipe) -> list[str]:
+    """The calibration sets that are used, each once; none without a base, whose tokenizer makes them."""
+    if recipe.lewis is None or recipe.base_model is None:
+        return []
+    measured = (name for chosen in _passes(recipe).values() for name in chosen)
+    return list(dict.fromkeys([*measured, *_sets_of_fit(recipe).values()]))
 
 
 def _rows(recipe: Recipe, name: str) -> str:

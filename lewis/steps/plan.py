@@ -36,7 +36,7 @@ from lewis.registry import tracking, versions
 from lewis.steps.graph import CHAMPION, Graph, Node, graph, inspection_settings, warning_of_shared_set
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
-from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE, ScoreInput
+from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE, ScoreInput, by_task
 from lewis.store import remote
 from lewis.store.remote import Found
 
@@ -294,12 +294,8 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
 def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[Found]) -> list[PlannedStep]:
     """Look for scores: those that are compared with each other must have been computed in one number format."""
     nodes = [node for node in walked.of(EVALUATE) if node.when is None or node.when(results)]
-    by_task: dict[tuple[str, ...], dict[str, ScoreInput]] = {}
-    for node in nodes:
-        given: ScoreInput = node.given(results)
-        by_task.setdefault(given.settings.tasks, {})[node.name] = given
     found = dict[str, str]()
-    for of_task in by_task.values():
+    for of_task in by_task({node.name: node.given(results) for node in nodes}):
         plans = [{name: _state(each, device, asked) for name, each in of_task.items()} for device in scoring_devices()]
         best: dict[str, str] = min(plans, key=_to_do)
         found |= best

@@ -300,6 +300,14 @@ class ScoreInput:
         return self.files.ref if self.files else self.label
 
 
+def by_task(given: Mapping[str, ScoreInput]) -> list[dict[str, ScoreInput]]:
+    """Inputs by the names of their nodes, those of one task together: their scores are compared with each other."""
+    found: dict[tuple[str, ...], dict[str, ScoreInput]] = {}
+    for name, each in given.items():
+        found.setdefault(each.settings.tasks, {})[name] = each
+    return list(found.values())
+
+
 class Evaluate(Step[ScoreInput, ScoresEntry]):
     """The scores of one model on one task."""
 

@@ -73,11 +73,12 @@ def _digest(given: str) -> str:
     """The digest of a registered version's merge."""
     from lewis.registry import tracking
     from lewis.registry.pull import version_of
+    from lewis.registry.versions import digest_in
 
     if not tracking.exists():
         raise InputError(f"{given}: there is no MLflow here; set MLFLOW_TRACKING_URI")
     with tracking.client(f"looking for {given}") as client:
         try:
-            return str(version_of(client, given).tags.get("lewis.digest", ""))
+            return digest_in(version_of(client, given).tags)
         except InputError as error:
             raise InputError(f"{error}; and there is no folder of this name") from error

@@ -34,8 +34,7 @@ def predicts_next_token(model: Any) -> bool:
     """Whether a model, which reads like a checkpoint, predicts each token from those before it."""
     from lewis.importance.measure import network_of
 
-    network = network_of(model)
-    return not (network.encodes or network.looks_ahead)
+    return network_of(model).predicts_next_token
 
 
 def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = None) -> list[list[RowLoss]]:

@@ -133,6 +133,11 @@ class Network:
         asked = "is_decoder" in signature(self.tower.forward).parameters  # BLIP, whose head asks for it
         return asked or getattr(config, "is_decoder", True) is False
 
+    @property
+    def predicts_next_token(self) -> bool:
+        """Whether it predicts each token from those before it."""
+        return not (self.encodes or self.looks_ahead)
+
     def sources(self, parameter: str) -> list[str]:
         """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
         return [tensor for tensor, _ in self._sources.get(parameter, [])]
