@@ -12,14 +12,13 @@ from urllib.parse import urlsplit
 from lewis import store
 from lewis.errors import InputError
 from lewis.registry import versions
+from lewis.store.folders import SERVICE_NOTE
 from lewis.store.secrets import MLFLOW_PASSWORD
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
-NOTE = "service.json"
-"""The file of the store in which `lewis up` notes its process, and where its servers answer."""
 
 
 def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> None:
@@ -35,7 +34,7 @@ def _ask_server(name: str, alias: str, version: str) -> bool:
     """Whether the server of `lewis up` has taken the alias. It gets the password only while that process lives here."""
     import requests
 
-    note = store.read_json(store.home() / NOTE) or {}
+    note = store.read_json(store.home() / SERVICE_NOTE) or {}
     url, user = str(note.get("mlflow") or ""), note.get("mlflow_user")
     if urlsplit(url).hostname != "127.0.0.1" or not _lives_here(str(note.get("writer"))):
         return False

@@ -13,6 +13,8 @@ from pathlib import Path
 from lewis import settings
 from lewis.errors import InputError
 
+SERVICE_NOTE = "service.json"
+"""The file of the store in which `lewis up` notes its process, and where its servers answer."""
 _OTHERS, _ALL_BUT_OWNER = 0o007, 0o077
 
 

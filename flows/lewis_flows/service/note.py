@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.registry.aliases import NOTE
+from lewis.store.folders import SERVICE_NOTE
 
 
 def read() -> dict[str, Any]:
@@ -30,4 +30,4 @@ def remove() -> None:
 
 
 def _path() -> Path:
-    return store.home() / NOTE
+    return store.home() / SERVICE_NOTE
