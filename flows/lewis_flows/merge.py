@@ -122,6 +122,8 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
         future.wait()
     written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
     written.wait()  # the UI shows its error: the version is registered all the same
+    if written.state.is_completed():
+        report.page = Path(written.result())
     if ended.published:
         try:
             report.published = getattr(result_of(ended.published), "url", None)
