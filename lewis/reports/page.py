@@ -84,7 +84,7 @@ def to_html(facts: RunFacts, more: PageFacts) -> str:
         ),
         _section("What is kept of the task vectors", _maps(more.densities), "Density by layer and projection."),
         _section("Answers side by side", _answers(facts)),
-        _section("Lineage", _lineage(facts, more), "Orange: moved or new since the champion."),
+        _section("Lineage", _lineage(facts, more), "Orange: moved or new since the champion." * bool(facts.champion)),
         _section(
             "What each step took", _steps(more.steps), "Seconds from the start of the run; found results are pale."
         ),
@@ -183,10 +183,10 @@ def _forest(
     room = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
     low, high = (max(0.0, low - room) if low >= 0 else low - room), high + room
     if all(0 <= s.value <= 1 for _, s in rows):
-        high = min(high, 1.0) if high > 1 and max(e[1] for e in ends.values()) <= 1 else high
+        high = min(high, 1.0)
 
     def at(value: float) -> float:
-        return 100 * (value - low) / (high - low)
+        return 100 * (min(value, high) - low) / (high - low)
 
     shown = []
     for label, score in rows:

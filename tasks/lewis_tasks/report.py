@@ -138,7 +138,6 @@ def report_run(
         changes=changes(by_reference(champion.sources, inputs) if champion else {}, inputs),
         work=work,
         scores=score_columns(models, earlier),
-        merged=recipe.label,
         comparison=comparison,
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
