@@ -249,7 +249,10 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     if repo not in ("json", "parquet"):
         from lewis.models.hub.repository import resolve_dataset
 
-        arguments["revision"] = resolve_dataset(repo, revision or None)
+        try:
+            arguments["revision"] = resolve_dataset(repo, revision or None)
+        except LewisError as error:
+            raise type(error)(f"{where}: {error}") from error
     return arguments
 
 
