@@ -196,7 +196,7 @@ def _filled_up(
 def _rows(where: str, spec: CalibrationSet, root: Path) -> Iterator[Any]:
     """The rows of a set.
 
-    What `datasets` builds of local files has no checksums, so it is built anew each time and removed afterwards: a set
+    What `datasets` builds of local files has no checksums, so it is built again each time and removed afterwards: a set
     that was made is found in the store.
     """
     if spec.texts is not None:

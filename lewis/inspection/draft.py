@@ -128,7 +128,7 @@ class Draft:
         text: YAML with comments.
         topics: expert -> what its calibration set and task were chosen by.
         tasks: of lm-eval.
-        findings: what configs and headers tell of models that do not belong together.
+        findings: what configs and headers show of models that do not belong together.
     """
 
     text: str
@@ -180,7 +180,7 @@ def _placed(ref: str, root: Path) -> str:
 
 
 def _told(source: Source, root: Path) -> list[str]:
-    """What tells an expert's topic: its name, then the datasets and tags of its model card, where that is here."""
+    """The texts that may name an expert's topic: its name, then datasets and tags of its card, if it is here."""
     pinned = source.adapter or source.model
     try:
         found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_text.MAX_BYTES))

@@ -165,7 +165,7 @@ def _clear_leftovers(client: "MlflowClient", name: str, new: Registration) -> No
     """Clear what earlier attempts left: half-made runs of killed processes, and versions whose files are damaged."""
     digest = new.digest
     for version in versions.of_digest(client, name, digest):
-        logger.warning("version %s of %s: files are lost or damaged; registering it anew", version.version, name)
+        logger.warning("version %s of %s: files are lost or damaged; registering it again", version.version, name)
         repair.give_up(client, version, digest)
     _close_runs(client, name, new, finished=None)
     for model in client.search_logged_models([tracking.experiment(client, new.team)], _made_by(name, digest)):
