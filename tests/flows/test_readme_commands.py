@@ -54,7 +54,8 @@ def test_its_lines_run_one_after_the_other(lewis: Command, program: Path, family
         words = line.replace("DIR", f"out{number}").replace("my-merge/3", "my-merge/1").split()
         words = [str(family.math) if word == "org/other" else word for word in words]
         code, out, err = finished(lewis(*words, program=program, folder=folder, PYTHONPATH=""), timeout=600)
-        assert code == 0, f"lewis {line}\n{out}\n{err}"
+        down = words[0] == "status" and "is not running; `lewis up` starts it" in out  # as its exit code says
+        assert code == 0 or down, f"lewis {line}\n{out}\n{err}"
         ran.append(words[0])
     assert ran[:2] == ["plan", "run"] and {"inspect", "merge", "pull", "status", "history", "compare"} <= {*ran}
     code, out, err = finished(
