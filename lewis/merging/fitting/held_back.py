@@ -88,9 +88,12 @@ class Verdict:
             f"experts, the worst row "
             f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
         )
-        text += "; by expert, and in brackets how much better than the base it is" * bool(self.gains)
-        for ref, mean in taken.experts.items():
-            text += f"; {ref} {mean:+.4f}" + (f" ({self.gains[ref]:.2f})" if ref in self.gains else "")
+        each = [
+            f"{ref} {mean:+.4f}" + (f" ({self.gains[ref]:.2f})" if ref in self.gains else "")
+            for ref, mean in taken.experts.items()
+        ]
+        about = " (in brackets: by how much it beats the base)" * bool(self.gains)
+        text += f"; by expert{about}: {', '.join(each)}" if each else ""
         first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
         if self.taken is None:
             return f"the fit did not hold and is left out, the anchor is taken ({first}); {text}"
