@@ -186,6 +186,15 @@ def print_table(found: list[dict[str, Any]]) -> None:
         print(f"| {each['name']} | {first} to {last} | {cells} |")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The models and rows."""
+    parser.add_argument("--rows", type=Path, required=True, help="what `rows` wrote")
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--expert", action="append", required=True, help="TASK=DIR")
+    parser.add_argument("--skip", type=int, default=100, help="test rows that are left out")
+    parser.add_argument("--count", type=int, default=100, help="test rows of each task")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -196,11 +205,7 @@ def main() -> None:
         each.add_argument("file", type=Path)
     for each in (one, all_others):
         each.add_argument("name")
-        each.add_argument("--rows", type=Path, required=True, help="what `rows` wrote")
-        each.add_argument("--base", type=Path, required=True)
-        each.add_argument("--expert", action="append", required=True, help="TASK=DIR")
-        each.add_argument("--skip", type=int, default=100, help="test rows that are left out")
-        each.add_argument("--count", type=int, default=100, help="test rows of each task")
+        add_options(each)
     one.add_argument("--set", action="append", help="a key of the recipe, as of lewis merge")
     all_others.add_argument("--tune", type=int, default=20, help="test rows of each task that values are chosen on")
     options = parser.parse_args()
