@@ -9,7 +9,7 @@ The loss is that of the answers. Where the sets do not say which tokens these ar
 says nothing that the anchor is better, since no expert was trained to predict prompts: then only broken rows count.
 
 The base's loss on the same rows shows what each expert brings: one that predicts its own rows no better than the base
-has the wrong rows, or is not worth merging. It is named before the fit.
+has the wrong rows, or is not worth merging. Where answers are known, it is named before the fit.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def fit_and_judge(
     models = {expert.ref: expert.model for expert in merge.experts}
     experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
     gains = _gains(row_losses(merge.base, list(sets.values()), threads), experts)
-    for ref in (ref for ref, gain in gains.items() if gain <= 0):
+    for ref in (ref for ref, gain in gains.items() if gain <= 0 and of_answers):
         logger.warning(
             "%s: on its held-back rows it is no better than the base (%+.4f nats per token); expected rows of what it "
             "was trained for: give it another calibration set, or leave it out",
