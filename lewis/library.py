@@ -5,25 +5,27 @@ What is found in the store is not done again, and a run of the service finds wha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis.devices import default_device
-from lewis.errors import InputError, RecipeError
+from lewis.errors import InputError, LewisError, RecipeError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import Score
 from lewis.evaluation.step import score as score_model
 from lewis.importance.step import ImportanceEntry
 from lewis.inspection.kinds import Finding
 from lewis.inspection.result import Inspection
+from lewis.inspection.rows import row_findings, warn_of_rows
 from lewis.inspection.step import InspectionInput, before_download, look
 from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
 from lewis.merging.step import MergeInput, prepare_merge
 from lewis.models.compatible import preflight
-from lewis.models.source import download, pin, pin_all
+from lewis.models.source import ModelFiles, download, pin, pin_all
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import write_card
@@ -31,12 +33,14 @@ from lewis.reports import card
 from lewis.steps.graph import graph, inspection_settings
 from lewis.steps.plan import Plan, make_plan
 from lewis.steps.run import begin, run
-from lewis.steps.table import ALLOCATE, DIAGNOSE, MEASURE
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, MEASURE
 from lewis.store.writable import check_output_folder
 
 if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
     from lewis.merging.run import Merge, Written
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]
     results = run(walked, *node.needs, known=results, report=report, device=default_device())
     given = node.given(results)
     given = checked.merge if checked.merge == given else given  # a plain merge is prepared already
+    warn_of_rows(given)
     return given, prepare_merge(given)
 
 
@@ -215,7 +220,22 @@ def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), repo
     files = download(first)
     first_of, rest = (files, tuple(fitting)) if base else (None, (files, *fitting))
     given = InspectionInput(first_of, rest, settings, tuple(download(each) for each in others))
-    return inspect_models(given, report, known=known)
+    found = inspect_models(given, report, known=known)
+    if found.errors or not recipe.fits:
+        return found
+    here = {f"{DOWNLOAD.name} {each.ref}": each for each in (files, *fitting)}
+    return replace(found, findings=(*found.findings, *_findings_on_rows(recipe, here)))
+
+
+def _findings_on_rows(recipe: Recipe, here: Mapping[str, ModelFiles]) -> list[Finding]:
+    """Whether the experts know their calibration rows; nothing if these cannot be had, which a run reports."""
+    walked = graph(recipe)
+    try:
+        results = run(walked, *(each.name for each in (*walked.of(CALIBRATE), *walked.of(CONTINUE))), known=here)
+        return row_findings(walked["merge experts"].given(results))
+    except LewisError as error:
+        logger.warning("the calibration rows are not checked: %s", error)
+        return []
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:

@@ -1,6 +1,7 @@
 """How much memory a process uses, and how much the machine has free. Linux only: it reads /proc.
 
-Pages of mapped files do not count: the system can drop them at any time.
+Forecasts and limits count anonymous memory: pages of mapped files can be dropped at any time. People are shown resident
+memory, mapped libraries included, since that is what a container needs.
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ def anonymous_bytes(process: int | str = "self") -> int:
         return _kilobytes(Path(f"/proc/{process}/status"), "RssAnon:")
     except OSError:
         return 0
+
+
+def mapped_bytes() -> int:
+    """Bytes of resident pages of mapped files of this process: the libraries that it has loaded, in the main."""
+    return _kilobytes(Path("/proc/self/status"), "RssFile:")
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever had resident, as the kernel counts it."""
+    return _kilobytes(Path("/proc/self/status"), "VmHWM:")
 
 
 def available_bytes() -> int:

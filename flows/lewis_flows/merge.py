@@ -9,6 +9,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import CHAMPION, PREFLIGHT
@@ -110,7 +111,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
 
     scores = _score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else {}
     if scores:
-        table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[plan.label])
+        table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[MERGED])
         finish(table)
         report = report.model_copy(update=table.result())
     ended = register_merge(plan, walk, report, champion, scores) if plan.register_as else Ended()
@@ -122,6 +123,8 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
         future.wait()
     written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
     written.wait()  # the UI shows its error: the version is registered all the same
+    if written.state.is_completed():
+        report.page = Path(written.result())
     if ended.published:
         try:
             report.published = getattr(result_of(ended.published), "url", None)

@@ -24,6 +24,7 @@ class MergeReport(BaseModel):
         promoted: whether it is the champion now.
         verdict: the gate's reasons.
         published: URL of the champion on the Hub, if the recipe publishes.
+        page: the report of the run as an HTML file.
     """
 
     recipe: str
@@ -39,6 +40,7 @@ class MergeReport(BaseModel):
     promoted: bool = False
     verdict: list[str] = []
     published: str | None = None
+    page: Path | None = None
 
     @classmethod
     def of(cls, recipe: str, merged: MergedModel, allocated: AllocationEntry | None) -> "MergeReport":

@@ -139,6 +139,11 @@ KINDS = {
         "the result gets one template: what an expert learned in another one is reached less",
         "set tokenizer_source to the model whose template you will use, and score it with that template",
     ),
+    "calibration": Kind(
+        "warning",
+        "the fit keeps what an expert gives on these rows: they do not show its skill, so the merge may lose it",
+        "give rows of the expert's own training, in the format of the training, to the end token",
+    ),
     "eos": Kind(
         "warning",
         "the result stops at the base's end token: it may go on after an answer, or stop in the middle",

@@ -208,11 +208,27 @@ def sizes_by_layer(given: InspectionInput) -> dict[str, dict[int, float]]:
     Raises:
         InputError: if a model cannot be opened.
     """
+    measures, refs = _known(given)
+    return {ref: measures.by_layer(number) for number, ref in enumerate(refs, 1)} if measures else {}
+
+
+def sizes_by_tensor(given: InspectionInput) -> dict[str, dict[str, float]]:
+    """Expert -> matrix -> norm of its task vector, relative to the base's weights; empty if the store has no measures.
+
+    Raises:
+        InputError: if a model cannot be opened.
+    """
+    measures, refs = _known(given)
+    matrices = measures.matrices() if measures else []
+    return {ref: {each.name: each.size(number) for each in matrices} for number, ref in enumerate(refs, 1)}
+
+
+def _known(given: InspectionInput) -> tuple[Measures | None, list[str]]:
+    """The measures that the store has, and the experts in their order."""
     found = store.entry(kinds.INSPECTIONS.path(inspection_digest(given)), InspectionEntry.holds)
     if found is None:
-        return {}
-    measures, (_, *experts) = _merged(Measures.from_json(found), given), given._chosen[0]
-    return {each.files.ref: measures.by_layer(number) for number, each in enumerate(experts, 1)}
+        return None, []
+    return _merged(Measures.from_json(found), given), [each.files.ref for each in given._chosen[0][1:]]
 
 
 def _merged(measures: Measures, given: InspectionInput) -> Measures:

@@ -191,11 +191,6 @@ class Recipe(MergeConfig):
         return "experts" in self.evaluate.baselines or (self.gate is not None and not self.base_model)
 
     @property
-    def label(self) -> str:
-        """The merged model's name in tables."""
-        return "lewis" if self.guided else "merged"
-
-    @property
     def blocks(self) -> str:
         """What decides the merged weights, as canonical JSON: without `inspect`, `evaluate` and the blocks after.
 

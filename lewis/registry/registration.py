@@ -11,7 +11,7 @@ from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
-from lewis.evaluation.statistics.scored import Scored, comparison_rows, gain, scores_of
+from lewis.evaluation.statistics.scored import MERGED, Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry
@@ -119,11 +119,9 @@ def registration_of(
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
         beside = side_by_side(recipe.gate_metric, models)
         tables |= {"answers": answers} if beside and (answers := answer_rows(beside)) else {}
-    # The merged model's metrics have the same names in all versions, whatever its label in the score table.
-    named = {("merged" if label == recipe.label else label): each for label, each in found.items()}
-    metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
+    metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in found.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
-    sources = scores[recipe.label].sources if recipe.label in scores else {}
+    sources = scores[MERGED].sources if MERGED in scores else {}
     documents = _documents(models, metrics)
     own, adapter = dict(tags or {}), merged.adapter
     if adapter:
@@ -152,7 +150,7 @@ def registration_of(
             recipe.evaluate,
             recipe.root,
             recipe.gate_metric,
-            found.get(recipe.label, ()),
+            found.get(MERGED, ()),
             {task: str(each["revision"]) for task, each in sources.items()},
             versions.public_page(recipe.register_as.model),
         ),
@@ -237,7 +235,7 @@ def model_card(
         scores=score_table(found),
         comparison=comparison_rows(models) if models else [],
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
-        results=found.get(recipe.label, ()),
+        results=found.get(MERGED, ()),
         licences={files.ref: card.licence_of(files.adapter or files.folder) for files in parents},
         adapter=adapter,
         datasets=_datasets(recipe),

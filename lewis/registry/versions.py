@@ -25,6 +25,7 @@ from lewis.store.manifest import DamagedError
 
 logger = logging.getLogger(__name__)
 DAMAGED = "lewis.damaged"  # tag of a version whose files are lost or damaged; its value is the digest of its merge
+PAGE = "report.html"  # artifact of the run that made a version: its scores, pictures and steps
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -185,6 +186,11 @@ def public_page(name: str) -> str:
 def run_link(version: Version) -> str:
     """The page in MLflow's UI of the run that made the version."""
     return f"{_server()}/#/runs/{version.run_id}"
+
+
+def page_link(version: Version) -> str:
+    """The page in MLflow's UI that shows the `PAGE` of the run that made the version."""
+    return f"{run_link(version)}/artifacts/{PAGE}"
 
 
 def attach(version: Version, files: Mapping[str, str]) -> None:

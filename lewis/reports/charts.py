@@ -49,7 +49,7 @@ def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping
     """
     from matplotlib.figure import Figure
 
-    grids = {expert: _grid(values) for expert, values in densities.items()}
+    grids = {expert: grid_of(values) for expert, values in densities.items()}
     columns = max((len(names) for names, _ in grids.values()), default=1)
     layers = max((len(grid[0]) for _, grid in grids.values() if grid), default=1)
     width = min(2.2 + 0.42 * max(columns, 2), 9)
@@ -141,9 +141,9 @@ def champion_steps(
     return png(figure)
 
 
-def _grid(densities: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
-    """Names of the projections and, for each, its density in every layer; NaN where a layer has no such projection."""
-    found = [(layer, rho) for tensor, rho in densities.items() if (layer := LAYER.search(tensor))]
+def grid_of(values: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
+    """Names of the projections and, for each, its value in every layer; NaN where a layer has no such projection."""
+    found = [(layer, rho) for tensor, rho in values.items() if (layer := LAYER.search(tensor))]
     shown = [(layer, rho) for layer, rho in found if not VECTORS.search(layer[0])]
     several = len({layer[1] for layer, _ in shown}) > 1  # such as an encoder and a decoder
     places = {}

@@ -26,6 +26,7 @@ from typing import Any
 
 from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.importance.continuations import ContinueInput
 from lewis.importance.step import CalibrationInput, MeasureInput
 from lewis.inspection.step import InspectionInput, InspectionSettings
@@ -368,7 +369,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
         found["uniform"] = "merge uniform"
     if recipe.register_as:
         found["champion"] = CHAMPION
-    return {**found, recipe.label: "merge experts"}
+    return {**found, MERGED: "merge experts"}
 
 
 def inspection_settings(recipe: Recipe) -> InspectionSettings:

@@ -18,6 +18,7 @@ from lewis.evaluation.step import find_score, scoring_devices
 from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
+from lewis.memory import mapped_bytes
 from lewis.merging.adapter import factor_bytes
 from lewis.merging.forecast import without_models
 from lewis.merging.settings import stored_dtype
@@ -28,7 +29,7 @@ from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.network.module_tree import Layer
-from lewis.models.source import ModelFiles, Source, pin_all
+from lewis.models.source import ModelFiles, Source, commits_of, pin_all
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
@@ -77,7 +78,7 @@ class Plan:
         gate: its policy, and what it will be able to see, as `lewis.evaluation.outlook`; empty without a gate.
         disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
-        memory: bytes of anonymous memory that the importance pass and the merge need at most, roughly.
+        memory: bytes that the process will have resident at most, roughly; 0 if nothing is to be measured or merged.
         remote: `LEWIS_STORE`, without its password; empty without a remote half of the store.
         to_fetch: bytes that the remote half has of what is missing here.
         to_push: bytes that the run will push, roughly: statistics and, if they are shared, merged models. All else is
@@ -125,7 +126,10 @@ class Plan:
             f"recipe  {self.recipe} ({self.method}), {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters",
             "",
         ]
-        lines += [f"input   {row['ref']}  {row['commit'][:23]}  {row['bytes'] / 1e6:.1f} MB" for row in self.inputs]
+        lines += [
+            f"input   {row['ref']}  {commits_of(row['commit'])[-1][:23]}  {row['bytes'] / 1e6:.1f} MB"
+            for row in self.inputs
+        ]
         lines += [f"names   {each}" for each in self.renamed]
         lines += ["", f"output  {self.output}"] if self.output else []
         lines += ["", *(each.to_text() for each in self.findings)] if self.findings else []
@@ -141,7 +145,8 @@ class Plan:
         if self.remote:
             moved = f"{self.to_fetch / 1e9:.3f} GB to fetch, about {self.to_push / 1e9:.3f} GB to push"
             lines.append(f"remote  {moved}, {self.remote}")
-        lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
+        if self.memory:
+            lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
         told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
         lines.append(f"time    {told}, for the merges")
         lines += (
@@ -222,6 +227,7 @@ def make_plan(recipe: Recipe) -> Plan:
         plan.seconds = None
     else:
         plan.seconds = sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
+    plan.memory += mapped_bytes() if plan.memory else 0  # forecasts are of anonymous memory
     plan.steps += [PlannedStep(f"register {recipe.register_as.model}", "to do")] if recipe.register_as else []
     plan.steps += [PlannedStep(f"publish {recipe.publish.repo}", "to do")] if recipe.publish else []
     return plan

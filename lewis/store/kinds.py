@@ -142,6 +142,7 @@ SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said o
 ANSWERS = Kind("answers", "*.jsonl", check=None)  # of models whose scores are not finished, batch by batch
 DIGESTS = Kind("digests")  # remembered checksums and other facts, which are of one disk
 PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
+REPORTS = Kind("reports", "*.html", check=None, notes_use=False)  # pages of runs: <recipe>_<id of the run>
 LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log
 SEARCHES = Kind("search", "*.log", check=sealed_json.check_lines, removable=False)  # Optuna's journals
 OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` to report
@@ -151,7 +152,7 @@ TABLE = {
     kind.name: kind
     for kind in (
         *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-        *(ANSWERS, DIGESTS, PICTURES, LOGS, SEARCHES, OUTBOX, QUARANTINE),
+        *(ANSWERS, DIGESTS, PICTURES, REPORTS, LOGS, SEARCHES, OUTBOX, QUARANTINE),
     )
 }
 """Name -> kind. Kinds that refer to entries of others are last."""

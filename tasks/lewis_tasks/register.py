@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scored import MERGED, Scored
 from lewis.evaluation.step import ModelScores, find_all_scores, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
@@ -54,7 +54,7 @@ def _scores_of_mark(recipe: Recipe, mark: Incumbent | None, merged: MergedModel)
     """The scores of the mark, if the store has them from the time when it was judged; in the merged model's format."""
     if mark is None or recipe.evaluate is None:
         return None
-    models = {"merged": (recipe.label, merged.digest), "mark": (mark.uri, mark.digest)}
+    models = {"merged": (MERGED, merged.digest), "mark": (mark.uri, mark.digest)}
     by_task = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
     found = [each for task in by_task if (each := find_all_scores(models, task))]
     if len(found) < len(by_task):

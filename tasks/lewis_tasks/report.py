@@ -9,17 +9,19 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.objects import FlowRun
 
+from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import InputError
 from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
-from lewis.evaluation.statistics.scored import comparison_rows, scores_of
+from lewis.evaluation.statistics.scored import Scored, comparison_rows, intervals, scores_of
 from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
-from lewis.inspection.step import InspectionInput, sizes_by_layer
+from lewis.inspection.step import InspectionInput, sizes_by_layer, sizes_by_tensor
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -28,8 +30,10 @@ from lewis.registry.lineage import by_reference, lineage_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import charts, tables
 from lewis.reports.markdown import picture
+from lewis.reports.page import PageFacts, to_html
 from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
 from lewis.steps.graph import inspection_settings, warning_of_shared_set
+from lewis.store import kinds
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
@@ -104,13 +108,16 @@ def report_run(
     comparison: list[dict[str, str]],
     published: str | None,
 ) -> str:
-    """Write the report of the run to the UI, and to the run of a new version in MLflow; return its Markdown.
+    """Write the report of the run to the UI, as a page into the store, and both to the run of a new version in MLflow.
 
     Args:
         champion: the version in use when the run began.
         work: step -> (how many results were computed, how many were found in the cache).
         comparison: rows from `report_scores`.
         published: URL of the champion on the Hub.
+
+    Returns:
+        the path of the page.
     """
     run = flow_run.this_run()
     links = {"Prefect run": flow_run.url()}
@@ -131,7 +138,6 @@ def report_run(
         changes=changes(by_reference(champion.sources, inputs) if champion else {}, inputs),
         work=work,
         scores=score_columns(models, earlier),
-        merged=recipe.label,
         comparison=comparison,
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
@@ -144,15 +150,40 @@ def report_run(
         links=links,
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )
-    text = to_markdown(facts)
-    # An artifact of the run, not of this task: its page shows it above those of the tasks.
-    key = artifact_key(recipe, "run-report")
-    shown = ArtifactCreate(key=key, type="markdown", description=facts.outcome, data=text, flow_run_id=run.id)
-    with get_client(sync_client=True) as client:
-        client.create_artifact(shown)
+    page = kinds.REPORTS.path(f"{recipe.name}_{run.id}")
+    text, html = to_markdown(facts), to_html(facts, _page_facts(recipe, base, experts, allocated, models, run))
+    store.write_text(page, html)
+    # Artifacts of the run, not of this task: its page shows them above those of the tasks.
+    shown = {"run-report": ("markdown", text, facts.outcome)}
     if version and version.created:
-        versions.attach(version, {"run_report.md": text})
-    return text
+        versions.attach(version, {"run_report.md": text, versions.PAGE: html})
+    if version:
+        link = f"[the run with pictures]({versions.page_link(version)})"
+        shown["report-page"] = ("markdown", f"{link}; here: `lewis report {recipe.name} --open`", "The run as a page")
+    with get_client(sync_client=True) as client:
+        for what, (kind, data, about) in shown.items():
+            key = artifact_key(recipe, what)
+            made = ArtifactCreate(key=key, type=kind, description=about, data=data, flow_run_id=run.id)
+            client.create_artifact(made)
+    return str(page)
+
+
+def _page_facts(
+    recipe: Recipe,
+    base: ModelFiles | None,
+    experts: list[ModelFiles],
+    allocated: AllocationEntry | None,
+    models: list[Scored],
+    run: FlowRun,
+) -> PageFacts:
+    moved: dict[str, dict[str, float]] = {}
+    if recipe.inspect.on != "off":
+        with suppress(InputError):  # the files of a model are gone
+            moved = sizes_by_tensor(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
+    kept = {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {}
+    roles = {each.ref: "expert" for each in experts} | ({base.ref: "base"} if base else {})
+    steps = flow_run.step_times(run)
+    return PageFacts(roles, moved, kept, steps, intervals(models) if models else {}, recipe.text)
 
 
 def _over_versions(version: Version) -> dict[str, bytes]:

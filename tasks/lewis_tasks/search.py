@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.statistics.scored import comparison_rows
+from lewis.evaluation.statistics.scored import MERGED, comparison_rows
 from lewis.evaluation.step import ModelScores, scored
 from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import flat_parameters
@@ -38,7 +38,7 @@ def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], s
     with device_slot(gives_way=True, gpus=settings.gpus) as device:
         raise_if_stopping(f"trial {number}")
         report = Progress(artifact_key(recipe, "trial"), f"trial {number}")
-        return trial.score_trial(graph(recipe), recipe.label, known, settings, device=device, report=report)
+        return trial.score_trial(graph(recipe), MERGED, known, settings, device=device, report=report)
 
 
 @task(name="record-search", task_run_name="record search", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)

@@ -37,7 +37,7 @@ def score(name: str, recipe: Recipe) -> Scored:
     experts = [pipeline.download(source) for source in sources]
     assert recipe.evaluate is not None
     known = pipeline.known(recipe, base, experts)
-    entry = trial.score_trial(graph(recipe), recipe.label, known, EvalSettings.of(recipe.evaluate, recipe.root))
+    entry = trial.score_trial(graph(recipe), "merged", known, EvalSettings.of(recipe.evaluate, recipe.root))
     print(f"{name}: scored", file=sys.stderr)
     return scored(recipe.score_weights, {name: entry})[0]
 

@@ -64,7 +64,7 @@ def go(recipe: Recipe, *, to_the_end: bool = bool(POINTS)) -> str:
     if not to_the_end:
         return found.digest
     sets = [pipeline.prepare_calibration(recipe, "words", base)]
-    new = registration_of(recipe, base, experts, sets, allocated, found, {recipe.label: scores})
+    new = registration_of(recipe, base, experts, sets, allocated, found, {"merged": scores})
     card.write(found.folder, new.card, new.pictures.get(card.HEAT_MAP))
     version = creation.register(new)
     promotion.promote(version, Verdict(True, ("no champion: pass",), "no champion"), "a test")

@@ -126,7 +126,7 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     from mlflow import MlflowClient
 
     rows = second["comparison"]
-    assert [row["model"] for row in rows] == ["base", "math", "code", "champion", "lewis"] and rows[0]["95 % interval"]
+    assert [row["model"] for row in rows] == ["base", "math", "code", "champion", "merged"] and rows[0]["95 % interval"]
     wanted = [[cell for cell in row.values() if cell] for row in rows]
     card = (Path(second["folder"]) / "README.md").read_text()
     for table in (text, card):

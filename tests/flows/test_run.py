@@ -64,7 +64,7 @@ def versions(home: Path, name: str = "tiny") -> list:
 def test_a_run_scores_registers_and_promotes_and_the_next_is_cached(lewis: Command, recipe: Path, home: Path) -> None:
     first = report(lewis("run", recipe, "--json"))
     assert first["version"] == "models:/tiny/1" and first["created"] and first["promoted"]
-    assert [row["model"] for row in first["scores"]] == ["base", "math", "code", "uniform", "lewis"]
+    assert [row["model"] for row in first["scores"]] == ["base", "math", "code", "uniform", "merged"]
     assert first["mean_density"].keys() == {entry["ref"] for entry in _inputs(home, first)}
 
     code, out, err = finished(lewis("run", recipe, "--json"))

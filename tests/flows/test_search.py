@@ -10,7 +10,7 @@ from typing import Any
 from tests.conftest import full
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
-from tests.flows.test_run import finished, report, versions
+from tests.flows.test_run import finished, versions
 
 SEARCH = """
 search:
@@ -67,7 +67,10 @@ def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
     before = nested(home, parent)
     assert before and not versions(home)
 
-    found = report(lewis("search", recipe, "--json"))
+    code, out, err = finished(lewis("search", recipe, "--json"))
+    assert code == 0, err
+    found = json.loads(out)
+    assert re.search(r"trial \d: 0\.\d", err)
     assert found["mlflow_run"] == parent.info.run_id
     assert len(found["trials"]) == 4
     done = [trial for trial in found["trials"] if trial["state"] == "done"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 PAUSE = 10.0  # seconds between two lines
+SLOW = 0.1  # GB/s
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Effort:
     Attributes:
         seconds: wall time.
         bytes: how many bytes of weights were read and written.
-        peak: largest anonymous memory, in bytes.
+        peak: the most memory that the process had resident, in bytes.
     """
 
     seconds: float
@@ -36,8 +37,9 @@ class Effort:
         return self.bytes / 1e9 / self.seconds
 
     def to_text(self) -> str:
-        """One line."""
-        return f"{self.seconds:.1f} s, {self.rate:.2f} GB/s read and written, {self.peak / 1e6:.0f} MB peak memory"
+        """One line; without the rate where it is not the disk that decides the time."""
+        rate = f", {self.rate:.2f} GB/s read and written" if self.rate >= SLOW else ""
+        return f"{self.seconds:.1f} s{rate}, {self.peak / 1e6:.0f} MB of memory at the peak"
 
     def to_json(self) -> dict[str, float]:
         """As plain JSON data."""
@@ -65,12 +67,12 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Writte
     """Run a merge with a bar: tensors done, GB/s and the time left. The arguments are those of `Merge.run`."""
     from rich.progress import TextColumn
 
-    from lewis.memory import PeakMemory
+    from lewis.memory import peak_resident_bytes
 
     columns = TextColumn("{task.fields[tensors]} tensors"), TextColumn("{task.fields[rate]:.2f} GB/s")
     begun, tensors, elements = time.perf_counter(), len(prepared.layout), prepared.elements
     traffic = prepared.traffic
-    with _bars(*columns) as bars, PeakMemory() as memory:
+    with _bars(*columns) as bars:
         task, merged = _begin(bars, "merge", elements, tensors=f"0/{tensors}", rate=0.0), 0
         lines = _Lines(bars)
 
@@ -82,7 +84,7 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Writte
             lines.add("fit" if what == "fit" else "merge", done, total)
 
         written = prepared.run(*arguments, progress=report, **named)
-    return written, Effort(time.perf_counter() - begun, traffic, memory.peak)
+    return written, Effort(time.perf_counter() - begun, traffic, peak_resident_bytes())
 
 
 class _Lines:

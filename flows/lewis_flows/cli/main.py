@@ -122,6 +122,12 @@ COMMANDS = (
         writes=False,
     ),
     Command(
+        "report",
+        runs.report,
+        "print the path of a run's page: scores, pictures, samples, lineage, what each step took",
+        (runs.report_options, as_json),
+    ),
+    Command(
         "logs",
         runs.logs,
         "print the log of a recipe's last run",

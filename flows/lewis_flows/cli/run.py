@@ -20,6 +20,7 @@ R = TypeVar("R")
 _NEXT = """
 The recipe is {recipe}. To try next:
   lewis plan {recipe}       what a second run would do: nothing, every step is found
+  lewis report {version} --open       scores, pictures and samples of this run, as a page
   lewis pull {version} -o merged       the merged model as a folder
   lewis up       the service, with this run and this model on the pages of Prefect and MLflow"""
 
@@ -121,6 +122,8 @@ def print_merge(report: "MergeReport") -> None:
         print("\n".join(f"  {reason}" for reason in report.verdict))
     if report.published:
         print(f"published: {report.published}")
+    if report.page:
+        print(f"report of the run: {report.page}; `lewis report {report.recipe} --open` shows it")
 
 
 def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:

@@ -1,4 +1,4 @@
-"""`lewis open`, `logs` and `cancel`: the runs of a recipe."""
+"""`lewis open`, `report`, `logs` and `cancel`: the runs of a recipe."""
 
 import argparse
 import json
@@ -66,6 +66,25 @@ def _rows(found: "Links") -> Iterator[tuple[str, str]]:
     if found.champion != found.version:
         yield from (("champion", found.champion), ("", found.champion_page))
     yield "published", found.published
+
+
+def report_options(command: argparse.ArgumentParser) -> None:
+    """`NAME` and `--open`."""
+    about = "a recipe, whose last run it is; id or name of a run; or a version, such as my-merge/3"
+    completion.completes(command.add_argument("what", metavar="NAME", help=about), completion.recipes)
+    command.add_argument("--open", action="store_true", help="open it in a browser")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print where the page of a run is, and open it."""
+    import webbrowser
+
+    from lewis_flows.run_page import find
+
+    page = find(options.what)
+    print(json.dumps({"page": str(page)}) if options.json else page)
+    if options.open and not webbrowser.open(page.as_uri()):
+        print("no browser was found here; copy the file to where there is one", file=sys.stderr)
 
 
 def cancel_what(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, 
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
 WEIGHTED_KEY = "/".join(WEIGHTED)
+MERGED = "merged"  # label of the merged model
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Scored:
     """One model of an evaluation.
 
     Attributes:
-        label: its name in tables: `base`, an expert's name, `uniform`, `champion`, `lewis`.
+        label: its name in tables: `base`, an expert's name, `uniform`, `champion`, `merged`.
         key: identity of its content, as in `ModelFiles`.
         scores: one per task and metric.
         samples: the value of each document, for the metrics that can be compared.

@@ -25,6 +25,7 @@ from prefect.utilities.urls import url_for
 from lewis import store
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
+from lewis.reports.page import StepTime
 from lewis.reports.run_report import changes, duration, run_name, short
 from lewis.steps.graph import short_refs
 
@@ -200,6 +201,19 @@ def tally(**steps: Iterable[PrefectFuture[Any] | None]) -> dict[str, tuple[int, 
     """Step -> (how many of its tasks were computed, how many came from the cache)."""
     states = {step: [future.state.name for future in futures if future] for step, futures in steps.items()}
     return {step: (len(names) - names.count("Cached"), names.count("Cached")) for step, names in states.items()}
+
+
+def step_times(run: FlowRun) -> list[StepTime]:
+    """What each task of a run took that has ended by now, in the order in which they began; empty if that fails."""
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [str(run.id)]}})
+    found, begun = list[StepTime](), run.start_time
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        while page := client.read_task_runs(flow_run_filter=of_run, limit=200, offset=len(found)):
+            for each in page:
+                begin = (each.start_time - begun).total_seconds() if each.start_time and begun else 0.0
+                seconds = each.total_run_time.total_seconds()
+                found.append(StepTime(each.name, each.state_name or "", max(begin, 0.0), seconds))
+    return sorted((each for each in found if each.state not in ("", "Pending", "Running")), key=lambda each: each.begin)
 
 
 def _schedule(client: SyncPrefectClient, run: FlowRun) -> str:

@@ -85,7 +85,7 @@ class TestMergekitConfigs:
         (tmp_path / "nightly.yaml").write_text(GUIDED)
         recipe = Recipe.load(tmp_path / "nightly.yaml")
         assert (recipe.root, recipe.name, recipe.text) == (tmp_path, "nightly", GUIDED)
-        assert recipe.guided and recipe.label == "lewis" and not parse(PLAIN).guided
+        assert recipe.guided and not parse(PLAIN).guided
         assert recipe.calibration_of(recipe.experts[0]) == "sums"
 
     def test_blocks_leave_scoring_and_registering_out(self) -> None:

@@ -53,7 +53,7 @@ def test_there_is_a_panel_per_expert_and_a_hole_where_a_layer_has_no_such_projec
 
 
 def test_rows_are_projections_and_columns_are_layers() -> None:
-    names, grid = charts._grid(
+    names, grid = charts.grid_of(
         {
             "model.embed_tokens.weight": 1.0,
             "model.layers.1.self_attn.q_proj.weight": 0.5,
@@ -71,7 +71,7 @@ def test_rows_are_projections_and_columns_are_layers() -> None:
 
 def test_layers_of_an_encoder_and_a_decoder_stay_apart() -> None:
     own = {"encoder.block.0.layer.0.SelfAttention.q.weight": 0.4, "decoder.block.0.layer.0.SelfAttention.q.weight": 0.6}
-    names, grid = charts._grid(own)
+    names, grid = charts.grid_of(own)
     assert names == ["encoder.block.layer.0.SelfAttention.q", "decoder.block.layer.0.SelfAttention.q"]
     assert grid == [[0.4], [0.6]]
     with warnings.catch_warnings(action="error"):  # of matplotlib, if the names leave no room for the rest

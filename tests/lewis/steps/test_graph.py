@@ -35,7 +35,7 @@ class TestGraph:
             "calibrate sums", "calibrate code",
             "measure org/base on sums, code", "measure org/math on sums", "measure org/code on code",
             "allocate", "merge experts", "merge uniform",
-            *(f"evaluate {label} {task}" for label in ("base", "math", "code", "uniform", "champion", "lewis")
+            *(f"evaluate {label} {task}" for label in ("base", "math", "code", "uniform", "champion", "merged")
               for task in ("x", "mmlu")),
         ]  # fmt: skip
         assert {node.step.name for node in found} == STEPS.keys() - {"continue"}
@@ -67,7 +67,7 @@ class TestGraph:
         assert found.edges("calibrate sums") == found.edges("diagnose") == ["inspect"]
         assert found.edges("measure org/math on sums") == ["calibrate sums"]
         assert len(found.edges("allocate")) == 3 and found.edges("merge uniform") == ["allocate", "diagnose"]
-        assert found.edges("evaluate base x") == found.edges("evaluate lewis mmlu") == ["merge experts"]
+        assert found.edges("evaluate base x") == found.edges("evaluate merged mmlu") == ["merge experts"]
         assert found.edges("evaluate uniform x") == ["merge uniform"]
         assert set(found.edges("evaluate champion x")) == {CHAMPION, "merge experts"}
 

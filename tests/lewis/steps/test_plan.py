@@ -193,9 +193,9 @@ class TestLocal:
         plan = make_plan(parse(data, root=tmp_path))
         assert "\ngate    not_worse\n        sums: 1 documents, margin 0.1: an equal version passes" in plan.to_text()
         found = states(plan)
-        ours = {"merge experts", "merge uniform", "evaluate lewis sums", "evaluate uniform sums", "evaluate base sums"}
+        ours = {"merge experts", "merge uniform", "evaluate merged sums", "evaluate uniform sums", "evaluate base sums"}
         assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
-        assert found["evaluate lewis sums"] == "to do"
+        assert found["evaluate merged sums"] == "to do"
         monkeypatch.setattr(task_files, "_builtin_index", dict)  # to read lm-eval's takes seconds
         data["evaluate"]["tasks"] = ["smus"]
         with pytest.raises(InputError, match="smus"):

@@ -1,0 +1,79 @@
+"""Find the page of a run: by the recipe, whose last run it is, by the run, or by the version that the run made."""
+
+from pathlib import Path
+
+from lewis import store
+from lewis.errors import InputError, LewisError, nearest
+from lewis.registry import pull, tracking, versions
+from lewis.store import kinds
+from lewis_flows.service import servers
+
+ID = 36  # characters of the id of a run, which ends the name of its page
+
+
+def find(what: str) -> Path:
+    """The page of a run, in the store.
+
+    Args:
+        what: name or file of a recipe, id or name of a run, or a version as `lewis pull` takes it.
+
+    Raises:
+        InputError: if there is none.
+        TransientError: if a server does not answer.
+    """
+    pages = sorted(kinds.REPORTS.entries(), key=lambda path: path.stat().st_mtime)
+    recipe = Path(what).stem if what.endswith((".yaml", ".yml")) else what
+    found = [path for path in pages if recipe == path.stem[: -ID - 1] or (len(what) > 7 and _id(path).startswith(what))]
+    found = found or [path for path in pages if _id(path) in _runs_named(what)]
+    if found:
+        return found[-1]
+    if page := _of_version(what):
+        return page
+    known = dict.fromkeys(path.stem[: -ID - 1] for path in pages)
+    raise InputError(
+        f"{what}: expected a recipe or a run with a page here, or a version such as my-merge/3"
+        f"{nearest(what, [*known]) or '; `lewis run` writes one'}"
+    )
+
+
+def _id(path: Path) -> str:
+    return path.stem[-ID:]
+
+
+def _runs_named(name: str) -> set[str]:
+    """The ids of the runs of that name, if a Prefect server runs."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    from lewis_flows.service.credentials import connected
+
+    if not (url := servers.running()):
+        return set()
+    wanted = FlowRunFilter.model_validate({"name": {"any_": [name]}})
+    with connected(url), get_client(sync_client=True) as client:
+        return {str(run.id) for run in client.read_flow_runs(flow_run_filter=wanted, limit=20)}
+
+
+def _of_version(what: str) -> Path | None:
+    """The page of the run that made a version, brought here from MLflow; None if `what` names no version.
+
+    Raises:
+        LewisError: if that run has no page.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        name, *_ = pull.named(what)
+    except InputError:
+        return None
+    with tracking.client(f"looking for the page of {what}") as client:
+        if not client.search_model_versions(f"name='{tracking.model_name(name)}'", max_results=1):
+            return None
+        run = client.get_run(pull.version_of(client, what).run_id or "")
+        path = kinds.REPORTS.path(f"{name}_{run.data.tags.get('lewis.prefect.flow_run_id', run.info.run_id):>{ID}}")
+        if not path.exists():
+            try:
+                store.write_text(path, tracking.file_of(client, run.info.run_id, versions.PAGE).decode())
+            except (OSError, MlflowException) as error:
+                raise LewisError(f"{what}: the run that made it has no {versions.PAGE}") from error
+    return path

@@ -1,0 +1,53 @@
+"""Whether each expert knows its calibration rows better than the base does: what a fit to these rows relies on."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+from lewis.errors import LewisError
+from lewis.importance.calibration import Calibration
+from lewis.inspection.kinds import Finding
+from lewis.merging.fitting.losses import mean_loss, predicts_next_token, row_losses
+from lewis.merging.step import MergeInput
+from lewis.models.source import ModelFiles
+
+logger = logging.getLogger(__name__)
+FEW = 4  # rows of each set, on which a pass costs a few percent of the fit
+
+
+def row_findings(given: MergeInput) -> list[Finding]:
+    """A finding for each expert whose loss on some rows of its set is not below the base's.
+
+    Args:
+        given: of a merge. Nothing is checked if it fits no rows, or its models do not predict the next token.
+    """
+    if given.base is None or not given.sets or not predicts_next_token(given.base.open()):
+        return []
+    rows = {ref: _few(Calibration.load(entry.path)) for ref, entry in given.sets.items()}
+    experts = [each for each in given.experts if rows.get(each.ref) and each.key != given.base.key]
+    found = list[Finding]()
+    with suppress(LewisError):  # a model that does not run its blocks in one order: the fit says so
+        base = dict(zip(rows, _losses(given.base, list(rows.values())), strict=True))
+        for expert in experts:
+            [own] = _losses(expert, [rows[expert.ref]])
+            if own >= base[expert.ref]:
+                its = rows[expert.ref]
+                told = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per answer token"
+                found.append(Finding("calibration", expert.ref, f"{told}, the base's {base[expert.ref]:.3f}"))
+    return found
+
+
+def warn_of_rows(given: MergeInput) -> None:
+    """Log the findings on the calibration rows of a merge as warnings."""
+    for finding in row_findings(given):
+        logger.warning("%s", finding.to_text())
+
+
+def _few(rows: Calibration) -> Calibration:
+    return rows.part(range(min(FEW, len(rows.samples)))).of_answers
+
+
+def _losses(files: ModelFiles, sets: list[Calibration]) -> list[float]:
+    """Nats per answer token of each set."""
+    return [mean_loss([each]) for each in row_losses(files.open(), sets)]

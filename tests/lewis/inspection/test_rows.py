@@ -1,0 +1,65 @@
+"""Rows that an expert does not know better than the base are found before a fit."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lewis
+from tests.conftest import Family
+
+ROWS = {name: [f"w{i} w{i + 1} w{i + 2} w{i + 3}" for i in range(at, at + 6)] for name, at in (("own", 1), ("odd", 31))}
+
+
+@pytest.fixture
+def given(home: Path, family: Family, tmp_path: Path) -> Path:
+    """A recipe of an expert that was trained on its rows, and one that was trained away from them."""
+    models = [
+        {"model": trained(family.base, ROWS["own"], 1, tmp_path / "knows"), "calibration": "own"},
+        {"model": trained(family.base, ROWS["odd"], -1, tmp_path / "lost"), "calibration": "odd"},
+    ]
+    sets = {name: {"texts": rows, "samples": 6} for name, rows in ROWS.items()}
+    recipe = {"merge_method": "regmean_forward", "base_model": str(family.base), "models": models}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"lewis": {"calibrations": sets}}))
+    return tmp_path / "recipe.yaml"
+
+
+def trained(base: Path, rows: list[str], sign: int, folder: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(base, folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer(row)["input_ids"] for row in rows])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(5):
+        (sign * model(input_ids=ids, labels=ids).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_inspect_names_the_expert_and_its_set(given: Path) -> None:
+    found = [each for each in lewis.inspect(given).findings if each.kind == "calibration"]
+    assert [Path(each.model).name for each in found] == ["lost"]
+    assert "on 4 rows of `odd` its loss is" in found[0].what and found[0].level == "warning"
+
+
+def test_a_merge_warns_before_it_fits(given: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lewis"):
+        lewis.merge(given, tmp_path / "merged")
+    said = [record.getMessage().partition("\n")[0] for record in caplog.records]
+    [warning] = [place for place, text in enumerate(said) if "calibration: on 4 rows" in text]
+    assert "lost" in said[warning] and any("fit" in text for text in said[warning:])
+
+
+def test_rows_that_cannot_be_had_stop_no_inspection(given: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = yaml.safe_load(given.read_text())
+    gone = {"dataset": "json", "data_files": "gone.jsonl", "text": "{text}"}
+    data["lewis"]["calibrations"] = {name: gone for name in data["lewis"]["calibrations"]}
+    given.write_text(yaml.safe_dump(data))
+    assert "calibration" not in {each.kind for each in lewis.inspect(given).findings}
+    assert "the calibration rows are not checked" in caplog.text and "gone.jsonl" in caplog.text
