@@ -284,6 +284,9 @@ class Inspect(Block):
         return {"on" if key is True else key: "off" if value is False else value for key, value in data.items()}
 
 
+Documents = Literal["all", "search", "confirm", "by_release"]
+
+
 class Evaluate(Block):
     """What lm-eval scores.
 
@@ -291,7 +294,9 @@ class Evaluate(Block):
         tasks: names of its own tasks or groups, or YAML files beside the recipe.
         limit: documents per task: a number, or below 1 a share; None: all.
         documents: `all`, or one of two disjoint halves of every task's documents (`search`, `confirm`); `limit` counts
-            within the half.
+            within the half. `by_release`: `limit` of all documents, others for each merge.
+        stop: `never` before all documents are scored; `worse`: as soon as it is certain that the gate refuses the
+            merge; `known`: as soon as the verdict is certain.
         weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
             first metric. Empty: there is no such score.
         allow_code_execution: whether task files beside the recipe may run code: functions of their own (`!function`),
@@ -304,7 +309,8 @@ class Evaluate(Block):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: int | float | None = Field(default=None, gt=0)
-    documents: Literal["all", "search", "confirm"] = "all"
+    documents: Documents = "all"
+    stop: Literal["never", "worse", "known"] = "never"
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
@@ -315,6 +321,12 @@ class Evaluate(Block):
     backend: Backend = "hf"
     model_args: dict[str, Any] = Field(default_factory=dict)
     gpus: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _drawn(self) -> "Evaluate":
+        if self.documents == "by_release" and self.limit is None:
+            raise ValueError("`documents: by_release` draws `limit` documents for each merge: set `limit`")
+        return self
 
     @property
     def runs_model_code(self) -> bool:

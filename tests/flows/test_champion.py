@@ -252,6 +252,51 @@ def test_a_release_with_equal_scores_becomes_champion_where_no_gain_is_asked_for
     assert rules[:2] == ["words/acc,none must not be worse by 0.1", "words/acc,none must not be worse than models"]
 
 
+def test_scoring_ends_once_the_verdict_is_known(
+    run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clear loser and a clear winner on the first 32 of 300 documents, and what is equal on all of them."""
+    write_words(recipe.parent, 300)
+    first = run("half", "evaluate.stop=known")
+    assert first.promoted and {row["documents"] for row in first.comparison} == {"32"}
+
+    worse = run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert not worse.promoted and {row["documents"] for row in worse.comparison} == {"32"}
+    assert worse.verdict[-1].startswith("note: 32 of 300 documents of each task were scored, which was enough to know")
+    message = newest_ended(prefect_url)["state"]["message"]
+    assert message.startswith("v2: words/acc,none ") and " on 32 of 300 documents" in message
+    assert states(prefect_url, "look at 32 documents: certain") == {"Completed"}
+    assert states(prefect_url, "evaluate champion words, 32 documents") == {"Cached"}
+
+    rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
+    equal = run("moved", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert equal.promoted and {row["documents"] for row in equal.comparison} == {"300"}
+    assert states(prefect_url, "look at 64 documents: not certain yet") == {"Completed"}
+
+    better = run("good", "evaluate.stop=worse")
+    assert better.promoted and {row["documents"] for row in better.comparison} == {"300"}
+    again = run("good", "evaluate.stop=known")
+    assert newest_run(prefect_url) == "Cached" and again.comparison == better.comparison
+    run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert newest_run(prefect_url) == "Rejected"
+    run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert newest_run(prefect_url) == "Cached"
+
+
+def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: Path, home: Path) -> None:
+    """Other documents for the second version, on which the champion is scored, too."""
+    from mlflow import MlflowClient
+
+    write_words(recipe.parent, 300)
+    drawn = "evaluate.documents=by_release", "evaluate.limit=64"
+    assert run("half", *drawn).promoted and run("good", *drawn).promoted
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    runs = [client.get_run(each.run_id) for each in client.search_model_versions("name='tiny'")]
+    digests = {each.dataset.digest for run in runs for each in run.inputs.dataset_inputs}
+    assert len(digests) == 2
+    assert {run.data.metrics.get("champion/words/acc,none") for run in runs} == {None, 0.5}
+
+
 def test_a_flipped_bit_never_becomes_champion(
     run: Callable[[str], Any], recipe: Path, home: Path, prefect_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
