@@ -334,6 +334,18 @@ class Evaluate(Block):
         return self.model_args.get("trust_remote_code") is True
 
 
+class Judge(Block):
+    """A language model that must not prefer the reference's answers.
+
+    Attributes:
+        model: its name on the server that `LEWIS_JUDGE` names.
+        documents: how many of those on which the answers differ are asked about, at most.
+    """
+
+    model: str = Field(min_length=1)
+    documents: int = Field(default=20, ge=1, le=200)
+
+
 class Gate(Block):
     """When a merge becomes the champion. It is compared with a reference: the champion, or the base if there is none.
 
@@ -349,6 +361,7 @@ class Gate(Block):
         allow_limit: whether a run with `evaluate.limit` may promote.
         approve: whether a person has to approve what passes, before it becomes the champion (`lewis approve`).
         approve_hours: for how long; then it has to be judged again.
+        judge: asked about what passes all other rules; None: nobody is.
     """
 
     metric: str
@@ -358,6 +371,7 @@ class Gate(Block):
     allow_limit: bool = False
     approve: bool = False
     approve_hours: float = Field(default=168, gt=0)
+    judge: Judge | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -437,7 +451,7 @@ class Search(Block):
         metrics: one or two of `task/metric,filter`; by default the gate's metric. With two, a Pareto front is searched,
             and the first metric decides among the trials on it.
         parallel: number of trials that run at the same time.
-        prune: stop a trial that is behind after the first quarter of the documents; only with one metric.
+        prune: stop a trial that is shown to be worse after a quarter of the documents; only with one metric.
         seed: of the sampler.
     """
 

@@ -8,6 +8,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
+from lewis.evaluation import pairwise_judge
+from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.looks import Look, look_at
@@ -58,7 +60,12 @@ def gate(
     Args:
         documents: of each task, if not all were scored.
     """
-    return _judged(recipe, champion, merged, scores, documents)
+    found, rule = _judged(recipe, champion, merged, scores, documents), recipe.gate
+    if not (rule and rule.judge and found.passed and found.metric):
+        return found
+    models = scored(recipe.score_weights, scores)
+    told = pairwise_judge.opinion(rule.judge, side_by_side(recipe.gate_metric, models))
+    return replace(found, passed=told.passed, reasons=(str(told), *found.reasons))
 
 
 def _judged(
