@@ -194,6 +194,10 @@ RAY_ADDRESS = Setting("LEWIS_RAY_ADDRESS", _matching("an address such as host:63
 EVALUATION_SERVER = Setting("LEWIS_EVALUATION_SERVER",
     Kind(f"a command with {{model}} in it, and {{port}}, such as {_EXAMPLE}, or the URL of a server", _server), "",
     "What answers for `evaluate.backend: openai`: the command that starts a server, or the URL of one that runs.")
+JUDGE = Setting("LEWIS_JUDGE", _URL, "",
+    "The server with the protocol of OpenAI that `register.gate.judge` asks, such as http://127.0.0.1:8000/v1.")
+JUDGE_KEY = Setting("LEWIS_JUDGE_KEY", ONE_LINE, "",
+    "The key of that server.", secret=True)
 EVALUATE_QUEUE = Setting("LEWIS_EVALUATE_QUEUE",
     _matching("the name of a work queue, such as gpu", r"[^/%&<>\s]+"), "",
     "The work queue whose workers score models; without it, models are scored where they are merged.")

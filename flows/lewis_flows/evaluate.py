@@ -19,7 +19,7 @@ from lewis.merging.step import MergedModel, find_merged
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
-from lewis.steps.graph import CHAMPION, evaluations, labels, resolved, short_refs
+from lewis.steps.graph import CHAMPION, LOOK, evaluations, labels, resolved, short_refs
 from lewis.steps.table import DOWNLOAD, EVALUATE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_flows.runners import choose
@@ -41,7 +41,12 @@ def _run_name() -> str:
 @flow(name=prefect_runs.EVALUATE, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
 @says_why
 def evaluate_flow(
-    recipe: str, models: dict[str, str], tasks: str, base: str | None = None, overrides: list[str] | None = None
+    recipe: str,
+    models: dict[str, str],
+    tasks: str,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+    look: int | None = None,
 ) -> list[str] | State[list[str]]:
     """Score models of a recipe; gives the digests of their scores in the store.
 
@@ -51,6 +56,7 @@ def evaluate_flow(
         tasks: the digest of the evaluation tasks where the merge runs. Here it must be the same.
         base: key of the recipe's base, if it has one.
         overrides: as of the flow `merge`.
+        look: how many documents of each task are scored; None: all.
     """
     choose.check()
     if deployment.id is not None:  # so this process belongs to this run
@@ -71,7 +77,7 @@ def evaluate_flow(
         )
     walk, results = _models(plan, models, base)
     names = evaluations(plan)
-    walk.go((walk.graph[name] for label in models for name in names[label]), results)
+    walk.go((walk.graph[name] for label in models for name in names[label]), {**results, LOOK: look})
     scores = walk.of(EVALUATE)
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]

@@ -18,6 +18,7 @@ from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.step import ScoresEntry, find_all_scores
 from lewis.recipe.recipe import Recipe
+from lewis.steps.graph import LOOK, Node
 from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput, by_task
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.walk import Walk, submit
@@ -54,6 +55,7 @@ def score(
     name: str,
     overrides: Sequence[str],
     tasks: str,
+    nodes: Sequence[Node],
 ) -> None:
     """Give a walk the scores of its models: found in the store, or made by a run in the queue, which is waited for.
 
@@ -66,19 +68,21 @@ def score(
         plan: the recipe, whose name in the folder of recipes is `name`.
         overrides: of the merge.
         tasks: digest of the evaluation tasks.
+        nodes: of the scores that are wanted.
 
     Raises:
         LewisError: saying what has become of the run, if it has not made the scores.
     """
     found = dict(results)
-    nodes = [node for node in walk.graph.of(EVALUATE) if walk.wants(node, found)]
-    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes}
+    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes if walk.wants(node, found)}
     entries = _find(given)
     made = entries is None
     if entries is None:
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         models = {each.label: each.key for each in given.values()}
-        parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base, "overrides": list(overrides)}
+        models |= {plan.label: walk.futures["merge experts"].result().key}  # whose digest may draw the documents
+        parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base}
+        parameters |= {"overrides": list(overrides), "look": found.get(LOOK)}
         _run(queue, parameters)
         entries = _find(given)
     if entries is None:

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `lewis-hub-token-RECIPE`, else `lewis-hub-token` | `HF_TOKEN` | runs of that recipe; of all recipes |
 | `lewis-mlflow-password` | `MLFLOW_TRACKING_PASSWORD` | runs |
+| `lewis-judge-key` | `LEWIS_JUDGE_KEY` | runs |
 | `lewis-webhook-secret` | `LEWIS_WEBHOOK_SECRET` | the receiver |
 
 Prefect encrypts them in its database. They are asked for by the process that needs them, and are then in its memory:
@@ -18,6 +19,7 @@ from prefect.client.orchestration import get_client
 from lewis import settings
 
 HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
+JUDGE_KEY = "lewis-judge-key"
 
 
 def load_for_run(recipe: str | None) -> None:
@@ -28,8 +30,9 @@ def load_for_run(recipe: str | None) -> None:
             have no other. None for a run that looks at all recipes.
     """
     own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
-    found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD])
+    found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD, JUDGE_KEY])
     _set({"HF_TOKEN": found.get(HUB_TOKEN), "MLFLOW_TRACKING_PASSWORD": found.get(MLFLOW_PASSWORD)})
+    _set({settings.JUDGE_KEY.name: found.get(JUDGE_KEY)})
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
 

@@ -81,6 +81,8 @@ def _check_blocks(data: dict[str, Any]) -> list[str]:
         problems.append("output.kind: an adapter sits on a base; set base_model, or use full")
     if register and register.get("gate") and not data.get("evaluate"):
         problems.append("register.gate: there is nothing to compare; add an evaluate block")
+    if (data.get("evaluate") or {}).get("stop", "never") != "never" and not (register and register.get("gate")):
+        problems.append("evaluate.stop: it ends once the gate's verdict is known; add register.gate, or leave it out")
     if data.get("publish") and not register:
         problems.append("publish: what is published is the champion of a registered model; add a register block")
     return problems

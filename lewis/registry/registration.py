@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.documents import side_by_side
+from lewis.evaluation.documents import SideBySide, side_by_side
 from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import MERGED, Scored, comparison_rows, gain, scores_of
@@ -53,6 +53,7 @@ class Registration:
         began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
         eval_results: the scores as YAML for the Hub; empty if it would compare none of them.
         team: `register.team` of the recipe.
+        beside: the answers of the merged model and of what the gate compares it with; None if there are none.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Registration:
     began: float | None = None
     eval_results: str = ""
     team: str = ""
+    beside: SideBySide | None = None
 
 
 def registration_of(
@@ -107,6 +109,7 @@ def registration_of(
     means = dict(allocated.means) if allocated else {}
     drawn: dict[str, bytes] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
+    beside = side_by_side(recipe.gate_metric, models)
     if allocated:
         drawn[card.HEAT_MAP] = charts.densities(allocated)
         tables["densities"] = [
@@ -117,7 +120,6 @@ def registration_of(
     if found:
         drawn["scores.png"] = charts.scores(recipe.evaluate.weights if recipe.evaluate else {}, scores)
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
-        beside = side_by_side(recipe.gate_metric, models)
         tables |= {"answers": answers} if beside and (answers := answer_rows(beside)) else {}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in found.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
@@ -155,6 +157,7 @@ def registration_of(
             versions.public_page(recipe.register_as.model),
         ),
         team=recipe.register_as.team,
+        beside=beside,
     )
 
 

@@ -20,7 +20,7 @@ order has sets but measures nothing. This module is the only one that reads a re
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ Results = Mapping[str, Any]
 """Name of a node, or of a task by hand -> its result."""
 
 CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
+LOOK = "look"  # the name under which the caller says how many documents are scored; left out: all
 PREFLIGHT = "preflight"
 
 
@@ -327,7 +328,7 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
     if recipe.evaluate is None:
         return
     settings = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
-    names = evaluations(recipe)
+    names, drawn = evaluations(recipe), recipe.evaluate.documents == "by_release"
     merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
 
@@ -337,14 +338,16 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
 
         last = source if source in merges else merges[0]
         when = differs if label == "champion" else None
-        needs = (source, "merge experts") if label == "champion" else (source,)
+        needs = (source, *(("merge experts",) if label == "champion" or drawn else ()))
         for name, task in zip(names[label], settings, strict=True):
 
             def to_score(
                 results: Results, label: str = label, source: str = source, task: EvalSettings = task
             ) -> ScoreInput:
-                model = results[source]
-                return ScoreInput(label, model.key, model.files(label), task)
+                model, seed = results[source], results["merge experts"].key if drawn else ""
+                return ScoreInput(
+                    label, model.key, model.files(label), replace(task, look=results.get(LOOK), seed=seed)
+                )
 
             yield Node(name, table.EVALUATE, to_score, needs, after=(last,), when=when)
 
