@@ -5,6 +5,7 @@
 | `lewis-hub-token-RECIPE`, else `lewis-hub-token` | `HF_TOKEN` | runs of that recipe; of all recipes |
 | `lewis-mlflow-password` | `MLFLOW_TRACKING_PASSWORD` | runs |
 | `lewis-webhook-secret` | `LEWIS_WEBHOOK_SECRET` | the receiver |
+| `lewis-serve-secret`, `lewis-serve-key` | `LEWIS_SERVE_SECRET`, `LEWIS_SERVE_KEY` | runs that serve |
 
 Prefect encrypts them in its database. They are asked for by the process that needs them, and are then in its memory:
 in no parameter, log, state or command line.
@@ -18,6 +19,7 @@ from prefect.client.orchestration import get_client
 from lewis import settings
 
 HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
+SERVE_SECRET, SERVE_KEY = "lewis-serve-secret", "lewis-serve-key"
 
 
 def load_for_run(recipe: str | None) -> None:
@@ -32,6 +34,12 @@ def load_for_run(recipe: str | None) -> None:
     _set({"HF_TOKEN": found.get(HUB_TOKEN), "MLFLOW_TRACKING_PASSWORD": found.get(MLFLOW_PASSWORD)})
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
+
+
+def load_for_serving() -> None:
+    """Set what signs webhooks, and what servers ask for, as far as there are blocks of it."""
+    found = _read([SERVE_SECRET, SERVE_KEY])
+    _set({settings.SERVE_SECRET.name: found.get(SERVE_SECRET), settings.SERVE_KEY.name: found.get(SERVE_KEY)})
 
 
 def load_for_receiver() -> None:

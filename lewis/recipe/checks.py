@@ -83,6 +83,8 @@ def _check_blocks(data: dict[str, Any]) -> list[str]:
         problems.append("register.gate: there is nothing to compare; add an evaluate block")
     if data.get("publish") and not register:
         problems.append("publish: what is published is the champion of a registered model; add a register block")
+    if data.get("serve") and not register:
+        problems.append("serve: what is served is the champion of a registered model; add a register block")
     return problems
 
 

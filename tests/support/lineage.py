@@ -21,14 +21,22 @@ def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def registered(
-    folder: Path, digit: str, lineage: Mapping[str, str], name: str, verdict: str | None = "failed"
+    folder: Path,
+    digit: str,
+    lineage: Mapping[str, str],
+    name: str,
+    verdict: str | None = "failed",
+    base: Path | None = None,
 ) -> Version:
-    """A version of the model in `folder` that claims a lineage and a verdict; its digest is the digit, 64 times."""
+    """A version of the model in `folder` that claims a lineage and a verdict; its digest is the digit, 64 times.
+
+    An adapter needs the folder of its `base`.
+    """
     digest = digit * 64
     checkpoint = store.home() / "merged" / digest
     with store.publish(checkpoint, {"digest": digest}) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
-    version = creation.register(Registration(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
+    version = creation.register(Registration(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, "", base=base))
     if verdict:
         with tracking.client("setting a verdict") as client:
             client.set_model_version_tag(version.name, version.version, "lewis.verdict", verdict)
