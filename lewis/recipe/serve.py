@@ -63,7 +63,50 @@ class CommandTarget(Target):
         return run
 
 
-TARGETS: Mapping[str, type[Target]] = {"webhook": WebhookTarget, "command": CommandTarget}
+class VllmTarget(Target):
+    """A running vLLM server that loads the adapter.
+
+    Attributes:
+        url: of the server, without /v1.
+        alias: the name that clients ask for; by default that of the registered model.
+        timeout_seconds: for one load.
+    """
+
+    kind: Literal["vllm"]
+    url: str = Field(pattern=_URL)
+    alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
+    timeout_seconds: float = Field(default=300, gt=0)
+
+
+class OpenaiTarget(Target):
+    """A server that takes the model by an HTTP call.
+
+    Attributes:
+        url: of the call.
+        method: of the call.
+        body: sent as JSON, with the facts of the model in place of `{path}`, `{served_as}`, `{version}`, ...
+        expect: key -> value that the JSON of the answer must have.
+        api: of the OpenAI API of the server, with /v1; empty: nothing is asked of it.
+        model: the name that this API knows the model by, a template as `body`.
+        timeout_seconds: for the call.
+    """
+
+    kind: Literal["openai"]
+    url: str = Field(pattern=_URL)
+    method: Literal["POST", "PUT", "PATCH"] = "POST"
+    body: dict[str, Any] = Field(min_length=1)
+    expect: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    api: str = Field(default="", pattern=rf"^$|{_URL}")
+    model: str = Field(default="{served_as}", min_length=1)
+    timeout_seconds: float = Field(default=600, gt=0)
+
+
+TARGETS: Mapping[str, type[Target]] = {
+    "webhook": WebhookTarget,
+    "command": CommandTarget,
+    "vllm": VllmTarget,
+    "openai": OpenaiTarget,
+}
 """Kind -> its block."""
 
 
@@ -79,7 +122,7 @@ def _check_names(targets: tuple[Target, ...]) -> tuple[Target, ...]:
 
 
 Serve = Annotated[
-    tuple[Annotated[WebhookTarget | CommandTarget, Discriminator("kind")], ...],
+    tuple[Annotated[WebhookTarget | CommandTarget | VllmTarget | OpenaiTarget, Discriminator("kind")], ...],
     BeforeValidator(_as_list),
     AfterValidator(_check_names),
 ]

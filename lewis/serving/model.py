@@ -54,6 +54,11 @@ def served_name(name: str, version: str, digest: str) -> str:
     return f"{_plain(name)}-{version}-{digest[:8]}"
 
 
+def name_pattern(name: str) -> re.Pattern[str]:
+    """Matches the aliases of all versions of a registered model."""
+    return re.compile(rf"{re.escape(_plain(name))}-\d+-[0-9a-f]{{8}}")
+
+
 def _plain(name: str) -> str:
     """A registered name as part of a file's name and of a model's name in an URL."""
     return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
@@ -92,7 +97,6 @@ def remove_others(name: str, kept: Collection[str]) -> None:
         name: of the model.
         kept: names as `served_name`.
     """
-    own = re.compile(rf"{re.escape(_plain(name))}-\d+-[0-9a-f]{{8}}")
     for path in SERVED.entries():
-        if own.fullmatch(path.name) and path.name not in kept:
+        if name_pattern(name).fullmatch(path.name) and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)

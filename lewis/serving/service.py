@@ -12,7 +12,7 @@ from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import command, model, records, webhook
+from lewis.serving import command, model, openai, records, vllm, webhook
 from lewis.serving.records import Served
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class Kind:
     """What a kind of targets does.
 
     Attributes:
+        offer: makes the server answer for a model under its own name, while clients have another one; None: it cannot.
         put: puts a model into service, and returns the name that the server knows it by; what it raises means that the
             target has what it had.
         holds: whether the target still has what its record says; None: nothing can be asked.
@@ -30,9 +31,15 @@ class Kind:
 
     put: Callable[[Any, model.Model, Served], str]
     holds: Callable[[Any, Served], bool] | None = None
+    offer: Callable[[Any, model.Model], None] | None = None
 
 
-KINDS: Mapping[str, Kind] = {"webhook": Kind(webhook.put), "command": Kind(command.put)}
+KINDS: Mapping[str, Kind] = {
+    "webhook": Kind(webhook.put),
+    "command": Kind(command.put),
+    "vllm": Kind(vllm.put, vllm.holds, vllm.offer),
+    "openai": Kind(openai.put),
+}
 """Kind of a target -> what it does."""
 
 
@@ -66,7 +73,10 @@ def serve(target: Target, champion: Champion, *, again: bool = False) -> tuple[S
             logger.warning("%s: %s is not there any more; putting it there again", target.label, uri)
         previous = before.previous if before.uri == uri else before.uri
         try:
-            alias = kind.put(target, model.prepare(champion, previous or None, before.since), before)
+            ready = model.prepare(champion, previous or None, before.since)
+            if kind.offer:
+                kind.offer(target, ready)
+            alias = kind.put(target, ready, before)
         except AwayError:  # MLflow, not the target
             raise
         except LewisError as error:

@@ -13,8 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 
 from lewis.errors import LewisError
-from lewis.evaluation.gate import Verdict
-from lewis.registry import outbox, promotion, versions
+from lewis.registry import outbox, promotion
 from lewis.serving.records import served
 from lewis_flows import secret_blocks
 from lewis_flows.cli.main import main
@@ -25,7 +24,7 @@ from lewis_tasks.support import moves
 from lewis_tasks.support.flow_run import result_of_run
 from tests.conftest import Family
 from tests.support.http_sink import HttpSink
-from tests.support.lineage import registered
+from tests.support.lineage import crowned
 
 RECIPE = """
 merge_method: ties
@@ -57,14 +56,6 @@ def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
         client.delete_work_pool(deploy.POOL)
 
 
-def promote(folder: Path, digit: str) -> str:
-    """A new version that its gate makes the champion; its `uri`."""
-    version, current = registered(folder, digit, {}, "tiny", None), versions.champion("tiny")
-    beside = current.version.uri if current else "base"
-    promotion.promote(version, Verdict(True, ("a rule: pass",), beside, "acc 1 vs 0", "acc"))
-    return version.uri
-
-
 def test_the_targets_get_the_champion_in_their_order(
     folder: Path,
     home: Path,
@@ -86,13 +77,13 @@ def test_the_targets_get_the_champion_in_their_order(
             return state.name, result_of_run(state)
 
         assert run()[0] == "Completed" and sink.received == []  # no champion yet
-        first = promote(family.base, "a")
+        first = crowned(family.base, "a").version.uri
         name, report = run()
         assert (name, report.version, report.changed) == ("Served", first, ["command", "webhook"])
         assert run()[0] == "Cached" and len(sink.received) == 1
 
         fails.touch()
-        second = promote(family.base, "b")
+        second = crowned(family.base, "b").version.uri
         with pytest.raises(LewisError, match=r"tiny/2 is not in service at command, models:/tiny/1 stays .*no room"):
             run()
         assert len(sink.received) == 1, "the receiver is not told of what is not in service"
@@ -134,7 +125,7 @@ def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
     follower.deploy()
     client.set_flow_run_state(runs()[0].id, Completed(), force=True)
     time.sleep(3)  # the server's triggers learn of the automation
-    promote(family.base, "a")
+    crowned(family.base, "a")
     moves.tell(patience=60)
     assert outbox.moves() == []
     wait(lambda: len(runs()) == 2)

@@ -243,7 +243,9 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
     elif by_us:
         paused = {"paused": False}
     name = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
-    further = {"again": _AGAIN} if flow == prefect_runs.SERVE else {"overrides": {**_OVERRIDES, "position": 1}}
+    further: dict[str, Any] = (
+        {"again": _AGAIN} if flow == prefect_runs.SERVE else {"overrides": {**_OVERRIDES, "position": 1}}
+    )
     further |= _LIMITS if flow == prefect_runs.SEARCH else {}
     properties = {"recipe": name, **further}
     return {

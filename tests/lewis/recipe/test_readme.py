@@ -36,6 +36,8 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Publish": ("publish", ""),
     "WebhookTarget": ("serve", ""),
     "CommandTarget": ("serve", ""),
+    "VllmTarget": ("serve", ""),
+    "OpenaiTarget": ("serve", ""),
     "Search": ("search", ""),
     "SearchRange": ("search", ""),
 }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +14,7 @@ import pytest
 from mlflow.webhooks.delivery import _generate_hmac_signature
 
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.evaluation.gate import Verdict
 from lewis.recipe.serve import CommandTarget, WebhookTarget
-from lewis.registry import promotion, versions
-from lewis.registry.versions import Champion
 from lewis.serving import service
 from lewis.serving.records import served
 from lewis.store.kinds import SERVED
@@ -26,8 +22,7 @@ from lewis.store.secrets import SERVE_SECRET
 from tests.conftest import Family
 from tests.support.damage import damage
 from tests.support.http_sink import HttpSink
-from tests.support.lineage import make_home, registered
-from tests.support.models import write_tokenizer
+from tests.support.lineage import crowned, make_home, with_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 WRITES = "import json, os, sys; json.dump({k: v for k, v in os.environ.items()}, open(sys.argv[1], 'w')); print('done')"
@@ -52,23 +47,12 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Co
     return make
 
 
-def champion(folder: Path, digit: str, base: Path | None = None) -> Champion:
-    """The model in `folder`, an adapter on `base`, as the newest version and the champion."""
-    version = registered(folder, digit, {"x": digit}, "a team.tiny", None, base)
-    current = versions.champion("a team.tiny")
-    beside = current.version.uri if current else "base"
-    assert promotion.promote(version, Verdict(True, ("a rule: pass",), beside, "acc 1 vs 0", "acc")).moved
-    found = versions.champion("a team.tiny")
-    assert found is not None
-    return found
-
-
 def test_a_webhook_is_signed_as_mlflow_signs_and_sent_until_it_is_taken(
     home: Path, family: Family, tmp_path: Path
 ) -> None:
     with HttpSink() as sink:
         target = WebhookTarget(kind="webhook", url=f"{sink.url}/secret-path")
-        first = champion(family.base, "a")
+        first = crowned(family.base, "a", "a team.tiny")
         sink.statuses = [503]
         with pytest.raises(TransientError, match=r"nothing is in service there: .*answered 503") as busy:
             service.serve(target, first)
@@ -89,10 +73,7 @@ def test_a_webhook_is_signed_as_mlflow_signs_and_sent_until_it_is_taken(
         again, new = service.serve(target, first, again=True)
         assert new and again.since == record.since and sink.received[-1].json["data"]["previous"] is None
 
-        adapter = tmp_path / "adapter"
-        shutil.copytree(family.lora, adapter)
-        write_tokenizer(adapter)
-        second = champion(adapter, "b", family.base)
+        second = crowned(with_tokenizer(family.lora, tmp_path / "adapter"), "b", "a team.tiny", family.base)
         sink.statuses = [404]
         with pytest.raises(LewisError, match=r"tiny/1 stays in service: .*answered 404") as refused:
             service.serve(target, second)
@@ -118,7 +99,7 @@ def test_a_program_gets_the_facts_and_no_secret(
         monkeypatch.setenv(name, "hidden")
     monkeypatch.setenv("KUBECONFIG", "/etc/kube")
     target = program(WRITES, str(tmp_path / "facts"))
-    model = champion(family.base, "a")
+    model = crowned(family.base, "a", "a team.tiny")
     caplog.set_level("INFO")
     service.serve(target, model)
     facts = json.loads((tmp_path / "facts").read_text())
@@ -145,14 +126,14 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
     home: Path, family: Family, program: Callable[..., CommandTarget]
 ) -> None:
     target = program("")
-    models = [champion(family.base, "a")]
+    models = [crowned(family.base, "a", "a team.tiny")]
     service.serve(target, models[0])
     folder = SERVED.path("a-team.tiny-1-aaaaaaaa")
     damage(folder / "model.safetensors", "flipped")
     with pytest.raises(LewisError, match="damaged"):  # a link of MLflow's file, so that is damaged too
         service.serve(target, models[0], again=True)
     for digit in "bcd":
-        models.append(champion(family.base, digit))
+        models.append(crowned(family.base, digit, "a team.tiny"))
         service.serve(target, models[-1])
         service.tidy("a team.tiny", [target])
     kept = [path.name for path in SERVED.entries()]
@@ -168,9 +149,9 @@ def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
     waits = f"import os, time, pathlib; pathlib.Path({str(began)!r}).touch(); "
     target = program(f"{waits}time.sleep(0 if os.path.exists({str(marks)!r}) else 600)")
     marks.touch()
-    first = champion(family.base, "a")
+    first = crowned(family.base, "a", "a team.tiny")
     service.serve(target, first)
-    second = champion(family.base, "b")
+    second = crowned(family.base, "b", "a team.tiny")
     marks.unlink()
     began.unlink()
     code = (
