@@ -93,7 +93,7 @@ class OpenaiTarget(Target):
 
     kind: Literal["openai"]
     url: str = Field(pattern=_URL)
-    method: Literal["POST", "PUT", "PATCH"] = "POST"
+    method: Literal["post", "put", "patch"] = "post"
     body: dict[str, Any] = Field(min_length=1)
     expect: dict[str, bool | int | float | str] = Field(default_factory=dict)
     api: str = Field(default="", pattern=rf"^$|{_URL}")
