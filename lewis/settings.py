@@ -231,6 +231,12 @@ WEBHOOK_SECRET = Setting("LEWIS_WEBHOOK_SECRET", ONE_LINE, "",
     secret=True)
 METRICS_KEY = Setting("LEWIS_METRICS_KEY", ONE_LINE, "",
     "What Prometheus must send; without it, metrics-key in the store, made when missing.", secret=True)
+SERVE_PROGRAMS = Setting("LEWIS_SERVE_PROGRAMS", _optional("a folder", _path), "",
+    "The folder of the programs that targets of the kind `command` may run; without it, they run none.")
+SERVE_SECRET = Setting("LEWIS_SERVE_SECRET", ONE_LINE, "",
+    "What signs the webhooks of `serve`; without it, serve-secret in the store, made when missing.", secret=True)
+SERVE_KEY = Setting("LEWIS_SERVE_KEY", ONE_LINE, "",
+    "What the servers of `serve` ask for: sent as `Authorization: Bearer`; without it, nothing is sent.", secret=True)
 # fmt: on
 
 ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if isinstance(each, Setting))

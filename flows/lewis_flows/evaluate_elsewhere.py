@@ -16,6 +16,7 @@ from prefect.states import Cancelling
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.step import ScoresEntry, find_all_scores
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import LOOK, Node
@@ -80,7 +81,7 @@ def score(
     if entries is None:
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         models = {each.label: each.key for each in given.values()}
-        models |= {plan.label: walk.futures["merge experts"].result().key}  # whose digest may draw the documents
+        models |= {MERGED: walk.futures["merge experts"].result().key}  # whose digest may draw the documents
         parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base}
         parameters |= {"overrides": list(overrides), "look": found.get(LOOK)}
         _run(queue, parameters)

@@ -10,6 +10,7 @@ from prefect.utilities.annotations import quote
 
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics import looks
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.step import furthest_look
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import CHAMPION, LOOK, evaluations
@@ -48,7 +49,7 @@ def score(
         finish(*(each for of_model in scores.values() for each in of_model))
         return scores
 
-    first = [label for label in names if label in ("base", "champion", plan.label)]
+    first = [label for label in names if label in ("base", "champion", MERGED)]
     if "base" not in names and not current:  # the gate compares with the best expert
         first = list(names)
     documents = _first_look(plan, walk, current)
@@ -76,5 +77,5 @@ def _first_look(plan: Recipe, walk: Walk, current: Any) -> int | None:
     if current and current.digest == merged.digest:  # nothing is to be judged: what was scored is shown
         seed = merged.digest if plan.evaluate.documents == "by_release" else ""
         settings = replace(EvalSettings.of(plan.evaluate, plan.root), seed=seed)
-        return furthest_look(plan.label, merged.digest, settings)
+        return furthest_look(MERGED, merged.digest, settings)
     return looks.FIRST

@@ -136,7 +136,7 @@ def registration_of(
         params=flat_parameters(recipe) | {f"mean_density/{ref}": f"{mean:.6f}" for ref, mean in means.items()},
         metrics=metrics,
         lineage=lineage,
-        recipe=recipe.text,
+        recipe=recipe.public_text,
         pictures=drawn,
         tables=tables,
         card=model_card(
@@ -229,7 +229,7 @@ def model_card(
         method=recipe.merge_method,
         base=base.ref if base else None,
         experts=[files.ref for files in experts],
-        recipe=recipe.text,
+        recipe=recipe.public_text,
         lineage=lineage,
         mean_density=means,
         strategy=recipe.allocator.density.strategy if recipe.allocator else "",
@@ -287,7 +287,7 @@ def _kept(kept: Sequence[Kept]) -> dict[str, float]:
 
 
 def flat_parameters(recipe: Recipe) -> dict[str, str]:
-    """The recipe as `a.b.0.c` -> value."""
+    """The recipe as `a.b.0.c` -> value, without the block `serve`."""
 
     def walk(value: Any, path: str) -> dict[str, str]:
         if isinstance(value, dict):
@@ -298,4 +298,4 @@ def flat_parameters(recipe: Recipe) -> dict[str, str]:
             return {} if value is None else {path: str(value)}
         return {key: text for name, each in items for key, text in walk(each, f"{path}.{name}".strip(".")).items()}
 
-    return walk(recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True), "")
+    return walk(recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"serve"}), "")

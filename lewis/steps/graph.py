@@ -294,7 +294,7 @@ def _merges(recipe: Recipe) -> Iterator[Node]:
 
 def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], MergeInput]:
     """What makes the input of a merge. Without densities and calibration sets among the results, it has none."""
-    config, text, sets = recipe.config, recipe.text, _sets_of_fit(recipe)
+    config, text, sets = recipe.config, recipe.public_text, _sets_of_fit(recipe)
     block = recipe.allocator if recipe.base_model else None
     aim = recipe.lewis.aim if recipe.lewis else None
     measured, uncovered = recipe.measures, block.density.uncovered if block else None

@@ -15,6 +15,7 @@ from lewis import store
 from lewis.errors import LewisError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.outlook import outlook
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.step import find_score, furthest_look, scoring_devices
 from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
@@ -255,7 +256,7 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
                 plan.steps.append(_look(node, results, asked))
         block, merged = recipe.evaluate, results.get("merge experts")
         if block and block.stop != "never" and merged and merged.key:  # else nothing is known of where it will end
-            results[LOOK] = furthest_look(recipe.label, merged.key, EvalSettings.of(block, recipe.root))
+            results[LOOK] = furthest_look(MERGED, merged.key, EvalSettings.of(block, recipe.root))
         plan.steps += _look_at_scores(walked, results, asked)
     for files in results.values():
         if isinstance(files, ModelFiles) and not isinstance(files, _NotHere) and files.adapter:

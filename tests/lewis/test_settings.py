@@ -40,6 +40,9 @@ CASES = {  # the value by default; a text and its value; a wrong text
     "LEWIS_WEBHOOK_URL": ("", "http://127.0.0.1:4300/webhook", "http://127.0.0.1:4300/webhook", "4300"),
     "LEWIS_WEBHOOK_SECRET": ("", " s3cret word ", "s3cret word", "two\nlines"),
     "LEWIS_METRICS_KEY": ("", "k", "k", "a\tb"),
+    "LEWIS_SERVE_PROGRAMS": (None, "/x", Path("/x"), "~nobody-of-that-name/x"),
+    "LEWIS_SERVE_SECRET": ("", "s", "s", "two\nlines"),
+    "LEWIS_SERVE_KEY": ("", "k", "k", "a\tb"),
 }
 BY_NAME = {each.name: each for each in settings.ALL}
 

@@ -34,6 +34,10 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Register": ("register", ""),
     "Gate": ("register", ""),
     "Publish": ("publish", ""),
+    "WebhookTarget": ("serve", ""),
+    "CommandTarget": ("serve", ""),
+    "VllmTarget": ("serve", ""),
+    "OpenaiTarget": ("serve", ""),
     "Search": ("search", ""),
     "SearchRange": ("search", ""),
 }

@@ -48,9 +48,7 @@ def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge
     return prepare(recipe_of(family.base, family.experts, lewis=block, parameters={"ridge": 0.1, **parameters}))
 
 
-def test_the_numbers_are_those_of_the_written_model_and_the_experts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base")
     experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
     merge = held(Family(base, *experts, lora=base))
@@ -79,19 +77,6 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(
     assert taken.worst == pytest.approx(max(rows), abs=1e-5)
     assert verdict.gains == pytest.approx(gains, abs=1e-5)
     assert all(f"{ref} {taken.experts[ref]:+.4f} ({gain:.2f})" in written.fit for ref, gain in gains.items())
-    assert "no better than the base" not in caplog.text  # prompts are not what an expert is trained on
-
-
-def test_an_expert_that_answers_no_better_than_the_base_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    base = write_llama(tmp_path / "base")
-    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
-    merge = held(Family(base, *experts, lora=base), tmp_path)
-    gains = Verdict.from_json(merge.run(tmp_path / "out").manifest["held_back"]).gains
-    useless = {expert.ref for expert in merge.experts if gains[expert.ref] <= 0}  # which is random: noise
-    named = {ref for ref in gains if f"{ref}: on its held-back rows it is no better than the base" in caplog.text}
-    assert named == useless and useless
 
 
 @pytest.mark.parametrize(

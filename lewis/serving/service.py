@@ -1,0 +1,118 @@
+"""Bring a target to the champion: verify the files, put them into service, record it."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lewis import store
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.serve import Target
+from lewis.registry import tracking, versions
+from lewis.registry.tracking import AwayError
+from lewis.registry.versions import Champion
+from lewis.serving import command, model, openai, records, vllm, webhook
+from lewis.serving.records import Served
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of targets does.
+
+    Attributes:
+        offer: makes the server answer for a model under its own name, while clients have another one; None: it cannot.
+        put: puts a model into service, and returns the name that the server knows it by; what it raises means that the
+            target has what it had.
+        holds: whether the target still has what its record says; None: nothing can be asked.
+    """
+
+    put: Callable[[Any, model.Model, Served], str]
+    holds: Callable[[Any, Served], bool] | None = None
+    offer: Callable[[Any, model.Model], None] | None = None
+
+
+KINDS: Mapping[str, Kind] = {
+    "webhook": Kind(webhook.put),
+    "command": Kind(command.put),
+    "vllm": Kind(vllm.put, vllm.holds, vllm.offer),
+    "openai": Kind(openai.put),
+}
+"""Kind of a target -> what it does."""
+
+
+def champion_of(recipe: Recipe) -> Champion | None:
+    """The version that the targets of a recipe are to have; None if there is no champion yet."""
+    return versions.champion(recipe.register_as.model) if recipe.register_as else None
+
+
+def serve(target: Target, champion: Champion, *, again: bool = False) -> tuple[Served, bool]:
+    """Bring a target to the champion, unless it has it.
+
+    Args:
+        target: of the recipe.
+        champion: the version.
+        again: put it into service even if it is.
+
+    Returns:
+        What the target has now, and whether this call put it there.
+
+    Raises:
+        InputError, TransientError, LewisError: as the kind says; what the target had stays in service, and the record
+            has the reason.
+    """
+    name, uri, block = champion.version.name, champion.version.uri, store.digest(target.model_dump(mode="json"))
+    kind = KINDS[target.kind]
+    with store.shared_lock(f"serve-{name}-{target.label}"):
+        before = record_of(name, target)
+        if (before.uri, before.digest, before.block) == (uri, champion.digest, block) and not again:
+            if kind.holds is None or kind.holds(target, before):
+                return before, False
+            logger.warning("%s: %s is not there any more; putting it there again", target.label, uri)
+        previous = before.previous if before.uri == uri else before.uri
+        try:
+            ready = model.prepare(champion, previous or None, before.since)
+            if kind.offer:
+                kind.offer(target, ready)
+            alias = kind.put(target, ready, before)
+        except AwayError:  # MLflow, not the target
+            raise
+        except LewisError as error:
+            _write(before.refused(uri, str(error)))
+            stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
+            of = next(each for each in (InputError, TransientError, LewisError) if isinstance(error, each))
+            raise of(f"{uri} is not in service at {target.label}, {stays}: {error}") from error
+        now = before.took(uri, champion.digest, alias, block)
+        _write(now)
+    logger.info("%s: %s is in service as %s", target.label, now.uri, now.alias)
+    return now, True
+
+
+def record_of(name: str, target: Target) -> Served:
+    """What a target of a registered model has in service; a record without a version if it has nothing."""
+    with tracking.client(f"reading what is in service of {name}") as client:
+        known = {each.target: each for each in records.read(client, name)}
+    found = known.get(target.label)
+    return found if found and found.kind == target.kind else Served(name, target.label, target.kind)
+
+
+def _write(record: Served) -> None:
+    with tracking.client(f"recording what is in service of {record.name}") as client:
+        records.write(client, record)
+
+
+def tidy(name: str, targets: Sequence[Target]) -> None:
+    """Forget targets that the recipe has no more, and remove the files of versions that are served nowhere.
+
+    What was in service before stays on the disk, to go back to.
+    """
+    labels = {each.label for each in targets}
+    with tracking.client(f"reading what is in service of {name}") as client:
+        known = list(records.read(client, name))
+        for each in known:
+            if each.target not in labels:
+                records.remove(client, each)
+    kept = {alias for each in known if each.target in labels for alias in (each.alias, each.previous_alias)}
+    model.remove_others(name, kept)
